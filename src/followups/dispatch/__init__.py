@@ -1,0 +1,1 @@
+"""Claim, publish, begin, send, settle: the way of a follow-up."""

@@ -1,0 +1,107 @@
+"""Every error this package raises on purpose.
+
+One root, so that callers can catch all of them; each class says in its docstring what happened, and
+that docstring is the message unless a better one is given. ``slug`` is the last part of the problem
+``type`` in the REST API.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import ClassVar
+
+
+class FollowUpsError(Exception):
+    """The follow-up dispatcher could not do what was asked."""
+
+    slug: ClassVar[str] = "error"
+
+    def __init__(self, message: str | None = None) -> None:
+        """Take the message, or the docstring of the class where there is none."""
+        super().__init__(message or inspect.cleandoc(type(self).__doc__ or ""))
+
+
+class SettingsError(FollowUpsError):
+    """A setting is missing or wrong."""
+
+    slug = "settings"
+
+
+class TransportConfigurationError(SettingsError):
+    """The transport cannot work with these settings."""
+
+    slug = "transport-configuration"
+
+
+class NotFoundError(FollowUpsError):
+    """It was not found."""
+
+    slug = "not-found"
+
+
+class FollowUpNotFoundError(NotFoundError):
+    """The follow-up was not found."""
+
+
+class ChatNotFoundError(NotFoundError):
+    """The chat was not found."""
+
+
+class WorkspaceNotFoundError(NotFoundError):
+    """The workspace was not found."""
+
+
+class ApiKeyNotFoundError(NotFoundError):
+    """The API key was not found."""
+
+
+class ConflictError(FollowUpsError):
+    """The state of the follow-up or its chat does not allow this."""
+
+    slug = "conflict"
+
+
+class NothingToFollowUpError(ConflictError):
+    """The chat has no messages or the last message is from the user."""
+
+    slug = "nothing-to-follow-up"
+
+
+class AlreadyFinishedError(ConflictError):
+    """The follow-up has already finished; a finished follow-up never changes."""
+
+    slug = "already-finished"
+
+
+class DeliveryInProgressError(ConflictError):
+    """The follow-up is being delivered at this moment; try again shortly."""
+
+    slug = "delivery-in-progress"
+
+    def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
+        """Keep, in seconds, when the outcome should be known."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class InvalidRequestError(FollowUpsError):
+    """The request is not valid."""
+
+    slug = "invalid-request"
+
+    def __init__(self, message: str | None = None, *, field: str = "") -> None:
+        """Keep the name (snake_case) of the field that is wrong, if there is one."""
+        super().__init__(message)
+        self.field = field
+
+
+class OutsideMessagingWindowError(InvalidRequestError):
+    """The due date is outside the channel's messaging window."""
+
+    slug = "outside-messaging-window"
+
+
+class TransitionError(FollowUpsError):
+    """The table of states holds no such transition."""
+
+    slug = "transition"

@@ -1,0 +1,59 @@
+"""When a failed attempt is tried again: policy is data, the decision a value. Pure.
+
+Exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture
+Blog, 2015): the delay is uniform between zero and the ceiling, so that what failed together does not
+come back together.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MIN_RETRY_AFTER = timedelta(seconds=1)
+MAX_RETRY_AFTER = timedelta(hours=24)
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often, and after how long.
+
+    >>> policy = RetryPolicy(timedelta(seconds=5), 2.0, timedelta(hours=1), max_attempts=8)
+    >>> [int(policy.ceiling(attempt).total_seconds()) for attempt in (1, 2, 3, 20)]
+    [5, 10, 20, 3600]
+    >>> policy.next_delay(8) is None
+    True
+    """
+
+    base: timedelta
+    factor: float
+    cap: timedelta
+    max_attempts: int
+
+    def ceiling(self, attempt: int) -> timedelta:
+        """Return the longest delay after failed attempt number ``attempt`` (from 1)."""
+        # The exponent is bounded: a float overflows long after the cap has been reached.
+        grown = self.base.total_seconds() * self.factor ** min(attempt - 1, 64)
+        return timedelta(seconds=min(grown, self.cap.total_seconds()))
+
+    def jittered(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta:
+        """Return a delay between zero and the ceiling; ``jitter`` gives the fraction, in [0, 1)."""
+        return self.ceiling(attempt) * jitter()
+
+    def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
+        """Return the delay until the next try after failed attempt ``attempt``, or None when it was the last."""
+        return None if attempt >= self.max_attempts else self.jittered(attempt, jitter)
+
+
+def clamp_retry_after(wished: timedelta) -> timedelta:
+    """Return what the transport asked for, kept within 1 second and 24 hours.
+
+    >>> clamp_retry_after(timedelta(0)).total_seconds()
+    1.0
+    """
+    return min(max(wished, MIN_RETRY_AFTER), MAX_RETRY_AFTER)

@@ -1,0 +1,205 @@
+"""Every setting, once: its name, default, limits and meaning.
+
+Read from the environment with the prefix ``FOLLOWUPS_``; a wrong value stops the start with a sentence
+that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
+"""
+
+from __future__ import annotations
+
+import math
+from datetime import timedelta
+from functools import lru_cache
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from followups.errors import SettingsError
+from followups.retry import RetryPolicy
+
+LEASE_MARGIN = timedelta(seconds=2)
+"""What a lease must leave beyond the transport's timeout: begin, settle and a slow commit."""
+
+VISIBILITY_TIMEOUT = timedelta(hours=1)
+"""After this Redis hands an unacknowledged broker message out again. Hints are acknowledged early, so it
+matters for nothing but the sum: transport timeout < lease < visibility timeout."""
+
+
+def _seconds_or_iso(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value  # ISO 8601, which pydantic reads
+    if isinstance(value, float) and not math.isfinite(value):
+        message = "should be a finite number of seconds"
+        raise ValueError(message)
+    return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(_seconds_or_iso)]
+ZERO = timedelta(0)
+
+
+class Settings(BaseSettings):
+    """The settings of every process; `Settings.model_fields` is their documentation."""
+
+    model_config = SettingsConfigDict(env_prefix="FOLLOWUPS_", frozen=True, extra="ignore", populate_by_name=True)
+
+    database_url: SecretStr = Field(
+        validation_alias=AliasChoices("FOLLOWUPS_DATABASE_URL", "DATABASE_URL"),
+        description="PostgreSQL 14 or newer, postgresql://user:password@host/name",
+    )
+    broker_url: SecretStr = Field(
+        validation_alias=AliasChoices("FOLLOWUPS_BROKER_URL", "REDIS_URL"),
+        description="Redis 6.2 or newer, or Valkey, redis://host:6379/0",
+    )
+    transport: str = Field("http", min_length=1, description="http, matrix, or the entry-point name of a plug-in")
+    transport_url: str | None = Field(None, description="where the transport delivers to")
+    transport_secret: SecretStr | None = Field(None, description="signs deliveries (Standard Webhooks)")
+    transport_timeout: Duration = Field(timedelta(seconds=10), gt=ZERO, description="for one call, in all")
+    transport_deduplicates: bool = Field(
+        default=True, description="the transport recognises a repeated idempotency-key"
+    )
+    tick_interval: Duration = Field(
+        timedelta(seconds=1), ge=timedelta(milliseconds=100), le=timedelta(minutes=5), description="between ticks"
+    )
+    lease: Duration = Field(
+        timedelta(seconds=60),
+        gt=ZERO,
+        lt=VISIBILITY_TIMEOUT,
+        description="how long a claim, and an attempt, may take before another worker takes over",
+    )
+    max_attempts: int = Field(8, ge=1, le=1000, description="transport calls for one follow-up")
+    retry_base: Duration = Field(timedelta(seconds=5), gt=ZERO, description="the ceiling of the first backoff")
+    retry_factor: float = Field(2.0, ge=1.0, le=100.0, allow_inf_nan=False, description="its growth")
+    retry_cap: Duration = Field(timedelta(hours=1), gt=ZERO, le=timedelta(days=30), description="its upper limit")
+    max_lateness: Duration = Field(timedelta(days=1), ge=ZERO, description="after the due date; 0 = none")
+    max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
+    batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
+    concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
+    log_format: Literal["json", "console"] | None = Field(
+        None, description="json or console; default: console on a terminal, json elsewhere"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level logged")
+
+    @field_validator("database_url")
+    @classmethod
+    def _is_postgresql(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
+            message = "should start with postgresql://"
+            raise ValueError(message)
+        return value
+
+    @field_validator("broker_url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        if not value.get_secret_value().startswith(("redis://", "rediss://")):
+            message = "should start with redis:// or rediss://"
+            raise ValueError(message)
+        return value
+
+    @field_validator("transport_url")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value and not value.startswith(("http://", "https://")):
+            message = "should start with http:// or https://"
+            raise ValueError(message)
+        return value or None
+
+    @field_validator("log_level", "log_format", mode="before")
+    @classmethod
+    def _lower(cls, value: object) -> object:
+        return (value.lower() or None) if isinstance(value, str) else value
+
+    @field_validator("transport_secret")
+    @classmethod
+    def _empty_is_none(cls, value: SecretStr | None) -> SecretStr | None:
+        return value if value and value.get_secret_value() else None
+
+    @model_validator(mode="after")
+    def _sum_of_timeouts(self) -> Self:
+        # transport timeout (10 s) + margin (2 s) <= lease (60 s) < visibility timeout (3600 s): a worker
+        # that is still waiting for an answer must not lose its lease.
+        if self.transport_timeout + LEASE_MARGIN > self.lease:
+            message = (
+                f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "
+                f"{LEASE_MARGIN.total_seconds():g} s longer than FOLLOWUPS_TRANSPORT_TIMEOUT "
+                f"({self.transport_timeout.total_seconds():g} s)"
+            )
+            raise ValueError(message)
+        return self
+
+    @property
+    def retry_policy(self) -> RetryPolicy:
+        """The backoff that the four retry settings describe."""
+        return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables that make another process read these settings (secrets in clear)."""
+        return {environment_name(name): _plain(value) for name, value in self if value is not None}
+
+    def shown(self) -> dict[str, str]:
+        """Return every setting by its environment name, for people; secrets and passwords hidden."""
+        return {environment_name(name): _hidden(name, value) for name, value in self}
+
+
+def environment_name(field: str) -> str:
+    """Return the environment variable of a field: ``lease`` -> ``FOLLOWUPS_LEASE``."""
+    return f"FOLLOWUPS_{field.upper()}"
+
+
+def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    if isinstance(value, timedelta):
+        return f"{value.total_seconds():g}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _hidden(name: str, value: Any) -> str:  # noqa: ANN401 - the value of any field
+    if value is None:
+        return "-"
+    if isinstance(value, SecretStr):
+        return hide_password(value.get_secret_value()) if name.endswith("_url") else "***"
+    return hide_password(_plain(value)) if name.endswith("_url") else _plain(value)
+
+
+def hide_password(url: str) -> str:
+    """Return the URL without its credentials' secret half and without its query.
+
+    >>> hide_password("redis://me:secret@host:6379/0")
+    'redis://me:***@host:6379/0'
+    """
+    scheme, separator, rest = url.partition("://")
+    authority, slash, path = rest.partition("/")
+    user, at, host = authority.rpartition("@")
+    shown = f"{user.partition(':')[0]}:***@{host}" if at else authority
+    return f"{scheme}{separator}{shown}{slash}{path.partition('?')[0]}"
+
+
+def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of any field
+    """Read the environment. Raises `SettingsError`, one sentence that names each wrong setting."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        message = "; ".join(_sentence(detail) for detail in error.errors()) + "."
+        raise SettingsError(message) from None
+
+
+def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
+    location = [str(part) for part in detail["loc"]]
+    said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if not location:
+        return f"{said}"
+    name = location[0] if location[0].isupper() else environment_name(location[0])
+    if detail["type"] == "missing":
+        described = next(f.description for n, f in Settings.model_fields.items() if environment_name(n) == name)
+        return f"{name} is required: set it to {described}"
+    return f"{name} {said}"
+
+
+@lru_cache(maxsize=1)
+def get_settings() -> Settings:
+    """Return the settings of this process, read once."""
+    return load_settings()

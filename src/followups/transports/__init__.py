@@ -1,0 +1,1 @@
+"""What delivers a message into a chat."""

@@ -1,0 +1,103 @@
+"""The port: what the dispatcher asks of a transport, and the five answers there are.
+
+A transport delivers one message into one chat. It never raises for what the other side does: every
+ending is one of the five outcomes, so that nothing is guessed. Third parties register theirs as an
+entry point of the group ``followups.transports``; ``tests/unit/transports`` holds the suite it must pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from followups.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """One attempt: what is to be delivered, and where. ``attempt`` counts from 1."""
+
+    follow_up_id: UUID
+    """Also the idempotency key: the same on every attempt."""
+    workspace_id: UUID
+    chat_id: UUID
+    channel: str
+    external_chat_id: str | None
+    trigger_chat_message_id: UUID
+    message: str
+    due_date: datetime
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """The transport accepted the message; ``chat_message_id`` is its name for it, if it gave one."""
+
+    chat_message_id: UUID | None = None
+    status_code: int | None = None
+    detail: str = ""
+    """What was odd about the answer, for the log; never the message's text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The transport did not accept it now, and may later. ``after`` is its own wish, if it has one."""
+
+    detail: str
+    after: timedelta | None = None
+    status_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snoozed:
+    """The transport asks to come back later (rate limit); this uses up no attempt."""
+
+    detail: str
+    after: timedelta | None = None
+    status_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The transport refused for good."""
+
+    detail: str
+    status_code: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Unknown:
+    """The request went out and no answer came back: it may or may not have been accepted."""
+
+    detail: str
+    status_code: int | None = None
+
+
+Outcome = Sent | Retry | Snoozed | Rejected | Unknown
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """What delivers a message into a chat. Made once in each worker process, used from one event loop."""
+
+    name: str
+    """As in the settings and as a label of the metrics."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Check the settings; raise `TransportConfigurationError` when they are not enough. No I/O."""
+
+    async def open(self) -> None:
+        """Open what is kept open (an HTTP session), in the loop that will use it."""
+
+    async def send(self, delivery: Delivery) -> Outcome:
+        """Deliver once, within the transport timeout. Raises nothing for what the other side does."""
+
+    async def check(self) -> str:
+        """Say in one sentence that the other side can be reached; raise `FollowUpsError` when it can't."""
+
+    async def close(self) -> None:
+        """Let go of what was opened."""
