@@ -1,0 +1,82 @@
+"""The engine, its sessions, and the schema's version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.orm import Session, sessionmaker
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+CONNECT_TIMEOUT = 5
+"""Seconds until an unreachable server is reported."""
+STATEMENT_TIMEOUT = 30
+"""Seconds after which the server ends a statement; every one of ours takes milliseconds."""
+TCP_USER_TIMEOUT = 10_000
+"""Milliseconds without an acknowledgement after which a half-open connection is given up."""
+
+
+def make_engine(database_url: str, *, pool_size: int = 5, application_name: str = "followups") -> Engine:
+    """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
+
+    A connection is tested when it is taken from the pool, so that a restarted server costs one
+    reconnect and no failed request.
+    """
+    connect_args: Mapping[str, Any] = {
+        "application_name": application_name,
+        "connect_timeout": CONNECT_TIMEOUT,
+        "options": f"-c statement_timeout={STATEMENT_TIMEOUT}s -c timezone=UTC",
+        "keepalives_idle": 10,
+        "keepalives_interval": 3,
+        "keepalives_count": 3,
+        "tcp_user_timeout": TCP_USER_TIMEOUT,
+    }
+    url = make_url(database_url).set(drivername="postgresql+psycopg")
+    return create_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        # Beyond pool and overflow, a caller waits this many seconds and is then told so.
+        pool_timeout=10,
+        connect_args=dict(connect_args),
+        # Statement parameters hold message texts: they must never stand in an error or a log.
+        hide_parameters=True,
+    )
+
+
+def make_sessions(engine: Engine) -> sessionmaker[Session]:
+    """Return a factory of sessions whose objects stay readable after the commit."""
+    return sessionmaker(engine, expire_on_commit=False)
+
+
+def alembic_config(database_url: str = "") -> Config:
+    """Return Alembic's configuration for the migrations in this package, wherever it is installed."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["database_url"] = database_url
+    return config
+
+
+def migrate(database_url: str, revision: str = "head") -> None:
+    """Bring the database to ``revision``. Several at once do no harm: the second waits, then finds it done."""
+    command.upgrade(alembic_config(database_url), revision)
+
+
+def downgrade(database_url: str, revision: str) -> None:
+    """Take the database back to ``revision`` (``base`` is before the first)."""
+    command.downgrade(alembic_config(database_url), revision)
+
+
+def schema_versions(engine: Engine) -> tuple[str | None, str | None]:
+    """Return the revision the database has, and the newest one of this package."""
+    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection).get_current_revision(), head

@@ -1,0 +1,242 @@
+"""The tables. Times are ``timestamptz`` in UTC, ids UUID v4.
+
+A chat's key is workspace and id together, so that no workspace reaches another's chat by guessing ids.
+``status`` of a follow-up is written by guarded UPDATE statements in `followups.store` only, never by
+assigning to an object here: a full-row save once brought a sent message back to pending elsewhere
+(zulip#39521).
+"""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import ClassVar
+from uuid import UUID, uuid4
+
+from sqlalchemy import (
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Identity,
+    Index,
+    Integer,
+    Interval,
+    LargeBinary,
+    MetaData,
+    Text,
+    Uuid,
+    func,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from followups.states import Status
+
+MAX_MESSAGE_LENGTH = 65_536
+"""Characters of a follow-up's message."""
+
+
+class Base(DeclarativeBase):
+    """What every table shares: names of constraints, and the types of times and ids."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map: ClassVar = {
+        datetime: DateTime(timezone=True),
+        timedelta: Interval,
+        UUID: Uuid,
+        str: Text,
+        bytes: LargeBinary,
+    }
+
+
+class Workspace(Base):
+    """A tenant: everything else belongs to one."""
+
+    __tablename__ = "workspaces"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class ApiKey(Base):
+    """A key to one workspace; only the SHA-256 of its 256 random bits is stored."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), index=True)
+    name: Mapped[str] = mapped_column(server_default="")
+    prefix: Mapped[str]
+    key_hash: Mapped[bytes] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Chat(Base):
+    """A conversation, and what must be known of its messages: the last one, and the user's last one."""
+
+    __tablename__ = "chats"
+    __table_args__ = (
+        CheckConstraint(
+            "channel IN ('widget', 'waha', 'whatsapp', 'instagram', 'api', 'matrix')", name="channel_is_known"
+        ),
+        CheckConstraint(
+            "(last_message_id IS NULL) = (last_message_at IS NULL)"
+            " AND (last_message_id IS NULL) = (last_message_role IS NULL)",
+            name="last_message_is_whole",
+        ),
+    )
+
+    workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    channel: Mapped[str] = mapped_column(server_default="api")
+    external_id: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    removed_at: Mapped[datetime | None]
+    last_message_id: Mapped[UUID | None]
+    last_message_role: Mapped[str | None]
+    last_message_at: Mapped[datetime | None]
+    last_user_message_at: Mapped[datetime | None]
+
+
+class ChatMessage(Base):
+    """That somebody wrote in a chat, and when. The text is not taken, not stored."""
+
+    __tablename__ = "chat_messages"
+    __table_args__ = (
+        ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
+        CheckConstraint("role IN ('user', 'agent', 'operator')", name="role_is_known"),
+        Index(None, "workspace_id", "chat_id", "created_at"),
+    )
+
+    workspace_id: Mapped[UUID] = mapped_column(primary_key=True)
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    chat_id: Mapped[UUID]
+    role: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class FollowUp(Base):
+    """One message to be sent into one chat at its due date: the row is the job.
+
+    The columns below ``trigger_chat_message_id`` are the dispatcher's own. Lease columns are in no
+    index, so that taking and returning a lease is a heap-only update.
+    """
+
+    __tablename__ = "follow_ups"
+    __table_args__ = (
+        ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
+        CheckConstraint("status IN ('pending', 'sent', 'failed', 'cancelled')", name="status_is_known"),
+        CheckConstraint("(status = 'pending') = (finished_at IS NULL)", name="final_has_finished_at"),
+        CheckConstraint("(status IN ('failed', 'cancelled')) = (reason IS NOT NULL)", name="reason_explains"),
+        CheckConstraint(f"char_length(message) BETWEEN 1 AND {MAX_MESSAGE_LENGTH}", name="message_has_text"),
+        CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
+        CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
+        # The claim's path: what is due, oldest first. What waits for an earlier one of its chat is not
+        # in it, so it is not scanned, claimed and refused again and again.
+        Index(
+            "ix_follow_ups_due",
+            text("COALESCE(next_attempt_at, due_date)"),
+            "id",
+            postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
+        ),
+        # Order in a chat: is there an earlier one, and which; what a reply cancels.
+        Index(
+            "ix_follow_ups_chat_order",
+            "workspace_id",
+            "chat_id",
+            "due_date",
+            "id",
+            postgresql_where=text("status = 'pending'"),
+        ),
+        Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
+        # The API's lists, newest first.
+        Index("ix_follow_ups_list", "workspace_id", text("created_at DESC"), "id"),
+        Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
+        {
+            # Room on each page for lease updates in place; the table lives by updates, so vacuum early.
+            "postgresql_with": {
+                "fillfactor": "85",
+                "autovacuum_vacuum_scale_factor": "0.02",
+                "autovacuum_analyze_scale_factor": "0.02",
+            },
+        },
+    )
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4)
+    workspace_id: Mapped[UUID]
+    chat_id: Mapped[UUID]
+    chat_message_id: Mapped[UUID | None]
+    due_date: Mapped[datetime]
+    message: Mapped[str]
+    status: Mapped[Status] = mapped_column(Text, server_default="pending")
+    reason: Mapped[str | None]
+    finished_at: Mapped[datetime | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    updated_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    trigger_chat_message_id: Mapped[UUID]
+
+    scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """When the due date was last set; lateness counts from the later of the two, so that a due date in
+    the past means at once, not too late."""
+    next_attempt_at: Mapped[datetime | None]
+    """When to try again, after a retry or a snooze; None: at the due date."""
+    waits_for: Mapped[UUID | None]
+    """The earlier follow-up of its chat whose end wakes it."""
+    lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
+    """The fencing token: it only grows; a write under an older one is refused."""
+    lease_until: Mapped[datetime | None]
+    begun_at: Mapped[datetime | None]
+    """When the attempt in flight began; None when none is."""
+    attempts: Mapped[int] = mapped_column(Integer, server_default="0")
+    losses: Mapped[int] = mapped_column(Integer, server_default="0")
+    """Leases that ended with an attempt in flight."""
+    snoozes: Mapped[int] = mapped_column(Integer, server_default="0")
+    cancel_requested: Mapped[str | None]
+    """The reason of a cancel that came while an attempt was in flight: it is not tried again."""
+    accepted_at: Mapped[datetime | None]
+    """When the transport accepted it, by the database's clock; lag is this minus the due date."""
+
+    @property
+    def in_flight(self) -> bool:
+        """An attempt has begun and its outcome is not recorded yet."""
+        return self.status == Status.PENDING and self.begun_at is not None
+
+
+class FailedAttempt(Base):
+    """One attempt that did not end in `sent`: what happened, for whoever asks why."""
+
+    __tablename__ = "failed_attempts"
+    __table_args__ = (Index(None, "follow_up_id", "id"),)
+
+    id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
+    follow_up_id: Mapped[UUID] = mapped_column(ForeignKey("follow_ups.id", ondelete="CASCADE"))
+    number: Mapped[int]
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    outcome: Mapped[str]
+    """retry, snoozed, rejected, unknown or lost"""
+    detail: Mapped[str]
+    status_code: Mapped[int | None]
+    duration: Mapped[timedelta | None]
+    """None when the worker was lost, and nobody timed it."""
+
+
+class DispatcherState(Base):
+    """One row: when the dispatcher last ticked, for health checks and doctors."""
+
+    __tablename__ = "dispatcher_state"
+    __table_args__ = (CheckConstraint("id = 1", name="only_one_row"),)
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, server_default="1")
+    last_tick_at: Mapped[datetime | None]
