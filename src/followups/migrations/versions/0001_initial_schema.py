@@ -18,9 +18,10 @@ def upgrade() -> None:
         sa.CheckConstraint("id = 1", name=op.f("ck_dispatcher_state_only_one_row")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_dispatcher_state")),
     )
+    op.execute("INSERT INTO dispatcher_state DEFAULT VALUES")
     op.create_table(
         "workspaces",
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
         sa.Column("name", sa.Text(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_workspaces")),
@@ -28,7 +29,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "api_keys",
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
         sa.Column("workspace_id", sa.Uuid(), nullable=False),
         sa.Column("name", sa.Text(), server_default="", nullable=False),
         sa.Column("prefix", sa.Text(), nullable=False),
@@ -89,7 +90,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "follow_ups",
-        sa.Column("id", sa.Uuid(), nullable=False),
+        sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
         sa.Column("workspace_id", sa.Uuid(), nullable=False),
         sa.Column("chat_id", sa.Uuid(), nullable=False),
         sa.Column("chat_message_id", sa.Uuid(), nullable=True),

@@ -1,0 +1,92 @@
+"""Claim: lease what falls due before the next tick, and recover what died in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from followups.states import Final, ReasonCode, Status, finish
+from followups.store import leases, order, settlement, ticks
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+    from followups.store.leases import Claimed, Lease
+
+MAX_LOSSES = 3
+"""Leases lost with an attempt in flight until a follow-up counts as poison."""
+
+AHEAD_TICKS = 2
+"""How many intervals a tick looks ahead: one late tick must not make anything late."""
+
+CLAIM_SIZE = 1000
+"""Rows of one claim statement at most: the first of a backlog leave while the rest is still claimed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one claim took: leases to publish, and what it ended because it must not be tried again."""
+
+    leases: tuple[Lease, ...]
+    ended: tuple[tuple[UUID, Final], ...]
+    lost: int
+    """Leases that had ended with an attempt in flight."""
+
+    def __len__(self) -> int:
+        """How many rows it took."""
+        return len(self.leases) + len(self.ended)
+
+
+def claim(engine: Engine, settings: Settings) -> Claim:
+    """Claim what is due, in one transaction."""
+    with engine.begin() as connection:
+        ticks.record(connection)
+        claimed = leases.claim(
+            connection,
+            ahead=settings.tick_interval * AHEAD_TICKS,
+            lease=settings.lease,
+            window=settings.max_in_flight,
+            most=min(CLAIM_SIZE, settings.max_in_flight),
+        )
+        lost = [one for one in claimed if one.lost]
+        ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
+    return Claim(
+        leases=tuple(one.lease for one in claimed if one.lease.id not in ended),
+        ended=tuple(ended.items()),
+        lost=len(lost),
+    )
+
+
+def _end_lost(connection: Connection, lost: list[Claimed], *, deduplicates: bool) -> dict[UUID, Final]:
+    settlement.record_failures(
+        connection,
+        [
+            settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
+            for one in lost
+        ],
+    )
+    finals = [(one.lease, after_loss(one.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost]
+    ends = [(lease, final) for lease, final in finals if final]
+    ended = leases.end_if_not_begun(connection, ends) if ends else set()
+    order.wake(connection, ended)
+    return {lease.id: final for lease, final in ends if lease.id in ended}
+
+
+def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
+    """Say how a follow-up ends whose worker was lost in flight for the ``losses``-th time; None: it is tried again.
+
+    >>> after_loss(1, None, deduplicates=True) is None
+    True
+    >>> after_loss(1, None, deduplicates=False).reason
+    'outcome_unknown: the worker was lost with the attempt in flight'
+    """
+    if not deduplicates:
+        return finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, "the worker was lost with the attempt in flight")
+    if cancel_requested:
+        return Final(Status.CANCELLED, f"{cancel_requested}: the outcome of the attempt in flight is unknown")
+    if losses >= MAX_LOSSES:
+        return finish(Status.FAILED, ReasonCode.WORKER_LOST, f"{losses} workers were lost with it in flight")
+    return None

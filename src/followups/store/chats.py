@@ -1,0 +1,145 @@
+"""Chats and chat messages. The row lock on the chat keeps a reply and a new follow-up apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime  # noqa: TC003 - a dataclass field's type, read at run time by its users
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from sqlalchemy import func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from followups.errors import ChatNotFoundError
+from followups.models import Chat, ChatMessage
+from followups.states import ReasonCode
+from followups.store import follow_ups
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+    from followups.windows import Channel
+
+
+class Role(StrEnum):
+    """Who wrote a chat message."""
+
+    USER = "user"
+    AGENT = "agent"
+    OPERATOR = "operator"
+
+
+CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMAN_TAKEOVER}
+"""Whose messages cancel the chat's pending follow-ups, and with which reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A chat message as recorded. ``new`` is False for one that was known; then nothing changed."""
+
+    id: UUID
+    chat_id: UUID
+    role: Role
+    created_at: datetime
+    cancelled: tuple[UUID, ...]
+    new: bool
+
+
+def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
+    """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`; a removed chat is not found."""
+    chat = session.scalar(
+        select(Chat)
+        .where(Chat.workspace_id == workspace_id, Chat.id == chat_id, Chat.removed_at.is_(None))
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    if chat is None:
+        raise ChatNotFoundError
+    return chat
+
+
+def put_chat(
+    session: Session, workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None
+) -> tuple[Chat, bool]:
+    """Create or update the chat; return it and whether it is new. One that was removed starts anew."""
+    known = session.scalar(
+        select(Chat).where(Chat.workspace_id == workspace_id, Chat.id == chat_id).with_for_update(key_share=True)
+    )
+    new = known is None or known.removed_at is not None
+    values = {"channel": channel.value, "external_id": external_id, "removed_at": None}
+    if new:
+        values |= {
+            "last_message_id": None,
+            "last_message_role": None,
+            "last_message_at": None,
+            "last_user_message_at": None,
+        }
+    statement = insert(Chat).values(workspace_id=workspace_id, id=chat_id, **values)
+    chat = session.scalars(
+        statement.on_conflict_do_update(
+            index_elements=[Chat.workspace_id, Chat.id], set_=values | {"updated_at": func.now()}
+        ).returning(Chat),
+        execution_options={"populate_existing": True},
+    ).one()
+    return chat, new
+
+
+def remove_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> list[UUID]:
+    """Remove the chat and cancel its pending follow-ups; return the cancelled. Raises `ChatNotFoundError`."""
+    lock_chat(session, workspace_id, chat_id)
+    session.execute(
+        update(Chat)
+        .where(Chat.workspace_id == workspace_id, Chat.id == chat_id)
+        .values(removed_at=func.now(), updated_at=func.now())
+    )
+    return follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, ReasonCode.CHAT_REMOVED)
+
+
+_ENSURE = text("""
+    INSERT INTO chats (workspace_id, id) VALUES (:workspace_id, :chat_id)
+    ON CONFLICT (workspace_id, id) DO NOTHING
+""")
+
+# The host that wrote the message may have a clock that runs ahead: a time to come counts as now, or
+# every later reply would look like an old one and stop nothing.
+_ADVANCE = text("""
+    UPDATE chats
+       SET last_message_id = :id, last_message_role = :role, last_message_at = LEAST(:at, now()),
+           last_user_message_at = CASE WHEN :role = 'user' THEN LEAST(:at, now()) ELSE last_user_message_at END,
+           updated_at = now()
+     WHERE workspace_id = :workspace_id AND id = :chat_id
+       AND (last_message_at IS NULL OR last_message_at <= LEAST(:at, now()))
+""")
+
+
+def receive(
+    session: Session, workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
+) -> Received:
+    """Record a chat message; one of a user or an operator cancels the chat's pending follow-ups.
+
+    An unknown chat is created. One that is older than the chat's last message is recorded and changes
+    nothing; one that is known already changes nothing at all. Raises `ChatNotFoundError` for a removed chat.
+    """
+    session.execute(_ENSURE, {"workspace_id": workspace_id, "chat_id": chat_id})
+    lock_chat(session, workspace_id, chat_id)
+    values: dict[str, object] = {"workspace_id": workspace_id, "id": message_id, "chat_id": chat_id, "role": role.value}
+    if created_at is not None:
+        values["created_at"] = created_at
+    recorded = session.scalar(insert(ChatMessage).values(values).on_conflict_do_nothing().returning(ChatMessage))
+    if recorded is None:
+        known = session.get_one(ChatMessage, (workspace_id, message_id))
+        return Received(known.id, known.chat_id, Role(known.role), known.created_at, (), new=False)
+    advance = {
+        "workspace_id": workspace_id,
+        "chat_id": chat_id,
+        "id": message_id,
+        "role": role.value,
+        "at": recorded.created_at,
+    }
+    is_last = session.execute(_ADVANCE, advance).rowcount == 1  # type: ignore[attr-defined]
+    cancelled: list[UUID] = []
+    if is_last and (code := CANCELLING.get(role)):
+        cancelled = follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, code)
+    return Received(recorded.id, chat_id, role, recorded.created_at, tuple(cancelled), new=True)

@@ -1,0 +1,154 @@
+"""Follow-ups, one at a time or by chat: create, find, change, end. Every change is guarded in its WHERE."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Select, func, select, text, update
+from sqlalchemy.dialects.postgresql import insert
+
+from followups.models import FailedAttempt, FollowUp
+from followups.states import ReasonCode, Status, finish
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+    from followups.states import Final
+
+
+def insert_follow_up(
+    session: Session,
+    *,
+    workspace_id: UUID,
+    chat_id: UUID,
+    message: str,
+    due_date: datetime,
+    trigger_chat_message_id: UUID,
+) -> FollowUp:
+    """Insert a pending follow-up and return it; the caller holds the chat's lock."""
+    statement = insert(FollowUp).values(
+        workspace_id=workspace_id,
+        chat_id=chat_id,
+        message=message,
+        due_date=due_date,
+        trigger_chat_message_id=trigger_chat_message_id,
+    )
+    return session.scalars(statement.returning(FollowUp)).one()
+
+
+def visible(workspace_id: UUID | None) -> Select[FollowUp]:
+    """Return the query of the follow-ups that this workspace may see (None: an operator sees all)."""
+    query = select(FollowUp)
+    return query if workspace_id is None else query.where(FollowUp.workspace_id == workspace_id)
+
+
+def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
+    """Return the follow-up, or None."""
+    return session.scalar(visible(workspace_id).where(FollowUp.id == follow_up_id))
+
+
+def find_and_lock(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
+    """Return the follow-up as it is now, locked until the transaction ends, or None."""
+    return session.scalar(
+        visible(workspace_id)
+        .where(FollowUp.id == follow_up_id)
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+
+
+def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
+    """Return its failed attempts, oldest first."""
+    query = select(FailedAttempt).where(FailedAttempt.follow_up_id == follow_up_id).order_by(FailedAttempt.id)
+    return session.scalars(query).all()
+
+
+def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finished_at: datetime | None) -> bool:
+    """End a pending follow-up with no attempt in flight; say whether this call did."""
+    statement = (
+        update(FollowUp)
+        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
+        .values(
+            status=final.status.value,
+            reason=final.reason,
+            finished_at=finished_at or func.now(),
+            updated_at=func.now(),
+            lease_until=None,
+            waits_for=None,
+        )
+    )
+    return _rows(session, statement) == 1
+
+
+def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, Any]) -> bool:
+    """Write new values of API fields to a pending follow-up with no attempt in flight; say whether it did.
+
+    A new due date or chat takes back the lease: the token grows, so that a hint under way finds nothing.
+    """
+    if values.keys() & {"due_date", "chat_id"}:
+        values = values | {
+            "next_attempt_at": None,
+            "waits_for": None,
+            "lease_until": None,
+            "lease_token": FollowUp.lease_token + 1,
+        }
+    if "due_date" in values:
+        values = values | {"scheduled_at": func.now()}
+    statement = (
+        update(FollowUp)
+        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
+        .values(**values, updated_at=func.now())
+    )
+    return _rows(session, statement) == 1
+
+
+def name_chat_message_if_unnamed(session: Session, follow_up_id: UUID, chat_message_id: UUID) -> bool:
+    """Fill in the transport's message id of a sent follow-up that has none; say whether it did."""
+    statement = (
+        update(FollowUp)
+        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.SENT, FollowUp.chat_message_id.is_(None))
+        .values(chat_message_id=chat_message_id, updated_at=func.now())
+    )
+    return _rows(session, statement) == 1
+
+
+def _rows(session: Session, statement: Any) -> int:  # noqa: ANN401 - any UPDATE
+    result = session.execute(statement, execution_options={"synchronize_session": False})
+    return int(result.rowcount)  # type: ignore[attr-defined]
+
+
+# Locked in the order of the chat, as everybody locks them. What is in flight cannot be called back: it
+# keeps the wish, and settle does not try it again.
+_CANCEL_CHAT = text("""
+    WITH held AS MATERIALIZED (
+        SELECT id FROM follow_ups
+         WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+         ORDER BY due_date, id
+           FOR NO KEY UPDATE
+    )
+    UPDATE follow_ups f
+       SET status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
+           reason = CASE WHEN begun_at IS NULL THEN :reason ELSE reason END,
+           finished_at = CASE WHEN begun_at IS NULL THEN now() END,
+           updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
+           cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
+           lease_until = CASE WHEN begun_at IS NULL THEN NULL ELSE lease_until END,
+           waits_for = NULL
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id, f.status
+""")
+
+
+def cancel_chat_if_not_begun(session: Session, workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> list[UUID]:
+    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from another try."""
+    final = finish(Status.CANCELLED, code)
+    rows = session.execute(
+        _CANCEL_CHAT,
+        {"workspace_id": workspace_id, "chat_id": chat_id, "status": final.status.value, "reason": final.reason},
+    )
+    return [row.id for row in rows if row.status == Status.CANCELLED]

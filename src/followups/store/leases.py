@@ -1,0 +1,267 @@
+"""The statements that move a due follow-up to its end: claim, begin, settle, release, wake.
+
+Each is one guarded, batched statement. The guard is in the SQL: a row that does not come back had been
+taken, ended or claimed anew by somebody else, which is an answer and no accident. Statements here never
+wait behind a caller's open transaction, but for `settle_if_in_flight`, whose rows nobody else may hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.windows import WINDOW, WINDOWED_CHANNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.states import Final
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the moment to send."""
+
+    id: UUID
+    token: int
+    due: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A claimed row; ``lost`` when its last lease ended with an attempt in flight (number ``attempts + 1``)."""
+
+    lease: Lease
+    lost: bool
+    attempts: int
+    losses: int
+    cancel_requested: str | None
+
+
+_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
+
+# The first rows of the index are those in flight, then come the free ones: looking at no more than
+# :window rows bounds both what is in flight and what a tick costs.
+_CLAIM = text(f"""
+    WITH head AS MATERIALIZED (
+        SELECT f.id, f.lease_until IS NULL OR f.lease_until <= now() AS free
+          FROM follow_ups f
+         WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
+         ORDER BY {_DUE}, f.id
+         LIMIT :window
+    ), free AS MATERIALIZED (
+        SELECT id FROM head WHERE free LIMIT :most
+    ), taken AS MATERIALIZED (
+        SELECT f.id, f.begun_at IS NOT NULL AS lost
+          FROM free JOIN follow_ups f ON f.id = free.id
+         WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
+           AND (f.lease_until IS NULL OR f.lease_until <= now())
+           FOR UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f
+       SET lease_token = f.lease_token + 1,
+           lease_until = GREATEST(now(), {_DUE}) + CAST(:lease AS interval),
+           begun_at = NULL,
+           attempts = f.attempts - taken.lost::int,
+           losses = f.losses + taken.lost::int
+      FROM taken
+     WHERE f.id = taken.id
+    RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
+""")  # noqa: S608 - no input, only the constant above
+
+
+def claim(connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int) -> list[Claimed]:
+    """Lease up to ``most`` follow-ups that fall due within ``ahead``, so that no more than ``window`` are in flight.
+
+    Expired leases are taken over; the earliest due come first.
+    """
+    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease, "window": window, "most": most})
+    claimed = [
+        Claimed(Lease(row.id, row.lease_token, row.due), row.lost, row.attempts, row.losses, row.cancel_requested)
+        for row in rows
+    ]
+    return sorted(claimed, key=lambda one: (one.lease.due, one.lease.id))
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What begin must know of the settings to look at the world again."""
+
+    lease: timedelta
+    max_lateness: timedelta
+    early: timedelta
+    """How long before the due moment begin may come; the sender waits out the rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A follow-up whose attempt has begun, and all that the transport needs."""
+
+    lease: Lease
+    workspace_id: UUID
+    chat_id: UUID
+    channel: str
+    external_chat_id: str | None
+    trigger_chat_message_id: UUID
+    message: str
+    due_date: datetime
+    attempt: int
+    snoozes: int
+
+
+_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
+_LEASED = (
+    "f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()"
+)
+_SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
+_TOO_LATE = (
+    "(CAST(:max_lateness AS interval) > interval '0'"
+    " AND now() >= GREATEST(f.due_date, f.scheduled_at) + CAST(:max_lateness AS interval))"
+)
+_WINDOW_CLOSED = (
+    f"(c.channel IN ({_WINDOWED})"
+    " AND now() >= COALESCE(c.last_user_message_at, '-infinity') + CAST(:window AS interval))"
+)
+_EARLY = f"{_DUE} > now() + CAST(:early AS interval)"
+_EARLIER = (
+    "e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'"
+    " AND (e.due_date, e.id) < (f.due_date, f.id)"
+)
+_BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)"
+
+# A row that a caller's open transaction holds is skipped, and tried again: one slow transaction must not
+# hold up everybody else's messages.
+_BEGIN = text(f"""
+    WITH ready AS MATERIALIZED (
+        SELECT f.id, c.channel, c.external_id
+          FROM {_BATCH}
+          JOIN follow_ups f ON {_LEASED}
+          JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+         WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
+           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER})
+           FOR UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f
+       SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
+      FROM ready
+     WHERE f.id = ready.id
+    RETURNING f.id, f.lease_token, {_DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
+              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes
+""")  # noqa: S608 - no input, only the constants above
+
+
+def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
+    """Begin those of the leases that still hold and that nothing in the world speaks against."""
+    rows = connection.execute(_BEGIN, _batch(leases) | _world(world))
+    return [
+        Begun(
+            Lease(row.id, row.lease_token, row.due),
+            row.workspace_id,
+            row.chat_id,
+            row.channel,
+            row.external_id,
+            row.trigger_chat_message_id,
+            row.message,
+            row.due_date,
+            row.attempts,
+            row.snoozes,
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Obstacle:
+    """Why a lease that still holds was not begun. ``earlier`` is the follow-up of its chat before it."""
+
+    lease: Lease
+    attempts: int
+    chat_removed: bool
+    silence_broken: bool
+    window_closed: bool
+    too_late: bool
+    early: bool
+    earlier: UUID | None
+
+
+_OBSTACLES = text(f"""
+    SELECT f.id, f.lease_token, {_DUE} AS due, f.attempts, c.removed_at IS NOT NULL AS chat_removed,
+           {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
+           {_EARLY} AS early, earlier.id AS earlier
+      FROM {_BATCH}
+      JOIN follow_ups f ON {_LEASED}
+      JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+      LEFT JOIN LATERAL (
+          SELECT e.id FROM follow_ups e WHERE {_EARLIER} ORDER BY e.due_date DESC, e.id DESC LIMIT 1
+      ) earlier ON true
+""")  # noqa: S608 - no input, only the constants above
+
+
+def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
+    """Say of each lease that still holds what speaks against beginning it."""
+    rows = connection.execute(_OBSTACLES, _batch(leases) | _world(world))
+    return [
+        Obstacle(
+            Lease(row.id, row.lease_token, row.due),
+            row.attempts,
+            row.chat_removed,
+            row.silence_broken,
+            row.window_closed,
+            row.too_late,
+            row.early,
+            row.earlier,
+        )
+        for row in rows
+    ]
+
+
+_END = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id, b.status, b.reason
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
+                      CAST(:reasons AS text[])) AS b(id, token, status, reason)
+          JOIN follow_ups f ON {_LEASED}
+           FOR UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f
+       SET status = held.status, reason = held.reason, finished_at = now(), updated_at = now(), lease_until = NULL
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]) -> set[UUID]:
+    """End leased follow-ups without an attempt; return those that this call ended."""
+    parameters = _batch([lease for lease, _ in ends]) | {
+        "statuses": [final.status.value for _, final in ends],
+        "reasons": [final.reason for _, final in ends],
+    }
+    return set(connection.scalars(_END, parameters))
+
+
+_RELEASE = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM {_BATCH} JOIN follow_ups f ON {_LEASED} FOR UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f SET lease_until = NULL FROM held WHERE f.id = held.id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
+    """Give leases back, so that the next tick may claim them; return how many still held."""
+    return connection.execute(_RELEASE, _batch(leases)).rowcount
+
+
+def _batch(leases: Sequence[Lease]) -> dict[str, object]:
+    return {"ids": [lease.id for lease in leases], "tokens": [lease.token for lease in leases]}
+
+
+def _world(world: World) -> dict[str, object]:
+    return {"lease": world.lease, "max_lateness": world.max_lateness, "early": world.early, "window": WINDOW}

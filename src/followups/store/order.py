@@ -1,0 +1,86 @@
+"""Order within a chat: a later follow-up waits for the earlier one, and is woken by its end.
+
+What waits names the one just before it (``waits_for``) and leaves the claim's index. Each waits for its
+immediate predecessor, so an end wakes one, not all: a hundred thousand behind one stuck chat cost one
+refusal each, once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.store.leases import Lease
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from datetime import timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+# The lock makes "it is still pending" stay true until this commits: whoever ends the earlier one comes
+# after, and wakes. Skipped when it is being ended at this moment: the caller tries again shortly.
+_LOCK_EARLIER = text("""
+    SELECT id FROM follow_ups
+     WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'pending'
+     ORDER BY id
+       FOR SHARE SKIP LOCKED
+""")
+
+_PARK = text("""
+    WITH held AS MATERIALIZED (
+        SELECT f.id, b.earlier
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
+               AS b(id, token, earlier)
+          JOIN follow_ups f ON f.id = b.id AND f.lease_token = b.token
+         WHERE f.status = 'pending' AND f.begun_at IS NULL
+           FOR UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f SET waits_for = held.earlier, lease_until = NULL
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id
+""")
+
+
+def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
+    """Make each leased follow-up wait for the earlier one it is paired with; return those that now wait."""
+    pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
+    held = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
+    if not held:
+        return set()
+    parameters = {
+        "ids": [lease.id for lease, _ in held],
+        "tokens": [lease.token for lease, _ in held],
+        "earlier": [earlier for _, earlier in held],
+    }
+    return set(connection.scalars(_PARK, parameters))
+
+
+_WAKE = text("""
+    UPDATE follow_ups SET waits_for = NULL
+     WHERE waits_for = ANY(CAST(:ids AS uuid[])) AND status = 'pending'
+""")
+
+_WAKE_AND_LEASE = text("""
+    UPDATE follow_ups f
+       SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
+     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.status = 'pending'
+    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due
+""")
+
+
+def wake(connection: Connection, ended: Collection[UUID]) -> None:
+    """Let what waited for the ended ones be claimed again. Call after the ends, in their transaction."""
+    if ended:
+        connection.execute(_WAKE, {"ids": list(ended)})
+
+
+def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timedelta) -> list[Lease]:
+    """Wake what waited for the ended ones and lease it to the caller, who sends it at once."""
+    if not ended:
+        return []
+    rows = connection.execute(_WAKE_AND_LEASE, {"ids": list(ended), "lease": lease})
+    return [Lease(row.id, row.lease_token, row.due) for row in rows]

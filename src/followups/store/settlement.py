@@ -1,0 +1,128 @@
+"""Settle: what became of the attempts in flight, and the record of those that failed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.states import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.store.leases import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What one attempt comes to. Pending means another try ``delay`` after the database's now."""
+
+    lease: Lease
+    status: Status
+    reason: str | None = None
+    delay: timedelta | None = None
+    chat_message_id: UUID | None = None
+    accepted_ago: timedelta | None = None
+    """For what was sent: how long before this call the transport accepted it."""
+    refunded: bool = False
+    """The attempt does not count: a snooze."""
+    yields: bool = True
+    """A cancel that came while it was in flight wins over this."""
+    cancel_detail: str = ""
+    """What is added to the reason of such a cancel: ': ...' or nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A settled row as it now stands; ``lag`` is the acceptance minus the due date, for what was sent."""
+
+    id: UUID
+    status: Status
+    reason: str | None
+    lag: timedelta | None
+    next_attempt_at: datetime | None
+
+
+_STOPPED = "(r.yields AND f.cancel_requested IS NOT NULL)"
+
+_SETTLE = text(f"""
+    UPDATE follow_ups f
+       SET status = CASE WHEN {_STOPPED} THEN 'cancelled' ELSE r.status END,
+           reason = CASE WHEN {_STOPPED} THEN f.cancel_requested || r.cancel_detail ELSE r.reason END,
+           finished_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() END,
+           updated_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
+           next_attempt_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN f.next_attempt_at
+                                  ELSE now() + r.delay END,
+           chat_message_id = COALESCE(r.chat_message_id, f.chat_message_id),
+           accepted_at = clock_timestamp() - r.accepted_ago,
+           attempts = f.attempts - r.refunded::int,
+           snoozes = f.snoozes + r.refunded::int,
+           begun_at = NULL,
+           lease_until = NULL
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]), CAST(:reasons AS text[]),
+                  CAST(:delays AS interval[]), CAST(:chat_message_ids AS uuid[]), CAST(:accepted_ago AS interval[]),
+                  CAST(:refunded AS boolean[]), CAST(:yields AS boolean[]), CAST(:cancel_details AS text[]))
+           AS r(id, token, status, reason, delay, chat_message_id, accepted_ago, refunded, yields, cancel_detail)
+     WHERE f.id = r.id AND f.lease_token = r.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+    RETURNING f.id, f.status, f.reason, f.accepted_at - f.due_date AS lag, f.next_attempt_at
+""")  # noqa: S608 - no input, only the constant above
+
+
+def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+    """Record what became of attempts in flight; what does not come back was a stale writer's."""
+    parameters = {
+        "ids": [s.lease.id for s in settlements],
+        "tokens": [s.lease.token for s in settlements],
+        "statuses": [s.status.value for s in settlements],
+        "reasons": [s.reason for s in settlements],
+        "delays": [s.delay for s in settlements],
+        "chat_message_ids": [s.chat_message_id for s in settlements],
+        "accepted_ago": [s.accepted_ago for s in settlements],
+        "refunded": [s.refunded for s in settlements],
+        "yields": [s.yields for s in settlements],
+        "cancel_details": [s.cancel_detail for s in settlements],
+    }
+    return [
+        Settled(row.id, Status(row.status), row.reason, row.lag, row.next_attempt_at)
+        for row in connection.execute(_SETTLE, parameters)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One attempt that did not end in sent. ``duration`` is None when nobody timed it."""
+
+    follow_up_id: UUID
+    number: int
+    outcome: str
+    detail: str
+    status_code: int | None = None
+    duration: timedelta | None = None
+
+
+_RECORD = text("""
+    INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)
+    SELECT * FROM unnest(CAST(:ids AS uuid[]), CAST(:numbers AS int[]), CAST(:outcomes AS text[]),
+                         CAST(:details AS text[]), CAST(:status_codes AS int[]), CAST(:durations AS interval[]))
+""")
+
+
+def record_failures(connection: Connection, failures: Sequence[Failure]) -> None:
+    """Keep what went wrong, for whoever asks later."""
+    if not failures:
+        return
+    parameters = {
+        "ids": [f.follow_up_id for f in failures],
+        "numbers": [f.number for f in failures],
+        "outcomes": [f.outcome for f in failures],
+        "details": [f.detail for f in failures],
+        "status_codes": [f.status_code for f in failures],
+        "durations": [f.duration for f in failures],
+    }
+    connection.execute(_RECORD, parameters)
