@@ -142,8 +142,13 @@ def finish(
 
 def explain(code: ReasonCode, detail: str = "") -> str:
     """Return ``code`` or ``code: detail``, without what PostgreSQL cannot store, bounded in length."""
-    detail = detail.replace("\x00", "\N{REPLACEMENT CHARACTER}").strip()
+    detail = storable(detail).strip()
     return f"{code.value}: {detail}"[:MAX_REASON_LENGTH] if detail else code.value
+
+
+def storable(text: str) -> str:
+    """Return the text without what PostgreSQL cannot store: NUL characters and lone surrogates."""
+    return text.encode(errors="replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
 def code_of(reason: str | None) -> str:

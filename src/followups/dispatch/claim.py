@@ -34,17 +34,15 @@ class Claim:
     ended: tuple[tuple[UUID, Final], ...]
     lost: int
     """Leases that had ended with an attempt in flight."""
-
-    def __len__(self) -> int:
-        """How many rows it took."""
-        return len(self.leases) + len(self.ended)
+    more: bool
+    """There may be more that is due: this claim or the window of what is in flight was full."""
 
 
 def claim(engine: Engine, settings: Settings) -> Claim:
     """Claim what is due, in one transaction."""
     with engine.begin() as connection:
         ticks.record(connection)
-        claimed = leases.claim(
+        claimed, more = leases.claim(
             connection,
             ahead=settings.tick_interval * AHEAD_TICKS,
             lease=settings.lease,
@@ -57,6 +55,7 @@ def claim(engine: Engine, settings: Settings) -> Claim:
         leases=tuple(one.lease for one in claimed if one.lease.id not in ended),
         ended=tuple(ended.items()),
         lost=len(lost),
+        more=more,
     )
 
 

@@ -1,0 +1,82 @@
+"""Begin: right before sending, look at the world again and say that an attempt is in flight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.states import ReasonCode, Status, finish
+from followups.store import leases, order
+from followups.store.leases import World
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+    from followups.states import Final
+    from followups.store.leases import Begun, Lease, Obstacle
+
+LEAD = timedelta(milliseconds=15)
+"""How long before the due moment begin is called, so that the send itself is on time. From then on a
+cancel comes too late."""
+
+TOLERANCE = timedelta(milliseconds=100)
+"""How early the database lets a begin come: the lead, and what a worker's clock may be off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """What became of a batch of leases. What is in none of these was stale, or waits in its chat's order."""
+
+    begun: tuple[Begun, ...] = ()
+    ended: tuple[tuple[UUID, Final], ...] = ()
+    """Ended without an attempt."""
+    again: tuple[Lease, ...] = ()
+    """Still leased, to be tried shortly: somebody holds the row at this moment."""
+    woken: tuple[Lease, ...] = ()
+    """Next in their chats after what ended; leased to the caller."""
+
+
+def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:
+    """Begin what may be sent, end what must not be, park what is not its chat's turn; in one transaction."""
+    world = World(settings.lease, settings.max_lateness, TOLERANCE)
+    with engine.begin() as connection:
+        begun = leases.begin_if_leased(connection, batch, world)
+        if len(begun) == len(batch):
+            return Beginning(tuple(begun))
+        started = {one.lease.id for one in begun}
+        missing = [lease for lease in batch if lease.id not in started]
+        return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
+
+
+def _explain_missing(
+    connection: Connection, settings: Settings, begun: list[Begun], obstacles: list[Obstacle]
+) -> Beginning:
+    verdicts = [(obstacle.lease, final) for obstacle in obstacles if (final := verdict(obstacle))]
+    ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()
+    judged = {lease.id for lease, _ in verdicts}
+    waiting = [(o.lease, o.earlier) for o in obstacles if o.earlier and o.lease.id not in judged]
+    parked = order.park_if_leased(connection, waiting) if waiting else set()
+    return Beginning(
+        begun=tuple(begun),
+        ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
+        again=tuple(o.lease for o in obstacles if o.lease.id not in ended | parked),
+        woken=tuple(order.wake_and_lease(connection, ended, settings.lease)),
+    )
+
+
+def verdict(obstacle: Obstacle) -> Final | None:
+    """Say how a follow-up ends that must not be sent any more; None: nothing speaks against it for good."""
+    if obstacle.chat_removed:
+        return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
+    if obstacle.silence_broken:
+        return finish(Status.CANCELLED, ReasonCode.USER_REPLIED)
+    if obstacle.too_late:
+        return finish(Status.FAILED, ReasonCode.TOO_LATE)
+    if obstacle.window_closed:
+        return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED)
+    return None

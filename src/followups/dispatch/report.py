@@ -1,0 +1,80 @@
+"""What the dispatcher tells about itself: one canonical line an attempt, one a transition, and the counts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from followups.dispatch.settle import OUTCOME_NAMES
+from followups.states import FINAL, code_of
+from followups.telemetry import metrics
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from uuid import UUID
+
+    from followups.dispatch.claim import Claim
+    from followups.dispatch.send import Attempt
+    from followups.dispatch.settle import Settling
+    from followups.states import Final
+
+log = get_logger(__name__)
+
+
+def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
+    """Tell of one call of the transport. Its answer's text is left out: it may quote the message."""
+    begun = attempt.begun
+    outcome = OUTCOME_NAMES[type(attempt.outcome)]
+    seconds = attempt.duration.total_seconds()
+    lag = (attempt.answered_at - begun.due_date).total_seconds()
+    metrics.ATTEMPTS.labels(transport=transport, outcome=outcome).inc()
+    metrics.ATTEMPT_DURATION.observe(seconds)
+    log.info(
+        "attempt",
+        follow_up_id=str(begun.lease.id),
+        chat_id=str(begun.chat_id),
+        workspace_id=str(begun.workspace_id),
+        attempt=begun.attempt,
+        outcome=outcome,
+        status_code=attempt.outcome.status_code,
+        duration_ms=round(seconds * 1000, 2),
+        lag_ms=round(lag * 1000, 2),
+        task_id=task_id,
+    )
+
+
+def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
+    """Tell of follow-ups that ended without an attempt."""
+    for follow_up_id, final in ends:
+        _transition(follow_up_id, final.status, final.reason)
+
+
+def settled(settling: Settling) -> None:
+    """Tell of what a batch of attempts came to."""
+    if settling.stale:
+        metrics.STALE_WRITES.inc(settling.stale)
+        log.warning("stale_writes", count=settling.stale)
+    for one in settling.settled:
+        if one.lag is not None:
+            metrics.LAG.observe(max(one.lag.total_seconds(), 0.0))
+        if one.status in FINAL:
+            _transition(one.id, one.status, one.reason)
+
+
+def claimed(claim: Claim, seconds: float) -> None:
+    """Tell of a tick; it has a line only when it claimed something."""
+    metrics.TICK_DURATION.observe(seconds)
+    metrics.LAST_TICK.set_to_current_time()
+    ended(claim.ended)
+    if claim.lost:
+        metrics.LEASES_EXPIRED.inc(claim.lost)
+        log.warning("leases_expired", count=claim.lost)
+    if claim.leases:
+        metrics.CLAIMED.inc(len(claim.leases))
+        log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))
+
+
+def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
+    code = code_of(reason)
+    metrics.TRANSITIONS.labels(status=status, code=code).inc()
+    log.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)

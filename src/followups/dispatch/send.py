@@ -1,0 +1,76 @@
+"""Send: one call of the transport, at the due moment, with no transaction open. The result is a value."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.transports.port import Delivery, Outcome, Unknown
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from followups.dispatch.clock import DatabaseClock
+    from followups.store.leases import Begun
+    from followups.transports.port import Transport
+
+GRACE = timedelta(seconds=1)
+"""Beyond the transport's own timeout, after which a transport that hangs is given up; less than the
+margin that the settings keep between timeout and lease."""
+
+SPIN = 0.0005
+"""Seconds below which the event loop's timer is not worth its inaccuracy; it wakes up to a millisecond late."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call of the transport and what came of it. ``answered`` is on this process's monotonic clock."""
+
+    begun: Begun
+    outcome: Outcome
+    duration: timedelta
+    answered: float
+    answered_at: datetime
+    """The same moment by the database's clock."""
+
+
+async def send(transport: Transport, begun: Begun, clock: DatabaseClock, limit: timedelta) -> Attempt:
+    """Wait for the due moment and call the transport once, within ``limit`` and a grace.
+
+    Never early; raises nothing but cancellation.
+    """
+    # A timer may end a little early by another clock, so what is left is looked at again.
+    while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
+        await asyncio.sleep(wait if wait > SPIN else 0)
+    started = time.monotonic()
+    outcome = await _call(transport, _delivery(begun), limit + GRACE)
+    answered = time.monotonic()
+    return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
+
+
+async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> Outcome:
+    try:
+        async with asyncio.timeout(limit.total_seconds()):
+            return await transport.send(delivery)
+    except TimeoutError:
+        return Unknown(f"no outcome within {limit.total_seconds():g} s")
+    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; what it had done is not known
+        # Its text may hold the message, so only its kind is kept.
+        return Unknown(f"the transport raised {type(error).__name__}")
+
+
+def _delivery(begun: Begun) -> Delivery:
+    return Delivery(
+        follow_up_id=begun.lease.id,
+        workspace_id=begun.workspace_id,
+        chat_id=begun.chat_id,
+        channel=begun.channel,
+        external_chat_id=begun.external_chat_id,
+        trigger_chat_message_id=begun.trigger_chat_message_id,
+        message=begun.message,
+        due_date=begun.due_date,
+        attempt=begun.attempt,
+    )

@@ -1,0 +1,113 @@
+"""Settle: what an attempt comes to, decided purely; and the batch that records it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.retry import MIN_RETRY_AFTER, clamp_retry_after
+from followups.states import FINAL, ReasonCode, Status, finish, storable
+from followups.store import order, settlement
+from followups.store.settlement import Failure, Settled, Settlement
+from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.send import Attempt
+    from followups.retry import RetryPolicy
+    from followups.settings import Settings
+    from followups.store.leases import Lease
+
+OUTCOME_NAMES: dict[type, str] = {
+    Sent: "sent",
+    Retry: "retry",
+    Snoozed: "snoozed",
+    Rejected: "rejected",
+    Unknown: "unknown",
+}
+"""The outcomes as they stand in logs, metrics and the record of failed attempts."""
+
+NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Settling:
+    """What a batch of attempts came to."""
+
+    settled: tuple[Settled, ...]
+    stale: int
+    """Results that came after the lease had gone to another worker; nothing was written."""
+    woken: tuple[Lease, ...]
+    """Next in their chats after what ended; leased to the caller."""
+
+
+def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Settling:
+    """Record the outcomes in one transaction, and wake what waited for those that ended."""
+    decided = [
+        decide(attempt, settings.retry_policy, deduplicates=settings.transport_deduplicates) for attempt in attempts
+    ]
+    with engine.begin() as connection:
+        settled = settlement.settle_if_in_flight(connection, decided)
+        written = {one.id for one in settled}
+        settlement.record_failures(
+            connection, [f for a in attempts if a.begun.lease.id in written and (f := failure_of(a))]
+        )
+        ended = [one.id for one in settled if one.status in FINAL]
+        woken = order.wake_and_lease(connection, ended, settings.lease)
+    return Settling(tuple(settled), len(attempts) - len(settled), tuple(woken))
+
+
+def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
+    """Return what one attempt comes to, by its outcome alone. Pure but for the clock and the jitter."""
+    lease = attempt.begun.lease
+    match attempt.outcome:
+        case Sent(chat_message_id):
+            accepted_ago = timedelta(seconds=time.monotonic() - attempt.answered)
+            return Settlement(
+                lease, Status.SENT, chat_message_id=chat_message_id, accepted_ago=accepted_ago, yields=False
+            )
+        case Rejected(detail):
+            final = finish(Status.FAILED, ReasonCode.REJECTED, detail)
+            return Settlement(lease, final.status, final.reason)
+        case Snoozed(_, after):
+            delay = after or max(policy.jittered(attempt.begun.snoozes + 1), MIN_RETRY_AFTER)
+            return Settlement(lease, Status.PENDING, delay=clamp_retry_after(delay), refunded=True)
+        case Retry(detail, after):
+            return _try_again(attempt, policy, detail, after)
+        case Unknown(detail) if deduplicates:
+            return _try_again(attempt, policy, detail, None, cancel_detail=NOT_KNOWN)
+        case Unknown(detail):
+            final = finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, detail)
+            return Settlement(lease, final.status, final.reason, yields=False)
+
+
+def _try_again(
+    attempt: Attempt, policy: RetryPolicy, detail: str, after: timedelta | None, cancel_detail: str = ""
+) -> Settlement:
+    lease = attempt.begun.lease
+    delay = policy.next_delay(attempt.begun.attempt)
+    if delay is None:
+        final = finish(Status.FAILED, ReasonCode.RETRIES_EXHAUSTED, detail)
+        return Settlement(lease, final.status, final.reason, cancel_detail=cancel_detail)
+    wished = clamp_retry_after(after) if after is not None else delay
+    return Settlement(lease, Status.PENDING, delay=wished, cancel_detail=cancel_detail)
+
+
+def failure_of(attempt: Attempt) -> Failure | None:
+    """Return what is kept of an attempt that did not end in sent."""
+    outcome = attempt.outcome
+    if isinstance(outcome, Sent):
+        return None
+    return Failure(
+        attempt.begun.lease.id,
+        attempt.begun.attempt,
+        OUTCOME_NAMES[type(outcome)],
+        storable(outcome.detail),
+        outcome.status_code,
+        attempt.duration,
+    )

@@ -1,0 +1,241 @@
+"""The Celery app: a tick that claims and publishes, a task that begins, sends and settles.
+
+``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as anyone expects. The broker
+carries hints only: no result, no ETA, no retry lives in it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery, signals
+from kombu.entity import Queue
+from kombu.exceptions import OperationalError as BrokerError
+
+from followups.database import make_engine
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.pipeline import DATABASE_THREADS, Pipeline, is_passing
+from followups.dispatch.publish import leases_of
+from followups.dispatch.send import GRACE
+from followups.errors import SettingsError
+from followups.settings import VISIBILITY_TIMEOUT, Settings, get_settings
+from followups.store import leases as lease_store
+from followups.telemetry.logs import configure_logging, get_logger
+from followups.transports.registry import load_transport
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from followups.dispatch.publish import Hint
+
+log = get_logger(__name__)
+
+TICK_EXPIRES = timedelta(hours=1)
+"""After this an unread tick is dropped, so that beat cannot fill the broker while no worker runs. Far above
+the tick interval on purpose: Celery compares two hosts' clocks here, and an hour's margin forgives one that
+is minutes off; superfluous ticks are folded into one by the dispatcher."""
+
+DRAIN_MARGIN = timedelta(seconds=5)
+"""For settling what was in flight when the order to stop came."""
+
+
+def _settings_or_exit() -> Settings:
+    try:
+        return get_settings()
+    except SettingsError as error:
+        # Celery, uvicorn and honcho would print a stack trace for what is one sentence to the operator.
+        sys.stderr.write(f"followups: {error}\n")
+        raise SystemExit(2) from None
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return the Celery app, set for hints: small, idempotent, worthless once read."""
+    app = Celery("followups", broker=settings.broker_url.get_secret_value())
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        # A hint is acknowledged when it is taken: the lease recovers what a crash loses, and a late
+        # acknowledgement would add redelivery and no safety.
+        task_acks_late=False,
+        task_queues=[Queue("dispatch"), Queue("deliver")],
+        task_default_queue="dispatch",
+        task_create_missing_queues=False,
+        task_routes={"followups.dispatch_due": {"queue": "dispatch"}, "followups.deliver": {"queue": "deliver"}},
+        # Tasks hand over to the pipeline and return at once, so a few threads are plenty, and a full
+        # deliver queue does not delay a tick. More cores: more worker processes.
+        worker_pool="threads",
+        worker_concurrency=4,
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=True,
+        task_send_sent_event=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": int(VISIBILITY_TIMEOUT.total_seconds()),
+            "global_keyprefix": "followups:",
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+            "retry_on_timeout": True,
+        },
+        # Two seconds in all for a publish while the broker is away; the leases then go back at once.
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
+        beat_scheduler="celery.beat:Scheduler",
+        beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 5.0),
+        beat_schedule={
+            "dispatch-due": {
+                "task": "followups.dispatch_due",
+                "schedule": settings.tick_interval,
+                "options": {"expires": TICK_EXPIRES.total_seconds()},
+            }
+        },
+        timezone="UTC",
+    )
+    return app
+
+
+settings = _settings_or_exit()
+app = make_app(settings)
+
+
+class Process:
+    """What one worker process holds, made after the fork and on first use."""
+
+    def __init__(self) -> None:
+        """Make the engine and the two halves of the work; connect to nothing yet."""
+        url = settings.database_url.get_secret_value()
+        self.engine = make_engine(url, pool_size=DATABASE_THREADS + 2, application_name="followups-worker")
+        self.dispatcher = Dispatcher(settings, self.engine, publish)
+        self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)
+        self.draining = threading.Event()
+
+    def stop(self) -> None:
+        """Drain: settle what is in flight, give the rest back."""
+        unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
+        if unsettled:
+            log.error("drained_in_part", unsettled=unsettled)
+        self.engine.dispose()
+
+
+_processes: dict[int, Process] = {}
+"""By process id: a forked child is another process, and gets its own."""
+_making = threading.Lock()
+
+
+def current_process() -> Process:
+    """Return what this process holds, its pipeline running."""
+    with _making:
+        process = _processes.get(os.getpid())
+        if process is None:
+            process = _processes[os.getpid()] = Process()
+            process.pipeline.start()
+        return process
+
+
+@app.task(name="followups.dispatch_due")
+def dispatch_due(*_: object, **__: object) -> None:
+    """Tick: claim what falls due before the next one, and publish it in batches."""
+    process = current_process()
+    if process.draining.is_set():
+        return
+    try:
+        process.dispatcher.run()
+    except BrokerError as error:
+        log.warning("broker_unreachable", step="publish", error=type(error).__name__)
+    except Exception as error:
+        if not is_passing(error):
+            raise
+        log.warning("database_unreachable", step="claim", error=type(error).__name__)
+
+
+@app.task(name="followups.deliver", bind=True)
+def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
+    """Deliver a batch: begin, send and settle each follow-up of the hint at its moment."""
+    try:
+        leases = leases_of(hint)
+    except ValueError as error:
+        log.warning("hint_dropped", error=str(error), task_id=task.request.id)
+        return
+    process = current_process()
+    if process.draining.is_set():
+        with process.engine.begin() as connection:
+            lease_store.release_if_not_begun(connection, leases)
+        return
+    process.pipeline.submit(leases, task.request.id or "")
+
+
+def publish(hint: Hint) -> None:
+    """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
+    deliver.apply_async(args=[hint], expires=VISIBILITY_TIMEOUT.total_seconds())
+
+
+class Nudger:
+    """Asks for a tick soon: returns at once, never raises, and asks no more often than is of use."""
+
+    INTERVAL = 0.01
+    """Seconds between two nudges of one process."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        """``ask`` sends one; it may be slow, and it may raise."""
+        self._ask = ask
+        self._wanted = threading.Event()
+        self._started = threading.Lock()
+        self._pid = 0
+
+    def __call__(self) -> None:
+        """Ask for a tick; without a broker it is left to the next one of beat."""
+        with self._started:
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                threading.Thread(target=self._run, name="nudger", daemon=True).start()
+        self._wanted.set()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            try:
+                self._ask()
+            except Exception as error:  # noqa: BLE001 - a lost nudge costs a tick, nothing more
+                log.warning("broker_unreachable", step="nudge", error=type(error).__name__)
+            pause.wait(self.INTERVAL)
+
+
+nudge = Nudger(lambda: dispatch_due.apply_async(retry=False, expires=TICK_EXPIRES.total_seconds()))
+
+
+@signals.setup_logging.connect
+def _configure_logging(**_: object) -> None:
+    configure_logging(settings.log_format, settings.log_level)
+
+
+@signals.worker_ready.connect
+@signals.worker_process_init.connect
+def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
+    # The first follow-up must not wait for connections. The parent of forked children delivers nothing.
+    pool = getattr(sender, "pool", None)
+    if type(pool).__module__ != "celery.concurrency.prefork":
+        current_process()
+
+
+@signals.worker_shutting_down.connect
+def _stop_beginning(**_: object) -> None:
+    if process := _processes.get(os.getpid()):
+        process.draining.set()
+
+
+@signals.worker_shutdown.connect
+@signals.worker_process_shutdown.connect
+def _drain(**_: object) -> None:
+    if process := _processes.get(os.getpid()):
+        process.stop()
