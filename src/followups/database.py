@@ -10,6 +10,8 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 if TYPE_CHECKING:
@@ -23,7 +25,15 @@ TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
 
-def make_engine(database_url: str, *, pool_size: int = 5, application_name: str = "followups") -> Engine:
+BY_KEY = "".join(f" -c enable_{method}=off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin"))
+"""Planner options for workers: every statement of theirs looks up a batch by key or walks an index, and must
+go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
+of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with."""
+
+
+def make_engine(
+    database_url: str, *, pool_size: int = 5, application_name: str = "followups", options: str = ""
+) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
 
     A connection is tested when it is taken from the pool, so that a restarted server costs one
@@ -32,7 +42,7 @@ def make_engine(database_url: str, *, pool_size: int = 5, application_name: str 
     connect_args: Mapping[str, Any] = {
         "application_name": application_name,
         "connect_timeout": CONNECT_TIMEOUT,
-        "options": f"-c statement_timeout={STATEMENT_TIMEOUT}s -c timezone=UTC",
+        "options": f"-c statement_timeout={STATEMENT_TIMEOUT}s -c timezone=UTC{options}",
         "keepalives_idle": 10,
         "keepalives_interval": 3,
         "keepalives_count": 3,
@@ -50,6 +60,13 @@ def make_engine(database_url: str, *, pool_size: int = 5, application_name: str 
         # Statement parameters hold message texts: they must never stand in an error or a log.
         hide_parameters=True,
     )
+
+
+def is_passing(error: Exception) -> bool:
+    """Say whether trying the same again may help: the database was away, busy, or broke a deadlock."""
+    if isinstance(error, PoolTimeoutError | OperationalError):
+        return True
+    return isinstance(error, DBAPIError) and error.connection_invalidated
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

@@ -144,6 +144,7 @@ class FollowUp(Base):
         CheckConstraint(f"char_length(message) BETWEEN 1 AND {MAX_MESSAGE_LENGTH}", name="message_has_text"),
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
+        CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
         # The claim's path: what is due, oldest first. What waits for an earlier one of its chat is not
         # in it, so it is not scanned, claimed and refused again and again.
         Index(
@@ -162,9 +163,17 @@ class FollowUp(Base):
             postgresql_where=text("status = 'pending'"),
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
-        # The API's lists, newest first.
-        Index("ix_follow_ups_list", "workspace_id", text("created_at DESC"), "id"),
+        # The API's lists, newest first (`followups.store.listing`). Without a filter, a list merges the
+        # four states, so that this one index serves both.
+        Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
+        Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),
+        Index(
+            "ix_follow_ups_chat_message",
+            "workspace_id",
+            "chat_message_id",
+            postgresql_where=text("chat_message_id IS NOT NULL"),
+        ),
         {
             # Room on each page for lease updates in place; the table lives by updates, so vacuum early.
             "postgresql_with": {
@@ -230,6 +239,21 @@ class FailedAttempt(Base):
     status_code: Mapped[int | None]
     duration: Mapped[timedelta | None]
     """None when the worker was lost, and nobody timed it."""
+
+
+class IdempotencyKey(Base):
+    """The answer to a request that named an Idempotency-Key, written in the transaction of what it did."""
+
+    __tablename__ = "idempotency_keys"
+    __table_args__ = (Index(None, "created_at"),)
+
+    workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_hash: Mapped[bytes]
+    status: Mapped[int]
+    location: Mapped[str | None]
+    body: Mapped[bytes]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class DispatcherState(Base):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
 from kombu.entity import Queue
-from kombu.exceptions import OperationalError as BrokerError
 
-from followups.database import make_engine
+from followups.database import BY_KEY, make_engine
+from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.pipeline import DATABASE_THREADS, Pipeline, is_passing
+from followups.dispatch.pipeline import DATABASE_THREADS, Pipeline
 from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.errors import SettingsError
@@ -67,10 +67,9 @@ def make_app(settings: Settings) -> Celery:
         task_default_queue="dispatch",
         task_create_missing_queues=False,
         task_routes={"followups.dispatch_due": {"queue": "dispatch"}, "followups.deliver": {"queue": "deliver"}},
-        # Tasks hand over to the pipeline and return at once, so a few threads are plenty, and a full
-        # deliver queue does not delay a tick. More cores: more worker processes.
-        worker_pool="threads",
-        worker_concurrency=4,
+        # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once, so they need
+        # no pool, and a full deliver queue does not delay a tick. More cores: more worker processes.
+        worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_send_task_events=True,
@@ -113,13 +112,21 @@ class Process:
     def __init__(self) -> None:
         """Make the engine and the two halves of the work; connect to nothing yet."""
         url = settings.database_url.get_secret_value()
-        self.engine = make_engine(url, pool_size=DATABASE_THREADS + 2, application_name="followups-worker")
+        self.engine = make_engine(
+            url, pool_size=DATABASE_THREADS + 2, application_name="followups-worker", options=BY_KEY
+        )
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)
         self.draining = threading.Event()
 
+    def start(self) -> None:
+        """Start both; each waits for the database by itself."""
+        self.dispatcher.start()
+        self.pipeline.start()
+
     def stop(self) -> None:
-        """Drain: settle what is in flight, give the rest back."""
+        """Drain: claim nothing more, settle what is in flight, give the rest back."""
+        self.dispatcher.stop()
         unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
@@ -137,24 +144,14 @@ def current_process() -> Process:
         process = _processes.get(os.getpid())
         if process is None:
             process = _processes[os.getpid()] = Process()
-            process.pipeline.start()
+            process.start()
         return process
 
 
 @app.task(name="followups.dispatch_due")
 def dispatch_due(*_: object, **__: object) -> None:
     """Tick: claim what falls due before the next one, and publish it in batches."""
-    process = current_process()
-    if process.draining.is_set():
-        return
-    try:
-        process.dispatcher.run()
-    except BrokerError as error:
-        log.warning("broker_unreachable", step="publish", error=type(error).__name__)
-    except Exception as error:
-        if not is_passing(error):
-            raise
-        log.warning("database_unreachable", step="claim", error=type(error).__name__)
+    current_process().dispatcher.tick()
 
 
 @app.task(name="followups.deliver", bind=True)
@@ -207,7 +204,7 @@ class Nudger:
             try:
                 self._ask()
             except Exception as error:  # noqa: BLE001 - a lost nudge costs a tick, nothing more
-                log.warning("broker_unreachable", step="nudge", error=type(error).__name__)
+                report.broker_unreachable("nudge", error)
             pause.wait(self.INTERVAL)
 
 

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from followups.dispatch import report
-from followups.dispatch.claim import claim
+from followups.dispatch.claim import CLAIM_SIZE, claim
 from followups.dispatch.publish import batches
 from followups.store import leases
 
@@ -19,46 +19,57 @@ if TYPE_CHECKING:
     from followups.dispatch.publish import Hint
     from followups.settings import Settings
 
-PAUSE = 0.01
-"""Seconds before looking again when all that may be in flight is; doubles up to `LONGEST_PAUSE`."""
-LONGEST_PAUSE = 0.2
+PAUSE = 0.05
+"""Seconds before looking again when all that may be in flight is: claiming each place as it comes free
+would make batches of one, and cost a look at the whole window each."""
 
 
 class Dispatcher:
-    """One in each worker process. Ticks and nudges that come while one runs are folded into it."""
+    """One thread in each worker process. Ticks and nudges that come while one runs are folded into it."""
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
         """``publish`` hands one hint to the broker, and raises when it can't."""
         self._settings = settings
         self._engine = engine
         self._publish = publish
-        self._running = threading.Lock()
         self._wanted = threading.Event()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
-    def run(self) -> int:
-        """Tick once; return how many follow-ups were claimed. Raises what the database and the broker raise."""
+    def start(self) -> None:
+        """Start the thread; it waits for the first tick."""
+        self._thread.start()
+
+    def tick(self) -> None:
+        """Ask for a tick. Returns at once."""
         self._wanted.set()
-        total = 0
-        # Looked at again after the lock is free: a nudge that comes in between must not be lost.
-        while self._wanted.is_set() and self._running.acquire(blocking=False):
-            try:
-                total += self._drain_due()
-            finally:
-                self._running.release()
-        return total
 
-    def _drain_due(self) -> int:
-        total, pause = 0, PAUSE
-        deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+    def stop(self) -> None:
+        """Claim nothing more; a claim under way is published first."""
+        self._stopping.set()
+        self._wanted.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
         while True:
+            self._wanted.wait()
             self._wanted.clear()
+            if self._stopping.is_set():
+                return
+            try:
+                self._drain_due()
+            except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
+                report.failed("claim", error)
+
+    def _drain_due(self) -> None:
+        deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+        while not self._stopping.is_set():
             count, more = self._claim_and_publish()
-            total += count
             if not more or time.monotonic() >= deadline:
-                return total
-            pause = PAUSE if count else min(pause * 2, LONGEST_PAUSE)
-            if not count:
-                self._wanted.wait(pause)
+                return
+            if count < CLAIM_SIZE:
+                self._stopping.wait(PAUSE)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
         started = time.perf_counter()
@@ -68,9 +79,10 @@ class Dispatcher:
         for number, hint in enumerate(batches(claimed.leases, size)):
             try:
                 self._publish(hint)
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
+                report.broker_unreachable("publish", error)
                 # What was not published goes back at once, and not only when its lease ends.
                 with self._engine.begin() as connection:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
-                raise
+                return number * size, False
         return len(claimed.leases), claimed.more

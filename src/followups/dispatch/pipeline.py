@@ -20,9 +20,10 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
+from followups.database import is_passing
 from followups.dispatch import report
 from followups.dispatch.begin import LEAD, begin
 from followups.dispatch.clock import DatabaseClock
@@ -176,7 +177,7 @@ class Pipeline:
             try:
                 beginning = await self._in_thread(partial(begin, self._engine, self._settings, leases))
             except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
-                self._failed("begin", error)
+                report.failed("begin", error)
                 self._free += len(batch)
                 for lease, task_id in batch:
                     self._accept_later([lease], task_id, BACKOFF)
@@ -234,8 +235,9 @@ class Pipeline:
             await self._settleable.wait()
             self._settleable.clear()
             while self._results:
-                await self._settle(self._results[:SETTLE_SIZE])
-                del self._results[:SETTLE_SIZE]
+                batch = self._results[:SETTLE_SIZE]
+                await self._settle(batch)
+                del self._results[: len(batch)]  # others have come behind it meanwhile
                 self._changed.set()
             if self._draining and not self._sends:
                 return
@@ -246,7 +248,7 @@ class Pipeline:
                 settling = await self._in_thread(lambda: settle(self._engine, self._settings, batch))
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
-                self._failed("settle", error)
+                report.failed("settle", error)
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return
@@ -280,18 +282,5 @@ class Pipeline:
             try:
                 return await self._in_thread(work)
             except (DBAPIError, PoolTimeoutError) as error:
-                self._failed(what, error)
+                report.failed(what, error)
                 await asyncio.sleep(BACKOFF.total_seconds())
-
-    def _failed(self, what: str, error: Exception) -> None:
-        if is_passing(error):
-            log.warning("database_unreachable", step=what, error=type(error).__name__)
-        else:
-            log.error("step_failed", step=what, exc_info=error)
-
-
-def is_passing(error: Exception) -> bool:
-    """Say whether trying the same again may help: the database was away, busy, or broke a deadlock."""
-    if isinstance(error, PoolTimeoutError | OperationalError):
-        return True
-    return isinstance(error, DBAPIError) and error.connection_invalidated

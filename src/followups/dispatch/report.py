@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from followups.database import is_passing
 from followups.dispatch.settle import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics
@@ -72,6 +73,19 @@ def claimed(claim: Claim, seconds: float) -> None:
     if claim.leases:
         metrics.CLAIMED.inc(len(claim.leases))
         log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))
+
+
+def failed(step: str, error: Exception) -> None:
+    """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
+    if is_passing(error):
+        log.warning("database_unreachable", step=step, error=type(error).__name__)
+    else:
+        log.error("step_failed", step=step, exc_info=error)
+
+
+def broker_unreachable(step: str, error: Exception) -> None:
+    """Tell that the broker is away; nothing is lost, it is late."""
+    log.warning("broker_unreachable", step=step, error=type(error).__name__)
 
 
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:

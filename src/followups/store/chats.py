@@ -60,30 +60,33 @@ def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
     return chat
 
 
+_ANEW: dict[str, object] = {
+    "removed_at": None,
+    "last_message_id": None,
+    "last_message_role": None,
+    "last_message_at": None,
+    "last_user_message_at": None,
+}
+"""What a chat forgets that was removed and comes back."""
+
+
 def put_chat(
     session: Session, workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None
 ) -> tuple[Chat, bool]:
     """Create or update the chat; return it and whether it is new. One that was removed starts anew."""
-    known = session.scalar(
-        select(Chat).where(Chat.workspace_id == workspace_id, Chat.id == chat_id).with_for_update(key_share=True)
-    )
-    new = known is None or known.removed_at is not None
-    values = {"channel": channel.value, "external_id": external_id, "removed_at": None}
-    if new:
-        values |= {
-            "last_message_id": None,
-            "last_message_role": None,
-            "last_message_at": None,
-            "last_user_message_at": None,
-        }
+    values: dict[str, object] = {"channel": channel.value, "external_id": external_id}
     statement = insert(Chat).values(workspace_id=workspace_id, id=chat_id, **values)
-    chat = session.scalars(
-        statement.on_conflict_do_update(
-            index_elements=[Chat.workspace_id, Chat.id], set_=values | {"updated_at": func.now()}
-        ).returning(Chat),
-        execution_options={"populate_existing": True},
-    ).one()
-    return chat, new
+    created = session.scalar(statement.on_conflict_do_nothing().returning(Chat))
+    if created is not None:
+        return created, True
+    # Only now, under the lock, is it certain whether the chat was removed, and what was written in it.
+    this = (Chat.workspace_id == workspace_id, Chat.id == chat_id)
+    removed = session.execute(select(Chat.removed_at).where(*this).with_for_update(key_share=True)).scalar_one()
+    if removed is not None:
+        values |= _ANEW
+    change = update(Chat).where(*this).values(**values, updated_at=func.now()).returning(Chat)
+    options = {"populate_existing": True, "synchronize_session": False}
+    return session.scalars(change, execution_options=options).one(), removed is not None
 
 
 def remove_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> list[UUID]:
@@ -122,6 +125,8 @@ def receive(
     An unknown chat is created. One that is older than the chat's last message is recorded and changes
     nothing; one that is known already changes nothing at all. Raises `ChatNotFoundError` for a removed chat.
     """
+    if known := session.get(ChatMessage, (workspace_id, message_id)):
+        return _known(known)
     session.execute(_ENSURE, {"workspace_id": workspace_id, "chat_id": chat_id})
     lock_chat(session, workspace_id, chat_id)
     values: dict[str, object] = {"workspace_id": workspace_id, "id": message_id, "chat_id": chat_id, "role": role.value}
@@ -129,8 +134,7 @@ def receive(
         values["created_at"] = created_at
     recorded = session.scalar(insert(ChatMessage).values(values).on_conflict_do_nothing().returning(ChatMessage))
     if recorded is None:
-        known = session.get_one(ChatMessage, (workspace_id, message_id))
-        return Received(known.id, known.chat_id, Role(known.role), known.created_at, (), new=False)
+        return _known(session.get_one(ChatMessage, (workspace_id, message_id)))
     advance = {
         "workspace_id": workspace_id,
         "chat_id": chat_id,
@@ -143,3 +147,7 @@ def receive(
     if is_last and (code := CANCELLING.get(role)):
         cancelled = follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, code)
     return Received(recorded.id, chat_id, role, recorded.created_at, tuple(cancelled), new=True)
+
+
+def _known(message: ChatMessage) -> Received:
+    return Received(message.id, message.chat_id, Role(message.role), message.created_at, (), new=False)

@@ -59,34 +59,45 @@ _CLAIM = text(f"""
         SELECT id FROM head WHERE free LIMIT :most
     ), taken AS MATERIALIZED (
         SELECT f.id, f.begun_at IS NOT NULL AS lost
-          FROM free JOIN follow_ups f ON f.id = free.id
-         WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
-           AND (f.lease_until IS NULL OR f.lease_until <= now())
-           FOR UPDATE OF f SKIP LOCKED
+          FROM free
+         CROSS JOIN LATERAL (
+             SELECT f.id, f.begun_at FROM follow_ups f
+              WHERE f.id = free.id AND f.status = 'pending' AND f.waits_for IS NULL
+                AND {_DUE} <= now() + CAST(:ahead AS interval) AND (f.lease_until IS NULL OR f.lease_until <= now())
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    ), claimed AS (
+        UPDATE follow_ups f
+           SET lease_token = f.lease_token + 1,
+               lease_until = GREATEST(now(), {_DUE}) + CAST(:lease AS interval),
+               begun_at = NULL,
+               attempts = f.attempts - taken.lost::int,
+               losses = f.losses + taken.lost::int
+          FROM taken
+         WHERE f.id = taken.id
+        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
     )
-    UPDATE follow_ups f
-       SET lease_token = f.lease_token + 1,
-           lease_until = GREATEST(now(), {_DUE}) + CAST(:lease AS interval),
-           begun_at = NULL,
-           attempts = f.attempts - taken.lost::int,
-           losses = f.losses + taken.lost::int
-      FROM taken
-     WHERE f.id = taken.id
-    RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
+    SELECT claimed.*, (SELECT count(*) FROM head) AS seen
+      FROM (SELECT) one LEFT JOIN claimed ON true
+     ORDER BY claimed.due, claimed.id
 """)  # noqa: S608 - no input, only the constant above
 
 
-def claim(connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int) -> list[Claimed]:
+def claim(
+    connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int
+) -> tuple[list[Claimed], bool]:
     """Lease up to ``most`` follow-ups that fall due within ``ahead``, so that no more than ``window`` are in flight.
 
-    Expired leases are taken over; the earliest due come first.
+    Expired leases are taken over; the earliest due come first. The second value says that there may be
+    more: the claim or the window was full.
     """
-    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease, "window": window, "most": most})
+    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease, "window": window, "most": most}).all()
     claimed = [
         Claimed(Lease(row.id, row.lease_token, row.due), row.lost, row.attempts, row.losses, row.cancel_requested)
         for row in rows
+        if row.id is not None
     ]
-    return sorted(claimed, key=lambda one: (one.lease.due, one.lease.id))
+    return claimed, len(claimed) >= most or rows[0].seen >= window
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,9 +127,14 @@ class Begun:
 
 
 _WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
-_LEASED = (
-    "f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()"
-)
+# LATERAL, so that each is looked up by its key whatever the planner believes of the table: right after a
+# burst of inserts its statistics are wrong, and it would rather read every pending row than a hundred keys.
+_LOOKED_UP = """
+        SELECT f.* FROM follow_ups f
+         WHERE f.id = b.id AND f.lease_token = b.token
+           AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
+"""
+_LEASED = f"CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
 _TOO_LATE = (
     "(CAST(:max_lateness AS interval) > interval '0'"
@@ -140,12 +156,10 @@ _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token
 _BEGIN = text(f"""
     WITH ready AS MATERIALIZED (
         SELECT f.id, c.channel, c.external_id
-          FROM {_BATCH}
-          JOIN follow_ups f ON {_LEASED}
+          FROM {_BATCH} {_LEASED}
           JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
          WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
            AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER})
-           FOR UPDATE OF f SKIP LOCKED
     )
     UPDATE follow_ups f
        SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
@@ -194,8 +208,7 @@ _OBSTACLES = text(f"""
     SELECT f.id, f.lease_token, {_DUE} AS due, f.attempts, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
            {_EARLY} AS early, earlier.id AS earlier
-      FROM {_BATCH}
-      JOIN follow_ups f ON {_LEASED}
+      FROM {_BATCH} CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f
       JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
       LEFT JOIN LATERAL (
           SELECT e.id FROM follow_ups e WHERE {_EARLIER} ORDER BY e.due_date DESC, e.id DESC LIMIT 1
@@ -226,8 +239,7 @@ _END = text(f"""
         SELECT f.id, b.status, b.reason
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
                       CAST(:reasons AS text[])) AS b(id, token, status, reason)
-          JOIN follow_ups f ON {_LEASED}
-           FOR UPDATE OF f SKIP LOCKED
+          {_LEASED}
     )
     UPDATE follow_ups f
        SET status = held.status, reason = held.reason, finished_at = now(), updated_at = now(), lease_until = NULL
@@ -248,7 +260,7 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
 
 _RELEASE = text(f"""
     WITH held AS MATERIALIZED (
-        SELECT f.id FROM {_BATCH} JOIN follow_ups f ON {_LEASED} FOR UPDATE OF f SKIP LOCKED
+        SELECT f.id FROM {_BATCH} {_LEASED}
     )
     UPDATE follow_ups f SET lease_until = NULL FROM held WHERE f.id = held.id
 """)  # noqa: S608 - no input, only the constants above

@@ -34,9 +34,11 @@ _PARK = text("""
         SELECT f.id, b.earlier
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
                AS b(id, token, earlier)
-          JOIN follow_ups f ON f.id = b.id AND f.lease_token = b.token
-         WHERE f.status = 'pending' AND f.begun_at IS NULL
-           FOR UPDATE OF f SKIP LOCKED
+         CROSS JOIN LATERAL (
+             SELECT f.id FROM follow_ups f
+              WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NULL
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
     )
     UPDATE follow_ups f SET waits_for = held.earlier, lease_until = NULL
       FROM held
@@ -59,15 +61,17 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
     return set(connection.scalars(_PARK, parameters))
 
 
+# What waits is pending: a constraint holds it. Saying so again would let the planner walk the index of
+# all that is pending instead of the few that wait.
 _WAKE = text("""
     UPDATE follow_ups SET waits_for = NULL
-     WHERE waits_for = ANY(CAST(:ids AS uuid[])) AND status = 'pending'
+     WHERE waits_for = ANY(CAST(:ids AS uuid[])) AND waits_for IS NOT NULL
 """)
 
 _WAKE_AND_LEASE = text("""
     UPDATE follow_ups f
        SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
-     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.status = 'pending'
+     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL
     RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due
 """)
 

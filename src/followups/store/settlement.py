@@ -52,6 +52,19 @@ class Settled:
 _STOPPED = "(r.yields AND f.cancel_requested IS NOT NULL)"
 
 _SETTLE = text(f"""
+    WITH r AS MATERIALIZED (
+        SELECT b.*
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
+                      CAST(:reasons AS text[]), CAST(:delays AS interval[]), CAST(:chat_message_ids AS uuid[]),
+                      CAST(:accepted_ago AS interval[]), CAST(:refunded AS boolean[]), CAST(:yields AS boolean[]),
+                      CAST(:cancel_details AS text[]))
+               AS b(id, token, status, reason, delay, chat_message_id, accepted_ago, refunded, yields, cancel_detail)
+         CROSS JOIN LATERAL (
+             SELECT FROM follow_ups f
+              WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+                FOR NO KEY UPDATE
+         ) f
+    )
     UPDATE follow_ups f
        SET status = CASE WHEN {_STOPPED} THEN 'cancelled' ELSE r.status END,
            reason = CASE WHEN {_STOPPED} THEN f.cancel_requested || r.cancel_detail ELSE r.reason END,
@@ -65,11 +78,8 @@ _SETTLE = text(f"""
            snoozes = f.snoozes + r.refunded::int,
            begun_at = NULL,
            lease_until = NULL
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]), CAST(:reasons AS text[]),
-                  CAST(:delays AS interval[]), CAST(:chat_message_ids AS uuid[]), CAST(:accepted_ago AS interval[]),
-                  CAST(:refunded AS boolean[]), CAST(:yields AS boolean[]), CAST(:cancel_details AS text[]))
-           AS r(id, token, status, reason, delay, chat_message_id, accepted_ago, refunded, yields, cancel_detail)
-     WHERE f.id = r.id AND f.lease_token = r.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+      FROM r
+     WHERE f.id = r.id
     RETURNING f.id, f.status, f.reason, f.accepted_at - f.due_date AS lag, f.next_attempt_at
 """)  # noqa: S608 - no input, only the constant above
 

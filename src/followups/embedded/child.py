@@ -1,0 +1,208 @@
+"""A command run as a child of this process, in a session of its own, with its output in a log file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import IO, TYPE_CHECKING
+
+from followups.embedded.watchdog import WATCHDOG
+from followups.errors import FollowUpsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+POLL = timedelta(milliseconds=20)
+"""Between two readiness checks."""
+
+TAIL_LINES = 20
+"""Lines of a log that an error shows."""
+
+GONE_WITHIN = timedelta(seconds=5)
+"""How long what a killed process forked may take to end."""
+
+
+class EmbeddedError(FollowUpsError):
+    """A process on this machine could not be started or stopped."""
+
+    slug = "embedded"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """What is run, and how it is stopped: the signal, ``grace``, then SIGKILL."""
+
+    name: str
+    argv: Sequence[str]
+    log: Path
+    environment: Mapping[str, str] | None = None
+    """All of its variables; None: those of this process."""
+    directory: Path | None = None
+    stdin: bytes = b""
+    run_as: tuple[int, int] | None = None
+    """User and group id, for root to give up; None: as this process."""
+    stop_signal: signal.Signals = signal.SIGTERM
+    grace: timedelta = timedelta(seconds=10)
+    echo: Callable[[str], None] | None = None
+    """Called with each line of its output as well, from a thread."""
+
+
+class Child:
+    """A running command. It can be started again after it was stopped or killed."""
+
+    def __init__(self, command: Command) -> None:
+        """Take the command; nothing runs yet."""
+        self.command = command
+        self._process: subprocess.Popen[bytes] | None = None
+        self._forks = -1  # the reading end of a pipe that it and all that it forks hold open
+        self._asked_at: float | None = None
+        self._echo: threading.Thread | None = None
+
+    @property
+    def pid(self) -> int:
+        """The process id. Raises `EmbeddedError` when it was not started."""
+        return self._running().pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs and before it was started."""
+        return self._process.poll() if self._process else None
+
+    @property
+    def running(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start it, with an empty log. Raises `EmbeddedError` when the program can't be run."""
+        if self.running:
+            message = f"{self.command.name} is already running."
+            raise EmbeddedError(message)
+        self._forks, held_by_child = os.pipe()
+        try:
+            self._process = _popen(self.command, held_by_child)
+        except OSError as error:
+            os.close(self._forks)
+            message = f"{self.command.name} could not be started: {error}."
+            raise EmbeddedError(message) from error
+        finally:
+            os.close(held_by_child)
+        self._asked_at = None
+        WATCHDOG.guard_process(self._process.pid, self.command.stop_signal, self.command.grace.total_seconds())
+        _feed(self._process, self.command.stdin)
+        if self.command.echo:
+            self._echo = threading.Thread(target=_pump, args=(self._process.stdout, self.command), daemon=True)
+            self._echo.start()
+
+    def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
+        """Return when ``ready`` says so; else stop it and raise `EmbeddedError` with the end of its log."""
+        deadline = time.monotonic() + within.total_seconds()
+        while not ready():
+            code = self.exit_code
+            if code is None and time.monotonic() < deadline:
+                time.sleep(POLL.total_seconds())
+                continue
+            self.stop()
+            what = f"was not ready after {within.total_seconds():g} s" if code is None else f"ended with code {code}"
+            message = f"{self.command.name} {what}. The end of its log:\n{self.tail()}"
+            raise EmbeddedError(message)
+
+    def tail(self) -> str:
+        """Return the last lines of its log."""
+        with contextlib.suppress(FileNotFoundError):
+            lines = self.command.log.read_text(errors="replace").splitlines()
+            return "\n".join(lines[-TAIL_LINES:]) or "(it is empty)"
+        return "(there is none)"
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the process itself, not to its group: a pool's parent looks after its children."""
+        if self.running:
+            self._running().send_signal(number)
+
+    def ask(self) -> None:
+        """Ask it to end, once, and return at once."""
+        if self._asked_at is None:
+            self._asked_at = time.monotonic()
+            self.signal(self.command.stop_signal)
+
+    def stop(self) -> None:
+        """Ask it to end, wait up to its grace, kill what is left. Nothing happens when it does not run."""
+        if self._process is None:
+            return
+        self.ask()
+        left = self.command.grace.total_seconds() - (time.monotonic() - (self._asked_at or 0.0))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(left, 0.0))
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill it and its group with SIGKILL, and return when all that it forked is gone."""
+        if self._process is None:
+            return
+        # Also after its own end: what it left in its group goes with it.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        WATCHDOG.release(self._process.pid)
+        gone = _closed_within(self._forks, GONE_WITHIN)
+        os.close(self._forks)
+        if self._echo:
+            self._echo.join(GONE_WITHIN.total_seconds())
+        if self._process.stdout:
+            self._process.stdout.close()
+        self._process = self._echo = None
+        if not gone:
+            message = f"Processes that {self.command.name} started are still running."
+            raise EmbeddedError(message)
+
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            message = f"{self.command.name} is not running."
+            raise EmbeddedError(message)
+        return self._process
+
+
+def _popen(command: Command, held_by_child: int) -> subprocess.Popen[bytes]:
+    user, group = command.run_as or (None, None)
+    with command.log.open("wb") as log:
+        return subprocess.Popen(  # noqa: S603 - our own commands, never a shell
+            command.argv,
+            env=command.environment,
+            cwd=command.directory,
+            stdin=subprocess.PIPE if command.stdin else subprocess.DEVNULL,
+            stdout=subprocess.PIPE if command.echo else log,
+            stderr=subprocess.STDOUT,
+            user=user,
+            group=group,
+            extra_groups=None if command.run_as is None else [],
+            pass_fds=(held_by_child,),
+            start_new_session=True,
+        )
+
+
+def _feed(process: subprocess.Popen[bytes], stdin: bytes) -> None:
+    if process.stdin:
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(stdin)
+
+
+def _pump(output: IO[bytes], command: Command) -> None:
+    with command.log.open("ab", buffering=0) as log:
+        for line in output:
+            log.write(line)
+            if command.echo:
+                command.echo(line.decode(errors="replace").rstrip("\n"))
+
+
+def _closed_within(pipe: int, within: timedelta) -> bool:
+    watched = select.poll()
+    watched.register(pipe, select.POLLIN)
+    return bool(watched.poll(within / timedelta(milliseconds=1)))

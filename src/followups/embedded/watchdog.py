@@ -1,0 +1,160 @@
+"""Stops the children of a process that ended without stopping them itself.
+
+A pipe tells: the watchdog reads from it, the owner holds the other end, and the kernel closes that end
+however the owner ends (return, signal, SIGKILL). This works on every Unix and from every thread, where
+Linux' parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
+
+The file is both ends: imported by the owner, and run as a script (standard library only, no packages, about
+20 ms) as the watchdog. One watchdog serves one owner, from its first guarded thing to its last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+POLL = 0.02
+"""Seconds between two looks at a process that is to end."""
+
+REMOVAL_TRIES = 50
+"""How often a directory is removed again, at `POLL`: a program of the owner may still be writing into it."""
+
+
+class Watchdog:
+    """The owner's end: what is guarded, and the pipe to the process that guards it."""
+
+    def __init__(self) -> None:
+        """Guard nothing; the process starts with the first thing to guard."""
+        self._lock = threading.Lock()
+        self._guarded: dict[int | str, list[object]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        os.register_at_fork(after_in_child=self._let_go)
+
+    def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
+        """Stop the process after the owner's end: the signal, up to ``grace`` seconds, SIGKILL to its group."""
+        self._guard(pid, ["process", pid, int(stop_signal), grace])
+
+    def guard_directory(self, path: Path) -> None:
+        """Remove the directory after the owner's end, when the processes are gone."""
+        self._guard(str(path), ["directory", str(path)])
+
+    def release(self, key: int | Path) -> None:
+        """Guard this pid or directory no longer. The watchdog ends with the last one."""
+        name = key if isinstance(key, int) else str(key)
+        with self._lock:
+            self._guarded.pop(name, None)
+            self._tell(["release", name])
+            if not self._guarded:
+                self._end()
+
+    def _guard(self, key: int | str, entry: list[object]) -> None:
+        with self._lock:
+            self._guarded[key] = entry
+            if self._process is None:
+                self._start()
+            else:
+                self._tell(entry)
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(  # noqa: S603 - this very file
+            [sys.executable, "-I", "-S", __file__],
+            stdin=subprocess.PIPE,
+            # A reader of the owner's output would otherwise wait for the watchdog's end too.
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            start_new_session=True,
+        )
+        for entry in self._guarded.values():
+            self._tell(entry)
+
+    def _tell(self, entry: list[object]) -> None:
+        if self._process is None or self._process.stdin is None:
+            return
+        try:
+            self._process.stdin.write(json.dumps(entry).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:  # somebody killed it: have a new one, which is told everything
+            self._end()
+            self._start()
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.communicate()
+
+    def _let_go(self) -> None:
+        """Close a forked child's copy of the pipe, which would hide the owner's end from the watchdog."""
+        self._lock = threading.Lock()
+        self._guarded = {}
+        if self._process is not None and self._process.stdin is not None:
+            os.close(self._process.stdin.fileno())
+            self._process.returncode = 0  # not this process's child: nothing to wait for
+        self._process = None
+
+
+WATCHDOG = Watchdog()
+"""This process's own."""
+
+
+def is_alive(pid: int) -> bool:
+    """Say whether the process exists and is no zombie (its parent may never collect it)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    with contextlib.suppress(OSError, IndexError):  # without /proc, a zombie counts as alive
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
+    return True
+
+
+def stop(pid: int, stop_signal: int, grace: float) -> None:
+    """Send the signal to the process, and SIGKILL to its group after its end or ``grace`` seconds."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, stop_signal)
+    deadline = time.monotonic() + grace
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def remove(directory: str) -> None:
+    """Remove the directory, with a little patience for programs that still write into it."""
+    for _ in range(REMOVAL_TRIES):
+        shutil.rmtree(directory, ignore_errors=True)
+        if not Path(directory).exists():
+            return
+        time.sleep(POLL)
+
+
+def main() -> None:
+    """Read what to guard until the owner's end; then stop and remove it, the newest first."""
+    processes: dict[int, tuple[int, float]] = {}
+    directories: set[str] = set()
+    for line in sys.stdin:
+        verb, key, *how = json.loads(line)
+        if verb == "process":
+            processes[key] = (how[0], how[1])
+        elif verb == "directory":
+            directories.add(key)
+        else:
+            processes.pop(key, None)
+            directories.discard(key)
+    for pid, (stop_signal, grace) in reversed(processes.items()):
+        stop(pid, stop_signal, grace)
+    for directory in directories:
+        remove(directory)
+
+
+if __name__ == "__main__":
+    main()

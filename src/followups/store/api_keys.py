@@ -1,0 +1,103 @@
+"""API keys. The key itself leaves this process once, when it is made; the database holds its SHA-256.
+
+A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed.
+"""
+
+from __future__ import annotations
+
+import secrets
+from hashlib import sha256
+from hmac import compare_digest
+from typing import TYPE_CHECKING, cast
+
+from sqlalchemy import func, select, text, update
+
+from followups.errors import ApiKeyNotFoundError
+from followups.models import ApiKey, Workspace
+from followups.store.workspaces import check_name
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+PREFIX = "fup_"
+"""What every key begins with, so that people and secret scanners recognise one."""
+
+SHOWN_LENGTH = 12
+"""Characters of a key that are kept in clear, for its owner to tell keys apart: 48 of its 256 bits."""
+
+_LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
+
+
+def create(session: Session, workspace_id: UUID, name: str = "") -> tuple[ApiKey, str]:
+    """Make a key to the workspace; return its row and the key, which is shown this once.
+
+    Raises `InvalidRequestError` for a name that is too long or not storable.
+    """
+    check_name(name)
+    key = PREFIX + secrets.token_urlsafe(32)
+    row = ApiKey(workspace_id=workspace_id, name=name, prefix=key[:SHOWN_LENGTH], key_hash=_hash(key))
+    session.add(row)
+    session.flush()
+    return row, key
+
+
+def everything(session: Session) -> Sequence[tuple[ApiKey, str]]:
+    """Return all keys with the names of their workspaces, oldest first."""
+    query = select(ApiKey, Workspace.name).join(Workspace, Workspace.id == ApiKey.workspace_id)
+    return [(row[0], row[1]) for row in session.execute(query.order_by(ApiKey.created_at, ApiKey.id))]
+
+
+def revoke(session: Session, key_id: UUID) -> ApiKey:
+    """Refuse the key from the commit on; repeating it changes nothing. Raises `ApiKeyNotFoundError`."""
+    statement = (
+        update(ApiKey)
+        .where(ApiKey.id == key_id)
+        .values(revoked_at=func.coalesce(ApiKey.revoked_at, func.now()))
+        .returning(ApiKey)
+    )
+    row = session.scalar(statement, execution_options={"populate_existing": True})
+    if row is None:
+        raise ApiKeyNotFoundError
+    return row
+
+
+def authenticate(session: Session, key: str) -> ApiKey | None:
+    """Return the row of a key that is known and not revoked, or None."""
+    found = identify(session, key)
+    return found and found[0]
+
+
+def identify(session: Session, key: str) -> tuple[ApiKey, datetime] | None:
+    """Return the row of a key that is known and not revoked, and the database's now; or None.
+
+    The look-up is by hash, so its duration says nothing about the key that an attacker could use; the
+    comparison afterwards takes the same time wherever two hashes differ.
+    """
+    if len(key) != _LENGTH or not key.startswith(PREFIX) or not key.isascii():
+        return None
+    hashed = _hash(key)
+    query = select(ApiKey, func.now()).where(ApiKey.key_hash == hashed, ApiKey.revoked_at.is_(None))
+    row = session.execute(query).one_or_none()
+    return (row[0], row[1]) if row is not None and compare_digest(row[0].key_hash, hashed) else None
+
+
+# Skipped when another process records the same at this moment: it says the same.
+_RECORD_USE = text("""
+    UPDATE api_keys SET last_used_at = now()
+     WHERE id = (SELECT id FROM api_keys
+                  WHERE id = :id AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute')
+                    FOR NO KEY UPDATE SKIP LOCKED)
+""")
+
+
+def record_use(session: Session, key_id: UUID) -> bool:
+    """Note that the key is in use, at most once a minute and without waiting; say whether this call did."""
+    return cast("int", session.execute(_RECORD_USE, {"id": key_id}).rowcount) == 1  # type: ignore[attr-defined]
+
+
+def _hash(key: str) -> bytes:
+    return sha256(key.encode()).digest()

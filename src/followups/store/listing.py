@@ -1,0 +1,99 @@
+"""Pages of follow-ups, newest first.
+
+Each page is read from an index in its order, and no page costs more than the rows up to its end, however
+many follow-ups there are. An index holds that order for one value of a column at a time; so the first
+rows are taken for each value of one filter (and of the workspace), and these few are merged. Without a
+filter all four states are that filter, which saves an index that every write would have to keep.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select, text
+
+from followups.models import FollowUp
+from followups.states import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+MAX_ROWS = 2**62
+"""Beyond it PostgreSQL cannot count; a page there is empty as any after the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which follow-ups are wanted: those with one of the values in each column; no values, any value."""
+
+    chat_ids: tuple[UUID, ...] = ()
+    chat_message_ids: tuple[UUID, ...] = ()
+    statuses: tuple[Status, ...] = ()
+    trigger_chat_message_ids: tuple[UUID, ...] = ()
+
+
+def page(
+    session: Session, workspace_id: UUID | None, wanted: Filter, *, page_number: int, page_size: int
+) -> tuple[Sequence[FollowUp], bool]:
+    """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether a next one follows.
+
+    ``workspace_id`` None is an operator's view of all workspaces.
+    """
+    offset = (page_number - 1) * page_size
+    if offset >= MAX_ROWS:
+        return [], False
+    statement, parameters = statement_of(workspace_id, wanted)
+    parameters |= {"offset": offset, "size": page_size + 1, "most": offset + page_size + 1}
+    query = select(FollowUp).from_statement(text(statement).columns(*FollowUp.__table__.columns))
+    rows = session.scalars(query, parameters, execution_options={"populate_existing": True}).all()
+    return rows[:page_size], len(rows) > page_size
+
+
+def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    """Return the SQL of a page and its parameters, but for ``offset``, ``size`` and ``most`` (their sum)."""
+    parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
+    leading, *others = parameters
+    if workspace_id is not None:
+        parameters["workspace_id"] = workspace_id
+    return _statement(leading, tuple(others), one_workspace=workspace_id is not None), parameters
+
+
+_TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
+"""The columns to filter by. The first one given leads: it is met by the fewest rows."""
+
+
+def _filters(wanted: Filter) -> dict[str, tuple[Any, ...]]:
+    given = {
+        "chat_message_id": wanted.chat_message_ids,
+        "trigger_chat_message_id": wanted.trigger_chat_message_ids,
+        "chat_id": wanted.chat_ids,
+        "status": tuple(status.value for status in wanted.statuses),
+    }
+    # Each value once: a doubled one would double its rows.
+    named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
+    return named or {"status": tuple(status.value for status in Status)}
+
+
+def _statement(leading: str, others: tuple[str, ...], *, one_workspace: bool) -> str:
+    workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one_workspace else "workspaces"
+    conditions = "".join(f" AND f.{name} = ANY(CAST(:{name} AS {_TYPES[name]}[]))" for name in others)
+    return f"""
+        SELECT f.*
+          FROM (SELECT first.id
+                  FROM {workspaces} w
+                 CROSS JOIN unnest(CAST(:{leading} AS {_TYPES[leading]}[])) AS v(value)
+                 CROSS JOIN LATERAL (
+                       SELECT f.id, f.created_at
+                         FROM follow_ups f
+                        WHERE f.workspace_id = w.id AND f.{leading} = v.value{conditions}
+                        ORDER BY f.created_at DESC, f.id
+                        LIMIT :most) first
+                 ORDER BY first.created_at DESC, first.id
+                OFFSET :offset LIMIT :size) page
+          JOIN follow_ups f ON f.id = page.id
+         ORDER BY f.created_at DESC, f.id
+    """  # noqa: S608 - no input, only the names above

@@ -1,0 +1,135 @@
+"""Counts, lag and throughput, for people who look at the system. No statement here runs for long.
+
+Exact: what is pending, waiting, overdue and in flight; all come from small partial indexes. The final rows
+are counted while the table is small; beyond `EXACT_BELOW` they are the planner's estimate, which costs
+nothing however many millions there are. Lag and throughput read what the last minutes accepted; there is
+no index for that, so they are given up after `LIMIT`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from followups.states import FINAL
+from followups.store import backlog
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection
+
+EXACT_BELOW = 256 * 1024**2
+"""Bytes of the table (about a million rows, counted within 0.3 s), beyond which final rows are estimated."""
+
+LIMIT = timedelta(seconds=2)
+"""How long lag and throughput may be looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many follow-ups there are in each state."""
+
+    pending: int
+    waiting: int
+    """Pending, behind an earlier one of their chat."""
+    overdue: int
+    """Pending and past their moment, but for those that wait for another one."""
+    oldest_overdue: timedelta | None
+    in_flight: int
+    final: Mapping[str, int]
+    """By status."""
+    estimated: bool
+    """The final ones are estimates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What was accepted within ``window``. Lag is accepted minus due date, retries and late orders included."""
+
+    window: timedelta
+    sent: int
+    p50: timedelta | None = None
+    p95: timedelta | None = None
+    p99: timedelta | None = None
+
+    @property
+    def per_minute(self) -> float:
+        """How many were sent in a minute, on the average."""
+        return self.sent / (self.window / timedelta(minutes=1))
+
+
+_DUE = "COALESCE(next_attempt_at, due_date)"
+_PENDING = text(f"""
+    SELECT (SELECT count(*) FROM follow_ups WHERE status = 'pending') AS pending,
+           (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NOT NULL) AS waiting,
+           (SELECT count(*) FROM follow_ups
+             WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
+""")  # noqa: S608 - no input, only the constant above
+_SIZE = text("SELECT pg_relation_size('follow_ups')")
+_COUNT_FINAL = text("SELECT status, count(*) FROM follow_ups WHERE status <> 'pending' GROUP BY status")
+_ESTIMATE_FINAL = text("""
+    SELECT common.status, CAST(greatest(c.reltuples, 0) * common.fraction AS bigint)
+      FROM pg_class c
+      JOIN pg_stats s ON s.tablename = c.relname AND s.schemaname = CAST(c.relnamespace::regnamespace AS text)
+     CROSS JOIN LATERAL unnest(CAST(CAST(s.most_common_vals AS text) AS text[]), s.most_common_freqs)
+                     AS common(status, fraction)
+     WHERE c.oid = 'follow_ups'::regclass AND s.attname = 'status' AND common.status <> 'pending'
+""")
+
+
+def count(connection: Connection, *, window: int, exact_below: int = EXACT_BELOW) -> Counts:
+    """Count by state. ``window`` is the most that can be in flight."""
+    pending = connection.execute(_PENDING).one()
+    head = backlog.measure(connection, window=window)
+    final, estimated = _count_final(connection, exact_below)
+    return Counts(
+        pending=pending.pending,
+        waiting=pending.waiting,
+        overdue=pending.overdue,
+        oldest_overdue=timedelta(seconds=head.oldest_overdue) if pending.overdue else None,
+        in_flight=head.in_flight,
+        final={status.value: final.get(status.value, 0) for status in sorted(FINAL, reverse=True)},
+        estimated=estimated,
+    )
+
+
+def _count_final(connection: Connection, exact_below: int) -> tuple[dict[str, int], bool]:
+    if connection.execute(_SIZE).scalar_one() >= exact_below:
+        estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
+        if estimates:  # none: the table was never analysed
+            return estimates, True
+    return {row[0]: row[1] for row in connection.execute(_COUNT_FINAL)}, False
+
+
+_PACE = text("""
+    SELECT count(*) AS sent,
+           percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
+      FROM follow_ups
+     WHERE status = 'sent' AND accepted_at > now() - CAST(:window AS interval)
+""")
+_LIMIT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
+_CANCELLED_BY_TIMEOUT = "57014"
+
+
+def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
+    """Measure what was sent within the last ``window``; None when it takes longer than ``limit``.
+
+    Percentiles are nearest-rank.
+    """
+    milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
+    try:
+        with connection.begin_nested():
+            connection.execute(_LIMIT, {"milliseconds": milliseconds})
+            row = connection.execute(_PACE, {"window": window}).one()
+            # Not undone by the savepoint's release, only by its rollback or the transaction's end.
+            connection.execute(_LIMIT, {"milliseconds": "0"})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
+            raise
+        return None
+    return Pace(window, row.sent, *(row.lags or ()))

@@ -1,0 +1,130 @@
+"""Logs: one line an event, on stderr, for this package and for the libraries alike.
+
+JSON (RFC 8259, one object a line) or, on a terminal, columns in colour. Keys: ``timestamp`` (RFC 3339, UTC),
+``level``, ``logger``, ``event``, then the event's own. Output of commands goes to stdout, and only that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING, Literal, cast
+
+import structlog
+from structlog.stdlib import ProcessorFormatter
+
+from followups.telemetry.redaction import redact
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, FilteringBoundLogger, Processor
+
+LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
+
+OWN_HANDLERS = ("celery", "celery.task", "celery.redirected", "uvicorn", "uvicorn.access", "uvicorn.error")
+"""Loggers that bring handlers of their own, which would write in another format."""
+
+TALKATIVE = ("celery.app.trace", "celery.beat", "celery.worker.strategy", "sqlalchemy", "alembic", "aiohttp.access")
+"""Loggers with several lines for each task, tick or statement; heard from `logging.WARNING` on."""
+
+ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
+
+SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.stdlib.add_logger_name,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+]
+
+
+def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
+    """Send every log line of this process to stderr, in one format, from ``level`` on.
+
+    ``settings_format`` None is console on a terminal and JSON elsewhere. May be called again: the last call counts.
+    """
+    on_terminal = sys.stderr.isatty()
+    console = settings_format == "console" or (settings_format is None and on_terminal)
+    finish: list[Processor] = [
+        structlog.processors.StackInfoRenderer(),
+        # The plain traceback, in one string: richer ones show local variables, and so a message's text.
+        structlog.processors.format_exc_info,
+        redact,
+        _console(colours=on_terminal) if console else render_json,
+    ]
+    structlog.configure(
+        processors=[*SHARED, *finish],
+        wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
+        logger_factory=StandardError,
+        cache_logger_on_first_use=False,
+    )
+    _route_standard_library(LEVELS[level], finish)
+
+
+def get_logger(name: str) -> FilteringBoundLogger:
+    """Return the logger of a module; configured or not, it may be made at import."""
+    return cast("FilteringBoundLogger", structlog.get_logger(name))
+
+
+class StandardError:
+    """Writes finished lines to the stderr of the moment (tests and daemons replace it)."""
+
+    def __init__(self, name: str = "") -> None:
+        """Take the logger's name."""
+        self.name = name
+
+    def msg(self, line: str) -> None:
+        """Write a line, in one call, so that lines of several threads don't mix."""
+        sys.stderr.write(line + "\n")
+
+    debug = info = warning = error = critical = msg
+
+
+class StandardErrorHandler(logging.Handler):
+    """The same for the standard library's records."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record as one line."""
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - logging's own rule: a log line that fails must not end the program
+            self.handleError(record)
+
+
+def render_json(_logger: object, _method: str, event: EventDict) -> str:
+    """Return the event as a line of JSON, what every line has coming first."""
+    first = {key: event.pop(key, None) for key in ("timestamp", "level", "logger", "event")}
+    return ENCODER.encode({**first, **event})
+
+
+def _console(*, colours: bool) -> Processor:
+    return structlog.dev.ConsoleRenderer(
+        colors=colours and not os.environ.get("NO_COLOR"),
+        exception_formatter=structlog.dev.plain_traceback,
+        pad_event_to=24,
+    )
+
+
+def _route_standard_library(level: int, finish: list[Processor]) -> None:
+    handler = StandardErrorHandler()
+    handler.setFormatter(
+        ProcessorFormatter(
+            foreign_pre_chain=SHARED,
+            processors=[ProcessorFormatter.remove_processors_meta, *finish],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
+    # 'debug' is for our own events: a library's may quote what it carries.
+    root.setLevel(max(level, logging.INFO))
+    for name in OWN_HANDLERS:
+        logging.getLogger(name).handlers.clear()
+        logging.getLogger(name).propagate = True
+    for name in TALKATIVE:
+        logging.getLogger(name).setLevel(max(level, logging.WARNING))
+    logging.captureWarnings(capture=True)
+
+
+def _is_ours_or_a_stream(handler: logging.Handler) -> bool:
+    # Handlers of another kind (an error reporter's, a test's) stay.
+    return isinstance(handler, StandardErrorHandler) or type(handler) is logging.StreamHandler

@@ -1,0 +1,203 @@
+"""What all tests share: one PostgreSQL and one Valkey for the whole run, started when a test first wants them.
+
+The controller of pytest-xdist owns them (it outlives its workers, and with ``-n 0`` it is the only process),
+and tells their URLs through a socket. So nothing is started for unit tests, nothing is started twice, and a
+crashed worker leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from datetime import timedelta
+from multiprocessing.connection import Client, Listener
+from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
+
+import psycopg
+import pytest
+import redis
+from sqlalchemy import make_url
+
+from followups.settings import Settings, get_settings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.embedded import EmbeddedPostgres, EmbeddedValkey
+
+TEMPLATE = "template_migrated"
+"""The migrated, empty database that each test's own is a copy of."""
+
+TEMPLATE_LOCK = 4_071_969
+"""PostgreSQL's advisory lock for the one process that makes the template; any number no one else uses."""
+
+SERVERS = pytest.StashKey["Servers"]()
+
+
+class Servers:
+    """PostgreSQL and Valkey, started when first asked for; the answers are `(PostgreSQL's, Valkey's)` URLs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._postgres: EmbeddedPostgres | None = None
+        self._valkey: EmbeddedValkey | None = None
+        self._listener: Listener | None = None
+        self._thread: threading.Thread | None = None
+
+    def urls(self) -> tuple[str, str]:
+        """Return the URLs, after the servers' start."""
+        from followups.embedded import EmbeddedPostgres, EmbeddedValkey, memory_directory  # noqa: PLC0415 - not for unit tests
+
+        with self._lock:
+            if self._postgres is None:
+                self._postgres = EmbeddedPostgres(parent=memory_directory())
+                self._postgres.start()
+            if self._valkey is None:
+                self._valkey = EmbeddedValkey()
+                self._valkey.start()
+            return self._postgres.url(), self._valkey.url()
+
+    def address(self) -> str:
+        """Return the path of a socket (in a private directory) where other processes learn the URLs."""
+        if self._listener is None:
+            self._listener = Listener(family="AF_UNIX")
+            self._thread = threading.Thread(target=self._serve, args=(self._listener,), daemon=True)
+            self._thread.start()
+        return str(self._listener.address)
+
+    def stop(self) -> None:
+        """Stop everything."""
+        if self._listener and self._thread:
+            with Client(self._listener.address, family="AF_UNIX") as connection:
+                connection.send("stop")
+            self._thread.join()
+            self._listener.close()
+        for server in (self._valkey, self._postgres):
+            if server:
+                server.stop()
+
+    def _serve(self, listener: Listener) -> None:
+        while True:
+            with listener.accept() as connection:
+                if connection.recv() == "stop":
+                    return
+                try:
+                    connection.send(self.urls())
+                except Exception as error:  # noqa: BLE001 - whatever it was, the test that asked should show it
+                    connection.send(error)
+
+
+class Node(Protocol):
+    """A worker of pytest-xdist, as its controller sees it."""
+
+    config: pytest.Config
+    workerinput: dict[str, str]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Forget the settings of the machine, and have an owner for the servers."""
+    for name in list(os.environ):
+        if name.startswith("FOLLOWUPS_") or name in {"DATABASE_URL", "REDIS_URL"}:
+            del os.environ[name]
+    if not hasattr(config, "workerinput"):
+        config.stash[SERVERS] = Servers()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Node) -> None:
+    """Tell a worker where to ask for the servers."""
+    node.workerinput["servers"] = node.config.stash[SERVERS].address()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Stop the servers, if any test wanted them."""
+    if servers := config.stash.get(SERVERS, None):
+        servers.stop()
+
+
+@pytest.fixture(scope="session")
+def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Return the URLs of PostgreSQL (database ``postgres``) and Valkey (database 0) of this run."""
+    if servers := request.config.stash.get(SERVERS, None):
+        return servers.urls()
+    with Client(request.config.workerinput["servers"], family="AF_UNIX") as connection:  # type: ignore[attr-defined]
+        connection.send("urls")
+        answer = connection.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    postgres, valkey = answer
+    return postgres, valkey
+
+
+@pytest.fixture(scope="session")
+def postgres_url(server_urls: tuple[str, str]) -> str:
+    """Return the URL of the run's PostgreSQL server, its database ``postgres``, as superuser."""
+    return server_urls[0]
+
+
+def _url_of(server_url: str, database: str) -> str:
+    return make_url(server_url).set(database=database).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def template_database(postgres_url: str) -> str:
+    """Return the name of the migrated template, made by the first process that wants it."""
+    from followups.database import migrate  # noqa: PLC0415 - not for unit tests
+    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
+
+    unfinished = f"{TEMPLATE}_unfinished"
+    with psycopg.connect(postgres_url, autocommit=True) as connection:
+        connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])  # until the connection's end
+        if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
+            drop_database(postgres_url, unfinished)  # of a process that failed here
+            create_database(postgres_url, unfinished)
+            migrate(_url_of(postgres_url, unfinished))
+            connection.execute(f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
+    return TEMPLATE
+
+
+@pytest.fixture
+def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
+    """Return the URL of a migrated, empty database of the test's own."""
+    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
+
+    name = f"test_{uuid4().hex}"
+    create_database(postgres_url, name, template_database)
+    try:
+        yield _url_of(postgres_url, name)
+    finally:
+        drop_database(postgres_url, name)
+
+
+@pytest.fixture
+def broker_url(server_urls: tuple[str, str]) -> str:
+    """Return the URL of a logical Valkey database that is empty and that no other process of this run uses."""
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    url = f"{server_urls[1].rpartition('/')[0]}/{number}"
+    with redis.Redis.from_url(url) as client:
+        client.flushdb()
+    return url
+
+
+@pytest.fixture
+def settings(database_url: str, broker_url: str) -> Settings:
+    """Return settings on the test's own database and broker, with short times and nobody at the transport's URL."""
+    return load_settings(
+        database_url=database_url,
+        broker_url=broker_url,
+        transport_url="http://127.0.0.1:9/",  # the discard port: refused
+        transport_timeout=timedelta(seconds=1),
+        lease=timedelta(seconds=3),
+        tick_interval=timedelta(milliseconds=100),
+        retry_base=timedelta(milliseconds=20),
+        retry_cap=timedelta(milliseconds=200),
+        log_format="json",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _fresh_settings() -> Iterator[None]:
+    """Let no test see the settings that another one cached."""
+    yield
+    get_settings.cache_clear()
