@@ -24,7 +24,10 @@ from followups.settings import Settings, get_settings, load_settings
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from sqlalchemy import Engine
+
     from followups.embedded import EmbeddedPostgres, EmbeddedValkey
+    from world import World
 
 TEMPLATE = "template_migrated"
 """The migrated, empty database that each test's own is a copy of."""
@@ -201,3 +204,21 @@ def _fresh_settings() -> Iterator[None]:
     """Let no test see the settings that another one cached."""
     yield
     get_settings.cache_clear()
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    """Return an engine on the test's own database, as a worker has it."""
+    from followups.database import BY_KEY, make_engine  # noqa: PLC0415 - not for unit tests
+
+    engine = make_engine(database_url, options=BY_KEY)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def world(engine: Engine) -> World:
+    """Return a workspace to fill."""
+    from world import World  # noqa: PLC0415 - not for unit tests
+
+    return World(engine)

@@ -84,6 +84,29 @@ class DeliveryInProgressError(ConflictError):
         self.retry_after = retry_after
 
 
+class IdempotencyKeyInUseError(ConflictError):
+    """The first request with this Idempotency-Key is still running; try again shortly."""
+
+    slug = "idempotency-key-in-use"
+
+
+class UnauthorizedError(FollowUpsError):
+    """The API key is missing, malformed, unknown or revoked; send it in the authorization header."""
+
+    slug = "unauthorized"
+
+
+class TooManyRequestsError(FollowUpsError):
+    """The API key has made too many requests; slow down."""
+
+    slug = "too-many-requests"
+
+    def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
+        """Keep, in seconds, when the next request is allowed."""
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class InvalidRequestError(FollowUpsError):
     """The request is not valid."""
 
@@ -93,6 +116,12 @@ class InvalidRequestError(FollowUpsError):
         """Keep the name (snake_case) of the field that is wrong, if there is one."""
         super().__init__(message)
         self.field = field
+
+
+class IdempotencyKeyReusedError(InvalidRequestError):
+    """The Idempotency-Key came with another body within the last 24 hours; use a new key for a new request."""
+
+    slug = "idempotency-key-reused"
 
 
 class OutsideMessagingWindowError(InvalidRequestError):

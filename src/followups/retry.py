@@ -37,8 +37,10 @@ class RetryPolicy:
 
     def ceiling(self, attempt: int) -> timedelta:
         """Return the longest delay after failed attempt number ``attempt`` (from 1)."""
-        # The exponent is bounded: a float overflows long after the cap has been reached.
-        grown = self.base.total_seconds() * self.factor ** min(attempt - 1, 64)
+        try:
+            grown = self.base.total_seconds() * self.factor ** (attempt - 1)
+        except OverflowError:  # a float does so long after the cap was reached
+            return self.cap
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 
     def jittered(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta:

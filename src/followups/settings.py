@@ -7,6 +7,7 @@ that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 
 from __future__ import annotations
 
 import math
+import re
 from datetime import timedelta
 from functools import lru_cache
 from typing import Annotated, Any, Literal, Self
@@ -74,10 +75,15 @@ class Settings(BaseSettings):
     retry_base: Duration = Field(timedelta(seconds=5), gt=ZERO, description="the ceiling of the first backoff")
     retry_factor: float = Field(2.0, ge=1.0, le=100.0, allow_inf_nan=False, description="its growth")
     retry_cap: Duration = Field(timedelta(hours=1), gt=ZERO, le=timedelta(days=30), description="its upper limit")
-    max_lateness: Duration = Field(timedelta(days=1), ge=ZERO, description="after the due date; 0 = none")
+    max_lateness: Duration = Field(
+        timedelta(days=1), ge=ZERO, le=timedelta(days=36_500), description="after the due date; 0 = none"
+    )
     max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
     batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
     concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
+    rate_limit: int = Field(
+        60_000, ge=0, le=100_000_000, description="requests that one API key may make in a minute; 0 = no limit"
+    )
     log_format: Literal["json", "console"] | None = Field(
         None, description="json or console; default: console on a terminal, json elsewhere"
     )
@@ -153,7 +159,8 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        return f"{value.total_seconds():g}"
+        # To the microsecond, as another process reads it back: 'g' would round to six digits.
+        return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -172,10 +179,10 @@ def hide_password(url: str) -> str:
     'redis://me:***@host:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    authority, slash, path = rest.partition("/")
-    user, at, host = authority.rpartition("@")
-    shown = f"{user.partition(':')[0]}:***@{host}" if at else authority
-    return f"{scheme}{separator}{shown}{slash}{path.partition('?')[0]}"
+    # From the last '@' on, so that a '/', '?' or '@' that somebody left unescaped in a password shows nothing of it.
+    user, at, host = rest.rpartition("@")
+    shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
+    return f"{scheme}{separator}{shown}{host.partition('?')[0]}"
 
 
 def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of any field
@@ -189,7 +196,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of 
 
 def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
     location = [str(part) for part in detail["loc"]]
-    said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    said = detail["msg"].removeprefix("Value error, ").removeprefix("Input ").removeprefix("String ")
     if not location:
         return f"{said}"
     name = location[0] if location[0].isupper() else environment_name(location[0])

@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
     from followups.transports.port import Outcome
-
-    from .conftest import World
+    from world import World
 
 SECOND = timedelta(seconds=1)
 

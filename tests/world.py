@@ -1,20 +1,15 @@
-"""Rows to test with, and a way to look at them."""
+"""Rows to test with, and a way to look at them; for tests of every kind."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import UUID, uuid4
 
-import pytest
 from sqlalchemy import Engine, insert, select, text
 
-from followups.database import BY_KEY, make_engine
 from followups.models import Chat, FailedAttempt, FollowUp, Workspace
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @dataclass
@@ -60,6 +55,11 @@ class World:
         with self.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(query.order_by(table.id))]
 
+    def scalar(self, query: str) -> Any:
+        """Return the first column of the first row."""
+        with self.engine.connect() as connection:
+            return connection.execute(text(query)).scalar_one()
+
     def sql(self, statement: str, **parameters: Any) -> None:
         """Execute a statement and commit."""
         with self.engine.begin() as connection:
@@ -71,17 +71,3 @@ class World:
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",
             ids=list(ids),
         )
-
-
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    """Return an engine as a worker has it."""
-    engine = make_engine(database_url, options=BY_KEY)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def world(engine: Engine) -> World:
-    """Return a workspace to fill."""
-    return World(engine)

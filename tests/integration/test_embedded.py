@@ -1,0 +1,206 @@
+"""The embedded servers: real ones, started, broken and stopped."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy import create_engine, make_url, text
+
+from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, memory_directory
+from followups.embedded.watchdog import is_alive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def _directory_of(postgres: EmbeddedPostgres) -> Path:
+    return Path(str(make_url(postgres.url()).query["host"])).parent
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """Return a running server that these tests may restart and kill."""
+    with EmbeddedPostgres(parent=memory_directory()) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[EmbeddedValkey]:
+    """Return a running server that these tests may restart and kill."""
+    with EmbeddedValkey() as server:
+        yield server
+
+
+class TestPostgres:
+    """EmbeddedPostgres."""
+
+    def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
+        """Its URL serves psycopg and, with the driver named, SQLAlchemy; the settings are those of a fast server."""
+        with psycopg.connect(postgres.url()) as connection:
+            assert connection.info.server_version >= 180000
+            for name, value in {"fsync": "off", "synchronous_commit": "on", "jit": "off", "TimeZone": "UTC"}.items():
+                assert connection.execute("SELECT current_setting(%s)", [name]).fetchone() == (value,)
+        engine = create_engine(make_url(postgres.url()).set(drivername="postgresql+psycopg"))
+        with closing(engine.connect()) as connection:
+            assert connection.scalar(text("SELECT 1")) == 1
+        engine.dispose()
+
+    def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
+        """Its only way in is a socket in a directory that other users cannot enter: there is no TCP port."""
+        socket_directory = _directory_of(postgres) / "socket"
+        assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
+        with psycopg.connect(postgres.url()) as connection:
+            assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
+
+    def test_databases_are_copied_and_dropped(self, postgres: EmbeddedPostgres) -> None:
+        """A database can be made as a copy of another, and dropped while somebody is connected."""
+        with psycopg.connect(postgres.create_database("origin")) as connection:
+            connection.execute("CREATE TABLE copied (n int)")
+        with psycopg.connect(postgres.create_database("co py", template="origin")) as connection:
+            assert connection.execute("SELECT count(*) FROM copied").fetchone() == (0,)
+            postgres.drop_database("co py")
+            postgres.drop_database("co py")
+            with pytest.raises(psycopg.OperationalError):
+                connection.execute("SELECT 1")
+
+    @pytest.mark.parametrize("end", [EmbeddedPostgres.restart, EmbeddedPostgres.kill])
+    def test_what_was_committed_survives_restart_and_kill(
+        self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
+    ) -> None:
+        """After a restart, and after SIGKILL and a restart, the URL is the same and no confirmed commit is lost."""
+        url = postgres.url()
+        with psycopg.connect(url, autocommit=True) as connection:
+            connection.execute("DROP TABLE IF EXISTS survivor")
+            connection.execute("CREATE TABLE survivor (n int)")
+            for number in range(200):
+                connection.execute("INSERT INTO survivor VALUES (%s)", [number])
+            end(postgres)
+        if end is EmbeddedPostgres.kill:
+            with pytest.raises(psycopg.OperationalError):
+                psycopg.connect(url)
+            postgres.restart()
+        assert postgres.url() == url
+        with psycopg.connect(url) as connection:
+            assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
+
+    def test_nothing_is_left_of_a_temporary_one(self) -> None:
+        """When its block ends, also by an exception, the processes and the directory are gone."""
+        server = EmbeddedPostgres()
+        seen: list[Path] = []
+
+        def fail() -> None:
+            with server:
+                seen.append(_directory_of(server))
+                seen.append(seen[0] / (seen[0] / "data" / "postmaster.pid").read_text().split()[0])
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        directory, pid = seen[0], int(seen[1].name)
+        assert not is_alive(pid)
+        assert not directory.exists()
+        with pytest.raises(EmbeddedError, match="not started"):
+            server.url()
+
+    def test_kept_data_is_durable_and_there_again(self, tmp_path: Path) -> None:
+        """Data in a given directory is written durably and found by the next server; a second one now is refused."""
+        with EmbeddedPostgres(tmp_path / "kept") as server:
+            with psycopg.connect(server.url()) as connection:
+                assert connection.execute("SHOW fsync").fetchone() == ("on",)
+                connection.execute("CREATE TABLE kept (n int)")
+            with pytest.raises(EmbeddedError, match=r'(?s)PostgreSQL ended with code 1.*"postmaster.pid"'):
+                EmbeddedPostgres(tmp_path / "kept").start()
+        with EmbeddedPostgres(tmp_path / "kept") as server, psycopg.connect(server.url()) as connection:
+            assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
+
+    def test_data_of_another_version_is_refused(self, tmp_path: Path) -> None:
+        """Data that another major version made is not touched; the error names both versions."""
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "PG_VERSION").write_text("16\n")
+        with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
+            EmbeddedPostgres(tmp_path).start()
+
+    def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:
+        """The server's log does not quote rows, nor parameters, of a statement that failed."""
+        with psycopg.connect(postgres.url(), autocommit=True) as connection:
+            connection.execute("CREATE TEMPORARY TABLE strict (message text, n int CHECK (n > 0))")
+            with pytest.raises(psycopg.errors.CheckViolation):
+                connection.execute("INSERT INTO strict VALUES (%s, %s)", ["a private word", 0])
+        log = (_directory_of(postgres) / "postgres.log").read_text()
+        assert "violates check constraint" in log
+        assert "a private word" not in log
+
+
+class TestValkey:
+    """EmbeddedValkey."""
+
+    def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
+        """Its URL is served, for every logical database; without the password nothing is."""
+        with redis.Redis.from_url(valkey.url(63)) as client:
+            assert client.ping()
+        address = make_url(valkey.url())
+        assert address.host == "127.0.0.1"
+        with (
+            redis.Redis(host="127.0.0.1", port=address.port or 0, retry=Retry(NoBackoff(), 0)) as stranger,
+            pytest.raises(redis.AuthenticationError),
+        ):
+            stranger.ping()
+
+    @pytest.mark.parametrize("end", [EmbeddedValkey.restart, EmbeddedValkey.kill])
+    def test_it_comes_back_empty_at_the_same_url(
+        self, valkey: EmbeddedValkey, end: Callable[[EmbeddedValkey], None]
+    ) -> None:
+        """A temporary server has forgotten everything after a restart or a kill, and has the same URL."""
+        url = valkey.url()
+        with redis.Redis.from_url(url) as client:
+            client.set("key", "value")
+            end(valkey)
+        if end is EmbeddedValkey.kill:
+            valkey.restart()
+        assert valkey.url() == url
+        with redis.Redis.from_url(url) as client:
+            assert client.dbsize() == 0
+
+    def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
+        """With a data directory, also one with a space in its name, the data outlives the server."""
+        kept = tmp_path / "kept here"
+        with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
+            client.set("key", "value")
+        with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
+            assert client.get("key") == b"value"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+def test_an_ordinary_user_needs_no_other() -> None:
+    """For an ordinary user both servers run as that user."""
+    script = (
+        "from followups.embedded import EmbeddedPostgres, EmbeddedValkey\n"
+        "with EmbeddedPostgres() as postgres, EmbeddedValkey():\n"
+        "    import psycopg; psycopg.connect(postgres.url()).close(); print('served')"
+    )
+    try:
+        ran = subprocess.run(
+            [sys.executable, "-c", script],
+            user=65534,
+            group=65534,
+            extra_groups=[],
+            cwd="/",
+            env={"PATH": os.defpath},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except PermissionError:
+        pytest.skip("the interpreter is where only root may pass")
+    assert ran.stdout == "served\n", ran.stderr

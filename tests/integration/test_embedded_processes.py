@@ -1,0 +1,187 @@
+"""Our own processes: started, watched, stopped, and stopped by the watchdog when their owner cannot."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from followups.embedded import EmbeddedError, Processes, answers, free_port
+from followups.embedded.directories import let_through
+from followups.embedded.watchdog import WATCHDOG, is_alive
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SOON = timedelta(seconds=20)
+"""Far more than it takes: the machine may be busy."""
+
+OWNER = """
+import os, sys, time
+from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes
+postgres, valkey, processes = EmbeddedPostgres(), EmbeddedValkey(), Processes()
+postgres.start()
+valkey.start()
+child = processes.spawn("sleeper", ["sleep", "600"])
+if (forked := os.fork()) == 0:
+    os.close(1)
+    time.sleep(600)
+print(forked)
+print(child.pid, valkey._child().pid, postgres._child().pid)
+print(processes.logs, valkey._directory, postgres._directory, flush=True)
+sys.stdin.readline()
+"""
+"""Starts one of each, forks, and, when told so, ends without stopping any."""
+
+
+def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
+    deadline = time.monotonic() + within.total_seconds()
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+class TestProcesses:
+    """Processes."""
+
+    def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
+        """A process counts as started when its check says so, and its output is in a log of its name."""
+        (tmp_path / "index.html").write_text("hello")
+        port = free_port()
+        with Processes(tmp_path) as processes:
+            server = processes.spawn(
+                "web",
+                [sys.executable, "-u", "-m", "http.server", str(port), "--bind", "127.0.0.1", "-d", str(tmp_path)],
+                ready=answers(f"http://127.0.0.1:{port}/"),
+            )
+            assert server.running
+            assert processes.ended() == []
+        assert not server.running
+        assert "GET / HTTP/1.1" in (tmp_path / "web.log").read_text()
+
+    def test_an_early_death_shows_the_end_of_the_log(self) -> None:
+        """A process that ends before it is ready is an error with its exit code and last words."""
+        with Processes() as processes, pytest.raises(EmbeddedError, match=r"(?s)beat ended with code 3\..*no broker"):
+            processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
+
+    def test_readiness_has_a_deadline(self) -> None:
+        """A process that is not ready in time is stopped, and the error says how long was waited."""
+        with Processes() as processes:
+            with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
+                processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))
+            assert not processes.children[0].running
+
+    def test_a_missing_program_is_an_error_in_one_sentence(self) -> None:
+        """A program that is not there is named in the error."""
+        with Processes() as processes, pytest.raises(EmbeddedError, match=r"flower could not be started.*no-such"):
+            processes.spawn("flower", ["no-such-program"])
+
+    def test_the_stubborn_are_killed_with_all_they_started(self) -> None:
+        """Who ignores SIGTERM is killed after the grace, and so are the group's other processes."""
+        script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
+        with Processes() as processes:
+            stubborn = processes.spawn("stubborn", ["sh", "-c", script], grace=timedelta(seconds=0.2))
+            assert _until(lambda: (processes.logs / "stubborn.log").read_text().endswith("\n"))
+            started = int((processes.logs / "stubborn.log").read_text())
+            pid = stubborn.pid
+        assert not is_alive(pid)
+        assert _until(lambda: not is_alive(started))
+
+    def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
+        """SIGTERM goes to the process only, so that it can let its children finish; who ends by itself is told."""
+        done = tmp_path / "done"
+        script = f"trap 'wait; exit 7' TERM; (sleep 0.3; touch {done}) & echo up; wait"
+        with Processes() as processes:
+            pool = processes.spawn("pool", ["sh", "-c", script])
+            assert _until(lambda: (processes.logs / "pool.log").read_text() == "up\n")
+            pool.signal(signal.SIGTERM)
+            assert _until(lambda: pool.exit_code == 7)
+            assert processes.ended() == [pool]
+        assert done.exists()
+
+    def test_lines_are_told_as_they_come(self) -> None:
+        """With an echo, each line of output is told with the process's name, and is in the log too."""
+        lines: list[tuple[str, str]] = []
+        with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
+            processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})
+            assert _until(lambda: len(lines) == 2)
+            assert (processes.logs / "talker.log").read_text() == "one\ntwo\n"
+        assert lines == [("talker", "one"), ("talker", "two")]
+
+    def test_ctrl_c_reaches_only_the_owner(self) -> None:
+        """A child has a session of its own: the terminal's signals don't reach it."""
+        with Processes() as processes:
+            child = processes.spawn("worker", ["sleep", "600"])
+            assert os.getsid(child.pid) == child.pid != os.getsid(0)
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
+def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
+    """However the owner ends (a signal, SIGKILL, a return), its servers, processes and directories go soon after.
+
+    Also when something that it forked lives on.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as owner:
+        assert owner.stdin
+        assert owner.stdout
+        forked = int(owner.stdout.readline())
+        pids = [int(word) for word in owner.stdout.readline().split()]
+        directories = [Path(word.decode()) for word in owner.stdout.readline().split()]
+        assert len(pids) == len(directories) == 3
+        assert all(map(is_alive, pids))
+        assert all(directory.is_dir() for directory in directories)
+        if end:
+            owner.send_signal(end)
+        else:
+            owner.communicate(b"end\n")
+    try:
+        _assert_gone(pids, directories)
+    finally:
+        os.kill(forked, signal.SIGKILL)
+
+
+def _assert_gone(pids: list[int], directories: list[Path]) -> None:
+    assert _until(lambda: not any(map(is_alive, pids)))
+    assert _until(lambda: not any(directory.exists() for directory in directories))
+
+
+def test_a_killed_watchdog_is_replaced() -> None:
+    """When somebody kills the watchdog, the next start has a new one, and with the last stop it ends."""
+    with Processes() as processes:
+        processes.spawn("first", ["sleep", "600"])
+        first = WATCHDOG._process  # noqa: SLF001 - nobody else needs to know it
+        assert first
+        first.kill()
+        first.wait()
+        processes.spawn("second", ["sleep", "600"])
+        second = WATCHDOG._process  # noqa: SLF001 - as above
+        assert second
+        assert second is not first
+        assert second.poll() is None
+    assert second.poll() == 0 or WATCHDOG._process is second  # noqa: SLF001 - other tests' servers may be guarded
+
+
+def test_others_are_let_through_but_see_nothing(tmp_path: Path) -> None:
+    """For PostgreSQL's own user the directories above its data can be passed, and not listed."""
+    inner = tmp_path / "closed" / "data"
+    inner.mkdir(parents=True)
+    (tmp_path / "closed").chmod(0o700)
+    let_through(inner)
+    assert stat.S_IMODE((tmp_path / "closed").stat().st_mode) == 0o701
+
+
+def test_a_free_port_can_be_listened_on() -> None:
+    """The port that is returned is free on the loopback interface."""
+    with socket.create_server(("127.0.0.1", free_port())) as server:
+        assert server.getsockname()[0] == "127.0.0.1"

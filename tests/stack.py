@@ -1,0 +1,131 @@
+"""The system as operators run it, for tests: a sandbox chat, workers and beats as processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from followups.embedded import Processes, answers, free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from followups.embedded import Child
+    from followups.settings import Settings
+    from world import World
+
+CELERY = (str(Path(sys.executable).with_name("celery")), "-A", "followups.worker")
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+
+
+def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
+    """Return the first true answer; fail when there is none within so many seconds."""
+    end = time.monotonic() + within
+    while not (answer := true()):
+        assert time.monotonic() < end, f"not so within {within} s"
+        time.sleep(every)
+    return answer
+
+
+@dataclass
+class Stack:
+    """What runs, and what the chat has received."""
+
+    settings: Settings
+    world: World
+    processes: Processes
+    sandbox_port: int = field(default_factory=free_port)
+    options: dict[str, str] = field(default_factory=dict)
+    """Settings that differ, by their environment names."""
+
+    def environment(self) -> dict[str, str]:
+        """Return what the processes read their settings from."""
+        return (
+            self.settings.environment()
+            | {"FOLLOWUPS_TRANSPORT_URL": f"http://127.0.0.1:{self.sandbox_port}/messages"}
+            | self.options
+        )
+
+    def sandbox(self, *arguments: str) -> Child:
+        """Start the chat that receives the messages."""
+        argv = [sys.executable, "-m", "followups.transports.sandbox_server", "--port", str(self.sandbox_port)]
+        return self.processes.spawn(
+            "sandbox", [*argv, *arguments], ready=answers(f"http://127.0.0.1:{self.sandbox_port}/sandbox/summary")
+        )
+
+    def worker(self, name: str = "worker") -> Child:
+        """Start a worker, and wait until it consumes."""
+        log = self.processes.logs / f"{name}.log"
+        argv = [*CELERY, "worker", "--loglevel=info", "-n", f"{name}@%h"]
+        return self.processes.spawn(
+            name, argv, environment=self.environment(), ready=lambda: log.exists() and "ready." in log.read_text()
+        )
+
+    def beat(self, name: str = "beat") -> Child:
+        """Start a beat."""
+        return self.processes.spawn(name, [*CELERY, "beat", "--loglevel=info"], environment=self.environment())
+
+    def start(self) -> Child:
+        """Start one of each; return the worker."""
+        self.sandbox()
+        self.beat()
+        return self.worker()
+
+    def log(self, name: str = "worker") -> list[dict[str, Any]]:
+        """Return the JSON lines of a process's log."""
+        lines = (self.processes.logs / f"{name}.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def received(self) -> list[dict[str, Any]]:
+        """Return every request that the chat received, oldest first."""
+        requests: list[dict[str, Any]] = self._call("GET", "/sandbox/requests")
+        return requests
+
+    def accepted(self) -> list[str]:
+        """Return the follow-ups that the chat accepted, a repeated one as often as it was accepted."""
+        return [one["followUpId"] for one in self.received() if one["accepted"] and not one["duplicate"]]
+
+    def behave(self, chat_id: UUID | None = None, **behaviour: Any) -> None:
+        """Tell the chat (None: every chat) how to behave from now on."""
+        path = f"/sandbox/chats/{chat_id}/behaviour" if chat_id else "/sandbox/behaviour"
+        self._call("PUT", path, behaviour)
+
+    def pending(self) -> int:
+        """Return how many follow-ups are pending."""
+        return self.world.scalar(PENDING)
+
+    def wait_until_done(self, within: float = 20) -> None:
+        """Wait until nothing is pending."""
+        wait_until(lambda: self.pending() == 0, within)
+
+    def broker(self) -> redis.Redis:
+        """Return a client of the broker."""
+        return redis.Redis.from_url(self.settings.broker_url.get_secret_value())
+
+    def _call(self, method: str, path: str, body: Any = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        url = f"http://127.0.0.1:{self.sandbox_port}{path}"
+        request = urllib.request.Request(url, data, {"content-type": "application/json"}, method=method)
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - our own loopback URL
+            text = answer.read()
+        return json.loads(text) if text else None
+
+
+def kill(child: Child) -> None:
+    """End a process with SIGKILL, as a crash of its machine would."""
+    os.kill(child.pid, signal.SIGKILL)
+    wait_until(lambda: child.exit_code is not None)
+
+
+MILLISECOND = timedelta(milliseconds=1)

@@ -1,0 +1,218 @@
+"""Logs: one line an event, the same format for everybody, and nothing in them that is secret."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, configure_logging, get_logger
+from followups.telemetry.redaction import HIDDEN, clean, redact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+RFC_3339_UTC = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
+
+
+class Terminal(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """Give logging back as it was."""
+    root = logging.getLogger()
+    before = {name: (logging.getLogger(name).level, list(logging.getLogger(name).handlers)) for name in _touched()}
+    configuration, root_level, root_handlers = structlog.get_config(), root.level, list(root.handlers)
+    yield
+    structlog.configure(**configuration)
+    structlog.contextvars.clear_contextvars()
+    root.setLevel(root_level)
+    root.handlers[:] = root_handlers
+    for name, (level, handlers) in before.items():
+        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).handlers[:] = handlers
+    logging.captureWarnings(capture=False)
+
+
+def _touched() -> set[str]:
+    return {*OWN_HANDLERS, *TALKATIVE}
+
+
+def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, Any]]:
+    text = written.getvalue() if isinstance(written, io.StringIO) else written.readouterr().err
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Off a terminal an event is one JSON object on stderr, with a UTC time; stdout stays empty."""
+    configure_logging(None, "info")
+    get_logger("followups.dispatch").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    line = json.loads(err)
+    assert list(line)[:4] == ["timestamp", "level", "logger", "event"]
+    assert RFC_3339_UTC.match(line.pop("timestamp"))
+    assert line == {
+        "level": "info",
+        "logger": "followups.dispatch",
+        "event": "attempt",
+        "outcome": "sent",
+        "note": "two\nlines \N{SNOWMAN}",
+    }
+
+
+@pytest.mark.parametrize("name", ["celery.worker.consumer", "kombu", "uvicorn.access", "anything"])
+def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    """A record of the standard library has the same keys and, whatever handlers it had, one line."""
+    if name in OWN_HANDLERS:
+        logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))
+    configure_logging("json", "info")
+    logging.getLogger(name).warning("lost %s of %d\nconnections", "one", 3)
+    (line,) = _lines(capsys)
+    assert RFC_3339_UTC.match(line.pop("timestamp"))
+    assert line == {"level": "warning", "logger": name, "event": "lost one of 3\nconnections"}
+
+
+def test_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """A Python warning is a log line, not text between them."""
+    configure_logging("json", "info")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(capture=False)
+        logging.captureWarnings(capture=True)
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
+    (line,) = _lines(capsys)
+    assert line["logger"] == "py.warnings"
+    assert "old" in line["event"]
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.CaptureFixture[str], *, own: bool) -> None:
+    """An exception is a text in the same line: the traceback, without the variables' values, passwords hidden."""
+    configure_logging("json", "info")
+    private = "a private word"
+    logger = get_logger("x") if own else logging.getLogger("x")
+    try:
+        raise ValueError(f"no redis://me:pa55@host ({len(private)})")  # noqa: EM102, TRY003, TRY301 - the test's subject
+    except ValueError:
+        logger.exception("it broke")
+    (line,) = _lines(capsys)
+    assert (line["level"], line["event"]) == ("error", "it broke")
+    assert line["exception"].startswith("Traceback (most recent call last):\n")
+    assert line["exception"].endswith("ValueError: no redis://me:***@host (14)")
+    assert "a private word" not in line["exception"].replace(f'private = "{private}"', "")
+
+
+def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal, and not asked otherwise, lines are for people; NO_COLOR is honoured."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    configure_logging(None, "info")
+    get_logger("x").info("tick", claimed=3)
+    assert "\x1b[" in terminal.getvalue()
+    assert "tick" in terminal.getvalue()
+    monkeypatch.setenv("NO_COLOR", "1")
+    configure_logging("console", "info")
+    terminal.truncate(0)
+    get_logger("x").info("tick", message="a private word")
+    assert "\x1b[" not in terminal.getvalue()
+    assert "private" not in terminal.getvalue()
+
+
+def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """JSON on a terminal, when asked for."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    configure_logging("json", "info")
+    get_logger("x").info("tick")
+    assert _lines(terminal)[0]["event"] == "tick"
+
+
+def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    """Below the level nothing is logged; a library is heard from info on, a talkative one from warning on."""
+    configure_logging("json", "warning")
+    get_logger("x").info("no")
+    logging.getLogger("x").info("no")
+    configure_logging("json", "debug")
+    get_logger("x").debug("yes")
+    logging.getLogger("x").debug("no")
+    logging.getLogger("celery.app.trace").info("no")
+    logging.getLogger("celery.app.trace").error("yes")
+    assert [line["event"] for line in _lines(capsys)] == ["yes", "yes"]
+
+
+def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """The last configuration counts, alone, and handlers of another kind stay."""
+    foreign = logging.NullHandler()
+    logging.getLogger().addHandler(foreign)
+    for _ in range(2):
+        configure_logging("json", "info")
+    get_logger("x").info("once")
+    logging.getLogger("x").info("once")
+    assert len(_lines(capsys)) == 2
+    assert foreign in logging.getLogger().handlers
+
+
+def test_what_was_bound_is_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Context variables are in the lines of this package and of libraries."""
+    configure_logging("json", "info")
+    with structlog.contextvars.bound_contextvars(task_id="7"):
+        get_logger("x").info("own")
+        logging.getLogger("x").info("theirs")
+    assert [line["task_id"] for line in _lines(capsys)] == ["7", "7"]
+
+
+SECRETS = [
+    "authorization",
+    "Authorization",
+    "api_key",
+    "X-Api-Key",
+    "secret",
+    "transport_secret",
+    "password",
+    "message",
+]
+
+
+@given(key=st.sampled_from(SECRETS), value=st.text(min_size=4) | st.lists(st.text(), min_size=1) | st.integers())
+def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
+    """The value of a secret's key is hidden, at the top and inside other values."""
+    event = redact(None, "info", {"event": "e", key: value, "headers": {key: value}, "all": [{"in": ({key: value},)}]})
+    assert event == {"event": "e", key: HIDDEN, "headers": {key: HIDDEN}, "all": [{"in": [{key: HIDDEN}]}]}
+
+
+def test_what_is_no_secret_stays() -> None:
+    """Ids, numbers, nothing, and keys that only sound alike are logged as they are."""
+    event = {"event": "e", "chat_message_id": "1", "message_count": 2, "password": None, "ok": True, "lag_ms": 0.5}
+    assert redact(None, "info", dict(event)) == event
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("amqp://me:pa55@host/x and redis://:pa55@host", "amqp://me:***@host/x and redis://:***@host"),
+        ("redis://me:p@ss@host/0", "redis://me:***@host/0"),
+        ("http://host:80/a@b", "http://host:80/a@b"),
+        ("Authorization: Bearer fu_abc.def", "Authorization: Bearer ***"),
+        ("the bearer of news", "the bearer *** news"),
+    ],
+)
+def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
+    """The password of a URL and the token after 'Bearer' are hidden in any text."""
+    assert clean(text) == cleaned

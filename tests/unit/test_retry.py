@@ -1,0 +1,79 @@
+"""The retry policy: how long the wait is, and when there is none."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.retry import MAX_RETRY_AFTER, MIN_RETRY_AFTER, RetryPolicy, clamp_retry_after
+
+ZERO = timedelta(0)
+HOUR = timedelta(hours=1)
+
+durations = st.timedeltas(timedelta(milliseconds=1), timedelta(days=30))
+policies = st.builds(
+    RetryPolicy,
+    base=durations,
+    factor=st.floats(1.0, 100.0),
+    cap=durations,
+    max_attempts=st.integers(1, 1000),
+)
+attempts = st.integers(1, 1000)
+fractions = st.floats(0.0, 1.0, exclude_max=True)
+
+
+@given(policies, attempts, fractions)
+def test_the_delay_is_between_zero_and_the_ceiling(policy: RetryPolicy, attempt: int, fraction: float) -> None:
+    """Whatever the jitter, the delay is neither negative nor above the ceiling of its attempt, nor the cap."""
+    assert ZERO <= policy.jittered(attempt, lambda: fraction) <= policy.ceiling(attempt) <= policy.cap
+
+
+@given(policies, st.integers(1, 999))
+def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
+    """The ceiling of a later attempt is never lower."""
+    assert policy.ceiling(attempt) <= policy.ceiling(attempt + 1)
+
+
+@given(policies, attempts)
+def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None:
+    """There is a next try exactly while attempts are left."""
+    assert (policy.next_delay(attempt) is None) == (attempt >= policy.max_attempts)
+
+
+def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
+    """The ceiling is base times factor to the power of the earlier attempts, and the cap at most."""
+    policy = RetryPolicy(timedelta(seconds=5), 2.0, HOUR, max_attempts=1000)
+    assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3, 10, 11, 12)] == [
+        5,
+        10,
+        20,
+        2560,
+        3600,
+        3600,
+    ]
+    assert policy.ceiling(1000) == HOUR
+
+
+def test_a_slow_growth_goes_on() -> None:
+    """A factor near one still grows after many attempts."""
+    policy = RetryPolicy(timedelta(seconds=1), 1.01, HOUR, max_attempts=1000)
+    assert policy.ceiling(201).total_seconds() == pytest.approx(1.01**200, abs=1e-5)
+
+
+def test_the_jitter_is_full() -> None:
+    """The delay is the ceiling times the jitter's fraction, from nothing on, and differs from call to call."""
+    policy = RetryPolicy(timedelta(seconds=8), 2.0, HOUR, max_attempts=8)
+    assert policy.next_delay(2, lambda: 0.0) == ZERO
+    assert policy.next_delay(2, lambda: 0.25) == timedelta(seconds=4)
+    assert len({policy.next_delay(2) for _ in range(50)}) > 1
+
+
+@given(st.timedeltas(timedelta(days=-400), timedelta(days=400)))
+def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
+    """What the transport asks for is kept from one second to one day, and taken as it is in between."""
+    kept = clamp_retry_after(wished)
+    assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
+    assert kept == wished or not MIN_RETRY_AFTER <= wished <= MAX_RETRY_AFTER

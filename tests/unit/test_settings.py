@@ -1,0 +1,243 @@
+"""The settings: names, defaults, limits, what is shown of them, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+
+from followups.errors import SettingsError
+from followups.settings import (
+    LEASE_MARGIN,
+    VISIBILITY_TIMEOUT,
+    Settings,
+    environment_name,
+    get_settings,
+    hide_password,
+    load_settings,
+)
+
+DATABASE_URL = "postgresql://app:pa55@db:5432/followups"
+BROKER_URL = "redis://:s3cret@broker:6379/0"
+
+DEFAULTS: dict[str, Any] = {
+    "FOLLOWUPS_TRANSPORT": "http",
+    "FOLLOWUPS_TRANSPORT_URL": None,
+    "FOLLOWUPS_TRANSPORT_SECRET": None,
+    "FOLLOWUPS_TRANSPORT_TIMEOUT": timedelta(seconds=10),
+    "FOLLOWUPS_TRANSPORT_DEDUPLICATES": True,
+    "FOLLOWUPS_TICK_INTERVAL": timedelta(seconds=1),
+    "FOLLOWUPS_LEASE": timedelta(seconds=60),
+    "FOLLOWUPS_MAX_ATTEMPTS": 8,
+    "FOLLOWUPS_RETRY_BASE": timedelta(seconds=5),
+    "FOLLOWUPS_RETRY_FACTOR": 2.0,
+    "FOLLOWUPS_RETRY_CAP": timedelta(hours=1),
+    "FOLLOWUPS_MAX_LATENESS": timedelta(days=1),
+    "FOLLOWUPS_MAX_IN_FLIGHT": 5000,
+    "FOLLOWUPS_BATCH_SIZE": 100,
+    "FOLLOWUPS_CONCURRENCY": 100,
+    "FOLLOWUPS_LOG_FORMAT": None,
+    "FOLLOWUPS_LOG_LEVEL": "info",
+}
+"""The published names and defaults, other than the two required URLs."""
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what is required, and nothing else."""
+    for name in [*DEFAULTS, "DATABASE_URL", "REDIS_URL"]:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
+    monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
+
+
+def _by_name(settings: Settings) -> dict[str, Any]:
+    return {environment_name(name): value for name, value in settings}
+
+
+def test_every_published_name_has_its_default() -> None:
+    """With the two URLs set, every published setting is there with its default."""
+    read = _by_name(load_settings())
+    assert read["FOLLOWUPS_DATABASE_URL"] == SecretStr(DATABASE_URL)
+    assert read["FOLLOWUPS_BROKER_URL"] == SecretStr(BROKER_URL)
+    assert {name: read[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_every_setting_says_what_it_is_for() -> None:
+    """Each setting carries its description, which the documentation and the errors quote."""
+    assert all(field.description for field in Settings.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "given_value", "read"),
+    [
+        ("TRANSPORT", "matrix", "matrix"),
+        ("TRANSPORT_URL", "https://chat.example/hook", "https://chat.example/hook"),
+        ("TRANSPORT_URL", "", None),
+        ("TRANSPORT_SECRET", "whsec_abc", SecretStr("whsec_abc")),
+        ("TRANSPORT_SECRET", "", None),
+        ("TRANSPORT_TIMEOUT", "2.5", timedelta(seconds=2.5)),
+        ("TRANSPORT_DEDUPLICATES", "false", False),
+        ("TICK_INTERVAL", "0.25", timedelta(milliseconds=250)),
+        ("LEASE", "PT2M", timedelta(minutes=2)),
+        ("MAX_ATTEMPTS", "3", 3),
+        ("RETRY_BASE", "PT0.5S", timedelta(milliseconds=500)),
+        ("RETRY_FACTOR", "1.5", 1.5),
+        ("RETRY_CAP", "P1D", timedelta(days=1)),
+        ("MAX_LATENESS", "0", timedelta(0)),
+        ("MAX_IN_FLIGHT", "10", 10),
+        ("BATCH_SIZE", "1", 1),
+        ("CONCURRENCY", "7", 7),
+        ("LOG_FORMAT", "JSON", "json"),
+        ("LOG_FORMAT", "", None),
+        ("LOG_LEVEL", "Warning", "warning"),
+    ],
+)
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, given_value: str, read: object) -> None:
+    """Each setting is read from its variable; durations are seconds or ISO 8601."""
+    monkeypatch.setenv(f"FOLLOWUPS_{name}", given_value)
+    assert _by_name(load_settings())[f"FOLLOWUPS_{name}"] == read
+
+
+@pytest.mark.parametrize(
+    ("field", "alias", "url"),
+    [("database_url", "DATABASE_URL", "postgres://h/d"), ("broker_url", "REDIS_URL", "rediss://h:6380/1")],
+)
+def test_the_platforms_usual_names_are_read_too(
+    monkeypatch: pytest.MonkeyPatch, field: str, alias: str, url: str
+) -> None:
+    """DATABASE_URL and REDIS_URL are read where the name with the prefix is not set, which wins."""
+    monkeypatch.setenv(alias, url)
+    assert getattr(load_settings(), field).get_secret_value() != url
+    monkeypatch.delenv(environment_name(field))
+    assert getattr(load_settings(), field).get_secret_value() == url
+
+
+@pytest.mark.parametrize("field", ["database_url", "broker_url"])
+def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """Without a required URL the start stops with its name and what to set it to."""
+    monkeypatch.delenv(environment_name(field))
+    with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DATABASE_URL", "mysql://app:pa55@db/followups"),
+        ("BROKER_URL", "amqp://app:pa55@broker"),
+        ("TRANSPORT", ""),
+        ("TRANSPORT_URL", "chat.example/hook"),
+        ("TRANSPORT_TIMEOUT", "0"),
+        ("TRANSPORT_TIMEOUT", "nan"),
+        ("TRANSPORT_DEDUPLICATES", "perhaps"),
+        ("TICK_INTERVAL", "0.01"),
+        ("TICK_INTERVAL", "PT1H"),
+        ("LEASE", "inf"),
+        ("LEASE", "3600"),
+        ("LEASE", "a minute"),
+        ("MAX_ATTEMPTS", "0"),
+        ("MAX_ATTEMPTS", "1.5"),
+        ("RETRY_BASE", "-1"),
+        ("RETRY_FACTOR", "0.5"),
+        ("RETRY_FACTOR", "inf"),
+        ("RETRY_CAP", "P31D"),
+        ("MAX_LATENESS", "-1"),
+        ("MAX_LATENESS", "1e300"),
+        ("MAX_IN_FLIGHT", "0"),
+        ("BATCH_SIZE", "0"),
+        ("CONCURRENCY", "many"),
+        ("LOG_FORMAT", "xml"),
+        ("LOG_LEVEL", "loud"),
+    ],
+)
+def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """A wrong value is an error of one sentence that begins with the variable and shows no password."""
+    monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
+    with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
+        load_settings()
+    assert "pa55" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two wrong values are both named."""
+    monkeypatch.setenv("FOLLOWUPS_MAX_ATTEMPTS", "0")
+    monkeypatch.setenv("FOLLOWUPS_LOG_LEVEL", "loud")
+    with pytest.raises(SettingsError, match=r"FOLLOWUPS_MAX_ATTEMPTS should .*; FOLLOWUPS_LOG_LEVEL should"):
+        load_settings()
+
+
+def test_a_lease_outlives_an_attempt() -> None:
+    """A lease is at least the margin longer than the transport's timeout, and shorter than the broker's."""
+    timeout = timedelta(seconds=20)
+    assert load_settings(transport_timeout=timeout, lease=timeout + LEASE_MARGIN).lease == timedelta(seconds=22)
+    with pytest.raises(SettingsError, match=r"FOLLOWUPS_LEASE \(21\.5 s\).*2 s longer.*TRANSPORT_TIMEOUT \(20 s\)"):
+        load_settings(transport_timeout=timeout, lease=timedelta(seconds=21.5))
+    with pytest.raises(SettingsError, match="FOLLOWUPS_LEASE"):
+        load_settings(lease=VISIBILITY_TIMEOUT)
+
+
+def test_secrets_are_not_shown() -> None:
+    """What is shown to people, and the representation, hold neither passwords nor the transport's secret."""
+    url = "https://me:pa55@chat.example/hook?key=s3cret"
+    settings = load_settings(transport_secret="whsec_abc", transport_url=url)  # noqa: S106 - no real one
+    shown = settings.shown()
+    assert shown["FOLLOWUPS_DATABASE_URL"] == "postgresql://app:***@db:5432/followups"
+    assert shown["FOLLOWUPS_BROKER_URL"] == "redis://:***@broker:6379/0"
+    assert shown["FOLLOWUPS_TRANSPORT_URL"] == "https://me:***@chat.example/hook"
+    assert set(shown["FOLLOWUPS_TRANSPORT_SECRET"]) == {"*"}
+    assert shown["FOLLOWUPS_LEASE"] == "60"
+    assert shown["FOLLOWUPS_LOG_FORMAT"] == "-"
+    for secret in ("pa55", "s3cret", "whsec_abc"):
+        assert secret not in str(shown)
+    assert "pa55@db" not in repr(settings)
+
+
+@pytest.mark.parametrize("password", ["plain", "with@at", "with/slash", "with?question", "with:colon", "with#hash"])
+def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
+    """A password whose special characters somebody forgot to escape is hidden as a whole."""
+    assert hide_password(f"postgresql://app:{password}@db/followups") == "postgresql://app:***@db/followups"
+
+
+def test_a_url_without_a_password_stays_as_it_is() -> None:
+    """Nothing but the query is taken from a URL without credentials."""
+    assert hide_password("redis://broker:6379/0?ssl=1") == "redis://broker:6379/0"
+
+
+def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that settings give to another process reads back as the same settings."""
+    settings = load_settings(transport_url="http://127.0.0.1:9/", transport_deduplicates=False, log_format="console")
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert load_settings() == settings
+
+
+@given(st.timedeltas(timedelta(0), timedelta(days=36_500)))
+def test_durations_pass_unrounded(max_lateness: timedelta) -> None:
+    """Any duration, to the microsecond, is the same after it went through the environment."""
+    text = load_settings(max_lateness=max_lateness).environment()["FOLLOWUPS_MAX_LATENESS"]
+    assert "e" not in text
+    assert load_settings(max_lateness=text).max_lateness == max_lateness
+
+
+def test_the_retry_policy_comes_from_the_settings() -> None:
+    """The four retry settings make the policy."""
+    policy = load_settings(retry_base=1, retry_factor=3, retry_cap=10, max_attempts=5).retry_policy
+    assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3)] == [1, 3, 9]
+    assert (policy.cap, policy.max_attempts) == (timedelta(seconds=10), 5)
+
+
+def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings of a process don't change while it runs, and cannot be changed."""
+    settings = get_settings()
+    monkeypatch.setenv("FOLLOWUPS_MAX_ATTEMPTS", "1")
+    assert get_settings() is settings
+    assert os.environ["FOLLOWUPS_MAX_ATTEMPTS"] == "1"
+    with pytest.raises(ValueError, match="frozen"):
+        settings.max_attempts = 2

@@ -1,0 +1,138 @@
+"""The states: which transitions there are, which reasons explain them, and what is stored."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups import states
+from followups.errors import FollowUpsError, TransitionError
+from followups.states import (
+    DEFAULT_CODES,
+    FINAL,
+    MAX_REASON_LENGTH,
+    TRANSITIONS,
+    Final,
+    ReasonCode,
+    Status,
+    code_of,
+    explain,
+    finish,
+)
+
+ALL_TRIPLES = list(product(Status, Status, [None, *ReasonCode]))
+
+CONTRACT: dict[Status, set[str | None]] = {
+    Status.SENT: {None},
+    Status.FAILED: {
+        "rejected",
+        "retries_exhausted",
+        "window_closed",
+        "too_late",
+        "outcome_unknown",
+        "worker_lost",
+        "failed_by_api",
+    },
+    Status.CANCELLED: {"user_replied", "human_takeover", "chat_removed", "cancelled_by_api"},
+}
+"""The published codes of each final state."""
+
+
+def _allowed(current: Status, to: Status, code: ReasonCode | None) -> bool:
+    return current is Status.PENDING and code in CONTRACT.get(to, set())
+
+
+@pytest.mark.parametrize(("current", "to", "code"), ALL_TRIPLES)
+def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Status, code: ReasonCode | None) -> None:
+    """Of all (from, to, code), exactly those of the contract are possible; every other one is refused."""
+    if _allowed(current, to, code):
+        assert finish(to, code, current=current) == Final(to, code)
+    else:
+        with pytest.raises(TransitionError):
+            finish(to, code, current=current)
+
+
+@given(
+    current=st.sampled_from(Status),
+    to=st.sampled_from(Status),
+    code=st.none() | st.sampled_from(ReasonCode),
+    detail=st.text(max_size=40),
+    words=st.text(max_size=40),
+)
+def test_whatever_is_asked_ends_well_or_is_refused(
+    current: Status, to: Status, code: ReasonCode | None, detail: str, words: str
+) -> None:
+    """Nothing leaves a final state, nothing becomes pending; sent never has a reason, the others always have."""
+    try:
+        final = finish(to, code, detail, words=words, current=current)
+    except FollowUpsError:
+        return
+    assert current is Status.PENDING
+    assert final.status is to
+    assert final.status in FINAL
+    assert (final.reason is None) == (to is Status.SENT)
+    assert final.reason != ""
+
+
+def test_the_three_final_states_are_final() -> None:
+    """Sent, failed and cancelled lead nowhere; pending leads to each of them."""
+    assert frozenset({Status.SENT, Status.FAILED, Status.CANCELLED}) == FINAL
+    assert set(TRANSITIONS) == set(Status)
+    assert set(TRANSITIONS[Status.PENDING]) == FINAL
+
+
+def test_each_code_explains_one_state() -> None:
+    """Every reason code belongs to exactly one final state, and each default code to its own."""
+    codes = [code for onward in TRANSITIONS.values() for group in onward.values() for code in group]
+    assert sorted(codes) == sorted(ReasonCode)
+    assert all(code in TRANSITIONS[Status.PENDING][status] for status, code in DEFAULT_CODES.items())
+
+
+def test_the_documented_table_is_the_code() -> None:
+    """The table in the module's documentation says what the code does."""
+    rows = re.findall(r"^(\w+) +(\w+) +(.+)$", (states.__doc__ or "").split("\n=======")[2], re.MULTILINE)
+    documented = {
+        (Status(current), Status(to)): frozenset(re.findall(r"\w+", codes)) - {"none"} for current, to, codes in rows
+    }
+    coded = {(current, to): codes for current, onward in TRANSITIONS.items() for to, codes in onward.items()}
+    assert documented == coded
+
+
+@given(code=st.sampled_from(ReasonCode), detail=st.text(st.characters(), max_size=3 * MAX_REASON_LENGTH))
+def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail: str) -> None:
+    """Whatever the detail, the reason splits at the colon into its code, is bounded, and fits into PostgreSQL."""
+    reason = explain(code, detail)
+    assert code_of(reason) == code
+    assert reason == code or reason.startswith(f"{code.value}: ")
+    assert len(reason) <= MAX_REASON_LENGTH
+    assert "\x00" not in reason
+    reason.encode()
+
+
+def test_what_postgresql_cannot_store_is_replaced() -> None:
+    """NUL characters and halves of surrogate pairs, which JSON can carry, don't reach the table."""
+    assert explain(ReasonCode.REJECTED, "a\x00b\ud800c") == "rejected: a\N{REPLACEMENT CHARACTER}b?c"
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        (None, ""),
+        ("too_late", "too_late"),
+        ("rejected: HTTP 403: no", "rejected"),
+        ("we spoke", "other"),
+        ("", "other"),
+    ],
+)
+def test_the_code_of_a_stored_reason(reason: str | None, code: str) -> None:
+    """No reason has no code, and somebody's own words count as 'other'."""
+    assert code_of(reason) == code
+
+
+def test_words_are_stored_as_given() -> None:
+    """Somebody's own reason is stored as it is, without a code."""
+    assert finish(Status.CANCELLED, words="the customer called") == Final(Status.CANCELLED, "the customer called")

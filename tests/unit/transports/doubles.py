@@ -1,0 +1,192 @@
+"""What the tests of the transports share: settings, deliveries, a scripted server, a homeserver."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from aiohttp import ClientSession, web
+
+from followups.settings import Settings, load_settings
+from followups.transports.port import Delivery, Transport
+from followups.transports.sandbox_behaviour import Incoming
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from followups.transports.sandbox_chats import SandboxChats
+
+MESSAGE = "the text that nobody but the receiver may see"
+TOKEN = "syt_token"  # noqa: S105 - of a homeserver that lives for one test
+SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the specification's own example
+
+
+BODY = {
+    "followUpId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f",
+    "chatId": "c1",
+    "externalChatId": None,
+    "triggerChatMessageId": "t1",
+    "message": "<b>hello</b>",
+    "dueDate": "2026-03-01T12:00:00Z",
+    "attempt": 1,
+}
+"""A delivery as it arrives, the message being markup."""
+
+
+def settings_for(url: str | None = None, **overrides: Any) -> Settings:
+    """Return settings that deliver to ``url``; a call may take 5 s."""
+    defaults: dict[str, Any] = {"transport_timeout": 5}
+    return load_settings(
+        database_url="postgresql://x/y", broker_url="redis://x", transport_url=url, **(defaults | overrides)
+    )
+
+
+def a_delivery(**changes: Any) -> Delivery:
+    """Return a delivery of a new follow-up, due now, in a new chat that is a Matrix room too."""
+    chat_id = uuid4()
+    delivery = Delivery(
+        follow_up_id=uuid4(),
+        workspace_id=uuid4(),
+        chat_id=chat_id,
+        channel="api",
+        external_chat_id=f"!{chat_id}:example.org",
+        trigger_chat_message_id=uuid4(),
+        message=MESSAGE,
+        due_date=datetime.now(UTC),
+        attempt=1,
+    )
+    return replace(delivery, **changes)
+
+
+@asynccontextmanager
+async def opened(transport: Transport) -> AsyncIterator[Transport]:
+    """Open a transport, and close it."""
+    await transport.open()
+    try:
+        yield transport
+    finally:
+        await transport.close()
+
+
+@dataclass
+class Request:
+    """What a `ScriptedServer` read."""
+
+    target: str
+    headers: dict[str, str]
+    body: bytes
+
+
+@dataclass
+class ScriptedServer:
+    """An HTTP server that answers with the very bytes that a test gives it."""
+
+    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]] = b""
+    requests: list[Request] = field(default_factory=list)
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: int = 0
+    url: str = ""
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        try:
+            while not writer.is_closing():
+                await self._answer(writer, await _request(reader))
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass  # the client hung up
+        finally:
+            writer.close()
+
+    async def _answer(self, writer: asyncio.StreamWriter, request: Request) -> None:
+        self.requests.append(request)
+        self.requested.set()
+        if callable(self.answer):
+            await self.answer(writer, request)
+            writer.close()
+        else:
+            writer.write(self.answer)
+            await writer.drain()
+
+
+async def _request(reader: asyncio.StreamReader) -> Request:
+    head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
+    headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in head[1:] if line)}
+    body = await reader.readexactly(int(headers.get("content-length", "0")))
+    return Request(head[0].split(" ")[1], headers, body)
+
+
+@asynccontextmanager
+async def scripted(
+    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]],
+) -> AsyncIterator[ScriptedServer]:
+    """Run a `ScriptedServer` on a free port."""
+    scripted_server = ScriptedServer(answer)
+    tasks: set[asyncio.Task[None]] = set()
+
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(scripted_server.serve(reader, writer)))
+
+    server = await asyncio.start_server(connected, "127.0.0.1", 0)
+    scripted_server.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    try:
+        yield scripted_server
+    finally:
+        server.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
+    """Return the bytes of an HTTP answer; ``retry_after="1"`` becomes the header ``retry-after: 1``."""
+    lines = [f"HTTP/1.1 {status} Whatever", f"content-length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def homeserver(chats: SandboxChats) -> web.Application:
+    """Return as much of a Matrix homeserver as sending needs, over ``chats``."""
+
+    async def put(request: web.Request) -> web.StreamResponse:
+        if request.headers.get("authorization") != f"Bearer {TOKEN}":
+            return web.json_response({"errcode": "M_UNKNOWN_TOKEN"}, status=401)
+        content = await request.json()
+        if content["msgtype"] != "m.text":
+            return web.json_response({"errcode": "M_BAD_JSON"}, status=400)
+        incoming = Incoming(
+            follow_up_id=request.match_info["transaction"],
+            chat_id=request.match_info["room"].removeprefix("!").partition(":")[0],
+            message=content["body"],
+            due_date=datetime.now(UTC),
+            attempt=1,
+        )
+        reply = chats.receive(incoming, incoming.follow_up_id)
+        await asyncio.sleep(reply.delay)
+        if reply.dropped and request.transport:
+            request.transport.close()
+        return web.Response(status=reply.status, body=_matrix_body(reply.body), headers=reply.headers)
+
+    app = web.Application()
+    app.router.add_put("/_matrix/client/v3/rooms/{room}/send/m.room.message/{transaction}", put)
+    return app
+
+
+def _matrix_body(body: str) -> bytes:
+    """Translate the sandbox's own answer; whatever a test made it answer instead stays as it is."""
+    try:
+        message_id = UUID(json.loads(body)["chatMessageId"])
+    except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
+        return body.encode()
+    return json.dumps({"event_id": f"${message_id}"}).encode()
+
+
+async def fetch(http: ClientSession, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    """Return status and JSON (None where there is no body)."""
+    async with http.request(method, path, json=body) as response:
+        text = await response.text()
+        return response.status, json.loads(text) if text else None

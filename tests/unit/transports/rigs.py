@@ -1,0 +1,69 @@
+"""A transport and the chats behind it, ready for the conformance suite: one rig for each transport."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from followups.transports.http import HttpTransport
+from followups.transports.matrix import MatrixTransport
+from followups.transports.sandbox import SandboxTransport
+from followups.transports.sandbox_behaviour import Behaviour
+from followups.transports.sandbox_chats import SandboxChats
+from followups.transports.sandbox_server import build_app, serving
+from unit.transports.doubles import SIGNING_SECRET, TOKEN, homeserver, opened, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from followups.transports.port import Delivery, Outcome, Transport
+
+
+@dataclass
+class Rig:
+    """A transport, and the chats that it delivers into."""
+
+    transport: Transport
+    chats: SandboxChats
+
+    async def send(self, delivery: Delivery, **behaviour: object) -> Outcome:
+        """Deliver into a chat that behaves like this."""
+        self.chats.behave(str(delivery.chat_id), Behaviour(**behaviour))
+        return await self.transport.send(delivery)
+
+    @property
+    def accepted(self) -> object:
+        return self.chats.ledger.summary()["accepted"]
+
+
+@asynccontextmanager
+async def http_rig(within: float) -> AsyncIterator[Rig]:
+    """Speak HTTP to the sandbox server, signed."""
+    chats = SandboxChats()
+    async with serving(build_app(chats, secret=SIGNING_SECRET)) as url:
+        settings = settings_for(f"{url}/messages", transport_timeout=within, transport_secret=SIGNING_SECRET)
+        async with opened(HttpTransport(settings)) as transport:
+            yield Rig(transport, chats)
+
+
+@asynccontextmanager
+async def matrix_rig(within: float) -> AsyncIterator[Rig]:
+    """Speak Matrix to a homeserver over such chats."""
+    chats = SandboxChats()
+    async with serving(homeserver(chats)) as url:
+        settings = settings_for(url, transport="matrix", transport_timeout=within, transport_secret=TOKEN)
+        async with opened(MatrixTransport(settings)) as transport:
+            yield Rig(transport, chats)
+
+
+@asynccontextmanager
+async def sandbox_rig(within: float) -> AsyncIterator[Rig]:
+    """Deliver in this process."""
+    chats = SandboxChats()
+    settings = settings_for(transport="sandbox", transport_timeout=within)
+    async with opened(SandboxTransport(settings, chats)) as transport:
+        yield Rig(transport, chats)
+
+
+RIGS = {"http": http_rig, "matrix": matrix_rig, "sandbox": sandbox_rig}

@@ -1,0 +1,230 @@
+"""The table of answers, pure: which status means what, and what Retry-After asks for."""
+
+from __future__ import annotations
+
+import json
+import string
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from uuid import UUID, uuid5
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from followups.transports.answers import Answer, Dialect, excerpt, outcome_of, retry_after
+from followups.transports.http import DIALECT as HTTP
+from followups.transports.matrix import DIALECT as MATRIX
+from followups.transports.matrix import EVENT_NAMESPACE
+from followups.transports.port import Rejected, Retry, Sent, Snoozed
+
+NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
+QUICK = settings(max_examples=50, deadline=None)  # the machine may be busy
+SOME_ID = UUID("6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f")
+
+
+def meaning(status: int) -> type:
+    """Read the contract's table, section 4, in the order of its rows."""
+    if 200 <= status <= 299:
+        return Sent
+    if status == 429:
+        return Snoozed
+    if status in {408, 425} or 500 <= status <= 599:
+        return Retry
+    return Rejected
+
+
+@pytest.mark.parametrize("status", [*range(100, 600), 600, 700, 999])
+def test_every_status_means_what_the_contract_says(status: int) -> None:
+    """Each status code has the outcome of its row in the contract, and the outcome names it."""
+    outcome = outcome_of(Answer(status), HTTP)
+    assert type(outcome) is meaning(status)
+    assert outcome.status_code == status
+    assert outcome.detail == ("" if isinstance(outcome, Sent) else f"HTTP {status}")
+
+
+def test_503_is_a_rate_limit_only_with_a_retry_after_that_can_be_read() -> None:
+    """503 with a valid Retry-After is `Snoozed`, without or with garbage a plain `Retry`."""
+    assert outcome_of(Answer(503, {"retry-after": "5"}), HTTP) == Snoozed("HTTP 503", timedelta(seconds=5), 503)
+    assert outcome_of(Answer(503, {"retry-after": "soon"}), HTTP) == Retry("HTTP 503", None, 503)
+    assert outcome_of(Answer(503), HTTP) == Retry("HTTP 503", None, 503)
+
+
+def test_429_is_a_rate_limit_in_any_case() -> None:
+    """429 is `Snoozed` also when it does not say for how long."""
+    assert outcome_of(Answer(429, {"retry-after": "soon"}), HTTP) == Snoozed("HTTP 429", None, 429)
+
+
+@pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
+def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> None:
+    """A Retry-After postpones the next try of any failure that is tried again."""
+    assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
+        f"HTTP {status}", timedelta(seconds=60), status
+    )
+
+
+@pytest.mark.parametrize("status", [301, 400, 404])
+def test_retry_after_changes_no_refusal(status: int) -> None:
+    """A refusal stays one, whatever its headers say."""
+    assert isinstance(outcome_of(Answer(status, {"retry-after": "60"}), HTTP), Rejected)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("120", 120),
+        (" 120 ", 120),
+        ("0", 1),
+        ("1", 1),
+        ("0.25", 1),
+        ("2.5", 2.5),
+        ("86400", 86_400),
+        ("86401", 86_400),
+        ("9" * 500, 86_400),
+        ("Sun, 01 Mar 2026 12:00:30 GMT", 30),
+        ("Sunday, 01-Mar-26 12:00:30 GMT", 30),
+        ("Sun Mar  1 12:00:30 2026", 30),
+        ("Sun, 01 Mar 2026 14:00:30 +0200", 30),
+        ("Sun, 01 Mar 2026 11:59:00 GMT", 1),
+        ("Fri, 01 Mar 2126 12:00:00 GMT", 86_400),
+    ],
+)
+def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
+    """Seconds and the three forms of an HTTP date are read, and clamped to 1 second..24 hours."""
+    assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["", "soon", "-5", "+5", "1e3", "inf", "nan", "0x10", "5s", "\u0665", "32 Mar 2026", "Sun, 99 Foo 2026 1:2:3"],
+)
+def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
+    """Garbage is as if there were no Retry-After."""
+    assert retry_after({"retry-after": value}, NOW) is None
+
+
+def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
+    """With a Date header the clocks of the two hosts need not agree."""
+    headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
+    assert retry_after(headers, datetime(2020, 1, 1, tzinfo=UTC)) == timedelta(seconds=10)
+    assert retry_after(headers | {"date": "yesterday"}, NOW) == timedelta(seconds=30)
+
+
+@QUICK
+@given(st.text(max_size=60), st.text(max_size=60))
+def test_no_header_breaks_anything(value: str, date: str) -> None:
+    """Whatever the headers hold, the answer is nothing or a time within the limits."""
+    wished = retry_after({"retry-after": value, "date": date}, NOW)
+    assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
+
+
+@QUICK
+@given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
+def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
+    """Nor does what is nearly a date."""
+    wished = retry_after({"retry-after": value}, NOW)
+    assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
+
+
+@QUICK
+@given(st.datetimes(min_value=NOW.replace(tzinfo=None), max_value=datetime(2026, 3, 2)))  # noqa: DTZ001 - UTC is added
+def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
+    """A date is honoured to the second, the precision of an HTTP date."""
+    moment = moment.replace(tzinfo=UTC, microsecond=0)
+    wished = retry_after({"retry-after": format_datetime(moment, usegmt=True)}, NOW)
+    assert wished == max(moment - NOW, timedelta(seconds=1))
+
+
+@QUICK
+@given(st.integers(min_value=1, max_value=86_400))
+def test_any_number_of_seconds_is_kept(seconds: int) -> None:
+    """Seconds within the limits are honoured as they are."""
+    assert retry_after({"retry-after": str(seconds)}, NOW) == timedelta(seconds=seconds)
+
+
+@QUICK
+@given(st.binary(max_size=2_000))
+def test_an_excerpt_of_any_body_can_be_stored(body: bytes) -> None:
+    """At most 200 characters, none of them NUL, all of them encodable."""
+    text = excerpt(body)
+    assert len(text) <= 200
+    assert "\x00" not in text
+    text.encode()
+
+
+def test_an_excerpt_keeps_lines() -> None:
+    """Line breaks and tabs of a refusal's reason stay."""
+    assert excerpt(b"one\n\ttwo\r\n") == "one\n\ttwo\r\n"
+
+
+FIELDS = st.sampled_from(["chatMessageId", "event_id", "retry_after_ms"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner),
+)
+
+
+@pytest.mark.parametrize("dialect", [HTTP, MATRIX], ids=["http", "matrix"])
+@QUICK
+@given(body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
+    """Whatever the body holds, a 2xx is `Sent` and a 429 `Snoozed`."""
+    assert isinstance(outcome_of(Answer(200, body=body), dialect), Sent)
+    outcome = outcome_of(Answer(429, body=body), dialect)
+    assert isinstance(outcome, Snoozed)
+    assert outcome.after is None or timedelta(seconds=1) <= outcome.after <= timedelta(hours=24)
+
+
+@pytest.mark.parametrize(
+    ("body", "message_id", "detail"),
+    [
+        (b"", None, ""),
+        (b" \n", None, ""),
+        (b"{}", None, ""),
+        (b'{"chatMessageId": null}', None, ""),
+        (b'{"chatMessageId": "6F1B1F0E-3A53-4F6E-9A5F-1D2B3C4D5E6F", "more": 1}', SOME_ID, ""),
+        (b'\xef\xbb\xbf{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', SOME_ID, ""),
+        (b'{"chatMessageId": "message-5"}', None, "chatMessageId in the answer is no UUID"),
+        (b'{"chatMessageId": 5}', None, "chatMessageId in the answer is no UUID"),
+        (b"OK", None, "the body of the answer is not JSON"),
+        (b"\xff\xfe", None, "the body of the answer is not JSON"),
+        (b"[]", None, "the body of the answer is not a JSON object"),
+    ],
+)
+def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id: UUID | None, detail: str) -> None:
+    """A 2xx may name the message; what is odd about its body is said, and changes nothing."""
+    assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
+
+
+def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
+    """What is not complete is not believed."""
+    answer = Answer(200, body=b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', flaw="it broke off")
+    assert outcome_of(answer, HTTP) == Sent(None, 200, "it broke off")
+
+
+def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
+    """The chat message's id is made from the event id, always the same."""
+    outcome = outcome_of(Answer(200, body=b'{"event_id": "$abc"}'), MATRIX)
+    assert outcome == Sent(uuid5(EVENT_NAMESPACE, "$abc"), 200)
+    assert outcome == Sent(UUID("37b34226-6556-52a4-80bc-84c22a7f6ff5"), 200)
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "seconds"),
+    [
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 2500}', 2.5),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 5}', 1),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 1e300}', 86_400),
+        ({"retry-after": "7"}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": 2500}', 7),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED"}', None),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": -1}', None),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": "2500"}', None),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": true}', None),
+        ({}, b'{"errcode": "M_LIMIT_EXCEEDED", "retry_after_ms": NaN}', None),
+        ({}, b"slow down", None),
+    ],
+)
+def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
+    """M_LIMIT_EXCEEDED says for how long in a header, or, older, in its body; the header wins."""
+    after = None if seconds is None else timedelta(seconds=seconds)
+    assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

@@ -1,0 +1,50 @@
+"""`check`: the other side can be reached, or why not, in one sentence and without sending anything."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from followups.errors import FollowUpsError
+from followups.transports.http import HttpTransport
+from unit.transports.doubles import answer, scripted, settings_for
+
+
+async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
+    """`check` connects, hangs up, and says both."""
+    async with scripted(answer(200)) as server:
+        said = await HttpTransport(settings_for(f"{server.url}/messages?token=secret")).check()
+        assert said == f"{server.url}/messages accepts connections over TCP; no message was sent."
+        assert server.requests == []
+
+
+async def test_check_names_the_address_that_refuses(free_port: int) -> None:
+    """`check` says what does not answer, without the password, and what to do."""
+    url = f"http://user:hunter2@127.0.0.1:{free_port}/messages"
+    with pytest.raises(FollowUpsError) as caught:
+        await HttpTransport(settings_for(url)).check()
+    said = str(caught.value)
+    assert said.startswith(f"http://user:***@127.0.0.1:{free_port}/messages cannot be reached: connect")
+    assert said.endswith("correct FOLLOWUPS_TRANSPORT_URL.")
+
+
+@pytest.mark.usefixtures("no_dns")
+async def test_check_names_a_host_that_is_not_found() -> None:
+    """`check` tells a wrong host name from a silent host."""
+    with pytest.raises(FollowUpsError, match=r"http://nowhere\.invalid cannot be reached: name or service not known"):
+        await HttpTransport(settings_for("http://nowhere.invalid")).check()
+
+
+async def test_check_waits_no_longer_than_a_call() -> None:
+    """`check` gives up after the transport timeout."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(FollowUpsError, match=r"no connection within 0\.2 s"):
+            await HttpTransport(settings_for(url, transport_timeout=0.2)).check()
+
+
+async def test_check_says_when_tls_fails(no_tls: str) -> None:
+    """`check` of https makes the TLS handshake too."""
+    with pytest.raises(FollowUpsError, match="TLS failed"):
+        await HttpTransport(settings_for(no_tls)).check()

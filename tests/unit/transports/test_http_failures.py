@@ -1,0 +1,201 @@
+"""How the transport ``http`` fails: before the request went out it can be tried again, after that nobody knows."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+
+import pytest
+
+from followups.transports.http import HttpTransport
+from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
+from unit.transports.doubles import MESSAGE, Request, a_delivery, answer, opened, scripted, settings_for
+
+MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
+NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
+
+
+async def outcome_at(url: str, **settings: object) -> Outcome:
+    """Send once to ``url``, within 10 s or what the settings say."""
+    async with opened(HttpTransport(settings_for(url, **({"transport_timeout": 10} | settings)))) as transport:
+        return await transport.send(a_delivery())
+
+
+async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
+    """Never answer."""
+    await asyncio.sleep(60)
+
+
+async def test_a_refused_connection_is_tried_again(free_port: int) -> None:
+    """Nobody listens: nothing went out."""
+    assert await outcome_at(f"http://127.0.0.1:{free_port}") == Retry("no connection: Connection refused")
+
+
+@pytest.mark.usefixtures("no_dns")
+async def test_an_unknown_host_is_tried_again() -> None:
+    """A host name that is not found may be found later."""
+    assert await outcome_at("http://nowhere.invalid") == Retry("the host name was not found (DNS)")
+
+
+async def test_a_failed_tls_handshake_is_tried_again(no_tls: str) -> None:
+    """The other side does not speak TLS: nothing went out."""
+    outcome = await outcome_at(no_tls)
+    assert isinstance(outcome, Retry)
+    assert outcome.detail.startswith("no secure connection (TLS)")
+
+
+async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
+    """The timeout passes while connecting (here: in a TLS handshake that gets no answer): nothing went out."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
+    assert outcome == Retry("no connection within 0.2 s")
+
+
+async def test_no_answer_in_time_is_unknown() -> None:
+    """The request went out and the timeout passes: it may have been accepted."""
+    async with scripted(stay_silent) as server:
+        began = time.monotonic()
+        assert await outcome_at(server.url, transport_timeout=0.2) == Unknown("no answer within 0.2 s")
+        assert 0.19 < time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    [b"", b"HTTP/1.1 20", b"HTTP/1.1 200 OK\r\ncontent-", b"\x16\x03\x01 no HTTP at all\r\n\r\n", b"\x00" * 100_000],
+    ids=["nothing", "half a status line", "half the headers", "no HTTP", "NULs"],
+)
+@pytest.mark.parametrize("deduplicates", [True, False])
+async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: bytes, *, deduplicates: bool) -> None:
+    """Without the whole head of an answer nobody knows, and the request is not repeated."""
+
+    async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(fragment)
+
+    async with scripted(break_off) as server:
+        outcome = await outcome_at(server.url, transport_deduplicates=deduplicates)
+        assert isinstance(outcome, Unknown)
+        assert outcome.detail.startswith("the connection broke before an answer came")
+        assert len(server.requests) == 1
+
+
+async def test_a_reset_connection_is_unknown() -> None:
+    """A connection that is reset after the request went out is like one that breaks."""
+
+    async def reset(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.transport.abort()
+
+    async with scripted(reset) as server:
+        assert isinstance(await outcome_at(server.url), Unknown)
+
+
+@pytest.mark.parametrize(
+    ("head", "outcome"),
+    [
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED, Sent),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\n{", Sent),
+        (b"HTTP/1.1 403 No\r\ncontent-length: 999\r\n\r\nblocked", Rejected),
+        (b"HTTP/1.1 500 No\r\ncontent-length: 999\r\n\r\nblocked", Retry),
+    ],
+)
+async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome: type) -> None:
+    """After the status line nothing is unknown any more; an incomplete body gives no id."""
+
+    async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(head)
+
+    async with scripted(break_off) as server:
+        received = await outcome_at(server.url)
+    assert isinstance(received, outcome)
+    if isinstance(received, Sent):
+        assert received.chat_message_id is None
+        assert received.detail.startswith("the body of the answer broke off")
+
+
+async def test_the_status_decides_when_the_body_is_slow() -> None:
+    """The timeout is for all of a call; when it passes in the body of a 200, the message was sent."""
+
+    async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED)
+        await asyncio.sleep(60)
+
+    async with scripted(dawdle) as server:
+        outcome = await outcome_at(server.url, transport_timeout=0.5)
+    assert outcome == Sent(None, 200, "the body of the answer did not come in time")
+
+
+async def test_a_slow_refusal_keeps_what_came() -> None:
+    """What has arrived of a refusal's reason is kept."""
+
+    async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/1.1 403 No\r\ncontent-length: 999\r\n\r\nblocked")
+        await asyncio.sleep(60)
+
+    async with scripted(dawdle) as server:
+        assert await outcome_at(server.url, transport_timeout=0.5) == Rejected("HTTP 403 blocked", 403)
+
+
+async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
+    """Beyond 64 KiB reading stops and the connection is dropped; the status decides."""
+    written = 0
+
+    async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
+        nonlocal written
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n" + NAMED)
+        with contextlib.suppress(ConnectionError):
+            while written < 500_000_000:
+                writer.write(b" " * 65_536)
+                written += 65_536
+                await writer.drain()
+
+    async with scripted(flood) as server:
+        outcome = await outcome_at(server.url)
+    assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
+    assert written < 50_000_000
+
+
+async def test_64_kib_are_read() -> None:
+    """The limit itself is within the limit."""
+    async with scripted(answer(200, NAMED.ljust(65_536))) as server:
+        outcome = await outcome_at(server.url)
+    assert isinstance(outcome, Sent)
+    assert str(outcome.chat_message_id) == MESSAGE_ID
+
+
+async def test_a_compressed_answer_is_not_inflated() -> None:
+    """Compression was not asked for; an answer that has it is accepted, and its body is not believed."""
+    async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
+        assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is not JSON")
+        assert server.requests[0].headers["accept-encoding"] == "identity"
+
+
+async def test_an_informational_answer_is_no_answer_yet() -> None:
+    """103 Early Hints is followed by the answer that counts."""
+    async with scripted(b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(200, NAMED)) as server:
+        assert isinstance(await outcome_at(server.url), Sent)
+
+
+async def test_a_receiver_that_comes_back_is_found() -> None:
+    """After a broken connection the next call works: nothing of it sticks."""
+    broken = True
+
+    async def once(writer: asyncio.StreamWriter, _request: Request) -> None:
+        if not broken:
+            writer.write(answer(200))
+
+    async with scripted(once) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        assert isinstance(await transport.send(a_delivery()), Unknown)
+        broken = False
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+
+
+async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
+    """A call that is cut off by `close` has an outcome too."""
+    async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        call = asyncio.create_task(transport.send(a_delivery()))
+        await server.requested.wait()
+        await transport.close()
+        outcome = await call
+    assert isinstance(outcome, Unknown)
+    assert MESSAGE not in repr(outcome)

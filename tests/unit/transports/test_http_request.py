@@ -1,0 +1,201 @@
+"""What the transport ``http`` sends: body, headers and signature (contract, section 4)."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta, timezone
+from uuid import UUID
+
+import pytest
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from followups.errors import TransportConfigurationError
+from followups.transports.http import HttpTransport
+from followups.transports.port import Delivery, Rejected, Sent
+from unit.transports.doubles import (
+    MESSAGE,
+    SIGNING_SECRET,
+    Request,
+    a_delivery,
+    answer,
+    opened,
+    scripted,
+    settings_for,
+)
+
+OK = answer(200)
+
+
+async def requested(delivery: Delivery, path: str = "/messages", **settings: object) -> Request:
+    """Send, and return the request that arrived."""
+    async with (
+        scripted(OK) as server,
+        opened(HttpTransport(settings_for(f"{server.url}{path}", **settings))) as transport,
+    ):
+        assert await transport.send(delivery) == Sent(None, 200)
+        return server.requests[0]
+
+
+async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
+    """The body is one JSON object of seven fields in camelCase; the time is RFC 3339 in UTC."""
+    delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
+    request = await requested(delivery)
+    assert json.loads(request.body) == {
+        "followUpId": str(delivery.follow_up_id),
+        "chatId": str(delivery.chat_id),
+        "externalChatId": delivery.external_chat_id,
+        "triggerChatMessageId": str(delivery.trigger_chat_message_id),
+        "message": MESSAGE,
+        "dueDate": "2026-03-01T10:30:00.000005Z",
+        "attempt": 3,
+    }
+
+
+async def test_a_whole_second_is_written_like_any_other_time() -> None:
+    """The form of the time does not depend on its value."""
+    request = await requested(a_delivery(due_date=datetime(2026, 3, 1, tzinfo=UTC)))
+    assert json.loads(request.body)["dueDate"] == "2026-03-01T00:00:00.000000Z"
+
+
+async def test_a_chat_without_an_external_id_has_null() -> None:
+    """The field is always there."""
+    request = await requested(a_delivery(external_chat_id=None))
+    assert json.loads(request.body)["externalChatId"] is None
+
+
+async def test_the_text_is_utf_8() -> None:
+    """Letters are sent as they are, so that a body is not larger than it must be."""
+    request = await requested(
+        a_delivery(message="\u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435")
+    )
+    assert "\u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435".encode() in request.body
+
+
+async def test_the_key_is_the_follow_ups_id_on_every_attempt() -> None:
+    """``idempotency-key`` and ``webhook-id`` are the follow-up's id, the same on every attempt."""
+    delivery = a_delivery()
+    for attempt in (1, 2):
+        request = await requested(a_delivery(follow_up_id=delivery.follow_up_id, attempt=attempt))
+        assert UUID(request.headers["idempotency-key"]) == delivery.follow_up_id
+        assert request.headers["webhook-id"] == request.headers["idempotency-key"]
+
+
+async def test_it_posts_json_to_the_very_url() -> None:
+    """The request goes to the URL of the settings, path and query included, as JSON."""
+    request = await requested(a_delivery(), path="/in/box?token=a%2Bb&x=1")
+    assert request.target == "/in/box?token=a%2Bb&x=1"
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["content-length"] == str(len(request.body))
+
+
+async def test_credentials_in_the_url_become_basic_authentication() -> None:
+    """``https://user:password@host/`` works as anywhere."""
+    async with scripted(OK) as server:
+        url = server.url.replace("http://", "http://user:pa%20ss@")
+        async with opened(HttpTransport(settings_for(url))) as transport:
+            await transport.send(a_delivery())
+        assert server.requests[0].headers["authorization"] == "Basic dXNlcjpwYSBzcw=="
+
+
+@pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), "c2VjcmV0", "c2VjcmV0cw=="])
+async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
+    """The reference library verifies the signature, whether the secret has its prefix or not."""
+    request = await requested(a_delivery(), transport_secret=secret)
+    assert Webhook(secret).verify(request.body, request.headers)["message"] == MESSAGE
+    assert abs(int(request.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
+
+
+async def test_the_signature_covers_the_body() -> None:
+    """Another body, or another secret, does not verify."""
+    request = await requested(a_delivery(message="\U0001f44d"), transport_secret=SIGNING_SECRET)
+    Webhook(SIGNING_SECRET).verify(request.body, request.headers)
+    for verifier, body in ((Webhook(SIGNING_SECRET), request.body + b" "), (Webhook(b"another"), request.body)):
+        with pytest.raises(WebhookVerificationError):
+            verifier.verify(body, request.headers)
+
+
+async def test_without_a_secret_nothing_is_signed() -> None:
+    """No secret, no signature; the id is sent all the same."""
+    request = await requested(a_delivery())
+    assert not {"webhook-signature", "webhook-timestamp"} & request.headers.keys()
+
+
+async def test_redirects_are_not_followed() -> None:
+    """A redirect is a refusal: the message goes to the configured URL, or nowhere."""
+    async with scripted(OK) as elsewhere, scripted(answer(307, location=elsewhere.url)) as server:
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            assert await transport.send(a_delivery()) == Rejected("HTTP 307", 307)
+        assert (len(server.requests), len(elsewhere.requests)) == (1, 0)
+
+
+async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HTTP_PROXY and its kind redirect nothing."""
+    async with scripted(OK) as proxy:
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy.url)
+        await requested(a_delivery())
+        assert proxy.requests == []
+
+
+async def test_cookies_are_not_kept() -> None:
+    """One chat's answer never colours another one's request."""
+    async with (
+        scripted(answer(200, set_cookie="session=1")) as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        for _ in range(2):
+            await transport.send(a_delivery())
+        assert all("cookie" not in request.headers for request in server.requests)
+
+
+async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
+    """Call after call uses the same connection."""
+    async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(5):
+            await transport.send(a_delivery())
+        assert (server.connections, len(server.requests)) == (1, 5)
+
+
+async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
+    """A stale connection would make an outcome unknown, and unknown would be final there."""
+    settings = {"transport_deduplicates": False}
+    async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
+        for _ in range(5):
+            await transport.send(a_delivery())
+        assert (server.connections, len(server.requests)) == (5, 5)
+
+
+async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
+    """`send` without `open` raises, since it is nothing that the other side did."""
+    with pytest.raises(RuntimeError, match="open"):
+        await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
+
+
+def test_a_missing_url_says_what_to_set() -> None:
+    """Without a URL the start stops with a sentence that names the setting."""
+    with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
+        HttpTransport(settings_for(None))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a b/"]
+)
+def test_an_address_that_is_none_stops_the_start(url: str) -> None:
+    """A URL without a host, or with a port that is none, is refused at once."""
+    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
+        HttpTransport(settings_for(url))
+
+
+def test_a_wrong_address_is_named_without_its_password() -> None:
+    """Credentials do not get into an error."""
+    with pytest.raises(TransportConfigurationError) as caught:
+        HttpTransport(settings_for("http://user:hunter2@host:port/"))
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["not base64!", "whsec_", "whsec_%%%", "abcde", "p\u00e4ssword", " "])
+def test_a_secret_that_is_not_base64_is_refused(secret: str) -> None:
+    """A secret that receivers would read differently stops the start, and is not shown."""
+    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
+        HttpTransport(settings_for("http://host", transport_secret=secret))
+    assert len(secret) < 7 or secret not in str(caught.value)

@@ -1,0 +1,87 @@
+"""What the transport ``matrix`` sends to a homeserver."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from followups.errors import TransportConfigurationError
+from followups.transports.matrix import MatrixTransport
+from followups.transports.port import Rejected, Sent
+from unit.transports.doubles import MESSAGE, TOKEN, a_delivery, answer, opened, scripted, settings_for
+
+
+def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
+    """Make the transport for a homeserver."""
+    return MatrixTransport(settings_for(url, transport="matrix", transport_secret=secret))
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
+    """The path names room and transaction, the transaction being the follow-up; the body is an ``m.text``."""
+    delivery = a_delivery(external_chat_id="!room:example.org")
+    async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
+        assert isinstance(await transport.send(delivery), Sent)
+        request = server.requests[0]
+    assert request.target.replace("%21", "!").replace("%3A", ":") == (
+        f"/_matrix/client/v3/rooms/!room:example.org/send/m.room.message/{delivery.follow_up_id}"
+    )
+    assert request.headers["authorization"] == f"Bearer {TOKEN}"
+    assert json.loads(request.body) == {"msgtype": "m.text", "body": MESSAGE}
+
+
+async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
+    """Whatever the external id holds, it is one segment of the path."""
+    async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
+        await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
+        target = server.requests[0].target
+    assert "?" not in target
+    assert target.count("/") == 8
+    assert target.startswith("/_matrix/client/v3/rooms/!a%2F..%2F..%2Fb%3Fc%23d%252e")
+
+
+@pytest.mark.parametrize("room", [None, "", "#alias:example.org", "..", "49301234567"])
+async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None) -> None:
+    """Without a room id there is nowhere to send to, now or later."""
+    async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
+        outcome = await transport.send(a_delivery(external_chat_id=room))
+        assert outcome == Rejected("the chat's external id is no Matrix room id (these start with !)")
+        assert server.requests == []
+
+
+async def test_a_wrong_token_is_a_refusal() -> None:
+    """M_UNKNOWN_TOKEN is final, and said."""
+    async with (
+        scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
+        opened(matrix(server.url)) as transport,
+    ):
+        assert await transport.send(a_delivery()) == Rejected('HTTP 401 {"errcode":"M_UNKNOWN_TOKEN"}', 401)
+
+
+def test_a_missing_url_says_what_to_set() -> None:
+    """Without the homeserver's URL the start stops."""
+    with pytest.raises(TransportConfigurationError, match="set it to the homeserver's base URL"):
+        matrix(None)
+
+
+@pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
+def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
+    """Credentials, a query or a fragment have no place there, and are not shown."""
+    with pytest.raises(TransportConfigurationError, match="base URL alone") as caught:
+        matrix(url)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
+def test_a_missing_or_impossible_token_says_what_to_set(secret: str | None) -> None:
+    """Without an access token that can stand in a header the start stops."""
+    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
+        matrix("http://host", secret)
+
+
+async def test_check_connects_to_the_homeserver() -> None:
+    """`check` makes a connection and no request."""
+    async with scripted(answer(200)) as server:
+        assert (await matrix(server.url).check()).startswith(f"{server.url} accepts connections")
+        assert server.requests == []

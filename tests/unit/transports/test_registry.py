@@ -1,0 +1,90 @@
+"""Which transport the settings name, and what is said when there is none."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from followups.errors import TransportConfigurationError
+from followups.transports import available_transports, load_transport, registry
+from followups.transports.http import HttpTransport
+from followups.transports.matrix import MatrixTransport
+from followups.transports.sandbox import SandboxTransport
+from unit.transports.doubles import TOKEN, settings_for
+
+
+class NoTransport:
+    """What a plug-in may register by mistake."""
+
+    name = "half"
+
+    def __init__(self, _settings: object) -> None: ...
+
+    async def open(self) -> None: ...
+
+
+@pytest.fixture
+def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Register one plug-in, ``extra``, and nothing else."""
+    extra = EntryPoint("extra", request.param, registry.GROUP)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [extra] if group == registry.GROUP else [])
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("http", HttpTransport), ("matrix", MatrixTransport), ("sandbox", SandboxTransport)]
+)
+def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
+    """`FOLLOWUPS_TRANSPORT` is the name of an entry point, and of the transport."""
+    secret = TOKEN if name == "matrix" else None
+    transport = load_transport(settings_for("http://host", transport=name, transport_secret=secret))
+    assert type(transport) is made
+    assert transport.name == name
+
+
+def test_our_own_are_available() -> None:
+    """The names can be listed."""
+    assert {"http", "matrix", "sandbox"} <= set(available_transports())
+
+
+def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
+    """The sentence names the setting, what it holds, and what it could hold."""
+    with pytest.raises(TransportConfigurationError) as caught:
+        load_transport(settings_for(transport="pigeon"))
+    assert str(caught.value) == (
+        f"FOLLOWUPS_TRANSPORT names 'pigeon', which is not installed; available: {', '.join(available_transports())}."
+    )
+
+
+@pytest.mark.parametrize("plug_in", ["followups.transports.sandbox:SandboxTransport"], indirect=True)
+@pytest.mark.usefixtures("plug_in")
+def test_a_plug_in_is_found_by_its_name() -> None:
+    """An entry point of another package is as good as ours."""
+    assert isinstance(load_transport(settings_for(transport="extra")), SandboxTransport)
+
+
+@pytest.mark.parametrize(
+    "plug_in", ["no_such_module:X", "followups.transports.port:NoSuchClass", "json:dumps"], indirect=True
+)
+@pytest.mark.usefixtures("plug_in")
+def test_a_plug_in_that_does_not_load_is_named() -> None:
+    """The sentence names the plug-in and the error."""
+    with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) does not load: \w+Error: "):
+        load_transport(settings_for(transport="extra"))
+
+
+@pytest.mark.parametrize("plug_in", [f"{__name__}:NoTransport"], indirect=True)
+@pytest.mark.usefixtures("plug_in")
+def test_a_plug_in_that_is_no_transport_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sentence names the missing parts of the port."""
+    monkeypatch.setattr(EntryPoint, "load", lambda _self: NoTransport)
+    with pytest.raises(TransportConfigurationError, match=r"'extra' .* is no transport: it lacks send, check, close "):
+        load_transport(settings_for(transport="extra"))
+
+
+@pytest.mark.parametrize("plug_in", ["followups.transports.http:HttpTransport"], indirect=True)
+@pytest.mark.usefixtures("plug_in")
+def test_a_transports_own_sentence_is_passed_on() -> None:
+    """What a transport says about its settings is not wrapped."""
+    with pytest.raises(TransportConfigurationError, match=r"^The transport extra needs FOLLOWUPS_TRANSPORT_URL"):
+        load_transport(settings_for(transport="extra"))

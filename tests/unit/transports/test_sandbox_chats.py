@@ -1,0 +1,229 @@
+"""The core of the sandbox: behaviours, deduplication, counts, and bounds."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from followups.transports import sandbox_ledger
+from followups.transports.sandbox_behaviour import Behaviour, Incoming
+from followups.transports.sandbox_chats import KEEP_CHATS, SandboxChats
+from followups.transports.sandbox_conversation import KEEP_ATTEMPTS, KEEP_MESSAGES, KEEP_TEXT
+from followups.transports.sandbox_ledger import Received
+
+DUE = datetime(2026, 3, 1, 12, tzinfo=UTC)
+
+
+def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> Incoming:
+    """Return a delivery that was due on 1 March 2026, noon."""
+    return Incoming(
+        follow_up_id=follow_up_id, chat_id=chat_id, **({"message": "hello", "due_date": DUE, "attempt": 1} | changes)
+    )
+
+
+def late(milliseconds: float) -> Received:
+    """Return the moment so long after the due date."""
+    return Received((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
+
+
+def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:
+    """Return the bubbles of a chat."""
+    return next(chat["messages"] for chat in chats.conversations() if chat["chatId"] == chat_id)
+
+
+def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
+    """The same key again is one message, the same id, and one repeat."""
+    chats = SandboxChats()
+    first, second = (chats.receive(incoming(), "key") for _ in range(2))
+    assert first == second
+    summary = chats.ledger.summary()
+    assert (summary["requests"], summary["accepted"], summary["repeats"], summary["duplicates"]) == (2, 1, 1, 0)
+    assert [(record.accepted, record.duplicate) for record in chats.ledger.records()] == [(True, False), (False, True)]
+
+
+def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
+    """A duplicate is a key that was accepted more than once, however often."""
+    chats = SandboxChats(deduplicates=False)
+    replies = {chats.receive(incoming(), "key").body for _ in range(3)}
+    summary = chats.ledger.summary()
+    assert len(replies) == 3
+    assert (summary["accepted"], summary["repeats"], summary["duplicates"]) == (3, 2, 1)
+
+
+def test_a_key_that_was_refused_is_no_repeat() -> None:
+    """Only what was accepted can be repeated."""
+    chats = SandboxChats()
+    chats.behave("c1", Behaviour(kind="fail", times=1))
+    for _ in range(2):
+        chats.receive(incoming(), "key")
+    summary = chats.ledger.summary()
+    assert (summary["accepted"], summary["repeats"]) == (1, 0)
+    assert summary["outcomes"] == {"failed": 1, "accepted": 1}
+
+
+def test_a_behaviour_for_n_requests_ends_after_them() -> None:
+    """``times`` counts down, and is shown as what is left."""
+    chats = SandboxChats()
+    chats.behave("c1", Behaviour(kind="reject", times=2))
+    assert [chats.receive(incoming(f"f{n}"), f"f{n}").status for n in range(4)] == [403, 403, 200, 200]
+    chats.behave("c1", Behaviour(kind="fail", times=3))
+    chats.receive(incoming("f9"), "f9")
+    assert chats.behaviour("c1") == Behaviour(kind="fail", times=2)
+
+
+def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
+    """A chat's own behaviour goes before that of all."""
+    chats = SandboxChats()
+    chats.default = Behaviour(kind="fail", status=502)
+    chats.behave("c1", Behaviour(kind="accept"))
+    assert chats.receive(incoming(), "k1").status == 200
+    assert chats.receive(incoming(chat_id="c2"), "k2").status == 502
+    chats.reset("c1")
+    assert chats.receive(incoming(), "k3").status == 502
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "status", "delay", "headers", "dropped"),
+    [
+        (Behaviour(), 200, 0, {}, False),
+        (Behaviour(kind="slow"), 200, 5, {}, False),
+        (Behaviour(kind="slow", delay=0.5, status=202), 202, 0.5, {}, False),
+        (Behaviour(kind="fail"), 500, 0, {}, False),
+        (Behaviour(kind="fail", status=503, retry_after=2, delay=1), 503, 1, {"retry-after": "2"}, False),
+        (Behaviour(kind="reject"), 403, 0, {}, False),
+        (Behaviour(kind="rate_limit"), 429, 0, {"retry-after": "1"}, False),
+        (Behaviour(kind="rate_limit", retry_after=0.5), 429, 0, {"retry-after": "0.5"}, False),
+        (Behaviour(kind="drop"), 200, 0, {}, True),
+    ],
+)
+def test_a_behaviour_makes_its_reply(
+    behaviour: Behaviour, status: int, delay: float, headers: dict[str, str], *, dropped: bool
+) -> None:
+    """Each kind has its status, delay and headers, unless it is told others."""
+    reply = behaviour.reply({})
+    assert (reply.status, reply.delay, reply.headers, reply.dropped) == (status, delay, headers, dropped)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "explode"}, {"status": 99}, {"status": 600}, {"times": 0}, {"delay": -1}, {"delai": 1}]
+)
+def test_a_behaviour_that_is_none_is_refused(wrong: dict[str, object]) -> None:
+    """Kinds, limits and names are checked."""
+    with pytest.raises(ValidationError):
+        Behaviour(**wrong)
+
+
+def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
+    """The receiver knows that it accepted; only the sender does not."""
+    chats = SandboxChats()
+    chats.behave("c1", Behaviour(kind="drop"))
+    assert chats.receive(incoming(), "key").dropped
+    record = chats.ledger.records()[0]
+    assert (record.outcome, record.accepted, record.status) == ("dropped", True, None)
+
+
+def test_lag_is_received_minus_due() -> None:
+    """Quantiles are of what was accepted, in milliseconds, by nearest rank; early is negative."""
+    chats = SandboxChats()
+    for n in range(100):
+        chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))
+    chats.behave("c1", Behaviour(kind="reject"))
+    chats.receive(incoming("refused"), "refused", late(60_000))
+    assert chats.ledger.summary()["lagMs"] == {"min": -1, "p50": 48, "p95": 93, "p99": 97, "max": 98}
+    assert chats.ledger.summary(latest=1)["lagMs"] == dict.fromkeys(("min", "p50", "p95", "p99", "max"), 98)
+
+
+def test_nothing_accepted_has_no_lag() -> None:
+    """No number is made up."""
+    assert set(SandboxChats().ledger.summary()["lagMs"].values()) == {None}
+
+
+def test_a_request_is_listed_with_all_that_is_known() -> None:
+    """The list of requests is JSON, with times in RFC 3339."""
+    chats = SandboxChats()
+    chats.receive(incoming(attempt=2), "key", late(1.5))
+    assert chats.ledger.records()[0].document() == {
+        "followUpId": "f1",
+        "chatId": "c1",
+        "idempotencyKey": "key",
+        "attempt": 2,
+        "dueDate": "2026-03-01T12:00:00.000000Z",
+        "receivedAt": "2026-03-01T12:00:00.001500Z",
+        "receivedMonotonic": 0.0,
+        "lagMs": 1.5,
+        "messageLength": 5,
+        "outcome": "accepted",
+        "status": 200,
+        "accepted": True,
+        "duplicate": False,
+    }
+
+
+def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
+    """Attempts of one follow-up share a bubble; what others say stands between."""
+    chats = SandboxChats()
+    chats.say("c1", "user", "hi")
+    chats.behave("c1", Behaviour(kind="fail", times=1))
+    for attempt in (1, 2):
+        chats.receive(incoming(attempt=attempt), "f1", late(attempt))
+    user, follow_up = messages(chats)
+    assert (user["role"], user["text"], user["attempts"], user["dueDate"]) == ("user", "hi", [], None)
+    assert (follow_up["role"], follow_up["accepted"], follow_up["lagMs"]) == ("follow_up", True, 2.0)
+    assert [(each["attempt"], each["outcome"], each["status"]) for each in follow_up["attempts"]] == [
+        (1, "failed", 500),
+        (2, "accepted", 200),
+    ]
+
+
+def test_the_newest_activity_comes_first() -> None:
+    """Chats are ordered by their last change; only those that changed since are given."""
+    chats = SandboxChats()
+    for chat_id in ("c1", "c2", "c3", "c1"):
+        chats.say(chat_id, "user", "hi")
+    assert [chat["chatId"] for chat in chats.conversations()] == ["c1", "c3", "c2"]
+    assert [chat["chatId"] for chat in chats.conversations(since=3)] == ["c1"]
+
+
+def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
+    """Requests, chats, messages, attempts and texts have limits; counting goes on."""
+    chats = SandboxChats(keep=10)
+    for n in range(KEEP_CHATS + 5):
+        chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")
+    for n in range(KEEP_MESSAGES + 5):
+        chats.say("c1", "user", str(n))
+    for _ in range(KEEP_ATTEMPTS + 5):
+        chats.receive(incoming("again", "c2"), "again")
+    assert len(chats.ledger.records()) == 10
+    assert chats.ledger.summary()["requests"] == KEEP_CHATS + 5 + KEEP_ATTEMPTS + 5
+    shown = list(chats.conversations())
+    assert len(shown) == KEEP_CHATS
+    assert [message["text"] for message in messages(chats)][-1] == str(KEEP_MESSAGES + 4)
+    assert len(messages(chats)) == KEEP_MESSAGES
+    assert len(messages(chats, "c2")[-1]["attempts"]) == KEEP_ATTEMPTS
+    assert len(messages(chats, f"c{KEEP_CHATS + 4}")[0]["text"]) == KEEP_TEXT
+
+
+def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deduplication remembers a number of keys, as any receiver's does."""
+    monkeypatch.setattr(sandbox_ledger, "KEEP_KEYS", 2)
+    chats = SandboxChats()
+    for key in ("a", "b", "c", "c", "a"):
+        chats.receive(incoming(key), key)
+    assert [record.accepted for record in chats.ledger.records()] == [True, True, True, False, True]
+
+
+def test_clearing_forgets_what_happened_and_keeps_the_behaviours() -> None:
+    """After `clear` a key is new again, and a chat still behaves as it was told."""
+    chats = SandboxChats()
+    chats.behave("c2", Behaviour(kind="fail"))
+    chats.receive(incoming(), "key")
+    before = chats.cleared
+    chats.clear()
+    assert (chats.ledger.records(), list(chats.conversations())) == ([], [])
+    assert chats.cleared != before
+    chats.receive(incoming(), "key")
+    assert chats.ledger.records()[0].accepted
+    assert chats.receive(incoming(chat_id="c2"), "key 2").status == 500
