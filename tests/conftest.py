@@ -35,6 +35,8 @@ TEMPLATE = "template_migrated"
 TEMPLATE_LOCK = 4_071_969
 """PostgreSQL's advisory lock for the one process that makes the template; any number no one else uses."""
 
+pytest_plugins = ["stack_fixtures"]
+
 SERVERS = pytest.StashKey["Servers"]()
 
 
@@ -139,7 +141,8 @@ def postgres_url(server_urls: tuple[str, str]) -> str:
     return server_urls[0]
 
 
-def _url_of(server_url: str, database: str) -> str:
+def url_of(server_url: str, database: str) -> str:
+    """Return the URL of a database of the server."""
     return make_url(server_url).set(database=database).render_as_string(hide_password=False)
 
 
@@ -155,7 +158,7 @@ def template_database(postgres_url: str) -> str:
         if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
             drop_database(postgres_url, unfinished)  # of a process that failed here
             create_database(postgres_url, unfinished)
-            migrate(_url_of(postgres_url, unfinished))
+            migrate(url_of(postgres_url, unfinished))
             connection.execute(f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
     return TEMPLATE
 
@@ -168,7 +171,7 @@ def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
     name = f"test_{uuid4().hex}"
     create_database(postgres_url, name, template_database)
     try:
-        yield _url_of(postgres_url, name)
+        yield url_of(postgres_url, name)
     finally:
         drop_database(postgres_url, name)
 
@@ -186,6 +189,11 @@ def broker_url(server_urls: tuple[str, str]) -> str:
 @pytest.fixture
 def settings(database_url: str, broker_url: str) -> Settings:
     """Return settings on the test's own database and broker, with short times and nobody at the transport's URL."""
+    return brisk_settings(database_url, broker_url)
+
+
+def brisk_settings(database_url: str, broker_url: str) -> Settings:
+    """Return settings with short times and nobody at the transport's URL."""
     return load_settings(
         database_url=database_url,
         broker_url=broker_url,

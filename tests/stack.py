@@ -9,7 +9,6 @@ import sys
 import time
 import urllib.request
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +77,9 @@ class Stack:
 
     def start(self) -> Child:
         """Start one of each; return the worker."""
+        beat = self.beat()  # the slowest to start goes first, and is not waited for
+        assert beat.running
         self.sandbox()
-        self.beat()
         return self.worker()
 
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
@@ -87,14 +87,27 @@ class Stack:
         lines = (self.processes.logs / f"{name}.log").read_text().splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
+    def log_events(self, event: str, name: str = "worker") -> list[dict[str, Any]]:
+        """Return those of one event."""
+        return [line for line in self.log(name) if line["event"] == event]
+
     def received(self) -> list[dict[str, Any]]:
         """Return every request that the chat received, oldest first."""
         requests: list[dict[str, Any]] = self._call("GET", "/sandbox/requests")
         return requests
 
-    def accepted(self) -> list[str]:
-        """Return the follow-ups that the chat accepted, a repeated one as often as it was accepted."""
-        return [one["followUpId"] for one in self.received() if one["accepted"] and not one["duplicate"]]
+    def accepted(self, *ids: UUID) -> list[str]:
+        """Return which of the follow-ups (none: of all) the chat accepted, in its order, each as often as it did."""
+        wanted = set(map(str, ids))
+        return [
+            one["followUpId"]
+            for one in self.received()
+            if one["accepted"] and not one["duplicate"] and (not wanted or one["followUpId"] in wanted)
+        ]
+
+    def attempts(self, follow_up_id: UUID) -> list[int]:
+        """Return the attempt numbers of the requests for one follow-up, in the order received."""
+        return [one["attempt"] for one in self.received() if one["followUpId"] == str(follow_up_id)]
 
     def behave(self, chat_id: UUID | None = None, **behaviour: Any) -> None:
         """Tell the chat (None: every chat) how to behave from now on."""
@@ -105,9 +118,12 @@ class Stack:
         """Return how many follow-ups are pending."""
         return self.world.scalar(PENDING)
 
-    def wait_until_done(self, within: float = 20) -> None:
-        """Wait until nothing is pending."""
-        wait_until(lambda: self.pending() == 0, within)
+    def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
+        """Wait until none of these (none given: nothing at all) is pending."""
+        if ids:
+            wait_until(lambda: all(self.world.row(one).status != "pending" for one in ids), within)
+        else:
+            wait_until(lambda: self.pending() == 0, within)
 
     def broker(self) -> redis.Redis:
         """Return a client of the broker."""
@@ -126,6 +142,3 @@ def kill(child: Child) -> None:
     """End a process with SIGKILL, as a crash of its machine would."""
     os.kill(child.pid, signal.SIGKILL)
     wait_until(lambda: child.exit_code is not None)
-
-
-MILLISECOND = timedelta(milliseconds=1)

@@ -117,7 +117,7 @@ class Process:
         )
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)
-        self.draining = threading.Event()
+        self.draining = False
 
     def start(self) -> None:
         """Start both; each waits for the database by itself."""
@@ -163,7 +163,7 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
         log.warning("hint_dropped", error=str(error), task_id=task.request.id)
         return
     process = current_process()
-    if process.draining.is_set():
+    if process.draining:
         with process.engine.begin() as connection:
             lease_store.release_if_not_begun(connection, leases)
         return
@@ -211,6 +211,12 @@ class Nudger:
 nudge = Nudger(lambda: dispatch_due.apply_async(retry=False, expires=TICK_EXPIRES.total_seconds()))
 
 
+@signals.celeryd_init.connect
+def _guard_against_foreign_messages(conf: Any = None, **_: object) -> None:  # noqa: ANN401 - Celery's settings
+    # Only in workers: Flower tells the kind of broker by the name of the transport.
+    conf.broker_transport = "followups.broker:Transport"
+
+
 @signals.setup_logging.connect
 def _configure_logging(**_: object) -> None:
     configure_logging(settings.log_format, settings.log_level)
@@ -228,7 +234,8 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 @signals.worker_shutting_down.connect
 def _stop_beginning(**_: object) -> None:
     if process := _processes.get(os.getpid()):
-        process.draining.set()
+        process.draining = True
+        process.dispatcher.claim_no_more()
 
 
 @signals.worker_shutdown.connect

@@ -44,8 +44,12 @@ class Dispatcher:
         """Ask for a tick. Returns at once."""
         self._wanted.set()
 
+    def claim_no_more(self) -> None:
+        """Claim nothing after what is under way. For a signal handler, it takes no lock that its thread may hold."""
+        self._stopping.set()
+
     def stop(self) -> None:
-        """Claim nothing more; a claim under way is published first."""
+        """Claim nothing more, and wait until what is under way is published."""
         self._stopping.set()
         self._wanted.set()
         if self._thread.is_alive():

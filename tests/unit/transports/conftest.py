@@ -34,7 +34,8 @@ def no_dns(monkeypatch: pytest.MonkeyPatch) -> None:
 async def no_tls() -> AsyncIterator[str]:
     """Return an https address where plain HTTP is spoken."""
 
-    async def refuse(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(65_536)
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
 

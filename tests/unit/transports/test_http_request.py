@@ -178,7 +178,8 @@ def test_a_missing_url_says_what_to_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a b/"]
+    "url",
+    ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
 )
 def test_an_address_that_is_none_stops_the_start(url: str) -> None:
     """A URL without a host, or with a port that is none, is refused at once."""

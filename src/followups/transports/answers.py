@@ -1,0 +1,139 @@
+"""What an HTTP answer means: the contract's table of answers. Pure.
+
+============================================ =========================================================
+answer                                       outcome
+============================================ =========================================================
+2xx                                          `Sent`, with the receiver's id of the message if it gave one
+429; 503 with a Retry-After that can be read `Snoozed`: uses up no attempt
+408, 425, other 5xx                          `Retry`, not before Retry-After
+anything else                                `Rejected`, with the first 200 characters of the body
+============================================ =========================================================
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+from followups.retry import MAX_RETRY_AFTER, clamp_retry_after
+from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from uuid import UUID
+
+EXCERPT_LENGTH = 200
+"""Characters of a refusal's body that its reason keeps (contract, section 2)."""
+
+_SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
+_CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
+
+Document = dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An HTTP answer whose status line has arrived. Header names are looked up in lower case."""
+
+    status: int
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    flaw: str = ""
+    """Why the body is not complete ('' when it is); the status counts all the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What one kind of receiver writes into the JSON object of its answers."""
+
+    message_id: Callable[[Document], UUID | None]
+    """The id of the message from a 2xx; raises `ValueError`, in words without the value, for an odd one."""
+    wish: Callable[[Document], timedelta | None]
+    """How long to stay away, from a 429 that has no Retry-After."""
+
+
+def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
+    """Return what ``answer`` means; ``now`` (aware) is needed where Retry-After is a date and Date is missing."""
+    status, detail = answer.status, f"HTTP {answer.status}"
+    if status // 100 == 2:  # noqa: PLR2004 - 2xx
+        return _sent(answer, dialect)
+    after = retry_after(answer.headers, now or datetime.now(UTC))
+    if status == 429:  # noqa: PLR2004 - Too Many Requests, RFC 6585
+        return Snoozed(detail, after or _wish(answer, dialect), status)
+    if status == 503 and after:  # noqa: PLR2004 - Service Unavailable, RFC 9110
+        return Snoozed(detail, after, status)
+    if status in {408, 425} or status // 100 == 5:  # noqa: PLR2004 - 5xx
+        return Retry(detail, after, status)
+    said = excerpt(answer.body)
+    return Rejected(f"{detail} {said}" if said else detail, status)
+
+
+def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
+    """Return what Retry-After asks for, clamped to 1 s..24 h; None when there is none, or garbage.
+
+    Seconds (a fraction is understood too) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the
+    answer's own Date where there is one, so that the two hosts' clocks need not agree.
+
+    >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
+    datetime.timedelta(seconds=120)
+    """
+    value = headers.get("retry-after", "").strip()
+    if _SECONDS.fullmatch(value):
+        return clamp_retry_after(timedelta(seconds=min(float(value), MAX_RETRY_AFTER.total_seconds())))
+    until = _http_date(value)
+    if until is None:
+        return None
+    return clamp_retry_after(until - (_http_date(headers.get("date", "")) or now))
+
+
+def excerpt(body: bytes) -> str:
+    r"""Return the first 200 characters of a body, without NUL and the other control characters.
+
+    >>> excerpt(b"not\x00 allowed")
+    'not allowed'
+    """
+    return body.decode(errors="replace").translate(_CONTROLS)[:EXCERPT_LENGTH]
+
+
+def _http_date(value: str) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(value)
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def _sent(answer: Answer, dialect: Dialect) -> Sent:
+    # Accepted is accepted: whatever is odd about the body costs the id, never the outcome.
+    if answer.flaw or not answer.body.strip():
+        return Sent(None, answer.status, answer.flaw)
+    try:
+        return Sent(dialect.message_id(_document(answer.body)), answer.status)
+    except ValueError as error:
+        return Sent(None, answer.status, str(error))
+
+
+def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
+    try:
+        wished = dialect.wish(_document(answer.body))
+    except ValueError:
+        return None
+    return None if wished is None else clamp_retry_after(wished)
+
+
+def _document(body: bytes) -> Document:
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):  # RecursionError: nested thousands deep
+        document = ...
+    if document is ...:
+        message = "the body of the answer is not JSON"
+        raise ValueError(message)
+    if not isinstance(document, dict):
+        message = "the body of the answer is not a JSON object"
+        raise ValueError(message)  # noqa: TRY004 - the value is wrong, not the caller's type
+    return document

@@ -1,0 +1,83 @@
+"""The transport ``http``: a POST of one JSON object, signed by Standard Webhooks (contract, section 4)."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from followups.transports.answers import Dialect, Document
+from followups.transports.endpoint import reach, required_url
+from followups.transports.http_call import Call, HttpCaller, encode_json
+from followups.transports.signing import webhook_from
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+    from followups.transports.port import Delivery, Outcome
+
+
+class HttpTransport:
+    """Posts each message to ``FOLLOWUPS_TRANSPORT_URL``; the port's `Transport`."""
+
+    name = "http"
+
+    def __init__(self, settings: Settings) -> None:
+        """Check URL and secret; raise `TransportConfigurationError` when they are missing or wrong."""
+        self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
+        secret = settings.transport_secret
+        self._webhook = webhook_from(secret.get_secret_value()) if secret else None
+        self._timeout = settings.transport_timeout
+        self._caller = HttpCaller(settings)
+
+    async def open(self) -> None:
+        """Open the HTTP session of this process."""
+        await self._caller.open()
+
+    async def send(self, delivery: Delivery) -> Outcome:
+        """Post once; the answer, or the lack of one, is the outcome."""
+        body = _body(delivery)
+        call = Call("POST", self._url, self._headers(str(delivery.follow_up_id), body), body)
+        return await self._caller.deliver(call, DIALECT)
+
+    async def check(self) -> str:
+        """Connect to the endpoint's host without sending a message."""
+        return await reach(self._url, self._timeout)
+
+    async def close(self) -> None:
+        """Close the HTTP session."""
+        await self._caller.close()
+
+    def _headers(self, key: str, body: bytes) -> dict[str, str]:
+        headers = {"content-type": "application/json", "idempotency-key": key, "webhook-id": key}
+        if self._webhook:
+            now = datetime.now(UTC)
+            headers["webhook-timestamp"] = str(int(now.timestamp()))
+            headers["webhook-signature"] = self._webhook.sign(key, now, body.decode())
+        return headers
+
+
+def _body(delivery: Delivery) -> bytes:
+    document = {
+        "followUpId": str(delivery.follow_up_id),
+        "chatId": str(delivery.chat_id),
+        "externalChatId": delivery.external_chat_id,
+        "triggerChatMessageId": str(delivery.trigger_chat_message_id),
+        "message": delivery.message,
+        "dueDate": f"{delivery.due_date.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+        "attempt": delivery.attempt,
+    }
+    return encode_json(document)
+
+
+def _chat_message_id(document: Document) -> UUID | None:
+    value = document.get("chatMessageId")
+    if value is None:
+        return None
+    try:
+        return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
+    except (ValueError, AttributeError, TypeError):
+        message = "chatMessageId in the answer is no UUID"
+        raise ValueError(message) from None
+
+
+DIALECT = Dialect(message_id=_chat_message_id, wish=lambda _document: None)

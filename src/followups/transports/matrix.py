@@ -1,0 +1,95 @@
+"""The transport ``matrix``: ``m.room.message`` through the client-server API of a homeserver.
+
+``PUT .../rooms/{roomId}/send/m.room.message/{txnId}`` (Matrix specification v1.11, client-server API,
+"Sending events to a room"). The follow-up's id is the transaction id, by which the homeserver
+deduplicates; the chat's external id is the room id.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from followups.errors import TransportConfigurationError
+from followups.retry import MAX_RETRY_AFTER
+from followups.transports.answers import Dialect, Document
+from followups.transports.endpoint import reach, required_url
+from followups.transports.http_call import Call, HttpCaller, encode_json
+from followups.transports.port import Delivery, Outcome, Rejected
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
+"""Event ids (``$...``) are no UUIDs: a chat message's id is ``uuid5(EVENT_NAMESPACE, event_id)``, so that
+whoever knows the event can compute it."""
+
+
+class MatrixTransport:
+    """Writes each message into the Matrix room that the chat's external id names; the port's `Transport`."""
+
+    name = "matrix"
+
+    def __init__(self, settings: Settings) -> None:
+        """Check URL and access token; raise `TransportConfigurationError` when they are missing or wrong."""
+        url = required_url(settings, "the homeserver's base URL, https://host")
+        if "@" in url or "?" in url or "#" in url:
+            message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
+            raise TransportConfigurationError(message)
+        self._base = url.rstrip("/")
+        self._headers = {"content-type": "application/json", "authorization": f"Bearer {_token(settings)}"}
+        self._timeout = settings.transport_timeout
+        self._caller = HttpCaller(settings)
+
+    async def open(self) -> None:
+        """Open the HTTP session of this process."""
+        await self._caller.open()
+
+    async def send(self, delivery: Delivery) -> Outcome:
+        """Put the event once; a chat without a room id is refused without a call."""
+        room = delivery.external_chat_id or ""
+        if not room.startswith("!"):
+            return Rejected("the chat's external id is no Matrix room id (these start with !)")
+        path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
+        content = {"msgtype": "m.text", "body": delivery.message}
+        body = encode_json(content)
+        return await self._caller.deliver(
+            Call("PUT", f"{self._base}/_matrix/client/v3/{path}", self._headers, body), DIALECT
+        )
+
+    async def check(self) -> str:
+        """Connect to the homeserver without sending an event."""
+        return await reach(self._base, self._timeout)
+
+    async def close(self) -> None:
+        """Close the HTTP session."""
+        await self._caller.close()
+
+
+def _token(settings: Settings) -> str:
+    token = settings.transport_secret.get_secret_value().strip() if settings.transport_secret else ""
+    if not token.isascii() or not token.isprintable() or not token or " " in token:
+        message = "FOLLOWUPS_TRANSPORT_SECRET should be the access token of the Matrix user that writes the messages."
+        raise TransportConfigurationError(message)
+    return token
+
+
+def _event(document: Document) -> UUID | None:
+    event_id = document.get("event_id")
+    if not isinstance(event_id, str) or not event_id:
+        message = "the answer holds no event_id"
+        raise ValueError(message)
+    return uuid5(EVENT_NAMESPACE, event_id)
+
+
+def _wish(document: Document) -> timedelta | None:
+    # Deprecated in favour of Retry-After since v1.10 of the specification; most homeservers still write it.
+    wished = document.get("retry_after_ms")
+    if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:
+        return None
+    return timedelta(milliseconds=min(wished, MAX_RETRY_AFTER / timedelta(milliseconds=1)))
+
+
+DIALECT = Dialect(message_id=_event, wish=_wish)

@@ -1,0 +1,59 @@
+"""Which transport the settings name: found among the entry points of the group ``followups.transports``."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING
+
+from followups.errors import FollowUpsError, TransportConfigurationError
+from followups.transports.port import Transport
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+GROUP = "followups.transports"
+"""The entry-point group: a plug-in registers ``name = "package.module:Class"`` in it."""
+
+
+def available_transports() -> list[str]:
+    """Return the names that ``FOLLOWUPS_TRANSPORT`` can take on this machine, sorted."""
+    return sorted(_registered())
+
+
+def load_transport(settings: Settings) -> Transport:
+    """Make the transport that ``FOLLOWUPS_TRANSPORT`` names; nothing is opened yet.
+
+    Raises `TransportConfigurationError`, one sentence, when there is none of that name, when a plug-in
+    does not load or is no `Transport`, and when the transport itself refuses the settings.
+    """
+    entry_point = _registered().get(settings.transport)
+    if entry_point is None:
+        message = (
+            f"FOLLOWUPS_TRANSPORT names {settings.transport!r}, which is not installed; "
+            f"available: {', '.join(available_transports())}."
+        )
+        raise TransportConfigurationError(message)
+    return _made(entry_point, settings)
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry_point.name: entry_point for entry_point in entry_points(group=GROUP)}
+
+
+def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
+    where = f"The transport {entry_point.name!r} ({entry_point.value})"
+    try:
+        transport = entry_point.load()(settings)
+    except FollowUpsError:
+        raise  # the transport's own sentence is better than any of ours
+    except Exception as error:
+        message = f"{where} does not load: {type(error).__name__}: {error}."
+        raise TransportConfigurationError(message) from error
+    if not isinstance(transport, Transport):
+        message = f"{where} is no transport: it lacks {', '.join(_missing(transport))} (see followups.transports.port)."
+        raise TransportConfigurationError(message)
+    return transport
+
+
+def _missing(candidate: object) -> list[str]:
+    return [member for member in ("name", "open", "send", "check", "close") if not hasattr(candidate, member)]

@@ -1,0 +1,107 @@
+"""How the sandbox answers: behaviours that are set by HTTP, and the replies they make."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+Kind = Literal["accept", "fail", "reject", "slow", "drop", "rate_limit"]
+Seconds = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]
+
+DEFAULT_STATUS: dict[Kind, int] = {
+    "accept": 200,
+    "slow": 200,
+    "drop": 200,
+    "fail": 500,
+    "reject": 403,
+    "rate_limit": 429,
+}
+OUTCOMES: dict[Kind, str] = {
+    "accept": "accepted",
+    "slow": "accepted",
+    "drop": "dropped",
+    "fail": "failed",
+    "reject": "rejected",
+    "rate_limit": "rate_limited",
+}
+"""What the list of requests calls each kind's result."""
+
+DEFAULT_SLOWNESS = 5.0
+"""Seconds that ``slow`` waits before it answers, unless told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What goes back to the sender: after ``delay`` seconds, unless it is dropped."""
+
+    status: int
+    body: str
+    delay: float = 0.0
+    retry_after: float | None = None
+    dropped: bool = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers beyond those of every HTTP answer."""
+        return {} if self.retry_after is None else {"retry-after": f"{self.retry_after:g}"}
+
+
+class Wire(BaseModel):
+    """What goes over the wire: camelCase, frozen."""
+
+    model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
+
+
+class Incoming(Wire):
+    """The body of a delivery, as the transport ``http`` sends it (contract, section 4)."""
+
+    follow_up_id: Annotated[str, Field(min_length=1, max_length=255)]
+    chat_id: Annotated[str, Field(min_length=1, max_length=255)]
+    external_chat_id: str | None = None
+    trigger_chat_message_id: str | None = None
+    message: str
+    due_date: AwareDatetime
+    attempt: Annotated[int, Field(ge=1)]
+
+
+class Behaviour(Wire):
+    """What happens to the requests of a chat. Statuses are HTTP's, times are seconds.
+
+    ``drop`` accepts and closes the connection without an answer; ``slow`` accepts and answers late;
+    ``fail``, ``reject`` and ``rate_limit`` accept nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: Kind = "accept"
+    status: Annotated[int, Field(ge=200, le=599)] | None = None
+    """Of the answer; by default 200, 500 (fail), 403 (reject), 429 (rate_limit)."""
+    times: Annotated[int, Field(ge=1)] | None = None
+    """Only the next so many requests; None: until it is changed."""
+    delay: Seconds | None = None
+    """Before the answer; by default 5 for ``slow``, else none."""
+    retry_after: Seconds | None = None
+    """The answer's Retry-After; by default 1 for ``rate_limit``, else none."""
+    body: Annotated[str, Field(max_length=1_000_000)] | None = None
+    """Replaces the body of the answer."""
+
+    @property
+    def accepts(self) -> bool:
+        """Whether a message that meets this behaviour is written into the chat."""
+        return self.kind in {"accept", "slow", "drop"}
+
+    def reply(self, document: dict[str, str]) -> Reply:
+        """Return the answer to one request; ``document`` is its body where this behaviour brings none."""
+        delay = DEFAULT_SLOWNESS if self.delay is None and self.kind == "slow" else self.delay
+        retry_after = 1.0 if self.retry_after is None and self.kind == "rate_limit" else self.retry_after
+        return Reply(
+            status=self.status or DEFAULT_STATUS[self.kind],
+            body=json.dumps(document) if self.body is None else self.body,
+            delay=delay or 0.0,
+            retry_after=retry_after,
+            dropped=self.kind == "drop",
+        )

@@ -1,0 +1,164 @@
+"""The sandbox's routes: deliveries come in, behaviours are set, what happened is read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Annotated, Literal
+
+from aiohttp import web
+from pydantic import Field, ValidationError
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from followups.transports.sandbox_behaviour import Behaviour, Incoming, Reply, Wire
+from followups.transports.sandbox_chats import ACCEPT, SandboxChats
+from followups.transports.sandbox_ledger import Received
+
+CHATS = web.AppKey("chats", SandboxChats)
+VERIFIER: web.AppKey[Webhook | None] = web.AppKey("verifier")
+
+routes = web.RouteTableDef()
+
+
+class Said(Wire):
+    """What somebody else writes into a chat."""
+
+    role: Literal["user", "agent", "operator"] = "user"
+    text: Annotated[str, Field(min_length=1, max_length=65_536)]
+
+
+@routes.post("/messages")
+async def deliver(request: web.Request) -> web.StreamResponse:
+    """Take a delivery: 200 with the message's id, 400 for what is none, 401 for a wrong signature."""
+    received, chats = Received.now(), request.app[CHATS]
+    body = await request.read()
+    try:
+        _verify(request, body)
+        incoming = Incoming.model_validate_json(body)
+    except (WebhookVerificationError, UnicodeDecodeError, ValueError) as error:
+        chats.ledger.count_invalid()
+        status = 401 if isinstance(error, WebhookVerificationError) else 400
+        return _json({"error": _words(error)}, status)
+    key = request.headers.get("idempotency-key") or incoming.follow_up_id
+    return await _answer(request, chats.receive(incoming, key, received))
+
+
+async def _answer(request: web.Request, reply: Reply) -> web.StreamResponse:
+    if reply.delay:
+        await asyncio.sleep(reply.delay)
+    if reply.dropped and request.transport:
+        request.transport.close()
+    return web.Response(
+        status=reply.status, body=reply.body.encode(), content_type="application/json", headers=reply.headers
+    )
+
+
+@routes.get("/sandbox/requests")
+async def requests(request: web.Request) -> web.Response:
+    """List the requests, oldest first; ``?chatId=`` those of one chat."""
+    wanted = request.query.get("chatId")
+    records = request.app[CHATS].ledger.records()
+    return _json([record.document() for record in records if wanted in {None, record.chat_id}])
+
+
+@routes.get("/sandbox/summary")
+async def summary(request: web.Request) -> web.Response:
+    """Count."""
+    return _json(request.app[CHATS].ledger.summary())
+
+
+@routes.get("/sandbox/chats")
+async def conversations(request: web.Request) -> web.Response:
+    """Show the conversations that are kept."""
+    return _json(list(request.app[CHATS].conversations()))
+
+
+@routes.delete("/sandbox")
+async def clear(request: web.Request) -> web.Response:
+    """Forget what happened."""
+    request.app[CHATS].clear()
+    return web.Response(status=204)
+
+
+@routes.post("/sandbox/chats/{chat_id}/messages")
+async def say(request: web.Request) -> web.Response:
+    """Write into a chat as somebody else: 201 with the message."""
+    try:
+        said = Said.model_validate_json(await request.read())
+    except ValueError as error:
+        return _json({"error": _words(error)}, 422)
+    message = request.app[CHATS].say(request.match_info["chat_id"], said.role, said.text)
+    return _json(message.document(), 201)
+
+
+@routes.view("/sandbox/behaviour")
+class DefaultBehaviour(web.View):
+    """How every chat behaves that has no behaviour of its own."""
+
+    async def get(self) -> web.Response:
+        """Show it."""
+        return _behaviour(self.request.app[CHATS].default)
+
+    async def put(self) -> web.Response:
+        """Change it: 200, or 422 for what is no behaviour."""
+        try:
+            behaviour = Behaviour.model_validate_json(await self.request.read())
+        except ValueError as error:
+            return _json({"error": _words(error)}, 422)
+        self.request.app[CHATS].default = behaviour
+        return _behaviour(behaviour)
+
+    async def delete(self) -> web.Response:
+        """Accept again."""
+        self.request.app[CHATS].default = ACCEPT
+        return web.Response(status=204)
+
+
+@routes.view("/sandbox/chats/{chat_id}/behaviour")
+class ChatBehaviour(web.View):
+    """How one chat behaves."""
+
+    async def get(self) -> web.Response:
+        """Show its own behaviour, or else that of every chat."""
+        chats = self.request.app[CHATS]
+        return _behaviour(chats.behaviour(self.request.match_info["chat_id"]) or chats.default)
+
+    async def put(self) -> web.Response:
+        """Change it: 200, or 422 for what is no behaviour."""
+        try:
+            behaviour = Behaviour.model_validate_json(await self.request.read())
+        except ValueError as error:
+            return _json({"error": _words(error)}, 422)
+        self.request.app[CHATS].behave(self.request.match_info["chat_id"], behaviour)
+        return _behaviour(behaviour)
+
+    async def delete(self) -> web.Response:
+        """Let it behave like all others."""
+        self.request.app[CHATS].reset(self.request.match_info["chat_id"])
+        return web.Response(status=204)
+
+
+def _verify(request: web.Request, body: bytes) -> None:
+    verifier = request.app[VERIFIER]
+    if verifier is None:
+        return
+    try:
+        verifier.verify(body, dict(request.headers), json_parse=False)
+    except ValueError:  # a signature that is no base64, a header without its comma
+        message = "Malformed signature header"
+        raise WebhookVerificationError(message) from None
+
+
+def _words(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    # Without the input, which may be the text of a message.
+    return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors())
+
+
+def _behaviour(behaviour: Behaviour) -> web.Response:
+    return _json(behaviour.model_dump(mode="json", by_alias=True))
+
+
+def _json(document: object, status: int = 200) -> web.Response:
+    return web.json_response(document, status=status, dumps=json.dumps)

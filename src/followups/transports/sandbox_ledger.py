@@ -1,0 +1,147 @@
+"""What the sandbox received: every request, exact counts, and how late the accepted ones were."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import NamedTuple
+from uuid import uuid4
+
+KEEP_RECORDS = 200_000
+"""Requests that the list keeps by default; the counts go on beyond it."""
+KEEP_KEYS = 1_000_000
+"""Accepted keys that are remembered; beyond it the oldest is forgotten, as by any receiver that deduplicates."""
+
+QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
+
+
+class Received(NamedTuple):
+    """When a request arrived, in seconds: by the wall clock (Unix time), and by the monotonic one."""
+
+    wall: float
+    monotonic: float
+
+    @classmethod
+    def now(cls) -> Received:
+        """Read both clocks."""
+        return cls(time.time(), time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One request. ``due`` is Unix time; ``status`` is None when no answer was given."""
+
+    follow_up_id: str
+    chat_id: str
+    idempotency_key: str
+    attempt: int
+    due: float
+    received: Received
+    message_length: int
+    outcome: str
+    status: int | None
+    accepted: bool
+    """A message was written into the chat by this very request."""
+    duplicate: bool
+    """The key had been accepted before."""
+
+    @property
+    def lag(self) -> float:
+        """Received minus due, in milliseconds."""
+        return (self.received.wall - self.due) * 1000
+
+    def document(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {
+            "followUpId": self.follow_up_id,
+            "chatId": self.chat_id,
+            "idempotencyKey": self.idempotency_key,
+            "attempt": self.attempt,
+            "dueDate": timestamp(self.due),
+            "receivedAt": timestamp(self.received.wall),
+            "receivedMonotonic": self.received.monotonic,
+            "lagMs": round(self.lag, 3),
+            "messageLength": self.message_length,
+            "outcome": self.outcome,
+            "status": self.status,
+            "accepted": self.accepted,
+            "duplicate": self.duplicate,
+        }
+
+
+class Ledger:
+    """The list of requests (bounded) and the counts (exact)."""
+
+    def __init__(self, keep: int = KEEP_RECORDS) -> None:
+        """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted ones."""
+        self._records: deque[Record] = deque(maxlen=keep)
+        self._lags: deque[float] = deque(maxlen=keep)
+        self._message_ids: dict[str, str] = {}
+        self._doubled: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+
+    def message_id(self, key: str) -> str | None:
+        """Return the id under which ``key`` was accepted, if it was."""
+        return self._message_ids.get(key)
+
+    def new_message_id(self, key: str) -> str:
+        """Accept ``key``, once more perhaps, under a new id."""
+        if key in self._message_ids and key not in self._doubled:
+            self._doubled.add(key)
+            self._counts["duplicates"] += 1
+        elif len(self._message_ids) >= KEEP_KEYS:
+            oldest = next(iter(self._message_ids))
+            del self._message_ids[oldest]
+            self._doubled.discard(oldest)
+        message_id = self._message_ids[key] = str(uuid4())
+        return message_id
+
+    def add(self, record: Record) -> None:
+        """Count and keep one request."""
+        self._records.append(record)
+        self._counts["requests"] += 1
+        self._counts["repeats"] += record.duplicate
+        self._outcomes[record.outcome] += 1
+        if record.accepted:
+            self._counts["accepted"] += 1
+            self._lags.append(record.lag)
+
+    def count_invalid(self) -> None:
+        """Count a request that was turned away unread: a wrong signature, a body that is no delivery."""
+        self._counts["invalid"] += 1
+
+    def records(self) -> list[Record]:
+        """Return the requests that are kept, oldest first."""
+        return list(self._records)
+
+    def summary(self, latest: int | None = None) -> dict[str, object]:
+        """Return the counts, and the lag of the ``latest`` accepted messages (default: of all that are kept).
+
+        ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had
+        been accepted before, whatever became of them. Lags are milliseconds, None when nothing was accepted.
+        """
+        counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
+        lags = sorted(self._lags if latest is None else islice(reversed(self._lags), latest))
+        return {**counts, "outcomes": dict(self._outcomes), "lagMs": _quantiles(lags)}
+
+
+def timestamp(seconds: float) -> str:
+    """Return Unix time as RFC 3339 in UTC.
+
+    >>> timestamp(0.5)
+    '1970-01-01T00:00:00.500000Z'
+    """
+    return datetime.fromtimestamp(seconds, UTC).replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def _quantiles(ordered: list[float]) -> dict[str, float | None]:
+    """Return nearest-rank quantiles of ascending values, and the least: it is negative if one came early."""
+    if not ordered:
+        return dict.fromkeys(["min", *QUANTILES])
+    ranked = {name: ordered[math.ceil(q * len(ordered)) - 1] for name, q in QUANTILES.items()}
+    return {name: round(value, 3) for name, value in {"min": ordered[0], **ranked}.items()}

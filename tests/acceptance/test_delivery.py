@@ -1,0 +1,182 @@
+"""The main job, with a real worker, beat, broker and receiver: from a due row to a delivered message."""
+
+from __future__ import annotations
+
+import signal
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from celery import Celery
+from sqlalchemy.orm import Session
+
+import followups
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from stack import Stack
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.mark.xdist_group("running")
+def test_each_at_its_moment(running: Stack) -> None:
+    """Follow-ups go out at their due moments, none early, each once, and end as sent with the chat's message id."""
+    ids = [running.world.follow_up(due=timedelta(seconds=1 + n / 20)) for n in range(40)]
+    running.wait_until_done(*ids)
+    rows = [running.world.row(one) for one in ids]
+    assert {row.status for row in rows} == {"sent"}
+    assert all(row.chat_message_id for row in rows)
+    assert sorted(running.accepted(*ids)) == sorted(map(str, ids))
+    assert all(row.accepted_at >= row.due_date for row in rows)
+
+
+@pytest.mark.xdist_group("running")
+def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
+    """What a caller's committed transaction scheduled is sent; what was rolled back never existed."""
+    chat_id = running.world.chat()
+    now = running.world.scalar("SELECT now()")
+    with Session(running.world.engine) as session:
+        kept = followups.schedule(
+            session, workspace_id=running.world.workspace_id, chat_id=chat_id, message="Still there?", due_date=now
+        )
+        kept_id = kept.id
+        session.commit()
+        followups.schedule(
+            session, workspace_id=running.world.workspace_id, chat_id=chat_id, message="Never mind", due_date=now
+        )
+        session.rollback()
+    running.wait_until_done(kept_id)
+    requests = [one for one in running.received() if one["chatId"] == str(chat_id)]
+    assert [one["followUpId"] for one in requests] == [str(kept_id)]
+
+
+@pytest.mark.xdist_group("running")
+def test_retry_reject_and_rate_limit(running: Stack) -> None:
+    """A failure is tried again, a refusal is final, a rate limit uses up no attempt; the record says which."""
+    failing, refusing, limiting = (running.world.chat() for _ in range(3))
+    running.behave(failing, kind="fail", status=500, times=2)
+    running.behave(refusing, kind="reject", status=403, body="not in this channel")
+    running.behave(limiting, kind="rate_limit", retryAfter=1, times=1)
+    retried, refused, limited = (running.world.follow_up(chat) for chat in (failing, refusing, limiting))
+    running.wait_until_done(retried, refused, limited)
+    assert running.attempts(retried) == [1, 2, 3]
+    assert running.attempts(limited) == [1, 1]
+    assert (running.world.row(retried).status, running.world.row(limited).status) == ("sent", "sent")
+    assert running.world.row(refused).reason == "rejected: HTTP 403 not in this channel"
+    assert [one[:2] for one in running.world.failures(retried)] == [(1, "retry"), (2, "retry")]
+
+
+@pytest.mark.xdist_group("running")
+def test_dropped_answer(running: Stack) -> None:
+    """A message whose acceptance was not heard is sent again under its key, and accepted once."""
+    chat_id = running.world.chat()
+    running.behave(chat_id, kind="drop", times=1)
+    follow_up = running.world.follow_up(chat_id)
+    running.wait_until_done(follow_up)
+    assert running.world.row(follow_up).status == "sent"
+    assert running.accepted(follow_up) == [str(follow_up)]
+    assert len(running.attempts(follow_up)) == 2
+
+
+@pytest.mark.xdist_group("running")
+def test_one_slow_chat(running: Stack) -> None:
+    """A chat that answers slowly holds up nobody else."""
+    slow = running.world.chat()
+    running.behave(slow, kind="slow", delay=0.8)
+    stuck = running.world.follow_up(slow)
+    others = [running.world.follow_up() for _ in range(30)]
+    wait_until(lambda: set(map(str, others)) <= set(running.accepted(*others)))
+    running.wait_until_done(stuck, *others)
+    accepted_at = running.world.row(stuck).accepted_at
+    assert all(running.world.row(one).accepted_at < accepted_at for one in others)
+
+
+@pytest.mark.xdist_group("running")
+def test_order_in_a_chat(running: Stack) -> None:
+    """The follow-ups of a chat arrive in the order of their due dates, though the first is tried again."""
+    chat_id = running.world.chat()
+    running.behave(chat_id, kind="fail", status=503, times=2)
+    ids = [running.world.follow_up(chat_id, n * timedelta(milliseconds=1)) for n in range(8)]
+    running.wait_until_done(*ids)
+    assert running.accepted(*ids) == [str(one) for one in ids]
+
+
+def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
+    """What is cancelled while its batch waits in the queue is never sent."""
+    stack.sandbox()
+    stack.beat()
+    worker = stack.worker()
+    worker.signal(signal.SIGSTOP)
+    dropped, kept = stack.world.follow_up(), stack.world.follow_up()
+    time.sleep(0.3)  # ticks gather in the queue
+    with Session(stack.world.engine) as session, session.begin():
+        followups.cancel(session, dropped, reason="changed our mind")
+    worker.signal(signal.SIGCONT)
+    stack.wait_until_done()
+    assert stack.accepted() == [str(kept)]
+    assert stack.world.row(dropped).reason == "changed our mind"
+
+
+@pytest.mark.xdist_group("running")
+def test_malformed_broker_messages(running: Stack) -> None:
+    """A malformed or forged message in either queue is logged and dropped; the worker lives on."""
+    deep = "[" * 100_000
+    foreign = ["not JSON", "[]", "null", '{"body": 1}', '{"body": "e30=", "headers": {}}', b"\x00\xff", "", deep]
+    wrong_type = '{"body": {"__type__": "datetime", "__value__": "never"}}'
+    dropped = len(running.log_events("broker_message_dropped"))
+    for entry in (*foreign, wrong_type):
+        for queue in ("dispatch", "deliver"):
+            running.broker().lpush(f"followups:{queue}", entry)
+    wait_until(lambda: len(running.log_events("broker_message_dropped")) == dropped + 2 * (len(foreign) + 1))
+    follow_up = running.world.follow_up()
+    running.wait_until_done(follow_up)
+    assert running.accepted(follow_up) == [str(follow_up)]
+
+
+@pytest.mark.xdist_group("running")
+def test_forged_hints(running: Stack) -> None:
+    """Well-formed tasks with forged contents send nothing, harm nothing, and are logged."""
+    later = running.world.follow_up(due=timedelta(hours=1))
+    app = Celery(broker=running.settings.broker_url.get_secret_value())
+    app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
+    foreign: list[list[object]] = [[], [None], ["x"], [[[str(later), "1", 0]]], [[["no id", 1, 0]]]]
+    forged: list[list[object]] = [*foreign, [[[str(later), 0, 0]]]]
+    with app.connection_for_write() as connection:
+        for arguments in forged:
+            app.send_task("followups.deliver", arguments, queue="deliver", connection=connection)
+        app.send_task("followups.unknown", [], queue="deliver", connection=connection)
+        app.send_task("followups.dispatch_due", ["unasked"], {"for": 1}, queue="dispatch", connection=connection)
+    follow_up = running.world.follow_up()
+    wait_until(lambda: running.world.row(follow_up).status == "sent")
+    assert running.accepted(follow_up) == [str(follow_up)]
+    wait_until(lambda: len(running.log_events("hint_dropped")) == len(foreign))
+    assert running.world.row(later).attempts == 0
+
+
+def test_two_workers_and_two_beats(stack: Stack) -> None:
+    """Two of each deliver each follow-up once."""
+    stack.start()
+    stack.worker("worker2")
+    stack.beat("beat2")
+    ids = [stack.world.follow_up(due=timedelta(milliseconds=5 * n)) for n in range(200)]
+    stack.wait_until_done()
+    assert sorted(one["followUpId"] for one in stack.received()) == sorted(map(str, ids))
+
+
+def test_stop_drains(stack: Stack) -> None:
+    """On SIGTERM a worker settles what is in flight, gives back the rest, and ends well within its grace."""
+    stack.options["FOLLOWUPS_LEASE"] = "120"  # what is not given back would not be sent while this test waits
+    worker = stack.start()
+    stack.behave(kind="slow", delay=0.5)
+    ids = [stack.world.follow_up() for _ in range(300)]
+    wait_until(lambda: len(stack.received()) > 50)
+    worker.signal(signal.SIGTERM)
+    wait_until(lambda: worker.exit_code is not None, within=10)
+    assert worker.exit_code == 0
+    assert stack.world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL") == 0
+    stack.behave(kind="accept")
+    stack.worker("worker2")
+    stack.wait_until_done()
+    assert sorted(one["followUpId"] for one in stack.received()) == sorted(map(str, ids))

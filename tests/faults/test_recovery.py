@@ -1,0 +1,73 @@
+"""What a crash, a wiped broker or a lost database must not do: lose a follow-up, or send it twice."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stack import kill, wait_until
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from stack import Stack
+
+SEED = int(os.environ.get("FOLLOWUPS_TEST_SEED", random.SystemRandom().randrange(1_000_000)))
+"""Printed by a failing test; set it to see the same again."""
+
+SLACK = 3.0
+"""Seconds beyond a lease and a tick for a busy machine, and for the new worker's start."""
+
+
+@pytest.fixture
+def dice() -> random.Random:
+    """Return a seeded source of chance, and print its seed."""
+    print(f"FOLLOWUPS_TEST_SEED={SEED}")  # noqa: T201 - pytest shows it where a test fails
+    return random.Random(SEED)  # noqa: S311 - not for secrets
+
+
+def check_promises(stack: Stack, ids: list[UUID]) -> None:
+    """Every one ended as sent, and was accepted once by its key."""
+    stuck = {one: stack.world.row(one).status for one in ids if stack.world.row(one).status != "sent"}
+    assert not stuck
+    accepted = Counter(stack.accepted(*ids))
+    assert accepted == Counter(map(str, ids))
+
+
+def test_worker_killed_in_mid_batch(stack: Stack, dice: random.Random) -> None:
+    """After SIGKILL in mid-batch another worker delivers all, each once by its key, within a lease and a tick."""
+    worker = stack.start()
+    stack.behave(kind="slow", delay=0.2)
+    ids = [stack.world.follow_up(due=timedelta(milliseconds=dice.randrange(500))) for _ in range(300)]
+    wait_until(lambda: len(stack.received()) > dice.randrange(20, 150))
+    kill(worker)
+    killed = time.monotonic()
+    in_flight = stack.world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL")
+    stack.behave(kind="accept")
+    stack.worker("worker2")
+    stack.wait_until_done(*ids, within=30)
+    took = time.monotonic() - killed
+    check_promises(stack, ids)
+    assert in_flight > 0
+    lost = stack.world.scalar("SELECT count(*) FROM failed_attempts WHERE outcome = 'lost'")
+    assert lost == in_flight
+    print(f"in flight {in_flight}, all sent {took:.1f} s after the kill")  # noqa: T201 - the figure of this fault
+    limit = stack.settings.lease + stack.settings.tick_interval
+    assert took < limit.total_seconds() + SLACK + 15  # a bound against hanging; the figure is what is printed
+
+
+def test_broker_flushed_in_mid_burst(stack: Stack, dice: random.Random) -> None:
+    """A broker that loses all it holds delays what was queued by a lease and a tick, and loses nothing."""
+    stack.start()
+    ids = [stack.world.follow_up(due=timedelta(milliseconds=dice.randrange(1500))) for _ in range(400)]
+    for _ in range(5):
+        time.sleep(dice.random() / 5)
+        stack.broker().flushdb()
+    stack.wait_until_done(*ids, within=30)
+    check_promises(stack, ids)

@@ -1,0 +1,46 @@
+"""The whole system: started for one test, or shared by those that break nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from conftest import brisk_settings, url_of
+from followups.database import BY_KEY, make_engine
+from followups.embedded import Processes
+from followups.embedded.postgres import create_database, drop_database
+from stack import Stack
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.settings import Settings
+
+
+@pytest.fixture
+def stack(settings: Settings, world: World) -> Iterator[Stack]:
+    """Return the system on a database and a broker of the test's own; nothing of it runs yet."""
+    with Processes() as processes:
+        yield Stack(settings, world, processes)
+
+
+@pytest.fixture(scope="session")
+def running(server_urls: tuple[str, str], template_database: str) -> Iterator[Stack]:
+    """Return the system, running, for tests that look only at chats and follow-ups of their own."""
+    postgres, valkey = server_urls
+    name = f"running_{uuid4().hex}"
+    create_database(postgres, name, template_database)
+    engine = make_engine(url_of(postgres, name), options=BY_KEY)
+    # Beside the numbers that single tests use.
+    number = 32 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
+    with Processes() as processes:
+        stack = Stack(settings, World(engine), processes)
+        stack.start()
+        yield stack
+    engine.dispose()
+    drop_database(postgres, name)

@@ -1,0 +1,139 @@
+"""The REST API as a process of its own, and a client with a workspace of its own; for tests of every kind."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import httpx
+from sqlalchemy.orm import Session
+
+from followups.embedded import answers, free_port
+from followups.store import api_keys
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from followups.embedded import Child, Processes
+    from world import World
+
+ROOT = Path(__file__).parent.parent
+FOLLOW_UPS = "/api/v1/chat-message-follow-ups"
+CHATS = "/api/v1/chats"
+CHAT_MESSAGES = "/api/v1/chat-messages"
+PROBLEM = "application/problem+json"
+
+
+def command(name: str) -> list[str]:
+    """Return the arguments of a line of the Procfile."""
+    lines = dict(line.split(":", 1) for line in (ROOT / "Procfile").read_text().splitlines() if ":" in line)
+    return shlex.split(lines[name])
+
+
+def start(processes: Processes, environment: dict[str, str], name: str = "web") -> tuple[Child, str]:
+    """Start the Procfile's `web` on a free port; return it and its URL."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    child = processes.spawn(
+        name,
+        command("web"),
+        environment=environment | {"PORT": str(port), "PATH": path},
+        ready=answers(f"{url}/healthz"),
+    )
+    return child, url
+
+
+def key_of(world: World) -> tuple[UUID, str]:
+    """Make an API key to the world's workspace; return its id and the key."""
+    with Session(world.engine) as session, session.begin():
+        row, key = api_keys.create(session, world.workspace_id)
+        return row.id, key
+
+
+def in_days(days: float) -> str:
+    """Return the time so many days from now, as clients write it."""
+    return (datetime.now(UTC) + timedelta(days=days)).isoformat()
+
+
+@dataclass
+class Api:
+    """A client with a key to a workspace of its own."""
+
+    url: str
+    world: World
+    key_id: UUID = field(init=False)
+    key: str = field(init=False)
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key_id, self.key = key_of(self.world)
+        self.client = httpx.Client(base_url=self.url, headers={"authorization": self.key}, timeout=20)
+
+    def get(self, path: str, **parameters: Any) -> httpx.Response:
+        """GET."""
+        return self.client.get(path, params=parameters)
+
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        """POST JSON."""
+        return self.client.post(path, json=body, headers=headers)
+
+    def chat(self, channel: str = "api", *roles: str) -> str:
+        """Put a chat and let messages of these roles arrive (none: the agent's); return its id."""
+        chat_id = str(uuid4())
+        assert self.client.put(f"{CHATS}/{chat_id}", json={"channel": channel}).status_code == 201
+        for role in roles or ("agent",):
+            self.message(chat_id, role)
+        return chat_id
+
+    def message(self, chat_id: str, role: str, **more: Any) -> httpx.Response:
+        """Let a chat message arrive."""
+        return self.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": role} | more)
+
+    def create(self, chat_id: str | None = None, due: str | None = None, text: str = "Still there?") -> dict[str, Any]:
+        """Create a follow-up, by default due in two days in a chat of its own."""
+        body = {"chatId": chat_id or self.chat(), "dueDate": due or in_days(2), "message": text}
+        answer = self.post(FOLLOW_UPS, body)
+        assert answer.status_code == 201, answer.text
+        created: dict[str, Any] = answer.json()
+        return created
+
+    def patch(self, follow_up: dict[str, Any], **changes: Any) -> httpx.Response:
+        """PATCH a follow-up."""
+        return self.client.patch(f"{FOLLOW_UPS}/{follow_up['id']}", json=changes)
+
+    def read(self, follow_up: dict[str, Any]) -> dict[str, Any]:
+        """GET a follow-up."""
+        answer = self.get(f"{FOLLOW_UPS}/{follow_up['id']}")
+        assert answer.status_code == 200
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def ids(self, **parameters: Any) -> list[str]:
+        """List; return the ids."""
+        answer = self.get(FOLLOW_UPS, **parameters)
+        assert answer.status_code == 200, answer.text
+        return [one["id"] for one in answer.json()]
+
+
+def is_problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]:
+    """Check that the answer is this problem, by RFC 9457; return its document."""
+    assert answer.status_code == status, answer.text
+    assert answer.headers["content-type"] == PROBLEM
+    problem: dict[str, Any] = answer.json()
+    assert problem["type"].endswith(f"/{slug}"), problem
+    assert problem["status"] == status
+    assert problem["title"]
+    assert problem["detail"]
+    return problem
+
+
+def pointers(problem: dict[str, Any]) -> list[str]:
+    """Return what the problem points at."""
+    return [error["pointer"] for error in problem["errors"]]
