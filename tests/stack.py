@@ -82,6 +82,16 @@ class Stack:
         self.sandbox()
         return self.worker()
 
+    def stop(self, within: float = 20) -> None:
+        """Ask every process to end; fail, and show its log, when one does not."""
+        for child in self.processes.children:
+            child.ask()
+        end = time.monotonic() + within
+        for child in self.processes.children:
+            while child.exit_code is None and time.monotonic() < end:
+                time.sleep(0.02)
+            assert child.exit_code is not None, f"did not end within {within} s of SIGTERM:\n{child.tail()}"
+
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
         """Return the JSON lines of a process's log."""
         lines = (self.processes.logs / f"{name}.log").read_text().splitlines()

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 def stack(settings: Settings, world: World) -> Iterator[Stack]:
     """Return the system on a database and a broker of the test's own; nothing of it runs yet."""
     with Processes() as processes:
-        yield Stack(settings, world, processes)
+        stack = Stack(settings, world, processes)
+        yield stack
+        stack.stop()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,141 @@
+"""Errors by RFC 9457, limits of size, and what no error may tell; against the running process."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from web import CHAT_MESSAGES, CHATS, FOLLOW_UPS, is_problem, pointers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from web import Api
+
+MEGABYTE = 1024 * 1024
+
+
+@pytest.mark.parametrize(
+    "path", ["/", "/api/v1/nothing", f"{FOLLOW_UPS}/", f"{FOLLOW_UPS}/{uuid4()}/x", "/docs/x", "/%00"]
+)
+def test_unknown_path(api: Api, path: str) -> None:
+    """A path where nothing is, is 404."""
+    is_problem(api.get(path), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", FOLLOW_UPS, "GET, POST"),
+        ("PUT", f"{FOLLOW_UPS}/{uuid4()}", "GET, PATCH"),
+        ("GET", f"{CHATS}/{uuid4()}", "DELETE, PUT"),
+        ("GET", CHAT_MESSAGES, "POST"),
+        ("POST", "/healthz", "GET"),
+        ("TRACE", FOLLOW_UPS, "GET, POST"),
+        ("BREW", FOLLOW_UPS, "GET, POST"),
+    ],
+)
+def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> None:
+    """A method that a path does not know is 405, with all that it does know."""
+    answer = api.client.request(method, path)
+    is_problem(answer, 405, "method-not-allowed")
+    assert answer.headers["allow"] == allowed
+
+
+def test_every_error_at_once(api: Api) -> None:
+    """A 422 points at everything that is wrong, not at the first only."""
+    problem = is_problem(api.post(FOLLOW_UPS, {"chatId": 1, "dueDate": "soon"}), 422, "invalid-request")
+    assert sorted(pointers(problem)) == ["#/chatId", "#/dueDate", "#/message"]
+    assert all(error["detail"] for error in problem["errors"])
+
+
+def test_body_too_large(api: Api) -> None:
+    """A body above the limit is 413, whether its length is declared or it comes in chunks; the process goes on."""
+    for content in (b"x" * (MEGABYTE + 1), chunks(MEGABYTE + 1)):
+        answer = api.client.post(FOLLOW_UPS, content=content)
+        is_problem(answer, 413, "request-entity-too-large")
+        assert answer.headers["connection"] == "close"
+    assert api.client.post(FOLLOW_UPS, content=b" " * MEGABYTE).status_code == 422
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    """Yield so many bytes in pieces."""
+    for _ in range(0, size, 65_536):
+        yield b"x" * 65_536
+
+
+def test_endless_body_is_not_read(api: Api) -> None:
+    """A declared length above the limit is refused before the body is sent."""
+    with connect(api) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
+        assert b" 413 " in connection.recv(100)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_header_too_long(api: Api, pieces: int) -> None:
+    """A header above the limit is 431, in one piece or in many."""
+    header = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 40_000
+    with connect(api) as connection:
+        connection.sendall(header + (b"\r\n\r\n" if pieces == 1 else b""))
+        head, body = received(connection)
+    assert b" 431 " in head
+    assert json.loads(body)["type"].endswith("/request-header-fields-too-large")
+
+
+def test_endless_header(api: Api) -> None:
+    """A header that goes on and on is cut off."""
+    with connect(api) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: ")
+        for _ in range(10_000):
+            connection.sendall(b"a" * 100_000)
+    assert api.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
+def test_no_http(api: Api, line: bytes) -> None:
+    """What is no HTTP is 400, as a problem too."""
+    with connect(api) as connection:
+        connection.sendall(line)
+        head, body = received(connection)
+    assert b" 400 " in head
+    assert json.loads(body)["status"] == 400
+
+
+def test_many_silent_connections(api: Api) -> None:
+    """Clients that open connections and send no more than the beginning of a request keep nobody else waiting."""
+    silent = [connect(api) for _ in range(300)]
+    try:
+        for connection in silent:
+            connection.sendall(b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        assert api.create()
+        assert api.get("/healthz").status_code == 200
+    finally:
+        for connection in silent:
+            connection.close()
+
+
+def test_client_that_hangs_up(api: Api) -> None:
+    """A client that leaves in the middle of its request does no harm."""
+    with connect(api) as connection:
+        connection.sendall(b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+    assert api.get("/healthz").status_code == 200
+
+
+def connect(api: Api) -> socket.socket:
+    """Return a connection to the process."""
+    place = urlsplit(api.url)
+    return socket.create_connection((place.hostname, place.port), timeout=5)
+
+
+def received(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Return head and body of what comes until the process closes the connection."""
+    data = b""
+    while piece := connection.recv(65_536):
+        data += piece
+    head, _, body = data.partition(b"\r\n\r\n")
+    return head, body

@@ -1,0 +1,137 @@
+"""The endpoints for operators, against the running process."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import text
+
+from stack import wait_until
+from web import is_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from web import Api
+
+HOUR = timedelta(hours=1)
+NAMES = {
+    "followups_pending", "followups_overdue", "followups_oldest_overdue_seconds", "followups_in_flight",
+    "followups_transitions", "followups_attempts", "followups_attempt_duration_seconds", "followups_lag_seconds",
+    "followups_claimed", "followups_stale_writes", "followups_leases_expired", "followups_tick_duration_seconds",
+    "followups_last_tick_timestamp_seconds",
+}  # fmt: skip
+
+
+@pytest.fixture
+def ticking(api: Api) -> Iterator[Api]:
+    """Pretend that a tick ran just now."""
+    api.world.sql("UPDATE dispatcher_state SET last_tick_at = now()")
+    yield api
+    api.world.sql("UPDATE dispatcher_state SET last_tick_at = NULL")
+
+
+def test_healthz(api: Api) -> None:
+    """The process is up."""
+    answer = api.client.get("/healthz", headers={"authorization": ""})
+    assert (answer.status_code, answer.json()) == (200, {"status": "up"})
+
+
+def test_ready(ticking: Api) -> None:
+    """With everything well, each check is named."""
+    answer = ticking.client.get("/readyz", headers={"authorization": ""})
+    assert answer.status_code == 200
+    assert answer.json()["status"] == "ready"
+    checks = answer.json()["checks"]
+    assert checks.keys() == {"database", "migrations", "tick", "broker"}
+    assert all(check["ok"] for check in checks.values())
+
+
+@pytest.mark.parametrize(
+    ("statement", "undo", "failing"),
+    [
+        ("UPDATE dispatcher_state SET last_tick_at = now() - interval '11 s'", "SELECT 1", "tick"),
+        ("UPDATE dispatcher_state SET last_tick_at = NULL", "SELECT 1", "tick"),
+        (
+            "UPDATE alembic_version SET version_num = '0001'",
+            "UPDATE alembic_version SET version_num = :newest",
+            "migrations",
+        ),
+    ],
+)
+def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> None:
+    """What is not well is named, by 503."""
+    newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
+    ticking.world.sql(statement)
+    try:
+        problem = is_problem(ticking.get("/readyz"), 503, "not-ready")
+    finally:
+        ticking.world.sql(undo, **({"newest": newest} if ":newest" in undo else {}))
+    assert problem["checks"][failing]["ok"] is False
+    assert f"{failing} (" in problem["detail"]
+    assert problem["checks"]["database"]["ok"] is True
+
+
+def test_metrics(api: Api) -> None:
+    """Every metric of the contract is there, and none has an id as a label."""
+    api.patch(api.create(), status="cancelled")
+    families = {family.name: family for family in text_string_to_metric_families(api.get("/metrics").text)}
+    assert families.keys() >= NAMES
+    labels = {name: {label for sample in families[name].samples for label in sample.labels} for name in NAMES}
+    assert set().union(*labels.values()) == {"status", "code", "transport", "outcome", "le"} - (
+        set() if families["followups_attempts"].samples else {"transport", "outcome"}
+    )
+    cancelled = {"status": "cancelled", "code": "cancelled_by_api"}
+    assert any(sample.labels == cancelled for sample in families["followups_transitions"].samples)
+
+
+def test_gauges(api: Api) -> None:
+    """The gauges tell what waits in the database."""
+    chat_id = api.world.chat()
+    first = api.world.follow_up(chat_id, due=-HOUR)
+    api.world.follow_up(chat_id, due=-HOUR / 2, waits_for=first)
+    api.world.follow_up(due=-HOUR / 2, begun_at=text("now()"), lease_until=text("now()"))
+    api.world.follow_up(due=HOUR)
+
+    def gauges() -> dict[str, float]:
+        families = text_string_to_metric_families(api.get("/metrics").text)
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    # Kept for two seconds, and the database is shared with other tests' rows.
+    wait_until(lambda: gauges()["followups_oldest_overdue_seconds"] >= HOUR.total_seconds())
+    found = gauges()
+    assert found["followups_pending"] >= 4
+    assert found["followups_overdue"] >= 2
+    assert found["followups_in_flight"] >= 1
+    api.world.sql("DELETE FROM follow_ups WHERE workspace_id = :id", id=api.world.workspace_id)
+
+
+def test_docs(api: Api) -> None:
+    """The document has a page for people."""
+    answer = api.get("/docs")
+    assert answer.status_code == 200
+    assert "/openapi.json" in answer.text
+
+
+def test_transitions_are_counted_once(api: Api) -> None:
+    """What a request ended is counted, by status and code; a repeated request counts nothing."""
+    before = _cancelled(api)
+    chat_id = str(uuid4())
+    api.message(chat_id, "agent")
+    for _ in range(3):
+        api.create(chat_id)
+    api.message(chat_id, "operator")
+    assert _cancelled(api) == before + 3
+    api.message(chat_id, "operator")
+    assert _cancelled(api) == before + 3
+
+
+def _cancelled(api: Api) -> float:
+    families = text_string_to_metric_families(api.get("/metrics").text)
+    taken_over = {"status": "cancelled", "code": "human_takeover"}
+    samples = [sample for family in families for sample in family.samples if sample.labels == taken_over]
+    return sum(sample.value for sample in samples if sample.name == "followups_transitions_total")

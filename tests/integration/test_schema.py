@@ -1,0 +1,112 @@
+"""The schema: what the migrations make is what the models say, and can be taken back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import Engine, insert, text
+from sqlalchemy.exc import IntegrityError
+
+from followups.database import downgrade, make_engine, migrate, schema_versions
+from followups.embedded.postgres import create_database, drop_database
+from followups.models import Base
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from uuid import UUID
+
+    from world import World
+
+COLUMNS = """
+    SELECT table_name, column_name, data_type, is_nullable, column_default, is_identity
+      FROM information_schema.columns WHERE table_schema = 'public' AND table_name <> 'alembic_version'
+"""
+CONSTRAINTS = """
+    SELECT conrelid::regclass::text, conname, pg_get_constraintdef(oid)
+      FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND conrelid::regclass::text <> 'alembic_version'
+"""
+INDEXES = "SELECT indexdef FROM pg_indexes WHERE schemaname = 'public' AND tablename <> 'alembic_version'"
+OPTIONS = """
+    SELECT relname, reloptions, relrowsecurity FROM pg_class
+     WHERE relnamespace = 'public'::regnamespace AND relkind = 'r' AND relname <> 'alembic_version'
+"""
+
+
+@pytest.fixture
+def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
+    """Return an engine on a database without any table."""
+    name = f"{database_url.rpartition('/')[2].partition('?')[0]}_empty"
+    create_database(postgres_url, name)
+    engine = make_engine(database_url.replace(name.removesuffix("_empty"), name))
+    yield engine
+    engine.dispose()
+    drop_database(postgres_url, name)
+
+
+def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
+    """Return what the catalogue holds, in order."""
+    with engine.connect() as connection:
+        return sorted((tuple(row) for row in connection.execute(text(query))), key=repr)
+
+
+@pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES, OPTIONS])
+def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, query: str) -> None:
+    """Tables made by the migrations equal those made from the models: columns, constraints, indexes, options."""
+    Base.metadata.create_all(empty_engine)
+    assert described(engine, query) == described(empty_engine, query)
+
+
+def test_down_and_up_again(empty_engine: Engine) -> None:
+    """Every migration can be taken back, and made again; doing it twice changes nothing."""
+    url = empty_engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
+    migrate(url)
+    tables = described(empty_engine, CONSTRAINTS)
+    current, head = schema_versions(empty_engine)
+    assert current == head
+    downgrade(url, "base")
+    assert described(empty_engine, CONSTRAINTS) == []
+    migrate(url)
+    migrate(url)
+    assert described(empty_engine, CONSTRAINTS) == tables
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "status = 'sent'",
+        "status = 'failed', finished_at = now()",
+        "status = 'cancelled', finished_at = now()",
+        "status = 'sent', finished_at = now(), reason = 'x'",
+        "reason = 'x'",
+        "finished_at = now()",
+        "status = 'leased'",
+        "message = ''",
+        "begun_at = now()",
+        "attempts = -1",
+        "chat_id = gen_random_uuid()",
+    ],
+)
+def test_what_must_never_be_otherwise(world: World, change: str) -> None:
+    """The database itself refuses a state that contradicts itself."""
+    follow_up = world.follow_up()
+    with pytest.raises(IntegrityError):
+        world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - a constant above
+
+
+def test_chat_of_another_workspace(world: World) -> None:
+    """A follow-up cannot be put into another workspace's chat, though its id is known."""
+    theirs = type(world)(world.engine)
+    chat: UUID = theirs.chat()
+    with pytest.raises(IntegrityError):
+        world.follow_up(chat)
+
+
+def test_row_with_the_contracts_columns_alone(world: World) -> None:
+    """A row inserted with nothing but the published columns is a job like any other."""
+    chat = world.chat()
+    with world.engine.begin() as connection:
+        table = Base.metadata.tables["follow_ups"]
+        values = {"workspace_id": world.workspace_id, "chat_id": chat, "message": "Hello?", "due_date": text("now()")}
+        connection.execute(insert(table).values(values | {"trigger_chat_message_id": text("gen_random_uuid()")}))
+    assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NULL") == 1

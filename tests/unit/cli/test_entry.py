@@ -1,0 +1,160 @@
+"""How a run ends: exit codes, and where help and errors go."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import typer
+from sqlalchemy.exc import OperationalError, ProgrammingError
+
+from followups.cli import main
+from followups.cli.catalogue import CATALOGUE, load
+from followups.cli.failures import explain
+from followups.errors import (
+    AlreadyFinishedError,
+    DeliveryInProgressError,
+    FollowUpNotFoundError,
+    FollowUpsError,
+    InvalidRequestError,
+    OutsideMessagingWindowError,
+    SettingsError,
+)
+
+GROUPS = {"workspace": ("create", "list"), "api-key": ("create", "list", "revoke")}
+PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROUPS.items() for name in names]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=" ".join)
+def test_every_command_explains_itself_with_examples(path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """The help of every command goes to stdout, is done, and ends with examples."""
+    assert main([*path, "--help"]) == 0
+    shown, remarks = capsys.readouterr()
+    assert f"Usage: followups {' '.join(path)}" in shown
+    assert f"$ followups {path[0]}" in shown or "$(followups" in shown
+    assert not remarks
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_the_catalogue_says_what_the_command_says(name: str) -> None:
+    """Every command of the catalogue can be loaded, under the name that the catalogue gives it."""
+    assert load(name).name in {name, None, ""}  # a group has the name that it is called by
+
+
+def test_the_help_lists_every_command_and_loads_none(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help names every command, and what makes commands slow to load is not loaded for it."""
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"│ {name} " in shown for name in CATALOGUE)
+    script = """
+import sys
+import followups
+before = set(sys.modules)
+from followups.cli import main
+main(["--help"])
+heavy = ("sqlalchemy", "alembic", "celery", "kombu", "redis", "fastapi", "aiohttp", "pydantic", "followups.store")
+print([name for name in sys.modules.keys() - before if name.startswith(heavy)], file=sys.stderr)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stderr == "[]\n"
+
+
+def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command the help goes to stderr, and the exit code is 2."""
+    assert main([]) == 2
+    shown, remarks = capsys.readouterr()
+    assert not shown
+    assert "Usage: followups" in remarks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["lits"], "followups: No such command 'lits'. Did you mean 'list'?; see followups --help.\n"),
+        (["list", "--foo"], "followups: No such option: --foo; see followups list --help.\n"),
+        (["list", "--limit", "0"], "0 is not in the range 1<=x<=1000; see followups list --help.\n"),
+        (["list", "--status", "gone"], "see followups list --help.\n"),
+        (["show"], "followups: Missing argument 'ID'; see followups show --help.\n"),
+        (["show", "1"], "followups: Invalid value for 'ID': '1' is not a valid UUID; see followups show --help.\n"),
+        (["reschedule", "0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51", "--due", "2030-01-31"], "must carry an offset"),
+        (["workspace"], "followups: Missing command; see followups workspace --help.\n"),
+        (["api-key", "create"], "followups: Missing option '--workspace'; see followups api-key create --help.\n"),
+    ],
+)
+def test_wrong_usage_is_one_sentence_and_code_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Wrong usage says on stderr, in one line, what is wrong and where to look; nothing is on stdout."""
+    assert main(arguments) == 2
+    shown, remarks = capsys.readouterr()
+    assert not shown
+    assert said in remarks
+    assert remarks.count("\n") == 1
+
+
+def test_missing_settings_are_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without settings a command names each one that it needs."""
+    assert main(["list"]) == 2
+    remarks = capsys.readouterr().err
+    assert "FOLLOWUPS_DATABASE_URL is required" in remarks
+    assert "FOLLOWUPS_BROKER_URL is required" in remarks
+
+
+def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
+    """The version goes to stdout."""
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("followups 0.")
+
+
+def test_debug_shows_the_trace() -> None:
+    """With --debug an error comes with its trace."""
+    with pytest.raises(SettingsError):
+        main(["--debug", "list"])
+
+
+class Refused(Exception):
+    """A driver's error."""
+
+    sqlstate = "42P01"
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "code"),
+    [
+        (SettingsError("X is wrong."), "X is wrong.", 2),
+        (InvalidRequestError("Too long."), "Too long.", 2),
+        (OutsideMessagingWindowError(), "The due date is outside the channel's messaging window; the user has", 1),
+        (FollowUpNotFoundError(), "The follow-up was not found; followups list shows which there are.", 1),
+        (AlreadyFinishedError(), "The follow-up has already finished", 1),
+        (DeliveryInProgressError(), "The follow-up is being delivered at this moment; try again shortly.", 1),
+        (FollowUpsError(), "The follow-up dispatcher could not do what was asked.", 1),
+        (typer.Abort(), "Stopped before it was done.", 1),
+        (PermissionError(13, "Permission denied", "/data"), "/data: Permission denied; choose another place", 1),
+        (ValueError("odd\nmore"), "Something unforeseen happened (ValueError: odd); followups --debug", 1),
+        (
+            OperationalError("SELECT secret", {}, Exception('at "h", port 1 failed: Connection refused\n\tReally?')),
+            "The database 'chats' at db:1 cannot be reached: connection refused; start it, or correct",
+            1,
+        ),
+        (
+            ProgrammingError("SELECT secret", {}, Refused("no such table")),
+            "The database 'chats' at db:1 does not have the newest schema; run followups migrate.",
+            1,
+        ),
+        (ProgrammingError("SELECT secret", {}, Exception("Denied.")), "The database 'chats' at db:1 refused: denied.", 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_a_sentence(
+    error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every error has a sentence without trace, SQL or password, and its exit code."""
+    monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@db:1/chats")
+    monkeypatch.setenv("FOLLOWUPS_BROKER_URL", "redis://b")
+    said, found = explain(error)
+    assert said.startswith(sentence)
+    assert found == code
+    assert "\n" not in said
+    assert "hidden" not in said
+    assert "SELECT" not in said

@@ -1,0 +1,36 @@
+"""The Procfile, and the command lines that `up` and `demo` share with it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from honcho.environ import parse_procfile
+
+from followups.cli.procfile import COMMANDS, argv, search_path
+
+PROCFILE = Path(__file__).parents[3] / "Procfile"
+
+
+def test_the_procfile_holds_the_same_lines() -> None:
+    """The Procfile has the same processes with the same command lines, in the same order."""
+    assert list(parse_procfile(PROCFILE.read_text()).processes.items()) == list(COMMANDS.items())
+
+
+def test_flower_stays_on_this_machine() -> None:
+    """Flower, which asks nobody who he is, listens on the loopback interface only."""
+    assert "--address=127.0.0.1" in COMMANDS["flower"]
+
+
+def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line is expanded by the shell as under a Procfile runner, and takes more arguments as they are."""
+    monkeypatch.setitem(COMMANDS, "probe", "printf '%s|' ${NAME:-unnamed}")
+    monkeypatch.delenv("NAME", raising=False)
+    ran = subprocess.run(argv("probe", "a b", "$c"), capture_output=True, text=True, check=True)
+    assert ran.stdout == "unnamed|a b|$c|"
+
+
+def test_the_commands_of_this_installation_come_first() -> None:
+    """On the search path this installation's own commands come before others of the same name."""
+    assert (Path(search_path().split(":")[0]) / "python").exists()
