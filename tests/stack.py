@@ -63,13 +63,12 @@ class Stack:
             "sandbox", [*argv, *arguments], ready=answers(f"http://127.0.0.1:{self.sandbox_port}/sandbox/summary")
         )
 
-    def worker(self, name: str = "worker") -> Child:
-        """Start a worker, and wait until it consumes."""
+    def worker(self, name: str = "worker", *, ready: bool = True) -> Child:
+        """Start a worker; with ``ready`` wait until it consumes."""
         log = self.processes.logs / f"{name}.log"
         argv = [*CELERY, "worker", "--loglevel=info", "-n", f"{name}@%h"]
-        return self.processes.spawn(
-            name, argv, environment=self.environment(), ready=lambda: log.exists() and "ready." in log.read_text()
-        )
+        consumes = (lambda: log.exists() and "ready." in log.read_text()) if ready else None
+        return self.processes.spawn(name, argv, environment=self.environment(), ready=consumes)
 
     def beat(self, name: str = "beat") -> Child:
         """Start a beat."""

@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from stack import kill, wait_until
+from conftest import brisk_settings
+from followups.database import BY_KEY, make_engine, migrate
+from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
+from stack import Stack, kill, wait_until
+from world import World
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from uuid import UUID
-
-    from stack import Stack
 
 SEED = int(os.environ.get("FOLLOWUPS_TEST_SEED", random.SystemRandom().randrange(1_000_000)))
 """Printed by a failing test; set it to see the same again."""
@@ -30,6 +33,26 @@ def dice() -> random.Random:
     """Return a seeded source of chance, and print its seed."""
     print(f"FOLLOWUPS_TEST_SEED={SEED}")  # noqa: T201 - pytest shows it where a test fails
     return random.Random(SEED)  # noqa: S311 - not for secrets
+
+
+@pytest.fixture
+def own_servers() -> Iterator[tuple[EmbeddedPostgres, EmbeddedValkey]]:
+    """Return servers that the test may kill."""
+    with EmbeddedPostgres(parent=memory_directory()) as postgres, EmbeddedValkey() as valkey:
+        migrate(postgres.url())
+        yield postgres, valkey
+
+
+@pytest.fixture
+def breakable(own_servers: tuple[EmbeddedPostgres, EmbeddedValkey]) -> Iterator[Stack]:
+    """Return the system on servers that the test may kill."""
+    postgres, valkey = own_servers
+    engine = make_engine(postgres.url(), options=BY_KEY)
+    with Processes() as processes:
+        stack = Stack(brisk_settings(postgres.url(), valkey.url()), World(engine), processes)
+        yield stack
+        stack.stop()
+    engine.dispose()
 
 
 def check_promises(stack: Stack, ids: list[UUID]) -> None:
@@ -71,3 +94,53 @@ def test_broker_flushed_in_mid_burst(stack: Stack, dice: random.Random) -> None:
         stack.broker().flushdb()
     stack.wait_until_done(*ids, within=30)
     check_promises(stack, ids)
+
+
+def test_database_killed_under_load(
+    breakable: Stack, own_servers: tuple[EmbeddedPostgres, EmbeddedValkey], dice: random.Random
+) -> None:
+    """After the database was killed and came back, all are sent, each once by its key; the processes stay up."""
+    worker = breakable.start()
+    ids = [breakable.world.follow_up(due=timedelta(milliseconds=dice.randrange(4000))) for _ in range(200)]
+    for _ in range(2):
+        time.sleep(0.5 + dice.random())
+        own_servers[0].kill()
+        time.sleep(dice.random())
+        own_servers[0].restart()
+    breakable.wait_until_done(*ids, within=30)
+    check_promises(breakable, ids)
+    assert worker.running
+    assert breakable.log_events("database_unreachable")
+
+
+def test_broker_killed_under_load(
+    breakable: Stack, own_servers: tuple[EmbeddedPostgres, EmbeddedValkey], dice: random.Random
+) -> None:
+    """After the broker was killed several times within seconds, consumption goes on and all are sent once."""
+    breakable.start()
+    ids = [breakable.world.follow_up(due=timedelta(milliseconds=dice.randrange(4000))) for _ in range(200)]
+    for _ in range(3):
+        time.sleep(dice.random())
+        own_servers[1].kill()
+        time.sleep(dice.random())
+        own_servers[1].restart()
+    breakable.wait_until_done(*ids, within=40)
+    check_promises(breakable, ids)
+
+
+def test_started_before_its_servers(breakable: Stack, own_servers: tuple[EmbeddedPostgres, EmbeddedValkey]) -> None:
+    """A worker and a beat that find neither database nor broker say which, wait, and begin when both are there."""
+    follow_up = breakable.world.follow_up()
+    for server in own_servers:
+        server.kill()
+    breakable.sandbox()
+    breakable.beat()
+    worker = breakable.worker(ready=False)
+    log = breakable.processes.logs / "worker.log"
+    wait_until(lambda: log.exists() and "Cannot connect to redis://" in log.read_text())
+    wait_until(lambda: breakable.log_events("database_unreachable"))
+    for server in own_servers:
+        server.restart()
+    breakable.wait_until_done(follow_up, within=30)
+    assert breakable.accepted(follow_up) == [str(follow_up)]
+    assert worker.running

@@ -64,7 +64,7 @@ class Dispatcher:
             try:
                 self._drain_due()
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
-                report.failed("claim", error)
+                report.failed("claim", error, self._engine)
 
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()

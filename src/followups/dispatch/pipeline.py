@@ -51,8 +51,9 @@ SETTLE_SIZE = 500
 DATABASE_THREADS = 4
 AGAIN = timedelta(milliseconds=50)
 """How long to leave alone what somebody else holds at this moment."""
-BACKOFF = timedelta(seconds=1)
-"""How long to leave a database alone that does not answer."""
+BACKOFF = timedelta(seconds=0.5)
+"""How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
+LONGEST_BACKOFF = timedelta(seconds=4)
 CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
 
@@ -78,6 +79,8 @@ class Pipeline:
         self._free = settings.concurrency
         self._sends: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._changed = asyncio.Event()
+        self._settleable = asyncio.Event()
         self._threads = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
@@ -114,8 +117,6 @@ class Pipeline:
             self._loop.close()
 
     async def _main(self) -> None:
-        self._changed = asyncio.Event()
-        self._settleable = asyncio.Event()
         await self._transport.open()
         await self._insist(lambda: self._clock.ask(self._engine, times=5), "clock")
         # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
@@ -137,7 +138,7 @@ class Pipeline:
     def _accept(self, leases: Sequence[Lease], task_id: str = "") -> None:
         for lease in leases:
             heapq.heappush(self._waiting, (lease.due, next(self._sequence), lease, task_id))
-        self._wake_up()
+        self._changed.set()
 
     def _accept_later(self, leases: Sequence[Lease], task_id: str, delay: timedelta) -> None:
         moment = self._clock.now() + delay
@@ -146,12 +147,7 @@ class Pipeline:
 
     def _stop_beginning(self) -> None:
         self._draining = True
-        self._wake_up()
-
-    def _wake_up(self) -> None:
-        # Before the loop has begun its work there is nobody to wake.
-        if hasattr(self, "_changed"):
-            self._changed.set()
+        self._changed.set()
 
     async def _give_back(self) -> None:
         given = [lease for _, _, lease, _ in self._waiting]
@@ -177,7 +173,7 @@ class Pipeline:
             try:
                 beginning = await self._in_thread(partial(begin, self._engine, self._settings, leases))
             except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
-                report.failed("begin", error)
+                report.failed("begin", error, self._engine)
                 self._free += len(batch)
                 for lease, task_id in batch:
                     self._accept_later([lease], task_id, BACKOFF)
@@ -243,16 +239,18 @@ class Pipeline:
                 return
 
     async def _settle(self, batch: Sequence[Attempt]) -> None:
+        backoff = BACKOFF
         while True:
             try:
                 settling = await self._in_thread(lambda: settle(self._engine, self._settings, batch))
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
-                report.failed("settle", error)
+                report.failed("settle", error, self._engine)
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return
-                await asyncio.sleep(BACKOFF.total_seconds())
+                await asyncio.sleep(backoff.total_seconds())
+                backoff = min(backoff * 2, LONGEST_BACKOFF)
         report.settled(settling)
         self._accept(settling.woken)
         horizon = self._clock.now() + self._settings.tick_interval
@@ -277,10 +275,16 @@ class Pipeline:
     def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
         return self._loop.run_in_executor(self._threads, work)
 
-    async def _insist(self, work: Callable[[], T], what: str) -> T:
+    async def _insist(self, work: Callable[[], object], step: str) -> None:
+        backoff = BACKOFF
         while True:
             try:
-                return await self._in_thread(work)
+                await self._in_thread(work)
             except (DBAPIError, PoolTimeoutError) as error:
-                report.failed(what, error)
-                await asyncio.sleep(BACKOFF.total_seconds())
+                report.failed(step, error, self._engine)
+            else:
+                return
+            if step == "clock" and self._draining:
+                return
+            await asyncio.sleep(backoff.total_seconds())
+            backoff = min(backoff * 2, LONGEST_BACKOFF)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from uuid import UUID
 
+    from sqlalchemy import Engine
+
     from followups.dispatch.claim import Claim
     from followups.dispatch.send import Attempt
     from followups.dispatch.settle import Settling
@@ -75,10 +77,12 @@ def claimed(claim: Claim, seconds: float) -> None:
         log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))
 
 
-def failed(step: str, error: Exception) -> None:
+def failed(step: str, error: Exception, engine: Engine) -> None:
     """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
     if is_passing(error):
-        log.warning("database_unreachable", step=step, error=type(error).__name__)
+        # Its text is left out: a server's detail may quote a row.
+        database = engine.url.render_as_string(hide_password=True)
+        log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     else:
         log.error("step_failed", step=step, exc_info=error)
 

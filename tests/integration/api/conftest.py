@@ -1,4 +1,4 @@
-"""One web process for all tests of the API that share its settings, and for each test a workspace of its own."""
+"""One web process in each process of the run, for all tests that share its settings; a workspace for each test."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy import Engine
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker of pytest-xdist run the tests that share the process."""
-    for item in items:
-        if "web_url" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("web"))
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def test_debug_shows_the_trace() -> None:
         main(["--debug", "list"])
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """A driver's error."""
 
     sqlstate = "42P01"
@@ -138,17 +138,19 @@ class Refused(Exception):
             1,
         ),
         (
-            ProgrammingError("SELECT secret", {}, Refused("no such table")),
+            ProgrammingError("SELECT secret", {}, RefusedError("no such table")),
             "The database 'chats' at db:1 does not have the newest schema; run followups migrate.",
             1,
         ),
-        (ProgrammingError("SELECT secret", {}, Exception("Denied.")), "The database 'chats' at db:1 refused: denied.", 1),
+        (
+            ProgrammingError("SELECT secret", {}, Exception("Denied.")),
+            "The database 'chats' at db:1 refused: denied.",
+            1,
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
-def test_every_error_is_a_sentence(
-    error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every error has a sentence without trace, SQL or password, and its exit code."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@db:1/chats")
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", "redis://b")

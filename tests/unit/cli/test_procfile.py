@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
 from honcho.environ import parse_procfile
 
 from followups.cli.procfile import COMMANDS, argv, search_path
+
+if TYPE_CHECKING:
+    import pytest
 
 PROCFILE = Path(__file__).parents[3] / "Procfile"
 

@@ -1,0 +1,161 @@
+"""`followups up`, used as its output says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+from followups.embedded import EmbeddedPostgres, free_port
+from process_tree import assert_gone, descendants, needs_proc
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+COMMAND = str(Path(sys.executable).with_name("followups"))
+BASH = shutil.which("bash") or "sh"
+pytestmark = needs_proc
+
+
+class Up:
+    """A running `followups up`, and what it has printed."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.port = free_port()
+        command = [COMMAND, "up", "--port", str(self.port), *arguments]
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=bare_environment()
+        )
+        self.said = ""
+        self.remarks: list[str] = []
+        assert self.process.stderr
+        self._reader = threading.Thread(target=self.remarks.extend, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
+
+    def wait_until_ready(self) -> None:
+        """Read what it prints until it says how to stop it."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.said += line
+            if "Ctrl-C" in line:
+                return
+        pytest.fail(f"It ended before it was ready: {self.end()}")
+
+    def end(self) -> str:
+        """Wait for its end and return what it said on stderr."""
+        self.process.wait(30)
+        self._reader.join(10)
+        for stream in (self.process.stdout, self.process.stderr):
+            assert stream
+            stream.close()
+        return "".join(self.remarks)
+
+    def found(self, pattern: str) -> str:
+        """Return the first group of a pattern in what it printed."""
+        match = re.search(pattern, self.said, re.DOTALL)
+        assert match, self.said
+        return match.group(1)
+
+
+@contextmanager
+def up(*arguments: str) -> Iterator[Up]:
+    """Run `followups up`; at the end it is stopped if it still runs."""
+    started = Up(*arguments)
+    try:
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.terminate()
+            started.end()
+
+
+def bare_environment() -> dict[str, str]:
+    """Return an environment without any of our settings."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("FOLLOWUPS_", "PYTEST"))}
+
+
+def get(url: str) -> Any:
+    """Return the JSON at a URL."""
+    with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own loopback URL
+        return json.loads(answer.read())
+
+
+def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
+    """The printed request can be pasted and arrives, the exports serve other commands, Ctrl-C leaves no process."""
+    with up() as system:
+        system.wait_until_ready()
+        children = descendants(system.process.pid)
+        sandbox = system.found(r"Sandbox chat\s+(http://[^/]+)/")
+        assert get(f"http://127.0.0.1:{system.port}/readyz")["status"] == "ready"
+
+        pasted = system.found(r"Paste this:\n\n(.*?)\n\n")
+        ran = subprocess.run([BASH, "-ec", pasted], capture_output=True, text=True, check=True)
+        follow_up_id = json.loads(ran.stdout[ran.stdout.index("}{") + 1 :])["id"]
+        exports = "".join(re.findall(r"(export .*\n)", system.said))
+        show = f"{exports} {COMMAND} show {follow_up_id} --json"
+        shown = subprocess.run([BASH, "-ec", show], capture_output=True, check=True)
+        assert json.loads(shown.stdout)["id"] == follow_up_id
+        [request] = wait_until(lambda: get(f"{sandbox}/sandbox/requests"), within=15)
+        assert (request["followUpId"], request["accepted"]) == (follow_up_id, True)
+
+        began = time.monotonic()
+        system.process.send_signal(signal.SIGINT)
+        remarks = system.end()
+        assert time.monotonic() - began < 15
+    assert system.process.returncode == 0
+    assert "Traceback" not in remarks
+    assert_gone(children)
+
+
+def test_a_process_that_dies_is_named_and_ends_the_rest(tmp_path: Path) -> None:
+    """A process that dies is named with the end of its log, and ends the rest; with --data its data is kept."""
+    with up("--data", str(tmp_path / "kept")) as system:
+        system.wait_until_ready()
+        children = descendants(system.process.pid)
+        [beat] = [pid for pid, command in children.items() if " beat " in command]
+        os.kill(beat, signal.SIGKILL)
+        remarks = system.end()
+        assert system.process.returncode == 1
+        assert "followups: beat ended by signal 9. The end of its log:\n" in remarks
+        assert "Traceback" not in remarks
+        assert_gone(children)
+    with EmbeddedPostgres(tmp_path / "kept" / "postgres") as postgres, psycopg.connect(postgres.url()) as connection:
+        assert connection.execute("SELECT name FROM api_keys").fetchall() == [("followups up",)]
+
+
+def test_stopped_while_it_starts() -> None:
+    """A signal during the start ends it as well, with nothing left running."""
+    with up() as system:
+        wait_until(lambda: any("Starting sandbox" in line for line in system.remarks), within=30)
+        children = descendants(system.process.pid)
+        system.process.send_signal(signal.SIGTERM)
+        remarks = system.end()
+    assert system.process.returncode == 0
+    assert "Traceback" not in remarks
+    assert_gone(children)
+
+
+def test_a_taken_port_is_a_sentence() -> None:
+    """A port that somebody listens on is an error before anything is started."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = subprocess.run([COMMAND, "up", "--port", str(port)], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == (
+        f"followups: Port {port} cannot be listened on (address already in use); choose another one with --port.\n"
+    )

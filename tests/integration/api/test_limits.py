@@ -1,0 +1,160 @@
+"""Limits on requests for each key, and on slow clients."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import httpx
+import pytest
+import uvicorn
+
+from followups.api import app, gate, server
+from followups.store import follow_ups
+from web import FOLLOW_UPS, is_problem, key_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.settings import Settings
+    from world import World
+
+
+@contextmanager
+def served(settings: Settings) -> Iterator[tuple[str, int]]:
+    """Serve the application in a thread of this process, for what a test must reach into; yield where."""
+    application = app.create_app(settings, nudge=lambda: None)
+    config = uvicorn.Config(application, http=server.LimitedProtocol, log_config=None, lifespan="on", ws="none")
+    running = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def client_of(place: tuple[str, int], key: str = "") -> httpx.Client:
+    """Return a client with a key."""
+    url = f"http://{place[0]}:{place[1]}"
+    return httpx.Client(base_url=url, headers={"authorization": key}, timeout=20, verify=False)  # noqa: S501 - no TLS
+
+
+def test_requests_per_key(settings: Settings, world: World) -> None:
+    """Above its limit a key is told to wait, as a problem; another key is not."""
+    with served(settings.model_copy(update={"rate_limit": 5})) as place:
+        with client_of(place, key_of(world)[1]) as client:
+            answers = [client.get(FOLLOW_UPS) for _ in range(7)]
+        with client_of(place, key_of(world)[1]) as client:
+            assert client.get(FOLLOW_UPS).status_code == 200
+    assert [answer.status_code for answer in answers] == [200] * 5 + [429] * 2
+    is_problem(answers[-1], 429, "too-many-requests")
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 60
+
+
+def test_no_limit(settings: Settings, world: World) -> None:
+    """A limit of 0 is none."""
+    with served(settings.model_copy(update={"rate_limit": 0})) as place, client_of(place, key_of(world)[1]) as client:
+        assert {client.get(FOLLOW_UPS).status_code for _ in range(20)} == {200}
+
+
+def test_error_tells_nothing(
+    settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error that nobody foresaw is 500 without its words; the log has the place, and no words either."""
+
+    def broken(*_: object) -> None:
+        message = "DETAIL: Failing row contains (secret words)"
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(follow_ups, "find", broken)
+    with served(settings) as place, client_of(place, key_of(world)[1]) as client:
+        answer = client.get(f"{FOLLOW_UPS}/{uuid4()}")
+    is_problem(answer, 500, "internal")
+    logged = capsys.readouterr()
+    assert "request_failed" in logged.out + logged.err
+    for text in (answer.text, logged.out, logged.err):
+        assert "secret" not in text
+        assert "Traceback" not in text
+
+
+@pytest.fixture
+def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """Serve the application with short times for clients; return where."""
+    monkeypatch.setattr(server, "HEADER_WITHIN", 0.1)
+    monkeypatch.setattr(gate, "BODY_WITHIN", 0.1)
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    with served(settings) as place:
+        yield place
+
+
+def dialogue(place: tuple[str, int], *sent: bytes) -> bytes:
+    """Send each piece after the answer to the one before; return everything received until the end."""
+    with socket.create_connection(place, timeout=5) as connection:
+        received = b""
+        for piece in sent:
+            connection.sendall(piece)
+            if piece is not sent[-1]:
+                received += connection.recv(65_536)
+        while piece := connection.recv(65_536):
+            received += piece
+    return received
+
+
+GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        [b""],
+        [b"GET /healthz HTT"],
+        [b"GET /healthz HTTP/1.1\r\nhost: x\r\n"],
+        [GET, b"GET /healthz HTTP/1.1\r\n"],
+        [b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"],
+    ],
+    ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
+)
+def test_slow_client(impatient: tuple[str, int], sent: list[bytes]) -> None:
+    """A client that does not finish its request in time is told so, and its connection is closed."""
+    received = dialogue(impatient, *sent)
+    assert b"HTTP/1.1 408 Request Timeout" in received
+    assert b"application/problem+json" in received
+
+
+def test_too_many_connections(impatient: tuple[str, int]) -> None:
+    """A connection too many is closed at once; those that are open are served."""
+    open_ones = [socket.create_connection(impatient, timeout=5) for _ in range(3)]
+    try:
+        for connection in open_ones:
+            connection.sendall(GET)
+            assert b"200 OK" in connection.recv(65_536)
+        with socket.create_connection(impatient, timeout=5) as late:
+            assert refused(late)
+    finally:
+        for connection in open_ones:
+            connection.close()
+
+
+def refused(connection: socket.socket) -> bool:
+    """Say whether the connection ends without an answer."""
+    try:
+        return connection.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_too_many_waiting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request too many is told to come back, and the rest is served."""
+    with served(settings) as place, client_of(place) as client:
+        monkeypatch.setattr(gate, "MAX_WAITING", 0)
+        answer = client.get("/healthz")
+        is_problem(answer, 503, "service-unavailable")
+        assert answer.headers["retry-after"] == "1"
+        monkeypatch.setattr(gate, "MAX_WAITING", 1)
+        assert client.get("/healthz").status_code == 200

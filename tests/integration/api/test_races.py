@@ -1,0 +1,244 @@
+"""Reply against create, cancel against deliver, patch against tick: each raced by real, concurrent connections.
+
+One side stops in the middle of its transaction, holding its locks; the other comes; then the first goes on.
+No test sleeps: that the other side waits is seen in PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy.orm import Session
+
+from followups import scheduling
+from followups.states import Status
+from followups.store import chats, leases
+from followups.windows import Channel
+from stack import wait_until
+from web import FOLLOW_UPS, in_days, is_problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import httpx
+    from sqlalchemy import Connection, Engine
+
+    from followups.store.leases import Lease
+    from web import Api
+
+MINUTE = timedelta(minutes=1)
+PAIRS = 100
+
+
+def claim(connection: Connection) -> list[Lease]:
+    """Claim everything due."""
+    claimed, _ = leases.claim(connection, ahead=timedelta(seconds=2), lease=MINUTE, window=5000, most=1000)
+    return [one.lease for one in claimed]
+
+
+def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
+    """Begin; return what has begun."""
+    world = leases.World(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
+    return [one.lease.id for one in leases.begin_if_leased(connection, taken, world)]
+
+
+def due_now(api: Api) -> tuple[dict[str, object], list[Lease]]:
+    """Create a follow-up that is due and claim it; return it and its lease."""
+    created = api.create(due="2020-01-01T00:00:00Z")
+    with api.world.engine.begin() as connection:
+        return created, [lease for lease in claim(connection) if str(lease.id) == created["id"]]
+
+
+def waits(api: Api) -> bool:
+    """Say whether a request waits for a lock."""
+    query = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return bool(api.world.scalar(query))
+
+
+def in_background(
+    pool: ThreadPoolExecutor, api: Api, work: Callable[[], httpx.Response]
+) -> Callable[[], httpx.Response]:
+    """Start a request, wait until it waits for a lock, and return what gives its answer."""
+    future = pool.submit(work)
+    wait_until(lambda: waits(api))
+    assert not future.done()
+    return future.result
+
+
+@pytest.fixture
+def engine(web_engine: Engine) -> Engine:
+    """Return an engine on the process's database."""
+    return web_engine
+
+
+class TestReplyAgainstCreate:
+    """A follow-up cannot slip in behind the reply that should have stopped it."""
+
+    def test_create_first(self, api: Api, engine: Engine) -> None:
+        """A reply that comes while a create is under way waits for it, and cancels what it created."""
+        chat_id = api.chat()
+        with ThreadPoolExecutor(1) as pool, Session(engine) as session:
+            created = scheduling.schedule(
+                session,
+                workspace_id=api.world.workspace_id,
+                chat_id=UUID(chat_id),
+                message="?",
+                due_date=datetime.now(UTC) + MINUTE,
+            )
+            answer = in_background(pool, api, lambda: api.message(chat_id, "user"))
+            session.commit()
+            assert answer().json()["cancelledFollowUpIds"] == [str(created.id)]
+        assert api.read({"id": str(created.id)})["reason"] == "user_replied"
+
+    def test_reply_first(self, api: Api, engine: Engine) -> None:
+        """A create that comes while a reply is under way waits for it, and is refused."""
+        chat_id = api.chat()
+        body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
+        with ThreadPoolExecutor(1) as pool, Session(engine) as session:
+            chats.receive(
+                session,
+                api.world.workspace_id,
+                message_id=uuid4(),
+                chat_id=UUID(chat_id),
+                role=chats.Role.USER,
+                created_at=None,
+            )
+            answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body))
+            session.commit()
+            is_problem(answer(), 409, "nothing-to-follow-up")
+        assert api.ids() == []
+
+    def test_many(self, api: Api) -> None:
+        """Of many pairs at the same moment none leaves a pending follow-up in a chat whose user wrote last."""
+        chat_ids = [api.chat() for _ in range(PAIRS)]
+        together = threading.Barrier(2)
+
+        def create(chat_id: str) -> int:
+            together.wait()
+            return api.post(FOLLOW_UPS, {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}).status_code
+
+        def reply(chat_id: str) -> list[str]:
+            together.wait()
+            cancelled: list[str] = api.message(chat_id, "user").json()["cancelledFollowUpIds"]
+            return cancelled
+
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+            pairs = list(zip(one.map(create, chat_ids), two.map(reply, chat_ids), strict=True))
+        assert {(status, len(cancelled)) for status, cancelled in pairs} <= {(201, 1), (409, 0)}
+        assert api.ids(statuses="pending") == []
+
+
+class TestCancelAgainstDeliver:
+    """A cancel that answered 200 is final: that message is never sent."""
+
+    def test_begin_first(self, api: Api, engine: Engine) -> None:
+        """A cancel that comes while begin is under way waits for it, and is refused with a time to come again."""
+        created, taken = due_now(api)
+        with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
+            assert begin(connection, taken) == [UUID(str(created["id"]))]
+            answer = in_background(pool, api, lambda: api.patch(created, status="cancelled"))
+            connection.commit()
+            refused = answer()
+        is_problem(refused, 409, "delivery-in-progress")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert api.read(created)["status"] == "pending"
+
+    def test_cancel_first(self, api: Api, engine: Engine) -> None:
+        """A begin that comes while a cancel is under way, or after it, finds nothing and does not wait."""
+        created, taken = due_now(api)
+        with Session(engine) as session, engine.connect() as connection:
+            scheduling.cancel(session, UUID(str(created["id"])), reason="called")
+            assert begin(connection, taken) == []
+            connection.rollback()
+            session.commit()
+            assert begin(connection, taken) == []
+        assert api.read(created)["reason"] == "called"
+
+    def test_many(self, api: Api, engine: Engine) -> None:
+        """Of many pairs at the same moment, each is either cancelled or begun, and never both or neither."""
+        pairs = [due_now(api) for _ in range(PAIRS)]
+        together = threading.Barrier(2)
+
+        def cancel(pair: tuple[dict[str, object], list[Lease]]) -> int:
+            together.wait()
+            return api.patch(pair[0], status="cancelled").status_code
+
+        def deliver(pair: tuple[dict[str, object], list[Lease]]) -> bool:
+            together.wait()
+            with engine.begin() as connection:
+                return bool(begin(connection, pair[1]))
+
+        with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+            outcomes = list(zip(one.map(cancel, pairs), two.map(deliver, pairs), strict=True))
+        assert set(outcomes) <= {(200, False), (409, True)}
+
+    def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
+        """A reply that comes while begin is under way waits for it; what has begun is not tried again."""
+        created, taken = due_now(api)
+        with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
+            begin(connection, taken)
+            answer = in_background(pool, api, lambda: api.message(str(created["chatId"]), "user"))
+            connection.commit()
+            assert answer().json()["cancelledFollowUpIds"] == []
+        assert api.world.row(UUID(str(created["id"]))).cancel_requested == "user_replied"
+
+
+class TestPatchAgainstTick:
+    """A new due date counts from its answer on, whatever a tick had in its hands."""
+
+    def test_claim_first(self, api: Api, engine: Engine) -> None:
+        """A reschedule that comes while a claim is under way waits for it, and makes its lease stale."""
+        created = api.create(due="2020-01-01T00:00:00Z")
+        with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
+            taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]
+            answer = in_background(pool, api, lambda: api.patch(created, dueDate=in_days(1)))
+            connection.commit()
+            assert answer().status_code == 200
+            assert len(taken) == 1
+            assert begin(connection, taken) == []
+
+    def test_patch_first(self, api: Api, engine: Engine) -> None:
+        """A tick that comes while a reschedule is under way does not wait, and takes nothing of it, then or later."""
+        created = api.create(due="2020-01-01T00:00:00Z")
+        follow_up_id = UUID(created["id"])
+        with Session(engine) as session, engine.connect() as connection:
+            scheduling.amend(session, follow_up_id, {"due_date": datetime.now(UTC) + MINUTE})
+            assert follow_up_id not in [lease.id for lease in claim(connection)]
+            connection.commit()
+            session.commit()
+            assert follow_up_id not in [lease.id for lease in claim(connection)]
+
+
+def test_chat_put_against_message(api: Api, engine: Engine) -> None:
+    """A chat that is put while its first message arrives keeps that message."""
+    chat_id = uuid4()
+    with ThreadPoolExecutor(1) as pool, Session(engine) as session:
+        chats.receive(
+            session,
+            api.world.workspace_id,
+            message_id=uuid4(),
+            chat_id=chat_id,
+            role=chats.Role.AGENT,
+            created_at=None,
+        )
+        put = {"channel": Channel.WIDGET.value}
+        answer = in_background(pool, api, lambda: api.client.put(f"/api/v1/chats/{chat_id}", json=put))
+        session.commit()
+        assert answer().status_code == 200
+    assert api.create(str(chat_id))["status"] == Status.PENDING
+
+
+def test_remove_against_create(api: Api, engine: Engine) -> None:
+    """A create that comes while the chat is being removed waits for it, and finds no chat."""
+    chat_id = UUID(api.chat())
+    body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
+    with ThreadPoolExecutor(1) as pool, Session(engine) as session:
+        chats.remove_chat(session, api.world.workspace_id, chat_id)
+        answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body))
+        session.commit()
+        is_problem(answer(), 404, "not-found")

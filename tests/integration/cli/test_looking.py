@@ -1,0 +1,209 @@
+"""`stats` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from followups.cli import checks
+from followups.store import stats
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from stack import Stack
+    from world import World
+
+    Run = Callable[..., Any]
+
+MINUTE = timedelta(minutes=1)
+WINDOW = 100
+SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0"}
+INSERT = (
+    "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, finished_at,"
+    " accepted_at) "
+)
+
+
+def fill(world: World) -> None:
+    """Insert two overdue (one of them in flight), one that waits, one for later, and 100 sent 1..100 ms late."""
+    overdue = world.follow_up(due=-MINUTE)
+    world.follow_up(due=-MINUTE, waits_for=overdue)
+    later = datetime.now(UTC) + MINUTE
+    world.follow_up(begun_at=later, lease_until=later)
+    world.follow_up(due=MINUTE)
+    world.follow_up(status="failed", reason="too_late", finished_at=later)
+    chat = world.chat()
+    world.sql(
+        INSERT + "SELECT :workspace, :chat, 'x', now() - n * interval '1 ms', gen_random_uuid(), 'sent', now(), now()"
+        " FROM generate_series(1, 100) AS n",
+        workspace=world.workspace_id,
+        chat=chat,
+    )
+
+
+class TestStats:
+    """`followups stats`."""
+
+    def test_counts_are_exact(self, run: Run, world: World) -> None:
+        """Pending, waiting, overdue, in flight and each final state are counted; the oldest overdue has an age."""
+        fill(world)
+        found = run("stats", "--json").document
+        counts = {name: found[name] for name in ("pending", "waiting", "overdue", "inFlight", "sent", "failed")}
+        assert counts == {"pending": 4, "waiting": 1, "overdue": 2, "inFlight": 1, "sent": 100, "failed": 1}
+        assert found["cancelled"] == 0
+        assert found["finalEstimated"] is False
+        assert 60 <= found["oldestOverdueSeconds"] < 120
+
+    def test_lag_and_throughput(self, run: Run, world: World) -> None:
+        """Lag is by nearest-rank percentiles, throughput by the minute, both over what the window accepted."""
+        fill(world)
+        found = run("stats", "--minutes", 10, "--json").document
+        assert found["lagMs"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+        assert (found["windowMinutes"], found["sentInWindow"], found["sentPerMinute"]) == (10, 100, 10)
+        world.sql("UPDATE follow_ups SET accepted_at = now() - interval '11 min' WHERE status = 'sent'")
+        nothing = run("stats", "--minutes", 10, "--json").document
+        assert (nothing["sentInWindow"], nothing["lagMs"]["p99"]) == (0, None)
+
+    def test_it_is_readable(self, run: Run, world: World) -> None:
+        """For people there is a line for each number, without colour in a pipe."""
+        assert "pending         0" in run("stats").stdout
+        fill(world)
+        shown = run("stats").stdout
+        assert "the oldest for 1 min" in shown
+        assert "1 behind an earlier one of their chat" in shown
+        assert "100 sent in the last 5 min" in shown
+        assert "\x1b" not in shown
+
+    def test_beyond_a_size_final_rows_are_estimated(self, world: World, engine: Engine) -> None:
+        """In a large table the final rows are the planner's estimate, marked so; what is pending stays exact."""
+        fill(world)
+        with engine.begin() as connection:
+            unknown = stats.count(connection, window=WINDOW, exact_below=0)
+        assert unknown.estimated is False  # never analysed: there is no estimate
+        world.sql("ANALYZE follow_ups")
+        with engine.begin() as connection:
+            counts = stats.count(connection, window=WINDOW, exact_below=0)
+        assert counts.estimated is True
+        assert counts.pending == 4
+        assert abs(counts.final["sent"] - 100) <= 1
+
+    def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
+        """When the sent rows cannot be read in time there is no lag, and the transaction goes on."""
+        fill(world)
+        world.sql(
+            INSERT + "SELECT workspace_id, chat_id, 'x', now(), gen_random_uuid(), 'sent', now(), now()"
+            " FROM follow_ups, generate_series(1, 200)"
+        )
+        with engine.begin() as connection:
+            assert stats.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
+            assert stats.pace(connection, MINUTE) is not None
+
+    def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
+        """In a pipe --watch prints a line for each look, JSON with --json, until Ctrl-C, which is no failure."""
+        del environment
+        fill(world)
+        command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=dict(os.environ), text=True) as watching:
+            assert watching.stdout
+            looks = [json.loads(watching.stdout.readline()) for _ in range(2)]
+            watching.send_signal(signal.SIGINT)
+        assert watching.returncode == 0
+        assert [look["pending"] for look in looks] == [4, 4]
+        assert looks[0]["at"] < looks[1]["at"]
+
+
+def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the doctor as a process of its own: the worker's module reads its settings once."""
+    command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=60
+    )
+
+
+class TestDoctor:
+    """`followups doctor`."""
+
+    @pytest.mark.xdist_group("running")
+    def test_a_system_that_runs_is_well(self, running: Stack) -> None:
+        """With everything running every check is ok, the exit code 0, and no secret is shown."""
+        ran = doctor("--json", **running.environment(), **SIGNED)
+        report = json.loads(ran.stdout)
+        assert [check["name"] for check in report["checks"] if not check["ok"]] == []
+        assert (ran.returncode, report["ok"]) == (0, True)
+        names = ["timeouts", "database", "migrations", "ticks", "broker", "broker memory", "transport", "workers"]
+        assert [check["name"] for check in report["checks"]] == names
+        assert report["settings"]["FOLLOWUPS_TRANSPORT_SECRET"] == "***"
+        assert "c2VjcmV0" not in ran.stdout
+
+    @pytest.mark.usefixtures("environment")
+    def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
+        """Without workers, beat and receiver the exit code is 1, and each failed check says what to do."""
+        world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
+        ran = doctor()
+        assert ran.returncode == 1
+        assert [line.split()[1] for line in ran.stdout.splitlines() if line.startswith("failed ")] == [
+            "ticks",
+            "transport",
+            "workers",
+        ]
+        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 8 checks failed."):
+            assert said in ran.stdout
+
+    def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+        """An unreachable database and broker are named without their passwords; what needs them is not asked."""
+        environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
+        environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
+        ran = run("doctor", "--json")
+        assert ran.code == 1
+        details = {check["name"]: check["detail"] for check in ran.document["checks"] if not check["ok"]}
+        assert details["database"] == "'chats' at 127.0.0.1:9: connection refused"
+        assert details["broker"].startswith("redis://:***@127.0.0.1:9/0: ConnectionError")
+        assert details["workers"] == "not asked"
+        assert "hidden" not in ran.stdout + ran.stderr
+
+    def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
+        """A schema that is not the newest, or none, is a failed check that says how to migrate."""
+        world.sql("UPDATE alembic_version SET version_num = '0001'")
+        old = {finding.name: finding for finding in checks.databases(settings, engine)}["migrations"]
+        assert old.detail.startswith("0001; the newest is ")
+        world.sql("DELETE FROM alembic_version")
+        database, none = checks.databases(settings, engine)
+        assert database.ok
+        assert (none.detail.partition(";")[0], none.advice) == ("none", "Run followups migrate.")
+
+    @pytest.mark.parametrize(
+        ("information", "advice"),
+        [
+            ({"redis_version": "6.0.16"}, "Use Redis 6.2 or newer, or Valkey."),
+            ({"redis_version": "8.0", "maxmemory": 1, "maxmemory_policy": "allkeys-lru"}, "Set maxmemory-policy"),
+            ({"redis_version": "8.0", "maxmemory": 0, "maxmemory_policy": "allkeys-lru"}, ""),
+            ({"redis_version": "6.2.0", "maxmemory": 1, "maxmemory_policy": "noeviction"}, ""),
+            ({"redis_version": "7.2.4", "valkey_version": "8.0"}, ""),
+        ],
+    )
+    def test_brokers(
+        self, settings: Settings, monkeypatch: pytest.MonkeyPatch, information: dict[str, Any], advice: str
+    ) -> None:
+        """A broker that is too old, or that may forget what it was given, is a failed check."""
+        monkeypatch.setattr(checks.redis.Redis, "info", lambda _self: information)
+        found = "".join(finding.advice for finding in checks.broker(settings))
+        assert found.startswith(advice)
+        assert bool(found) == bool(advice)
+
+    def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+        """With settings that cannot be, nothing is checked: exit code 2 and a sentence that names them."""
+        environment.setenv("FOLLOWUPS_LEASE", "1")
+        ran = run("doctor")
+        assert (ran.code, ran.stdout) == (2, "")
+        assert "FOLLOWUPS_LEASE (1 s) should be at least" in ran.stderr

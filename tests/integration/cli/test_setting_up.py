@@ -1,0 +1,160 @@
+"""`migrate`, `workspace`, `api-key` and `openapi`."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from sqlalchemy import make_url
+
+from followups.cli import main
+from followups.database import downgrade, schema_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import pytest
+    from sqlalchemy import Engine
+
+    from world import World
+
+    Run = Callable[..., Any]
+
+NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port: refused
+
+
+class TestMigrate:
+    """`followups migrate`."""
+
+    def test_it_brings_an_older_schema_to_the_newest(self, run: Run, database_url: str, engine: Engine) -> None:
+        """The database gets the newest schema, and the command says which; repeating it changes nothing."""
+        downgrade(database_url, "base")
+        first = run("migrate")
+        current, newest = schema_versions(engine)
+        assert current == newest
+        assert (first.code, first.stdout) == (0, f"The schema is {newest}; it was empty\n")
+        again = run("migrate")
+        assert (again.code, again.stdout) == (0, f"The schema is {newest}, as it was\n")
+
+    def test_it_waits_for_a_database_that_is_not_there_yet(
+        self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    ) -> None:
+        """A database that cannot be reached yet is waited for, and the command says so."""
+        socket = tmp_path_factory.mktemp("s") / "s"  # short: a socket's path may have 107 bytes
+        url = make_url(database_url).set(query={"host": str(socket)})
+        environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
+        appears = threading.Timer(0.5, socket.symlink_to, [make_url(database_url).query["host"]])
+        appears.start()
+        ran = run("migrate", "--wait", "20")
+        appears.join()
+        assert ran.code == 0
+        assert "waiting up to 20 s" in ran.stderr
+
+    def test_what_will_not_pass_is_not_waited_for(
+        self, run: Run, database_url: str, environment: pytest.MonkeyPatch
+    ) -> None:
+        """A server that answers and refuses is not asked again: the error comes at once."""
+        url = make_url(database_url).set(database="nowhere")
+        environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
+        ran = run("migrate")
+        assert ran.code == 1
+        assert 'database "nowhere" does not exist; start it, or correct FOLLOWUPS_DATABASE_URL' in ran.stderr
+        assert "waiting" not in ran.stderr
+
+    def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
+        """When the database stays unreachable, the command says what it waits for, then fails with a sentence."""
+        environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
+        ran = run("migrate", "--wait", "0.3")
+        assert ran.code == 1
+        assert ran.stderr == (
+            "The database 'chats' at 127.0.0.1:9 cannot be reached (connection refused); waiting up to 0.3 s.\n"
+            "followups: The database 'chats' at 127.0.0.1:9 cannot be reached: connection refused; start it, "
+            "or correct FOLLOWUPS_DATABASE_URL.\n"
+        )
+
+    def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
+        """A schema that this version does not know is not touched, and the error says what to install."""
+        world.sql("UPDATE alembic_version SET version_num = '9999'")
+        ran = run("migrate")
+        assert ran.code == 1
+        assert "9999, which this version does not know" in ran.stderr
+        assert ran.stderr.count("\n") == 1
+
+
+class TestWorkspace:
+    """`followups workspace`."""
+
+    def test_creating_one_that_exists_changes_nothing(self, run: Run) -> None:
+        """A workspace is created once; the second time the same one comes back."""
+        created = run("workspace", "create", "acme", "--json").document
+        assert created.keys() == {"id", "name", "createdAt"}
+        assert run("workspace", "create", " acme ", "--json").document == created
+        assert run("workspace", "list", "--json").document == [created]
+
+    def test_results_are_for_people_too(self, run: Run) -> None:
+        """Without --json the result is a line, the hint goes to stderr, and a list is a table."""
+        assert run("workspace", "list").stderr.startswith("There is no workspace yet")
+        created = run("workspace", "create", "acme")
+        assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
+        assert created.stderr == "Next: followups api-key create --workspace 'acme'\n"
+        assert "exists already" in run("workspace", "create", "acme").stdout
+        assert run("workspace", "list").stdout.split()[:5] == ["NAME", "ID", "CREATED", "acme", created.stdout[6:42]]
+
+    def test_a_bad_name_is_wrong_usage(self, run: Run) -> None:
+        """An empty name, and one that is too long, are wrong usage."""
+        for name in (" ", "x" * 201, "a\x00b"):
+            ran = run("workspace", "create", name)
+            assert (ran.code, ran.stdout) == (2, "")
+            assert ran.stderr.startswith("followups: ")
+
+
+class TestApiKey:
+    """`followups api-key`."""
+
+    def test_the_key_stands_alone_on_stdout(self, run: Run) -> None:
+        """Creating a key prints the key and nothing else on stdout, and every one is another."""
+        run("workspace", "create", "acme")
+        keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
+        assert all(re.fullmatch(r"fup_[\w-]{43}\n", key) for key in keys)
+        assert len(set(keys)) == 2
+
+    def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
+        """The list names prefix, workspace and times of each key; the key itself is nowhere."""
+        run("workspace", "create", "acme")
+        key = run("api-key", "create", "--workspace", "acme", "--name", "web").stdout.strip()
+        listed = run("api-key", "list", "--json")
+        [entry] = listed.document
+        assert list(entry) == ["id", "name", "prefix", "workspace", "createdAt", "lastUsedAt", "revokedAt"]
+        assert (entry["name"], entry["workspace"], entry["prefix"]) == ("web", "acme", key[:12])
+        assert (entry["lastUsedAt"], entry["revokedAt"]) == (None, None)
+        assert key not in listed.stdout + run("api-key", "list").stdout
+
+    def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
+        """Revoking says since when; repeating it changes nothing."""
+        run("workspace", "create", "acme")
+        run("api-key", "create", "--workspace", "acme")
+        key_id = run("api-key", "list", "--json").document[0]["id"]
+        first = run("api-key", "revoke", key_id)
+        revoked = run("api-key", "list", "--json").document[0]["revokedAt"]
+        assert first.code == 0
+        assert revoked is not None
+        assert run("api-key", "revoke", key_id).stdout == first.stdout
+        assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
+
+    def test_what_is_not_there_is_an_error(self, run: Run) -> None:
+        """An unknown workspace and an unknown key fail with a sentence that says where to look."""
+        ran = run("api-key", "create", "--workspace", "acme")
+        assert (ran.code, ran.stdout) == (1, "")
+        assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
+        assert "followups api-key list shows" in run("api-key", "revoke", uuid4()).stderr
+
+
+def test_the_openapi_document_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """The OpenAPI document is printed without any settings."""
+    assert main(["openapi"]) == 0
+    shown, remarks = capsys.readouterr()
+    assert json.loads(shown)["openapi"].startswith("3.1")
+    assert not remarks

@@ -1,0 +1,280 @@
+"""The rules for follow-ups and chats on PostgreSQL, as a caller in Python meets them, in its own transaction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups import scheduling
+from followups.errors import (
+    AlreadyFinishedError,
+    ChatNotFoundError,
+    ConflictError,
+    DeliveryInProgressError,
+    FollowUpNotFoundError,
+    InvalidRequestError,
+    NothingToFollowUpError,
+    OutsideMessagingWindowError,
+)
+from followups.states import Status
+from followups.store import chats
+from followups.store.chats import Role
+from followups.windows import Channel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.models import Chat, FollowUp
+    from world import World
+
+DAY = timedelta(days=1)
+NOW = text("now()")
+
+
+def soon(days: float = 1) -> datetime:
+    """Return the time so many days from now."""
+    return datetime.now(UTC) + days * DAY
+
+
+@dataclass
+class Caller:
+    """A caller's own transaction, on one workspace."""
+
+    session: Session
+    world: World
+
+    def schedule(self, chat_id: UUID, due: datetime | None = None, message: str = "?") -> FollowUp:
+        """Schedule, by default for tomorrow."""
+        return followups.schedule(
+            self.session,
+            workspace_id=self.world.workspace_id,
+            chat_id=chat_id,
+            message=message,
+            due_date=due or soon(),
+        )
+
+    def receive(self, chat_id: UUID, role: Role, at: datetime | None = None, message_id: UUID | None = None) -> Any:
+        """Let a chat message arrive."""
+        return chats.receive(
+            self.session,
+            self.world.workspace_id,
+            message_id=message_id or uuid4(),
+            chat_id=chat_id,
+            role=role,
+            created_at=at,
+        )
+
+    def put(self, chat_id: UUID, channel: Channel = Channel.API, external_id: str | None = None) -> tuple[Chat, bool]:
+        """Put a chat."""
+        return chats.put_chat(self.session, self.world.workspace_id, chat_id, channel, external_id)
+
+
+@pytest.fixture
+def caller(world: World) -> Iterator[Caller]:
+    """Return a caller whose transaction is open."""
+    with Session(world.engine, expire_on_commit=False) as session:
+        yield Caller(session, world)
+
+
+class TestSchedule:
+    """A row is the job; nothing else is enqueued."""
+
+    def test_row(self, caller: Caller) -> None:
+        """The row is pending, triggered by the chat's last message, and there only after the caller's commit."""
+        chat_id, last = caller.world.chat(), uuid4()
+        caller.receive(chat_id, Role.AGENT, message_id=last)
+        created = caller.schedule(chat_id, message="Still there?")
+        count = "SELECT count(*) FROM follow_ups"
+        assert caller.world.scalar(count) == 0
+        caller.session.commit()
+        row = caller.world.row(created.id)
+        assert (row.status, row.message, row.trigger_chat_message_id) == ("pending", "Still there?", last)
+        assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
+
+    def test_rollback(self, caller: Caller) -> None:
+        """The caller's rollback takes everything back."""
+        created = caller.schedule(caller.world.chat()).id
+        caller.session.rollback()
+        assert caller.world.scalar("SELECT count(*) FROM follow_ups") == 0
+        with pytest.raises(FollowUpNotFoundError):
+            followups.cancel(caller.session, created, reason="x")
+
+    @pytest.mark.parametrize(
+        ("message", "due", "field"),
+        [
+            ("", soon(), "message"),
+            ("x" * 65_537, soon(), "message"),
+            ("a\x00", soon(), "message"),
+            ("\ud800", soon(), "message"),
+            ("x", datetime(2030, 1, 1), "due_date"),  # noqa: DTZ001 - that is the point
+        ],
+    )
+    def test_bad_field(self, caller: Caller, message: str, due: datetime, field: str) -> None:
+        """What cannot be stored, or is no moment, is refused by the field's name."""
+        with pytest.raises(InvalidRequestError) as caught:
+            caller.schedule(caller.world.chat(), due, message)
+        assert caught.value.field == field
+
+    def test_chat(self, caller: Caller) -> None:
+        """A chat that is unknown, removed, another workspace's, empty, or the user's turn, refuses."""
+        from world import World  # noqa: PLC0415 - of this test alone
+
+        removed, empty = (
+            caller.world.chat(removed_at=NOW),
+            caller.world.chat(last_message_id=None, last_message_role=None, last_message_at=None),
+        )
+        for chat_id in (uuid4(), removed, World(caller.world.engine).chat()):
+            with pytest.raises(ChatNotFoundError):
+                caller.schedule(chat_id)
+        for chat_id in (empty, caller.world.chat(last_message_role="user")):
+            with pytest.raises(NothingToFollowUpError):
+                caller.schedule(chat_id)
+        assert caller.schedule(caller.world.chat(last_message_role="operator"))
+
+    @pytest.mark.parametrize("channel", list(Channel))
+    def test_window(self, caller: Caller, channel: Channel) -> None:
+        """On a windowed channel a due date 24 hours after the user's last message, or later, is refused."""
+        windowed = channel in {Channel.WHATSAPP, Channel.INSTAGRAM}
+        chat_id = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '23 hours'"))
+        closed = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '25 hours'"))
+        assert caller.schedule(chat_id, soon(0.04))
+        assert caller.schedule(chat_id, soon(-30))
+        for refusing, due in ((chat_id, soon(0.05)), (closed, soon(-30))):
+            if windowed:
+                with pytest.raises(OutsideMessagingWindowError):
+                    caller.schedule(refusing, due)
+            else:
+                assert caller.schedule(refusing, due)
+
+
+class TestAmend:
+    """Changes of follow-ups, by operators (who see all workspaces) and by the API."""
+
+    def test_operator(self, caller: Caller) -> None:
+        """Without a workspace every follow-up is seen; with another one it is not there."""
+        created = caller.schedule(caller.world.chat())
+        assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
+        for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):
+            with pytest.raises(FollowUpNotFoundError):
+                scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
+
+    def test_cancel(self, caller: Caller) -> None:
+        """A cancel ends it with the caller's words or the code; again is no change; other words are refused."""
+        created = caller.schedule(caller.world.chat())
+        cancelled = followups.cancel(caller.session, created.id, reason="called")
+        assert (cancelled.status, cancelled.reason) == ("cancelled", "called")
+        assert followups.cancel(caller.session, created.id, reason="called").finished_at == cancelled.finished_at
+        assert scheduling.cancel(caller.session, created.id).reason == "called"
+        with pytest.raises(AlreadyFinishedError):
+            followups.cancel(caller.session, created.id, reason="other words")
+
+    def test_reschedule_counts_lateness_anew(self, caller: Caller) -> None:
+        """A due date in the past means at once: it is late only from when it was set."""
+        chat_id = caller.world.chat()
+        follow_up = caller.world.follow_up(chat_id, scheduled_at=text("now() - interval '9 days'"))
+        scheduling.amend(caller.session, follow_up, {"due_date": soon(-3)})
+        caller.session.commit()
+        row = caller.world.row(follow_up)
+        assert row.scheduled_at == row.updated_at
+        assert row.created_at <= row.scheduled_at
+
+    def test_lease_alone_is_no_obstacle(self, caller: Caller) -> None:
+        """What a tick has claimed and nobody has begun is cancelled at once, its lease and all."""
+        follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
+        assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
+        caller.session.commit()
+        assert caller.world.row(follow_up).lease_until is None
+
+    def test_in_flight(self, caller: Caller) -> None:
+        """What has begun refuses, even when its lease has run out: the outcome is not known yet."""
+        follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
+        with pytest.raises(DeliveryInProgressError) as caught:
+            scheduling.cancel(caller.session, follow_up)
+        assert caught.value.retry_after > 0
+
+
+class TestRetry:
+    """An operator's second try of what failed."""
+
+    def test_new_one(self, caller: Caller) -> None:
+        """A retry makes a new follow-up, due now or when it says; the failed one stays as it is."""
+        chat_id = caller.world.chat()
+        failed = caller.world.follow_up(chat_id, status="failed", reason="too_late", finished_at=NOW, message="Hey")
+        before, due = caller.world.row(failed), soon(2)
+        new, later = scheduling.retry(caller.session, failed), scheduling.retry(caller.session, failed, due_date=due)
+        caller.session.commit()
+        assert caller.world.row(failed) == before
+        assert (new.message, new.status, new.chat_id) == ("Hey", "pending", chat_id)
+        assert new.due_date <= datetime.now(UTC)
+        assert later.due_date == due
+
+    @pytest.mark.parametrize("status", ["pending", "sent", "cancelled"])
+    def test_only_failed(self, caller: Caller, status: str) -> None:
+        """Nothing else is retried."""
+        ends: dict[str, Any] = {} if status == "pending" else {"finished_at": NOW}
+        reason = "user_replied" if status == "cancelled" else None
+        with pytest.raises(ConflictError, match="Only a failed"):
+            scheduling.retry(caller.session, caller.world.follow_up(status=status, reason=reason, **ends))
+        with pytest.raises(FollowUpNotFoundError):
+            scheduling.retry(caller.session, uuid4())
+
+
+class TestChats:
+    """What is known of chats and their messages."""
+
+    def test_put(self, caller: Caller) -> None:
+        """A chat is created once, then updated; one that was removed starts anew."""
+        chat_id = uuid4()
+        assert caller.put(chat_id, external_id="x")[1]
+        caller.receive(chat_id, Role.USER)
+        chat, new = caller.put(chat_id, Channel.WHATSAPP)
+        assert (new, chat.channel, chat.external_id, chat.last_message_role) == (False, "whatsapp", None, "user")
+        chats.remove_chat(caller.session, caller.world.workspace_id, chat_id)
+        chat, new = caller.put(chat_id)
+        assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
+
+    def test_last_message(self, caller: Caller) -> None:
+        """The latest message is the last, the user's latest opens the window, and an older one changes neither."""
+        chat_id = uuid4()
+        user = caller.receive(chat_id, Role.USER, soon(-3))
+        agent = caller.receive(chat_id, Role.AGENT, soon(-1))
+        caller.receive(chat_id, Role.USER, soon(-2))
+        chat = chats.lock_chat(caller.session, caller.world.workspace_id, chat_id)
+        assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
+
+    def test_same_moment(self, caller: Caller) -> None:
+        """Of two messages of the same moment the one that came later is the last."""
+        chat_id, at = uuid4(), soon(-1)
+        caller.receive(chat_id, Role.USER, at)
+        agent = caller.receive(chat_id, Role.AGENT, at)
+        assert chats.lock_chat(caller.session, caller.world.workspace_id, chat_id).last_message_id == agent.id
+
+    def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
+        """A message that is known is known, though its chat was removed; a new one finds no chat."""
+        chat_id = uuid4()
+        first = caller.receive(chat_id, Role.AGENT)
+        chats.remove_chat(caller.session, caller.world.workspace_id, chat_id)
+        assert not caller.receive(chat_id, Role.USER, message_id=first.id).new
+        with pytest.raises(ChatNotFoundError):
+            caller.receive(chat_id, Role.USER)
+
+    def test_reply_cancels_what_waits_and_what_is_leased(self, caller: Caller) -> None:
+        """A reply cancels every pending follow-up of the chat, claimed and waiting ones too, and no finished one."""
+        chat_id = caller.world.chat()
+        leased = caller.world.follow_up(chat_id, lease_token=1, lease_until=text("now() + interval '1 min'"))
+        waiting = caller.world.follow_up(chat_id, due=DAY, waits_for=leased)
+        sent = caller.world.follow_up(chat_id, status="sent", finished_at=NOW)
+        before = caller.world.row(sent)
+        assert set(caller.receive(chat_id, Role.USER).cancelled) == {leased, waiting}
+        caller.session.commit()
+        for follow_up in (leased, waiting):
+            row = caller.world.row(follow_up)
+            assert (row.status, row.reason, row.lease_until, row.waits_for) == ("cancelled", "user_replied", None, None)
+        assert caller.world.row(sent) == before

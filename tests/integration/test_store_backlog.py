@@ -1,0 +1,56 @@
+"""The gauges of what waits, on PostgreSQL."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from followups.store import backlog
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from world import World
+
+HOUR = timedelta(hours=1)
+
+
+def test_exact(world: World, engine: Engine) -> None:
+    """Few rows are counted: pending, overdue (but for those that wait for another), in flight, and the oldest's age."""
+    chat_id = world.chat()
+    first = world.follow_up(chat_id, due=-2 * HOUR, begun_at=text("now()"), lease_until=text("now()"))
+    world.follow_up(chat_id, due=-3 * HOUR, waits_for=first)
+    world.follow_up(due=-HOUR)
+    world.follow_up(due=-4 * HOUR, next_attempt_at=text("now() + interval '1 hour'"))
+    world.follow_up(due=HOUR)
+    world.follow_up(due=-5 * HOUR, status="sent", finished_at=text("now()"))
+    with engine.connect() as connection:
+        found = backlog.measure(connection, window=5000)
+    assert (found.pending, found.overdue, found.in_flight) == (5, 2, 1)
+    assert 7200 <= found.oldest_overdue < 7300
+
+
+def test_nothing(world: World, engine: Engine) -> None:
+    """With no rows every gauge is zero."""
+    assert world.scalar("SELECT count(*) FROM follow_ups") == 0
+    with engine.connect() as connection:
+        assert backlog.measure(connection, window=5000) == backlog.Backlog(0, 0, 0.0, 0)
+
+
+def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows are estimated from the statistics, within a fifth."""
+    monkeypatch.setattr(backlog, "EXACT_UP_TO", 100)
+    world.follow_up(due=-HOUR)
+    world.sql(
+        "INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id)"
+        " SELECT workspace_id, chat_id, now() + (i - 1000) * interval '1 s', message, trigger_chat_message_id"
+        " FROM follow_ups, generate_series(1, 4000) i"
+    )
+    world.sql("ANALYZE follow_ups")
+    with engine.connect() as connection:
+        found = backlog.measure(connection, window=5000)
+    assert found.pending == pytest.approx(4001, rel=0.2)
+    assert found.overdue == pytest.approx(1001, rel=0.2)

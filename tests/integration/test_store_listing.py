@@ -1,0 +1,139 @@
+"""Pages of follow-ups: that each filter's query walks an index, however many rows there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from followups.database import make_engine
+from followups.states import Status
+from followups.store import listing
+from followups.store.listing import Filter
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+ROWS = 100_000
+WORKSPACES = 100
+
+_FILL = (
+    f"INSERT INTO workspaces (name) SELECT 'w' || i FROM generate_series(1, {WORKSPACES}) i",  # noqa: S608
+    "INSERT INTO chats (workspace_id, id) SELECT w.id, gen_random_uuid() FROM workspaces w, generate_series(1, 20)",
+    # One workspace in a hundred has half of the rows, and one row in fifty is pending.
+    f"""
+    WITH places AS MATERIALIZED (
+        SELECT c.workspace_id, c.id, row_number() OVER (ORDER BY w.name, c.id) AS n
+          FROM chats c JOIN workspaces w ON w.id = c.workspace_id)
+    INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, status, finished_at, chat_message_id,
+                            trigger_chat_message_id, created_at)
+    SELECT p.workspace_id, p.id, now(), 'x', CASE WHEN i % 50 = 0 THEN 'pending' ELSE 'sent' END,
+           CASE WHEN i % 50 <> 0 THEN now() END, CASE WHEN i % 50 <> 0 THEN gen_random_uuid() END, gen_random_uuid(),
+           now() - i * interval '1 s'
+      FROM generate_series(1, {ROWS}) i
+      JOIN places p ON p.n = CASE WHEN i % 2 = 0 THEN 1 + i % 20 ELSE 1 + i % {WORKSPACES * 20} END
+    """,  # noqa: S608 - our own numbers
+    "ANALYZE",
+)
+
+
+@pytest.fixture
+def filled(database_url: str) -> Iterator[Engine]:
+    """Return an engine on a database with many follow-ups, its planner free to choose."""
+    engine = make_engine(database_url)
+    with engine.begin() as connection:
+        for statement in _FILL:
+            connection.execute(text(statement))
+    yield engine
+    engine.dispose()
+
+
+def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield every node of a plan."""
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from nodes(child)
+
+
+def examined(engine: Engine, workspace_id: UUID | None, wanted: Filter, most: int) -> tuple[set[str], float]:
+    """Run a page's query; return how `follow_ups` is read, and how many rows of it were."""
+    statement, parameters = listing.statement_of(workspace_id, wanted)
+    parameters |= {"offset": most - 11, "size": 11, "most": most}
+    with engine.connect() as connection:
+        plan = connection.execute(text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"), parameters).scalar_one()
+    read = [node for node in nodes(plan[0]["Plan"]) if node.get("Relation Name") == "follow_ups"]
+    rows = sum((node["Actual Rows"] + node.get("Rows Removed by Filter", 0)) * node["Actual Loops"] for node in read)
+    return {node["Node Type"] for node in read}, rows
+
+
+INDEX_SCANS = {"Index Scan", "Index Only Scan"}
+
+
+def test_every_list_walks_an_index(filled: Engine) -> None:
+    """Every filter, alone or with others, reads follow-ups through an index, and about as many as the page has."""
+    largest = "SELECT workspace_id FROM follow_ups GROUP BY 1 ORDER BY count(*) DESC LIMIT 1"
+    with filled.connect() as connection:
+        row = connection.execute(text("SELECT * FROM follow_ups WHERE status = 'sent' LIMIT 1")).one()
+        workspaces = {row.workspace_id, connection.execute(text(largest)).scalar_one()}
+    for workspace_id in workspaces:
+        for wanted in filters_of(row):
+            ways, rows = examined(filled, workspace_id, wanted, 11)
+            assert ways <= INDEX_SCANS, (wanted, ways)
+            # A page and one more, from each of four states at most, and then the page itself.
+            assert rows <= 5 * 11 + 4, (wanted, rows)
+        # A late page reads the rows up to its end, and no message of those before it.
+        ways, rows = examined(filled, workspace_id, Filter(statuses=(Status.SENT,)), 10_011)
+        assert ways <= INDEX_SCANS
+        assert rows <= 10_011 + 11
+    # An operator's list takes the first of each workspace, not everything.
+    ways, rows = examined(filled, None, Filter(statuses=(Status.SENT,)), 11)
+    assert ways <= INDEX_SCANS
+    assert rows <= (WORKSPACES + 1) * 11
+
+
+def filters_of(row: Any) -> list[Filter]:
+    """Return every kind of filter that this row meets, and some that few meet."""
+    chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
+    strangers = tuple(uuid4() for _ in range(20))
+    return [
+        Filter(),
+        *(Filter(statuses=(status,)) for status in Status),
+        Filter(statuses=(Status.PENDING, Status.FAILED)),
+        Filter(chat_ids=chat),
+        Filter(chat_ids=chat + strangers),
+        Filter(chat_message_ids=message),
+        Filter(chat_message_ids=message + strangers),
+        Filter(trigger_chat_message_ids=trigger),
+        Filter(trigger_chat_message_ids=trigger + strangers),
+        Filter(chat, message, (Status.SENT,), trigger),
+        Filter(chat_ids=chat, statuses=(Status.SENT,)),
+    ]
+
+
+def test_pages_hold_everything_once(database_url: str) -> None:
+    """The pages of a mixed list, one after another, are all follow-ups in order; an operator sees all workspaces."""
+    engine = make_engine(database_url)
+    worlds = [World(engine), World(engine)]
+    rows = [
+        worlds[number % 2].row(worlds[number % 2].follow_up(status=status, **ends))
+        for number, (status, ends) in enumerate(
+            [("pending", {}), ("sent", {"finished_at": text("now()")})] * 4
+            + [("failed", {"finished_at": text("now()"), "reason": "too_late"})] * 3
+        )
+    ]
+    with Session(engine) as session:
+        for workspace_id in (worlds[0].workspace_id, worlds[1].workspace_id, None):
+            found, number, more = [], 1, True
+            while more:
+                page, more = listing.page(session, workspace_id, Filter(), page_number=number, page_size=2)
+                found += [one.id for one in page]
+                number += 1
+            mine = [row for row in rows if workspace_id in {None, row.workspace_id}]
+            assert found == [row.id for row in sorted(mine, key=lambda row: (-row.created_at.timestamp(), row.id))]
+    engine.dispose()

@@ -1,0 +1,110 @@
+"""Workspaces and their API keys on PostgreSQL."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from followups.errors import ApiKeyNotFoundError, InvalidRequestError, WorkspaceNotFoundError
+from followups.store import api_keys, workspaces
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+
+@pytest.fixture
+def session(engine: Engine) -> Iterator[Session]:
+    """Return a session that commits nothing."""
+    with Session(engine) as session:
+        yield session
+
+
+class TestWorkspaces:
+    """Tenants, by name."""
+
+    def test_created_once(self, session: Session) -> None:
+        """One that exists stays as it is; names are compared without the space around them."""
+        first, new = workspaces.create(session, " Acme ")
+        again, new_again = workspaces.create(session, "Acme")
+        assert (first.name, first.id, new, new_again) == ("Acme", again.id, True, False)
+        assert workspaces.find(session, "Acme ").id == first.id
+        assert [each.name for each in workspaces.everything(session)] == ["Acme"]
+
+    @pytest.mark.parametrize("name", ["", " ", "x" * 201, "a\x00b", "a\nb", "\ud800"])
+    def test_bad_name(self, session: Session, name: str) -> None:
+        """A name has 1 to 200 printable characters."""
+        with pytest.raises(InvalidRequestError) as caught:
+            workspaces.create(session, name)
+        assert caught.value.field == "name"
+
+    @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
+    def test_not_found(self, session: Session, name: str) -> None:
+        """A name that nobody has is not found, whatever it is."""
+        with pytest.raises(WorkspaceNotFoundError):
+            workspaces.find(session, name)
+
+
+class TestApiKeys:
+    """Keys: shown once, stored as a hash."""
+
+    def test_made(self, session: Session) -> None:
+        """A key is recognisable, has 256 random bits, and the row holds its hash and its beginning only."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, key = api_keys.create(session, workspace.id, "laptop")
+        other = api_keys.create(session, workspace.id)[1]
+        assert key != other
+        assert key.startswith("fup_")
+        assert len(key) == len("fup_") + 43
+        assert (row.prefix, row.key_hash, row.name) == (key[:12], sha256(key.encode()).digest(), "laptop")
+        stored = session.execute(text("SELECT k::text FROM api_keys k")).scalars().all()
+        assert not any(key[12:] in each for each in stored)
+        listed = [(each.name, name) for each, name in api_keys.everything(session)]
+        assert sorted(listed) == [("", "Acme"), ("laptop", "Acme")]
+
+    def test_bad_name(self, session: Session) -> None:
+        """The name of a key must be storable, too."""
+        workspace, _ = workspaces.create(session, "Acme")
+        with pytest.raises(InvalidRequestError):
+            api_keys.create(session, workspace.id, "a\x00")
+
+    def test_authenticate(self, session: Session) -> None:
+        """A key leads to its workspace; anything else to nothing."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, key = api_keys.create(session, workspace.id)
+        found = api_keys.authenticate(session, key)
+        assert found is not None
+        assert (found.key_id, found.workspace_id) == (row.id, workspace.id)
+        assert found.now == session.scalar(text("SELECT now()"))
+        for wrong in ("", "fup_", key[:-1], f"{key}x", key.upper(), f"fup_{'A' * 43}", f"fup_{'é' * 43}", "\x00" * 47):
+            assert api_keys.authenticate(session, wrong) is None
+
+    def test_revoke(self, session: Session) -> None:
+        """A revoked key is refused; revoking it again changes nothing."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, key = api_keys.create(session, workspace.id)
+        revoked_at = api_keys.revoke(session, row.id).revoked_at
+        assert revoked_at is not None
+        assert api_keys.revoke(session, row.id).revoked_at == revoked_at
+        assert api_keys.authenticate(session, key) is None
+        with pytest.raises(ApiKeyNotFoundError):
+            api_keys.revoke(session, uuid4())
+
+    def test_use_is_recorded_once_a_minute(self, session: Session, engine: Engine) -> None:
+        """A use is recorded when the last one is a minute old, and never waits for another process that records."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, _ = api_keys.create(session, workspace.id)
+        session.commit()
+        assert api_keys.record_use(session, row.id)
+        with Session(engine) as other:
+            assert not api_keys.record_use(other, row.id)
+        session.commit()
+        assert not api_keys.record_use(session, row.id)
+        session.execute(text("UPDATE api_keys SET last_used_at = now() - interval '61 s'"))
+        assert api_keys.record_use(session, row.id)

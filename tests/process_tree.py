@@ -1,0 +1,32 @@
+"""Which processes a process has started, by /proc."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from followups.embedded.watchdog import is_alive
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Return the processes that descend from one, with their command lines, as they are now."""
+    parents, commands = {}, {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            commands[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ").strip()
+            parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:  # it has just ended
+            continue
+    found, new = dict[int, str](), {pid}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new}
+        found |= {child: commands[child] for child in new}
+    return found
+
+
+def assert_gone(processes: dict[int, str]) -> None:
+    """Fail when any of the processes is still there."""
+    assert not {pid: command for pid, command in processes.items() if is_alive(pid)}

@@ -1,0 +1,74 @@
+"""The API's own field types."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from followups.api.fields import Id, Time
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+TIMES, IDS = TypeAdapter(Time), TypeAdapter(Id)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("2030-01-31T09:00:00Z", datetime(2030, 1, 31, 9, tzinfo=UTC)),
+        ("2030-01-31t09:00:00z", datetime(2030, 1, 31, 9, tzinfo=UTC)),
+        ("2030-01-31 09:00:00+00:00", datetime(2030, 1, 31, 9, tzinfo=UTC)),
+        ("2030-01-31T09:00+0130", datetime(2030, 1, 31, 7, 30, tzinfo=UTC)),
+        ("2030-01-31T23:30:00.123456789-01:00", datetime(2030, 2, 1, 0, 30, 0, 123456, tzinfo=UTC)),
+        ("2016-12-31T23:59:60Z", datetime(2017, 1, 1, tzinfo=UTC)),
+        ("9999-12-31T23:59:59Z", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
+    ],
+)
+def test_times(written: str, meant: datetime) -> None:
+    """A time by RFC 3339 is read, and kept in UTC."""
+    assert TIMES.validate_python(written) == meant
+    assert TIMES.validate_python(written).tzinfo is UTC
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "", "now", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z", "2030-01-31T25:00:00Z", "1893456000",
+        1893456000, 1.5, None, True, "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00", "9999-12-31T23:59:60Z",
+        "2030-01-31T09:00:00+99:00", "\N{FULLWIDTH DIGIT TWO}030-01-31T09:00:00Z", "2030-01-31T09:00:00Z\n",
+    ],
+)  # fmt: skip
+def test_no_times(written: object) -> None:
+    """What is no moment, or none that we can keep, is refused, and never an error of another kind."""
+    with pytest.raises(ValidationError):
+        TIMES.validate_python(written)
+
+
+@given(st.datetimes(timezones=st.timezones()))
+def test_any_time(time: datetime) -> None:
+    """Whatever Python writes with an offset of whole minutes is read as the same moment, or refused."""
+    try:
+        assert TIMES.validate_python(time.isoformat()) == time
+    except ValidationError:
+        offset = time.utcoffset()
+        assert offset is not None
+        assert offset.seconds % 60 or time.year in {1, 9999}
+
+
+@given(st.uuids())
+def test_any_id(value: UUID) -> None:
+    """Every UUID is an id, in either case."""
+    assert IDS.validate_python(str(value)) == IDS.validate_python(str(value).upper()) == value
+
+
+@given(st.text())
+def test_no_ids(written: str) -> None:
+    """Any other text is none."""
+    with pytest.raises(ValidationError):
+        IDS.validate_python(written)

@@ -1,0 +1,100 @@
+"""What an operator is told about a follow-up, in words."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from followups.cli.explanations import ENDINGS, explain
+from followups.models import FollowUp
+from followups.settings import load_settings
+from followups.states import ReasonCode, Status
+
+NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
+EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
+SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h", max_attempts=3)
+
+
+def explained(status: Status = Status.PENDING, due: timedelta = timedelta(0), **columns: Any) -> str:
+    """Explain a follow-up that is due ``due`` from now."""
+    values = {"status": status, "due_date": NOW + due, "scheduled_at": NOW - timedelta(days=1), "attempts": 0} | columns
+    return explain(FollowUp(**values), SETTINGS, NOW)
+
+
+def test_every_code_is_explained() -> None:
+    """There is an explanation for every reason code of the contract, each a different one."""
+    assert set(ENDINGS) == set(ReasonCode)
+    assert len(set(ENDINGS.values())) == len(ENDINGS)
+
+
+@pytest.mark.parametrize("code", ReasonCode)
+def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
+    """A reason's explanation is made of whole sentences, with the limits that apply filled in."""
+    said = explained(Status.FAILED, reason=f"{code.value}: detail")
+    assert said.endswith(".")
+    assert "{" not in said
+
+
+def test_limits_are_named() -> None:
+    """Where a limit ended it, the setting and its value are named."""
+    assert "FOLLOWUPS_MAX_ATTEMPTS (3)" in explained(Status.FAILED, reason="retries_exhausted: HTTP 500")
+    assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
+
+
+def test_somebody_s_own_words_are_left_alone() -> None:
+    """A reason in somebody's own words is not interpreted."""
+    assert explained(Status.CANCELLED, reason="the customer called") == (
+        "Somebody cancelled it; the reason is in their own words."
+    )
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"due": timedelta(minutes=3)}, "It is sent in 3 min, unless something cancels it first."),
+        (
+            {"due": timedelta(0), "attempts": 1, "next_attempt_at": NOW + timedelta(seconds=4)},
+            "It is tried again in 4 s; why it was not accepted yet stands below.",
+        ),
+        ({"waits_for": EARLIER}, f"It waits for the earlier follow-up of its chat, {EARLIER}, to end"),
+        ({"lease_until": NOW + timedelta(seconds=9)}, "It is due, and a tick has claimed it"),
+        ({"due": timedelta(minutes=-5)}, "It has been due for 5 min, and no worker holds it: followups doctor"),
+        ({"lease_until": NOW - timedelta(seconds=9)}, "It has been due for 0 ms, and no worker holds it"),
+        (
+            {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9)},
+            "An attempt is in flight, and its outcome is not recorded yet.",
+        ),
+        (
+            {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9), "cancel_requested": "user_replied"},
+            "its outcome is not recorded yet. A cancel (user_replied) came meanwhile: it will not be tried again.",
+        ),
+        ({"begun_at": NOW, "lease_until": NOW}, "The worker that was sending it is lost; the next tick takes it over."),
+    ],
+)
+def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
+    """What is pending says why it was not sent yet, and what comes next."""
+    assert said in explained(**columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"attempts": 1}, "The transport accepted it 2 ms after its due date, at the first attempt."),
+        (
+            {"attempts": 3},
+            "The transport accepted it 2 ms after its due date, with attempt 3; the failed ones are below.",
+        ),
+        (
+            {"attempts": 1, "scheduled_at": NOW + timedelta(milliseconds=1)},
+            "2 ms after its due date, which had passed when it was scheduled, on 2030-01-31 09:00:00Z.",
+        ),
+        ({"attempts": 0, "accepted_at": None}, "Somebody else sent it, and said so through the API."),
+    ],
+)
+def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
+    """What was sent says when the transport accepted it, and at which attempt."""
+    accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
+    assert said in explained(Status.SENT, **accepted | columns)
