@@ -7,8 +7,11 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import UUID
 
-from followups.transports.port import Delivery, Outcome, Unknown
+from followups.retry import clamp_retry_after
+from followups.states import MAX_REASON_LENGTH, storable
+from followups.transports.port import Delivery, Outcome, Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -23,6 +26,9 @@ margin that the settings keep between timeout and lease."""
 
 SPIN = 0.0005
 """Seconds below which the event loop's timer is not worth its inaccuracy; it wakes up to a millisecond late."""
+
+HIGHEST_STATUS_CODE = 1000
+"""Of protocols that have such codes; three digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +60,46 @@ async def send(transport: Transport, begun: Begun, clock: DatabaseClock, limit: 
 async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> Outcome:
     try:
         async with asyncio.timeout(limit.total_seconds()):
-            return await transport.send(delivery)
+            return checked(await transport.send(delivery))
     except TimeoutError:
         return Unknown(f"no outcome within {limit.total_seconds():g} s")
     except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; what it had done is not known
         # Its text may hold the message, so only its kind is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
+
+
+def checked(outcome: object) -> Outcome:
+    """Return the outcome as the port describes it, whatever a plug-in made of it: nothing else reaches the database.
+
+    >>> checked("sent")
+    Unknown(detail='the transport gave no outcome but str', status_code=None)
+    """
+    match outcome:
+        case Sent(chat_message_id, status_code, detail):
+            named = chat_message_id if isinstance(chat_message_id, UUID) else None
+            return Sent(named, _status_code(status_code), _text(detail))
+        case Retry(detail, after, status_code):
+            return Retry(_text(detail), _delay(after), _status_code(status_code))
+        case Snoozed(detail, after, status_code):
+            return Snoozed(_text(detail), _delay(after), _status_code(status_code))
+        case Rejected(detail, status_code):
+            return Rejected(_text(detail), _status_code(status_code))
+        case Unknown(detail, status_code):
+            return Unknown(_text(detail), _status_code(status_code))
+        case _:
+            return Unknown(f"the transport gave no outcome but {type(outcome).__name__}")
+
+
+def _text(detail: object) -> str:
+    return storable(detail)[:MAX_REASON_LENGTH] if isinstance(detail, str) else ""
+
+
+def _delay(after: object) -> timedelta | None:
+    return clamp_retry_after(after) if isinstance(after, timedelta) else None
+
+
+def _status_code(code: object) -> int | None:
+    return code if isinstance(code, int) and 0 <= code < HIGHEST_STATUS_CODE else None
 
 
 def _delivery(begun: Begun) -> Delivery:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from followups.retry import MIN_RETRY_AFTER, clamp_retry_after
-from followups.states import FINAL, ReasonCode, Status, finish, storable
+from followups.retry import MIN_RETRY_AFTER
+from followups.states import FINAL, ReasonCode, Status, finish
 from followups.store import order, settlement
 from followups.store.settlement import Failure, Settled, Settlement
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
@@ -76,7 +76,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
             return Settlement(lease, final.status, final.reason)
         case Snoozed(_, after):
             delay = after or max(policy.jittered(attempt.begun.snoozes + 1), MIN_RETRY_AFTER)
-            return Settlement(lease, Status.PENDING, delay=clamp_retry_after(delay), refunded=True)
+            return Settlement(lease, Status.PENDING, delay=delay, refunded=True)
         case Retry(detail, after):
             return _try_again(attempt, policy, detail, after)
         case Unknown(detail) if deduplicates:
@@ -94,8 +94,7 @@ def _try_again(
     if delay is None:
         final = finish(Status.FAILED, ReasonCode.RETRIES_EXHAUSTED, detail)
         return Settlement(lease, final.status, final.reason, cancel_detail=cancel_detail)
-    wished = clamp_retry_after(after) if after is not None else delay
-    return Settlement(lease, Status.PENDING, delay=wished, cancel_detail=cancel_detail)
+    return Settlement(lease, Status.PENDING, delay=after or delay, cancel_detail=cancel_detail)
 
 
 def failure_of(attempt: Attempt) -> Failure | None:
@@ -107,7 +106,7 @@ def failure_of(attempt: Attempt) -> Failure | None:
         attempt.begun.lease.id,
         attempt.begun.attempt,
         OUTCOME_NAMES[type(outcome)],
-        storable(outcome.detail),
+        outcome.detail,
         outcome.status_code,
         attempt.duration,
     )

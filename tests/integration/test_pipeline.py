@@ -1,0 +1,163 @@
+"""The pipeline of one worker, in this process, on PostgreSQL: what is in flight, and what a bad transport does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from followups.dispatch.claim import claim
+from followups.dispatch.pipeline import Pipeline
+from followups.transports.port import Rejected, Retry, Sent
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from followups.transports.port import Delivery
+    from world import World
+
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+
+
+class Scripted:
+    """A transport that answers as the test says, and counts how many calls are under way."""
+
+    name = "scripted"
+
+    def __init__(self, answer: Callable[[Delivery], Any], seconds: float = 0.0) -> None:
+        self.answer = answer
+        self.seconds = seconds
+        self.under_way = self.most = 0
+        self.calls: Counter[str] = Counter()
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def check(self) -> str:
+        return "ready"
+
+    async def send(self, delivery: Delivery) -> Any:
+        self.calls[str(delivery.follow_up_id)] += 1
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+        try:
+            await asyncio.sleep(self.seconds)
+            return self.answer(delivery)
+        finally:
+            self.under_way -= 1
+
+
+@pytest.fixture
+def started(engine: Engine, settings: Settings) -> Iterator[Callable[..., Pipeline]]:
+    """Return a function that starts a pipeline over a transport; it is drained in the end."""
+    pipelines: list[Pipeline] = []
+
+    def start(transport: Scripted, **changes: Any) -> Pipeline:
+        pipeline = Pipeline(settings.model_copy(update=changes), engine, transport)
+        pipeline.start()
+        pipelines.append(pipeline)
+        return pipeline
+
+    yield start
+    for pipeline in pipelines:
+        assert pipeline.drain(timedelta(seconds=10)) == 0
+
+
+def test_calls_at_once(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
+    """No more than CONCURRENCY calls are under way, and what waits for its turn has not begun."""
+    transport = Scripted(lambda _: Sent(), 0.05)
+    ids = [world.follow_up() for _ in range(30)]
+    started(transport, concurrency=4).submit(claim(engine, settings).leases)
+    most_begun = 0
+
+    def done() -> bool:
+        nonlocal most_begun
+        most_begun = max(most_begun, world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"))
+        return world.scalar(PENDING) == 0
+
+    wait_until(done)
+    assert transport.most == 4
+    assert most_begun < 30
+    assert transport.calls == Counter(map(str, ids))
+
+
+def test_doubled_and_shuffled_hints(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """Hints that come twice and in any order send each follow-up once."""
+    transport = Scripted(lambda _: Sent())
+    ids = [world.follow_up() for _ in range(30)]
+    leases = claim(engine, settings).leases
+    pipeline = started(transport)
+    for batch in (leases[20:], leases, leases[:20], leases[::-1]):
+        pipeline.submit(batch)
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert transport.calls == Counter(map(str, ids))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda _: 1 / 0,
+        lambda _: None,
+        lambda _: "sent",
+        lambda _: Sent("not a UUID"),  # type: ignore[arg-type]
+        lambda _: Rejected(None),  # type: ignore[arg-type]
+        lambda _: Rejected("\x00\ud800", "403"),  # type: ignore[arg-type]
+        lambda _: Retry("later", timedelta.max, 10**12),
+        lambda _: Retry("later", -timedelta(seconds=1)),
+        lambda _: Retry("later", 5),  # type: ignore[arg-type]
+    ],
+)
+def test_bad_transport(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
+) -> None:
+    """A plug-in that raises or answers nonsense harms no other follow-up, and its own has a named outcome."""
+    bad = world.follow_up(message="bad")
+    good = [world.follow_up(message="good") for _ in range(10)]
+    transport = Scripted(lambda delivery: answer(delivery) if delivery.message == "bad" else Sent())
+    started(transport).submit(claim(engine, settings).leases)
+    wait_until(lambda: all(world.row(one).status == "sent" for one in good))
+    wait_until(lambda: world.row(bad).begun_at is None)
+    row = world.row(bad)
+    assert row.status == "sent" or world.failures(bad)
+
+
+def test_message_nowhere_in_what_a_raising_transport_leaves(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    started: Callable[..., Pipeline],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A plug-in that raises with the message in its error leaves no trace of it in the record or the log."""
+
+    def raises(delivery: Delivery) -> None:
+        raise RuntimeError(delivery.message)
+
+    follow_up = world.follow_up(message="a secret between us")
+    started(Scripted(raises)).submit(claim(engine, settings).leases)
+    wait_until(lambda: world.failures(follow_up))
+    assert "secret between us" not in str(world.failures(follow_up))
+    assert "secret between us" not in "".join(capfd.readouterr())
+
+
+def test_drain_gives_back(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
+    """A drained pipeline has settled what it began and returned the rest, which can be claimed at once."""
+    for _ in range(20):
+        world.follow_up()
+    transport = Scripted(lambda _: Sent(), 0.2)
+    pipeline = started(transport, concurrency=5)
+    pipeline.submit(claim(engine, settings).leases)
+    wait_until(lambda: transport.under_way == 5)
+    assert pipeline.drain(timedelta(seconds=10)) == 0
+    assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 5
+    assert len(claim(engine, settings).leases) == 15

@@ -1,0 +1,71 @@
+"""The database's clock, as a worker knows it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.dispatch.clock import DatabaseClock
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+class Monotonic:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+def moment(seconds: float) -> datetime:
+    """Return the moment so many seconds after 1970."""
+    return EPOCH + timedelta(seconds=seconds)
+
+
+def test_unasked() -> None:
+    """A clock that has asked nobody says so, and does not guess."""
+    with pytest.raises(RuntimeError, match="not been asked"):
+        DatabaseClock().now()
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 0.5), st.floats(0, 0.5), st.floats(0, 10)), min_size=1, max_size=30),
+    st.floats(-1e6, 1e9),
+)
+def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
+    """However long question and answer take, the clock is never ahead of the database, so nothing is sent early."""
+    monotonic = Monotonic()
+    clock = DatabaseClock(monotonic)
+    for there, back, pause in samples:
+        monotonic.seconds += pause
+        asked = monotonic.seconds
+        told = moment(offset + asked + there)
+        monotonic.seconds += there + back
+        clock.observe(told, asked, monotonic.seconds)
+        behind = (moment(offset + monotonic.seconds) - clock.now()).total_seconds()
+        assert -1e-4 < behind <= back + 1e-4
+
+
+def test_quickest_answer_counts() -> None:
+    """A slow answer does not spoil what a quick one has told."""
+    monotonic = Monotonic()
+    clock = DatabaseClock(monotonic)
+    clock.observe(moment(5000.0), 1000.0, 1000.001)
+    clock.observe(moment(5000.0), 1000.0, 1000.4)
+    assert abs((clock.now() - moment(4999.999)).total_seconds()) < 0.0001
+    assert clock.until(moment(5000.499)) == pytest.approx(0.5)
+
+
+def test_set_back() -> None:
+    """When the database's clock is set back, the clock follows with the next sample."""
+    monotonic = Monotonic()
+    clock = DatabaseClock(monotonic)
+    clock.observe(moment(5000.0), 1000.0, 1000.001)
+    clock.observe(moment(4000.0), 1000.0, 1000.001)
+    assert clock.now() < moment(4000.0)
