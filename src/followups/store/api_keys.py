@@ -6,6 +6,7 @@ A plain hash is enough, where a password would need a slow one: 256 random bits 
 from __future__ import annotations
 
 import secrets
+from dataclasses import dataclass
 from hashlib import sha256
 from hmac import compare_digest
 from typing import TYPE_CHECKING, cast
@@ -65,14 +66,22 @@ def revoke(session: Session, key_id: UUID) -> ApiKey:
     return row
 
 
-def authenticate(session: Session, key: str) -> ApiKey | None:
-    """Return the row of a key that is known and not revoked, or None."""
-    found = identify(session, key)
-    return found and found[0]
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Whose key it is, and the database's now: the moment at which the transaction began."""
+
+    key_id: UUID
+    workspace_id: UUID
+    now: datetime
 
 
-def identify(session: Session, key: str) -> tuple[ApiKey, datetime] | None:
-    """Return the row of a key that is known and not revoked, and the database's now; or None.
+_BY_HASH = text("""
+    SELECT id, workspace_id, key_hash, now() AS now FROM api_keys WHERE key_hash = :key_hash AND revoked_at IS NULL
+""")
+
+
+def authenticate(session: Session, key: str) -> Identity | None:
+    """Say whose key it is; None for one that is malformed, unknown or revoked.
 
     The look-up is by hash, so its duration says nothing about the key that an attacker could use; the
     comparison afterwards takes the same time wherever two hashes differ.
@@ -80,9 +89,10 @@ def identify(session: Session, key: str) -> tuple[ApiKey, datetime] | None:
     if len(key) != _LENGTH or not key.startswith(PREFIX) or not key.isascii():
         return None
     hashed = _hash(key)
-    query = select(ApiKey, func.now()).where(ApiKey.key_hash == hashed, ApiKey.revoked_at.is_(None))
-    row = session.execute(query).one_or_none()
-    return (row[0], row[1]) if row is not None and compare_digest(row[0].key_hash, hashed) else None
+    row = session.connection().execute(_BY_HASH, {"key_hash": hashed}).one_or_none()
+    if row is None or not compare_digest(row.key_hash, hashed):
+        return None
+    return Identity(row.id, row.workspace_id, row.now)
 
 
 # Skipped when another process records the same at this moment: it says the same.

@@ -7,7 +7,7 @@ from datetime import datetime  # noqa: TC003 - a dataclass field's type, read at
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import ChatNotFoundError
@@ -47,14 +47,18 @@ class Received:
     new: bool
 
 
+# Built once: building a statement costs more than running it.
+_LOCK = (
+    select(Chat)
+    .where(Chat.workspace_id == bindparam("workspace_id"), Chat.id == bindparam("chat_id"), Chat.removed_at.is_(None))
+    .with_for_update(key_share=True)
+    .execution_options(populate_existing=True)
+)
+
+
 def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
     """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`; a removed chat is not found."""
-    chat = session.scalar(
-        select(Chat)
-        .where(Chat.workspace_id == workspace_id, Chat.id == chat_id, Chat.removed_at.is_(None))
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    )
+    chat = session.scalar(_LOCK, {"workspace_id": workspace_id, "chat_id": chat_id})
     if chat is None:
         raise ChatNotFoundError
     return chat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import Select, func, select, text, update
+from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.models import FailedAttempt, FollowUp
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 
+# Built once: building a statement costs more than running it.
+_INSERT = insert(FollowUp).returning(FollowUp)
+
+
 def insert_follow_up(
     session: Session,
     *,
@@ -30,35 +34,33 @@ def insert_follow_up(
     trigger_chat_message_id: UUID,
 ) -> FollowUp:
     """Insert a pending follow-up and return it; the caller holds the chat's lock."""
-    statement = insert(FollowUp).values(
-        workspace_id=workspace_id,
-        chat_id=chat_id,
-        message=message,
-        due_date=due_date,
-        trigger_chat_message_id=trigger_chat_message_id,
-    )
-    return session.scalars(statement.returning(FollowUp)).one()
+    values = {
+        "workspace_id": workspace_id,
+        "chat_id": chat_id,
+        "message": message,
+        "due_date": due_date,
+        "trigger_chat_message_id": trigger_chat_message_id,
+    }
+    return session.scalars(_INSERT, values).one()
 
 
-def visible(workspace_id: UUID | None) -> Select[FollowUp]:
-    """Return the query of the follow-ups that this workspace may see (None: an operator sees all)."""
-    query = select(FollowUp)
-    return query if workspace_id is None else query.where(FollowUp.workspace_id == workspace_id)
+_ONE = select(FollowUp).where(FollowUp.id == bindparam("id"))
+_MINE = _ONE.where(FollowUp.workspace_id == bindparam("workspace_id"))
+_ONE_LOCKED, _MINE_LOCKED = (
+    query.with_for_update(key_share=True).execution_options(populate_existing=True) for query in (_ONE, _MINE)
+)
 
 
 def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
-    """Return the follow-up, or None."""
-    return session.scalar(visible(workspace_id).where(FollowUp.id == follow_up_id))
+    """Return the follow-up, or None. ``workspace_id`` None is an operator's view of all workspaces."""
+    query = _ONE if workspace_id is None else _MINE
+    return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 
 
 def find_and_lock(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
     """Return the follow-up as it is now, locked until the transaction ends, or None."""
-    return session.scalar(
-        visible(workspace_id)
-        .where(FollowUp.id == follow_up_id)
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    )
+    query = _ONE_LOCKED if workspace_id is None else _MINE_LOCKED
+    return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 
 
 def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:

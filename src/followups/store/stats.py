@@ -1,9 +1,9 @@
 """Counts, lag and throughput, for people who look at the system. No statement here runs for long.
 
-Exact: what is pending, waiting, overdue and in flight; all come from small partial indexes. The final rows
-are counted while the table is small; beyond `EXACT_BELOW` they are the planner's estimate, which costs
-nothing however many millions there are. Lag and throughput read what the last minutes accepted; there is
-no index for that, so they are given up after `LIMIT`.
+What is pending, waiting, overdue and in flight comes exact from small partial indexes. Final rows are
+counted up to `EXACT_UP_TO` a state; a state with more has the planner's estimate, which costs nothing
+however many millions there are. Lag and throughput read what the last minutes accepted; there is no index
+for that, so they are given up after `LIMIT`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from followups.states import FINAL
+from followups.states import Status
 from followups.store import backlog
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-EXACT_BELOW = 256 * 1024**2
-"""Bytes of the table (about a million rows, counted within 0.3 s), beyond which final rows are estimated."""
+EXACT_UP_TO = 100_000
+"""Rows of one final state that are counted one by one, in some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
 """How long lag and throughput may be looked for."""
@@ -43,8 +43,8 @@ class Counts:
     in_flight: int
     final: Mapping[str, int]
     """By status."""
-    estimated: bool
-    """The final ones are estimates."""
+    estimated: frozenset[str]
+    """Of which final states the number is an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,16 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-_SIZE = text("SELECT pg_relation_size('follow_ups')")
-_COUNT_FINAL = text("SELECT status, count(*) FROM follow_ups WHERE status <> 'pending' GROUP BY status")
+# Through the index of the lists, which begins with the workspace.
+_COUNT_FINAL = text("""
+    SELECT s.status, (
+           SELECT count(*) FROM (
+               SELECT FROM workspaces w
+                CROSS JOIN LATERAL (
+                      SELECT FROM follow_ups f WHERE f.workspace_id = w.id AND f.status = s.status LIMIT :most) AS own
+                LIMIT :most) AS counted) AS number
+      FROM unnest(CAST(:statuses AS text[])) AS s(status)
+""")
 _ESTIMATE_FINAL = text("""
     SELECT common.status, CAST(greatest(c.reltuples, 0) * common.fraction AS bigint)
       FROM pg_class c
@@ -82,28 +90,30 @@ _ESTIMATE_FINAL = text("""
 """)
 
 
-def count(connection: Connection, *, window: int, exact_below: int = EXACT_BELOW) -> Counts:
+def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO) -> Counts:
     """Count by state. ``window`` is the most that can be in flight."""
     pending = connection.execute(_PENDING).one()
     head = backlog.measure(connection, window=window)
-    final, estimated = _count_final(connection, exact_below)
+    final = _count_final(connection, exact_up_to + 1)
+    estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
+    if estimated:
+        estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
+        # Before the first ANALYZE there is none; what has been counted is then the least it can be.
+        final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,
         waiting=pending.waiting,
         overdue=pending.overdue,
         oldest_overdue=timedelta(seconds=head.oldest_overdue) if pending.overdue else None,
         in_flight=head.in_flight,
-        final={status.value: final.get(status.value, 0) for status in sorted(FINAL, reverse=True)},
+        final=final,
         estimated=estimated,
     )
 
 
-def _count_final(connection: Connection, exact_below: int) -> tuple[dict[str, int], bool]:
-    if connection.execute(_SIZE).scalar_one() >= exact_below:
-        estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        if estimates:  # none: the table was never analysed
-            return estimates, True
-    return {row[0]: row[1] for row in connection.execute(_COUNT_FINAL)}, False
+def _count_final(connection: Connection, most: int) -> dict[str, int]:
+    statuses = [status.value for status in (Status.SENT, Status.FAILED, Status.CANCELLED)]
+    return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
 _PACE = text("""

@@ -36,8 +36,9 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
 
 def find(session: Session, name: str) -> Workspace:
     """Return the workspace of that name. Raises `WorkspaceNotFoundError`."""
-    # A NUL would be PostgreSQL's error, and no workspace has one in its name.
-    found = None if "\x00" in name else session.scalar(select(Workspace).where(Workspace.name == name.strip()))
+    name = name.strip()
+    # No workspace has such a name, and PostgreSQL or its driver would refuse to look for one.
+    found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
     return found

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from web import Api
 
 MINUTE = timedelta(minutes=1)
-PAIRS = 100
+PAIRS = 40
 
 
 def claim(connection: Connection) -> list[Lease]:

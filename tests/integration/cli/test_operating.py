@@ -1,14 +1,13 @@
-"""`list`, `show`, `cancel`, `reschedule` and `retry`."""
+"""`cancel`, `reschedule` and `retry`."""
 
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 import redis
@@ -38,110 +37,6 @@ def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
     told: list[datetime] = []
     monkeypatch.setattr(changes, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
-
-
-class TestList:
-    """`followups list`."""
-
-    def test_the_json_form_is_the_api_s_without_the_text(self, run: Run, world: World) -> None:
-        """Each entry has exactly the API's fields; the message is null unless --message asks for it."""
-        follow_up = world.follow_up(due=HOUR)
-        [entry] = run("list", "--json").document
-        assert list(entry) == FIELDS
-        assert (entry["id"], entry["status"], entry["message"]) == (str(follow_up), "pending", None)
-        assert run("list", "--json", "--message").document[0]["message"] == "Still there?"
-
-    def test_filters_and_pages(self, run: Run, world: World) -> None:
-        """The list can be cut down by workspace, chat, state and number, newest first."""
-        chat = world.chat()
-        first, second = world.follow_up(chat, HOUR), world.follow_up(chat, HOUR)
-        failed = world.follow_up(**FAILED)
-
-        def listed(*arguments: object) -> list[UUID]:
-            return [UUID(entry["id"]) for entry in run("list", "--json", *arguments).document]
-
-        assert listed() == [failed, second, first]
-        assert listed("--chat", chat) == [second, first]
-        assert listed("--status", "failed", "--status", "sent") == [failed]
-        assert listed("--workspace", world.workspace_id) == [failed, second, first]
-        assert listed("--trigger", uuid4()) == []
-        assert listed("--limit", 1, "--page", 2) == [second]
-
-    def test_a_pipe_gets_whole_rows_and_no_colour(self, run: Run, world: World) -> None:
-        """In a pipe each follow-up is one plain line with everything on it, and hints go to stderr."""
-        chat = world.chat()
-        follow_up = world.follow_up(chat, **FAILED)
-        world.follow_up()
-        ran = run("list", "--status", "failed")
-        heading, row = ran.stdout.splitlines()
-        assert heading.split() == ["ID", "STATUS", "DUE", "CHAT", "REASON"]
-        assert [str(follow_up), "failed", str(chat)] == [row.split()[index] for index in (0, 1, 4)]
-        assert "rejected: HTTP 403 no" in row
-        assert "\x1b" not in ran.stdout
-        assert "--page 2" in run("list", "--limit", 1).stderr
-
-    def test_nothing_found_is_no_failure(self, run: Run) -> None:
-        """An empty list is said on stderr, and is [] in JSON."""
-        assert (run("list").code, run("list").stdout) == (0, "")
-        assert run("list").stderr == "There is no such follow-up.\n"
-        assert run("list", "--json").document == []
-        assert run("list", "--workspace", "nobody").code == 1
-
-
-class TestShow:
-    """`followups show`."""
-
-    def test_it_tells_everything_but_the_text(self, run: Run, world: World) -> None:
-        """The JSON form adds to the API's fields why it stands where it stands, and each failed attempt."""
-        follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
-        world.sql(
-            "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
-            " VALUES (:id, 1, 'retry', 'HTTP 500 down', 500, '20 ms'), (:id, 2, 'lost', 'lost', NULL, NULL)",
-            id=follow_up,
-        )
-        shown = run("show", follow_up, "--json").document
-        assert list(shown)[: len(FIELDS)] == FIELDS
-        assert (shown["message"], shown["channel"], shown["externalChatId"]) == (None, "whatsapp", "4917")
-        assert shown["explanation"].startswith("The transport refused it for good")
-        first, second = shown["failedAttempts"]
-        assert first.pop("at") <= second.pop("at")
-        assert first == {
-            "attempt": 1,
-            "outcome": "retry",
-            "detail": "HTTP 500 down",
-            "statusCode": 500,
-            "durationMs": 20.0,
-        }
-        assert (second["statusCode"], second["durationMs"]) == (None, None)
-        assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
-
-    def test_it_is_readable(self, run: Run, world: World) -> None:
-        """For people: facts, the explanation, and a table of failed attempts; the text only with --message."""
-        follow_up = world.follow_up(
-            status="sent",
-            finished_at=datetime(2030, 1, 31, tzinfo=UTC),
-            accepted_at=datetime(2030, 1, 31, tzinfo=UTC),
-            due_date=datetime(2030, 1, 30, 23, 59, 59, 998_000, UTC),
-            attempts=2,
-        )
-        world.sql(
-            "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
-            " VALUES (:id, 1, 'retry', 'HTTP 500 [down]', 500, '20 ms')",
-            id=follow_up,
-        )
-        shown = run("show", follow_up).stdout
-        assert re.search(r"^lag +2 ms *$", shown, re.MULTILINE)
-        assert re.search(r"^attempts +2 of 8 *$", shown, re.MULTILINE)
-        assert "The transport accepted it 2 ms after its due date, with attempt 2" in shown
-        assert "HTTP 500 [down]" in shown
-        assert "Still there?" not in shown
-        assert "Still there?" in run("show", follow_up, "--message").stdout
-
-    def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id fails with a sentence."""
-        ran = run("show", uuid4())
-        assert (ran.code, ran.stdout) == (1, "")
-        assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
 
 
 class TestCancel:
@@ -260,7 +155,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is due after the next tick is left to it."""
     asked: list[str] = []
-    monkeypatch.setattr(nudging, "_send", lambda: asked.append("tick"))
+    monkeypatch.setattr(nudging, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)
     nudging.nudge_if_soon(now + HOUR, now)
     assert asked == []

@@ -120,6 +120,9 @@ class TestApiKey:
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
         assert all(re.fullmatch(r"fup_[\w-]{43}\n", key) for key in keys)
         assert len(set(keys)) == 2
+        document = run("api-key", "create", "--workspace", "acme", "--json").document
+        assert re.fullmatch(r"fup_[\w-]{43}", document.pop("key"))
+        assert document == run("api-key", "list", "--json").document[-1]
 
     def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
         """The list names prefix, workspace and times of each key; the key itself is nowhere."""
@@ -142,6 +145,7 @@ class TestApiKey:
         assert first.code == 0
         assert revoked is not None
         assert run("api-key", "revoke", key_id).stdout == first.stdout
+        assert run("api-key", "revoke", key_id, "--json").document["revokedAt"] == revoked
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,7 +26,7 @@ TIMES, IDS = TypeAdapter(Time), TypeAdapter(Id)
         ("2030-01-31 09:00:00+00:00", datetime(2030, 1, 31, 9, tzinfo=UTC)),
         ("2030-01-31T09:00+0130", datetime(2030, 1, 31, 7, 30, tzinfo=UTC)),
         ("2030-01-31T23:30:00.123456789-01:00", datetime(2030, 2, 1, 0, 30, 0, 123456, tzinfo=UTC)),
-        ("2016-12-31T23:59:60Z", datetime(2017, 1, 1, tzinfo=UTC)),
+        ("2016-12-31T23:59:60Z", datetime(2016, 12, 31, 23, 59, 59, 999999, tzinfo=UTC)),
         ("9999-12-31T23:59:59Z", datetime(9999, 12, 31, 23, 59, 59, tzinfo=UTC)),
     ],
 )
@@ -40,7 +40,7 @@ def test_times(written: str, meant: datetime) -> None:
     "written",
     [
         "", "now", "2030-01-31", "2030-01-31T09:00:00", "2030-02-30T09:00:00Z", "2030-01-31T25:00:00Z", "1893456000",
-        1893456000, 1.5, None, True, "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00", "9999-12-31T23:59:60Z",
+        1893456000, 1.5, None, True, "0000-01-01T00:00:00Z", "9999-12-31T23:59:59-01:00",
         "2030-01-31T09:00:00+99:00", "\N{FULLWIDTH DIGIT TWO}030-01-31T09:00:00Z", "2030-01-31T09:00:00Z\n",
     ],
 )  # fmt: skip
@@ -50,15 +50,13 @@ def test_no_times(written: object) -> None:
         TIMES.validate_python(written)
 
 
-@given(st.datetimes(timezones=st.timezones()))
+@given(st.datetimes(timezones=st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))))
 def test_any_time(time: datetime) -> None:
-    """Whatever Python writes with an offset of whole minutes is read as the same moment, or refused."""
+    """Every moment is read as the same moment, unless it lies outside of the years 1 to 9999 in UTC."""
     try:
         assert TIMES.validate_python(time.isoformat()) == time
     except ValidationError:
-        offset = time.utcoffset()
-        assert offset is not None
-        assert offset.seconds % 60 or time.year in {1, 9999}
+        assert time.year in {1, 9999}
 
 
 @given(st.uuids())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -160,3 +161,13 @@ def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, m
     assert "\n" not in said
     assert "hidden" not in said
     assert "SELECT" not in said
+
+
+def test_a_reader_that_leaves_is_no_accident() -> None:
+    """When whoever reads the output goes away, the command ends without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "followups.cli", "--help"]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (1, "")

@@ -1,0 +1,159 @@
+"""The ASGI application."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import asynccontextmanager
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from followups.api import openapi, problems
+from followups.api.caller import LastUse, Services
+from followups.api.gate import Gate
+from followups.api.health import Health
+from followups.api.metrics import Exposition
+from followups.api.rate_limit import RateLimit
+from followups.api.routes import chats, follow_ups, service
+from followups.database import make_engine, make_sessions
+from followups.errors import FollowUpsError, SettingsError
+from followups.settings import load_settings
+from followups.telemetry.logs import configure_logging
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from fastapi.responses import Response
+    from starlette.types import ASGIApp
+
+    from followups.settings import Settings
+
+POOL_SIZE = 10
+"""Database connections that are kept; as many again for a burst."""
+
+THREADS = 8
+"""Requests that work at once: one for each connection, so that none waits for one."""
+
+
+ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router)
+
+
+def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
+    """Return the application, which connects when first used.
+
+    ``nudge`` is called after a commit that makes something due within the next two ticks; by default it
+    asks the workers for a tick.
+    """
+    engine = make_engine(
+        settings.database_url.get_secret_value(), pool_size=POOL_SIZE, application_name="followups-web"
+    )
+    app = _routes()
+    app.state.health = Health(settings, engine)
+    app.state.exposition = Exposition(engine, settings.max_in_flight)
+    app.state.services = Services(
+        sessions=make_sessions(engine),
+        rate_limit=RateLimit(settings),
+        nudge=nudge or _nudge_workers,
+        tick_interval=settings.tick_interval,
+        last_use=LastUse(),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        yield
+        app.state.services.rate_limit.close()
+        app.state.health.close()
+        engine.dispose()
+
+    app.router.lifespan_context = lifespan
+    return app
+
+
+def app_from_environment() -> FastAPI:
+    """Return the application by the environment's settings; a wrong one ends the process with a sentence."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        sys.stderr.write(f"followups: {error}\n")
+        raise SystemExit(2) from None
+    configure_logging(settings.log_format, settings.log_level)
+    return create_app(settings)
+
+
+def openapi_document() -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document; this needs no settings and no database."""
+    return _routes().openapi()
+
+
+class Application(FastAPI):
+    """FastAPI with our document, and with the gate outside of everything."""
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document, made once."""
+        self.openapi_schema = self.openapi_schema or openapi.describe(self)
+        return self.openapi_schema
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again."""
+        return Gate(super().build_middleware_stack())
+
+
+def _routes() -> FastAPI:
+    app = Application(
+        title=openapi.TITLE,
+        redoc_url=None,
+        swagger_ui_oauth2_redirect_url=None,
+        redirect_slashes=False,
+        strict_content_type=False,
+        exception_handlers={
+            FollowUpsError: _tell_error,
+            RequestValidationError: _tell_validation,
+            HTTPException: _tell_status,
+            Exception: _tell_exception,
+        },
+    )
+    for router in ROUTERS:
+        app.include_router(router)
+    return app
+
+
+async def _tell_error(_: Request, error: Exception) -> Response:
+    return problems.of_error(error).response()  # type: ignore[arg-type] # registered for this class
+
+
+async def _tell_validation(_: Request, error: Exception) -> Response:
+    return problems.of_validation(error.errors()).response()  # type: ignore[attr-defined] # as above
+
+
+async def _tell_exception(_: Request, error: Exception) -> Response:
+    return problems.of_exception(error).response()
+
+
+async def _tell_status(request: Request, error: Exception) -> Response:
+    status: int = error.status_code  # type: ignore[attr-defined] # as above
+    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's, for a body that is no JSON: one of invalid UTF-8, say
+        return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the methods of one route only
+        return problems.of_status(status, headers={"allow": ", ".join(_methods(request))}).response()
+    detail = "There is nothing at this path." if status == HTTPStatus.NOT_FOUND else ""
+    return problems.of_status(status, detail).response()
+
+
+def _methods(request: Request) -> list[str]:
+    methods: set[str] = set()
+    for route in (*request.app.routes, *(route for router in ROUTERS for route in router.routes)):
+        if route.matches(request.scope)[0] is not Match.NONE:
+            methods |= getattr(route, "methods", None) or set()
+    return sorted(methods)
+
+
+def _nudge_workers() -> None:
+    from followups.worker import nudge  # noqa: PLC0415 - Celery is wanted only when something is due soon
+
+    nudge()

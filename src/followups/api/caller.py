@@ -1,0 +1,179 @@
+"""Who calls: the API key, and the one transaction in which the request is served.
+
+The key is looked up in the request's own transaction, so that a revocation counts from its commit on and
+costs no round trip of its own. FastAPI's dependencies would each take a thread and come after the body's
+validation; a stranger's bad body must be 401, not 422 (`AuthenticatedRoute`).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from sqlalchemy.exc import SQLAlchemyError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from followups.errors import UnauthorizedError
+from followups.states import Final, Status, finish
+from followups.store import api_keys
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from datetime import datetime
+    from uuid import UUID
+
+    from fastapi.responses import Response
+    from sqlalchemy.orm import Session, sessionmaker
+
+    from followups.api.rate_limit import RateLimit
+    from followups.models import FollowUp
+    from followups.states import ReasonCode
+    from followups.store.api_keys import Identity
+
+AHEAD_TICKS = 2
+"""Within so many tick intervals something due is worth a nudge: a tick claims what falls due until then."""
+
+USE_RECORDED_EVERY = timedelta(minutes=1)
+"""How exact `last_used_at` is."""
+
+
+class LastUse:
+    """Which keys were recorded as used lately, so that a request costs no write."""
+
+    def __init__(self) -> None:
+        """Know of none."""
+        self._recorded: dict[UUID, float] = {}
+        self._lock = threading.Lock()
+
+    def is_news(self, key_id: UUID) -> bool:
+        """Say, once a minute for each key, that its use should be recorded."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._recorded.get(key_id, 0.0):
+                return False
+            self._recorded[key_id] = now + USE_RECORDED_EVERY.total_seconds()
+            return True
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What requests share: `app.state.services`."""
+
+    sessions: sessionmaker[Session]
+    rate_limit: RateLimit
+    nudge: Callable[[], None]
+    tick_interval: timedelta
+    last_use: LastUse
+
+
+@dataclass(slots=True)
+class Work:
+    """The request's transaction: for which workspace, since when by the database's clock."""
+
+    session: Session
+    workspace_id: UUID
+    now: datetime
+    due_until: datetime
+    nudges: bool = False
+    ends: tuple[tuple[UUID, Final], ...] = ()
+
+    def report(self, follow_up: FollowUp) -> None:
+        """Note what this transaction did to the follow-up: it may be due soon, or have ended."""
+        if follow_up.status == Status.PENDING:
+            self.nudges = self.nudges or follow_up.due_date <= self.due_until
+        elif follow_up.updated_at == self.now:
+            self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
+            self.nudges = True  # a later one of its chat may have waited for it
+
+    def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
+        """Note that this transaction cancelled these."""
+        final = finish(Status.CANCELLED, code)
+        self.ends = (*self.ends, *((each, final) for each in ids))
+
+
+class Caller:
+    """Whoever sent the request."""
+
+    def __init__(self, request: Request) -> None:
+        """Take the request, whose key is not checked yet."""
+        self._services: Services = request.app.state.services
+        self._given = request.headers.get("authorization", "")
+
+    @contextmanager
+    def transaction(self) -> Iterator[Work]:
+        """Open the transaction, check the key, and commit at the end; then tell what was done.
+
+        Raises `UnauthorizedError` and `TooManyRequestsError`.
+        """
+        identity: Identity | None = None
+        try:
+            with self._services.sessions() as session, session.begin():
+                identity = self._identify(session)
+                due_until = identity.now + AHEAD_TICKS * self._services.tick_interval
+                work = Work(session, identity.workspace_id, identity.now, due_until)
+                yield work
+        finally:
+            if identity is not None:
+                self._record_use(identity.key_id)
+        if work.nudges:
+            self._services.nudge()
+        if work.ends:
+            _tell(work.ends)
+
+    def check(self) -> None:
+        """Check the key and nothing else. Raises as `transaction`."""
+        with self.transaction():
+            pass
+
+    def _identify(self, session: Session) -> Identity:
+        scheme, _, rest = self._given.partition(" ")
+        found = api_keys.authenticate(session, rest.strip() if scheme.lower() == "bearer" else self._given.strip())
+        if found is None:
+            raise UnauthorizedError
+        self._services.rate_limit.check(found.key_id)
+        return found
+
+    def _record_use(self, key_id: UUID) -> None:
+        if not self._services.last_use.is_news(key_id):
+            return
+        # In a transaction of its own: the request's would hold the key's row until its end.
+        with suppress(SQLAlchemyError), self._services.sessions() as session, session.begin():
+            api_keys.record_use(session, key_id)
+
+
+def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
+    from followups.dispatch import report  # noqa: PLC0415 - with it comes the HTTP client, which `openapi` needs not
+
+    report.ended(ends)
+
+
+async def _caller(request: Request) -> Caller:
+    return Caller(request)
+
+
+Authenticated = Annotated[Caller, Depends(_caller)]
+
+
+class AuthenticatedRoute(APIRoute):
+    """A route that tells a stranger nothing but 401, whatever else is wrong with the request."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return FastAPI's own handler, with a check of the key before it tells of a bad request."""
+        handle = super().get_route_handler()
+
+        async def authenticated(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except (RequestValidationError, HTTPException):
+                await run_in_threadpool(Caller(request).check)
+                raise
+
+        return authenticated

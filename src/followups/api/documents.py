@@ -1,0 +1,166 @@
+"""Every answer of every endpoint, for the OpenAPI document: description, schema, headers, example."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from followups.api import examples, problems
+from followups.api.schemas import Chat, ChatMessage
+from followups.errors import (
+    AlreadyFinishedError,
+    ChatNotFoundError,
+    DeliveryInProgressError,
+    FollowUpNotFoundError,
+    FollowUpsError,
+    IdempotencyKeyInUseError,
+    IdempotencyKeyReusedError,
+    NothingToFollowUpError,
+    OutsideMessagingWindowError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
+
+Responses = dict[int | str, dict[str, Any]]
+
+_SECONDS = {"schema": {"type": "integer", "minimum": 1}, "description": "Seconds until trying again makes sense."}
+_HEADERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "retry-after": ("Retry-After", _SECONDS),
+    "www-authenticate": ("WWW-Authenticate", {"schema": {"type": "string"}, "description": "How to authenticate."}),
+}
+
+
+def _problem(description: str, **told: problems.ProblemAnswer) -> dict[str, Any]:
+    headers = dict(_HEADERS[name] for each in told.values() for name in each.headers if name in _HEADERS)
+    content = {
+        "schema": {"$ref": "#/components/schemas/Problem"},
+        "examples": {name: {"value": json.loads(each.body())} for name, each in told.items()},
+    }
+    always = len({frozenset(each.headers) for each in told.values()}) == 1
+    documented = {"headers": {name: {**header, "required": always} for name, header in headers.items()}}
+    return {"description": description, **(documented if headers else {}), "content": {problems.MEDIA_TYPE: content}}
+
+
+def _error(*errors: FollowUpsError) -> dict[str, Any]:
+    told = {error.slug: problems.of_error(error) for error in errors}
+    return _problem(" Or: ".join(str(error) for error in errors), **told)
+
+
+def _json(description: str, example: object, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - parts of the document
+    return {"description": description, "content": {"application/json": {"example": example}}, **more}
+
+
+def _invalid(pointer: str, detail: str, *errors: FollowUpsError) -> dict[str, Any]:
+    broken = problems.of_validation([{"type": "", "loc": ("body", pointer), "msg": detail}])
+    others = {error.slug: problems.of_error(error) for error in errors}
+    return _problem("The request is not valid.", **{"invalid-request": broken, **others})
+
+
+_ANYWHERE: Responses = {
+    401: _error(UnauthorizedError()),
+    429: _error(TooManyRequestsError()),
+    500: _problem("Something went wrong here.", internal=problems.INTERNAL),
+    503: _problem("The database cannot be reached.", unavailable=problems.UNAVAILABLE),
+}
+_WITH_BODY: Responses = {
+    408: _problem("The body came too slowly.", slow=problems.of_status(408)),
+    413: _problem("The body is too large.", large=problems.of_status(413)),
+}
+_BAD_ID = _invalid("id", "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000")
+_BAD_DATE = ("dueDate", "should carry an offset, as in 2030-01-31T09:00:00Z")
+
+_LINK = {
+    "schema": {"type": "string"},
+    "required": False,
+    "description": 'RFC 8288: the pages `rel="next"` and `rel="prev"`, where there are such.',
+}
+_LOCATION = {
+    "schema": {"type": "string", "format": "uri-reference"},
+    "required": True,
+    "description": "The follow-up's own path.",
+}
+_ID = {"id": "$response.body#/id"}
+_LINKS = {
+    "get": {"operationId": "getFollowUp", "parameters": _ID},
+    "change": {"operationId": "changeFollowUp", "parameters": _ID},
+}
+
+LIST: Responses = {
+    200: _json("A page of follow-ups.", [examples.FOLLOW_UP], headers={"Link": _LINK}),
+    422: _invalid("pageNumber", "Input should be greater than or equal to 1"),
+    **_ANYWHERE,
+}
+GET: Responses = {
+    200: _json("The follow-up.", examples.FOLLOW_UP),
+    404: _error(FollowUpNotFoundError()),
+    422: _BAD_ID,
+    **_ANYWHERE,
+}
+CREATE: Responses = {
+    201: _json("The new follow-up.", examples.FOLLOW_UP, headers={"Location": _LOCATION}, links=_LINKS),
+    404: _error(ChatNotFoundError()),
+    409: _error(NothingToFollowUpError(), IdempotencyKeyInUseError()),
+    422: _invalid(
+        *_BAD_DATE,
+        OutsideMessagingWindowError(field="due_date"),
+        IdempotencyKeyReusedError(field="Idempotency-Key"),
+    ),
+    **_WITH_BODY,
+    **_ANYWHERE,
+}
+CHANGE: Responses = {
+    200: _json("The follow-up as it is now.", examples.CANCELLED_FOLLOW_UP),
+    404: _error(FollowUpNotFoundError()),
+    409: _error(AlreadyFinishedError(), DeliveryInProgressError(), NothingToFollowUpError()),
+    422: _invalid(*_BAD_DATE, OutsideMessagingWindowError(field="due_date")),
+    **_WITH_BODY,
+    **_ANYWHERE,
+}
+PUT_CHAT: Responses = {
+    200: _json("The chat was updated.", examples.CHAT),
+    201: _json("The chat was created.", examples.CHAT, model=Chat),
+    422: _invalid("channel", "Input should be 'widget', 'waha', 'whatsapp', 'instagram', 'api' or 'matrix'"),
+    **_WITH_BODY,
+    **_ANYWHERE,
+}
+REMOVE_CHAT: Responses = {
+    204: {"description": "The chat was removed."},
+    404: _error(ChatNotFoundError()),
+    422: _BAD_ID,
+    **_ANYWHERE,
+}
+RECEIVE: Responses = {
+    200: _json(
+        "The message was known already; nothing changed.",
+        examples.CHAT_MESSAGE | {"cancelledFollowUpIds": []},
+        model=ChatMessage,
+    ),
+    201: _json("The message was recorded.", examples.CHAT_MESSAGE),
+    404: _error(ChatNotFoundError()),
+    422: _invalid("role", "Input should be 'user', 'agent' or 'operator'"),
+    **_WITH_BODY,
+    **_ANYWHERE,
+}
+HEALTH: Responses = {200: _json("The process is up.", examples.HEALTH)}
+READINESS: Responses = {
+    200: _json("Everything is well.", examples.READINESS),
+    503: _problem(
+        "Something is not well.",
+        unready=problems.ProblemAnswer(
+            503,
+            "not-ready",
+            "Not ready: tick (no tick for 42 s: start beat and a worker).",
+            {"retry-after": "5"},
+            {
+                "checks": examples.READINESS["checks"]
+                | {"tick": {"ok": False, "detail": "no tick for 42 s: start beat and a worker"}}
+            },
+        ),
+    ),
+}
+METRICS: Responses = {
+    200: {
+        "description": "Prometheus' text format.",
+        "content": {"text/plain": {"schema": {"type": "string"}, "example": examples.METRICS}},
+    }
+}

@@ -1,0 +1,75 @@
+"""The types of the API's fields: what a client may write, checked and turned into what we keep."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Annotated
+from uuid import UUID
+
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, StringConstraints
+
+from followups.models import MAX_MESSAGE_LENGTH
+from followups.states import MAX_REASON_LENGTH
+
+MAX_EXTERNAL_ID_LENGTH = 1_000
+"""Characters of the transport's own name of a chat."""
+
+MAX_PAGE_SIZE = 100
+"""Follow-ups on one page."""
+
+MAX_IDEMPOTENCY_KEY_LENGTH = 255
+"""Characters of an Idempotency-Key."""
+
+NO_NUL = {"pattern": r"^[^\u0000]*$"}
+
+_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+_TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+-]\d\d:?\d\d)?", re.ASCII)
+
+
+def _canonical(value: object) -> object:
+    # Python's UUID reads braces, URNs and bare digits as well: two names of one thing for other programs.
+    if isinstance(value, str) and not _UUID.fullmatch(value):
+        message = "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000"
+        raise ValueError(message)
+    return value
+
+
+def _rfc3339(value: object) -> object:
+    found = _TIME.fullmatch(value) if isinstance(value, str) else None
+    if found is None:
+        message = "should be a time by RFC 3339, as in 2030-01-31T09:00:00Z"
+        raise ValueError(message)
+    date, minutes, seconds, offset = found.groups()
+    if offset is None:
+        message = "should carry an offset, as in 2030-01-31T09:00:00Z"
+        raise ValueError(message)
+    # RFC 3339 knows leap seconds and Python does not: the last moment before is near enough.
+    if seconds and seconds.startswith(":60"):
+        seconds = ":59.999999"
+    return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"
+
+
+def _in_utc(value: datetime) -> datetime:
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        message = "should lie in the years 1 to 9999, UTC"
+        raise ValueError(message) from None
+
+
+def _without_nul(value: str) -> str:
+    if "\x00" in value:
+        message = "should contain no NUL characters"
+        raise ValueError(message)
+    return value
+
+
+Id = Annotated[UUID, BeforeValidator(_canonical)]
+Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_utc)]
+Text = Annotated[str, AfterValidator(_without_nul), Field(json_schema_extra=NO_NUL)]
+
+Message = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_MESSAGE_LENGTH)]
+Reason = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH)]
+ExternalId = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_EXTERNAL_ID_LENGTH)]
+IdempotencyKey = Annotated[str, StringConstraints(min_length=1, max_length=MAX_IDEMPOTENCY_KEY_LENGTH)]

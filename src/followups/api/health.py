@@ -1,0 +1,95 @@
+"""Readiness: what must be well for this service to work, each check by its name."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from redis import Redis, RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.api.schemas import Check
+from followups.database import alembic_config
+from followups.store import ticks
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+TIMEOUT = timedelta(seconds=1)
+"""For the broker's answer."""
+
+STALE_TICKS = 5
+STALE_AT_LEAST = timedelta(seconds=10)
+"""The last tick is stale after five intervals, and not before ten seconds: a restart of beat is no outage."""
+
+
+class Health:
+    """The checks of one process."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        """Take what is checked; connect to nothing yet."""
+        self._engine = engine
+        self._stale = max(STALE_AT_LEAST, STALE_TICKS * settings.tick_interval)
+        self._broker = Redis.from_url(
+            settings.broker_url.get_secret_value(),
+            socket_timeout=TIMEOUT.total_seconds(),
+            socket_connect_timeout=TIMEOUT.total_seconds(),
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def checks(self) -> dict[str, Check]:
+        """Make every check."""
+        return self._database() | {"broker": self._check_broker()}
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._broker.close()
+
+    def _database(self) -> dict[str, Check]:
+        unknown = Check(ok=False, detail="unknown: the database does not answer")
+        checks = {"database": unknown, "migrations": unknown, "tick": unknown}
+        try:
+            with self._engine.connect() as connection:
+                checks["database"] = Check(ok=True, detail="answers")
+                checks["migrations"] = _migrations(connection)
+                if checks["migrations"].ok:
+                    checks["tick"] = self._tick(connection)
+                else:
+                    checks["tick"] = Check(ok=False, detail="unknown: the database is not migrated")
+        except SQLAlchemyError as error:
+            checks["database"] = Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+        return checks
+
+    def _tick(self, connection: Connection) -> Check:
+        age = ticks.last_tick_age(connection)
+        if age is None:
+            return Check(ok=False, detail="none yet: start beat and a worker")
+        if age > self._stale:
+            return Check(ok=False, detail=f"none for {age.total_seconds():.0f} s: start beat and a worker")
+        return Check(ok=True, detail=f"{age.total_seconds():.1f} s ago")
+
+    def _check_broker(self) -> Check:
+        try:
+            self._broker.ping()
+        except (RedisError, OSError) as error:
+            return Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+        return Check(ok=True, detail="answers")
+
+
+def _migrations(connection: Connection) -> Check:
+    found, newest = MigrationContext.configure(connection).get_current_revision(), _newest_revision()
+    if found == newest:
+        return Check(ok=True, detail=str(found))
+    return Check(ok=False, detail=f"at {found or 'none'}, wants {newest}: run followups migrate")
+
+
+@lru_cache(maxsize=1)
+def _newest_revision() -> str | None:
+    return ScriptDirectory.from_config(alembic_config()).get_current_head()

@@ -1,0 +1,165 @@
+"""Every error as `application/problem+json` (RFC 9457). What is inside stays inside: no SQL, no stack."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from fastapi.responses import Response
+from pydantic import BaseModel, Field
+from pydantic.alias_generators import to_camel
+
+from followups.database import is_passing
+from followups.errors import (
+    ConflictError,
+    DeliveryInProgressError,
+    FollowUpsError,
+    IdempotencyKeyInUseError,
+    InvalidRequestError,
+    NotFoundError,
+    TooManyRequestsError,
+    UnauthorizedError,
+)
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+log = get_logger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+
+RETRY_AFTER_OUTAGE = 5
+"""Seconds after which a client should try again when the database is away."""
+
+STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
+    UnauthorizedError: HTTPStatus.UNAUTHORIZED,
+    NotFoundError: HTTPStatus.NOT_FOUND,
+    ConflictError: HTTPStatus.CONFLICT,
+    InvalidRequestError: HTTPStatus.UNPROCESSABLE_ENTITY,
+    TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
+}
+"""The status of each class of our errors, and of those below it."""
+
+
+class FieldProblem(BaseModel):
+    """What is wrong with one field."""
+
+    pointer: str = Field(description="JSON Pointer into the body as a URI fragment, or the parameter's name after #/")
+    detail: str
+
+
+class Problem(BaseModel):
+    """An error by RFC 9457."""
+
+    type: str = Field(
+        description="Identifies the kind of problem by its last part", json_schema_extra={"format": "uri-reference"}
+    )
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldProblem] | None = Field(None, description="With status 422: what is wrong, field by field")
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemAnswer:
+    """A problem about to be told, with the headers that belong to it."""
+
+    status: int
+    slug: str
+    detail: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """Return the JSON document."""
+        document = {
+            "type": f"/problems/{self.slug}",
+            "title": self.slug.replace("-", " ").capitalize(),
+            "status": self.status,
+            "detail": self.detail,
+            **self.extra,
+        }
+        # ASCII: what a client sent may hold lone surrogates, which UTF-8 has no bytes for.
+        return json.dumps(document).encode()
+
+    def response(self) -> Response:
+        """Return the answer to send."""
+        return Response(self.body(), self.status, self.headers, MEDIA_TYPE)
+
+
+def of_error(error: FollowUpsError) -> ProblemAnswer:
+    """Return the problem that one of our own errors is to a client."""
+    status = next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), None)
+    if status is None:
+        log.error("request_failed", exc_info=error)
+        return INTERNAL
+    headers: dict[str, str] = {}
+    extra: dict[str, Any] = {}
+    if isinstance(error, DeliveryInProgressError | TooManyRequestsError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+    if isinstance(error, IdempotencyKeyInUseError):
+        headers["retry-after"] = "1"
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, InvalidRequestError):
+        extra["errors"] = [{"pointer": _pointer([_outside(error.field)]), "detail": str(error)}]
+    return ProblemAnswer(status, error.slug, str(error), headers, extra)
+
+
+def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
+    """Return the problem of a request that is not as documented, from pydantic's list of errors."""
+    told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in errors]
+    detail = "The request is not valid: see errors."
+    return ProblemAnswer(HTTPStatus.UNPROCESSABLE_ENTITY, InvalidRequestError.slug, detail, extra={"errors": told})
+
+
+def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ProblemAnswer:
+    """Return the problem that a bare HTTP status says."""
+    phrase = HTTPStatus(status).phrase
+    return ProblemAnswer(status, phrase.lower().replace(" ", "-"), detail or f"{phrase}.", headers or {})
+
+
+def of_exception(error: Exception) -> ProblemAnswer:
+    """Return the problem of an error that nobody foresaw, or of a database that is away; log it."""
+    if is_passing(error):
+        log.warning("database_unreachable", step="request", error=type(error).__name__)
+        return UNAVAILABLE
+    # The error's own words may quote a row, and so a message's text; where it happened says enough.
+    log.error("request_failed", error=type(error).__name__, at=_places(error))
+    return INTERNAL
+
+
+def _places(error: BaseException) -> list[str]:
+    places = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        places.append(f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno} {code.co_name}")
+        trace = trace.tb_next
+    return places[-8:]
+
+
+def _path(error: Mapping[str, Any]) -> list[str]:
+    # The first part says where it was (body, query, path, header); malformed JSON adds a byte position.
+    return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
+
+
+def _outside(name: str) -> str:
+    return to_camel(name) if "_" in name else name
+
+
+def _pointer(path: list[str]) -> str:
+    return "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path if part)
+
+
+INTERNAL = ProblemAnswer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Something went wrong here; it has been logged.")
+UNAVAILABLE = ProblemAnswer(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "unavailable",
+    "The database cannot be reached at this moment; try again shortly.",
+    {"retry-after": str(RETRY_AFTER_OUTAGE)},
+)

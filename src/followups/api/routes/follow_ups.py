@@ -1,0 +1,123 @@
+"""Follow-ups: list, get, create, change."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import APIRouter, Header, Query, Request
+from fastapi.responses import Response
+
+from followups import scheduling
+from followups.api import answers, documents, problems
+from followups.api.caller import Authenticated, AuthenticatedRoute, Work
+from followups.api.fields import Id, IdempotencyKey  # noqa: TC001 - FastAPI reads the annotations
+from followups.api.pages import ListRoute, link_header
+from followups.api.schemas import FollowUp, FollowUpChanges, FollowUpQuery, NewFollowUp
+from followups.errors import ChatNotFoundError, FollowUpNotFoundError, InvalidRequestError, NothingToFollowUpError
+from followups.states import FINAL
+from followups.store import follow_ups, idempotency, listing
+
+if TYPE_CHECKING:
+    from typing import Any
+    from uuid import UUID
+
+PATH = "/api/v1/chat-message-follow-ups"
+
+lists = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=ListRoute)
+router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=AuthenticatedRoute)
+
+
+@lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=documents.LIST)
+def list_follow_ups(request: Request, query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
+    """List follow-ups, newest first."""
+    wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
+    with caller.transaction() as work:
+        rows, has_next = listing.page(
+            work.session, work.workspace_id, wanted, page_number=query.page_number, page_size=query.page_size
+        )
+    links = link_header(request, query.page_number, has_next=has_next)
+    return answers.answer(answers.many(FollowUp, rows), 200, links)
+
+
+@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=documents.GET)
+def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - the parameter's name in the document
+    """Return one follow-up."""
+    with caller.transaction() as work:
+        found = follow_ups.find(work.session, id, work.workspace_id)
+    if found is None:
+        raise FollowUpNotFoundError
+    return answers.answer(answers.one(FollowUp, found))
+
+
+@router.post("", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=documents.CREATE)
+def create_follow_up(
+    body: NewFollowUp,
+    caller: Authenticated,
+    idempotency_key: Annotated[IdempotencyKey | None, Header(alias="Idempotency-Key")] = None,
+) -> Response:
+    """Create a follow-up, sent into the chat at its due date unless something cancels it first.
+
+    With an `Idempotency-Key`, a repeated request gets the first one's answer and creates nothing.
+    """
+    with caller.transaction() as work:
+        if idempotency_key is None:
+            return _response(_create(work, body))
+        request_hash = idempotency.hash_of(body.model_dump_json().encode())
+        answer = idempotency.recall(work.session, work.workspace_id, idempotency_key, request_hash)
+        if answer is None:
+            try:
+                answer = _create(work, body)
+            except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
+                # An answer like any other: the same request gets it again, though the chat has changed since.
+                answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
+            idempotency.remember(work.session, work.workspace_id, idempotency_key, request_hash, answer)
+    return _response(answer)
+
+
+def _create(work: Work, body: NewFollowUp) -> idempotency.Answer:
+    created = scheduling.schedule(
+        work.session,
+        workspace_id=work.workspace_id,
+        chat_id=body.chat_id,
+        message=body.message,
+        due_date=body.due_date,
+    )
+    work.report(created)
+    return idempotency.Answer(201, f"{PATH}/{created.id}", answers.one(FollowUp, created))
+
+
+def _response(answer: idempotency.Answer) -> Response:
+    media_type = answers.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
+    headers = {"location": answer.location} if answer.location else None
+    return Response(answer.body, answer.status, headers, media_type)
+
+
+@router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=documents.CHANGE)
+def change_follow_up(
+    id: Id,  # noqa: A002 - the parameter's name in the document
+    body: FollowUpChanges,
+    caller: Authenticated,
+) -> Response:
+    """Change fields of a follow-up, reschedule it, or end it by a final status."""
+    given = body.model_dump(exclude_unset=True)
+    with caller.transaction() as work:
+        changes = _without_nulls(work, id, given)
+        changed = scheduling.amend(work.session, id, changes, workspace_id=work.workspace_id)
+        work.report(changed)
+    return answers.answer(answers.one(FollowUp, changed))
+
+
+def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dict[str, Any]:
+    """Return the changes that are values; null is a change only of what has a value, and that is refused."""
+    nulls = {name for name, value in given.items() if value is None}
+    if given.get("status") in FINAL:
+        nulls -= {"reason", "finished_at"}  # with a transition: none of the caller's own
+    if nulls:
+        found = follow_ups.find(work.session, follow_up_id, work.workspace_id)
+        if found is None:
+            raise FollowUpNotFoundError
+        for name in sorted(nulls):
+            if getattr(found, name) is not None:
+                message = f"The {name.replace('_', ' ')} has a value, which cannot be taken away."
+                raise InvalidRequestError(message, field=name)
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,45 @@
+"""For operators, without a key: is it up, is it ready, what does it count."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request
+from fastapi.responses import PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from followups.api import answers, documents
+from followups.api.problems import ProblemAnswer
+from followups.api.schemas import Health, Readiness
+
+if TYPE_CHECKING:
+    from followups.api.health import Health as Checks
+    from followups.api.metrics import Exposition
+
+router = APIRouter(tags=["Service"])
+
+
+@router.get("/healthz", operation_id="health", response_model=Health, responses=documents.HEALTH)
+async def health() -> Response:
+    """Say that the process is up; this touches nothing."""
+    return answers.answer(b'{"status":"up"}')
+
+
+@router.get("/readyz", operation_id="readiness", response_model=Readiness, responses=documents.READINESS)
+def readiness(request: Request) -> Response:
+    """Check the database, its migrations, the age of the last tick, and the broker."""
+    health: Checks = request.app.state.health
+    checks = health.checks()
+    failing = [f"{name} ({check.detail})" for name, check in checks.items() if not check.ok]
+    if not failing:
+        return answers.answer(Readiness(status="ready", checks=checks).model_dump_json().encode())
+    told = {name: check.model_dump() for name, check in checks.items()}
+    detail = f"Not ready: {', '.join(failing)}."
+    return ProblemAnswer(503, "not-ready", detail, {"retry-after": "5"}, {"checks": told}).response()
+
+
+@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=documents.METRICS)
+def metrics(request: Request) -> Response:
+    """Show what this process counts, and what waits in the database, in Prometheus' text format."""
+    exposition: Exposition = request.app.state.exposition
+    return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,164 @@
+"""The bodies of requests and answers. Names are camelCase outside and snake_case inside."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from followups.api import examples
+from followups.api.fields import MAX_PAGE_SIZE, ExternalId, Id, Message, Reason, Time
+from followups.states import Status
+from followups.store.chats import Role
+from followups.windows import Channel
+
+
+def _optional_without_default(schema: dict[str, Any]) -> None:
+    # In a change, a field that is left out stays as it is; null is no default of it.
+    for field in schema["properties"].values():
+        field.pop("default", None)
+
+
+class Answer(BaseModel):
+    """What every answer's model shares: read from rows, all fields present."""
+
+    model_config = ConfigDict(
+        alias_generator=AliasGenerator(serialization_alias=to_camel), from_attributes=True, serialize_by_alias=True
+    )
+
+
+class FollowUp(Answer):
+    """One message to be sent into one chat at its due date, unless something cancels it first."""
+
+    model_config = ConfigDict(title="FollowUp", json_schema_extra={"examples": [examples.FOLLOW_UP]})
+
+    id: UUID
+    created_at: datetime
+    updated_at: datetime
+    chat_id: UUID
+    chat_message_id: UUID | None = Field(description="The message that the transport created when it was sent.")
+    due_date: datetime
+    finished_at: datetime | None = Field(description="When it became sent, failed or cancelled.")
+    message: str
+    reason: str | None = Field(description="Why it failed or was cancelled: `code` or `code: detail`, or a caller's.")
+    status: Status
+    trigger_chat_message_id: UUID = Field(description="The chat's last message when it was created.")
+
+
+class NewFollowUp(BaseModel):
+    """A follow-up to create. Unknown fields are ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_FOLLOW_UP]})
+
+    chat_id: Id
+    due_date: Time = Field(description="With an offset; one in the past means at once.")
+    message: Message
+
+
+class FollowUpChanges(BaseModel):
+    """The fields to change; what is left out stays. Unknown fields are refused, lest a misspelt one be lost.
+
+    Null for a field that is null already is no change.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=to_camel,
+        extra="forbid",
+        json_schema_extra=_optional_without_default,
+    )
+
+    chat_id: Id = Field(None, description="Another chat, whose last message is not the user's.")  # type: ignore[assignment]
+    chat_message_id: Id | None = Field(None, description="Of a finished follow-up: only of a sent one that has none.")
+    due_date: Time = Field(None, description="Reschedules.")  # type: ignore[assignment]
+    finished_at: Time | None = Field(None, description="Only with a final status; default: now.")
+    message: Message = Field(None)  # type: ignore[assignment]
+    reason: Reason | None = Field(None, description="Only with failed or cancelled; stored as given.")
+    status: Status = Field(None, description="A final status ends the follow-up.")  # type: ignore[assignment]
+    trigger_chat_message_id: Id = Field(None)  # type: ignore[assignment]
+
+
+_MANY = "One value or many: repeated, or with `[]` after the name. None: no filter."
+
+
+class FollowUpQuery(BaseModel):
+    """Which follow-ups to list, and which page of them."""
+
+    model_config = ConfigDict(alias_generator=to_camel)
+
+    chat_ids: tuple[Id, ...] = Field((), description=_MANY)
+    chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
+    statuses: tuple[Status, ...] = Field((), description=_MANY)
+    trigger_chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
+    page_number: int = Field(1, ge=1, description="From 1.")
+    page_size: int = Field(10, ge=1, le=MAX_PAGE_SIZE)
+
+
+class ChatPut(BaseModel):
+    """Where a chat lives. Unknown fields are ignored; an `externalId` left out is none."""
+
+    model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.CHAT_PUT]})
+
+    channel: Channel
+    external_id: ExternalId | None = Field(None, description="The transport's own name of the chat.")
+
+
+class Chat(Answer):
+    """A chat as we know it."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT]})
+
+    id: UUID
+    channel: Channel
+    external_id: str | None
+    created_at: datetime
+    updated_at: datetime
+
+
+class NewChatMessage(BaseModel):
+    """That somebody wrote in a chat. Unknown fields are ignored; a text is neither taken nor stored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CHAT_MESSAGE]})
+
+    id: Id
+    chat_id: Id
+    role: Role
+    created_at: Time | None = Field(None, description="Default: now.")
+
+
+class ChatMessage(Answer):
+    """A chat message as recorded, and what it cancelled (nothing, when it was known already)."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT_MESSAGE]})
+
+    id: UUID
+    chat_id: UUID
+    role: Role
+    created_at: datetime
+    cancelled_follow_up_ids: tuple[UUID, ...]
+
+
+class Check(BaseModel):
+    """One thing that must be well for this service to work."""
+
+    ok: bool
+    detail: str
+
+
+class Readiness(BaseModel):
+    """That everything is well."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.READINESS]})
+
+    status: str
+    checks: dict[str, Check]
+
+
+class Health(BaseModel):
+    """That the process is up."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.HEALTH]})
+
+    status: str

@@ -1,0 +1,107 @@
+"""How the application is served: uvicorn, with limits on what a connection may cost before it is a request."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from followups.api import problems
+from followups.api.gate import MAX_HEADER_SIZE, TOO_LONG_A_HEADER
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from fastapi import FastAPI
+
+HEADER_WITHIN = 10.0
+"""Seconds until they must be complete."""
+
+MAX_CONNECTIONS = 2_000
+"""Open connections; more are closed at once, before they cost anything."""
+
+KEEP_ALIVE = 65
+"""Seconds an idle connection is kept: longer than the usual load balancer's minute, so that it closes first."""
+
+GRACE = 20
+"""Seconds that running requests have at a stop."""
+
+
+class LimitedProtocol(H11Protocol):
+    """uvicorn's protocol, which itself sets a slow or endless header no bounds in time, and answers in plain text."""
+
+    _header_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
+        """Refuse what is too many, and give the rest a time to speak."""
+        if len(self.connections) >= MAX_CONNECTIONS:
+            transport.abort()
+            return
+        super().connection_made(transport)
+        self._expect_header()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the time."""
+        self._header_came()
+        if self.transport is not None:
+            super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Hand over what came; unless the header is complete by now, the time runs."""
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._expect_header()
+        else:
+            self._header_came()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, or has too long a header."""
+        too_long = len(self.conn.trailing_data[0]) > MAX_HEADER_SIZE
+        self._answer(TOO_LONG_A_HEADER if too_long else problems.of_status(400, msg))
+
+    def _answer(self, problem: problems.ProblemAnswer) -> None:
+        body = problem.body()
+        head = [("content-type", problems.MEDIA_TYPE), ("content-length", str(len(body))), ("connection", "close")]
+        response = h11.Response(status_code=problem.status, headers=head, reason=HTTPStatus(problem.status).phrase)
+        if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
+            for event in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def _expect_header(self) -> None:
+        if self._header_due is None:
+            self._header_due = self.loop.call_later(HEADER_WITHIN, self._header_is_late)
+
+    def _header_came(self) -> None:
+        if self._header_due is not None:
+            self._header_due.cancel()
+            self._header_due = None
+
+    def _header_is_late(self) -> None:
+        self._header_due = None
+        if not self.transport.is_closing():
+            self._answer(problems.of_status(408, f"The header did not arrive within {HEADER_WITHIN:g} seconds."))
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=LimitedProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,  # ours: one format for every line
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=MAX_HEADER_SIZE,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=GRACE,
+    )
+    uvicorn.Server(config).run()

@@ -1,0 +1,81 @@
+"""``followups api-key``: who may call the REST API."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID  # noqa: TC003 - Typer reads the annotations
+
+import typer
+
+from followups.cli import connection
+from followups.cli.documents import api_key_document
+from followups.cli.examples import examples
+from followups.cli.output import Json, print_json, print_table, remark, say
+from followups.cli.times import readable
+from followups.models import Workspace
+from followups.store import api_keys, workspaces
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    epilog=examples("followups api-key create --workspace acme", "followups api-key list"),
+)
+
+
+@app.callback()
+def group() -> None:
+    """Create, list and revoke API keys. A key belongs to one workspace; only its hash is stored."""
+
+
+@app.command(
+    epilog=examples(
+        "followups api-key create --workspace acme --name website", "KEY=$(followups api-key create --workspace acme)"
+    )
+)
+def create(
+    workspace: Annotated[str, typer.Option(help="The workspace's name.", show_default=False)],
+    name: Annotated[str, typer.Option(help="What the key is for, to tell keys apart.", show_default=False)] = "",
+    *,
+    json: Json = False,
+) -> None:
+    """Create an API key and print it, alone, on stdout. It is shown this once and never again."""
+    with connection.session() as session:
+        row, key = api_keys.create(session, workspaces.find(session, workspace).id, name)
+    # After the commit: a key that is shown works.
+    if json:
+        print_json(api_key_document(row, workspace) | {"key": key})
+        return
+    say(key)
+    remark(f"Keep it now, it cannot be shown again. Send it as the header authorization; its id is {row.id}.")
+
+
+@app.command("list", epilog=examples("followups api-key list", "followups api-key list --json"))
+def list_(*, json: Json = False) -> None:
+    """List the API keys, oldest first."""
+    with connection.session() as session:
+        found = api_keys.everything(session)
+    if json:
+        print_json([api_key_document(key, workspace) for key, workspace in found])
+        return
+    rows = [
+        (key.prefix + "…", workspace, key.name, readable(key.last_used_at), readable(key.revoked_at), str(key.id))
+        for key, workspace in found
+    ]
+    empty = "There is no API key yet: followups api-key create --workspace NAME makes one."
+    print_table(("KEY", "WORKSPACE", "NAME", "LAST USED", "REVOKED", "ID"), rows, empty=empty)
+
+
+@app.command(epilog=examples("followups api-key revoke 0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"))
+def revoke(
+    key_id: Annotated[UUID, typer.Argument(metavar="ID", help="As in followups api-key list.", show_default=False)],
+    *,
+    json: Json = False,
+) -> None:
+    """Revoke an API key: from now on it is refused. Repeating it changes nothing."""
+    with connection.session() as session:
+        row = api_keys.revoke(session, key_id)
+        workspace = session.get_one(Workspace, row.workspace_id).name
+    if json:
+        print_json(api_key_document(row, workspace))
+        return
+    say(f"{row.prefix}… is revoked since {readable(row.revoked_at)}")

@@ -1,0 +1,80 @@
+"""Every command: where it is, and what it does in one line.
+
+The help is made from this table alone, so that it is there at once; a command's module, with all that it
+imports, is loaded when the command is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
+
+if TYPE_CHECKING:
+    import typer
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One command: the module that holds it, its line and its place in the help."""
+
+    module: str
+    help: str
+    panel: str
+
+
+TRY = "Try it on this machine"
+SET_UP = "Set up"
+OPERATE = "Operate"
+
+CATALOGUE = {
+    "up": Entry("up", "Run everything on this machine, with a sandbox chat that receives the messages.", TRY),
+    "demo": Entry("demo.command", "Watch follow-ups be sent, retried, rejected and cancelled by a reply.", TRY),
+    "migrate": Entry("migrate", "Bring the database to the newest schema.", SET_UP),
+    "workspace": Entry("workspace", "Create and list workspaces.", SET_UP),
+    "api-key": Entry("api_key", "Create, list and revoke API keys.", SET_UP),
+    "doctor": Entry("doctor", "Check database, broker, transport, beat and workers; say what to do.", SET_UP),
+    "openapi": Entry("openapi", "Print the OpenAPI document of the REST API.", SET_UP),
+    "list": Entry("listing", "List follow-ups, newest first.", OPERATE),
+    "show": Entry("show", "Say everything about one follow-up, and why it was or was not sent.", OPERATE),
+    "cancel": Entry("changes", "Cancel a pending follow-up.", OPERATE),
+    "reschedule": Entry("changes", "Give a pending follow-up another due date.", OPERATE),
+    "retry": Entry("changes", "Make a new follow-up from a failed one.", OPERATE),
+    "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
+}
+"""In the order of the help."""
+
+
+class Catalogue(TyperGroup):
+    """The root command, which knows its commands by `CATALOGUE` and loads the one that is called."""
+
+    def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
+        """Return the names, in the order of the help."""
+        return list(CATALOGUE)
+
+    def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | None:  # noqa: ARG002 - likewise
+        """Return what the help shows of a command, without loading it."""
+        entry = CATALOGUE.get(cmd_name)
+        return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel) if entry else None
+
+    def resolve_command(
+        self,
+        ctx: Any,  # noqa: ANN401 - the base class's own type for it is private
+        args: list[str],
+    ) -> tuple[str | None, Any, list[str]]:
+        """Find the command that is called, and load it."""
+        self.commands = dict.fromkeys(CATALOGUE)  # type: ignore[assignment]  # the names suggested for a typo
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load(name) if name else command, rest
+
+
+def load(name: str) -> TyperCommand | TyperGroup:
+    """Import a command's module and return the command, whole."""
+    app: typer.Typer = importlib.import_module(f"followups.cli.{CATALOGUE[name].module}").app
+    loaded = cast("TyperCommand | TyperGroup", get_command(app))
+    if isinstance(loaded, TyperGroup) and name in loaded.commands:
+        return cast("TyperCommand", loaded.commands[name])
+    return loaded

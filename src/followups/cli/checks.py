@@ -1,0 +1,167 @@
+"""What ``followups doctor`` looks at. Each check takes the settings and returns findings, and never raises."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import redis
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups import database
+from followups.api.health import STALE_AT_LEAST, STALE_TICKS
+from followups.cli.connection import place_of
+from followups.cli.failures import named, reason_of
+from followups.cli.times import span
+from followups.errors import FollowUpsError
+from followups.settings import LEASE_MARGIN, VISIBILITY_TIMEOUT, hide_password
+from followups.store import ticks
+from followups.transports.registry import load_transport
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+OLDEST_POSTGRESQL = 14
+OLDEST_REDIS = (6, 2)
+
+PATIENCE = timedelta(seconds=3)
+"""How long the broker may take to answer, and the workers together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a check found. ``advice`` says what to do; without any, all is well."""
+
+    name: str
+    detail: str
+    advice: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self.advice
+
+    def document(self) -> dict[str, object]:
+        """Return the JSON form."""
+        return {"name": self.name, "ok": self.ok, "detail": self.detail, "advice": self.advice}
+
+
+def timeouts(settings: Settings) -> Finding:
+    """Show the sum that keeps a worker that still waits for an answer from losing its lease."""
+    detail = (
+        f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
+        f" <= lease {span(settings.lease)} < visibility timeout {span(VISIBILITY_TIMEOUT)}"
+    )
+    return Finding("timeouts", detail)  # the settings refuse every other
+
+
+def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check the database, its schema, and the age of the last tick, which it knows."""
+    place = place_of(settings.database_url.get_secret_value())
+    try:
+        with engine.connect() as connection:
+            yield _version(connection, place)
+        current, newest = database.schema_versions(engine)
+        yield _migrations(current, newest)
+        if current is not None:
+            with engine.connect() as connection:
+                yield _tick(settings, ticks.last_tick_age(connection))
+    except SQLAlchemyError as error:
+        reason = reason_of(getattr(error, "orig", None) or error)
+        yield Finding("database", f"{place}: {reason}", "Start it, or correct FOLLOWUPS_DATABASE_URL.")
+
+
+def _version(connection: Connection, place: str) -> Finding:
+    number = connection.execute(text("SELECT current_setting('server_version_num')::int / 10000")).scalar_one()
+    detail = f"PostgreSQL {number}, {place}"
+    advice = "" if number >= OLDEST_POSTGRESQL else f"Use PostgreSQL {OLDEST_POSTGRESQL} or newer."
+    return Finding("database", detail, advice)
+
+
+def _migrations(current: str | None, newest: str | None) -> Finding:
+    if current == newest:
+        return Finding("migrations", f"{current}, the newest")
+    return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
+
+
+def _tick(settings: Settings, age: timedelta | None) -> Finding:
+    limit = max(settings.tick_interval * STALE_TICKS, STALE_AT_LEAST)
+    detail = f"the last tick ran {span(age)} ago" if age is not None else "no tick has ever run"
+    if age is not None and age <= limit:
+        return Finding("ticks", f"{detail} (every {span(settings.tick_interval)})")
+    advice = "Start beat and a worker: honcho start beat worker, or what else runs the Procfile."
+    return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
+
+
+def broker(settings: Settings) -> Iterator[Finding]:
+    """Check the broker: reachable, new enough, and evicting nothing."""
+    url = settings.broker_url.get_secret_value()
+    seconds = PATIENCE.total_seconds()
+    try:
+        with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
+            information: dict[str, Any] = client.info()
+    except (redis.RedisError, ValueError, OSError) as error:
+        # Its first line names host and port, never the password.
+        detail = f"{hide_password(url)}: {named(error)}"
+        yield Finding("broker", detail, "Start it, or correct FOLLOWUPS_BROKER_URL.")
+        return
+    yield _broker_version(information)
+    yield _eviction(information)
+
+
+def _broker_version(information: dict[str, Any]) -> Finding:
+    if valkey := information.get("valkey_version"):
+        return Finding("broker", f"Valkey {valkey}")
+    version = str(information.get("redis_version", "0"))
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    advice = "" if found >= OLDEST_REDIS else "Use Redis 6.2 or newer, or Valkey."
+    return Finding("broker", f"Redis {version}", advice)
+
+
+def _eviction(information: dict[str, Any]) -> Finding:
+    limit, policy = information.get("maxmemory", 0), information.get("maxmemory_policy", "noeviction")
+    detail = f"maxmemory-policy {policy}, maxmemory {limit or 'without limit'}"
+    if not limit or policy == "noeviction":
+        return Finding("broker memory", detail)
+    return Finding("broker memory", detail, "Set maxmemory-policy to noeviction: an evicted queue costs time.")
+
+
+def transport(settings: Settings) -> Finding:
+    """Let the transport say whether the other side can be reached."""
+    try:
+        detail = asyncio.run(_checked(settings))
+    except FollowUpsError as error:
+        return Finding("transport", f"{settings.transport}: {error}", "Correct the FOLLOWUPS_TRANSPORT settings.")
+    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
+        return Finding("transport", f"{settings.transport}: {named(error)}", "Ask who wrote the transport.")
+    return Finding("transport", f"{settings.transport}: {detail}")
+
+
+async def _checked(settings: Settings) -> str:
+    made = load_transport(settings)
+    await made.open()
+    try:
+        return await made.check()
+    finally:
+        await made.close()
+
+
+def workers() -> Finding:
+    """Ask the workers for a sign of life. A worker that consumes nothing answers too: the ticks tell."""
+    from followups.worker import app  # noqa: PLC0415 - loads Celery, and needs a broker that answers
+
+    try:
+        answers = app.control.inspect(timeout=1.0).ping() or {}
+    except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
+        return Finding("workers", named(error), "See to the broker first.")
+    if answers:
+        return Finding("workers", f"{len(answers)} answered: {', '.join(sorted(answers))}")
+    return Finding("workers", "none answered", "Start one: honcho start worker, or celery -A followups.worker worker.")

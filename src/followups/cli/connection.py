@@ -1,0 +1,46 @@
+"""The database, for one command."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Engine, make_url
+from sqlalchemy.orm import Session
+
+from followups.database import make_engine
+from followups.settings import get_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@contextmanager
+def engine() -> Iterator[Engine]:
+    """Yield an engine on the database that the settings name."""
+    made = make_engine(get_settings().database_url.get_secret_value(), pool_size=1, application_name="followups-cli")
+    try:
+        yield made
+    finally:
+        made.dispose()
+
+
+@contextmanager
+def session() -> Iterator[Session]:
+    """Yield a session whose transaction is committed at the end of the block, and whose objects stay readable."""
+    with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
+        yield opened
+
+
+def place_of(database_url: str) -> str:
+    """Return where a database is, for people: its name and host, without user and password.
+
+    >>> place_of("postgresql://me:secret@db.example:5433/chats")
+    "'chats' at db.example:5433"
+    >>> place_of("postgresql://me@/chats?host=/run/postgresql")
+    "'chats' at /run/postgresql"
+    """
+    url = make_url(database_url)
+    host = url.host or url.query.get("host") or "localhost"
+    named = ",".join(host) if isinstance(host, tuple) else host
+    return f"'{url.database or ''}' at {named}{f':{url.port}' if url.port else ''}"

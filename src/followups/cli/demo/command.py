@@ -1,0 +1,114 @@
+"""``followups demo``."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import typer
+from sqlalchemy.orm import Session
+
+from followups.cli.demo.audience import Pipe, Program, Terminal
+from followups.cli.demo.scenario import script
+from followups.cli.demo.score import look, score
+from followups.cli.demo.stage import Stage
+from followups.cli.examples import examples
+from followups.cli.failures import FAILED
+from followups.cli.output import Json, console, remark
+from followups.cli.signals import StopSignals
+from followups.cli.stack import Plan, running
+from followups.database import make_engine
+from followups.embedded import free_port
+from followups.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.cli.demo.audience import Audience
+    from followups.cli.demo.score import Score, Standing
+    from followups.cli.demo.stage import Scheduled
+    from followups.cli.stack import Stack
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+WITHIN = timedelta(seconds=40)
+"""After this what has not ended is given up; the script takes a quarter of it."""
+
+LOOK = timedelta(milliseconds=120)
+"""Between two looks. Each costs the machine a little of what it needs to be on time."""
+
+SHORT = {
+    "retry_base": timedelta(seconds=0.8),
+    "retry_cap": timedelta(seconds=2),
+}
+"""Settings that differ from the defaults: nobody wants to watch a backoff of an hour."""
+
+
+@app.command(epilog=examples("followups demo", "followups demo --json"))
+def demo(*, json: Json = False) -> None:
+    """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats, in some twenty seconds.
+
+    They are sent at their moments, retried, rejected, and cancelled by a reply, all through the REST API.
+    Nothing needs to be installed or set, and nothing is left behind. Exit code 0 only when every follow-up
+    ended as scripted and none arrived twice. Lag: accepted minus due date, by the database, of those that
+    the first attempt delivered (a retried one's lag is its backoff).
+    """
+    with StopSignals() as signals:
+
+        def stopping() -> None:
+            signals.quieten()
+            remark("Stopping")
+
+        # The defaults, whatever this machine's environment says: everybody should see the same.
+        defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
+        plan = Plan(free_port(), remark, stopping, overrides=defaults | SHORT | {"log_format": "console"})
+        with running(plan) as stack:
+            result = _perform(stack, _audience(stack, json=json))
+    if not result.ok:
+        raise typer.Exit(FAILED)
+
+
+def _audience(stack: Stack, *, json: bool) -> Audience:
+    if json:
+        return Program()
+    return Terminal(stack.sandbox) if console().is_terminal else Pipe(stack.sandbox)
+
+
+def _perform(stack: Stack, audience: Audience) -> Score:
+    workspace_id, key = stack.create_key("demo", "followups demo")
+    engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
+    with ExitStack() as cleanup:
+        cleanup.callback(engine.dispose)
+        cleanup.callback(audience.leave)
+        stage = cleanup.enter_context(closing(Stage(stack, key, script())))
+        scheduled = stage.schedule(stage.open_chats())
+        standings = _play(stack, engine, workspace_id, stage, scheduled, audience)
+        result = score(standings, stage.receipts())
+        audience.close(result)
+    return result
+
+
+def _play(
+    stack: Stack,
+    engine: Engine,
+    workspace_id: UUID,
+    stage: Stage,
+    scheduled: Sequence[Scheduled],
+    audience: Audience,
+) -> list[Standing]:
+    deadline = time.monotonic() + WITHIN.total_seconds()
+    while True:
+        for name in stage.play(datetime.now(UTC)):
+            audience.hear(name)
+        with Session(engine) as session:
+            standings = look(session, workspace_id, scheduled)
+        audience.watch(standings, datetime.now(UTC))
+        if all(each.ended for each in standings) or time.monotonic() > deadline:
+            return standings
+        stack.check()
+        time.sleep(LOOK.total_seconds())

@@ -1,0 +1,97 @@
+"""The script of the demo: who is written to, when, and how each follow-up must end. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from followups.states import ReasonCode, Status
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a follow-up must end. ``attempts`` counts calls of the receiver."""
+
+    status: Status
+    attempts: int
+    code: ReasonCode | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One follow-up: due ``due`` seconds after the start."""
+
+    chat: str
+    due: float
+    message: str
+    ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """All parts, by due moment, and what the receiver and the users do."""
+
+    parts: tuple[Part, ...]
+    failures: dict[str, int]
+    """How often the receiver answers 500 in a chat before it accepts."""
+    refused: frozenset[str]
+    """Chats in which the receiver answers 403."""
+    replies: dict[str, float]
+    """In which chats the user writes, and when: seconds after the start."""
+
+    @property
+    def chats(self) -> list[str]:
+        """The chats, in the order in which they were thought of."""
+        return list(dict.fromkeys(part.chat for part in sorted(self.parts, key=lambda part: NAMES.index(part.chat))))
+
+
+STEADY = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo")
+"""Nothing happens in these chats but that follow-ups arrive on time."""
+
+FAILURES = {"Iris": 1, "Juan": 2, "Kim": 2}
+REFUSED = "Max"
+REPLYING = "Lena"
+NAMES = (*STEADY, *FAILURES, REPLYING, REFUSED)
+
+EACH = 6
+"""Follow-ups of a steady chat."""
+DURATION = 9.5
+"""Seconds from the first due moment to the last."""
+REPLY_AT = 5.0
+GOLDEN = 0.618_033_988_75
+"""Its multiples spread evenly and never in step: the due moments look like those of real chats."""
+
+SENT = Ending(Status.SENT, attempts=1)
+CANCELLED = Ending(Status.CANCELLED, attempts=0, code=ReasonCode.USER_REPLIED)
+REJECTED = Ending(Status.FAILED, attempts=1, code=ReasonCode.REJECTED)
+
+LINES = (
+    "Hello! Did you find what you were looking for?",
+    "I am still here if you have a question.",
+    "Your basket is waiting for you.",
+    "Shall I keep the appointment for you?",
+    "A colleague can call you, if you prefer.",
+    "This is my last reminder for today. Take care!",
+)
+
+
+def script() -> Scenario:
+    """Return the scenario: the same each time."""
+    steady = [_steady(number) for number in range(len(STEADY) * EACH)]
+    flaky = [
+        Part(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))
+        for number, (name, failures) in enumerate(FAILURES.items())
+    ]
+    replied = [
+        Part(REPLYING, 2.6, "Would you like to go on?", SENT),
+        Part(REPLYING, 7.9, "This is never sent: Lena replied.", CANCELLED),
+        Part(REPLYING, 9.1, "Neither is this.", CANCELLED),
+    ]
+    refused = [Part(REFUSED, 4.3, "The receiver refuses this.", REJECTED)]
+    parts = sorted([*steady, *flaky, *replied, *refused], key=lambda part: part.due)
+    return Scenario(tuple(parts), dict(FAILURES), frozenset({REFUSED}), {REPLYING: REPLY_AT})
+
+
+def _steady(number: int) -> Part:
+    turn, chat = divmod(number, len(STEADY))
+    step = DURATION / (len(STEADY) * EACH)
+    return Part(STEADY[chat], round((number + GOLDEN * number % 1) * step, 3), LINES[turn], SENT)

@@ -1,0 +1,148 @@
+"""What became of the follow-ups, and whether it is what the script says. Pure, but for one look at the rows.
+
+Lag is the acceptance minus the due date, both in the database: the dispatcher's own record, which counts
+the receiver's answer too and so is never better than what the receiver saw. Only follow-ups that the first
+attempt delivered count: the lag of a retried one is its backoff, by design, and says nothing of punctuality.
+All were due in the future when they were created.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.states import FINAL, Status, code_of
+from followups.store import listing
+from followups.store.listing import Filter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+    from followups.cli.demo.stage import Scheduled
+    from followups.models import FollowUp
+
+MILLISECOND = timedelta(milliseconds=1)
+QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where one follow-up stands."""
+
+    scheduled: Scheduled
+    status: Status
+    attempts: int
+    reason: str | None
+    next_attempt_at: datetime | None
+    lag: float | None
+    """Milliseconds; None until it is accepted."""
+
+    @property
+    def chat(self) -> str:
+        """The chat's name."""
+        return self.scheduled.part.chat
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is in a final state."""
+        return self.status in FINAL
+
+    @property
+    def retried(self) -> bool:
+        """Whether one attempt was not enough."""
+        return self.attempts > 1
+
+    @property
+    def trying_again(self) -> bool:
+        """Whether an attempt has failed, and another one is to come."""
+        return not self.ended and self.attempts > 0 and self.next_attempt_at is not None
+
+    @property
+    def as_scripted(self) -> bool:
+        """Whether it ended as it must."""
+        ending = self.scheduled.part.ending
+        ended = (self.status, self.attempts, code_of(self.reason))
+        return ended == (ending.status, ending.attempts, ending.code.value if ending.code else "")
+
+
+def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[Standing]:
+    """Return where each follow-up stands now, in the order given."""
+    found, _ = listing.page(session, workspace_id, Filter(), page_number=1, page_size=len(scheduled))
+    rows = {row.id: row for row in found}
+    return [_standing(each, rows[each.id]) for each in scheduled]
+
+
+def _standing(scheduled: Scheduled, row: FollowUp) -> Standing:
+    lag = (row.accepted_at - row.due_date) / MILLISECOND if row.accepted_at else None
+    return Standing(scheduled, Status(row.status), row.attempts, row.reason, row.next_attempt_at, lag)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The run in numbers."""
+
+    sent: int
+    failed: int
+    cancelled: int
+    retried: int
+    duplicates: int
+    """Keys that the receiver took more than once."""
+    lag: Mapping[str, float | None]
+    """Milliseconds, by quantile (nearest rank)."""
+    problems: tuple[str, ...]
+    """What is not as the script says."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything ended as scripted, and nothing came twice."""
+        return not self.problems
+
+    def document(self) -> dict[str, object]:
+        """Return the JSON form (contract, section 5)."""
+        counts = {name: getattr(self, name) for name in ("sent", "failed", "cancelled", "retried", "duplicates")}
+        return {**counts, "lagMs": dict(self.lag), "ok": self.ok}
+
+
+def score(standings: Sequence[Standing], receipts: Mapping[str, object]) -> Score:
+    """Count, and compare with the script and with what the receiver counted."""
+    by_status = {status: sum(each.status == status for each in standings) for status in Status}
+    duplicates = int(str(receipts["duplicates"]))
+    return Score(
+        sent=by_status[Status.SENT],
+        failed=by_status[Status.FAILED],
+        cancelled=by_status[Status.CANCELLED],
+        retried=sum(each.status == Status.SENT and each.retried for each in standings),
+        duplicates=duplicates,
+        lag=lags(standings),
+        problems=tuple(_problems(standings, receipts, by_status[Status.SENT])),
+    )
+
+
+def _problems(standings: Sequence[Standing], receipts: Mapping[str, object], sent: int) -> list[str]:
+    problems = [_difference(each) for each in standings if not each.as_scripted]
+    if receipts["duplicates"]:
+        problems.append(f"the receiver took {receipts['duplicates']} messages more than once")
+    if receipts["accepted"] != sent:
+        problems.append(f"{sent} are recorded as sent, and the receiver took {receipts['accepted']}")
+    return problems
+
+
+def _difference(standing: Standing) -> str:
+    ending = standing.scheduled.part.ending
+    wanted = f"{ending.status} after {ending.attempts} attempts"
+    found = f"{standing.status} after {standing.attempts}" + (f" ({standing.reason})" if standing.reason else "")
+    return f"{standing.chat}'s of second {standing.scheduled.part.due:g} should be {wanted}, and is {found}"
+
+
+def lags(standings: Sequence[Standing]) -> dict[str, float | None]:
+    """Return the quantiles of the lag, in milliseconds, of what the first attempt delivered."""
+    ordered = sorted(each.lag for each in standings if each.lag is not None and not each.retried)
+    if not ordered:
+        return dict.fromkeys(QUANTILES)
+    return {name: round(ordered[math.ceil(q * len(ordered)) - 1], 3) for name, q in QUANTILES.items()}

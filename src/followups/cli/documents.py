@@ -1,0 +1,35 @@
+"""Rows as JSON documents, with the API's names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from followups.api import schemas
+from followups.cli.times import rfc3339
+
+if TYPE_CHECKING:
+    from followups.models import ApiKey, FollowUp, Workspace
+
+
+def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
+    """Return the API's form of a follow-up; ``message`` is null unless it is asked for."""
+    document = schemas.FollowUp.model_validate(follow_up).model_dump(mode="json", by_alias=True)
+    return document if message else document | {"message": None}
+
+
+def workspace_document(workspace: Workspace) -> dict[str, Any]:
+    """Return the JSON form of a workspace."""
+    return {"id": str(workspace.id), "name": workspace.name, "createdAt": rfc3339(workspace.created_at)}
+
+
+def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
+    """Return the JSON form of an API key, by its workspace's name. The key itself is nowhere."""
+    return {
+        "id": str(key.id),
+        "name": key.name,
+        "prefix": key.prefix,
+        "workspace": workspace,
+        "createdAt": rfc3339(key.created_at),
+        "lastUsedAt": rfc3339(key.last_used_at),
+        "revokedAt": rfc3339(key.revoked_at),
+    }

@@ -1,0 +1,84 @@
+"""The root command, and how a run ends: exit code 0 done, 1 failed, 2 wrong usage; errors on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from followups.cli.catalogue import Catalogue
+from followups.cli.examples import examples
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+FAILED = 1
+WRONG_USAGE = 2
+
+app = typer.Typer(
+    cls=Catalogue,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=examples("followups demo", "followups up", "followups COMMAND --help"),
+)
+
+
+@dataclass
+class Options:
+    """What stands before the command."""
+
+    debug: bool = False
+
+
+def _print_version(*, wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"followups {version('chat-followups')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    ctx: typer.Context,
+    *,
+    debug: Annotated[bool, typer.Option("--debug", envvar="FOLLOWUPS_DEBUG", help="Show an error's trace.")] = False,
+    version: Annotated[  # noqa: ARG001 - its callback does the work
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Send each scheduled chat follow-up at its moment, once, unless something cancelled it first.
+
+    Settings come from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo`
+    need none. Exit codes: 0 done, 1 failed, 2 wrong usage.
+    """
+    ctx.obj.debug = debug
+    if ctx.invoked_subcommand is None:
+        with redirect_stdout(sys.stderr):  # not asked for, it is no result
+            ctx.get_help()
+        raise typer.Exit(WRONG_USAGE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command that ``arguments`` (by default this process's own) name; return the exit code."""
+    options = Options()
+    try:
+        command: Any = get_command(app)
+        code = command.main(args=arguments, prog_name="followups", standalone_mode=False, obj=options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if options.debug:
+            raise
+        from followups.cli.failures import explain  # noqa: PLC0415 - loads SQLAlchemy, which only an error needs
+
+        sentence, code = explain(error)
+        sys.stderr.write(f"followups: {sentence}\n")
+    # Typer's own code for Ctrl-C is 130; here there are three.
+    return int(code or 0) if code in {None, 0, FAILED, WRONG_USAGE} else FAILED

@@ -1,0 +1,108 @@
+"""Errors as people read them: one sentence that says what to do, and the exit code. Never a trace."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+import typer
+from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
+
+from followups.cli.connection import place_of
+from followups.errors import (
+    AlreadyFinishedError,
+    ApiKeyNotFoundError,
+    ConflictError,
+    FollowUpNotFoundError,
+    FollowUpsError,
+    InvalidRequestError,
+    NothingToFollowUpError,
+    OutsideMessagingWindowError,
+    SettingsError,
+    WorkspaceNotFoundError,
+)
+from followups.settings import get_settings
+
+FAILED = 1
+WRONG_USAGE = 2
+
+ADVICE: dict[type[FollowUpsError], str] = {
+    FollowUpNotFoundError: "followups list shows which there are",
+    WorkspaceNotFoundError: "followups workspace list shows which there are",
+    ApiKeyNotFoundError: "followups api-key list shows which there are",
+    AlreadyFinishedError: "followups retry makes a new one from a failed one",
+    NothingToFollowUpError: "an agent or operator has to write in it first",
+    OutsideMessagingWindowError: "the user has to write in the chat first, or the due date has to be earlier",
+}
+"""What to do about errors that don't say it themselves."""
+
+SCHEMA_ERRORS = ("42P01", "42703")
+"""PostgreSQL's codes for a table and a column that is not there."""
+
+
+@runtime_checkable
+class UsageError(Protocol):
+    """What Typer raises for arguments that don't fit; its class is private."""
+
+    exit_code: int
+
+    def format_message(self) -> str:
+        """Say what does not fit."""
+
+
+def explain(error: BaseException) -> tuple[str, int]:
+    """Return the sentence and the exit code."""
+    if isinstance(error, typer.Abort):
+        return "Stopped before it was done.", FAILED
+    if isinstance(error, UsageError):
+        return _usage(error), WRONG_USAGE
+    if isinstance(error, FollowUpsError):
+        return _ours(error)
+    if isinstance(error, SQLAlchemyError):
+        return _database(error), FAILED
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}; choose another place, or see to its permissions.", FAILED
+    return f"Something unforeseen happened ({named(error)}); followups --debug COMMAND shows where.", FAILED
+
+
+def _ours(error: FollowUpsError) -> tuple[str, int]:
+    advice = ADVICE.get(type(error))
+    sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
+    wrong_usage = isinstance(error, SettingsError | InvalidRequestError)
+    # The world is against it, not the way it was written.
+    refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
+    return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
+
+
+def named(error: BaseException) -> str:
+    """Return the kind of an error and the first line of what it says."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _usage(error: UsageError) -> str:
+    said = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    return f"{said}; see {context.command_path if context else 'followups'} --help."
+
+
+def _database(error: SQLAlchemyError) -> str:
+    place = place_of(get_settings().database_url.get_secret_value())
+    cause = error.orig if isinstance(error, DBAPIError) else None
+    if cause is not None and getattr(cause, "sqlstate", None) in SCHEMA_ERRORS:
+        return f"The database {place} does not have the newest schema; run followups migrate."
+    if isinstance(error, OperationalError) and cause is not None:
+        return (
+            f"The database {place} cannot be reached: {reason_of(cause)}; start it, or correct FOLLOWUPS_DATABASE_URL."
+        )
+    return f"The database {place} refused: {reason_of(cause or error)}."
+
+
+def reason_of(error: BaseException) -> str:
+    r"""Return why a connection failed, short: what follows the last colon of libpq's first line.
+
+    >>> reason_of(OSError('connection to server at "::1", port 5432 failed: Connection refused\n\tIs it running?'))
+    'connection refused'
+    """
+    first = str(error).strip().partition("\n")[0]
+    reason = first.rpartition("failed: ")[2].removeprefix("FATAL:").strip().rstrip(".")
+    return reason[:1].lower() + reason[1:]

@@ -1,0 +1,73 @@
+"""``followups list``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID  # noqa: TC003 - Typer reads the annotations
+
+import typer
+
+from followups.cli import connection
+from followups.cli.documents import follow_up_document
+from followups.cli.examples import examples
+from followups.cli.output import Json, console, print_json, print_table, remark
+from followups.cli.times import readable
+from followups.states import Status  # noqa: TC001 - Typer reads the annotations
+from followups.store import listing, workspaces
+from followups.store.listing import Filter
+
+if TYPE_CHECKING:
+    from followups.models import FollowUp
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+MAX_LIMIT = 1000
+WIDE = 150
+"""Columns of a terminal from which the chat stands in the table too."""
+
+
+@app.command(
+    "list",
+    epilog=examples(
+        "followups list --status pending",
+        "followups list --workspace acme --chat 6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11",
+        "followups list --status failed --status cancelled --limit 100 --json",
+    ),
+)
+def list_(  # noqa: PLR0913 - one for each option
+    *,
+    workspace: Annotated[str | None, typer.Option(help="Only of this workspace.", show_default="all")] = None,
+    chat: Annotated[list[UUID] | None, typer.Option(help="Only of this chat; may be repeated.")] = None,
+    status: Annotated[list[Status] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
+    trigger: Annotated[list[UUID] | None, typer.Option(help="Only created after this chat message.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
+    page: Annotated[int, typer.Option(min=1, help="Which page of that size.")] = 1,
+    message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
+    json: Json = False,
+) -> None:
+    """List follow-ups, newest first."""
+    wanted = Filter(
+        chat_ids=tuple(chat or ()), statuses=tuple(status or ()), trigger_chat_message_ids=tuple(trigger or ())
+    )
+    with connection.session() as session:
+        owner = workspaces.find(session, workspace).id if workspace is not None else None
+        found, more = listing.page(session, owner, wanted, page_number=page, page_size=limit)
+    if json:
+        print_json([follow_up_document(each, message=message) for each in found])
+        return
+    wide = not console().is_terminal or console().width >= WIDE
+    headings = ("ID", "STATUS", "DUE", *(("CHAT",) if wide else ()), "REASON")
+    print_table(headings, (_row(each, wide=wide) for each in found), empty="There is no such follow-up.")
+    if more:
+        remark(f"There are more: --page {page + 1} shows the next, --limit shows more at once.")
+
+
+def _row(follow_up: FollowUp, *, wide: bool) -> list[str]:
+    chat = [str(follow_up.chat_id)] if wide else []
+    return [
+        str(follow_up.id),
+        follow_up.status,
+        readable(follow_up.due_date),
+        *chat,
+        (follow_up.reason or "").partition("\n")[0],
+    ]

@@ -1,0 +1,76 @@
+"""``followups migrate``: wait for the database, then bring it to the newest schema."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from alembic.util.exc import CommandError
+from sqlalchemy.exc import OperationalError
+
+from followups import database
+from followups.cli.connection import engine, place_of
+from followups.cli.examples import examples
+from followups.cli.failures import reason_of
+from followups.cli.output import remark, say
+from followups.errors import FollowUpsError
+from followups.settings import get_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+Versions = tuple[str | None, str | None]
+
+FIRST_PAUSE = 0.25
+LONGEST_PAUSE = 5.0
+"""Seconds between two tries; each pause is twice the one before."""
+
+TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
+"""What a server says that is there and not ready; every other refusal (a wrong password) stays as it is."""
+
+
+@app.command(epilog=examples("followups migrate", "followups migrate --wait 0"))
+def migrate(
+    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database.")] = 60.0,
+) -> None:
+    """Bring the database to the newest schema. Several at once do no harm, and neither does repeating it."""
+    url = get_settings().database_url.get_secret_value()
+    with engine() as made:
+        before = _wait_until_reachable(lambda: database.schema_versions(made), place_of(url), wait)[0]
+        try:
+            database.migrate(url)
+        except CommandError as error:
+            message = (
+                f"The database {place_of(url)} has the schema {before}, which this version does not know ({error});"
+                " install the version of followups that made it, or a newer one."
+            )
+            raise FollowUpsError(message) from error
+        after = database.schema_versions(made)[0]
+    say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
+
+
+def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) -> Versions:
+    deadline, pause = None, FIRST_PAUSE
+    while True:
+        try:
+            return ask()
+        except OperationalError as error:
+            if not _may_pass(error):
+                raise
+            if deadline is None:
+                deadline = time.monotonic() + wait
+                reason = reason_of(error.orig or error)
+                remark(f"The database {place} cannot be reached ({reason}); waiting up to {wait:g} s.")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            time.sleep(min(pause, left))
+            pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _may_pass(error: OperationalError) -> bool:
+    said = str(error.orig)
+    return "FATAL:" not in said or any(words in said for words in TRANSIENT_REFUSALS)

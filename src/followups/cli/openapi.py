@@ -1,0 +1,17 @@
+"""``followups openapi``: the REST API's contract."""
+
+from __future__ import annotations
+
+import typer
+
+from followups.api.app import openapi_document
+from followups.cli.examples import examples
+from followups.cli.output import print_json
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=examples("followups openapi > openapi.json"))
+def openapi() -> None:
+    """Print the OpenAPI document (3.1) of the REST API. It needs no settings and no database."""
+    print_json(openapi_document())

@@ -1,0 +1,65 @@
+"""How results and remarks are written: results to stdout, everything else to stderr.
+
+On a terminal, tables fit its width; in a pipe they are plain, and nothing is cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+PIPE_WIDTH = 1000
+"""Columns, where no terminal sets a limit: wider than any row."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+def console() -> Console:
+    """Return a console on stdout. It respects NO_COLOR."""
+    return _on(sys.stdout)
+
+
+def remarks() -> Console:
+    """Return a console on stderr."""
+    return _on(sys.stderr)
+
+
+def _on(stream: Any) -> Console:  # noqa: ANN401 - a text stream; which class depends on who replaced it
+    return Console(file=stream, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+
+
+def print_json(document: object) -> None:
+    """Print one JSON document on stdout."""
+    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def say(sentence: str) -> None:
+    """Print a result in words on stdout, at once: whoever reads it from a pipe may be waiting."""
+    sys.stdout.write(f"{sentence}\n")
+    sys.stdout.flush()
+
+
+def remark(sentence: str) -> None:
+    """Tell people something on stderr that is not the result."""
+    sys.stderr.write(f"{sentence}\n")
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
+    """Print a table on stdout; ``empty`` is said on stderr when it has no rows."""
+    target = console()
+    table = Table(*headings, box=SIMPLE_HEAD if target.is_terminal else None, pad_edge=target.is_terminal)
+    for row in rows:
+        table.add_row(*row)
+    if table.row_count:
+        target.print(table)
+    else:
+        remark(empty)

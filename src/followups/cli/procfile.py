@@ -1,0 +1,33 @@
+"""The command line of each process: the Procfile holds the same lines (a test compares them)."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from pathlib import Path
+
+COMMANDS = {
+    "release": "followups migrate",
+    "web": "python -m followups.api",
+    # Started by honcho, each has a name of its own; elsewhere one worker a host is the rule.
+    "worker": (
+        "celery -A followups.worker worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
+        " --without-mingle --without-gossip"
+    ),
+    "beat": "celery -A followups.worker beat --loglevel=warning",
+    # Flower shows and stops tasks and asks nobody who he is: it must not leave this machine.
+    "flower": ("celery -A followups.worker flower --loglevel=warning --address=127.0.0.1 --port=${FLOWER_PORT:-5555}"),
+}
+"""By process type. Shell syntax, as every Procfile runner takes it."""
+
+
+def argv(process: str, *more: str) -> list[str]:
+    """Return what starts a process as the Procfile does, with ``more`` arguments; run it with `search_path`."""
+    return ["/bin/sh", "-c", f'exec {COMMANDS[process]} "$@"', process, *more]
+
+
+def search_path() -> str:
+    """Return a PATH on which the commands of this very installation come first."""
+    own = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
+    return os.pathsep.join([*dict.fromkeys(own), os.environ.get("PATH", os.defpath)])

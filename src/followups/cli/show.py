@@ -1,0 +1,171 @@
+"""``followups show``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID  # noqa: TC003 - Typer reads the annotations
+
+import typer
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import func, select
+
+from followups.cli import connection
+from followups.cli.documents import follow_up_document
+from followups.cli.examples import examples
+from followups.cli.explanations import explain, lag_of
+from followups.cli.output import Json, console, print_json
+from followups.cli.times import readable, rfc3339, span
+from followups.errors import FollowUpNotFoundError
+from followups.models import Chat, Workspace
+from followups.settings import get_settings
+from followups.store import follow_ups
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.orm import Session
+
+    from followups.models import FailedAttempt, FollowUp
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+MILLISECOND = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A follow-up and what explains it."""
+
+    follow_up: FollowUp
+    workspace: str
+    chat: Chat
+    failures: Sequence[FailedAttempt]
+    now: datetime
+
+    @property
+    def explanation(self) -> str:
+        """Why it stands where it stands."""
+        return explain(self.follow_up, get_settings(), self.now)
+
+
+@app.command(
+    epilog=examples(
+        "followups show 0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51",
+        "followups show 0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51 --json",
+    )
+)
+def show(
+    follow_up_id: Annotated[UUID, typer.Argument(metavar="ID", show_default=False, help="As in followups list.")],
+    *,
+    message: Annotated[bool, typer.Option("--message", help="Show the message's text too.")] = False,
+    json: Json = False,
+) -> None:
+    """Say everything about one follow-up: where it stands, why, and what each attempt came to."""
+    with connection.session() as session:
+        found = _find(session, follow_up_id)
+    if json:
+        print_json(_document(found, message=message))
+    else:
+        _print(found, message=message)
+
+
+def _find(session: Session, follow_up_id: UUID) -> Found:
+    follow_up = follow_ups.find(session, follow_up_id, None)
+    if follow_up is None:
+        raise FollowUpNotFoundError
+    return Found(
+        follow_up,
+        session.get_one(Workspace, follow_up.workspace_id).name,
+        session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id)),
+        follow_ups.failures(session, follow_up_id),
+        session.execute(select(func.now())).scalar_one(),
+    )
+
+
+def _document(found: Found, *, message: bool) -> dict[str, Any]:
+    follow_up, lag = found.follow_up, lag_of(found.follow_up)
+    return follow_up_document(follow_up, message=message) | {
+        "workspace": found.workspace,
+        "channel": found.chat.channel,
+        "externalChatId": found.chat.external_id,
+        "explanation": found.explanation,
+        "nextAttemptAt": rfc3339(follow_up.next_attempt_at),
+        "waitsFor": follow_up.waits_for and str(follow_up.waits_for),
+        "inFlight": follow_up.in_flight,
+        "leaseUntil": rfc3339(follow_up.lease_until),
+        "cancelRequested": follow_up.cancel_requested,
+        "acceptedAt": rfc3339(follow_up.accepted_at),
+        "lagMs": None if lag is None else round(lag / MILLISECOND, 3),
+        "attempts": follow_up.attempts,
+        "lostLeases": follow_up.losses,
+        "snoozes": follow_up.snoozes,
+        "failedAttempts": [_failure_document(failure) for failure in found.failures],
+    }
+
+
+def _failure_document(failure: FailedAttempt) -> dict[str, Any]:
+    return {
+        "attempt": failure.number,
+        "at": rfc3339(failure.at),
+        "outcome": failure.outcome,
+        "detail": failure.detail,
+        "statusCode": failure.status_code,
+        "durationMs": None if failure.duration is None else round(failure.duration / MILLISECOND, 3),
+    }
+
+
+def _print(found: Found, *, message: bool) -> None:
+    target = console()
+    grid = Table.grid(padding=(0, 2))
+    for name, value in _facts(found):
+        grid.add_row(Text(name, style="dim"), Text(value))
+    if message:
+        grid.add_row(Text("message", style="dim"), Text(found.follow_up.message))
+    target.print(grid)
+    target.print()
+    target.print(Text(found.explanation, style="bold"))
+    if found.failures:
+        target.print()
+        target.print(_failures(found.failures))
+
+
+def _facts(found: Found) -> list[tuple[str, str]]:
+    follow_up, lag = found.follow_up, lag_of(found.follow_up)
+    facts = {
+        "id": str(follow_up.id),
+        "status": follow_up.status,
+        "reason": follow_up.reason,
+        "due": _relative(follow_up.due_date, found.now),
+        "next attempt": follow_up.next_attempt_at and _relative(follow_up.next_attempt_at, found.now),
+        "finished": readable(follow_up.finished_at) if follow_up.finished_at else None,
+        "lag": lag and f"{'-' if lag < timedelta(0) else ''}{span(lag)}",
+        "attempts": f"{follow_up.attempts} of {get_settings().max_attempts}",
+        "rate limited": f"{follow_up.snoozes} times" if follow_up.snoozes else None,
+        "workers lost": f"{follow_up.losses} times" if follow_up.losses else None,
+        "in flight since": readable(follow_up.begun_at) if follow_up.in_flight else None,
+        "leased until": readable(follow_up.lease_until) if follow_up.lease_until else None,
+        "waits for": follow_up.waits_for and str(follow_up.waits_for),
+        "workspace": found.workspace,
+        "chat": f"{follow_up.chat_id} ({found.chat.channel}{f', {name}' if (name := found.chat.external_id) else ''})",
+        "chat message": follow_up.chat_message_id and str(follow_up.chat_message_id),
+        "created": readable(follow_up.created_at),
+        "updated": readable(follow_up.updated_at),
+        "after": str(follow_up.trigger_chat_message_id),
+    }
+    return [(name, value) for name, value in facts.items() if value]
+
+
+def _relative(moment: datetime, now: datetime) -> str:
+    distance = moment - now
+    return f"{readable(moment)} ({f'in {span(distance)}' if distance > timedelta(0) else f'{span(distance)} ago'})"
+
+
+def _failures(failures: Sequence[FailedAttempt]) -> Table:
+    table = Table("ATTEMPT", "AT", "OUTCOME", "TOOK", "DETAIL", box=None, pad_edge=False)
+    for failure in failures:
+        took = "-" if failure.duration is None else span(failure.duration)
+        table.add_row(str(failure.number), readable(failure.at), failure.outcome, took, Text(failure.detail))
+    return table

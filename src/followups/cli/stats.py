@@ -1,0 +1,153 @@
+"""``followups stats``."""
+
+from __future__ import annotations
+
+import json as json_module
+import time
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy import func, select
+
+from followups.cli import connection
+from followups.cli.examples import examples
+from followups.cli.output import Json, console, print_json
+from followups.cli.times import readable, rfc3339, span
+from followups.settings import get_settings
+from followups.store import stats as store
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from followups.store.stats import Counts, Pace
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+MILLISECOND = timedelta(milliseconds=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """One look at the system. ``pace`` is None when it could not be measured in time."""
+
+    at: datetime
+    counts: Counts
+    pace: Pace | None
+
+
+@app.command(
+    epilog=examples("followups stats", "followups stats --watch", "followups stats --minutes 60 --json"),
+)
+def stats(
+    *,
+    minutes: Annotated[float, typer.Option(min=0.1, max=10_080, help="For lag and throughput: the last so many.")] = 5,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks of --watch.")] = 2,
+    json: Json = False,
+) -> None:
+    """Count follow-ups by state, and say how late the sent ones were and how many a minute there are.
+
+    Lag is accepted minus due date: retries, waiting for rate limits and due dates in the past count. What is
+    pending is counted exactly. So is each final state up to 100,000; beyond, its number is an estimate, marked
+    with a tilde.
+    """
+    window = timedelta(minutes=minutes)
+    with connection.engine() as engine:
+        if watch:
+            _watch(engine, window, interval, json=json)
+        elif json:
+            print_json(_document(_measure(engine, window)))
+        else:
+            console().print(_table(_measure(engine, window)))
+
+
+def _measure(engine: Engine, window: timedelta) -> Stats:
+    with engine.begin() as opened:
+        at = opened.execute(select(func.now())).scalar_one()
+        counts = store.count(opened, window=get_settings().max_in_flight)
+        return Stats(at, counts, store.pace(opened, window))
+
+
+def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) -> None:
+    target = console()
+    try:
+        if json or not target.is_terminal:
+            # One look a line: a pipe has no screen to draw on again.
+            while True:
+                look = _measure(engine, window)
+                print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
+                time.sleep(interval)
+        with Live(console=target, auto_refresh=False) as live:
+            while True:
+                live.update(_table(_measure(engine, window)), refresh=True)
+                time.sleep(interval)
+    except KeyboardInterrupt:
+        return
+
+
+def _document(look: Stats) -> dict[str, Any]:
+    counts, pace = look.counts, look.pace
+    return {
+        "at": rfc3339(look.at),
+        "pending": counts.pending,
+        "waiting": counts.waiting,
+        "overdue": counts.overdue,
+        "oldestOverdueSeconds": counts.oldest_overdue and round(counts.oldest_overdue.total_seconds(), 3),
+        "inFlight": counts.in_flight,
+        **counts.final,
+        "estimated": sorted(counts.estimated),
+        "windowMinutes": pace and pace.window / timedelta(minutes=1),
+        "sentInWindow": pace and pace.sent,
+        "sentPerMinute": pace and round(pace.per_minute, 2),
+        "lagMs": pace and {name: _milliseconds(getattr(pace, name)) for name in ("p50", "p95", "p99")},
+    }
+
+
+def _milliseconds(duration: timedelta | None) -> float | None:
+    return None if duration is None else round(duration / MILLISECOND, 1)
+
+
+def _facts(look: Stats) -> list[tuple[str, str, str]]:
+    counts, pace = look.counts, look.pace
+    oldest = f"the oldest for {span(counts.oldest_overdue)}" if counts.oldest_overdue else ""
+    waiting = f"{counts.waiting:,} behind an earlier one of their chat" if counts.waiting else ""
+    return [
+        ("pending", f"{counts.pending:,}", waiting),
+        ("overdue", f"{counts.overdue:,}", oldest),
+        ("in flight", f"{counts.in_flight:,}", ""),
+        *(
+            (status, f"{'~' if status in counts.estimated else ''}{number:,}", "")
+            for status, number in counts.final.items()
+        ),
+        *(_paces(pace) if pace else [("lag", "-", f"not measured: it took longer than {span(store.LIMIT)}")]),
+    ]
+
+
+def _paces(pace: Pace) -> list[tuple[str, str, str]]:
+    lately = f"sent in the last {span(pace.window)}"
+    lags = [
+        (f"lag {name}", "-" if value is None else span(value), "")
+        for name, value in (("p50", pace.p50), ("p95", pace.p95), ("p99", pace.p99))
+    ]
+    return [("throughput", f"{pace.per_minute:,.4g}/min", f"{pace.sent:,} {lately}"), *lags]
+
+
+def _table(look: Stats) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(justify="right", style="bold")
+    table.add_column(style="dim")
+    for name, value, remark in _facts(look):
+        late = name == "overdue" and look.counts.overdue
+        table.add_row(name, Text(value, style="red" if late else ""), remark)
+    table.add_row("at", "", readable(look.at))
+    return table
+
+
+def _line(look: Stats) -> str:
+    return f"{readable(look.at)}  " + "  ".join(f"{name} {value}" for name, value, _ in _facts(look))

@@ -1,0 +1,92 @@
+"""Times as people write them and as the API shows them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import ClassVar
+
+import typer
+
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
+PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A due date as given: a moment, or so long after now (the database's now: hosts' clocks decide nothing)."""
+
+    given: datetime | timedelta
+    NOW: ClassVar[Due]
+
+    def resolve(self, now: datetime) -> datetime:
+        """Return the moment. Raises `typer.BadParameter` when it is beyond what a date can be."""
+        try:
+            return self.given if isinstance(self.given, datetime) else now + self.given
+        except OverflowError:
+            message = "that is too far in the future."
+            raise typer.BadParameter(message) from None
+
+
+Due.NOW = Due(timedelta(0))
+
+
+def parse_due(text: str) -> Due:
+    """Read ``now``, ``+10m``, ``+1h30m`` or ISO 8601 with an offset. Raises `typer.BadParameter`.
+
+    >>> parse_due("+1h30m").given
+    datetime.timedelta(seconds=5400)
+    """
+    if text == "now":
+        return Due.NOW
+    if RELATIVE.fullmatch(text):
+        return Due(_duration(text))
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        message = f"{text!r} is no time; write it as 2030-01-31T09:00:00Z, +10m or now."
+        raise typer.BadParameter(message) from None
+    if moment.utcoffset() is None:
+        message = f"{text!r} must carry an offset, as in 2030-01-31T09:00:00Z."
+        raise typer.BadParameter(message)
+    return Due(moment)
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        return sum((timedelta(**{UNITS[unit]: float(number)}) for number, unit in PART.findall(text)), timedelta(0))
+    except OverflowError:
+        message = f"{text!r} is too far in the future."
+        raise typer.BadParameter(message) from None
+
+
+def rfc3339(moment: datetime | None) -> str | None:
+    """Return a time as the API writes it: UTC, RFC 3339, with ``Z``.
+
+    >>> rfc3339(datetime(2030, 1, 31, 9, tzinfo=UTC))
+    '2030-01-31T09:00:00Z'
+    """
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z" if moment else None
+
+
+def readable(moment: datetime | None) -> str:
+    """Return a time for a table: UTC, to the second; '-' for none."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
+
+
+def span(duration: timedelta) -> str:
+    """Return a duration in words, with the two largest units; its sign is not said.
+
+    >>> span(timedelta(hours=26, minutes=3)), span(timedelta(seconds=-90)), span(timedelta(milliseconds=2.4))
+    ('1 d 2 h', '1 min 30 s', '2.4 ms')
+    """
+    duration = abs(duration)
+    if duration < timedelta(seconds=1):
+        return f"{duration / timedelta(milliseconds=1):.3g} ms"
+    seconds = round(duration.total_seconds())
+    parts = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
+    while not parts[0][0]:
+        parts = parts[1:]
+    return " ".join(f"{number} {unit}" for number, unit in parts[:2] if number)
