@@ -84,7 +84,7 @@ def test_dropped_answer(running: Stack) -> None:
 def test_one_slow_chat(running: Stack) -> None:
     """A chat that answers slowly holds up nobody else."""
     slow = running.world.chat()
-    running.behave(slow, kind="slow", delay=0.8)
+    running.behave(slow, kind="slow", delay=4)
     stuck = running.world.follow_up(slow)
     others = [running.world.follow_up() for _ in range(30)]
     wait_until(lambda: set(map(str, others)) <= set(running.accepted(*others)))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONNECTIONS = 16
-ROUNDS = 8
+ROUNDS = 20
 SECONDS = 1.0
 """Of one turn."""
 

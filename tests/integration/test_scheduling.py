@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 import followups
@@ -152,6 +153,21 @@ class TestSchedule:
                     caller.schedule(refusing, due)
             else:
                 assert caller.schedule(refusing, due)
+
+
+def test_no_row_joins_two_workspaces(world: World) -> None:
+    """PostgreSQL itself refuses a follow-up or a message of one workspace in another's chat."""
+    from world import World  # noqa: PLC0415 - of this test alone
+
+    chat_id, stranger = world.chat(), World(world.engine)
+    with pytest.raises(IntegrityError):
+        stranger.follow_up(chat_id)
+    with pytest.raises(IntegrityError):
+        stranger.sql(
+            "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:workspace, :chat, :chat, 'user')",
+            workspace=stranger.workspace_id,
+            chat=chat_id,
+        )
 
 
 class TestAmend:

