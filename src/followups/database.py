@@ -52,9 +52,11 @@ def make_engine(
     return create_engine(
         url,
         pool_size=pool_size,
-        max_overflow=pool_size,
+        # A connection beyond the pool would be made for one transaction and closed after it, which costs
+        # more than to wait for one.
+        max_overflow=0,
         pool_pre_ping=True,
-        # Beyond pool and overflow, a caller waits this many seconds and is then told so.
+        # A caller waits this many seconds for a connection, and is then told so.
         pool_timeout=10,
         connect_args=dict(connect_args),
         # Statement parameters hold message texts: they must never stand in an error or a log.

@@ -83,7 +83,9 @@ def app_from_environment() -> FastAPI:
         sys.stderr.write(f"followups: {error}\n")
         raise SystemExit(2) from None
     configure_logging(settings.log_format, settings.log_level)
-    return create_app(settings)
+    from followups.worker import nudge  # noqa: PLC0415 - Celery; loaded now, or the first create would wait for it
+
+    return create_app(settings, nudge)
 
 
 def openapi_document() -> dict[str, Any]:
