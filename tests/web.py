@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
 import sys
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -12,15 +15,20 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
+import uvicorn
 from sqlalchemy.orm import Session
 
+from followups.api.app import create_app
+from followups.api.server import LimitedProtocol
 from followups.embedded import answers, free_port
 from followups.store import api_keys
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
     from uuid import UUID
 
     from followups.embedded import Child, Processes
+    from followups.settings import Settings
     from world import World
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +68,28 @@ def key_of(world: World) -> tuple[UUID, str]:
 def in_days(days: float) -> str:
     """Return the time so many days from now, as clients write it."""
     return (datetime.now(UTC) + timedelta(days=days)).isoformat()
+
+
+@contextmanager
+def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
+    """Serve the application in a thread of this process, for what a test must reach into; yield where."""
+    application = create_app(settings, nudge)
+    config = uvicorn.Config(application, http=LimitedProtocol, log_config=None, lifespan="on", ws="none")
+    running = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        try:
+            yield listener.getsockname()
+        finally:
+            running.should_exit = True
+            thread.join()
+
+
+def client_of(place: tuple[str, int], key: str = "") -> httpx.Client:
+    """Return a client with a key."""
+    url = f"http://{place[0]}:{place[1]}"
+    return httpx.Client(base_url=url, headers={"authorization": key}, timeout=20, verify=False)  # noqa: S501 - no TLS
 
 
 @dataclass

@@ -64,11 +64,18 @@ def make_engine(
     )
 
 
+PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
+"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server in the
+middle of a failover, deadlock, out of resources, object in use, operator intervention, system error."""
+
+
 def is_passing(error: Exception) -> bool:
     """Say whether trying the same again may help: the database was away, busy, or broke a deadlock."""
     if isinstance(error, PoolTimeoutError | OperationalError):
         return True
-    return isinstance(error, DBAPIError) and error.connection_invalidated
+    if not isinstance(error, DBAPIError):
+        return False
+    return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

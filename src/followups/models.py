@@ -148,6 +148,10 @@ class FollowUp(Base):
         CheckConstraint("(status = 'pending') = (finished_at IS NULL)", name="final_has_finished_at"),
         CheckConstraint("(status IN ('failed', 'cancelled')) = (reason IS NOT NULL)", name="reason_explains"),
         CheckConstraint(f"char_length(message) BETWEEN 1 AND {MAX_MESSAGE_LENGTH}", name="message_has_text"),
+        # What Python cannot hold as a time would stop every claim that meets it.
+        CheckConstraint(
+            "due_date >= '0002-01-01 00:00:00+00' AND due_date < '9999-01-01 00:00:00+00'", name="due_date_is_readable"
+        ),
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 
+FIRST_YEAR, LAST_YEAR = 2, 9998
+"""A day inside what Python can hold, so that a time can be read in any zone."""
+
+
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
 
@@ -98,16 +102,17 @@ def amend(
     """
     _check_changes(changes)
     chat = _lock_chats(session, follow_up_id, changes, workspace_id)
-    found = follow_ups.find_and_lock(session, follow_up_id, workspace_id)
+    locked = follow_ups.find_and_lock_if_not_begun(session, follow_up_id, workspace_id)
+    found = locked or follow_ups.find(session, follow_up_id, workspace_id)
     if found is None:
         raise FollowUpNotFoundError
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
+    if locked is None:
+        raise DeliveryInProgressError
     if found.status in FINAL:
         _amend_finished(session, found, fresh)
-    elif found.begun_at is not None:
-        raise DeliveryInProgressError
     else:
         _amend_pending(session, found, fresh, chat)
     session.refresh(found)
@@ -191,9 +196,12 @@ def check_text(text: str, field: str) -> None:
 
 
 def check_time(time: datetime, field: str) -> None:
-    """Refuse a time that does not say where on earth it is meant."""
+    """Refuse a time that does not say where on earth it is meant, or that is at the edge of the calendar."""
     if time.utcoffset() is None:
         message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
+        raise InvalidRequestError(message, field=field)
+    if not FIRST_YEAR <= time.year <= LAST_YEAR:
+        message = f"The {field.replace('_', ' ')} must lie in the years {FIRST_YEAR} to {LAST_YEAR}."
         raise InvalidRequestError(message, field=field)
 
 

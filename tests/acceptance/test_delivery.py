@@ -141,8 +141,8 @@ def test_forged_hints(running: Stack) -> None:
     later = running.world.follow_up(due=timedelta(hours=1))
     app = Celery(broker=running.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
-    foreign: list[list[object]] = [[], [None], ["x"], [[[str(later), "1", 0]]], [[["no id", 1, 0]]]]
-    forged: list[list[object]] = [*foreign, [[[str(later), 0, 0]]]]
+    foreign: list[list[object]] = [[], [None], ["x"], [[[str(later), "1", 0, 0]]], [[["no id", 1, 0, 0]]]]
+    forged: list[list[object]] = [*foreign, [[[str(later), 0, 0, 0]]]]
     with app.connection_for_write() as connection:
         for arguments in forged:
             app.send_task("followups.deliver", arguments, queue="deliver", connection=connection)

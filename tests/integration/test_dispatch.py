@@ -18,9 +18,9 @@ from followups.dispatch.begin import begin
 from followups.dispatch.claim import MAX_LOSSES, claim
 from followups.dispatch.send import Attempt, checked
 from followups.dispatch.settle import settle
-from followups.errors import AlreadyFinishedError, DeliveryInProgressError
+from followups.errors import AlreadyFinishedError, DeliveryInProgressError, InvalidRequestError
 from followups.scheduling import amend
-from followups.store import chats, leases
+from followups.store import chats, leases, order
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
@@ -108,11 +108,28 @@ class TestClaim:
         taken.extend(lease.id for lease in claim(engine, settings).leases)
         assert len(taken) == len(set(taken)) == 40
 
-    def test_fresh_statistics_are_not_needed(self, world: World, engine: Engine, settings: Settings) -> None:
+    def test_earliest_first(self, world: World, engine: Engine, settings: Settings) -> None:
         """A claim takes the earliest first, whatever the order they were inserted in."""
         due = [timedelta(seconds=-n) for n in (1, 5, 3)]
         ids = [world.follow_up(due=one) for one in due]
         assert [lease.id for lease in claim(engine, settings).leases] == [ids[1], ids[2], ids[0]]
+
+    def test_window_with_earlier_ones_behind(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What comes in with an earlier due date than what is in flight counts with it."""
+        bounded = settings.model_copy(update={"max_in_flight": 3})
+        for group in range(1, 3):
+            for _ in range(3):
+                world.follow_up(due=-group * SECOND)
+            claim(engine, bounded)
+        assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
+
+    def test_held_by_somebody(self, world: World, engine: Engine, settings: Settings) -> None:
+        """Rows that somebody's open transaction holds are passed over, and hide nobody else's."""
+        bounded = settings.model_copy(update={"max_in_flight": 2})
+        held, free = world.follow_up(due=-SECOND), world.follow_up()
+        with engine.connect() as connection:
+            connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+            assert [lease.id for lease in claim(engine, bounded).leases] == [free]
 
 
 class TestRecovery:
@@ -329,6 +346,16 @@ class TestOrder:
         assert [world.row(one).waits_for for one in ids] == [None, *ids[:-1]]
         assert claim(engine, settings).leases == ()
 
+    def test_no_longer_before_it(self, world: World, engine: Engine, settings: Settings) -> None:
+        """An earlier one that was put off in the very moment is not waited for."""
+        chat = world.chat()
+        first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
+        lease = next(one for one in claim(engine, settings).leases if one.id == second)
+        with Session(engine) as session, session.begin():
+            amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
+        with engine.begin() as connection:  # as begin does, which had looked before the change
+            assert order.park_if_leased(connection, [(lease, first)]) == set()
+
 
 class TestSettle:
     """Settle records once, under the lease, what the transport said."""
@@ -431,6 +458,53 @@ class TestSettle:
         assert row.status == status
         assert status == "sent" or row.reason.partition(":")[0] == "user_replied"
 
+    def test_callers_open_transaction(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A row that somebody holds is settled later, and holds up no other result."""
+        held, other = world.follow_up(), world.follow_up()
+        begun = begin(engine, settings, claim(engine, settings).leases).begun
+        results = [attempt(one, Sent()) for one in begun]
+        with engine.connect() as connection:
+            connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+            settling = settle(engine, settings, results)
+            assert [one.id for one in settling.settled] == [other]
+            assert ([one.begun.lease.id for one in settling.held], settling.stale) == ([held], 0)
+        settle(engine, settings, settling.held)
+        assert world.row(held).status == "sent"
+
+    def test_refused_cancel_holds_nothing(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A caller that keeps its transaction open after a 409 does not hold up the settlement."""
+        follow_up = world.follow_up()
+        begun = one_begun(engine, settings)
+        with Session(engine) as session:
+            with pytest.raises(DeliveryInProgressError):
+                followups.cancel(session, follow_up, reason=None)
+            settle(engine, settings, [attempt(begun, Sent())])
+        assert world.row(follow_up).status == "sent"
+
+    def test_next_of_its_chat_is_held(self, world: World, engine: Engine, settings: Settings) -> None:
+        """When somebody holds the next one of the chat, settling goes on, and the next one is not forgotten."""
+        chat = world.chat()
+        first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
+        beginning = begin(engine, settings, claim(engine, settings).leases)
+        with Session(engine) as session:
+            followups.cancel(session, second, reason=None)
+            assert settle(engine, settings, [attempt(beginning.begun[0], Sent())]).woken == ()
+            session.rollback()
+        assert world.row(first).status == "sent"
+        assert claim(engine, settings).leases == ()
+        with engine.begin() as connection:
+            assert order.wake_forgotten(connection) == 1
+        assert one_begun(engine, settings).lease.id == second
+
+    def test_what_waits_rightly_is_not_woken(self, world: World, engine: Engine, settings: Settings) -> None:
+        """Looking for the forgotten leaves alone what waits for an earlier one that is pending."""
+        chat = world.chat()
+        world.follow_up(chat, -2 * SECOND)
+        world.follow_up(chat, -SECOND)
+        begin(engine, settings, claim(engine, settings).leases)
+        with engine.begin() as connection:
+            assert order.wake_forgotten(connection) == 0
+
 
 class TestCancelAgainstDeliver:
     """A cancel that was acknowledged is final."""
@@ -504,3 +578,23 @@ def test_lag_of_a_result_that_waited(world: World, engine: Engine, settings: Set
     settle(engine, settings, [replace(result, answered=result.answered - 7)])
     row = world.row(follow_up)
     assert timedelta(seconds=-8) < row.accepted_at - row.finished_at < timedelta(seconds=-6)
+
+
+@pytest.mark.parametrize("due", [datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)])
+def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> None:
+    """A due date that cannot be read in every time zone is refused in words."""
+    chat = world.chat()
+    with Session(engine) as session, pytest.raises(InvalidRequestError, match="years 2 to 9998"):
+        followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat, message="Hello?", due_date=due)
+
+
+def test_lost_twice_is_sent_alone(world: World, engine: Engine, settings: Settings) -> None:
+    """What was in flight with two lost workers is marked, so that the third is not its neighbour's doing."""
+    follow_up = world.follow_up()
+    marks = []
+    for _ in range(MAX_LOSSES):
+        lease = one_lease(engine, settings)
+        marks.append(lease.alone)
+        begin(engine, settings, [lease])
+        world.expire(follow_up)
+    assert marks == [False, False, True]

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections import Counter
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
 
 from followups.dispatch.claim import claim
+from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.pipeline import Pipeline
+from followups.dispatch.send import send
+from followups.store.leases import Begun, Lease
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 
@@ -23,6 +31,10 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery
     from world import World
 
+END_OTHERS = """
+    SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+     WHERE pid <> pg_backend_pid() AND datname = current_database()
+"""
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
@@ -36,6 +48,8 @@ class Scripted:
         self.seconds = seconds
         self.under_way = self.most = 0
         self.calls: Counter[str] = Counter()
+        self.suspects: set[str] = set()
+        self.suspects_under_way = 0
 
     async def open(self) -> None: ...
 
@@ -47,12 +61,14 @@ class Scripted:
     async def send(self, delivery: Delivery) -> Any:
         self.calls[str(delivery.follow_up_id)] += 1
         self.under_way += 1
+        self.suspects_under_way += str(delivery.follow_up_id) in self.suspects
         self.most = max(self.most, self.under_way)
         try:
             await asyncio.sleep(self.seconds)
             return self.answer(delivery)
         finally:
             self.under_way -= 1
+            self.suspects_under_way -= str(delivery.follow_up_id) in self.suspects
 
 
 @pytest.fixture
@@ -107,6 +123,9 @@ def test_doubled_and_shuffled_hints(
     "answer",
     [
         lambda _: 1 / 0,
+        lambda _: sys.exit(3),
+        lambda _: (_ for _ in ()).throw(asyncio.CancelledError),
+        lambda _: Rejected("no", HTTPStatus.FORBIDDEN),
         lambda _: None,
         lambda _: "sent",
         lambda _: Sent("not a UUID"),  # type: ignore[arg-type]
@@ -161,3 +180,68 @@ def test_drain_gives_back(world: World, engine: Engine, settings: Settings, star
     assert pipeline.drain(timedelta(seconds=10)) == 0
     assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 5
     assert len(claim(engine, settings).leases) == 15
+
+
+def test_sent_alone(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
+    """Of those that may kill their worker no two are under way at once; others go out beside them."""
+    under_way: list[int] = []
+    suspects = {str(world.follow_up(losses=2)) for _ in range(4)}
+    others = [world.follow_up() for _ in range(8)]
+    transport = Scripted(lambda _: under_way.append(transport.suspects_under_way) or Sent(), 0.02)
+    transport.suspects = suspects
+    started(transport).submit(claim(engine, settings).leases)
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert max(under_way) == 1
+    assert len(transport.calls) == len(suspects) + len(others)
+
+
+def test_leases_that_run_out_in_the_line(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """Leases that run out before their turn cost no call to the database, and delivery goes on with fresh ones."""
+    short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
+    for _ in range(500):
+        world.follow_up(due=-timedelta(seconds=1))
+    transport = Scripted(lambda _: Sent(), 0.01)
+    pipeline = started(transport, concurrency=1, lease=short.lease, transport_timeout=short.transport_timeout)
+    end = time.monotonic() + 30
+    while world.scalar(PENDING) and time.monotonic() < end:
+        pipeline.submit(claim(engine, short).leases)
+        time.sleep(0.1)
+    assert world.scalar(PENDING) == 0
+    assert max(transport.calls.values()) == 1
+
+
+def test_read_only_for_a_moment(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], database_url: str
+) -> None:
+    """A database that is read-only for a moment, as in a failover, costs no result."""
+    plain = {"transport_deduplicates": False, "lease": timedelta(seconds=20)}
+    ids = [world.follow_up() for _ in range(10)]
+    transport = Scripted(lambda _: Sent(), 0.3)
+    started(transport, **plain).submit(claim(engine, settings.model_copy(update=plain)).leases)
+    wait_until(lambda: transport.under_way == len(ids))
+    name = database_url.rpartition("/")[2].partition("?")[0]
+    admin = engine.execution_options(isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
+        connection.execute(text(END_OTHERS))
+        time.sleep(1)
+        connection.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
+        connection.execute(text(END_OTHERS))
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert {world.row(one).status for one in ids} == {"sent"}
+
+
+async def test_not_sent_after_its_lease() -> None:
+    """A process that was frozen until its lease may be another's makes no call."""
+    clock = DatabaseClock()
+    clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
+    begun = Begun(
+        Lease(uuid4(), 1, datetime.now(UTC)), uuid4(), uuid4(), "api", None, uuid4(), "x", datetime.now(UTC), 1, 0
+    )
+    transport = Scripted(lambda _: Sent())
+    limit = timedelta(seconds=1)
+    assert await send(transport, begun, clock, limit, time.monotonic() - 0.001) is None
+    assert not transport.calls
+    assert await send(transport, begun, clock, limit, time.monotonic() + 60) is not None

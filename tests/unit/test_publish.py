@@ -18,6 +18,7 @@ leases = st.builds(
     st.uuids(),
     st.integers(0, 2**63 - 1),
     st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.just(UTC)),  # noqa: DTZ001
+    st.booleans(),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -45,14 +46,15 @@ def test_foreign(value: object) -> None:
 @pytest.mark.parametrize(
     "entry",
     [
-        [str(uuid4()), 1],
-        [str(uuid4()), True, 0],
-        [str(uuid4()), -1, 0],
-        [str(uuid4()), 2**63, 0],
-        [str(uuid4()), 1, 10**30],
-        [str(uuid4()), 1, 0.5],
-        ["x", 1, 0],
-        [None, 1, 0],
+        [str(uuid4()), 1, 0],
+        [str(uuid4()), True, 0, 0],
+        [str(uuid4()), -1, 0, 0],
+        [str(uuid4()), 2**63, 0, 0],
+        [str(uuid4()), 1, 10**30, 0],
+        [str(uuid4()), 1, 0.5, 0],
+        [str(uuid4()), 1, 0, None],
+        ["x", 1, 0, 0],
+        [None, 1, 0, 0],
         "abc",
     ],
 )

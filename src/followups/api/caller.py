@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from followups.dispatch.claim import AHEAD_TICKS
 from followups.errors import UnauthorizedError
 from followups.states import Final, Status, finish
 from followups.store import api_keys
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
     from followups.models import FollowUp
     from followups.states import ReasonCode
     from followups.store.api_keys import Identity
-
-AHEAD_TICKS = 2
-"""Within so many tick intervals something due is worth a nudge: a tick claims what falls due until then."""
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """How exact `last_used_at` is."""
@@ -85,11 +83,15 @@ class Work:
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
-    def report(self, follow_up: FollowUp) -> None:
-        """Note what this transaction did to the follow-up: it may be due soon, or have ended."""
+    def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
+        """Note what this transaction did to the follow-up: it may be due soon, or have ended.
+
+        ``finished_at`` is when it ended by the caller's word; None: now.
+        """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.due_until
-        elif follow_up.updated_at == self.now:
+        # Otherwise it had ended before, and got no more than its chat message's id, if anything.
+        elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # a later one of its chat may have waited for it
 

@@ -10,6 +10,7 @@ from uuid import UUID
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, StringConstraints
 
 from followups.models import MAX_MESSAGE_LENGTH
+from followups.scheduling import FIRST_YEAR, LAST_YEAR
 from followups.states import MAX_REASON_LENGTH
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
@@ -51,11 +52,10 @@ def _rfc3339(value: object) -> object:
 
 
 def _in_utc(value: datetime) -> datetime:
-    try:
-        return value.astimezone(UTC)
-    except OverflowError:
-        message = "should lie in the years 1 to 9999, UTC"
-        raise ValueError(message) from None
+    if not FIRST_YEAR <= value.year <= LAST_YEAR:
+        message = f"should lie in the years {FIRST_YEAR} to {LAST_YEAR}"
+        raise ValueError(message)
+    return value.astimezone(UTC)
 
 
 def _without_nul(value: str) -> str:

@@ -10,6 +10,7 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import OperationalError
 
 from followups import database
+from followups.cli import runner
 from followups.cli.connection import engine, place_of
 from followups.cli.examples import examples
 from followups.cli.failures import reason_of
@@ -36,7 +37,11 @@ TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "r
 def migrate(
     wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database.")] = 60.0,
 ) -> None:
-    """Bring the database to the newest schema. Several at once do no harm, and neither does repeating it."""
+    """Bring the database to the newest schema. Several at once do no harm, and neither does repeating it.
+
+    As one process of many under a bare `honcho start` it stays until all are stopped, because honcho stops
+    every process as soon as one ends; anywhere else it ends when it is done.
+    """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:
         before = _wait_until_reachable(lambda: database.schema_versions(made), place_of(url), wait)[0]
@@ -50,6 +55,9 @@ def migrate(
             raise FollowUpsError(message) from error
         after = database.schema_versions(made)[0]
     say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
+    if runner.is_started_with_others():
+        remark("Staying, because honcho stops every process as soon as one ends.")
+        runner.stay()
 
 
 def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) -> Versions:

@@ -8,8 +8,7 @@ import sysconfig
 from pathlib import Path
 
 COMMANDS = {
-    "release": "followups migrate",
-    "web": "python -m followups.api",
+    "web": "python -m followups.api",  # the first, so that it gets a runner's base port
     # Started by honcho, each has a name of its own; elsewhere one worker a host is the rule.
     "worker": (
         "celery -A followups.worker worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"

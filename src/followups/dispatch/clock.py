@@ -52,6 +52,11 @@ class DatabaseClock:
                 told = connection.execute(_NOW).scalar_one()
                 self.observe(told, asked, self._monotonic())
 
+    @property
+    def known(self) -> bool:
+        """The database has been asked."""
+        return self._offset is not None
+
     def now(self) -> datetime:
         """Return the database's time. Raises RuntimeError before the first sample."""
         if self._offset is None:

@@ -6,10 +6,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from sqlalchemy import text
+
 from followups.dispatch import report
 from followups.dispatch.claim import CLAIM_SIZE, claim
 from followups.dispatch.publish import batches
-from followups.store import leases
+from followups.store import leases, order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,11 @@ PAUSE = 0.05
 """Seconds before looking again when all that may be in flight is: claiming each place as it comes free
 would make batches of one, and cost a look at the whole window each."""
 
+LONGEST_BACKOFF = 4.0
+"""Seconds between two tries while the database is away, at most."""
+SETTLE_FIRST = 1.5
+"""Seconds from the database's return to the first claim: longer than settling waits between two tries."""
+
 
 class Dispatcher:
     """One thread in each worker process. Ticks and nudges that come while one runs are folded into it."""
@@ -34,6 +41,9 @@ class Dispatcher:
         self._publish = publish
         self._wanted = threading.Event()
         self._stopping = threading.Event()
+        self._backoff = PAUSE
+        self._outage = False
+        self._next_look = 0.0
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:
@@ -62,18 +72,38 @@ class Dispatcher:
             if self._stopping.is_set():
                 return
             try:
+                self._after_outage()
                 self._drain_due()
+                self._backoff = PAUSE
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 report.failed("claim", error, self._engine)
+                self._outage = True
+                self._stopping.wait(self._backoff)
+                self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
+
+    def _after_outage(self) -> None:
+        """Let those who know an outcome settle first: right after an outage every lease looks lost."""
+        if self._outage:
+            with self._engine.connect() as connection:
+                connection.execute(text("SELECT 1"))
+            self._stopping.wait(SETTLE_FIRST)
+            self._outage = False
 
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+        self._wake_forgotten()
         while not self._stopping.is_set():
             count, more = self._claim_and_publish()
             if not more or time.monotonic() >= deadline:
                 return
             if count < CLAIM_SIZE:
                 self._stopping.wait(PAUSE)
+
+    def _wake_forgotten(self) -> None:
+        if time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + self._settings.lease.total_seconds()
+            with self._engine.begin() as connection:
+                order.wake_forgotten(connection)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
         started = time.perf_counter()

@@ -15,7 +15,9 @@ import itertools
 import os
 import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -27,13 +29,13 @@ from followups.database import is_passing
 from followups.dispatch import report
 from followups.dispatch.begin import LEAD, begin
 from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.send import send
+from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -54,10 +56,23 @@ AGAIN = timedelta(milliseconds=50)
 BACKOFF = timedelta(seconds=0.5)
 """How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
+SETTLE_BACKOFF = timedelta(seconds=1)
+"""The same for results, which must be recorded before a tick takes their leases for lost."""
 CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Hinted:
+    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
+
+    lease: Lease
+    task_id: str
+    expires: float
+
+
 log = get_logger(__name__)
 
 
@@ -73,10 +88,12 @@ class Pipeline:
         self._transport = transport
         self._nudge = nudge
         self._clock = DatabaseClock()
-        self._waiting: list[tuple[datetime, int, Lease, str]] = []
+        self._waiting: list[tuple[datetime, int, Hinted]] = []
         self._sequence = itertools.count()
         self._results: list[Attempt] = []
+        self._drained = False
         self._free = settings.concurrency
+        self._suspects = 0
         self._sends: set[asyncio.Task[None]] = set()
         self._draining = False
         self._changed = asyncio.Event()
@@ -108,7 +125,7 @@ class Pipeline:
         asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._main())
-        except Exception:
+        except BaseException:  # SystemExit from a plug-in's code must not end this thread unnoticed
             log.exception("pipeline_died")
             # Fail, and be restarted by whoever watches this process; its leases go to others.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -125,7 +142,9 @@ class Pipeline:
             settler = pumps.create_task(self._keep_settling())
             await self._keep_beginning()
             await self._give_back()
-            await asyncio.gather(*self._sends)
+            while self._sends:
+                await asyncio.gather(*self._sends, return_exceptions=True)
+            self._drained = True
             self._settleable.set()
             await settler
             refresher.cancel()
@@ -136,21 +155,24 @@ class Pipeline:
     # Waiting: leases by the moment they may begin.
 
     def _accept(self, leases: Sequence[Lease], task_id: str = "") -> None:
+        now = time.monotonic()
         for lease in leases:
-            heapq.heappush(self._waiting, (lease.due, next(self._sequence), lease, task_id))
+            ahead = max(self._clock.until(lease.due), 0.0) if self._clock.known else 0.0
+            self._queue(lease.due, Hinted(lease, task_id, now + ahead + self._settings.lease.total_seconds()))
         self._changed.set()
 
-    def _accept_later(self, leases: Sequence[Lease], task_id: str, delay: timedelta) -> None:
-        moment = self._clock.now() + delay
-        for lease in leases:
-            heapq.heappush(self._waiting, (max(moment, lease.due), next(self._sequence), lease, task_id))
+    def _queue(self, moment: datetime, hinted: Hinted) -> None:
+        heapq.heappush(self._waiting, (moment, next(self._sequence), hinted))
+
+    def _again(self, hinted: Hinted, delay: timedelta) -> None:
+        self._queue(max(self._clock.now() + delay, hinted.lease.due), hinted)
 
     def _stop_beginning(self) -> None:
         self._draining = True
         self._changed.set()
 
     async def _give_back(self) -> None:
-        given = [lease for _, _, lease, _ in self._waiting]
+        given = [hinted.lease for _, _, hinted in self._waiting]
         self._waiting.clear()
         if given:
             await self._insist(lambda: self._release(given), "release")
@@ -162,45 +184,62 @@ class Pipeline:
     # Begin: only what has a slot, right before its moment.
 
     async def _keep_beginning(self) -> None:
+        backoff = BACKOFF
         while not self._draining:
             batch = self._ready()
             if not batch:
                 await self._until_something_is_ready()
                 continue
             self._free -= len(batch)
-            leases = [lease for lease, _ in batch]
-            task_ids = {lease.id: task_id for lease, task_id in batch}
+            started = time.monotonic()
+            leases = [hinted.lease for hinted in batch]
             try:
                 beginning = await self._in_thread(partial(begin, self._engine, self._settings, leases))
             except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
                 report.failed("begin", error, self._engine)
-                self._free += len(batch)
-                for lease, task_id in batch:
-                    self._accept_later([lease], task_id, BACKOFF)
+                self._let_go(batch)
+                for hinted in batch:
+                    self._again(hinted, backoff)
+                await asyncio.sleep(backoff.total_seconds())
+                backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
-            self._free += len(batch) - len(beginning.begun)
-            self._follow_up(beginning, task_ids)
+            backoff = BACKOFF
+            self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
-    def _follow_up(self, beginning: Beginning, task_ids: dict[UUID, str]) -> None:
+    def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
         for one in beginning.begun:
-            task = self._loop.create_task(self._deliver(one, task_ids[one.lease.id]))
+            task = self._loop.create_task(self._deliver(one, batch.pop(one.lease.id), started))
             self._sends.add(task)
             task.add_done_callback(self._sends.discard)
+        self._let_go(batch.values())
         report.ended(beginning.ended)
         for lease in beginning.again:
-            self._accept_later([lease], task_ids[lease.id], AGAIN)
+            self._again(batch[lease.id], AGAIN)
         self._accept(beginning.woken)
 
-    def _ready(self) -> list[tuple[Lease, str]]:
+    def _let_go(self, hinted: Collection[Hinted]) -> None:
+        self._free += len(hinted)
+        self._suspects -= sum(one.lease.alone for one in hinted)
+
+    def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        horizon = self._clock.now() + LEAD
+        horizon, now = self._clock.now() + LEAD, time.monotonic()
         most = min(self._free, BEGIN_SIZE)
-        batch: list[tuple[Lease, str]] = []
+        batch: dict[UUID, Hinted] = {}
+        put_off: list[Hinted] = []
         while len(batch) < most and self._waiting and self._waiting[0][0] <= horizon:
-            _, _, lease, task_id = heapq.heappop(self._waiting)
-            batch.append((lease, task_id))
-        return batch
+            _, _, hinted = heapq.heappop(self._waiting)
+            if hinted.expires < now:
+                continue  # the lease ran out in the line; a tick has taken it over, or will
+            if hinted.lease.id in batch or (hinted.lease.alone and self._suspects):
+                put_off.append(hinted)
+                continue
+            self._suspects += hinted.lease.alone
+            batch[hinted.lease.id] = hinted
+        for hinted in put_off:
+            self._again(hinted, AGAIN)
+        return list(batch.values())
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
@@ -214,15 +253,21 @@ class Pipeline:
 
     # Send: one task a call.
 
-    async def _deliver(self, begun: Begun, task_id: str) -> None:
+    async def _deliver(self, begun: Begun, hinted: Hinted, started: float) -> None:
+        limit = self._settings.transport_timeout
+        # A lease, less the call, from before begin asked for it: later, it may be another's when the call ends.
+        latest = started + (self._settings.lease - limit - GRACE).total_seconds()
         try:
-            attempt = await send(self._transport, begun, self._clock, self._settings.transport_timeout)
+            attempt = await send(self._transport, begun, self._clock, limit, latest)
         finally:
-            self._free += 1
+            self._let_go([hinted])
             self._changed.set()
+        if attempt is None:
+            report.abandoned(begun)
+            return
         self._results.append(attempt)
         self._settleable.set()
-        report.attempted(attempt, self._transport.name, task_id)
+        report.attempted(attempt, self._transport.name, hinted.task_id)
 
     # Settle: what was accepted is recorded at once.
 
@@ -235,14 +280,14 @@ class Pipeline:
                 await self._settle(batch)
                 del self._results[: len(batch)]  # others have come behind it meanwhile
                 self._changed.set()
-            if self._draining and not self._sends:
+            if self._drained and not self._sends:
                 return
 
     async def _settle(self, batch: Sequence[Attempt]) -> None:
         backoff = BACKOFF
         while True:
             try:
-                settling = await self._in_thread(lambda: settle(self._engine, self._settings, batch))
+                settling = await self._in_thread(partial(settle, self._engine, self._settings, batch))
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 report.failed("settle", error, self._engine)
@@ -250,20 +295,34 @@ class Pipeline:
                     await self._settle_apart(batch)
                     return
                 await asyncio.sleep(backoff.total_seconds())
-                backoff = min(backoff * 2, LONGEST_BACKOFF)
+                backoff = min(backoff * 2, SETTLE_BACKOFF)
         report.settled(settling)
+        self._settle_later(settling.held, AGAIN)
         self._accept(settling.woken)
         horizon = self._clock.now() + self._settings.tick_interval
         if any(one.next_attempt_at and one.next_attempt_at < horizon for one in settling.settled):
             self._nudge()
 
     async def _settle_apart(self, batch: Sequence[Attempt]) -> None:
-        """Keep one result that the database refuses from holding up the others."""
-        if len(batch) == 1:
+        """Keep one result that the database refuses from holding up the others; it is tried until its lease ends."""
+        if len(batch) > 1:
+            for attempt in batch:
+                await self._settle([attempt])
+        elif time.monotonic() - batch[0].answered < self._settings.lease.total_seconds():
+            self._settle_later(batch, SETTLE_BACKOFF)
+        else:
             log.error("settle_refused", follow_up_id=str(batch[0].begun.lease.id))
-            return
-        for attempt in batch:
-            await self._settle([attempt])
+
+    def _settle_later(self, attempts: Sequence[Attempt], delay: timedelta) -> None:
+        for attempt in attempts:
+            task = self._loop.create_task(self._bring_back(attempt, delay))
+            self._sends.add(task)
+            task.add_done_callback(self._sends.discard)
+
+    async def _bring_back(self, attempt: Attempt, delay: timedelta) -> None:
+        await asyncio.sleep(delay.total_seconds())
+        self._results.append(attempt)
+        self._settleable.set()
 
     # The database, from the loop.
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DBAPIError
+
 from followups.database import is_passing
 from followups.dispatch.settle import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
+from followups.transports.port import Sent
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from followups.dispatch.send import Attempt
     from followups.dispatch.settle import Settling
     from followups.states import Final
+    from followups.store.leases import Begun
 
 log = get_logger(__name__)
 
@@ -29,6 +33,8 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
     begun = attempt.begun
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
+    # What was odd about an answer that nevertheless counts; the transport's own words, never the answer's.
+    odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - begun.due_date).total_seconds()
     metrics.ATTEMPTS.labels(transport=transport, outcome=outcome).inc()
     metrics.ATTEMPT_DURATION.observe(seconds)
@@ -43,7 +49,14 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
         duration_ms=round(seconds * 1000, 2),
         lag_ms=round(lag * 1000, 2),
         task_id=task_id,
+        **odd,
     )
+
+
+def abandoned(begun: Begun) -> None:
+    """Tell of an attempt that was not made, because this process had been frozen past its lease."""
+    metrics.STALE_WRITES.inc()
+    log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.attempt)
 
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
@@ -83,6 +96,12 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         # Its text is left out: a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
+    elif isinstance(error, DBAPIError):
+        diagnosis = getattr(error.orig, "diag", None)
+        constraint = getattr(diagnosis, "constraint_name", None)
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        kind = type(error.orig).__name__
+        log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
     else:
         log.error("step_failed", step=step, exc_info=error)
 

@@ -43,15 +43,20 @@ class Attempt:
     """The same moment by the database's clock."""
 
 
-async def send(transport: Transport, begun: Begun, clock: DatabaseClock, limit: timedelta) -> Attempt:
+async def send(
+    transport: Transport, begun: Begun, clock: DatabaseClock, limit: timedelta, latest: float
+) -> Attempt | None:
     """Wait for the due moment and call the transport once, within ``limit`` and a grace.
 
-    Never early; raises nothing but cancellation.
+    Never early. None, and no call, when it is later than ``latest`` (monotonic seconds): the process was
+    frozen, and the lease may be another's by the time an answer came. Raises nothing but cancellation.
     """
     # A timer may end a little early by another clock, so what is left is looked at again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(wait if wait > SPIN else 0)
     started = time.monotonic()
+    if started > latest:
+        return None
     outcome = await _call(transport, _delivery(begun), limit + GRACE)
     answered = time.monotonic()
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
@@ -63,8 +68,12 @@ async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> O
             return checked(await transport.send(delivery))
     except TimeoutError:
         return Unknown(f"no outcome within {limit.total_seconds():g} s")
-    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything; what it had done is not known
-        # Its text may hold the message, so only its kind is kept.
+    except BaseException as error:
+        task = asyncio.current_task()
+        if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
+            raise
+        # A plug-in may raise anything, SystemExit too; what it had done is not known. The text of the
+        # error may hold the message, so only its kind is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
 
 
@@ -77,7 +86,8 @@ def checked(outcome: object) -> Outcome:
     match outcome:
         case Sent(chat_message_id, status_code, detail):
             named = chat_message_id if isinstance(chat_message_id, UUID) else None
-            return Sent(named, _status_code(status_code), _text(detail))
+            odd = "its name for the message is no UUID" if chat_message_id and not named else _text(detail)
+            return Sent(named, _status_code(status_code), odd)
         case Retry(detail, after, status_code):
             return Retry(_text(detail), _delay(after), _status_code(status_code))
         case Snoozed(detail, after, status_code):
@@ -99,7 +109,9 @@ def _delay(after: object) -> timedelta | None:
 
 
 def _status_code(code: object) -> int | None:
-    return code if isinstance(code, int) and 0 <= code < HIGHEST_STATUS_CODE else None
+    if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < HIGHEST_STATUS_CODE:
+        return None
+    return int(code)  # an HTTPStatus is one too, and no array of numbers to the database
 
 
 def _delivery(begun: Begun) -> Delivery:

@@ -42,6 +42,8 @@ class Settling:
     settled: tuple[Settled, ...]
     stale: int
     """Results that came after the lease had gone to another worker; nothing was written."""
+    held: tuple[Attempt, ...]
+    """To be settled shortly: somebody's open transaction holds the row."""
     woken: tuple[Lease, ...]
     """Next in their chats after what ended; leased to the caller."""
 
@@ -59,7 +61,10 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> S
         )
         ended = [one.id for one in settled if one.status in FINAL]
         woken = order.wake_and_lease(connection, ended, settings.lease)
-    return Settling(tuple(settled), len(attempts) - len(settled), tuple(woken))
+        missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
+        in_flight = settlement.still_in_flight(connection, missing) if missing else set()
+    held = tuple(a for a in attempts if a.begun.lease.id in in_flight)
+    return Settling(tuple(settled), len(attempts) - len(settled) - len(held), held, tuple(woken))
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:

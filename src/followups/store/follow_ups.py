@@ -47,10 +47,10 @@ def insert_follow_up(
     return created
 
 
-_ONE = select(FollowUp).where(FollowUp.id == bindparam("id"))
+_ONE = select(FollowUp).where(FollowUp.id == bindparam("id")).execution_options(populate_existing=True)
 _MINE = _ONE.where(FollowUp.workspace_id == bindparam("workspace_id"))
 _ONE_LOCKED, _MINE_LOCKED = (
-    query.with_for_update(key_share=True).execution_options(populate_existing=True) for query in (_ONE, _MINE)
+    query.where(FollowUp.begun_at.is_(None)).with_for_update(key_share=True) for query in (_ONE, _MINE)
 )
 
 
@@ -60,8 +60,11 @@ def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> Fol
     return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 
 
-def find_and_lock(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
-    """Return the follow-up as it is now, locked until the transaction ends, or None."""
+def find_and_lock_if_not_begun(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
+    """Return the follow-up as it is now, locked until the transaction ends; None if there is none, or it is in flight.
+
+    One in flight is never locked: its settlement must not wait for a caller's transaction.
+    """
     query = _ONE_LOCKED if workspace_id is None else _MINE_LOCKED
     return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 

@@ -2,7 +2,7 @@
 
 Each is one guarded, batched statement. The guard is in the SQL: a row that does not come back had been
 taken, ended or claimed anew by somebody else, which is an answer and no accident. Statements here never
-wait behind a caller's open transaction, but for `settle_if_in_flight`, whose rows nobody else may hold.
+wait behind somebody's open transaction: what it holds is skipped, said so, and tried again.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Lease:
     id: UUID
     token: int
     due: datetime
+    alone: bool = False
+    """It may be what killed its workers: no other such is sent by the same process at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +46,31 @@ class Claimed:
     cancel_requested: str | None
 
 
+SUSPECT_LOSSES = 2
+"""Leases lost in flight after which a follow-up is sent alone: one loss may have been the neighbour's doing."""
+
 _DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 
-# The first rows of the index are those in flight, then come the free ones: looking at no more than
-# :window rows bounds both what is in flight and what a tick costs.
+# Rows in flight are the first of the index, but for what came in behind with an earlier due date. Looking at
+# no more than :seen_most rows bounds what a tick costs; what somebody holds is passed over, not waited for.
 _CLAIM = text(f"""
     WITH head AS MATERIALIZED (
         SELECT f.id, f.lease_until IS NULL OR f.lease_until <= now() AS free
           FROM follow_ups f
          WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
          ORDER BY {_DUE}, f.id
-         LIMIT :window
-    ), free AS MATERIALIZED (
-        SELECT id FROM head WHERE free LIMIT :most
+         LIMIT :seen_most
     ), taken AS MATERIALIZED (
         SELECT f.id, f.begun_at IS NOT NULL AS lost
-          FROM free
+          FROM head
          CROSS JOIN LATERAL (
              SELECT f.id, f.begun_at FROM follow_ups f
-              WHERE f.id = free.id AND f.status = 'pending' AND f.waits_for IS NULL
+              WHERE f.id = head.id AND f.status = 'pending' AND f.waits_for IS NULL
                 AND {_DUE} <= now() + CAST(:ahead AS interval) AND (f.lease_until IS NULL OR f.lease_until <= now())
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
+         WHERE head.free
+         LIMIT LEAST(:most, GREATEST(0, :window - (SELECT count(*) FROM head WHERE NOT free)))
     ), claimed AS (
         UPDATE follow_ups f
            SET lease_token = f.lease_token + 1,
@@ -77,7 +82,7 @@ _CLAIM = text(f"""
          WHERE f.id = taken.id
         RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
     )
-    SELECT claimed.*, (SELECT count(*) FROM head) AS seen
+    SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased
       FROM (SELECT) one LEFT JOIN claimed ON true
      ORDER BY claimed.due, claimed.id
 """)  # noqa: S608 - no input, only the constant above
@@ -91,13 +96,20 @@ def claim(
     Expired leases are taken over; the earliest due come first. The second value says that there may be
     more: the claim or the window was full.
     """
-    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease, "window": window, "most": most}).all()
+    limits = {"window": window, "most": most, "seen_most": window + most}
+    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease} | limits).all()
     claimed = [
-        Claimed(Lease(row.id, row.lease_token, row.due), row.lost, row.attempts, row.losses, row.cancel_requested)
+        Claimed(
+            Lease(row.id, row.lease_token, row.due, alone=row.losses >= SUSPECT_LOSSES),
+            row.lost,
+            row.attempts,
+            row.losses,
+            row.cancel_requested,
+        )
         for row in rows
         if row.id is not None
     ]
-    return claimed, len(claimed) >= most or rows[0].seen >= window
+    return claimed, len(claimed) >= most or rows[0].leased + len(claimed) >= window
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ filter all four states are that filter, which saves an index that every write wo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, text
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
+    from sqlalchemy import Executable
     from sqlalchemy.orm import Session
 
 MAX_ROWS = 2**62
@@ -48,8 +50,7 @@ def page(
         return [], False
     statement, parameters = statement_of(workspace_id, wanted)
     parameters |= {"offset": offset, "size": page_size + 1, "most": offset + page_size + 1}
-    query = select(FollowUp).from_statement(text(statement).columns(*FollowUp.__table__.columns))
-    rows = session.scalars(query, parameters, execution_options={"populate_existing": True}).all()
+    rows = session.scalars(_query(statement), parameters).all()
     return rows[:page_size], len(rows) > page_size
 
 
@@ -60,6 +61,12 @@ def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[s
     if workspace_id is not None:
         parameters["workspace_id"] = workspace_id
     return _statement(leading, tuple(others), one_workspace=workspace_id is not None), parameters
+
+
+@lru_cache(maxsize=64)  # more than there are combinations of filters
+def _query(statement: str) -> Executable:
+    found = select(FollowUp).from_statement(text(statement).columns(*FollowUp.__table__.columns))
+    return found.execution_options(populate_existing=True)
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}

@@ -35,10 +35,13 @@ _PARK = text("""
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
                AS b(id, token, earlier)
          CROSS JOIN LATERAL (
-             SELECT f.id FROM follow_ups f
+             SELECT f.* FROM follow_ups f
               WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NULL
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
+          -- It was before this one when looked for; now that it is locked, it must still be.
+          JOIN follow_ups e ON e.id = b.earlier AND e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id
+           AND (e.due_date, e.id) < (f.due_date, f.id)
     )
     UPDATE follow_ups f SET waits_for = held.earlier, lease_until = NULL
       FROM held
@@ -62,17 +65,38 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 # What waits is pending: a constraint holds it. Saying so again would let the planner walk the index of
-# all that is pending instead of the few that wait.
-_WAKE = text("""
-    UPDATE follow_ups SET waits_for = NULL
-     WHERE waits_for = ANY(CAST(:ids AS uuid[])) AND waits_for IS NOT NULL
-""")
+# all that is pending instead of the few that wait. What somebody holds is left to `wake_forgotten`.
+_WAITING = """
+    SELECT f.id FROM follow_ups f
+     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL
+       FOR NO KEY UPDATE SKIP LOCKED
+"""
 
-_WAKE_AND_LEASE = text("""
+_WAKE = text(f"""
+    WITH held AS MATERIALIZED ({_WAITING})
+    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
+""")  # noqa: S608 - no input, only the constant above
+
+_WAKE_AND_LEASE = text(f"""
+    WITH held AS MATERIALIZED ({_WAITING})
     UPDATE follow_ups f
        SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
-     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL
+      FROM held
+     WHERE f.id = held.id
     RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due
+""")  # noqa: S608 - no input, only the constant above
+
+_WAKE_FORGOTTEN = text("""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM follow_ups f
+         WHERE f.waits_for IS NOT NULL AND NOT EXISTS (
+               SELECT FROM follow_ups e
+                WHERE e.id = f.waits_for AND e.status = 'pending' AND e.workspace_id = f.workspace_id
+                  AND e.chat_id = f.chat_id AND (e.due_date, e.id) < (f.due_date, f.id))
+         LIMIT 1000
+           FOR NO KEY UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
 """)
 
 
@@ -88,3 +112,8 @@ def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timed
         return []
     rows = connection.execute(_WAKE_AND_LEASE, {"ids": list(ended), "lease": lease})
     return [Lease(row.id, row.lease_token, row.due) for row in rows]
+
+
+def wake_forgotten(connection: Connection) -> int:
+    """Wake what waits for nothing any more, because somebody held it when its turn came; return how many."""
+    return connection.execute(_WAKE_FORGOTTEN).rowcount

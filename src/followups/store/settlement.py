@@ -62,7 +62,7 @@ _SETTLE = text(f"""
          CROSS JOIN LATERAL (
              SELECT FROM follow_ups f
               WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
-                FOR NO KEY UPDATE
+                FOR NO KEY UPDATE SKIP LOCKED
          ) f
     )
     UPDATE follow_ups f
@@ -85,7 +85,7 @@ _SETTLE = text(f"""
 
 
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Record what became of attempts in flight; what does not come back was a stale writer's."""
+    """Record what became of attempts in flight; what does not come back is held by somebody, or not ours any more."""
     parameters = {
         "ids": [s.lease.id for s in settlements],
         "tokens": [s.lease.token for s in settlements],
@@ -102,6 +102,23 @@ def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement
         Settled(row.id, Status(row.status), row.reason, row.lag, row.next_attempt_at)
         for row in connection.execute(_SETTLE, parameters)
     ]
+
+
+_IN_FLIGHT = text("""
+    SELECT b.id
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
+     CROSS JOIN LATERAL (
+         SELECT FROM follow_ups f
+          WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+         OFFSET 0
+     ) f
+""")
+
+
+def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
+    """Return which of the leases are in flight still: what was not settled only because somebody holds the row."""
+    parameters = {"ids": [lease.id for lease in leases], "tokens": [lease.token for lease in leases]}
+    return set(connection.scalars(_IN_FLIGHT, parameters))
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,8 @@ def valid_requests_are_accepted(
     if response.status_code == 422:
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}
+        if all("should lie in the years" in error["detail"] for error in problem["errors"]):
+            return None  # RFC 3339 knows more years than a clock does
         is_change = case.method.upper() == "PATCH" and pointers <= TOGETHER
         if is_change or problem["type"].rpartition("/")[2] in RULES:
             return None

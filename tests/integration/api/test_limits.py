@@ -3,46 +3,20 @@
 from __future__ import annotations
 
 import socket
-import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-import httpx
 import pytest
-import uvicorn
 
-from followups.api import app, gate, server
+from followups.api import gate, server
 from followups.store import follow_ups
-from web import FOLLOW_UPS, is_problem, key_of
+from web import FOLLOW_UPS, client_of, is_problem, key_of, served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from followups.settings import Settings
     from world import World
-
-
-@contextmanager
-def served(settings: Settings) -> Iterator[tuple[str, int]]:
-    """Serve the application in a thread of this process, for what a test must reach into; yield where."""
-    application = app.create_app(settings, nudge=lambda: None)
-    config = uvicorn.Config(application, http=server.LimitedProtocol, log_config=None, lifespan="on", ws="none")
-    running = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=running.run, args=([listener],))
-        thread.start()
-        try:
-            yield listener.getsockname()
-        finally:
-            running.should_exit = True
-            thread.join()
-
-
-def client_of(place: tuple[str, int], key: str = "") -> httpx.Client:
-    """Return a client with a key."""
-    url = f"http://{place[0]}:{place[1]}"
-    return httpx.Client(base_url=url, headers={"authorization": key}, timeout=20, verify=False)  # noqa: S501 - no TLS
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:

@@ -130,8 +130,20 @@ def test_transitions_are_counted_once(api: Api) -> None:
     assert _cancelled(api) == before + 3
 
 
+def test_naming_the_chat_message_is_no_transition(api: Api) -> None:
+    """A sent follow-up that gets its chat message's id later was sent once."""
+    sent = {"status": "sent", "code": ""}
+    before, created = _ended(api, sent), api.create()
+    api.patch(created, status="sent", finishedAt="2020-01-01T00:00:00Z")
+    api.patch(created, status="sent", chatMessageId=str(uuid4()))
+    assert _ended(api, sent) == before + 1
+
+
 def _cancelled(api: Api) -> float:
+    return _ended(api, {"status": "cancelled", "code": "human_takeover"})
+
+
+def _ended(api: Api, labels: dict[str, str]) -> float:
     families = text_string_to_metric_families(api.get("/metrics").text)
-    taken_over = {"status": "cancelled", "code": "human_takeover"}
-    samples = [sample for family in families for sample in family.samples if sample.labels == taken_over]
+    samples = [sample for family in families for sample in family.samples if sample.labels == labels]
     return sum(sample.value for sample in samples if sample.name == "followups_transitions_total")

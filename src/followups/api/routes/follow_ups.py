@@ -103,7 +103,7 @@ def change_follow_up(
     with caller.transaction() as work:
         changes = _without_nulls(work, id, given)
         changed = scheduling.amend(work.session, id, changes, workspace_id=work.workspace_id)
-        work.report(changed)
+        work.report(changed, changes.get("finished_at"))
     return answers.answer(answers.one(FollowUp, changed))
 
 

@@ -126,6 +126,10 @@ def upgrade() -> None:
             "attempts >= 0 AND losses >= 0 AND snoozes >= 0", name=op.f("ck_follow_ups_budgets_are_counts")
         ),
         sa.CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name=op.f("ck_follow_ups_begun_holds_lease")),
+        sa.CheckConstraint(
+            "due_date >= '0002-01-01 00:00:00+00' AND due_date < '9999-01-01 00:00:00+00'",
+            name=op.f("ck_follow_ups_due_date_is_readable"),
+        ),
         sa.CheckConstraint("waits_for IS NULL OR status = 'pending'", name=op.f("ck_follow_ups_waiting_is_pending")),
         sa.CheckConstraint("char_length(message) BETWEEN 1 AND 65536", name=op.f("ck_follow_ups_message_has_text")),
         sa.ForeignKeyConstraint(

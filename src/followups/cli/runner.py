@@ -1,0 +1,41 @@
+"""The Procfile's ``release`` under ``honcho start``: a process that may not end.
+
+Honcho stops every process as soon as one ends, so a release that is done would take web, worker and beat
+with it. Started together with them, it stays until they are stopped; started by itself (``honcho start
+release``, ``honcho run followups migrate``, a platform's release phase) it ends as it should.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+
+from followups.cli.signals import StopSignals
+
+ANCESTORS = 4
+"""Between this process and honcho stand a shell and honcho's own child."""
+
+
+def is_started_with_others() -> bool:
+    """Say whether this is the release process of a ``honcho start`` that names no process, and so starts all."""
+    is_release = os.environ.get("HONCHO_PROCESS_NAME", "").startswith("release.")
+    return is_release and "release" not in _words_of_ancestors()
+
+
+def stay() -> None:
+    """Return when it is told to stop."""
+    with StopSignals(), suppress(KeyboardInterrupt):
+        while True:
+            signal.pause()
+
+
+def _words_of_ancestors() -> set[str]:
+    words, pid = set[str](), os.getppid()
+    # Without /proc nobody can tell, and starting all is what people do.
+    with suppress(OSError, IndexError):
+        for _ in range(ANCESTORS):
+            words.update(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
+            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    return words

@@ -1,0 +1,222 @@
+"""Requests a second and p99 of create, list and patch, beside a bare FastAPI endpoint that does one INSERT.
+
+``uv run python tests/benchmarks/bench_api.py`` starts PostgreSQL and Valkey, both servers as processes, each
+with the same pool and the same uvicorn, and takes turns between them. Asserts nothing: what matters is the
+ratio of create to the bare one on the same machine, in the same run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from uuid import UUID, uuid4
+
+import psutil
+from fastapi import FastAPI
+from pydantic import AwareDatetime, BaseModel
+from sqlalchemy import insert
+
+from followups.api.app import POOL_SIZE
+from followups.api.server import serve
+from followups.database import make_engine, migrate
+from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
+from followups.models import FollowUp
+from followups.settings import load_settings
+from web import CHAT_MESSAGES, FOLLOW_UPS, Api, start
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONNECTIONS = 16
+ROUNDS = 8
+SECONDS = 1.0
+"""Of one turn."""
+
+BARE = "/bare"
+
+
+class Bare(BaseModel):
+    """The body of the bare endpoint: as ours."""
+
+    workspace_id: UUID
+    chat_id: UUID
+    due_date: AwareDatetime
+    message: str
+
+
+class BareRow(Bare):
+    """What it answers."""
+
+    id: UUID
+    created_at: datetime
+
+
+def bare_app() -> FastAPI:
+    """Return FastAPI with one INSERT: no key, no rules, no limits."""
+    engine = make_engine(os.environ["DATABASE_URL"], pool_size=POOL_SIZE)
+    app = FastAPI()
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        return {"status": "up"}
+
+    @app.post(BARE, status_code=201)
+    def create(body: Bare) -> BareRow:
+        values = body.model_dump() | {"trigger_chat_message_id": body.chat_id}
+        with engine.begin() as connection:
+            row = connection.execute(
+                insert(FollowUp).values(**values).returning(FollowUp.id, FollowUp.created_at)
+            ).one()
+        return BareRow(id=row.id, created_at=row.created_at, **body.model_dump())
+
+    return app
+
+
+@dataclass
+class Load:
+    """One kind of request, sent over and over, and what came of it."""
+
+    name: str
+    url: str
+    make: Callable[[], bytes]
+    """The next request, head and body."""
+    expected: bytes
+    server: psutil.Process
+    times: list[float] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+    """Seconds of the server's processor time for one request."""
+
+
+async def send_for(load: Load, end: float) -> int:
+    """Send one request after the other on a connection of its own until ``end``; return how many."""
+    place = urlsplit(load.url)
+    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    sent = 0
+    while time.perf_counter() < end:
+        begun = time.perf_counter()
+        writer.write(load.make())
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        body = await reader.readexactly(length)
+        load.times.append(time.perf_counter() - begun)
+        if not head.startswith(b"HTTP/1.1 " + load.expected):
+            raise RuntimeError((head + body).decode())
+        sent += 1
+    writer.close()
+    return sent
+
+
+async def turn(load: Load) -> None:
+    """Load the server from several connections for a while."""
+    begun, before = time.perf_counter(), load.server.cpu_times()
+    counts = await asyncio.gather(*(send_for(load, begun + SECONDS) for _ in range(CONNECTIONS)))
+    load.rates.append(sum(counts) / (time.perf_counter() - begun))
+    after = load.server.cpu_times()
+    load.processor.append((after.user + after.system - before.user - before.system) / sum(counts))
+
+
+def request(method: str, path: str, key: str, body: Any = None) -> bytes:
+    """Return a request's bytes."""
+    content = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\ncontent-type: application/json\r\n"
+    return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
+
+
+def loads_of(api: Api, server: psutil.Process, bare_url: str, bare_server: psutil.Process) -> list[Load]:
+    """Return what is measured."""
+    chats = [str(uuid4()) for _ in range(200)]
+    for chat_id in chats:
+        api.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
+    created = [api.create(chat_id)["id"] for chat_id in chats]
+    due = (datetime.now(UTC) + timedelta(days=2)).isoformat()
+    number = iter(range(10**9))
+
+    def pick(values: list[str]) -> str:
+        return values[next(number) % len(values)]
+
+    def bare() -> bytes:
+        body = {
+            "workspace_id": str(api.world.workspace_id),
+            "chat_id": pick(chats),
+            "due_date": due,
+            "message": "Hello",
+        }
+        return request("POST", BARE, "", body)
+
+    def create() -> bytes:
+        return request("POST", FOLLOW_UPS, api.key, {"chatId": pick(chats), "dueDate": due, "message": "Hello"})
+
+    def page() -> bytes:
+        return request("GET", f"{FOLLOW_UPS}?statuses=pending", api.key)
+
+    def patch() -> bytes:
+        return request("PATCH", f"{FOLLOW_UPS}/{pick(created)}", api.key, {"message": str(next(number))})
+
+    return [
+        Load("bare INSERT", bare_url, bare, b"201", bare_server),
+        Load("create", api.url, create, b"201", server),
+        Load("list (10)", api.url, page, b"200", server),
+        Load("patch", api.url, patch, b"200", server),
+    ]
+
+
+def report(loads: list[Load]) -> None:
+    """Print the figures: medians over the rounds; ratios are taken within each, so that other load cancels out."""
+    bare = loads[0].rates
+    sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
+    for load in loads:
+        rate, times = statistics.median(load.rates), sorted(load.times)
+        ratio = statistics.median(mine / its for mine, its in zip(load.rates, bare, strict=True))
+        processor = statistics.median(load.processor) * 1000
+        p50, p99 = times[len(times) // 2] * 1000, times[len(times) * 99 // 100] * 1000
+        sys.stdout.write(f"{load.name:12} {rate:10.0f} {ratio:8.2f} {p50:8.1f} {p99:8.1f} {processor:8.2f}\n")
+
+
+def main() -> None:
+    """Start everything, measure by turns, print."""
+    with EmbeddedPostgres() as postgres, EmbeddedValkey() as valkey, Processes() as processes:
+        database_url = postgres.create_database("bench")
+        migrate(database_url)
+        settings = load_settings(
+            database_url=database_url, broker_url=valkey.url(), transport_url="http://127.0.0.1:9/", rate_limit=10**8
+        )
+        web, url = start(processes, settings.environment())
+        port = free_port()
+        bare_url = f"http://127.0.0.1:{port}"
+        bare = processes.spawn(
+            "bare",
+            [sys.executable, __file__, "--bare", str(port)],
+            environment={"DATABASE_URL": database_url},
+            ready=answers(f"{bare_url}/healthz"),
+        )
+        engine = make_engine(database_url)
+        api = Api(url, World(engine))
+        loads = loads_of(api, psutil.Process(web.pid), bare_url, psutil.Process(bare.pid))
+        for number in range(ROUNDS + 1):
+            for load in loads:
+                asyncio.run(turn(load))
+            if number == 0:  # warm now
+                for load in loads:
+                    load.times.clear()
+                    load.rates.clear()
+                    load.processor.clear()
+        report(loads)
+        api.client.close()
+        engine.dispose()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--bare"]:
+        serve(bare_app(), "127.0.0.1", int(sys.argv[2]))
+    else:
+        main()

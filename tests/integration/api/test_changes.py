@@ -1,0 +1,186 @@
+"""Changes of follow-ups, against the running process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+
+from web import in_days, is_problem, pointers
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from web import Api
+
+
+class TestChange:
+    """PATCH of a pending follow-up."""
+
+    def test_fields(self, api: Api) -> None:
+        """Every field of a pending follow-up changes, and the others stay."""
+        before, chat_id = api.create(), api.chat()
+        changes = {
+            "chatId": chat_id,
+            "chatMessageId": str(uuid4()),
+            "dueDate": "2036-01-01T00:00:00Z",
+            "message": "New",
+            "triggerChatMessageId": str(uuid4()),
+        }
+        answer = api.patch(before, **changes)
+        assert answer.status_code == 200
+        after = answer.json()
+        assert after == before | changes | {"updatedAt": after["updatedAt"]}
+        assert after["updatedAt"] > before["updatedAt"]
+        assert api.read(before) == after
+
+    def test_nothing(self, api: Api) -> None:
+        """A change of nothing, or to what is so already, changes nothing: not even `updatedAt`."""
+        before = api.create()
+        same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
+        del same["reason"]
+        for changes in ({}, same, {"reason": None, "finishedAt": None, "chatMessageId": None}):
+            assert api.patch(before, **changes).json() == before
+
+    def test_new_due_date_takes_the_lease_back(self, api: Api) -> None:
+        """A reschedule makes every earlier hint stale."""
+        before = api.create()
+        api.world.sql(
+            "UPDATE follow_ups SET lease_token = 7, lease_until = now() + interval '1 min', next_attempt_at = now()"
+        )
+        assert api.patch(before, dueDate=in_days(3)).status_code == 200
+        row = api.world.row(UUID(before["id"]))
+        assert (row.lease_token, row.lease_until, row.next_attempt_at) == (8, None, None)
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"status": "cancelled"}, "cancelled_by_api"),
+            ({"status": "cancelled", "reason": None}, "cancelled_by_api"),
+            ({"status": "cancelled", "reason": "He called"}, "He called"),
+            ({"status": "failed"}, "failed_by_api"),
+            ({"status": "failed", "reason": "rejected: by hand"}, "rejected: by hand"),
+            ({"status": "sent"}, None),
+            ({"status": "sent", "chatMessageId": str(uuid4())}, None),
+        ],
+    )
+    def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
+        """A final status ends it, with the caller's reason or the code that stands for none; again is no change."""
+        created = api.create()
+        ended = api.patch(created, **changes).json()
+        assert (ended["status"], ended["reason"]) == (changes["status"], reason)
+        assert ended["finishedAt"] == ended["updatedAt"]
+        again = api.patch(created, **changes)
+        assert (again.status_code, again.json()) == (200, ended)
+
+    def test_finished_at(self, api: Api) -> None:
+        """The time of the end may be the caller's."""
+        ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
+        assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
+
+    @pytest.mark.parametrize(
+        ("changes", "pointer"),
+        [
+            ({"reason": "x"}, "#/reason"),
+            ({"reason": "x", "status": "pending"}, "#/reason"),
+            ({"finishedAt": "2020-01-01T00:00:00Z"}, "#/finishedAt"),
+            ({"status": "sent", "reason": "x"}, "#/reason"),
+            ({"status": "cancelled", "reason": ""}, "#/reason"),
+            ({"status": "cancelled", "reason": "a\x00"}, "#/reason"),
+            ({"status": "cancelled", "reason": "x" * 2001}, "#/reason"),
+            ({"status": "done"}, "#/status"),
+            ({"status": None}, "#/status"),
+            ({"dueDate": None}, "#/dueDate"),
+            ({"dueDate": "2030-01-01T00:00:00"}, "#/dueDate"),
+            ({"message": None}, "#/message"),
+            ({"message": ""}, "#/message"),
+            ({"chatId": None}, "#/chatId"),
+            ({"duedate": "2030-01-01T00:00:00Z"}, "#/duedate"),
+            ({"id": str(uuid4())}, "#/id"),
+        ],
+    )
+    def test_bad_change(self, api: Api, changes: dict[str, Any], pointer: str) -> None:
+        """A change that is not allowed is 422, points at its field, and changes nothing."""
+        before = api.create()
+        assert pointers(is_problem(api.patch(before, **changes), 422, "invalid-request")) == [pointer]
+        assert api.read(before) == before
+
+    def test_null_takes_nothing_away(self, api: Api) -> None:
+        """A value that is there is not taken away by null."""
+        created = api.create()
+        api.patch(created, chatMessageId=str(uuid4()))
+        assert pointers(is_problem(api.patch(created, chatMessageId=None), 422, "invalid-request")) == [
+            "#/chatMessageId"
+        ]
+
+    def test_not_there(self, api: Api) -> None:
+        """A follow-up or chat that nobody has is 404."""
+        nobody = {"id": str(uuid4())}
+        for changes in ({}, {"message": "x"}, {"chatMessageId": None}, {"dueDate": in_days(1)}):
+            is_problem(api.patch(nobody, **changes), 404, "not-found")
+        is_problem(api.patch(api.create(), chatId=str(uuid4())), 404, "not-found")
+
+    def test_chat_of_the_user(self, api: Api) -> None:
+        """It cannot move into a chat whose user wrote last."""
+        is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
+
+    def test_messaging_window(self, api: Api) -> None:
+        """A new due date must lie in the window, too."""
+        created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
+        is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
+        assert api.patch(created, dueDate=in_days(0.6)).status_code == 200
+
+
+class TestFinished:
+    """PATCH of a follow-up that has ended, or that is being sent at this moment."""
+
+    @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
+    def test_never_changes(self, api: Api, status: str) -> None:
+        """What has ended refuses every change: 409."""
+        created = api.create()
+        ended = api.patch(created, status=status).json()
+        others = {"sent", "failed", "cancelled", "pending"} - {status}
+        for changes in (
+            {"message": "x"},
+            {"dueDate": in_days(1)},
+            {"status": others.pop()},
+            {"status": others.pop()},
+            {"status": others.pop()},
+            {"status": status, "finishedAt": "2020-01-01T00:00:00Z"},
+        ):
+            is_problem(api.patch(created, **changes), 409, "already-finished")
+        assert api.read(created) == ended
+
+    def test_chat_message_may_be_named_once(self, api: Api) -> None:
+        """The chat message of a sent follow-up may be filled in while there is none; and of no other."""
+        sent, failed, name = api.create(), api.create(), str(uuid4())
+        api.patch(sent, status="sent")
+        api.patch(failed, status="failed")
+        assert api.patch(sent, chatMessageId=name).json()["chatMessageId"] == name
+        assert api.patch(sent, chatMessageId=name).status_code == 200
+        is_problem(api.patch(sent, chatMessageId=str(uuid4())), 409, "already-finished")
+        is_problem(api.patch(failed, chatMessageId=name), 409, "already-finished")
+
+    def test_in_flight(self, api: Api) -> None:
+        """While an attempt is in flight every change is 409, says when to come again, and changes nothing."""
+        created = api.create()
+        api.world.sql(
+            "UPDATE follow_ups SET begun_at = now(), lease_until = now() + interval '1 min' WHERE id = :id",
+            id=created["id"],
+        )
+        for changes in ({"message": "x"}, {"dueDate": in_days(1)}, {"status": "cancelled"}):
+            answer = api.patch(created, **changes)
+            is_problem(answer, 409, "delivery-in-progress")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert api.patch(created, message=created["message"]).json() == created
+
+    def test_earlier_end_wakes_the_later(self, api: Api) -> None:
+        """A follow-up that waited for the one that is cancelled here may be claimed again."""
+        chat_id = api.chat()
+        first, second = api.create(chat_id), api.create(chat_id)
+        api.world.sql(
+            "UPDATE follow_ups SET waits_for = :first WHERE id = :second", first=first["id"], second=second["id"]
+        )
+        api.patch(first, status="cancelled")
+        assert api.world.row(UUID(second["id"])).waits_for is None

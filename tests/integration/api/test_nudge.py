@@ -1,0 +1,39 @@
+"""What is due before the next tick asks for one at once, after its commit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from web import Api, in_days, served
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+    from world import World
+
+SOON = 0.1 / 86_400
+"""Days: within the next two ticks."""
+
+
+def test_nudge(settings: Settings, world: World) -> None:
+    """A create or a reschedule for now, or an end that others may have waited for, nudges; nothing else does."""
+    nudges: list[int] = []
+
+    def nudge() -> None:
+        nudges.append(world.scalar("SELECT count(*) FROM follow_ups"))
+
+    with served(settings, nudge) as place:
+        api = Api(f"http://{place[0]}:{place[1]}", world)
+        with api.client:
+            later = api.create(due=in_days(1))
+            api.patch(later, message="x")
+            api.message(later["chatId"], "agent")
+            assert nudges == []
+            api.create(due=in_days(-1))
+            assert nudges == [2]  # the row was there already
+            api.patch(later, dueDate=in_days(SOON))
+            assert nudges == [2, 2]
+            api.patch(later, status="cancelled")
+            assert nudges == [2, 2, 2]
+            api.patch(later, status="cancelled")
+            api.patch(later, message="refused")
+            assert nudges == [2, 2, 2]
