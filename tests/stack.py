@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from world import World
 
 CELERY = (str(Path(sys.executable).with_name("celery")), "-A", "followups.worker")
-PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
@@ -123,16 +122,13 @@ class Stack:
         path = f"/sandbox/chats/{chat_id}/behaviour" if chat_id else "/sandbox/behaviour"
         self._call("PUT", path, behaviour)
 
-    def pending(self) -> int:
-        """Return how many follow-ups are pending."""
-        return self.world.scalar(PENDING)
+    def pending(self, *ids: UUID) -> int:
+        """Return how many follow-ups (of these) are pending."""
+        return sum(row.status == "pending" for row in self.world.rows(*ids))
 
     def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
         """Wait until none of these (none given: nothing at all) is pending."""
-        if ids:
-            wait_until(lambda: all(self.world.row(one).status != "pending" for one in ids), within)
-        else:
-            wait_until(lambda: self.pending() == 0, within)
+        wait_until(lambda: self.pending(*ids) == 0, within, every=0.1)
 
     def broker(self) -> redis.Redis:
         """Return a client of the broker."""

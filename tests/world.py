@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -47,6 +47,41 @@ class World:
         """Return the row as it is now."""
         with self.engine.connect() as connection:
             return connection.execute(select(FollowUp.__table__).where(FollowUp.id == follow_up_id)).one()
+
+    def rows(self, *ids: UUID) -> list[Any]:
+        """Return id and status of these, or of all."""
+        query = select(FollowUp.id, FollowUp.status)
+        with self.engine.connect() as connection:
+            return list(connection.execute(query.where(FollowUp.id.in_(ids)) if ids else query))
+
+    def burst(self, due: list[timedelta]) -> list[UUID]:
+        """Insert one pending follow-up for each, in a chat of its own, in one transaction."""
+        chats = [
+            {
+                "workspace_id": self.workspace_id,
+                "id": uuid4(),
+                "last_message_id": uuid4(),
+                "last_message_role": "agent",
+                "last_message_at": datetime.now(UTC),
+            }
+            for _ in due
+        ]
+        with self.engine.begin() as connection:
+            now = connection.execute(text("SELECT now()")).scalar_one()
+            follow_ups = [
+                {
+                    "id": uuid4(),
+                    "workspace_id": self.workspace_id,
+                    "chat_id": chat["id"],
+                    "message": "Still there?",
+                    "due_date": now + ahead,
+                    "trigger_chat_message_id": chat["last_message_id"],
+                }
+                for chat, ahead in zip(chats, due, strict=True)
+            ]
+            connection.execute(insert(Chat), chats)
+            connection.execute(insert(FollowUp), follow_ups)
+        return [one["id"] for one in follow_ups]
 
     def failures(self, follow_up_id: UUID) -> list[tuple[int, str, str]]:
         """Return number, outcome and detail of its failed attempts, oldest first."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import urllib.request
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from uuid import uuid4
 
 from followups.cli import main
 from followups.cli.rest import Rest
+from followups.database import downgrade
 from followups.embedded import free_port
 from process_tree import assert_gone, descendants, needs_proc
 from stack import wait_until
@@ -36,11 +38,19 @@ def get(url: str) -> bytes | None:
         return None
 
 
-def api_key(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def honcho_start(*arguments: str) -> list[str]:
+    """Return the command that starts the Procfile's processes."""
+    return [str(BINARIES / "honcho"), "-f", str(ROOT / "Procfile"), "start", *arguments]
+
+
+def environment_of(stack: Stack, **more: str) -> dict[str, str]:
+    """Return the environment in which honcho finds the settings and this installation's commands."""
+    return {**stack.environment(), "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}", **more}
+
+
+def api_key(capsys: pytest.CaptureFixture[str]) -> str:
     """Make a workspace and an API key, as an operator does."""
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert main(["migrate"]) == main(["workspace", "create", "acme"]) == 0
+    assert main(["workspace", "create", "acme"]) == 0
     capsys.readouterr()
     assert main(["api-key", "create", "--workspace", "acme"]) == 0
     return capsys.readouterr().out.strip()
@@ -50,29 +60,36 @@ def api_key(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys
 def test_honcho_runs_every_process(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Under honcho a follow-up goes from the API to the receiver, Flower shows the worker, SIGTERM ends all of them."""
+    """`honcho start` on an empty database migrates it, a follow-up goes through every process, SIGTERM ends all."""
+    for name, value in stack.environment().items():
+        monkeypatch.setenv(name, value)
+    downgrade(stack.settings.database_url.get_secret_value(), "base")
     stack.sandbox()
     port, flower_port = free_port(), free_port()
-    environment = stack.environment() | {
-        "FLOWER_PORT": str(flower_port),
-        "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
-    }
-    key = api_key(stack.environment(), monkeypatch, capsys)
-    honcho_start = [str(BINARIES / "honcho"), "-f", str(ROOT / "Procfile"), "start", "-p", str(port)]
-    command = [*honcho_start, "web", "worker", "beat", "flower"]
-    honcho = stack.processes.spawn("honcho", command, environment=environment)
+    environment = environment_of(stack, FLOWER_PORT=str(flower_port))
+    honcho = stack.processes.spawn("honcho", honcho_start("-p", str(port)), environment=environment)
     api = f"http://127.0.0.1:{port}"
-    wait_until(lambda: get(f"{api}/readyz"), within=40)
-    rest, chat_id = Rest(api, key), str(uuid4())
+    wait_until(lambda: get(f"{api}/readyz"), within=120)
+    rest, chat_id = Rest(api, api_key(capsys)), str(uuid4())
     rest.call("POST", "/api/v1/chat-messages", {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
     follow_up = {"chatId": chat_id, "dueDate": datetime.now(UTC).isoformat(), "message": "Still there?"}
     created = rest.call("POST", "/api/v1/chat-message-follow-ups", follow_up)
     rest.close()
-    wait_until(lambda: stack.accepted(created["id"]))
-    wait_until(lambda: b"worker.1@" in (get(f"http://127.0.0.1:{flower_port}/workers") or b""), within=30)
+    wait_until(lambda: stack.accepted(created["id"]), within=60)
+    wait_until(lambda: b"worker.1@" in (get(f"http://127.0.0.1:{flower_port}/workers") or b""), within=60)
 
     started = descendants(honcho.pid)
-    assert len(started) >= 4
+    for process in ("followups.api", "worker", "beat", "flower", "migrate"):
+        assert [command for command in started.values() if process in command]
     honcho.signal(signal.SIGTERM)
-    wait_until(lambda: honcho.exit_code is not None, within=20)
+    wait_until(lambda: honcho.exit_code is not None, within=60)
     assert_gone(started)
+
+
+@needs_proc
+def test_a_release_by_itself_ends(stack: Stack) -> None:
+    """Started by itself, `release` migrates and ends: only among others would its end be theirs."""
+    command = honcho_start("release")
+    ran = subprocess.run(command, env=os.environ | environment_of(stack), capture_output=True, timeout=120, check=False)
+    assert ran.returncode == 0
+    assert b"The schema is" in ran.stdout

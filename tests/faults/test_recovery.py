@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections import Counter
 from datetime import timedelta
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 SEED = int(os.environ.get("FOLLOWUPS_TEST_SEED", random.SystemRandom().randrange(1_000_000)))
 """Printed by a failing test; set it to see the same again."""
 
-SLACK = 3.0
-"""Seconds beyond a lease and a tick for a busy machine, and for the new worker's start."""
+SLACK = 10.0
+"""Seconds beyond a lease (3 s here) and a tick, for a machine that is busy with other tests; printed is what it took."""
 
 
 @pytest.fixture
@@ -57,8 +58,8 @@ def breakable(own_servers: tuple[EmbeddedPostgres, EmbeddedValkey]) -> Iterator[
 
 def check_promises(stack: Stack, ids: list[UUID]) -> None:
     """Every one ended as sent, and was accepted once by its key."""
-    stuck = {one: stack.world.row(one).status for one in ids if stack.world.row(one).status != "sent"}
-    assert not stuck
+    ended = Counter(row.status for row in stack.world.rows(*ids))
+    assert ended == {"sent": len(ids)}
     accepted = Counter(stack.accepted(*ids))
     assert accepted == Counter(map(str, ids))
 
@@ -66,14 +67,16 @@ def check_promises(stack: Stack, ids: list[UUID]) -> None:
 def test_worker_killed_in_mid_batch(stack: Stack, dice: random.Random) -> None:
     """After SIGKILL in mid-batch another worker delivers all, each once by its key, within a lease and a tick."""
     worker = stack.start()
+    other = stack.worker("worker2")
+    other.signal(signal.SIGSTOP)  # started, so that the start's time is not the recovery's
     stack.behave(kind="slow", delay=0.2)
-    ids = [stack.world.follow_up(due=timedelta(milliseconds=dice.randrange(500))) for _ in range(300)]
+    ids = stack.world.burst([timedelta(milliseconds=dice.randrange(500)) for _ in range(300)])
     wait_until(lambda: len(stack.received()) > dice.randrange(20, 150))
     kill(worker)
     killed = time.monotonic()
     in_flight = stack.world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL")
     stack.behave(kind="accept")
-    stack.worker("worker2")
+    other.signal(signal.SIGCONT)
     stack.wait_until_done(*ids, within=30)
     took = time.monotonic() - killed
     check_promises(stack, ids)
@@ -82,13 +85,13 @@ def test_worker_killed_in_mid_batch(stack: Stack, dice: random.Random) -> None:
     assert lost == in_flight
     print(f"in flight {in_flight}, all sent {took:.1f} s after the kill")  # noqa: T201 - the figure of this fault
     limit = stack.settings.lease + stack.settings.tick_interval
-    assert took < limit.total_seconds() + SLACK + 15  # a bound against hanging; the figure is what is printed
+    assert took < limit.total_seconds() + SLACK
 
 
 def test_broker_flushed_in_mid_burst(stack: Stack, dice: random.Random) -> None:
     """A broker that loses all it holds delays what was queued by a lease and a tick, and loses nothing."""
     stack.start()
-    ids = [stack.world.follow_up(due=timedelta(milliseconds=dice.randrange(1500))) for _ in range(400)]
+    ids = stack.world.burst([timedelta(milliseconds=dice.randrange(1500)) for _ in range(400)])
     for _ in range(5):
         time.sleep(dice.random() / 5)
         stack.broker().flushdb()
@@ -101,7 +104,7 @@ def test_database_killed_under_load(
 ) -> None:
     """After the database was killed and came back, all are sent, each once by its key; the processes stay up."""
     worker = breakable.start()
-    ids = [breakable.world.follow_up(due=timedelta(milliseconds=dice.randrange(4000))) for _ in range(200)]
+    ids = breakable.world.burst([timedelta(milliseconds=dice.randrange(4000)) for _ in range(200)])
     for _ in range(2):
         time.sleep(0.5 + dice.random())
         own_servers[0].kill()
@@ -118,7 +121,7 @@ def test_broker_killed_under_load(
 ) -> None:
     """After the broker was killed several times within seconds, consumption goes on and all are sent once."""
     breakable.start()
-    ids = [breakable.world.follow_up(due=timedelta(milliseconds=dice.randrange(4000))) for _ in range(200)]
+    ids = breakable.world.burst([timedelta(milliseconds=dice.randrange(4000)) for _ in range(200)])
     for _ in range(3):
         time.sleep(dice.random())
         own_servers[1].kill()

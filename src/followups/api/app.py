@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 POOL_SIZE = 10
 """Database connections that are kept; as many again for a burst."""
 
-THREADS = 6
+THREADS = 2 * POOL_SIZE
 """Requests that work at once: one for each connection, so that none waits for one."""
 
 

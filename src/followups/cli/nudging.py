@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 
 from followups.settings import get_settings
 
-PATIENCE = timedelta(seconds=2)
+PATIENCE = timedelta(seconds=5)
 """How long a command waits for its hint to be sent; without it, the next tick does the same a little later."""
 
 

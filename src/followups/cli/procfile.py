@@ -17,6 +17,7 @@ COMMANDS = {
     "beat": "celery -A followups.worker beat --loglevel=warning",
     # Flower shows and stops tasks and asks nobody who he is: it must not leave this machine.
     "flower": ("celery -A followups.worker flower --loglevel=warning --address=127.0.0.1 --port=${FLOWER_PORT:-5555}"),
+    "release": "followups migrate",
 }
 """By process type. Shell syntax, as every Procfile runner takes it."""
 

@@ -6,6 +6,8 @@ of these rules; the rules themselves have tests of their own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
@@ -18,7 +20,7 @@ TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
 
 @schemathesis.check
 def valid_requests_are_accepted(
-    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case
+    ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
     """Run the original check, unless a rule refused the request."""
     if response.status_code == 422:

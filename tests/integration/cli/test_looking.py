@@ -122,7 +122,7 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     """Run the doctor as a process of its own: the worker's module reads its settings once."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=60
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
     )
 
 
