@@ -150,7 +150,8 @@ def test_forged_hints(running: Stack) -> None:
 
 
 def test_two_workers_and_two_beats(stack: Stack) -> None:
-    """Two of each deliver each follow-up once."""
+    """Two of each share the work and deliver each follow-up once."""
+    stack.options["FOLLOWUPS_BATCH_SIZE"] = "2"  # hints enough for both
     stack.start()
     stack.worker("worker2")
     stack.beat("beat2")

@@ -26,7 +26,7 @@ SEED = int(os.environ.get("FOLLOWUPS_TEST_SEED", random.SystemRandom().randrange
 """Printed by a failing test; set it to see the same again."""
 
 SLACK = 10.0
-"""Seconds beyond a lease (3 s here) and a tick, for a machine that is busy with other tests; printed is what it took."""
+"""Seconds beyond a lease (3 s here) and a tick, for a machine busy with other tests; it prints what it took."""
 
 
 @pytest.fixture
