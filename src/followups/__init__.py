@@ -8,8 +8,30 @@ From Python, in the caller's own database transaction (the row is the job; nothi
         followups.schedule(session, workspace_id=w, chat_id=c, message="Still there?", due_date=due)
 """
 
-from followups.models import FollowUp
-from followups.scheduling import cancel, schedule
-from followups.states import ReasonCode, Status
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from followups.models import FollowUp
+    from followups.scheduling import cancel, schedule
+    from followups.states import ReasonCode, Status
 
 __all__ = ["FollowUp", "ReasonCode", "Status", "cancel", "schedule"]
+
+_HOMES = {
+    "FollowUp": "followups.models",
+    "ReasonCode": "followups.states",
+    "Status": "followups.states",
+    "cancel": "followups.scheduling",
+    "schedule": "followups.scheduling",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Load what is asked for, and nothing before: `followups --help` needs no database library."""
+    if name not in _HOMES:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(_HOMES[name]), name)

@@ -8,11 +8,14 @@ release``, ``honcho run followups migrate``, a platform's release phase) it ends
 from __future__ import annotations
 
 import os
-import signal
+import time
 from contextlib import suppress
 from pathlib import Path
 
 from followups.cli.signals import StopSignals
+
+LOOK = 0.2
+"""Seconds between two looks at whether it is to stop."""
 
 ANCESTORS = 4
 """Between this process and honcho stand a shell and honcho's own child."""
@@ -26,9 +29,10 @@ def is_started_with_others() -> bool:
 
 def stay() -> None:
     """Return when it is told to stop."""
-    with StopSignals(), suppress(KeyboardInterrupt):
+    with StopSignals() as signals, suppress(KeyboardInterrupt):
         while True:
-            signal.pause()
+            signals.check()
+            time.sleep(LOOK)
 
 
 def _words_of_ancestors() -> set[str]:

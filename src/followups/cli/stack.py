@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
+    from followups.cli.signals import StopSignals
     from followups.embedded import Child
     from followups.settings import Settings
 
@@ -46,8 +47,8 @@ class Plan:
     """Of the API."""
     tell: Callable[[str], None]
     """Told what is being started."""
-    stopping: Callable[[], None]
-    """Called before everything is stopped."""
+    signals: StopSignals
+    """Whether it is to stop."""
     data: Path | None = None
     """Where PostgreSQL's data and the logs are kept; None: nowhere."""
     overrides: Mapping[str, object] = field(default_factory=dict)
@@ -66,11 +67,13 @@ class Stack:
     sandbox: str
     """The sandbox's address, without a path."""
     logs: Path
+    _signals: StopSignals
     _processes: Processes
     _servers: tuple[EmbeddedPostgres | EmbeddedValkey, ...]
 
     def check(self) -> None:
-        """Raise `EmbeddedError`, with the end of its log, when a process has ended."""
+        """Raise KeyboardInterrupt when it is to stop, `EmbeddedError` (with its log's end) when a process has ended."""
+        self._signals.check()
         servers = [server._child() for server in self._servers]  # noqa: SLF001 - they show it to nobody else
         for child in [*servers, *self._processes.children]:
             if not child.running:
@@ -100,12 +103,14 @@ def running(plan: Plan) -> Iterator[Stack]:
         try:
             yield _started(plan, stack)
         finally:
-            plan.stopping()
+            plan.signals.quieten()
+            plan.tell("Stopping")
 
 
 def _started(plan: Plan, stack: ExitStack) -> Stack:
     plan.tell("Starting PostgreSQL and Valkey")
     postgres = stack.enter_context(EmbeddedPostgres(plan.data and plan.data / "postgres"))
+    plan.signals.check()
     # Not kept: the broker holds hints only, and a hint of yesterday is worth nothing.
     valkey = stack.enter_context(EmbeddedValkey())
     logs = plan.data and plan.data / "logs"
@@ -113,24 +118,27 @@ def _started(plan: Plan, stack: ExitStack) -> Stack:
         logs.mkdir(parents=True, exist_ok=True)
     processes = stack.enter_context(Processes(logs, plan.echo))
     sandbox = f"http://{LOOPBACK}:{free_port()}"
-    settings = load_settings(
-        **{
-            "log_format": "console",
-            **plan.overrides,
-            "database_url": postgres.url(),
-            "broker_url": valkey.url(),
-            "transport": "http",
-            "transport_url": f"{sandbox}/messages",
-            "transport_secret": f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}",
-        }
-    )
+    settings = _settings(plan, postgres.url(), valkey.url(), sandbox)
     plan.tell("Migrating")
     database.migrate(postgres.url())
+    plan.signals.check()
     plan.tell("Starting sandbox, web, worker and beat")
-    started = Stack(settings, f"http://{LOOPBACK}:{plan.port}", sandbox, processes.logs, processes, (postgres, valkey))
+    api, servers = f"http://{LOOPBACK}:{plan.port}", (postgres, valkey)
+    started = Stack(settings, api, sandbox, processes.logs, plan.signals, processes, servers)
     _spawn(processes, started, plan.port)
     _wait_until_ready(started)
     return started
+
+
+def _settings(plan: Plan, database_url: str, broker_url: str, sandbox: str) -> Settings:
+    own = {
+        "database_url": database_url,
+        "broker_url": broker_url,
+        "transport": "http",
+        "transport_url": f"{sandbox}/messages",
+        "transport_secret": f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}",
+    }
+    return load_settings(**{"log_format": "console", **plan.overrides, **own})
 
 
 def _spawn(processes: Processes, stack: Stack, port: int) -> None:

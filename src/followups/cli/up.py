@@ -48,14 +48,10 @@ def up(
     _require_free(port)
     if data is not None:
         data.mkdir(parents=True, exist_ok=True)
-    with StopSignals() as signals:
-
-        def stopping() -> None:
-            signals.quieten()
-            remark("Stopping")
-
-        plan = Plan(port, remark, stopping, data=data, echo=_echo if verbose else None)
-        with suppress(KeyboardInterrupt), running(plan) as stack:  # the way it is meant to end
+    # KeyboardInterrupt is the way it is meant to end.
+    with suppress(KeyboardInterrupt), StopSignals() as signals:
+        plan = Plan(port, remark, signals, data=data, echo=_echo if verbose else None)
+        with running(plan) as stack:
             _stay(stack, data)
 
 

@@ -59,14 +59,9 @@ def demo(*, json: Json = False) -> None:
     the first attempt delivered (a retried one's lag is its backoff).
     """
     with StopSignals() as signals:
-
-        def stopping() -> None:
-            signals.quieten()
-            remark("Stopping")
-
         # The defaults, whatever this machine's environment says: everybody should see the same.
         defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
-        plan = Plan(free_port(), remark, stopping, overrides=defaults | SHORT | {"log_format": "console"})
+        plan = Plan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
         with running(plan) as stack:
             result = _perform(stack, _audience(stack, json=json))
     if not result.ok:

@@ -1,0 +1,49 @@
+"""How `up` and `demo` are stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from followups.cli.signals import STOPPING, StopSignals
+
+
+def send(number: signal.Signals) -> None:
+    """Send a signal to this process."""
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
+    """A signal interrupts nothing by itself; the next check raises."""
+    with StopSignals() as signals:
+        signals.check()
+        send(number)
+        with pytest.raises(KeyboardInterrupt):
+            signals.check()
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    """Who sends a second signal is not made to wait for the next check."""
+    with StopSignals():
+        send(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_stopping_is_not_disturbed() -> None:
+    """While everything is being stopped, signals change nothing."""
+    with StopSignals() as signals:
+        signals.quieten()
+        send(signal.SIGINT)
+        send(signal.SIGTERM)
+
+
+def test_the_handlers_come_back() -> None:
+    """After the block the signals do what they did before."""
+    before = [signal.getsignal(number) for number in STOPPING]
+    with StopSignals():
+        assert [signal.getsignal(number) for number in STOPPING] != before
+    assert [signal.getsignal(number) for number in STOPPING] == before

@@ -1,0 +1,27 @@
+"""What the package offers, and what importing it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import followups
+
+
+def test_everything_offered_is_there() -> None:
+    """Every name in ``__all__`` can be had from the package."""
+    assert all(getattr(followups, name).__name__ == name for name in followups.__all__)
+
+
+def test_nothing_else_is() -> None:
+    """A name it does not have is an AttributeError, as of any module."""
+    with pytest.raises(AttributeError, match="no attribute 'send'"):
+        _ = followups.send  # type: ignore[attr-defined]
+
+
+def test_import_is_light() -> None:
+    """Importing the package loads no database library, so that `followups --help` is quick."""
+    code = "import followups, sys; sys.exit('sqlalchemy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
