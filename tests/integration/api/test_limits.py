@@ -62,6 +62,13 @@ def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
     """Serve the application with short times for clients; return where."""
     monkeypatch.setattr(server, "HEADER_WITHIN", 0.1)
     monkeypatch.setattr(gate, "BODY_WITHIN", 0.1)
+    with served(settings) as place:
+        yield place
+
+
+@pytest.fixture
+def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
+    """Serve the application to three connections at once; return where."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as place:
         yield place
@@ -101,14 +108,14 @@ def test_slow_client(impatient: tuple[str, int], sent: list[bytes]) -> None:
     assert b"application/problem+json" in received
 
 
-def test_too_many_connections(impatient: tuple[str, int]) -> None:
+def test_too_many_connections(narrow: tuple[str, int]) -> None:
     """A connection too many is closed at once; those that are open are served."""
-    open_ones = [socket.create_connection(impatient, timeout=5) for _ in range(3)]
+    open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
     try:
         for connection in open_ones:
             connection.sendall(GET)
             assert b"200 OK" in connection.recv(65_536)
-        with socket.create_connection(impatient, timeout=5) as late:
+        with socket.create_connection(narrow, timeout=5) as late:
             assert refused(late)
     finally:
         for connection in open_ones:
