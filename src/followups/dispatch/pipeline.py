@@ -10,14 +10,11 @@ and never holds up a batch.
 from __future__ import annotations
 
 import asyncio
-import heapq
-import itertools
 import os
 import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -27,8 +24,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.database import is_passing
 from followups.dispatch import report
-from followups.dispatch.begin import LEAD, begin
+from followups.dispatch.begin import begin
 from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
 from followups.store import leases as lease_store
@@ -36,12 +34,12 @@ from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
-    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Engine
 
     from followups.dispatch.begin import Beginning
+    from followups.dispatch.line import Hinted
     from followups.dispatch.send import Attempt
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
@@ -51,8 +49,6 @@ BEGIN_SIZE = 200
 SETTLE_SIZE = 500
 """Rows of one statement at most: beyond, a statement is slow and no cheaper a row."""
 DATABASE_THREADS = 4
-AGAIN = timedelta(milliseconds=50)
-"""How long to leave alone what somebody else holds at this moment."""
 BACKOFF = timedelta(seconds=0.5)
 """How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
@@ -62,17 +58,6 @@ CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Hinted:
-    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
-
-    lease: Lease
-    task_id: str
-    expires: float
-
-
 log = get_logger(__name__)
 
 
@@ -88,12 +73,10 @@ class Pipeline:
         self._transport = transport
         self._nudge = nudge
         self._clock = DatabaseClock()
-        self._waiting: list[tuple[datetime, int, Hinted]] = []
-        self._sequence = itertools.count()
+        self._line = Line(self._clock, settings.lease)
         self._results: list[Attempt] = []
         self._drained = False
         self._free = settings.concurrency
-        self._suspects = 0
         self._sends: set[asyncio.Task[None]] = set()
         self._draining = False
         self._changed = asyncio.Event()
@@ -155,25 +138,15 @@ class Pipeline:
     # Waiting: leases by the moment they may begin.
 
     def _accept(self, leases: Sequence[Lease], task_id: str = "") -> None:
-        now = time.monotonic()
-        for lease in leases:
-            ahead = max(self._clock.until(lease.due), 0.0) if self._clock.known else 0.0
-            self._queue(lease.due, Hinted(lease, task_id, now + ahead + self._settings.lease.total_seconds()))
+        self._line.add(leases, task_id)
         self._changed.set()
-
-    def _queue(self, moment: datetime, hinted: Hinted) -> None:
-        heapq.heappush(self._waiting, (moment, next(self._sequence), hinted))
-
-    def _again(self, hinted: Hinted, delay: timedelta) -> None:
-        self._queue(max(self._clock.now() + delay, hinted.lease.due), hinted)
 
     def _stop_beginning(self) -> None:
         self._draining = True
         self._changed.set()
 
     async def _give_back(self) -> None:
-        given = [hinted.lease for _, _, hinted in self._waiting]
-        self._waiting.clear()
+        given = self._line.clear()
         if given:
             await self._insist(lambda: self._release(given), "release")
 
@@ -199,7 +172,7 @@ class Pipeline:
                 report.failed("begin", error, self._engine)
                 self._let_go(batch)
                 for hinted in batch:
-                    self._again(hinted, backoff)
+                    self._line.put_off(hinted, backoff)
                 await asyncio.sleep(backoff.total_seconds())
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
@@ -214,39 +187,24 @@ class Pipeline:
         self._let_go(batch.values())
         report.ended(beginning.ended)
         for lease in beginning.again:
-            self._again(batch[lease.id], AGAIN)
+            self._line.put_off(batch[lease.id], AGAIN)
         self._accept(beginning.woken)
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
         self._free += len(hinted)
-        self._suspects -= sum(one.lease.alone for one in hinted)
+        self._line.let_go(hinted)
 
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        horizon, now = self._clock.now() + LEAD, time.monotonic()
-        most = min(self._free, BEGIN_SIZE)
-        batch: dict[UUID, Hinted] = {}
-        put_off: list[Hinted] = []
-        while len(batch) < most and self._waiting and self._waiting[0][0] <= horizon:
-            _, _, hinted = heapq.heappop(self._waiting)
-            if hinted.expires < now:
-                continue  # the lease ran out in the line; a tick has taken it over, or will
-            if hinted.lease.id in batch or (hinted.lease.alone and self._suspects):
-                put_off.append(hinted)
-                continue
-            self._suspects += hinted.lease.alone
-            batch[hinted.lease.id] = hinted
-        for hinted in put_off:
-            self._again(hinted, AGAIN)
-        return list(batch.values())
+        return self._line.take(min(self._free, BEGIN_SIZE))
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
         timer = None
-        if self._waiting and self._free:
-            delay = max(self._clock.until(self._waiting[0][0] - LEAD), 0.001)
-            timer = self._loop.call_later(delay, self._changed.set)
+        delay = self._line.seconds_to_next()
+        if delay is not None and self._free:
+            timer = self._loop.call_later(max(delay, 0.001), self._changed.set)
         await self._changed.wait()
         if timer:
             timer.cancel()

@@ -1,0 +1,90 @@
+"""The line in front of the slots: leases by the moment each may begin. Of one event loop; asks nobody."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.dispatch.begin import LEAD
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from datetime import datetime
+    from uuid import UUID
+
+    from followups.dispatch.clock import DatabaseClock
+    from followups.store.leases import Lease
+
+AGAIN = timedelta(milliseconds=50)
+"""How long to leave alone what cannot be begun, or settled, at this moment."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hinted:
+    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
+
+    lease: Lease
+    task_id: str
+    expires: float
+
+
+class Line:
+    """Who may begin next. A lease that runs out here is dropped without a word: a tick has taken it over, or will."""
+
+    def __init__(self, clock: DatabaseClock, lease: timedelta) -> None:
+        """``lease`` is how long one lasts."""
+        self._clock = clock
+        self._lease = lease.total_seconds()
+        self._heap: list[tuple[datetime, int, Hinted]] = []
+        self._sequence = itertools.count()
+        self._suspects = 0
+
+    def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
+        """Let leases wait that have just come, by the task that brought them."""
+        now = time.monotonic()
+        for lease in leases:
+            ahead = max(self._clock.until(lease.due), 0.0) if self._clock.known else 0.0
+            self._push(lease.due, Hinted(lease, task_id, now + ahead + self._lease))
+
+    def put_off(self, hinted: Hinted, delay: timedelta) -> None:
+        """Let one wait a little longer."""
+        self._push(max(self._clock.now() + delay, hinted.lease.due), hinted)
+
+    def take(self, most: int) -> list[Hinted]:
+        """Take up to ``most`` whose moment has come; of those to be sent alone one, while none is out."""
+        horizon, now = self._clock.now() + LEAD, time.monotonic()
+        taken: dict[UUID, Hinted] = {}
+        not_now: list[Hinted] = []
+        while len(taken) < most and self._heap and self._heap[0][0] <= horizon:
+            _, _, hinted = heapq.heappop(self._heap)
+            if hinted.expires < now:
+                continue
+            if hinted.lease.id in taken or (hinted.lease.alone and self._suspects):
+                not_now.append(hinted)
+                continue
+            self._suspects += hinted.lease.alone
+            taken[hinted.lease.id] = hinted
+        for hinted in not_now:
+            self.put_off(hinted, AGAIN)
+        return list(taken.values())
+
+    def let_go(self, hinted: Iterable[Hinted]) -> None:
+        """Note that these, once taken, are out no more."""
+        self._suspects -= sum(one.lease.alone for one in hinted)
+
+    def seconds_to_next(self) -> float | None:
+        """Return how long until somebody's moment comes; None when nobody waits."""
+        return self._clock.until(self._heap[0][0] - LEAD) if self._heap else None
+
+    def clear(self) -> list[Lease]:
+        """Send everybody home; return their leases."""
+        leases = [hinted.lease for _, _, hinted in self._heap]
+        self._heap.clear()
+        return leases
+
+    def _push(self, moment: datetime, hinted: Hinted) -> None:
+        heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
