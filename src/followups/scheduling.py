@@ -107,10 +107,10 @@ def amend(
     if found is None:
         raise FollowUpNotFoundError
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
+    if locked is None and found.status not in FINAL:
+        raise DeliveryInProgressError
     if not fresh:
         return found
-    if locked is None:
-        raise DeliveryInProgressError
     if found.status in FINAL:
         _amend_finished(session, found, fresh)
     else:
@@ -158,7 +158,7 @@ def _lock_chats(
     found = follow_ups.find(session, follow_up_id, workspace_id)
     if found is None:
         raise FollowUpNotFoundError
-    if found.status in FINAL:
+    if found.status in FINAL or found.begun_at is not None:
         return None
     return chats.lock_chat(session, found.workspace_id, changes.get("chat_id", found.chat_id))
 

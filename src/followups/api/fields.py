@@ -11,7 +11,7 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, Stri
 
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.scheduling import FIRST_YEAR, LAST_YEAR
-from followups.states import MAX_REASON_LENGTH
+from followups.states import MAX_REASON_LENGTH, storable
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
 """Characters of the transport's own name of a chat."""
@@ -58,16 +58,26 @@ def _in_utc(value: datetime) -> datetime:
     return value.astimezone(UTC)
 
 
-def _without_nul(value: str) -> str:
-    if "\x00" in value:
-        message = "should contain no NUL characters"
+def _storable(value: str) -> str:
+    if value != storable(value):
+        message = "should contain no NUL characters and no lone surrogates"
+        raise ValueError(message)
+    return value
+
+
+def _digits(value: object) -> object:
+    # Python reads "1_0" and "1.0" as whole numbers too.
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
+        message = "should be a whole number, in digits"
         raise ValueError(message)
     return value
 
 
 Id = Annotated[UUID, BeforeValidator(_canonical)]
 Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_utc)]
-Text = Annotated[str, AfterValidator(_without_nul), Field(json_schema_extra=NO_NUL)]
+Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)]
+
+Digits = Annotated[int, BeforeValidator(_digits)]
 
 Message = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_MESSAGE_LENGTH)]
 Reason = Annotated[Text, StringConstraints(min_length=1, max_length=MAX_REASON_LENGTH)]

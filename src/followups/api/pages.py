@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from fastapi import Request
     from fastapi.responses import Response
 
-_BRACKETS = re.compile(rb"(^|&)(\w+)(?:\[\]|%5B%5D)=", re.IGNORECASE)
+_BRACKETS = re.compile(
+    rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
+)
+"""The filters' names with brackets; without ``=`` too, or a filter without a value would list everything."""
 
 
 class ListRoute(AuthenticatedRoute):
@@ -31,12 +34,12 @@ class ListRoute(AuthenticatedRoute):
         return without_brackets
 
 
-def link_header(request: Request, page_number: int, *, has_next: bool) -> dict[str, str]:
+def link_header(request: Request, page_number: int, *, has_next: bool, has_previous: bool) -> dict[str, str]:
     """Return the `Link` header, if there is a page before this one or after it."""
     links = []
     if has_next:
         links.append(f'<{_url(request, page_number + 1)}>; rel="next"')
-    if page_number > 1:
+    if has_previous:
         links.append(f'<{_url(request, page_number - 1)}>; rel="prev"')
     return {"link": ", ".join(links)} if links else {}
 

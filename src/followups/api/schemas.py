@@ -10,7 +10,7 @@ from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from followups.api import examples
-from followups.api.fields import MAX_PAGE_SIZE, ExternalId, Id, Message, Reason, Time
+from followups.api.fields import MAX_PAGE_SIZE, Digits, ExternalId, Id, Message, Reason, Time
 from followups.states import Status
 from followups.store.chats import Role
 from followups.windows import Channel
@@ -92,8 +92,8 @@ class FollowUpQuery(BaseModel):
     chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
     statuses: tuple[Status, ...] = Field((), description=_MANY)
     trigger_chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
-    page_number: int = Field(1, ge=1, description="From 1.")
-    page_size: int = Field(10, ge=1, le=MAX_PAGE_SIZE)
+    page_number: Digits = Field(1, ge=1, description="From 1.")
+    page_size: Digits = Field(10, ge=1, le=MAX_PAGE_SIZE)
 
 
 class ChatPut(BaseModel):

@@ -13,7 +13,13 @@ from followups.api.caller import Authenticated, AuthenticatedRoute, Work
 from followups.api.fields import Id, IdempotencyKey  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.pages import ListRoute, link_header
 from followups.api.schemas import FollowUp, FollowUpChanges, FollowUpQuery, NewFollowUp
-from followups.errors import ChatNotFoundError, FollowUpNotFoundError, InvalidRequestError, NothingToFollowUpError
+from followups.errors import (
+    AlreadyFinishedError,
+    ChatNotFoundError,
+    FollowUpNotFoundError,
+    InvalidRequestError,
+    NothingToFollowUpError,
+)
 from followups.states import FINAL
 from followups.store import follow_ups, idempotency, listing
 
@@ -35,8 +41,17 @@ def list_follow_ups(request: Request, query: Annotated[FollowUpQuery, Query()], 
         rows, has_next = listing.page(
             work.session, work.workspace_id, wanted, page_number=query.page_number, page_size=query.page_size
         )
-    links = link_header(request, query.page_number, has_next=has_next)
+        has_previous = query.page_number > 1 and (bool(rows) or _is_page(work, wanted, query))
+    links = link_header(request, query.page_number, has_next=has_next, has_previous=has_previous)
     return answers.answer(answers.many(FollowUp, rows), 200, links)
+
+
+def _is_page(work: Work, wanted: listing.Filter, query: FollowUpQuery) -> bool:
+    """Say whether there is a page before this one, which is empty."""
+    rows, _ = listing.page(
+        work.session, work.workspace_id, wanted, page_number=query.page_number - 1, page_size=query.page_size
+    )
+    return bool(rows)
 
 
 @router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=documents.GET)
@@ -108,16 +123,21 @@ def change_follow_up(
 
 
 def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes that are values; null is a change only of what has a value, and that is refused."""
+    """Return the changes; null is one only of what has a value, and only the chat message's id can be taken away."""
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
         nulls -= {"reason", "finished_at"}  # with a transition: none of the caller's own
-    if nulls:
-        found = follow_ups.find(work.session, follow_up_id, work.workspace_id)
-        if found is None:
-            raise FollowUpNotFoundError
-        for name in sorted(nulls):
-            if getattr(found, name) is not None:
-                message = f"The {name.replace('_', ' ')} has a value, which cannot be taken away."
-                raise InvalidRequestError(message, field=name)
-    return {name: value for name, value in given.items() if value is not None}
+    kept = {name: value for name, value in given.items() if value is not None}
+    if not nulls:
+        return kept
+    found = follow_ups.find(work.session, follow_up_id, work.workspace_id)
+    if found is None:
+        raise FollowUpNotFoundError
+    taken_away = sorted(name for name in nulls if getattr(found, name) is not None)
+    if taken_away and found.status in FINAL:
+        raise AlreadyFinishedError
+    for name in taken_away:
+        if name != "chat_message_id":
+            message = f"The {name.replace('_', ' ')} has a value, which cannot be taken away."
+            raise InvalidRequestError(message, field=name)
+    return kept | dict.fromkeys(taken_away)
