@@ -20,11 +20,11 @@ def nudge_if_soon(due: datetime, now: datetime) -> None:
 
 def ask_for_tick() -> None:
     """Send the hint, within `PATIENCE`."""
-    from followups.worker import dispatch_due  # noqa: PLC0415 - loads Celery, which other commands don't need
+    from followups import worker  # noqa: PLC0415 - loads Celery, which other commands don't need
 
     def send() -> None:
         with suppress(Exception):  # the change is committed; beat's next tick finds it
-            dispatch_due.apply_async(retry=False, expires=get_settings().tick_interval.total_seconds())
+            worker.ask_for_tick()
 
     # In a thread: a client of a broker that is away may wait longer than anybody at a terminal wants to.
     sender = threading.Thread(target=send, daemon=True)

@@ -60,7 +60,7 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Claim nothing more, and wait until what is under way is published."""
-        self._stopping.set()
+        self.claim_no_more()
         self._wanted.set()
         if self._thread.is_alive():
             self._thread.join()

@@ -207,19 +207,17 @@ class Obstacle:
     """Why a lease that still holds was not begun. ``earlier`` is the follow-up of its chat before it."""
 
     lease: Lease
-    attempts: int
     chat_removed: bool
     silence_broken: bool
     window_closed: bool
     too_late: bool
-    early: bool
     earlier: UUID | None
 
 
 _OBSTACLES = text(f"""
-    SELECT f.id, f.lease_token, {_DUE} AS due, f.attempts, c.removed_at IS NOT NULL AS chat_removed,
+    SELECT f.id, f.lease_token, {_DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
-           {_EARLY} AS early, earlier.id AS earlier
+           earlier.id AS earlier
       FROM {_BATCH} CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f
       JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
       LEFT JOIN LATERAL (
@@ -234,12 +232,10 @@ def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> 
     return [
         Obstacle(
             Lease(row.id, row.lease_token, row.due),
-            row.attempts,
             row.chat_removed,
             row.silence_broken,
             row.window_closed,
             row.too_late,
-            row.early,
             row.earlier,
         )
         for row in rows
