@@ -164,7 +164,8 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 def test_stop_drains(stack: Stack) -> None:
     """On SIGTERM a worker settles what is in flight, gives back the rest, and ends well within its grace."""
-    stack.options["FOLLOWUPS_LEASE"] = "120"  # what is not given back would not be sent while this test waits
+    # What is not given back would not be sent while this test waits; and no answer is late on a busy machine.
+    stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()
     stack.behave(kind="slow", delay=0.5)
     ids = stack.world.burst([timedelta(0)] * 300)
