@@ -43,7 +43,7 @@ def test_the_scenario_ends_as_scripted() -> None:
     assert "Traceback" not in ran.stderr
 
 
-@pytest.mark.long
+@pytest.mark.faults_long
 @needs_proc
 def test_a_stopped_demo_leaves_nothing_behind() -> None:
     """SIGTERM in the middle of it stops everything that it started; it was not done, so the exit code is 1."""

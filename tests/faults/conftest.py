@@ -1,0 +1,64 @@
+"""What the fault tests share: the seed, the system to be broken, and where its figures go."""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.figures import Figures
+from faults.rig import own_servers, running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sqlalchemy import Engine
+
+    from faults.proxy import Proxy
+    from faults.rig import Rig
+    from followups.settings import Settings
+
+SEED = "FOLLOWUPS_TEST_SEED"
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """Return the seed of this run: FOLLOWUPS_TEST_SEED, or a new one; a failing test shows it."""
+    return int(os.environ.get(SEED, random.SystemRandom().randrange(1_000_000)))
+
+
+@pytest.fixture
+def dice(seed: int) -> random.Random:
+    """Return a seeded source of chance, and print its seed."""
+    print(f"{SEED}={seed}")  # noqa: T201 - pytest shows it where a test fails
+    return random.Random(seed)  # noqa: S311 - not for secrets
+
+
+@pytest.fixture
+def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
+    """Return what takes this test's figures."""
+    form = "long" if request.node.get_closest_marker("faults_long") else "short"
+    return Figures(seed, request.node.name, form)
+
+
+@pytest.fixture
+def rig(settings: Settings, engine: Engine, dice: random.Random) -> Iterator[Rig]:
+    """Return a system on a database and broker of its own, in servers that it shares and must not harm."""
+    with running(settings, engine, dice) as rig:
+        yield rig
+
+
+@pytest.fixture
+def breakable(dice: random.Random) -> Iterator[Rig]:
+    """Return a system on servers that the test may kill and restart."""
+    with own_servers(dice) as (rig, _):
+        yield rig
+
+
+@pytest.fixture
+def proxied(dice: random.Random) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
+    """Return such a system with proxies before its servers: PostgreSQL's and the broker's."""
+    with own_servers(dice, proxied=True) as both:
+        yield both

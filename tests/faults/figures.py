@@ -1,0 +1,41 @@
+"""The figure that each fault gives: printed, and kept for the table of results."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from faults.promises import Verdict
+
+KEPT = "FOLLOWUPS_TEST_FIGURES"
+"""Names the file to which each figure is added, a line of JSON each; unset: they are only printed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Takes the figures of one test."""
+
+    seed: int
+    test: str
+    form: str
+    """``short`` or ``long``."""
+
+    def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
+        """Keep figures of a fault (its number in the table) with what the promises' check said; fail if one broke.
+
+        Names of figures are words joined by underscores with the unit at the end: ``recovery_s``, ``claim_p99_ms``.
+        """
+        line = {"fault": fault, "form": self.form, "test": self.test, "seed": self.seed, "figures": figures}
+        if verdict:
+            line["ended"] = dict(verdict.ended)
+            line["broken"] = verdict.broken()
+            line["unknown"], line["repeated"] = verdict.unknown, verdict.repeated
+        print(json.dumps(line))  # noqa: T201 - pytest shows it where a test fails
+        if path := os.environ.get(KEPT):
+            with Path(path).open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        assert not (verdict and verdict.broken()), verdict

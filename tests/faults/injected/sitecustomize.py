@@ -1,0 +1,147 @@
+"""Failpoints: found by Python only where a test puts this directory on PYTHONPATH; nothing of it is in the package.
+
+When `followups.worker` is about to be imported, the steps of dispatching are wrapped. At each point a process
+looks into the directory that FOLLOWUPS_TEST_FAILPOINTS names; a file there arms the point, for one hit, and
+its content says what happens (`faults.failpoints` writes them). FOLLOWUPS_TEST_CLOCK_OFFSET moves the clock of
+the process by so many seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+ARMED = os.environ.get("FOLLOWUPS_TEST_FAILPOINTS", "")
+CLOCK_OFFSET = float(os.environ.get("FOLLOWUPS_TEST_CLOCK_OFFSET", "0"))
+
+step = threading.local()
+"""``name`` is the step that this thread is in."""
+
+
+def hit(point: str) -> None:
+    """Do what the point is armed with, if it is; each arming is taken by one hit of one process."""
+    for name in sorted(each for each in os.listdir(ARMED) if each.startswith(f"{point}@")):  # noqa: PTH208 - on a hot path
+        taken = Path(ARMED, f"taken.{name}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):  # another process took it
+            Path(ARMED, name).rename(taken)
+            _act(taken.read_text())
+            return
+
+
+def _act(action: str) -> None:
+    kind, _, argument = action.partition(" ")
+    if kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "sleep":
+        time.sleep(float(argument))
+    elif kind == "raise":
+        from psycopg import OperationalError  # noqa: PLC0415 - only where it is wanted
+
+        message = "the connection broke (a test's doing)"
+        raise OperationalError(message)
+    else:
+        message = f"no such action: {action}"
+        raise ValueError(message)
+
+
+def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a step that runs in a thread: points ``name.before`` and ``name.committed``."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - any step
+        hit(f"{name}.before")
+        step.name = name
+        try:
+            result = function(*arguments, **named)
+        finally:
+            step.name = ""
+        hit(f"{name}.committed")
+        return result
+
+    return wrapped
+
+
+def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the call of the transport: points ``send.before`` and ``send.answered``."""
+
+    @functools.wraps(function)
+    async def wrapped(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - as the step
+        hit("send.before")
+        result = await function(*arguments, **named)
+        hit("send.answered")
+        return result
+
+    return wrapped
+
+
+def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a connection's commit: points ``<step>.before_commit`` and ``<step>.answer_lost`` (it was committed)."""
+
+    @functools.wraps(function)
+    def wrapped(connection: Any) -> None:  # noqa: ANN401 - psycopg's
+        name = getattr(step, "name", "")
+        if name:
+            hit(f"{name}.before_commit")
+        function(connection)
+        if name:
+            try:
+                hit(f"{name}.answer_lost")
+            except Exception:
+                connection.close()
+                raise
+
+    return wrapped
+
+
+def install() -> None:
+    """Wrap the steps."""
+    import psycopg  # noqa: PLC0415 - not in every process that Python starts here
+
+    from followups.dispatch import dispatcher, pipeline  # noqa: PLC0415 - as above
+
+    dispatcher.claim = around("claim", dispatcher.claim)
+    pipeline.begin = around("begin", pipeline.begin)
+    pipeline.settle = around("settle", pipeline.settle)
+    pipeline.send = around_send(pipeline.send)
+    psycopg.Connection.commit = around_commit(psycopg.Connection.commit)  # type: ignore[method-assign]
+
+
+class BeforeWorker:
+    """Runs `install` before `followups.worker` is imported."""
+
+    @classmethod
+    def find_spec(
+        cls, name: str, path: Sequence[str] | None = None, _target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return nothing, ever: the usual finders do the rest."""
+        if name == "followups.worker":
+            sys.meta_path.remove(cls)  # type: ignore[arg-type]
+            install()
+            return PathFinder.find_spec(name, path)
+        return None
+
+
+if ARMED:
+    sys.meta_path.insert(0, BeforeWorker)  # type: ignore[arg-type]
+if CLOCK_OFFSET:
+    import datetime
+
+    import time_machine
+
+    wrong = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=CLOCK_OFFSET)
+    time_machine.travel(wrong, tick=True).start()

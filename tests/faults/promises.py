@@ -1,0 +1,127 @@
+"""The promises, checked from what the chat recorded and from the database's history."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select
+
+from faults import history
+from followups.models import FollowUp
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+UNKNOWN = "unknown"
+"""What a reason says where an accepted send may be behind it; without it, not to end as sent is a lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a test knows by itself: what was promised to its clients, and who delivered without the dispatcher."""
+
+    created: frozenset[UUID] = frozenset()
+    """Follow-ups that the system has accepted."""
+    cancelled: Mapping[UUID, float] = field(default_factory=dict)
+    """Acknowledged cancels, by when the acknowledgement had come (monotonic seconds)."""
+    sent_by_others: frozenset[UUID] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How often each promise was broken (all of these should be 0), and how things ended."""
+
+    lost: int
+    doubled: int
+    after_cancel: int
+    silently_late: int
+    contradictions: int
+    rewritten: int
+    disordered: int
+    misdirected: int
+    ended: Counter[str]
+    unknown: int
+    """Ended with an outcome that is said to be unknown."""
+    repeated: int
+    """Requests for what the chat had accepted before, absorbed by their key."""
+
+    def broken(self) -> dict[str, int]:
+        """Return what was broken, and how often."""
+        counts = asdict(self)
+        for name in ("ended", "unknown", "repeated"):
+            del counts[name]
+        return {name: count for name, count in counts.items() if count}
+
+
+def check(
+    engine: Engine, requests: Collection[Mapping[str, Any]], known: Record, *, max_lateness: float = 86_400
+) -> Verdict:
+    """Check every follow-up of the database against every request that the chat received, oldest first."""
+    with engine.connect() as connection:
+        rows = {row.id: row for row in connection.execute(select(FollowUp.__table__))}
+    by_id: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    for request in requests:
+        by_id[request["followUpId"]].append(request)
+    taken = {id_: [one for one in each if one["accepted"]] for id_, each in by_id.items()}
+    changes = history.changes(engine)
+    return Verdict(
+        lost=sum(row.status == "pending" for row in rows.values()) + len(known.created - rows.keys()),
+        doubled=sum(len(each) > 1 for each in taken.values())
+        + sum(len({one["idempotencyKey"] for one in each}) > 1 for each in by_id.values()),
+        after_cancel=_after_cancel(changes, by_id, known),
+        silently_late=sum(one["lagMs"] > max_lateness * 1000 for one in requests if one["accepted"]),
+        contradictions=sum(_contradicts(row, taken.get(str(id_), []), known) for id_, row in rows.items()),
+        rewritten=sum(change.changed_when_final for change in changes),
+        disordered=_disordered(rows, requests),
+        misdirected=sum(one["chatId"] != str(rows[_id(rows, one)].chat_id) for one in requests),
+        ended=Counter(row.status for row in rows.values()),
+        unknown=sum(UNKNOWN in (row.reason or "") for row in rows.values()),
+        repeated=sum(one["duplicate"] for one in requests),
+    )
+
+
+def _id(rows: Mapping[UUID, Any], request: Mapping[str, Any]) -> UUID:
+    return next(iter(rows)).__class__(request["followUpId"])
+
+
+def _contradicts(row: Any, taken: Collection[Any], known: Record) -> bool:
+    if row.status == "sent":
+        return not taken and row.id not in known.sent_by_others
+    return bool(taken) and UNKNOWN not in (row.reason or "") and row.status != "pending"
+
+
+def _after_cancel(
+    changes: Collection[history.Change], by_id: Mapping[str, Collection[Mapping[str, Any]]], known: Record
+) -> int:
+    cancelled: set[UUID] = set()
+    begun_after = set()
+    for change in changes:
+        if change.began and change.id in cancelled:
+            begun_after.add(change.id)
+        if change.status == "cancelled":
+            cancelled.add(change.id)
+    received_after = {
+        id_
+        for id_, acknowledged in known.cancelled.items()
+        if any(one["receivedMonotonic"] > acknowledged for one in by_id.get(str(id_), ()))
+    }
+    return len(begun_after | received_after)
+
+
+def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
+    """Count follow-ups accepted after a later one of their chat."""
+    latest: dict[str, tuple[Any, UUID]] = {}
+    count = 0
+    for request in requests:
+        if request["accepted"]:
+            row = rows[_id(rows, request)]
+            place = (row.due_date, row.id)
+            if request["chatId"] in latest and place < latest[request["chatId"]]:
+                count += 1
+            latest[request["chatId"]] = max(place, latest.get(request["chatId"], place))
+    return count

@@ -1,0 +1,133 @@
+"""A TCP proxy in front of a server, which can cut, stall and refuse connections as a bad network does."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Self
+
+CHUNK = 65_536
+
+
+class Proxy:
+    """Forwards a port of the loopback to a server. Its methods may be called from the test's thread.
+
+    ``stall`` is the half-open connection: the kernel goes on acknowledging, and nothing comes back.
+    """
+
+    def __init__(self, server_url: str) -> None:
+        """Take the URL of the server: ``redis://...``, or PostgreSQL's with its socket in ``?host=``."""
+        self._url = server_url
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
+        self._server: asyncio.Server | None = None
+        self._open: set[asyncio.StreamWriter] = set()
+        self._forwarding = asyncio.Event()
+        self._refusing = False
+        self.port = 0
+
+    def __enter__(self) -> Self:
+        """Listen."""
+        self._thread.start()
+        self._call(self._forwarding.set)
+        self._server = asyncio.run_coroutine_threadsafe(
+            asyncio.start_server(self._serve, "127.0.0.1", 0), self._loop
+        ).result()
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close everything."""
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    @property
+    def url(self) -> str:
+        """The server's URL, with the proxy for host and port."""
+        parts = urlsplit(self._url)
+        user = parts.netloc.rpartition("@")[0]
+        host = f"{user}@127.0.0.1:{self.port}" if user else f"127.0.0.1:{self.port}"
+        query = "sslmode=disable" if parts.scheme.startswith("postgres") else parts.query
+        return urlunsplit((parts.scheme, host, parts.path, query, ""))
+
+    def cut(self) -> None:
+        """Break every connection; new ones are taken."""
+        self._call(self._abort)
+
+    def stall(self) -> None:
+        """Forward nothing any more, on open connections and on new ones; break none."""
+        self._call(self._forwarding.clear)
+
+    def flow(self) -> None:
+        """Forward again, what was held back first, and take connections again."""
+        self._refusing = False
+        self._call(self._forwarding.set)
+
+    def refuse(self) -> None:
+        """Break every connection, and new ones at once."""
+        self._refusing = True
+        self.cut()
+
+    def _call(self, function: Callable[[], None]) -> None:
+        done = threading.Event()
+
+        def run() -> None:
+            function()
+            done.set()
+
+        self._loop.call_soon_threadsafe(run)
+        done.wait()
+
+    def _abort(self) -> None:
+        for writer in self._open:
+            writer.transport.abort()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._refusing:
+            writer.transport.abort()
+            return
+        self._open.add(writer)
+        with contextlib.suppress(OSError):
+            await self._forwarding.wait()
+            upward, downward = await self._connect()
+            self._open.add(downward)
+            try:
+                await asyncio.gather(self._pump(reader, downward), self._pump(upward, writer))
+            finally:
+                self._open.discard(downward)
+                downward.transport.abort()
+        self._open.discard(writer)
+        writer.transport.abort()
+
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        parts = urlsplit(self._url)
+        if host := parse_qs(parts.query).get("host"):
+            return await asyncio.open_unix_connection(f"{host[0]}/.s.PGSQL.{parts.port or 5432}")
+        return await asyncio.open_connection(parts.hostname, parts.port)
+
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(CHUNK):
+                await self._forwarding.wait()
+                writer.write(data)
+                await writer.drain()
+        # One end is gone, or was cut: so is the other.
+        writer.transport.abort()
+
+    async def _close(self) -> None:
+        if self._server:
+            self._server.close()
+        self._forwarding.set()
+        self._abort()
+        others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)

@@ -1,0 +1,205 @@
+"""The system as operators run it, by the Procfile's own commands, to be broken on purpose."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from sqlalchemy import text
+
+import web
+from conftest import brisk_settings
+from faults import history
+from faults.failpoints import Failpoints
+from faults.promises import Record, Verdict, check
+from faults.proxy import Proxy
+from followups.database import BY_KEY, make_engine, migrate
+from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
+from stack import Stack, wait_until
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from followups.embedded import Child
+    from followups.settings import Settings
+
+PROCFILE = dict(
+    line.split(": ", 1) for line in (Path(__file__).parents[2] / "Procfile").read_text().splitlines() if ": " in line
+)
+
+
+@dataclass
+class Rig(Stack):
+    """A `Stack` of the Procfile's commands, with failpoints, and a record of what was promised."""
+
+    rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
+    postgres: EmbeddedPostgres | None = None
+    valkey: EmbeddedValkey | None = None
+    """Servers of its own; None: those of the whole run, not to be harmed."""
+    created: set[UUID] = field(default_factory=set)
+    cancelled: dict[UUID, float] = field(default_factory=dict)
+    _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+
+    def __post_init__(self) -> None:
+        directory = self.processes.logs / "failpoints"
+        directory.mkdir()
+        self.failpoints = Failpoints(directory)
+        history.install(self.world.engine)
+
+    def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
+        """Start a line of the Procfile under a name of its own; ``more`` are arguments after those of the line."""
+        path = f"{Path(os.sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # type: ignore[attr-defined]
+        own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
+        return self.processes.spawn(
+            name,
+            ["/bin/sh", "-c", f'exec {PROCFILE[command]} "$@"', command, *more],
+            environment=self.environment() | own | dict(environment or {}),
+        )
+
+    def worker(self, *more: str, ready: bool = True, harmed: bool = False, **environment: str) -> Child:
+        """Start another worker, and wait until it consumes; failpoints act only on a ``harmed`` one."""
+        name = f"worker.{next(self._numbers)}"
+        injected = self.failpoints.environment() if harmed else {}
+        child = self.process(name, "worker", *more, environment=injected | environment)
+        if ready:
+            wait_until(lambda: "ready." in child.command.log.read_text() or not child.running, within=60)
+            assert child.running, child.tail()
+        return child
+
+    def beat(self, **environment: str) -> Child:
+        """Start another beat; it is not waited for."""
+        return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
+
+    def web(self) -> web.Api:
+        """Start another web process, and wait until it answers; return a client with a key."""
+        _, url = web.start(self.processes, self.environment(), f"web.{next(self._numbers)}")
+        return web.Api(url, self.world)
+
+    def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
+        """Start the chat, beats and workers, all at once; return the workers, all of them consuming."""
+        for _ in range(beats):  # the slowest to start go first
+            self.beat()
+        started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
+        self.sandbox()
+        for child in started:
+            wait_until(lambda child=child: "ready." in child.command.log.read_text() or not child.running, within=60)
+            assert child.running, child.tail()
+        return started
+
+    def bulk(self, count: int, spread: float = 0.0, *, per_chat: int = 1) -> list[UUID]:
+        """Insert follow-ups that fall due within ``spread`` seconds from now, ``per_chat`` in each chat."""
+        due = [timedelta(seconds=self.rng.random() * spread) for _ in range(count)]
+        if per_chat == 1:
+            ids = self.world.burst(due)
+        else:
+            ids = []
+            for first in range(0, count, per_chat):
+                chat_id = self.world.chat()
+                ids += [self.world.follow_up(chat_id, ahead) for ahead in due[first : first + per_chat]]
+        self.created.update(ids)
+        return ids
+
+    def cancel(self, api: web.Api, follow_up_id: UUID) -> int:
+        """Cancel through the API, keep the acknowledgement, return the status code."""
+        code = api.client.patch(f"{web.FOLLOW_UPS}/{follow_up_id}", json={"status": "cancelled"}).status_code
+        if code == 200:
+            self.cancelled[follow_up_id] = time.monotonic()
+        return code
+
+    def settle_down(self, within: float = 30) -> float:
+        """Wait until nothing is pending any more; return the seconds that it took."""
+        started = time.monotonic()
+        query = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+        wait_until(lambda: self.world.scalar(query) == 0, within, every=0.05)
+        return time.monotonic() - started
+
+    def verdict(self, **known: Any) -> Verdict:
+        """Check the promises, of what has happened so far."""
+        record = Record(frozenset(self.created), self.cancelled, **known)
+        return check(self.world.engine, self.received(), record)
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Return the lines of one event from every process's log."""
+        names = [path.stem for path in self.processes.logs.glob("*.log")]
+        return [line for name in names for line in self.log_events(event, name)]
+
+
+@contextmanager
+def own_servers(rng: random.Random, *, proxied: bool = False) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
+    """Return a system on servers that a test may kill; with ``proxied``, behind proxies (PostgreSQL's, broker's)."""
+    with ExitStack() as stack:
+        postgres = stack.enter_context(EmbeddedPostgres(parent=memory_directory()))
+        valkey = stack.enter_context(EmbeddedValkey())
+        migrate(postgres.url())
+        urls = [postgres.url(), valkey.url()]
+        proxies = [stack.enter_context(Proxy(url)) for url in urls] if proxied else []
+        settings = brisk_settings(*(proxy.url for proxy in proxies)) if proxied else brisk_settings(*urls)
+        engine = make_engine(postgres.url(), options=BY_KEY)
+        stack.callback(engine.dispose)
+        yield stack.enter_context(running(settings, engine, rng, postgres=postgres, valkey=valkey)), proxies
+
+
+@contextmanager
+def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any) -> Iterator[Rig]:
+    """Return a system of which nothing runs yet; whatever was started is stopped in the end."""
+    with Processes() as processes:
+        rig = Rig(settings, World(engine), processes, rng=rng, **servers)
+        try:
+            yield rig
+        finally:
+            for child in processes.children:  # a frozen process cannot end
+                child.signal(18)  # type: ignore[arg-type]
+
+
+class Load:
+    """A steady stream of follow-ups from a thread of its own, until it is stopped or ``seconds`` are over."""
+
+    def __init__(self, rig: Rig, rate: float, seconds: float, spread: float = 1.0) -> None:
+        """Add ``rate`` follow-ups a second, each due within ``spread`` seconds."""
+        self._rig, self._rate, self._spread = rig, rate, spread
+        self._end = time.monotonic() + seconds
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="load", daemon=True)
+        self.ids: list[UUID] = []
+        self.refused = 0
+
+    def __enter__(self) -> Load:  # noqa: PYI034 - no subclasses
+        """Start."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop, and wait."""
+        self._stopping.set()
+        self._thread.join()
+
+    def wait(self) -> None:
+        """Wait until all of it has been added."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        interval = 0.1
+        owed = 0.0
+        while not self._stopping.wait(interval) and time.monotonic() < self._end:
+            owed += self._rate * interval
+            count, owed = int(owed), owed % 1
+            try:
+                self.ids += self._rig.bulk(count, self._spread)
+            except Exception:  # noqa: BLE001 - the database is away: the client was told so
+                self.refused += count
+
+
+def rows_of(rig: Rig, query: str, **parameters: Any) -> list[Any]:
+    """Return the rows of a query."""
+    with rig.world.engine.connect() as connection:
+        return list(connection.execute(text(query), parameters))
