@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -12,7 +14,6 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from sqlalchemy import text
 
@@ -29,6 +30,7 @@ from world import World
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from uuid import UUID
 
     from followups.embedded import Child
     from followups.settings import Settings
@@ -58,7 +60,7 @@ class Rig(Stack):
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
         """Start a line of the Procfile under a name of its own; ``more`` are arguments after those of the line."""
-        path = f"{Path(os.sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # type: ignore[attr-defined]
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
         return self.processes.spawn(
             name,
@@ -158,7 +160,7 @@ def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any)
             yield rig
         finally:
             for child in processes.children:  # a frozen process cannot end
-                child.signal(18)  # type: ignore[arg-type]
+                child.signal(signal.SIGCONT)
 
 
 class Load:

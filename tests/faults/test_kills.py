@@ -22,7 +22,7 @@ SLACK = 10.0
 )
 def test_killed_at(point: str, rig: Rig, figures: Figures) -> None:
     """SIGKILL at this step loses nothing and doubles nothing; another worker takes over."""
-    doomed, _ = rig.start(workers=2, harmed=True)
+    rig.start(workers=2, harmed=True)
     ids = rig.bulk(200, spread=0.5)
     rig.failpoints.arm(point)
     wait_until(lambda: rig.failpoints.taken(point))

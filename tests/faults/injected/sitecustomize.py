@@ -63,7 +63,7 @@ def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a step that runs in a thread: points ``name.before`` and ``name.committed``."""
 
     @functools.wraps(function)
-    def wrapped(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - any step
+    def wrapped(*arguments: Any, **named: Any) -> Any:
         hit(f"{name}.before")
         step.name = name
         try:
@@ -80,7 +80,7 @@ def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap the call of the transport: points ``send.before`` and ``send.answered``."""
 
     @functools.wraps(function)
-    async def wrapped(*arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - as the step
+    async def wrapped(*arguments: Any, **named: Any) -> Any:
         hit("send.before")
         result = await function(*arguments, **named)
         hit("send.answered")
@@ -93,7 +93,7 @@ def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a connection's commit: points ``<step>.before_commit`` and ``<step>.answer_lost`` (it was committed)."""
 
     @functools.wraps(function)
-    def wrapped(connection: Any) -> None:  # noqa: ANN401 - psycopg's
+    def wrapped(connection: Any) -> None:
         name = getattr(step, "name", "")
         if name:
             hit(f"{name}.before_commit")
@@ -139,9 +139,9 @@ class BeforeWorker:
 if ARMED:
     sys.meta_path.insert(0, BeforeWorker)  # type: ignore[arg-type]
 if CLOCK_OFFSET:
-    import datetime
+    import datetime as dt
 
     import time_machine
 
-    wrong = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=CLOCK_OFFSET)
+    wrong = dt.datetime.now(dt.UTC) + dt.timedelta(seconds=CLOCK_OFFSET)
     time_machine.travel(wrong, tick=True).start()
