@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from followups.states import ReasonCode, Status, finish
 from followups.store import leases, order
 from followups.store.leases import World
+from followups.transactions import transact
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,13 +45,16 @@ class Beginning:
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:
     """Begin what may be sent, end what must not be, park what is not its chat's turn; in one transaction."""
     world = World(settings.lease, settings.max_lateness, TOLERANCE)
-    with engine.begin() as connection:
+
+    def work(connection: Connection) -> Beginning:
         begun = leases.begin_if_leased(connection, batch, world)
         if len(begun) == len(batch):
             return Beginning(tuple(begun))
         started = {one.lease.id for one in begun}
         missing = [lease for lease in batch if lease.id not in started]
         return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
+
+    return transact(engine, work)
 
 
 def _explain_missing(

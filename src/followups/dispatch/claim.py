@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from followups.states import Final, ReasonCode, Status, finish
 from followups.store import leases, order, settlement, ticks
+from followups.transactions import transact
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -40,17 +42,20 @@ class Claim:
 
 def claim(engine: Engine, settings: Settings) -> Claim:
     """Claim what is due, in one transaction."""
-    with engine.begin() as connection:
-        ticks.record(connection)
-        claimed, more = leases.claim(
-            connection,
-            ahead=settings.tick_interval * AHEAD_TICKS,
-            lease=settings.lease,
-            window=settings.max_in_flight,
-            most=min(CLAIM_SIZE, settings.max_in_flight),
-        )
-        lost = [one for one in claimed if one.lost]
-        ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
+    return transact(engine, partial(_claim, settings))
+
+
+def _claim(settings: Settings, connection: Connection) -> Claim:
+    ticks.record(connection)
+    claimed, more = leases.claim(
+        connection,
+        ahead=settings.tick_interval * AHEAD_TICKS,
+        lease=settings.lease,
+        window=settings.max_in_flight,
+        most=min(CLAIM_SIZE, settings.max_in_flight),
+    )
+    lost = [one for one in claimed if one.lost]
+    ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
     return Claim(
         leases=tuple(one.lease for one in claimed if one.lease.id not in ended),
         ended=tuple(ended.items()),

@@ -5,18 +5,20 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from followups.retry import MIN_RETRY_AFTER
-from followups.states import FINAL, ReasonCode, Status, finish
+from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
 from followups.store import order, settlement
 from followups.store.settlement import Failure, Settled, Settlement
+from followups.transactions import transact
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
     from followups.dispatch.send import Attempt
     from followups.retry import RetryPolicy
@@ -33,6 +35,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes as they stand in logs, metrics and the record of failed attempts."""
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
+ROOM = MAX_REASON_LENGTH - 100
+"""Characters of a detail that leave room for saying so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +57,21 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> S
     decided = [
         decide(attempt, settings.retry_policy, deduplicates=settings.transport_deduplicates) for attempt in attempts
     ]
-    with engine.begin() as connection:
-        settled = settlement.settle_if_in_flight(connection, decided)
-        written = {one.id for one in settled}
-        settlement.record_failures(
-            connection, [f for a in attempts if a.begun.lease.id in written and (f := failure_of(a))]
-        )
-        ended = [one.id for one in settled if one.status in FINAL]
-        woken = order.wake_and_lease(connection, ended, settings.lease)
-        missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
-        in_flight = settlement.still_in_flight(connection, missing) if missing else set()
+    return transact(engine, partial(_record, settings, attempts, decided))
+
+
+def _record(
+    settings: Settings, attempts: Sequence[Attempt], decided: Sequence[Settlement], connection: Connection
+) -> Settling:
+    settled = settlement.settle_if_in_flight(connection, decided)
+    written = {one.id for one in settled}
+    settlement.record_failures(
+        connection, [f for a in attempts if a.begun.lease.id in written and (f := failure_of(a))]
+    )
+    ended = [one.id for one in settled if one.status in FINAL]
+    woken = order.wake_and_lease(connection, ended, settings.lease)
+    missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
+    in_flight = settlement.still_in_flight(connection, missing) if missing else set()
     held = tuple(a for a in attempts if a.begun.lease.id in in_flight)
     return Settling(tuple(settled), len(attempts) - len(settled) - len(held), held, tuple(woken))
 
@@ -85,7 +94,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
         case Retry(detail, after):
             return _try_again(attempt, policy, detail, after)
         case Unknown(detail) if deduplicates:
-            return _try_again(attempt, policy, detail, None, cancel_detail=NOT_KNOWN)
+            return _try_again(attempt, policy, f"{detail[:ROOM]}{NOT_KNOWN}", None, cancel_detail=NOT_KNOWN)
         case Unknown(detail):
             final = finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, detail)
             return Settlement(lease, final.status, final.reason, yields=False)

@@ -8,7 +8,8 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.models import FailedAttempt, FollowUp
-from followups.states import ReasonCode, Status, finish
+from followups.states import ReasonCode, Status, code_of, finish
+from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,6 +76,10 @@ def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
     return session.scalars(query).all()
 
 
+_HONEST = text(honest("CAST(:reason AS text)", "follow_ups"))
+"""For reasons by code; somebody's own words are stored as given."""
+
+
 def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finished_at: datetime | None) -> bool:
     """End a pending follow-up with no attempt in flight; say whether this call did."""
     statement = (
@@ -82,7 +87,9 @@ def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finishe
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
         .values(
             status=final.status.value,
-            reason=final.reason,
+            reason=_HONEST.bindparams(reason=final.reason)
+            if code_of(final.reason) in set(ReasonCode)
+            else final.reason,
             finished_at=finished_at or func.now(),
             updated_at=func.now(),
             lease_until=None,
@@ -131,7 +138,7 @@ def _rows(session: Session, statement: Any) -> int:  # noqa: ANN401 - any UPDATE
 
 # Locked in the order of the chat, as everybody locks them. What is in flight cannot be called back: it
 # keeps the wish, and settle does not try it again.
-_CANCEL_CHAT = text("""
+_CANCEL_CHAT = text(f"""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
          WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
@@ -140,7 +147,7 @@ _CANCEL_CHAT = text("""
     )
     UPDATE follow_ups f
        SET status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
-           reason = CASE WHEN begun_at IS NULL THEN :reason ELSE reason END,
+           reason = CASE WHEN begun_at IS NULL THEN {honest("CAST(:reason AS text)", "f")} ELSE reason END,
            finished_at = CASE WHEN begun_at IS NULL THEN now() END,
            updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
            cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
@@ -149,7 +156,7 @@ _CANCEL_CHAT = text("""
       FROM held
      WHERE f.id = held.id
     RETURNING f.id, f.status
-""")
+""")  # noqa: S608 - no input, only the constant above
 
 
 def cancel_chat_if_not_begun(session: Session, workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> list[UUID]:

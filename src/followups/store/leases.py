@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store.unknowns import honest
 from followups.windows import WINDOW, WINDOWED_CHANNELS
 
 if TYPE_CHECKING:
@@ -250,7 +251,8 @@ _END = text(f"""
           {_LEASED}
     )
     UPDATE follow_ups f
-       SET status = held.status, reason = held.reason, finished_at = now(), updated_at = now(), lease_until = NULL
+       SET status = held.status, reason = {honest("held.reason", "f")}, finished_at = now(), updated_at = now(),
+           lease_until = NULL
       FROM held
      WHERE f.id = held.id
     RETURNING f.id

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.states import Status
+from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +68,8 @@ _SETTLE = text(f"""
     )
     UPDATE follow_ups f
        SET status = CASE WHEN {_STOPPED} THEN 'cancelled' ELSE r.status END,
-           reason = CASE WHEN {_STOPPED} THEN f.cancel_requested || r.cancel_detail ELSE r.reason END,
+           reason = CASE WHEN {_STOPPED} THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
+                         ELSE {honest("r.reason", "f")} END,
            finished_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() END,
            updated_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
            next_attempt_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN f.next_attempt_at

@@ -1,0 +1,64 @@
+"""One transaction whose end is known, even when the answer to its commit is lost.
+
+A connection that breaks during a commit leaves open whether it was done. For a claim, a begin or a settle
+that would cost a lease: the rows may be ours, and nobody would know. PostgreSQL keeps what became of every
+transaction, and is asked (pg_xact_status; PostgreSQL manual, "Transaction ID and Snapshot Information").
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection, Engine
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(seconds=15)
+"""How long to go on asking a database that is away; a restart takes a few seconds. Then the commit counts as
+failed: if it was done, its leases run out."""
+
+PAUSE = timedelta(milliseconds=100)
+"""Between two questions."""
+
+_NUMBER = text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
+_STATUS = text("SELECT pg_xact_status(CAST(:number AS xid8))")
+
+
+def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
+    """Do the work in one transaction and commit it; return what the work returned.
+
+    Raises what the work or the commit raised. When this returns, it was committed; when it raises after
+    `PATIENCE`, that is not known.
+    """
+    with engine.connect() as connection:
+        result = work(connection)
+        number = connection.scalar(_NUMBER)
+        try:
+            connection.commit()
+        except DBAPIError:
+            if number is None or not _was_committed(engine, number):
+                raise
+    return result
+
+
+def _was_committed(engine: Engine, number: str) -> bool:
+    deadline = time.monotonic() + PATIENCE.total_seconds()
+    while time.monotonic() < deadline:
+        try:
+            with engine.connect() as connection:
+                status = connection.scalar(_STATUS, {"number": number})
+        except (DBAPIError, PoolTimeoutError):
+            status = "in progress"  # as far as anybody knows
+        if status != "in progress":  # None: another server than before, which never knew it
+            return bool(status == "committed")
+        time.sleep(PAUSE.total_seconds())
+    return False

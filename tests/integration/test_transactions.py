@@ -1,0 +1,91 @@
+"""A transaction's end is known, even when the answer to its commit is lost."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import psycopg
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError, OperationalError
+
+from followups import transactions
+from followups.transactions import transact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection, Engine
+
+    from world import World
+
+
+def insert_workspace(connection: Connection) -> str:
+    """Insert one, and return its name."""
+    name = "acme"
+    connection.execute(text("INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), :name)"), {"name": name})
+    return name
+
+
+def break_once(monkeypatch: pytest.MonkeyPatch, what: Callable[[psycopg.Connection], None]) -> None:
+    """Let the next commit do this, and then break its connection."""
+    commit = psycopg.Connection.commit
+
+    def broken(connection: psycopg.Connection) -> None:
+        monkeypatch.setattr(psycopg.Connection, "commit", commit)
+        what(connection)
+        connection.close()
+        message = "the connection broke"
+        raise psycopg.OperationalError(message)
+
+    monkeypatch.setattr(psycopg.Connection, "commit", broken)
+
+
+def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that was done counts as done, though its answer was lost."""
+    break_once(monkeypatch, psycopg.Connection.commit)
+    assert transact(engine, insert_workspace) == "acme"
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
+
+
+def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit that never arrived counts as failed, and nothing was done."""
+    break_once(monkeypatch, lambda _: None)
+    with pytest.raises(OperationalError):
+        transact(engine, insert_workspace)
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
+
+
+def test_nothing_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that wrote nothing leaves no trace to ask for: its failed commit is an error."""
+    break_once(monkeypatch, psycopg.Connection.commit)
+    with pytest.raises(OperationalError):
+        transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
+
+
+def test_refused(world: World, engine: Engine) -> None:
+    """What the database refuses is raised as it came, and the transaction is rolled back."""
+    insert = text("INSERT INTO workspaces (id, name) VALUES (:id, 'again')")
+    with pytest.raises(IntegrityError):
+        transact(engine, lambda connection: connection.execute(insert, {"id": world.workspace_id}))
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+
+
+def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When nobody can be asked, the error is raised once the patience is over."""
+
+    def gone(*_: object, **__: object) -> None:
+        message = "no route to host"
+        raise psycopg.OperationalError(message)
+
+    assert world
+    monkeypatch.setattr(transactions, "PATIENCE", timedelta(seconds=0.3))
+    break_once(monkeypatch, lambda _: event.listen(engine, "do_connect", gone))
+    engine.dispose()
+    started = time.monotonic()
+    with pytest.raises(OperationalError, match="the connection broke"):
+        transact(engine, insert_workspace)
+    assert time.monotonic() - started >= 0.3

@@ -1,0 +1,113 @@
+"""A follow-up with an attempt whose outcome is unknown says so, whatever ends it."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.store import chats
+from followups.transports.port import Rejected, Retry, Sent, Unknown
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from followups.transports.port import Outcome
+    from world import World
+
+SAID = "the outcome of an attempt is unknown"
+
+
+def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: UUID) -> None:
+    """Let the follow-up be due now, attempted once, and settled."""
+    past = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id AND next_attempt_at IS NOT NULL"
+    world.sql(past, id=follow_up_id)
+    (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
+    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
+
+
+@pytest.fixture
+def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
+    """Return a pending follow-up with such an attempt, and its chat."""
+    chat_id = world.chat()
+    follow_up = world.follow_up(chat_id)
+    attempted(world, settings, Unknown("the connection broke"), follow_up)
+    assert world.row(follow_up).status == "pending"
+    return follow_up, chat_id
+
+
+def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
+    """A reply before the next attempt cancels it, and the reason says what is not known."""
+    follow_up, chat_id = doubtful
+    with Session(world.engine) as session, session.begin():
+        chats.receive(
+            session,
+            world.workspace_id,
+            message_id=uuid4(),
+            chat_id=chat_id,
+            role=chats.Role.USER,
+            created_at=None,
+        )
+    assert world.row(follow_up).reason == f"user_replied: {SAID}"
+
+
+def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
+    """So does a cancel without words of its own; with words, they are stored as given."""
+    follow_up, _ = doubtful
+    with Session(world.engine) as session, session.begin():
+        assert followups.cancel(session, follow_up).reason == f"cancelled_by_api: {SAID}"
+    other = world.follow_up()
+    with Session(world.engine) as session, session.begin():
+        assert followups.cancel(session, other, reason="the customer called").reason == "the customer called"
+
+
+def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+    """A refusal of the next attempt does not hide it."""
+    attempted(world, settings, Rejected("HTTP 403", 403), doubtful[0])
+    assert world.row(doubtful[0]).reason == f"rejected: HTTP 403; {SAID}"
+
+
+def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+    """Nor does an end without an attempt."""
+    follow_up, _ = doubtful
+    world.sql(
+        "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"
+        " next_attempt_at = NULL"
+    )
+    begin(engine, settings, claim(engine, settings).leases)
+    assert world.row(follow_up).reason == f"too_late: {SAID}"
+
+
+def test_last_attempt(world: World, settings: Settings) -> None:
+    """When the last attempt itself is the one, the reason says so once."""
+    follow_up = world.follow_up()
+    last = settings.model_copy(update={"max_attempts": 1})
+    attempted(world, last, Unknown("no answer within 1 s"), follow_up)
+    assert world.row(follow_up).reason == (
+        "retries_exhausted: no answer within 1 s: the outcome of the attempt in flight is unknown"
+    )
+
+
+def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
+    """What is sent in the end needs no reason."""
+    attempted(world, settings, Sent(None), doubtful[0])
+    row = world.row(doubtful[0])
+    assert (row.status, row.reason) == ("sent", None)
+
+
+def test_failure_that_is_known(world: World, settings: Settings) -> None:
+    """An attempt that is known to have failed leaves nothing to be said."""
+    follow_up = world.follow_up()
+    attempted(world, settings, Retry("HTTP 500", None, 500), follow_up)
+    attempted(world, settings, Rejected("HTTP 403", 403), follow_up)
+    assert world.row(follow_up).reason == "rejected: HTTP 403"
