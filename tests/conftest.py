@@ -103,7 +103,8 @@ class Node(Protocol):
 def pytest_configure(config: pytest.Config) -> None:
     """Forget the settings of the machine, and have an owner for the servers."""
     for name in list(os.environ):
-        if name.startswith("FOLLOWUPS_") or name in {"DATABASE_URL", "REDIS_URL"}:
+        ours = name.startswith("FOLLOWUPS_") and not name.startswith("FOLLOWUPS_TEST_")
+        if ours or name in {"DATABASE_URL", "REDIS_URL"}:
             del os.environ[name]
     if not hasattr(config, "workerinput"):
         config.stash[SERVERS] = Servers()

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 CELERY = (str(Path(sys.executable).with_name("celery")), "-A", "followups.worker")
 
+PAGE = 5_000
+"""Requests that the chat is asked for at once: it takes none while it answers."""
+
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
     """Return the first true answer; fail when there is none within so many seconds."""
@@ -101,8 +104,13 @@ class Stack:
 
     def received(self) -> list[dict[str, Any]]:
         """Return every request that the chat received, oldest first."""
-        requests: list[dict[str, Any]] = self._call("GET", "/sandbox/requests")
-        return requests
+        requests: list[dict[str, Any]] = []
+        while True:
+            after = requests[-1]["number"] if requests else 0
+            page = self._call("GET", f"/sandbox/requests?after={after}&limit={PAGE}")
+            requests += page
+            if len(page) < PAGE:
+                return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
         """Return which of the follow-ups (none: of all) the chat accepted, in its order, each as often as it did."""

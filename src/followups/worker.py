@@ -27,8 +27,10 @@ from followups.dispatch.send import GRACE
 from followups.errors import SettingsError
 from followups.settings import VISIBILITY_TIMEOUT, Settings, get_settings
 from followups.store import leases as lease_store
+from followups.store.totals import Totals
 from followups.telemetry.logs import configure_logging, get_logger
 from followups.transports.registry import load_transport
+from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,10 +69,10 @@ def make_app(settings: Settings) -> Celery:
         # A hint is acknowledged when it is taken: the lease recovers what a crash loses, and a late
         # acknowledgement would add redelivery and no safety.
         task_acks_late=False,
-        task_queues=[Queue("dispatch"), Queue("deliver")],
-        task_default_queue="dispatch",
+        task_queues=[Queue(DISPATCH), Queue(DELIVER)],
+        task_default_queue=DISPATCH,
         task_create_missing_queues=False,
-        task_routes={"followups.dispatch_due": {"queue": "dispatch"}, "followups.deliver": {"queue": "deliver"}},
+        task_routes={"followups.dispatch_due": {"queue": DISPATCH}, "followups.deliver": {"queue": DELIVER}},
         # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once, so they need
         # no pool, and a full deliver queue does not delay a tick. More cores: more worker processes.
         worker_pool="solo",
@@ -83,7 +85,7 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             "visibility_timeout": int(VISIBILITY_TIMEOUT.total_seconds()),
-            "global_keyprefix": "followups:",
+            "global_keyprefix": KEY_PREFIX,
             "socket_timeout": 10,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
@@ -118,16 +120,18 @@ class Process:
         """Make the engine and the two halves of the work; connect to nothing yet."""
         url = settings.database_url.get_secret_value()
         self.engine = make_engine(
-            url, pool_size=DATABASE_THREADS + 2, application_name="followups-worker", options=BY_KEY
+            url, pool_size=DATABASE_THREADS + 3, application_name="followups-worker", options=BY_KEY
         )
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)
+        self.totals = Totals(self.engine)
         self.draining = False
 
     def start(self) -> None:
         """Start both; each waits for the database by itself."""
         self.dispatcher.start()
         self.pipeline.start()
+        self.totals.start()
 
     def stop(self) -> None:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
@@ -135,6 +139,7 @@ class Process:
         unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
+        self.totals.stop()
         self.engine.dispose()
 
 

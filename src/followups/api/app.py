@@ -23,6 +23,7 @@ from followups.api.routes import chats, follow_ups, service
 from followups.database import make_engine, make_sessions
 from followups.errors import FollowUpsError, SettingsError
 from followups.settings import load_settings
+from followups.store.totals import Totals
 from followups.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     )
     app = _routes()
     app.state.health = Health(settings, engine)
-    app.state.exposition = Exposition(engine, settings.max_in_flight)
+    totals = Totals(engine)
+    app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
     app.state.services = Services(
         sessions=make_sessions(engine),
         rate_limit=RateLimit(settings),
@@ -66,7 +68,9 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        totals.start()
         yield
+        totals.stop()
         app.state.services.rate_limit.close()
         app.state.health.close()
         engine.dispose()

@@ -1,25 +1,28 @@
-"""What `/metrics` shows beside this process's own counts: gauges that the database knows."""
+"""What `/metrics` shows: gauges that the database knows, and what all processes have counted together."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.store import backlog
-from followups.telemetry import metrics as _counted  # noqa: F401 - registers every metric, so that each is shown
+from followups.store import backlog, ticks, totals
+from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Engine
+
+    from followups.store.totals import Totals
 
 log = get_logger(__name__)
 
@@ -37,6 +40,7 @@ class BacklogCollector(Collector):
         self._lock = threading.Lock()
         self._kept: backlog.Backlog | None = None
         self._until = 0.0
+        self._last_tick = 0.0
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Give the gauges."""
@@ -51,6 +55,11 @@ class BacklogCollector(Collector):
             "followups_oldest_overdue_seconds", "How long ago the first of them was due; 0: none.", found.oldest_overdue
         )
         yield GaugeMetricFamily("followups_in_flight", "Attempts whose outcome is not yet recorded.", found.in_flight)
+        yield GaugeMetricFamily(
+            "followups_last_tick_timestamp_seconds",
+            "When the last tick ran, in seconds since 1970; 0: none ever did.",
+            self._last_tick,
+        )
 
     def _backlog(self) -> backlog.Backlog | None:
         with self._lock:
@@ -59,6 +68,7 @@ class BacklogCollector(Collector):
             try:
                 with self._engine.connect() as connection:
                     self._kept = backlog.measure(connection, window=self._window)
+                    self._last_tick = ticks.last_tick(connection)
             except SQLAlchemyError as error:
                 log.warning("database_unreachable", step="metrics", error=type(error).__name__)
                 self._kept = None
@@ -67,13 +77,50 @@ class BacklogCollector(Collector):
 
 
 class Exposition:
-    """The text that Prometheus reads."""
+    """The text that Prometheus reads: what waits, what all processes have counted, and this process's own state."""
 
-    def __init__(self, engine: Engine, window: int) -> None:
-        """Take where the gauges come from."""
-        self._registry = CollectorRegistry()
-        self._registry.register(BacklogCollector(engine, window))
+    def __init__(self, engine: Engine, window: int, totals: Totals) -> None:
+        """Take where the gauges and the sums come from."""
+        self._engine = engine
+        self._totals = totals
+        self._waiting = CollectorRegistry()
+        self._waiting.register(BacklogCollector(engine, window))
+        self._counted = CollectorRegistry()
+        self._counted.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """Give what all processes have counted; without the database, what this one has."""
+        try:
+            self._totals.add()
+            with self._engine.connect() as connection:
+                # What has no labels is shown from the start, as zero.
+                samples = dict.fromkeys(totals.counted(), 0.0) | totals.read(connection)
+        except SQLAlchemyError as error:
+            log.warning("database_unreachable", step="metrics", error=type(error).__name__)
+            samples = totals.counted()
+        return _families(samples)
+
+    def describe(self) -> list[Metric]:
+        """Name nothing beforehand: what is shown is known when it is asked for."""
+        return []
 
     def text(self) -> bytes:
         """Return everything, in the text format."""
-        return generate_latest(self._registry) + generate_latest(REGISTRY)
+        return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
+
+
+def _families(samples: Mapping[totals.Sample, float]) -> Iterator[Metric]:
+    """Put the samples under the names, types and words of what counts them."""
+    for family in metrics.COUNTED.collect():
+        names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}
+        shown = Metric(family.name, family.documentation, family.type)
+        mine = [(name, json.loads(labels), value) for (name, labels), value in samples.items() if name in names]
+        for name, labels, value in sorted(mine, key=_place):
+            shown.add_sample(name, labels, value)
+        yield shown
+
+
+def _place(sample: tuple[str, dict[str, str], float]) -> tuple[str, float, str]:
+    """Return where a sample stands: a histogram's buckets ascend, as the format asks for."""
+    name, labels, _ = sample
+    return name, float(labels.get("le", 0)), json.dumps(labels)

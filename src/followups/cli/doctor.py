@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from followups.cli import checks, connection
+from followups.cli import checks, connection, symptoms
 from followups.cli.checks import Finding
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
@@ -27,8 +27,8 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 def doctor(*, json: Json = False) -> None:
     """Check everything that must be well for follow-ups to go out, and say what to do where it isn't.
 
-    Settings, database, migrations, ticks (beat and workers together), broker, transport, workers. Exit code
-    1 when any check failed.
+    Settings, database, migrations, ticks (beat and workers together), what is overdue and what failed lately,
+    broker, transport, workers. Exit code 1 when any check failed.
     """
     settings = get_settings()
     findings = list(_findings(settings))
@@ -45,10 +45,13 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield checks.timeouts(settings)
     with connection.engine() as engine:
         yield from checks.databases(settings, engine)
+        yield from symptoms.of_database(settings, engine)
     reachable = True
     for finding in checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")
         yield finding
+    if reachable:
+        yield symptoms.of_queues(settings)
     yield checks.transport(settings)
     yield checks.workers() if reachable else Finding("workers", "not asked", "See to the broker first.")
 

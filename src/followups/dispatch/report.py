@@ -80,7 +80,6 @@ def settled(settling: Settling) -> None:
 def claimed(claim: Claim, seconds: float) -> None:
     """Tell of a tick; it has a line only when it claimed something."""
     metrics.TICK_DURATION.observe(seconds)
-    metrics.LAST_TICK.set_to_current_time()
     ended(claim.ended)
     if claim.lost:
         metrics.LEASES_EXPIRED.inc(claim.lost)

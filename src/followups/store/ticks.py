@@ -19,6 +19,7 @@ _RECORD = text("""
                     FOR UPDATE SKIP LOCKED)
 """)
 _AGE = text("SELECT now() - last_tick_at FROM dispatcher_state")
+_LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatcher_state")
 
 
 def record(connection: Connection) -> None:
@@ -30,3 +31,8 @@ def last_tick_age(connection: Connection) -> timedelta | None:
     """Return how long ago the last tick ran; None when none ever did."""
     age: timedelta | None = connection.scalar(_AGE)
     return age
+
+
+def last_tick(connection: Connection) -> float:
+    """Return when the last tick ran, in seconds since 1970; 0 when none ever did."""
+    return float(connection.scalar(_LAST) or 0)

@@ -1,21 +1,30 @@
 """What a process counts, by the fixed names of the Prometheus metrics. No ids as labels.
 
-How many follow-ups are pending, overdue or in flight is not counted here: the database knows, and is asked
-when somebody scrapes.
+How many follow-ups are pending, overdue or in flight, and when the last tick ran, is not counted here: the
+database knows, and is asked when somebody scrapes.
 """
 
 from __future__ import annotations
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+COUNTED = CollectorRegistry()
+"""What a process counts of the work; the sums of all processes are in the database (`followups.store.totals`)."""
 
 TRANSITIONS = Counter(
-    "followups_transitions_total", "Follow-ups that ended, by final state and reason code.", ["status", "code"]
+    "followups_transitions_total",
+    "Follow-ups that ended, by final state and reason code.",
+    ["status", "code"],
+    registry=COUNTED,
 )
-ATTEMPTS = Counter("followups_attempts_total", "Calls of the transport, by outcome.", ["transport", "outcome"])
+ATTEMPTS = Counter(
+    "followups_attempts_total", "Calls of the transport, by outcome.", ["transport", "outcome"], registry=COUNTED
+)
 ATTEMPT_DURATION = Histogram(
     "followups_attempt_duration_seconds",
     "How long a call of the transport took.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
+    registry=COUNTED,
 )
 LAG = Histogram(
     "followups_lag_seconds",
@@ -43,13 +52,18 @@ LAG = Histogram(
         21600,
         86400,
     ),
+    registry=COUNTED,
 )
-CLAIMED = Counter("followups_claimed_total", "Leases given out by ticks.")
-STALE_WRITES = Counter("followups_stale_writes_total", "Outcomes that came after their lease was taken over.")
-LEASES_EXPIRED = Counter("followups_leases_expired_total", "Leases that ran out before an outcome was recorded.")
+CLAIMED = Counter("followups_claimed_total", "Leases given out by ticks.", registry=COUNTED)
+STALE_WRITES = Counter(
+    "followups_stale_writes_total", "Outcomes that came after their lease was taken over.", registry=COUNTED
+)
+LEASES_EXPIRED = Counter(
+    "followups_leases_expired_total", "Leases that ran out before an outcome was recorded.", registry=COUNTED
+)
 TICK_DURATION = Histogram(
     "followups_tick_duration_seconds",
     "How long a tick took.",
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    registry=COUNTED,
 )
-LAST_TICK = Gauge("followups_last_tick_timestamp_seconds", "When the last tick ended, in seconds since 1970.")

@@ -17,7 +17,18 @@ from followups.transports.sandbox_ledger import Received
 CHATS = web.AppKey("chats", SandboxChats)
 VERIFIER: web.AppKey[Webhook | None] = web.AppKey("verifier")
 
+EVERY = 10**12
+"""More requests than there will be."""
+
 routes = web.RouteTableDef()
+
+
+class Wanted(Wire):
+    """Which requests to list: of one chat, and up to ``limit`` of those behind number ``after``."""
+
+    chat_id: str | None = None
+    after: Annotated[int, Field(ge=0, le=EVERY)] = 0
+    limit: Annotated[int, Field(ge=1, le=EVERY)] = EVERY
 
 
 class Said(Wire):
@@ -55,10 +66,14 @@ async def _answer(request: web.Request, reply: Reply) -> web.StreamResponse:
 
 @routes.get("/sandbox/requests")
 async def requests(request: web.Request) -> web.Response:
-    """List the requests, oldest first; ``?chatId=`` those of one chat."""
-    wanted = request.query.get("chatId")
-    records = request.app[CHATS].ledger.records()
-    return _json([record.document() for record in records if wanted in {None, record.chat_id}])
+    """List the requests, oldest first; ``?chatId=`` those of one chat, ``?after=&limit=`` a page (by number)."""
+    try:
+        wanted = Wanted.model_validate(dict(request.query))
+    except ValueError as error:
+        return _json({"error": _words(error)}, 422)
+    page = request.app[CHATS].ledger.page(wanted.after, wanted.limit)
+    listed = [(number, one) for number, one in page if wanted.chat_id in {None, one.chat_id}]
+    return _json([{"number": number, **one.document()} for number, one in listed])
 
 
 @routes.get("/sandbox/summary")

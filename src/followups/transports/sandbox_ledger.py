@@ -119,6 +119,12 @@ class Ledger:
         """Return the requests that are kept, oldest first."""
         return list(self._records)
 
+    def page(self, after: int, limit: int) -> list[tuple[int, Record]]:
+        """Return up to ``limit`` of the requests behind number ``after``, oldest first; the first ever is number 1."""
+        forgotten = self._counts["requests"] - len(self._records)
+        start = max(after - forgotten, 0)
+        return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
+
     def summary(self, latest: int | None = None) -> dict[str, object]:
         """Return the counts, and the lag of the ``latest`` accepted messages (default: of all that are kept).
 

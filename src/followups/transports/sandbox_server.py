@@ -3,7 +3,7 @@
 ============================================= ==================================================================
 ``POST /messages``                            a delivery (contract, section 4)
 ``GET /``                                     the live page
-``GET /sandbox/requests``                     every request that is kept, oldest first
+``GET /sandbox/requests``                     every request that is kept, oldest first; ``?after=&limit=`` a page
 ``GET /sandbox/summary``                      counts, and the lag of what was accepted
 ``GET /sandbox/chats``                        the conversations, newest activity first
 ``GET /sandbox/events``                       the same, live (Server-Sent Events)

@@ -150,6 +150,17 @@ async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession
     assert (await fetch(http, "GET", "/sandbox/requests"))[1] == []
 
 
+async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
+    """Each has a number, and a page holds what comes behind one."""
+    for attempt in (1, 2, 3):
+        await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
+    _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")
+    assert [(each["number"], each["attempt"]) for each in page] == [(2, 2)]
+    _, rest = await fetch(http, "GET", "/sandbox/requests?after=2")
+    assert [(each["number"], each["attempt"]) for each in rest] == [(3, 3)]
+    assert (await fetch(http, "GET", "/sandbox/requests?after=x"))[0] == 422
+
+
 @pytest.mark.parametrize("body", [{}, {"text": ""}, {"role": "god", "text": "x"}, []])
 async def test_somebody_elses_message_is_checked(http: aiohttp.ClientSession, body: object) -> None:
     """422 for a role or a text that is none."""

@@ -1,0 +1,126 @@
+"""What ``followups doctor`` finds of faults that come and go: in the database, in the broker, by this host's clock.
+
+What only has to be known is told in the detail; a finding with advice is something to be mended now.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import redis
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.cli.checks import PATIENCE, Finding
+from followups.cli.times import span
+from followups.store import backlog
+from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+LONG_TRANSACTION = timedelta(minutes=10)
+"""Ours take milliseconds. One that is open this long keeps dead rows from being removed, and slows the claim."""
+
+CLOCK_OFF = timedelta(seconds=1)
+
+UNREAD_TICKS = 100
+"""Ticks in the queue from which on nobody seems to read it."""
+
+LATEST = 10_000
+"""Failed attempts that are looked at, from the newest: the table may be large."""
+
+_ATTEMPTS = text(f"""
+    SELECT outcome, count(*) AS number
+      FROM (SELECT outcome, at FROM failed_attempts ORDER BY id DESC LIMIT {LATEST}) AS latest
+     WHERE at > now() - interval '1 hour'
+     GROUP BY outcome ORDER BY outcome
+""")  # noqa: S608 - no input, only the constant above
+_OLDEST_TRANSACTION = text("""
+    SELECT pid, application_name, now() - xact_start AS age FROM pg_stat_activity
+     WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()
+       AND backend_type = 'client backend'
+     ORDER BY xact_start LIMIT 1
+""")
+_DEAD = text("""
+    SELECT n_dead_tup AS dead, n_live_tup AS live FROM pg_stat_user_tables WHERE relid = 'follow_ups'::regclass
+""")
+
+EXPLAINED = {
+    "lost": "lost with their workers (look for crashes, and for the kernel's OOM killer)",
+    "unknown": "without an answer (look at the network to the transport, and at its timeout)",
+    "retry": "refused for now",
+    "snoozed": "put off by the transport's rate limit",
+    "rejected": "refused for good",
+}
+"""What the outcomes of failed attempts mean."""
+
+
+def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Look at what waits, what failed lately, and what slows the database. Nothing, when it does not answer."""
+    try:
+        with engine.connect() as connection:
+            yield _backlog(settings, backlog.measure(connection, window=settings.max_in_flight))
+            yield _attempts(connection)
+            yield _transactions(connection)
+            yield _clock(connection)
+    except SQLAlchemyError:
+        return  # another check has said so
+
+
+def of_queues(settings: Settings) -> Finding:
+    """Look at how many hints and ticks nobody has read."""
+    seconds = PATIENCE.total_seconds()
+    url = settings.broker_url.get_secret_value()
+    try:
+        with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
+            batches, unread = (int(client.llen(f"{KEY_PREFIX}{name}")) for name in (DELIVER, DISPATCH))
+    except (redis.RedisError, OSError) as error:
+        return Finding("queues", type(error).__name__, "See to the broker first.")
+    detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
+    # Every hint in the queue stands for a lease; beyond what may be in flight, they can only be dead.
+    if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
+        return Finding("queues", detail, "Nobody reads them: start workers, or restart those that only seem to run.")
+    return Finding("queues", detail)
+
+
+def _backlog(settings: Settings, found: backlog.Backlog) -> Finding:
+    oldest = timedelta(seconds=found.oldest_overdue)
+    detail = f"{found.pending} pending, {found.in_flight} in flight, {found.overdue} overdue"
+    detail += f", the oldest by {span(oldest)}" if found.overdue else ""
+    if oldest <= settings.lease + settings.tick_interval:
+        return Finding("backlog", detail)
+    advice = "Less is sent than falls due: see followups stats and the transport's answers; start more workers."
+    return Finding("backlog", detail, advice)
+
+
+def _attempts(connection: Connection) -> Finding:
+    rows = connection.execute(_ATTEMPTS).all()
+    told = ", ".join(f"{row.number} {EXPLAINED.get(row.outcome, row.outcome)}" for row in rows)
+    return Finding("attempts", f"failed in the last hour: {told or 'none'}")
+
+
+def _transactions(connection: Connection) -> Finding:
+    dead = connection.execute(_DEAD).one()
+    rows = f"{dead.dead} dead rows beside {dead.live}"
+    oldest = connection.execute(_OLDEST_TRANSACTION).one_or_none()
+    if oldest is None or oldest.age < LONG_TRANSACTION:
+        return Finding("transactions", f"none open for long, {rows}")
+    detail = f"one is open for {span(oldest.age)} (pid {oldest.pid}, {oldest.application_name or 'no name'}), {rows}"
+    return Finding("transactions", detail, f"It keeps dead rows: end it, SELECT pg_terminate_backend({oldest.pid}).")
+
+
+def _clock(connection: Connection) -> Finding:
+    before = datetime.now(UTC)
+    theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+    off = before + (datetime.now(UTC) - before) / 2 - theirs
+    if abs(off) <= CLOCK_OFF:
+        return Finding("clock", "this host's agrees with the database's")
+    where = "ahead of" if off > timedelta(0) else "behind"
+    detail = f"this host's is {span(abs(off))} {where} the database's; follow-ups go by the database's"
+    return Finding("clock", detail, "Correct this host's clock: its logs tell wrong times.")

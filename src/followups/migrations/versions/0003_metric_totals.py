@@ -1,0 +1,26 @@
+"""What all processes have counted together, so that whoever is asked for metrics shows everybody's."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    """Create the table."""
+    op.create_table(
+        "metric_totals",
+        sa.Column("sample", sa.Text(), nullable=False),
+        sa.Column("labels", sa.Text(), nullable=False),
+        sa.Column("value", sa.Double(), nullable=False),
+        sa.PrimaryKeyConstraint("sample", "labels", name=op.f("pk_metric_totals")),
+        postgresql_with={"fillfactor": "50"},
+    )
+
+
+def downgrade() -> None:
+    """Take it back."""
+    op.drop_table("metric_totals")

@@ -1,0 +1,101 @@
+"""What all processes have counted together: each adds what is new, and any of them can show the sum.
+
+Workers come and go on many hosts, and a scraper finds one web process: a count that lived in a worker would
+be seen by nobody, and would end with it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.telemetry import metrics
+from followups.telemetry.logs import get_logger
+from followups.transactions import transact
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+Sample = tuple[str, str]
+"""A sample's name and its labels, as a JSON object with sorted keys."""
+
+INTERVAL = timedelta(seconds=1)
+"""How long a count may be known to its own process alone; so much a crash loses."""
+
+log = get_logger(__name__)
+
+# In the order of the key, so that two processes that add to the same rows wait for each other and no more.
+_ADD = text("""
+    INSERT INTO metric_totals AS t (sample, labels, value)
+    SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
+     ORDER BY 1, 2
+    ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
+""")
+_READ = text("SELECT sample, labels, value FROM metric_totals")
+
+
+def read(connection: Connection) -> dict[Sample, float]:
+    """Return the sums."""
+    return {(row.sample, row.labels): row.value for row in connection.execute(_READ)}
+
+
+def counted() -> dict[Sample, float]:
+    """Return what this process has counted since it started."""
+    return {
+        (sample.name, json.dumps(sample.labels, sort_keys=True)): sample.value
+        for family in metrics.COUNTED.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+class Totals:
+    """Adds this process's counts to the sums, from a thread of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take the database; nothing runs yet."""
+        self._engine = engine
+        self._added: dict[Sample, float] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
+
+    def start(self) -> None:
+        """Add from now on, once in `INTERVAL`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Add what is left, and stop."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._try_to_add()
+
+    def add(self) -> None:
+        """Add what has been counted since the last time. Raises what the database raises; then nothing is lost."""
+        with self._lock:
+            now = counted()
+            new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}
+            if new:
+                parameters = {
+                    "samples": [name for name, _ in new],
+                    "labels": [labels for _, labels in new],
+                    "values": list(new.values()),
+                }
+                transact(self._engine, lambda connection: connection.execute(_ADD, parameters))
+                self._added = now
+
+    def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL.total_seconds()):
+            self._try_to_add()
+
+    def _try_to_add(self) -> None:
+        try:
+            self.add()
+        except SQLAlchemyError as error:
+            log.debug("counts_kept_back", error=type(error).__name__)

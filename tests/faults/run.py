@@ -1,0 +1,196 @@
+"""Run the fault tests with many seeds, and write what they found to RESULTS.md.
+
+    uv run python tests/faults/run.py --seeds 20          # the short forms, about two minutes a seed
+    uv run python tests/faults/run.py --long              # each long form once, some hours
+    uv run python tests/faults/run.py --figures FILE      # only write the table, from figures kept before
+
+Figures are added to ``--figures FILE`` (a JSON object a line), so that runs can be done apart, and stopped and
+gone on with: the table is written anew from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "RESULTS.md"
+
+FAULTS = {
+    1: "SIGKILL of the worker, and of its child, at each step",
+    2: "SIGSTOP past the lease, then SIGCONT",
+    3: "The commit succeeds, the worker sees an error",
+    4: "The receiver accepts, its answer is dropped",
+    5: "SIGTERM under load, rolling restart of every process",
+    6: "PostgreSQL restarted under load, backends terminated",
+    7: "Broker restarted, and killed several times within seconds",
+    8: "Broker FLUSHALL in mid-burst",
+    9: "Half-open TCP to broker and database",
+    10: "Two and three beats at once; beat killed",
+    11: "Every broker message doubled and shuffled",
+    12: "A host's clock 10 minutes off",
+    13: "Receiver failing, 429 storm, outage and recovery",
+    14: "1 % of the answers late",
+    15: "A poison message that kills its worker",
+    16: "Cancel against deliver, reply against create",
+    17: "Thousands of follow-ups behind two stuck chats",
+    18: "An open database snapshot under load",
+    19: "A workspace with 100 times the load",
+    20: "Load for long",
+}
+
+
+def main() -> int:
+    """Run what is asked for; the exit code is 1 when a test failed or a promise was broken."""
+    options = _parser().parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = options.figures or Path(temporary, "figures.jsonl")
+        failures = 0
+        for number in range(options.seeds):
+            seed = options.first_seed + number
+            failures += _run(seed, kept, "not faults_long", 4, f"seed {number + 1} of {options.seeds}")
+        if options.long:
+            failures += _run(options.first_seed, kept, "faults_long", 1, "the long forms")
+        lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    if not lines:
+        sys.stderr.write("There are no figures: give --seeds N or --long.\n")
+        return 2
+    options.results.write_text(report(lines))
+    broken = sum(bool(line.get("broken")) for line in lines if line["fault"])
+    sys.stdout.write(f"Wrote {options.results}; runs that failed: {failures}, tests that broke a promise: {broken}.\n")
+    return int(bool(failures or broken))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=0, help="how often to run the short forms")
+    parser.add_argument("--long", action="store_true", help="run the long forms, once")
+    first = random.SystemRandom().randrange(1_000_000)
+    parser.add_argument("--first-seed", type=int, default=first, help="the others count on from it (default: any)")
+    parser.add_argument("--figures", type=Path, help="a file to which figures are added")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where the table goes (default: %(default)s)")
+    return parser
+
+
+def _run(seed: int, kept: Path, marker: str, processes: int, title: str) -> int:
+    """Run the tests once; return 1 when any failed. Adds a line with fault 0 that says how it went."""
+    command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-m", marker, "-n", str(processes), "--no-header"]
+    environment = os.environ | {"FOLLOWUPS_TEST_SEED": str(seed), "FOLLOWUPS_TEST_FIGURES": str(kept.resolve())}
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
+    summary = done.stdout.strip().rpartition("\n")[2]
+    sys.stdout.write(f"{title} ({seed}): {summary}\n")
+    sys.stdout.flush()
+    if done.returncode:
+        sys.stdout.write(done.stdout)
+    line = {
+        "fault": 0,
+        "form": "long" if marker == "faults_long" else "short",
+        "seed": seed,
+        "passed": not done.returncode,
+    }
+    with kept.open("a") as file:
+        file.write(json.dumps(line | {"summary": summary, "test": "", "figures": {}}) + "\n")
+    return int(bool(done.returncode))
+
+
+def report(lines: list[dict[str, Any]]) -> str:
+    """Return the results as Markdown."""
+    parts = [_head(lines)]
+    for form, title in (("short", "Short forms"), ("long", "Long forms")):
+        of_form = [line for line in lines if line["form"] == form and line["fault"]]
+        if of_form:
+            parts.append(f"## {title}\n\n{_table(of_form)}\n")
+    return "\n".join(parts)
+
+
+def _head(lines: list[dict[str, Any]]) -> str:
+    runs = {form: [line for line in lines if line["form"] == form and not line["fault"]] for form in ("short", "long")}
+    seeds = ", ".join(str(line["seed"]) for line in runs["short"])
+    broken: Counter[str] = Counter()
+    for line in lines:
+        broken.update(line.get("broken") or {})
+    packages = ", ".join(f"{name} {version(name)}" for name in ("celery", "kombu", "redis", "sqlalchemy", "psycopg"))
+    return f"""# Fault tests: results
+
+Written by `uv run python tests/faults/run.py`; not edited by hand.
+
+- Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC
+- Machine: {_machine()}
+- Python {platform.python_version()}, {packages}; PostgreSQL 18 and Valkey 9, embedded, on the same machine
+- Short forms: {len(runs["short"])} runs, of which {sum(line["passed"] for line in runs["short"])} passed whole; seeds {seeds}
+- Long forms: {len({line["test"] for line in lines if line["form"] == "long" and line["fault"]})} tests
+- Promises broken, in all of them: {dict(broken) or "none (lost 0, doubled 0, after cancel 0, contradictions 0)"}
+
+A lease is 3 s and a tick 0.1 s in the short forms, unless a test needs others. "Broken" counts every promise of every
+run: lost, doubled, begun after a cancel, silently late, contradictions, final states changed, out of order, misdirected.
+Figures are medians over the runs, with the worst (the largest) in brackets.
+"""
+
+
+def _machine() -> str:
+    model = platform.processor() or platform.machine()
+    with_model = Path("/proc/cpuinfo")
+    if with_model.exists():
+        named = [line for line in with_model.read_text().splitlines() if line.startswith("model name")]
+        model = named[0].partition(":")[2].strip() if named else model
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{len(os.sched_getaffinity(0))} cores ({model}), {memory:.0f} GiB, {platform.system()} {platform.release()}"
+
+
+def _table(lines: list[dict[str, Any]]) -> str:
+    rows = ["| # | fault | test | runs | broken | figures |", "| --- | --- | --- | --- | --- | --- |"]
+    grouped: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        grouped[line["fault"], line["test"]].append(line)
+    seen = set()
+    for (fault, test), runs in sorted(grouped.items()):
+        name = FAULTS[fault] if fault not in seen else ""
+        seen.add(fault)
+        broken = sum(sum((run.get("broken") or {}).values()) for run in runs)
+        rows.append(
+            f"| {fault} | {name} | `{test.removeprefix('test_')}` | {len(runs)} | {broken} | {_figures(runs)} |"
+        )
+    return "\n".join(rows)
+
+
+def _figures(runs: list[dict[str, Any]]) -> str:
+    values: dict[str, list[Any]] = defaultdict(list)
+    for run in runs:
+        for name, value in run["figures"].items():
+            values[name].append(value)
+        if run.get("repeated"):
+            values["absorbed_by_key"].append(run["repeated"])
+        if run.get("unknown"):
+            values["named_unknown"].append(run["unknown"])
+    return "; ".join(f"{name.replace('_', ' ')} {_summary(each)}" for name, each in values.items())
+
+
+def _summary(values: list[Any]) -> str:
+    if all(isinstance(value, int | float) for value in values):
+        middle, worst = statistics.median(values), max(values)
+        return f"{middle:g}" if middle == worst else f"{middle:g} ({worst:g})"
+    if all(isinstance(value, dict) for value in values):
+        total: Counter[str] = Counter()
+        for value in values:
+            if all(isinstance(count, int) for count in value.values()):
+                total.update(value)
+        if total:
+            return ", ".join(f"{key}: {count}" for key, count in sorted(total.items()))
+    last = values[-1]
+    return (json.dumps(last) if isinstance(last, dict | list) else str(last)).replace("|", "/")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What the doctor finds of faults that come and go."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import redis
+from sqlalchemy import text
+
+from followups.cli import symptoms
+from followups.cli.symptoms import of_database, of_queues
+
+if TYPE_CHECKING:
+    import pytest
+    from sqlalchemy import Engine
+
+    from followups.cli.checks import Finding
+    from followups.settings import Settings
+    from world import World
+
+
+def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
+    """Return what is found in the database, by name."""
+    return {finding.name: finding for finding in of_database(settings, engine)}
+
+
+def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
+    """On a system with nothing overdue, there is nothing to do."""
+    world.follow_up(due=timedelta(hours=1))
+    findings = found(settings, engine)
+    assert [name for name, finding in findings.items() if not finding.ok] == []
+    assert findings["backlog"].detail == "1 pending, 0 in flight, 0 overdue"
+    assert findings["attempts"].detail == "failed in the last hour: none"
+
+
+def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
+    """What is overdue by more than a lease and a tick is too slow, and the advice says where to look."""
+    world.follow_up(due=-timedelta(minutes=2))
+    backlog = found(settings, engine)["backlog"]
+    assert backlog.detail.startswith("1 pending, 0 in flight, 1 overdue, the oldest by 2 min")
+    assert "start more workers" in backlog.advice
+
+
+def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: World) -> None:
+    """Attempts of the last hour that were lost, or got no answer, are told with where to look."""
+    follow_up = world.follow_up(due=timedelta(hours=1))
+    for outcome, ago in (("lost", "1 min"), ("lost", "2 h"), ("unknown", "1 min"), ("unknown", "2 min")):
+        world.sql(
+            "INSERT INTO failed_attempts (follow_up_id, number, at, outcome, detail)"
+            " VALUES (:id, 1, now() - CAST(:ago AS interval), :outcome, '')",
+            id=follow_up,
+            ago=ago,
+            outcome=outcome,
+        )
+    attempts = found(settings, engine)["attempts"]
+    assert "1 lost with their workers" in attempts.detail
+    assert "2 without an answer" in attempts.detail
+
+
+def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that is open for long is named, with how to end it."""
+    assert world
+    monkeypatch.setattr(symptoms, "LONG_TRANSACTION", timedelta(0))
+    with engine.connect() as holder:
+        pid = holder.scalar(text("SELECT pg_backend_pid()"))
+        transactions = found(settings, engine)["transactions"]
+    assert f"pid {pid}" in transactions.detail
+    assert transactions.advice.endswith(f"SELECT pg_terminate_backend({pid}).")
+
+
+def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host whose clock is off is told so, and that follow-ups don't go by it."""
+    assert world
+    monkeypatch.setattr(symptoms, "CLOCK_OFF", timedelta(microseconds=-1))
+    clock = found(settings, engine)["clock"]
+    assert "follow-ups go by the database's" in clock.detail
+    assert clock.advice
+
+
+def test_queues(settings: Settings) -> None:
+    """Hints and ticks that nobody reads are counted; many of them are a failed check."""
+    assert of_queues(settings).detail == "0 batches in deliver, 0 ticks in dispatch"
+    with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
+        client.rpush("followups:dispatch", *range(symptoms.UNREAD_TICKS + 1))
+    unread = of_queues(settings)
+    assert unread.detail == "0 batches in deliver, 101 ticks in dispatch"
+    assert "start workers" in unread.advice
+
+
+def test_servers_away(settings: Settings) -> None:
+    """A broker that does not answer is one finding, and no error."""
+    away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
+    assert of_queues(away).advice == "See to the broker first."

@@ -1,0 +1,55 @@
+"""The counts of all processes, summed in the database."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from followups.store.totals import Totals, counted, read
+from followups.telemetry import metrics
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from followups.store.totals import Sample
+
+CLAIMED = ("followups_claimed_total", "{}")
+
+
+def sums(engine: Engine) -> dict[Sample, float]:
+    """Return what the database holds."""
+    with engine.connect() as connection:
+        return read(connection)
+
+
+def test_processes_add_up(engine: Engine) -> None:
+    """Each process adds what it has counted since it last did; the sum is everybody's."""
+    first, second = Totals(engine), Totals(engine)
+    before = counted()[CLAIMED]
+    metrics.CLAIMED.inc(3)
+    first.add()
+    first.add()
+    second.add()  # as another process with the same counts
+    assert sums(engine)[CLAIMED] == 2 * (before + 3)
+    metrics.CLAIMED.inc(4)
+    first.add()
+    assert sums(engine)[CLAIMED] == 2 * (before + 3) + 4
+
+
+def test_labels_and_histograms(engine: Engine) -> None:
+    """Labelled counters and histograms are summed sample by sample."""
+    metrics.TRANSITIONS.labels(status="failed", code="rejected").inc()
+    metrics.LAG.observe(0.003)
+    Totals(engine).add()
+    found = sums(engine)
+    assert found["followups_transitions_total", '{"code": "rejected", "status": "failed"}'] >= 1
+    assert found["followups_lag_seconds_bucket", '{"le": "0.005"}'] >= 1
+    assert found["followups_lag_seconds_count", "{}"] >= 1
+
+
+def test_added_at_the_end(engine: Engine) -> None:
+    """A process that stops adds what is left."""
+    kept = Totals(engine)
+    kept.start()
+    metrics.CLAIMED.inc()
+    kept.stop()
+    assert sums(engine)[CLAIMED] == counted()[CLAIMED]
