@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import psycopg
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
+    from psycopg.abc import PQGen
+
+T = TypeVar("T")
+
+MILLISECOND = timedelta(milliseconds=1)
 CONNECT_TIMEOUT = 5
 """Seconds until an unreachable server is reported."""
-STATEMENT_TIMEOUT = 30
-"""Seconds after which the server ends a statement; every one of ours takes milliseconds."""
+STATEMENT_TIMEOUT = timedelta(seconds=30)
+"""After which the server ends a statement; every one of ours takes milliseconds."""
+SILENCE_MARGIN = timedelta(seconds=5)
+"""How much longer than that a server may be silent until the connection is given up: it is half-open, or the
+server hangs, and its own timeout will never be heard of."""
 TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
@@ -31,25 +42,55 @@ go on doing so when a burst of inserts has made the table's statistics wrong. Me
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with."""
 
 
+class BoundedConnection(psycopg.Connection[Any]):
+    """A connection that does not wait for ever for a server that has fallen silent.
+
+    libpq has no limit of its own, and TCP sees nothing wrong where a machine in between goes on acknowledging.
+    """
+
+    patience = (STATEMENT_TIMEOUT + SILENCE_MARGIN).total_seconds()
+    """Seconds that one answer may take."""
+
+    def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
+        """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""
+        started = time.monotonic()
+        try:
+            return super().wait(gen, interval, timeout or self.patience)
+        except psycopg.OperationalError as error:
+            if timeout or time.monotonic() - started < self.patience or self.closed:
+                raise
+            self.pgconn.finish()
+            message = f"the server was silent for {self.patience:g} s: the connection is given up"
+            raise psycopg.OperationalError(message) from error
+
+
 def make_engine(
-    database_url: str, *, pool_size: int = 5, application_name: str = "followups", options: str = ""
+    database_url: str,
+    *,
+    pool_size: int = 5,
+    application_name: str = "followups",
+    options: str = "",
+    statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
 
     A connection is tested when it is taken from the pool, so that a restarted server costs one
-    reconnect and no failed request.
+    reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up.
     """
+    limit = statement_timeout // MILLISECOND
     connect_args: Mapping[str, Any] = {
         "application_name": application_name,
         "connect_timeout": CONNECT_TIMEOUT,
-        "options": f"-c statement_timeout={STATEMENT_TIMEOUT}s -c timezone=UTC{options}",
+        # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
+        "options": f"-c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
+        f" -c timezone=UTC{options}",
         "keepalives_idle": 10,
         "keepalives_interval": 3,
         "keepalives_count": 3,
         "tcp_user_timeout": TCP_USER_TIMEOUT,
     }
     url = make_url(database_url).set(drivername="postgresql+psycopg")
-    return create_engine(
+    engine = create_engine(
         url,
         pool_size=pool_size,
         # A connection beyond the pool would be made for one transaction and closed after it, which costs
@@ -62,6 +103,14 @@ def make_engine(
         # Statement parameters hold message texts: they must never stand in an error or a log.
         hide_parameters=True,
     )
+
+    def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
+        connection = BoundedConnection.connect(*arguments, **named)
+        connection.patience = (statement_timeout + min(SILENCE_MARGIN, statement_timeout)).total_seconds()
+        return connection
+
+    event.listen(engine, "do_connect", connect)
+    return engine
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

@@ -44,6 +44,10 @@ TICK_EXPIRES = timedelta(hours=1)
 the tick interval on purpose: Celery compares two hosts' clocks here, and an hour's margin forgives one that
 is minutes off; superfluous ticks are folded into one by the dispatcher."""
 
+STATEMENT_TIMEOUT = timedelta(seconds=10)
+"""For a worker's statements, which take milliseconds, and never longer than half a lease: what waits behind one
+that hangs could not be begun in time."""
+
 DRAIN_MARGIN = timedelta(seconds=5)
 """For settling what was in flight when the order to stop came."""
 
@@ -86,10 +90,11 @@ def make_app(settings: Settings) -> Celery:
         broker_transport_options={
             "visibility_timeout": int(VISIBILITY_TIMEOUT.total_seconds()),
             "global_keyprefix": KEY_PREFIX,
-            "socket_timeout": 10,
+            "socket_timeout": 5,
             "socket_connect_timeout": 5,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            # A consumer whose connection is half-open is noticed by this: after at most twice as long, and a second.
+            "health_check_interval": 5,
             "retry_on_timeout": True,
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.
@@ -120,7 +125,11 @@ class Process:
         """Make the engine and the two halves of the work; connect to nothing yet."""
         url = settings.database_url.get_secret_value()
         self.engine = make_engine(
-            url, pool_size=DATABASE_THREADS + 3, application_name="followups-worker", options=BY_KEY
+            url,
+            pool_size=DATABASE_THREADS + 3,
+            application_name="followups-worker",
+            options=BY_KEY,
+            statement_timeout=min(STATEMENT_TIMEOUT, settings.lease / 2),
         )
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)

@@ -31,6 +31,8 @@ class Proxy:
         self._forwarding = asyncio.Event()
         self._refusing = False
         self.port = 0
+        self.frozen = 0
+        """Connections that were frozen."""
 
     def __enter__(self) -> Self:
         """Listen."""
@@ -62,6 +64,10 @@ class Proxy:
         """Break every connection; new ones are taken."""
         self._call(self._abort)
 
+    def freeze(self) -> None:
+        """Forward nothing any more on the connections that are open now, for good; new ones work."""
+        self._call(self._freeze)
+
     def stall(self) -> None:
         """Forward nothing any more, on open connections and on new ones; break none."""
         self._call(self._forwarding.clear)
@@ -86,6 +92,12 @@ class Proxy:
         self._loop.call_soon_threadsafe(run)
         done.wait()
 
+    def _freeze(self) -> None:
+        self.frozen += len(self._open) // 2
+        self._forwarding.clear()  # for those that are open, whose event nobody sets any more
+        self._forwarding = asyncio.Event()
+        self._forwarding.set()
+
     def _abort(self) -> None:
         for writer in self._open:
             writer.transport.abort()
@@ -96,11 +108,12 @@ class Proxy:
             return
         self._open.add(writer)
         with contextlib.suppress(OSError):
-            await self._forwarding.wait()
+            forwarding = self._forwarding
+            await forwarding.wait()
             upward, downward = await self._connect()
             self._open.add(downward)
             try:
-                await asyncio.gather(self._pump(reader, downward), self._pump(upward, writer))
+                await asyncio.gather(self._pump(reader, downward, forwarding), self._pump(upward, writer, forwarding))
             finally:
                 self._open.discard(downward)
                 downward.transport.abort()
@@ -113,10 +126,12 @@ class Proxy:
             return await asyncio.open_unix_connection(f"{host[0]}/.s.PGSQL.{parts.port or 5432}")
         return await asyncio.open_connection(parts.hostname, parts.port)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, forwarding: asyncio.Event
+    ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(CHUNK):
-                await self._forwarding.wait()
+                await forwarding.wait()
                 writer.write(data)
                 await writer.drain()
         # One end is gone, or was cut: so is the other.

@@ -118,6 +118,8 @@ def report(lines: list[dict[str, Any]]) -> str:
 def _head(lines: list[dict[str, Any]]) -> str:
     runs = {form: [line for line in lines if line["form"] == form and not line["fault"]] for form in ("short", "long")}
     seeds = ", ".join(str(line["seed"]) for line in runs["short"])
+    whole = sum(line["passed"] for line in runs["short"])
+    long = {line["test"] for line in lines if line["form"] == "long" and line["fault"]}
     broken: Counter[str] = Counter()
     for line in lines:
         broken.update(line.get("broken") or {})
@@ -129,12 +131,13 @@ Written by `uv run python tests/faults/run.py`; not edited by hand.
 - Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC
 - Machine: {_machine()}
 - Python {platform.python_version()}, {packages}; PostgreSQL 18 and Valkey 9, embedded, on the same machine
-- Short forms: {len(runs["short"])} runs, of which {sum(line["passed"] for line in runs["short"])} passed whole; seeds {seeds}
-- Long forms: {len({line["test"] for line in lines if line["form"] == "long" and line["fault"]})} tests
+- Short forms: {len(runs["short"])} runs, of which {whole} passed whole; seeds {seeds}
+- Long forms: {len(long)} tests
 - Promises broken, in all of them: {dict(broken) or "none (lost 0, doubled 0, after cancel 0, contradictions 0)"}
 
-A lease is 3 s and a tick 0.1 s in the short forms, unless a test needs others. "Broken" counts every promise of every
-run: lost, doubled, begun after a cancel, silently late, contradictions, final states changed, out of order, misdirected.
+A lease is 3 s and a tick 0.1 s in the short forms, unless a test needs others. "Broken" counts every promise of
+every run: lost, doubled, begun after a cancel, silently late, contradictions, final states changed, out of order,
+misdirected.
 Figures are medians over the runs, with the worst (the largest) in brackets.
 """
 

@@ -1,0 +1,48 @@
+"""The commit succeeds, and the worker sees an error: it asks what became of it, and goes on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+PROMPT = 30.0
+"""Seconds, for a machine busy with other tests; a lease is 120 s here."""
+
+
+def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
+    """Lose the answers to so many commits of a step; nothing of it waits for its lease."""
+    rig.options["FOLLOWUPS_LEASE"] = "120"
+    rig.start(workers=2, harmed=True)
+    point = f"{step}.answer_lost"
+    rig.failpoints.arm(point, "raise", times)
+    rig.bulk(count, spread=1.0)
+    started = time.monotonic()
+    wait_until(lambda: rig.failpoints.taken(point) == times or not rig.bulk(2), within=60, every=0.1)
+    rig.settle_down(within=90)
+    took = time.monotonic() - started
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(rig.created)}
+    assert rig.world.scalar("SELECT count(*) FROM failed_attempts") == 0
+    figures.keep(3, verdict, step=step, answers_lost=times, all_sent_after_s=round(took, 2))
+    assert took < PROMPT
+
+
+@pytest.mark.parametrize("step", ["claim", "begin", "settle"])
+def test_answer_lost(step: str, rig: Rig, figures: Figures) -> None:
+    """Each is sent once, at once: no attempt counts as lost, and nothing waits for a lease."""
+    answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("step", ["claim", "begin", "settle"])
+def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
+    """The same with a hundred answers lost."""
+    answers_lost(rig, figures, step, count=3000, times=100)

@@ -1,0 +1,86 @@
+"""The broker killed, restarted, wiped: it holds hints only, so that costs time and nothing else."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.rig import Load
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+BACK_WITHIN = 10.0
+"""Seconds, and as much again for a machine busy with other tests; the figure is what it took."""
+
+
+def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:
+    """Kill and restart the broker so often, some of them in quick succession; then ask every worker for its part."""
+    assert rig.valkey
+    workers = rig.start(workers=2, beats=2)
+    with Load(rig, rate, seconds=3600) as load:
+        for _ in range(times):
+            time.sleep(rig.rng.random() * between)
+            rig.valkey.kill()
+            time.sleep(rig.rng.random())
+            rig.valkey.restart()
+        returned = time.monotonic()
+        (probe,) = rig.bulk(1)
+        wait_until(lambda: rig.accepted(probe), within=60)
+        back_after = time.monotonic() - returned
+    rig.settle_down(within=60)
+    for idle, busy in (workers, reversed(workers)):
+        idle.signal(signal.SIGSTOP)  # so that the other one has to read both queues
+        (probe,) = rig.bulk(1)
+        wait_until(lambda probe=probe: rig.accepted(probe), within=60)
+        idle.signal(signal.SIGCONT)
+        assert busy.running
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(load.ids) + 3}
+    figures.keep(7, verdict, outages=times, consumption_goes_on_after_s=round(back_after, 2))
+    assert back_after < 2 * BACK_WITHIN
+
+
+def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
+    """After several kills within seconds consumption goes on, from both queues and by every worker."""
+    outages(breakable, figures, times=3, between=1.0, rate=60)
+
+
+@pytest.mark.faults_long
+def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
+    """So it does after many."""
+    outages(breakable, figures, times=20, between=12.0, rate=60)
+
+
+def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
+    """A broker that loses all it holds delays what was queued by a lease and a tick, and loses nothing."""
+    flushes(rig, figures, count=400, spread=1.5, times=5)
+
+
+@pytest.mark.faults_long
+def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
+    """So it does in a burst of 20,000, flushed a hundred times."""
+    flushes(rig, figures, count=20_000, spread=20, times=100)
+
+
+def flushes(rig: Rig, figures: Figures, count: int, spread: float, times: int) -> None:
+    """Wipe the broker so often while a burst is on its way."""
+    rig.start(workers=2, beats=2)
+    ids = rig.bulk(count, spread)
+    held = 0
+    for _ in range(times):
+        time.sleep(rig.rng.random() * 2 * spread / times)
+        with rig.broker() as broker:
+            held += broker.dbsize()
+            broker.flushdb()
+    rig.settle_down(within=120)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(ids)}
+    assert held > 0
+    latest = rig.world.scalar("SELECT EXTRACT(EPOCH FROM max(accepted_at - due_date)) FROM follow_ups")
+    figures.keep(8, verdict, flushes=times, delay_max_s=round(float(latest), 2))

@@ -1,0 +1,127 @@
+"""PostgreSQL restarted, killed, its sessions ended: late, never lost and never twice."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from faults.rig import Load
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+BACK_WITHIN = 10.0
+"""Seconds, and as much again for a machine busy with other tests; the figure is what it took."""
+
+
+def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
+    """Let PostgreSQL be killed or restarted so often under load, and check that all goes on each time."""
+    assert rig.postgres
+    workers = rig.start(workers=2, beats=2)
+    back_after = []
+    with Load(rig, rate, seconds=3600) as load:
+        for _ in range(times):
+            time.sleep(rig.rng.uniform(*between))
+            if rig.rng.random() < 0.5:
+                rig.postgres.kill()
+                time.sleep(rig.rng.random())
+            rig.postgres.restart()
+            back_after.append(seconds_until_accepted(rig))
+    took = rig.settle_down(within=60)
+    verdict = rig.verdict()
+    # A client may have been told of a failure, and its commit was done all the same.
+    assert verdict.ended.keys() == {"sent"}
+    assert verdict.ended["sent"] >= len(load.ids) + times
+    assert all(worker.running for worker in workers)
+    assert rig.events("database_unreachable")
+    figures.keep(
+        6,
+        verdict,
+        outages=times,
+        first_sent_after_return_max_s=round(max(back_after), 2),
+        all_sent_after_the_last_s=round(took, 2),
+        refused_to_clients=load.refused,
+    )
+    assert max(back_after) < 2 * BACK_WITHIN
+
+
+def seconds_until_accepted(rig: Rig) -> float:
+    """Return the seconds until the chat accepts what was created after now."""
+    returned = time.monotonic()
+    (probe,) = rig.bulk(1)
+    wait_until(lambda: rig.accepted(probe), within=60)
+    return time.monotonic() - returned
+
+
+def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
+    """Every restart is survived: sending goes on within seconds, nothing is lost, nothing doubled."""
+    outages(breakable, figures, times=2, between=(0.5, 1.5), rate=60)
+
+
+@pytest.mark.faults_long
+def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
+    """So is one every 5 to 40 seconds."""
+    outages(breakable, figures, times=10, between=(5, 40), rate=60)
+
+
+def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
+    """What was being claimed, begun or settled when PostgreSQL went does not wait for a lease of two minutes."""
+    breakable.options["FOLLOWUPS_LEASE"] = "120"
+    assert breakable.postgres
+    breakable.start(workers=2)
+    with Load(breakable, 150, seconds=2.5, spread=0.2) as load:
+        time.sleep(1 + breakable.rng.random())
+        breakable.postgres.restart()
+        load.wait()
+    took = breakable.settle_down(within=60)
+    verdict = breakable.verdict()
+    assert verdict.ended.keys() == {"sent"}
+    assert verdict.ended["sent"] >= len(load.ids)
+    figures.keep(6, verdict, long_lease_all_sent_after_s=round(took, 2))
+
+
+def test_sessions_ended(rig: Rig, figures: Figures) -> None:
+    """Sessions ended by an operator, at any moment, cost a reconnect."""
+    rig.start(workers=2, beats=2)
+    ended = 0
+    end = text("""
+        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'followups-worker'
+    """)
+    with Load(rig, 80, seconds=4) as load:
+        for _ in range(6):
+            time.sleep(rig.rng.random() / 2)
+            with rig.world.engine.connect() as connection:
+                ended += connection.scalar(end)
+        load.wait()
+    took = rig.settle_down()
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(load.ids)}
+    assert ended > 0
+    figures.keep(6, verdict, sessions_ended=ended, all_sent_after_s=round(took, 2))
+
+
+def test_started_before_its_servers(breakable: Rig) -> None:
+    """A worker and a beat that find neither database nor broker say which, wait, and begin when both are there."""
+    assert breakable.postgres
+    assert breakable.valkey
+    servers = (breakable.postgres, breakable.valkey)
+    (follow_up,) = breakable.bulk(1)
+    for server in servers:
+        server.kill()
+    breakable.sandbox()
+    beat = breakable.beat()
+    worker = breakable.worker(ready=False)
+    wait_until(lambda: "Cannot connect to redis://" in worker.command.log.read_text(), within=60)
+    wait_until(lambda: breakable.events("database_unreachable"), within=60)
+    for server in servers:
+        server.restart()
+    breakable.wait_until_done(follow_up, within=60)
+    assert breakable.accepted(follow_up) == [str(follow_up)]
+    assert worker.running
+    assert beat.running

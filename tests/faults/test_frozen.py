@@ -1,0 +1,75 @@
+"""A worker frozen past its lease and woken again: it writes nothing, and sends nothing twice."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+POINTS = ("begin.committed", "send.before", "send.answered", "settle.before")
+
+
+def frozen_at(rig: Rig, figures: Figures, point: str, count: int, longer: float) -> None:
+    """Let one of two workers freeze itself at the step, sleep past its lease, and wake again."""
+    frozen, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)  # so that it is the first that comes to the step
+    rig.failpoints.arm(point, "stop")
+    rig.bulk(count, spread=0.5)
+    wait_until(lambda: rig.failpoints.taken(point))
+    other.signal(signal.SIGCONT)
+    took = rig.settle_down(within=60)
+    time.sleep(longer)
+    frozen.signal(signal.SIGCONT)
+    rig.bulk(20, spread=0.5)
+    rig.settle_down(within=60)
+    name = frozen.command.name
+    wait_until(lambda: refused(rig, name), within=30)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(rig.created)}
+    figures.keep(2, verdict, frozen_at=point, stale_writes_refused=refused(rig, name), all_sent_after_s=round(took, 2))
+
+
+def refused(rig: Rig, name: str) -> int:
+    """Return how many late results, and late sends, the woken worker was refused."""
+    stale = sum(line["count"] for line in rig.log_events("stale_writes", name))
+    return stale + len(rig.log_events("attempt_abandoned", name))
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_frozen_at(point: str, rig: Rig, figures: Figures) -> None:
+    """Frozen at this step past its lease, a worker settles nothing when it wakes: its writes are refused."""
+    frozen_at(rig, figures, point, count=60, longer=0.0)
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("point", POINTS)
+def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
+    """The same with a thousand, and frozen for ten leases."""
+    frozen_at(rig, figures, point, count=1000, longer=30.0)
+
+
+def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
+    """Frozen with row locks in its hands, a worker holds up its own rows only; PostgreSQL ends its session."""
+    frozen, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)
+    rig.failpoints.arm("settle.before_commit", "stop")
+    held = rig.bulk(20)
+    wait_until(lambda: rig.failpoints.taken("settle.before_commit"))
+    other.signal(signal.SIGCONT)
+    others = rig.bulk(50, spread=0.5)
+    rig.wait_until_done(*others, within=60)
+    took = rig.settle_down(within=90)
+    frozen.signal(signal.SIGCONT)
+    rig.bulk(5)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(held) + len(others) + 5}
+    figures.keep(2, verdict, frozen_at="inside a transaction", all_sent_after_s=round(took, 2))

@@ -1,0 +1,44 @@
+"""A message that kills whoever sends it: it is quarantined, and its neighbours are sent."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from followups.dispatch.claim import MAX_LOSSES
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+
+def poisoned(rig: Rig, figures: Figures, neighbours: int) -> None:
+    """Let one of many kill each worker that sends it, and replace the dead as a supervisor would."""
+    rig.start(workers=1, beats=1, harmed=True)
+    ids = rig.bulk(neighbours, spread=2.0)
+    poison = rig.rng.choice(ids)
+    point = f"send.of.{poison}"
+    rig.failpoints.arm(point, "kill", times=20)
+    for death in range(1, MAX_LOSSES + 1):
+        wait_until(lambda death=death: rig.failpoints.taken(point) == death, within=60)
+        rig.worker(harmed=True)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    row = rig.world.row(poison)
+    assert verdict.ended == {"sent": len(ids) - 1, "failed": 1}
+    assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
+    assert rig.failpoints.taken(point) == MAX_LOSSES
+    figures.keep(15, verdict, deaths_until_quarantined=MAX_LOSSES, neighbours_sent=verdict.ended["sent"])
+
+
+def test_poison(rig: Rig, figures: Figures) -> None:
+    """After three deaths it fails as worker_lost, and every neighbour was sent, also those in flight beside it."""
+    poisoned(rig, figures, neighbours=60)
+
+
+@pytest.mark.faults_long
+def test_poison_among_many(rig: Rig, figures: Figures) -> None:
+    """The same among two thousand neighbours."""
+    poisoned(rig, figures, neighbours=2000)

@@ -1,0 +1,181 @@
+"""A receiver that fails, asks for patience, or is away: its chats are tried again, and not all at once."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from faults.promises import Record, check
+from faults.rig import Load, rows_of
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from uuid import UUID
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+STATUSES = (500, 502, 503, 504, 408, 425)
+"""Failures that pass."""
+PATIENT = {
+    "FOLLOWUPS_TRANSPORT_TIMEOUT": "20",
+    "FOLLOWUPS_LEASE": "40",
+    "FOLLOWUPS_RETRY_BASE": "0.2",
+    "FOLLOWUPS_RETRY_CAP": "2",
+    "FOLLOWUPS_MAX_ATTEMPTS": "200",
+}
+"""So that a slow machine is no failing receiver, and that nobody's attempts run out during an outage."""
+BEAT = 0.1
+"""Seconds: requests are counted in windows as long as this."""
+
+
+def hold(rig: Rig, ids: list[UUID]) -> list[UUID]:
+    """Let them fall due tomorrow, so that their chats can be told how to behave, and return them."""
+    rig.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 day' WHERE id = ANY(:ids)", ids=ids)
+    return ids
+
+
+def release(rig: Rig, ids: Sequence[UUID], spread: float) -> None:
+    """Let them fall due within ``spread`` seconds from now."""
+    rig.world.sql(
+        "UPDATE follow_ups SET due_date = now() + random() * :spread * interval '1 s', scheduled_at = now()"
+        " WHERE id = ANY(:ids)",
+        ids=list(ids),
+        spread=spread,
+    )
+
+
+def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
+    """Return how many were sent by each number of attempts."""
+    query = "SELECT attempts, count(*) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent' GROUP BY 1 ORDER BY 1"
+    return {attempts: count for attempts, count in rows_of(rig, query, ids=list(ids))}
+
+
+def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
+    """Return the most requests within any tenth of a second after a moment, and the mean over all that time."""
+    times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
+    most = max(bisect_left(times, begin + BEAT) - place for place, begin in enumerate(times))
+    mean = len(times) / max(1.0, (times[-1] - times[0]) / BEAT)
+    return {"most_in_100_ms": most, "mean_in_100_ms": round(mean, 1), "most_to_mean_ratio": round(most / mean, 2)}
+
+
+def some_fail(rig: Rig, figures: Figures, count: int) -> None:
+    """Let 1 %, 10 % and 50 % of the chats fail their first request, one share after the other."""
+    rig.options |= PATIENT
+    rig.start()
+    found = {}
+    for share in (0.01, 0.1, 0.5):
+        ids = hold(rig, rig.bulk(count))
+        failing = rig.rng.sample(ids, int(count * share))
+        chats = rows_of(rig, "SELECT chat_id FROM follow_ups WHERE id = ANY(:ids)", ids=failing)
+        for (chat_id,) in chats:
+            rig.behave(chat_id, kind="fail", times=1, status=rig.rng.choice(STATUSES))
+        release(rig, ids, spread=count / 300)
+        rig.settle_down(within=60 + count / 50)
+        found[f"sent_by_attempts_with_{share:.0%}_failing"] = histogram(rig, ids)
+        assert histogram(rig, ids) == {1: count - len(failing), 2: len(failing)}
+    figures.keep(13, rig.verdict(), **found)
+
+
+def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
+    """Answer everything with 429 and Retry-After 1 for some seconds, then take everything."""
+    rig.options |= PATIENT
+    rig.start()
+    rig.behave(kind="rate_limit", retry_after=1)
+    ids = rig.bulk(count, spread=0.5)
+    time.sleep(seconds)
+    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each came back at least once or so
+    calm = time.monotonic()
+    rig.behave(kind="accept")
+    rig.settle_down(within=60 + count / 50)
+    took = time.monotonic() - calm
+    requests = rig.received()
+    refused = [one for one in requests if one["outcome"] == "rate_limited"]
+    used = rows_of(rig, "SELECT max(attempts) - 1 FROM follow_ups")[0][0]
+    figures.keep(
+        13,
+        rig.verdict(),
+        refused_requests=len(refused),
+        attempts_used_by_429=used,
+        all_sent_after_s=round(took, 2),
+        **herd(requests, calm),
+    )
+    assert used == 0
+    assert least_pause(refused) > 0.95  # the receiver's own wish, measured at its end
+
+
+def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
+    """Return the shortest time between two requests for one follow-up."""
+    by_id: dict[str, list[float]] = {}
+    for one in refused:
+        by_id.setdefault(one["followUpId"], []).append(one["receivedMonotonic"])
+    return min(b - a for times in by_id.values() for a, b in itertools.pairwise(times))
+
+
+def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
+    """Refuse connections for some seconds under load, then listen again at the same port."""
+    rig.options |= PATIENT
+    rig.start()
+    sandbox = next(child for child in rig.processes.children if child.command.name == "sandbox")
+    with Load(rig, rate, seconds + 2, spread=0.5) as load:
+        time.sleep(0.5 + rig.rng.random() / 2)
+        rig.behave(kind="fail", status=500)  # from here on it takes nothing, so that what it took is known
+        before = rig.received()
+        sandbox.stop()
+        time.sleep(seconds)
+        rig.sandbox()
+        back = time.monotonic()
+        load.wait()
+    rig.settle_down(within=60 + seconds)
+    took = time.monotonic() - back
+    after = rig.received()
+    verdict = check(rig.world.engine, [*before, *after], Record(frozenset(rig.created)))
+    refused = "SELECT count(*) FROM failed_attempts WHERE status_code IS NULL"
+    figures.keep(
+        13,
+        verdict,
+        failed_calls=rig.world.scalar(refused),
+        sent_by_attempts=histogram(rig, load.ids),
+        all_sent_after_s=round(took, 2),
+        **herd(after, back),
+    )
+    assert rig.world.scalar(refused)
+    assert verdict.ended == {"sent": len(load.ids)}
+
+
+def test_some_fail(rig: Rig, figures: Figures) -> None:
+    """Where 1 %, 10 % or 50 % of the chats fail once, those take two attempts and the others one."""
+    some_fail(rig, figures, count=200)
+
+
+def test_storm_of_429(rig: Rig, figures: Figures) -> None:
+    """While the receiver asks for patience nobody comes earlier than it wished, and no attempt is used up."""
+    storm(rig, figures, count=200, seconds=1)
+
+
+def test_outage(rig: Rig, figures: Figures) -> None:
+    """A receiver that was away gets everything when it is back, each once, and not all in one moment."""
+    outage(rig, figures, rate=60, seconds=2)
+
+
+@pytest.mark.faults_long
+def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
+    """The same with thousands of chats."""
+    some_fail(rig, figures, count=5_000)
+
+
+@pytest.mark.faults_long
+def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
+    """The same with thousands of chats for half a minute."""
+    storm(rig, figures, count=3_000, seconds=30)
+
+
+@pytest.mark.faults_long
+def test_long_outage(rig: Rig, figures: Figures) -> None:
+    """The same for a minute, at a hundred follow-ups a second."""
+    outage(rig, figures, rate=100, seconds=60)
