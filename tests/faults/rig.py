@@ -111,6 +111,21 @@ class Rig(Stack):
         self.created.update(ids)
         return ids
 
+    def held(self, count: int) -> list[UUID]:
+        """Insert follow-ups that fall due when they are released, so that their chats can be told how to behave."""
+        ids = self.world.burst([timedelta(days=1)] * count)
+        self.created.update(ids)
+        return ids
+
+    def release(self, ids: Sequence[UUID], spread: float = 0.0) -> None:
+        """Let what was held fall due within ``spread`` seconds from now."""
+        self.world.sql(
+            "UPDATE follow_ups SET due_date = now() + random() * :spread * interval '1 s', scheduled_at = now()"
+            " WHERE id = ANY(:ids)",
+            ids=list(ids),
+            spread=spread,
+        )
+
     def cancel(self, api: web.Api, follow_up_id: UUID) -> int:
         """Cancel through the API, keep the acknowledgement, return the status code."""
         code = api.client.patch(f"{web.FOLLOW_UPS}/{follow_up_id}", json={"status": "cancelled"}).status_code

@@ -34,26 +34,10 @@ BEAT = 0.1
 """Seconds: requests are counted in windows as long as this."""
 
 
-def hold(rig: Rig, ids: list[UUID]) -> list[UUID]:
-    """Let them fall due tomorrow, so that their chats can be told how to behave, and return them."""
-    rig.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 day' WHERE id = ANY(:ids)", ids=ids)
-    return ids
-
-
-def release(rig: Rig, ids: Sequence[UUID], spread: float) -> None:
-    """Let them fall due within ``spread`` seconds from now."""
-    rig.world.sql(
-        "UPDATE follow_ups SET due_date = now() + random() * :spread * interval '1 s', scheduled_at = now()"
-        " WHERE id = ANY(:ids)",
-        ids=list(ids),
-        spread=spread,
-    )
-
-
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
     """Return how many were sent by each number of attempts."""
     query = "SELECT attempts, count(*) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent' GROUP BY 1 ORDER BY 1"
-    return {attempts: count for attempts, count in rows_of(rig, query, ids=list(ids))}
+    return dict(tuple(row) for row in rows_of(rig, query, ids=list(ids)))
 
 
 def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
@@ -70,12 +54,12 @@ def some_fail(rig: Rig, figures: Figures, count: int) -> None:
     rig.start()
     found = {}
     for share in (0.01, 0.1, 0.5):
-        ids = hold(rig, rig.bulk(count))
+        ids = rig.held(count)
         failing = rig.rng.sample(ids, int(count * share))
         chats = rows_of(rig, "SELECT chat_id FROM follow_ups WHERE id = ANY(:ids)", ids=failing)
         for (chat_id,) in chats:
             rig.behave(chat_id, kind="fail", times=1, status=rig.rng.choice(STATUSES))
-        release(rig, ids, spread=count / 300)
+        rig.release(ids, spread=count / 300)
         rig.settle_down(within=60 + count / 50)
         found[f"sent_by_attempts_with_{share:.0%}_failing"] = histogram(rig, ids)
         assert histogram(rig, ids) == {1: count - len(failing), 2: len(failing)}
@@ -87,7 +71,7 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
     rig.options |= PATIENT
     rig.start()
     rig.behave(kind="rate_limit", retry_after=1)
-    ids = rig.bulk(count, spread=0.5)
+    rig.bulk(count, spread=0.5)
     time.sleep(seconds)
     wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each came back at least once or so
     calm = time.monotonic()

@@ -82,6 +82,7 @@ def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     async def wrapped(*arguments: Any, **named: Any) -> Any:
         hit("send.before")
+        hit(f"send.of.{arguments[1].lease.id}")
         result = await function(*arguments, **named)
         hit("send.answered")
         return result

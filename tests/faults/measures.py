@@ -1,0 +1,43 @@
+"""What several faults are measured by: the lag of what could be on time, and what a claim takes."""
+
+from __future__ import annotations
+
+import statistics
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from faults.rig import rows_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from faults.rig import Rig
+    from world import World
+
+NOTICE = timedelta(seconds=0.5)
+"""How long before its due date a follow-up is there at least: some ticks, so that it can be on time."""
+
+
+def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
+    """Insert follow-ups that fall due within ``spread`` seconds, none of them so soon that it could not be on time."""
+    ids = (world or rig.world).burst([notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)])
+    rig.created.update(ids)
+    return ids
+
+
+def lag_p99_ms(rig: Rig, ids: Sequence[UUID]) -> float:
+    """Return how late those of these that were sent were accepted: the 99th percentile, in milliseconds."""
+    query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent'"
+    lags = [float(lag) for (lag,) in rows_of(rig, query, ids=list(ids))]
+    return round(statistics.quantiles(lags, n=100, method="inclusive")[98] * 1000, 1)
+
+
+def claim_ms(rig: Rig, since: datetime, until: datetime) -> float | None:
+    """Return the median of what a claim took that found something, between two moments; None: there was none."""
+    took = [tick["duration_ms"] for tick in rig.events("tick") if since <= _moment(tick) <= until]
+    return round(statistics.median(took), 2) if took else None
+
+
+def _moment(line: dict[str, Any]) -> datetime:
+    return datetime.fromisoformat(line["timestamp"])

@@ -1,0 +1,99 @@
+"""Every world that can come about, each looked at once; the way to the first one that breaks a promise."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from faults.model.steps import steps
+from faults.model.world import Broken, Protocol, Row, World, break_promise
+from followups.states import Status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True, slots=True)
+class Exploration:
+    """What was found. ``trace`` is the shortest way to a broken promise; without one, all were kept."""
+
+    worlds: int
+    endings: int
+    """Worlds in which both follow-ups have ended."""
+    broken: str = ""
+    trace: tuple[str, ...] = ()
+
+
+def explore(protocol: Protocol) -> Exploration:
+    """Look at every world, nearest first."""
+    start = World((Row(), Row(exists=not protocol.creates_late)))
+    came_by: dict[World, tuple[World | None, str]] = {start: (None, "")}
+    onward: dict[World, list[World]] = {}
+    waiting = deque([start])
+    while waiting:
+        world = waiting.popleft()
+        onward[world] = []
+        for name, make in steps(world, protocol):
+            try:
+                new = make()
+                _check(new)
+                new = new if protocol.without else new.without_dead_jobs()
+            except Broken as broken:
+                return Exploration(len(came_by), 0, str(broken), (*_way(came_by, world), name))
+            onward[world].append(new)
+            if new not in came_by:
+                came_by[new] = (world, name)
+                waiting.append(new)
+    endings = {world for world in onward if not any(row.pending for row in world.rows)}
+    stuck = _unable_to_reach(endings | _at_the_horizon(onward, protocol), onward)
+    if stuck:
+        return Exploration(len(came_by), len(endings), "nothing lost", _way(came_by, stuck[0]))
+    return Exploration(len(came_by), len(endings))
+
+
+def _check(world: World) -> None:
+    """Raise `Broken` for a world that must not be."""
+    for row, accepted in zip(world.rows, world.accepted, strict=True):
+        if row.status is Status.SENT and not accepted:
+            break_promise("no lie: sent, and never accepted")
+        if accepted and row.status in {Status.FAILED, Status.CANCELLED} and "unknown" not in row.reason:
+            break_promise(f"no lie: accepted, and ended as {row.status} ({row.reason})")
+        if world.replied and row.pending and not row.begun and not row.cancel_requested:
+            break_promise("a reply stops what is not in flight")
+
+
+def _at_the_horizon(onward: dict[World, list[World]], protocol: Protocol) -> set[World]:
+    """Return worlds where only another claim would help, and the model looks no further."""
+    return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
+
+
+def _unable_to_reach(goals: set[World], onward: dict[World, list[World]]) -> list[World]:
+    backward: dict[World, list[World]] = {world: [] for world in onward}
+    for world, next_worlds in onward.items():
+        for each in next_worlds:
+            backward[each].append(world)
+    able, waiting = set(goals), deque(goals)
+    while waiting:
+        for world in backward[waiting.popleft()]:
+            if world not in able:
+                able.add(world)
+                waiting.append(world)
+    return [world for world in onward if world not in able]
+
+
+def _way(came_by: dict[World, tuple[World | None, str]], world: World) -> tuple[str, ...]:
+    names: list[str] = []
+    at: World | None = world
+    while at is not None:
+        before, name = came_by[at]
+        names += [name] if name else []
+        at = before
+    return tuple(reversed(names))
+
+
+def shown(exploration: Exploration, protocol: Protocol, write: Callable[[str], object]) -> None:
+    """Write what was found, for a reader."""
+    write(f"{protocol}: {exploration.worlds} worlds, {exploration.endings} endings\n")
+    if exploration.broken:
+        write(f"BROKEN: {exploration.broken}\n" + "".join(f"  {n}. {s}\n" for n, s in enumerate(exploration.trace, 1)))

@@ -1,0 +1,68 @@
+"""The decisions of the model are those of the package: its own functions are called, and remembered."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from functools import cache
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from followups.dispatch.begin import verdict
+from followups.dispatch.claim import after_loss
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import decide
+from followups.retry import RetryPolicy
+from followups.states import Status
+from followups.store.leases import Begun, Lease, Obstacle
+from followups.store.unknowns import SAID
+from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+
+if TYPE_CHECKING:
+    from followups.states import Final
+    from followups.store.settlement import Settlement
+    from followups.transports.port import Outcome
+
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
+ID = UUID(int=1)
+LEASE = Lease(ID, 1, NOW)
+
+OUTCOMES: dict[str, Outcome] = {
+    "sent": Sent(None),
+    "retry": Retry("HTTP 500"),
+    "rejected": Rejected("HTTP 403"),
+    "snoozed": Snoozed("HTTP 429"),
+    "unknown": Unknown("no answer"),
+}
+
+
+@cache
+def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
+    """Return what an attempt comes to, by `followups.dispatch.settle.decide`."""
+    begun = Begun(LEASE, ID, ID, "api", None, ID, "Still there?", NOW, attempt, 0)
+    made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
+    second = timedelta(seconds=1)
+    policy = RetryPolicy(max_attempts=most_attempts, base=second, factor=2, cap=second)
+    return decide(made, policy, deduplicates=deduplicates)
+
+
+@cache
+def end_before_begin(*, replied: bool) -> Final | None:
+    """Return how a follow-up ends that must not be begun, by `followups.dispatch.begin.verdict`."""
+    return verdict(
+        Obstacle(LEASE, chat_removed=False, silence_broken=replied, window_closed=False, too_late=False, earlier=None)
+    )
+
+
+@cache
+def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) -> Final | None:
+    """Return how one ends whose worker was lost in flight, by `followups.dispatch.claim.after_loss`."""
+    return after_loss(losses, cancel_requested or None, deduplicates=deduplicates)
+
+
+def honest(reason: str | None, status: Status, *, unknown: bool) -> str:
+    """Return the reason as the store writes it: it says so where an attempt's outcome is unknown."""
+    said = reason or ""
+    if status is Status.SENT or not unknown or "unknown" in said:
+        return said
+    return f"{said}: {SAID}"

@@ -1,0 +1,175 @@
+"""What may happen next: every step of every actor, and every fault between two steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from faults.model.rules import end_after_loss, end_before_begin, honest, settlement
+from faults.model.world import IDLE, Job, Protocol, Row, World, break_promise
+from followups.states import ReasonCode, Status, finish
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from followups.states import Final
+
+Step = tuple[str, "Callable[[], World]"]
+"""What happens, and what comes of it; to make it may raise `Broken`."""
+
+NAMES = ("first", "second")
+
+
+def steps(world: World, protocol: Protocol) -> Iterator[Step]:
+    """Give everything that may happen in this world."""
+    for number, row in enumerate(world.rows):
+        if row.pending:
+            yield from _of_row(world, number, row, protocol)
+        for token in range(1, row.token + 1) if IDLE in world.workers else ():
+            job = Job(number, token, "hinted")
+            yield f"a worker reads the hint of the {NAMES[number]}, token {token}", _taking(world, IDLE, job)
+    for job in set(world.workers) - {IDLE}:
+        yield from _of_worker(world, job, protocol)
+    yield from _of_chat(world, protocol)
+
+
+def _taking(world: World, old: Job, new: Job) -> Callable[[], World]:
+    return lambda: world.with_worker(old, new)
+
+
+def _of_row(world: World, number: int, row: Row, protocol: Protocol) -> Iterator[Step]:
+    if not row.leased and row.token < protocol.most_claims:
+        yield f"the {NAMES[number]} is claimed", lambda: _claimed(world, number, row, protocol)
+    if row.leased:
+        yield f"the lease of the {NAMES[number]} ends", lambda: world.with_row(number, row._replace(leased=False))
+    if not row.begun or not protocol.guards("begun at cancel"):
+        cancelled = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
+        yield f"the {NAMES[number]} is cancelled", lambda: world.with_row(number, ended(row, cancelled))
+
+
+def ended(row: Row, final: Final) -> Row:
+    """Return the row with its end, as the store writes it."""
+    reason = honest(final.reason, final.status, unknown=row.unknown)
+    return row._replace(status=final.status, reason=reason, leased=False, begun=False)
+
+
+def _claimed(world: World, number: int, row: Row, protocol: Protocol) -> World:
+    new = row._replace(token=row.token + 1, leased=True, begun=False)
+    if row.begun:
+        new = new._replace(losses=row.losses + 1, attempts=row.attempts - 1, unknown=True)
+        final = end_after_loss(new.losses, row.cancel_requested, deduplicates=protocol.deduplicates)
+        if final:
+            return world.with_row(number, ended(new, final))
+    return world.with_row(number, new)
+
+
+def _of_worker(world: World, job: Job, protocol: Protocol) -> Iterator[Step]:
+    name = NAMES[job.row]
+    yield f"the worker with the {name} ({job.stage}, token {job.token}) dies", _taking(world, job, IDLE)
+    if job.stage == "hinted":
+        yield f"a worker begins the {name} by token {job.token}", lambda: _begun(world, job, protocol)
+    elif job.stage == "begun":
+        for outcome, accepts in (("sent", True), ("unknown", True), ("unknown", False), ("retry", False)):
+            taken = "takes it" if accepts else "does not take it"
+            yield (
+                f"the {name} is sent; the chat {taken}; the worker hears: {outcome}",
+                lambda outcome=outcome, accepts=accepts: _sent(world, job, outcome, protocol, accepts=accepts),
+            )
+        yield f"the {name} is rejected", _taking(world, job, job._replace(stage="answered", outcome="rejected"))
+    else:
+        for heard, after in (("", IDLE), (", but the worker sees an error", job)):
+            yield (
+                f"a worker settles the {name} as {job.outcome} by token {job.token}{heard}",
+                lambda after=after: _settled(world, job, protocol, after),
+            )
+
+
+def _begun(world: World, job: Job, protocol: Protocol) -> World:
+    row, done = world.rows[job.row], world.with_worker(job, IDLE)
+    if not row.exists:
+        return done
+    held = (
+        (row.token == job.token or not protocol.guards("token at begin"))
+        and (row.status is Status.PENDING or not protocol.guards("pending at begin"))
+        and (not row.begun or not protocol.guards("begun at begin"))
+        and (row.leased or not protocol.guards("lease at begin"))
+    )
+    if not held:
+        return done
+    if (final := end_before_begin(replied=world.replied)) and protocol.guards("silence at begin"):
+        return done.with_row(job.row, ended(row, final))
+    if job.row == 1 and world.rows[0].pending and protocol.guards("order at begin"):
+        return done.with_row(1, row._replace(leased=False))  # parked, until the end of the first wakes it
+    _check_write(row, job)
+    if row.status is Status.CANCELLED:
+        break_promise("nothing after its cancel: an attempt begins")
+    begun = Job(job.row, job.token, "begun", attempt=row.attempts + 1)
+    return world.with_worker(job, begun).with_row(
+        job.row, row._replace(begun=True, leased=True, attempts=row.attempts + 1)
+    )
+
+
+def _check_write(row: Row, job: Job) -> None:
+    if row.token != job.token:
+        break_promise("no stale writer's write is taken")
+
+
+def _sent(world: World, job: Job, outcome: str, protocol: Protocol, *, accepts: bool) -> World:
+    known = protocol.deduplicates and world.accepted[job.row] > 0
+    counts = list(world.accepted)
+    counts[job.row] += accepts and not known
+    if counts[job.row] > 1:
+        break_promise("nothing doubled")
+    if accepts and job.row == 1 and world.rows[0].pending:
+        break_promise("order within a chat")
+    answered = job._replace(stage="answered", outcome=outcome)
+    return world.with_worker(job, answered)._replace(accepted=(counts[0], counts[1]))
+
+
+def _settled(world: World, job: Job, protocol: Protocol, after: Job) -> World:
+    row, done = world.rows[job.row], world.with_worker(job, after)
+    held = (
+        (row.token == job.token or not protocol.guards("token at settle"))
+        and (row.status is Status.PENDING or not protocol.guards("pending at settle"))
+        and (row.begun or not protocol.guards("begun at settle"))
+    )
+    if not held:
+        return done
+    _check_write(row, job)
+    if row.status is not Status.PENDING:
+        break_promise("final states never change")
+    decided = settlement(job.outcome, job.attempt, protocol.most_attempts, deduplicates=protocol.deduplicates)
+    unknown = row.unknown or job.outcome == "unknown"
+    new = row._replace(begun=False, leased=False, unknown=unknown)
+    status, reason = decided.status, decided.reason
+    if decided.yields and row.cancel_requested:
+        status, reason = Status.CANCELLED, row.cancel_requested + decided.cancel_detail
+    if status is Status.PENDING:
+        return done.with_row(job.row, new)
+    return done.with_row(job.row, new._replace(status=status, reason=honest(reason, status, unknown=row.unknown)))
+
+
+def _of_chat(world: World, protocol: Protocol) -> Iterator[Step]:
+    if not world.replied:
+        yield "the user replies", lambda: _replied(world)
+    if not world.rows[1].exists:
+        created = world.with_row(1, Row())._replace(may_create=False)
+        if protocol.guards("chat lock"):
+            if not world.replied:
+                yield "the second is created", lambda: created
+        elif world.may_create:
+            yield "the second is inserted", lambda: created
+        elif not world.replied:
+            yield "a client's request looks at the chat", lambda: world._replace(may_create=True)
+
+
+def _replied(world: World) -> World:
+    replied = world._replace(replied=True)
+    final = finish(Status.CANCELLED, ReasonCode.USER_REPLIED)
+    for number, row in enumerate(world.rows):
+        if row.pending and row.begun:
+            replied = replied.with_row(
+                number, row._replace(cancel_requested=row.cancel_requested or final.reason or "")
+            )
+        elif row.pending:
+            replied = replied.with_row(number, ended(row, final))
+    return replied

@@ -1,0 +1,113 @@
+"""The states of the model: two follow-ups of one chat, three workers, a broker that forgets and repeats.
+
+What is left out, because nothing depends on it: time (a lease may end at any moment, so every order of events
+is there), the claim's batch, and what a second chat would add.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from followups.states import Status
+
+
+class Row(NamedTuple):
+    """A follow-up in the database; the first of a `World` is due before the second."""
+
+    status: Status = Status.PENDING
+    reason: str = ""
+    token: int = 0
+    leased: bool = False
+    begun: bool = False
+    attempts: int = 0
+    losses: int = 0
+    cancel_requested: str = ""
+    unknown: bool = False
+    """An attempt's outcome is not known, and recorded so."""
+    exists: bool = True
+
+    @property
+    def pending(self) -> bool:
+        """Whether it was created, and has not ended."""
+        return self.exists and self.status is Status.PENDING
+
+
+class Job(NamedTuple):
+    """What one worker has in its hands: a hint, then an attempt in flight, then its outcome."""
+
+    row: int
+    token: int
+    stage: str
+    """``hinted``, ``begun`` or ``answered``."""
+    outcome: str = ""
+    attempt: int = 0
+
+
+IDLE = Job(-1, 0, "idle")
+
+
+class World(NamedTuple):
+    """Everything: the database, the workers (in order, since they are alike), the chat.
+
+    The broker needs no state: a hint of every token there has been may be read at any moment, again too, or never.
+    """
+
+    rows: tuple[Row, Row]
+    workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
+    accepted: tuple[int, int] = (0, 0)
+    """How often the chat has taken the message of each."""
+    replied: bool = False
+    may_create: bool = False
+    """The creation of the second has looked at the chat, and found that it may (without the chat's lock)."""
+
+    def with_row(self, number: int, row: Row) -> World:
+        """Return the world with this row changed."""
+        return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
+
+    def without_dead_jobs(self) -> World:
+        """Return the world without the jobs that nobody will ever hear of: refused by every guard, whatever comes.
+
+        Sound where all guards are in place: a token never comes back, and an end is for ever.
+        """
+        if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
+            return self
+        alive = [job if job.stage == "begun" or self._is_alive(job) else IDLE for job in self.workers]
+        return self._replace(workers=tuple(sorted(alive)))
+
+    def _is_alive(self, job: Job) -> bool:
+        row = self.rows[job.row]
+        return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
+
+    def with_worker(self, old: Job, new: Job) -> World:
+        """Return the world in which one worker goes on to another job."""
+        workers = list(self.workers)
+        workers[workers.index(old)] = new
+        return self._replace(workers=tuple(sorted(workers)))
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """Which transport, which guards: all of them, or all but some; and how far to look."""
+
+    deduplicates: bool = True
+    without: frozenset[str] = frozenset()
+    most_claims: int = 2
+    """Claims of each follow-up: a first worker, and one that takes over from it; what a third adds is looked at in the
+    long form."""
+    most_attempts: int = 2
+    creates_late: bool = False
+    """The second follow-up does not exist in the beginning."""
+
+    def guards(self, name: str) -> bool:
+        """Say whether a guard is in place."""
+        return name not in self.without
+
+
+class Broken(Exception):  # noqa: N818 - a broken promise, named as such
+    """A promise is broken by the step that raises this."""
+
+
+def break_promise(name: str) -> None:
+    """Say that a promise is broken."""
+    raise Broken(name)

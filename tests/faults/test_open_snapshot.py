@@ -1,0 +1,72 @@
+"""A snapshot that somebody holds open under load: nothing can be vacuumed, and everything goes on being sent."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from faults.measures import claim_ms, lag_p99_ms
+from faults.rig import Load
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+SENT = text("SELECT count(*) FROM follow_ups WHERE status = 'sent'")
+DEAD = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'"
+
+
+@contextmanager
+def snapshot(rig: Rig) -> Iterator[Connection]:
+    """Hold a transaction open that sees the database as it is now."""
+    with rig.world.engine.connect().execution_options(isolation_level="REPEATABLE READ") as connection:
+        assert connection.scalar(SENT) == 0
+        yield connection
+
+
+def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
+    """Measure claims, and the lag, at the start and the end of a load during which a snapshot is open."""
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
+    rig.start()
+    with snapshot(rig) as held:
+        began = datetime.now(UTC)
+        with Load(rig, rate, seconds, spread=2.0) as load:
+            load.wait()
+        rig.settle_down(within=60)
+        ended = datetime.now(UTC)
+        dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)  # counted some time later
+        assert held.scalar(SENT) == 0  # it was held all the time
+    part = (ended - began) / 6
+    some = len(load.ids) // 6
+    verdict = rig.verdict()
+    figures.keep(
+        18,
+        verdict,
+        held_s=round((ended - began).total_seconds(), 1),
+        claim_at_start_ms=claim_ms(rig, began, began + part),
+        claim_at_end_ms=claim_ms(rig, ended - part, ended),
+        lag_p99_at_start_ms=lag_p99_ms(rig, load.ids[:some]),
+        lag_p99_at_end_ms=lag_p99_ms(rig, load.ids[-some:]),
+        dead_tuples=dead,
+    )
+    assert verdict.ended == {"sent": len(load.ids)}
+
+
+def test_open_snapshot(rig: Rig, figures: Figures) -> None:
+    """Some seconds of load under an open snapshot are sent, each once."""
+    under_snapshot(rig, figures, rate=100, seconds=5)
+
+
+@pytest.mark.faults_long
+def test_long_open_snapshot(rig: Rig, figures: Figures) -> None:
+    """A quarter of an hour of load under an open snapshot is sent, each once."""
+    under_snapshot(rig, figures, rate=40, seconds=900)

@@ -1,0 +1,88 @@
+"""Thousands behind two chats whose first is stuck: they wait aside, and neither claims nor others are slower."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from faults.measures import claim_ms, lag_p99_ms, punctual
+from faults.rig import rows_of
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+_PILE = """
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
+    SELECT :workspace, (CAST(:chats AS uuid[]))[n % 2 + 1], 'Still there?',
+           now() - interval '1 minute' + n * interval '1 us', gen_random_uuid()
+      FROM generate_series(1, :count) n
+    RETURNING id
+"""
+
+
+def stuck_chats(rig: Rig) -> list[UUID]:
+    """Return two chats that take nothing for an hour: one asks for patience, one fails."""
+    chats = [rig.world.chat(), rig.world.chat()]
+    rig.behave(chats[0], kind="rate_limit", retry_after=3600)
+    rig.behave(chats[1], kind="fail", retry_after=3600)
+    return chats
+
+
+def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
+    """Insert ``count`` follow-ups into the two chats, all of them due, in one statement."""
+    with rig.world.engine.begin() as connection:
+        parameters = {"workspace": rig.world.workspace_id, "chats": chats, "count": count}
+        rig.created.update(connection.scalars(text(_PILE), parameters))
+
+
+def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
+    """Deliver follow-ups of other chats; return their lag, and what claims took meanwhile."""
+    since = datetime.now(UTC)
+    ids = punctual(rig, count, spread)
+    rig.wait_until_done(*ids, within=120)
+    return {"lag_p99_ms": lag_p99_ms(rig, ids), "claim_ms": claim_ms(rig, since, datetime.now(UTC))}
+
+
+def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
+    """Measure others before, while ``count`` pile up, and once they wait; then let the users reply."""
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
+    rig.start()
+    api, chats, each = rig.web(), stuck_chats(rig), round(100 * spread)
+    found = {"without": others(rig, each, spread)}
+    started = time.monotonic()
+    pile_up(rig, chats, count)
+    found["piling_up"] = others(rig, each, spread)
+    waiting = "SELECT count(*) FROM follow_ups WHERE waits_for IS NOT NULL"
+    wait_until(lambda: rig.world.scalar(waiting) == count - 2, within=60 + count / 200, every=0.1)
+    aside = time.monotonic() - started
+    found["with"] = others(rig, each, spread)
+    with api.client:
+        api.client.timeout = 60
+        for chat_id in chats:
+            assert api.message(str(chat_id), "user").status_code == 201
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    named = {f"{name}_{when}": value for when, values in found.items() for name, value in values.items()}
+    figures.keep(17, verdict, behind=count, all_aside_after_s=round(aside, 1), **named)
+    assert verdict.ended == {"sent": 3 * each, "cancelled": count}
+    refused = rows_of(rig, "SELECT outcome, count(*) FROM failed_attempts GROUP BY 1 ORDER BY 1")
+    assert [tuple(row) for row in refused] == [("retry", 1), ("snoozed", 1)]  # the first of each, once; none behind it
+
+
+def test_stuck_chats(rig: Rig, figures: Figures) -> None:
+    """Five thousand behind two stuck chats are refused once each, and a reply ends them all."""
+    behind_stuck(rig, figures, count=5_000, spread=1.5)
+
+
+@pytest.mark.faults_long
+def test_stuck_chats_with_many(rig: Rig, figures: Figures) -> None:
+    """A hundred thousand behind two stuck chats are refused once each, and a reply ends them all."""
+    behind_stuck(rig, figures, count=100_000, spread=10.0)
