@@ -48,8 +48,8 @@ class BoundedConnection(psycopg.Connection[Any]):
     libpq has no limit of its own, and TCP sees nothing wrong where a machine in between goes on acknowledging.
     """
 
-    patience = (STATEMENT_TIMEOUT + SILENCE_MARGIN).total_seconds()
-    """Seconds that one answer may take."""
+    patience: float | None = None
+    """Seconds that one answer may take; None: as long as it takes."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""
@@ -57,7 +57,7 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, interval, timeout or self.patience)
         except psycopg.OperationalError as error:
-            if timeout or time.monotonic() - started < self.patience or self.closed:
+            if timeout or not self.patience or time.monotonic() - started < self.patience or self.closed:
                 raise
             self.pgconn.finish()
             message = f"the server was silent for {self.patience:g} s: the connection is given up"
@@ -70,14 +70,15 @@ def make_engine(
     pool_size: int = 5,
     application_name: str = "followups",
     options: str = "",
-    statement_timeout: timedelta = STATEMENT_TIMEOUT,
+    statement_timeout: timedelta | None = STATEMENT_TIMEOUT,
 ) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
 
     A connection is tested when it is taken from the pool, so that a restarted server costs one
-    reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up.
+    reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up;
+    with None, for migrations, a statement may take as long as it takes.
     """
-    limit = statement_timeout // MILLISECOND
+    limit = statement_timeout // MILLISECOND if statement_timeout else 0
     connect_args: Mapping[str, Any] = {
         "application_name": application_name,
         "connect_timeout": CONNECT_TIMEOUT,
@@ -104,13 +105,21 @@ def make_engine(
         hide_parameters=True,
     )
 
+    patience = _patience(statement_timeout)
+
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
         connection = BoundedConnection.connect(*arguments, **named)
-        connection.patience = (statement_timeout + min(SILENCE_MARGIN, statement_timeout)).total_seconds()
+        connection.patience = patience
         return connection
 
     event.listen(engine, "do_connect", connect)
     return engine
+
+
+def _patience(statement_timeout: timedelta | None) -> float | None:
+    if statement_timeout is None:
+        return None
+    return (statement_timeout + min(SILENCE_MARGIN, statement_timeout)).total_seconds()
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

@@ -48,6 +48,10 @@ STATEMENT_TIMEOUT = timedelta(seconds=10)
 """For a worker's statements, which take milliseconds, and never longer than half a lease: what waits behind one
 that hangs could not be begun in time."""
 
+BROKER_SILENCE = timedelta(seconds=5)
+"""After this the broker's connection is given up and made anew; an answer takes well under a millisecond. Never
+longer than half a lease: a hint that is later than that has been leased to somebody else."""
+
 DRAIN_MARGIN = timedelta(seconds=5)
 """For settling what was in flight when the order to stop came."""
 
@@ -65,6 +69,7 @@ def _exit_when_wrong() -> Iterator[None]:
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app, set for hints: small, idempotent, worthless once read."""
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
+    silence = min(BROKER_SILENCE, settings.lease / 2).total_seconds()
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -90,11 +95,11 @@ def make_app(settings: Settings) -> Celery:
         broker_transport_options={
             "visibility_timeout": int(VISIBILITY_TIMEOUT.total_seconds()),
             "global_keyprefix": KEY_PREFIX,
-            "socket_timeout": 5,
-            "socket_connect_timeout": 5,
+            "socket_timeout": silence,
+            "socket_connect_timeout": silence,
             "socket_keepalive": True,
             # A consumer whose connection is half-open is noticed by this: after at most twice as long, and a second.
-            "health_check_interval": 5,
+            "health_check_interval": silence,
             "retry_on_timeout": True,
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.

@@ -19,9 +19,16 @@ NOTICE = timedelta(seconds=0.5)
 """How long before its due date a follow-up is there at least: some ticks, so that it can be on time."""
 
 
+PORTION = 2_000
+"""Rows inserted at once: as long as that takes, the database must answer within its client's patience."""
+
+
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
     """Insert follow-ups that fall due within ``spread`` seconds, none of them so soon that it could not be on time."""
-    ids = (world or rig.world).burst([notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)])
+    due = [notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)]
+    ids = [
+        id_ for first in range(0, count, PORTION) for id_ in (world or rig.world).burst(due[first : first + PORTION])
+    ]
     rig.created.update(ids)
     return ids
 

@@ -68,15 +68,14 @@ def check(
     for request in requests:
         by_id[request["followUpId"]].append(request)
     taken = {id_: [one for one in each if one["accepted"]] for id_, each in by_id.items()}
-    changes = history.changes(engine)
     return Verdict(
         lost=sum(row.status == "pending" for row in rows.values()) + len(known.created - rows.keys()),
         doubled=sum(len(each) > 1 for each in taken.values())
         + sum(len({one["idempotencyKey"] for one in each}) > 1 for each in by_id.values()),
-        after_cancel=_after_cancel(changes, by_id, known),
+        after_cancel=_after_cancel(history.begun_after_cancel(engine), by_id, known),
         silently_late=sum(one["lagMs"] > max_lateness * 1000 for one in requests if one["accepted"]),
         contradictions=sum(_contradicts(row, taken.get(str(id_), []), known) for id_, row in rows.items()),
-        rewritten=sum(change.changed_when_final for change in changes),
+        rewritten=history.rewritten(engine),
         disordered=_disordered(rows, requests),
         misdirected=sum(one["chatId"] != str(rows[_id(rows, one)].chat_id) for one in requests),
         ended=Counter(row.status for row in rows.values()),
@@ -95,16 +94,7 @@ def _contradicts(row: Any, taken: Collection[Any], known: Record) -> bool:
     return bool(taken) and UNKNOWN not in (row.reason or "") and row.status != "pending"
 
 
-def _after_cancel(
-    changes: Collection[history.Change], by_id: Mapping[str, Collection[Mapping[str, Any]]], known: Record
-) -> int:
-    cancelled: set[UUID] = set()
-    begun_after = set()
-    for change in changes:
-        if change.began and change.id in cancelled:
-            begun_after.add(change.id)
-        if change.status == "cancelled":
-            cancelled.add(change.id)
+def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping[str, Any]]], known: Record) -> int:
     received_after = {
         id_
         for id_, acknowledged in known.cancelled.items()

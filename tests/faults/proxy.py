@@ -107,7 +107,8 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        with contextlib.suppress(OSError):
+        # asyncio's callback stumbles over a cancelled handler, and there is nobody who waits for this one.
+        with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()
             upward, downward = await self._connect()

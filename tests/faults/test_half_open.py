@@ -1,39 +1,183 @@
-"""Connections on which nothing comes back any more, though the network goes on acknowledging."""
+"""Connections on which nothing comes back any more, though the network goes on acknowledging.
+
+Neither TCP's keepalives nor its user timeout see anything wrong there; only a limit of our own notices.
+"""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import pytest
+
+from stack import wait_until
+from web import FOLLOW_UPS, in_days
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import web
     from faults.figures import Figures
     from faults.proxy import Proxy
     from faults.rig import Rig
+    from followups.embedded import Child
 
-DATABASE, BROKER = 0, 1
+    Proxied = tuple[Rig, Sequence[Proxy]]
+
+SLACK = 20.0
+"""Seconds for a machine busy with other tests; the figure is what it took."""
+
+NOTICES = {
+    "database": ('"database_unreachable"',),
+    "broker": ("got no reply", '"broker_unreachable"', "Connection to broker lost", "Cannot connect to"),
+}
+"""What a worker says that has noticed."""
+
+DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
+"""The limits derive from the lease; the short forms shorten it."""
+
+by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
 
-@pytest.mark.parametrize("server", [DATABASE, BROKER], ids=["database", "broker"])
-def test_half_open(server: int, proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """Worker and beat notice within seconds, connect anew, and everything that fell due meanwhile is sent."""
-    rig, proxies = proxied
-    rig.start(workers=2, beats=2)
+def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
+    """Return the one in front of this server."""
+    return proxies[["database", "broker"].index(server)]
+
+
+def working(rig: Rig) -> list[Child]:
+    """Start workers and beat, let every connection be used, and leave some work for after the blow."""
+    workers = rig.start(workers=2)
     rig.bulk(40, spread=1.0)
-    rig.settle_down()
-    ids = rig.bulk(100, spread=2.0)
+    rig.settle_down(within=60)
+    rig.bulk(100, spread=2.0)
     time.sleep(rig.rng.random())
-    proxies[server].freeze()
-    frozen = time.monotonic()
-    took = rig.settle_down(within=90)
-    assert proxies[server].frozen > 0
-    ids += rig.bulk(40, spread=1.0)
+    return workers
+
+
+def seconds_until_noticed(workers: Sequence[Child], server: str, since: float) -> float:
+    """Wait until every worker has said that something is wrong with this server; return the seconds it took."""
+    unaware = list(workers)
+    while unaware:
+        log = unaware[0].command.log
+        wait_until(lambda log=log: any(notice in log.read_text() for notice in NOTICES[server]), within=90, every=0.1)
+        del unaware[0]
+    return time.monotonic() - since
+
+
+def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: float) -> None:
+    """Check that everything works again, and that nothing was broken meanwhile."""
+    rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
     verdict = rig.verdict()
-    assert verdict.ended == {"sent": len(ids) + 40}
-    name = "database" if server == DATABASE else "broker"
-    figures.keep(9, verdict, **{f"{name}_all_sent_after_s": round(took, 1)})
-    assert time.monotonic() - frozen < 120
+    assert verdict.ended == {"sent": len(rig.created)}
+    assert all(worker.running for worker in workers)
+    figures.keep(9, verdict, **{name: round(took, 1) for name, took in seconds.items()})
+
+
+def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: float) -> None:
+    """Let the open connections be dead for ever, and see when it is noticed, and when all is sent over new ones."""
+    rig, proxies = proxied
+    proxy = proxy_of(server, proxies)
+    workers = working(rig)
+    proxy.freeze()
+    since = time.monotonic()
+    noticed = seconds_until_noticed(workers, server, since)
+    rig.settle_down(within=120)
+    took = time.monotonic() - since
+    assert proxy.frozen >= len(workers)
+    finished(rig, workers, figures, **{f"{server}_noticed_s": noticed, f"{server}_all_sent_after_s": took})
+    assert noticed < limit + SLACK
+
+
+@by_server
+def test_dead_connections(server: str, proxied: Proxied, figures: Figures) -> None:
+    """Worker and beat notice by themselves, connect anew, and everything that fell due meanwhile is sent."""
+    dead_connections(proxied, figures, server, limit=5.0)
+
+
+@pytest.mark.faults_long
+@by_server
+def test_dead_connections_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
+    """With the default settings they notice within half a minute."""
+    proxied[0].options |= DEFAULTS
+    dead_connections(proxied, figures, server, limit=30.0)
+
+
+def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
+    """Let a server be silent on old and new connections, then let go on, or break, what was held back."""
+    rig, proxies = proxied
+    proxy = proxy_of(server, proxies)
+    workers = working(rig)
+    proxy.stall()
+    since = time.monotonic()
+    noticed = seconds_until_noticed(workers, server, since)
+    time.sleep(max(0.0, since + seconds - time.monotonic()) + rig.rng.random())
+    if rig.rng.random() < 0.5:
+        proxy.cut()
+    proxy.flow()
+    returned = time.monotonic()
+    (probe,) = rig.bulk(1)
+    wait_until(lambda: rig.accepted(probe), within=90)
+    goes_on = time.monotonic() - returned
+    rig.settle_down(within=120)
+    finished(rig, workers, figures, **{f"{server}_stall_noticed_s": noticed, f"{server}_goes_on_after_s": goes_on})
+    assert goes_on < 10 + SLACK
+
+
+@by_server
+def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
+    """A server that is silent altogether, and then speaks again, costs the time of its silence and some seconds."""
+    stalled(proxied, figures, server, seconds=4.0)
+
+
+@pytest.mark.faults_long
+@by_server
+def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
+    """So it does for a minute, with the default settings."""
+    proxied[0].options |= DEFAULTS
+    stalled(proxied, figures, server, seconds=60.0)
+
+
+def seconds_until_answered(api: web.Api) -> float:
+    """Return how long a request takes, whatever the answer is."""
+    started = time.monotonic()
+    assert api.client.get(FOLLOW_UPS, timeout=90).status_code in {200, 503}
+    return time.monotonic() - started
+
+
+def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
+    """The API goes on taking follow-ups, none of them slowly, and those are sent when the broker speaks again."""
+    rig, (_, broker) = proxied
+    rig.start()
+    api = rig.web()
+    with api.client:
+        api.create(due=in_days(0))
+        broker.stall()
+        slowest = 0.0
+        for _ in range(rig.rng.randrange(5, 15)):
+            started = time.monotonic()
+            rig.created.add(UUID(api.create(due=in_days(0))["id"]))
+            slowest = max(slowest, time.monotonic() - started)
+        broker.flow()
+        rig.settle_down(within=60)
+    figures.keep(9, rig.verdict(), web_slowest_create_s=round(slowest, 2))
+    assert slowest < 2 + SLACK
+
+
+@pytest.mark.faults_long
+def test_web_with_a_stalled_database(proxied: Proxied, figures: Figures) -> None:
+    """Requests are answered with 503 after the limit, not never; when the database speaks again, with 200 at once."""
+    rig, (database, _) = proxied
+    api = rig.web()
+    with api.client:
+        assert seconds_until_answered(api) < SLACK
+        database.stall()
+        unanswered = seconds_until_answered(api)
+        database.flow()
+        started = time.monotonic()
+        wait_until(lambda: api.client.get(FOLLOW_UPS, timeout=90).status_code == 200, within=60)
+        back = time.monotonic() - started
+    figures.keep(9, web_answers_503_after_s=round(unanswered, 1), web_goes_on_after_s=round(back, 1))
+    assert 1 < unanswered < 60
+    assert back < SLACK

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from faults.measures import lag_p99_ms, punctual
+from faults.measures import NOTICE, lag_p99_ms, punctual
 from faults.rig import rows_of
 from world import World
 
@@ -17,25 +17,26 @@ if TYPE_CHECKING:
     from faults.figures import Figures
     from faults.rig import Rig
 
-NOTICE = timedelta(seconds=2)
-"""Time for inserting all of the neighbour's before the first falls due."""
 
-
-def quiet(rig: Rig, worlds: list[World], each: int, spread: float) -> list[UUID]:
+def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timedelta = NOTICE) -> list[UUID]:
     """Add ``each`` to every one of the others."""
-    return [id_ for world in worlds for id_ in punctual(rig, each, spread, world, NOTICE)]
+    return [id_ for world in worlds for id_ in punctual(rig, each, spread, world, notice)]
 
 
-def neighbour(rig: Rig, figures: Figures, each: int, spread: float) -> None:
-    """Measure five workspaces with ``each`` follow-ups, alone and beside one that has a hundred times as many."""
+def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
+    """Measure five workspaces with ``each`` follow-ups, alone and beside one that has a hundred times as many.
+
+    All of these are inserted within ``seconds`` before the first falls due.
+    """
+    notice = timedelta(seconds=seconds)
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     worlds = [World(rig.world.engine) for _ in range(5)]
     alone = quiet(rig, worlds, each, spread)
     rig.settle_down(within=60 + spread)
-    noise = punctual(rig, each * 100, spread, notice=NOTICE)
-    beside = quiet(rig, worlds, each, spread)
-    rig.settle_down(within=180 + spread)
+    noise = punctual(rig, each * 100, spread, notice=notice)
+    beside = quiet(rig, worlds, each, spread, notice)
+    rig.settle_down(within=180 + spread + seconds)
     verdict = rig.verdict()
     figures.keep(
         19,
@@ -52,10 +53,10 @@ def neighbour(rig: Rig, figures: Figures, each: int, spread: float) -> None:
 
 def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
     """All of the others' are sent beside a neighbour with a hundred times the load."""
-    neighbour(rig, figures, each=15, spread=2.0)
+    neighbour(rig, figures, each=15, spread=2.0, seconds=1.5)
 
 
 @pytest.mark.faults_long
 def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """The same for a minute, with a neighbour that takes most of what the machine can do."""
-    neighbour(rig, figures, each=600, spread=60.0)
+    """The same for a minute, with a neighbour that adds five hundred a second."""
+    neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)

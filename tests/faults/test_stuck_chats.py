@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
-from faults.measures import claim_ms, lag_p99_ms, punctual
+from faults.measures import PORTION, claim_ms, lag_p99_ms, punctual
 from faults.rig import rows_of
 from stack import wait_until
 
@@ -23,7 +23,7 @@ _PILE = """
     INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
     SELECT :workspace, (CAST(:chats AS uuid[]))[n % 2 + 1], 'Still there?',
            now() - interval '1 minute' + n * interval '1 us', gen_random_uuid()
-      FROM generate_series(1, :count) n
+      FROM generate_series(CAST(:first AS int), :last) n
     RETURNING id
 """
 
@@ -37,10 +37,12 @@ def stuck_chats(rig: Rig) -> list[UUID]:
 
 
 def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
-    """Insert ``count`` follow-ups into the two chats, all of them due, in one statement."""
+    """Insert ``count`` follow-ups into the two chats, all of them due, to be seen at once."""
     with rig.world.engine.begin() as connection:
-        parameters = {"workspace": rig.world.workspace_id, "chats": chats, "count": count}
-        rig.created.update(connection.scalars(text(_PILE), parameters))
+        for first in range(1, count + 1, PORTION):
+            numbers = {"first": first, "last": min(first + PORTION - 1, count)}
+            parameters = {"workspace": rig.world.workspace_id, "chats": chats} | numbers
+            rig.created.update(connection.scalars(text(_PILE), parameters))
 
 
 def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:

@@ -197,6 +197,8 @@ def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
     for _ in range(KEEP_ATTEMPTS + 5):
         chats.receive(incoming("again", "c2"), "again")
     assert len(chats.ledger.records()) == 10
+    last = KEEP_CHATS + 5 + KEEP_ATTEMPTS + 5
+    assert [number for number, _ in chats.ledger.page(after=0, limit=3)] == [last - 9, last - 8, last - 7]
     assert chats.ledger.summary()["requests"] == KEEP_CHATS + 5 + KEEP_ATTEMPTS + 5
     shown = list(chats.conversations())
     assert len(shown) == KEEP_CHATS

@@ -1,0 +1,330 @@
+"""The guards that the promises rest on: how each is taken out of the SQL, and what breaks then.
+
+A guard is cut out of the statements on their way to PostgreSQL. What must be there to be cut is named, so that
+a rewritten statement cannot make the removal a silent nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from sqlalchemy import event, text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.errors import DeliveryInProgressError
+from followups.states import ReasonCode, Status, finish
+from followups.store import chats, follow_ups, leases
+from followups.transports.port import Retry, Sent
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from followups.store.leases import Begun, Lease
+    from followups.transports.port import Outcome
+    from world import World
+
+
+class PromiseBroken(AssertionError):  # noqa: N818 - a promise that is broken, no error of the code
+    """A promise was broken."""
+
+
+def expect(kept: object, promise: str) -> None:
+    """Raise `PromiseBroken` unless it was kept."""
+    if not kept:
+        raise PromiseBroken(promise)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """Where a scenario plays."""
+
+    world: World
+    settings: Settings
+
+    @property
+    def engine(self) -> Engine:
+        """The engine whose statements may lack a guard."""
+        return self.world.engine
+
+    def lease(self) -> Lease:
+        """Claim the one that is due."""
+        (lease,) = claim(self.engine, self.settings).leases
+        return lease
+
+    def leased_anew(self, lease: Lease) -> Lease:
+        """Let a lease end, and claim again."""
+        self.world.expire(lease.id)
+        return self.lease()
+
+    def begin(self, lease: Lease) -> tuple[Begun, ...]:
+        """Begin by a lease."""
+        return begin(self.engine, self.settings, [lease]).begun
+
+    def settle(self, begun: Begun, outcome: Outcome) -> None:
+        """Settle an attempt."""
+        attempt = Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))
+        settle(self.engine, self.settings, [attempt])
+
+    def cancel(self, follow_up_id: UUID) -> None:
+        """Cancel, as the API does."""
+        with Session(self.engine) as session, session.begin():
+            followups.cancel(session, follow_up_id)
+
+    def reply(self, chat_id: UUID) -> None:
+        """Let the user reply."""
+        with Session(self.engine) as session, session.begin():
+            chats.receive(
+                session,
+                self.world.workspace_id,
+                message_id=uuid4(),
+                chat_id=chat_id,
+                role=chats.Role.USER,
+                created_at=None,
+            )
+
+
+def stale_hint_begins(scene: Scene) -> None:
+    """Begin by a token that has been replaced."""
+    scene.world.follow_up()
+    old = scene.lease()
+    scene.leased_anew(old)
+    expect(not scene.begin(old), "a stale hint begins nothing")
+
+
+def repeated_hint_begins(scene: Scene) -> None:
+    """Begin twice by the same hint."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    scene.begin(lease)
+    expect(not scene.begin(lease), "a repeated hint begins nothing")
+
+
+def ended_lease_begins(scene: Scene) -> None:
+    """Begin by a lease that has ended."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    scene.world.expire(lease.id)
+    expect(not scene.begin(lease), "a lease that has ended begins nothing")
+
+
+def cancelled_begins(scene: Scene) -> None:
+    """Begin what was cancelled while its hint waited."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    scene.cancel(lease.id)
+    expect(not scene.begin(lease), "nothing begins after its cancel")
+
+
+def later_one_begins(scene: Scene) -> None:
+    """Begin the later one of a chat first."""
+    chat_id = scene.world.chat()
+    scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
+    later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
+    taken = {lease.id: lease for lease in claim(scene.engine, scene.settings).leases}
+    expect(not scene.begin(taken[later]), "order within a chat")
+
+
+def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
+    """Return a scenario: begin in a chat where nothing may be sent any more."""
+
+    def scenario(scene: Scene) -> None:
+        scene.world.follow_up(chat(scene), **columns)
+        expect(not scene.begin(scene.lease()), "the world is looked at again before sending")
+
+    return scenario
+
+
+def put_off_begins(scene: Scene) -> None:
+    """Begin what falls due in an hour."""
+    follow_up = scene.world.follow_up()
+    lease = scene.lease()
+    scene.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 h' WHERE id = :id", id=follow_up)
+    expect(not scene.begin(lease), "nothing is early")
+
+
+def stale_result_settles(scene: Scene) -> None:
+    """Settle by a token that has been replaced, while another attempt is in flight."""
+    scene.world.follow_up()
+    (frozen,) = scene.begin(scene.lease())
+    (other,) = scene.begin(scene.leased_anew(frozen.lease))
+    scene.settle(frozen, Retry("HTTP 500"))
+    expect(scene.world.row(other.lease.id).begun_at is not None, "no stale writer's write is taken")
+
+
+def result_settles_again(scene: Scene) -> None:
+    """Settle the same attempt twice, with a cancel between."""
+    scene.world.follow_up()
+    (begun,) = scene.begin(scene.lease())
+    scene.settle(begun, Retry("HTTP 500"))
+    scene.cancel(begun.lease.id)
+    scene.settle(begun, Sent(None))
+    expect(scene.world.row(begun.lease.id).status == "cancelled", "final states never change")
+
+
+def reply_in_flight_is_forgotten(scene: Scene) -> None:
+    """Let the user reply while an attempt is in flight that then fails."""
+    chat_id = scene.world.chat()
+    scene.world.follow_up(chat_id)
+    (begun,) = scene.begin(scene.lease())
+    scene.reply(chat_id)
+    scene.settle(begun, Retry("HTTP 500"))
+    expect(scene.world.row(begun.lease.id).status == "cancelled", "a reply stops the next try")
+
+
+def leased_is_claimed(scene: Scene) -> None:
+    """Claim what is leased."""
+    scene.world.follow_up()
+    scene.lease()
+    expect(not claim(scene.engine, scene.settings).leases, "a lease is given once")
+
+
+def token_stays(scene: Scene) -> None:
+    """Claim again after a lease has ended."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    expect(scene.leased_anew(lease).token > lease.token, "the fencing token grows")
+
+
+def ended_is_claimed(scene: Scene) -> None:
+    """Claim what has ended."""
+    follow_up = scene.world.follow_up()
+    scene.cancel(follow_up)
+    expect(not claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
+
+
+def stale_release(scene: Scene) -> None:
+    """Give back a lease that is another's by now."""
+    scene.world.follow_up()
+    old = scene.lease()
+    scene.leased_anew(old)
+    with scene.engine.begin() as connection:
+        leases.release_if_not_begun(connection, [old])
+    expect(scene.world.row(old.id).lease_until is not None, "no stale writer's write is taken")
+
+
+def stale_end(scene: Scene) -> None:
+    """End by a lease that is another's by now."""
+    scene.world.follow_up()
+    old = scene.lease()
+    scene.leased_anew(old)
+    with scene.engine.begin() as connection:
+        leases.end_if_not_begun(connection, [(old, finish(Status.FAILED, ReasonCode.TOO_LATE))])
+    expect(scene.world.row(old.id).status == "pending", "no stale writer's write is taken")
+
+
+def cancelled_in_flight(scene: Scene) -> None:
+    """Cancel while an attempt is in flight."""
+    scene.world.follow_up()
+    (begun,) = scene.begin(scene.lease())
+    try:
+        scene.cancel(begun.lease.id)
+    except DeliveryInProgressError:
+        return
+    expect(False, "a cancel that is acknowledged is final")  # noqa: FBT003 - it was acknowledged, in flight
+
+
+def another_workspaces(scene: Scene) -> None:
+    """Read by another workspace's id."""
+    follow_up = scene.world.follow_up()
+    with Session(scene.engine) as session:
+        expect(follow_ups.find(session, follow_up, uuid4()) is None, "no workspace sees another's")
+
+
+def nobody_wakes(scene: Scene) -> None:
+    """End the earlier one of a chat, for which the later one waits."""
+    chat_id = scene.world.chat()
+    scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
+    later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
+    begun = begin(scene.engine, scene.settings, claim(scene.engine, scene.settings).leases).begun
+    expect(scene.world.row(later).waits_for is not None, "the later one waits")
+    scene.settle(begun[0], Sent(None))
+    expect(scene.world.row(later).waits_for is None, "nothing is left waiting for what has ended")
+
+
+def created_behind_a_reply(scene: Scene) -> None:
+    """Create while a reply arrives: whoever comes second waits for the first."""
+    chat_id = scene.world.chat()
+    with Session(scene.engine) as session:
+        created = followups.schedule(
+            session,
+            workspace_id=scene.world.workspace_id,
+            chat_id=chat_id,
+            message="Still there?",
+            due_date=datetime.now(UTC),
+        )
+        follow_up = created.id
+        with beside(lambda: scene.reply(chat_id), scene):
+            session.commit()
+    expect(scene.world.row(follow_up).status == "cancelled", "a reply stops what was created before it")
+
+
+def claimed_at_once(scene: Scene) -> None:
+    """Claim twice at the same moment."""
+    scene.world.follow_up()
+    second: list[Lease] = []
+    limits: dict[str, Any] = {"ahead": timedelta(0), "lease": scene.settings.lease, "window": 10, "most": 10}
+    with scene.engine.connect() as connection:
+        first, _ = leases.claim(connection, **limits)
+        with beside(lambda: second.extend(claim(scene.engine, scene.settings).leases), scene):
+            connection.commit()
+    expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")
+
+
+@contextmanager
+def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
+    """Start the work in a thread, go on when it has ended or waits for a lock, and wait for its end."""
+    waiting = text(
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    thread = threading.Thread(target=work)
+    thread.start()
+
+    def settled() -> bool:
+        with scene.engine.connect() as connection:
+            return not thread.is_alive() or bool(connection.scalar(waiting))
+
+    wait_until(settled)
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@contextmanager
+def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
+    """Replace these pieces in every statement that holds ``within``; fail unless every piece was found."""
+    found = set()
+
+    def cut(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+        if within in statement:
+            for piece, instead in cuts.items():
+                if piece in statement:
+                    found.add(piece)
+                    statement = statement.replace(piece, instead)
+        return statement, parameters
+
+    event.listen(engine, "before_cursor_execute", cut, retval=True)
+    try:
+        yield
+    finally:
+        event.remove(engine, "before_cursor_execute", cut)
+        missing = cuts.keys() - found
+        if missing:
+            message = f"no statement with {within!r} holds {missing}"
+            raise ValueError(message)

@@ -1,0 +1,51 @@
+"""Several beats at once, and one that dies: ticks fold into each other, and go on."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.rig import Load
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+
+def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
+    """Run so many beats under load; kill one, stop another, start it again."""
+    running = [rig.beat() for _ in range(number)]
+    rig.sandbox()
+    for _ in range(2):
+        rig.worker()
+    with Load(rig, 60, seconds) as load:
+        time.sleep(seconds * rig.rng.uniform(0.2, 0.5))
+        running[0].signal(signal.SIGKILL)
+        wait_until(lambda: not running[0].running)
+        running.append(rig.beat())
+        running[1].ask()
+        load.wait()
+    rig.settle_down()
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(load.ids)}
+    twice = rig.world.scalar("SELECT count(*) FROM follow_ups WHERE lease_token > 1 AND losses = 0")
+    late = rig.world.scalar(
+        "SELECT EXTRACT(EPOCH FROM max(accepted_at - GREATEST(due_date, created_at))) FROM follow_ups"
+    )
+    figures.keep(10, verdict, beats=number, claimed_again=twice, latest_s=round(float(late), 2))
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_several_beats(number: int, rig: Rig, figures: Figures) -> None:
+    """Two or three beats double no send, and when one is killed the others tick on."""
+    beats(rig, figures, number, seconds=2.5)
+
+
+@pytest.mark.faults_long
+def test_several_beats_for_long(rig: Rig, figures: Figures) -> None:
+    """So it is for a minute."""
+    beats(rig, figures, 3, seconds=60)

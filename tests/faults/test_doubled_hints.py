@@ -1,0 +1,71 @@
+"""Every message of the broker doubled and shuffled: hints are only hints."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from celery import Celery
+
+from followups.dispatch.claim import claim
+from followups.dispatch.publish import batches
+from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+
+def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
+    """Freeze the workers while the queue fills, double and shuffle all that is in it, and let them go on."""
+    rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_BATCH_SIZE": "5"}
+    reader, *others = rig.start(workers=3, beats=2)
+    hints = 0
+    for _ in range(rounds):
+        for other in others:
+            other.signal(signal.SIGSTOP)
+        reader.signal(signal.SIGSTOP)
+        rig.bulk(count, spread=0.5)
+        hints += claimed_and_doubled(rig)
+        for worker in (reader, *others):
+            worker.signal(signal.SIGCONT)
+        rig.settle_down(within=90)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(rig.created)}
+    assert hints > 0
+    requests = len(rig.received())
+    figures.keep(11, verdict, hints_doubled=hints, sends_per_key=round(requests / len(rig.created), 4))
+
+
+def claimed_and_doubled(rig: Rig) -> int:
+    """Claim and publish as a tick does, put every message into the queues twice, in any order; return how many."""
+    settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})
+    app = Celery("followups", broker=settings.broker_url.get_secret_value())
+    app.conf.broker_transport_options = {"global_keyprefix": KEY_PREFIX}
+    for hint in batches(claim(rig.world.engine, settings).leases, 5):
+        app.send_task("followups.deliver", args=[hint], queue=DELIVER)
+    app.close()
+    total = 0
+    with rig.broker() as broker:
+        wait_until(lambda: broker.llen(f"{KEY_PREFIX}{DELIVER}"))
+        for name in (f"{KEY_PREFIX}{DELIVER}", f"{KEY_PREFIX}{DISPATCH}"):
+            messages = broker.lpop(name, 10_000) or []
+            twice = messages * 2
+            rig.rng.shuffle(twice)
+            if twice:
+                broker.rpush(name, *twice)
+            total += len(messages)
+    return total
+
+
+def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
+    """Each follow-up is sent once, and requested once."""
+    doubled(rig, figures, count=100, rounds=2)
+
+
+@pytest.mark.faults_long
+def test_doubled_and_shuffled_often(rig: Rig, figures: Figures) -> None:
+    """So it is in many rounds."""
+    doubled(rig, figures, count=900, rounds=20)

@@ -1,0 +1,47 @@
+"""The chat takes a message, and its answer is lost: sent again under the same key, or said to be unknown."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+
+def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
+    """Drop the first answer to every third follow-up."""
+    rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
+    rig.beat()
+    rig.sandbox(*() if deduplicates else ("--no-dedup",))
+    rig.worker()
+    ids = rig.bulk(count, spread=1.0)
+    unlucky = rig.rng.sample(ids, count // 3)
+    for follow_up in unlucky:
+        rig.behave(rig.world.row(follow_up).chat_id, kind="drop", times=1)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    dropped_answers = sum(one["outcome"] == "dropped" for one in rig.received())
+    assert dropped_answers > 0
+    if deduplicates:
+        assert verdict.ended == {"sent": count}
+        assert verdict.repeated >= dropped_answers
+    else:
+        assert verdict.ended == {"sent": count - dropped_answers, "failed": dropped_answers}
+        assert verdict.unknown == dropped_answers
+    figures.keep(4, verdict, answers_dropped=dropped_answers, unknown=verdict.unknown)
+
+
+@pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
+def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
+    """With a chat that deduplicates all are sent once; with one that does not, the outcome is named unknown."""
+    dropped(rig, figures, 90, deduplicates=deduplicates)
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
+def test_many_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
+    """The same with three thousand."""
+    dropped(rig, figures, 3000, deduplicates=deduplicates)
