@@ -2,13 +2,18 @@
 
 kombu 5.7 raises out of the consumer for an entry that is no JSON, or JSON of another shape, and the worker
 ends with it. Whoever can reach the broker could stop every worker with one LPUSH.
+
+It also ends in order while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the consumer's
+own loop, and tries that without end, without a word and deaf to SIGTERM.
 """
 
 from __future__ import annotations
 
 import queue
+import threading
 from typing import TYPE_CHECKING, Any
 
+from celery.worker import state
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import RedisError
 
@@ -43,6 +48,19 @@ class Transport(kombu_redis.Transport):
     Empty = queue.Empty
     delivering = False
     """An entry was read and is in the consumer's hands."""
+    _stopping = False
+    """An order to stop was obeyed: what connects after it belongs to the drain."""
+
+    def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
+        """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread when SIGTERM has come."""
+        if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
+            Transport._stopping = True
+            state.maybe_shutdown()
+        try:
+            return super().establish_connection()
+        except self.connection_errors as error:
+            log.warning("broker_unreachable", step="connect", error=type(error).__name__)
+            raise
 
     def _deliver(self, message: Any, source: str) -> None:  # noqa: ANN401 - whatever JSON holds
         if not is_message(message):
@@ -50,6 +68,10 @@ class Transport(kombu_redis.Transport):
             return
         self.delivering = True
         super()._deliver(message, source)
+
+
+def _is_consumers_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def is_message(message: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit, urlunsplit
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from typing import Self
 
 CHUNK = 65_536
+ESTABLISHED = 1
+"""Of a connection's states in Linux' TCP_INFO."""
 
 
 class Proxy:
@@ -82,6 +85,10 @@ class Proxy:
         self._refusing = True
         self.cut()
 
+    def given_up(self) -> int:
+        """Return how many clients have closed a connection on which nothing is forwarded."""
+        return sum(_is_closed(writer) for writer in tuple(self._open))
+
     def _call(self, function: Callable[[], None]) -> None:
         done = threading.Event()
 
@@ -147,3 +154,10 @@ class Proxy:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+
+
+def _is_closed(client: asyncio.StreamWriter) -> bool:
+    end = client.get_extra_info("socket")
+    if end.family != socket.AF_INET or end.fileno() == -1:
+        return end.fileno() == -1
+    return end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0] != ESTABLISHED

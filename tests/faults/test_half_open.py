@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 SLACK = 20.0
 """Seconds for a machine busy with other tests; the figure is what it took."""
 
-NOTICES = {
-    "database": ('"database_unreachable"',),
-    "broker": ("got no reply", '"broker_unreachable"', "Connection to broker lost", "Cannot connect to"),
-}
-"""What a worker says that has noticed."""
+SAID = ("got no reply", '"broker_unreachable"')
+"""What a worker says that has noticed that the broker is silent."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
 """The limits derive from the lease; the short forms shorten it."""
+
+GRACE = 30.0
+"""Seconds that orchestrators leave a process between SIGTERM and SIGKILL."""
 
 by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
@@ -55,13 +55,14 @@ def working(rig: Rig) -> list[Child]:
     return workers
 
 
-def seconds_until_noticed(workers: Sequence[Child], server: str, since: float) -> float:
-    """Wait until every worker has said that something is wrong with this server; return the seconds it took."""
-    unaware = list(workers)
-    while unaware:
-        log = unaware[0].command.log
-        wait_until(lambda log=log: any(notice in log.read_text() for notice in NOTICES[server]), within=90, every=0.1)
-        del unaware[0]
+def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
+    """Wait until the first gives up a connection to the database, or every worker its wait for the broker."""
+    since = time.monotonic()
+    if server == "database":  # whose loss costs nobody more than a new connection: there is nothing to say
+        wait_until(proxy.given_up, within=90, every=0.05)
+    else:
+        logs = [worker.command.log for worker in workers]
+        wait_until(lambda: all(any(words in log.read_text() for words in SAID) for log in logs), within=90, every=0.1)
     return time.monotonic() - since
 
 
@@ -82,7 +83,7 @@ def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: flo
     workers = working(rig)
     proxy.freeze()
     since = time.monotonic()
-    noticed = seconds_until_noticed(workers, server, since)
+    noticed = seconds_until_noticed(workers, server, proxy)
     rig.settle_down(within=120)
     took = time.monotonic() - since
     assert proxy.frozen >= len(workers)
@@ -111,7 +112,7 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
     workers = working(rig)
     proxy.stall()
     since = time.monotonic()
-    noticed = seconds_until_noticed(workers, server, since)
+    noticed = seconds_until_noticed(workers, server, proxy)
     time.sleep(max(0.0, since + seconds - time.monotonic()) + rig.rng.random())
     if rig.rng.random() < 0.5:
         proxy.cut()
@@ -137,6 +138,40 @@ def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Fig
     """So it does for a minute, with the default settings."""
     proxied[0].options |= DEFAULTS
     stalled(proxied, figures, server, seconds=60.0)
+
+
+def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float, float]) -> None:
+    """Order everything to stop while the broker is silent, and see that it ends; go on with others afterwards."""
+    rig, (_, broker) = proxied
+    workers = working(rig)
+    broker.stall()
+    time.sleep(rig.rng.uniform(*silence))
+    started = time.monotonic()
+    leaving = [child for child in rig.processes.children if child.command.name != "sandbox"]
+    for child in leaving:
+        child.ask()
+    wait_until(lambda: not any(child.running for child in leaving), within=60)
+    took = time.monotonic() - started
+    assert [child.exit_code for child in leaving] == [0] * len(leaving)
+    assert len(rig.events("drained")) == len(workers)
+    broker.flow()
+    rig.beat()
+    others = [rig.worker()]
+    rig.settle_down(within=120)
+    finished(rig, others, figures, stopped_with_a_silent_broker_after_s=took)
+    assert took < GRACE + SLACK
+
+
+def test_stopped_while_the_broker_is_silent(proxied: Proxied, figures: Figures) -> None:
+    """SIGTERM drains workers that wait for a silent broker, as it does any other, and ends them."""
+    stopped_in_silence(proxied, figures, silence=(0, 5))
+
+
+@pytest.mark.faults_long
+def test_stopped_while_the_broker_is_silent_for_long(proxied: Proxied, figures: Figures) -> None:
+    """So it does with the default settings, within what orchestrators wait before they kill."""
+    proxied[0].options |= DEFAULTS
+    stopped_in_silence(proxied, figures, silence=(0, 40))
 
 
 def seconds_until_answered(api: web.Api) -> float:

@@ -34,7 +34,7 @@ def explore(protocol: Protocol) -> Exploration:
     while waiting:
         world = waiting.popleft()
         onward[world] = []
-        for name, make in steps(world, protocol):
+        for name, _, make in steps(world, protocol):
             try:
                 new = make()
                 _check(new)

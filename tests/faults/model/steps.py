@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faults.model.rules import end_after_loss, end_before_begin, honest, settlement
 from faults.model.world import IDLE, Job, Protocol, Row, World, break_promise
@@ -13,8 +13,14 @@ if TYPE_CHECKING:
 
     from followups.states import Final
 
-Step = tuple[str, "Callable[[], World]"]
-"""What happens, and what comes of it; to make it may raise `Broken`."""
+
+class Step(NamedTuple):
+    """What may happen: in words, as an action (its kind, and on what), and what comes of it (or `Broken`)."""
+
+    name: str
+    action: tuple[Any, ...]
+    make: Callable[[], World]
+
 
 NAMES = ("first", "second")
 
@@ -26,7 +32,11 @@ def steps(world: World, protocol: Protocol) -> Iterator[Step]:
             yield from _of_row(world, number, row, protocol)
         for token in range(1, row.token + 1) if IDLE in world.workers else ():
             job = Job(number, token, "hinted")
-            yield f"a worker reads the hint of the {NAMES[number]}, token {token}", _taking(world, IDLE, job)
+            yield Step(
+                f"a worker reads the hint of the {NAMES[number]}, token {token}",
+                ("read", job),
+                _taking(world, IDLE, job),
+            )
     for job in set(world.workers) - {IDLE}:
         yield from _of_worker(world, job, protocol)
     yield from _of_chat(world, protocol)
@@ -38,12 +48,20 @@ def _taking(world: World, old: Job, new: Job) -> Callable[[], World]:
 
 def _of_row(world: World, number: int, row: Row, protocol: Protocol) -> Iterator[Step]:
     if not row.leased and row.token < protocol.most_claims:
-        yield f"the {NAMES[number]} is claimed", lambda: _claimed(world, number, row, protocol)
+        yield Step(f"the {NAMES[number]} is claimed", ("claim", number), lambda: _claimed(world, number, row, protocol))
     if row.leased:
-        yield f"the lease of the {NAMES[number]} ends", lambda: world.with_row(number, row._replace(leased=False))
+        yield Step(
+            f"the lease of the {NAMES[number]} ends",
+            ("expire", number),
+            lambda: world.with_row(number, row._replace(leased=False)),
+        )
     if not row.begun or not protocol.guards("begun at cancel"):
         cancelled = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
-        yield f"the {NAMES[number]} is cancelled", lambda: world.with_row(number, ended(row, cancelled))
+        yield Step(
+            f"the {NAMES[number]} is cancelled",
+            ("cancel", number),
+            lambda: world.with_row(number, ended(row, cancelled)),
+        )
 
 
 def ended(row: Row, final: Final) -> Row:
@@ -64,21 +82,31 @@ def _claimed(world: World, number: int, row: Row, protocol: Protocol) -> World:
 
 def _of_worker(world: World, job: Job, protocol: Protocol) -> Iterator[Step]:
     name = NAMES[job.row]
-    yield f"the worker with the {name} ({job.stage}, token {job.token}) dies", _taking(world, job, IDLE)
+    yield Step(
+        f"the worker with the {name} ({job.stage}, token {job.token}) dies", ("die", job), _taking(world, job, IDLE)
+    )
     if job.stage == "hinted":
-        yield f"a worker begins the {name} by token {job.token}", lambda: _begun(world, job, protocol)
+        yield Step(
+            f"a worker begins the {name} by token {job.token}", ("begin", job), lambda: _begun(world, job, protocol)
+        )
     elif job.stage == "begun":
         for outcome, accepts in (("sent", True), ("unknown", True), ("unknown", False), ("retry", False)):
             taken = "takes it" if accepts else "does not take it"
-            yield (
+            yield Step(
                 f"the {name} is sent; the chat {taken}; the worker hears: {outcome}",
+                ("send", job),
                 lambda outcome=outcome, accepts=accepts: _sent(world, job, outcome, protocol, accepts=accepts),
             )
-        yield f"the {name} is rejected", _taking(world, job, job._replace(stage="answered", outcome="rejected"))
+        yield Step(
+            f"the {name} is rejected",
+            ("send", job),
+            _taking(world, job, job._replace(stage="answered", outcome="rejected")),
+        )
     else:
         for heard, after in (("", IDLE), (", but the worker sees an error", job)):
-            yield (
+            yield Step(
                 f"a worker settles the {name} as {job.outcome} by token {job.token}{heard}",
+                ("settle", job),
                 lambda after=after: _settled(world, job, protocol, after),
             )
 
@@ -150,16 +178,16 @@ def _settled(world: World, job: Job, protocol: Protocol, after: Job) -> World:
 
 def _of_chat(world: World, protocol: Protocol) -> Iterator[Step]:
     if not world.replied:
-        yield "the user replies", lambda: _replied(world)
+        yield Step("the user replies", ("reply",), lambda: _replied(world))
     if not world.rows[1].exists:
         created = world.with_row(1, Row())._replace(may_create=False)
         if protocol.guards("chat lock"):
             if not world.replied:
-                yield "the second is created", lambda: created
+                yield Step("the second is created", ("create",), lambda: created)
         elif world.may_create:
-            yield "the second is inserted", lambda: created
+            yield Step("the second is inserted", ("insert",), lambda: created)
         elif not world.replied:
-            yield "a client's request looks at the chat", lambda: world._replace(may_create=True)
+            yield Step("a client's request looks at the chat", ("look",), lambda: world._replace(may_create=True))
 
 
 def _replied(world: World) -> World:

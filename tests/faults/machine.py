@@ -1,0 +1,159 @@
+"""The real store, driven step by step beside the model: what the model says must be what PostgreSQL holds."""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from sqlalchemy.orm import Session
+
+import followups
+from faults.model.rules import OUTCOMES
+from faults.model.steps import steps
+from faults.model.world import Job, Protocol, Row
+from faults.model.world import World as Model
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.scheduling import amend
+from followups.states import code_of
+from followups.store import chats
+from followups.store.leases import Lease
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from followups.settings import Settings
+    from followups.store.leases import Begun
+    from world import World
+
+LATER = "UPDATE follow_ups SET next_attempt_at = now() + interval '1 h' WHERE id = :id AND status = 'pending'"
+NOW = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id"
+
+
+class Driven:
+    """Both: a model, and the same two follow-ups of one chat in the database."""
+
+    def __init__(self, world: World, settings: Settings, *, deduplicates: bool, creates_late: bool) -> None:
+        self.protocol = Protocol(deduplicates=deduplicates, creates_late=creates_late, most_claims=6)
+        changes: dict[str, Any] = {"max_attempts": self.protocol.most_attempts, "transport_deduplicates": deduplicates}
+        self.settings = settings.model_copy(update=changes)
+        self.model = Model((Row(), Row(exists=not creates_late)))
+        self.world = world
+        self.chat_id = world.chat()
+        self.ids: list[UUID] = [world.follow_up(self.chat_id, due=-timedelta(seconds=9))]
+        if not creates_late:
+            self.ids.append(world.follow_up(self.chat_id))
+        for follow_up in self.ids:
+            world.sql(LATER, id=follow_up)
+        self.begun: dict[tuple[int, int], Begun] = {}
+
+    def kinds(self) -> set[str]:
+        """Return the kinds of what may happen now."""
+        return {step.action[0] for step in steps(self.model, self.protocol)}
+
+    def choices(self, kind: str) -> list[int]:
+        """Return the places of the steps of this kind among all."""
+        return [place for place, step in enumerate(steps(self.model, self.protocol)) if step.action[0] == kind]
+
+    def take(self, place: int) -> None:
+        """Let a step happen in both."""
+        step = list(steps(self.model, self.protocol))[place]
+        self.model = step.make()
+        kind, *what = step.action
+        if does := getattr(self, f"_{kind}", None):
+            does(*what)
+
+    def compare(self) -> None:
+        """Check that the database holds what the model says."""
+        for follow_up, expected in zip(self.ids, self.model.rows, strict=False):
+            row = self.world.row(follow_up)
+            real = (
+                row.status,
+                code_of(row.reason),
+                row.lease_token,
+                row.begun_at is not None,
+                row.attempts,
+                row.losses,
+            )
+            said = (
+                expected.status.value,
+                code_of(expected.reason or None),
+                expected.token,
+                expected.begun,
+                expected.attempts,
+                expected.losses,
+            )
+            assert real == said, (real, said)
+            assert ("unknown" in (row.reason or "")) == ("unknown" in expected.reason), (row.reason, expected.reason)
+            assert (row.cancel_requested or "") == expected.cancel_requested or not expected.pending
+            assert (row.finished_at is None) == expected.pending
+
+    def amend(self, number: int, changes: dict[str, Any]) -> None:
+        """Change fields, as the API does."""
+        with Session(self.world.engine) as session, session.begin():
+            amend(session, self.ids[number], changes)
+
+    def reschedule(self, number: int) -> None:
+        """Set the due date anew, which takes back the lease."""
+        self.amend(number, {"due_date": datetime.now(UTC) - timedelta(seconds=8 if number == 0 else 0)})
+        self.world.sql(LATER, id=self.ids[number])
+        row = self.model.rows[number]
+        self.model = self.model.with_row(number, row._replace(token=row.token + 1, leased=False))
+
+    def _lease(self, job: Job) -> Lease:
+        return Lease(self.ids[job.row], job.token, datetime.now(UTC))
+
+    def _claim(self, number: int) -> None:
+        self.world.sql(NOW, id=self.ids[number])
+        claim(self.world.engine, self.settings)
+
+    def _expire(self, number: int) -> None:
+        self.world.expire(self.ids[number])
+        self.world.sql(LATER, id=self.ids[number])
+
+    def _begin(self, job: Job) -> None:
+        beginning = begin(self.world.engine, self.settings, [self._lease(job)])
+        for one in beginning.begun:
+            self.begun[job.row, job.token] = one
+        # The model knows no parking; what was parked may be claimed again. Waking has tests of its own.
+        self.world.sql("UPDATE follow_ups SET waits_for = NULL WHERE id = :id", id=self.ids[job.row])
+        if not beginning.begun and not self.model.rows[job.row].leased:
+            self.world.sql(LATER, id=self.ids[job.row])
+
+    def _settle(self, job: Job) -> None:
+        begun = self.begun[job.row, job.token]
+        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), time.monotonic(), datetime.now(UTC))
+        settle(self.world.engine, self.settings, [attempt])
+        if self.model.rows[job.row].pending and not self.model.rows[job.row].leased:
+            self.world.sql(LATER, id=self.ids[job.row])
+
+    def _cancel(self, number: int) -> None:
+        with Session(self.world.engine) as session, session.begin():
+            followups.cancel(session, self.ids[number])
+
+    def _reply(self) -> None:
+        with Session(self.world.engine) as session, session.begin():
+            chats.receive(
+                session,
+                self.world.workspace_id,
+                message_id=uuid4(),
+                chat_id=self.chat_id,
+                role=chats.Role.USER,
+                created_at=None,
+            )
+
+    def _create(self) -> None:
+        with Session(self.world.engine) as session, session.begin():
+            created = followups.schedule(
+                session,
+                workspace_id=self.world.workspace_id,
+                chat_id=self.chat_id,
+                message="Still there?",
+                due_date=datetime.now(UTC),
+            )
+            self.ids.append(created.id)
+        self.world.sql(LATER, id=self.ids[1])

@@ -1,0 +1,103 @@
+"""The real store on PostgreSQL against the model, in orders of events that Hypothesis thinks of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import hypothesis
+import pytest
+from hypothesis import HealthCheck, strategies
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from faults.machine import Driven
+from followups.errors import AlreadyFinishedError, DeliveryInProgressError
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+    from world import World
+
+KINDS = ("claim", "expire", "read", "die", "begin", "send", "settle", "cancel", "reply", "create")
+
+
+def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
+    """Return the machine over a database."""
+
+    class Machine(RuleBasedStateMachine):
+        """Every kind of step of the model is a rule; so are the changes that a client may ask for."""
+
+        driven: Driven | None = None
+
+        @initialize(deduplicates=strategies.booleans(), creates_late=strategies.booleans())
+        def start(self, *, deduplicates: bool, creates_late: bool) -> None:
+            """Start with a chat of its own."""
+            world.sql("DELETE FROM failed_attempts")
+            world.sql("DELETE FROM follow_ups")
+            self.driven = Driven(world, settings, deduplicates=deduplicates, creates_late=creates_late)
+
+        @invariant()
+        def agree(self) -> None:
+            """Hold the database against what the model says."""
+            if self.driven:
+                self.driven.compare()
+
+        @precondition(lambda self: self.driven)
+        @rule(data=strategies.data(), number=strategies.integers(0, 1))
+        def change(self, data: Any, number: int) -> None:
+            """Ask for a new message or due date: refused in flight and after the end, done otherwise."""
+            driven = self.driven
+            assert driven
+            if number >= len(driven.ids):
+                return
+            row = driven.model.rows[number]
+            if not row.pending or row.begun:
+                with pytest.raises(DeliveryInProgressError if row.pending else AlreadyFinishedError):
+                    driven.amend(number, {"message": "Hello?"})
+            elif data.draw(strategies.booleans()) and not driven.model.replied:
+                driven.reschedule(number)
+            else:
+                driven.amend(number, {"message": data.draw(strategies.sampled_from(["Hello?", "Still there?"]))})
+
+    for kind in KINDS:
+        setattr(Machine, f"take_{kind}", _rule_of(kind))
+    return Machine
+
+
+def _rule_of(kind: str) -> Any:
+    @precondition(lambda self: self.driven and kind in self.driven.kinds())
+    @rule(data=strategies.data())
+    def step(self: Any, data: Any) -> None:
+        self.driven.take(data.draw(strategies.sampled_from(self.driven.choices(kind))))
+
+    step.__name__ = f"take_{kind}"
+    return step
+
+
+def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
+    """Run so many examples of up to forty steps, by the seed."""
+    how = hypothesis.settings(
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+        print_blob=True,
+    )
+    run_state_machine_as_test(hypothesis.seed(seed)(machine(world, settings)), settings=how)
+
+
+def test_store_against_model(world: World, settings: Settings, seed: int) -> None:
+    """Whatever happens in whatever order, the store does what the model says."""
+    drive(world, settings, seed, examples=25)
+
+
+@pytest.mark.faults_long
+def test_store_against_model_for_long(world: World, settings: Settings, seed: int) -> None:
+    """So it does in a thousand examples."""
+    drive(world, settings, seed, examples=1000)
