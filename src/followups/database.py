@@ -49,7 +49,7 @@ class BoundedConnection(psycopg.Connection[Any]):
     """
 
     patience: float | None = None
-    """Seconds that one exchange may take (psycopg sends many rows of one `execute` as one); None: as long as it takes."""
+    """Seconds that one exchange may take, with however many rows it is made; None: as long as it takes."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
         """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""

@@ -100,7 +100,7 @@ def make_app(settings: Settings) -> Celery:
             "socket_keepalive": True,
             # A consumer whose connection is half-open is noticed by this: after at most twice as long, and a second.
             "health_check_interval": silence,
-            "retry_on_timeout": True,
+            "retry_on_timeout": False,
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},

@@ -30,8 +30,8 @@ PATIENT = {
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
 """So that a slow machine is no failing receiver, and that nobody's attempts run out during an outage."""
-BEAT = 0.1
-"""Seconds: requests are counted in windows as long as this."""
+WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
+"""Seconds: requests are counted in windows as long as these."""
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
@@ -41,11 +41,15 @@ def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
 
 
 def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
-    """Return the most requests within any tenth of a second after a moment, and the mean over all that time."""
+    """Return the most requests within any tenth of a second, and any second, after a moment, beside the means."""
     times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
-    most = max(bisect_left(times, begin + BEAT) - place for place, begin in enumerate(times))
-    mean = len(times) / max(1.0, (times[-1] - times[0]) / BEAT)
-    return {"most_in_100_ms": most, "mean_in_100_ms": round(mean, 1), "most_to_mean_ratio": round(most / mean, 2)}
+    found: dict[str, float] = {}
+    for name, window in WINDOWS.items():
+        most = max(bisect_left(times, begin + window) - place for place, begin in enumerate(times))
+        mean = len(times) / max(1.0, (times[-1] - times[0]) / window)
+        found |= {f"most_in_{name}": most, f"mean_in_{name}": round(mean, 1)}
+        found[f"most_to_mean_in_{name}_ratio"] = round(most / mean, 2)
+    return found
 
 
 def some_fail(rig: Rig, figures: Figures, count: int) -> None:

@@ -58,7 +58,7 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
             row = driven.model.rows[number]
             if not row.pending or row.begun:
                 with pytest.raises(DeliveryInProgressError if row.pending else AlreadyFinishedError):
-                    driven.amend(number, {"message": "Hello?"})
+                    driven.amend(number, {"message": "Never mind."})
             elif data.draw(strategies.booleans()) and not driven.model.replied:
                 driven.reschedule(number)
             else:

@@ -83,7 +83,7 @@ def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.M
 
     assert world
     monkeypatch.setattr(transactions, "PATIENCE", timedelta(seconds=0.3))
-    break_once(monkeypatch, lambda _: event.listen(engine, "do_connect", gone))
+    break_once(monkeypatch, lambda _: event.listen(engine, "do_connect", gone, insert=True))
     engine.dispose()
     started = time.monotonic()
     with pytest.raises(OperationalError, match="the connection broke"):
