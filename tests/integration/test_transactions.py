@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from followups import transactions
+from followups.database import BoundedConnection
 from followups.transactions import transact
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.M
 
     assert world
     monkeypatch.setattr(transactions, "PATIENCE", timedelta(seconds=0.3))
-    break_once(monkeypatch, lambda _: event.listen(engine, "do_connect", gone, insert=True))
+    break_once(monkeypatch, lambda _: monkeypatch.setattr(BoundedConnection, "connect", gone))
     engine.dispose()
     started = time.monotonic()
     with pytest.raises(OperationalError, match="the connection broke"):
