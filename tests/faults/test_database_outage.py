@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +26,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
     assert rig.postgres
     workers = rig.start(workers=2, beats=2)
     back_after = []
+    since = time.monotonic()
     with Load(rig, rate, seconds=3600) as load:
         for _ in range(times):
             time.sleep(rig.rng.uniform(*between))
@@ -46,8 +49,17 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
         first_sent_after_return_max_s=round(max(back_after), 2),
         all_sent_after_the_last_s=round(took, 2),
         refused_to_clients=load.refused,
+        **timeline(rig, since),
     )
     assert max(back_after) < 2 * BACK_WITHIN
+
+
+def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
+    """Return how many were accepted in each of at most 30 equal stretches of time, of whole seconds."""
+    at = [one["receivedMonotonic"] - since for one in rig.received() if one["accepted"] and not one["duplicate"]]
+    stretch = math.ceil((max(at) + 1) / 30)
+    counts = Counter(int(each // stretch) for each in at)
+    return {f"accepted_each_{stretch}_s": [counts[number] for number in range(max(counts) + 1)]}
 
 
 def seconds_until_accepted(rig: Rig) -> float:
@@ -85,25 +97,35 @@ def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
     figures.keep(6, verdict, long_lease_all_sent_after_s=round(took, 2))
 
 
-def test_sessions_ended(rig: Rig, figures: Figures) -> None:
-    """Sessions ended by an operator, at any moment, cost a reconnect."""
+def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
+    """End every session of the workers so often, at any moment, under load."""
     rig.start(workers=2, beats=2)
     ended = 0
     end = text("""
         SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
          WHERE datname = current_database() AND application_name = 'followups-worker'
     """)
-    with Load(rig, 80, seconds=4) as load:
-        for _ in range(6):
+    with Load(rig, 80, seconds=3600) as load:
+        for _ in range(times):
             time.sleep(rig.rng.random() / 2)
             with rig.world.engine.connect() as connection:
                 ended += connection.scalar(end)
-        load.wait()
-    took = rig.settle_down()
+    took = rig.settle_down(within=60)
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(load.ids)}
     assert ended > 0
     figures.keep(6, verdict, sessions_ended=ended, all_sent_after_s=round(took, 2))
+
+
+def test_sessions_ended(rig: Rig, figures: Figures) -> None:
+    """Sessions ended by an operator, at any moment, cost a reconnect."""
+    sessions_ended(rig, figures, times=8)
+
+
+@pytest.mark.faults_long
+def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
+    """So they do four times a second."""
+    sessions_ended(rig, figures, times=400)
 
 
 def test_started_before_its_servers(breakable: Rig) -> None:
