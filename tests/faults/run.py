@@ -118,7 +118,7 @@ def report(lines: list[dict[str, Any]]) -> str:
 def _head(lines: list[dict[str, Any]]) -> str:
     runs = {form: [line for line in lines if line["form"] == form and not line["fault"]] for form in ("short", "long")}
     seeds = sorted({line["seed"] for line in lines if line["form"] == "short"})
-    whole = sum(line["passed"] for line in runs["short"])
+    whole_runs = f"{len(runs['short'])}, passed: {sum(line['passed'] for line in runs['short'])}"
     long = {line["test"] for line in lines if line["form"] == "long" and line["fault"]}
     broken: Counter[str] = Counter()
     for line in lines:
@@ -131,7 +131,7 @@ Written by `uv run python tests/faults/run.py`; not edited by hand.
 - Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC
 - Machine: {_machine()}
 - Python {platform.python_version()}, {packages}; PostgreSQL 18 and Valkey 9, embedded, on the same machine
-- Short forms: seeds {", ".join(map(str, seeds)) or "none"}; whole runs by this program: {len(runs["short"])}, passed: {whole}
+- Short forms: seeds {", ".join(map(str, seeds)) or "none"}; whole runs by this program: {whole_runs}
 - Long forms: {len(long)} tests
 - Promises broken, in all of them: {dict(broken) or "none (lost 0, doubled 0, after cancel 0, contradictions 0)"}
 
