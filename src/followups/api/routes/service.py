@@ -40,6 +40,6 @@ def readiness(request: Request) -> Response:
 
 @router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=documents.METRICS)
 def metrics(request: Request) -> Response:
-    """Show what this process counts, and what waits in the database, in Prometheus' text format."""
+    """Show what all processes count, and what waits in the database, in Prometheus' text format."""
     exposition: Exposition = request.app.state.exposition
     return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)
