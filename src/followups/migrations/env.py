@@ -16,11 +16,10 @@ LOCK = 0x666F6C6C6F777570
 def run() -> None:
     """Migrate the database that the caller names, or the one of the settings."""
     url = context.config.attributes.get("database_url") or get_settings().database_url.get_secret_value()
-    engine = make_engine(url)
+    engine = make_engine(url, statement_timeout=None)  # a large table takes as long as it takes
     try:
         with engine.connect() as connection:
             # Held until the connection closes; a second migration waits here, and then finds it done.
-            connection.execute(text("SET statement_timeout = 0"))
             connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
             connection.commit()
             context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
