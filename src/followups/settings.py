@@ -21,9 +21,9 @@ from followups.retry import RetryPolicy
 LEASE_MARGIN = timedelta(seconds=2)
 """What a lease must leave beyond the transport's timeout: begin, settle and a slow commit."""
 
-VISIBILITY_TIMEOUT = timedelta(hours=1)
-"""After this Redis hands an unacknowledged broker message out again. Hints are acknowledged early, so it
-matters for nothing but the sum: transport timeout < lease < visibility timeout."""
+HINT_LIFETIME = timedelta(hours=1)
+"""After this a hint that nobody has taken is dropped. It stands where other systems have Redis' visibility timeout,
+and in the sum: transport timeout < lease < lifetime of a hint."""
 
 
 def _seconds_or_iso(value: object) -> object:
@@ -68,7 +68,7 @@ class Settings(BaseSettings):
     lease: Duration = Field(
         timedelta(seconds=60),
         gt=ZERO,
-        lt=VISIBILITY_TIMEOUT,
+        lt=HINT_LIFETIME,
         description="how long a claim, and an attempt, may take before another worker takes over",
     )
     max_attempts: int = Field(8, ge=1, le=1000, description="transport calls for one follow-up")
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
-        # transport timeout (10 s) + margin (2 s) <= lease (60 s) < visibility timeout (3600 s): a worker
+        # transport timeout (10 s) + margin (2 s) <= lease (60 s) < lifetime of a hint (3600 s): a worker
         # that is still waiting for an answer must not lose its lease.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (

@@ -25,7 +25,7 @@ from followups.dispatch.pipeline import DATABASE_THREADS, Pipeline
 from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.errors import SettingsError
-from followups.settings import VISIBILITY_TIMEOUT, Settings, get_settings
+from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
 from followups.telemetry.logs import configure_logging, get_logger
@@ -75,8 +75,7 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # A hint is acknowledged when it is taken: the lease recovers what a crash loses, and a late
-        # acknowledgement would add redelivery and no safety.
+        # The lease recovers what a crash loses: acknowledging would add redelivery and no safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -93,7 +92,9 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            "visibility_timeout": int(VISIBILITY_TIMEOUT.total_seconds()),
+            # What is taken is gone. kombu would keep a copy of it in Redis until its acknowledgement; one that was
+            # lost, because Redis hesitated, would count as prefetched for ever, and the worker consume no more.
+            "ack_emulation": False,
             "global_keyprefix": KEY_PREFIX,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
@@ -198,7 +199,7 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
 
 def publish(hint: Hint) -> None:
     """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
-    deliver.apply_async(args=[hint], expires=VISIBILITY_TIMEOUT.total_seconds())
+    deliver.apply_async(args=[hint], expires=HINT_LIFETIME.total_seconds())
 
 
 class Nudger:

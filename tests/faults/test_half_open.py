@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 SLACK = 20.0
 """Seconds for a machine busy with other tests; the figure is what it took."""
 
-SAID = ("got no reply", '"broker_unreachable"')
+SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """What a worker says that has noticed that the broker is silent."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from faults.rig import rows_of
 from followups.dispatch.claim import MAX_LOSSES
+from followups.dispatch.line import SUSPECTS
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -14,10 +16,12 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 
-def poisoned(rig: Rig, figures: Figures, neighbours: int) -> None:
+def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, delay: float = 0.0) -> None:
     """Let one of many kill each worker that sends it, and replace the dead as a supervisor would."""
     rig.start(workers=1, beats=1, harmed=True)
-    ids = rig.bulk(neighbours, spread=2.0)
+    if delay:
+        rig.behave(kind="slow", delay=delay)
+    ids = rig.bulk(neighbours, spread)
     poison = rig.rng.choice(ids)
     point = f"send.of.{poison}"
     rig.failpoints.arm(point, "kill", times=20)
@@ -30,7 +34,21 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int) -> None:
     assert verdict.ended == {"sent": len(ids) - 1, "failed": 1}
     assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
     assert rig.failpoints.taken(point) == MAX_LOSSES
-    figures.keep(15, verdict, deaths_until_quarantined=MAX_LOSSES, neighbours_sent=verdict.ended["sent"])
+    lost = rows_of(rig, "SELECT losses, count(*) FROM follow_ups WHERE id <> :poison GROUP BY 1", poison=poison)
+    figures.keep(
+        15,
+        verdict,
+        deaths_until_quarantined=MAX_LOSSES,
+        neighbours_sent=verdict.ended["sent"],
+        neighbours_by_losses={str(losses): count for losses, count in lost},
+    )
+    assert sum(count for losses, count in lost if losses > 1) < SUSPECTS
+
+
+def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:
+    """Slow answers keep all its neighbours in flight beside it when it kills; few of them are lost a second time."""
+    rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
+    poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
 
 
 def test_poison(rig: Rig, figures: Figures) -> None:

@@ -588,13 +588,13 @@ def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> No
         followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat, message="Hello?", due_date=due)
 
 
-def test_lost_twice_is_sent_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """What was in flight with two lost workers is marked, so that the third is not its neighbour's doing."""
+def test_losses_are_told(world: World, engine: Engine, settings: Settings) -> None:
+    """A lease says how many workers were lost with it, so that its last chance is not its neighbour's doing."""
     follow_up = world.follow_up()
-    marks = []
+    told = []
     for _ in range(MAX_LOSSES):
         lease = one_lease(engine, settings)
-        marks.append(lease.alone)
+        told.append(lease.losses)
         begin(engine, settings, [lease])
         world.expire(follow_up)
-    assert marks == [False, False, True]
+    assert told == [0, 1, 2]

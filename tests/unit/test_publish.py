@@ -18,7 +18,7 @@ leases = st.builds(
     st.uuids(),
     st.integers(0, 2**63 - 1),
     st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.just(UTC)),  # noqa: DTZ001
-    st.booleans(),
+    st.integers(0, 9),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -53,6 +53,7 @@ def test_foreign(value: object) -> None:
         [str(uuid4()), 1, 10**30, 0],
         [str(uuid4()), 1, 0.5, 0],
         [str(uuid4()), 1, 0, None],
+        [str(uuid4()), 1, 0, -1],
         ["x", 1, 0, 0],
         [None, 1, 0, 0],
         "abc",

@@ -13,8 +13,8 @@ from pydantic import SecretStr
 
 from followups.errors import SettingsError
 from followups.settings import (
+    HINT_LIFETIME,
     LEASE_MARGIN,
-    VISIBILITY_TIMEOUT,
     Settings,
     environment_name,
     get_settings,
@@ -180,7 +180,7 @@ def test_a_lease_outlives_an_attempt() -> None:
     with pytest.raises(SettingsError, match=r"FOLLOWUPS_LEASE \(21\.5 s\).*2 s longer.*TRANSPORT_TIMEOUT \(20 s\)"):
         load_settings(transport_timeout=timeout, lease=timedelta(seconds=21.5))
     with pytest.raises(SettingsError, match="FOLLOWUPS_LEASE"):
-        load_settings(lease=VISIBILITY_TIMEOUT)
+        load_settings(lease=HINT_LIFETIME)
 
 
 def test_secrets_are_not_shown() -> None:

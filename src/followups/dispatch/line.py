@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 AGAIN = timedelta(milliseconds=50)
 """How long to leave alone what cannot be begun, or settled, at this moment."""
 
+SUSPECTS = 16
+"""How many that were lost once are out at the same time; what was lost twice goes with no other suspect.
+
+One of them may be what kills its workers, and takes with it what is in flight beside it. Of some hundred that
+are lost together at most 16 are lost again, and none of these for the third time, which would be its end.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Hinted:
@@ -41,7 +48,7 @@ class Line:
         self._lease = lease.total_seconds()
         self._heap: list[tuple[datetime, int, Hinted]] = []
         self._sequence = itertools.count()
-        self._suspects = 0
+        self._room = SUSPECTS
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Let leases wait that have just come, by the task that brought them."""
@@ -55,7 +62,7 @@ class Line:
         self._push(max(self._clock.now() + delay, hinted.lease.due), hinted)
 
     def take(self, most: int) -> list[Hinted]:
-        """Take up to ``most`` whose moment has come; of those to be sent alone one, while none is out."""
+        """Take up to ``most`` whose moment has come; of suspects only as many as there is room for."""
         horizon, now = self._clock.now() + LEAD, time.monotonic()
         taken: dict[UUID, Hinted] = {}
         not_now: list[Hinted] = []
@@ -63,10 +70,10 @@ class Line:
             _, _, hinted = heapq.heappop(self._heap)
             if hinted.expires < now:
                 continue
-            if hinted.lease.id in taken or (hinted.lease.alone and self._suspects):
+            if hinted.lease.id in taken or _weight(hinted) > self._room:
                 not_now.append(hinted)
                 continue
-            self._suspects += hinted.lease.alone
+            self._room -= _weight(hinted)
             taken[hinted.lease.id] = hinted
         for hinted in not_now:
             self.put_off(hinted, AGAIN)
@@ -74,7 +81,7 @@ class Line:
 
     def let_go(self, hinted: Iterable[Hinted]) -> None:
         """Note that these, once taken, are out no more."""
-        self._suspects -= sum(one.lease.alone for one in hinted)
+        self._room += sum(_weight(one) for one in hinted)
 
     def seconds_to_next(self) -> float | None:
         """Return how long until somebody's moment comes; None when nobody waits."""
@@ -88,3 +95,8 @@ class Line:
 
     def _push(self, moment: datetime, hinted: Hinted) -> None:
         heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
+
+
+def _weight(hinted: Hinted) -> int:
+    """Return how much of the room for suspects it takes: none, a place, or all."""
+    return SUSPECTS if hinted.lease.losses > 1 else hinted.lease.losses

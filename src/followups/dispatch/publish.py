@@ -21,14 +21,14 @@ _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
 Hint = list[list[Any]]
-"""``[[id, token, due in microseconds since 1970, 1 if to be sent alone], ...]``, JSON types only."""
+"""``[[id, token, due in microseconds since 1970, workers lost with it], ...]``, JSON types only."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
     """Yield hints of at most ``size`` leases each, in the order given."""
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
-        yield [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, int(one.alone)] for one in batch]
+        yield [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]
 
 
 def leases_of(hint: object) -> list[Lease]:
@@ -40,8 +40,8 @@ def leases_of(hint: object) -> list[Lease]:
         raise ValueError(message) from None
 
 
-def _lease(follow_up_id: str, token: int, due: int, alone: int) -> Lease:
-    if {type(token), type(due), type(alone)} != {int} or not 0 <= token < _BIGINT:
-        message = "not a hint: token, due and alone are whole numbers"
+def _lease(follow_up_id: str, token: int, due: int, losses: int) -> Lease:
+    if {type(token), type(due), type(losses)} != {int} or not (0 <= token < _BIGINT and losses >= 0):
+        message = "not a hint: token, due and losses are whole numbers"
         raise ValueError(message)
-    return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, alone=bool(alone))
+    return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses)

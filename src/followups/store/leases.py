@@ -32,8 +32,8 @@ class Lease:
     id: UUID
     token: int
     due: datetime
-    alone: bool = False
-    """It may be what killed its workers: no other such is sent by the same process at the same time."""
+    losses: int = 0
+    """How many workers were lost with it in flight: it may be what killed them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +46,6 @@ class Claimed:
     losses: int
     cancel_requested: str | None
 
-
-SUSPECT_LOSSES = 2
-"""Leases lost in flight after which a follow-up is sent alone: one loss may have been the neighbour's doing."""
 
 _DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 
@@ -101,7 +98,7 @@ def claim(
     rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease} | limits).all()
     claimed = [
         Claimed(
-            Lease(row.id, row.lease_token, row.due, alone=row.losses >= SUSPECT_LOSSES),
+            Lease(row.id, row.lease_token, row.due, row.losses),
             row.lost,
             row.attempts,
             row.losses,

@@ -1,0 +1,53 @@
+"""A broker that falls silent for hardly longer than it is waited for, and goes on: no connection is lost by it."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.rig import Load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from faults.figures import Figures
+    from faults.proxy import Proxy
+    from faults.rig import Rig
+
+PATIENCE = 1.5
+"""Seconds that a worker waits for an answer: half a lease."""
+
+
+def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: int) -> None:
+    """Let the broker hesitate under load, so that some commands time out and others don't."""
+    rig, (_, broker) = proxied
+    (worker,) = rig.start()
+    with Load(rig, 50, seconds=times * 3.0, spread=0.5) as load:
+        for _ in range(times):
+            broker.stall()
+            time.sleep(PATIENCE + rig.rng.uniform(0.05, 0.4))
+            broker.flow()
+            time.sleep(rig.rng.uniform(0.3, 1.0))
+        load.wait()
+    calm = time.monotonic()
+    probes = rig.bulk(20, spread=0.5)
+    rig.wait_until_done(*probes, within=60)
+    took = time.monotonic() - calm
+    rig.settle_down(within=60)
+    assert worker.running
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(rig.created)}
+    figures.keep(9, verdict, hesitations=times, broker_goes_on_after_hesitating_s=round(took, 1))
+
+
+def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
+    """The worker goes on consuming, whichever of its commands were given up."""
+    hesitating(proxied, figures, times=4)
+
+
+@pytest.mark.faults_long
+def test_hesitating_for_long(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
+    """So it does after many hesitations."""
+    hesitating(proxied, figures, times=40)
