@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 MIN_RETRY_AFTER = timedelta(seconds=1)
 MAX_RETRY_AFTER = timedelta(hours=24)
+SPREAD = 0.1
+"""Of what the transport asked for, at most, is waited in addition: what it refused together comes back apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,15 @@ class RetryPolicy:
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
         """Return the delay until the next try after failed attempt ``attempt``, or None when it was the last."""
         return None if attempt >= self.max_attempts else self.jittered(attempt, jitter)
+
+
+def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> timedelta:
+    """Return what the transport asked for and a little more, never less, within 24 hours.
+
+    >>> spread(timedelta(seconds=10), lambda: 0.5).total_seconds()
+    10.5
+    """
+    return min(wished * (1 + SPREAD * jitter()), MAX_RETRY_AFTER)
 
 
 def clamp_retry_after(wished: timedelta) -> timedelta:

@@ -280,7 +280,7 @@ def claimed_at_once(scene: Scene) -> None:
     second: list[Lease] = []
     limits: dict[str, Any] = {"ahead": timedelta(0), "lease": scene.settings.lease, "window": 10, "most": 10}
     with scene.engine.connect() as connection:
-        first, _ = leases.claim(connection, **limits)
+        first, *_ = leases.claim(connection, **limits)
         with beside(lambda: second.extend(claim(scene.engine, scene.settings).leases), scene):
             connection.commit()
     expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import MAX_LOSSES, claim
 from followups.dispatch.send import Attempt, checked
@@ -22,10 +23,12 @@ from followups.errors import AlreadyFinishedError, DeliveryInProgressError, Inva
 from followups.scheduling import amend
 from followups.store import chats, leases, order
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from stack import wait_until
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from followups.dispatch.publish import Hint
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
     from followups.transports.port import Outcome
@@ -598,3 +601,43 @@ def test_losses_are_told(world: World, engine: Engine, settings: Settings) -> No
         begin(engine, settings, [lease])
         world.expire(follow_up)
     assert told == [0, 1, 2]
+
+
+class TestLowWater:
+    """What a claim need not look at again."""
+
+    def test_mark(self, world: World, engine: Engine, settings: Settings) -> None:
+        """It stays behind the first that has not ended, leased or not, and behind now."""
+        world.follow_up(due=-timedelta(minutes=5))
+        for _ in range(2):  # free, then leased
+            low = claim(engine, settings).low_water
+            assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
+
+    def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
+        """Without anything due it is a margin behind now, for what is committed late."""
+        low = claim(engine, settings).low_water
+        assert timedelta(0) < datetime.now(UTC) - low - leases.LOW_WATER_MARGIN < timedelta(minutes=1)
+
+    def test_what_came_in_behind(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A claim from the mark on passes it over; one from the beginning takes it."""
+        low = claim(engine, settings).low_water
+        world.follow_up(due=-timedelta(minutes=5))
+        assert not claim(engine, settings, low).leases
+        assert len(claim(engine, settings).leases) == 1
+
+    def test_dispatcher_looks_behind(
+        self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where looking at all is slow, one tick is enough to have what came in behind the mark claimed, too."""
+        monkeypatch.setattr(dispatcher, "QUICK", 0.0)
+        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # a second or so between two such looks
+        hints: list[Hint] = []
+        ticking = dispatcher.Dispatcher(settings, engine, hints.append)
+        ticking.start()
+        ticking.tick()
+        wait_until(lambda: world.scalar("SELECT last_tick_at FROM dispatcher_state"))
+        world.follow_up(due=-timedelta(minutes=5))
+        ticking.tick()
+        wait_until(lambda: hints)
+        ticking.stop()
+        assert len(hints) == 1

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.retry import MAX_RETRY_AFTER, MIN_RETRY_AFTER, RetryPolicy, clamp_retry_after
+from followups.retry import MAX_RETRY_AFTER, MIN_RETRY_AFTER, SPREAD, RetryPolicy, clamp_retry_after, spread
 
 ZERO = timedelta(0)
 HOUR = timedelta(hours=1)
@@ -77,3 +77,10 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
     kept = clamp_retry_after(wished)
     assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
     assert kept == wished or not MIN_RETRY_AFTER <= wished <= MAX_RETRY_AFTER
+
+
+@given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
+def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
+    """Nobody comes back before the transport wished, nor a tenth later than that, nor after more than a day."""
+    waited = spread(wished, lambda: fraction)
+    assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import asynccontextmanager
+from datetime import timedelta
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 POOL_SIZE = 10
-"""Database connections that are kept; as many again for a burst."""
+"""Database connections, at most."""
 
 THREADS = 2 * POOL_SIZE
-"""Requests that work at once: one for each connection, so that none waits for one."""
+"""Requests that work at once: more than connections, since part of a request is not the database's."""
+
+STATEMENT_TIMEOUT = timedelta(seconds=10)
+"""For a request's statements, which take milliseconds: clients have given up before most others' limits."""
 
 
 ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router)
@@ -51,7 +55,10 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     asks the workers for a tick.
     """
     engine = make_engine(
-        settings.database_url.get_secret_value(), pool_size=POOL_SIZE, application_name="followups-web"
+        settings.database_url.get_secret_value(),
+        pool_size=POOL_SIZE,
+        application_name="followups-web",
+        statement_timeout=STATEMENT_TIMEOUT,
     )
     app = _routes()
     app.state.health = Health(settings, engine)

@@ -11,6 +11,7 @@ from followups.store import leases, order, settlement, ticks
 from followups.transactions import transact
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection, Engine
@@ -38,21 +39,24 @@ class Claim:
     """Leases that had ended with an attempt in flight."""
     more: bool
     """There may be more that is due: this claim or the window of what is in flight was full."""
+    low_water: datetime
+    """From where on the next claim may look, unless something came in behind."""
 
 
-def claim(engine: Engine, settings: Settings) -> Claim:
-    """Claim what is due, in one transaction."""
-    return transact(engine, partial(_claim, settings))
+def claim(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
+    """Claim what is due, in one transaction; with ``since`` only what fell due after it."""
+    return transact(engine, partial(_claim, settings, since))
 
 
-def _claim(settings: Settings, connection: Connection) -> Claim:
+def _claim(settings: Settings, since: datetime | None, connection: Connection) -> Claim:
     ticks.record(connection)
-    claimed, more = leases.claim(
+    claimed, more, low_water = leases.claim(
         connection,
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,
         window=settings.max_in_flight,
         most=min(CLAIM_SIZE, settings.max_in_flight),
+        since=since,
     )
     lost = [one for one in claimed if one.lost]
     ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
@@ -61,6 +65,7 @@ def _claim(settings: Settings, connection: Connection) -> Claim:
         ended=tuple(ended.items()),
         lost=len(lost),
         more=more,
+        low_water=low_water,
     )
 
 

@@ -15,15 +15,22 @@ from followups.store import leases, order
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
 
     from sqlalchemy import Engine
 
+    from followups.dispatch.claim import Claim
     from followups.dispatch.publish import Hint
     from followups.settings import Settings
 
 PAUSE = 0.05
 """Seconds before looking again when all that may be in flight is: claiming each place as it comes free
 would make batches of one, and cost a look at the whole window each."""
+
+QUICK = 0.01
+"""Seconds within which a claim is so quick that each looks at all that is pending."""
+LOOKING_SHARE = 0.1
+"""Of the dispatcher's time, at most, is spent on looking at all of it when that is slow."""
 
 LONGEST_BACKOFF = 4.0
 """Seconds between two tries while the database is away, at most."""
@@ -44,6 +51,9 @@ class Dispatcher:
         self._backoff = PAUSE
         self._outage = False
         self._next_look = 0.0
+        self._since: datetime | None = None
+        self._next_whole = 0.0
+        self._looked_at_all = True
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:
@@ -67,7 +77,8 @@ class Dispatcher:
 
     def _run(self) -> None:
         while True:
-            self._wanted.wait()
+            # What came in behind the low-water mark may be what the tick was asked for.
+            self._wanted.wait(None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic()))
             self._wanted.clear()
             if self._stopping.is_set():
                 return
@@ -106,9 +117,7 @@ class Dispatcher:
                 order.wake_forgotten(connection)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
-        started = time.perf_counter()
-        claimed = claim(self._engine, self._settings)
-        report.claimed(claimed, time.perf_counter() - started)
+        claimed = self._claim()
         size = self._settings.batch_size
         for number, hint in enumerate(batches(claimed.leases, size)):
             try:
@@ -120,3 +129,19 @@ class Dispatcher:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
                 return number * size, False
         return len(claimed.leases), claimed.more
+
+    def _claim(self) -> Claim:
+        """Claim from the low-water mark on, and now and then from the beginning, where something may have come in.
+
+        While somebody holds a snapshot open, the entries of all that was sent since stay in the index, in front
+        of what is pending: reading past 36,000 of them took 34 ms.
+        """
+        started = time.monotonic()
+        self._looked_at_all = started >= self._next_whole
+        claimed = claim(self._engine, self._settings, None if self._looked_at_all else self._since)
+        took = time.monotonic() - started
+        self._since = claimed.low_water
+        if self._looked_at_all and took > QUICK:
+            self._next_whole = started + took / LOOKING_SHARE
+        report.claimed(claimed, took)
+        return claimed

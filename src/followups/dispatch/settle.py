@@ -8,7 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from followups.retry import MIN_RETRY_AFTER
+from followups.retry import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
 from followups.store import order, settlement
 from followups.store.settlement import Failure, Settled, Settlement
@@ -89,7 +89,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
             final = finish(Status.FAILED, ReasonCode.REJECTED, detail)
             return Settlement(lease, final.status, final.reason)
         case Snoozed(_, after):
-            delay = after or max(policy.jittered(attempt.begun.snoozes + 1), MIN_RETRY_AFTER)
+            delay = spread(after) if after else max(policy.jittered(attempt.begun.snoozes + 1), MIN_RETRY_AFTER)
             return Settlement(lease, Status.PENDING, delay=delay, refunded=True)
         case Retry(detail, after):
             return _try_again(attempt, policy, detail, after)
@@ -108,7 +108,7 @@ def _try_again(
     if delay is None:
         final = finish(Status.FAILED, ReasonCode.RETRIES_EXHAUSTED, detail)
         return Settlement(lease, final.status, final.reason, cancel_detail=cancel_detail)
-    return Settlement(lease, Status.PENDING, delay=after or delay, cancel_detail=cancel_detail)
+    return Settlement(lease, Status.PENDING, delay=spread(after) if after else delay, cancel_detail=cancel_detail)
 
 
 def failure_of(attempt: Attempt) -> Failure | None:

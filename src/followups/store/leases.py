@@ -8,6 +8,7 @@ wait behind somebody's open transaction: what it holds is skipped, said so, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -17,7 +18,7 @@ from followups.windows import WINDOW, WINDOWED_CHANNELS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -47,15 +48,19 @@ class Claimed:
     cancel_requested: str | None
 
 
+LOW_WATER_MARGIN = timedelta(seconds=10)
+"""For what is created for now, or put off by a moment, and committed a little later."""
+
 _DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 
 # Rows in flight are the first of the index, but for what came in behind with an earlier due date. Looking at
 # no more than :seen_most rows bounds what a tick costs; what somebody holds is passed over, not waited for.
 _CLAIM = text(f"""
     WITH head AS MATERIALIZED (
-        SELECT f.id, f.lease_until IS NULL OR f.lease_until <= now() AS free
+        SELECT f.id, {_DUE} AS due, f.lease_until IS NULL OR f.lease_until <= now() AS free
           FROM follow_ups f
          WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
+           AND {_DUE} >= COALESCE(CAST(:since AS timestamptz), '-infinity')
          ORDER BY {_DUE}, f.id
          LIMIT :seen_most
     ), taken AS MATERIALIZED (
@@ -80,22 +85,25 @@ _CLAIM = text(f"""
          WHERE f.id = taken.id
         RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
     )
-    SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased
+    SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased,
+           LEAST((SELECT min(due) FROM head), now()) - CAST(:margin AS interval) AS low_water
       FROM (SELECT) one LEFT JOIN claimed ON true
      ORDER BY claimed.due, claimed.id
 """)  # noqa: S608 - no input, only the constant above
 
 
 def claim(
-    connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int
-) -> tuple[list[Claimed], bool]:
+    connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int, since: datetime | None = None
+) -> tuple[list[Claimed], bool, datetime]:
     """Lease up to ``most`` follow-ups that fall due within ``ahead``, so that no more than ``window`` are in flight.
 
-    Expired leases are taken over; the earliest due come first. The second value says that there may be
-    more: the claim or the window was full.
+    Expired leases are taken over; the earliest due come first. What fell due before ``since`` is not looked
+    for. The second value says that there may be more: the claim or the window was full. The third is the
+    low-water mark: all that was due before it had ended, but for what comes in behind.
     """
     limits = {"window": window, "most": most, "seen_most": window + most}
-    rows = connection.execute(_CLAIM, {"ahead": ahead, "lease": lease} | limits).all()
+    span = {"ahead": ahead, "since": since, "margin": LOW_WATER_MARGIN}
+    rows = connection.execute(_CLAIM, {"lease": lease} | span | limits).all()
     claimed = [
         Claimed(
             Lease(row.id, row.lease_token, row.due, row.losses),
@@ -107,7 +115,7 @@ def claim(
         for row in rows
         if row.id is not None
     ]
-    return claimed, len(claimed) >= most or rows[0].leased + len(claimed) >= window
+    return claimed, len(claimed) >= most or rows[0].leased + len(claimed) >= window, rows[0].low_water
 
 
 @dataclass(frozen=True, slots=True)

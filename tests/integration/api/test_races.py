@@ -37,7 +37,7 @@ PAIRS = 40
 
 def claim(connection: Connection) -> list[Lease]:
     """Claim everything due."""
-    claimed, _ = leases.claim(connection, ahead=timedelta(seconds=2), lease=MINUTE, window=5000, most=1000)
+    claimed, *_ = leases.claim(connection, ahead=timedelta(seconds=2), lease=MINUTE, window=5000, most=1000)
     return [one.lease for one in claimed]
 
 
