@@ -37,6 +37,9 @@ TEMPLATE_LOCK = 4_071_969
 
 pytest_plugins = ["stack_fixtures"]
 
+# Hundreds of processes are started; where none may write bytecode, each compiles this package anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 SERVERS = pytest.StashKey["Servers"]()
 
 
@@ -150,8 +153,8 @@ def url_of(server_url: str, database: str) -> str:
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
     """Return the name of the migrated template, made by the first process that wants it."""
-    from followups.database import migrate  # noqa: PLC0415 - not for unit tests
     from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
+    from followups.schema import migrate  # noqa: PLC0415 - not for unit tests
 
     unfinished = f"{TEMPLATE}_unfinished"
     with psycopg.connect(postgres_url, autocommit=True) as connection:

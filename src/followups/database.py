@@ -1,17 +1,12 @@
-"""The engine, its sessions, and the schema's version."""
+"""The engine and its sessions."""
 
 from __future__ import annotations
 
 import time
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -139,28 +134,3 @@ def is_passing(error: Exception) -> bool:
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
     """Return a factory of sessions whose objects stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)
-
-
-def alembic_config(database_url: str = "") -> Config:
-    """Return Alembic's configuration for the migrations in this package, wherever it is installed."""
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["database_url"] = database_url
-    return config
-
-
-def migrate(database_url: str, revision: str = "head") -> None:
-    """Bring the database to ``revision``. Several at once do no harm: the second waits, then finds it done."""
-    command.upgrade(alembic_config(database_url), revision)
-
-
-def downgrade(database_url: str, revision: str) -> None:
-    """Take the database back to ``revision`` (``base`` is before the first)."""
-    command.downgrade(alembic_config(database_url), revision)
-
-
-def schema_versions(engine: Engine) -> tuple[str | None, str | None]:
-    """Return the revision the database has, and the newest one of this package."""
-    head = ScriptDirectory.from_config(alembic_config()).get_current_head()
-    with engine.connect() as connection:
-        return MigrationContext.configure(connection).get_current_revision(), head

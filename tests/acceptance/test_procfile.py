@@ -14,8 +14,8 @@ from uuid import uuid4
 
 from followups.cli import main
 from followups.cli.rest import Rest
-from followups.database import downgrade
 from followups.embedded import free_port
+from followups.schema import downgrade
 from process_tree import assert_gone, descendants, needs_proc
 from stack import wait_until
 

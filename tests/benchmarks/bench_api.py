@@ -26,9 +26,10 @@ from sqlalchemy import insert
 
 from followups.api.app import POOL_SIZE
 from followups.api.server import serve
-from followups.database import make_engine, migrate
+from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
 from followups.models import FollowUp
+from followups.schema import migrate
 from followups.settings import load_settings
 from web import CHAT_MESSAGES, FOLLOW_UPS, Api, start
 from world import World

@@ -23,8 +23,9 @@ from faults import history
 from faults.failpoints import Failpoints
 from faults.promises import Record, Verdict, check
 from faults.proxy import Proxy
-from followups.database import BY_KEY, make_engine, migrate
+from followups.database import BY_KEY, make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
+from followups.schema import migrate
 from stack import Stack, wait_until
 from world import World
 

@@ -8,9 +8,10 @@ import pytest
 from sqlalchemy import Engine, insert, text
 from sqlalchemy.exc import IntegrityError
 
-from followups.database import downgrade, make_engine, migrate, schema_versions
+from followups.database import make_engine
 from followups.embedded.postgres import create_database, drop_database
 from followups.models import Base
+from followups.schema import downgrade, migrate, schema_versions
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -14,7 +14,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
-from followups.database import alembic_config
+from followups.schema import alembic_config
 from followups.store import ticks
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups import database
+from followups import schema
 from followups.api.health import STALE_AT_LEAST, STALE_TICKS
 from followups.cli.connection import place_of
 from followups.cli.failures import named, reason_of
@@ -69,7 +69,7 @@ def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
     try:
         with engine.connect() as connection:
             yield _version(connection, place)
-        current, newest = database.schema_versions(engine)
+        current, newest = schema.schema_versions(engine)
         yield _migrations(current, newest)
         if current is not None:
             with engine.connect() as connection:

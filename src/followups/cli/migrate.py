@@ -9,7 +9,7 @@ import typer
 from alembic.util.exc import CommandError
 from sqlalchemy.exc import OperationalError
 
-from followups import database
+from followups import schema
 from followups.cli import runner
 from followups.cli.connection import engine, place_of
 from followups.cli.examples import examples
@@ -44,16 +44,16 @@ def migrate(
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:
-        before = _wait_until_reachable(lambda: database.schema_versions(made), place_of(url), wait)[0]
+        before = _wait_until_reachable(lambda: schema.schema_versions(made), place_of(url), wait)[0]
         try:
-            database.migrate(url)
+            schema.migrate(url)
         except CommandError as error:
             message = (
                 f"The database {place_of(url)} has the schema {before}, which this version does not know ({error});"
                 " install the version of followups that made it, or a newer one."
             )
             raise FollowUpsError(message) from error
-        after = database.schema_versions(made)[0]
+        after = schema.schema_versions(made)[0]
     say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
     if runner.is_started_with_others():
         remark("Staying, because honcho stops every process as soon as one ends.")

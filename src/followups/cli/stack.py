@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
-from followups import database
+from followups import database, schema
 from followups.cli.procfile import argv, search_path
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
 from followups.settings import load_settings
@@ -120,7 +120,7 @@ def _started(plan: Plan, stack: ExitStack) -> Stack:
     sandbox = f"http://{LOOPBACK}:{free_port()}"
     settings = _settings(plan, postgres.url(), valkey.url(), sandbox)
     plan.tell("Migrating")
-    database.migrate(postgres.url())
+    schema.migrate(postgres.url())
     plan.signals.check()
     plan.tell("Starting sandbox, web, worker and beat")
     api, servers = f"http://{LOOPBACK}:{plan.port}", (postgres, valkey)

@@ -63,7 +63,8 @@ def test_broker_away(settings: Settings, world: World) -> None:
 
 def test_database_restart(settings: Settings) -> None:
     """While the database restarts requests are 503, and go on afterwards without anybody's help."""
-    from followups.database import make_engine, migrate  # noqa: PLC0415 - of this test alone
+    from followups.database import make_engine  # noqa: PLC0415 - of this test alone
+    from followups.schema import migrate  # noqa: PLC0415 - of this test alone
     from world import World  # noqa: PLC0415 - as above
 
     with EmbeddedPostgres() as postgres, Processes() as processes:

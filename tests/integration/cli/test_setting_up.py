@@ -11,7 +11,7 @@ from uuid import uuid4
 from sqlalchemy import make_url
 
 from followups.cli import main
-from followups.database import downgrade, schema_versions
+from followups.schema import downgrade, schema_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
