@@ -19,7 +19,7 @@ PROMPT = 30.0
 
 def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
     """Lose the answers to so many commits of a step; nothing of it waits for its lease."""
-    rig.options["FOLLOWUPS_LEASE"] = "120"
+    rig.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "60"}
     rig.start(workers=2, harmed=True)
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)

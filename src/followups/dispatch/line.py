@@ -48,7 +48,8 @@ class Line:
         self._lease = lease.total_seconds()
         self._heap: list[tuple[datetime, int, Hinted]] = []
         self._sequence = itertools.count()
-        self._room = SUSPECTS
+        self._suspects: dict[UUID, int] = {}
+        """Those that are out, with the room that each takes."""
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Let leases wait that have just come, by the task that brought them."""
@@ -64,24 +65,29 @@ class Line:
     def take(self, most: int) -> list[Hinted]:
         """Take up to ``most`` whose moment has come; of suspects only as many as there is room for."""
         horizon, now = self._clock.now() + LEAD, time.monotonic()
+        room = SUSPECTS - sum(self._suspects.values())
         taken: dict[UUID, Hinted] = {}
         not_now: list[Hinted] = []
         while len(taken) < most and self._heap and self._heap[0][0] <= horizon:
             _, _, hinted = heapq.heappop(self._heap)
             if hinted.expires < now:
                 continue
-            if hinted.lease.id in taken or _weight(hinted) > self._room:
+            weight = _weight(hinted)
+            if hinted.lease.id in taken or weight > room:
                 not_now.append(hinted)
                 continue
-            self._room -= _weight(hinted)
+            if weight:
+                room -= weight
+                self._suspects[hinted.lease.id] = weight
             taken[hinted.lease.id] = hinted
         for hinted in not_now:
             self.put_off(hinted, AGAIN)
         return list(taken.values())
 
-    def let_go(self, hinted: Iterable[Hinted]) -> None:
-        """Note that these, once taken, are out no more."""
-        self._room += sum(_weight(one) for one in hinted)
+    def let_go(self, ids: Iterable[UUID]) -> None:
+        """Note that these, once taken, can be lost no more: they did not begin, or are settled."""
+        for one in ids:
+            self._suspects.pop(one, None)
 
     def seconds_to_next(self) -> float | None:
         """Return how long until somebody's moment comes; None when nobody waits."""

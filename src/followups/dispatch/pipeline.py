@@ -192,7 +192,7 @@ class Pipeline:
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
         self._free += len(hinted)
-        self._line.let_go(hinted)
+        self._line.let_go(one.lease.id for one in hinted)
 
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
@@ -218,9 +218,10 @@ class Pipeline:
         try:
             attempt = await send(self._transport, begun, self._clock, limit, latest)
         finally:
-            self._let_go([hinted])
+            self._free += 1
             self._changed.set()
         if attempt is None:
+            self._line.let_go([begun.lease.id])
             report.abandoned(begun)
             return
         self._results.append(attempt)
@@ -255,6 +256,7 @@ class Pipeline:
                 await asyncio.sleep(backoff.total_seconds())
                 backoff = min(backoff * 2, SETTLE_BACKOFF)
         report.settled(settling)
+        self._line.let_go({a.begun.lease.id for a in batch} - {a.begun.lease.id for a in settling.held})
         self._settle_later(settling.held, AGAIN)
         self._accept(settling.woken)
         horizon = self._clock.now() + self._settings.tick_interval
@@ -269,6 +271,7 @@ class Pipeline:
         elif time.monotonic() - batch[0].answered < self._settings.lease.total_seconds():
             self._settle_later(batch, SETTLE_BACKOFF)
         else:
+            self._line.let_go([batch[0].begun.lease.id])
             log.error("settle_refused", follow_up_id=str(batch[0].begun.lease.id))
 
     def _settle_later(self, attempts: Sequence[Attempt], delay: timedelta) -> None:
