@@ -37,7 +37,7 @@ TEMPLATE_LOCK = 4_071_969
 
 pytest_plugins = ["stack_fixtures"]
 
-# Hundreds of processes are started; where none may write bytecode, each compiles this package anew.
+# Hundreds of processes are started; where none may write bytecode, each compiles all that it imports anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 SERVERS = pytest.StashKey["Servers"]()

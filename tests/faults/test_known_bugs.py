@@ -1,0 +1,161 @@
+"""Bugs that systems like this one are known to have had, and the test of ours that each would turn red.
+
+| bug | test |
+| --- | --- |
+| a campaign sent 2-3 times by overlapping ticks (chatwoot#12821) | `test_beats.py`, `test_guards.py::lock at claim` |
+| a full-row save that brought a sent message back to pending (zulip#39521) | `test_stale_row_is_saved` |
+| delivered with a null message id (zulip#39103) | `test_sent_and_its_message_id_are_one` |
+| a follow-up after a human had taken over (automagik-dev/omni#667) | `test_taken_over_while_leased` |
+| a cancel that reached only the unclaimed (fazer-ai/agents#760) | `test_guards.py::pending and lease at begin` |
+| a timeout retried as if nothing had happened (camel-ai/camel#4280) | `test_dropped_answers.py` |
+| a deduplication key without a generation (omni) | `test_same_words_again` |
+| "not in the past" that refused the worker's own write (mattermost#28656) | `test_overdue_is_written_to` |
+| a look-back window that silently dropped what was older (chatwoot) | `test_older_than_anybody_looks_back` |
+| answers ping, consumes nothing (kombu#2492, celery#10205) | `test_broker_outage.py`, `test_hesitating_broker.py` |
+| shutdown in the middle of a commit (celery#10271) | `test_stopped_in_mid_commit` |
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.errors import AlreadyFinishedError
+from followups.models import FollowUp
+from followups.scheduling import amend
+from followups.store import chats
+from followups.transports.port import Retry, Sent
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+    from followups.settings import Settings
+    from followups.transports.port import Outcome
+    from world import World
+
+
+def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
+    """Claim, begin and settle the one that is due."""
+    (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
+    settle(engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
+
+
+def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
+    """Who read a row before it was sent, and changes it after, is refused; the row stays sent."""
+    follow_up = world.follow_up()
+    with Session(engine) as session:
+        assert session.get_one(FollowUp, follow_up).status == "pending"
+        session.commit()  # the object goes on saying so, as a cached one would
+        deliver(engine, settings, Sent(None))
+        with pytest.raises(AlreadyFinishedError):
+            amend(session, follow_up, {"message": "Hello?"})
+        session.commit()
+    assert world.row(follow_up).status == "sent"
+
+
+def test_sent_and_its_message_id_are_one(world: World, engine: Engine, settings: Settings) -> None:
+    """The id that the transport gave is written with the status, in one statement: never one without the other."""
+    follow_up, message_id = world.follow_up(), uuid4()
+    deliver(engine, settings, Sent(message_id))
+    row = world.row(follow_up)
+    assert (row.status, row.chat_message_id) == ("sent", message_id)
+    writes = world.scalar(
+        "SELECT count(*) FROM follow_ups WHERE chat_message_id IS NOT NULL AND finished_at = updated_at"
+    )
+    assert writes == 1
+
+
+def test_taken_over_while_leased(world: World, engine: Engine, settings: Settings) -> None:
+    """After a human's message nothing begins, be its hint on its way or its next attempt waiting."""
+    chat = world.chat()
+    leased, tried = world.follow_up(chat), world.follow_up(world.chat())
+    hints = claim(engine, settings).leases
+    (begun,) = begin(engine, settings, [one for one in hints if one.id == tried]).begun
+    settle(engine, settings, [Attempt(begun, Retry("HTTP 500"), timedelta(0), time.monotonic(), datetime.now(UTC))])
+    for chat_id in (chat, world.row(tried).chat_id):
+        with Session(engine) as session, session.begin():
+            chats.receive(
+                session,
+                world.workspace_id,
+                message_id=uuid4(),
+                chat_id=chat_id,
+                role=chats.Role.OPERATOR,
+                created_at=None,
+            )
+    assert not begin(engine, settings, hints).begun
+    assert {world.row(one).reason for one in (leased, tried)} == {"human_takeover"}
+
+
+def test_same_words_again(rig: Rig, figures: Figures) -> None:
+    """The same words in the same chat, twice: two follow-ups, two keys, both accepted where keys are deduplicated."""
+    rig.start()
+    rig.bulk(20, spread=0.5, per_chat=4)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert rig.world.scalar("SELECT count(DISTINCT message) FROM follow_ups") == 1
+    assert verdict.ended == {"sent": 20}
+    figures.keep(11, verdict, same_words_sent=20)
+
+
+def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings) -> None:
+    """A due date that has passed is no obstacle to a worker's write, nor to a change of something else."""
+    settings = settings.model_copy(update={"max_lateness": timedelta(0)})
+    follow_up = world.follow_up(due=-timedelta(hours=2), scheduled_at=text("now() - interval '2 h'"))
+    with Session(engine) as session, session.begin():
+        amend(session, follow_up, {"message": "Hello?"})
+    deliver(engine, settings, Retry("HTTP 500", timedelta(seconds=1)))
+    row = world.row(follow_up)
+    assert (row.status, row.attempts, row.message) == ("pending", 1, "Hello?")
+    assert row.due_date < row.next_attempt_at
+
+
+def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: Settings) -> None:
+    """However long ago it fell due, it is claimed, and ends with a reason that says why it was not sent."""
+    follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
+    low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
+    world.expire(follow_up)
+    beginning = begin(engine, settings, claim(engine, settings, low_water).leases)
+    assert [(one, final.reason) for one, final in beginning.ended] == [(follow_up, "too_late")]
+
+
+def test_cancel_reaches_what_is_claimed(world: World, engine: Engine, settings: Settings) -> None:
+    """A cancel ends what a tick has claimed, and its hint finds nothing."""
+    follow_up = world.follow_up()
+    hints = claim(engine, settings).leases
+    with Session(engine) as session, session.begin():
+        followups.cancel(session, follow_up)
+    assert not begin(engine, settings, hints).begun
+    assert world.row(follow_up).status == "cancelled"
+
+
+def test_stopped_in_mid_commit(rig: Rig, figures: Figures) -> None:
+    """SIGTERM while a settle is under way lets it commit: nothing is sent again, and the worker ends in order."""
+    rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
+    rig.beat()
+    rig.sandbox()
+    worker = rig.worker(harmed=True)
+    rig.failpoints.arm("settle.before_commit", "sleep 1")
+    ids = rig.bulk(20)
+    wait_until(lambda: rig.failpoints.taken("settle.before_commit"), within=60)
+    worker.ask()
+    wait_until(lambda: not worker.running, within=60)
+    assert worker.exit_code == 0
+    rig.worker()
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(ids)}
+    figures.keep(5, verdict, stopped_in_mid_commit_sends_per_key=1 + verdict.repeated)
