@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,9 @@ from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
-from followups.errors import DeliveryInProgressError
+from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, follow_ups, leases
+from followups.store import chats, follow_ups, idempotency, leases, order
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 
@@ -284,6 +284,72 @@ def claimed_at_once(scene: Scene) -> None:
         with beside(lambda: second.extend(claim(scene.engine, scene.settings).leases), scene):
             connection.commit()
     expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")
+
+
+def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
+    """Lease two of one chat; return the id of the earlier one, and the lease of the later."""
+    chat_id = scene.world.chat()
+    earlier = scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
+    scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
+    later = next(lease for lease in claim(scene.engine, scene.settings).leases if lease.id != earlier)
+    return earlier, later
+
+
+def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
+    """Let a leased one wait for an earlier one."""
+    with scene.engine.begin() as connection:
+        order.park_if_leased(connection, [(lease, earlier)])
+
+
+def stale_park(scene: Scene) -> None:
+    """Park by a lease that is another's by now."""
+    earlier, old = two_in_a_chat(scene)
+    scene.leased_anew(old)
+    park(scene, old, earlier)
+    expect(scene.world.row(old.id).lease_until is not None, "no stale writer's write is taken")
+
+
+def parked_behind_an_end(scene: Scene) -> None:
+    """Park behind one that is being ended at this moment, by somebody who has looked for what waits already."""
+    earlier, later = two_in_a_chat(scene)
+    with Session(scene.engine) as session:
+        followups.cancel(session, earlier)
+        session.flush()
+        park(scene, later, earlier)
+        session.commit()
+    expect(scene.world.row(later.id).waits_for is None, "nothing is left waiting for what has ended")
+
+
+def forgotten(scene: Scene) -> None:
+    """Look for what waits for one that has ended."""
+    earlier, later = two_in_a_chat(scene)
+    scene.cancel(earlier)
+    scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
+    with scene.engine.begin() as connection:
+        order.wake_forgotten(connection)
+    expect(scene.world.row(later.id).waits_for is None, "what was forgotten is found")
+
+
+def created_twice_by_a_key(scene: Scene) -> None:
+    """Create by the same idempotency key, twice at the same moment."""
+    chat_id, workspace = scene.world.chat(), scene.world.workspace_id
+
+    def create(session: Session) -> None:
+        if idempotency.recall(session, workspace, "key", b"request") is None:
+            moment = datetime.now(UTC)
+            followups.schedule(session, workspace_id=workspace, chat_id=chat_id, message="Hello?", due_date=moment)
+            idempotency.remember(session, workspace, "key", b"request", idempotency.Answer(201, None, b"{}"))
+
+    def create_beside() -> None:
+        with suppress(IdempotencyKeyInUseError), Session(scene.engine) as session, session.begin():
+            create(session)
+
+    with Session(scene.engine) as session:
+        create(session)
+        session.flush()
+        with beside(create_beside, scene):
+            session.commit()
+    expect(scene.world.scalar("SELECT count(*) FROM follow_ups") == 1, "a key creates once")
 
 
 @contextmanager

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+import time
+from datetime import datetime, timedelta
+from math import inf
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
 
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
+from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.send import send
+from followups.store.leases import Begun
+from followups.transports.port import Sent
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy import Engine
+
     from followups.settings import Settings
+    from followups.store.leases import Lease
+    from followups.transports.port import Delivery
     from world import World
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "accepted_ago", "WITH head AS MATERIALIZED"
@@ -88,6 +101,12 @@ CATALOGUE = {
     "wake at the end": Guard(
         "SET waits_for = NULL", {"f.waits_for = ANY": "false AND f.waits_for = ANY"}, guards.nobody_wakes
     ),
+    "token at park": Guard("SET waits_for = held.earlier", {TOKEN: ""}, guards.stale_park),
+    "lock of the earlier at park": Guard("FOR SHARE", {"FOR SHARE SKIP LOCKED": ""}, guards.parked_behind_an_end),
+    "look for the forgotten": Guard("NOT EXISTS (", {"IS NOT NULL AND NOT": "IS NULL AND NOT"}, guards.forgotten),
+    "lock of a key": Guard(
+        "pg_try_advisory", {"pg_try_advisory": "true OR pg_try_advisory"}, guards.created_twice_by_a_key
+    ),
     "lock of the chat": Guard("FROM chats", {"FOR NO KEY UPDATE": ""}, guards.created_behind_a_reply),
 }
 
@@ -104,3 +123,84 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
     guard = CATALOGUE[name]
     with pytest.raises(PromiseBroken), without(world.engine, guard.within, guard.cuts):
         guard.scenario(Scene(world, settings))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "change"),
+    [
+        ("final_has_finished_at", "status = 'pending'"),  # a stale row that is saved whole
+        ("reason_explains", "status = 'failed'"),
+        ("waiting_is_pending", "waits_for = id"),
+        ("begun_holds_lease", "begun_at = now()"),
+        ("status_is_known", "status = 'gone'"),
+    ],
+)
+def test_constraint(constraint: str, change: str, world: World) -> None:
+    """The table refuses what no statement of ours writes; without its constraint such a row would stand."""
+    follow_up = world.follow_up(status="sent", finished_at=text("now()"))
+    statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
+    with pytest.raises(IntegrityError, match=constraint):
+        world.sql(statement, id=follow_up)
+    world.sql(f"ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_{constraint}")
+    world.sql(statement, id=follow_up)
+
+
+class Telling:
+    """A transport that says when it was called."""
+
+    name = "telling"
+
+    def __init__(self, clock: DatabaseClock) -> None:
+        """Read the moment off ``clock``."""
+        self._clock = clock
+        self.called: list[datetime] = []
+
+    async def open(self) -> None:
+        """Open nothing."""
+
+    async def close(self) -> None:
+        """Close nothing."""
+
+    async def send(self, _delivery: Delivery) -> Sent:
+        """Note the moment."""
+        self.called.append(self._clock.now())
+        return Sent(None)
+
+
+class Hasty(DatabaseClock):
+    """A clock by which everything is due."""
+
+    def until(self, _moment: datetime) -> float:
+        """Say that there is nothing left to wait."""
+        return 0.0
+
+
+def begun_of(lease: Lease) -> Begun:
+    """Return a lease as an attempt that has begun."""
+    return Begun(lease, uuid4(), uuid4(), "api", None, uuid4(), "Still there?", lease.due, 1, 0)
+
+
+async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
+    """Send by a clock; return how long after the due moment the transport was called, by the database's."""
+    clock.ask(engine)
+    transport = Telling(clock)
+    await send(transport, begun, clock, timedelta(seconds=5), latest)
+    return [moment - begun.lease.due for moment in transport.called]
+
+
+async def test_never_early(world: World, engine: Engine, settings: Settings) -> None:
+    """The sender waits for the due moment; without that it would call at once."""
+    ahead = timedelta(seconds=2)
+    world.follow_up(due=ahead)
+    begun = begun_of(Scene(world, settings.model_copy(update={"tick_interval": ahead})).lease())
+    (early,) = await sent_by(Hasty(), engine, begun, inf)
+    (waited,) = await sent_by(DatabaseClock(), engine, begun, inf)
+    assert early < timedelta(0) <= waited
+
+
+async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
+    """A sender that was frozen abandons the attempt; without that it would call when the lease may be another's."""
+    world.follow_up()
+    begun = begun_of(Scene(world, settings).lease())
+    assert await sent_by(DatabaseClock(), engine, begun, time.monotonic() - 1) == []
+    assert len(await sent_by(DatabaseClock(), engine, begun, inf)) == 1

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Engine, insert, text
+from sqlalchemy import Engine, event, insert, text
 from sqlalchemy.exc import IntegrityError
 
-from followups.database import make_engine
+from followups.database import BoundedConnection, make_engine
 from followups.embedded.postgres import create_database, drop_database
 from followups.models import Base
 from followups.schema import downgrade, migrate, schema_versions
@@ -111,3 +111,23 @@ def test_row_with_the_contracts_columns_alone(world: World) -> None:
         values = {"workspace_id": world.workspace_id, "chat_id": chat, "message": "Hello?", "due_date": text("now()")}
         connection.execute(insert(table).values(values | {"trigger_chat_message_id": text("gen_random_uuid()")}))
     assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NULL") == 1
+
+
+def test_a_migration_may_take_long(empty_engine: Engine) -> None:
+    """Nothing ends a statement of a migration, nor gives up a server that is silent meanwhile; elsewhere both do."""
+    limits: list[tuple[str, float | None]] = []
+
+    def look(connection: BoundedConnection, _record: object) -> None:
+        (limit,) = connection.execute("SHOW statement_timeout").fetchone() or ("",)
+        connection.rollback()
+        limits.append((limit, connection.patience))
+
+    event.listen(Engine, "connect", look)
+    try:
+        migrate(empty_engine.url.render_as_string(hide_password=False))
+        with empty_engine.connect():
+            pass
+    finally:
+        event.remove(Engine, "connect", look)
+    assert limits[0] == ("0", None)
+    assert limits[-1] == ("30s", 35.0)
