@@ -1,0 +1,170 @@
+"""Who takes part: each fills its table, starts its processes as its users would, and says how many it has sent."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from arena import PROCFILE
+
+if TYPE_CHECKING:
+    from arena import Arena
+
+    from followups.embedded import Child
+
+CHATS = """
+    WITH chat AS (
+        INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
+        SELECT '{workspace}', gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, {count})
+        RETURNING workspace_id, id, last_message_id
+    )
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
+    SELECT workspace_id, id, 'Are you still there?', {due}, last_message_id FROM chat
+"""
+
+
+@dataclass
+class Contestant:
+    """One that keeps its rows in the table that all rivals share."""
+
+    arena: Arena
+    name: str = ""
+    table: str = "bench_rows"
+    waits_in_broker: bool = False
+    """What is due is published beforehand, with its due time; else it is found in the table when it falls due."""
+
+    def fill(self, count: int, due: str) -> None:
+        """Insert rows that fall due at an SQL expression of each."""
+        self.arena.sql(
+            "INSERT INTO bench_rows (due_date, message)"  # noqa: S608 - ours
+            f" SELECT {due}, 'Are you still there?' FROM generate_series(1, {count})"
+        )
+
+    def start(self) -> None:
+        """Start its processes, and wait until they are ready."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Let everything that was filled fall due now."""
+        self.arena.sql(f"UPDATE {self.table} SET due_date = now() WHERE status = 'pending'")  # noqa: S608 - ours
+
+    def sent(self) -> int:
+        """Return how many rows say sent."""
+        return int(self.arena.sql(f"SELECT count(*) FROM {self.table} WHERE status = 'sent'")[0][0])  # noqa: S608
+
+    def due(self) -> dict[str, float]:
+        """Return when each fell due, in seconds since 1970."""
+        rows = self.arena.sql(f"SELECT id::text, extract(epoch FROM due_date)::float8 FROM {self.table}")  # noqa: S608
+        return dict(rows)  # type: ignore[arg-type]
+
+    def helper(self, *arguments: str) -> None:
+        """Run a module of the rival's to its end."""
+        subprocess.run([sys.executable, "-m", *arguments], env=self.arena.environment(), check=True)
+
+
+@dataclass
+class Ours(Contestant):
+    """The system itself, by the Procfile's own lines."""
+
+    name: str = "followups"
+    table: str = "follow_ups"
+    workers: int = 1
+    started: tuple[Child, ...] = ()
+
+    def fill(self, count: int, due: str) -> None:
+        self.arena.sql(CHATS.format(workspace=self.arena.workspace, count=count, due=due))
+
+    def release(self) -> None:
+        self.arena.sql(
+            "UPDATE follow_ups SET due_date = now(), scheduled_at = now() WHERE due_date < now() + interval '10 days'"
+        )
+
+    def start(self) -> None:
+        self.arena.spawn("beat", PROCFILE["beat"])
+        names = [f"worker{number}" for number in range(self.workers)]
+        self.started = tuple(
+            self.arena.spawn(name, PROCFILE["worker"], "ready.", {"HONCHO_PROCESS_NAME": name}) for name in names
+        )
+
+
+@dataclass
+class CeleryRows(Contestant):
+    """A Celery task for each row."""
+
+    name: str = "celery, a task per row"
+
+    def start(self) -> None:
+        self.arena.spawn("beat", "celery -A rivals.celery_rows beat --loglevel=warning -s $(mktemp -u)")
+        self.arena.spawn("worker", "celery -A rivals.celery_rows worker --loglevel=info -c 2", "ready.")
+
+
+@dataclass
+class CeleryEta(Contestant):
+    """Celery's ETA: nothing durable but Redis."""
+
+    name: str = "celery, eta"
+    waits_in_broker: bool = True
+
+    def fill(self, count: int, due: str) -> None:
+        super().fill(count, due)
+        self.helper("rivals.celery_eta")
+
+    def start(self) -> None:
+        self.arena.spawn("worker", "celery -A rivals.celery_eta worker --loglevel=info -c 2", "ready.")
+
+
+@dataclass
+class DramatiqRows(Contestant):
+    """A Dramatiq message for each row."""
+
+    name: str = "dramatiq, a message per row"
+
+    def start(self) -> None:
+        self.arena.spawn("poll", "python -m rivals.dramatiq_rows")
+        self.arena.spawn("worker", "dramatiq rivals.dramatiq_rows --processes 2 --threads 8 -v", "ready for action")
+
+
+@dataclass
+class ProcrastinateRows(Contestant):
+    """A Procrastinate job for each row."""
+
+    name: str = "procrastinate, a job per row"
+    waits_in_broker: bool = True
+    has_schema: bool = False
+
+    def fill(self, count: int, due: str) -> None:
+        super().fill(count, due)
+        if not self.arena.sql("SELECT to_regclass('procrastinate_jobs')")[0][0]:
+            self.helper("rivals.procrastinate_rows", "schema")
+        self.arena.sql("TRUNCATE procrastinate_jobs CASCADE")
+        self.helper("rivals.procrastinate_rows", "publish")
+
+    def release(self) -> None:
+        self.arena.sql("UPDATE bench_rows SET due_date = now()")
+        self.arena.sql("UPDATE procrastinate_jobs SET scheduled_at = now()")
+
+    def start(self) -> None:
+        self.arena.spawn("worker", "python -m rivals.procrastinate_rows work")
+
+
+@dataclass
+class AsyncioLoop(Contestant):
+    """One asyncio loop without a broker: the limit."""
+
+    name: str = "raw asyncio loop"
+
+    def start(self) -> None:
+        self.arena.spawn("loop", "python -m rivals.asyncio_loop")
+
+
+LIMIT = AsyncioLoop.name
+EVERYBODY: dict[str, type[Contestant]] = {
+    "ours": Ours,
+    "loop": AsyncioLoop,
+    "celery": CeleryRows,
+    "dramatiq": DramatiqRows,
+    "procrastinate": ProcrastinateRows,
+    "eta": CeleryEta,
+}

@@ -1,0 +1,192 @@
+"""What is measured: one turn of one contestant each, which returns figures by name."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from arena import BIN, FAR, wait
+from contestants import Ours
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from arena import Arena
+    from contestants import Contestant
+
+PATIENCE = 300.0
+"""Seconds after which a turn is given up."""
+Figures = dict[str, float]
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that so great a share does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def throughput(contestant: Contestant, count: int, control: str = "") -> Figures:
+    """Release a backlog at once; return follow-ups a second until all rows say sent, and until 99 % were received."""
+    arena = contestant.arena
+    arena.clear()
+    arena.receiver(f"/control?{control}")
+    contestant.fill(count, "now() + interval '1 day'")
+    contestant.start()
+    time.sleep(1.0)  # what polls has polled
+    contestant.release()
+    began = time.time()
+    wait(lambda: arena.receiver("/count")["different"] >= count, PATIENCE)
+    wait(lambda: contestant.sent() >= count, PATIENCE)
+    all_sent = time.time() - began
+    received = sorted(arena.receiver("/times").values())
+    figures = {
+        "per_s": count / all_sent,
+        "received_99_percent_s": received[math.ceil(0.99 * count) - 1] - began,
+        "requests_per_follow_up": arena.receiver("/count")["requests"] / count,
+    }
+    arena.processes.stop()
+    return figures
+
+
+def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False) -> Figures:
+    """Let follow-ups fall due at a rate; return how late each was received, in milliseconds."""
+    arena = contestant.arena
+    arena.clear()
+    count = int(rate * seconds)
+    ahead = 5.0 + (count / 500 if contestant.waits_in_broker else 0)  # publishing one by one takes its time
+    due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
+    if contestant.waits_in_broker:
+        contestant.start()
+        contestant.fill(count, due)
+    else:
+        contestant.fill(count, due)
+        contestant.start()
+    with _snapshot(arena, held=snapshot):
+        wait(lambda: contestant.sent() >= count, PATIENCE, every=1.0)
+    times, dues = arena.receiver("/times"), contestant.due()
+    lags = [1000 * (moment - dues[name]) for name, moment in times.items()]
+    arena.processes.stop()
+    return {
+        "p50_ms": percentile(lags, 0.5),
+        "p95_ms": percentile(lags, 0.95),
+        "p99_ms": percentile(lags, 0.99),
+        "max_ms": max(lags),
+        "earliest_ms": min(lags),
+    }
+
+
+class _snapshot:  # noqa: N801 - used as a statement
+    """Hold a snapshot open meanwhile, as a dump or a report does."""
+
+    def __init__(self, arena: Arena, *, held: bool) -> None:
+        self._arena, self._held = arena, held
+
+    def __enter__(self) -> None:
+        if self._held:
+            import psycopg  # noqa: PLC0415 - here alone
+
+            self._connection = psycopg.connect(self._arena.database)
+            self._connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
+            self._connection.execute("SELECT count(*) FROM follow_ups")
+
+    def __exit__(self, *_: object) -> None:
+        if self._held:
+            self._connection.close()
+
+
+def others_pending(arena: Arena, count: int) -> None:
+    """Let so many others be pending, due in a month and later."""
+    there = int(arena.sql(f"SELECT count(*) FROM follow_ups WHERE due_date >= {FAR} - interval '10 days'")[0][0])  # noqa: S608
+    portion = 100_000
+    for first in range(there, count, portion):
+        more = min(portion, count - first)
+        Ours(arena).fill(more, f"{FAR} + random() * interval '300 days'")
+        sys.stderr.write(f"\r{first + more:,} others are pending ")
+    arena.sql("VACUUM (ANALYZE) follow_ups")
+    sys.stderr.write("\n")
+
+
+def tick(arena: Arena, claims: int = 200) -> Figures:
+    """Claim a hundred that are due, time and again; return the median of one claim, in milliseconds."""
+    from followups.database import BY_KEY, make_engine  # noqa: PLC0415 - here alone
+    from followups.dispatch.claim import claim  # noqa: PLC0415
+    from followups.settings import load_settings  # noqa: PLC0415
+
+    arena.clear()
+    Ours(arena).fill(claims * 10, "now() + random() * interval '1 s' - interval '1 hour'")
+    settings = load_settings(database_url=arena.database, broker_url=arena.broker, max_in_flight=100)
+    engine = make_engine(arena.database, options=BY_KEY)
+    took = []
+    for _ in range(claims):
+        began = time.perf_counter()
+        claimed = claim(engine, settings)
+        took.append(1000 * (time.perf_counter() - began))
+        ids = [lease.id for lease in claimed.leases]
+        arena.sql("UPDATE follow_ups SET lease_until = NULL WHERE id = ANY(%s)", ids)
+    engine.dispose()
+    return {"claim_ms": statistics.median(took)}
+
+
+def cost(contestant: Ours, count: int) -> Figures:
+    """Return what a backlog costs: memory of worker and broker, WAL and dead tuples for one follow-up."""
+    arena = contestant.arena
+    arena.clear()
+    contestant.fill(count, "now() + interval '1 day'")
+    contestant.start()
+    contestant.release()
+    arena.sql("VACUUM follow_ups")
+    wal = "SELECT pg_current_wal_insert_lsn() - '0/0'::pg_lsn"
+    before, wal_before = arena.broker_mb(), arena.sql(wal)[0][0]
+    worker, broker = 0.0, 0.0
+    end = time.monotonic() + PATIENCE
+    while contestant.sent() < count and time.monotonic() < end:
+        worker = max(worker, *(arena.memory_mb(child) for child in contestant.started))
+        broker = max(broker, arena.broker_mb())
+        time.sleep(0.2)
+    bytes_each = float(arena.sql(wal)[0][0] - wal_before) / count
+    time.sleep(1.5)  # until the statistics are there
+    dead = arena.sql("SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'")[0][0]
+    arena.processes.stop()
+    return {
+        "worker_mb": worker,
+        "broker_mb": broker,
+        "broker_before_mb": before,
+        "wal_bytes_each": bytes_each,
+        "dead_tuples_each": dead / count,
+    }
+
+
+def startup(arena: Arena) -> Figures:
+    """Return how long ``followups --help`` takes, and a worker until it is ready."""
+    began = time.monotonic()
+    subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)
+    took = time.monotonic() - began
+    began = time.monotonic()
+    Ours(arena).start()
+    ready = time.monotonic() - began
+    arena.processes.stop()
+    return {"help_s": took, "worker_ready_s": ready}
+
+
+def spread(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Return median, least and greatest of each figure."""
+    return {
+        name: {
+            "median": statistics.median([one[name] for one in rounds]),
+            "least": min(one[name] for one in rounds),
+            "greatest": max(one[name] for one in rounds),
+        }
+        for name in rounds[0]
+    }
+
+
+def shuffled(names: Sequence[str], number: int) -> list[str]:
+    """Return the order of a round: nobody always comes first."""
+    order = list(names)
+    random.Random(number).shuffle(order)  # noqa: S311 - not for secrets
+    return order

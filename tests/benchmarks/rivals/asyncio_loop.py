@@ -1,0 +1,68 @@
+"""The limit: one asyncio loop, no broker; claims in batches, sends, records in batches."""
+
+from __future__ import annotations
+
+import asyncio
+from uuid import UUID
+
+import aiohttp
+import psycopg
+
+from rivals.place import DATABASE, RECEIVER
+
+IN_FLIGHT = 200
+CLAIM = """
+    UPDATE bench_rows SET status = 'queued'
+     WHERE id IN (SELECT id FROM bench_rows WHERE status = 'pending' AND due_date <= now()
+                   ORDER BY due_date LIMIT 500 FOR UPDATE SKIP LOCKED)
+    RETURNING id, message
+"""
+SETTLE = """
+    UPDATE bench_rows SET status = 'sent', message_id = b.message_id
+      FROM unnest(%s::uuid[], %s::uuid[]) AS b(id, message_id) WHERE bench_rows.id = b.id
+"""
+
+
+async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
+    """Keep the queue filled."""
+    async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
+        while True:
+            if waiting.qsize() > 1000:
+                await asyncio.sleep(0.002)
+                continue
+            rows = await (await connection.execute(CLAIM)).fetchall()
+            for row in rows:
+                waiting.put_nowait(row)
+            await asyncio.sleep(0 if rows else 0.01)
+
+
+async def send(
+    session: aiohttp.ClientSession, waiting: asyncio.Queue[tuple[UUID, str]], sent: list[tuple[UUID, UUID]]
+) -> None:
+    """Send one after the other."""
+    while True:
+        row_id, message = await waiting.get()
+        async with session.post(RECEIVER, json={"followUpId": str(row_id), "message": message}) as answer:
+            sent.append((row_id, UUID((await answer.json())["chatMessageId"])))
+
+
+async def settle(sent: list[tuple[UUID, UUID]]) -> None:
+    """Record what was sent, every few milliseconds."""
+    async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
+        while True:
+            await asyncio.sleep(0.005)
+            if batch := sent[:500]:
+                del sent[: len(batch)]
+                await connection.execute(SETTLE, ([one for one, _ in batch], [other for _, other in batch]))
+
+
+async def main() -> None:
+    """Run until the process is ended."""
+    waiting: asyncio.Queue[tuple[UUID, str]] = asyncio.Queue()
+    sent: list[tuple[UUID, UUID]] = []
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(claim(waiting), settle(sent), *(send(session, waiting, sent) for _ in range(IN_FLIGHT)))
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
