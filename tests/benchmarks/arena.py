@@ -118,11 +118,23 @@ class Arena:
         process = psutil.Process(child.pid)
         return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]) / 2**20
 
+    def cpu_seconds(self) -> dict[str, float]:
+        """Return the processor time used so far by the contestant's processes, and by the servers."""
+        ours = [psutil.Process(child.pid) for child in self.processes.children]
+        servers = [one for one in psutil.Process().children() if one.name() in {"postgres", "valkey-server"}]
+        return {"cpu": _cpu_of(ours), "server_cpu": _cpu_of(servers)}
+
     def broker_mb(self) -> float:
         """Return the memory that the broker uses for its data."""
         with redis.Redis.from_url(self.broker) as broker:
             info: dict[str, Any] = broker.info("memory")  # type: ignore[assignment]
             return float(info["used_memory"]) / 2**20
+
+
+def _cpu_of(processes: list[psutil.Process]) -> float:
+    every = [one for process in processes for one in [process, *process.children(recursive=True)]]
+    times = [one.cpu_times() for one in every]
+    return sum(one.user + one.system for one in times)
 
 
 def wait(true: Callable[[], object], within: float, every: float = 0.05) -> None:

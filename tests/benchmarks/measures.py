@@ -39,14 +39,16 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
     contestant.start()
     time.sleep(1.0)  # what polls has polled
     contestant.release()
-    began = time.time()
+    began, before = time.time(), arena.cpu_seconds()
     wait(lambda: arena.receiver("/count")["different"] >= count, PATIENCE)
     wait(lambda: contestant.sent() >= count, PATIENCE)
-    all_sent = time.time() - began
+    all_sent, after = time.time() - began, arena.cpu_seconds()
     received = sorted(arena.receiver("/times").values())
     figures = {
         "per_s": count / all_sent,
         "received_99_percent_s": received[math.ceil(0.99 * count) - 1] - began,
+        "cpu_us_each": 1e6 * (after["cpu"] - before["cpu"]) / count,
+        "server_cpu_us_each": 1e6 * (after["server_cpu"] - before["server_cpu"]) / count,
         "requests_per_follow_up": arena.receiver("/count")["requests"] / count,
     }
     arena.processes.stop()

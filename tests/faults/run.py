@@ -49,6 +49,7 @@ FAULTS = {
     18: "An open database snapshot under load",
     19: "A workspace with 100 times the load",
     20: "Load for long",
+    21: "All of these at once, drawn by lot",
 }
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
     """Drop the first answer to every third follow-up."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}  # no answer is late, but for those
     rig.beat()
     rig.sandbox(*() if deduplicates else ("--no-dedup",))
     rig.worker()

@@ -215,13 +215,15 @@ class Pipeline:
         limit = self._settings.transport_timeout
         # A lease, less the call, from before begin asked for it: later, it may be another's when the call ends.
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
+        attempt = None
         try:
             attempt = await send(self._transport, begun, self._clock, limit, latest)
         finally:
             self._free += 1
             self._changed.set()
+            if attempt is None:
+                self._line.let_go([begun.lease.id])
         if attempt is None:
-            self._line.let_go([begun.lease.id])
             report.abandoned(begun)
             return
         self._results.append(attempt)
