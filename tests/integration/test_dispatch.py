@@ -301,6 +301,33 @@ class TestOrder:
         assert [lease.id for lease in settling.woken] == [second]
         assert [one.lease.id for one in begin(engine, settings, settling.woken).begun] == [second]
 
+    def test_pile(self, world: World, engine: Engine, settings: Settings) -> None:
+        """With one that is refused all that are due behind it are parked, each behind the one before it; not others."""
+        chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
+        ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
+        ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)
+        beginning = begin(engine, settings, claim(engine, seen).leases)
+        assert [one.lease.id for one in beginning.begun] == ids[:1]
+        assert [world.row(one).waits_for for one in ids] == [None, *ids[:-1]]
+        assert world.row(ahead).waits_for is None
+        assert [lease.id for lease in claim(engine, settings).leases] == [elsewhere]
+        sent: list[UUID] = []
+        while beginning.begun:
+            sent += [one.lease.id for one in beginning.begun]
+            settling = settle(engine, settings, [attempt(one, Sent()) for one in beginning.begun])
+            beginning = begin(engine, settings, settling.woken)
+        assert sent == ids
+
+    def test_pile_that_somebody_holds(self, world: World, engine: Engine, settings: Settings) -> None:
+        """One of a pile that a caller's transaction holds is passed over; what is behind it waits all the same."""
+        chat = world.chat()
+        first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
+        batch = claim(engine, settings).leases[:2]
+        with Session(engine) as session:
+            session.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+            begin(engine, settings, batch)
+        assert [world.row(one).waits_for for one in (first, second, held, last)] == [None, first, None, second]
+
     def test_later_waits_through_retries(self, world: World, engine: Engine, settings: Settings) -> None:
         """The later one does not overtake an earlier one that is to be tried again."""
         chat = world.chat()

@@ -65,6 +65,8 @@ def _explain_missing(
     judged = {lease.id for lease, _ in verdicts}
     waiting = [(o.lease, o.earlier) for o in obstacles if o.earlier and o.lease.id not in judged]
     parked = order.park_if_leased(connection, waiting) if waiting else set()
+    if parked:
+        order.park_pile(connection, parked)
     return Beginning(
         begun=tuple(begun),
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),

@@ -46,7 +46,7 @@ class Processes:
         *,
         environment: Mapping[str, str] | None = None,
         ready: Callable[[], bool] | None = None,
-        within: timedelta = timedelta(seconds=30),
+        within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
         """Start a command, with ``environment`` on top of ours, and wait until it is ready.

@@ -64,6 +64,45 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
     return set(connection.scalars(_PARK, parameters))
 
 
+PILE = 1000
+"""How many that are due behind a parked one are parked with it, in its chat: one by one, a pile of thousands would
+hold up everybody who falls due after them."""
+
+# Each is locked while it becomes somebody's predecessor, as in `park_if_leased`; what somebody holds is passed
+# over, and what comes behind it waits for the one before it.
+_PARK_PILE = text("""
+    WITH chat AS MATERIALIZED (
+        SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
+          FROM follow_ups WHERE id = ANY(CAST(:ids AS uuid[]))
+         ORDER BY workspace_id, chat_id, due_date DESC, id DESC
+    ), held AS MATERIALIZED (
+        SELECT f.* FROM chat
+         CROSS JOIN LATERAL (
+             SELECT f.id, f.workspace_id, f.chat_id, f.due_date FROM follow_ups f
+              WHERE f.workspace_id = chat.workspace_id AND f.chat_id = chat.chat_id AND f.status = 'pending'
+                AND (f.due_date, f.id) >= (chat.due_date, chat.id) AND f.due_date <= now()
+              ORDER BY f.due_date, f.id
+              LIMIT :most
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    ), pile AS MATERIALIZED (
+        SELECT id, lag(id) OVER (PARTITION BY workspace_id, chat_id ORDER BY due_date, id) AS earlier FROM held
+    )
+    UPDATE follow_ups f SET waits_for = pile.earlier, lease_until = NULL
+      FROM pile
+     WHERE f.id = pile.id AND pile.earlier IS NOT NULL AND f.waits_for IS NULL AND f.begun_at IS NULL
+""")
+
+
+def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
+    """Park what is due behind those that were parked, each behind the one before it; return how many.
+
+    Whoever holds a lease of theirs finds it gone; it would have been refused. Call after `park_if_leased`, in its
+    transaction.
+    """
+    return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
+
+
 # What waits is pending: a constraint holds it. Saying so again would let the planner walk the index of
 # all that is pending instead of the few that wait. What somebody holds is left to `wake_forgotten`.
 _WAITING = """
