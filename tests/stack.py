@@ -94,8 +94,8 @@ class Stack:
             assert child.exit_code is not None, f"did not end within {within} s of SIGTERM:\n{child.tail()}"
 
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
-        """Return the JSON lines of a process's log."""
-        lines = (self.processes.logs / f"{name}.log").read_text().splitlines()
+        """Return the JSON lines of a process's log, but for one that is being written."""
+        lines = (self.processes.logs / f"{name}.log").read_text().rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def log_events(self, event: str, name: str = "worker") -> list[dict[str, Any]]:

@@ -43,6 +43,24 @@ class World:
         with self.engine.begin() as connection:
             return connection.execute(insert(FollowUp).values(**values).returning(FollowUp.id)).scalar_one()
 
+    def follow_ups_at_once(self, places: list[tuple[UUID, timedelta]]) -> list[UUID]:
+        """Insert pending follow-ups into chats, in one transaction, so that none begins before another is there."""
+        with self.engine.begin() as connection:
+            now = connection.execute(text("SELECT now()")).scalar_one()
+            rows = [
+                {
+                    "id": uuid4(),
+                    "workspace_id": self.workspace_id,
+                    "chat_id": chat_id,
+                    "message": "Still there?",
+                    "due_date": now + ahead,
+                    "trigger_chat_message_id": uuid4(),
+                }
+                for chat_id, ahead in places
+            ]
+            connection.execute(insert(FollowUp), rows)
+        return [row["id"] for row in rows]
+
     def row(self, follow_up_id: UUID) -> Any:
         """Return the row as it is now."""
         with self.engine.connect() as connection:

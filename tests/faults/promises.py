@@ -104,11 +104,11 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count follow-ups accepted after a later one of their chat."""
+    """Count follow-ups that a chat accepted first after a later one of its own."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:
-        if request["accepted"]:
+        if request["accepted"] and not request["duplicate"]:
             row = rows[_id(rows, request)]
             place = (row.due_date, row.id)
             if request["chatId"] in latest and place < latest[request["chatId"]]:

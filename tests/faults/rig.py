@@ -105,10 +105,9 @@ class Rig(Stack):
         if per_chat == 1:
             ids = self.world.burst(due)
         else:
-            ids = []
-            for first in range(0, count, per_chat):
-                chat_id = self.world.chat()
-                ids += [self.world.follow_up(chat_id, ahead) for ahead in due[first : first + per_chat]]
+            chats = [self.world.chat() for _ in range(0, count, per_chat)]
+            places = [(chats[number // per_chat], ahead) for number, ahead in enumerate(due)]
+            ids = self.world.follow_ups_at_once(places)
         self.created.update(ids)
         return ids
 
