@@ -10,6 +10,7 @@ import json
 import math
 import os
 import ssl
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,15 +60,23 @@ class _BrokenConnectionError(aiohttp.ClientError):
 
 
 class _Body(aiohttp.BytesPayload):
-    """A body that knows whether it was written; aiohttp writes the headers together with it.
+    """A body that knows whether it was written, and is not written after ``until`` (monotonic seconds).
 
-    A `TraceConfig` tells the same, at 35 us a call: a quarter of all that a call costs.
+    A process that was frozen while it connected would write before it sees that its time is up, perhaps after
+    the follow-up was cancelled, or sent by another. aiohttp writes the headers together with the body. A
+    `TraceConfig` tells the same, at 35 us a call: a quarter of all that a call costs.
     """
 
-    went_out = False
+    def __init__(self, value: bytes, until: float) -> None:
+        """Take the body as it goes out."""
+        super().__init__(value)
+        self.went_out = False
+        self._until = until
 
     async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Write to the socket, and note first that this began."""
+        """Write to the socket, and note first that this began. Raises `TimeoutError` when it is too late to."""
+        if time.monotonic() > self._until:
+            raise TimeoutError
         self.went_out = True
         await super().write_with_length(writer, content_length)
 
@@ -101,7 +110,7 @@ class HttpCaller:
         if self._session is None:
             message = "The transport is not open: await open() first."
             raise RuntimeError(message)
-        body = _Body(call.body)
+        body = _Body(call.body, time.monotonic() + self._timeout)
         try:
             answer = await self._answer(self._session, call, body)
         except Exception as error:  # noqa: BLE001 - whatever the other side provokes is an outcome, not a crash

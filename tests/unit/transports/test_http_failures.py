@@ -200,3 +200,33 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
         outcome = await call
     assert isinstance(outcome, Unknown)
     assert MESSAGE not in repr(outcome)
+
+
+@pytest.mark.parametrize("steps", range(1, 10))
+async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
+    """Frozen at any step of the way until its time is up, it sends nothing on waking: it may be another's by now."""
+    came: list[float] = []
+
+    def listen() -> None:  # in a thread, which does not stand still
+        connection, _ = silent.accept()
+        with connection:
+            connection.settimeout(5)
+            if connection.recv(1):
+                came.append(time.monotonic())
+
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(5)
+        listening = loop.run_in_executor(None, listen)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url, transport_timeout=0.2))) as transport:
+            sending = loop.create_task(transport.send(a_delivery()))
+            for _ in range(steps):  # of the event loop
+                await asyncio.sleep(0)
+            time.sleep(0.3)  # noqa: ASYNC251 - the whole process is to stand still
+            woken = time.monotonic()
+            outcome = await sending
+        with contextlib.suppress(TimeoutError):
+            await listening
+    assert isinstance(outcome, Retry) == (not came)
+    assert all(moment < woken for moment in came)
