@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery
     from world import World
 
-BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "accepted_ago", "WITH head AS MATERIALIZED"
+BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.leases import Lease
+from followups.store.leases import Lease, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -149,7 +149,7 @@ def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timed
     """Wake what waited for the ended ones and lease it to the caller, who sends it at once."""
     if not ended:
         return []
-    rows = connection.execute(_WAKE_AND_LEASE, {"ids": list(ended), "lease": lease})
+    rows = connection.execute(_WAKE_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
     return [Lease(row.id, row.lease_token, row.due) for row in rows]
 
 
