@@ -68,7 +68,7 @@ def _was_committed(engine: Engine, number: str) -> bool:
     return False
 
 
-async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: Unpack[Ts]) -> T:
+async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
     """Do ``work(engine, ...)``, written for an `Engine`, in an event loop that goes on while the server is waited for.
 
     No thread takes part. Threads that talk to the server beside a busy loop wait for the interpreter's lock, and

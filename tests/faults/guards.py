@@ -25,7 +25,7 @@ from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.states import ReasonCode, Status, finish
 from followups.store import chats, follow_ups, idempotency, leases, order
-from followups.transports.port import Retry, Sent
+from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def result_settles_again(scene: Scene) -> None:
     (begun,) = scene.begin(scene.lease())
     scene.settle(begun, Retry("HTTP 500"))
     scene.cancel(begun.lease.id)
-    scene.settle(begun, Sent(None))
+    scene.settle(begun, Rejected("HTTP 403"))
     expect(scene.world.row(begun.lease.id).status == "cancelled", "final states never change")
 
 
