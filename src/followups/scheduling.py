@@ -6,13 +6,13 @@ nothing else to enqueue. The REST API and the command line call these too.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 
 from followups.errors import (
     AlreadyFinishedError,
+    AlreadyRetriedError,
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
@@ -22,11 +22,12 @@ from followups.errors import (
 )
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
-from followups.store import chats, follow_ups, order
+from followups.store import chats, follow_ups, order, repetitions
 from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
@@ -76,19 +77,43 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
 
 def retry(session: Session, follow_up_id: UUID, *, due_date: datetime | None = None) -> FollowUp:
     """Make a new follow-up from a failed one, which stays as it is. Errors as for `schedule`."""
+    old = _failed(session, follow_up_id)
+    return _repeat(session, old, repetitions.last_of(session, old.id), due_date)
+
+
+def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
+    """Make a new follow-up, due now, from a failed one of which none was made yet.
+
+    Raises `AlreadyRetriedError` when one was, and what `schedule` raises.
+    """
+    old = _failed(session, follow_up_id)
+    if repetitions.last_of(session, old.id) != old.id:
+        raise AlreadyRetriedError
+    return _repeat(session, old, old.id, None)
+
+
+def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
+    """Return the follow-up, with the lock of its chat: what it was repeated as stays as it is."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
     if old.status != Status.FAILED:
         message = f"Only a failed follow-up can be retried; this one is {old.status}."
         raise ConflictError(message)
-    return schedule(
+    chats.lock_chat(session, old.workspace_id, old.chat_id)
+    return old
+
+
+def _repeat(session: Session, old: FollowUp, last: UUID, due_date: datetime | None) -> FollowUp:
+    new = schedule(
         session,
         workspace_id=old.workspace_id,
         chat_id=old.chat_id,
         message=old.message,
-        due_date=due_date or datetime.now(UTC),
+        due_date=due_date or session.execute(select(func.now())).scalar_one(),
     )
+    repetitions.note(session, new.id, last)
+    return new
 
 
 def amend(
@@ -216,10 +241,11 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
             message = f"A {field.replace('_', ' ')} goes only with a status of sent, failed or cancelled."
             raise InvalidRequestError(message, field=field)
     if "reason" in changes:
-        _check_reason(changes["reason"], changes["status"])
+        check_reason(changes["reason"], changes["status"])
 
 
-def _check_reason(reason: str, status: Status) -> None:
+def check_reason(reason: str, status: Status) -> None:
+    """Refuse a reason that is empty, too long or not storable, or that does not go with the status."""
     if status is Status.SENT:
         message = "A sent follow-up carries no reason."
         raise InvalidRequestError(message, field="reason")

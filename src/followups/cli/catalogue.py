@@ -40,9 +40,9 @@ CATALOGUE = {
     "openapi": Entry("openapi", "Print the OpenAPI document of the REST API.", SET_UP),
     "list": Entry("listing", "List follow-ups, newest first.", OPERATE),
     "show": Entry("show", "Say everything about one follow-up, and why it was or was not sent.", OPERATE),
-    "cancel": Entry("changes", "Cancel a pending follow-up.", OPERATE),
+    "cancel": Entry("changes", "Cancel a pending follow-up, or all of a chat or workspace.", OPERATE),
     "reschedule": Entry("changes", "Give a pending follow-up another due date.", OPERATE),
-    "retry": Entry("changes", "Make a new follow-up from a failed one.", OPERATE),
+    "retry": Entry("changes", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
 """In the order of the help."""

@@ -69,7 +69,7 @@ class TestList:
         assert (run("list").code, run("list").stdout) == (0, "")
         assert run("list").stderr == "There is no such follow-up.\n"
         assert run("list", "--json").document == []
-        assert run("list", "--workspace", "nobody").code == 1
+        assert run("list", "--workspace", "nobody").code == 2
 
 
 class TestShow:
@@ -122,7 +122,7 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id fails with a sentence."""
+        """An unknown id is wrong usage, with a sentence."""
         ran = run("show", uuid4())
-        assert (ran.code, ran.stdout) == (1, "")
+        assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"

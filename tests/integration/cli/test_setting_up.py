@@ -149,9 +149,9 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace and an unknown key fail with a sentence that says where to look."""
+        """An unknown workspace and an unknown key are wrong usage, with a sentence that says where to look."""
         ran = run("api-key", "create", "--workspace", "acme")
-        assert (ran.code, ran.stdout) == (1, "")
+        assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
         assert "followups api-key list shows" in run("api-key", "revoke", uuid4()).stderr
 
