@@ -21,8 +21,9 @@ from followups.errors import (
     OutsideMessagingWindowError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
+from followups.quiet_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
-from followups.store import chats, follow_ups, order, repetitions
+from followups.store import chats, follow_ups, order, repetitions, sending_hours
 from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
@@ -196,13 +197,24 @@ def trigger_of(chat: Chat) -> UUID:
 
 
 def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
-    """Refuse a due date outside the channel's messaging window; one in the past means now."""
+    """Refuse a due date outside the channel's messaging window; one in the past means now.
+
+    One outside the workspace's sending hours will be held until they open, so it is then that must be inside.
+    """
     channel = Channel(chat.channel)
     if is_open(channel, None, due_date):
         return
     now = session.execute(select(func.now())).scalar_one()
-    if not is_open(channel, chat.last_user_message_at, max(due_date, now)):
+    moment = max(due_date, now)
+    if not is_open(channel, chat.last_user_message_at, moment):
         raise OutsideMessagingWindowError(field="due_date")
+    hours = sending_hours.find(session, chat.workspace_id)
+    if hours is not None and not is_open(channel, chat.last_user_message_at, opening := opens_at(hours, moment)):
+        message = (
+            f"The due date is outside the workspace's sending hours ({hours}), which open at"
+            f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
+        )
+        raise OutsideMessagingWindowError(message, field="due_date")
 
 
 def check_message(message: str) -> None:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
 from followups.cli.times import rfc3339
+from followups.quiet_hours import DAYS
 
 if TYPE_CHECKING:
     from followups.models import ApiKey, FollowUp, Workspace
+    from followups.quiet_hours import SendingHours
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
@@ -20,6 +22,18 @@ def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[st
 def workspace_document(workspace: Workspace) -> dict[str, Any]:
     """Return the JSON form of a workspace."""
     return {"id": str(workspace.id), "name": workspace.name, "createdAt": rfc3339(workspace.created_at)}
+
+
+def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
+    """Return the JSON form of sending hours; None for every hour."""
+    if hours is None:
+        return None
+    return {
+        "timeZone": hours.time_zone,
+        "from": f"{hours.opening:%H:%M}",
+        "to": f"{hours.closing:%H:%M}",
+        "days": [DAYS[day] for day in sorted(hours.days)],
+    }
 
 
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:

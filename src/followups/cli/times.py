@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import ClassVar
 
 import typer
+
+from followups.quiet_hours import read_days
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
@@ -110,6 +112,33 @@ def _duration(text: str) -> timedelta:
         return sum((timedelta(**{UNITS[unit]: float(number)}) for number, unit in PART.findall(text)), timedelta(0))
     except OverflowError:
         message = f"{text!r} is too far in the future."
+        raise typer.BadParameter(message) from None
+
+
+CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
+
+
+def parse_clock(text: str) -> time:
+    """Read a time of the day: ``08:00``. Raises `typer.BadParameter`.
+
+    >>> parse_clock("8:30")
+    datetime.time(8, 30)
+    """
+    if text == "24:00":
+        return time(0)
+    found = CLOCK.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no time of the day; write it as 08:00."
+        raise typer.BadParameter(message)
+    return time(int(found[1]), int(found[2]))
+
+
+def parse_days(text: str) -> frozenset[int]:
+    """Read days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
+    try:
+        return read_days(text)
+    except ValueError:
+        message = f"{text!r} are no days; write them as mon-fri or sat,sun."
         raise typer.BadParameter(message) from None
 
 
