@@ -79,7 +79,7 @@ def hours(  # noqa: PLR0913 - one for each option
     time_zone: Annotated[str | None, typer.Option(help="As in Europe/Berlin.", show_default=False)] = None,
     opening: Annotated[time | None, typer.Option("--from", parser=parse_clock, metavar="HH:MM", help=FROM)] = None,
     closing: Annotated[time | None, typer.Option("--to", parser=parse_clock, metavar="HH:MM", help=TO)] = None,
-    days: Annotated[str | None, typer.Option(metavar="DAYS", help=DAYS, show_default="every day")] = None,
+    days: Annotated[str | None, typer.Option("--days", metavar="WEEKDAYS", help=DAYS, show_default="every day")] = None,
     always: Annotated[bool, typer.Option("--always", help="Send at every hour again.")] = False,
     json: Json = False,
 ) -> None:
