@@ -11,6 +11,7 @@ from followups.quiet_hours import DAYS
 if TYPE_CHECKING:
     from followups.models import ApiKey, FollowUp, Workspace
     from followups.quiet_hours import SendingHours
+    from followups.store.pauses import Standing
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
@@ -33,6 +34,16 @@ def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
         "from": f"{hours.opening:%H:%M}",
         "to": f"{hours.closing:%H:%M}",
         "days": [DAYS[day] for day in sorted(hours.days)],
+    }
+
+
+def pause_document(pause: Standing) -> dict[str, Any]:
+    """Return the JSON form of a pause; a null workspace or channel is any."""
+    return {
+        "workspace": pause.workspace,
+        "channel": pause.channel,
+        "since": rfc3339(pause.since),
+        "held": pause.held,
     }
 
 

@@ -9,11 +9,12 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import bulk, connection
+from followups.cli.documents import pause_document
 from followups.cli.examples import examples
 from followups.cli.filters import workspace_id_of
 from followups.cli.nudging import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import readable, rfc3339
+from followups.cli.times import readable
 from followups.store import cancelling, pauses
 from followups.store.pauses import Scope
 from followups.windows import Channel
@@ -68,7 +69,7 @@ def pause(
         with engine.connect() as opened:
             standing = pauses.standing(opened)
     if json:
-        print_json([_document(each) for each in standing])
+        print_json([pause_document(each) for each in standing])
     else:
         say(f"{_named(workspace, channel)} is paused" + ("." if new else ", as it was."))
 
@@ -90,7 +91,7 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
             standing = pauses.standing(opened)
     ask_for_tick()
     if json:
-        print_json({"resumed": was_paused, "freed": freed, "paused": [_document(each) for each in standing]})
+        print_json({"resumed": was_paused, "freed": freed, "paused": [pause_document(each) for each in standing]})
         return
     if was_paused or freed:
         say(f"{_named(workspace, channel)} goes on; {freed:,} that were held go on with it.")
@@ -143,7 +144,7 @@ def _list(*, json: bool) -> None:
     with connection.session() as session:
         standing = pauses.standing(session.connection())
     if json:
-        print_json([_document(each) for each in standing])
+        print_json([pause_document(each) for each in standing])
         return
     print_table(("WORKSPACE", "CHANNEL", "SINCE", "HELD"), _rows(standing), empty="Nothing is paused.")
 
@@ -151,15 +152,6 @@ def _list(*, json: bool) -> None:
 def _rows(standing: Sequence[Standing]) -> Iterator[tuple[str, ...]]:
     for each in standing:
         yield (each.workspace or "all", each.channel or "all", readable(each.since), f"{each.held:,}")
-
-
-def _document(standing: Standing) -> dict[str, object]:
-    return {
-        "workspace": standing.workspace,
-        "channel": standing.channel,
-        "since": rfc3339(standing.since),
-        "held": standing.held,
-    }
 
 
 def _named(workspace: str | None, channel: str | None) -> str:

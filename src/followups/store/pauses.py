@@ -74,6 +74,20 @@ def standing(connection: Connection) -> Sequence[Standing]:
     return [Standing(*row) for row in connection.execute(_STANDING)]
 
 
+_OF = text("""
+    SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since, 0 AS held
+      FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
+     WHERE (p.workspace_id = :workspace_id OR p.workspace_id IS NULL) AND (p.channel = :channel OR p.channel IS NULL)
+     ORDER BY p.created_at LIMIT 1
+""")
+
+
+def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | None:
+    """Return the first pause that stops this channel of this workspace (``held`` is not counted); None for none."""
+    row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
+    return Standing(*row) if row else None
+
+
 # The few pauses that anything is held by, one after the other from the index, however much each of them holds.
 _GONE = """
     WITH RECURSIVE holding AS (
