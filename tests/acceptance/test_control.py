@@ -8,6 +8,7 @@ import time
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from celery import Celery
 from sqlalchemy.orm import Session
 
 from followups.quiet_hours import SendingHours
@@ -89,3 +90,28 @@ def test_held_until_the_hours_open(stack: Stack) -> None:
     assert sorted(stack.accepted()) == sorted(map(str, ids))
     assert all(datetime.fromisoformat(one["receivedAt"]) >= opening for one in stack.received())
     assert {stack.world.row(one).attempts for one in ids} == {1}
+
+
+def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
+    """Asked as beat does it, a worker removes what is past its retention, while follow-ups go out on time."""
+    stack.options["FOLLOWUPS_RETENTION"] = "P30D"
+    stack.start()
+    old = "now() - interval '31 days'"
+    chat = stack.world.chat()
+    stack.world.sql(
+        "INSERT INTO follow_ups"  # noqa: S608 - a constant above
+        "  (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, finished_at)"
+        f" SELECT :w, :c, 'x', {old}, gen_random_uuid(), 'sent', {old} FROM generate_series(1, 5000)",
+        w=stack.world.workspace_id,
+        c=chat,
+    )
+    app = Celery(broker=stack.settings.broker_url.get_secret_value())
+    app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
+    app.send_task("followups.remove_old", queue="dispatch")
+    app.close()
+    ids = stack.world.burst([SECOND * n / 20 for n in range(40)])
+    stack.wait_until_done(*ids)
+    wait_until(lambda: len(stack.world.rows()) == len(ids))
+    assert {row.status for row in stack.world.rows()} == {"sent"}
+    [line] = wait_until(lambda: stack.log_events("removed_old"))
+    assert line["follow_ups"] == 5000

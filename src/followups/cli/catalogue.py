@@ -45,6 +45,7 @@ CATALOGUE = {
     "retry": Entry("changes", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
     "pause": Entry("pausing", "Let nothing of a workspace or channel begin; --list shows what is paused.", OPERATE),
     "resume": Entry("pausing", "Let what is paused go on.", OPERATE),
+    "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
 """In the order of the help."""

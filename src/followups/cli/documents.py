@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
@@ -9,9 +10,11 @@ from followups.cli.times import rfc3339
 from followups.quiet_hours import DAYS
 
 if TYPE_CHECKING:
-    from followups.models import ApiKey, FollowUp, Workspace
+    from followups.models import ApiKey, FailedAttempt, FollowUp, Workspace
     from followups.quiet_hours import SendingHours
     from followups.store.pauses import Standing
+
+MILLISECOND = timedelta(milliseconds=1)
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
@@ -44,6 +47,18 @@ def pause_document(pause: Standing) -> dict[str, Any]:
         "channel": pause.channel,
         "since": rfc3339(pause.since),
         "held": pause.held,
+    }
+
+
+def failure_document(failure: FailedAttempt) -> dict[str, Any]:
+    """Return the JSON form of a failed attempt."""
+    return {
+        "attempt": failure.number,
+        "at": rfc3339(failure.at),
+        "outcome": failure.outcome,
+        "detail": failure.detail,
+        "statusCode": failure.status_code,
+        "durationMs": None if failure.duration is None else round(failure.duration / MILLISECOND, 3),
     }
 
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from sqlalchemy import func, select
 
 from followups.cli import connection
-from followups.cli.documents import follow_up_document, hours_document
+from followups.cli.documents import failure_document, follow_up_document, hours_document
 from followups.cli.examples import examples
 from followups.cli.explanations import Circumstances, explain, lag_of, stopped
 from followups.cli.output import Json, console, print_json
@@ -140,7 +140,7 @@ def _document(found: Found, *, message: bool) -> dict[str, Any]:
         "attempts": follow_up.attempts,
         "lostLeases": follow_up.losses,
         "snoozes": follow_up.snoozes,
-        "failedAttempts": [_failure_document(failure) for failure in found.failures],
+        "failedAttempts": [failure_document(failure) for failure in found.failures],
     }
 
 
@@ -148,17 +148,6 @@ def _paused_by(pause: Standing | None) -> dict[str, Any] | None:
     if pause is None:
         return None
     return {"workspace": pause.workspace, "channel": pause.channel, "since": rfc3339(pause.since)}
-
-
-def _failure_document(failure: FailedAttempt) -> dict[str, Any]:
-    return {
-        "attempt": failure.number,
-        "at": rfc3339(failure.at),
-        "outcome": failure.outcome,
-        "detail": failure.detail,
-        "statusCode": failure.status_code,
-        "durationMs": None if failure.duration is None else round(failure.duration / MILLISECOND, 3),
-    }
 
 
 def _print(found: Found, *, message: bool) -> None:
