@@ -115,6 +115,7 @@ class Pause(Base):
             text("COALESCE(workspace_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
             text("COALESCE(channel, '')"),
             unique=True,
+            postgresql_where=text("ended_at IS NULL"),
         ),
     )
 
@@ -122,6 +123,8 @@ class Pause(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
     channel: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+    """When it was lifted: it holds nothing more, and stays only until all that it held has been freed."""
 
 
 class ApiKey(Base):

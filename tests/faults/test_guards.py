@@ -71,7 +71,9 @@ CATALOGUE = {
         {"now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until)": "now() < '-infinity'::timestamptz"},
         guards.begins_in(lambda scene: scene.world.chat(), due=-timedelta(days=3), scheduled_at="2020-01-01T00:00:00Z"),
     ),
-    "pause at begin": Guard(BEGIN, {"SELECT EXISTS (SELECT FROM pauses)": "SELECT false"}, guards.paused_begins),
+    "pause at begin": Guard(
+        BEGIN, {"SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)": "SELECT false"}, guards.paused_begins
+    ),
     "sending hours at begin": Guard(
         BEGIN, {"SELECT EXISTS (SELECT FROM sending_hours)": "SELECT false"}, guards.begins_outside_hours
     ),

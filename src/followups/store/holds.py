@@ -31,7 +31,8 @@ _DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 _SENT_AT = f"GREATEST(now(), {_DUE})"
 _PAUSE = """
     FROM pauses p
-   WHERE (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL) AND (p.channel = c.channel OR p.channel IS NULL)
+   WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
+     AND (p.channel = c.channel OR p.channel IS NULL)
 """
 _CLOSED = f"""
     FROM sending_hours h
@@ -41,7 +42,7 @@ _CLOSED = f"""
 # Whether there is any pause or any sending hours at all is asked once a statement; while there are none, which is
 # most of the time, a follow-up costs nothing more.
 HELD_BACK = f"""
-    ((SELECT EXISTS (SELECT FROM pauses)) AND EXISTS (SELECT {_PAUSE})
+    ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)) AND EXISTS (SELECT {_PAUSE})
      OR (SELECT EXISTS (SELECT FROM sending_hours)) AND EXISTS (SELECT {_CLOSED}))
 """  # noqa: S608 - no input, only the constants above
 """SQL: that follow-up ``f``, in chat ``c``, must not begin now. After sending hours have ended it says so until
@@ -91,7 +92,7 @@ _FIND = text(f"""
       JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
       LEFT JOIN LATERAL (SELECT p.id {_PAUSE} ORDER BY p.created_at LIMIT 1) p ON true
       LEFT JOIN sending_hours h ON h.workspace_id = f.workspace_id
-     WHERE (SELECT EXISTS (SELECT FROM pauses) OR EXISTS (SELECT FROM sending_hours))
+     WHERE (SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL) OR EXISTS (SELECT FROM sending_hours))
        AND (p.id IS NOT NULL OR h.workspace_id IS NOT NULL)
 """)  # noqa: S608 - no input, only the constants above
 
@@ -134,7 +135,8 @@ class Hold:
 # The lock on the pause makes "it still stands" stay true until this commits: whoever resumes comes after, and frees.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
-        SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) ORDER BY id FOR KEY SHARE SKIP LOCKED
+        SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
+         ORDER BY id FOR SHARE SKIP LOCKED
     ), held AS MATERIALIZED (
         SELECT f.id, b.until, b.again, b.pause
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:untils AS timestamptz[]),

@@ -50,11 +50,12 @@ _THIS = """
     workspace_id IS NOT DISTINCT FROM CAST(:workspace_id AS uuid)
     AND channel IS NOT DISTINCT FROM CAST(:channel AS text)
 """
-_RESUME = text(f"DELETE FROM pauses WHERE {_THIS}")  # noqa: S608 - no input, only the constant above
+_RESUME = text(f"UPDATE pauses SET ended_at = now() WHERE {_THIS} AND ended_at IS NULL")  # noqa: S608 - no input, only the constant above
 _STANDING = text("""
     SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since,
            (SELECT count(*) FROM follow_ups f WHERE f.pause_id = p.id AND f.status = 'pending') AS held
       FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
+     WHERE p.ended_at IS NULL
      ORDER BY w.name NULLS FIRST, p.channel NULLS FIRST
 """)
 
@@ -65,7 +66,7 @@ def pause(connection: Connection, scope: Scope) -> bool:
 
 
 def resume(connection: Connection, scope: Scope) -> bool:
-    """Take the pause away; say whether there was one. What it holds is then forgotten: see `free_forgotten`."""
+    """Lift the pause; say whether there was one. What it holds is freed by `free_forgotten`."""
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
@@ -77,7 +78,8 @@ def standing(connection: Connection) -> Sequence[Standing]:
 _OF = text("""
     SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since, 0 AS held
       FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
-     WHERE (p.workspace_id = :workspace_id OR p.workspace_id IS NULL) AND (p.channel = :channel OR p.channel IS NULL)
+     WHERE p.ended_at IS NULL AND (p.workspace_id = :workspace_id OR p.workspace_id IS NULL)
+       AND (p.channel = :channel OR p.channel IS NULL)
      ORDER BY p.created_at LIMIT 1
 """)
 
@@ -88,51 +90,43 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | N
     return Standing(*row) if row else None
 
 
-# The few pauses that anything is held by, one after the other from the index, however much each of them holds.
-_GONE = """
-    WITH RECURSIVE holding AS (
-        (SELECT pause_id FROM follow_ups
-          WHERE pause_id IS NOT NULL AND status = 'pending' ORDER BY pause_id LIMIT 1)
-         UNION ALL
-        SELECT (SELECT f.pause_id FROM follow_ups f
-                 WHERE f.pause_id > holding.pause_id AND f.pause_id IS NOT NULL AND f.status = 'pending'
-                 ORDER BY f.pause_id LIMIT 1)
-          FROM holding WHERE holding.pause_id IS NOT NULL
-    ), gone AS MATERIALIZED (
-        SELECT pause_id FROM holding
-         WHERE pause_id IS NOT NULL AND NOT EXISTS (SELECT FROM pauses p WHERE p.id = holding.pause_id)
-    )
-"""
-_COUNT_FORGOTTEN = text(f"""
-    {_GONE}
-    SELECT count(*) FROM gone JOIN follow_ups f ON f.pause_id = gone.pause_id AND f.status = 'pending'
-""")  # noqa: S608 - no input, only the constant above
-_FREE_FORGOTTEN = text(f"""
-    {_GONE}, held AS MATERIALIZED (
-        SELECT f.id FROM gone
+_LIFTED = "FROM pauses p JOIN follow_ups f ON f.pause_id = p.id AND f.status = 'pending' WHERE p.ended_at IS NOT NULL"
+_COUNT_FORGOTTEN = text(f"SELECT count(*) {_LIFTED}")
+_FREE_FORGOTTEN = text("""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM pauses p
          CROSS JOIN LATERAL (
              SELECT f.id FROM follow_ups f
-              WHERE f.pause_id = gone.pause_id AND f.pause_id IS NOT NULL AND f.status = 'pending'
+              WHERE f.pause_id = p.id AND f.pause_id IS NOT NULL AND f.status = 'pending'
               LIMIT :most
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
+         WHERE p.ended_at IS NOT NULL
     )
     UPDATE follow_ups f SET next_attempt_at = NULL, pause_id = NULL FROM held WHERE f.id = held.id
-""")  # noqa: S608 - no input, only the constant above
+""")
+_FORGET = text("""
+    DELETE FROM pauses p
+     WHERE p.ended_at IS NOT NULL AND NOT EXISTS (
+           SELECT FROM follow_ups f WHERE f.pause_id = p.id AND f.pause_id IS NOT NULL AND f.status = 'pending')
+""")
 
 
 def count_forgotten(connection: Connection) -> int:
-    """Return how many are held by pauses that are gone."""
+    """Return how many are held by pauses that have been lifted."""
     number: int = connection.execute(_COUNT_FORGOTTEN).scalar_one()
     return number
 
 
 def free_forgotten(connection: Connection) -> int:
-    """Let up to a thousand go on that are held by pauses that are gone; return how many.
+    """Let up to a thousand of each lifted pause go on; return how many. A pause that holds nothing more is deleted.
 
     Whoever resumes calls this until there are no more; whoever was interrupted at that leaves it to the dispatcher.
     """
-    return connection.execute(_FREE_FORGOTTEN, {"most": BATCH}).rowcount
+    freed = connection.execute(_FREE_FORGOTTEN, {"most": BATCH}).rowcount
+    if not freed:
+        connection.execute(_FORGET)
+    return freed
 
 
 # A begin that had looked before the pause was there may be on its way still.

@@ -19,6 +19,7 @@ def upgrade() -> None:
         sa.Column("workspace_id", sa.Uuid(), nullable=True),
         sa.Column("channel", sa.Text(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
+        sa.Column("ended_at", sa.DateTime(timezone=True), nullable=True),
         sa.CheckConstraint("workspace_id IS NOT NULL OR channel IS NOT NULL", name=op.f("ck_pauses_names_something")),
         sa.ForeignKeyConstraint(["workspace_id"], ["workspaces.id"], name=op.f("fk_pauses_workspace_id")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_pauses")),
@@ -31,6 +32,7 @@ def upgrade() -> None:
             sa.literal_column("COALESCE(channel, '')"),
         ],
         unique=True,
+        postgresql_where=sa.text("ended_at IS NULL"),
     )
     op.create_table(
         "sending_hours",
