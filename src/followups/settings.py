@@ -26,6 +26,10 @@ HINT_LIFETIME = timedelta(hours=1)
 and in the sum: transport timeout < lease < lifetime of a hint."""
 
 
+LEAST_RETENTION = timedelta(days=1)
+"""Answers to idempotent requests name follow-ups for so long."""
+
+
 def _seconds_or_iso(value: object) -> object:
     if isinstance(value, str):
         try:
@@ -78,6 +82,11 @@ class Settings(BaseSettings):
     max_lateness: Duration = Field(
         timedelta(days=1), ge=ZERO, le=timedelta(days=36_500), description="after the due date; 0 = none"
     )
+    retention: Duration = Field(
+        ZERO,
+        le=timedelta(days=36_500),
+        description="finished follow-ups are deleted so long after their end, at least a day; 0 = they are kept",
+    )
     max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
     batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
     concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
@@ -122,6 +131,15 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value and value.get_secret_value() else None
+
+    @field_validator("retention")
+    @classmethod
+    def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
+        # A number is seconds: who means 90 days and writes 90 must not lose all that is older than a minute.
+        if value and value < LEAST_RETENTION:
+            message = "should be 0, or at least a day (86400, or P1D)"
+            raise ValueError(message)
+        return value
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:

@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
+from celery.schedules import crontab
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
@@ -25,6 +26,7 @@ from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.pipeline import CONNECTIONS, Pipeline
 from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
+from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
@@ -44,6 +46,9 @@ TICK_EXPIRES = timedelta(hours=1)
 """After this an unread tick is dropped, so that beat cannot fill the broker while no worker runs. Far above
 the tick interval on purpose: Celery compares two hosts' clocks here, and an hour's margin forgives one that
 is minutes off; superfluous ticks are folded into one by the dispatcher."""
+
+TIDY_MINUTE = 17
+"""Of each hour: not when everybody's cron jobs run, nor when most sending hours open."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """For a worker's statements, which take milliseconds, and never longer than half a lease: what waits behind one
@@ -81,7 +86,11 @@ def make_app(settings: Settings) -> Celery:
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
         task_create_missing_queues=False,
-        task_routes={"followups.dispatch_due": {"queue": DISPATCH}, "followups.deliver": {"queue": DELIVER}},
+        task_routes={
+            "followups.dispatch_due": {"queue": DISPATCH},
+            "followups.remove_old": {"queue": DISPATCH},
+            "followups.deliver": {"queue": DELIVER},
+        },
         # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once, so they need
         # no pool, and a full deliver queue does not delay a tick. More cores: more worker processes.
         worker_pool="solo",
@@ -114,7 +123,13 @@ def make_app(settings: Settings) -> Celery:
                 "task": "followups.dispatch_due",
                 "schedule": settings.tick_interval,
                 "options": {"expires": TICK_EXPIRES.total_seconds()},
-            }
+            },
+            # By the clock: a beat that is restarted every now and then would never come to the end of an hour.
+            "remove-old": {
+                "task": "followups.remove_old",
+                "schedule": crontab(minute=str(TIDY_MINUTE)),
+                "options": {"expires": TICK_EXPIRES.total_seconds()},
+            },
         },
         timezone="UTC",
     )
@@ -137,11 +152,12 @@ class Process:
             "options": BY_KEY,
             "statement_timeout": min(STATEMENT_TIMEOUT, settings.lease / 2),
         }
-        self.engine = make_engine(url, pool_size=3, **connection)
+        self.engine = make_engine(url, pool_size=4, **connection)
         in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         self.pipeline = Pipeline(settings, in_loop, load_transport(settings), nudge)
         self.totals = Totals(self.engine)
+        self.tidier = Tidier(settings, self.engine)
         self.draining = False
 
     def start(self) -> None:
@@ -153,6 +169,7 @@ class Process:
     def stop(self) -> None:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
         self.dispatcher.stop()
+        self.tidier.stop()
         unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
@@ -188,6 +205,12 @@ def _collect_seldom() -> None:
 def dispatch_due(*_: object, **__: object) -> None:
     """Tick: claim what falls due before the next one, and publish it in batches."""
     current_process().dispatcher.tick()
+
+
+@app.task(name="followups.remove_old")
+def remove_old(*_: object, **__: object) -> None:
+    """Remove what is old, in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
+    current_process().tidier.start()
 
 
 @app.task(name="followups.deliver", bind=True)

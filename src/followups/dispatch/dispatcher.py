@@ -11,7 +11,7 @@ from sqlalchemy import text
 from followups.dispatch import report
 from followups.dispatch.claim import CLAIM_SIZE, claim
 from followups.dispatch.publish import batches
-from followups.store import leases, order
+from followups.store import leases, order, pauses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -115,6 +115,7 @@ class Dispatcher:
             self._next_look = time.monotonic() + self._settings.lease.total_seconds()
             with self._engine.begin() as connection:
                 order.wake_forgotten(connection)
+                pauses.free_forgotten(connection)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
         claimed = self._claim()

@@ -108,6 +108,8 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
         values = values | {
             "next_attempt_at": None,
             "waits_for": None,
+            "held_until": None,
+            "pause_id": None,
             "lease_until": None,
             "lease_token": FollowUp.lease_token + 1,
         }

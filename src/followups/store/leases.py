@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
 from followups.windows import WINDOW, WINDOWED_CHANNELS
 
@@ -166,7 +167,7 @@ _LEASED = f"CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
 _TOO_LATE = (
     "(CAST(:max_lateness AS interval) > interval '0'"
-    " AND now() >= GREATEST(f.due_date, f.scheduled_at) + CAST(:max_lateness AS interval))"
+    " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
 )
 _WINDOW_CLOSED = (
     f"(c.channel IN ({_WINDOWED})"
@@ -187,7 +188,7 @@ _BEGIN = text(f"""
           FROM {_BATCH} {_LEASED}
           JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
          WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
-           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER})
+           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER}) AND NOT {HELD_BACK}
     )
     UPDATE follow_ups f
        SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)

@@ -139,6 +139,19 @@ _WAKE_FORGOTTEN = text("""
 """)
 
 
+_FIRST = text("""
+    SELECT id FROM follow_ups
+     WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+     ORDER BY due_date, id LIMIT 1
+""")
+
+
+def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
+    """Return the follow-up whose turn it is in the chat; None when nothing is pending there."""
+    first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
+    return first
+
+
 def wake(connection: Connection, ended: Collection[UUID]) -> None:
     """Let what waited for the ended ones be claimed again. Call after the ends, in their transaction."""
     if ended:
