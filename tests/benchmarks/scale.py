@@ -12,7 +12,6 @@ import argparse
 import json
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import get_context
@@ -31,8 +30,13 @@ from followups.store import leases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from multiprocessing.queues import Queue
+    from multiprocessing.synchronize import Barrier
 
 WINDOW = int(Settings.model_fields["max_in_flight"].default)
+FINAL = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
+"""Ends a lease without an attempt, by a statement of the store."""
+
 CHATS = 10_000
 MONTHS = 4
 
@@ -71,26 +75,32 @@ def vacuum(engine: Engine) -> None:
         connection.execute(text("VACUUM ANALYZE follow_ups"))
 
 
-def dispatch(url: str, start: float, seconds: float) -> tuple[list[str], list[float]]:
-    """Claim as a dispatcher does, and end at once what was claimed; return the ids, and the time of each claim."""
+def dispatch(url: str, ready: Barrier, results: Queue[Any], seconds: float) -> None:
+    """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
-    final = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)  # ends a lease without an attempt, by its own statement
-    span = {"ahead": timedelta(seconds=2), "lease": timedelta(minutes=1)}
+    span = {"ahead": timedelta(seconds=2), "lease": timedelta(minutes=1), "since": None}
     ids: list[str] = []
     took: list[float] = []
     engine.connect().close()
-    time.sleep(max(0.0, start - time.time()))
-    while time.time() < start + seconds:
+    ready.wait()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         began = time.perf_counter()
         with engine.begin() as connection:
-            claimed, *_ = leases.claim(connection, window=WINDOW, most=CLAIM_SIZE, **span)
+            claimed, _, span["since"] = leases.claim(connection, window=WINDOW, most=CLAIM_SIZE, **span)
         took.append(time.perf_counter() - began)
         ids += [str(one.lease.id) for one in claimed]
-        if claimed:
-            with engine.begin() as connection:
-                leases.end_if_not_begun(connection, [(one.lease, final) for one in claimed])
+        end_all(engine, [one.lease for one in claimed])
+    results.put((ids, took))
     engine.dispose()
-    return ids, took
+
+
+def end_all(engine: Engine, held: list[leases.Lease]) -> None:
+    """End leases without an attempt; one that another dispatcher looks at in this moment is tried again."""
+    while held:
+        with engine.begin() as connection:
+            ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])
+        held = [lease for lease in held if lease.id not in ended]
 
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
@@ -106,10 +116,14 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
 
 def together(url: str, number: int, seconds: float) -> dict[str, float]:
     """Let so many dispatchers claim at once, each from a process of its own."""
-    with ProcessPoolExecutor(number, mp_context=get_context("spawn")) as processes:
-        start = time.time() + 2 + 0.3 * number
-        running = [processes.submit(dispatch, url, start, seconds) for _ in range(number)]
-        results = [one.result() for one in running]
+    context = get_context("spawn")
+    ready, queue = context.Barrier(number), context.Queue()
+    processes = [context.Process(target=dispatch, args=(url, ready, queue, seconds)) for _ in range(number)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
     ids = [id_ for each, _ in results for id_ in each]
     assert len(ids) == len(set(ids)), "claimed twice"
     cuts = quantiles([one for _, each in results for one in each], n=100)
@@ -141,8 +155,7 @@ def history(options: argparse.Namespace) -> dict[str, Any]:
     ended = f"now() - interval '2 days' - (n % {MONTHS}) * interval '31 days'"
     with filled(options.rows, _COLUMNS, f", 'sent', {ended}, {ended}") as (_, engine), engine.connect() as connection:
         size = connection.execute(text("SELECT pg_total_relation_size('follow_ups')")).scalar_one()
-        month = "finished_at < now() - interval '80 days'"
-        deleted = timed(connection, f"DELETE FROM follow_ups WHERE {month}")
+        deleted = timed(connection, "DELETE FROM follow_ups WHERE finished_at < now() - interval '80 days'")
         connection.rollback()
         partition(connection)
         began, moved = time.perf_counter(), 0
