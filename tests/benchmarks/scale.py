@@ -1,0 +1,217 @@
+"""What SCALING.md rests on, on one embedded PostgreSQL: many dispatchers at once, and a history in partitions.
+
+    uv run python tests/benchmarks/scale.py claim --rows 1000000 --dispatchers 1,2,4,8,16 --seconds 5
+    uv run python tests/benchmarks/scale.py history --rows 1000000
+
+Asserts only that nothing is claimed twice and nothing gets lost. Ends by itself, within a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import get_context
+from statistics import quantiles
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, Engine, text
+
+from followups.database import BY_KEY, make_engine
+from followups.dispatch.claim import CLAIM_SIZE
+from followups.embedded import EmbeddedPostgres
+from followups.schema import migrate
+from followups.settings import Settings
+from followups.states import ReasonCode, Status, finish
+from followups.store import leases
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from multiprocessing.queues import Queue
+    from multiprocessing.synchronize import Barrier
+
+WINDOW = int(Settings.model_fields["max_in_flight"].default)
+FINAL = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
+"""Ends a lease without an attempt, by a statement of the store."""
+
+CHATS = 10_000
+MONTHS = 4
+
+_CHATS = text("""
+    INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
+    SELECT :workspace, gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, :chats)
+""")
+# Each row beside others of any chat, as arrivals have it.
+_ROWS = """
+    INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id {columns})
+    SELECT :workspace, chat.id, now() - n * interval '1 ms', 'Still there?', gen_random_uuid() {values}
+      FROM generate_series(1, :rows) AS n
+      JOIN (SELECT id, row_number() OVER () AS number FROM chats) AS chat ON chat.number = n % :chats + 1
+"""
+
+
+@contextmanager
+def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str, Engine]]:
+    """Start a server with so many follow-ups, all due; yield its URL and an engine."""
+    with EmbeddedPostgres() as postgres:
+        migrate(postgres.url())
+        engine = make_engine(postgres.url(), statement_timeout=None)
+        with engine.begin() as connection:
+            workspace = connection.execute(text("INSERT INTO workspaces (name) VALUES ('x') RETURNING id")).scalar_one()
+            counts = {"workspace": workspace, "chats": CHATS, "rows": rows}
+            connection.execute(_CHATS, {"workspace": workspace, "chats": CHATS})
+            connection.execute(text(_ROWS.format(columns=columns, values=values)), counts)
+        vacuum(engine)
+        yield postgres.url(), engine
+        engine.dispose()
+
+
+def vacuum(engine: Engine) -> None:
+    """Bring the statistics up to date, as autovacuum does in time."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM ANALYZE follow_ups"))
+
+
+def dispatch(url: str, ready: Barrier, results: Queue[Any], seconds: float) -> None:
+    """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
+    engine = make_engine(url, pool_size=1, options=BY_KEY)
+    span = {"ahead": timedelta(seconds=2), "lease": timedelta(minutes=1), "since": None}
+    ids: list[str] = []
+    took: list[float] = []
+    engine.connect().close()
+    ready.wait()
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        began = time.perf_counter()
+        with engine.begin() as connection:
+            claimed, _, span["since"] = leases.claim(connection, window=WINDOW, most=CLAIM_SIZE, **span)
+        took.append(time.perf_counter() - began)
+        ids += [str(one.lease.id) for one in claimed]
+        end_all(engine, [one.lease for one in claimed])
+    results.put((ids, took))
+    engine.dispose()
+
+
+def end_all(engine: Engine, held: list[leases.Lease]) -> None:
+    """End leases without an attempt; one that another dispatcher looks at in this moment is tried again."""
+    while held:
+        with engine.begin() as connection:
+            ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])
+        held = [lease for lease in held if lease.id not in ended]
+
+
+def claim(options: argparse.Namespace) -> dict[str, Any]:
+    """Let ever more dispatchers claim from the same table."""
+    found = {}
+    with filled(options.rows) as (url, engine):
+        for number in map(int, options.dispatchers.split(",")):
+            found[f"{number} dispatchers"] = together(url, number, options.seconds)
+            print(number, found[f"{number} dispatchers"], file=sys.stderr)  # noqa: T201 - how far it is
+            vacuum(engine)  # what has ended is no longer in the claim's way, as autovacuum sees to
+    return found
+
+
+def together(url: str, number: int, seconds: float) -> dict[str, float]:
+    """Let so many dispatchers claim at once, each from a process of its own."""
+    context = get_context("spawn")
+    ready, queue = context.Barrier(number), context.Queue()
+    processes = [context.Process(target=dispatch, args=(url, ready, queue, seconds)) for _ in range(number)]
+    for process in processes:
+        process.start()
+    results = [queue.get(timeout=120) for _ in processes]
+    for process in processes:
+        process.join()
+    ids = [id_ for each, _ in results for id_ in each]
+    assert len(ids) == len(set(ids)), "claimed twice"
+    cuts = quantiles([one for _, each in results for one in each], n=100)
+    return {
+        "claimed and ended a second": round(len(ids) / seconds),
+        "claim p50 ms": round(cuts[49] * 1000, 1),
+        "claim p99 ms": round(cuts[98] * 1000, 1),
+    }
+
+
+_COLUMNS = ", status, finished_at, created_at"
+_PARTITIONED = """
+    CREATE TABLE follow_ups_history (LIKE follow_ups INCLUDING DEFAULTS) PARTITION BY RANGE (finished_at);
+    CREATE INDEX ON follow_ups_history (id);
+    CREATE INDEX ON follow_ups_history (workspace_id, status, created_at DESC, id);
+"""
+_MOVE = text("""
+    WITH old AS (
+        SELECT id FROM follow_ups WHERE status <> 'pending' AND finished_at < now() - interval '1 day' LIMIT 5000
+    ), gone AS (
+        DELETE FROM follow_ups f USING old WHERE f.id = old.id RETURNING f.*
+    )
+    INSERT INTO follow_ups_history SELECT * FROM gone
+""")
+
+
+def history(options: argparse.Namespace) -> dict[str, Any]:
+    """Move what has ended into partitions by month, and compare dropping a month with deleting it."""
+    ended = f"now() - interval '2 days' - (n % {MONTHS}) * interval '31 days'"
+    with filled(options.rows, _COLUMNS, f", 'sent', {ended}, {ended}") as (_, engine), engine.connect() as connection:
+        size = connection.execute(text("SELECT pg_total_relation_size('follow_ups')")).scalar_one()
+        deleted = timed(connection, "DELETE FROM follow_ups WHERE finished_at < now() - interval '80 days'")
+        connection.rollback()
+        partition(connection)
+        began, moved = time.perf_counter(), 0
+        while count := connection.execute(_MOVE).rowcount:
+            connection.commit()
+            moved += count
+        took = time.perf_counter() - began
+        dropped = timed(connection, "DROP TABLE follow_ups_history_3")
+        connection.commit()
+        left = connection.execute(text("SELECT count(*) FROM follow_ups_history")).scalar_one()
+    assert moved == options.rows
+    assert left == options.rows - options.rows // MONTHS
+    return {
+        "history": {
+            "rows": options.rows,
+            "bytes a row with its indexes": round(size / options.rows),
+            "moved a second": round(moved / took),
+            "delete of a month s": round(deleted, 2),
+            "drop of a month ms": round(dropped * 1000, 1),
+        }
+    }
+
+
+def partition(connection: Connection) -> None:
+    """Make the history, with one partition for each time that rows of one month ended at."""
+    connection.execute(text(_PARTITIONED))
+    for number in range(MONTHS):
+        bounds = [f"now() - interval '{31 * (number + 1 - end)} days'" for end in (0, 1)]
+        since, until = connection.execute(text(f"SELECT CAST({bounds[0]} AS text), CAST({bounds[1]} AS text)")).one()
+        connection.execute(
+            text(
+                f"CREATE TABLE follow_ups_history_{number} PARTITION OF follow_ups_history"
+                f" FOR VALUES FROM ('{since}') TO ('{until}')"
+            )
+        )
+    connection.commit()
+
+
+def timed(connection: Connection, statement: str) -> float:
+    """Execute a statement; return the seconds that it took."""
+    began = time.perf_counter()
+    connection.execute(text(statement))
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """Rehearse what was asked for, and print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["claim", "history"])
+    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--dispatchers", default="1,2,4,8,16")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    print(json.dumps({"claim": claim, "history": history}[options.what](options), indent=2))  # noqa: T201 - the result
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

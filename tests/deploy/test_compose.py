@@ -1,0 +1,94 @@
+"""The compose file: valid, complete, hardened, and of the same commands as the Procfile."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.manifests import DEPLOY, SETTINGS, compose, procfile
+
+SERVICES = compose()["services"]
+OURS = ("migrate", "web", "worker", "beat", "flower")
+COMMANDS = {
+    "migrate": procfile("release"),
+    "web": procfile("web"),
+    "worker": procfile("worker"),
+    "beat": procfile("beat"),
+    # In its container it must listen on more than the container's own loopback interface; see its ports.
+    "flower": [word.replace("127.0.0.1", "0.0.0.0") for word in procfile("flower")],  # noqa: S104
+}
+
+
+def test_it_is_valid() -> None:
+    """It follows the compose specification's schema."""
+    check = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
+    ran = subprocess.run([*check, DEPLOY / "compose.yaml"], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout
+
+
+def test_docker_compose_takes_it(tmp_path: Path) -> None:
+    """Compose itself resolves it, where it is installed; this needs no engine."""
+    docker = shutil.which("docker")
+    if not docker or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
+        pytest.skip("docker compose is not installed")
+    environment = tmp_path / "env"
+    names = re.findall(r"^(\w+)=", (DEPLOY / "compose.env.example").read_text(), re.MULTILINE)
+    environment.write_text("".join(f"{name}=8000\n" for name in names))
+    command = [docker, "compose", "--env-file", str(environment), "-f", str(DEPLOY / "compose.yaml"), "config", "-q"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_it_runs_what_the_procfile_runs(name: str) -> None:
+    """Each process has the Procfile's command, word for word."""
+    assert SERVICES[name]["command"] == COMMANDS[name]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_process_may_do_little(name: str) -> None:
+    """Read-only root, no capabilities, no new privileges, and a real init that passes signals on."""
+    service: dict[str, Any] = SERVICES[name]
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert "no-new-privileges:true" in service["security_opt"]
+    assert service["init"] is True
+    assert service["healthcheck"]
+    assert all(setting in SETTINGS for setting in service["environment"])
+
+
+def test_what_it_asks_for_is_in_the_example() -> None:
+    """Every variable that has no default has its line in compose.env.example, and every line is asked for."""
+    text = (DEPLOY / "compose.yaml").read_text()
+    asked = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
+    shown = set(re.findall(r"^(\w+)=", (DEPLOY / "compose.env.example").read_text(), re.MULTILINE))
+    with_default = set(re.findall(r"\$\{(\w+):-", text))
+    assert shown <= asked
+    assert asked - with_default <= shown
+
+
+def test_flower_stays_on_this_host() -> None:
+    """It asks nobody who he is, so it is published on the loopback interface alone; so is web by default."""
+    assert all(port.startswith("127.0.0.1:") for port in SERVICES["flower"]["ports"])
+    assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]
+
+
+def test_nobody_starts_on_an_old_schema() -> None:
+    """Every process waits for the migration, which waits for PostgreSQL; servers are not published."""
+    for name in OURS[1:]:
+        assert SERVICES[name]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
+    assert SERVICES["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
+    assert "ports" not in SERVICES["postgres"]
+    assert "ports" not in SERVICES["valkey"]
+    assert "noeviction" in " ".join(SERVICES["valkey"]["command"])
+
+
+def test_a_worker_has_time_to_drain() -> None:
+    """Longer than the transport timeout (10 s by default) and what it then needs to settle."""
+    assert int(SERVICES["worker"]["stop_grace_period"].removesuffix("s")) >= 10 + 20

@@ -1,0 +1,53 @@
+"""The container image's recipe, as far as it can be checked without building it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.manifests import DEPLOY, ROOT
+
+RECIPE = (DEPLOY / "Containerfile").read_text()
+STAGES = re.split(r"^FROM .*$", RECIPE, flags=re.MULTILINE)[1:]
+
+
+def test_hadolint_finds_nothing() -> None:
+    """The linter for such recipes has nothing to say."""
+    hadolint = Path(sys.executable).with_name("hadolint")
+    ran = subprocess.run([hadolint, DEPLOY / "Containerfile"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "")
+
+
+def test_what_runs_is_not_what_builds() -> None:
+    """The last stage takes the installed files alone: no compiler, no pip of the build, no sources."""
+    assert len(STAGES) == 2
+    copied = re.findall(r"^COPY (.*)$", STAGES[-1], re.MULTILINE)
+    assert copied == ["--from=build /opt/followups /opt/followups"]
+    assert "RUN" not in STAGES[-1]
+
+
+def test_it_is_not_root() -> None:
+    """The user is a number other than 0, so that Kubernetes can see it (`runAsNonRoot`)."""
+    (user,) = re.findall(r"^USER (\d+):(\d+)$", RECIPE, re.MULTILINE)
+    assert all(int(number) >= 1000 for number in user)
+
+
+def test_all_that_is_installed_is_hashed() -> None:
+    """Each pip install is of hashed requirements, or of the wheel that was built here, without its dependencies."""
+    installs = re.findall(r"\binstall\b(?:[^&\n\\]|\\\n)*", RECIPE)
+    assert len(installs) == 3
+    for install in installs:
+        assert "--require-hashes" in install or ("--no-deps" in install and "wheels/*.whl" in install)
+
+
+def test_each_file_it_copies_is_let_through() -> None:
+    """What the recipe copies exists and is not held back by .dockerignore, which lets through nothing else."""
+    ignored, *let_through = [
+        line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))
+    ]
+    assert ignored == "*"
+    wanted = {word for line in re.findall(r"^COPY (?!--from)(.*) \S+$", RECIPE, re.MULTILINE) for word in line.split()}
+    assert {f"!{name}" for name in wanted} == set(let_through)
+    assert all((ROOT / name).exists() for name in wanted)

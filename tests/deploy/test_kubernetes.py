@@ -1,0 +1,123 @@
+"""The Kubernetes manifests: valid, hardened, drained in time, and of the same commands as the Procfile."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from typing import Any
+
+import kubernetes_validate
+import pytest
+
+from deploy.manifests import KUBERNETES, SETTINGS, documents, kubernetes, procfile, pyproject
+
+VERSIONS = ("1.30", kubernetes_validate.latest_version())
+OBJECTS = {f"{document['kind']}/{document['metadata']['name']}": document for _, document in kubernetes()}
+PODS = {
+    name.split("followups-")[-1]: document["spec"]["template"]["spec"]
+    for name, document in OBJECTS.items()
+    if document["kind"] in {"Deployment", "Job"}
+}
+PROCESSES = {"web": "web", "worker": "worker", "beat": "beat", "migrate": "release"}
+
+
+def container(name: str) -> Any:
+    """Return the one container of a pod."""
+    (one,) = PODS[name]["containers"]
+    return one
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", OBJECTS)
+def test_it_is_valid(name: str, version: str) -> None:
+    """Each object follows Kubernetes' own schema, the oldest version that is meant and the newest that is known."""
+    kubernetes_validate.validate(OBJECTS[name], version, strict=True)
+
+
+def test_kustomize_takes_them() -> None:
+    """They go together, as far as kubectl can tell where it is installed; this needs no cluster."""
+    if not (kubectl := shutil.which("kubectl")):
+        pytest.skip("kubectl is not installed")
+    ran = subprocess.run([kubectl, "kustomize", KUBERNETES], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert f"image: chat-followups:{pyproject()['project']['version']}" in ran.stdout
+
+
+def test_kustomize_names_every_file() -> None:
+    """Each file is applied with the rest, but for what has its own time: the migration, and another one's metric."""
+    (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
+    others = {"kustomization.yaml", "migrate.yaml", "prometheus-adapter.yaml"}
+    assert set(kustomization["resources"]) == {path.name for path in KUBERNETES.glob("*.yaml")} - others
+    version = pyproject()["project"]["version"]
+    assert [image["newTag"] for image in kustomization["images"]] == [version]
+    assert container("migrate")["image"].endswith(f":{version}")
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_it_runs_what_the_procfile_runs(name: str) -> None:
+    """Each container has the Procfile's command, word for word."""
+    assert container(name)["command"] == procfile(PROCESSES[name])
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_pod_may_do_little(name: str) -> None:
+    """No root, read-only root file system, no capabilities, no token of the cluster, bounded memory."""
+    pod, context = PODS[name], container(name)["securityContext"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert context["readOnlyRootFilesystem"] is True
+    assert context["allowPrivilegeEscalation"] is False
+    assert context["capabilities"] == {"drop": ["ALL"]}
+    assert container(name)["resources"]["limits"]["memory"]
+    assert container(name)["resources"]["requests"]["cpu"]
+
+
+@pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
+def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
+    """Each may take as long to stop as its work does."""
+    assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
+
+
+@pytest.mark.parametrize("name", ["web", "worker", "beat"])
+def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
+    """Start and life are probed, pods are on several machines, and a drained machine leaves enough of them."""
+    assert container(name)["startupProbe"]
+    assert container(name)["livenessProbe"]
+    assert PODS[name]["topologySpreadConstraints"]
+    labels = OBJECTS[f"Deployment/followups-{name}"]["spec"]["template"]["metadata"]["labels"]
+    assert OBJECTS[f"PodDisruptionBudget/followups-{name}"]["spec"]["selector"]["matchLabels"] == labels
+    assert PODS[name]["topologySpreadConstraints"][0]["labelSelector"]["matchLabels"] == labels
+    assert OBJECTS[f"Deployment/followups-{name}"]["spec"]["selector"]["matchLabels"] == labels
+
+
+def test_readiness_is_webs_own() -> None:
+    """An outage of what all share must not take every web pod out at once, nor may a schema that is newer."""
+    assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
+
+
+def test_two_beats() -> None:
+    """Two do no harm, and one may be away."""
+    assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
+
+
+def test_workers_are_scaled_by_what_is_overdue() -> None:
+    """The autoscaler alone says how many, by the metric that the adapter's rule gives it under that name."""
+    autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
+    (metric,) = autoscaler["metrics"]
+    name = metric["external"]["metric"]["name"]
+    assert autoscaler["scaleTargetRef"]["name"] == "followups-worker"
+    assert "replicas" not in OBJECTS["Deployment/followups-worker"]["spec"]
+    assert f"max({name}{{" in OBJECTS["ConfigMap/followups-external-metrics"]["data"]["config.yaml"]
+
+
+def test_the_window_is_wide_enough_for_the_most_workers() -> None:
+    """What may be in flight is enough for every call of as many workers as may be started."""
+    most = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]["maxReplicas"]
+    assert int(OBJECTS["ConfigMap/followups"]["data"]["FOLLOWUPS_MAX_IN_FLIGHT"]) >= 2 * 100 * most
+
+
+def test_every_setting_is_known() -> None:
+    """The ConfigMap holds settings that exist, and no secret is in any file."""
+    assert OBJECTS["ConfigMap/followups"]["data"].keys() <= SETTINGS
+    assert not [name for name in OBJECTS if name.startswith("Secret/")]

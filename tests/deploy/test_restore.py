@@ -1,0 +1,83 @@
+"""A restored backup: what was sent after it is sent again under the same key, and what was sent before it is not."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from conftest import brisk_settings, url_of
+from followups.database import BY_KEY, make_engine
+from followups.embedded.postgres import BINARIES, create_database, drop_database
+from stack import Stack, wait_until
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+
+@pytest.fixture
+def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
+    """Return the URL of an empty database to restore into, and an engine on it."""
+    name = f"test_restored_{uuid4().hex}"
+    create_database(postgres_url, name)
+    engine = make_engine(url_of(postgres_url, name), options=BY_KEY)
+    yield url_of(postgres_url, name), engine
+    engine.dispose()
+    drop_database(postgres_url, name)
+
+
+def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_path: Path) -> None:
+    """The chat sees the second sending as a repetition; a cancel that came after the backup is forgotten."""
+    url, engine = restored
+    dump = str(tmp_path / "followups.sql")
+    before = stack.world.follow_up()
+    stack.start()
+    stack.wait_until_done(before)
+    stop_sending(stack)
+    after, cancelled = stack.world.follow_up(), stack.world.follow_up(due=timedelta(days=1))
+    run("pg_dump", "--no-owner", "--file", dump, stack.settings.database_url.get_secret_value())
+    late = stack.world.follow_up(due=timedelta(days=1))
+    stack.world.sql(
+        "UPDATE follow_ups SET status = 'cancelled', reason = 'user_replied', finished_at = now() WHERE id = :id",
+        id=cancelled,
+    )
+    start_sending(stack)
+    stack.wait_until_done(after)
+    stop_sending(stack)
+
+    run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", dump, url)
+    settings = brisk_settings(url, stack.settings.broker_url.get_secret_value())
+    again = Stack(settings, World(engine), stack.processes, stack.sandbox_port)
+    start_sending(again)
+    again.wait_until_done(after)
+    requests = {id_: [one for one in again.received() if one["followUpId"] == str(id_)] for id_ in (before, after)}
+    assert len(requests[before]) == 1
+    assert [one["duplicate"] for one in requests[after]] == [False, True]
+    assert {one["idempotencyKey"] for one in requests[after]} == {str(after)}
+    assert {row.id: row.status for row in again.world.rows()} == {before: "sent", after: "sent", cancelled: "pending"}
+    assert late not in {row.id for row in again.world.rows()}
+
+
+def start_sending(stack: Stack) -> None:
+    """Start a beat and a worker, under names of their own."""
+    stack.beat(f"beat-{uuid4().hex}")
+    stack.worker(f"worker-{uuid4().hex}")
+
+
+def stop_sending(stack: Stack) -> None:
+    """Stop beats and workers; the chat stays."""
+    for child in [child for child in stack.processes.children if child.command.name != "sandbox"]:
+        child.ask()
+        wait_until(lambda child=child: not child.running)
+
+
+def run(program: str, *arguments: str) -> None:
+    """Run one of PostgreSQL's own programs."""
+    subprocess.run([BINARIES / program, *arguments], check=True, capture_output=True)

@@ -1,0 +1,125 @@
+"""The systemd units, checked without running systemd: valid, confined, and of the Procfile's commands."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from typing import TYPE_CHECKING
+
+import pytest
+
+from deploy.manifests import PREFIX, SETTINGS, UNITS, procfile, unit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMANDS = {
+    "followups-web.service": procfile("web"),
+    "followups-worker@.service": procfile("worker", HONCHO_PROCESS_NAME="worker.%i"),
+    "followups-beat.service": procfile("beat"),
+    "followups-flower.service": procfile("flower", FLOWER_PORT="${FLOWER_PORT}"),
+    "followups-migrate.service": procfile("release"),
+}
+LASTING = [name for name in COMMANDS if "migrate" not in name]
+OLDEST_SYSTEMD = 252
+MOST_EXPOSED = 20
+"""Tenths, of the hundred that systemd gives a service that is in no way confined."""
+
+
+@pytest.fixture
+def analyze() -> str:
+    """Return the path of systemd's checker."""
+    if not (found := shutil.which("systemd-analyze")):
+        pytest.skip("systemd-analyze is not installed; the commands and the confinement are compared all the same")
+    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
+    if int(version) < OLDEST_SYSTEMD:
+        pytest.skip(f"systemd-analyze {version} cannot check units in another root")
+    return found
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Return a root in which the units, the targets they name, and commands to run are installed."""
+    shutil.copytree(UNITS, tmp_path / "etc/systemd/system")
+    system = tmp_path / "usr/lib/systemd/system"
+    system.mkdir(parents=True)
+    for target in ("basic", "sysinit", "shutdown", "network-online", "multi-user"):
+        (system / f"{target}.target").write_text("[Unit]\n")
+    binaries = tmp_path / PREFIX.strip("/")
+    binaries.mkdir(parents=True)
+    for command in ("python", "celery", "followups"):
+        (binaries / command).write_text("#!/bin/sh\n")
+        (binaries / command).chmod(0o755)
+    return tmp_path
+
+
+def verify(analyze: str, root: Path, name: str) -> subprocess.CompletedProcess[str]:
+    """Let systemd verify a unit in a root."""
+    command = [analyze, "verify", "--man=no", "--recursive-errors=no", f"--root={root}", name.replace("@.", "@1.")]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "followups.target"])
+def test_systemd_finds_nothing(analyze: str, installed: Path, name: str) -> None:
+    """Each unit is taken by systemd itself, without a warning."""
+    ran = verify(analyze, installed, name)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
+    """A misspelled assignment and a missing command are found, so that the test above can fail."""
+    unit = installed / "etc/systemd/system/followups-web.service"
+    unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
+    said = verify(analyze, installed, unit.name).stderr
+    assert "RestartSecs" in said
+    assert "pyton" in said
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
+    """What a service could do is little, by the measure of systemd itself."""
+    confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
+    ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
+    assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_runs_what_the_procfile_runs(name: str) -> None:
+    """Each unit has the Procfile's command, from the place where it is installed."""
+    (line,) = unit(name)["ExecStart"]
+    command, *arguments = [word.replace("%%", "%") for word in line.split()]
+    assert command.startswith(PREFIX)
+    assert [command.removeprefix(PREFIX), *arguments] == COMMANDS[name]
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_it_is_confined_and_comes_back(name: str) -> None:
+    """What counts most, on machines without systemd too."""
+    found = unit(name)
+    assert found["Type"] == ["exec"]
+    assert found["Restart"] == ["always"]
+    for key in ("DynamicUser", "NoNewPrivileges", "PrivateTmp", "MemoryDenyWriteExecute"):
+        assert found[key] == ["yes"]
+    assert found["ProtectSystem"] == ["strict"]
+    assert found["CapabilityBoundingSet"] == [""]
+    assert found["WantedBy"] == ["followups.target"]
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds"),
+    [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
+)
+def test_it_has_time_to_drain(name: str, seconds: int) -> None:
+    """Longer than what each takes to stop in order: running requests; calls in flight; a publish."""
+    found = unit(name)
+    assert int(found["TimeoutStopSec"][-1]) >= seconds
+    assert found["KillSignal"] == ["SIGTERM"]
+    assert found["KillMode"] == ["mixed"]
+
+
+def test_the_example_names_settings_that_exist() -> None:
+    """Every line of the environment file is a setting, or the port."""
+    names = re.findall(r"^#?([A-Z_]+)=", (UNITS / "followups.env.example").read_text(), re.MULTILINE)
+    assert {"FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL"} <= set(names)
+    assert set(names) <= SETTINGS | {"PORT"}

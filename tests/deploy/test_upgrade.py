@@ -1,0 +1,194 @@
+"""An upgrade without downtime: the schema first, under load and under the old code, then the code."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from alembic.script import ScriptDirectory
+from sqlalchemy import text
+
+from deploy.manifests import ROOT
+from faults.rig import Load, running
+from followups.schema import alembic_config, downgrade, migrate
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+    from faults.rig import Rig
+    from followups.embedded import Child
+    from followups.settings import Settings
+
+RATE = 60.0
+"""Follow-ups a second, while all of it happens."""
+
+SCRIPTS = ScriptDirectory.from_config(alembic_config())
+REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
+"""From the first to the newest."""
+NEWEST = SCRIPTS.get_revision(REVISIONS[-1])
+PREVIOUS = REVISIONS[-2]
+
+
+@pytest.fixture
+def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
+    """Return a system whose database has the schema before the newest one."""
+    downgrade(settings.database_url.get_secret_value(), PREVIOUS)
+    with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
+        # Nobody is killed here, so that whatever is attempted twice was doubled by the upgrade.
+        rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
+        yield rig
+
+
+@pytest.fixture
+def old_code(tmp_path: Path) -> str:
+    """Return a directory with the code as it was before the newest migration, from the repository's history."""
+    if not (git := shutil.which("git")) or not (ROOT / ".git").exists():
+        pytest.skip("there is no history to take the old code from")
+    path = Path(NEWEST.path).relative_to(ROOT)
+
+    def output(*arguments: str) -> bytes:
+        return subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, check=False).stdout
+
+    added = output("log", "--diff-filter=A", "--format=%H", "-1", "--", str(path)).decode().strip()
+    archive = output("archive", f"{added}^" if added else "HEAD", "src")
+    if not archive:
+        pytest.skip("the history does not reach back to the code before the newest migration")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        files.extractall(tmp_path, filter="data")
+    assert not list((tmp_path / "src/followups/migrations/versions").glob(f"*{NEWEST.revision}*"))
+    return str(tmp_path / "src")
+
+
+def migrated(rig: Rig) -> float:
+    """Run `followups migrate`, as an operator does; return the seconds that it took."""
+    began = time.monotonic()
+    command = [str(Path(sys.executable).with_name("followups")), "migrate"]
+    child = rig.processes.spawn("migrate", command, environment=rig.environment())
+    wait_until(lambda: not child.running, within=60)
+    assert child.exit_code == 0, child.tail()
+    return time.monotonic() - began
+
+
+def ended(child: Child) -> None:
+    """Ask a process to end, and see it drain."""
+    child.ask()
+    wait_until(lambda: not child.running, within=60)
+    assert child.exit_code in {0, -signal.SIGTERM}, child.tail()
+
+
+def settled(rig: Rig, load: Load) -> None:
+    """Check that everything arrived, once, and was attempted once."""
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert not verdict.broken()
+    assert verdict.ended == {"sent": len(load.ids)}
+    assert (load.refused, verdict.repeated) == (0, 0)
+    assert rig.world.scalar("SELECT count(*) FROM failed_attempts") == 0
+
+
+def sent(rig: Rig) -> int:
+    """Count what has been sent so far."""
+    return int(rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'"))
+
+
+def more_is_sent(rig: Rig, more: int = 60) -> None:
+    """Wait until so many more have been sent: the system works as it is now."""
+    wanted = sent(rig) + more
+    wait_until(lambda: sent(rig) >= wanted, within=60)
+
+
+def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
+    """The old code works under the new schema, beside the new code; nothing is lost, doubled or tried in vain."""
+    beats = [previous.beat(PYTHONPATH=old_code)]
+    previous.sandbox()
+    workers = [previous.worker(PYTHONPATH=old_code), previous.worker(PYTHONPATH=old_code)]
+    with Load(previous, RATE, seconds=3600) as load:
+        more_is_sent(previous)
+        migrated(previous)
+        more_is_sent(previous)
+        beats.append(previous.beat())
+        for old in workers:
+            previous.worker()
+            ended(old)
+            more_is_sent(previous)
+        ended(beats[0])
+        more_is_sent(previous)
+    settled(previous, load)
+    assert len(load.ids) > 300
+
+
+def test_the_code_before_the_schema(previous: Rig) -> None:
+    """In the wrong order it may stand still until the schema is there, but loses and doubles nothing either."""
+    previous.start()
+    with Load(previous, RATE, seconds=3600) as load:
+        wait_until(lambda: len(load.ids) >= RATE, within=30)
+        migrated(previous)
+        more_is_sent(previous)
+    settled(previous, load)
+
+
+def test_a_column_more_under_load(previous: Rig) -> None:
+    """Whatever a migration adds to the busiest tables, the statements that are prepared on them go on working."""
+    migrated(previous)
+    previous.start()
+    with Load(previous, RATE, seconds=3600) as load:
+        more_is_sent(previous)
+        for table in ("follow_ups", "chats"):
+            previous.world.sql(f"ALTER TABLE {table} ADD COLUMN a_column_more text")
+        more_is_sent(previous)
+    settled(previous, load)
+
+
+_COLUMNS = text("""
+    SELECT table_name || '.' || column_name AS name, data_type, is_nullable = 'YES' OR column_default IS NOT NULL
+           OR is_identity = 'YES' AS may_be_left_out
+      FROM information_schema.columns WHERE table_schema = 'public'
+""")
+# Constraints, with the columns that they speak of.
+_CONSTRAINTS = text("""
+    SELECT c.conname AS name, c.conrelid::regclass::text AS table_name,
+           ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.conrelid AND a.attnum = ANY(c.conkey))
+           AS columns
+      FROM pg_constraint c JOIN pg_class t ON t.oid = c.conrelid AND t.relnamespace = 'public'::regnamespace
+     WHERE c.contype IN ('c', 'u', 'f', 'p', 'x')
+""")
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
+def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
+    """The code before it goes on working: every table and column stays, and nothing new is asked of what it writes."""
+    downgrade(database_url, before)
+    with engine.connect() as connection:
+        columns = {row.name: row.data_type for row in connection.execute(_COLUMNS)}
+        constraints = {row.name for row in connection.execute(_CONSTRAINTS)}
+    migrate(database_url, after)
+    with engine.connect() as connection:
+        found = {row.name: row for row in connection.execute(_COLUMNS)}
+        new = [row for row in connection.execute(_CONSTRAINTS) if row.name not in constraints]
+    assert columns.items() <= {name: row.data_type for name, row in found.items()}.items()
+    tables = {name.partition(".")[0] for name in columns}
+    for name in found.keys() - columns.keys():
+        assert name.partition(".")[0] not in tables or found[name].may_be_left_out
+    assert not [row.name for row in new if any(f"{row.table_name}.{column}" in columns for column in row.columns)]
+
+
+def test_old_code_is_older(old_code: str) -> None:
+    """What the upgrade starts from is the code of before, not the one that is installed."""
+    code = "import followups; print(followups.__file__)"
+    environment = os.environ | {"PYTHONPATH": old_code}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith(old_code)

@@ -1,0 +1,118 @@
+"""The wheel and the sdist: built, installed into an empty environment, and run from there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tarfile
+import tempfile
+import zipfile
+from email import message_from_string
+from typing import TYPE_CHECKING
+
+from deploy.manifests import DEPLOY, ROOT, pyproject
+
+if TYPE_CHECKING:
+    from deploy.conftest import Built
+
+
+def run(built: Built, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the installed command where nothing is set, and nothing of this repository can be reached."""
+    bare = {"PATH": os.defpath, "HOME": str(built.directory), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
+    return subprocess.run(
+        [built.followups, *arguments],
+        cwd=built.directory,
+        env=bare | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_it_runs_from_an_empty_environment(built: Built) -> None:
+    """The command says what it can do, and which version it is."""
+    assert "migrate" in run(built, "--help").stdout
+    assert run(built, "--version").stdout == f"followups {pyproject()['project']['version']}\n"
+
+
+def test_it_prints_its_document(built: Built) -> None:
+    """`followups openapi` is complete without a setting."""
+    document = json.loads(run(built, "openapi").stdout)
+    assert document["openapi"].startswith("3.1")
+    assert "/api/v1/chat-message-follow-ups" in document["paths"]
+    assert document["info"]["version"]
+
+
+def test_it_says_what_is_missing(built: Built) -> None:
+    """`followups doctor` without settings names them, in one sentence and without a trace."""
+    ran = run(built, "doctor")
+    assert ran.returncode == 2
+    assert "FOLLOWUPS_DATABASE_URL is required" in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_it_migrates(built: Built, postgres_url: str) -> None:
+    """The wheel brings its migrations along."""
+    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for collection
+
+    create_database(postgres_url, "test_wheel")
+    try:
+        url = postgres_url.replace("/postgres?", "/test_wheel?")
+        ran = run(built, "migrate", DATABASE_URL=url, REDIS_URL="redis://127.0.0.1:9/0")
+        assert (ran.returncode, "it was empty" in ran.stdout) == (0, True), ran.stderr
+    finally:
+        drop_database(postgres_url, "test_wheel")
+
+
+def test_it_plays_the_demo(built: Built) -> None:
+    """`followups demo` ends as scripted: every process was started from the installed wheel."""
+    ran = run(built, "demo", "--json")
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["ok"] is True
+
+
+def test_metadata(built: Built) -> None:
+    """What an index shows is what pyproject.toml and README say; no address is made up."""
+    with zipfile.ZipFile(built.wheel) as wheel:
+        (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = message_from_string(wheel.read(name).decode())
+        names = set(wheel.namelist())
+    project = pyproject()["project"]
+    assert metadata["Name"] == project["name"]
+    assert metadata["Version"] == project["version"]
+    assert metadata["License-Expression"] == project["license"]
+    assert metadata["Requires-Python"] == project["requires-python"]
+    assert metadata["Keywords"].split(",") == project["keywords"]
+    assert metadata.get_all("Classifier") == project["classifiers"]
+    assert metadata.get_payload() == (ROOT / "README.md").read_text()
+    assert not metadata.get_all("Project-URL")
+    assert "followups/py.typed" in names
+    assert not [name for name in names if not name.startswith(("followups/", "chat_followups-"))]
+
+
+def test_the_version_stands_in_one_place() -> None:
+    """No second version is to be forgotten in the package."""
+    version = pyproject()["project"]["version"]
+    assert not [path for path in (ROOT / "src").rglob("*.py") if f'"{version}"' in path.read_text()]
+
+
+def test_the_sdist_holds_what_runs_it(built: Built) -> None:
+    """It brings the tests, what deploys it and the Procfile, and nothing that is no part of the project."""
+    with tarfile.open(built.sdist) as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    tops = {name.partition("/")[0] for name in names}
+    assert tops == {
+        "src",
+        "tests",
+        "deploy",
+        "Procfile",
+        "README.md",
+        "pyproject.toml",
+        "PKG-INFO",
+        ".gitignore",
+        ".dockerignore",
+    }
+    files = {str(path.relative_to(ROOT)) for path in DEPLOY.rglob("*") if path.is_file() and path.name != ".env"}
+    assert files <= names
