@@ -18,6 +18,7 @@ from celery import Celery, signals
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
+from followups import liveness
 from followups.database import BY_KEY, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
@@ -66,10 +67,20 @@ def _exit_when_wrong() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def broker_silence(settings: Settings) -> timedelta:
+    """Return how long the broker may be silent."""
+    return min(BROKER_SILENCE, settings.lease / 2)
+
+
+def drain_limit(settings: Settings) -> timedelta:
+    """Return how long a worker that was told to stop waits for what is in flight, and for its recording."""
+    return settings.transport_timeout + GRACE + DRAIN_MARGIN
+
+
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app, set for hints: small, idempotent, worthless once read."""
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
-    silence = min(BROKER_SILENCE, settings.lease / 2).total_seconds()
+    silence = broker_silence(settings).total_seconds()
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -107,7 +118,7 @@ def make_app(settings: Settings) -> Celery:
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
-        beat_scheduler="celery.beat:Scheduler",
+        beat_scheduler="followups.beat:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
         beat_schedule={
             "dispatch-due": {
@@ -153,7 +164,7 @@ class Process:
     def stop(self) -> None:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
         self.dispatcher.stop()
-        unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
+        unsettled = self.pipeline.drain(drain_limit(settings))
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
         self.totals.stop()
@@ -255,6 +266,12 @@ def _guard_against_foreign_messages(**_: object) -> None:
     TRANSPORT_ALIASES.update(redis="followups.broker:Transport", rediss="followups.broker:Transport")
 
 
+@signals.celeryd_init.connect
+def _show_life(sender: str = "", **_: object) -> None:
+    if heart := liveness.start(settings.runtime_dir, "worker", sender):
+        liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
+
+
 @signals.setup_logging.connect
 def _configure_logging(**_: object) -> None:
     configure_logging(settings.log_format, settings.log_level)
@@ -265,8 +282,11 @@ def _configure_logging(**_: object) -> None:
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
     # The first follow-up must not wait for connections. The parent of forked children delivers nothing.
     pool = getattr(sender, "pool", None)
-    if type(pool).__module__ != "celery.concurrency.prefork":
-        current_process()
+    if type(pool).__module__ == "celery.concurrency.prefork":
+        return
+    process = current_process()
+    if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
+        liveness.watch_work(heart, process.dispatcher, process.pipeline)
 
 
 @signals.beat_init.connect
@@ -280,6 +300,7 @@ def _stop_beat_in_order(**_: object) -> None:
 
 @signals.worker_shutting_down.connect
 def _stop_beginning(**_: object) -> None:
+    liveness.drain(drain_limit(settings) + DRAIN_MARGIN)
     if process := _processes.get(os.getpid()):
         process.draining = True
         process.dispatcher.claim_no_more()
@@ -290,3 +311,4 @@ def _stop_beginning(**_: object) -> None:
 def _drain(**_: object) -> None:
     if process := _processes.get(os.getpid()):
         process.stop()
+    liveness.stop()

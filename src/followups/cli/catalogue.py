@@ -43,6 +43,7 @@ CATALOGUE = {
     "cancel": Entry("changes", "Cancel a pending follow-up.", OPERATE),
     "reschedule": Entry("changes", "Give a pending follow-up another due date.", OPERATE),
     "retry": Entry("changes", "Make a new follow-up from a failed one.", OPERATE),
+    "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
 """In the order of the help."""

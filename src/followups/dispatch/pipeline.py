@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
@@ -92,6 +93,11 @@ class Pipeline:
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
         """Hand over leases to be delivered, each at its due moment. Returns at once."""
         self._loop.call_soon_threadsafe(self._accept, list(leases), task_id)
+
+    def ask(self, answer: Callable[[], None]) -> None:
+        """Let the event loop call ``answer``: whether it still turns. Once it has ended, nothing is called."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(answer)
 
     def drain(self, limit: timedelta) -> int:
         """Begin nothing more, let the calls in flight end and settle them, give the rest back.
