@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, signals
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
+from structlog.contextvars import bind_contextvars, clear_contextvars
 
 from followups import liveness
 from followups.database import BY_KEY, make_engine
@@ -275,6 +276,17 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.setup_logging.connect
 def _configure_logging(**_: object) -> None:
     configure_logging(settings.log_format, settings.log_level)
+
+
+@signals.task_prerun.connect
+def _name_task(task_id: str = "", task: Any = None, **_: object) -> None:  # noqa: ANN401 - Celery's task
+    clear_contextvars()
+    bind_contextvars(task_id=task_id, task=getattr(task, "name", None))
+
+
+@signals.task_postrun.connect
+def _forget_task(**_: object) -> None:
+    clear_contextvars()
 
 
 @signals.worker_ready.connect

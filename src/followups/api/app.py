@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from followups.api import openapi, problems
+from followups.api.access import Access
 from followups.api.caller import LastUse, Services
 from followups.api.gate import Gate
 from followups.api.health import Health
@@ -113,8 +114,8 @@ class Application(FastAPI):
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again."""
-        return Gate(super().build_middleware_stack())
+        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again; the log last."""
+        return Access(Gate(super().build_middleware_stack()))
 
 
 def _routes() -> FastAPI:
