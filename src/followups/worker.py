@@ -19,7 +19,7 @@ from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from followups import liveness
+from followups import flower_guard, liveness
 from followups.database import BY_KEY, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
@@ -211,7 +211,9 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
 
 def publish(hint: Hint) -> None:
     """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
-    deliver.apply_async(args=[hint], expires=HINT_LIFETIME.total_seconds())
+    # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
+    shown = f"{len(hint)} follow-up{'s, the first' if len(hint) > 1 else ','} {hint[0][0]}"
+    deliver.apply_async(args=[hint], argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
 
 
 class Nudger:
@@ -276,6 +278,9 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.setup_logging.connect
 def _configure_logging(**_: object) -> None:
     configure_logging(settings.log_format, settings.log_level)
+
+
+flower_guard.install(_configure_logging)
 
 
 @signals.task_prerun.connect

@@ -15,8 +15,11 @@ COMMANDS = {
         " --without-mingle --without-gossip"
     ),
     "beat": "celery -A followups.worker beat --loglevel=warning",
-    # Flower shows and stops tasks and asks nobody who he is: it must not leave this machine.
-    "flower": ("celery -A followups.worker flower --loglevel=warning --address=127.0.0.1 --port=${FLOWER_PORT:-5555}"),
+    # Flower shows and stops tasks: on any other address it asks for a password (`followups.flower_guard`).
+    "flower": (
+        "celery -A followups.worker flower --loglevel=warning"
+        " --address=${FLOWER_ADDRESS:-127.0.0.1} --port=${FLOWER_PORT:-5555}"
+    ),
     "release": "followups migrate",
 }
 """By process type. Shell syntax, as every Procfile runner takes it."""
