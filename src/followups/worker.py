@@ -30,6 +30,7 @@ from followups.errors import SettingsError
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
+from followups.telemetry import traces
 from followups.telemetry.logs import configure_logging, get_logger
 from followups.transports.registry import load_transport
 from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
@@ -143,6 +144,7 @@ class Process:
 
     def __init__(self) -> None:
         """Make the engine and the two halves of the work; connect to nothing yet."""
+        traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         self.engine = make_engine(
             url,
@@ -170,6 +172,7 @@ class Process:
             log.error("drained_in_part", unsettled=unsettled)
         self.totals.stop()
         self.engine.dispose()
+        traces.stop()
 
 
 _processes: dict[int, Process] = {}

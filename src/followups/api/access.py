@@ -16,10 +16,12 @@ from uuid import uuid4
 from starlette.datastructures import MutableHeaders
 from structlog.contextvars import bind_contextvars, clear_contextvars
 
+from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from contextlib import AbstractContextManager
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -31,6 +33,7 @@ SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
 LONGEST_PATH = 200
 """Characters of a path in a log line; ours have 80."""
 
+FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 KEY = "followups.seen"
@@ -73,7 +76,11 @@ class Access:
             await send(message)
 
         try:
-            await self._app(scope, receive, answer)
+            with _span(scope) as note:
+                if traceparent := traces.current_traceparent():
+                    bind_contextvars(trace_id=traceparent.split("-")[1])
+                await self._app(scope, receive, answer)
+                note(_attributes(scope, seen), failed=seen.status is None or seen.status >= FAILED)
         finally:
             _tell(seen, scope["path"], time.perf_counter() - started)
             clear_contextvars()
@@ -91,8 +98,22 @@ def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     return given.decode() if SAFE_ID.fullmatch(given) else uuid4().hex
 
 
+def _span(scope: Scope) -> AbstractContextManager[traces.Note]:
+    return traces.NOTHING if scope["path"] in PROBES else traces.request(scope["method"], scope["headers"])
+
+
+def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
+    found = {
+        "http.response.status_code": seen.status,
+        "http.route": getattr(scope.get("route"), "path", None),
+        "followups.workspace_id": seen.workspace_id,
+        "followups.request_id": seen.request_id,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def _tell(seen: Seen, path: str, seconds: float) -> None:
-    failed = seen.status is not None and seen.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+    failed = seen.status is not None and seen.status >= FAILED
     quiet = path in PROBES and seen.status == HTTPStatus.OK
     tell = log.warning if failed else log.debug if quiet else log.info
     tell("request", status=seen.status, duration_ms=round(seconds * 1000, 2), workspace_id=seen.workspace_id)
