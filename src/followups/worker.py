@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from celery import Celery, signals
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
-from structlog.contextvars import bind_contextvars, clear_contextvars
 
-from followups import flower_guard, liveness
+from followups import celery_logs, liveness
 from followups.database import BY_KEY, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
@@ -31,7 +30,7 @@ from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
 from followups.telemetry import traces
-from followups.telemetry.logs import configure_logging, get_logger
+from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
 from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
 
@@ -137,6 +136,7 @@ def make_app(settings: Settings) -> Celery:
 with _exit_when_wrong():
     settings = get_settings()
 app = make_app(settings)
+celery_logs.install(settings)
 
 
 class Process:
@@ -276,25 +276,6 @@ def _guard_against_foreign_messages(**_: object) -> None:
 def _show_life(sender: str = "", **_: object) -> None:
     if heart := liveness.start(settings.runtime_dir, "worker", sender):
         liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
-
-
-@signals.setup_logging.connect
-def _configure_logging(**_: object) -> None:
-    configure_logging(settings.log_format, settings.log_level)
-
-
-flower_guard.install(_configure_logging)
-
-
-@signals.task_prerun.connect
-def _name_task(task_id: str = "", task: Any = None, **_: object) -> None:  # noqa: ANN401 - Celery's task
-    clear_contextvars()
-    bind_contextvars(task_id=task_id, task=getattr(task, "name", None))
-
-
-@signals.task_postrun.connect
-def _forget_task(**_: object) -> None:
-    clear_contextvars()
 
 
 @signals.worker_ready.connect

@@ -11,10 +11,10 @@ COMMANDS = {
     "web": "python -m followups.api",  # the first, so that it gets a runner's base port
     # Started by honcho, each has a name of its own; elsewhere one worker a host is the rule.
     "worker": (
-        "celery -A followups.worker worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
+        "celery -A followups.worker --quiet worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
         " --without-mingle --without-gossip"
     ),
-    "beat": "celery -A followups.worker beat --loglevel=warning",
+    "beat": "celery -A followups.worker --quiet beat --loglevel=warning",
     # Flower shows and stops tasks: on any other address it asks for a password (`followups.flower_guard`).
     "flower": (
         "celery -A followups.worker flower --loglevel=warning"

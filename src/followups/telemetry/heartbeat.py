@@ -86,7 +86,7 @@ class Heartbeat:
         self._about = {"role": role, "name": name, "pid": os.getpid()}
         self._parts: dict[str, dict[str, Any]] = {}
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal's handler may sign while its thread does
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1
