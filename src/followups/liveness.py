@@ -19,6 +19,8 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from celery.worker.control import inspect_command
+
 from followups.broker import CONSUMER
 from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of
 from followups.telemetry.logs import get_logger
@@ -87,6 +89,13 @@ def _sign_for_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[],
         heart.sign("consumer", CONNECTING, "has not tried to reach the broker", at=connecting)
     elif answered and CONSUMER.queues >= set(wanted()):
         heart.sign("consumer", within, "has not asked the broker for work", at=answered)
+
+
+@inspect_command()
+def signs_of_life(_state: object) -> dict[str, str]:
+    """Say how this worker is, to ``celery inspect signs_of_life`` and to the doctor on another machine."""
+    heart = current()
+    return {"trouble": heart.trouble() if heart else ""}
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:

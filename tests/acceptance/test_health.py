@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -56,6 +57,16 @@ def says(stack: Stack, role: str, code: int, *words: str) -> None:
     wait_until(so, within=BOUND, every=0.3)
 
 
+def finding(stack: Stack, name: str) -> dict[str, Any]:
+    """Return what the doctor says of one thing."""
+    environment = os.environ | stack.environment()
+    command = [COMMAND, "doctor", "--json"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    (found,) = [check for check in json.loads(ran.stdout)["checks"] if check["name"] == name]
+    answer: dict[str, Any] = found
+    return answer
+
+
 @pytest.fixture
 def observed(stack: Stack, tmp_path: Path) -> Stack:
     """Return the system with a runtime directory of its own."""
@@ -93,9 +104,16 @@ def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_pa
     trigger = tmp_path / "now"
     environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
+    wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
+    time.sleep(2)  # it has asked, and been answered
     says(observed, "worker", 0)
     trigger.touch()
     says(observed, "worker", 1, "w@", "has not asked the broker for work")
+    workers, processes = (finding(observed, name) for name in ("workers", "processes"))
+    assert "w@" in workers["detail"]
+    assert "has not asked the broker for work" in workers["detail"]
+    assert "has not asked the broker for work" in processes["detail"]
+    assert workers["advice"].startswith("Restart it")
     ping = [*CELERY, "inspect", "ping", "--timeout", "3"]
     ran = subprocess.run(ping, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False)
     assert "pong" in ran.stdout

@@ -14,6 +14,7 @@ from followups.telemetry.heartbeat import SETTING, directory_of, look
 
 UNHEALTHY = 1
 WRONG_USAGE = 2
+WEB_PORT = "8000"
 PATIENCE = 3.0
 """Seconds that web may take: it answers in milliseconds, from the loop that serves every request."""
 
@@ -53,25 +54,32 @@ def beat(*, name: Name = "") -> None:
 @app.command(epilog=examples("followups health web", "PORT=5000 followups health web"))
 def web(
     *,
-    port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = "8000",
+    port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
     host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
 ) -> None:
     """Web answers."""
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
+    if trouble := trouble_of_web(host, int(port)):
+        _say(trouble, UNHEALTHY)
+    typer.echo(f"Web answers at {host}:{port}.")
+
+
+def trouble_of_web(host: str, port: int) -> str:
+    """Ask web whether it is up; return a sentence when it isn't, else nothing."""
     place = f"{host}:{port}"
-    connection = http.client.HTTPConnection(host, int(port), timeout=PATIENCE)
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:
         connection.request("GET", "/healthz")
         answer = connection.getresponse()
         up = b'"up"' in answer.read(1000)
     except (OSError, http.client.HTTPException) as error:
-        _say(f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT.", UNHEALTHY)
+        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT."
     finally:
         connection.close()
     if answer.status != http.HTTPStatus.OK or not up:
-        _say(f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz.", UNHEALTHY)
-    typer.echo(f"Web answers at {place}.")
+        return f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz."
+    return ""
 
 
 def _judge(role: str, name: str, command: str) -> None:

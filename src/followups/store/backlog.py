@@ -3,8 +3,9 @@
 A count of ten million pending rows takes seconds, and counters kept by a trigger would cost every insert and every
 end a write to one shared row. So rows are counted one by one up to `EXACT_UP_TO`, which is what a healthy system
 has overdue; beyond, the numbers are the planner's estimates, as exact as the last ANALYZE (which runs after 2 % of
-the rows have changed), and never below what was counted. Measured with a million pending rows on two cores, the
-page cache warm: {MEASURED}
+the rows have changed), and never below what was counted. Measured on two busy cores with half a million rows pending
+and 36,000 of them overdue: 16 ms (an exact count of pending takes 83 ms, and grows with it); right after 60,000 were
+sent and not vacuumed yet, 287 ms once and 13 to 16 ms from then on. The numbers of rows make no difference.
 """
 
 from __future__ import annotations

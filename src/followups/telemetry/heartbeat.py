@@ -123,6 +123,10 @@ class Heartbeat:
             self._ending = True
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}
 
+    def trouble(self) -> str:
+        """Return what is wrong with this process, as a reader of its file would say it; empty when all is well."""
+        return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
+
     def parts(self) -> dict[str, dict[str, Any]]:
         """Return the parts as they are written."""
         with self._lock:
