@@ -1,4 +1,4 @@
-"""What ``followups doctor`` finds of worker, beat and web: those that answer through the broker, those of this machine."""
+"""What ``followups doctor`` finds of worker, beat and web: asked through the broker, and on this machine."""
 
 from __future__ import annotations
 
