@@ -294,6 +294,8 @@ class FollowUp(Base):
     """The reason of a cancel that came while an attempt was in flight: it is not tried again."""
     accepted_at: Mapped[datetime | None]
     """When the transport accepted it, by the database's clock; lag is this minus the due date."""
+    traceparent: Mapped[str | None]
+    """The trace in which it was created, as W3C writes it; None: none was on."""
 
     held_until: Mapped[datetime | None]
     """When the sending hours open, or opened, that it was last held for; lateness counts from then."""

@@ -93,6 +93,9 @@ class Settings(BaseSettings):
     rate_limit: int = Field(
         60_000, ge=0, le=100_000_000, description="requests that one API key may make in a minute; 0 = no limit"
     )
+    runtime_dir: str | None = Field(
+        None, description="directory of the signs of life that followups health reads; default: one in the temporary"
+    )
     log_format: Literal["json", "console"] | None = Field(
         None, description="json or console; default: console on a terminal, json elsewhere"
     )
@@ -119,6 +122,14 @@ class Settings(BaseSettings):
     def _is_http(cls, value: str | None) -> str | None:
         if value and not value.startswith(("http://", "https://")):
             message = "should start with http:// or https://"
+            raise ValueError(message)
+        return value or None
+
+    @field_validator("runtime_dir")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        if value and not value.startswith("/"):
+            message = "should be an absolute path"
             raise ValueError(message)
         return value or None
 

@@ -20,6 +20,7 @@ from celery.schedules import crontab
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
+from followups import celery_logs, liveness
 from followups.database import BY_KEY, make_async_engine, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
@@ -31,7 +32,8 @@ from followups.errors import SettingsError
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
-from followups.telemetry.logs import configure_logging, get_logger
+from followups.telemetry import traces
+from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
 from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
 
@@ -72,10 +74,20 @@ def _exit_when_wrong() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def broker_silence(settings: Settings) -> timedelta:
+    """Return how long the broker may be silent."""
+    return min(BROKER_SILENCE, settings.lease / 2)
+
+
+def drain_limit(settings: Settings) -> timedelta:
+    """Return how long a worker that was told to stop waits for what is in flight, and for its recording."""
+    return settings.transport_timeout + GRACE + DRAIN_MARGIN
+
+
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app, set for hints: small, idempotent, worthless once read."""
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
-    silence = min(BROKER_SILENCE, settings.lease / 2).total_seconds()
+    silence = broker_silence(settings).total_seconds()
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -116,7 +128,7 @@ def make_app(settings: Settings) -> Celery:
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
-        beat_scheduler="celery.beat:Scheduler",
+        beat_scheduler="followups.beat:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
         beat_schedule={
             "dispatch-due": {
@@ -139,6 +151,7 @@ def make_app(settings: Settings) -> Celery:
 with _exit_when_wrong():
     settings = get_settings()
 app = make_app(settings)
+celery_logs.install(settings)
 
 
 class Process:
@@ -146,6 +159,7 @@ class Process:
 
     def __init__(self) -> None:
         """Make the engine and the two halves of the work; connect to nothing yet."""
+        traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         connection: Any = {
             "application_name": "followups-worker",
@@ -170,11 +184,12 @@ class Process:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
         self.dispatcher.stop()
         self.tidier.stop()
-        unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
+        unsettled = self.pipeline.drain(drain_limit(settings))
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
         self.totals.stop()
         self.engine.dispose()
+        traces.stop()
 
 
 _processes: dict[int, Process] = {}
@@ -231,7 +246,9 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
 
 def publish(hint: Hint) -> None:
     """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
-    deliver.apply_async(args=[hint], expires=HINT_LIFETIME.total_seconds())
+    # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
+    shown = f"{len(hint)} follow-up{'s, the first' if len(hint) > 1 else ','} {hint[0][0]}"
+    deliver.apply_async(args=[hint], argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
 
 
 class Nudger:
@@ -287,9 +304,10 @@ def _guard_against_foreign_messages(**_: object) -> None:
     TRANSPORT_ALIASES.update(redis="followups.broker:Transport", rediss="followups.broker:Transport")
 
 
-@signals.setup_logging.connect
-def _configure_logging(**_: object) -> None:
-    configure_logging(settings.log_format, settings.log_level)
+@signals.celeryd_init.connect
+def _show_life(sender: str = "", **_: object) -> None:
+    if heart := liveness.start(settings.runtime_dir, "worker", sender):
+        liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
 
 
 @signals.worker_ready.connect
@@ -297,8 +315,11 @@ def _configure_logging(**_: object) -> None:
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
     # The first follow-up must not wait for connections. The parent of forked children delivers nothing.
     pool = getattr(sender, "pool", None)
-    if type(pool).__module__ != "celery.concurrency.prefork":
-        current_process()
+    if type(pool).__module__ == "celery.concurrency.prefork":
+        return
+    process = current_process()
+    if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
+        liveness.watch_work(heart, process.dispatcher, process.pipeline)
 
 
 @signals.beat_init.connect
@@ -312,6 +333,7 @@ def _stop_beat_in_order(**_: object) -> None:
 
 @signals.worker_shutting_down.connect
 def _stop_beginning(**_: object) -> None:
+    liveness.drain(drain_limit(settings) + DRAIN_MARGIN)
     if process := _processes.get(os.getpid()):
         process.draining = True
         process.dispatcher.claim_no_more()
@@ -322,3 +344,4 @@ def _stop_beginning(**_: object) -> None:
 def _drain(**_: object) -> None:
     if process := _processes.get(os.getpid()):
         process.stop()
+    liveness.stop()

@@ -46,6 +46,7 @@ CATALOGUE = {
     "pause": Entry("pausing", "Let nothing of a workspace or channel begin; --list shows what is paused.", OPERATE),
     "resume": Entry("pausing", "Let what is paused go on.", OPERATE),
     "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
+    "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
 """In the order of the help."""

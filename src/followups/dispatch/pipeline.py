@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -99,6 +100,11 @@ class Pipeline:
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
         """Hand over leases to be delivered, each at its due moment. Returns at once."""
         self._loop.call_soon_threadsafe(self._accept, list(leases), task_id)
+
+    def ask(self, answer: Callable[[], None]) -> None:
+        """Let the event loop call ``answer``: whether it still turns. Once it has ended, nothing is called."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(answer)
 
     def drain(self, limit: timedelta) -> int:
         """Begin nothing more, let the calls in flight end and settle them, give the rest back.

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DBAPIError
 
 from followups.database import is_passing
-from followups.dispatch.settle import OUTCOME_NAMES
+from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
-from followups.telemetry import metrics
+from followups.telemetry import metrics, traces
 from followups.telemetry.logs import Lines, get_logger
 from followups.transports.port import Sent
 
@@ -83,6 +83,8 @@ def settled(settling: Settling) -> None:
 def claimed(claim: Claim, seconds: float) -> None:
     """Tell of a tick; it has a line only when it claimed something."""
     metrics.TICK_DURATION.observe(seconds)
+    if claim.traced:
+        traces.claimed(claim.traced, seconds)
     ended(claim.ended)
     if claim.lost:
         metrics.LEASES_EXPIRED.inc(claim.lost)

@@ -57,6 +57,7 @@ class Claimed:
     attempts: int
     losses: int
     cancel_requested: str | None
+    traceparent: str | None = None
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -94,7 +95,8 @@ _CLAIM = text(f"""
                losses = f.losses + taken.lost::int
           FROM taken
          WHERE f.id = taken.id
-        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
+        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested,
+                  f.traceparent
     )
     SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased,
            LEAST((SELECT min(due) FROM head), now()) - CAST(:margin AS interval) AS low_water
@@ -122,6 +124,7 @@ def claim(
             row.attempts,
             row.losses,
             row.cancel_requested,
+            row.traceparent,
         )
         for row in rows
         if row.id is not None
@@ -153,6 +156,7 @@ class Begun:
     due_date: datetime
     attempt: int
     snoozes: int
+    traceparent: str | None = None
 
 
 _WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -196,7 +200,7 @@ _BEGIN = text(f"""
      WHERE f.id = ready.id
     RETURNING -- in the order of Lease and Begun
               f.id, f.lease_token, {_DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
-              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes
+              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes, f.traceparent
 """)  # noqa: S608 - no input, only the constants above
 
 

@@ -23,7 +23,11 @@ from followups.errors import (
     SettingsError,
 )
 
-GROUPS = {"workspace": ("create", "list"), "api-key": ("create", "list", "revoke")}
+GROUPS = {
+    "workspace": ("create", "list"),
+    "api-key": ("create", "list", "revoke"),
+    "health": ("worker", "beat", "web"),
+}
 PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROUPS.items() for name in names]
 
 

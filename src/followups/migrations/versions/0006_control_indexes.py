@@ -9,8 +9,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0021"
-down_revision = "0020"
+revision = "0006"
+down_revision = "0005"
 
 INDEXES: tuple[tuple[str, str, list[str], str | None, bool], ...] = (
     ("ix_follow_ups_finished", "follow_ups", ["finished_at"], "finished_at IS NOT NULL", False),

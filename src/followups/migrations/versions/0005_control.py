@@ -5,8 +5,8 @@ from __future__ import annotations
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0020"
-down_revision = "0003"
+revision = "0005"
+down_revision = "0004"
 
 CHURNING = ("chat_messages", "failed_attempts", "idempotency_keys")
 
