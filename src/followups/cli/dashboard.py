@@ -49,10 +49,10 @@ class Workers:
         self._stop.set()
 
     def _run(self) -> None:
-        from followups.cli import checks  # noqa: PLC0415 - loads much that only this thread needs
+        from followups.cli import processes  # noqa: PLC0415 - loads much that only this thread needs
 
         while not self._stop.is_set():
-            found = checks.workers()
+            found = processes.of_the_broker()
             self.said, self.ok = found.detail, found.ok
             self._stop.wait(ASK_WORKERS)
 
