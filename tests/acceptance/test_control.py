@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -115,3 +116,18 @@ def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
     assert {row.status for row in stack.world.rows()} == {"sent"}
     [line] = wait_until(lambda: stack.log_events("removed_old"))
     assert line["follow_ups"] == 5000
+
+
+def test_beat_asks_for_it_once_an_hour(stack: Stack) -> None:
+    """Beat's schedule has the removal of what is old, by the clock, beside the ticks; both go to the queue of ticks."""
+    code = (
+        "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"
+        "entry = schedule['remove-old'];"
+        "print(json.dumps([entry['task'], str(entry['schedule']), app.conf.task_routes[entry['task']]['queue']]))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=stack.environment(), capture_output=True, text=True, check=True, timeout=60
+    )
+    task, schedule, queue = json.loads(ran.stdout)
+    assert (task, queue) == ("followups.remove_old", "dispatch")
+    assert schedule.startswith("<crontab: 17 * * * *")

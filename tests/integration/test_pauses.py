@@ -11,10 +11,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from followups.dispatch import hold
 from followups.dispatch.begin import Beginning, begin
 from followups.dispatch.claim import claim
 from followups.scheduling import amend
-from followups.store import order, pauses
+from followups.store import leases, order, pauses
 from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
@@ -170,11 +171,8 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
     (lease,) = claim(engine, settings).leases
     freed: list[int] = []
     with engine.connect() as holding:
-        from followups.dispatch import begin as module  # noqa: PLC0415 - its inside, at one moment
-
-        world_now = module.World(settings.lease, settings.max_lateness, module.TOLERANCE)
-        obstacles = module.leases.obstacles(holding, [lease], world_now)
-        assert module.hold.hold_back(holding, settings, obstacles).held == {follow_up}
+        obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
+        assert hold.hold_back(holding, settings, obstacles).held == {follow_up}
         resuming = threading.Thread(target=lambda: freed.append(resume(world, scope)))
         resuming.start()
         resuming.join(0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import UTC, datetime, time, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -11,12 +12,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from followups.dispatch import hold
 from followups.dispatch.begin import Beginning, begin
 from followups.dispatch.claim import claim
 from followups.errors import InvalidRequestError, OutsideMessagingWindowError
 from followups.quiet_hours import EVERY_DAY, SendingHours, opens_at
 from followups.scheduling import amend
-from followups.store import holds, order, sending_hours
+from followups.store import holds, leases, order, sending_hours
 from followups.store.holds import SPREAD
 
 if TYPE_CHECKING:
@@ -139,6 +141,43 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     assert world.row(second).waits_for == first
     with engine.begin() as connection:
         assert order.wake_forgotten(connection) == 0
+
+
+def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
+    """One that is just being held when the hours are cleared is freed with the others: whoever clears them waits."""
+    put(world, CLOSED)
+    follow_up = world.follow_up()
+    (lease,) = claim(engine, settings).leases
+    freed: list[int] = []
+
+    def clear() -> None:
+        with Session(engine) as session, session.begin():
+            sending_hours.clear(session, world.workspace_id)
+        with engine.begin() as connection:
+            freed.append(holds.free_quiet(connection, world.workspace_id))
+
+    with engine.connect() as holding:
+        obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
+        assert hold.hold_back(holding, settings, obstacles).held == {follow_up}
+        clearing = threading.Thread(target=clear)
+        clearing.start()
+        clearing.join(0.3)
+        assert clearing.is_alive()
+        holding.commit()
+        clearing.join(10)
+    assert freed == [1]
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
+    """One is not held by hours that have changed since they were read."""
+    put(world, CLOSED)
+    world.follow_up()
+    (lease,) = claim(engine, settings).leases
+    opening = opening_of(world, CLOSED)
+    put(world, OPEN)
+    with engine.begin() as connection:
+        assert holds.hold_if_leased(connection, [holds.Hold(lease, opening, opening, hours=CLOSED)]) == set()
 
 
 class TestLateness:

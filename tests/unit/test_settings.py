@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "FOLLOWUPS_RETRY_FACTOR": 2.0,
     "FOLLOWUPS_RETRY_CAP": timedelta(hours=1),
     "FOLLOWUPS_MAX_LATENESS": timedelta(days=1),
+    "FOLLOWUPS_RETENTION": timedelta(0),
     "FOLLOWUPS_MAX_IN_FLIGHT": 5000,
     "FOLLOWUPS_BATCH_SIZE": 100,
     "FOLLOWUPS_CONCURRENCY": 100,
@@ -241,3 +242,15 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
     assert os.environ["FOLLOWUPS_MAX_ATTEMPTS"] == "1"
     with pytest.raises(ValueError, match="frozen"):
         settings.max_attempts = 2
+
+
+@pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
+def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """Who writes 90 and means days is told what the number means, and loses nothing."""
+    monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
+    monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
+    monkeypatch.setenv("FOLLOWUPS_RETENTION", value)
+    with pytest.raises(SettingsError, match=r"FOLLOWUPS_RETENTION should be 0, or at least a day \(86400, or P1D\)"):
+        load_settings()
+    monkeypatch.setenv("FOLLOWUPS_RETENTION", "P90D")
+    assert load_settings().retention == timedelta(days=90)

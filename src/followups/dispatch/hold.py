@@ -71,11 +71,11 @@ def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hol
         # Behind an earlier one of its chat it waits for that one, as ever.
         return None if obstacle.earlier else Hold(obstacle.lease, NEVER, NEVER, finding.pause_id)
     until = opening or reprieve
-    if until is None:
+    if until is None or finding.hours is None:
         return None
     if finding.window_ends is not None and until >= finding.window_ends:
         return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED, "it ends before the workspace's sending hours open")
-    return Hold(obstacle.lease, until, back_at(until, finding.due_date))
+    return Hold(obstacle.lease, until, back_at(until, finding.due_date), hours=finding.hours.hours)
 
 
 def _opening(finding: Finding, moment: datetime) -> datetime | None:

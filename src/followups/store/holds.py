@@ -130,19 +130,34 @@ class Hold:
     until: datetime
     next_attempt_at: datetime
     pause_id: UUID | None = None
+    hours: SendingHours | None = None
 
 
-# The lock on the pause makes "it still stands" stay true until this commits: whoever resumes comes after, and frees.
+# The locks on the pause and on the hours make "it still stands" stay true until this commits: whoever resumes, or
+# sets other hours, comes after, and frees. What is locked or has changed meanwhile is looked at again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
          ORDER BY id FOR SHARE SKIP LOCKED
+    ), hours AS MATERIALIZED (
+        SELECT workspace_id, time_zone, opening, closing, days FROM sending_hours
+         WHERE workspace_id IN (
+               SELECT f.workspace_id
+                 FROM unnest(CAST(:ids AS uuid[]), CAST(:pauses AS uuid[])) AS b(id, pause)
+                 JOIN follow_ups f ON f.id = b.id
+                WHERE b.pause IS NULL)
+         ORDER BY workspace_id FOR SHARE SKIP LOCKED
     ), held AS MATERIALIZED (
         SELECT f.id, b.until, b.again, b.pause
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:untils AS timestamptz[]),
-                      CAST(:agains AS timestamptz[]), CAST(:pauses AS uuid[])) AS b(id, token, until, again, pause)
+                      CAST(:agains AS timestamptz[]), CAST(:pauses AS uuid[]), CAST(:zones AS text[]),
+                      CAST(:openings AS time[]), CAST(:closings AS time[]), CAST(:days AS int[]))
+               AS b(id, token, until, again, pause, zone, opening, closing, days)
          CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f
-         WHERE b.pause IS NULL OR EXISTS (SELECT FROM standing s WHERE s.id = b.pause)
+         WHERE CASE WHEN b.pause IS NOT NULL THEN EXISTS (SELECT FROM standing s WHERE s.id = b.pause)
+                    ELSE EXISTS (SELECT FROM hours h
+                                  WHERE h.workspace_id = f.workspace_id AND h.time_zone = b.zone
+                                    AND h.opening = b.opening AND h.closing = b.closing AND h.days = b.days) END
     )
     UPDATE follow_ups f
        SET next_attempt_at = held.again, pause_id = held.pause, lease_until = NULL,
@@ -155,13 +170,16 @@ _HOLD = text(f"""
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     """Hold leased follow-ups back; return those that now are."""
-    parameters = {
+    parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],
         "untils": [one.until for one in holds],
         "agains": [one.next_attempt_at for one in holds],
         "pauses": [one.pause_id for one in holds],
     }
+    hours = [columns_of(one.hours) if one.hours else {} for one in holds]
+    names = {"zones": "time_zone", "openings": "opening", "closings": "closing", "days": "days"}
+    parameters |= {name: [each.get(column) for each in hours] for name, column in names.items()}
     return set(connection.scalars(_HOLD, parameters))
 
 

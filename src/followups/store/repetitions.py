@@ -71,14 +71,13 @@ class Failed(NamedTuple):
     """One that is to be repeated."""
 
     id: UUID
-    chat_id: UUID
     finished_at: datetime
 
 
 def some_failed(connection: Connection, failures: Failures, most: int, after: Moment = START) -> list[Failed]:
     """Return the next few, in the order of their ends."""
     query = f"""
-        SELECT f.id, f.chat_id, f.finished_at {_failed(failures)}
+        SELECT f.id, f.finished_at {_failed(failures)}
            AND f.finished_at >= :after AND (f.finished_at, f.id) > (:after, :after_id)
          ORDER BY f.finished_at, f.id LIMIT :most
     """

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy.orm import Session
 
+from followups.quiet_hours import SendingHours
+from followups.store import sending_hours
 from web import FOLLOW_UPS, in_days, is_problem, pointers
 
 if TYPE_CHECKING:
@@ -116,6 +119,27 @@ class TestCreate:
         body = {"chatId": chat_id, "dueDate": in_days(1.01), "message": "?"}
         problem = is_problem(api.post(FOLLOW_UPS, body), 422, "outside-messaging-window")
         assert pointers(problem) == ["#/dueDate"]
+
+    def test_sending_hours_and_the_window(self, api: Api) -> None:
+        """A due date outside the sending hours is taken, unless they open after the window: then 422 says when."""
+        now = datetime.now(UTC)
+        # A day's worth of hours that ends in an hour and opens in 23: past the window of a user who wrote 2 hours ago.
+        hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
+        with Session(api.world.engine) as session, session.begin():
+            sending_hours.put(session, api.world.workspace_id, hours)
+        outside = in_days(2 / 24)
+        assert api.create(due=outside)["status"] == "pending"
+        chat_id = api.chat("whatsapp")
+        api.world.sql("UPDATE chats SET last_user_message_at = now() - interval '2 hours' WHERE id = :id", id=chat_id)
+        problem = is_problem(
+            api.post(FOLLOW_UPS, {"chatId": chat_id, "dueDate": outside, "message": "?"}),
+            422,
+            "outside-messaging-window",
+        )
+        assert pointers(problem) == ["#/dueDate"]
+        assert "outside the workspace's sending hours" in problem["detail"]
+        inside = api.create(chat_id, in_days(0.5 / 24))
+        is_problem(api.patch(inside, dueDate=outside), 422, "outside-messaging-window")
 
     def test_no_window_without_a_user(self, api: Api) -> None:
         """A windowed chat whose user never wrote allows nothing, not even at once."""
