@@ -48,8 +48,8 @@ TICKING = timedelta(seconds=90)
 
 log = get_logger(__name__)
 
-_hearts: dict[int, Heartbeat] = {}
-"""By process id: a forked child has one of its own."""
+_hearts: dict[int, Heartbeat | None] = {}
+"""By process id: a forked child has one of its own. None: it could not be written, which was said once."""
 
 
 def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
@@ -60,10 +60,11 @@ def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
     try:
         heart.start()
     except HeartbeatError as error:
-        log.warning("no_heartbeat", error=str(error))
-        return None
-    _hearts[os.getpid()] = heart
-    return heart
+        log.warning("no_heartbeat", error=str(error), advice="set FOLLOWUPS_RUNTIME_DIR to a directory of its own")
+        _hearts[os.getpid()] = None
+    else:
+        _hearts[os.getpid()] = heart
+    return _hearts[os.getpid()]
 
 
 def current() -> Heartbeat | None:

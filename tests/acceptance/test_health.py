@@ -130,8 +130,9 @@ def test_an_idle_worker_among_others(observed: Stack) -> None:
     says(observed, "worker", 0, "1 worker", "idle@")
 
 
-def test_an_outage_of_the_broker_restarts_nobody(observed: Stack) -> None:
-    """Without the broker worker and beat are alive: they go on trying, and no restart would help."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: bool) -> None:
+    """Without the broker, gone or silent, worker and beat are alive: they go on trying, and no restart would help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
         own = replace(observed, settings=load_settings(**settings), processes=processes)
@@ -139,12 +140,16 @@ def test_an_outage_of_the_broker_restarts_nobody(observed: Stack) -> None:
         own.beat()
         says(own, "worker", 0)
         says(own, "beat", 0)
-        valkey.kill()
-        end = time.monotonic() + 14
+        server = valkey._child()  # noqa: SLF001 - to be stopped and resumed
+        server.signal(signal.SIGSTOP if frozen else signal.SIGKILL)
+        end = time.monotonic() + 25
         while time.monotonic() < end:
             assert (health(own, "worker").returncode, health(own, "beat").returncode) == (0, 0)
             time.sleep(1)
-        valkey.restart()
+        if frozen:
+            server.signal(signal.SIGCONT)
+        else:
+            valkey.restart()
         says(own, "worker", 0)
 
 
@@ -161,6 +166,17 @@ def test_a_stopped_beat(observed: Stack) -> None:
     wait_until(lambda: beat.exit_code is not None)
     says(observed, "beat", 1, "No beat runs here")
     assert not list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())
+
+
+def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
+    """Where signs of life cannot be written, messages go out all the same, and one warning a process says so."""
+    stack.options["FOLLOWUPS_RUNTIME_DIR"] = "/proc/nowhere"
+    stack.start()
+    stack.wait_until_done(stack.world.follow_up())
+    for name in ("worker", "beat"):
+        (line,) = stack.log_events("no_heartbeat", name)
+        assert "/proc/nowhere" in line["error"]
+        assert "FOLLOWUPS_RUNTIME_DIR" in line["advice"]
 
 
 @pytest.fixture

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 
     from stack import Stack
 
+ATTEMPT = frozenset(
+    (
+        *("timestamp", "level", "logger", "event", "follow_up_id", "chat_id", "workspace_id"),
+        *("attempt", "outcome", "status_code", "duration_ms", "lag_ms", "task_id"),
+    )
+)
+"""What the canonical line of an attempt has, and nothing else."""
+
 FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
 """What Celery writes to stdout when it is told to stop."""
 
@@ -217,6 +225,7 @@ def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str,
     """Check that what was searched is what a run tells: or nothing would be found in nothing."""
     outcomes = {line["outcome"] for line in stack.log_events("attempt")}
     assert {"sent", "retry", "rejected"} <= outcomes
+    assert {frozenset(line) for line in stack.log_events("attempt")} == {ATTEMPT}
     codes = {
         (line["status"], line["code"]) for name in ("worker", "web") for line in stack.log_events("transition", name)
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
@@ -98,6 +99,15 @@ class TestSchedule:
         row = caller.world.row(created.id)
         assert (row.status, row.message, row.trigger_chat_message_id) == ("pending", "Still there?", last)
         assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
+
+    def test_a_caller_s_own_trace(self, caller: Caller) -> None:
+        """What is scheduled inside a trace of the caller's remembers it, whosever tracer it is; else there is none."""
+        tracer = TracerProvider().get_tracer("a caller")
+        with tracer.start_as_current_span("work") as span:
+            traced = caller.schedule(caller.world.chat())
+        context = span.get_span_context()
+        assert traced.traceparent == f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.trace_flags:02x}"
+        assert caller.schedule(caller.world.chat()).traceparent is None
 
     def test_rollback(self, caller: Caller) -> None:
         """The caller's rollback takes everything back."""

@@ -114,6 +114,8 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
 
 def _tell(seen: Seen, path: str, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    quiet = path in PROBES and seen.status == HTTPStatus.OK
-    tell = log.warning if failed else log.debug if quiet else log.info
+    if path in PROBES:  # asked every few seconds; one that fails says in its answer what is wrong
+        tell = log.debug if seen.status == HTTPStatus.OK else log.info
+    else:
+        tell = log.warning if failed else log.info
     tell("request", status=seen.status, duration_ms=round(seconds * 1000, 2), workspace_id=seen.workspace_id)

@@ -87,12 +87,12 @@ def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None
 
 
 def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
-    """A probe that finds all well is told on level debug, one that does not on warning."""
+    """A probe that finds all well is told on level debug, one that does not on info."""
     request_id = logged.client.get("/healthz").headers["x-request-id"]
     assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
     request_id = logged.client.get("/readyz").headers["x-request-id"]
     (line,) = lines(stack, "request", request_id=request_id)
-    assert (line["level"], line["status"]) == ("warning", 503)  # nothing has ticked
+    assert (line["level"], line["status"]) == ("info", 503)  # nothing has ticked
 
 
 def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
