@@ -55,6 +55,7 @@ class Stack:
         return (
             self.settings.environment()
             | {"FOLLOWUPS_TRANSPORT_URL": f"http://127.0.0.1:{self.sandbox_port}/messages"}
+            | {"FOLLOWUPS_RUNTIME_DIR": str(self.processes.logs / "signs")}  # apart from other tests' processes
             | self.options
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 from celery.worker import state
@@ -20,9 +21,37 @@ from redis.exceptions import RedisError
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 log = get_logger(__name__)
+
+
+class Consumer:
+    """What this process's consumer last did: the proof that it consumes, and not only seems to run.
+
+    It asks the broker for work (BRPOP) all the time and gets an answer within a second, be it "nothing". A worker
+    that is asked for a sign of life by Celery's ``ping`` answers on another connection, also when this has stopped.
+    Times are monotonic seconds.
+    """
+
+    def __init__(self) -> None:
+        """Begin with nothing done yet."""
+        self.answered_at = 0.0
+        self.connecting_at = 0.0
+        self.queues: frozenset[str] = frozenset()
+        """Those that it asked for."""
+
+    def answered(self, queues: Iterable[str]) -> None:
+        """Note that the broker has answered."""
+        self.answered_at = time.monotonic()
+        self.queues = frozenset(queues)
+
+    def connects(self) -> None:
+        """Note that it tries to reach the broker."""
+        self.connecting_at = time.monotonic()
+
+
+CONSUMER = Consumer()
 
 
 class Channel(kombu_redis.Channel):
@@ -31,14 +60,19 @@ class Channel(kombu_redis.Channel):
     def _brpop_read(self, **options: Any) -> Any:  # noqa: ANN401 - kombu's own
         self.connection.delivering = False
         try:
-            return super()._brpop_read(**options)
-        except (*self.connection_errors, RedisError, self.connection.Empty):
+            read = super()._brpop_read(**options)
+        except self.connection.Empty:
+            CONSUMER.answered(self.active_queues)
+            raise
+        except (*self.connection_errors, RedisError):
             raise
         except Exception as error:  # whatever a hostile document makes a decoder raise
             if self.connection.delivering:
                 raise  # it was read, and the error is the consumer's
             log.warning("broker_message_dropped", error=type(error).__name__)
-            return True
+            read = True
+        CONSUMER.answered(self.active_queues)
+        return read
 
 
 class Transport(kombu_redis.Transport):
@@ -56,6 +90,8 @@ class Transport(kombu_redis.Transport):
         if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
             Transport._stopping = True
             state.maybe_shutdown()
+        if _is_consumers_thread():
+            CONSUMER.connects()
         try:
             return super().establish_connection()
         except self.connection_errors as error:

@@ -7,9 +7,10 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event, make_url
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 if TYPE_CHECKING:
@@ -37,6 +38,11 @@ go on doing so when a burst of inserts has made the table's statistics wrong. Me
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with."""
 
 
+def _bound(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], patience: float) -> Exception:
+    connection.pgconn.finish()
+    return psycopg.OperationalError(f"the server was silent for {patience:g} s: the connection is given up")
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that has fallen silent.
 
@@ -54,9 +60,23 @@ class BoundedConnection(psycopg.Connection[Any]):
         except psycopg.OperationalError as error:
             if timeout or not self.patience or time.monotonic() - started < self.patience or self.closed:
                 raise
-            self.pgconn.finish()
-            message = f"the server was silent for {self.patience:g} s: the connection is given up"
-            raise psycopg.OperationalError(message) from error
+            raise _bound(self, self.patience) from error
+
+
+class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
+    """The same for an event loop."""
+
+    patience: float | None = None
+
+    async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
+        """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""
+        started = time.monotonic()
+        try:
+            return await super().wait(gen, interval, timeout or self.patience)
+        except psycopg.OperationalError as error:
+            if timeout or not self.patience or time.monotonic() - started < self.patience or self.closed:
+                raise
+            raise _bound(self, self.patience) from error
 
 
 def make_engine(
@@ -73,33 +93,7 @@ def make_engine(
     reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up;
     with None, for migrations, a statement may take as long as it takes.
     """
-    limit = statement_timeout // MILLISECOND if statement_timeout else 0
-    connect_args: Mapping[str, Any] = {
-        "application_name": application_name,
-        "connect_timeout": CONNECT_TIMEOUT,
-        # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
-        "options": f"-c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
-        f" -c timezone=UTC{options}",
-        "keepalives_idle": 10,
-        "keepalives_interval": 3,
-        "keepalives_count": 3,
-        "tcp_user_timeout": TCP_USER_TIMEOUT,
-    }
-    url = make_url(database_url).set(drivername="postgresql+psycopg")
-    engine = create_engine(
-        url,
-        pool_size=pool_size,
-        # A connection beyond the pool would be made for one transaction and closed after it, which costs
-        # more than to wait for one.
-        max_overflow=0,
-        pool_pre_ping=True,
-        # A caller waits this many seconds for a connection, and is then told so.
-        pool_timeout=10,
-        connect_args=dict(connect_args),
-        # Statement parameters hold message texts: they must never stand in an error or a log.
-        hide_parameters=True,
-    )
-
+    engine = create_engine(_url(database_url), **_arguments(pool_size, application_name, options, statement_timeout))
     patience = _patience(statement_timeout)
 
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
@@ -109,6 +103,64 @@ def make_engine(
 
     event.listen(engine, "do_connect", connect)
     return engine
+
+
+def make_async_engine(
+    database_url: str,
+    *,
+    pool_size: int = 5,
+    application_name: str = "followups",
+    options: str = "",
+    statement_timeout: timedelta = STATEMENT_TIMEOUT,
+) -> AsyncEngine:
+    """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`."""
+    engine = create_async_engine(
+        _url(database_url), **_arguments(pool_size, application_name, options, statement_timeout)
+    )
+    patience = _patience(statement_timeout)
+
+    async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
+        connection = await BoundedAsyncConnection.connect(*arguments, **named)
+        connection.patience = patience
+        return connection
+
+    def choose(_dialect: object, _record: object, _arguments: object, named: dict[str, Any]) -> None:
+        named["async_creator_fn"] = connect
+
+    event.listen(engine.sync_engine, "do_connect", choose)
+    return engine
+
+
+def _url(database_url: str) -> URL:
+    return make_url(database_url).set(drivername="postgresql+psycopg")
+
+
+def _arguments(
+    pool_size: int, application_name: str, options: str, statement_timeout: timedelta | None
+) -> dict[str, Any]:
+    limit = statement_timeout // MILLISECOND if statement_timeout else 0
+    return {
+        "pool_size": pool_size,
+        # A connection beyond the pool would be made for one transaction and closed after it, which costs
+        # more than to wait for one.
+        "max_overflow": 0,
+        "pool_pre_ping": True,
+        # A caller waits this many seconds for a connection, and is then told so.
+        "pool_timeout": 10,
+        # Statement parameters hold message texts: they must never stand in an error or a log.
+        "hide_parameters": True,
+        "connect_args": {
+            "application_name": application_name,
+            "connect_timeout": CONNECT_TIMEOUT,
+            # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
+            "options": f"-c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
+            f" -c timezone=UTC{options}",
+            "keepalives_idle": 10,
+            "keepalives_interval": 3,
+            "keepalives_count": 3,
+            "tcp_user_timeout": TCP_USER_TIMEOUT,
+        },
+    }
 
 
 def _patience(statement_timeout: timedelta | None) -> float | None:

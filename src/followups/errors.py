@@ -73,6 +73,12 @@ class AlreadyFinishedError(ConflictError):
     slug = "already-finished"
 
 
+class AlreadyRetriedError(ConflictError):
+    """A new follow-up has been made from this one already."""
+
+    slug = "already-retried"
+
+
 class DeliveryInProgressError(ConflictError):
     """The follow-up is being delivered at this moment; try again shortly."""
 

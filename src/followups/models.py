@@ -14,7 +14,7 @@ assigning to an object here: a full-row save once brought a sent message back to
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import datetime, time, timedelta
 from typing import ClassVar
 from uuid import UUID, uuid4
 
@@ -31,7 +31,9 @@ from sqlalchemy import (
     Interval,
     LargeBinary,
     MetaData,
+    SmallInteger,
     Text,
+    Time,
     Uuid,
     func,
     text,
@@ -42,6 +44,11 @@ from followups.states import Status
 
 MAX_MESSAGE_LENGTH = 65_536
 """Characters of a follow-up's message."""
+
+
+CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
+"""Storage options of tables whose old rows are deleted in the order of their age: whoever looks for the oldest
+would walk over what was deleted since the last vacuum, which by default waits for a fifth of the table."""
 
 
 class Base(DeclarativeBase):
@@ -58,6 +65,7 @@ class Base(DeclarativeBase):
     )
     type_annotation_map: ClassVar = {
         datetime: DateTime(timezone=True),
+        time: Time,
         timedelta: Interval,
         UUID: Uuid,
         str: Text,
@@ -73,6 +81,50 @@ class Workspace(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+class SendingHours(Base):
+    """When a workspace lets its messages be sent; without a row, always (`followups.quiet_hours`).
+
+    A table of its own, so that begin asks for none of it as long as no workspace has any.
+    """
+
+    __tablename__ = "sending_hours"
+    __table_args__ = (CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),)
+
+    workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
+    time_zone: Mapped[str]
+    opening: Mapped[time]
+    closing: Mapped[time]
+    days: Mapped[int] = mapped_column(SmallInteger)
+    """Bit 0 is Monday."""
+    open_from: Mapped[datetime]
+    open_until: Mapped[datetime]
+    """The present time of sending, or the next: what the database compares with. Once it is over, whoever is
+    refused by it works out the one after; so time zones are known in one place only, and not to the database."""
+
+
+class Pause(Base):
+    """What an operator has stopped: a workspace, a channel, or a channel of a workspace."""
+
+    __tablename__ = "pauses"
+    __table_args__ = (
+        CheckConstraint("workspace_id IS NOT NULL OR channel IS NOT NULL", name="names_something"),
+        Index(
+            "ix_pauses_scope",
+            text("COALESCE(workspace_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
+            text("COALESCE(channel, '')"),
+            unique=True,
+            postgresql_where=text("ended_at IS NULL"),
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
+    workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
+    channel: Mapped[str | None]
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    ended_at: Mapped[datetime | None]
+    """When it was lifted: it holds nothing more, and stays only until all that it held has been freed."""
 
 
 class ApiKey(Base):
@@ -126,6 +178,9 @@ class ChatMessage(Base):
         ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
         CheckConstraint("role IN ('user', 'agent', 'operator')", name="role_is_known"),
         Index(None, "workspace_id", "chat_id", "created_at"),
+        # What retention removes, oldest first.
+        Index(None, "created_at"),
+        {"postgresql_with": CHURNING},
     )
 
     workspace_id: Mapped[UUID] = mapped_column(primary_key=True)
@@ -185,6 +240,18 @@ class FollowUp(Base):
             "chat_message_id",
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
+        # What has ended lately (lag and throughput, what to retry), and what ended long ago (retention). Entries
+        # come in at its right edge, and those of one settlement share their key.
+        Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
+        # What a pause holds, and what waits for sending hours to open; empty otherwise.
+        Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
+        Index(
+            "ix_follow_ups_quiet",
+            "workspace_id",
+            "held_until",
+            postgresql_where=text("held_until IS NOT NULL AND status = 'pending'"),
+        ),
         {
             # Room on each page for lease updates in place; the table lives by updates, so vacuum early.
             "postgresql_with": {
@@ -227,6 +294,15 @@ class FollowUp(Base):
     """The reason of a cancel that came while an attempt was in flight: it is not tried again."""
     accepted_at: Mapped[datetime | None]
     """When the transport accepted it, by the database's clock; lag is this minus the due date."""
+    traceparent: Mapped[str | None]
+    """The trace in which it was created, as W3C writes it; None: none was on."""
+
+    held_until: Mapped[datetime | None]
+    """When the sending hours open, or opened, that it was last held for; lateness counts from then."""
+    pause_id: Mapped[UUID | None]
+    """The pause that holds it; its next attempt is then at the end of time, out of the claim's way."""
+    retry_of: Mapped[UUID | None]
+    """The follow-up that this one repeats; each is repeated once at most."""
 
     @property
     def in_flight(self) -> bool:
@@ -238,7 +314,7 @@ class FailedAttempt(Base):
     """One attempt that did not end in `sent`: what happened, for whoever asks why."""
 
     __tablename__ = "failed_attempts"
-    __table_args__ = (Index(None, "follow_up_id", "id"),)
+    __table_args__ = (Index(None, "follow_up_id", "id"), {"postgresql_with": CHURNING})
 
     id: Mapped[int] = mapped_column(BigInteger, Identity(always=True), primary_key=True)
     follow_up_id: Mapped[UUID] = mapped_column(ForeignKey("follow_ups.id", ondelete="CASCADE"))
@@ -256,7 +332,7 @@ class IdempotencyKey(Base):
     """The answer to a request that named an Idempotency-Key, written in the transaction of what it did."""
 
     __tablename__ = "idempotency_keys"
-    __table_args__ = (Index(None, "created_at"),)
+    __table_args__ = (Index(None, "created_at"), {"postgresql_with": CHURNING})
 
     workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
     key: Mapped[str] = mapped_column(primary_key=True)

@@ -6,13 +6,13 @@ nothing else to enqueue. The REST API and the command line call these too.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 
 from followups.errors import (
     AlreadyFinishedError,
+    AlreadyRetriedError,
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
@@ -21,12 +21,14 @@ from followups.errors import (
     OutsideMessagingWindowError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
+from followups.quiet_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
-from followups.store import chats, follow_ups, order
+from followups.store import chats, follow_ups, order, repetitions, sending_hours
 from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
@@ -76,19 +78,43 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
 
 def retry(session: Session, follow_up_id: UUID, *, due_date: datetime | None = None) -> FollowUp:
     """Make a new follow-up from a failed one, which stays as it is. Errors as for `schedule`."""
+    old = _failed(session, follow_up_id)
+    return _repeat(session, old, repetitions.last_of(session, old.id), due_date)
+
+
+def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
+    """Make a new follow-up, due now, from a failed one of which none was made yet.
+
+    Raises `AlreadyRetriedError` when one was, and what `schedule` raises.
+    """
+    old = _failed(session, follow_up_id)
+    if repetitions.last_of(session, old.id) != old.id:
+        raise AlreadyRetriedError
+    return _repeat(session, old, old.id, None)
+
+
+def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
+    """Return the follow-up, with the lock of its chat: what it was repeated as stays as it is."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
     if old.status != Status.FAILED:
         message = f"Only a failed follow-up can be retried; this one is {old.status}."
         raise ConflictError(message)
-    return schedule(
+    chats.lock_chat(session, old.workspace_id, old.chat_id)
+    return old
+
+
+def _repeat(session: Session, old: FollowUp, last: UUID, due_date: datetime | None) -> FollowUp:
+    new = schedule(
         session,
         workspace_id=old.workspace_id,
         chat_id=old.chat_id,
         message=old.message,
-        due_date=due_date or datetime.now(UTC),
+        due_date=due_date or session.execute(select(func.now())).scalar_one(),
     )
+    repetitions.note(session, new.id, last)
+    return new
 
 
 def amend(
@@ -171,13 +197,24 @@ def trigger_of(chat: Chat) -> UUID:
 
 
 def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
-    """Refuse a due date outside the channel's messaging window; one in the past means now."""
+    """Refuse a due date outside the channel's messaging window; one in the past means now.
+
+    One outside the workspace's sending hours will be held until they open, so it is then that must be inside.
+    """
     channel = Channel(chat.channel)
     if is_open(channel, None, due_date):
         return
     now = session.execute(select(func.now())).scalar_one()
-    if not is_open(channel, chat.last_user_message_at, max(due_date, now)):
+    moment = max(due_date, now)
+    if not is_open(channel, chat.last_user_message_at, moment):
         raise OutsideMessagingWindowError(field="due_date")
+    hours = sending_hours.find(session, chat.workspace_id)
+    if hours is not None and not is_open(channel, chat.last_user_message_at, opening := opens_at(hours, moment)):
+        message = (
+            f"The due date is outside the workspace's sending hours ({hours}), which open at"
+            f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
+        )
+        raise OutsideMessagingWindowError(message, field="due_date")
 
 
 def check_message(message: str) -> None:
@@ -216,10 +253,11 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
             message = f"A {field.replace('_', ' ')} goes only with a status of sent, failed or cancelled."
             raise InvalidRequestError(message, field=field)
     if "reason" in changes:
-        _check_reason(changes["reason"], changes["status"])
+        check_reason(changes["reason"], changes["status"])
 
 
-def _check_reason(reason: str, status: Status) -> None:
+def check_reason(reason: str, status: Status) -> None:
+    """Refuse a reason that is empty, too long or not storable, or that does not go with the status."""
     if status is Status.SENT:
         message = "A sent follow-up carries no reason."
         raise InvalidRequestError(message, field="reason")

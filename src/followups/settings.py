@@ -26,6 +26,10 @@ HINT_LIFETIME = timedelta(hours=1)
 and in the sum: transport timeout < lease < lifetime of a hint."""
 
 
+LEAST_RETENTION = timedelta(days=1)
+"""Answers to idempotent requests name follow-ups for so long."""
+
+
 def _seconds_or_iso(value: object) -> object:
     if isinstance(value, str):
         try:
@@ -78,11 +82,19 @@ class Settings(BaseSettings):
     max_lateness: Duration = Field(
         timedelta(days=1), ge=ZERO, le=timedelta(days=36_500), description="after the due date; 0 = none"
     )
+    retention: Duration = Field(
+        ZERO,
+        le=timedelta(days=36_500),
+        description="finished follow-ups are deleted so long after their end, at least a day; 0 = they are kept",
+    )
     max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
     batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
     concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
     rate_limit: int = Field(
         60_000, ge=0, le=100_000_000, description="requests that one API key may make in a minute; 0 = no limit"
+    )
+    runtime_dir: str | None = Field(
+        None, description="directory of the signs of life that followups health reads; default: one in the temporary"
     )
     log_format: Literal["json", "console"] | None = Field(
         None, description="json or console; default: console on a terminal, json elsewhere"
@@ -113,6 +125,14 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return value or None
 
+    @field_validator("runtime_dir")
+    @classmethod
+    def _is_absolute(cls, value: str | None) -> str | None:
+        if value and not value.startswith("/"):
+            message = "should be an absolute path"
+            raise ValueError(message)
+        return value or None
+
     @field_validator("log_level", "log_format", mode="before")
     @classmethod
     def _lower(cls, value: object) -> object:
@@ -122,6 +142,15 @@ class Settings(BaseSettings):
     @classmethod
     def _empty_is_none(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value and value.get_secret_value() else None
+
+    @field_validator("retention")
+    @classmethod
+    def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
+        # A number is seconds: who means 90 days and writes 90 must not lose all that is older than a minute.
+        if value and value < LEAST_RETENTION:
+            message = "should be 0, or at least a day (86400, or P1D)"
+            raise ValueError(message)
+        return value
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:

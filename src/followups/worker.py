@@ -6,6 +6,7 @@ carries hints only: no result, no ETA, no retry lives in it.
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -15,20 +16,24 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery import Celery, signals
+from celery.schedules import crontab
 from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
-from followups.database import BY_KEY, make_engine
+from followups import celery_logs, liveness
+from followups.database import BY_KEY, make_async_engine, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.pipeline import DATABASE_THREADS, Pipeline
+from followups.dispatch.pipeline import CONNECTIONS, Pipeline
 from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
+from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
-from followups.telemetry.logs import configure_logging, get_logger
+from followups.telemetry import traces
+from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
 from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
 
@@ -43,6 +48,9 @@ TICK_EXPIRES = timedelta(hours=1)
 """After this an unread tick is dropped, so that beat cannot fill the broker while no worker runs. Far above
 the tick interval on purpose: Celery compares two hosts' clocks here, and an hour's margin forgives one that
 is minutes off; superfluous ticks are folded into one by the dispatcher."""
+
+TIDY_MINUTE = 17
+"""Of each hour: not when everybody's cron jobs run, nor when most sending hours open."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """For a worker's statements, which take milliseconds, and never longer than half a lease: what waits behind one
@@ -66,10 +74,20 @@ def _exit_when_wrong() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
+def broker_silence(settings: Settings) -> timedelta:
+    """Return how long the broker may be silent."""
+    return min(BROKER_SILENCE, settings.lease / 2)
+
+
+def drain_limit(settings: Settings) -> timedelta:
+    """Return how long a worker that was told to stop waits for what is in flight, and for its recording."""
+    return settings.transport_timeout + GRACE + DRAIN_MARGIN
+
+
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app, set for hints: small, idempotent, worthless once read."""
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
-    silence = min(BROKER_SILENCE, settings.lease / 2).total_seconds()
+    silence = broker_silence(settings).total_seconds()
     app.conf.update(
         accept_content=["json"],
         task_serializer="json",
@@ -80,14 +98,17 @@ def make_app(settings: Settings) -> Celery:
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
         task_create_missing_queues=False,
-        task_routes={"followups.dispatch_due": {"queue": DISPATCH}, "followups.deliver": {"queue": DELIVER}},
+        task_routes={
+            "followups.dispatch_due": {"queue": DISPATCH},
+            "followups.remove_old": {"queue": DISPATCH},
+            "followups.deliver": {"queue": DELIVER},
+        },
         # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once, so they need
         # no pool, and a full deliver queue does not delay a tick. More cores: more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
         worker_send_task_events=True,
-        task_send_sent_event=True,
         worker_cancel_long_running_tasks_on_connection_loss=False,
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
@@ -107,14 +128,20 @@ def make_app(settings: Settings) -> Celery:
         },
         # Two seconds in all for a publish while the broker is away; the leases then go back at once.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
-        beat_scheduler="celery.beat:Scheduler",
+        beat_scheduler="followups.beat:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
         beat_schedule={
             "dispatch-due": {
                 "task": "followups.dispatch_due",
                 "schedule": settings.tick_interval,
                 "options": {"expires": TICK_EXPIRES.total_seconds()},
-            }
+            },
+            # By the clock: a beat that is restarted every now and then would never come to the end of an hour.
+            "remove-old": {
+                "task": "followups.remove_old",
+                "schedule": crontab(minute=str(TIDY_MINUTE)),
+                "options": {"expires": TICK_EXPIRES.total_seconds()},
+            },
         },
         timezone="UTC",
     )
@@ -124,6 +151,7 @@ def make_app(settings: Settings) -> Celery:
 with _exit_when_wrong():
     settings = get_settings()
 app = make_app(settings)
+celery_logs.install(settings)
 
 
 class Process:
@@ -131,17 +159,19 @@ class Process:
 
     def __init__(self) -> None:
         """Make the engine and the two halves of the work; connect to nothing yet."""
+        traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
-        self.engine = make_engine(
-            url,
-            pool_size=DATABASE_THREADS + 3,
-            application_name="followups-worker",
-            options=BY_KEY,
-            statement_timeout=min(STATEMENT_TIMEOUT, settings.lease / 2),
-        )
+        connection: Any = {
+            "application_name": "followups-worker",
+            "options": BY_KEY,
+            "statement_timeout": min(STATEMENT_TIMEOUT, settings.lease / 2),
+        }
+        self.engine = make_engine(url, pool_size=4, **connection)
+        in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
-        self.pipeline = Pipeline(settings, self.engine, load_transport(settings), nudge)
+        self.pipeline = Pipeline(settings, in_loop, load_transport(settings), nudge)
         self.totals = Totals(self.engine)
+        self.tidier = Tidier(settings, self.engine)
         self.draining = False
 
     def start(self) -> None:
@@ -153,11 +183,13 @@ class Process:
     def stop(self) -> None:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
         self.dispatcher.stop()
-        unsettled = self.pipeline.drain(settings.transport_timeout + GRACE + DRAIN_MARGIN)
+        self.tidier.stop()
+        unsettled = self.pipeline.drain(drain_limit(settings))
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
         self.totals.stop()
         self.engine.dispose()
+        traces.stop()
 
 
 _processes: dict[int, Process] = {}
@@ -172,13 +204,28 @@ def current_process() -> Process:
         if process is None:
             process = _processes[os.getpid()] = Process()
             process.start()
+            _collect_seldom()
         return process
+
+
+def _collect_seldom() -> None:
+    # What is loaded stays, and is not looked at again and again; what deliveries leave is counted away, no cycles.
+    # The default thresholds took a fifth of the worker's time under load.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @app.task(name="followups.dispatch_due")
 def dispatch_due(*_: object, **__: object) -> None:
     """Tick: claim what falls due before the next one, and publish it in batches."""
     current_process().dispatcher.tick()
+
+
+@app.task(name="followups.remove_old")
+def remove_old(*_: object, **__: object) -> None:
+    """Remove what is old, in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
+    current_process().tidier.start()
 
 
 @app.task(name="followups.deliver", bind=True)
@@ -199,7 +246,9 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
 
 def publish(hint: Hint) -> None:
     """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
-    deliver.apply_async(args=[hint], expires=HINT_LIFETIME.total_seconds())
+    # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
+    shown = f"{len(hint)} follow-up{'s, the first' if len(hint) > 1 else ','} {hint[0][0]}"
+    deliver.apply_async(args=[hint], argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
 
 
 class Nudger:
@@ -255,9 +304,10 @@ def _guard_against_foreign_messages(**_: object) -> None:
     TRANSPORT_ALIASES.update(redis="followups.broker:Transport", rediss="followups.broker:Transport")
 
 
-@signals.setup_logging.connect
-def _configure_logging(**_: object) -> None:
-    configure_logging(settings.log_format, settings.log_level)
+@signals.celeryd_init.connect
+def _show_life(sender: str = "", **_: object) -> None:
+    if heart := liveness.start(settings.runtime_dir, "worker", sender):
+        liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
 
 
 @signals.worker_ready.connect
@@ -265,8 +315,11 @@ def _configure_logging(**_: object) -> None:
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
     # The first follow-up must not wait for connections. The parent of forked children delivers nothing.
     pool = getattr(sender, "pool", None)
-    if type(pool).__module__ != "celery.concurrency.prefork":
-        current_process()
+    if type(pool).__module__ == "celery.concurrency.prefork":
+        return
+    process = current_process()
+    if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
+        liveness.watch_work(heart, process.dispatcher, process.pipeline)
 
 
 @signals.beat_init.connect
@@ -280,6 +333,7 @@ def _stop_beat_in_order(**_: object) -> None:
 
 @signals.worker_shutting_down.connect
 def _stop_beginning(**_: object) -> None:
+    liveness.drain(drain_limit(settings) + DRAIN_MARGIN)
     if process := _processes.get(os.getpid()):
         process.draining = True
         process.dispatcher.claim_no_more()
@@ -290,3 +344,4 @@ def _stop_beginning(**_: object) -> None:
 def _drain(**_: object) -> None:
     if process := _processes.get(os.getpid()):
         process.stop()
+    liveness.stop()

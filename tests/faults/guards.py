@@ -23,9 +23,10 @@ from followups.dispatch.claim import claim
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
+from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, follow_ups, idempotency, leases, order
-from followups.transports.port import Retry, Sent
+from followups.store import chats, follow_ups, idempotency, leases, order, sending_hours
+from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -97,6 +98,23 @@ class Scene:
                 role=chats.Role.USER,
                 created_at=None,
             )
+
+
+def paused_begins(scene: Scene) -> None:
+    """Begin in a workspace that is paused."""
+    scene.world.follow_up()
+    scene.world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=scene.world.workspace_id)
+    expect(not scene.begin(scene.lease()), "nothing paused begins")
+
+
+def begins_outside_hours(scene: Scene) -> None:
+    """Begin outside a workspace's sending hours."""
+    scene.world.follow_up()
+    opening = datetime.now(UTC) + timedelta(hours=3)
+    hours = SendingHours("UTC", opening.time(), (opening + timedelta(hours=1)).time())
+    with Session(scene.engine) as session, session.begin():
+        sending_hours.put(session, scene.world.workspace_id, hours)
+    expect(not scene.begin(scene.lease()), "nothing begins outside the sending hours")
 
 
 def stale_hint_begins(scene: Scene) -> None:
@@ -173,7 +191,7 @@ def result_settles_again(scene: Scene) -> None:
     (begun,) = scene.begin(scene.lease())
     scene.settle(begun, Retry("HTTP 500"))
     scene.cancel(begun.lease.id)
-    scene.settle(begun, Sent(None))
+    scene.settle(begun, Rejected("HTTP 403"))
     expect(scene.world.row(begun.lease.id).status == "cancelled", "final states never change")
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery
     from world import World
 
-BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "accepted_ago", "WITH head AS MATERIALIZED"
+BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
@@ -68,8 +68,14 @@ CATALOGUE = {
     ),
     "lateness at begin": Guard(
         BEGIN,
-        {"now() >= GREATEST(f.due_date, f.scheduled_at)": "now() < '-infinity'::timestamptz"},
+        {"now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until)": "now() < '-infinity'::timestamptz"},
         guards.begins_in(lambda scene: scene.world.chat(), due=-timedelta(days=3), scheduled_at="2020-01-01T00:00:00Z"),
+    ),
+    "pause at begin": Guard(
+        BEGIN, {"SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)": "SELECT false"}, guards.paused_begins
+    ),
+    "sending hours at begin": Guard(
+        BEGIN, {"SELECT EXISTS (SELECT FROM sending_hours)": "SELECT false"}, guards.begins_outside_hours
     ),
     "not early at begin": Guard(
         BEGIN, {"f.due_date) > now() +": "f.due_date) > 'infinity'::timestamptz +"}, guards.put_off_begins

@@ -14,6 +14,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
+from followups.database import BY_KEY, make_async_engine
 from followups.dispatch.claim import claim
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.line import SUSPECTS
@@ -73,11 +74,12 @@ class Scripted:
 
 
 @pytest.fixture
-def started(engine: Engine, settings: Settings) -> Iterator[Callable[..., Pipeline]]:
+def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pipeline]]:
     """Return a function that starts a pipeline over a transport; it is drained in the end."""
     pipelines: list[Pipeline] = []
 
     def start(transport: Scripted, **changes: Any) -> Pipeline:
+        engine = make_async_engine(database_url, options=BY_KEY)
         pipeline = Pipeline(settings.model_copy(update=changes), engine, transport)
         pipeline.start()
         pipelines.append(pipeline)

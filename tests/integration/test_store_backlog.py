@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from followups.store import backlog
 
@@ -38,6 +38,26 @@ def test_nothing(world: World, engine: Engine) -> None:
     assert world.scalar("SELECT count(*) FROM follow_ups") == 0
     with engine.connect() as connection:
         assert backlog.measure(connection, window=5000) == backlog.Backlog(0, 0, 0.0, 0)
+
+
+def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However few of many rows are overdue, they are found through an index, and the rest is not read."""
+    monkeypatch.setattr(backlog, "EXACT_UP_TO", 100)
+    world.follow_up(due=HOUR)
+    world.sql(
+        "INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id)"
+        " SELECT workspace_id, chat_id, now() + i * interval '1 minute', message, trigger_chat_message_id"
+        " FROM follow_ups, generate_series(-3, 5000) i"
+    )
+    world.sql("ANALYZE follow_ups")
+    statements: list[tuple[str, object]] = []
+    event.listen(engine, "before_cursor_execute", lambda *given: statements.append((given[2], given[3])))
+    with engine.connect() as connection:
+        assert backlog.measure(connection, window=100).overdue == 4
+        statement, parameters = statements[0]
+        plan = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars().all()  # type: ignore[arg-type]
+    assert any("ix_follow_ups_due" in line for line in plan)
+    assert not [line for line in plan if "Seq Scan" in line]
 
 
 def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from followups.api import openapi, problems
+from followups.api.access import Access
 from followups.api.caller import LastUse, Services
 from followups.api.gate import Gate
 from followups.api.health import Health
@@ -25,6 +26,7 @@ from followups.database import make_engine, make_sessions
 from followups.errors import FollowUpsError, SettingsError
 from followups.settings import load_settings
 from followups.store.totals import Totals
+from followups.telemetry import traces
 from followups.telemetry.logs import configure_logging
 
 if TYPE_CHECKING:
@@ -76,8 +78,10 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
+        traces.start("followups-web")
         yield
         totals.stop()
+        traces.stop()
         app.state.services.rate_limit.close()
         app.state.health.close()
         engine.dispose()
@@ -113,8 +117,8 @@ class Application(FastAPI):
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again."""
-        return Gate(super().build_middleware_stack())
+        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again; the log last."""
+        return Access(Gate(super().build_middleware_stack()))
 
 
 def _routes() -> FastAPI:
@@ -124,6 +128,8 @@ def _routes() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         strict_content_type=False,
+        # Newer ones of FastAPI trace and log by themselves, with what clients sent: a message's text among it.
+        telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
             FollowUpsError: _tell_error,
             RequestValidationError: _tell_validation,

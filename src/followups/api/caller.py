@@ -20,7 +20,9 @@ from fastapi.routing import APIRoute
 from sqlalchemy.exc import SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from structlog.contextvars import bind_contextvars
 
+from followups.api.access import KEY
 from followups.dispatch.claim import AHEAD_TICKS
 from followups.errors import UnauthorizedError
 from followups.states import Final, Status, finish
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from fastapi.responses import Response
     from sqlalchemy.orm import Session, sessionmaker
 
+    from followups.api.access import Seen
     from followups.api.rate_limit import RateLimit
     from followups.models import FollowUp
     from followups.states import ReasonCode
@@ -108,6 +111,7 @@ class Caller:
         """Take the request, whose key is not checked yet."""
         self._services: Services = request.app.state.services
         self._given = request.headers.get("authorization", "")
+        self._seen: Seen = request.scope[KEY]
 
     @contextmanager
     def transaction(self) -> Iterator[Work]:
@@ -140,6 +144,8 @@ class Caller:
         found = api_keys.authenticate(session, rest.strip() if scheme.lower() == "bearer" else self._given.strip())
         if found is None:
             raise UnauthorizedError
+        self._seen.workspace_id = str(found.workspace_id)
+        bind_contextvars(workspace_id=self._seen.workspace_id)  # of this thread's copy, which ends with its work
         self._services.rate_limit.check(found.key_id)
         return found
 

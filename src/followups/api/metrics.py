@@ -30,6 +30,9 @@ KEPT = timedelta(seconds=2)
 """How long an answer of the database serves: several scrapers cost no more than one."""
 
 
+ESTIMATED = f"beyond {backlog.EXACT_UP_TO:,} the planner's estimate."
+
+
 class BacklogCollector(Collector):
     """Asks the database when somebody scrapes. Without it, these gauges are missing and the rest is shown."""
 
@@ -47,9 +50,11 @@ class BacklogCollector(Collector):
         found = self._backlog()
         if found is None:
             return
-        yield GaugeMetricFamily("followups_pending", "Follow-ups that have not ended.", found.pending)
+        yield GaugeMetricFamily("followups_pending", f"Follow-ups that have not ended; {ESTIMATED}", found.pending)
         yield GaugeMetricFamily(
-            "followups_overdue", "Pending follow-ups whose moment has passed, in flight or not.", found.overdue
+            "followups_overdue",
+            f"Pending follow-ups whose moment has passed, in flight or not; {ESTIMATED}",
+            found.overdue,
         )
         yield GaugeMetricFamily(
             "followups_oldest_overdue_seconds", "How long ago the first of them was due; 0: none.", found.oldest_overdue

@@ -17,6 +17,7 @@ DESCRIPTION = """\
 Messages that are sent into chats at their due date, unless something cancels them first.
 
 Times are RFC 3339 in UTC, ids UUIDs, errors `application/problem+json` (RFC 9457).
+Every answer has an `x-request-id`, the request's own if it has one; the logs name it.
 """
 
 SECURITY_SCHEMES = {

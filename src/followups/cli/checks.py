@@ -152,16 +152,3 @@ async def _checked(settings: Settings) -> str:
         return await made.check()
     finally:
         await made.close()
-
-
-def workers() -> Finding:
-    """Ask the workers for a sign of life. A worker that consumes nothing answers too: the ticks tell."""
-    from followups.worker import app  # noqa: PLC0415 - loads Celery, and needs a broker that answers
-
-    try:
-        answers = app.control.inspect(timeout=1.0).ping() or {}
-    except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
-        return Finding("workers", named(error), "See to the broker first.")
-    if answers:
-        return Finding("workers", f"{len(answers)} answered: {', '.join(sorted(answers))}")
-    return Finding("workers", "none answered", "Start one: honcho start worker, or celery -A followups.worker worker.")

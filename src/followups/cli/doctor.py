@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from followups.cli import checks, connection, symptoms
+from followups.cli import checks, connection, processes, symptoms
 from followups.cli.checks import Finding
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
@@ -28,7 +28,7 @@ def doctor(*, json: Json = False) -> None:
     """Check everything that must be well for follow-ups to go out, and say what to do where it isn't.
 
     Settings, database, migrations, ticks (beat and workers together), what is overdue and what failed lately,
-    broker, transport, workers. Exit code 1 when any check failed.
+    broker, transport, workers, and the processes of this machine. Exit code 1 when any check failed.
     """
     settings = get_settings()
     findings = list(_findings(settings))
@@ -53,7 +53,8 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     if reachable:
         yield symptoms.of_queues(settings)
     yield checks.transport(settings)
-    yield checks.workers() if reachable else Finding("workers", "not asked", "See to the broker first.")
+    yield processes.of_the_broker() if reachable else Finding("workers", "not asked", "See to the broker first.")
+    yield processes.of_this_machine(settings)
 
 
 def _print(settings: Settings, findings: list[Finding]) -> None:

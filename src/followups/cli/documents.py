@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
 from followups.cli.times import rfc3339
+from followups.quiet_hours import DAYS
 
 if TYPE_CHECKING:
-    from followups.models import ApiKey, FollowUp, Workspace
+    from followups.models import ApiKey, FailedAttempt, FollowUp, Workspace
+    from followups.quiet_hours import SendingHours
+    from followups.store.pauses import Standing
+
+MILLISECOND = timedelta(milliseconds=1)
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
@@ -20,6 +26,40 @@ def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[st
 def workspace_document(workspace: Workspace) -> dict[str, Any]:
     """Return the JSON form of a workspace."""
     return {"id": str(workspace.id), "name": workspace.name, "createdAt": rfc3339(workspace.created_at)}
+
+
+def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
+    """Return the JSON form of sending hours; None for every hour."""
+    if hours is None:
+        return None
+    return {
+        "timeZone": hours.time_zone,
+        "from": f"{hours.opening:%H:%M}",
+        "to": f"{hours.closing:%H:%M}",
+        "days": [DAYS[day] for day in sorted(hours.days)],
+    }
+
+
+def pause_document(pause: Standing) -> dict[str, Any]:
+    """Return the JSON form of a pause; a null workspace or channel is any."""
+    return {
+        "workspace": pause.workspace,
+        "channel": pause.channel,
+        "since": rfc3339(pause.since),
+        "held": pause.held,
+    }
+
+
+def failure_document(failure: FailedAttempt) -> dict[str, Any]:
+    """Return the JSON form of a failed attempt."""
+    return {
+        "attempt": failure.number,
+        "at": rfc3339(failure.at),
+        "outcome": failure.outcome,
+        "detail": failure.detail,
+        "statusCode": failure.status_code,
+        "durationMs": None if failure.duration is None else round(failure.duration / MILLISECOND, 3),
+    }
 
 
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:

@@ -25,7 +25,9 @@ app = typer.Typer(
     cls=Catalogue,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=examples("followups demo", "followups up", "followups COMMAND --help"),
+    epilog=examples(
+        "followups demo", "followups up", "followups list --chat CHAT", "followups show ID", "followups COMMAND --help"
+    ),
 )
 
 
@@ -55,6 +57,8 @@ def root(
 
     Settings come from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo`
     need none. Exit codes: 0 done, 1 failed, 2 wrong usage.
+
+    Why was one not sent? `list` finds it, by its chat or state, and `show` with its id says why.
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import shlex
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
 from followups.cli.times import readable, span
+from followups.quiet_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from followups.models import FollowUp
+    from followups.quiet_hours import SendingHours
     from followups.settings import Settings
+    from followups.store.pauses import Standing
 
 ENDINGS = {
     ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
@@ -43,17 +50,37 @@ ENDINGS = {
 """What each code means to an operator."""
 
 
-def explain(follow_up: FollowUp, settings: Settings, now: datetime) -> str:
-    """Return one or two sentences: why it was sent, was not sent, or is not sent yet."""
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """What else has a say in when a follow-up is sent."""
+
+    pause: Standing | None = None
+    """What stops its workspace or channel."""
+    hours: SendingHours | None = None
+    tick_age: timedelta | None = None
+    """How long ago the last tick ran."""
+    first: str = ""
+    """Why the first of its chat is not sent yet, when that is another one."""
+    retried_as: UUID | None = None
+
+
+ALONE = Circumstances()
+STALE_TICK = timedelta(seconds=30)
+"""Ticks come every second by default; from then on one is missing at any setting that people use."""
+
+
+def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> str:
+    """Return a few sentences: why it was sent, was not sent, or is not sent yet."""
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:
-        return _pending(follow_up, now)
+        return _pending(follow_up, now, around)
+    again = f" It was retried as {around.retried_as}." if around.retried_as else ""
     code = code_of(follow_up.reason)
     if code not in ENDINGS:
-        return f"Somebody {follow_up.status} it; the reason is in their own words."
+        return f"Somebody {follow_up.status} it; the reason is in their own words.{again}"
     limits = {"max_attempts": settings.max_attempts, "max_lateness": span(settings.max_lateness)}
-    return ENDINGS[ReasonCode(code)].format(**limits)
+    return ENDINGS[ReasonCode(code)].format(**limits) + again
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
@@ -66,6 +93,8 @@ def _sent(follow_up: FollowUp) -> str:
     if lag is None:
         return "Somebody else sent it, and said so through the API."
     when = f"The transport accepted it {span(lag)} {'after' if lag >= timedelta(0) else 'before'} its due date"
+    if follow_up.held_until is not None and follow_up.held_until > follow_up.due_date:
+        when += f" (held until the sending hours opened, {readable(follow_up.held_until)})"
     if follow_up.attempts > 1:
         return f"{when}, with attempt {follow_up.attempts}; the failed ones are below."
     if follow_up.scheduled_at > follow_up.due_date:
@@ -73,20 +102,84 @@ def _sent(follow_up: FollowUp) -> str:
     return f"{when}, at the first attempt."
 
 
-def _pending(follow_up: FollowUp, now: datetime) -> str:
+def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
     if follow_up.begun_at is not None:
         return _in_flight(follow_up, now)
+    if follow_up.pause_id is not None:
+        return _paused(follow_up, now, around)
     if follow_up.waits_for is not None:
-        return f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end; then it goes out."
+        said = f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end; then it goes out."
+        return f"{said} {around.first}".strip()
     moment = follow_up.next_attempt_at or follow_up.due_date
     if moment > now:
-        if follow_up.next_attempt_at is None:
-            return f"It is sent in {span(moment - now)}, unless something cancels it first."
-        return f"It is tried again in {span(moment - now)}; why it was not accepted yet stands below."
+        return _later(follow_up, moment, now, around)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
         return "It is due, and a tick has claimed it; a worker is about to send it."
-    overdue = f"It has been due for {span(now - moment)}, and no worker holds it"
-    return f"{overdue}: followups doctor says whether beat and workers are running."
+    return _overdue(follow_up, now - moment, around)
+
+
+def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
+    due = f"It fell due {span(now - follow_up.due_date)} ago and is held"
+    if around.pause is None:
+        return f"{due}: the pause that held it has been lifted, and it goes on within a minute or so."
+    return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} lets it go on."
+
+
+def stopped(pause: Standing) -> str:
+    """Return what is paused, as part of a sentence."""
+    return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
+
+
+def _scope(pause: Standing) -> str:
+    if pause.workspace is None:
+        return f"all chats on channel {pause.channel}"
+    return f"workspace {pause.workspace}" + (f" on channel {pause.channel}" if pause.channel else "")
+
+
+def going_on(pause: Standing) -> str:
+    """Return the command that ends a pause."""
+    options = {"--workspace": pause.workspace, "--channel": pause.channel}
+    return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
+
+
+def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
+    wait = span(moment - now)
+    if follow_up.held_until is not None and follow_up.held_until > now:
+        said = f"It fell due outside the workspace's sending hours ({around.hours or 'since changed'})"
+        return f"{said} and is held until they open, in {wait}."
+    if follow_up.next_attempt_at is None:
+        said = f"It is sent in {wait}, unless something cancels it first."
+    else:
+        said = f"It is tried again in {wait}; why it was not accepted yet stands below."
+    return f"{said}{_will_be_held(moment, around)}"
+
+
+def _will_be_held(moment: datetime, around: Circumstances) -> str:
+    if around.pause is not None:
+        return f" But {stopped(around.pause)}: unless that has ended by then, it will be held."
+    opening = _opening(around.hours, moment)
+    if opening is not None:
+        return f" But that is outside the sending hours ({around.hours}): it will be held until {readable(opening)}."
+    return ""
+
+
+def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
+    try:
+        opening = opens_at(hours, moment) if hours else moment
+    except LookupError:
+        return None
+    return opening if opening > moment else None
+
+
+def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> str:
+    if around.pause is not None:
+        return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
+    overdue = f"It has been due for {span(late)}, and no worker holds it"
+    if around.tick_age is None or around.tick_age > STALE_TICK:
+        ticked = f"the last tick ran {span(around.tick_age)} ago" if around.tick_age else "no tick has ever run"
+        return f"{overdue}: {ticked}, so beat or workers are not running; followups doctor says what to do."
+    behind = f" It was snoozed {follow_up.snoozes} times: the transport limits the rate." if follow_up.snoozes else ""
+    return f"{overdue}: followups doctor says whether workers keep up with what is due before it.{behind}"
 
 
 def _in_flight(follow_up: FollowUp, now: datetime) -> str:

@@ -15,6 +15,7 @@ from followups.errors import (
     FollowUpNotFoundError,
     FollowUpsError,
     InvalidRequestError,
+    NotFoundError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
     SettingsError,
@@ -67,7 +68,7 @@ def explain(error: BaseException) -> tuple[str, int]:
 def _ours(error: FollowUpsError) -> tuple[str, int]:
     advice = ADVICE.get(type(error))
     sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
-    wrong_usage = isinstance(error, SettingsError | InvalidRequestError)
+    wrong_usage = isinstance(error, SettingsError | InvalidRequestError | NotFoundError)
     # The world is against it, not the way it was written.
     refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED

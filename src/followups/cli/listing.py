@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime  # noqa: TC003 - Typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
@@ -10,10 +11,11 @@ import typer
 from followups.cli import connection
 from followups.cli.documents import follow_up_document
 from followups.cli.examples import examples
+from followups.cli.filters import Codes, workspace_id_of
 from followups.cli.output import Json, console, print_json, print_table, remark
-from followups.cli.times import readable
+from followups.cli.times import parse_moment, readable
 from followups.states import Status  # noqa: TC001 - Typer reads the annotations
-from followups.store import listing, workspaces
+from followups.store import listing
 from followups.store.listing import Filter
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MAX_LIMIT = 1000
+AFTER = "Only due then or later, as in 2030-01-31T09:00:00Z."
+BEFORE = "Only due before that."
 WIDE = 150
 """Columns of a terminal from which the chat stands in the table too."""
 
@@ -31,6 +35,7 @@ WIDE = 150
     epilog=examples(
         "followups list --status pending",
         "followups list --workspace acme --chat 6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11",
+        "followups list --status failed --reason retries_exhausted --due-after 2030-01-31T09:00:00Z",
         "followups list --status failed --status cancelled --limit 100 --json",
     ),
 )
@@ -39,18 +44,26 @@ def list_(  # noqa: PLR0913 - one for each option
     workspace: Annotated[str | None, typer.Option(help="Only of this workspace.", show_default="all")] = None,
     chat: Annotated[list[UUID] | None, typer.Option(help="Only of this chat; may be repeated.")] = None,
     status: Annotated[list[Status] | None, typer.Option(help="Only in this state; may be repeated.")] = None,
+    reason: Codes = None,
+    due_after: Annotated[datetime | None, typer.Option(parser=parse_moment, metavar="TIME", help=AFTER)] = None,
+    due_before: Annotated[datetime | None, typer.Option(parser=parse_moment, metavar="TIME", help=BEFORE)] = None,
     trigger: Annotated[list[UUID] | None, typer.Option(help="Only created after this chat message.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
     page: Annotated[int, typer.Option(min=1, help="Which page of that size.")] = 1,
     message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
     json: Json = False,
 ) -> None:
-    """List follow-ups, newest first."""
+    """List follow-ups, newest first. What became of one, and why, is told by followups show ID."""
     wanted = Filter(
-        chat_ids=tuple(chat or ()), statuses=tuple(status or ()), trigger_chat_message_ids=tuple(trigger or ())
+        chat_ids=tuple(chat or ()),
+        statuses=tuple(status or ()),
+        trigger_chat_message_ids=tuple(trigger or ()),
+        codes=tuple(reason or ()),
+        due_after=due_after,
+        due_before=due_before,
     )
     with connection.session() as session:
-        owner = workspaces.find(session, workspace).id if workspace is not None else None
+        owner = workspace_id_of(session, workspace)
         found, more = listing.page(session, owner, wanted, page_number=page, page_size=limit)
     if json:
         print_json([follow_up_document(each, message=message) for each in found])

@@ -11,12 +11,15 @@ COMMANDS = {
     "web": "python -m followups.api",  # the first, so that it gets a runner's base port
     # Started by honcho, each has a name of its own; elsewhere one worker a host is the rule.
     "worker": (
-        "celery -A followups.worker worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
+        "celery -A followups.worker --quiet worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
         " --without-mingle --without-gossip"
     ),
-    "beat": "celery -A followups.worker beat --loglevel=warning",
-    # Flower shows and stops tasks and asks nobody who he is: it must not leave this machine.
-    "flower": ("celery -A followups.worker flower --loglevel=warning --address=127.0.0.1 --port=${FLOWER_PORT:-5555}"),
+    "beat": "celery -A followups.worker --quiet beat --loglevel=warning",
+    # Flower shows and stops tasks: on any other address it asks for a password (`followups.flower_guard`).
+    "flower": (
+        "celery -A followups.worker flower --loglevel=warning"
+        " --address=${FLOWER_ADDRESS:-127.0.0.1} --port=${FLOWER_PORT:-5555}"
+    ),
     "release": "followups migrate",
 }
 """By process type. Shell syntax, as every Procfile runner takes it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID  # noqa: TC003 - Typer reads the annotations
@@ -13,15 +13,15 @@ from rich.text import Text
 from sqlalchemy import func, select
 
 from followups.cli import connection
-from followups.cli.documents import follow_up_document
+from followups.cli.documents import failure_document, follow_up_document, hours_document
 from followups.cli.examples import examples
-from followups.cli.explanations import explain, lag_of
+from followups.cli.explanations import Circumstances, explain, lag_of, stopped
 from followups.cli.output import Json, console, print_json
 from followups.cli.times import readable, rfc3339, span
 from followups.errors import FollowUpNotFoundError
 from followups.models import Chat, Workspace
 from followups.settings import get_settings
-from followups.store import follow_ups
+from followups.store import follow_ups, order, pauses, repetitions, sending_hours, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.models import FailedAttempt, FollowUp
+    from followups.store.pauses import Standing
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -44,11 +45,12 @@ class Found:
     chat: Chat
     failures: Sequence[FailedAttempt]
     now: datetime
+    around: Circumstances
 
     @property
     def explanation(self) -> str:
         """Why it stands where it stands."""
-        return explain(self.follow_up, get_settings(), self.now)
+        return explain(self.follow_up, get_settings(), self.now, self.around)
 
 
 @app.command(
@@ -63,7 +65,11 @@ def show(
     message: Annotated[bool, typer.Option("--message", help="Show the message's text too.")] = False,
     json: Json = False,
 ) -> None:
-    """Say everything about one follow-up: where it stands, why, and what each attempt came to."""
+    """Say why one follow-up was sent, was not sent, or is not sent yet, with everything that is known of it.
+
+    Where it stands and why; pauses, sending hours and the order of its chat; what each attempt came to; and when
+    it is tried next. followups list --chat finds the ID.
+    """
     with connection.session() as session:
         found = _find(session, follow_up_id)
     if json:
@@ -76,13 +82,40 @@ def _find(session: Session, follow_up_id: UUID) -> Found:
     follow_up = follow_ups.find(session, follow_up_id, None)
     if follow_up is None:
         raise FollowUpNotFoundError
+    now = session.execute(select(func.now())).scalar_one()
+    chat = session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id))
+    around = _around(session, follow_up, chat.channel)
+    if follow_up.waits_for is not None:
+        around = replace(around, first=_first(session, follow_up, around, now))
     return Found(
         follow_up,
         session.get_one(Workspace, follow_up.workspace_id).name,
-        session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id)),
+        chat,
         follow_ups.failures(session, follow_up_id),
-        session.execute(select(func.now())).scalar_one(),
+        now,
+        around,
     )
+
+
+def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstances:
+    connection = session.connection()
+    last = repetitions.last_of(session, follow_up.id)
+    return Circumstances(
+        pause=pauses.of(connection, follow_up.workspace_id, channel),
+        hours=sending_hours.find(session, follow_up.workspace_id),
+        tick_age=ticks.last_tick_age(connection),
+        retried_as=last if last != follow_up.id else None,
+    )
+
+
+def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
+    """Explain the follow-up whose turn it is in the chat: it is what all the others there wait for."""
+    first = order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
+    if first is None or first == follow_up.id:
+        return ""
+    found = follow_ups.find(session, first, None)
+    which = "Of that one" if first == follow_up.waits_for else f"The first of the chat is {first}"
+    return f"{which}: {explain(found, get_settings(), now, around)}" if found else ""
 
 
 def _document(found: Found, *, message: bool) -> dict[str, Any]:
@@ -94,6 +127,11 @@ def _document(found: Found, *, message: bool) -> dict[str, Any]:
         "explanation": found.explanation,
         "nextAttemptAt": rfc3339(follow_up.next_attempt_at),
         "waitsFor": follow_up.waits_for and str(follow_up.waits_for),
+        "heldUntil": rfc3339(follow_up.held_until),
+        "pausedBy": _paused_by(found.around.pause),
+        "sendingHours": hours_document(found.around.hours),
+        "retryOf": follow_up.retry_of and str(follow_up.retry_of),
+        "retriedAs": found.around.retried_as and str(found.around.retried_as),
         "inFlight": follow_up.in_flight,
         "leaseUntil": rfc3339(follow_up.lease_until),
         "cancelRequested": follow_up.cancel_requested,
@@ -102,19 +140,14 @@ def _document(found: Found, *, message: bool) -> dict[str, Any]:
         "attempts": follow_up.attempts,
         "lostLeases": follow_up.losses,
         "snoozes": follow_up.snoozes,
-        "failedAttempts": [_failure_document(failure) for failure in found.failures],
+        "failedAttempts": [failure_document(failure) for failure in found.failures],
     }
 
 
-def _failure_document(failure: FailedAttempt) -> dict[str, Any]:
-    return {
-        "attempt": failure.number,
-        "at": rfc3339(failure.at),
-        "outcome": failure.outcome,
-        "detail": failure.detail,
-        "statusCode": failure.status_code,
-        "durationMs": None if failure.duration is None else round(failure.duration / MILLISECOND, 3),
-    }
+def _paused_by(pause: Standing | None) -> dict[str, Any] | None:
+    if pause is None:
+        return None
+    return {"workspace": pause.workspace, "channel": pause.channel, "since": rfc3339(pause.since)}
 
 
 def _print(found: Found, *, message: bool) -> None:
@@ -139,7 +172,10 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         "status": follow_up.status,
         "reason": follow_up.reason,
         "due": _relative(follow_up.due_date, found.now),
-        "next attempt": follow_up.next_attempt_at and _relative(follow_up.next_attempt_at, found.now),
+        "next attempt": _next_attempt(found),
+        "paused": found.around.pause and stopped(found.around.pause),
+        "held until": follow_up.held_until and _relative(follow_up.held_until, found.now),
+        "sending hours": found.around.hours and str(found.around.hours),
         "finished": readable(follow_up.finished_at) if follow_up.finished_at else None,
         "lag": lag and f"{'-' if lag < timedelta(0) else ''}{span(lag)}",
         "attempts": f"{follow_up.attempts} of {get_settings().max_attempts}",
@@ -148,6 +184,8 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         "in flight since": readable(follow_up.begun_at) if follow_up.in_flight else None,
         "leased until": readable(follow_up.lease_until) if follow_up.lease_until else None,
         "waits for": follow_up.waits_for and str(follow_up.waits_for),
+        "retry of": follow_up.retry_of and str(follow_up.retry_of),
+        "retried as": found.around.retried_as and str(found.around.retried_as),
         "workspace": found.workspace,
         "chat": f"{follow_up.chat_id} ({found.chat.channel}{f', {name}' if (name := found.chat.external_id) else ''})",
         "chat message": follow_up.chat_message_id and str(follow_up.chat_message_id),
@@ -156,6 +194,13 @@ def _facts(found: Found) -> list[tuple[str, str]]:
         "after": str(follow_up.trigger_chat_message_id),
     }
     return [(name, value) for name, value in facts.items() if value]
+
+
+def _next_attempt(found: Found) -> str | None:
+    if found.follow_up.pause_id is not None:
+        return "when it is resumed"
+    moment = found.follow_up.next_attempt_at
+    return _relative(moment, found.now) if moment else None
 
 
 def _relative(moment: datetime, now: datetime) -> str:

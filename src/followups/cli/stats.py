@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import json as json_module
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy import func, select
 
-from followups.cli import connection
+from followups.cli import connection, dashboard
 from followups.cli.examples import examples
 from followups.cli.output import Json, console, print_json
 from followups.cli.times import readable, rfc3339, span
 from followups.settings import get_settings
 from followups.store import stats as store
+from followups.store import ticks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from sqlalchemy import Engine
 
     from followups.store.stats import Counts, Pace
@@ -38,6 +40,11 @@ class Stats:
     at: datetime
     counts: Counts
     pace: Pace | None
+    attempts: Mapping[str, int]
+    """Ever made, by outcome."""
+    tick_age: timedelta | None
+    per_second: Sequence[int] | None = None
+    """Sent in each of the last seconds, for the dashboard."""
 
 
 @app.command(
@@ -55,6 +62,9 @@ def stats(
     Lag is accepted minus due date: retries, waiting for rate limits and due dates in the past count. What is
     pending is counted exactly. So is each final state up to 100,000; beyond, its number is an estimate, marked
     with a tilde.
+
+    With --watch on a terminal it is a dashboard: beside the counts what is sent a second, what attempts come to,
+    the workers that answer and the age of the last tick. In a pipe it is a line a look.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:
@@ -70,7 +80,13 @@ def _measure(engine: Engine, window: timedelta) -> Stats:
     with engine.begin() as opened:
         at = opened.execute(select(func.now())).scalar_one()
         counts = store.count(opened, window=get_settings().max_in_flight)
-        return Stats(at, counts, store.pace(opened, window))
+        return Stats(at, counts, store.pace(opened, window), store.attempts(opened), ticks.last_tick_age(opened))
+
+
+def _look(engine: Engine, window: timedelta) -> Stats:
+    look = _measure(engine, window)
+    with engine.begin() as opened:
+        return replace(look, per_second=store.per_second(opened, dashboard.SECONDS))
 
 
 def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) -> None:
@@ -82,10 +98,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
                 look = _measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
                 time.sleep(interval)
-        with Live(console=target, auto_refresh=False) as live:
-            while True:
-                live.update(_table(_measure(engine, window)), refresh=True)
-                time.sleep(interval)
+        dashboard.watch(target, lambda: _look(engine, window), _table, interval)
     except KeyboardInterrupt:
         return
 
@@ -96,6 +109,8 @@ def _document(look: Stats) -> dict[str, Any]:
         "at": rfc3339(look.at),
         "pending": counts.pending,
         "waiting": counts.waiting,
+        "paused": counts.paused,
+        "heldForHours": counts.quiet,
         "overdue": counts.overdue,
         "oldestOverdueSeconds": counts.oldest_overdue and round(counts.oldest_overdue.total_seconds(), 3),
         "inFlight": counts.in_flight,
@@ -104,6 +119,8 @@ def _document(look: Stats) -> dict[str, Any]:
         "windowMinutes": pace and pace.window / timedelta(minutes=1),
         "sentInWindow": pace and pace.sent,
         "sentPerMinute": pace and round(pace.per_minute, 2),
+        "attempts": dict(look.attempts),
+        "lastTickAgeSeconds": look.tick_age and round(look.tick_age.total_seconds(), 3),
         "lagMs": pace and {name: _milliseconds(getattr(pace, name)) for name in ("p50", "p95", "p99")},
     }
 
@@ -120,12 +137,21 @@ def _facts(look: Stats) -> list[tuple[str, str, str]]:
         ("pending", f"{counts.pending:,}", waiting),
         ("overdue", f"{counts.overdue:,}", oldest),
         ("in flight", f"{counts.in_flight:,}", ""),
+        *_held(counts),
         *(
             (status, f"{'~' if status in counts.estimated else ''}{number:,}", "")
             for status, number in counts.final.items()
         ),
         *(_paces(pace) if pace else [("lag", "-", f"not measured: it took longer than {span(store.LIMIT)}")]),
     ]
+
+
+def _held(counts: Counts) -> list[tuple[str, str, str]]:
+    held = [
+        ("paused", counts.paused, "due, and held: followups pause --list"),
+        ("quiet hours", counts.quiet, "due, and held until the sending hours of their workspaces open"),
+    ]
+    return [(name, f"{number:,}", remark) for name, number, remark in held if number]
 
 
 def _paces(pace: Pace) -> list[tuple[str, str, str]]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import ClassVar
 
 import typer
+
+from followups.quiet_hours import read_days
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
@@ -43,15 +45,66 @@ def parse_due(text: str) -> Due:
         return Due.NOW
     if RELATIVE.fullmatch(text):
         return Due(_duration(text))
+    return Due(_moment(text, "2030-01-31T09:00:00Z, +10m or now"))
+
+
+AGE = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
+
+
+def parse_age(text: str) -> timedelta:
+    """Read a duration as people write it: ``90d``, ``1h30m``. Raises `typer.BadParameter`.
+
+    >>> parse_age("1d12h")
+    datetime.timedelta(days=1, seconds=43200)
+    """
+    if not AGE.fullmatch(text):
+        message = f"{text!r} is no duration; write it as 90d, 12h or 1h30m."
+        raise typer.BadParameter(message)
+    return _duration(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Since:
+    """A moment as given: itself, or so long before now (the database's)."""
+
+    given: datetime | timedelta
+
+    def resolve(self, now: datetime) -> datetime:
+        """Return the moment; the beginning of time where it would lie before that."""
+        if isinstance(self.given, datetime):
+            return self.given
+        return now - self.given if self.given < now - EARLIEST else EARLIEST
+
+
+EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
+
+
+def parse_since(text: str) -> Since:
+    """Read ``2h`` (so long ago) or ISO 8601 with an offset. Raises `typer.BadParameter`.
+
+    >>> parse_since("2h").given
+    datetime.timedelta(seconds=7200)
+    """
+    if AGE.fullmatch(text):
+        return Since(_duration(text))
+    return Since(_moment(text, "2h (ago) or 2030-01-31T09:00:00Z"))
+
+
+def parse_moment(text: str) -> datetime:
+    """Read ISO 8601 with an offset. Raises `typer.BadParameter`."""
+    return _moment(text, "2030-01-31T09:00:00Z")
+
+
+def _moment(text: str, forms: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        message = f"{text!r} is no time; write it as 2030-01-31T09:00:00Z, +10m or now."
+        message = f"{text!r} is no time; write it as {forms}."
         raise typer.BadParameter(message) from None
     if moment.utcoffset() is None:
         message = f"{text!r} must carry an offset, as in 2030-01-31T09:00:00Z."
         raise typer.BadParameter(message)
-    return Due(moment)
+    return moment
 
 
 def _duration(text: str) -> timedelta:
@@ -59,6 +112,33 @@ def _duration(text: str) -> timedelta:
         return sum((timedelta(**{UNITS[unit]: float(number)}) for number, unit in PART.findall(text)), timedelta(0))
     except OverflowError:
         message = f"{text!r} is too far in the future."
+        raise typer.BadParameter(message) from None
+
+
+CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
+
+
+def parse_clock(text: str) -> time:
+    """Read a time of the day: ``08:00``. Raises `typer.BadParameter`.
+
+    >>> parse_clock("8:30")
+    datetime.time(8, 30)
+    """
+    if text == "24:00":
+        return time(0)
+    found = CLOCK.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no time of the day; write it as 08:00."
+        raise typer.BadParameter(message)
+    return time(int(found[1]), int(found[2]))
+
+
+def parse_days(text: str) -> frozenset[int]:
+    """Read days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
+    try:
+        return read_days(text)
+    except ValueError:
+        message = f"{text!r} are no days; write them as mon-fri or sat,sun."
         raise typer.BadParameter(message) from None
 
 

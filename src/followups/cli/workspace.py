@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import time  # noqa: TC003 - Typer reads the annotations
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from sqlalchemy.orm import Session
 
 from followups.cli import connection
-from followups.cli.documents import workspace_document
+from followups.cli.documents import hours_document, workspace_document
 from followups.cli.examples import examples
+from followups.cli.nudging import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import readable
-from followups.store import workspaces
+from followups.cli.times import parse_clock, parse_days, readable
+from followups.quiet_hours import EVERY_DAY, SendingHours
+from followups.store import holds, sending_hours, workspaces
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+FROM = "When they open."
+TO = "When they close; not later than --from: on the day after."
+DAYS = "As in mon-fri or sat,sun."
 
 app = typer.Typer(
     add_completion=False,
@@ -22,7 +35,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create and list workspaces: each has its own API keys, chats and follow-ups."""
+    """Create and list workspaces, and say at which hours each of them sends."""
 
 
 @app.command(epilog=examples("followups workspace create acme", "followups workspace create acme --json"))
@@ -44,9 +57,74 @@ def list_(*, json: Json = False) -> None:
     """List the workspaces, by name."""
     with connection.session() as session:
         found = workspaces.everything(session)
+        hours = sending_hours.everything(session)
     if json:
-        print_json([workspace_document(each) for each in found])
+        print_json([workspace_document(each) | {"sendingHours": hours_document(hours.get(each.id))} for each in found])
         return
-    rows = [(each.name, str(each.id), readable(each.created_at)) for each in found]
+    rows = [(each.name, str(each.id), readable(each.created_at), str(hours.get(each.id, "always"))) for each in found]
     empty = "There is no workspace yet: followups workspace create NAME makes one."
-    print_table(("NAME", "ID", "CREATED"), rows, empty=empty)
+    print_table(("NAME", "ID", "CREATED", "SENDS"), rows, empty=empty)
+
+
+@app.command(
+    epilog=examples(
+        "followups workspace hours acme --time-zone Europe/Berlin --from 08:00 --to 20:00 --days mon-fri",
+        "followups workspace hours acme",
+        "followups workspace hours acme --always",
+    )
+)
+def hours(  # noqa: PLR0913 - one for each option
+    name: Annotated[str, typer.Argument(help="The workspace.", show_default=False)],
+    *,
+    time_zone: Annotated[str | None, typer.Option(help="As in Europe/Berlin.", show_default=False)] = None,
+    opening: Annotated[time | None, typer.Option("--from", parser=parse_clock, metavar="HH:MM", help=FROM)] = None,
+    closing: Annotated[time | None, typer.Option("--to", parser=parse_clock, metavar="HH:MM", help=TO)] = None,
+    days: Annotated[str | None, typer.Option("--days", metavar="WEEKDAYS", help=DAYS, show_default="every day")] = None,
+    always: Annotated[bool, typer.Option("--always", help="Send at every hour again.")] = False,
+    json: Json = False,
+) -> None:
+    """Show, set or clear the hours at which the workspace's messages may be sent.
+
+    What falls due outside is held until the hours open, uses up no attempt, and goes out within a second of then,
+    the first due first; lateness (FOLLOWUPS_MAX_LATENESS) counts from the opening. Where the channel's messaging
+    window would end before that, it fails as window_closed at once, and the API refuses such a due date beforehand.
+
+    Hours go by the clock on the wall of the time zone. A --to that is not later than --from is of the day after;
+    --days are those on which the hours begin. What is held already is looked at again by the new hours.
+    """
+    given = (time_zone, opening, closing)
+    wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
+    if wanted and always:
+        message = "--always goes without any hours."
+        raise typer.BadParameter(message)
+    with connection.engine() as engine:
+        with Session(engine) as session, session.begin():
+            workspace = workspaces.find(session, name)
+            if wanted:
+                sending_hours.put(session, workspace.id, wanted)
+            elif always:
+                sending_hours.clear(session, workspace.id)
+            stands = sending_hours.find(session, workspace.id)
+            session.expunge_all()
+        if wanted or always:
+            _look_again(engine, workspace.id)
+    if json:
+        print_json(workspace_document(workspace) | {"sendingHours": hours_document(stands)})
+    else:
+        say(f"{workspace.name} sends {stands or 'at every hour'}")
+
+
+def _wanted(time_zone: str | None, opening: time | None, closing: time | None, days: str | None) -> SendingHours:
+    if time_zone is None or opening is None or closing is None:
+        message = "hours need --time-zone, --from and --to, as in --time-zone Europe/Berlin --from 08:00 --to 20:00."
+        raise typer.BadParameter(message)
+    return SendingHours(time_zone, opening, closing, EVERY_DAY if days is None else parse_days(days))
+
+
+def _look_again(engine: Engine, workspace_id: UUID) -> None:
+    """Let what is held be looked at by the new hours: in batches, so that nobody waits for it."""
+    freed = 1
+    while freed:
+        with engine.begin() as opened:
+            freed = holds.free_quiet(opened, workspace_id)
+    ask_for_tick()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from followups.dispatch import hold
 from followups.states import ReasonCode, Status, finish
 from followups.store import leases, order
 from followups.store.leases import World
@@ -31,7 +32,7 @@ TOLERANCE = timedelta(milliseconds=100)
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What became of a batch of leases. What is in none of these was stale, or waits in its chat's order."""
+    """What became of a batch of leases. What is in none of these was stale, is held, or waits in its chat's order."""
 
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
@@ -43,7 +44,7 @@ class Beginning:
 
 
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:
-    """Begin what may be sent, end what must not be, park what is not its chat's turn; in one transaction."""
+    """Begin what may be sent, end what must not be, hold or park what may not be yet; in one transaction."""
     world = World(settings.lease, settings.max_lateness, TOLERANCE)
 
     def work(connection: Connection) -> Beginning:
@@ -60,7 +61,9 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginni
 def _explain_missing(
     connection: Connection, settings: Settings, begun: list[Begun], obstacles: list[Obstacle]
 ) -> Beginning:
-    verdicts = [(obstacle.lease, final) for obstacle in obstacles if (final := verdict(obstacle))]
+    holding = hold.hold_back(connection, settings, obstacles)
+    obstacles = [obstacle for obstacle in obstacles if obstacle.lease.id not in holding.held]
+    verdicts = [(o.lease, final) for o in obstacles if (final := holding.ends.get(o.lease.id) or verdict(o))]
     ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()
     judged = {lease.id for lease, _ in verdicts}
     waiting = [(o.lease, o.earlier) for o in obstacles if o.earlier and o.lease.id not in judged]

@@ -41,6 +41,8 @@ class Claim:
     """There may be more that is due: this claim or the window of what is in flight was full."""
     low_water: datetime
     """From where on the next claim may look, unless something came in behind."""
+    traced: tuple[tuple[UUID, str], ...] = ()
+    """Of what was claimed: ids, with the traces that they were created in."""
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
@@ -66,6 +68,7 @@ def _claim(settings: Settings, since: datetime | None, connection: Connection) -
         lost=len(lost),
         more=more,
         low_water=low_water,
+        traced=tuple((one.lease.id, one.traceparent) for one in claimed if one.traceparent),
     )
 
 

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from followups.dispatch import report
 from followups.dispatch.claim import CLAIM_SIZE, claim
 from followups.dispatch.publish import batches
-from followups.store import leases, order
+from followups.store import leases, order, pauses
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,11 +54,18 @@ class Dispatcher:
         self._since: datetime | None = None
         self._next_whole = 0.0
         self._looked_at_all = True
+        self.busy_since: float | None = None
+        """Monotonic seconds; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:
         """Start the thread; it waits for the first tick."""
         self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
 
     def tick(self) -> None:
         """Ask for a tick. Returns at once."""
@@ -77,11 +84,13 @@ class Dispatcher:
 
     def _run(self) -> None:
         while True:
+            self.busy_since = None
             # What came in behind the low-water mark may be what the tick was asked for.
             self._wanted.wait(None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic()))
             self._wanted.clear()
             if self._stopping.is_set():
                 return
+            self.busy_since = time.monotonic()
             try:
                 self._after_outage()
                 self._drain_due()
@@ -115,6 +124,7 @@ class Dispatcher:
             self._next_look = time.monotonic() + self._settings.lease.total_seconds()
             with self._engine.begin() as connection:
                 order.wake_forgotten(connection)
+                pauses.free_forgotten(connection)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
         claimed = self._claim()

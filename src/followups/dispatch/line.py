@@ -93,6 +93,10 @@ class Line:
         """Return how long until somebody's moment comes; None when nobody waits."""
         return self._clock.until(self._heap[0][0] - LEAD) if self._heap else None
 
+    def is_anybodys_moment(self) -> bool:
+        """Say whether somebody could be taken now."""
+        return bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD
+
     def clear(self) -> list[Lease]:
         """Send everybody home; return their leases."""
         leases = [hinted.lease for _, _, hinted in self._heap]

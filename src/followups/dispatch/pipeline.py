@@ -14,11 +14,11 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+import uvloop
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
@@ -31,12 +31,14 @@ from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
+from followups.transactions import in_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.dispatch.begin import Beginning
     from followups.dispatch.line import Hinted
@@ -48,7 +50,15 @@ if TYPE_CHECKING:
 BEGIN_SIZE = 200
 SETTLE_SIZE = 500
 """Rows of one statement at most: beyond, a statement is slow and no cheaper a row."""
-DATABASE_THREADS = 4
+GATHER = timedelta(milliseconds=5)
+"""How long begin waits for more free slots, and settle for more results, while there are few: a statement for
+five rows costs almost as much as one for fifty."""
+ENOUGH_SLOTS = 0.4
+"""The share of all slots that is worth a statement at once."""
+ENOUGH_RESULTS = 100
+"""The same for results."""
+CONNECTIONS = 4
+"""To the database, at once: begin, settle, the clock, and what is given back."""
 BACKOFF = timedelta(seconds=0.5)
 """How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
@@ -57,7 +67,6 @@ SETTLE_BACKOFF = timedelta(seconds=1)
 CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
 
-T = TypeVar("T")
 log = get_logger(__name__)
 
 
@@ -65,7 +74,7 @@ class Pipeline:
     """Delivers what it is handed, until it is drained. `start`, `submit` and `drain` may be called from any thread."""
 
     def __init__(
-        self, settings: Settings, engine: Engine, transport: Transport, nudge: Callable[[], None] = lambda: None
+        self, settings: Settings, engine: AsyncEngine, transport: Transport, nudge: Callable[[], None] = lambda: None
     ) -> None:
         """``nudge`` is called when something falls due again before the next tick."""
         self._settings = settings
@@ -81,8 +90,7 @@ class Pipeline:
         self._draining = False
         self._changed = asyncio.Event()
         self._settleable = asyncio.Event()
-        self._threads = ThreadPoolExecutor(DATABASE_THREADS, thread_name_prefix="database")
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
 
     def start(self) -> None:
@@ -92,6 +100,11 @@ class Pipeline:
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
         """Hand over leases to be delivered, each at its due moment. Returns at once."""
         self._loop.call_soon_threadsafe(self._accept, list(leases), task_id)
+
+    def ask(self, answer: Callable[[], None]) -> None:
+        """Let the event loop call ``answer``: whether it still turns. Once it has ended, nothing is called."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(answer)
 
     def drain(self, limit: timedelta) -> int:
         """Begin nothing more, let the calls in flight end and settle them, give the rest back.
@@ -113,12 +126,11 @@ class Pipeline:
             # Fail, and be restarted by whoever watches this process; its leases go to others.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
-            self._threads.shutdown(wait=False)
             self._loop.close()
 
     async def _main(self) -> None:
         await self._transport.open()
-        await self._insist(lambda: self._clock.ask(self._engine, times=5), "clock")
+        await self._insist(lambda engine: self._clock.ask(engine, times=5), "clock")
         # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
         async with asyncio.TaskGroup() as pumps:
             refresher = pumps.create_task(self._keep_time())
@@ -133,6 +145,7 @@ class Pipeline:
             refresher.cancel()
         await self._give_back()  # what settling woke
         await self._transport.close()
+        await self._engine.dispose()
         log.info("drained")
 
     # Waiting: leases by the moment they may begin.
@@ -148,17 +161,14 @@ class Pipeline:
     async def _give_back(self) -> None:
         given = self._line.clear()
         if given:
-            await self._insist(lambda: self._release(given), "release")
-
-    def _release(self, given: list[Lease]) -> None:
-        with self._engine.begin() as connection:
-            lease_store.release_if_not_begun(connection, given)
+            await self._insist(lambda engine: _release(engine, given), "release")
 
     # Begin: only what has a slot, right before its moment.
 
     async def _keep_beginning(self) -> None:
         backoff = BACKOFF
         while not self._draining:
+            await self._gather_slots()
             batch = self._ready()
             if not batch:
                 await self._until_something_is_ready()
@@ -167,9 +177,9 @@ class Pipeline:
             started = time.monotonic()
             leases = [hinted.lease for hinted in batch]
             try:
-                beginning = await self._in_thread(partial(begin, self._engine, self._settings, leases))
+                beginning = await in_loop(self._engine, begin, self._settings, leases)
             except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
-                report.failed("begin", error, self._engine)
+                report.failed("begin", error, self._engine.sync_engine)
                 self._let_go(batch)
                 for hinted in batch:
                     self._line.put_off(hinted, backoff)
@@ -178,6 +188,10 @@ class Pipeline:
                 continue
             backoff = BACKOFF
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
+
+    async def _gather_slots(self) -> None:
+        if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency and self._line.is_anybodys_moment():
+            await asyncio.sleep(GATHER.total_seconds())
 
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
         for one in beginning.begun:
@@ -236,8 +250,11 @@ class Pipeline:
         while True:
             await self._settleable.wait()
             self._settleable.clear()
+            if len(self._results) < ENOUGH_RESULTS and not self._drained:
+                await asyncio.sleep(GATHER.total_seconds())
             while self._results:
                 batch = self._results[:SETTLE_SIZE]
+                report.lines.flush()
                 await self._settle(batch)
                 del self._results[: len(batch)]  # others have come behind it meanwhile
                 self._changed.set()
@@ -248,10 +265,10 @@ class Pipeline:
         backoff = BACKOFF
         while True:
             try:
-                settling = await self._in_thread(partial(settle, self._engine, self._settings, batch))
+                settling = await in_loop(self._engine, settle, self._settings, batch)
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
-                report.failed("settle", error, self._engine)
+                report.failed("settle", error, self._engine.sync_engine)
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return
@@ -292,21 +309,23 @@ class Pipeline:
     async def _keep_time(self) -> None:
         while True:
             await asyncio.sleep(CLOCK_INTERVAL)
-            await self._insist(lambda: self._clock.ask(self._engine), "clock")
+            await self._insist(self._clock.ask, "clock")
 
-    def _in_thread(self, work: Callable[[], T]) -> asyncio.Future[T]:
-        return self._loop.run_in_executor(self._threads, work)
-
-    async def _insist(self, work: Callable[[], object], step: str) -> None:
+    async def _insist(self, work: Callable[[Engine], object], step: str) -> None:
         backoff = BACKOFF
         while True:
             try:
-                await self._in_thread(work)
+                await in_loop(self._engine, work)
             except (DBAPIError, PoolTimeoutError) as error:
-                report.failed(step, error, self._engine)
+                report.failed(step, error, self._engine.sync_engine)
             else:
                 return
             if step == "clock" and self._draining:
                 return
             await asyncio.sleep(backoff.total_seconds())
             backoff = min(backoff * 2, LONGEST_BACKOFF)
+
+
+def _release(engine: Engine, given: Sequence[Lease]) -> None:
+    with engine.begin() as connection:
+        lease_store.release_if_not_begun(connection, given)

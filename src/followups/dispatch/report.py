@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from sqlalchemy.exc import DBAPIError
 
 from followups.database import is_passing
-from followups.dispatch.settle import OUTCOME_NAMES
+from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
-from followups.telemetry import metrics
-from followups.telemetry.logs import get_logger
+from followups.telemetry import metrics, traces
+from followups.telemetry.logs import Lines, get_logger
 from followups.transports.port import Sent
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Begun
 
 log = get_logger(__name__)
+lines = Lines(__name__)
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
@@ -38,7 +39,7 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
     lag = (attempt.answered_at - begun.due_date).total_seconds()
     metrics.ATTEMPTS.labels(transport=transport, outcome=outcome).inc()
     metrics.ATTEMPT_DURATION.observe(seconds)
-    log.info(
+    lines.to.info(
         "attempt",
         follow_up_id=str(begun.lease.id),
         chat_id=str(begun.chat_id),
@@ -63,6 +64,7 @@ def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
     """Tell of follow-ups that ended without an attempt."""
     for follow_up_id, final in ends:
         _transition(follow_up_id, final.status, final.reason)
+    lines.flush()
 
 
 def settled(settling: Settling) -> None:
@@ -75,11 +77,14 @@ def settled(settling: Settling) -> None:
             metrics.LAG.observe(max(one.lag.total_seconds(), 0.0))
         if one.status in FINAL:
             _transition(one.id, one.status, one.reason)
+    lines.flush()
 
 
 def claimed(claim: Claim, seconds: float) -> None:
     """Tell of a tick; it has a line only when it claimed something."""
     metrics.TICK_DURATION.observe(seconds)
+    if claim.traced:
+        traces.claimed(claim.traced, seconds)
     ended(claim.ended)
     if claim.lost:
         metrics.LEASES_EXPIRED.inc(claim.lost)
@@ -113,4 +118,4 @@ def broker_unreachable(step: str, error: Exception) -> None:
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
     code = code_of(reason)
     metrics.TRANSITIONS.labels(status=status, code=code).inc()
-    log.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)
+    lines.to.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)

@@ -6,11 +6,13 @@ import asyncio
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID
 
 from followups.retry import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
+from followups.telemetry import traces
 from followups.transports.port import Delivery, Outcome, Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
     from followups.dispatch.clock import DatabaseClock
     from followups.store.leases import Begun
     from followups.transports.port import Transport
+
+OUTCOME_NAMES: dict[type, str] = {
+    Sent: "sent",
+    Retry: "retry",
+    Snoozed: "snoozed",
+    Rejected: "rejected",
+    Unknown: "unknown",
+}
+"""The outcomes as they stand in logs, metrics, traces and the record of failed attempts."""
 
 GRACE = timedelta(seconds=1)
 """Beyond the transport's own timeout, after which a transport that hangs is given up; less than the
@@ -57,8 +68,10 @@ async def send(
     started = time.monotonic()
     if started > latest:
         return None
-    outcome = await _call(transport, _delivery(begun), limit + GRACE)
-    answered = time.monotonic()
+    with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
+        outcome = await _call(transport, _delivery(begun), limit + GRACE)
+        answered = time.monotonic()
+        note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
 
 
@@ -112,6 +125,16 @@ def _status_code(code: object) -> int | None:
     if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < HIGHEST_STATUS_CODE:
         return None
     return int(code)  # an HTTPStatus is one too, and no array of numbers to the database
+
+
+def _described(begun: Begun, transport: str) -> dict[str, str | int]:
+    return {
+        "followups.follow_up_id": str(begun.lease.id),
+        "followups.chat_id": str(begun.chat_id),
+        "followups.workspace_id": str(begun.workspace_id),
+        "followups.attempt": begun.attempt,
+        "followups.transport": transport,
+    }
 
 
 def _delivery(begun: Begun) -> Delivery:

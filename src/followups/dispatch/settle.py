@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from followups.dispatch.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
 from followups.store import order, settlement
@@ -24,15 +25,6 @@ if TYPE_CHECKING:
     from followups.retry import RetryPolicy
     from followups.settings import Settings
     from followups.store.leases import Lease
-
-OUTCOME_NAMES: dict[type, str] = {
-    Sent: "sent",
-    Retry: "retry",
-    Snoozed: "snoozed",
-    Rejected: "rejected",
-    Unknown: "unknown",
-}
-"""The outcomes as they stand in logs, metrics and the record of failed attempts."""
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100

@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from followups.models import FailedAttempt, FollowUp
 from followups.states import ReasonCode, Status, code_of, finish
 from followups.store.unknowns import honest
+from followups.telemetry.traces import current_traceparent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -37,13 +38,15 @@ def insert_follow_up(
     trigger_chat_message_id: UUID,
 ) -> FollowUp:
     """Insert a pending follow-up and return it; the caller holds the chat's lock."""
-    values = {
+    values: dict[str, Any] = {
         "workspace_id": workspace_id,
         "chat_id": chat_id,
         "message": message,
         "due_date": due_date,
         "trigger_chat_message_id": trigger_chat_message_id,
     }
+    if traceparent := current_traceparent():
+        values["traceparent"] = traceparent
     created: FollowUp = session.scalars(_INSERT, values).one()
     return created
 
@@ -108,6 +111,8 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
         values = values | {
             "next_attempt_at": None,
             "waits_for": None,
+            "held_until": None,
+            "pause_id": None,
             "lease_until": None,
             "lease_token": FollowUp.lease_token + 1,
         }

@@ -13,17 +13,28 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
 from followups.windows import WINDOW, WINDOWED_CHANNELS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection
 
     from followups.states import Final
+
+
+def uuid_array(ids: Iterable[UUID]) -> str:
+    """Return an array as PostgreSQL reads it; a driver that adapts element by element takes ten times as long."""
+    return f"{{{','.join([one.hex for one in ids])}}}"
+
+
+def int_array(numbers: Iterable[int]) -> str:
+    """Return the same of whole numbers."""
+    return f"{{{','.join(map(str, numbers))}}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Claimed:
     attempts: int
     losses: int
     cancel_requested: str | None
+    traceparent: str | None = None
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -83,7 +95,8 @@ _CLAIM = text(f"""
                losses = f.losses + taken.lost::int
           FROM taken
          WHERE f.id = taken.id
-        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested
+        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested,
+                  f.traceparent
     )
     SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased,
            LEAST((SELECT min(due) FROM head), now()) - CAST(:margin AS interval) AS low_water
@@ -111,6 +124,7 @@ def claim(
             row.attempts,
             row.losses,
             row.cancel_requested,
+            row.traceparent,
         )
         for row in rows
         if row.id is not None
@@ -142,6 +156,7 @@ class Begun:
     due_date: datetime
     attempt: int
     snoozes: int
+    traceparent: str | None = None
 
 
 _WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
@@ -156,7 +171,7 @@ _LEASED = f"CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
 _TOO_LATE = (
     "(CAST(:max_lateness AS interval) > interval '0'"
-    " AND now() >= GREATEST(f.due_date, f.scheduled_at) + CAST(:max_lateness AS interval))"
+    " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
 )
 _WINDOW_CLOSED = (
     f"(c.channel IN ({_WINDOWED})"
@@ -177,35 +192,22 @@ _BEGIN = text(f"""
           FROM {_BATCH} {_LEASED}
           JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
          WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
-           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER})
+           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER}) AND NOT {HELD_BACK}
     )
     UPDATE follow_ups f
        SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
       FROM ready
      WHERE f.id = ready.id
-    RETURNING f.id, f.lease_token, {_DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
-              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes
+    RETURNING -- in the order of Lease and Begun
+              f.id, f.lease_token, {_DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
+              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes, f.traceparent
 """)  # noqa: S608 - no input, only the constants above
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
     """Begin those of the leases that still hold and that nothing in the world speaks against."""
     rows = connection.execute(_BEGIN, _batch(leases) | _world(world))
-    return [
-        Begun(
-            Lease(row.id, row.lease_token, row.due),
-            row.workspace_id,
-            row.chat_id,
-            row.channel,
-            row.external_id,
-            row.trigger_chat_message_id,
-            row.message,
-            row.due_date,
-            row.attempts,
-            row.snoozes,
-        )
-        for row in rows
-    ]
+    return [Begun(Lease(row_id, token, due), *rest) for row_id, token, due, *rest in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +289,7 @@ def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int
 
 
 def _batch(leases: Sequence[Lease]) -> dict[str, object]:
-    return {"ids": [lease.id for lease in leases], "tokens": [lease.token for lease in leases]}
+    return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}
 
 
 def _world(world: World) -> dict[str, object]:

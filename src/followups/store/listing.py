@@ -19,10 +19,13 @@ from followups.states import Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Executable
     from sqlalchemy.orm import Session
+
+    from followups.states import ReasonCode
 
 MAX_ROWS = 2**62
 """Beyond it PostgreSQL cannot count; a page there is empty as any after the last."""
@@ -36,6 +39,10 @@ class Filter:
     chat_message_ids: tuple[UUID, ...] = ()
     statuses: tuple[Status, ...] = ()
     trigger_chat_message_ids: tuple[UUID, ...] = ()
+    codes: tuple[ReasonCode, ...] = ()
+    """For operators, as the two below: of reasons by code."""
+    due_after: datetime | None = None
+    due_before: datetime | None = None
 
 
 def page(
@@ -60,10 +67,24 @@ def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[s
     leading, *others = parameters
     if workspace_id is not None:
         parameters["workspace_id"] = workspace_id
-    return _statement(leading, tuple(others), one_workspace=workspace_id is not None), parameters
+    conditions = [f"f.{name} = ANY(CAST(:{name} AS {_TYPES[name]}[]))" for name in others]
+    for name, (condition, value) in _narrowing(wanted).items():
+        conditions.append(condition)
+        parameters[name] = value
+    return _statement(leading, tuple(conditions), one_workspace=workspace_id is not None), parameters
 
 
-@lru_cache(maxsize=64)  # more than there are combinations of filters
+def _narrowing(wanted: Filter) -> dict[str, tuple[str, Any]]:
+    """Return what is looked at row by row, since no index knows it: a condition and its value, by name."""
+    given = {
+        "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),
+        "due_after": ("f.due_date >= :due_after", wanted.due_after),
+        "due_before": ("f.due_date < :due_before", wanted.due_before),
+    }
+    return {name: each for name, each in given.items() if each[1]}
+
+
+@lru_cache(maxsize=128)  # more than there are combinations of filters
 def _query(statement: str) -> Executable:
     found = select(FollowUp).from_statement(text(statement).columns(*FollowUp.__table__.columns))
     return found.execution_options(populate_existing=True)
@@ -85,9 +106,9 @@ def _filters(wanted: Filter) -> dict[str, tuple[Any, ...]]:
     return named or {"status": tuple(status.value for status in Status)}
 
 
-def _statement(leading: str, others: tuple[str, ...], *, one_workspace: bool) -> str:
+def _statement(leading: str, narrowing: tuple[str, ...], *, one_workspace: bool) -> str:
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one_workspace else "workspaces"
-    conditions = "".join(f" AND f.{name} = ANY(CAST(:{name} AS {_TYPES[name]}[]))" for name in others)
+    conditions = "".join(f" AND {condition}" for condition in narrowing)
     return f"""
         SELECT f.*
           FROM (SELECT first.id

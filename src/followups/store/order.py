@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.leases import Lease
+from followups.store.leases import Lease, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -139,6 +139,19 @@ _WAKE_FORGOTTEN = text("""
 """)
 
 
+_FIRST = text("""
+    SELECT id FROM follow_ups
+     WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+     ORDER BY due_date, id LIMIT 1
+""")
+
+
+def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
+    """Return the follow-up whose turn it is in the chat; None when nothing is pending there."""
+    first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
+    return first
+
+
 def wake(connection: Connection, ended: Collection[UUID]) -> None:
     """Let what waited for the ended ones be claimed again. Call after the ends, in their transaction."""
     if ended:
@@ -149,7 +162,7 @@ def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timed
     """Wake what waited for the ended ones and lease it to the caller, who sends it at once."""
     if not ended:
         return []
-    rows = connection.execute(_WAKE_AND_LEASE, {"ids": list(ended), "lease": lease})
+    rows = connection.execute(_WAKE_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
     return [Lease(row.id, row.lease_token, row.due) for row in rows]
 
 

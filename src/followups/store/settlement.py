@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
 from followups.states import Status
+from followups.store.leases import int_array, uuid_array
 from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime, timedelta
+    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -56,10 +58,9 @@ _SETTLE = text(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
-                      CAST(:reasons AS text[]), CAST(:delays AS interval[]), CAST(:chat_message_ids AS uuid[]),
-                      CAST(:accepted_ago AS interval[]), CAST(:refunded AS boolean[]), CAST(:yields AS boolean[]),
-                      CAST(:cancel_details AS text[]))
-               AS b(id, token, status, reason, delay, chat_message_id, accepted_ago, refunded, yields, cancel_detail)
+                      CAST(:reasons AS text[]), CAST(:delays AS interval[]), CAST(:refunded AS boolean[]),
+                      CAST(:yields AS boolean[]), CAST(:cancel_details AS text[]))
+               AS b(id, token, status, reason, delay, refunded, yields, cancel_detail)
          CROSS JOIN LATERAL (
              SELECT FROM follow_ups f
               WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
@@ -74,34 +75,77 @@ _SETTLE = text(f"""
            updated_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
            next_attempt_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN f.next_attempt_at
                                   ELSE now() + r.delay END,
-           chat_message_id = COALESCE(r.chat_message_id, f.chat_message_id),
-           accepted_at = clock_timestamp() - r.accepted_ago,
            attempts = f.attempts - r.refunded::int,
            snoozes = f.snoozes + r.refunded::int,
            begun_at = NULL,
            lease_until = NULL
       FROM r
      WHERE f.id = r.id
-    RETURNING f.id, f.status, f.reason, f.accepted_at - f.due_date AS lag, f.next_attempt_at
+    RETURNING f.id, f.status, f.reason, f.next_attempt_at
 """)  # noqa: S608 - no input, only the constant above
+
+
+# What nearly every attempt comes to, without what only the others need: half the time of the statement above.
+_SETTLE_SENT = text("""
+    WITH r AS MATERIALIZED (
+        SELECT b.*
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:chat_message_ids AS uuid[]),
+                      CAST(:accepted_ago AS double precision[])) AS b(id, token, chat_message_id, accepted_ago)
+         CROSS JOIN LATERAL (
+             SELECT FROM follow_ups f
+              WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    )
+    UPDATE follow_ups f
+       SET status = 'sent', finished_at = now(), updated_at = now(), begun_at = NULL, lease_until = NULL,
+           chat_message_id = COALESCE(r.chat_message_id, f.chat_message_id),
+           accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago)
+      FROM r
+     WHERE f.id = r.id
+    RETURNING f.id, f.accepted_at - f.due_date AS lag
+""")
 
 
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
     """Record what became of attempts in flight; what does not come back is held by somebody, or not ours any more."""
+    sent = [one for one in settlements if one.status == Status.SENT]
+    others = [one for one in settlements if one.status != Status.SENT]
+    return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
+
+
+def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
     parameters = {
-        "ids": [s.lease.id for s in settlements],
-        "tokens": [s.lease.token for s in settlements],
+        "ids": uuid_array(s.lease.id for s in settlements),
+        "tokens": int_array(s.lease.token for s in settlements),
+        "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
+        "accepted_ago": [(s.accepted_ago or _NOW).total_seconds() for s in settlements],
+    }
+    return [
+        Settled(row_id, Status.SENT, None, lag, None) for row_id, lag in connection.execute(_SETTLE_SENT, parameters)
+    ]
+
+
+_NOW = timedelta(0)
+
+
+def _hex_or_null(one: UUID | None) -> str:
+    return one.hex if one else "NULL"
+
+
+def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
+    parameters = {
+        "ids": uuid_array(s.lease.id for s in settlements),
+        "tokens": int_array(s.lease.token for s in settlements),
         "statuses": [s.status.value for s in settlements],
         "reasons": [s.reason for s in settlements],
         "delays": [s.delay for s in settlements],
-        "chat_message_ids": [s.chat_message_id for s in settlements],
-        "accepted_ago": [s.accepted_ago for s in settlements],
         "refunded": [s.refunded for s in settlements],
         "yields": [s.yields for s in settlements],
         "cancel_details": [s.cancel_detail for s in settlements],
     }
     return [
-        Settled(row.id, Status(row.status), row.reason, row.lag, row.next_attempt_at)
+        Settled(row.id, Status(row.status), row.reason, None, row.next_attempt_at)
         for row in connection.execute(_SETTLE, parameters)
     ]
 
@@ -119,7 +163,7 @@ _IN_FLIGHT = text("""
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
     """Return which of the leases are in flight still: what was not settled only because somebody holds the row."""
-    parameters = {"ids": [lease.id for lease in leases], "tokens": [lease.token for lease in leases]}
+    parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
     return set(connection.scalars(_IN_FLIGHT, parameters))
 
 

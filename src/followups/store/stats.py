@@ -2,26 +2,27 @@
 
 What is pending, waiting, overdue and in flight comes exact from small partial indexes. Final rows are
 counted up to `EXACT_UP_TO` a state; a state with more has the planner's estimate, which costs nothing
-however many millions there are. Lag and throughput read what the last minutes accepted; there is no index
-for that, so they are given up after `LIMIT`.
+however many millions there are. Lag and throughput read what ended in the last minutes, by its index; where
+that is very much, they are given up after `LIMIT`.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from followups.states import Status
-from followups.store import backlog
+from followups.store import backlog, totals
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
 """Rows of one final state that are counted one by one, in some 20 ms."""
@@ -37,6 +38,10 @@ class Counts:
     pending: int
     waiting: int
     """Pending, behind an earlier one of their chat."""
+    paused: int
+    """Pending, come due and held by a pause."""
+    quiet: int
+    """Pending, come due and held until sending hours open."""
     overdue: int
     """Pending and past their moment, but for those that wait for another one."""
     oldest_overdue: timedelta | None
@@ -67,6 +72,9 @@ _DUE = "COALESCE(next_attempt_at, due_date)"
 _PENDING = text(f"""
     SELECT (SELECT count(*) FROM follow_ups WHERE status = 'pending') AS pending,
            (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NOT NULL) AS waiting,
+           (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND pause_id IS NOT NULL) AS paused,
+           (SELECT count(*) FROM follow_ups
+             WHERE status = 'pending' AND held_until IS NOT NULL AND held_until > now() AND pause_id IS NULL) AS quiet,
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
@@ -103,6 +111,8 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     return Counts(
         pending=pending.pending,
         waiting=pending.waiting,
+        paused=pending.paused,
+        quiet=pending.quiet,
         overdue=pending.overdue,
         oldest_overdue=timedelta(seconds=head.oldest_overdue) if pending.overdue else None,
         in_flight=head.in_flight,
@@ -116,11 +126,19 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
+# Nothing is accepted after its end is recorded, so what ended before the window was accepted before it.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
       FROM follow_ups
-     WHERE status = 'sent' AND accepted_at > now() - CAST(:window AS interval)
+     WHERE finished_at > now() - CAST(:window AS interval) AND status = 'sent'
+       AND accepted_at > now() - CAST(:window AS interval)
+""")
+_PER_SECOND = text("""
+    SELECT CAST(floor(EXTRACT(EPOCH FROM now() - finished_at)) AS int) AS ago, count(*) AS number
+      FROM follow_ups
+     WHERE finished_at > now() - :seconds * interval '1 s' AND finished_at <= now() AND status = 'sent'
+     GROUP BY 1
 """)
 _LIMIT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
 _CANCELLED_BY_TIMEOUT = "57014"
@@ -131,15 +149,42 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 
     Percentiles are nearest-rank.
     """
+    rows = _within(connection, limit, _PACE, {"window": window})
+    return Pace(window, rows[0].sent, *(rows[0].lags or ())) if rows else None
+
+
+def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
+    """Return how many were sent in each of the last seconds, oldest first; None when it takes too long."""
+    rows = _within(connection, limit, _PER_SECOND, {"seconds": seconds})
+    if rows is None:
+        return None
+    numbers = {row.ago: row.number for row in rows}
+    return [numbers.get(ago, 0) for ago in reversed(range(seconds))]
+
+
+def _within(
+    connection: Connection, limit: timedelta, query: TextClause, parameters: Mapping[str, object]
+) -> Sequence[Row[Any]] | None:
+    """Return the rows; None when they don't come within ``limit``. The transaction goes on either way."""
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:
         with connection.begin_nested():
             connection.execute(_LIMIT, {"milliseconds": milliseconds})
-            row = connection.execute(_PACE, {"window": window}).one()
+            rows = connection.execute(query, parameters).all()
             # Not undone by the savepoint's release, only by its rollback or the transaction's end.
             connection.execute(_LIMIT, {"milliseconds": "0"})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
             raise
         return None
-    return Pace(window, row.sent, *(row.lags or ()))
+    return rows
+
+
+def attempts(connection: Connection) -> dict[str, int]:
+    """Return how many attempts all processes have made together, by outcome; up to a second old."""
+    found: dict[str, int] = {}
+    for (name, labels), value in totals.read(connection).items():
+        if name == "followups_attempts_total":
+            outcome = str(json.loads(labels)["outcome"])
+            found[outcome] = found.get(outcome, 0) + int(value)
+    return found

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import reach, required_url
 from followups.transports.http_call import Call, HttpCaller, encode_json
@@ -49,6 +50,8 @@ class HttpTransport:
 
     def _headers(self, key: str, body: bytes) -> dict[str, str]:
         headers = {"content-type": "application/json", "idempotency-key": key, "webhook-id": key}
+        if traceparent := current_traceparent():
+            headers["traceparent"] = traceparent
         if self._webhook:
             now = datetime.now(UTC)
             headers["webhook-timestamp"] = str(int(now.timestamp()))

@@ -131,14 +131,15 @@ class HttpCaller:
             timeout=aiohttp.ClientTimeout(total=self._timeout, ceil_threshold=math.inf),
             headers=HEADERS,
             cookie_jar=aiohttp.DummyCookieJar(),
-            middlewares=(_without_repetition,),
             trust_env=False,
             auto_decompress=False,  # "identity" was asked for; 64 KiB of gzip may be 64 MiB of text
         )
 
     async def _answer(self, session: aiohttp.ClientSession, call: Call, payload: _Body) -> Answer:
+        # aiohttp repeats nothing but idempotent methods, and a middleware costs every call some microseconds.
+        middlewares = () if call.method == "POST" else (_without_repetition,)
         async with session.request(
-            call.method, call.url, data=payload, headers=call.headers, allow_redirects=False
+            call.method, call.url, data=payload, headers=call.headers, allow_redirects=False, middlewares=middlewares
         ) as response:
             body, flaw = await _read(response)
             if flaw:
@@ -177,7 +178,8 @@ async def _read(response: aiohttp.ClientResponse) -> tuple[bytes, str]:
     """Return at most `BODY_LIMIT` bytes of the body, and why that is not all of it ('' when it is)."""
     body = bytearray()
     try:
-        while chunk := await response.content.read(BODY_LIMIT + 1 - len(body)):
+        content = response.content
+        while not content.at_eof() and (chunk := await content.read(BODY_LIMIT + 1 - len(body))):
             body += chunk
             if len(body) > BODY_LIMIT:
                 return bytes(body[:BODY_LIMIT]), "the body of the answer is longer than 64 KiB"

@@ -9,11 +9,11 @@ the process by so many seconds.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 import signal
 import sys
-import threading
 import time
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 ARMED = os.environ.get("FOLLOWUPS_TEST_FAILPOINTS", "")
 CLOCK_OFFSET = float(os.environ.get("FOLLOWUPS_TEST_CLOCK_OFFSET", "0"))
 
-step = threading.local()
-"""``name`` is the step that this thread is in."""
+step: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
+"""The step that this thread, or this task of the event loop, is in."""
 
 
 def hit(point: str) -> None:
@@ -60,16 +60,16 @@ def _act(action: str) -> None:
 
 
 def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step that runs in a thread: points ``name.before`` and ``name.committed``."""
+    """Wrap a step: points ``name.before`` and ``name.committed``."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:
         hit(f"{name}.before")
-        step.name = name
+        step.set(name)
         try:
             result = function(*arguments, **named)
         finally:
-            step.name = ""
+            step.set("")
         hit(f"{name}.committed")
         return result
 
@@ -95,8 +95,7 @@ def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def wrapped(connection: Any) -> None:
-        name = getattr(step, "name", "")
-        if name:
+        if name := step.get():
             hit(f"{name}.before_commit")
         function(connection)
         if name:
@@ -104,6 +103,24 @@ def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
                 hit(f"{name}.answer_lost")
             except Exception:
                 connection.close()
+                raise
+
+    return wrapped
+
+
+def around_async_commit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the commit of an event loop's connection in the same way."""
+
+    @functools.wraps(function)
+    async def wrapped(connection: Any) -> None:
+        if name := step.get():
+            hit(f"{name}.before_commit")
+        await function(connection)
+        if name:
+            try:
+                hit(f"{name}.answer_lost")
+            except Exception:
+                await connection.close()
                 raise
 
     return wrapped
@@ -120,6 +137,8 @@ def install() -> None:
     pipeline.settle = around("settle", pipeline.settle)
     pipeline.send = around_send(pipeline.send)
     psycopg.Connection.commit = around_commit(psycopg.Connection.commit)  # type: ignore[method-assign]
+    asynchronous = psycopg.AsyncConnection
+    asynchronous.commit = around_async_commit(asynchronous.commit)  # type: ignore[method-assign]
 
 
 class BeforeWorker:

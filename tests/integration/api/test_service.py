@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -10,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 
+from metrics_lint import flaws
 from stack import wait_until
 from web import is_problem
 
@@ -87,6 +90,17 @@ def test_metrics(api: Api) -> None:
     )
     cancelled = {"status": "cancelled", "code": "cancelled_by_api"}
     assert any(sample.labels == cancelled for sample in families["followups_transitions"].samples)
+
+
+def test_metrics_are_written_as_prometheus_wants_them(api: Api) -> None:
+    """The whole page passes `promtool check metrics`, where that is installed, and our own check of the same rules."""
+    api.patch(api.create(), status="cancelled")
+    text = api.get("/metrics").text
+    assert flaws(text) == []
+    if promtool := shutil.which("promtool"):
+        command = [promtool, "check", "metrics"]
+        ran = subprocess.run(command, input=text, capture_output=True, text=True, timeout=30, check=False)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
 
 
 def test_gauges(api: Api) -> None:

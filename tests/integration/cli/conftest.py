@@ -12,6 +12,7 @@ from followups.cli import main
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from followups.settings import Settings
 
@@ -30,8 +31,9 @@ class Ran:
 
 
 @pytest.fixture
-def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
     """Let commands find the test's settings in the environment; return what can change it."""
+    monkeypatch.setenv("FOLLOWUPS_RUNTIME_DIR", str(tmp_path))
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
     return monkeypatch

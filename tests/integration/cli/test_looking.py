@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import fcntl
+import io
 import json
 import os
+import pty
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
+from rich.console import Console
 
-from followups.cli import checks
+from followups.cli import checks, dashboard
 from followups.store import stats
 
 if TYPE_CHECKING:
@@ -104,6 +112,18 @@ class TestStats:
             assert stats.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
             assert stats.pace(connection, MINUTE) is not None
 
+    def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
+        """What a pause or sending hours hold is pending and not overdue, and is counted by what holds it."""
+        later = datetime.now(UTC) + 60 * MINUTE
+        world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
+        world.follow_up(due=-MINUTE, held_until=later, next_attempt_at=later)
+        found = run("stats", "--json").document
+        counts = {name: found[name] for name in ("pending", "paused", "heldForHours", "overdue")}
+        assert counts == {"pending": 2, "paused": 1, "heldForHours": 1, "overdue": 0}
+        shown = run("stats").stdout
+        assert "due, and held: followups pause --list" in shown
+        assert "due, and held until the sending hours" in shown
+
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
         """In a pipe --watch prints a line for each look, JSON with --json, until Ctrl-C, which is no failure."""
         del environment
@@ -116,6 +136,51 @@ class TestStats:
         assert watching.returncode == 0
         assert [look["pending"] for look in looks] == [4, 4]
         assert looks[0]["at"] < looks[1]["at"]
+
+
+def test_the_dashboard(running: Stack) -> None:
+    """On a terminal --watch draws counts, what is sent, attempts by outcome, workers and ticks, until Ctrl-C."""
+    world = type(running.world)(running.world.engine)
+    limited = world.chat()
+    running.behave(limited, kind="reject", status=403, times=1)
+    ids = [*world.burst([timedelta(0)] * 30), world.follow_up(limited)]
+    running.wait_until_done(*ids)
+    pause = uuid4()
+    world.sql("INSERT INTO pauses (id, workspace_id) VALUES (:id, :w)", id=pause, w=world.workspace_id)
+    world.follow_up(pause_id=pause, next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 130, 0, 0))
+    command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.3"]
+    environment = os.environ | running.environment() | {"TERM": "xterm"}
+    shown, told = "", False
+    with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as watching:
+        os.close(theirs)
+        with suppress(OSError):  # the other end has gone
+            while True:
+                shown += os.read(ours, 65536).decode(errors="replace")
+                if "1 answered" in shown and not told:
+                    watching.send_signal(signal.SIGINT)
+                    told = True
+        os.close(ours)
+    assert watching.returncode == 0
+    world.sql("DELETE FROM pauses WHERE id = :id", id=pause)
+    for said in ("pending", "paused", "followups pause --list", "last tick", "ms ago", "rejected", "sent a second"):
+        assert said in shown
+    assert "█" in shown
+    assert "Still there?" not in shown
+
+
+def test_attempts_since_the_first_look() -> None:
+    """The dashboard counts attempts from its first look on, and how many there are a second by the last two."""
+    attempts = dashboard.Attempts()
+    attempts.see({"sent": 100, "retry": 3}, 10.0)
+    attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
+    attempts.see({"sent": 130, "retry": 3, "rejected": 1}, 16.0)
+    assert attempts.rates == {"sent": 5.0, "retry": 0.0, "rejected": 0.0}
+    rendered = Console(width=80, file=io.StringIO(), record=True)
+    rendered.print(attempts.table())
+    lines = [line.split() for line in rendered.export_text().splitlines()]
+    assert lines[1:] == [["rejected", "1", "0.0"], ["retry", "0", "0.0"], ["sent", "30", "5.0"]]
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -137,7 +202,7 @@ class TestDoctor:
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
         assert (ran.returncode, report["ok"]) == (0, True)
         names = ["timeouts", "database", "migrations", "ticks", "backlog", "attempts", "transactions", "clock"]
-        names += ["broker", "broker memory", "queues", "transport", "workers"]
+        names += ["broker", "broker memory", "queues", "transport", "workers", "processes"]
         assert [check["name"] for check in report["checks"]] == names
         assert [report["settings"][name] for name in SIGNED] == ["***"]
         assert "c2VjcmV0" not in ran.stdout
@@ -153,7 +218,7 @@ class TestDoctor:
             "transport",
             "workers",
         ]
-        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 13 checks failed."):
+        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 14 checks failed."):
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:

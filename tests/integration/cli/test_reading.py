@@ -7,9 +7,17 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.store import pauses
+from followups.store.pauses import Scope
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
     from world import World
 
     Run = Callable[..., Any]
@@ -69,7 +77,7 @@ class TestList:
         assert (run("list").code, run("list").stdout) == (0, "")
         assert run("list").stderr == "There is no such follow-up.\n"
         assert run("list", "--json").document == []
-        assert run("list", "--workspace", "nobody").code == 1
+        assert run("list", "--workspace", "nobody").code == 2
 
 
 class TestShow:
@@ -122,7 +130,43 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id fails with a sentence."""
+        """An unknown id is wrong usage, with a sentence."""
         ran = run("show", uuid4())
-        assert (ran.code, ran.stdout) == (1, "")
+        assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
+
+    def test_what_holds_it_is_told(self, run: Run, world: World, engine: Engine, settings: Settings) -> None:
+        """The pause, the sending hours and the first of the chat are shown with what they mean for it."""
+        name = str(world.workspace_id)
+        chat = world.chat()
+        first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])
+        with engine.begin() as connection:
+            pauses.pause(connection, Scope(world.workspace_id, None))
+        begin(engine, settings, claim(engine, settings).leases)
+        shown = run("show", first, "--json").document
+        assert shown["pausedBy"].keys() == {"workspace", "channel", "since"}
+        assert f"followups resume --workspace {name} lets it go on." in shown["explanation"]
+        waiting = run("show", second).stdout
+        assert f"It waits for the earlier follow-up of its chat, {first}, to end" in waiting
+        assert "Of that one: It fell due 2 h ago and is held" in waiting
+        assert "when it is resumed" in run("show", first).stdout
+        run("workspace", "hours", name, "--time-zone", "UTC", "--from", "09:00", "--to", "10:00")
+        hours = {"timeZone": "UTC", "from": "09:00", "to": "10:00"}
+        assert run("show", second, "--json").document["sendingHours"].items() >= hours.items()
+
+    def test_what_it_was_retried_as(self, run: Run, world: World) -> None:
+        """A failed one names the one made from it, and that one the failed one."""
+        failed = world.follow_up(**FAILED)
+        new = run("retry", failed, "--due", "+1h").stdout.strip()
+        assert run("show", failed, "--json").document["retriedAs"] == new
+        assert run("show", new, "--json").document["retryOf"] == str(failed)
+
+
+def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
+    """The root's help alone leads to the reason: it names the command that finds one and the one that explains it."""
+    chat = world.chat()
+    failed = world.follow_up(chat, **FAILED)
+    shown = " ".join(run("--help").stdout.replace("│", " ").split())
+    assert "Why was one not sent? list finds it, by its chat or state, and show with its id says why." in shown
+    assert str(failed) in run("list", "--chat", chat).stdout
+    assert "The transport refused it for good" in run("show", failed).stdout

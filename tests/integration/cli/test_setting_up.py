@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import re
 import threading
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import pytest
 from sqlalchemy import make_url
 
-from followups.cli import main
+from followups.cli import main, workspace
 from followups.schema import downgrade, schema_versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import pytest
     from sqlalchemy import Engine
 
     from world import World
@@ -92,7 +93,7 @@ class TestWorkspace:
         created = run("workspace", "create", "acme", "--json").document
         assert created.keys() == {"id", "name", "createdAt"}
         assert run("workspace", "create", " acme ", "--json").document == created
-        assert run("workspace", "list", "--json").document == [created]
+        assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_are_for_people_too(self, run: Run) -> None:
         """Without --json the result is a line, the hint goes to stderr, and a list is a table."""
@@ -101,7 +102,8 @@ class TestWorkspace:
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
         assert created.stderr == "Next: followups api-key create --workspace 'acme'\n"
         assert "exists already" in run("workspace", "create", "acme").stdout
-        assert run("workspace", "list").stdout.split()[:5] == ["NAME", "ID", "CREATED", "acme", created.stdout[6:42]]
+        headings = ["NAME", "ID", "CREATED", "SENDS"]
+        assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
 
     def test_a_bad_name_is_wrong_usage(self, run: Run) -> None:
         """An empty name, and one that is too long, are wrong usage."""
@@ -149,9 +151,9 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace and an unknown key fail with a sentence that says where to look."""
+        """An unknown workspace and an unknown key are wrong usage, with a sentence that says where to look."""
         ran = run("api-key", "create", "--workspace", "acme")
-        assert (ran.code, ran.stdout) == (1, "")
+        assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
         assert "followups api-key list shows" in run("api-key", "revoke", uuid4()).stderr
 
@@ -162,3 +164,60 @@ def test_the_openapi_document_needs_nothing(capsys: pytest.CaptureFixture[str]) 
     shown, remarks = capsys.readouterr()
     assert json.loads(shown)["openapi"].startswith("3.1")
     assert not remarks
+
+
+BERLIN = ("--time-zone", "Europe/Berlin", "--from", "08:00", "--to", "20:00")
+
+
+class TestHours:
+    """`followups workspace hours`."""
+
+    @pytest.fixture(autouse=True)
+    def _no_tick(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ask no broker for a tick."""
+        monkeypatch.setattr(workspace, "ask_for_tick", lambda: None)
+
+    def test_set_shown_and_cleared(self, run: Run) -> None:
+        """Hours are set, stand in the list, and can be cleared; without options they are shown."""
+        run("workspace", "create", "acme")
+        assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
+        ran = run("workspace", "hours", "acme", *BERLIN, "--days", "mon-fri")
+        assert ran.stdout == "acme sends 08:00 to 20:00, mon-fri, Europe/Berlin\n"
+        assert run("workspace", "hours", "acme").stdout == ran.stdout
+        assert "08:00 to 20:00, mon-fri, Europe/Berlin" in run("workspace", "list").stdout
+        document = {"timeZone": "Europe/Berlin", "from": "08:00", "to": "20:00"}
+        [listed] = run("workspace", "list", "--json").document
+        assert listed["sendingHours"] == document | {"days": ["mon", "tue", "wed", "thu", "fri"]}
+        assert run("workspace", "hours", "acme", "--always", "--json").document["sendingHours"] is None
+        assert "always" in run("workspace", "list").stdout
+
+    def test_what_is_held_is_looked_at_again(self, run: Run, world: World) -> None:
+        """With new hours, what was held by the old ones is looked at again at once."""
+        name = str(world.workspace_id)
+        later = datetime.now(UTC) + timedelta(hours=9)
+        follow_up = world.follow_up(held_until=later, next_attempt_at=later)
+        run("workspace", "hours", name, *BERLIN)
+        row = world.row(follow_up)
+        assert (row.held_until, row.next_attempt_at) == (None, None)
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            ("--time-zone", "Europe/Nowhere", "--from", "08:00", "--to", "20:00"),
+            ("--time-zone", "Europe/Berlin", "--from", "8", "--to", "20:00"),
+            ("--time-zone", "Europe/Berlin", "--from", "08:00", "--to", "24:30"),
+            ("--time-zone", "Europe/Berlin", "--from", "08:00"),
+            (*BERLIN, "--days", "montag"),
+            (*BERLIN, "--always"),
+            ("--days", "mon"),
+        ],
+    )
+    def test_wrong_hours(self, run: Run, options: tuple[str, ...]) -> None:
+        """A time zone, a time or days that are none: wrong usage, in one sentence, and nothing is set."""
+        run("workspace", "create", "acme")
+        ran = run("workspace", "hours", "acme", *options)
+        assert (ran.code, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("followups: ")
+        assert ran.stderr.count("\n") == 1
+        assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
+        assert run("workspace", "hours", "nobody", *BERLIN).code == 2

@@ -23,7 +23,11 @@ from followups.errors import (
     SettingsError,
 )
 
-GROUPS = {"workspace": ("create", "list"), "api-key": ("create", "list", "revoke")}
+GROUPS = {
+    "workspace": ("create", "list"),
+    "api-key": ("create", "list", "revoke"),
+    "health": ("worker", "beat", "web"),
+}
 PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROUPS.items() for name in names]
 
 
@@ -126,7 +130,7 @@ class RefusedError(Exception):
         (SettingsError("X is wrong."), "X is wrong.", 2),
         (InvalidRequestError("Too long."), "Too long.", 2),
         (OutsideMessagingWindowError(), "The due date is outside the channel's messaging window; the user has", 1),
-        (FollowUpNotFoundError(), "The follow-up was not found; followups list shows which there are.", 1),
+        (FollowUpNotFoundError(), "The follow-up was not found; followups list shows which there are.", 2),
         (AlreadyFinishedError(), "The follow-up has already finished", 1),
         (DeliveryInProgressError(), "The follow-up is being delivered at this moment; try again shortly.", 1),
         (FollowUpsError(), "The follow-up dispatcher could not do what was asked.", 1),

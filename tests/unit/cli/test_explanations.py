@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 from uuid import UUID
 
 import pytest
 
-from followups.cli.explanations import ENDINGS, explain
+from followups.cli.explanations import ENDINGS, Circumstances, explain
 from followups.models import FollowUp
+from followups.quiet_hours import SendingHours
 from followups.settings import load_settings
 from followups.states import ReasonCode, Status
+from followups.store.pauses import Standing
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
 SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h", max_attempts=3)
 
 
-def explained(status: Status = Status.PENDING, due: timedelta = timedelta(0), **columns: Any) -> str:
+TICKING = Circumstances(tick_age=timedelta(seconds=1))
+BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
+"""It is ten there, by ``NOW``."""
+
+
+def explained(
+    status: Status = Status.PENDING, due: timedelta = timedelta(0), around: Circumstances = TICKING, **columns: Any
+) -> str:
     """Explain a follow-up that is due ``due`` from now."""
     values = {"status": status, "due_date": NOW + due, "scheduled_at": NOW - timedelta(days=1), "attempts": 0} | columns
-    return explain(FollowUp(**values), SETTINGS, NOW)
+    return explain(FollowUp(**values), SETTINGS, NOW, around)
 
 
 def test_every_code_is_explained() -> None:
@@ -98,3 +107,74 @@ def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str)
     """What was sent says when the transport accepted it, and at which attempt."""
     accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
     assert said in explained(Status.SENT, **accepted | columns)
+
+
+ACME = Standing(EARLIER, "acme", None, NOW, 3)
+HOUR = timedelta(hours=1)
+
+
+@pytest.mark.parametrize(
+    ("around", "columns", "said"),
+    [
+        (
+            Circumstances(pause=ACME),
+            {"due": -HOUR, "pause_id": EARLIER},
+            (
+                "It fell due 1 h ago and is held: workspace acme has been paused since 2030-01-31 09:00:00Z;"
+                " followups resume --workspace acme lets it go on."
+            ),
+        ),
+        (
+            Circumstances(pause=Standing(EARLIER, None, "waha", NOW, 0)),
+            {"due": -HOUR, "pause_id": EARLIER},
+            "all chats on channel waha have been paused since 2030-01-31 09:00:00Z; followups resume --channel waha",
+        ),
+        (TICKING, {"due": -HOUR, "pause_id": EARLIER}, "the pause that held it has been lifted, and it goes on"),
+        (
+            Circumstances(pause=ACME),
+            {"due": HOUR},
+            "It is sent in 1 h, unless something cancels it first. But workspace acme has been paused since",
+        ),
+        (Circumstances(pause=ACME), {"due": -HOUR}, "It is due, and will be held when a worker comes to it"),
+        (
+            Circumstances(hours=BERLIN),
+            {"due": -HOUR, "held_until": NOW + 2 * HOUR, "next_attempt_at": NOW + 2 * HOUR},
+            (
+                "It fell due outside the workspace's sending hours (12:00 to 20:00, Europe/Berlin)"
+                " and is held until they open, in 2 h."
+            ),
+        ),
+        (
+            Circumstances(hours=BERLIN),
+            {"due": HOUR},
+            (
+                "But that is outside the sending hours (12:00 to 20:00, Europe/Berlin):"
+                " it will be held until 2030-01-31 11:00:00Z."
+            ),
+        ),
+        (
+            Circumstances(first="Of that one: it is stuck."),
+            {"waits_for": EARLIER},
+            (
+                f"It waits for the earlier follow-up of its chat, {EARLIER}, to end; then it goes out."
+                " Of that one: it is stuck."
+            ),
+        ),
+        (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or workers are not running"),
+        (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or workers are not running"),
+        (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
+        (
+            Circumstances(retried_as=EARLIER),
+            {"status": Status.FAILED, "reason": "too_late"},
+            f"followups retry makes a new one. It was retried as {EARLIER}.",
+        ),
+        (
+            TICKING,
+            {"status": Status.SENT, "due": -HOUR, "held_until": NOW, "accepted_at": NOW, "attempts": 1},
+            "1 h after its due date (held until the sending hours opened, 2030-01-31 09:00:00Z), at the first attempt.",
+        ),
+    ],
+)
+def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
+    """A pause, sending hours, the order of the chat, and processes that do not run are named, with what ends them."""
+    assert said in explained(around=around, **columns)

@@ -22,8 +22,8 @@ def test_the_procfile_holds_the_same_lines() -> None:
 
 
 def test_flower_stays_on_this_machine() -> None:
-    """Flower, which asks nobody who he is, listens on the loopback interface only."""
-    assert "--address=127.0.0.1" in COMMANDS["flower"]
+    """Flower listens on the loopback interface unless another address is named, which needs a password."""
+    assert "--address=${FLOWER_ADDRESS:-127.0.0.1}" in COMMANDS["flower"]
 
 
 def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,119 @@
+"""One log line a request, and what binds the lines in between to it: the request's id.
+
+The outermost layer, so that what the gate refuses has its line too. The query is left out, as the body is: what a
+client writes there is nobody's business. Probes and scrapes are told on level debug while they succeed.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from followups.telemetry import traces
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = "x-request-id"
+
+SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
+"""A request id that is taken as a client or a proxy gives it; for any other there is a new one."""
+
+LONGEST_PATH = 200
+"""Characters of a path in a log line; ours have 80."""
+
+FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+
+KEY = "followups.seen"
+"""Where a request's scope holds its `Seen`."""
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What is learned of a request on its way. ``status`` None: the client left before the answer began."""
+
+    request_id: str
+    status: int | None = None
+    workspace_id: str | None = None
+
+
+class Access:
+    """ASGI middleware around everything."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Take the application behind."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let the request through, with its id; tell of it when it has been answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        seen = scope[KEY] = Seen(request_id_of(scope["headers"]))
+        # Cleared first: on a kept-alive connection a request's task is made by the one before it, with its context.
+        clear_contextvars()
+        bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.status = message["status"]
+                MutableHeaders(scope=message)[HEADER] = seen.request_id
+            await send(message)
+
+        try:
+            with _span(scope) as note:
+                if traceparent := traces.current_traceparent():
+                    bind_contextvars(trace_id=traceparent.split("-")[1])
+                await self._app(scope, receive, answer)
+                note(_attributes(scope, seen), failed=seen.status is None or seen.status >= FAILED)
+        finally:
+            _tell(seen, scope["path"], time.perf_counter() - started)
+            clear_contextvars()
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id that the request brought, or a new one.
+
+    >>> request_id_of([(b"x-request-id", b"abc-1")])
+    'abc-1'
+    >>> len(request_id_of([(b"x-request-id", b"<script>")]))
+    32
+    """
+    given = next((value for name, value in headers if name == HEADER.encode()), b"")
+    return given.decode() if SAFE_ID.fullmatch(given) else uuid4().hex
+
+
+def _span(scope: Scope) -> AbstractContextManager[traces.Note]:
+    return traces.NOTHING if scope["path"] in PROBES else traces.request(scope["method"], scope["headers"])
+
+
+def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
+    found = {
+        "http.response.status_code": seen.status,
+        "http.route": getattr(scope.get("route"), "path", None),
+        "followups.workspace_id": seen.workspace_id,
+        "followups.request_id": seen.request_id,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tell(seen: Seen, path: str, seconds: float) -> None:
+    failed = seen.status is not None and seen.status >= FAILED
+    quiet = path in PROBES and seen.status == HTTPStatus.OK
+    tell = log.warning if failed else log.debug if quiet else log.info
+    tell("request", status=seen.status, duration_ms=round(seconds * 1000, 2), workspace_id=seen.workspace_id)

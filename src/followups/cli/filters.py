@@ -1,0 +1,31 @@
+"""What chooses among follow-ups on the command line, and the sentence for what does not fit (exit code 2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from followups.errors import WorkspaceNotFoundError
+from followups.states import ReasonCode
+from followups.store import workspaces
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+Codes = Annotated[
+    list[ReasonCode] | None, typer.Option("--reason", help="Only with this reason code; may be repeated.")
+]
+
+
+def workspace_id_of(session: Session, name: str | None) -> UUID | None:
+    """Return the id of the workspace of that name; None for none. Raises a usage error for one that is not there."""
+    if name is None:
+        return None
+    try:
+        return workspaces.find(session, name).id
+    except WorkspaceNotFoundError:
+        message = f"there is no workspace {name!r}; followups workspace list shows which there are"
+        raise typer.BadParameter(message, param_hint="--workspace") from None

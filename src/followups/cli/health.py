@@ -1,0 +1,100 @@
+"""``followups health``: for process supervisors. Loads neither settings nor Celery, and asks no broker."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from followups.cli.examples import examples
+from followups.telemetry.heartbeat import SETTING, directory_of, look
+
+UNHEALTHY = 1
+WRONG_USAGE = 2
+WEB_PORT = "8000"
+PATIENCE = 3.0
+"""Seconds that web may take: it answers in milliseconds, from the loop that serves every request."""
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    epilog=examples("followups health worker", "followups health beat", "followups health web"),
+)
+
+
+@app.callback()
+def group() -> None:
+    """Say whether a process of this machine is alive: exit code 0 when it is, 1 when it should be restarted.
+
+    A process that waits for a database or a broker that is away is alive: no restart mends that. See `doctor`.
+    """
+
+
+Name = Annotated[str, typer.Option("--name", "-n", help="Only the one of this node name (worker1, worker1@host).")]
+
+
+@app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))
+def worker(*, name: Name = "") -> None:
+    """Every worker of this machine consumes, ticks and sends.
+
+    It notices a worker that answers `celery inspect ping` but takes nothing from its queues.
+    """
+    _judge("worker", name, "celery -A followups.worker worker")
+
+
+@app.command(epilog=examples("followups health beat"))
+def beat(*, name: Name = "") -> None:
+    """Beat sends its ticks."""
+    _judge("beat", name, "celery -A followups.worker beat")
+
+
+@app.command(epilog=examples("followups health web", "PORT=5000 followups health web"))
+def web(
+    *,
+    port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
+    host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
+) -> None:
+    """Web answers."""
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
+        _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
+    if trouble := trouble_of_web(host, int(port)):
+        _say(trouble, UNHEALTHY)
+    typer.echo(f"Web answers at {host}:{port}.")
+
+
+def trouble_of_web(host: str, port: int) -> str:
+    """Ask web whether it is up; return a sentence when it isn't, else nothing."""
+    place = f"{host}:{port}"
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    try:
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        up = b'"up"' in answer.read(1000)
+    except (OSError, http.client.HTTPException) as error:
+        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT."
+    finally:
+        connection.close()
+    if answer.status != http.HTTPStatus.OK or not up:
+        return f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz."
+    return ""
+
+
+def _judge(role: str, name: str, command: str) -> None:
+    directory = directory_of(os.environ.get(SETTING))
+    lives = look(directory, role, name)
+    if not lives:
+        which = f"{role} {name}" if name else role
+        _say(f"No {which} runs here by its sign of life in {directory}: start {command}, or set {SETTING}.", UNHEALTHY)
+    for life in lives:
+        if life.trouble:
+            _say(f"The {role} {life.name} (process {life.pid}) {life.trouble}: restart it.", UNHEALTHY)
+    names = ", ".join(life.name for life in lives)
+    typer.echo(f"{len(lives)} {role}{'s' if len(lives) > 1 else ''} of this machine alive: {names}.")
+
+
+def _say(sentence: str, code: int) -> NoReturn:
+    sys.stderr.write(f"followups: {sentence}\n")
+    raise typer.Exit(code)

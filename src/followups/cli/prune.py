@@ -1,0 +1,148 @@
+"""``followups prune``."""
+
+from __future__ import annotations
+
+import gzip
+import json as json_module
+import os
+from contextlib import ExitStack
+from datetime import timedelta  # noqa: TC003 - Typer reads the annotations
+from pathlib import Path  # noqa: TC003 - likewise
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+from sqlalchemy.orm import Session
+
+from followups.api import schemas
+from followups.cli import bulk, connection
+from followups.cli.bulk import DryRun, Yes  # noqa: TC001 - likewise
+from followups.cli.documents import failure_document
+from followups.cli.examples import examples
+from followups.cli.output import Json  # noqa: TC001 - likewise
+from followups.cli.times import parse_age
+from followups.store import cancelling, retention, workspaces
+from followups.store.retention import OLDEST, Message
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.store.retention import Picked
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+ARCHIVE = "Write what is deleted into this new file, a JSON object a line."
+
+
+@app.command(
+    epilog=examples(
+        "followups prune --older-than 90d --dry-run",
+        "followups prune --older-than 90d --archive 2030-01.jsonl.gz",
+    )
+)
+def prune(
+    *,
+    older_than: Annotated[
+        timedelta, typer.Option(parser=parse_age, metavar="AGE", help="As in 90d: since their end.", show_default=False)
+    ],
+    archive: Annotated[
+        Path | None, typer.Option(metavar="FILE.jsonl.gz", help=ARCHIVE, dir_okay=False, show_default=False)
+    ] = None,
+    message: Annotated[bool, typer.Option("--message", help="Archive the messages' texts too.")] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Delete what finished so long ago, with its failed attempts, and chat messages of the same age.
+
+    It goes in batches of a thousand that hold nobody up, oldest first: broken off, it goes on when it is called
+    again. What is archived is on the disk before it is deleted; where that is broken off in between, it is in two
+    archives. Workers do the same once an hour, without an archive, when FOLLOWUPS_RETENTION is set.
+
+    The last message of each chat stays. Idempotency keys go after 24 hours, whatever the age.
+    """
+    with connection.engine() as engine, ExitStack() as stack:
+        with engine.connect() as opened:
+            before = _moment(cancelling.now(opened), older_than)
+            number = retention.count_finished(opened, before)
+            sample = [str(one) for one in retention.some_finished(opened, before, bulk.SAMPLE)]
+        if archive is not None and archive.exists():
+            error = f"{archive} is there already; name a new file."
+            raise typer.BadParameter(error, param_hint="--archive")
+        plan = bulk.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
+
+        def batches() -> Iterator[dict[str, int]]:
+            remove = _remover(engine, archive, stack, message=message) if archive else retention.delete_finished
+            return _delete(engine, before, remove)
+
+        bulk.carry_out(plan, batches, dry_run=dry_run, yes=yes, json=json)
+
+
+def _moment(now: datetime, age: timedelta) -> datetime:
+    try:
+        return now - age
+    except OverflowError:
+        message = "that is before the beginning of time."
+        raise typer.BadParameter(message, param_hint="--older-than") from None
+
+
+def _delete(
+    engine: Engine, before: datetime, remove: Callable[[Connection, datetime], int]
+) -> Iterator[dict[str, int]]:
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = remove(opened, before)
+        yield {"deleted": number}
+    place: Message | None = OLDEST
+    while place is not None:
+        with engine.begin() as opened:
+            number, place = retention.delete_messages(opened, before, place)
+        yield {"chatMessages": number}
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = retention.delete_expired_keys(opened)
+        yield {"idempotencyKeys": number}
+
+
+def _remover(
+    engine: Engine, archive: Path, stack: ExitStack, *, message: bool
+) -> Callable[[Connection, datetime], int]:
+    """Open the archive and return what moves one batch into it."""
+    with Session(engine) as session:
+        names = {each.id: each.name for each in workspaces.everything(session)}
+    # For its owner alone, as the database is.
+    descriptor = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    file = stack.enter_context(os.fdopen(descriptor, "wb"))
+
+    def move(opened: Connection, before: datetime) -> int:
+        picked = retention.pick_finished(opened, before)
+        if picked:
+            _write(file, [_document(each, names, message=message) for each in picked])
+        return retention.delete(opened, [each.row.id for each in picked])
+
+    return move
+
+
+def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
+    """Write a batch as a gzip member of its own, so that what is there is whole however this ends."""
+    lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
+    file.write(gzip.compress(lines.encode()))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _document(picked: Picked, names: dict[UUID, str], *, message: bool) -> dict[str, Any]:
+    row = picked.row
+    document = schemas.FollowUp.model_validate(row).model_dump(mode="json", by_alias=True)
+    return document | {
+        "message": row.message if message else None,
+        "workspace": names.get(row.workspace_id),
+        "attempts": row.attempts,
+        "retryOf": row.retry_of and str(row.retry_of),
+        "failedAttempts": [failure_document(each) for each in picked.failures],
+    }

@@ -1,0 +1,83 @@
+"""What Flower must be before it starts: on this machine only, or behind a password.
+
+Flower shows every task and every worker, and stops them, for whoever can reach it; by itself it listens on all
+addresses and asks nobody who he is. ``celery -A followups.worker flower`` loads our app before it listens, which
+is where this looks.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import sys
+from typing import TYPE_CHECKING, Any
+
+from celery import signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+LOOPBACK = "127.0.0.1"
+
+FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
+COLUMNS = "name,args,state,received,runtime,worker,uuid"
+"""Of the list of tasks, in place of Flower's own: the arguments say how many follow-ups a task is about."""
+
+REFUSAL = (
+    "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "
+    "or keep it on this machine with --address=127.0.0.1."
+)
+
+
+def install(configure_logging: Callable[[], None]) -> None:
+    """Look at Flower's options before it listens, if it is Flower that this process is to be.
+
+    Celery's command loads Flower's in every process, so that is no sign; that its options are being read is one.
+    ``configure_logging`` puts back our format in place of Tornado's.
+    """
+    if "flower.options" not in sys.modules:
+        return
+    from flower.options import options  # noqa: PLC0415 - is there already, or is not wanted
+
+    read: list[bool] = []
+    options.add_parse_callback(lambda: read.append(True))
+
+    def look(**_: object) -> None:
+        if read:
+            configure_logging()
+            _restrict(options)
+
+    signals.import_modules.connect(look, weak=False)
+
+
+def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
+    if options.tasks_columns == FLOWERS_COLUMNS:
+        options.tasks_columns = COLUMNS
+    if options.unix_socket or asks_who(options.basic_auth or [], options.auth):
+        return
+    if not options.address:
+        options.address = LOOPBACK
+    if not is_loopback(options.address):
+        sys.stderr.write(f"followups: {REFUSAL.format(address=options.address)}\n")
+        raise SystemExit(2)
+
+
+def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
+    """Say whether Flower asks for a password, or for somebody's identity. An empty password is none.
+
+    >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")
+    (True, True, False, False)
+    """
+    named = [each.partition(":") for each in basic_auth]
+    return bool(auth) or (bool(named) and all(user and password for user, _, password in named))
+
+
+def is_loopback(address: str) -> bool:
+    """Say whether only this machine can reach an address.
+
+    >>> [is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "flower.example")]
+    [True, True, True, False, False, False]
+    """
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,124 @@
+"""What a worker and a beat sign for in their heartbeats, and how long each part may be without a sign.
+
+How a worker that consumes nothing is noticed: a canary in the shared queues would be taken by any of the workers,
+and one in a queue of its own would leave keys in the broker for each worker that was killed. There is a better
+proof that costs nothing. The consumer asks the broker for work without end, and the broker answers each time
+within a second, if only with "nothing" (`followups.broker.Consumer`); so an idle worker among fifty signs as
+often as a busy one. What takes over from the consumer signs for itself: the pipeline's event loop by turning, the
+dispatcher's thread by being idle, or busy for no longer than a tick can take.
+
+While the broker or the database is away, all of them go on trying, which is a sign of life too: liveness is for
+what a restart mends. What is away, `/readyz` and `followups doctor` say.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from celery.worker.control import inspect_command
+
+from followups.broker import CONSUMER
+from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from followups.dispatch.dispatcher import Dispatcher
+    from followups.dispatch.pipeline import Pipeline
+
+STARTING = timedelta(seconds=90)
+"""Until a worker consumes: it loads, and makes its connections."""
+
+CONNECTING = timedelta(seconds=45)
+"""Between two tries at the broker: Celery pauses for 30 s at most, and a try takes up to ten."""
+
+CONSUMING = timedelta(seconds=5)
+"""Between two answers, beyond what half-open connections take to be noticed; a healthy broker answers in one."""
+
+TURNING = timedelta(seconds=20)
+"""Between two turns of the event loop: a turn takes milliseconds, on a starved machine perhaps seconds."""
+
+TICKING = timedelta(seconds=90)
+"""For one tick: it ends within an interval and a few statements, each of which is given up after at most 20 s."""
+
+log = get_logger(__name__)
+
+_hearts: dict[int, Heartbeat] = {}
+"""By process id: a forked child has one of its own."""
+
+
+def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
+    """Begin to write this process's heartbeat; None, and a warning, where it can't: that stops no message."""
+    if os.getpid() in _hearts:
+        return _hearts[os.getpid()]
+    heart = Heartbeat(directory_of(runtime_dir), role, name)
+    try:
+        heart.start()
+    except HeartbeatError as error:
+        log.warning("no_heartbeat", error=str(error))
+        return None
+    _hearts[os.getpid()] = heart
+    return heart
+
+
+def current() -> Heartbeat | None:
+    """Return this process's heartbeat, if it has one."""
+    return _hearts.get(os.getpid())
+
+
+def stop() -> None:
+    """End this process's heartbeat."""
+    if heart := _hearts.pop(os.getpid(), None):
+        heart.stop()
+
+
+def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
+    """Sign for the consumer. ``wanted`` names the queues; ``silence`` is how long the broker may be silent."""
+    heart.sign("consumer", STARTING, "has not begun to consume")
+    heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
+
+
+def _sign_for_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[], Collection[str]]) -> None:
+    answered, connecting = CONSUMER.answered_at, CONSUMER.connecting_at
+    if connecting > answered:
+        heart.sign("consumer", CONNECTING, "has not tried to reach the broker", at=connecting)
+    elif answered and CONSUMER.queues >= set(wanted()):
+        heart.sign("consumer", within, "has not asked the broker for work", at=answered)
+
+
+@inspect_command()
+def signs_of_life(_state: object) -> dict[str, str]:
+    """Say how this worker is, to ``celery inspect signs_of_life`` and to the doctor on another machine."""
+    heart = current()
+    return {"trouble": heart.trouble() if heart else ""}
+
+
+def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
+    """Sign for the two halves of the work."""
+    heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
+    heart.probe(partial(_sign_for_pipeline, heart, pipeline))
+    _sign_for_dispatcher(heart, dispatcher)
+    heart.sign("pipeline", TURNING, _STUCK)
+
+
+def _sign_for_dispatcher(heart: Heartbeat, dispatcher: Dispatcher) -> None:
+    if dispatcher.is_alive:
+        heart.sign("dispatcher", TICKING, "has been busy with one tick", at=dispatcher.busy_since or time.monotonic())
+
+
+_STUCK = "has sent and recorded nothing: its event loop has been stuck"
+
+
+def _sign_for_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
+    pipeline.ask(partial(heart.sign, "pipeline", TURNING, _STUCK))
+
+
+def drain(within: timedelta) -> None:
+    """Expect nothing of the parts any more, but the end of the process."""
+    if heart := current():
+        heart.end(within, "has been stopping")

@@ -1,0 +1,48 @@
+"""Indexes for what ended, what is repeated, and what is held; made while everything runs.
+
+Each is made concurrently: nobody waits while it is built, however large the table is. A build that was broken off
+leaves an index that is kept up and never read, so what there is of that name is dropped first.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0006"
+down_revision = "0005"
+
+INDEXES: tuple[tuple[str, str, list[str], str | None, bool], ...] = (
+    ("ix_follow_ups_finished", "follow_ups", ["finished_at"], "finished_at IS NOT NULL", False),
+    ("ix_follow_ups_retry_of", "follow_ups", ["retry_of"], "retry_of IS NOT NULL", True),
+    ("ix_follow_ups_paused", "follow_ups", ["pause_id"], "pause_id IS NOT NULL AND status = 'pending'", False),
+    (
+        "ix_follow_ups_quiet",
+        "follow_ups",
+        ["workspace_id", "held_until"],
+        "held_until IS NOT NULL AND status = 'pending'",
+        False,
+    ),
+    ("ix_chat_messages_created_at", "chat_messages", ["created_at"], None, False),
+)
+
+
+def upgrade() -> None:
+    """Create the indexes, each outside a transaction."""
+    with op.get_context().autocommit_block():
+        for name, table, columns, where, unique in INDEXES:
+            op.drop_index(name, table_name=table, if_exists=True, postgresql_concurrently=True)
+            op.create_index(
+                name,
+                table,
+                columns,
+                unique=unique,
+                postgresql_where=sa.text(where) if where else None,
+                postgresql_concurrently=True,
+            )
+
+
+def downgrade() -> None:
+    """Take them back."""
+    for name, table, *_ in INDEXES:
+        op.drop_index(name, table_name=table)

@@ -1,0 +1,155 @@
+"""Sending hours: at which hours of a workspace's own day its messages may be sent. Pure.
+
+Hours are meant by the clock on the wall: a message is sent at a moment only if that clock then shows a time from
+the opening on and before the closing. Where a clock is set forward over the opening or the closing, the jump
+itself is that moment; where it is set back and shows a time twice, the opening is the second of the two and the
+closing the first, so that no clock on any wall ever shows a time outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, time, timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import date
+
+DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
+EVERY_DAY = frozenset(range(7))
+
+DAY = timedelta(days=1)
+LOOK_AHEAD = 40
+"""Days in which the hours are looked for: a week, and what a zone leaves out of its calendar or its clocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class SendingHours:
+    """From ``opening`` until before ``closing``, on the days on which it opens (Monday is 0).
+
+    A closing that is not later than the opening is of the day after: 22:00 to 06:00 is a night, 00:00 to 00:00 a
+    whole day.
+    """
+
+    time_zone: str
+    opening: time
+    closing: time
+    days: frozenset[int] = EVERY_DAY
+
+    def __str__(self) -> str:
+        """Return it as people write it.
+
+        >>> str(SendingHours("Europe/Berlin", time(8), time(20), frozenset({0, 1, 2, 3, 4})))
+        '08:00 to 20:00, mon-fri, Europe/Berlin'
+        """
+        days = "" if self.days == EVERY_DAY else f", {written_days(self.days)}"
+        return f"{self.opening:%H:%M} to {self.closing:%H:%M}{days}, {self.time_zone}"
+
+
+@lru_cache(maxsize=1024)
+def zone_of(name: str) -> ZoneInfo | None:
+    """Return the time zone of that name in the IANA database; None when there is none."""
+    try:
+        return ZoneInfo(name)
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # not there; no name; a directory
+        return None
+
+
+def opens_at(hours: SendingHours, moment: datetime) -> datetime:
+    """Return the first moment, from ``moment`` on, at which sending is allowed; ``moment`` itself when it is.
+
+    Raises `LookupError` when this machine does not know the time zone.
+
+    >>> berlin = SendingHours("Europe/Berlin", time(8), time(20))
+    >>> opens_at(berlin, datetime(2030, 1, 31, 22, tzinfo=UTC)).isoformat()
+    '2030-02-01T07:00:00+00:00'
+    """
+    opening, _ = span_of(hours, moment)
+    return max(opening, moment)
+
+
+def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
+    """Return the beginning and the end of the time of sending that ``moment`` is in; of the next one if it is in none.
+
+    Raises `LookupError` when this machine does not know the time zone.
+    """
+    zone = zone_of(hours.time_zone)
+    if zone is None:
+        message = f"no time zone {hours.time_zone!r} on this machine"
+        raise LookupError(message)
+    # The hours of the day before may last until now; two days, since a zone may be a day away from UTC.
+    first = moment.astimezone(zone).date() - 2 * DAY
+    for opening, closing in _spans(hours, zone, first):
+        if moment < closing:
+            return opening, closing
+    message = f"the clocks of {hours.time_zone!r} never show {hours}"
+    raise LookupError(message)
+
+
+def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[datetime, datetime]]:
+    for day in (first + n * DAY for n in range(LOOK_AHEAD)):
+        if day.weekday() not in hours.days:
+            continue
+        last = day if hours.closing > hours.opening else day + DAY
+        # A whole day has no hour that it could begin too early in.
+        whole = hours.opening == hours.closing
+        opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
+        closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
+        if closing <= opening:  # both within the hour that comes twice: the second time
+            closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
+        if opening < closing:  # else the clocks leave these hours out
+            yield opening, closing
+
+
+def _moment(local: datetime, *, fold: int) -> datetime:
+    """Return the moment at which the clock shows that time, or jumps over it."""
+    earlier, later = sorted(local.replace(fold=each).astimezone(UTC) for each in (0, 1))
+    shown = earlier.astimezone(local.tzinfo).replace(tzinfo=None)
+    if earlier == later or shown == local.replace(tzinfo=None):
+        return later if fold else earlier
+    return _jump(local, earlier, later)
+
+
+def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
+    """Return when the clock is set forward, between the two."""
+    offset = before.astimezone(local.tzinfo).utcoffset()
+    second = timedelta(seconds=1)
+    while after - before > second:
+        middle = before + (after - before) // second // 2 * second
+        if middle.astimezone(local.tzinfo).utcoffset() == offset:
+            before = middle
+        else:
+            after = middle
+    return after
+
+
+def written_days(days: frozenset[int]) -> str:
+    """Return days as they are written: neighbours as a range.
+
+    >>> written_days(frozenset({0, 1, 2, 4, 6}))
+    'mon-wed,fri,sun'
+    """
+    runs: list[list[int]] = []
+    for day in sorted(days):
+        if runs and day == runs[-1][-1] + 1:
+            runs[-1].append(day)
+        else:
+            runs.append([day])
+    return ",".join(DAYS[run[0]] if len(run) == 1 else f"{DAYS[run[0]]}-{DAYS[run[-1]]}" for run in runs)
+
+
+def read_days(text: str) -> frozenset[int]:
+    """Read days: ``mon-fri``, ``sat,sun``, ``fri-mon``. Raises `ValueError` for anything else.
+
+    >>> sorted(read_days("fri-mon,wed"))
+    [0, 2, 4, 5, 6]
+    """
+    days: set[int] = set()
+    for part in text.lower().replace(" ", "").split(","):
+        first, dash, last = part.partition("-")
+        start, end = DAYS.index(first), DAYS.index(last if dash else first)
+        days.update((start + n) % 7 for n in range((end - start) % 7 + 1))
+    return frozenset(days)

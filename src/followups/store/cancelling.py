@@ -1,0 +1,146 @@
+"""Cancelling many follow-ups at once, for operators: counted, looked at, done.
+
+Everything goes in batches, each a short transaction of whole follow-ups. A batch says where it ended, and the
+next begins there; so what somebody holds at the moment is passed over once, and not met for ever.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import text
+
+from followups.states import ReasonCode, Status, code_of
+from followups.store import order
+from followups.store.unknowns import honest
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection, TextClause
+
+    from followups.states import Final
+
+BATCH = 500
+"""Follow-ups of one transaction: some ten milliseconds."""
+
+NIL = UUID(int=0)
+FIRST = datetime(1, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """What is to be cancelled: of a workspace, of one of its chats, or of that chat; created until ``until``."""
+
+    workspace_id: UUID
+    chat_id: UUID | None
+    until: datetime
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The values of the placeholders."""
+        return {"workspace_id": self.workspace_id, "chat_id": self.chat_id, "until": self.until}
+
+
+def _where(pending: Pending) -> str:
+    one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
+    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # what was asked to stop already is met no second time
+    return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
+
+
+class Count(NamedTuple):
+    """How many there are, and how many of these are being delivered at this moment."""
+
+    number: int
+    in_flight: int
+
+
+def count_pending(connection: Connection, pending: Pending) -> Count:
+    """Count what is to be cancelled."""
+    query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
+    return Count(*connection.execute(text(query), pending.parameters).one())
+
+
+def some_pending(connection: Connection, pending: Pending, most: int) -> list[UUID]:
+    """Return the first few of it, in the order in which they are cancelled."""
+    query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
+    return list(connection.scalars(text(query), pending.parameters | {"most": most}))
+
+
+class Place(NamedTuple):
+    """Where a batch ended, in the order of the chats."""
+
+    chat_id: UUID = NIL
+    due_date: datetime = FIRST
+    id: UUID = NIL
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """What a batch came to. ``ended`` None: there was nothing more."""
+
+    cancelled: Sequence[UUID]
+    in_flight: int
+    """Not cancelled, but not tried again either."""
+    ended: Place | None
+
+
+@lru_cache
+def _cancel(where: str, *, by_code: bool) -> TextClause:
+    reason = honest("CAST(:reason AS text)", "f") if by_code else "CAST(:reason AS text)"
+    return text(f"""
+        WITH held AS MATERIALIZED (
+            SELECT id FROM follow_ups
+             WHERE {where} AND (chat_id, due_date, id) > (:after_chat, :after_due, :after_id)
+             ORDER BY chat_id, due_date, id
+             LIMIT :most
+               FOR NO KEY UPDATE SKIP LOCKED
+        )
+        UPDATE follow_ups f
+           SET status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
+               reason = CASE WHEN begun_at IS NULL THEN {reason} ELSE reason END,
+               finished_at = CASE WHEN begun_at IS NULL THEN now() END,
+               updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
+               cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
+               lease_until = CASE WHEN begun_at IS NULL THEN NULL ELSE lease_until END,
+               waits_for = NULL
+          FROM held
+         WHERE f.id = held.id
+        RETURNING f.id, f.status, f.chat_id, f.due_date
+    """)  # noqa: S608 - no input, only the conditions above
+
+
+def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, after: Place) -> Cancelled:
+    """Cancel the next batch. One in flight is only kept from another try; what somebody holds is passed over."""
+    place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
+    statement = _cancel(_where(pending), by_code=code_of(final.reason) in set(ReasonCode))
+    parameters = pending.parameters | place | {"status": final.status.value, "reason": final.reason}
+    rows = connection.execute(statement, parameters).all()
+    ended = [row.id for row in rows if row.status == Status.CANCELLED]
+    order.wake(connection, ended)
+    last = max((Place(row.chat_id, row.due_date, row.id) for row in rows), default=None)
+    return Cancelled(ended, len(rows) - len(ended), last)
+
+
+# As of now, and not what is created while the batches go on.
+_NOW = text("SELECT now()")
+
+
+def now(connection: Connection) -> datetime:
+    """Return the database's now."""
+    moment: datetime = connection.execute(_NOW).scalar_one()
+    return moment
+
+
+_CHATS_WORKSPACES = text("""
+    SELECT w.id FROM workspaces w JOIN chats c ON c.workspace_id = w.id AND c.id = :chat_id ORDER BY w.name
+""")
+
+
+def workspaces_of_chat(connection: Connection, chat_id: UUID) -> list[UUID]:
+    """Return the workspaces that have a chat of this id: a chat's key is both together."""
+    return list(connection.scalars(_CHATS_WORKSPACES, {"chat_id": chat_id}))

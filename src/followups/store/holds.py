@@ -1,0 +1,216 @@
+"""Holding back what is paused, and what falls outside its workspace's sending hours.
+
+What is held leaves the claim's range until the hold ends, uses up no attempt, and is not claimed and refused again
+and again. The order within its chat holds: what waits behind it goes on waiting.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.quiet_hours import EVERY_DAY, SendingHours
+from followups.windows import WINDOW, WINDOWED_CHANNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.store.leases import Lease
+
+NEVER = datetime(9998, 12, 31, tzinfo=UTC)
+"""The next attempt of what is paused: beyond every due date that is near, and every claim."""
+
+_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
+# What is sent at its due moment is begun a little before it.
+_SENT_AT = f"GREATEST(now(), {_DUE})"
+_PAUSE = """
+    FROM pauses p
+   WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
+     AND (p.channel = c.channel OR p.channel IS NULL)
+"""
+_CLOSED = f"""
+    FROM sending_hours h
+   WHERE h.workspace_id = f.workspace_id AND NOT ({_SENT_AT} >= h.open_from AND {_SENT_AT} < h.open_until)
+"""
+
+# Whether there is any pause or any sending hours at all is asked once a statement; while there are none, which is
+# most of the time, a follow-up costs nothing more.
+HELD_BACK = f"""
+    ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)) AND EXISTS (SELECT {_PAUSE})
+     OR (SELECT EXISTS (SELECT FROM sending_hours)) AND EXISTS (SELECT {_CLOSED}))
+"""  # noqa: S608 - no input, only the constants above
+"""SQL: that follow-up ``f``, in chat ``c``, must not begin now. After sending hours have ended it says so until
+somebody has worked out the next ones (`open_next`)."""
+
+_LOOKED_UP = """
+    SELECT f.* FROM follow_ups f
+     WHERE f.id = b.id AND f.lease_token = b.token
+       AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
+"""
+_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """A workspace's sending hours, and the time of sending that the database compares with."""
+
+    workspace_id: UUID
+    hours: SendingHours
+    open_from: datetime
+    open_until: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What may hold a leased follow-up back. ``window_ends`` is None where its channel has no window."""
+
+    id: UUID
+    now: datetime
+    sent_at: datetime
+    """When it would be sent: now, or at its due moment."""
+    due_date: datetime
+    lateness_from: datetime
+    """From when on lateness has counted so far."""
+    window_ends: datetime | None
+    pause_id: UUID | None
+    hours: Hours | None
+
+
+_FIND = text(f"""
+    SELECT f.id, now() AS now, {_SENT_AT} AS sent_at, f.due_date, p.id AS pause_id, h.*,
+           GREATEST(f.due_date, f.scheduled_at, f.held_until) AS lateness_from,
+           CASE WHEN c.channel IN ({_WINDOWED}) THEN c.last_user_message_at + CAST(:window AS interval) END
+               AS window_ends
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
+     CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f
+      JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+      LEFT JOIN LATERAL (SELECT p.id {_PAUSE} ORDER BY p.created_at LIMIT 1) p ON true
+      LEFT JOIN sending_hours h ON h.workspace_id = f.workspace_id
+     WHERE (SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL) OR EXISTS (SELECT FROM sending_hours))
+       AND (p.id IS NOT NULL OR h.workspace_id IS NOT NULL)
+""")  # noqa: S608 - no input, only the constants above
+
+
+def find(connection: Connection, leases: Sequence[Lease]) -> list[Finding]:
+    """Return what may hold back each of the leases that still hold; of most there is nothing."""
+    parameters = {"ids": [one.id for one in leases], "tokens": [one.token for one in leases], "window": WINDOW}
+    return [
+        Finding(
+            row.id,
+            row.now,
+            row.sent_at,
+            row.due_date,
+            row.lateness_from,
+            row.window_ends,
+            row.pause_id,
+            hours_of(row) if row.workspace_id else None,
+        )
+        for row in connection.execute(_FIND, parameters)
+    ]
+
+
+def hours_of(row: object) -> Hours:
+    """Return the sending hours of a row of their table."""
+    days = frozenset(day for day in EVERY_DAY if row.days >> day & 1)  # type: ignore[attr-defined]
+    hours = SendingHours(row.time_zone, row.opening, row.closing, days)  # type: ignore[attr-defined]
+    return Hours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Until when a leased follow-up is held, and for which pause (None: until sending hours open)."""
+
+    lease: Lease
+    until: datetime
+    next_attempt_at: datetime
+    pause_id: UUID | None = None
+
+
+# The lock on the pause makes "it still stands" stay true until this commits: whoever resumes comes after, and frees.
+_HOLD = text(f"""
+    WITH standing AS MATERIALIZED (
+        SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
+         ORDER BY id FOR SHARE SKIP LOCKED
+    ), held AS MATERIALIZED (
+        SELECT f.id, b.until, b.again, b.pause
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:untils AS timestamptz[]),
+                      CAST(:agains AS timestamptz[]), CAST(:pauses AS uuid[])) AS b(id, token, until, again, pause)
+         CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f
+         WHERE b.pause IS NULL OR EXISTS (SELECT FROM standing s WHERE s.id = b.pause)
+    )
+    UPDATE follow_ups f
+       SET next_attempt_at = held.again, pause_id = held.pause, lease_until = NULL,
+           held_until = CASE WHEN held.pause IS NULL THEN held.until ELSE f.held_until END
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
+    """Hold leased follow-ups back; return those that now are."""
+    parameters = {
+        "ids": [one.lease.id for one in holds],
+        "tokens": [one.lease.token for one in holds],
+        "untils": [one.until for one in holds],
+        "agains": [one.next_attempt_at for one in holds],
+        "pauses": [one.pause_id for one in holds],
+    }
+    return set(connection.scalars(_HOLD, parameters))
+
+
+# Only of the hours that it was worked out from, and never waiting: many find out at the same moment.
+_OPEN_NEXT = text("""
+    UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
+      FROM (SELECT workspace_id FROM sending_hours
+             WHERE workspace_id = :workspace_id AND time_zone = :time_zone AND opening = :opening
+               AND closing = :closing AND days = :days AND open_until = :open_until
+               FOR NO KEY UPDATE SKIP LOCKED) mine
+     WHERE h.workspace_id = mine.workspace_id
+""")
+
+
+def open_next(connection: Connection, hours: Hours, span: tuple[datetime, datetime]) -> None:
+    """Let the database compare with this time of sending from now on."""
+    parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
+    connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
+
+
+def columns_of(hours: SendingHours) -> dict[str, object]:
+    """Return the hours as the columns of their table."""
+    days = sum(1 << day for day in hours.days)
+    return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
+
+
+_FREE_QUIET = text("""
+    WITH held AS MATERIALIZED (
+        SELECT id FROM follow_ups
+         WHERE workspace_id = :workspace_id AND held_until > now() AND held_until IS NOT NULL AND status = 'pending'
+           AND pause_id IS NULL
+         LIMIT :most
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE follow_ups f SET next_attempt_at = NULL, held_until = NULL FROM held WHERE f.id = held.id
+""")
+BATCH = 1000
+
+
+def free_quiet(connection: Connection, workspace_id: UUID) -> int:
+    """Let up to a thousand that wait for sending hours be looked at again: these have changed. Return how many."""
+    return connection.execute(_FREE_QUIET, {"workspace_id": workspace_id, "most": BATCH}).rowcount
+
+
+SPREAD = timedelta(seconds=1)
+"""What was held until the same opening comes back within so much of it, in the order of the due dates."""
+_LONGEST = timedelta(days=1)
+
+
+def back_at(opening: datetime, due_date: datetime) -> datetime:
+    """Return when one is tried that is held until ``opening``: first due, first out, and nobody at once with all."""
+    return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

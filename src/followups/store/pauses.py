@@ -1,0 +1,142 @@
+"""Pauses: what an operator has stopped, and letting it go on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+BATCH = 1000
+"""Follow-ups that are let go on in one transaction."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a pause is of: a workspace (None: all of them), a channel (None: all of them), or both."""
+
+    workspace_id: UUID | None
+    channel: str | None
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The values of the placeholders."""
+        return {"workspace_id": self.workspace_id, "channel": self.channel}
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A pause that stands, and how many follow-ups have come due and are held by it."""
+
+    id: UUID
+    workspace: str | None
+    channel: str | None
+    since: datetime
+    held: int
+
+
+_PAUSE = text("""
+    INSERT INTO pauses (workspace_id, channel) VALUES (CAST(:workspace_id AS uuid), CAST(:channel AS text))
+    ON CONFLICT DO NOTHING
+""")
+_THIS = """
+    workspace_id IS NOT DISTINCT FROM CAST(:workspace_id AS uuid)
+    AND channel IS NOT DISTINCT FROM CAST(:channel AS text)
+"""
+_RESUME = text(f"UPDATE pauses SET ended_at = now() WHERE {_THIS} AND ended_at IS NULL")  # noqa: S608 - no input, only the constant above
+_STANDING = text("""
+    SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since,
+           (SELECT count(*) FROM follow_ups f WHERE f.pause_id = p.id AND f.status = 'pending') AS held
+      FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
+     WHERE p.ended_at IS NULL
+     ORDER BY w.name NULLS FIRST, p.channel NULLS FIRST
+""")
+
+
+def pause(connection: Connection, scope: Scope) -> bool:
+    """Let nothing of this begin any more; say whether that is new."""
+    return connection.execute(_PAUSE, scope.parameters).rowcount == 1
+
+
+def resume(connection: Connection, scope: Scope) -> bool:
+    """Lift the pause; say whether there was one. What it holds is freed by `free_forgotten`."""
+    return connection.execute(_RESUME, scope.parameters).rowcount == 1
+
+
+def standing(connection: Connection) -> Sequence[Standing]:
+    """Return the pauses that stand."""
+    return [Standing(*row) for row in connection.execute(_STANDING)]
+
+
+_OF = text("""
+    SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since, 0 AS held
+      FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
+     WHERE p.ended_at IS NULL AND (p.workspace_id = :workspace_id OR p.workspace_id IS NULL)
+       AND (p.channel = :channel OR p.channel IS NULL)
+     ORDER BY p.created_at LIMIT 1
+""")
+
+
+def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | None:
+    """Return the first pause that stops this channel of this workspace (``held`` is not counted); None for none."""
+    row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
+    return Standing(*row) if row else None
+
+
+_LIFTED = "FROM pauses p JOIN follow_ups f ON f.pause_id = p.id AND f.status = 'pending' WHERE p.ended_at IS NOT NULL"
+_COUNT_FORGOTTEN = text(f"SELECT count(*) {_LIFTED}")
+_FREE_FORGOTTEN = text("""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM pauses p
+         CROSS JOIN LATERAL (
+             SELECT f.id FROM follow_ups f
+              WHERE f.pause_id = p.id AND f.pause_id IS NOT NULL AND f.status = 'pending'
+              LIMIT :most
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+         WHERE p.ended_at IS NOT NULL
+    )
+    UPDATE follow_ups f SET next_attempt_at = NULL, pause_id = NULL FROM held WHERE f.id = held.id
+""")
+_FORGET = text("""
+    DELETE FROM pauses p
+     WHERE p.ended_at IS NOT NULL AND NOT EXISTS (
+           SELECT FROM follow_ups f WHERE f.pause_id = p.id AND f.pause_id IS NOT NULL AND f.status = 'pending')
+""")
+
+
+def count_forgotten(connection: Connection) -> int:
+    """Return how many are held by pauses that have been lifted."""
+    number: int = connection.execute(_COUNT_FORGOTTEN).scalar_one()
+    return number
+
+
+def free_forgotten(connection: Connection) -> int:
+    """Let up to a thousand of each lifted pause go on; return how many. A pause that holds nothing more is deleted.
+
+    Whoever resumes calls this until there are no more; whoever was interrupted at that leaves it to the dispatcher.
+    """
+    freed = connection.execute(_FREE_FORGOTTEN, {"most": BATCH}).rowcount
+    if not freed:
+        connection.execute(_FORGET)
+    return freed
+
+
+# A begin that had looked before the pause was there may be on its way still.
+_UNDER_WAY = text("""
+    SELECT count(*) FROM pg_stat_activity
+     WHERE datname = current_database() AND application_name = 'followups-worker' AND xact_start < :moment
+""")
+
+
+def begins_under_way(connection: Connection, moment: datetime) -> int:
+    """Return how many transactions of workers are open that began before ``moment``."""
+    number: int = connection.execute(_UNDER_WAY, {"moment": moment}).scalar_one()
+    return number

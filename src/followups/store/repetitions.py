@@ -1,0 +1,111 @@
+"""Follow-ups made from failed ones: which of many are to be repeated, and which have been.
+
+Each names the one that it repeats, and none is repeated twice: an index holds it. So whoever repeats many, and is
+broken off, goes on where it ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
+
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+    from followups.states import ReasonCode
+
+NIL = UUID(int=0)
+FIRST = datetime(1, 1, 1, tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Failures:
+    """What is to be repeated: failed since then, of a workspace, for one of these reasons; not repeated already."""
+
+    since: datetime
+    until: datetime
+    workspace_id: UUID | None = None
+    codes: Sequence[ReasonCode] = field(default_factory=tuple)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The values of the placeholders."""
+        codes = [code.value for code in self.codes]
+        return {"since": self.since, "until": self.until, "workspace_id": self.workspace_id, "codes": codes}
+
+
+def _failed(failures: Failures) -> str:
+    workspace = " AND f.workspace_id = :workspace_id" if failures.workspace_id else ""
+    codes = " AND split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))" if failures.codes else ""
+    return f"""
+          FROM follow_ups f
+         WHERE f.finished_at BETWEEN :since AND :until AND f.status = 'failed'{workspace}{codes}
+           AND NOT EXISTS (SELECT FROM follow_ups r WHERE r.retry_of = f.id)
+    """
+
+
+def count_failed(connection: Connection, failures: Failures) -> int:
+    """Count what is to be repeated."""
+    number: int = connection.execute(text(f"SELECT count(*) {_failed(failures)}"), failures.parameters).scalar_one()
+    return number
+
+
+class Moment(NamedTuple):
+    """Where a batch ended, in the order of the ends."""
+
+    finished_at: datetime = FIRST
+    id: UUID = NIL
+
+
+START = Moment()
+
+
+class Failed(NamedTuple):
+    """One that is to be repeated."""
+
+    id: UUID
+    chat_id: UUID
+    finished_at: datetime
+
+
+def some_failed(connection: Connection, failures: Failures, most: int, after: Moment = START) -> list[Failed]:
+    """Return the next few, in the order of their ends."""
+    query = f"""
+        SELECT f.id, f.chat_id, f.finished_at {_failed(failures)}
+           AND f.finished_at >= :after AND (f.finished_at, f.id) > (:after, :after_id)
+         ORDER BY f.finished_at, f.id LIMIT :most
+    """
+    place = {"after": after.finished_at, "after_id": after.id, "most": most}
+    return [Failed(*row) for row in connection.execute(text(query), failures.parameters | place)]
+
+
+_LAST = text("""
+    WITH RECURSIVE chain AS (
+        SELECT CAST(:id AS uuid) AS id, 0 AS place
+         UNION ALL
+        SELECT f.id, chain.place + 1 FROM chain JOIN follow_ups f ON f.retry_of = chain.id
+    )
+    SELECT id FROM chain ORDER BY place DESC LIMIT 1
+""")
+_NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
+
+
+def last_of(session: Session, follow_up_id: UUID) -> UUID:
+    """Return the last one of the chain of repetitions that begins with this one; itself, when it has not been repeated.
+
+    Whoever is to add to the chain holds the lock of the chat.
+    """
+    last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
+    return last
+
+
+def note(session: Session, follow_up_id: UUID, original: UUID) -> None:
+    """Note of a new follow-up which one it repeats."""
+    session.execute(_NOTE, {"id": follow_up_id, "original": original})

@@ -1,0 +1,53 @@
+"""The sending hours of workspaces: set, read, cleared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import bindparam, delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+
+from followups.errors import InvalidRequestError
+from followups.models import SendingHours as Row
+from followups.quiet_hours import span_of, zone_of
+from followups.store.holds import columns_of, hours_of
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+    from followups.quiet_hours import SendingHours
+
+_ONE = select(Row).where(Row.workspace_id == bindparam("workspace_id"))
+
+
+def find(session: Session, workspace_id: UUID) -> SendingHours | None:
+    """Return the workspace's hours; None when it sends at every hour."""
+    row = session.scalar(_ONE, {"workspace_id": workspace_id})
+    return hours_of(row).hours if row else None
+
+
+def everything(session: Session) -> dict[UUID, SendingHours]:
+    """Return the hours of every workspace that has any."""
+    return {row.workspace_id: hours_of(row).hours for row in session.scalars(select(Row))}
+
+
+def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
+    """Set the workspace's hours. Raises `InvalidRequestError` for a time zone that nobody knows, and for no days.
+
+    What is held by the hours as they were is to be looked at again: `followups.store.holds.free_quiet`.
+    """
+    if zone_of(hours.time_zone) is None:
+        message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."
+        raise InvalidRequestError(message, field="time_zone")
+    now = session.execute(select(func.now())).scalar_one()
+    open_from, open_until = span_of(hours, now)
+    values = columns_of(hours) | {"open_from": open_from, "open_until": open_until}
+    statement = insert(Row).values(workspace_id=workspace_id, **values)
+    session.execute(statement.on_conflict_do_update(index_elements=[Row.workspace_id], set_=values))
+
+
+def clear(session: Session, workspace_id: UUID) -> None:
+    """Let the workspace send at every hour."""
+    session.execute(delete(Row).where(Row.workspace_id == workspace_id))

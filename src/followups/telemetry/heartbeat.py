@@ -1,0 +1,243 @@
+"""Signs of life: what a worker or a beat writes about itself, and what a supervisor reads, without asking anybody.
+
+Each process keeps one small file in the runtime directory and rewrites it every second. It names the parts that
+must go on (the consumer, the dispatcher, ...), each with the moment by which its next sign is due. Whoever reads
+it needs neither Celery nor a broker, so a look costs an interpreter's start, and an outage of the broker, which no
+restart mends, makes no supervisor restart everything.
+
+- Times are of the monotonic clock, which all processes of a machine share: setting the clock alarms nobody, and a
+  machine that slept does not wake up to dead processes.
+- The writer holds a lock on its file. The kernel lets go of it when the process ends, however it ends, so that a
+  file that was left behind is never taken for somebody who hangs, whoever got its process id since.
+- A process that is stopped, or whose threads no longer run, stops writing: an old file is a sign too.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import stat
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SETTING = "FOLLOWUPS_RUNTIME_DIR"
+"""The environment variable of the setting, read here too: loading all settings takes a third of a second."""
+
+INTERVAL = timedelta(seconds=1)
+SILENCE = timedelta(seconds=10)
+"""After this without a word a process counts as stopped; a busy machine delays a thread by a second or two."""
+
+SIZE = 2048
+"""Bytes of a file. Always as many, in one write, so that no reader finds half of it."""
+
+TRIES = 50
+PAUSE = 0.02
+"""Seconds between two tries at a file that somebody else is just looking at, or writing."""
+
+
+class HeartbeatError(Exception):
+    """The runtime directory cannot be used."""
+
+
+def default_directory() -> Path:
+    """Return the runtime directory where none is set: one a user, since another's could be a trap.
+
+    Not below ``XDG_RUNTIME_DIR``, which a login has and a service has not: the two would never meet.
+    """
+    return Path(tempfile.gettempdir()) / f"followups-{os.getuid()}"
+
+
+def directory_of(configured: str | None) -> Path:
+    """Return the runtime directory by the setting's value; empty is as none."""
+    return Path(configured) if configured else default_directory()
+
+
+def _open_directory(path: Path) -> None:
+    """Make the directory, or see that nobody else can have put it there. Raises `HeartbeatError`."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        message = f"{path}: {error.strerror}"
+        raise HeartbeatError(message) from None
+    if not stat.S_ISDIR(found.st_mode) or (found.st_uid != os.getuid() and path == default_directory()):
+        message = f"{path} is not a directory of this user's"
+        raise HeartbeatError(message)
+
+
+class Heartbeat:
+    """What one process writes. `sign` may be called from any thread."""
+
+    def __init__(self, directory: Path, role: str, name: str) -> None:
+        """Take the process's role (``worker``, ``beat``) and the name by which people know it."""
+        self._path = directory / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
+        self._about = {"role": role, "name": name, "pid": os.getpid()}
+        self._parts: dict[str, dict[str, Any]] = {}
+        self._probes: list[Callable[[], None]] = []
+        self._lock = threading.RLock()  # a signal's handler may sign while its thread does
+        self._ending = False
+        self._stopping = threading.Event()
+        self._file = -1
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Write from now on. Raises `HeartbeatError` when the directory can't be used."""
+        _open_directory(self._path.parent)
+        _sweep(self._path.parent)
+        try:
+            self._file = _open_locked(self._path)
+            self._write()
+        except OSError as error:
+            message = f"{self._path}: {error.strerror}"
+            raise HeartbeatError(message) from None
+        self._thread.start()
+
+    def probe(self, look: Callable[[], None]) -> None:
+        """Let ``look`` be called before each writing; it signs for a part that cannot do so itself."""
+        self._probes.append(look)
+
+    def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
+        """Note that a part went on ``at`` (monotonic seconds; None: now), and does so again ``within`` that time.
+
+        ``otherwise`` is what is said of it when it does not: "has not asked the broker for work".
+        """
+        with self._lock:
+            if not self._ending:
+                self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
+
+    def end(self, within: timedelta, otherwise: str) -> None:
+        """Expect nothing of any part any more, but that the process ends."""
+        with self._lock:
+            self._ending = True
+            self._parts = {"end": _sign(within, otherwise, time.monotonic())}
+
+    def trouble(self) -> str:
+        """Return what is wrong with this process, as a reader of its file would say it; empty when all is well."""
+        return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Return the parts as they are written."""
+        with self._lock:
+            return dict(self._parts)
+
+    def stop(self) -> None:
+        """Write no more, and take the file away."""
+        self._stopping.set()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join()
+        if self._file >= 0:
+            self._path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = -1
+
+    def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL.total_seconds()):
+            for look in self._probes:
+                look()
+            with suppress(OSError):  # a full disk: the file grows old, and says so
+                self._write()
+
+    def _write(self) -> None:
+        document = {**self._about, "written": time.monotonic(), "parts": self.parts()}
+        os.pwrite(self._file, json.dumps(document).encode().ljust(SIZE)[:SIZE], 0)
+
+
+def _sign(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
+    return {"since": at, "due": at + within.total_seconds(), "otherwise": otherwise}
+
+
+def _open_locked(path: Path) -> int:
+    """Return the open file, which is this process's as long as it lives. Raises OSError."""
+    for _ in range(TRIES):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between opening and locking it, somebody who sweeps may have taken it for a dead one's.
+            if os.fstat(file).st_ino == path.stat().st_ino:
+                return file
+        except OSError:  # somebody is reading it, or has just taken it away
+            pass
+        os.close(file)
+        time.sleep(PAUSE)
+    raise OSError(errno.EAGAIN, "it is locked by another process")
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What one process's file says. ``trouble`` is empty when all is well."""
+
+    name: str
+    pid: int
+    trouble: str
+
+
+def look(directory: Path, role: str, name: str = "") -> list[Life]:
+    """Return what the processes of a role on this machine write; of one name only, if one is given.
+
+    A name is that of a Celery node, or what stands in it before the ``@``. Nothing is said of processes that have
+    ended.
+    """
+    documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
+    return [
+        Life(each["name"], each["pid"], _trouble(each, time.monotonic()))
+        for each in documents
+        if name in {"", each["name"], each["name"].partition("@")[0]}
+    ]
+
+
+def _trouble(document: dict[str, Any], now: float) -> str:
+    if now - document["written"] > SILENCE.total_seconds():
+        return f"has given no sign of life for {now - document['written']:.0f} s"
+    for part in document["parts"].values():
+        if now > part["due"]:
+            return f"{part['otherwise']} for {now - part['since']:.0f} s"
+    return ""
+
+
+def _files(directory: Path, role: str) -> list[Path]:
+    return sorted(directory.glob(f"{role}-{socket.gethostname()}-*.json"))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return what a living process wrote; None when it has ended."""
+    for _ in range(TRIES):
+        try:
+            with path.open("rb") as file:
+                if not _is_held(file.fileno()):
+                    return None
+                document: dict[str, Any] = json.loads(file.read())
+                return document
+        except ValueError:
+            time.sleep(PAUSE)
+        except OSError:
+            return None
+    return None
+
+
+def _is_held(file: int) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    fcntl.lockf(file, fcntl.LOCK_UN)
+    return False
+
+
+def _sweep(directory: Path) -> None:
+    """Take away what those left behind that were killed."""
+    for path in directory.glob(f"*-{socket.gethostname()}-*.json"):
+        with suppress(OSError), path.open("rb") as file:
+            if not _is_held(file.fileno()):
+                path.unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""Traces (OpenTelemetry): from the request that creates a follow-up through claim and attempt to the transport.
+
+Off, and all but free, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
+``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) and the extra is installed: ``pip install chat-followups[otel]``. The other
+standard variables hold as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
+``OTEL_SDK_DISABLED``, ...); spans go out as OTLP over HTTP.
+
+Each process makes its provider after the fork, for the exporter's thread would not live through one, and does not
+register it as the global one: libraries that find that would add spans of their own, with texts that we don't
+choose. Attributes are ids and numbers. An exception's words stay out, since they may quote a message.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Protocol
+
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from contextlib import AbstractContextManager
+
+    from opentelemetry.context import Context
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Tracer
+
+    Attributes = Mapping[str, str | int]
+
+ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+
+FLUSH = 3.0
+"""Seconds at a stop for what is not exported yet: a collector that is away must not hold up a drain."""
+
+log = get_logger(__name__)
+
+
+class Note(Protocol):
+    """Says what came of it: attributes, and whether that is a failure."""
+
+    def __call__(self, attributes: Attributes, *, failed: bool = False) -> None:
+        """Add to the span."""
+
+
+class _Off:
+    """What stands for a span while tracing is off."""
+
+    def __enter__(self) -> Note:
+        return _ignore
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
+    pass
+
+
+NOTHING = _Off()
+"""The span of what is not traced."""
+
+
+class Tracing:
+    """A process's spans."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        """Take where they go."""
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415 - extra
+
+        self._provider = provider
+        self._tracer: Tracer = provider.get_tracer("followups")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def context_of(self, headers: Mapping[str, str]) -> Context:
+        """Return the context that W3C's headers name; an empty one where they name none."""
+        from opentelemetry.context import Context  # noqa: PLC0415 - the extra's
+
+        return self._propagator.extract(headers, Context())
+
+    @contextmanager
+    def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
+        """Make a span, current in the block, below ``parent``; without one it begins a trace."""
+        from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415 - the extra's
+
+        with self._tracer.start_as_current_span(
+            name,
+            parent,
+            SpanKind[kind],
+            attributes,
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+
+            def note(attributes: Attributes, *, failed: bool = False) -> None:
+                span.set_attributes(attributes)
+                if "http.route" in attributes:
+                    span.update_name(f"{name} {attributes['http.route']}")
+                if failed:
+                    span.set_status(Status(StatusCode.ERROR))
+
+            yield note
+
+    def past(self, name: str, parent: Context, attributes: Attributes, seconds: float) -> None:
+        """Make a span of what has just ended, and took so many seconds."""
+        now = time.time_ns()
+        span = self._tracer.start_span(name, parent, attributes=attributes, start_time=now - int(seconds * 1e9))
+        span.end(now)
+
+    def stop(self) -> None:
+        """Export what is left, for no longer than `FLUSH`."""
+        thread = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        thread.start()
+        thread.join(FLUSH)
+
+
+_tracing: Tracing | None = None
+
+
+def is_wanted() -> bool:
+    """Say whether the environment asks for traces."""
+    disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    none = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
+    return any(os.environ.get(name) for name in ENDPOINTS) and not disabled and not none
+
+
+def start(service: str) -> None:
+    """Trace from now on, if that is wanted, as ``service`` unless ``OTEL_SERVICE_NAME`` says otherwise.
+
+    Call it in each process, after a fork. Without the extra it is left at a warning.
+    """
+    global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
+    if not is_wanted():
+        return
+    try:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415 - extra
+        from opentelemetry.sdk.resources import Resource  # noqa: PLC0415 - extra
+        from opentelemetry.sdk.trace import TracerProvider  # noqa: PLC0415 - extra
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415 - extra
+    except ImportError as error:
+        log.warning("no_traces", missing=error.name, advice="pip install chat-followups[otel]")
+        return
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {"service.name": service}
+    provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    _tracing = Tracing(provider)
+
+
+def stop() -> None:
+    """Trace no more."""
+    global _tracing
+    tracing, _tracing = _tracing, None
+    if tracing:
+        tracing.stop()
+
+
+def current_traceparent() -> str | None:
+    """Return the current span as W3C's ``traceparent``; None where there is none.
+
+    The span may be a caller's own, of whatever provider: `followups.schedule` is called from other programs too.
+    """
+    api = sys.modules.get("opentelemetry.trace")
+    if api is None:
+        return None
+    context = api.get_current_span().get_span_context()
+    if not context.is_valid:
+        return None
+    return f"00-{context.trace_id:032x}-{context.span_id:016x}-{int(context.trace_flags):02x}"
+
+
+def request(method: str, headers: Iterable[tuple[bytes, bytes]]) -> AbstractContextManager[Note]:
+    """Return the span of a request, below the one that its headers name."""
+    if _tracing is None:
+        return NOTHING
+    given = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
+    return _tracing.span(method, "SERVER", _tracing.context_of(given), {"http.request.method": method})
+
+
+def attempt(traceparent: str | None, attributes: Callable[[], Attributes]) -> AbstractContextManager[Note]:
+    """Return the span of a call of the transport, in the trace in which the follow-up was created."""
+    if _tracing is None:
+        return NOTHING
+    return _tracing.span("attempt", "CLIENT", _context(_tracing, traceparent), attributes())
+
+
+def claimed(follow_ups: Iterable[tuple[object, str]], seconds: float) -> None:
+    """Tell of a claim in the trace of each follow-up (id, traceparent) that it took."""
+    if _tracing is not None:
+        for follow_up_id, traceparent in follow_ups:
+            attributes = {"followups.follow_up_id": str(follow_up_id)}
+            _tracing.past("claim", _context(_tracing, traceparent), attributes, seconds)
+
+
+def _context(tracing: Tracing, traceparent: str | None) -> Context:
+    return tracing.context_of({"traceparent": traceparent} if traceparent else {})

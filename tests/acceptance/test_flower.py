@@ -1,0 +1,104 @@
+"""Flower: on this machine, or behind a password; and what it shows a person."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import subprocess
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from followups.embedded import free_port
+from stack import CELERY, wait_until
+
+if TYPE_CHECKING:
+    from stack import Stack
+
+
+def start_flower(stack: Stack, *arguments: str, **environment: str) -> str:
+    """Start Flower on a free port; return its URL on the loopback interface once it answers."""
+    port = free_port()
+    command = [*CELERY, "flower", f"--port={port}", *arguments]
+    stack.processes.spawn("flower", command, environment=stack.environment() | environment)
+    wait_until(lambda: status(f"http://127.0.0.1:{port}/healthcheck") == 200, within=60)
+    return f"http://127.0.0.1:{port}"
+
+
+def status(url: str, authorization: str = "") -> int:
+    """Return the status of a GET; 0 while nobody answers."""
+    headers = {"authorization": f"Basic {base64.b64encode(authorization.encode()).decode()}"} if authorization else {}
+    request = urllib.request.Request(url, headers=headers)  # noqa: S310 - our own loopback URL
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - our own loopback URL
+            code: int = answer.status
+            return code
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment"),
+    [
+        (["--address=0.0.0.0"], {}),
+        (["--address=::"], {}),
+        ([], {"FLOWER_ADDRESS": "0.0.0.0"}),  # noqa: S104 - what must be refused
+        (["--address=0.0.0.0"], {"FLOWER_BASIC_AUTH": ""}),
+        (["--address=0.0.0.0", "--basic-auth=me:"], {}),
+    ],
+)
+def test_no_flower_without_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
+    """On an address that others reach, and without a password, Flower does not start, and says what to do."""
+    command = [*CELERY, "flower", f"--port={free_port()}", *arguments]
+    own = os.environ | stack.environment() | environment
+    ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    (sentence,) = ran.stderr.splitlines()
+    assert sentence.startswith("followups: Flower on the address ")
+    assert "set FLOWER_BASIC_AUTH=user:password" in sentence
+
+
+def test_flower_with_a_password(stack: Stack) -> None:
+    """With a password Flower may listen anywhere, and lets in nobody else; its log shows no password."""
+    url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd")
+    assert status(f"{url}/workers") == 401
+    assert status(f"{url}/workers", "me:wrong") == 401
+    assert status(f"{url}/workers", "me:pa55w0rd") == 200
+    assert "pa55w0rd" not in (stack.processes.logs / "flower.log").read_text()
+
+
+def test_flower_by_itself_stays_here(stack: Stack) -> None:
+    """Without an address and without a password Flower listens on this machine only."""
+    url = start_flower(stack)
+    port = int(url.rpartition(":")[2])
+    assert listening(port) == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+
+
+def listening(port: int) -> set[str]:
+    """Return the IPv4 addresses on which somebody listens on the port, in the kernel's hexadecimal."""
+    with open("/proc/net/tcp", encoding="ascii") as table:  # noqa: PTH123 - not a file of this machine's own
+        rows = [line.split() for line in table][1:]
+    places = [row[1].split(":") for row in rows if row[3] == "0A"]
+    return {address for address, each in places if int(each, 16) == port}
+
+
+def test_what_flower_shows(stack: Stack) -> None:
+    """Flower shows ticks and deliveries by name, and of a delivery how many follow-ups it is about, and which."""
+    url = start_flower(stack, FLOWER_UNAUTHENTICATED_API="1")
+    stack.start()
+    follow_up = stack.world.follow_up()
+    stack.wait_until_done(follow_up)
+
+    def shown() -> list[dict[str, Any]]:
+        with urllib.request.urlopen(f"{url}/api/tasks", timeout=5) as answer:  # noqa: S310 - our own loopback URL
+            tasks: dict[str, dict[str, Any]] = json.loads(answer.read())
+        return list(tasks.values())
+
+    wait_until(lambda: {task["name"] for task in shown()} == {"followups.dispatch_due", "followups.deliver"})
+    (delivery,) = [task["args"] for task in shown() if task["name"] == "followups.deliver"]
+    assert delivery == f"1 follow-up, {follow_up}"

@@ -1,0 +1,192 @@
+"""`followups health`, with real processes that are stopped, deaf, stuck or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import web
+from followups.embedded import EmbeddedValkey, Processes, free_port
+from followups.settings import load_settings
+from stack import CELERY, Stack, kill, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.embedded import Child
+
+COMMAND = str(Path(sys.executable).with_name("followups"))
+
+BOUND = 15.0
+"""Seconds within which trouble must show: ten without a sign, and a start of the command on a busy machine."""
+
+DEAF = '''
+"""Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""
+import os
+from pathlib import Path
+from kombu.transport import redis
+start = redis.Channel._brpop_start
+redis.Channel._brpop_start = lambda channel: None if Path(os.environ["DEAF"]).exists() else start(channel)
+'''
+
+
+def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a supervisor does: with the runtime directory, and no other setting."""
+    environment = {"PATH": os.environ["PATH"], "FOLLOWUPS_RUNTIME_DIR": stack.options["FOLLOWUPS_RUNTIME_DIR"]}
+    command = [COMMAND, "health", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+
+def says(stack: Stack, role: str, code: int, *words: str) -> None:
+    """Wait until the command ends with this code and says these words, in one sentence on the right stream."""
+
+    def so() -> bool:
+        ran = health(stack, role)
+        said, other = (ran.stderr, ran.stdout) if code else (ran.stdout, ran.stderr)
+        return ran.returncode == code and said.count("\n") == 1 and not other and all(word in said for word in words)
+
+    wait_until(so, within=BOUND, every=0.3)
+
+
+def finding(stack: Stack, name: str) -> dict[str, Any]:
+    """Return what the doctor says of one thing."""
+    environment = os.environ | stack.environment()
+    command = [COMMAND, "doctor", "--json"]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    (found,) = [check for check in json.loads(ran.stdout)["checks"] if check["name"] == name]
+    answer: dict[str, Any] = found
+    return answer
+
+
+@pytest.fixture
+def observed(stack: Stack, tmp_path: Path) -> Stack:
+    """Return the system with a runtime directory of its own."""
+    stack.options["FOLLOWUPS_RUNTIME_DIR"] = str(tmp_path / "run")
+    return stack
+
+
+def test_a_stopped_worker(observed: Stack) -> None:
+    """A worker that waits for work is alive, by its name too; stopped it is not, resumed it is again."""
+    worker = observed.worker("first")
+    says(observed, "worker", 0, "1 worker", "first@")
+    assert health(observed, "worker", "--name", "first").returncode == 0
+    other = health(observed, "worker", "-n", "second")
+    assert (other.returncode, other.stdout) == (1, "")
+    assert "No worker second runs here" in other.stderr
+    worker.signal(signal.SIGSTOP)
+    says(observed, "worker", 1, "first@", str(worker.pid), "no sign of life")
+    worker.signal(signal.SIGCONT)
+    says(observed, "worker", 0)
+
+
+def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
+    """What a killed worker left behind counts for nothing, and the next one's start takes it away."""
+    first = observed.worker("first")
+    kill(first)
+    says(observed, "worker", 1, "No worker runs here")
+    observed.worker("second")
+    says(observed, "worker", 0, "1 worker", "second@")
+    assert len(list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())) == 1
+
+
+def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_path: Path) -> None:
+    """A worker that no longer asks the broker for work is noticed, though Celery's ping finds nothing wrong."""
+    (tmp_path / "deaf.py").write_text(DEAF)
+    trigger = tmp_path / "now"
+    environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
+    observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
+    wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
+    time.sleep(2)  # it has asked, and been answered
+    says(observed, "worker", 0)
+    trigger.touch()
+    says(observed, "worker", 1, "w@", "has not asked the broker for work")
+    workers, processes = (finding(observed, name) for name in ("workers", "processes"))
+    assert "w@" in workers["detail"]
+    assert "has not asked the broker for work" in workers["detail"]
+    assert "has not asked the broker for work" in processes["detail"]
+    assert workers["advice"].startswith("Restart it")
+    ping = [*CELERY, "inspect", "ping", "--timeout", "3"]
+    ran = subprocess.run(ping, env=os.environ | environment, capture_output=True, text=True, timeout=60, check=False)
+    assert "pong" in ran.stdout
+    trigger.unlink()
+    says(observed, "worker", 0)
+
+
+def test_an_idle_worker_among_others(observed: Stack) -> None:
+    """A worker that gets no task at all, since another takes the ticks, is alive; so is one of a single queue."""
+    environment = observed.environment()
+    observed.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
+    says(observed, "worker", 0, "1 worker", "idle@")
+    time.sleep(11)  # longer than the consumer may be silent
+    says(observed, "worker", 0, "1 worker", "idle@")
+
+
+def test_an_outage_of_the_broker_restarts_nobody(observed: Stack) -> None:
+    """Without the broker worker and beat are alive: they go on trying, and no restart would help."""
+    with EmbeddedValkey() as valkey, Processes() as processes:
+        settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
+        own = replace(observed, settings=load_settings(**settings), processes=processes)
+        own.worker()
+        own.beat()
+        says(own, "worker", 0)
+        says(own, "beat", 0)
+        valkey.kill()
+        end = time.monotonic() + 14
+        while time.monotonic() < end:
+            assert (health(own, "worker").returncode, health(own, "beat").returncode) == (0, 0)
+            time.sleep(1)
+        valkey.restart()
+        says(own, "worker", 0)
+
+
+def test_a_stopped_beat(observed: Stack) -> None:
+    """Beat is alive while it ticks; stopped it is not, and neither when it has ended."""
+    says(observed, "beat", 1, "No beat runs here")
+    beat = observed.beat()
+    says(observed, "beat", 0, "1 beat")
+    beat.signal(signal.SIGSTOP)
+    says(observed, "beat", 1, "no sign of life")
+    beat.signal(signal.SIGCONT)
+    says(observed, "beat", 0)
+    beat.ask()
+    wait_until(lambda: beat.exit_code is not None)
+    says(observed, "beat", 1, "No beat runs here")
+    assert not list(Path(observed.options["FOLLOWUPS_RUNTIME_DIR"]).iterdir())
+
+
+@pytest.fixture
+def served(observed: Stack) -> Iterator[tuple[Child, str]]:
+    """Return a running web process, and its port."""
+    child, url = web.start(observed.processes, observed.environment())
+    return child, url.rpartition(":")[2]
+
+
+def test_web(observed: Stack, served: tuple[Child, str]) -> None:
+    """Web is alive while it answers; stopped, or on another port, it is not; a bad port is wrong usage."""
+    child, port = served
+    assert health(observed, "web", "--port", port).returncode == 0
+    ran = health(observed, "web", "--port", str(free_port()))
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert "Web does not answer at 127.0.0.1:" in ran.stderr
+    assert health(observed, "web", "--port", "x").returncode == 2
+    child.signal(signal.SIGSTOP)
+    assert health(observed, "web", "--port", port).returncode == 1
+    child.signal(signal.SIGCONT)
+    assert health(observed, "web", "--port", port).returncode == 0
+
+
+def test_another_server_is_not_web(observed: Stack) -> None:
+    """What answers on the port, and is not web, is told apart."""
+    observed.sandbox()
+    ran = health(observed, "web", "--port", str(observed.sandbox_port))
+    assert ran.returncode == 1
+    assert "is not web" in ran.stderr

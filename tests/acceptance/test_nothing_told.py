@@ -1,0 +1,237 @@
+"""What nobody may read: a full run, with every line, message and event of it searched for texts and secrets."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import threading
+import urllib.request
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+import redis
+from celery import Celery
+from sqlalchemy import make_url
+
+import web
+from followups.cli.procfile import argv, search_path
+from followups.embedded import free_port
+from followups.worker_queues import KEY_PREFIX
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stack import Stack
+
+FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
+"""What Celery writes to stdout when it is told to stop."""
+
+LOGS = ("worker", "beat", "web", "flower")
+
+# The database refuses one follow-up's end, and another's creation, with words that quote the row.
+QUOTING = """
+    CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        IF NEW.message LIKE '%refuse-insert%' OR (TG_OP = 'UPDATE' AND NEW.message LIKE '%refuse-sent%'
+                                                  AND NEW.status = 'sent') THEN
+            RAISE EXCEPTION 'no: %', NEW.message USING DETAIL = NEW.message, ERRCODE = 'check_violation';
+        END IF;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER quote_it BEFORE INSERT OR UPDATE ON follow_ups FOR EACH ROW EXECUTE FUNCTION quote_it()
+"""
+
+
+@dataclass
+class Secrets:
+    """What must not be found, by what it is."""
+
+    text: str = field(default_factory=lambda: f"text-{secrets.token_hex(12)}")
+    transport: str = field(default_factory=lambda: base64.b64encode(secrets.token_bytes(32)).decode())
+    database: str = field(default_factory=lambda: f"pa55-{secrets.token_hex(12)}")
+    strangers_key: str = field(default_factory=lambda: f"fu_{secrets.token_hex(12)}")
+    key: str = ""
+    broker: str = ""
+
+    def found_in(self, heap: str) -> list[str]:
+        """Return the names of those that are in the heap."""
+        assert all(vars(self).values())
+        return [name for name, value in vars(self).items() if value in heap]
+
+
+@dataclass
+class Overheard:
+    """Every command that the broker was sent, and every event that Celery's own receiver understood."""
+
+    commands: list[str] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+
+    def messages(self) -> list[str]:
+        """Return the commands, with what they hold in base64 beside it."""
+        return [command + unpacked(command) for command in self.commands]
+
+
+def unpacked(command: str) -> str:
+    """Return the bodies of a command's messages, decoded."""
+    bodies = []
+    for start in [position for position, sign in enumerate(command) if sign == "{"][:1]:
+        with suppress(ValueError, KeyError, TypeError):
+            message, _ = json.JSONDecoder().raw_decode(command[start:].encode().decode("unicode_escape"))
+            bodies.append(base64.b64decode(message["body"]).decode())
+    return " ".join(bodies)
+
+
+@contextmanager
+def overhear(broker_url: str) -> Iterator[Overheard]:
+    """Listen to the broker as whoever has its password can, and to the events as Flower does."""
+    overheard, done, end = Overheard(), threading.Event(), uuid4().hex
+    number = int(broker_url.rpartition("/")[2])
+
+    def monitor() -> None:
+        with redis.Redis.from_url(broker_url) as client, client.monitor() as monitored:
+            for heard in monitored.listen():
+                if heard["command"] == f"ECHO {end}":
+                    return
+                if int(heard["db"]) == number:  # others are of tests that run beside this one
+                    overheard.commands.append(heard["command"])
+
+    def receive() -> None:
+        app = Celery(broker=broker_url, set_as_current=False)
+        app.conf.broker_transport_options = {"global_keyprefix": KEY_PREFIX}
+        with app.connection() as connection:
+            receiver = app.events.Receiver(connection, handlers={"*": overheard.events.append})
+            while not done.is_set():
+                with suppress(TimeoutError):
+                    receiver.capture(limit=None, timeout=0.5, wakeup=False)
+
+    threads = [threading.Thread(target=each) for each in (monitor, receive)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield overheard
+    finally:
+        done.set()
+        with redis.Redis.from_url(broker_url) as client:
+            client.echo(end)
+        for thread in threads:
+            thread.join()
+
+
+def start_everything(stack: Stack) -> tuple[str, str]:
+    """Start the Procfile's processes and the chat; return the URLs of web and Flower."""
+    flower_port = free_port()
+    environment = stack.environment() | {
+        "PATH": search_path(),
+        "FLOWER_PORT": str(flower_port),
+        "FLOWER_UNAUTHENTICATED_API": "1",
+    }
+    for name in ("beat", "worker", "flower"):
+        stack.processes.spawn(name, argv(name), environment=environment)
+    stack.sandbox()
+    url = web.start(stack.processes, environment)[1]
+    wait_until(lambda: get(f"{url}/readyz"), within=60)
+    flower = f"http://127.0.0.1:{flower_port}"
+    wait_until(lambda: get(f"{flower}/healthcheck"), within=60)
+    return url, flower
+
+
+def get(url: str) -> str:
+    """Return what is answered; nothing while nobody does."""
+    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own loopback URL
+        text: str = answer.read().decode()
+        return text
+    return ""
+
+
+def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
+    """Let every kind of thing happen to follow-ups whose texts are secret; return their ids."""
+    quoting = f"no: {hidden.text}"
+    chats = {name: api.chat() for name in ("sent", "retried", "rejected", "cancelled", "replied", "unsettled")}
+    stack.behave(chats["retried"], kind="fail", status=500, times=2, body=quoting)
+    stack.behave(chats["rejected"], kind="reject", status=403, body=quoting)
+    texts = {"unsettled": f"{hidden.text} refuse-sent"}
+    due = {name: web.in_days(1 if name in {"cancelled", "replied"} else 0) for name in chats}
+    created = {name: api.create(chats[name], due[name], texts.get(name, hidden.text)) for name in chats}
+    api.patch(created["cancelled"], status="cancelled", reason=f"because of {hidden.text}")
+    api.message(chats["replied"], "user")
+    body = {"chatId": chats["sent"], "dueDate": web.in_days(0), "message": f"{hidden.text} refuse-insert"}
+    assert api.post(web.FOLLOW_UPS, body).status_code == 500
+    assert api.post(web.FOLLOW_UPS, body | {"dueDate": hidden.text}).status_code == 422
+    assert api.post(web.FOLLOW_UPS, body, authorization=hidden.strangers_key).status_code == 401
+    assert api.client.post(web.FOLLOW_UPS, content=f'{{"message": "{hidden.text}').status_code == 422
+    return {name: each["id"] for name, each in created.items()}
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
+    """In a run of every kind of end, retry, error and refusal no text, key or password is told anywhere.
+
+    Every log line is searched, every command and message of the broker, every event, and what Flower shows of them.
+    """
+    hidden = Secrets()
+    url = make_url(stack.settings.database_url.get_secret_value())
+    broker_url = stack.settings.broker_url.get_secret_value()
+    hidden.broker = make_url(broker_url).password or ""
+    stack.options |= {
+        "FOLLOWUPS_DATABASE_URL": url.set(password=hidden.database).render_as_string(hide_password=False),
+        "FOLLOWUPS_TRANSPORT_SECRET": f"whsec_{hidden.transport}",
+        "FOLLOWUPS_LOG_LEVEL": level,
+    }
+    stack.world.sql(QUOTING)
+    with overhear(broker_url) as overheard:
+        api_url, flower_url = start_everything(stack)
+        api = web.Api(api_url, stack.world)
+        hidden.key = api.key
+        with api.client:
+            ids = play(stack, api, hidden)
+            ended = [each for name, each in ids.items() if name != "unsettled"]
+            wait_until(lambda: all(api.read({"id": each})["status"] != "pending" for each in ended), within=60)
+            wait_until(lambda: stack.log_events("step_failed"), within=20)
+            wait_until(lambda: ids["sent"] in get(f"{flower_url}/api/tasks?limit=10000"), within=20)
+            shown = [
+                get(f"{flower_url}/api/tasks?limit=10000"),
+                get(f"{flower_url}/api/workers"),
+                get(f"{api_url}/metrics"),
+            ]
+        stack.stop()
+
+    told = {name: (stack.processes.logs / f"{name}.log").read_text() for name in LOGS}
+    told |= {
+        "broker": "\n".join(overheard.messages()),
+        "events": json.dumps(overheard.events),
+        "pages": "".join(shown),
+    }
+    assert {place: found for place, heap in told.items() if (found := hidden.found_in(heap))} == {}
+
+    _assert_it_was_a_full_run(stack, told, ids)
+    for name in LOGS:
+        _assert_one_format(told[name], name)
+
+
+def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str, str]) -> None:
+    """Check that what was searched is what a run tells: or nothing would be found in nothing."""
+    outcomes = {line["outcome"] for line in stack.log_events("attempt")}
+    assert {"sent", "retry", "rejected"} <= outcomes
+    codes = {
+        (line["status"], line["code"]) for name in ("worker", "web") for line in stack.log_events("transition", name)
+    }
+    assert {("sent", ""), ("failed", "rejected"), ("cancelled", "user_replied")} <= codes
+    assert stack.log_events("request_failed", "web")
+    assert stack.log_events("tick")
+    for place in ("worker", "broker", "events", "pages"):
+        assert ids["sent"] in told[place], place
+    assert "task-succeeded" in told["events"]
+
+
+def _assert_one_format(log: str, name: str) -> None:
+    """Check that every line is one JSON object that says when, how bad, who and what."""
+    for line in log.splitlines():
+        if line in FOR_PEOPLE:
+            continue
+        assert line.startswith("{"), f"{name} wrote: {line}"
+        assert list(json.loads(line))[:4] == ["timestamp", "level", "logger", "event"]

@@ -1,0 +1,116 @@
+"""The log of web: one line a request, and the request's id in every line and answer."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from stack import wait_until
+from web import FOLLOW_UPS, Api, start
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from stack import Stack
+
+
+@pytest.fixture
+def logged(stack: Stack) -> Iterator[Api]:
+    """Return a client of a web process whose log is the test's own; it logs everything."""
+    _, url = start(stack.processes, stack.environment() | {"FOLLOWUPS_LOG_LEVEL": "debug"})
+    api = Api(url, stack.world)
+    with api.client:
+        yield api
+
+
+def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
+    """Return the lines of an event that have these values, once there are any."""
+    return wait_until(
+        lambda: [line for line in stack.log_events(event, "web") if fields.items() <= line.items()], within=5
+    )
+
+
+def test_one_line_a_request(stack: Stack, logged: Api) -> None:
+    """A request has one line: id, method, path, status, duration and workspace, and neither query nor key."""
+    answer = logged.get(FOLLOW_UPS, statuses="pending")
+    request_id = answer.headers["x-request-id"]
+    (line,) = lines(stack, "request", request_id=request_id)
+    assert line.pop("duration_ms") > 0
+    assert line.pop("timestamp")
+    assert line == {
+        "level": "info",
+        "logger": "followups.api.access",
+        "event": "request",
+        "request_id": request_id,
+        "method": "GET",
+        "path": FOLLOW_UPS,
+        "status": 200,
+        "workspace_id": str(stack.world.workspace_id),
+    }
+
+
+@pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
+def test_the_request_s_own_id(logged: Api, given: str, *, taken: bool) -> None:
+    """A request keeps the id it brought, unless that is no plain word of up to 128 characters."""
+    answered = logged.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
+    assert (answered == given) is taken
+    assert answered
+
+
+def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
+    """A transition that a request causes is logged with the request's id and workspace."""
+    created = logged.create()
+    request_id = logged.patch(created, status="cancelled").headers["x-request-id"]
+    (line,) = lines(stack, "transition", follow_up_id=created["id"])
+    assert (line["request_id"], line["workspace_id"]) == (request_id, str(stack.world.workspace_id))
+
+
+def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
+    """A stranger's request on the same connection, right behind, is not told to be of the first one's workspace."""
+    url = httpx.URL(logged.url)
+    with socket.create_connection((url.host, url.port or 80)) as connection:
+        first, second = uuid4().hex, uuid4().hex
+        head = "GET {} HTTP/1.1\r\nhost: x\r\nx-request-id: {}\r\n"
+        mine = head.format(FOLLOW_UPS, first) + f"authorization: {logged.key}\r\n\r\n"
+        strangers = head.format(FOLLOW_UPS, second) + "connection: close\r\n\r\n"
+        connection.sendall((mine + strangers).encode())
+        while connection.recv(65_536):
+            pass
+    assert lines(stack, "request", request_id=first)[0]["workspace_id"] == str(stack.world.workspace_id)
+    (line,) = lines(stack, "request", request_id=second)
+    assert (line["status"], line["workspace_id"]) == (401, None)
+
+
+def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
+    """A probe that finds all well is told on level debug, one that does not on warning."""
+    request_id = logged.client.get("/healthz").headers["x-request-id"]
+    assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
+    request_id = logged.client.get("/readyz").headers["x-request-id"]
+    (line,) = lines(stack, "request", request_id=request_id)
+    assert (line["level"], line["status"]) == ("warning", 503)  # nothing has ticked
+
+
+def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
+    """A body that is too long, and a path that leads nowhere, are logged like any other request."""
+    answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
+    (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
+    assert (line["status"], line["workspace_id"]) == (413, None)
+    answer = logged.client.get("/" + "x" * 1000)
+    (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
+    assert (line["status"], len(line["path"])) == (404, 200)
+
+
+def test_a_client_that_leaves_has_a_line(stack: Stack, logged: Api) -> None:
+    """A request whose client leaves before the answer begins is logged without a status."""
+    url = httpx.URL(logged.url)
+    request_id = os.urandom(8).hex()
+    head = f"POST / HTTP/1.1\r\nhost: x\r\nx-request-id: {request_id}\r\ncontent-length: 9\r\n\r\n"
+    with socket.create_connection((url.host, url.port or 80)) as client:
+        client.sendall(head.encode() + b"x")
+    (line,) = lines(stack, "request", request_id=request_id)
+    assert line["status"] is None

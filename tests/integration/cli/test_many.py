@@ -1,0 +1,312 @@
+"""The bulk forms of `cancel` and `retry`, and the filters of `list`."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from followups import scheduling
+from followups.cli import changes, many
+from followups.errors import AlreadyRetriedError
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from world import World
+
+    Run = Callable[..., Any]
+
+HOUR = timedelta(hours=1)
+DAY = timedelta(days=1)
+
+
+@pytest.fixture(autouse=True)
+def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask no broker for a tick."""
+    monkeypatch.setattr(changes, "ask_for_tick", lambda: None)
+
+
+def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HOUR, chat: UUID | None = None) -> UUID:
+    """Insert one that failed so long ago."""
+    ended = datetime.now(UTC) - ago
+    return world.follow_up(chat, -DAY, status="failed", reason=reason, finished_at=ended, message="Hello")
+
+
+def copies(world: World, original: UUID) -> list[Any]:
+    """Return the rows that repeat this one."""
+    with world.engine.connect() as connection:
+        query = text("SELECT * FROM follow_ups WHERE retry_of = :id")
+        return list(connection.execute(query, {"id": original}))
+
+
+class TestCancel:
+    """`followups cancel --chat` and `--workspace`."""
+
+    def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
+        """A dry run says how many there are and names some, in words or JSON, and nothing changes."""
+        chat = world.chat()
+        ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
+        world.follow_up(due=HOUR)
+        ran = run("cancel", "--chat", chat, "--dry-run")
+        assert ran.code == 0
+        assert ran.stdout.splitlines()[0] == "7 follow-ups to cancel:"
+        assert str(ids[0]) in ran.stdout
+        assert "and 2 more" in ran.stdout
+        document = run("cancel", "--chat", chat, "--dry-run", "--json").document
+        assert (document["matched"], document["cancelled"], len(document["sample"])) == (7, 0, 5)
+        assert {row.status for row in world.rows()} == {"pending"}
+
+    def test_one_chat(self, run: Run, world: World) -> None:
+        """What is pending in the chat is cancelled for the reason given, and nothing else."""
+        chat = world.chat()
+        ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
+        other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
+        ran = run("cancel", "--chat", chat, "--reason", "wrong campaign", "--yes")
+        assert (ran.code, ran.stdout) == (0, "3 of 3 follow-ups cancelled\n")
+        assert [(world.row(one).status, world.row(one).reason) for one in ids] == [("cancelled", "wrong campaign")] * 3
+        assert (world.row(other).status, world.row(ended).status) == ("pending", "failed")
+
+    def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A whole workspace is cancelled in batches, other workspaces stay as they are; done again it finds nothing."""
+        monkeypatch.setattr(many.cancelling, "BATCH", 7)
+        ids = world.burst([HOUR] * 40)
+        others = type(world)(world.engine)
+        kept = others.follow_up(due=HOUR)
+        ran = run("cancel", "--workspace", world.workspace_id, "--yes", "--json")
+        assert ran.document == {"dryRun": False, "matched": 40, "cancelled": 40, "inFlight": 0, "interrupted": False}
+        assert {row.status for row in world.rows(*ids)} == {"cancelled"}
+        assert world.row(ids[0]).reason == "cancelled_by_api"
+        assert world.row(kept).status == "pending"
+        assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
+
+    def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
+        """One in flight is not cancelled, but its reason to be is kept, and is said."""
+        later = datetime.now(UTC) + HOUR
+        in_flight = world.follow_up(begun_at=later, lease_until=later)
+        waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)
+        ran = run("cancel", "--workspace", world.workspace_id, "--reason", "stop", "--yes")
+        assert ran.stdout == "1 of 2 follow-ups cancelled; 1 in flight\n"
+        row = world.row(in_flight)
+        assert (row.status, row.cancel_requested, row.begun_at) == ("pending", "stop", later)
+        assert world.row(waiting).status == "cancelled"
+
+    def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A row that another transaction holds for long is passed over and counted; the others are cancelled."""
+        monkeypatch.setattr(many, "PAUSE", 0.01)
+        held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)
+        with world.engine.connect() as other:
+            other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+            ran = run("cancel", "--workspace", world.workspace_id, "--yes")
+        assert ran.stdout == "1 of 2 follow-ups cancelled; 1 held by others\n"
+        assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
+
+    def test_nobody_to_ask(self, run: Run, world: World) -> None:
+        """Without a terminal and without --yes nothing is done: wrong usage, in one sentence."""
+        follow_up = world.follow_up(due=HOUR)
+        ran = run("cancel", "--workspace", world.workspace_id)
+        assert (ran.code, ran.stdout) == (2, "")
+        assert "--yes says that it is meant" in ran.stderr
+        assert world.row(follow_up).status == "pending"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            (uuid4(), "--chat", uuid4()),
+            ("--chat", uuid4(), "--yes"),
+            ("--chat", "no-uuid", "--yes"),
+            ("--workspace", "nobody", "--yes"),
+            ("--workspace", "nobody", "--reason", "", "--yes"),
+            (uuid4(), "--dry-run"),
+        ],
+    )
+    def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
+        """A choice that is none, or of nothing that is there, is wrong usage, in one sentence."""
+        ran = run("cancel", *arguments)
+        assert (ran.code, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("followups: ")
+        assert ran.stderr.count("\n") == 1
+
+
+class TestRetry:
+    """`followups retry --failed --since`."""
+
+    def test_all_that_failed_since(self, run: Run, world: World) -> None:
+        """Each that failed since then is made anew, due now, with its message and chat; earlier ones are not."""
+        ids = [failed(world) for _ in range(3)]
+        early = failed(world, ago=3 * HOUR)
+        ran = run("retry", "--failed", "--since", "2h", "--yes")
+        assert (ran.code, ran.stdout) == (0, "3 of 3 follow-ups retried\n")
+        for one in ids:
+            [new] = copies(world, one)
+            assert (new.status, new.message, new.chat_id) == ("pending", "Hello", world.row(one).chat_id)
+            assert world.row(one).status == "failed"
+        assert copies(world, early) == []
+
+    def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Done again it makes no second copy, and what was broken off between two batches is done by the second run."""
+        monkeypatch.setattr(many, "RETRIES", 2)
+        ids = [failed(world) for _ in range(5)]
+        real, calls = scheduling.retry_once, iter(range(100))
+
+        def interrupted(session: Session, one: UUID) -> Any:
+            if next(calls) == 3:
+                raise KeyboardInterrupt
+            return real(session, one)
+
+        monkeypatch.setattr(many.scheduling, "retry_once", interrupted)
+        broken_off = run("retry", "--failed", "--since", "2h", "--yes")
+        assert (broken_off.code, broken_off.stdout) == (1, "2 of 5 follow-ups retried\n")
+        assert "the same command goes on with the rest" in broken_off.stderr
+        assert sum(len(copies(world, one)) for one in ids) == 2
+        monkeypatch.setattr(many.scheduling, "retry_once", real)
+        assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "3 of 3 follow-ups retried\n"
+        assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "0 of 0 follow-ups retried\n"
+        assert [len(copies(world, one)) for one in ids] == [1] * 5
+
+    def test_filters(self, run: Run, world: World) -> None:
+        """Only the workspace and the reason codes that are named are retried."""
+        wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
+        others = type(world)(world.engine)
+        theirs = failed(others, "retries_exhausted")
+        arguments = ["--since", "2h", "--workspace", world.workspace_id, "--reason", "retries_exhausted", "--yes"]
+        assert run("retry", "--failed", *arguments).stdout == "1 of 1 follow-up retried\n"
+        assert [len(copies(world, one)) for one in (wanted, other, theirs)] == [1, 0, 0]
+
+    def test_what_the_rules_refuse_is_counted(self, run: Run, world: World) -> None:
+        """What may not be sent any more is passed over, and counted by why."""
+        failed(world)
+        failed(world, chat=world.chat(last_message_role="user"))
+        failed(world, chat=world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC) - 2 * DAY))
+        failed(world, chat=world.chat(removed_at=datetime.now(UTC)))
+        found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
+        counts = {"retried": 1, "answeredMeanwhile": 1, "outsideMessagingWindow": 1, "chatRemoved": 1}
+        assert found == {"dryRun": False, "matched": 4, "interrupted": False} | counts
+
+    def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
+        """What an operator retried by its id is not retried by the bulk form; by its id it can be, again."""
+        original = failed(world)
+        assert run("retry", original).code == 0
+        assert run("retry", "--failed", "--since", "2h", "--yes", "--json").document["matched"] == 0
+        with Session(world.engine) as session, pytest.raises(AlreadyRetriedError):
+            scheduling.retry_once(session, original)
+        assert run("retry", original).code == 0
+        assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'") == 2
+
+    def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
+        """A dry run says how many there are and names some."""
+        original = failed(world)
+        ran = run("retry", "--failed", "--since", "2h", "--dry-run")
+        assert ran.stdout.splitlines() == ["1 follow-up to retry:", f"  {original}"]
+        assert copies(world, original) == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            (),
+            ("--failed",),
+            ("--failed", "--since", "yesterday"),
+            ("--failed", "--since", "2030-01-31T09:00:00"),
+            ("--failed", "--since", "2h", "--due", "now"),
+            ("--failed", "--since", "2h", "--reason", "nonsense"),
+            ("--failed", "--since", "2h", "--workspace", "nobody"),
+            (uuid4(), "--since", "2h"),
+        ],
+    )
+    def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
+        """A choice that is none, or of nothing that is there, is wrong usage, in one sentence."""
+        ran = run("retry", *arguments)
+        assert (ran.code, ran.stdout) == (2, "")
+        assert ran.stderr.startswith("followups: ")
+        assert ran.stderr.count("\n") == 1
+
+
+def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
+    """The list can be cut down by reason code and by due date, with the other filters."""
+    exhausted, rejected = failed(world, "retries_exhausted: HTTP 500"), failed(world)
+    soon, later = world.follow_up(due=HOUR), world.follow_up(due=2 * DAY)
+
+    def listed(*arguments: object) -> set[UUID]:
+        return {UUID(entry["id"]) for entry in run("list", "--json", *arguments).document}
+
+    tomorrow = (datetime.now(UTC) + DAY).isoformat()
+    now = datetime.now(UTC).isoformat()
+    assert listed("--reason", "retries_exhausted") == {exhausted}
+    assert listed("--reason", "retries_exhausted", "--reason", "rejected") == {exhausted, rejected}
+    assert listed("--due-after", tomorrow) == {later}
+    assert listed("--due-after", now, "--due-before", tomorrow) == {soon}
+    assert listed("--status", "pending", "--workspace", world.workspace_id, "--due-before", tomorrow) == {soon}
+    for wrong in (("--reason", "nonsense"), ("--due-after", "soon"), ("--status", "lost"), ("--limit", "0")):
+        assert run("list", *wrong).code == 2
+
+
+def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
+    """A bulk cancel that is killed has cancelled whole follow-ups, and called again it does the rest."""
+    del environment
+    with world.engine.begin() as connection:
+        connection.execute(
+            text("""
+                WITH c AS (
+                    INSERT INTO chats (workspace_id, id) SELECT :w, gen_random_uuid() FROM generate_series(1, 30000)
+                    RETURNING id)
+                INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
+                SELECT :w, id, 'x', now() + interval '1 day', gen_random_uuid() FROM c
+            """),
+            {"w": world.workspace_id},
+        )
+    command = [sys.executable, "-m", "followups.cli", "cancel", "--workspace", str(world.workspace_id), "--yes"]
+    with subprocess.Popen(command, env=dict(os.environ), stdout=subprocess.PIPE) as running:
+        cancelled = "SELECT count(*) FROM follow_ups WHERE status = 'cancelled'"
+        wait_until(lambda: world.scalar(cancelled) > 0)
+        running.send_signal(signal.SIGKILL)
+    assert 0 < world.scalar(cancelled) <= 30_000
+    again = subprocess.run([*command, "--json"], env=dict(os.environ), capture_output=True, check=True, timeout=120)
+    document = json.loads(again.stdout)
+    assert document["cancelled"] == document["matched"]
+    assert world.scalar(cancelled) == 30_000
+
+
+def typed(command: list[str], answer: bytes) -> tuple[int, str]:
+    """Run a command on a terminal of its own, type the answer to its question; return its code and what it showed."""
+    ours, theirs = pty.openpty()
+    argv = [sys.executable, "-m", "followups.cli", *command]
+    with subprocess.Popen(argv, env=dict(os.environ), stdin=theirs, stdout=theirs, stderr=theirs) as running:
+        os.close(theirs)
+        shown, answered = b"", False
+        with suppress(OSError):  # the other end has gone
+            while True:
+                shown += os.read(ours, 4096)
+                if b"[y/N]" in shown and not answered:
+                    os.write(ours, answer)
+                    answered = True
+        os.close(ours)
+    return running.returncode, shown.decode()
+
+
+def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
+    """On a terminal the count and some ids are shown and a question is asked; a no changes nothing, a yes does it."""
+    del environment
+    follow_up = world.follow_up(due=HOUR)
+    command = ["cancel", "--workspace", str(world.workspace_id)]
+    code, shown = typed(command, b"n\n")
+    assert code == 1
+    for said in ("1 follow-up to cancel:", str(follow_up), "Cancel 1 follow-up? [y/N]", "Nothing has changed."):
+        assert said in shown
+    assert world.row(follow_up).status == "pending"
+    code, shown = typed(command, b"y\n")
+    assert code == 0
+    assert "1 of 1 follow-up cancelled" in shown
+    assert world.row(follow_up).status == "cancelled"

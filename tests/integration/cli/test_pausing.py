@@ -1,0 +1,92 @@
+"""`pause` and `resume`."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import text
+
+from followups.cli import pausing
+from followups.database import make_engine
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from world import World
+
+    Run = Callable[..., Any]
+
+
+@pytest.fixture(autouse=True)
+def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask no broker for a tick."""
+    monkeypatch.setattr(pausing, "ask_for_tick", lambda: None)
+
+
+def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
+    """A pause stands in the list with what it holds; resuming says how many go on, and what is paused still."""
+    name = str(world.workspace_id)
+    assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
+    assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused, as it was.\n"
+    assert run("pause", "--channel", "waha").stdout == "Channel waha, of every workspace, is paused.\n"
+    follow_up = world.follow_up()
+    begin(engine, settings, claim(engine, settings).leases)
+    listed = run("pause", "--list", "--json").document
+    assert [(each["workspace"], each["channel"], each["held"]) for each in listed] == [
+        (None, "waha", 0),
+        (name, None, 1),
+    ]
+    heading, first, second = run("pause", "--list").stdout.splitlines()
+    assert heading.split() == ["WORKSPACE", "CHANNEL", "SINCE", "HELD"]
+    assert (first.split()[:2], second.split()[:2]) == (["all", "waha"], [name, "all"])
+    ran = run("resume", "--workspace", name)
+    assert ran.stdout == f"Workspace {name} goes on; 1 that were held go on with it.\n"
+    assert "Still paused: Channel waha, of every workspace," in ran.stderr
+    assert world.row(follow_up).next_attempt_at is None
+    assert run("resume", "--workspace", name).stdout == f"Workspace {name} was not paused.\n"
+    assert run("resume", "--channel", "waha", "--json").document == {"resumed": True, "freed": 0, "paused": []}
+    assert run("pause", "--list").stderr == "Nothing is paused.\n"
+
+
+def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
+    """When a resume was broken off after it took the pause away, the next one frees what is still held."""
+    name = str(world.workspace_id)
+    run("pause", "--workspace", name)
+    world.follow_up()
+    begin(engine, settings, claim(engine, settings).leases)
+    world.sql("UPDATE pauses SET ended_at = now()")
+    assert run("resume", "--workspace", name, "--json").document == {"resumed": False, "freed": 1, "paused": []}
+
+
+def test_it_waits_for_what_is_beginning(
+    run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pause returns when no worker has a transaction open that may not have seen it, or says that one has."""
+    monkeypatch.setattr(pausing, "UNDER_WAY", 0.3)
+    url = settings.database_url.get_secret_value()
+    worker = make_engine(url, application_name="followups-worker")
+    with worker.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        started = time.monotonic()
+        ran = run("pause", "--workspace", world.workspace_id)
+        assert time.monotonic() - started >= 0.3
+        assert "what it has begun goes on" in ran.stderr
+    worker.dispose()
+    assert run("pause", "--workspace", world.workspace_id).stderr == ""
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+@pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
+def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
+    """What names nothing, or nothing that is there, is wrong usage, in one sentence."""
+    ran = run(command, *options)
+    assert (ran.code, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("followups: ")
+    assert ran.stderr.count("\n") == 1

@@ -1,0 +1,125 @@
+"""`prune`."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import stat
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from followups.cli import prune
+from followups.store import retention
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+    from uuid import UUID
+
+    from world import World
+
+    Run = Callable[..., Any]
+
+DAY = timedelta(days=1)
+FIELDS = {
+    "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
+    "triggerChatMessageId", "workspace", "attempts", "retryOf", "failedAttempts",
+}  # fmt: skip
+
+
+def ended(world: World, days: int) -> UUID:
+    """Insert one that failed so many days ago, after one attempt."""
+    one = world.follow_up(
+        status="failed", reason="rejected: no", finished_at=datetime.now(UTC) - days * DAY, message="Hällo"
+    )
+    world.sql(
+        "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'rejected', 'no')", id=one
+    )
+    return one
+
+
+def archived(path: Path) -> list[dict[str, Any]]:
+    """Return what an archive holds."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def test_deleted(run: Run, world: World) -> None:
+    """What finished before that age is deleted and counted, what is younger or pending is not."""
+    ended(world, 91)
+    kept = {ended(world, 89), world.follow_up(due=-300 * DAY)}
+    ran = run("prune", "--older-than", "90d", "--yes")
+    assert (ran.code, ran.stdout) == (0, "1 of 1 finished follow-up deleted\n")
+    assert {row.id for row in world.rows()} == kept
+    assert run("prune", "--older-than", "90d", "--yes", "--json").document["deleted"] == 0
+
+
+def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> None:
+    """A dry run says how many there are and names some; no archive is made."""
+    old = ended(world, 91)
+    ran = run("prune", "--older-than", "90d", "--dry-run", "--archive", tmp_path / "a.gz")
+    assert ran.stdout.splitlines() == ["1 finished follow-up to delete:", f"  {old}"]
+    assert len(world.rows()) == 1
+    assert not (tmp_path / "a.gz").exists()
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
+    """What is deleted stands in the archive, a JSON object a line, for its owner alone; texts only with --message."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    ids = [ended(world, 100 - n) for n in range(5)]
+    path = tmp_path / "old.jsonl.gz"
+    options = ["--message"] if texts else []
+    assert run("prune", "--older-than", "90d", "--archive", path, "--yes", *options).code == 0
+    lines = archived(path)
+    assert [line["id"] for line in lines] == [str(one) for one in ids]
+    assert {line["message"] for line in lines} == {"Hällo" if texts else None}
+    assert lines[0].keys() == FIELDS
+    assert lines[0]["workspace"] == str(world.workspace_id)
+    assert [each["outcome"] for each in lines[0]["failedAttempts"]] == ["rejected"]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert world.rows() == []
+
+
+def test_nothing_is_deleted_that_is_not_archived(
+    run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the disk is full, what is written is whole, and what is not stays in the database."""
+    monkeypatch.setattr(retention, "BATCH", 2)
+    ids = [ended(world, 100 - n) for n in range(5)]
+    real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
+
+    def full(*arguments: Any) -> None:
+        if next(calls):
+            raise OSError(28, "No space left on device", "old.jsonl.gz")
+        real(*arguments)
+
+    monkeypatch.setattr(prune, "_write", full)
+    ran = run("prune", "--older-than", "90d", "--archive", tmp_path / "old.jsonl.gz", "--yes")
+    assert (ran.code, ran.stdout) == (1, "")
+    assert "No space left on device" in ran.stderr
+    assert [line["id"] for line in archived(tmp_path / "old.jsonl.gz")] == [str(one) for one in ids[:2]]
+    assert {row.id for row in world.rows()} == set(ids[2:])
+
+
+def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) -> None:
+    """A file that is there already is left alone: wrong usage, and nothing is deleted."""
+    ended(world, 91)
+    path = tmp_path / "old.jsonl.gz"
+    path.write_text("mine")
+    ran = run("prune", "--older-than", "90d", "--archive", path, "--yes")
+    assert (ran.code, path.read_text(), len(world.rows())) == (2, "mine", 1)
+    assert "is there already; name a new file" in ran.stderr
+
+
+@pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
+def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
+    """An age that is none is wrong usage, in one sentence; so is nobody to ask."""
+    ended(world, 91)
+    ran = run("prune", *options, "--yes")
+    assert (ran.code, ran.stdout) == (2, "")
+    assert ran.stderr.count("\n") == 1
+    assert run("prune", "--older-than", "90d").code == 2
+    assert len(world.rows()) == 1

@@ -1,0 +1,52 @@
+"""What a worker signs for: a part that is stuck does not sign, however well the others are."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from followups import liveness
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.pipeline import Pipeline
+from followups.telemetry.heartbeat import Heartbeat
+from followups.transports.sandbox import SandboxTransport
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from world import World
+
+
+def test_a_stuck_loop_and_a_stuck_tick(settings: Settings, engine: Engine, world: World, tmp_path: Path) -> None:
+    """The pipeline signs when its loop turns, the dispatcher when idle; stuck, their last sign grows old."""
+    stuck = threading.Event()
+    dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
+    pipeline = Pipeline(settings, engine, SandboxTransport(settings))
+    heart = Heartbeat(tmp_path, "worker", "w@here")
+    dispatcher.start()
+    pipeline.start()
+    heart.start()
+    liveness.watch_work(heart, dispatcher, pipeline)
+
+    def age(part: str) -> float:
+        sign: dict[str, Any] = heart.parts()[part]
+        return time.monotonic() - sign["since"]
+
+    try:
+        time.sleep(2.5)
+        assert (age("pipeline") < 2, age("dispatcher") < 2) == (True, True)
+        world.follow_up()
+        dispatcher.tick()
+        pipeline.ask(stuck.wait)  # type: ignore[arg-type] # what it answers is nobody's business
+        wait_until(lambda: age("pipeline") > 2 and age("dispatcher") > 2)
+    finally:
+        stuck.set()
+        dispatcher.stop()
+        pipeline.drain(timedelta(seconds=10))
+        heart.stop()

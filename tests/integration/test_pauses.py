@@ -1,0 +1,196 @@
+"""Pauses on PostgreSQL: what is paused does not begin, is out of the claim's way, and comes back."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch.begin import Beginning, begin
+from followups.dispatch.claim import claim
+from followups.scheduling import amend
+from followups.store import order, pauses
+from followups.store.pauses import Scope
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from world import World
+
+SECOND = timedelta(seconds=1)
+HOUR = timedelta(hours=1)
+
+
+def pause(world: World, channel: str | None = None, *, everybody: bool = False) -> Scope:
+    """Pause the workspace, or everybody's channel."""
+    scope = Scope(None if everybody else world.workspace_id, channel)
+    with world.engine.begin() as connection:
+        assert pauses.pause(connection, scope)
+    return scope
+
+
+def resume(world: World, scope: Scope) -> int:
+    """Take the pause away and free what it held; return how many."""
+    with world.engine.begin() as connection:
+        assert pauses.resume(connection, scope)
+    return free(world)
+
+
+def free(world: World) -> int:
+    """Free what is held by no pause that stands; return how many."""
+    with world.engine.begin() as connection:
+        return pauses.free_forgotten(connection)
+
+
+def claim_and_begin(engine: Engine, settings: Settings) -> Beginning:
+    """Claim what is due and begin it."""
+    return begin(engine, settings, claim(engine, settings).leases)
+
+
+def begun(beginning: Beginning) -> set[UUID]:
+    """Return which have begun."""
+    return {one.lease.id for one in beginning.begun}
+
+
+def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
+    """What is paused is held: it has no lease, used up no attempt, and is claimed no more; others go on."""
+    others = type(world)(engine)
+    mine, theirs = world.follow_up(), others.follow_up()
+    scope = pause(world)
+    assert begun(claim_and_begin(engine, settings)) == {theirs}
+    row = world.row(mine)
+    assert (row.status, row.attempts, row.snoozes, row.lease_until) == ("pending", 0, 0, None)
+    assert row.next_attempt_at.year == 9998
+    assert claim(engine, settings).leases == ()
+    assert resume(world, scope) == 1
+    assert begun(claim_and_begin(engine, settings)) == {mine}
+    assert world.row(mine).attempts == 1
+
+
+@pytest.mark.parametrize("everybody", [True, False])
+def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, everybody: bool) -> None:
+    """A pause of a channel stops that channel, of the workspace or of all of them, and no other."""
+    others = type(world)(engine)
+    stopped = world.follow_up(world.chat(channel="waha"))
+    kept = world.follow_up(world.chat(channel="matrix"))
+    theirs = others.follow_up(others.chat(channel="waha"))
+    pause(world, "waha", everybody=everybody)
+    assert begun(claim_and_begin(engine, settings)) == {kept} | (set() if everybody else {theirs})
+    assert world.row(stopped).pause_id is not None
+
+
+def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) -> None:
+    """What two pauses are of goes on only when both are gone."""
+    follow_up = world.follow_up(world.chat(channel="waha"))
+    first, second = pause(world), pause(world, "waha", everybody=True)
+    assert begun(claim_and_begin(engine, settings)) == set()
+    assert resume(world, first) == 1
+    assert begun(claim_and_begin(engine, settings)) == set()
+    assert resume(world, second) == 1
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
+    """A pause that was there and has gone leaves no trace on what came due before or after it."""
+    later = world.follow_up(due=HOUR)
+    scope = pause(world)
+    claim_and_begin(engine, settings)
+    assert resume(world, scope) == 0
+    assert world.row(later).next_attempt_at is None
+
+
+def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
+    """What is behind a held one in its chat waits for it, and goes out after it."""
+    chat = world.chat()
+    first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
+    scope = pause(world)
+    claim_and_begin(engine, settings)
+    assert (world.row(first).pause_id is not None, world.row(second).waits_for) == (True, first)
+    resume(world, scope)
+    assert begun(claim_and_begin(engine, settings)) == {first}
+    with engine.begin() as connection:
+        assert order.wake_forgotten(connection) == 0
+    assert world.row(second).waits_for == first
+
+
+def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
+    """A held follow-up can be cancelled; with a new due date it is held no more, until it is due."""
+    cancelled, moved = world.follow_up(), world.follow_up()
+    scope = pause(world)
+    claim_and_begin(engine, settings)
+    due = datetime.now(UTC) + HOUR
+    with Session(engine) as session, session.begin():
+        followups.cancel(session, cancelled, reason="never mind")
+        amend(session, moved, {"due_date": due})
+    assert world.row(cancelled).status == "cancelled"
+    row = world.row(moved)
+    assert (row.due_date, row.next_attempt_at, row.pause_id) == (due, None, None)
+    assert resume(world, scope) == 0
+
+
+def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
+    """A pause keeps nothing from ending that must not be sent any more."""
+    late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
+    pause(world)
+    brief = settings.model_copy(update={"max_lateness": SECOND})
+    assert claim_and_begin(engine, brief).ended[0][0] == late
+
+
+def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
+    """When the pause is gone and not all is freed, a later look frees the rest; what stands holds what it holds."""
+    others = type(world)(engine)
+    ids = [world.follow_up() for _ in range(5)]
+    theirs = others.follow_up()
+    scope = pause(world)
+    pause(others)
+    claim_and_begin(engine, settings)
+    with engine.begin() as connection:
+        assert pauses.resume(connection, scope)
+        assert pauses.count_forgotten(connection) == 5
+    with engine.connect() as other:
+        other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": ids[0]})
+        assert free(world) == 4
+    assert free(world) == 1
+    assert free(world) == 0
+    assert world.row(theirs).pause_id is not None
+
+
+def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
+    """One that is just being held when its pause goes is not held by nothing afterwards: whoever resumes waits."""
+    follow_up = world.follow_up()
+    scope = pause(world)
+    (lease,) = claim(engine, settings).leases
+    freed: list[int] = []
+    with engine.connect() as holding:
+        from followups.dispatch import begin as module  # noqa: PLC0415 - its inside, at one moment
+
+        world_now = module.World(settings.lease, settings.max_lateness, module.TOLERANCE)
+        obstacles = module.leases.obstacles(holding, [lease], world_now)
+        assert module.hold.hold_back(holding, settings, obstacles).held == {follow_up}
+        resuming = threading.Thread(target=lambda: freed.append(resume(world, scope)))
+        resuming.start()
+        resuming.join(0.3)
+        assert resuming.is_alive()
+        holding.commit()
+        resuming.join(10)
+    assert freed == [1]
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_many_are_freed_in_batches(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pause holds is let go in batches."""
+    monkeypatch.setattr(pauses, "BATCH", 10)
+    world.burst([timedelta(0)] * 25)
+    scope = pause(world)
+    claim_and_begin(engine, settings)
+    assert [resume(world, scope), free(world), free(world), free(world)] == [10, 10, 5, 0]

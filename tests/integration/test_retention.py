@@ -1,0 +1,155 @@
+"""Retention on PostgreSQL: what is old goes, what is needed stays, and nobody waits for it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from followups.dispatch import tidying
+from followups.dispatch.tidying import LOCK, Tidier
+from followups.store import chats, retention
+from followups.store.chats import Role
+
+if TYPE_CHECKING:
+    import pytest
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from world import World
+
+DAY = timedelta(days=1)
+HOUR = timedelta(hours=1)
+
+
+def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
+    """Insert one that was sent so long ago."""
+    return world.follow_up(status="sent", finished_at=datetime.now(UTC) - ago, **columns)
+
+
+def tidier(engine: Engine, settings: Settings, days: int = 30) -> Tidier:
+    """Return what removes what is older than so many days."""
+    return Tidier(settings.model_copy(update={"retention": days * DAY}), engine)
+
+
+def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
+    """Let a message arrive that was written so long ago."""
+    message_id = uuid4()
+    with Session(world.engine) as session, session.begin():
+        chats.receive(
+            session,
+            world.workspace_id,
+            message_id=message_id,
+            chat_id=chat_id,
+            role=Role.AGENT,
+            created_at=datetime.now(UTC) - ago,
+        )
+    return message_id
+
+
+def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Settings) -> None:
+    """A finished follow-up goes after its time, with its failed attempts; younger and pending ones stay."""
+    old, young = ended(world, 31 * DAY), ended(world, 29 * DAY)
+    pending = world.follow_up(due=-300 * DAY)
+    for one in (old, young):
+        world.sql(
+            "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')", id=one
+        )
+    assert tidier(engine, settings).tidy() == {"idempotency_keys": 0, "follow_ups": 1, "chat_messages": 0}
+    assert {row.id for row in world.rows()} == {young, pending}
+    assert world.scalar("SELECT count(*) FROM failed_attempts") == 1
+
+
+def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: Engine, settings: Settings) -> None:
+    """By default every follow-up is kept; an idempotency key goes after its day, and not before."""
+    ended(world, 3000 * DAY)
+    for key, hours in (("old", 25), ("young", 23)):
+        world.sql(
+            "INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, body, created_at)"
+            " VALUES (:w, :key, '', 201, '', now() - :hours * interval '1 h')",
+            w=world.workspace_id,
+            key=key,
+            hours=hours,
+        )
+    assert Tidier(settings, engine).tidy() == {"idempotency_keys": 1}
+    assert world.scalar("SELECT key FROM idempotency_keys") == "young"
+    assert len(world.rows()) == 1
+
+
+def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
+    """Old chat messages go, but for the last one of a chat, which a repetition is known by."""
+    chat_id, other = uuid4(), uuid4()
+    receive(world, chat_id, 50 * DAY)
+    receive(world, chat_id, 40 * DAY)
+    young = receive(world, chat_id, 5 * DAY)
+    last = receive(world, other, 45 * DAY)
+    assert tidier(engine, settings).tidy()["chat_messages"] == 2
+    with engine.connect() as connection:
+        assert set(connection.scalars(text("SELECT id FROM chat_messages"))) == {young, last}
+
+
+def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything goes, however many batches it takes, kept messages in between notwithstanding."""
+    monkeypatch.setattr(retention, "BATCH", 3)
+    chat_id = world.chat()
+    for n in range(10):
+        ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
+        receive(world, uuid4(), 31 * DAY + n * HOUR)  # the last of its chat
+        receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the chat's last
+    removed = tidier(engine, settings).tidy()
+    assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)
+    assert world.scalar("SELECT count(*) FROM chat_messages") == 10
+
+
+def test_a_run_goes_on_where_the_last_one_ended(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When its time is up a run ends between two batches, and the next one does the rest."""
+    monkeypatch.setattr(retention, "BATCH", 3)
+    monkeypatch.setattr(tidying, "BUDGET", timedelta(milliseconds=100))
+    for _ in range(5):
+        ended(world, 31 * DAY)
+    one = tidier(engine, settings)
+    monkeypatch.setattr(tidying, "LEAST_PAUSE", 0.2)
+    assert one.tidy() == {"idempotency_keys": 0, "follow_ups": 3, "chat_messages": 0}
+    assert one.tidy()["follow_ups"] == 2
+
+
+def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
+    """A row that another transaction holds is not waited for."""
+    held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
+    with engine.connect() as other:
+        other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})
+        assert tidier(engine, settings).tidy()["follow_ups"] == 1
+    assert [row.id for row in world.rows()] == [held]
+    assert world.rows(free) == []
+
+
+def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
+    """While one worker tidies up, another one does nothing; afterwards the lock is free."""
+    ended(world, 31 * DAY)
+    with engine.connect() as other:
+        other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
+        assert tidier(engine, settings).tidy() == {}
+        other.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK})
+    assert tidier(engine, settings).tidy()["follow_ups"] == 1
+    assert (
+        world.scalar(
+            "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
+            " (SELECT oid FROM pg_database WHERE datname = current_database())"
+        )
+        == 0
+    )
+
+
+def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
+    """Told to stop, it ends after the batch under way; a second start while it runs does nothing."""
+    ended(world, 31 * DAY)
+    one = tidier(engine, settings)
+    one.start()
+    one.start()
+    one.stop()
+    assert one.tidy() == {"idempotency_keys": 0, "follow_ups": 0, "chat_messages": 0}

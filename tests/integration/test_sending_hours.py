@@ -1,0 +1,234 @@
+"""Sending hours on PostgreSQL: what falls outside is held until they open, and the messaging window is kept."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch.begin import Beginning, begin
+from followups.dispatch.claim import claim
+from followups.errors import InvalidRequestError, OutsideMessagingWindowError
+from followups.quiet_hours import EVERY_DAY, SendingHours, opens_at
+from followups.scheduling import amend
+from followups.store import holds, order, sending_hours
+from followups.store.holds import SPREAD
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from world import World
+
+SECOND = timedelta(seconds=1)
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+
+
+def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
+    """Return hours that open so long after now, to the minute, and last so long; every day, in UTC."""
+    opening = datetime.now(UTC) + ahead
+    return SendingHours("UTC", clock(opening), clock(opening + length))
+
+
+def clock(moment: datetime) -> time:
+    """Return the time of the day, to the minute."""
+    return moment.time().replace(second=0, microsecond=0)
+
+
+CLOSED = hours_from(3 * HOUR, HOUR)
+OPEN = hours_from(-HOUR, 3 * HOUR)
+
+
+def put(world: World, hours: SendingHours) -> None:
+    """Set the workspace's hours."""
+    with Session(world.engine) as session, session.begin():
+        sending_hours.put(session, world.workspace_id, hours)
+
+
+def opening_of(world: World, hours: SendingHours) -> datetime:
+    """Return when they open next."""
+    return opens_at(hours, world.scalar("SELECT now()"))
+
+
+def claim_and_begin(engine: Engine, settings: Settings) -> Beginning:
+    """Claim what is due and begin it."""
+    return begin(engine, settings, claim(engine, settings).leases)
+
+
+def begun(beginning: Beginning) -> set[UUID]:
+    """Return which have begun."""
+    return {one.lease.id for one in beginning.begun}
+
+
+def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:
+    """Outside the hours nothing begins: it is held until they open, with no attempt used up; others go on."""
+    others = type(world)(engine)
+    put(world, CLOSED)
+    mine, theirs = world.follow_up(), others.follow_up()
+    assert begun(claim_and_begin(engine, settings)) == {theirs}
+    row, opening = world.row(mine), opening_of(world, CLOSED)
+    assert (row.status, row.attempts, row.snoozes, row.lease_until) == ("pending", 0, 0, None)
+    assert row.held_until == opening
+    assert opening <= row.next_attempt_at <= opening + SPREAD
+    assert claim(engine, settings).leases == ()
+
+
+def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings) -> None:
+    """Within the hours a follow-up begins as ever."""
+    put(world, OPEN)
+    follow_up = world.follow_up()
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
+    """When the hours have opened, what was held begins."""
+    put(world, CLOSED)
+    follow_up = world.follow_up()
+    claim_and_begin(engine, settings)
+    # An hour of waiting, by what the database compares with.
+    world.sql("UPDATE sending_hours SET open_from = now() - interval '1 min'")
+    world.sql("UPDATE follow_ups SET next_attempt_at = now(), held_until = now() - interval '1 min'")
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
+    """When the time of sending that the database knows is over, whoever meets that works out the one of now."""
+    put(world, OPEN)
+    world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
+    follow_up = world.follow_up()
+    beginning = claim_and_begin(engine, settings)
+    assert [lease.id for lease in beginning.again] == [follow_up]
+    assert world.scalar("SELECT open_from <= now() AND now() < open_until FROM sending_hours")
+    assert begun(begin(engine, settings, beginning.again)) == {follow_up}
+
+
+def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
+    """One whose due moment is the opening begins a little before it, as any other does before its moment."""
+    put(world, OPEN)
+    world.sql("UPDATE sending_hours SET open_from = now() + interval '80 ms'")
+    follow_up = world.follow_up(due=timedelta(milliseconds=90))
+    assert begun(claim_and_begin(engine, settings)) == {follow_up}
+
+
+def test_the_first_due_comes_back_first(world: World) -> None:
+    """What is held until the same opening comes back in the order of the due dates, within a second."""
+    opening = world.scalar("SELECT now()")
+    back = [holds.back_at(opening, opening - ago) for ago in (50 * HOUR, 9 * HOUR, 8 * HOUR, MINUTE)]
+    assert back == sorted(back)
+    assert len(set(back)) == 4
+    assert all(opening <= one <= opening + SPREAD for one in back)
+
+
+def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
+    """Two of one chat, held until the same opening, begin one after the other."""
+    put(world, CLOSED)
+    chat = world.chat()
+    first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
+    claim_and_begin(engine, settings)
+    assert world.row(first).held_until == world.row(second).held_until
+    with engine.begin() as connection:
+        connection.execute(text("DELETE FROM sending_hours"))
+        assert holds.free_quiet(connection, world.workspace_id) == 2
+    assert begun(claim_and_begin(engine, settings)) == {first}
+    assert world.row(second).waits_for == first
+    with engine.begin() as connection:
+        assert order.wake_forgotten(connection) == 0
+
+
+class TestLateness:
+    """MAX_LATENESS counts from the opening."""
+
+    def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What was held for longer than it may be late is sent after the opening, and is too late only later."""
+        brief = settings.model_copy(update={"max_lateness": HOUR})
+        put(world, OPEN)
+        old = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
+        kept = world.follow_up(**old, held_until=text("now() - interval '59 min'"))
+        late = world.follow_up(**old, held_until=text("now() - interval '61 min'"))
+        beginning = claim_and_begin(engine, brief)
+        assert begun(beginning) == {kept}
+        assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
+
+    def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What came due outside the hours while no worker ran is no later than if it had been held."""
+        brief = settings.model_copy(update={"max_lateness": HOUR})
+        put(world, hours_from(-30 * MINUTE, 3 * HOUR))
+        old = {"scheduled_at": text("now() - interval '9 h'")}
+        night = world.follow_up(due=-5 * HOUR, **old)
+        yesterday = world.follow_up(due=-25 * HOUR, scheduled_at=text("now() - interval '26 h'"))
+        beginning = claim_and_begin(engine, brief)
+        assert [one for one, _ in beginning.ended] == [yesterday]
+        assert begun(claim_and_begin(engine, brief)) == {night}
+
+
+class TestWindow:
+    """The channel's messaging window and the hours together."""
+
+    def windowed(self, world: World, left: timedelta) -> UUID:
+        """Return a chat whose window ends so long from now."""
+        ago = (24 * HOUR - left).total_seconds()
+        return world.chat(channel="whatsapp", last_user_message_at=text(f"now() - interval '{ago} s'"))
+
+    def test_a_hold_that_would_miss_the_window(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What the hours would hold until after the window fails at once as window_closed; what fits is held."""
+        put(world, CLOSED)
+        missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))
+        beginning = claim_and_begin(engine, settings)
+        assert [one for one, _ in beginning.ended] == [missed]
+        assert world.row(missed).reason == "window_closed: it ends before the workspace's sending hours open"
+        assert world.row(fits).held_until is not None
+
+    def test_told_beforehand(self, world: World) -> None:
+        """A due date whose opening is outside the window is refused, and says why; one whose opening fits is taken."""
+        put(world, CLOSED)
+        missed, fits = (self.windowed(world, left) for left in (2 * HOUR, 5 * HOUR))
+        due = datetime.now(UTC) + HOUR
+        with Session(world.engine) as session, session.begin():
+            kept = {"workspace_id": world.workspace_id, "message": "?", "due_date": due}
+            with pytest.raises(OutsideMessagingWindowError, match=r"sending hours \(.*\), which open at .*Z, outside"):
+                followups.schedule(session, chat_id=missed, **kept)
+            created = followups.schedule(session, chat_id=fits, **kept)
+            with pytest.raises(OutsideMessagingWindowError):
+                amend(session, created.id, {"due_date": due + 4 * HOUR})
+            amend(session, created.id, {"due_date": due + MINUTE})
+            # Without a window, any due date will do.
+            followups.schedule(session, chat_id=world.chat(), **kept)
+
+
+def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
+    """A held follow-up can be cancelled; with a new due date it is held no more, until it is due."""
+    put(world, CLOSED)
+    cancelled, moved = world.follow_up(), world.follow_up()
+    claim_and_begin(engine, settings)
+    due = datetime.now(UTC) + 9 * HOUR
+    with Session(engine) as session, session.begin():
+        followups.cancel(session, cancelled, reason="never mind")
+        amend(session, moved, {"due_date": due})
+    assert world.row(cancelled).status == "cancelled"
+    row = world.row(moved)
+    assert (row.due_date, row.next_attempt_at, row.held_until) == (due, None, None)
+
+
+def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
+    """Hours that cannot be read hold for a minute, and are looked at again: nothing is sent at a wrong hour."""
+    put(world, CLOSED)
+    world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
+    follow_up = world.follow_up()
+    claim_and_begin(engine, settings)
+    row = world.row(follow_up)
+    assert timedelta(0) < row.next_attempt_at - world.scalar("SELECT now()") <= MINUTE + SPREAD
+
+
+@pytest.mark.parametrize("zone", ["", "Nowhere/Else", "a\x00b"])
+def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
+    """A time zone that is none is refused where it is set."""
+    with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="There is no time zone"):
+        sending_hours.put(session, world.workspace_id, SendingHours(zone, time(8), time(20), EVERY_DAY))
+    with Session(world.engine) as session:
+        assert sending_hours.find(session, uuid4()) is None

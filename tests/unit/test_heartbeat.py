@@ -1,0 +1,117 @@
+"""Signs of life: what is written, what is read of it, and how cheap a look is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from followups.telemetry import heartbeat
+from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of, look
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+SECOND = timedelta(seconds=1)
+
+PROCESS = """
+import sys, time
+from datetime import timedelta
+from pathlib import Path
+from followups.telemetry.heartbeat import Heartbeat
+heart = Heartbeat(Path(sys.argv[1]), "worker", "w@here")
+heart.sign("consumer", timedelta(seconds=float(sys.argv[2])), "has not asked")
+heart.start()
+print("started", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a process that signs once, for two seconds, and then only writes."""
+    command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "started\n"
+        yield process
+        process.kill()
+
+
+def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
+    """A process is well until one of its parts is late with its sign, and nothing is left of it when it is killed."""
+    (life,) = look(tmp_path, "worker")
+    assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
+    assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
+    assert look(tmp_path, "worker", "x") == look(tmp_path, "beat") == []
+    time.sleep(2.2)
+    assert look(tmp_path, "worker")[0].trouble == "has not asked for 2 s"
+    living.kill()
+    living.wait()
+    assert look(tmp_path, "worker") == []
+
+
+def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
+    """A start takes away the files of processes that have ended, and no others."""
+    dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
+    dead.write_text("{}")
+    heart = Heartbeat(tmp_path, "beat", "b@here")
+    heart.start()
+    assert sorted(path.name.partition("-")[0] for path in tmp_path.iterdir()) == ["beat", "worker"]
+    heart.stop()
+    heart.stop()
+    assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["worker"]
+
+
+def test_probes_sign_for_others(tmp_path: Path) -> None:
+    """A probe is asked before each writing; once the process is to end, nothing else is expected of it."""
+    heart = Heartbeat(tmp_path, "worker", "w@here")
+    heart.probe(lambda: heart.sign("loop", SECOND, "is stuck"))
+    heart.start()
+    time.sleep(1.3)
+    assert heart.parts().keys() == {"loop"}
+    heart.end(SECOND, "has been stopping")
+    time.sleep(1.1)
+    assert heart.parts().keys() == {"end"}
+    heart.stop()
+
+
+def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The setting names the directory; without one it is the user's own in the temporary directory."""
+    assert directory_of(str(tmp_path)) == tmp_path
+    monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"
+    heart = Heartbeat(directory_of(None), "beat", "b")
+    heart.start()
+    assert directory_of(None).stat().st_mode & 0o777 == 0o700
+    heart.stop()
+
+
+def test_a_trap_is_not_used(tmp_path: Path) -> None:
+    """A link, or a file, where the directory should be is refused in one sentence."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").touch()
+    for name in ("link", "file"):
+        with pytest.raises(HeartbeatError, match=name):
+            Heartbeat(tmp_path / name, "beat", "b").start()
+
+
+def test_a_look_loads_next_to_nothing() -> None:
+    """`followups health` loads neither Celery nor FastAPI, SQLAlchemy, pydantic or a broker's client."""
+    script = """
+import sys
+from followups.cli import main
+assert main(["health", "beat"]) == 1
+heavy = ("celery", "kombu", "redis", "fastapi", "sqlalchemy", "pydantic", "aiohttp", "alembic", "structlog")
+print([name for name in sys.modules if name.startswith(heavy)])
+"""
+    environment = os.environ | {"FOLLOWUPS_RUNTIME_DIR": "/nowhere"}
+    ran = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "[]\n"

@@ -1,0 +1,148 @@
+"""Sending hours: every moment of sending is one at which the clock on the wall allows it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time, timedelta
+from zoneinfo import ZoneInfo
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.quiet_hours import DAYS, SendingHours, opens_at, read_days, span_of, written_days, zone_of
+
+BERLIN = "Europe/Berlin"
+MINUTE = timedelta(minutes=1)
+DAY = timedelta(days=1)
+# With clocks that are set by an hour, by half an hour, at midnight, never; with a day left out; and odd offsets.
+ZONES = (
+    "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
+    "Pacific/Kiritimati", "Africa/Casablanca",
+)  # fmt: skip
+CLOCKS = st.times().map(lambda each: each.replace(second=0, microsecond=0))
+HOURS = st.builds(
+    SendingHours,
+    st.sampled_from(ZONES),
+    CLOCKS,
+    CLOCKS,
+    st.frozensets(st.integers(0, 6), min_size=1),
+)
+MOMENTS = st.datetimes(datetime(2010, 1, 1), datetime(2040, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - its zone is UTC
+TRANSITIONS = (
+    datetime(2030, 3, 31, 1, tzinfo=UTC),  # Berlin, forward
+    datetime(2030, 10, 27, 1, tzinfo=UTC),  # Berlin, back
+    datetime(2026, 4, 4, 15, tzinfo=UTC),  # Lord Howe, back by half an hour
+    datetime(2026, 11, 1, 5, tzinfo=UTC),  # Havana, back to midnight
+    datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia, a day left out
+)
+NEAR_TRANSITIONS = st.builds(
+    lambda moment, minutes: moment + minutes * MINUTE, st.sampled_from(TRANSITIONS), st.integers(-3000, 3000)
+)
+
+
+def allowed(hours: SendingHours, moment: datetime) -> bool:
+    """Say whether the clock on the wall shows a time of sending, looked at by itself."""
+    local = moment.astimezone(ZoneInfo(hours.time_zone))
+    clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
+    if hours.opening < hours.closing:
+        return today in hours.days and hours.opening <= clock < hours.closing
+    # Over midnight: the first part belongs to today, the second to the day before.
+    return (today in hours.days and clock >= hours.opening) or (yesterday in hours.days and clock < hours.closing)
+
+
+def is_shown_twice(zone: str, moment: datetime) -> bool:
+    """Say whether the clock shows this time twice, or did within the day before or after (its hours may begin then)."""
+    zone_info = ZoneInfo(zone)
+    return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1
+
+
+@given(HOURS, MOMENTS | NEAR_TRANSITIONS)
+def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
+    """From the opening on and until right before the closing, the clock shows a time of sending."""
+    opening, closing = span_of(hours, moment)
+    assert opening < closing
+    assert moment < closing
+    inside = [opening, closing - timedelta(microseconds=1), opening + (closing - opening) / 2]
+    inside += [opening + n * (closing - opening) / 13 for n in range(13)]
+    for each in inside:
+        local = each.astimezone(ZoneInfo(hours.time_zone)).time()
+        assert hours.opening == hours.closing or allowed(hours, each), local
+
+
+@given(HOURS, MOMENTS | NEAR_TRANSITIONS)
+def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
+    """Until the opening the clock shows no time of sending, but for the hours in which it is set."""
+    opening = opens_at(hours, moment)
+    assert opening >= moment
+    for n in range(40):
+        each = moment + n * (opening - moment) / 40
+        if each < opening and not is_shown_twice(hours.time_zone, each):
+            assert not allowed(hours, each)
+
+
+@given(HOURS, MOMENTS | NEAR_TRANSITIONS)
+def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
+    """At the opening it is open: asked again then, the answer is that moment; and a later moment opens no earlier."""
+    opening = opens_at(hours, moment)
+    assert opens_at(hours, opening) == opening
+    assert opens_at(hours, moment + MINUTE) >= opening
+
+
+@pytest.mark.parametrize(
+    ("opening", "closing", "moment", "expected"),
+    [
+        # In winter Berlin is an hour ahead of UTC, in summer two.
+        ("08:00", "20:00", "2030-01-31T22:00Z", "2030-02-01T07:00Z"),
+        ("08:00", "20:00", "2030-07-31T22:00Z", "2030-08-01T06:00Z"),
+        ("08:00", "20:00", "2030-01-31T12:00Z", "2030-01-31T12:00Z"),
+        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is too late
+        ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is not
+        ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
+        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # of the night before
+        ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
+        # 02:00 becomes 03:00: the jump is the opening, and the closing.
+        ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
+        ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
+        ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),
+        # 03:00 becomes 02:00: opens at the second half past two, closes at the first.
+        ("02:30", "20:00", "2030-10-27T00:00Z", "2030-10-27T01:30Z"),
+        ("01:00", "02:30", "2030-10-27T00:30Z", "2030-10-28T00:00Z"),
+    ],
+)
+def test_moments_in_berlin(opening: str, closing: str, moment: str, expected: str) -> None:
+    """Hours go by the clock on the wall, over nights and over the days on which clocks are set."""
+    hours = SendingHours(BERLIN, time.fromisoformat(opening), time.fromisoformat(closing))
+    assert opens_at(hours, datetime.fromisoformat(moment)) == datetime.fromisoformat(expected)
+
+
+def test_days() -> None:
+    """On other days it does not open; a night belongs to the day on which it begins."""
+    weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
+    saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
+    assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)
+    fridays = SendingHours(BERLIN, time(22), time(6), read_days("fri"))
+    assert opens_at(fridays, datetime(2030, 2, 2, 3, tzinfo=UTC)) == datetime(2030, 2, 2, 3, tzinfo=UTC)
+
+
+@given(st.frozensets(st.integers(0, 6), min_size=1))
+def test_days_are_read_as_they_are_written(days: frozenset[int]) -> None:
+    """What is written of days is read as the same days."""
+    assert read_days(written_days(days)) == days
+
+
+@pytest.mark.parametrize("text", ["", "monday", "mon-", "-", "mon,,fri", "0-6"])
+def test_what_are_no_days(text: str) -> None:
+    """Anything else is refused."""
+    with pytest.raises(ValueError, match=r".*"):
+        read_days(text)
+    assert DAYS[0] == "mon"
+
+
+@pytest.mark.parametrize(
+    "name", ["", "Nowhere", "Europe", "../etc/passwd", "/etc/localtime", "a\x00", "\ud800", "x" * 300]
+)
+def test_what_is_no_time_zone(name: str) -> None:
+    """A name that the database of time zones does not have is no zone, whatever it is."""
+    assert zone_of(name) is None
+    with pytest.raises(LookupError):
+        opens_at(SendingHours(name, time(8), time(20)), datetime(2030, 1, 31, tzinfo=UTC))
