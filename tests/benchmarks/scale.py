@@ -1,6 +1,7 @@
 """What SCALING.md rests on, on one embedded PostgreSQL: many dispatchers at once, and a history in partitions.
 
     uv run python tests/benchmarks/scale.py claim --rows 1000000 --dispatchers 1,2,4,8,16 --seconds 5
+    uv run python tests/benchmarks/scale.py claim --rows 200000 --dispatchers 1 --window 100000 --held 33000
     uv run python tests/benchmarks/scale.py history --rows 1000000
 
 Asserts only that nothing is claimed twice and nothing gets lost. Ends by itself, within a few minutes.
@@ -75,7 +76,7 @@ def vacuum(engine: Engine) -> None:
         connection.execute(text("VACUUM ANALYZE follow_ups"))
 
 
-def dispatch(url: str, ready: Barrier, results: Queue[Any], seconds: float) -> None:
+def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
     """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
     span = {"ahead": timedelta(seconds=2), "lease": timedelta(minutes=1), "since": None}
@@ -83,11 +84,11 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], seconds: float) -> N
     took: list[float] = []
     engine.connect().close()
     ready.wait()
-    end = time.monotonic() + seconds
+    end = time.monotonic() + options.seconds
     while time.monotonic() < end:
         began = time.perf_counter()
         with engine.begin() as connection:
-            claimed, _, span["since"] = leases.claim(connection, window=WINDOW, most=CLAIM_SIZE, **span)
+            claimed, _, span["since"] = leases.claim(connection, window=options.window, most=CLAIM_SIZE, **span)
         took.append(time.perf_counter() - began)
         ids += [str(one.lease.id) for one in claimed]
         end_all(engine, [one.lease for one in claimed])
@@ -103,22 +104,31 @@ def end_all(engine: Engine, held: list[leases.Lease]) -> None:
         held = [lease for lease in held if lease.id not in ended]
 
 
+# What is in flight: the first by their due date, leased by somebody else for long.
+_HOLD = text("""
+    UPDATE follow_ups SET lease_token = 1, lease_until = now() + interval '1 hour'
+     WHERE id IN (SELECT id FROM follow_ups ORDER BY due_date LIMIT :held)
+""")
+
+
 def claim(options: argparse.Namespace) -> dict[str, Any]:
     """Let ever more dispatchers claim from the same table."""
     found = {}
     with filled(options.rows) as (url, engine):
+        with engine.begin() as connection:
+            connection.execute(_HOLD, {"held": options.held})
         for number in map(int, options.dispatchers.split(",")):
-            found[f"{number} dispatchers"] = together(url, number, options.seconds)
+            found[f"{number} dispatchers"] = together(url, number, options)
             print(number, found[f"{number} dispatchers"], file=sys.stderr)  # noqa: T201 - how far it is
             vacuum(engine)  # what has ended is no longer in the claim's way, as autovacuum sees to
     return found
 
 
-def together(url: str, number: int, seconds: float) -> dict[str, float]:
+def together(url: str, number: int, options: argparse.Namespace) -> dict[str, float]:
     """Let so many dispatchers claim at once, each from a process of its own."""
     context = get_context("spawn")
     ready, queue = context.Barrier(number), context.Queue()
-    processes = [context.Process(target=dispatch, args=(url, ready, queue, seconds)) for _ in range(number)]
+    processes = [context.Process(target=dispatch, args=(url, ready, queue, options)) for _ in range(number)]
     for process in processes:
         process.start()
     results = [queue.get(timeout=120) for _ in processes]
@@ -128,7 +138,7 @@ def together(url: str, number: int, seconds: float) -> dict[str, float]:
     assert len(ids) == len(set(ids)), "claimed twice"
     cuts = quantiles([one for _, each in results for one in each], n=100)
     return {
-        "claimed and ended a second": round(len(ids) / seconds),
+        "claimed and ended a second": round(len(ids) / options.seconds),
         "claim p50 ms": round(cuts[49] * 1000, 1),
         "claim p99 ms": round(cuts[98] * 1000, 1),
     }
@@ -208,6 +218,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--dispatchers", default="1,2,4,8,16")
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--window", type=int, default=WINDOW, help="what may be in flight (default: the setting's)")
+    parser.add_argument("--held", type=int, default=0, help="what is in flight already (default: 0)")
     options = parser.parse_args()
     print(json.dumps({"claim": claim, "history": history}[options.what](options), indent=2))  # noqa: T201 - the result
     return 0

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib.metadata import distributions
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +17,7 @@ import pytest
 from deploy.manifests import ROOT
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,18 @@ class Built:
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """Build wheel (from the sdist) and sdist, and install the wheel with the versions that are installed here."""
+def built() -> Iterator[Built]:
+    """Build sdist, and wheel from it, and install the wheel with the versions that are installed here."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
-    directory = tmp_path_factory.mktemp("built")
+    # Not below pytest's own directory, which every session closes to others: for root, PostgreSQL is another user.
+    with tempfile.TemporaryDirectory() as directory:
+        yield build(uv, Path(directory))
+
+
+def build(uv: str, directory: Path) -> Built:
+    """Build and install into a directory."""
     call(uv, "build", "--quiet", "--out-dir", str(directory / "dist"), str(ROOT))
     (wheel,), (sdist,) = directory.glob("dist/*.whl"), directory.glob("dist/*.tar.gz")
     constraints = directory / "constraints.txt"
