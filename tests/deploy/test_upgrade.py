@@ -58,15 +58,16 @@ def old_code(tmp_path: Path) -> str:
     """Return a directory with the code as it was before the newest migration, from the repository's history."""
     if not (git := shutil.which("git")) or not (ROOT / ".git").exists():
         pytest.skip("there is no history to take the old code from")
-    path = Path(NEWEST.path).relative_to(ROOT)
 
     def output(*arguments: str) -> bytes:
         return subprocess.run([git, "-C", str(ROOT), *arguments], capture_output=True, check=False).stdout
 
-    added = output("log", "--diff-filter=A", "--format=%H", "-1", "--", str(path)).decode().strip()
-    archive = output("archive", f"{added}^" if added else "HEAD", "src")
-    if not archive:
+    path = str(Path(NEWEST.path).relative_to(ROOT))
+    commits = output("rev-list", "--first-parent", "HEAD").decode().split()
+    before = next((commit for commit in commits if not output("ls-tree", commit, "--", path)), None)
+    if not before:
         pytest.skip("the history does not reach back to the code before the newest migration")
+    archive = output("archive", before, "src")
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         files.extractall(tmp_path, filter="data")
     assert not list((tmp_path / "src/followups/migrations/versions").glob(f"*{NEWEST.revision}*"))
