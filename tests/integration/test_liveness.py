@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups import liveness
+from followups.database import BY_KEY, make_async_engine
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.pipeline import Pipeline
 from followups.telemetry.heartbeat import Heartbeat
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
     from world import World
 
 
-def test_a_stuck_loop_and_a_stuck_tick(settings: Settings, engine: Engine, world: World, tmp_path: Path) -> None:
+def test_a_stuck_loop_and_a_stuck_tick(
+    settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
+) -> None:
     """The pipeline signs when its loop turns, the dispatcher when idle; stuck, their last sign grows old."""
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
-    pipeline = Pipeline(settings, engine, SandboxTransport(settings))
+    pipeline = Pipeline(settings, make_async_engine(database_url, options=BY_KEY), SandboxTransport(settings))
     heart = Heartbeat(tmp_path, "worker", "w@here")
     dispatcher.start()
     pipeline.start()
