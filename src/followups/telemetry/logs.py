@@ -70,7 +70,8 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
         _console(colours=on_terminal) if console else render_json,
     ]
     _Configured.times += 1
-    _Configured.brief = [structlog.contextvars.merge_contextvars, _head, render_json] if not console else [*SHARED, *finish]
+    brief = [structlog.contextvars.merge_contextvars, _head, render_json]
+    _Configured.brief = [*SHARED, *finish] if console else brief
     structlog.configure(
         processors=[*SHARED, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
