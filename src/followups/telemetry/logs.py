@@ -70,7 +70,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
         _console(colours=on_terminal) if console else render_json,
     ]
     _Configured.times += 1
-    brief = [structlog.contextvars.merge_contextvars, _head, render_json]
+    brief: list[Processor] = [structlog.contextvars.merge_contextvars, _head, render_json]
     _Configured.brief = [*SHARED, *finish] if console else brief
     structlog.configure(
         processors=[*SHARED, *finish],
