@@ -36,6 +36,17 @@ def downgrade(database_url: str, revision: str) -> None:
     command.downgrade(alembic_config(database_url), revision)
 
 
+def is_ready(current: str | None) -> bool:
+    """Say whether this code can work on a schema of this version: its own newest, or one that a newer code brought.
+
+    Migrations only add, so that old processes go on while an upgrade replaces them one by one.
+    """
+    scripts = ScriptDirectory.from_config(alembic_config())
+    return current is not None and current not in {one.revision for one in scripts.walk_revisions()} - {
+        scripts.get_current_head()
+    }
+
+
 def schema_versions(engine: Engine) -> tuple[str | None, str | None]:
     """Return the revision the database has, and the newest one of this package."""
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()

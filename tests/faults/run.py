@@ -15,6 +15,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -23,10 +24,15 @@ from collections import Counter, defaultdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
+UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py")
+"""What does the same whatever the seed: run once."""
 
 FAULTS = {
     1: "SIGKILL of the worker, and of its child, at each step",
@@ -53,6 +59,10 @@ FAULTS = {
 }
 
 
+Key = tuple[int, str]
+"""A fault's number, and a test's name as it is shown."""
+
+
 def main() -> int:
     """Run what is asked for; the exit code is 1 when a test failed or a promise was broken."""
     options = _parser().parse_args()
@@ -61,14 +71,16 @@ def main() -> int:
         failures = 0
         for number in range(options.seeds):
             seed = options.first_seed + number
-            failures += _run(seed, kept, "not faults_long", 4, f"seed {number + 1} of {options.seeds}")
+            skipped = UNSEEDED if number else ()
+            failures += _run(seed, kept, "not faults_long", 4, f"seed {number + 1} of {options.seeds}", skipped)
         if options.long:
-            failures += _run(options.first_seed, kept, "faults_long", 1, "the long forms")
+            failures += _run(options.first_seed, kept, "faults_long", 1, "the long forms", ())
         lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     if not lines:
         sys.stderr.write("There are no figures: give --seeds N or --long.\n")
         return 2
-    options.results.write_text(report(lines))
+    earlier = options.results.read_text() if options.results.exists() else ""
+    options.results.write_text(report(lines, earlier))
     broken = sum(bool(line.get("broken")) for line in lines if line["fault"])
     sys.stdout.write(f"Wrote {options.results}; runs that failed: {failures}, tests that broke a promise: {broken}.\n")
     return int(bool(failures or broken))
@@ -85,9 +97,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(seed: int, kept: Path, marker: str, processes: int, title: str) -> int:
+def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped: Sequence[str]) -> int:
     """Run the tests once; return 1 when any failed. Adds a line with fault 0 that says how it went."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-m", marker, "-n", str(processes), "--no-header"]
+    command += [f"--ignore={HERE / name}" for name in skipped]
     environment = os.environ | {"FOLLOWUPS_TEST_SEED": str(seed), "FOLLOWUPS_TEST_FIGURES": str(kept.resolve())}
     done = subprocess.run(command, env=environment, cwd=HERE.parents[1], capture_output=True, text=True, check=False)
     summary = done.stdout.strip().rpartition("\n")[2]
@@ -106,21 +119,35 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str) -> int:
     return int(bool(done.returncode))
 
 
-def report(lines: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown."""
-    parts = [_head(lines)]
-    for form, title in (("short", "Short forms"), ("long", "Long forms")):
-        of_form = [line for line in lines if line["form"] == form and line["fault"]]
-        if of_form:
-            parts.append(f"## {title}\n\n{_table(of_form)}\n")
+def report(lines: list[dict[str, Any]], earlier: str) -> str:
+    """Return the results as Markdown. Long forms that were not run this time stay as ``earlier`` results tell them."""
+    today = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
+    short, long = ({key: f"{row} {today} |" for key, row in _rows(lines, form).items()} for form in ("short", "long"))
+    long = _long_rows(earlier) | long
+    parts = [_head(lines, len(long))]
+    parts += [
+        f"## {title}\n\n{_table(rows)}\n" for title, rows in (("Short forms", short), ("Long forms", long)) if rows
+    ]
     return "\n".join(parts)
 
 
-def _head(lines: list[dict[str, Any]]) -> str:
+def _long_rows(results: str) -> dict[Key, str]:
+    """Return the rows of the long forms in a page of results, with the date of each."""
+    date = re.search(r"^- Date: (.+?) UTC$", results, re.MULTILINE)
+    rows = {}
+    for row in results.partition("## Long forms")[2].splitlines():
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        if len(cells) >= 6 and cells[0].isdigit():
+            dated = len(cells) > 6
+            shown = [cells[0], "", *cells[2:6], cells[6] if dated else date[1] if date else ""]
+            rows[int(cells[0]), cells[2]] = f"| {' | '.join(shown)} |".replace("|  |", "| |")
+    return rows
+
+
+def _head(lines: list[dict[str, Any]], long: int) -> str:
     runs = {form: [line for line in lines if line["form"] == form and not line["fault"]] for form in ("short", "long")}
     seeds = sorted({line["seed"] for line in lines if line["form"] == "short"})
     whole_runs = f"{len(runs['short'])}, passed: {sum(line['passed'] for line in runs['short'])}"
-    long = {line["test"] for line in lines if line["form"] == "long" and line["fault"]}
     broken: Counter[str] = Counter()
     for line in lines:
         broken.update(line.get("broken") or {})
@@ -133,7 +160,7 @@ Written by `uv run python tests/faults/run.py`; not edited by hand.
 - Machine: {_machine()}
 - Python {platform.python_version()}, {packages}; PostgreSQL 18 and Valkey 9, embedded, on the same machine
 - Short forms: seeds {", ".join(map(str, seeds)) or "none"}; whole runs by this program: {whole_runs}
-- Long forms: {len(long)} tests
+- Long forms: {long} tests, each with the date of its last run
 - Promises broken, in all of them: {dict(broken) or "none (lost 0, doubled 0, after cancel 0, contradictions 0)"}
 
 A lease is 3 s and a tick 0.1 s in the short forms, unless a test needs others. "Broken" counts every promise of
@@ -153,20 +180,25 @@ def _machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores ({model}), {memory:.0f} GiB, {platform.system()} {platform.release()}"
 
 
-def _table(lines: list[dict[str, Any]]) -> str:
-    rows = ["| # | fault | test | runs | broken | figures |", "| --- | --- | --- | --- | --- | --- |"]
-    grouped: dict[tuple[int, str], list[dict[str, Any]]] = defaultdict(list)
+def _rows(lines: list[dict[str, Any]], form: str) -> dict[Key, str]:
+    grouped: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
-        grouped[line["fault"], line["test"]].append(line)
-    seen = set()
-    for (fault, test), runs in sorted(grouped.items()):
-        name = FAULTS[fault] if fault not in seen else ""
-        seen.add(fault)
+        if line["form"] == form and line["fault"]:
+            grouped[line["fault"], f"`{line['test'].removeprefix('test_')}`"].append(line)
+    rows = {}
+    for (fault, test), runs in grouped.items():
         broken = sum(sum((run.get("broken") or {}).values()) for run in runs)
-        rows.append(
-            f"| {fault} | {name} | `{test.removeprefix('test_')}` | {len(runs)} | {broken} | {_figures(runs)} |"
-        )
-    return "\n".join(rows)
+        rows[fault, test] = f"| {fault} | | {test} | {len(runs)} | {broken} | {_figures(runs)} |"
+    return rows
+
+
+def _table(rows: dict[Key, str]) -> str:
+    table = ["| # | fault | test | runs | broken | figures | run |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    seen = set()
+    for (fault, _), row in sorted(rows.items()):
+        table.append(row if fault in seen else row.replace("| |", f"| {FAULTS[fault]} |", 1))
+        seen.add(fault)
+    return "\n".join(table)
 
 
 def _figures(runs: list[dict[str, Any]]) -> str:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import Engine, event, insert, text
+from sqlalchemy import Connection, Engine, event, insert, text
 from sqlalchemy.exc import IntegrityError
 
 from followups.database import BoundedConnection, make_engine
 from followups.embedded.postgres import create_database, drop_database
 from followups.models import Base
 from followups.schema import downgrade, migrate, schema_versions
+from stack import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,3 +133,27 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
         event.remove(Engine, "connect", look)
     assert limits[0] == ("0", None)
     assert limits[-1] == ("30s", 35.0)
+
+
+def test_a_migration_gives_way(empty_engine: Engine) -> None:
+    """A migration that waits behind a long transaction lets everybody else pass, and is done when that has ended."""
+    url = empty_engine.url.render_as_string(hide_password=False)
+    migrate(url, "0003")
+    migration = threading.Thread(target=migrate, args=(url,))
+    with empty_engine.connect() as long, empty_engine.connect() as other:
+        long.execute(text("SELECT count(*) FROM follow_ups"))
+        migration.start()
+        wait_until(lambda: _waiting_for_locks(other))
+        other.execute(text("SET lock_timeout = '20s'"))
+        other.execute(text("SELECT count(*) FROM follow_ups"))  # behind the migration, which gives up its place
+        other.rollback()
+        assert migration.is_alive()
+    migration.join(30)
+    current, newest = schema_versions(empty_engine)
+    assert current == newest
+
+
+def _waiting_for_locks(connection: Connection) -> bool:
+    waiting = bool(connection.scalar(text("SELECT count(*) FROM pg_locks WHERE NOT granted")))
+    connection.rollback()
+    return waiting

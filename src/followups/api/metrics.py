@@ -94,7 +94,7 @@ class Exposition:
         self._counted.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Give what all processes have counted; without the database, what this one has."""
+        """Give what all processes have counted; without the database nothing, since less would look like a reset."""
         try:
             self._totals.add()
             with self._engine.connect() as connection:
@@ -102,7 +102,7 @@ class Exposition:
                 samples = dict.fromkeys(totals.counted(), 0.0) | totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)
-            samples = totals.counted()
+            samples = {}
         return _families(samples)
 
     def describe(self) -> list[Metric]:

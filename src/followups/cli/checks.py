@@ -89,6 +89,8 @@ def _version(connection: Connection, place: str) -> Finding:
 def _migrations(current: str | None, newest: str | None) -> Finding:
     if current == newest:
         return Finding("migrations", f"{current}, the newest")
+    if schema.is_ready(current):
+        return Finding("migrations", f"{current}, brought by a newer version than this one, which knows {newest}")
     return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 
 from alembic import context
-from sqlalchemy import text
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Connection, text
+from sqlalchemy.exc import OperationalError
 
 from followups.database import make_engine
+from followups.errors import FollowUpsError
 from followups.models import Base
 from followups.settings import get_settings
 
@@ -16,6 +19,39 @@ LOCK = 0x666F6C6C6F777570
 
 ASK_AGAIN = 0.2
 """Seconds between two questions whether the other migration has ended."""
+
+
+LOCK_TIMEOUT = "3s"
+"""How long a change of a table waits for whoever uses it: all others would wait behind it meanwhile."""
+
+GIVE_WAY = 1.0
+"""Seconds for which those others go first, until the next try."""
+
+PATIENCE = 600.0
+"""Seconds after which a migration gives up that never gets its turn."""
+
+
+def _migrate(connection: Connection) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+        connection.commit()
+        context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
+        try:
+            with context.begin_transaction():
+                context.run_migrations()
+        except OperationalError as error:
+            if not isinstance(error.orig, LockNotAvailable):
+                raise
+            connection.rollback()
+            if time.monotonic() > deadline:
+                message = (
+                    "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
+                )
+                raise FollowUpsError(message) from error
+            time.sleep(GIVE_WAY)
+        else:
+            return
 
 
 def run() -> None:
@@ -30,9 +66,7 @@ def run() -> None:
                 connection.rollback()
                 time.sleep(ASK_AGAIN)
             connection.commit()
-            context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
-            with context.begin_transaction():
-                context.run_migrations()
+            _migrate(connection)
     finally:
         engine.dispose()
 

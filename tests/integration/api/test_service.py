@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from datetime import timedelta
+from http import HTTPStatus
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -77,6 +78,18 @@ def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> Non
     assert problem["checks"][failing]["ok"] is False
     assert f"{failing} (" in problem["detail"]
     assert problem["checks"]["database"]["ok"] is True
+
+
+def test_ready_on_a_newer_schema(ticking: Api) -> None:
+    """A schema that a newer version has brought leaves the old processes ready: they go on during an upgrade."""
+    newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
+    ticking.world.sql("UPDATE alembic_version SET version_num = '9999'")
+    try:
+        answer = ticking.get("/readyz")
+    finally:
+        ticking.world.sql("UPDATE alembic_version SET version_num = :newest", newest=newest)
+    assert answer.status_code == HTTPStatus.OK
+    assert "9999, newer than" in answer.json()["checks"]["migrations"]["detail"]
 
 
 def test_metrics(api: Api) -> None:
