@@ -93,7 +93,8 @@ def make_engine(
     reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up;
     with None, for migrations, a statement may take as long as it takes.
     """
-    engine = create_engine(_url(database_url), **_arguments(pool_size, application_name, options, statement_timeout))
+    url = _url(database_url)
+    engine = create_engine(url, **_arguments(url, pool_size, application_name, options, statement_timeout))
     patience = _patience(statement_timeout)
 
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
@@ -114,9 +115,8 @@ def make_async_engine(
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
     """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`."""
-    engine = create_async_engine(
-        _url(database_url), **_arguments(pool_size, application_name, options, statement_timeout)
-    )
+    url = _url(database_url)
+    engine = create_async_engine(url, **_arguments(url, pool_size, application_name, options, statement_timeout))
     patience = _patience(statement_timeout)
 
     async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
@@ -136,8 +136,9 @@ def _url(database_url: str) -> URL:
 
 
 def _arguments(
-    pool_size: int, application_name: str, options: str, statement_timeout: timedelta | None
+    url: URL, pool_size: int, application_name: str, options: str, statement_timeout: timedelta | None
 ) -> dict[str, Any]:
+    theirs = url.query.get("options", "")
     limit = statement_timeout // MILLISECOND if statement_timeout else 0
     return {
         "pool_size": pool_size,
@@ -153,7 +154,8 @@ def _arguments(
             "application_name": application_name,
             "connect_timeout": CONNECT_TIMEOUT,
             # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
-            "options": f"-c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
+            # What the URL asks for (a search_path) comes first.
+            "options": f"{theirs} -c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
             f" -c timezone=UTC{options}",
             "keepalives_idle": 10,
             "keepalives_interval": 3,

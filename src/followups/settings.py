@@ -59,6 +59,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("FOLLOWUPS_BROKER_URL", "REDIS_URL"),
         description="Redis 6.2 or newer, or Valkey, redis://host:6379/0",
     )
+    broker_prefix: str = Field(
+        "followups:", min_length=1, description="before every key in the broker, so that others may use it too"
+    )
     transport: str = Field("http", min_length=1, description="http, matrix, or the entry-point name of a plug-in")
     transport_url: str | None = Field(None, description="where the transport delivers to")
     transport_secret: SecretStr | None = Field(None, description="signs deliveries (Standard Webhooks)")

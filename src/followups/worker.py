@@ -35,7 +35,7 @@ from followups.store.totals import Totals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
-from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
+from followups.worker_queues import DELIVER, DISPATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -116,7 +116,7 @@ def make_app(settings: Settings) -> Celery:
             # What is taken is gone. kombu would keep a copy of it in Redis until its acknowledgement; one that was
             # lost, because Redis hesitated, would count as prefetched for ever, and the worker consume no more.
             "ack_emulation": False,
-            "global_keyprefix": KEY_PREFIX,
+            "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,

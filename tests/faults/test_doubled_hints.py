@@ -10,7 +10,7 @@ from celery import Celery
 
 from followups.dispatch.claim import claim
 from followups.dispatch.publish import batches
-from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
+from followups.worker_queues import DELIVER, DISPATCH
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def claimed_and_doubled(rig: Rig) -> int:
     """Claim and publish as a tick does, put every message into the queues twice, in any order; return how many."""
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
-    app.conf.broker_transport_options = {"global_keyprefix": KEY_PREFIX}
+    app.conf.broker_transport_options = {"global_keyprefix": settings.broker_prefix}
     for hint in batches(claim(rig.world.engine, settings).leases, 5):
         app.send_task("followups.deliver", args=[hint], queue=DELIVER)
     app.close()
     total = 0
     with rig.broker() as broker:
-        wait_until(lambda: broker.llen(f"{KEY_PREFIX}{DELIVER}"))
-        for name in (f"{KEY_PREFIX}{DELIVER}", f"{KEY_PREFIX}{DISPATCH}"):
+        wait_until(lambda: broker.llen(f"{settings.broker_prefix}{DELIVER}"))
+        for name in (f"{settings.broker_prefix}{DELIVER}", f"{settings.broker_prefix}{DISPATCH}"):
             messages = broker.lpop(name, 10_000) or []
             twice = messages * 2
             rig.rng.shuffle(twice)

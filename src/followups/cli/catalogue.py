@@ -47,6 +47,9 @@ CATALOGUE = {
     "resume": Entry("pausing", "Let what is paused go on.", OPERATE),
     "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
     "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
+    "bench": Entry(
+        "bench.command", "Measure throughput and lag on the configured servers, apart from your data.", SET_UP
+    ),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
 """In the order of the help."""

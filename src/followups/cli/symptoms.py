@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from followups.cli.checks import PATIENCE, Finding
 from followups.cli.times import span
 from followups.store import backlog
-from followups.worker_queues import DELIVER, DISPATCH, KEY_PREFIX
+from followups.worker_queues import DELIVER, DISPATCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +79,7 @@ def of_queues(settings: Settings) -> Finding:
     url = settings.broker_url.get_secret_value()
     try:
         with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
-            batches, unread = (int(client.llen(f"{KEY_PREFIX}{name}")) for name in (DELIVER, DISPATCH))
+            batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     except (redis.RedisError, OSError) as error:
         return Finding("queues", type(error).__name__, "See to the broker first.")
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"

@@ -1,6 +1,6 @@
 """The chat of the benchmarks: answers every request, and notes when it came. As cheap as a server can be.
 
-    python receiver.py --port 9100
+    python -m followups.cli.bench.receiver --port 9100
 
 ``GET /control?delay=0.05&slow=0.01&slow_delay=5`` forgets everything, and answers from then on after so many
 seconds, a share of the requests after more. ``GET /count`` says how many came, ``GET /times`` when each came
@@ -24,6 +24,7 @@ class Record:
     """What came, and how to answer; shared by all connections."""
 
     def __init__(self) -> None:
+        """Know nothing, and answer at once."""
         self.reset()
 
     def reset(self, delay: str = "0", slow: str = "0", slow_delay: str = "5") -> None:
@@ -45,13 +46,16 @@ class Connection(asyncio.Protocol):
     """One connection, kept alive; a request may come in pieces."""
 
     def __init__(self, record: Record) -> None:
+        """Take where requests are noted."""
         self._record = record
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
+        """Answer each whole request."""
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end].lower()
@@ -85,7 +89,7 @@ class Connection(asyncio.Protocol):
         return json.dumps({"requests": self._record.requests, "different": len(self._record.times)}).encode()
 
     def _write(self, body: bytes) -> None:
-        if not self._transport.is_closing():  # type: ignore[attr-defined]
+        if not self._transport.is_closing():
             self._transport.write(HEAD % (len(body), body))  # type: ignore[attr-defined]
 
 
