@@ -1,0 +1,122 @@
+"""How PostgreSQL goes about claim, begin and settle beside many others that are pending: by key, never by reading all.
+
+The lists of the API have theirs in `test_store_listing.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from sqlalchemy import event, text
+
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.transports.port import Rejected, Retry, Sent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from followups.store.leases import Begun, Lease
+    from world import World
+
+DUE = 300
+MOST = 12 * DUE
+"""Rows of follow_ups that one statement may look at, for so many in its batch: each a few times, and no others."""
+
+OTHERS = """
+    WITH chat AS (
+        INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
+        SELECT :workspace_id, gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, :count)
+        RETURNING workspace_id, id, last_message_id
+    )
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
+    SELECT workspace_id, id, 'Later', now() + interval '30 days' + random() * interval '300 days', last_message_id
+      FROM chat
+"""
+
+
+@contextmanager
+def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
+    """Note every statement that touches follow-ups, with its parameters."""
+    seen: list[tuple[str, Any]] = []
+
+    def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
+        if "follow_ups" in statement and not statement.startswith("EXPLAIN"):
+            seen.append((statement, parameters))
+
+    event.listen(engine, "before_cursor_execute", note)
+    yield seen
+    event.remove(engine, "before_cursor_execute", note)
+
+
+def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield how each part of a plan reads follow-ups or chats, and how many rows it looks at."""
+    if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
+        looked_at = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
+        yield plan["Node Type"], looked_at * plan["Actual Loops"]
+    for child in plan.get("Plans", []):
+        yield from read(child)
+
+
+@pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
+@pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
+def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
+    """Claim, begin, settle and what belongs to them read no more than what they are about, statistics or none."""
+    world.sql(OTHERS, workspace_id=world.workspace_id, count=others)
+    world.burst([timedelta(0)] * DUE)
+    if analyzed:
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM (ANALYZE) follow_ups"))
+            connection.execute(text("VACUUM (ANALYZE) chats"))
+    way = Way(engine, settings)
+    for step in (way.claim, way.begin, way.settle):
+        with statements(engine) as seen:
+            step()
+        assert seen
+        for statement, parameters in seen:
+            _by_key(engine, statement, parameters)
+
+
+@dataclass
+class Way:
+    """What one step leaves to the next."""
+
+    engine: Engine
+    settings: Settings
+    leases: tuple[Lease, ...] = ()
+    begun: tuple[Begun, ...] = ()
+
+    def claim(self) -> None:
+        self.leases = claim(self.engine, self.settings).leases
+        assert len(self.leases) == DUE
+
+    def begin(self) -> None:
+        self.begun = begin(self.engine, self.settings, self.leases).begun
+        assert len(self.begun) == DUE
+
+    def settle(self) -> None:
+        outcomes = [Sent(None), Retry("HTTP 500"), Rejected("HTTP 403")]
+        attempts = [
+            Attempt(begun, outcomes[number % 3], timedelta(0), time.monotonic(), datetime.now(UTC))
+            for number, begun in enumerate(self.begun)
+        ]
+        settle(self.engine, self.settings, attempts)
+
+
+def _by_key(engine: Engine, statement: str, parameters: Any) -> None:
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters).scalar_one()
+        connection.rollback()
+    for way, rows in read(found[0]["Plan"]):
+        assert way in {"Index Scan", "Index Only Scan"}, (way, statement)
+        assert rows <= MOST, (rows, statement)
