@@ -115,6 +115,7 @@ class Pipeline:
             return 0
         self._loop.call_soon_threadsafe(self._stop_beginning)
         self._thread.join(limit.total_seconds())
+        report.lines.flush()  # of those that could not be settled as well
         return len(self._results) + len(self._sends)
 
     def _run(self) -> None:
@@ -126,6 +127,7 @@ class Pipeline:
             # Fail, and be restarted by whoever watches this process; its leases go to others.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
+            report.lines.flush()
             self._loop.close()
 
     async def _main(self) -> None:
