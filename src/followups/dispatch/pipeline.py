@@ -271,6 +271,7 @@ class Pipeline:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 report.failed("settle", error, self._engine.sync_engine)
+                report.lines.flush()  # of what was sent meanwhile: an outage may be long
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return
