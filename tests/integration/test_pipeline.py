@@ -187,6 +187,28 @@ def test_drain_gives_back(world: World, engine: Engine, settings: Settings, star
     assert len(claim(engine, settings).leases) == 15
 
 
+def test_drain_while_slots_gather(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing begins once a drain was asked for, though begin was just waiting for more free slots."""
+    monkeypatch.setattr(pipeline_module, "GATHER", timedelta(seconds=1))
+    for _ in range(20):
+        world.follow_up()
+    transport = Scripted(lambda _: Sent(), 0.3)
+    pipeline = started(transport, concurrency=10)
+    leases = claim(engine, settings).leases
+    pipeline.submit(leases[:8])
+    wait_until(lambda: transport.under_way == 8)
+    pipeline.submit(leases[8:])  # two slots are free: it gathers
+    time.sleep(0.1)
+    assert pipeline.drain(timedelta(seconds=10)) == 0
+    assert transport.calls.total() == 8
+
+
 def test_drained_without_a_database(
     world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

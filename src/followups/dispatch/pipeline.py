@@ -171,6 +171,8 @@ class Pipeline:
         backoff = BACKOFF
         while not self._draining:
             await self._gather_slots()
+            if self._draining:
+                return
             batch = self._ready()
             if not batch:
                 await self._until_something_is_ready()
