@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 import time
 from collections import Counter
@@ -185,6 +187,28 @@ def test_drain_gives_back(world: World, engine: Engine, settings: Settings, star
     assert pipeline.drain(timedelta(seconds=10)) == 0
     assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 5
     assert len(claim(engine, settings).leases) == 15
+
+
+def test_full_disk(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was sent is recorded also where stderr takes no line of it, and delivery goes on."""
+
+    def full(_: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for _ in range(10):
+        world.follow_up()
+    pipeline = started(Scripted(lambda _: Sent(), 0.02), concurrency=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.stderr, "write", full)
+        pipeline.submit(claim(engine, settings).leases)
+        wait_until(lambda: world.scalar(PENDING) == 0)
+    assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 10
 
 
 def test_drain_while_slots_gather(
