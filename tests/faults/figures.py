@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ class Figures:
         Names of figures are words joined by underscores with the unit at the end: ``recovery_s``, ``claim_p99_ms``.
         """
         line = {"fault": fault, "form": self.form, "test": self.test, "seed": self.seed, "figures": figures}
+        line["at"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
         if verdict:
             line["ended"] = dict(verdict.ended)
             line["broken"] = verdict.broken()

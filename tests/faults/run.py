@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
-UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py")
+UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py", "test_report.py")
 """What does the same whatever the seed: run once."""
 
 FAULTS = {
@@ -120,22 +120,32 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 
 
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
-    """Return the results as Markdown. Long forms that were not run this time stay as ``earlier`` results tell them."""
-    today = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
-    short, long = ({key: f"{row} {today} |" for key, row in _rows(lines, form).items()} for form in ("short", "long"))
-    long = _long_rows(earlier) | long
-    parts = [_head(lines, len(long))]
+    """Return the results as Markdown. What was not run this time stays as ``earlier`` results tell it.
+
+    That is each long form by itself, and the short forms where none was run.
+    """
+    short, long = _rows(lines, "short"), _rows(lines, "long")
+    kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}
+    long |= kept
+    told = re.search(r"^- Short forms: (.+)$", earlier, re.MULTILINE)
+    if not short and told:
+        short = _earlier_rows(earlier, "Short forms")
+        kept |= short
+        seeds = told[1]
+    else:
+        seeds = _seeds(lines)
+    parts = [_head(lines, seeds, len(long), sum(_broken(row) for row in kept.values()))]
     parts += [
         f"## {title}\n\n{_table(rows)}\n" for title, rows in (("Short forms", short), ("Long forms", long)) if rows
     ]
     return "\n".join(parts)
 
 
-def _long_rows(results: str) -> dict[Key, str]:
-    """Return the rows of the long forms in a page of results, with the date of each."""
+def _earlier_rows(results: str, title: str) -> dict[Key, str]:
+    """Return the rows under a title of a page of results, with the date of each."""
     date = re.search(r"^- Date: (.+?) UTC$", results, re.MULTILINE)
     rows = {}
-    for row in results.partition("## Long forms")[2].splitlines():
+    for row in results.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines():
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         if len(cells) >= 6 and cells[0].isdigit():
             dated = len(cells) > 6
@@ -144,11 +154,19 @@ def _long_rows(results: str) -> dict[Key, str]:
     return rows
 
 
-def _head(lines: list[dict[str, Any]], long: int) -> str:
-    runs = {form: [line for line in lines if line["form"] == form and not line["fault"]] for form in ("short", "long")}
+def _broken(row: str) -> int:
+    return int(row.split("|")[5])
+
+
+def _seeds(lines: list[dict[str, Any]]) -> str:
     seeds = sorted({line["seed"] for line in lines if line["form"] == "short"})
-    whole_runs = f"{len(runs['short'])}, passed: {sum(line['passed'] for line in runs['short'])}"
-    broken: Counter[str] = Counter()
+    runs = [line for line in lines if line["form"] == "short" and not line["fault"]]
+    passed = sum(line["passed"] for line in runs)
+    return f"seeds {', '.join(map(str, seeds)) or 'none'}; whole runs by this program: {len(runs)}, passed: {passed}"
+
+
+def _head(lines: list[dict[str, Any]], seeds: str, long: int, broken_before: int) -> str:
+    broken: Counter[str] = Counter({"in earlier runs": broken_before} if broken_before else {})
     for line in lines:
         broken.update(line.get("broken") or {})
     packages = ", ".join(f"{name} {version(name)}" for name in ("celery", "kombu", "redis", "sqlalchemy", "psycopg"))
@@ -159,7 +177,7 @@ Written by `uv run python tests/faults/run.py`; not edited by hand.
 - Date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC
 - Machine: {_machine()}
 - Python {platform.python_version()}, {packages}; PostgreSQL 18 and Valkey 9, embedded, on the same machine
-- Short forms: seeds {", ".join(map(str, seeds)) or "none"}; whole runs by this program: {whole_runs}
+- Short forms: {seeds}
 - Long forms: {long} tests, each with the date of its last run
 - Promises broken, in all of them: {dict(broken) or "none (lost 0, doubled 0, after cancel 0, contradictions 0)"}
 
@@ -188,7 +206,8 @@ def _rows(lines: list[dict[str, Any]], form: str) -> dict[Key, str]:
     rows = {}
     for (fault, test), runs in grouped.items():
         broken = sum(sum((run.get("broken") or {}).values()) for run in runs)
-        rows[fault, test] = f"| {fault} | | {test} | {len(runs)} | {broken} | {_figures(runs)} |"
+        last = max(run.get("at", "") for run in runs) or f"{datetime.now(UTC):%Y-%m-%d %H:%M}"
+        rows[fault, test] = f"| {fault} | | {test} | {len(runs)} | {broken} | {_figures(runs)} | {last} |"
     return rows
 
 

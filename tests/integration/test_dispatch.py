@@ -630,6 +630,53 @@ def test_losses_are_told(world: World, engine: Engine, settings: Settings) -> No
     assert told == [0, 1, 2]
 
 
+def test_losses_are_told_of_what_is_woken(world: World, engine: Engine, settings: Settings) -> None:
+    """What waited in its chat's order is still known for the workers that were lost with it."""
+    chat = world.chat()
+    earlier = world.follow_up(chat, -SECOND)
+    later = world.follow_up(chat, losses=2, waits_for=earlier)
+    settling = settle(engine, settings, [attempt(one_begun(engine, settings), Sent())])
+    assert [(lease.id, lease.losses) for lease in settling.woken] == [(later, 2)]
+
+
+def test_settle_of_all_kinds_together(world: World, engine: Engine, settings: Settings) -> None:
+    """In one batch each result comes to its own, whatever the others are."""
+    chat = world.chat()
+    sent, again, refused, stale, held = (world.follow_up(due=-SECOND * n) for n in range(6, 1, -1))
+    first = world.follow_up(chat, -SECOND)
+    begun = {one.lease.id: one for one in begin(engine, settings, claim(engine, settings).leases).begun}
+    second = world.follow_up(chat)
+    begin(engine, settings, [one_lease(engine, settings)])  # it waits for the first
+    with engine.begin() as connection:
+        wish = "UPDATE follow_ups SET cancel_requested = 'user_replied' WHERE id IN (:sent, :again)"
+        connection.execute(text(wish), {"sent": sent, "again": again})
+        connection.execute(text("UPDATE follow_ups SET lease_token = lease_token + 1 WHERE id = :id"), {"id": stale})
+    outcomes = {
+        again: Retry("later"),
+        sent: Sent(uuid4()),
+        refused: Rejected("no"),
+        held: Sent(),
+        stale: Sent(),
+        first: Sent(),
+    }
+    batch = [attempt(begun[one], outcome) for one, outcome in outcomes.items()]
+    with engine.begin() as somebody:
+        somebody.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+        settling = settle(engine, settings, batch)
+    assert {one: world.row(one).status for one in outcomes} == {
+        sent: "sent",
+        again: "cancelled",
+        refused: "failed",
+        held: "pending",
+        stale: "pending",
+        first: "sent",
+    }
+    assert [one.begun.lease.id for one in settling.held] == [held]
+    assert (len(settling.settled), settling.stale) == (4, 1)
+    assert [lease.id for lease in settling.woken] == [second]
+    assert [len(world.failures(one)) for one in outcomes] == [1, 0, 1, 0, 0, 0]
+
+
 class TestLowWater:
     """What a claim need not look at again."""
 

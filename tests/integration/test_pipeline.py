@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import sys
 import time
 from collections import Counter
@@ -13,8 +15,10 @@ from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 from followups.database import BY_KEY, make_async_engine
+from followups.dispatch import pipeline as pipeline_module
 from followups.dispatch.claim import claim
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.line import SUSPECTS
@@ -183,6 +187,82 @@ def test_drain_gives_back(world: World, engine: Engine, settings: Settings, star
     assert pipeline.drain(timedelta(seconds=10)) == 0
     assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 5
     assert len(claim(engine, settings).leases) == 15
+
+
+def test_full_disk(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was sent is recorded also where stderr takes no line of it, and delivery goes on."""
+
+    def full(_: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for _ in range(10):
+        world.follow_up()
+    pipeline = started(Scripted(lambda _: Sent(), 0.02), concurrency=3)
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.stderr, "write", full)
+        pipeline.submit(claim(engine, settings).leases)
+        wait_until(lambda: world.scalar(PENDING) == 0)
+    assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 10
+
+
+def test_drain_while_slots_gather(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing begins once a drain was asked for, though begin was just waiting for more free slots."""
+    monkeypatch.setattr(pipeline_module, "GATHER", timedelta(seconds=1))
+    for _ in range(20):
+        world.follow_up()
+    transport = Scripted(lambda _: Sent(), 0.3)
+    pipeline = started(transport, concurrency=10)
+    leases = claim(engine, settings).leases
+    pipeline.submit(leases[:8])
+    wait_until(lambda: transport.under_way == 8)
+    pipeline.submit(leases[8:])  # two slots are free: it gathers
+    time.sleep(0.1)
+    assert pipeline.drain(timedelta(seconds=10)) == 0
+    assert transport.calls.total() == 8
+
+
+def test_drained_without_a_database(
+    world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What was sent and could not be recorded until the drain's limit is counted, and has its line in the log."""
+    for _ in range(10):
+        world.follow_up()
+    away = pytest.MonkeyPatch()
+
+    def answer(_: Delivery) -> Sent:
+        away.setattr(pipeline_module, "settle", _raise_passing)
+        return Sent()
+
+    transport = Scripted(answer, 0.02)
+    one_by_one = settings.model_copy(update={"concurrency": 1})
+    pipeline = Pipeline(one_by_one, make_async_engine(database_url, options=BY_KEY), transport)
+    pipeline.start()
+    pipeline.submit(claim(engine, settings).leases)
+    wait_until(lambda: transport.calls.total() == 10 and not transport.under_way)
+    try:
+        assert pipeline.drain(timedelta(seconds=0.1)) == 10
+        assert capfd.readouterr().err.count('"event": "attempt"') == 10
+    finally:
+        away.undo()
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert pipeline.drain(timedelta(seconds=10)) == 0
+
+
+def _raise_passing(*_: object) -> None:
+    statement = "settle"
+    raise OperationalError(statement, {}, Exception())
 
 
 @pytest.mark.parametrize(("count_once", "count_twice", "most"), [(0, 4, 1), (40, 0, SUSPECTS), (20, 2, SUSPECTS)])

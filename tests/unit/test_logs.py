@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import re
 import sys
 import warnings
@@ -15,7 +17,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, configure_logging, get_logger
+from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
 from followups.telemetry.redaction import HIDDEN, clean, redact
 
 if TYPE_CHECKING:
@@ -29,6 +31,13 @@ class Terminal(io.StringIO):
 
     def isatty(self) -> bool:
         return True
+
+
+class Full(io.StringIO):
+    """A stderr on a disk without room."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture(autouse=True)
@@ -167,6 +176,19 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
     logging.getLogger("x").info("once")
     assert len(_lines(capsys)) == 2
     assert foreign in logging.getLogger().handlers
+
+
+@pytest.mark.parametrize("stderr", [Full(), Terminal()])
+def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where stderr is full, or closed, lines are lost and nothing is raised."""
+    configure_logging("json", "info")
+    if isinstance(stderr, Terminal):
+        stderr.close()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    get_logger("x").warning("one")
+    lines = Lines("x")
+    lines.to.info("many")
+    lines.flush()
 
 
 def test_what_was_bound_is_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:

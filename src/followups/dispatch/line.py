@@ -91,7 +91,8 @@ class Line:
 
     def seconds_to_next(self) -> float | None:
         """Return how long until somebody's moment comes; None when nobody waits."""
-        return self._clock.until(self._heap[0][0] - LEAD) if self._heap else None
+        # A moment at the edge of the calendar, which anybody may write to a broker, has none before it.
+        return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_anybodys_moment(self) -> bool:
         """Say whether somebody could be taken now."""

@@ -115,6 +115,7 @@ class Pipeline:
             return 0
         self._loop.call_soon_threadsafe(self._stop_beginning)
         self._thread.join(limit.total_seconds())
+        report.lines.flush()  # of those that could not be settled as well
         return len(self._results) + len(self._sends)
 
     def _run(self) -> None:
@@ -126,6 +127,7 @@ class Pipeline:
             # Fail, and be restarted by whoever watches this process; its leases go to others.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
+            report.lines.flush()
             self._loop.close()
 
     async def _main(self) -> None:
@@ -169,6 +171,8 @@ class Pipeline:
         backoff = BACKOFF
         while not self._draining:
             await self._gather_slots()
+            if self._draining:
+                return
             batch = self._ready()
             if not batch:
                 await self._until_something_is_ready()
@@ -269,6 +273,7 @@ class Pipeline:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 report.failed("settle", error, self._engine.sync_engine)
+                report.lines.flush()  # of what was sent meanwhile: an outage may be long
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return

@@ -122,7 +122,7 @@ _WAKE_AND_LEASE = text(f"""
        SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
       FROM held
      WHERE f.id = held.id
-    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due
+    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due, f.losses
 """)  # noqa: S608 - no input, only the constant above
 
 _WAKE_FORGOTTEN = text("""
@@ -163,7 +163,7 @@ def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timed
     if not ended:
         return []
     rows = connection.execute(_WAKE_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
-    return [Lease(row.id, row.lease_token, row.due) for row in rows]
+    return [Lease(row.id, row.lease_token, row.due, row.losses) for row in rows]
 
 
 def wake_forgotten(connection: Connection) -> int:

@@ -129,7 +129,13 @@ class Lines:
             while True:
                 finished.append(self._finished.popleft())
         if finished:
-            sys.stderr.write("\n".join(finished) + "\n")
+            write("\n".join(finished) + "\n")
+
+
+def write(text: str) -> None:
+    """Write finished lines to stderr, or do without: a full disk, or a collector that has gone, ends no work."""
+    with suppress(OSError, ValueError):  # ValueError: it was closed
+        sys.stderr.write(text)
 
 
 class StandardError:
@@ -141,7 +147,7 @@ class StandardError:
 
     def msg(self, line: str) -> None:
         """Write a line, in one call, so that lines of several threads don't mix."""
-        sys.stderr.write(line + "\n")
+        write(line + "\n")
 
     debug = info = warning = error = critical = msg
 

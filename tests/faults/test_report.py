@@ -1,0 +1,45 @@
+"""The page of results: what was not run anew stays, with its date and what it broke."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from faults.run import report
+
+
+def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) -> list[dict[str, Any]]:
+    """Return the lines that a run of one test leaves."""
+    figures = {"fault": 6, "form": form, "test": test, "seed": 7, "figures": {"recovery_s": 1.5}, "at": at}
+    whole = {"fault": 0, "form": form, "test": "", "seed": 7, "figures": {}, "passed": not broken}
+    return [figures | {"broken": broken}, whole]
+
+
+def test_what_an_earlier_run_broke_is_still_said() -> None:
+    """A long form that is taken over goes on counting as broken, and is forgotten once it is run anew."""
+    first = report([*run("one", "long", lost=2), *run("two", "long")], "")
+    second = report(run("two", "long"), first)
+    assert "Promises broken, in all of them: {'in earlier runs': 2}" in second
+    assert "`one` | 1 | 2 | recovery s 1.5 |" in second
+    assert "Promises broken, in all of them: none" in report(run("one", "long"), second)
+
+
+def test_each_row_has_the_date_of_its_run() -> None:
+    """The date of a row is when the test ran, not when the page was written, and stays when it is taken over."""
+    first = report(run("one", "long"), "")
+    assert "| recovery s 1.5 | 2026-01-31 09:00 |" in first
+    second = report([*run("two", "long", at="2026-02-01 10:00"), *run("three", "short")], first)
+    assert [row.split("|")[7].strip() for row in second.splitlines() if "recovery" in row] == [
+        "2026-01-31 09:00",
+        "2026-01-31 09:00",
+        "2026-02-01 10:00",
+    ]
+    assert second.count("PostgreSQL restarted under load") == 2
+
+
+def test_long_forms_alone_leave_the_short_ones() -> None:
+    """A run of the long forms alone keeps the table of the short ones, and the seeds that it tells of."""
+    first = report([*run("one", "short", lost=1), *run("two", "long")], "")
+    second = report(run("two", "long"), first)
+    assert "- Short forms: seeds 7; whole runs by this program: 1, passed: 0" in second
+    assert "`one` | 1 | 1 | recovery s 1.5 | 2026-01-31 09:00 |" in second
+    assert "{'in earlier runs': 1}" in second
