@@ -182,6 +182,7 @@ class Process:
 
     def stop(self) -> None:
         """Drain: claim nothing more, settle what is in flight, give the rest back."""
+        self.pipeline.stop_beginning()  # the two below may wait for a silent database
         self.dispatcher.stop()
         self.tidier.stop()
         unsettled = self.pipeline.drain(drain_limit(settings))

@@ -106,6 +106,11 @@ class Pipeline:
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)
 
+    def stop_beginning(self) -> None:
+        """Begin nothing more; what is in flight goes on. Returns at once."""
+        with suppress(RuntimeError):  # its loop has ended
+            self._loop.call_soon_threadsafe(self._stop_beginning)
+
     def drain(self, limit: timedelta) -> int:
         """Begin nothing more, let the calls in flight end and settle them, give the rest back.
 
@@ -113,7 +118,7 @@ class Pipeline:
         """
         if not self._thread.is_alive():
             return 0
-        self._loop.call_soon_threadsafe(self._stop_beginning)
+        self.stop_beginning()
         self._thread.join(limit.total_seconds())
         report.lines.flush()  # of those that could not be settled as well
         return len(self._results) + len(self._sends)
