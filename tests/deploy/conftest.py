@@ -1,4 +1,4 @@
-"""The package, built and installed as somebody else would, once for each process of the run that wants it."""
+"""The package, built and installed as somebody else would; and a Prometheus beside the real system."""
 
 from __future__ import annotations
 
@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
-from deploy.manifests import ROOT
+import web
+from deploy.manifests import DEPLOY, ROOT
+from deploy.prometheus import Prometheus, hastened
+from followups.embedded import answers, free_port
+from stack import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stack import Stack
 
 
 @dataclass(frozen=True)
@@ -59,3 +66,29 @@ def call(*command: str) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.fixture
+def scraped(stack: Stack) -> str:
+    """Start everything, web included; return web's address."""
+    stack.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "2", "FOLLOWUPS_TICK_INTERVAL": "0.5"}
+    stack.start()
+    return web.start(stack.processes, stack.environment())[1]
+
+
+@pytest.fixture
+def prometheus(stack: Stack, scraped: str, tmp_path: Path) -> Prometheus:
+    """Return a Prometheus that scrapes web, with the rules of deploy/."""
+    if not (found := shutil.which("prometheus")):
+        pytest.skip("prometheus is not installed")
+    (tmp_path / "alerts.yaml").write_text(hastened((DEPLOY / "prometheus" / "alerts.yaml").read_text()))
+    configuration = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yaml").read_text())
+    configuration["global"] = {"scrape_interval": "500ms", "evaluation_interval": "500ms"}
+    configuration["scrape_configs"][0]["static_configs"][0]["targets"] = [scraped.removeprefix("http://")]
+    (tmp_path / "prometheus.yaml").write_text(yaml.safe_dump(configuration))
+    url = f"http://127.0.0.1:{(port := free_port())}"
+    arguments = [f"--config.file={tmp_path}/prometheus.yaml", f"--storage.tsdb.path={tmp_path}/data"]
+    command = [found, *arguments, f"--web.listen-address=127.0.0.1:{port}"]
+    stack.processes.spawn("prometheus", command, ready=answers(f"{url}/-/ready"))
+    wait_until(lambda: Prometheus(url).ask("followups_pending"), within=30)
+    return Prometheus(url)

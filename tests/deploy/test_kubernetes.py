@@ -92,7 +92,7 @@ def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
 
 
 def test_readiness_is_webs_own() -> None:
-    """An outage of what all share must not take every web pod out at once, nor may a schema that is newer."""
+    """An outage of what all share must not take every web pod out at once."""
     assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
 
 

@@ -73,7 +73,7 @@ def stats(
         elif json:
             print_json(_document(_measure(engine, window)))
         else:
-            console().print(_table(_measure(engine, window)))
+            console().print(table_of(_measure(engine, window)))
 
 
 def _measure(engine: Engine, window: timedelta) -> Stats:
@@ -83,7 +83,8 @@ def _measure(engine: Engine, window: timedelta) -> Stats:
         return Stats(at, counts, store.pace(opened, window), store.attempts(opened), ticks.last_tick_age(opened))
 
 
-def _look(engine: Engine, window: timedelta) -> Stats:
+def look_at(engine: Engine, window: timedelta) -> Stats:
+    """Look at all that the dashboard shows; lag and throughput are those of the last ``window``."""
     look = _measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, dashboard.SECONDS))
@@ -98,7 +99,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
                 look = _measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
                 time.sleep(interval)
-        dashboard.watch(target, lambda: _look(engine, window), _table, interval)
+        dashboard.watch(target, lambda: look_at(engine, window), table_of, interval)
     except KeyboardInterrupt:
         return
 
@@ -163,7 +164,8 @@ def _paces(pace: Pace) -> list[tuple[str, str, str]]:
     return [("throughput", f"{pace.per_minute:,.4g}/min", f"{pace.sent:,} {lately}"), *lags]
 
 
-def _table(look: Stats) -> Table:
+def table_of(look: Stats) -> Table:
+    """Return the counts, a line each."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")

@@ -58,14 +58,19 @@ def demo(*, json: Json = False) -> None:
     ended as scripted and none arrived twice. Lag: accepted minus due date, by the database, of those that
     the first attempt delivered (a retried one's lag is its backoff).
     """
-    with StopSignals() as signals:
-        # The defaults, whatever this machine's environment says: everybody should see the same.
-        defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
-        plan = Plan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
-        with running(plan) as stack:
-            result = _perform(stack, _audience(stack, json=json))
+    with StopSignals() as signals, running(plan_of(signals)) as stack:
+        result = perform(stack, _audience(stack, json=json))
     if not result.ok:
         raise typer.Exit(FAILED)
+
+
+def plan_of(signals: StopSignals) -> Plan:
+    """Return what the scenario is played on: the defaults, whatever this machine's environment says.
+
+    Everybody should see the same.
+    """
+    defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
+    return Plan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
 
 
 def _audience(stack: Stack, *, json: bool) -> Audience:
@@ -74,7 +79,8 @@ def _audience(stack: Stack, *, json: bool) -> Audience:
     return Terminal(stack.sandbox) if console().is_terminal else Pipe(stack.sandbox)
 
 
-def _perform(stack: Stack, audience: Audience) -> Score:
+def perform(stack: Stack, audience: Audience) -> Score:
+    """Play the scenario before an audience, on a system that runs."""
     workspace_id, key = stack.create_key("demo", "followups demo")
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     with ExitStack() as cleanup:

@@ -1,0 +1,52 @@
+"""Prometheus itself, asked by tests, and the rules of deploy/ made so quick that a test need not wait for minutes."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+MINUTE = 2
+"""Seconds."""
+SHORTER = (
+    ("max(followups_last_tick_timestamp_seconds) > 30", "max(followups_last_tick_timestamp_seconds) > 3"),
+    ("max(followups_oldest_overdue_seconds) > 600", "max(followups_oldest_overdue_seconds) > 8"),
+    ("max(followups_oldest_overdue_seconds) > 60", "max(followups_oldest_overdue_seconds) > 4"),
+    ("followups:lag_seconds:bucket[10s]))) > 10", "followups:lag_seconds:bucket[10s]))) > 4"),
+)
+"""How late something must be before an alert is on, and how late here: seconds."""
+
+
+@dataclass
+class Prometheus:
+    """A running Prometheus."""
+
+    url: str
+
+    def ask(self, query: str) -> list[Any]:
+        """Return the series that a query gives now."""
+        answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
+        assert answer["status"] == "success", answer
+        series: list[Any] = answer["data"]["result"]
+        return series
+
+    def firing(self) -> set[str]:
+        """Return the names of the alerts that fire."""
+        return {one["metric"]["alertname"] for one in self.ask('ALERTS{alertstate="firing"}')}
+
+    def fired(self, within: int) -> set[str]:
+        """Return the names of the alerts that fired in the last seconds."""
+        return {one["metric"]["alertname"] for one in self.ask(f'ALERTS{{alertstate="firing"}}[{within}s]')}
+
+
+def hastened(rules: str) -> str:
+    """Return rules with short minutes, no patience, and what is late after seconds."""
+    rules = re.sub(r"\[(\d+)m\]", lambda found: f"[{int(found[1]) * MINUTE}s]", rules)
+    rules = re.sub(r"offset (\d+)m", lambda found: f"offset {int(found[1]) * MINUTE}s", rules)
+    rules = re.sub(r"for: \w+", "for: 1s", rules)
+    for long, short in SHORTER:
+        assert long in rules
+        rules = rules.replace(long, short)
+    return rules

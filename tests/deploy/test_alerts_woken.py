@@ -1,0 +1,162 @@
+"""Faults that are really caused, and the alerts that they wake in a Prometheus beside the system: some minutes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from deploy.prometheus import MINUTE
+from stack import kill, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from deploy.prometheus import Prometheus
+    from followups.embedded import Child
+    from stack import Stack
+
+pytestmark = pytest.mark.faults_long
+
+
+def the_worker(stack: Stack) -> Child:
+    """Return the worker that runs."""
+    (worker,) = (one for one in stack.processes.children if one.command.name.startswith("worker") and one.running)
+    return worker
+
+
+def another_worker(stack: Stack) -> None:
+    """Start a worker with a name, and so a log, of its own."""
+    stack.worker(f"worker-{len(stack.processes.children)}")
+
+
+def replaced(stack: Stack, setting: str, value: str) -> None:
+    """Let a worker with another setting take the place of the one that runs, once."""
+    if setting not in stack.options:
+        stack.options[setting] = value
+        old = the_worker(stack)
+        another_worker(stack)
+        old.ask()
+        wait_until(lambda: not old.running)
+
+
+def chat_that(stack: Stack, kind: str, **more: object) -> UUID:
+    """Return a chat whose receiver behaves so."""
+    chat = stack.world.chat()
+    stack.behave(chat, kind=kind, **more)
+    return chat
+
+
+def refused(stack: Stack) -> None:
+    """Let the chat server refuse one of three for good."""
+    chats = [chat_that(stack, "reject"), stack.world.chat(), stack.world.chat()]
+    stack.wait_until_done(*map(stack.world.follow_up, chats))
+
+
+def rate_limited(stack: Stack) -> None:
+    """Let the chat server limit the rate."""
+    stack.world.follow_up(chat_that(stack, "rate_limit", retryAfter=60))
+    time.sleep(0.5)
+
+
+def unanswered(stack: Stack) -> None:
+    """Let the chat server break connections, and remember no keys."""
+    replaced(stack, "FOLLOWUPS_TRANSPORT_DEDUPLICATES", "false")
+    stack.wait_until_done(stack.world.follow_up(chat_that(stack, "drop")))
+
+
+def too_slow(stack: Stack) -> None:
+    """Allow one call at once, of a chat server that takes half a second, for a hundred that are due."""
+    replaced(stack, "FOLLOWUPS_CONCURRENCY", "1")
+    if not stack.world.scalar("SELECT count(*) FROM follow_ups"):
+        stack.behave(kind="slow", delay=0.4)
+        for _ in range(100):
+            stack.world.follow_up()
+    time.sleep(0.5)
+
+
+def begun(stack: Stack) -> object:
+    """Return when the last attempt began that has no outcome yet; None: there is none."""
+    return stack.world.scalar("SELECT max(begun_at) FROM follow_ups")
+
+
+def poison(stack: Stack) -> None:
+    """Kill one worker after the other, each with the same follow-up in flight."""
+    follow_up, last = stack.world.follow_up(chat_that(stack, "slow", delay=0.9)), None
+    end = time.monotonic() + 60
+    while stack.pending(follow_up):
+        assert time.monotonic() < end
+        if (now := begun(stack)) not in {None, last}:
+            last = now
+            kill(the_worker(stack))
+            another_worker(stack)
+        time.sleep(0.05)
+
+
+def frozen(stack: Stack) -> None:
+    """Let a worker stand still with an attempt in flight until another one has taken over, and wake."""
+    worker, follow_up = the_worker(stack), stack.world.follow_up(chat_that(stack, "slow", delay=0.9))
+    wait_until(lambda: begun(stack))
+    worker.signal(signal.SIGSTOP)
+    another_worker(stack)
+    stack.wait_until_done(follow_up, within=60)
+    worker.signal(signal.SIGCONT)
+    worker.ask()
+    wait_until(lambda: not worker.running)
+
+
+def locked(stack: Stack) -> None:
+    """Lock the whole table, for longer than a claim may take."""
+    with stack.world.engine.begin() as connection:
+        connection.execute(text("LOCK TABLE follow_ups IN ACCESS EXCLUSIVE MODE"))
+        time.sleep(1.5)
+
+
+def no_sessions(stack: Stack) -> None:
+    """Let the database take no sessions for a while."""
+    url = make_url(stack.settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
+    server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    with server.connect() as connection:
+        connection.execute(text(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS false'))
+        end = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")
+        connection.execute(end, {"name": url.database})
+        time.sleep(6)
+        connection.execute(text(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS true'))
+    server.dispose()
+
+
+# With minutes of two seconds, a worker that takes another one's place on a busy machine may wake FollowUpsNothingSent.
+NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
+"""What a worker that is away brings along while it is, and for a while after."""
+
+FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
+    (refused, {"FollowUpsRejected"}, set()),
+    (rate_limited, {"FollowUpsRateLimited"}, set()),
+    (unanswered, {"FollowUpsOutcomeUnknown"}, {"FollowUpsTransportFailing", "FollowUpsNothingSent"}),
+    (too_slow, {"FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}, {"FollowUpsNothingSent"}),
+    (poison, {"FollowUpsPoisoned", "FollowUpsWorkersDying"}, NO_WORKER),
+    (frozen, {"FollowUpsWorkersFrozen", "FollowUpsWorkersDying"}, NO_WORKER),
+    (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
+    (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
+]
+"""What is done, what it must wake, and what it may wake besides."""
+
+
+@pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
+def test_a_fault_wakes_its_alerts(
+    stack: Stack, prometheus: Prometheus, fault: Callable[[Stack], None], woken: set[str], besides: set[str]
+) -> None:
+    """Silent before; then the alerts of the fault, and none that has nothing to do with it."""
+    wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
+    assert prometheus.firing() == set()
+    seen: set[str] = set()
+    began = time.monotonic()
+    while not woken <= seen:
+        assert time.monotonic() < began + 120, f"after two minutes only {seen}"
+        fault(stack)
+        seen = prometheus.fired(within=int(time.monotonic() - began) + 1)
+    assert seen <= woken | besides

@@ -1,0 +1,34 @@
+"""What the compose file gives Flower, really started: the command, the variables and the health check."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.manifests import compose
+from followups.embedded import free_port
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from stack import Stack
+
+FLOWER = compose()["services"]["flower"]
+
+
+def test_flower_starts_and_is_healthy(stack: Stack) -> None:
+    """With the password that it is given it may listen to all of its container, and its health check finds it."""
+    port = str(free_port())
+    binaries = Path(sys.executable).parent
+    words = [word.replace("5555", port) for word in FLOWER["command"]]
+    assert FLOWER["environment"]["FLOWER_BASIC_AUTH"].startswith("${FLOWER_BASIC_AUTH:?")
+    own = stack.environment() | {"FLOWER_BASIC_AUTH": "me:pa55w0rd"}
+    child = stack.processes.spawn("flower", [str(binaries / words[0]), *words[1:]], environment=own)
+    check = [str(binaries / "python"), *(word.replace("5555", port) for word in FLOWER["healthcheck"]["test"][2:])]
+
+    def well() -> bool:
+        assert child.running, child.tail()
+        return subprocess.run(check, capture_output=True, check=False).returncode == 0
+
+    wait_until(well, within=60, every=0.5)

@@ -1,0 +1,154 @@
+"""Makes the README's pictures from a run of the real system: `PYTHONPATH=tests uv run python tests/pictures.py`.
+
+It starts everything, embedded, plays the demo, then lets some thousand follow-ups fall due in two minutes and looks
+at them as `followups stats --watch` does; what rich would draw on a terminal becomes deploy/pictures/*.svg.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from math import pi, sin
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+from rich._export_format import CONSOLE_SVG_FORMAT
+from rich.console import Console
+from sqlalchemy.orm import Session
+
+from followups import schedule
+from followups.cli import dashboard, stats
+from followups.cli.demo import closing
+from followups.cli.demo.command import perform, plan_of
+from followups.cli.demo.view import Picture
+from followups.cli.rest import Rest
+from followups.cli.signals import StopSignals
+from followups.cli.stack import running
+from followups.database import make_engine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Engine
+
+    from followups.cli.demo.score import Score, Standing
+    from followups.cli.stack import Stack
+
+PICTURES = Path(__file__).parents[1] / "deploy" / "pictures"
+DEMO, DASHBOARD = (80, 27), (96, 27)
+"""Columns and lines of the terminals that are drawn."""
+
+CHATS = 150
+SECONDS = 120
+"""How long follow-ups fall due; the picture is taken in the middle."""
+MEAN, WAVE, PERIOD = 20, 14, 24.0
+"""Follow-ups a second, how much more or fewer, and the seconds from one crest to the next."""
+LEAD = 15.0
+"""Seconds in which all of them are made, before the first is due."""
+FAILING, REFUSED, REPLYING = 12, 2, 12
+"""Chats whose receiver fails twice, refuses, and whose users write back."""
+
+
+def console(size: tuple[int, int]) -> Console:
+    """Return a terminal that remembers what is drawn on it."""
+    kind = {"force_terminal": True, "color_system": "truecolor", "highlight": False}
+    return Console(record=True, file=io.StringIO(), width=size[0], height=size[1], **kind)
+
+
+def keep(drawn: Console, title: str, name: str) -> None:
+    """Write what was drawn as an SVG that asks no other host for a font."""
+    code_format = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
+    PICTURES.mkdir(exist_ok=True)
+    (PICTURES / name).write_text(drawn.export_svg(title=title, code_format=code_format, unique_id=Path(name).stem))
+
+
+class Photographer:
+    """Watches the demo, and keeps its end."""
+
+    def __init__(self, sandbox: str) -> None:
+        self._sandbox = sandbox
+
+    def watch(self, standings: Sequence[Standing], now: datetime) -> None:
+        """Remember the last picture."""
+        self._last = standings, now
+
+    def hear(self, name: str) -> None:
+        """Nothing: the picture shows what it comes to."""
+
+    def close(self, score: Score) -> None:
+        """Draw as a terminal does at the end."""
+        drawn = console(DEMO)
+        drawn.print(Picture(*self._last, self._sandbox, *DEMO).render())
+        drawn.print(closing.panel(score))
+        keep(drawn, "followups demo", "demo.svg")
+
+    def leave(self) -> None:
+        """Nothing to give back."""
+
+
+def due_moments(start: datetime) -> list[datetime]:
+    """Return moments that come in waves."""
+    moments, at = [], 0.0
+    while at < SECONDS:
+        moments.append(start + timedelta(seconds=at))
+        at += 1 / (MEAN + WAVE * sin(2 * pi * at / PERIOD))
+    return moments
+
+
+def load(stack: Stack, engine: Engine) -> list[UUID]:
+    """Open the chats, schedule everything in one transaction; return the chats whose users will write back."""
+    workspace_id, key = stack.create_key("pictures", "pictures")
+    api, sandbox = Rest(stack.api, key), Rest(stack.sandbox)
+    chats = [uuid4() for _ in range(CHATS)]
+    for chat in chats:
+        api.call("POST", "/api/v1/chat-messages", {"id": str(uuid4()), "chatId": str(chat), "role": "agent"})
+    behaviours = [{"kind": "fail", "times": 2}] * FAILING + [{"kind": "reject"}] * REFUSED
+    for chat, behaviour in zip(chats, behaviours, strict=False):
+        sandbox.call("PUT", f"/sandbox/chats/{chat}/behaviour", behaviour)
+    with Session(engine) as session, session.begin():
+        for number, due in enumerate(due_moments(datetime.now(UTC) + timedelta(seconds=LEAD))):
+            chat = chats[number % CHATS]
+            schedule(session, workspace_id=workspace_id, chat_id=chat, message="Are you still there?", due_date=due)
+    for rest in (api, sandbox):
+        rest.close()
+    return chats[-REPLYING:]
+
+
+def photograph_dashboard(stack: Stack) -> None:
+    """Look again and again for a minute, while it works; draw the last look."""
+    engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
+    replying = load(stack, engine)
+    workers, attempts = dashboard.Workers(), dashboard.Attempts()
+    workers.start()
+    api = Rest(stack.api, stack.create_key("pictures", "replies")[1])
+    for _ in range(round((LEAD + dashboard.SECONDS) / 2)):
+        look = stats.look_at(engine, timedelta(minutes=5))
+        attempts.see(look.attempts, time.monotonic())
+        if replying:
+            api.call(
+                "POST", "/api/v1/chat-messages", {"id": str(uuid4()), "chatId": str(replying.pop()), "role": "user"}
+            )
+        stack.check()
+        time.sleep(2)
+    workers.stop()
+    api.close()
+    engine.dispose()
+    drawn = console(DASHBOARD)
+    drawn.print(dashboard.view(look, stats.table_of(look), attempts, workers))
+    keep(drawn, "followups stats --watch", "dashboard.svg")
+
+
+def main() -> None:
+    """Make both pictures."""
+    with StopSignals() as signals, running(plan_of(signals)) as stack:
+        os.environ |= stack.settings.environment()  # the dashboard asks the workers, and reads the settings
+        perform(stack, Photographer(stack.sandbox))
+        photograph_dashboard(stack)
+
+
+if __name__ == "__main__":
+    main()
