@@ -20,7 +20,6 @@ from sqlalchemy import make_url
 import web
 from followups.cli.procfile import argv, search_path
 from followups.embedded import free_port
-from followups.worker_queues import KEY_PREFIX
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
 
     def receive() -> None:
         app = Celery(broker=broker_url, set_as_current=False)
-        app.conf.broker_transport_options = {"global_keyprefix": KEY_PREFIX}
+        app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
         with app.connection() as connection:
             receiver = app.events.Receiver(connection, handlers={"*": overheard.events.append})
             while not done.is_set():
