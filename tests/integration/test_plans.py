@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
+from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
+from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.transports.port import Rejected, Retry, Sent
+from stack import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -120,3 +123,19 @@ def _by_key(engine: Engine, statement: str, parameters: Any) -> None:
     for way, rows in read(found[0]["Plan"]):
         assert way in {"Index Scan", "Index Only Scan"}, (way, statement)
         assert rows <= MOST, (rows, statement)
+
+
+def test_a_burst_into_a_table_that_counts_as_empty(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a claim that took too long the planner knows the table, and everything goes by key again."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE) follow_ups"))
+    world.burst([timedelta(0)] * DUE)
+    assert world.scalar("SELECT reltuples FROM pg_class WHERE relname = 'follow_ups'") < DUE
+    monkeypatch.setattr(dispatcher, "SLOW", 0.0)
+    beaten = Dispatcher(settings, engine, lambda _: None)
+    beaten.start()
+    beaten.tick()
+    wait_until(lambda: world.scalar("SELECT reltuples FROM pg_class WHERE relname = 'follow_ups'") == DUE)
+    beaten.stop()

@@ -11,7 +11,7 @@ from sqlalchemy import text
 from followups.dispatch import report
 from followups.dispatch.claim import CLAIM_SIZE, claim
 from followups.dispatch.publish import batches
-from followups.store import leases, order, pauses
+from followups.store import leases, order, pauses, statistics
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +24,15 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 PAUSE = 0.05
-"""Seconds before looking again when all that may be in flight is: claiming each place as it comes free
-would make batches of one, and cost a look at the whole window each."""
+LONGEST_PAUSE = 0.25
+"""Seconds before looking again when all that may be in flight is: claiming each place as it comes free would make
+batches of one, and cost a look at the whole window each. Longer from one to the next while little has come free: a look
+takes some 40 ms of the database's time, however little it finds."""
+
+SLOW = 1.0
+"""Seconds after which the planner must be wrong about the table: a claim takes milliseconds."""
+NEXT_STATISTICS = 60.0
+"""Seconds between two times that the table is analyzed for this."""
 
 QUICK = 0.01
 """Seconds within which a claim is so quick that each looks at all that is pending."""
@@ -52,6 +59,7 @@ class Dispatcher:
         self._outage = False
         self._next_look = 0.0
         self._since: datetime | None = None
+        self._next_statistics = 0.0
         self._next_whole = 0.0
         self._looked_at_all = True
         self.busy_since: float | None = None
@@ -112,12 +120,14 @@ class Dispatcher:
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
         self._wake_forgotten()
+        pause = PAUSE
         while not self._stopping.is_set():
             count, more = self._claim_and_publish()
             if not more or time.monotonic() >= deadline:
                 return
             if count < CLAIM_SIZE:
-                self._stopping.wait(PAUSE)
+                self._stopping.wait(pause)
+                pause = min(pause * 2, LONGEST_PAUSE) if count < CLAIM_SIZE / 2 else PAUSE
 
     def _wake_forgotten(self) -> None:
         if time.monotonic() >= self._next_look:
@@ -154,4 +164,8 @@ class Dispatcher:
         if self._looked_at_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
         report.claimed(claimed, took)
+        if took > SLOW and started >= self._next_statistics:
+            self._next_statistics = time.monotonic() + NEXT_STATISTICS
+            statistics.refresh(self._engine)
+            report.statistics_refreshed(took)
         return claimed

@@ -94,6 +94,11 @@ def claimed(claim: Claim, seconds: float) -> None:
         log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))
 
 
+def statistics_refreshed(seconds: float) -> None:
+    """Tell that a claim took so long that the table was analyzed."""
+    log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
+
+
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
     if is_passing(error):
