@@ -165,6 +165,7 @@ def cost(contestant: Ours, count: int) -> Figures:
 
 def startup(arena: Arena) -> Figures:
     """Return how long ``followups --help`` takes, and a worker until it is ready."""
+    arena.clear()
     began = time.monotonic()
     subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)
     took = time.monotonic() - began
