@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from sqlalchemy import Engine, insert, select, text
 
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
 from followups.models import Chat, FailedAttempt, FollowUp, Workspace
+
+if TYPE_CHECKING:
+    from followups.dispatch.begin import Beginning
+    from followups.settings import Settings
 
 
 @dataclass
@@ -124,3 +130,13 @@ class World:
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",
             ids=list(ids),
         )
+
+
+def claim_and_begin(engine: Engine, settings: Settings) -> Beginning:
+    """Claim what is due and begin it."""
+    return begin(engine, settings, claim(engine, settings).leases)
+
+
+def begun(beginning: Beginning) -> set[UUID]:
+    """Return which have begun."""
+    return {one.lease.id for one in beginning.begun}

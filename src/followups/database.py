@@ -38,11 +38,6 @@ go on doing so when a burst of inserts has made the table's statistics wrong. Me
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with."""
 
 
-def _bound(connection: psycopg.Connection[Any] | psycopg.AsyncConnection[Any], patience: float) -> Exception:
-    connection.pgconn.finish()
-    return psycopg.OperationalError(f"the server was silent for {patience:g} s: the connection is given up")
-
-
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that has fallen silent.
 
@@ -58,9 +53,9 @@ class BoundedConnection(psycopg.Connection[Any]):
         try:
             return super().wait(gen, interval, timeout or self.patience)
         except psycopg.OperationalError as error:
-            if timeout or not self.patience or time.monotonic() - started < self.patience or self.closed:
+            if timeout or not _fell_silent(self, started):
                 raise
-            raise _bound(self, self.patience) from error
+            raise _given_up(self) from error
 
 
 class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
@@ -74,9 +69,23 @@ class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
         try:
             return await super().wait(gen, interval, timeout or self.patience)
         except psycopg.OperationalError as error:
-            if timeout or not self.patience or time.monotonic() - started < self.patience or self.closed:
+            if timeout or not _fell_silent(self, started):
                 raise
-            raise _bound(self, self.patience) from error
+            raise _given_up(self) from error
+
+
+Bounded = BoundedConnection | BoundedAsyncConnection
+
+
+def _fell_silent(connection: Bounded, since: float) -> bool:
+    """Say whether an exchange that began then (monotonic seconds) failed since nothing came for so long."""
+    patience = connection.patience
+    return patience is not None and time.monotonic() - since >= patience and not connection.closed
+
+
+def _given_up(connection: Bounded) -> psycopg.OperationalError:
+    connection.pgconn.finish()
+    return psycopg.OperationalError(f"the server was silent for {connection.patience:g} s: the connection is given up")
 
 
 def make_engine(

@@ -12,15 +12,13 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.dispatch import hold
-from followups.dispatch.begin import Beginning, begin
 from followups.dispatch.claim import claim
 from followups.scheduling import amend
 from followups.store import leases, order, pauses
 from followups.store.pauses import Scope
+from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     from sqlalchemy import Engine
 
     from followups.settings import Settings
@@ -49,16 +47,6 @@ def free(world: World) -> int:
     """Free what is held by no pause that stands; return how many."""
     with world.engine.begin() as connection:
         return pauses.free_forgotten(connection)
-
-
-def claim_and_begin(engine: Engine, settings: Settings) -> Beginning:
-    """Claim what is due and begin it."""
-    return begin(engine, settings, claim(engine, settings).leases)
-
-
-def begun(beginning: Beginning) -> set[UUID]:
-    """Return which have begun."""
-    return {one.lease.id for one in beginning.begun}
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:

@@ -13,13 +13,14 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.dispatch import hold
-from followups.dispatch.begin import Beginning, begin
+from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
 from followups.errors import InvalidRequestError, OutsideMessagingWindowError
 from followups.quiet_hours import EVERY_DAY, SendingHours, opens_at
 from followups.scheduling import amend
 from followups.store import holds, leases, order, sending_hours
 from followups.store.holds import SPREAD
+from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -56,16 +57,6 @@ def put(world: World, hours: SendingHours) -> None:
 def opening_of(world: World, hours: SendingHours) -> datetime:
     """Return when they open next."""
     return opens_at(hours, world.scalar("SELECT now()"))
-
-
-def claim_and_begin(engine: Engine, settings: Settings) -> Beginning:
-    """Claim what is due and begin it."""
-    return begin(engine, settings, claim(engine, settings).leases)
-
-
-def begun(beginning: Beginning) -> set[UUID]:
-    """Return which have begun."""
-    return {one.lease.id for one in beginning.begun}
 
 
 def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:

@@ -137,7 +137,7 @@ class Dispatcher:
                 pauses.free_forgotten(connection)
 
     def _claim_and_publish(self) -> tuple[int, bool]:
-        claimed = self._claim()
+        claimed, took = self._claim()
         size = self._settings.batch_size
         for number, hint in enumerate(batches(claimed.leases, size)):
             try:
@@ -148,9 +148,17 @@ class Dispatcher:
                 with self._engine.begin() as connection:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
                 return number * size, False
+        self._refresh_statistics(took)
         return len(claimed.leases), claimed.more
 
-    def _claim(self) -> Claim:
+    def _refresh_statistics(self, took: float) -> None:
+        """Let the planner look at the table after a claim that took too long; after its leases were published."""
+        if took > SLOW and time.monotonic() >= self._next_statistics:
+            self._next_statistics = time.monotonic() + NEXT_STATISTICS
+            statistics.refresh(self._engine)
+            report.statistics_refreshed(took)
+
+    def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and now and then from the beginning, where something may have come in.
 
         While somebody holds a snapshot open, the entries of all that was sent since stay in the index, in front
@@ -164,8 +172,4 @@ class Dispatcher:
         if self._looked_at_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
         report.claimed(claimed, took)
-        if took > SLOW and started >= self._next_statistics:
-            self._next_statistics = time.monotonic() + NEXT_STATISTICS
-            statistics.refresh(self._engine)
-            report.statistics_refreshed(took)
-        return claimed
+        return claimed, took

@@ -108,8 +108,7 @@ class Pipeline:
 
     def stop_beginning(self) -> None:
         """Begin nothing more; what is in flight goes on. Returns at once."""
-        with suppress(RuntimeError):  # its loop has ended
-            self._loop.call_soon_threadsafe(self._stop_beginning)
+        self.ask(self._stop_beginning)
 
     def drain(self, limit: timedelta) -> int:
         """Begin nothing more, let the calls in flight end and settle them, give the rest back.

@@ -16,6 +16,7 @@ from sqlalchemy import text
 
 from followups.states import ReasonCode, Status, code_of
 from followups.store import order
+from followups.store.follow_ups import cancelled_or_asked_to
 from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
@@ -101,13 +102,7 @@ def _cancel(where: str, *, by_code: bool) -> TextClause:
                FOR NO KEY UPDATE SKIP LOCKED
         )
         UPDATE follow_ups f
-           SET status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
-               reason = CASE WHEN begun_at IS NULL THEN {reason} ELSE reason END,
-               finished_at = CASE WHEN begun_at IS NULL THEN now() END,
-               updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
-               cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
-               lease_until = CASE WHEN begun_at IS NULL THEN NULL ELSE lease_until END,
-               waits_for = NULL
+           SET {cancelled_or_asked_to(reason)}
           FROM held
          WHERE f.id = held.id
         RETURNING f.id, f.status, f.chat_id, f.due_date

@@ -141,8 +141,23 @@ def _rows(session: Session, statement: Any) -> int:  # noqa: ANN401 - any UPDATE
     return int(result.rowcount)  # type: ignore[attr-defined]
 
 
-# Locked in the order of the chat, as everybody locks them. What is in flight cannot be called back: it
-# keeps the wish, and settle does not try it again.
+def cancelled_or_asked_to(reason: str) -> str:
+    """Return SQL that cancels a row of ``follow_ups``, for ``reason`` (SQL too).
+
+    What is in flight cannot be called back: it keeps the wish, and settle does not try it again.
+    """
+    return f"""
+           status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
+           reason = CASE WHEN begun_at IS NULL THEN {reason} ELSE reason END,
+           finished_at = CASE WHEN begun_at IS NULL THEN now() END,
+           updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
+           cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
+           lease_until = CASE WHEN begun_at IS NULL THEN NULL ELSE lease_until END,
+           waits_for = NULL
+    """
+
+
+# Locked in the order of the chat, as everybody locks them.
 _CANCEL_CHAT = text(f"""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -151,13 +166,7 @@ _CANCEL_CHAT = text(f"""
            FOR NO KEY UPDATE
     )
     UPDATE follow_ups f
-       SET status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
-           reason = CASE WHEN begun_at IS NULL THEN {honest("CAST(:reason AS text)", "f")} ELSE reason END,
-           finished_at = CASE WHEN begun_at IS NULL THEN now() END,
-           updated_at = CASE WHEN begun_at IS NULL THEN now() ELSE updated_at END,
-           cancel_requested = CASE WHEN begun_at IS NULL THEN NULL ELSE COALESCE(cancel_requested, :reason) END,
-           lease_until = CASE WHEN begun_at IS NULL THEN NULL ELSE lease_until END,
-           waits_for = NULL
+       SET {cancelled_or_asked_to(honest("CAST(:reason AS text)", "f"))}
       FROM held
      WHERE f.id = held.id
     RETURNING f.id, f.status
