@@ -93,6 +93,12 @@ class Settings(BaseSettings):
     max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
     batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
     concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
+    breaker_failures: int = Field(
+        50,
+        ge=0,
+        le=1_000_000,
+        description="different follow-ups that fail in a row until the transport is left alone; 0 = it never is",
+    )
     rate_limit: int = Field(
         60_000, ge=0, le=100_000_000, description="requests that one API key may make in a minute; 0 = no limit"
     )

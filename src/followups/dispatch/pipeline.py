@@ -25,6 +25,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from followups.database import is_passing
 from followups.dispatch import report
 from followups.dispatch.begin import begin
+from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.dispatch.begin import Beginning
+    from followups.dispatch.breaker import BreakerStore
     from followups.dispatch.line import Hinted
     from followups.dispatch.send import Attempt
     from followups.settings import Settings
@@ -74,7 +76,12 @@ class Pipeline:
     """Delivers what it is handed, until it is drained. `start`, `submit` and `drain` may be called from any thread."""
 
     def __init__(
-        self, settings: Settings, engine: AsyncEngine, transport: Transport, nudge: Callable[[], None] = lambda: None
+        self,
+        settings: Settings,
+        engine: AsyncEngine,
+        transport: Transport,
+        nudge: Callable[[], None] = lambda: None,
+        breaker_store: BreakerStore | None = None,
     ) -> None:
         """``nudge`` is called when something falls due again before the next tick."""
         self._settings = settings
@@ -83,6 +90,7 @@ class Pipeline:
         self._nudge = nudge
         self._clock = DatabaseClock()
         self._line = Line(self._clock, settings.lease)
+        self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
         self._results: list[Attempt] = []
         self._drained = False
         self._free = settings.concurrency
@@ -140,6 +148,7 @@ class Pipeline:
         # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
         async with asyncio.TaskGroup() as pumps:
             refresher = pumps.create_task(self._keep_time())
+            informer = pumps.create_task(self._breaker.keep_informed(self._wanted, self._changed.set))
             settler = pumps.create_task(self._keep_settling())
             await self._keep_beginning()
             await self._give_back()
@@ -149,6 +158,7 @@ class Pipeline:
             self._settleable.set()
             await settler
             refresher.cancel()
+            informer.cancel()
         await self._give_back()  # what settling woke
         await self._transport.close()
         await self._engine.dispose()
@@ -202,6 +212,7 @@ class Pipeline:
             await asyncio.sleep(GATHER.total_seconds())
 
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
+        self._breaker.spend(len(beginning.begun))
         for one in beginning.begun:
             task = self._loop.create_task(self._deliver(one, batch.pop(one.lease.id), started))
             self._sends.add(task)
@@ -219,13 +230,16 @@ class Pipeline:
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        return self._line.take(min(self._free, BEGIN_SIZE))
+        return self._line.take(self._breaker.most(min(self._free, BEGIN_SIZE)))
+
+    def _wanted(self) -> int:
+        return min(self._free, BEGIN_SIZE) if self._line.is_anybodys_moment() else 0
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
         timer = None
         delay = self._line.seconds_to_next()
-        if delay is not None and self._free:
+        if delay is not None and self._breaker.most(self._free):
             timer = self._loop.call_later(max(delay, 0.001), self._changed.set)
         await self._changed.wait()
         if timer:
@@ -248,6 +262,7 @@ class Pipeline:
         if attempt is None:
             report.abandoned(begun)
             return
+        self._breaker.note(attempt)
         self._results.append(attempt)
         self._settleable.set()
         report.attempted(attempt, self._transport.name, hinted.task_id)

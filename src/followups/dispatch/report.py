@@ -120,6 +120,21 @@ def broker_unreachable(step: str, error: Exception) -> None:
     log.warning("broker_unreachable", step=step, error=type(error).__name__)
 
 
+def breaker_changed(transport: str, state: str) -> None:
+    """Tell that the transport is left alone from now on, is being tried, or goes on."""
+    if state == "open":
+        metrics.BREAKER_OPENED.labels(transport=transport).inc()
+        log.warning("breaker", transport=transport, state=state)
+    else:
+        log.info("breaker", transport=transport, state=state)
+
+
+def breaker_unavailable(error: Exception, pause: float) -> None:
+    """Tell that nobody knows whether the transport is to be left alone: deliveries go on."""
+    metrics.BREAKER_UNAVAILABLE.inc()
+    log.warning("breaker_unavailable", error=type(error).__name__, pause_s=pause)
+
+
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
     code = code_of(reason)
     metrics.TRANSITIONS.labels(status=status, code=code).inc()

@@ -61,6 +61,17 @@ STALE_WRITES = Counter(
 LEASES_EXPIRED = Counter(
     "followups_leases_expired_total", "Leases that ran out before an outcome was recorded.", registry=COUNTED
 )
+BREAKER_OPENED = Counter(
+    "followups_breaker_opened_total",
+    "Times that a transport was left alone, because it failed for everybody.",
+    ["transport"],
+    registry=COUNTED,
+)
+BREAKER_UNAVAILABLE = Counter(
+    "followups_breaker_unavailable_total",
+    "Times that the breaker's state could not be asked for, and deliveries went on without it.",
+    registry=COUNTED,
+)
 TICK_DURATION = Histogram(
     "followups_tick_duration_seconds",
     "How long a tick took.",

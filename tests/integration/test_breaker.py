@@ -1,0 +1,264 @@
+"""The breaker: its state in a real Valkey, and a pipeline whose transport fails for everybody."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+import redis
+
+from followups import redis_breaker
+from followups.database import BY_KEY, make_async_engine
+from followups.dispatch.breaker import CLOSED, Reading
+from followups.dispatch.claim import claim
+from followups.dispatch.pipeline import Pipeline
+from followups.redis_breaker import Pace, RedisBreaker
+from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from followups.transports.port import Delivery, Outcome
+    from world import World
+
+FAILURES = 5
+QUICK = Pace(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+
+
+@pytest.fixture
+def own(settings: Settings) -> Settings:
+    """Return settings with keys of this test's own in the broker."""
+    return settings.model_copy(update={"breaker_failures": FAILURES, "broker_prefix": f"test-{uuid4().hex}:"})
+
+
+def ids(count: int) -> list[UUID]:
+    """Return so many follow-ups' ids."""
+    return [uuid4() for _ in range(count)]
+
+
+def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: Pace = QUICK) -> None:
+    """Run a script over the store, and close it."""
+
+    async def main() -> None:
+        store = RedisBreaker(own, "http", pace)
+        try:
+            await script(store)
+        finally:
+            await store.close()
+
+    asyncio.run(main())
+
+
+async def opened(store: RedisBreaker) -> None:
+    """Open it."""
+    assert await store.report(ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
+
+
+def test_opens_for_many_in_a_row(own: Settings) -> None:
+    """Different follow-ups that fail in a row open it, by whomever they are told; one that fails often does not."""
+
+    async def script(store: RedisBreaker) -> None:
+        (one,) = ids(1)
+        for _ in range(FAILURES * 2):
+            assert (await store.report([one], 0, succeeded=False)).state == CLOSED
+        assert (await store.report(ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+        assert (await store.report(ids(1), 0, succeeded=True)).state == CLOSED  # the row begins anew
+        assert (await store.report(ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+        other = RedisBreaker(own, "http", QUICK)
+        assert await other.report(ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
+        await other.close()
+        assert await store.report([], 7, succeeded=False) == Reading("open")
+
+    run(own, script)
+
+
+def test_probes_then_recovers(own: Settings) -> None:
+    """After a pause a few may begin; one that fails closes the door again, for longer; one that succeeds opens it."""
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        await asyncio.sleep(0.06)
+        assert await store.report([], 0, succeeded=False) == Reading("open")  # nobody waits
+        assert await store.report([], 10, succeeded=False) == Reading("probing", 2, changed=True)
+        assert await store.report([], 10, succeeded=False) == Reading("probing")
+        assert await store.report(ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
+        await asyncio.sleep(0.06)
+        assert await store.report([], 10, succeeded=False) == Reading("open")
+        await asyncio.sleep(0.06)
+        assert await store.report([], 10, succeeded=False) == Reading("probing", 2, changed=True)
+        assert await store.report([], 10, succeeded=True) == Reading("recovering", 0, changed=True)
+
+    run(own, script)
+
+
+def test_comes_back_gently(own: Settings) -> None:
+    """While it recovers no more begin than its growing rate allows, and in the end nobody is held back."""
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        await store.report([], 0, succeeded=True)
+        started, granted, reading = time.monotonic(), 0, Reading("recovering")
+        while reading.state == "recovering":
+            reading = await store.report([], 1000, succeeded=False)
+            granted += reading.permits
+            elapsed = time.monotonic() - started
+            # The rate doubles every second, so no more than twice what the last second began with.
+            assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
+            await asyncio.sleep(0.02)
+        assert reading == Reading(CLOSED, 0, changed=True)
+        assert granted > 10
+        assert redis_breaker.read(client(own), own).state == CLOSED
+
+    run(own, script)
+
+
+def test_fails_again(own: Settings) -> None:
+    """While it recovers fewer in a row leave it alone again than at first."""
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        await store.report([], 0, succeeded=True)
+        assert (await store.report(ids(2), 10, succeeded=False)).state == "recovering"
+        assert (await store.report(ids(1), 10, succeeded=False)).state == "open"
+        shown = redis_breaker.read(client(own), own)
+        assert shown.state == "open"
+        assert shown.probed == 1
+
+    run(own, script)
+
+
+def test_probes_that_never_end(own: Settings) -> None:
+    """Where the probes' outcomes do not come, because their worker died, others may try."""
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        await asyncio.sleep(0.06)
+        assert (await store.report([], 10, succeeded=False)).permits == 2
+        await asyncio.sleep(0.25)
+        assert (await store.report([], 10, succeeded=False)).permits == 2
+
+    run(own, script)
+
+
+def client(own: Settings) -> redis.Redis:
+    """Return a client of the broker."""
+    return redis.Redis.from_url(own.broker_url.get_secret_value())
+
+
+class Failing:
+    """A transport that fails until it is told to be well."""
+
+    name = "http"
+
+    def __init__(self, outcome: Outcome) -> None:
+        self.outcome = outcome
+        self.calls = 0
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def check(self) -> str:
+        return "ready"
+
+    async def send(self, _: Delivery) -> Outcome:
+        self.calls += 1
+        await asyncio.sleep(0.001)
+        return self.outcome
+
+
+@pytest.fixture
+def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
+    """Return a function that starts a pipeline over a transport with a breaker; it is drained in the end."""
+    pipelines: list[Pipeline] = []
+
+    def start(own: Settings, transport: Any, pace: Pace = QUICK) -> Pipeline:
+        engine = make_async_engine(database_url, options=BY_KEY)
+        pipeline = Pipeline(own, engine, transport, breaker_store=RedisBreaker(own, "http", pace))
+        pipeline.start()
+        pipelines.append(pipeline)
+        return pipeline
+
+    yield start
+    for pipeline in pipelines:
+        assert pipeline.drain(timedelta(seconds=10)) == 0
+
+
+CONCURRENCY = 8
+SLOWLY = Pace(first_pause=600, longest_pause=600)
+
+
+@pytest.mark.parametrize("outcome", [Retry("HTTP 500", status_code=500), Unknown("no answer within 10 s")])
+def test_burns_no_attempts(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
+) -> None:
+    """While the transport fails for everybody only those have an attempt less that began before that was known."""
+    transport = Failing(outcome)
+    for _ in range(100):
+        world.follow_up()
+    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1), "max_attempts": 3})
+    started(own, transport, SLOWLY).submit(claim(engine, own).leases)
+    wait_until(lambda: redis_breaker.read(client(own), own).state == "open")
+    wait_until(lambda: transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups"))
+    assert FAILURES <= transport.calls <= FAILURES + 2 * CONCURRENCY
+    assert world.scalar(PENDING) == 100
+    assert not world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL")
+
+
+@pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 403"), Snoozed("HTTP 429", timedelta(hours=1))])
+def test_stays_closed(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
+) -> None:
+    """A transport that takes, refuses, or asks for patience is not away."""
+    transport = Failing(outcome)
+    for _ in range(30):
+        world.follow_up()
+    started(own, transport, SLOWLY).submit(claim(engine, own).leases)
+    wait_until(lambda: transport.calls == 30)
+    assert redis_breaker.read(client(own), own).state == CLOSED
+
+
+def test_all_are_sent_when_it_is_back(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """When the transport is back, all that waited is sent, without anybody asking."""
+    transport = Failing(Retry("no connection"))
+    for _ in range(100):
+        world.follow_up()
+    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(milliseconds=1)})
+    pipeline = started(own, transport)
+    pipeline.submit(claim(engine, own).leases)
+    wait_until(lambda: redis_breaker.read(client(own), own).state == "open")
+    transport.outcome = Sent()
+
+    def done() -> bool:
+        pipeline.submit(claim(engine, own).leases)  # those that failed
+        return bool(world.scalar(PENDING) == 0)
+
+    wait_until(done, every=0.1)
+    assert world.scalar("SELECT max(attempts) FROM follow_ups") < own.max_attempts
+    wait_until(lambda: redis_breaker.read(client(own), own).state == CLOSED)
+
+
+def test_deliveries_go_on_without_redis(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """Where nobody answers for the state, everybody may begin; it is said in the log."""
+    transport = Failing(Retry("no connection"))
+    for _ in range(30):
+        world.follow_up()
+    nobody = "redis://127.0.0.1:1/0"
+    away = own.model_copy(update={"broker_url": type(own.broker_url)(nobody), "retry_base": timedelta(hours=1)})
+    started(away, transport).submit(claim(engine, away).leases)
+    wait_until(lambda: transport.calls == 30)
+    wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
