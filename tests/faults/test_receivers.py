@@ -136,6 +136,41 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
     assert verdict.ended == {"sent": len(load.ids)}
 
 
+def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, **options: str) -> None:
+    """Let the chat fail for everybody for some seconds under load, then take everything."""
+    rig.options |= options
+    rig.start()
+    with Load(rig, rate, seconds + 4) as load:
+        wait_until(lambda: len(rig.received()) >= rate / 2, within=60)
+        rig.behave(kind="fail", status=503)
+        time.sleep(seconds)
+        calls = rig.received()
+        used = rig.world.scalar("SELECT sum(attempts) FROM follow_ups WHERE status = 'pending'")
+        waiting = rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending' AND due_date < now()")
+        back = time.monotonic()
+        rig.behave(kind="accept")
+        load.wait()
+    rig.settle_down(within=60 + seconds)
+    took = time.monotonic() - back
+    failed = sum(one["outcome"] == "failed" for one in calls)
+    verdict = rig.verdict()
+    figures.keep(
+        13,
+        verdict,
+        outage_s=seconds,
+        due_at_its_end=waiting,
+        calls_during_outage=failed,
+        attempts_used_up=used,
+        sent_by_attempts=histogram(rig, load.ids),
+        all_sent_after_s=round(took, 2),
+        **herd(rig.received(), back),
+    )
+    assert verdict.ended == {"sent": len(load.ids)}
+    assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
+    # Those that failed until it opened, those in flight then, and three for each probe.
+    assert failed <= int(options["FOLLOWUPS_BREAKER_FAILURES"]) + 100 + 3 * (4 + seconds / 15)
+
+
 def test_some_fail(rig: Rig, figures: Figures) -> None:
     """Where 1 %, 10 % or 50 % of the chats fail once, those take two attempts and the others one."""
     some_fail(rig, figures, count=200)
@@ -149,6 +184,17 @@ def test_storm_of_429(rig: Rig, figures: Figures) -> None:
 def test_outage(rig: Rig, figures: Figures) -> None:
     """A receiver that was away gets everything when it is back, each once, and not all in one moment."""
     outage(rig, figures, rate=60, seconds=2)
+
+
+def test_left_alone(rig: Rig, figures: Figures) -> None:
+    """While a chat server fails for everybody it is left alone, and nobody's attempts run out."""
+    left_alone(rig, figures, 120, 4, **PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"})
+
+
+@pytest.mark.faults_long
+def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
+    """The same for two minutes with the settings as they come, at a hundred follow-ups a second."""
+    left_alone(rig, figures, 100, 120, FOLLOWUPS_BREAKER_FAILURES="50", FOLLOWUPS_RETRY_BASE="5")
 
 
 @pytest.mark.faults_long

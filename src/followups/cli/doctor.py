@@ -51,7 +51,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
         reachable = reachable and (finding.ok or finding.name != "broker")
         yield finding
     if reachable:
-        yield symptoms.of_queues(settings)
+        yield from symptoms.of_broker(settings)
     yield checks.transport(settings)
     yield processes.of_the_broker() if reachable else Finding("workers", "not asked", "See to the broker first.")
     yield processes.of_this_machine(settings)

@@ -14,7 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from followups.cli.checks import PATIENCE, Finding
 from followups.cli.times import span
-from followups.store import backlog
+from followups.dispatch.breaker import CLOSED
+from followups.redis_breaker import read
+from followups.store import backlog, pauses
 from followups.worker_queues import DELIVER, DISPATCH
 
 if TYPE_CHECKING:
@@ -67,21 +69,38 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
         with engine.connect() as connection:
             yield _backlog(settings, backlog.measure(connection, window=settings.max_in_flight))
             yield _attempts(connection)
+            yield _held(connection)
             yield _transactions(connection)
             yield _clock(connection)
     except SQLAlchemyError:
         return  # another check has said so
 
 
-def of_queues(settings: Settings) -> Finding:
-    """Look at how many hints and ticks nobody has read."""
+def of_broker(settings: Settings) -> Iterator[Finding]:
+    """Look at what nobody has read, and whether the transport is left alone."""
     seconds = PATIENCE.total_seconds()
     url = settings.broker_url.get_secret_value()
     try:
         with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
-            batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
+            yield _queues(settings, client)
+            yield _breaker(settings, client)
     except (redis.RedisError, OSError) as error:
-        return Finding("queues", type(error).__name__, "See to the broker first.")
+        yield Finding("queues", type(error).__name__, "See to the broker first.")
+
+
+def _breaker(settings: Settings, client: redis.Redis) -> Finding:
+    shown = read(client, settings)
+    if shown.state == CLOSED:
+        return Finding("breaker", "closed: everything that is due may begin")
+    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for everybody"
+    if shown.state == "recovering":
+        return Finding("breaker", f"{detail}, and takes more from second to second now")
+    advice = "See to the chat server. It is probed every few seconds; what is due waits, and goes out by itself."
+    return Finding("breaker", detail, advice)
+
+
+def _queues(settings: Settings, client: redis.Redis) -> Finding:
+    batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
     # Every hint in the queue stands for a lease; beyond what may be in flight, they can only be dead.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
@@ -103,6 +122,14 @@ def _attempts(connection: Connection) -> Finding:
     rows = connection.execute(_ATTEMPTS).all()
     told = ", ".join(f"{row.number} {EXPLAINED.get(row.outcome, row.outcome)}" for row in rows)
     return Finding("attempts", f"failed in the last hour: {told or 'none'}")
+
+
+def _held(connection: Connection) -> Finding:
+    standing = pauses.standing(connection)
+    if not standing:
+        return Finding("pauses", "nothing is paused")
+    held = sum(each.held for each in standing)
+    return Finding("pauses", f"{len(standing)}, which hold {held}: followups pause --list")
 
 
 def _transactions(connection: Connection) -> Finding:

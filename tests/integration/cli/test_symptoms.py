@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import redis
 from sqlalchemy import text
 
 from followups.cli import symptoms
-from followups.cli.symptoms import of_database, of_queues
+from followups.cli.symptoms import of_broker, of_database
+from followups.redis_breaker import RedisBreaker
+from followups.store import pauses
+from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
     import pytest
@@ -78,17 +83,52 @@ def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: py
     assert clock.advice
 
 
+def of(settings: Settings, name: str) -> Finding:
+    """Return what is found in the broker under a name."""
+    return next(finding for finding in of_broker(settings) if finding.name == name)
+
+
 def test_queues(settings: Settings) -> None:
     """Hints and ticks that nobody reads are counted; many of them are a failed check."""
-    assert of_queues(settings).detail == "0 batches in deliver, 0 ticks in dispatch"
+    assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(symptoms.UNREAD_TICKS + 1))
-    unread = of_queues(settings)
+    unread = of(settings, "queues")
     assert unread.detail == "0 batches in deliver, 101 ticks in dispatch"
     assert "start workers" in unread.advice
+
+
+def test_breaker(settings: Settings) -> None:
+    """That the transport is left alone is told, with what to do; while it recovers there is nothing to do."""
+    assert of(settings, "breaker").detail == "closed: everything that is due may begin"
+
+    async def told(*reports: tuple[int, bool]) -> None:
+        store = RedisBreaker(settings, settings.transport)
+        for failed, succeeded in reports:
+            await store.report([uuid4() for _ in range(failed)], 0, succeeded=succeeded)
+        await store.close()
+
+    asyncio.run(told((settings.breaker_failures, False)))
+    left_alone = of(settings, "breaker")
+    assert left_alone.detail.startswith("open for ")
+    assert "See to the chat server" in left_alone.advice
+    asyncio.run(told((0, True)))
+    recovering = of(settings, "breaker")
+    assert recovering.detail.startswith("recovering for ")
+    assert recovering.ok
+
+
+def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
+    """What is paused, and how much that holds, is told."""
+    assert found(settings, engine)["pauses"].detail == "nothing is paused"
+    with engine.begin() as connection:
+        pauses.pause(connection, Scope(world.workspace_id, None))
+    world.follow_up()
+    world.sql("UPDATE follow_ups SET pause_id = (SELECT id FROM pauses)")
+    assert found(settings, engine)["pauses"].detail == "1, which hold 1: followups pause --list"
 
 
 def test_servers_away(settings: Settings) -> None:
     """A broker that does not answer is one finding, and no error."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
-    assert of_queues(away).advice == "See to the broker first."
+    assert [finding.advice for finding in of_broker(away)] == ["See to the broker first."]
