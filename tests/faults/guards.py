@@ -25,7 +25,7 @@ from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, follow_ups, idempotency, leases, order, sending_hours
+from followups.store import chats, claims, follow_ups, idempotency, leases, order, sending_hours
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 
@@ -296,9 +296,9 @@ def claimed_at_once(scene: Scene) -> None:
     """Claim twice at the same moment."""
     scene.world.follow_up()
     second: list[Lease] = []
-    limits: dict[str, Any] = {"ahead": timedelta(0), "lease": scene.settings.lease, "window": 10, "most": 10}
+    look = claims.Look(timedelta(0), scene.settings.lease, window=10, most=10)
     with scene.engine.connect() as connection:
-        first, *_ = leases.claim(connection, **limits)
+        first, *_ = claims.claim(connection, look)
         with beside(lambda: second.extend(claim(scene.engine, scene.settings).leases), scene):
             connection.commit()
     expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")
