@@ -148,7 +148,9 @@ _FURTHER_ROWS = _first_rows("(workspace.id, workspace.due, workspace.last_id)", 
 # Two looks: first an equal share of what a claim may look at for each workspace, then what the others left of the
 # places for those that have more. So many workspaces cost a few rows each, and one that has much beside a thousand
 # that have little fills the window all the same. A row's place is how many of its workspace would be in flight with
-# it; the lowest are taken first, and among these the earliest.
+# it; the lowest are taken first, and among these the earliest. What a workspace has in flight behind more free rows
+# than are looked at is not counted: they came in with an earlier due date, or their leases ran out. They are the first
+# to be taken, so that such a claim goes beyond the window once, by its own size at most, and the next one counts all.
 _FAIRLY = text(f"""
     WITH workspace AS MATERIALIZED (
         SELECT w.id, f.due FROM workspaces w
