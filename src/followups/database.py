@@ -32,10 +32,13 @@ TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
 
-BY_KEY = "".join(f" -c enable_{method}=off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin"))
+BY_KEY = " -c jit=off" + "".join(
+    f" -c enable_{method}=off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")
+)
 """Planner options for workers: every statement of theirs looks up a batch by key or walks an index, and must
 go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
-of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with."""
+of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with. Nothing is compiled for them either: that would take
+longer than they do."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):

@@ -219,6 +219,14 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
+        # The same of each workspace, for sharing out a backlog (`followups.store.fair_claims`).
+        Index(
+            "ix_follow_ups_due_by_workspace",
+            "workspace_id",
+            text("COALESCE(next_attempt_at, due_date)"),
+            "id",
+            postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
+        ),
         # Order in a chat: is there an earlier one, and which; what a reply cancels.
         Index(
             "ix_follow_ups_chat_order",

@@ -232,10 +232,10 @@ def remove_old(*_: object, **__: object) -> None:
 
 
 @app.task(name="followups.deliver", bind=True)
-def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
+def deliver(task: Any, hint: object = None, lanes: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
     """Deliver a batch: begin, send and settle each follow-up of the hint at its moment."""
     try:
-        leases = leases_of(hint)
+        leases = leases_of(hint, lanes)
     except ValueError as error:
         log.warning("hint_dropped", error=str(error), task_id=task.request.id)
         return
@@ -250,8 +250,9 @@ def deliver(task: Any, hint: object = None, *_: object, **__: object) -> None:  
 def publish(hint: Hint) -> None:
     """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
     # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
-    shown = f"{len(hint)} follow-up{'s, the first' if len(hint) > 1 else ','} {hint[0][0]}"
-    deliver.apply_async(args=[hint], argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
+    count = len(hint.entries)
+    shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
+    deliver.apply_async(args=hint, argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
 
 
 class Nudger:

@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import get_context
 from statistics import quantiles
@@ -27,7 +28,7 @@ from followups.embedded import EmbeddedPostgres
 from followups.schema import migrate
 from followups.settings import Settings
 from followups.states import ReasonCode, Status, finish
-from followups.store import leases
+from followups.store import claims, leases
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,7 +80,7 @@ def vacuum(engine: Engine) -> None:
 def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
     """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
-    span = {"ahead": timedelta(seconds=2), "lease": timedelta(minutes=1), "since": None}
+    look, more = claims.Look(timedelta(seconds=2), timedelta(minutes=1), options.window, CLAIM_SIZE), False
     ids: list[str] = []
     took: list[float] = []
     engine.connect().close()
@@ -88,7 +89,8 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
     while time.monotonic() < end:
         began = time.perf_counter()
         with engine.begin() as connection:
-            claimed, _, span["since"] = leases.claim(connection, window=options.window, most=CLAIM_SIZE, **span)
+            claimed, more, since = (claims.claim_fairly if more else claims.claim)(connection, look)
+        look = replace(look, since=since)
         took.append(time.perf_counter() - began)
         ids += [str(one.lease.id) for one in claimed]
         end_all(engine, [one.lease for one in claimed])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,26 +19,27 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.dispatch.claim import claim, claim_fairly
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, follow_ups, idempotency, leases, order, sending_hours
+from followups.store import chats, claims, follow_ups, idempotency, leases, order, sending_hours
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
+from world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from uuid import UUID
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
+    from followups.dispatch.claim import Claim
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
     from followups.transports.port import Outcome
-    from world import World
 
 
 class PromiseBroken(AssertionError):  # noqa: N818 - a promise that is broken, no error of the code
@@ -57,6 +58,9 @@ class Scene:
 
     world: World
     settings: Settings
+    claim: Callable[[Engine, Settings], Claim] = claim
+    take: Callable[[Connection, claims.Look], tuple[list[claims.Claimed], bool, datetime]] = claims.claim
+    """The statement of that claim, in a transaction of the caller's."""
 
     @property
     def engine(self) -> Engine:
@@ -65,7 +69,7 @@ class Scene:
 
     def lease(self) -> Lease:
         """Claim the one that is due."""
-        (lease,) = claim(self.engine, self.settings).leases
+        (lease,) = self.claim(self.engine, self.settings).leases
         return lease
 
     def leased_anew(self, lease: Lease) -> Lease:
@@ -209,7 +213,7 @@ def leased_is_claimed(scene: Scene) -> None:
     """Claim what is leased."""
     scene.world.follow_up()
     scene.lease()
-    expect(not claim(scene.engine, scene.settings).leases, "a lease is given once")
+    expect(not scene.claim(scene.engine, scene.settings).leases, "a lease is given once")
 
 
 def token_stays(scene: Scene) -> None:
@@ -223,7 +227,7 @@ def ended_is_claimed(scene: Scene) -> None:
     """Claim what has ended."""
     follow_up = scene.world.follow_up()
     scene.cancel(follow_up)
-    expect(not claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
+    expect(not scene.claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
 
 
 def stale_release(scene: Scene) -> None:
@@ -296,12 +300,33 @@ def claimed_at_once(scene: Scene) -> None:
     """Claim twice at the same moment."""
     scene.world.follow_up()
     second: list[Lease] = []
-    limits: dict[str, Any] = {"ahead": timedelta(0), "lease": scene.settings.lease, "window": 10, "most": 10}
+    look = claims.Look(timedelta(0), scene.settings.lease, window=10, most=10)
     with scene.engine.connect() as connection:
-        first, *_ = leases.claim(connection, **limits)
-        with beside(lambda: second.extend(claim(scene.engine, scene.settings).leases), scene):
+        first, *_ = scene.take(connection, look)
+        with beside(lambda: second.extend(scene.claim(scene.engine, scene.settings).leases), scene):
             connection.commit()
     expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")
+
+
+def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
+    """Return a scenario with a fair claim in place of each of its claims."""
+    return lambda scene: scenario(replace(scene, claim=claim_fairly, take=claims.claim_fairly))
+
+
+def window_overflows(scene: Scene) -> None:
+    """Claim again when as many are in flight as may be."""
+    bounded = scene.settings.model_copy(update={"max_in_flight": 2})
+    scene.world.burst([timedelta(0)] * 5)
+    taken = [len(scene.claim(scene.engine, bounded).leases) for _ in range(2)]
+    expect(taken == [2, 0], "no more are in flight than MAX_IN_FLIGHT")
+
+
+def one_takes_all(scene: Scene) -> None:
+    """Claim for a workspace whose follow-up falls due after another's backlog."""
+    scene.world.burst([-timedelta(seconds=9)] * 5)
+    follow_up = World(scene.engine).follow_up()
+    claimed = scene.claim(scene.engine, scene.settings.model_copy(update={"max_in_flight": 2}))
+    expect(follow_up in {lease.id for lease in claimed.leases}, "a backlog holds up nobody else")
 
 
 def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:

@@ -45,7 +45,7 @@ def claimed_and_doubled(rig: Rig) -> int:
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": settings.broker_prefix}
     for hint in batches(claim(rig.world.engine, settings).leases, 5):
-        app.send_task("followups.deliver", args=[hint], queue=DELIVER)
+        app.send_task("followups.deliver", args=hint, queue=DELIVER)
     app.close()
     total = 0
     with rig.broker() as broker:

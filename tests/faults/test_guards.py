@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from world import World
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
+FAIRLY = "first_look AS MATERIALIZED"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
@@ -93,6 +94,16 @@ CATALOGUE = {
     "token at claim": Guard(CLAIM, {"f.lease_token + 1": "f.lease_token"}, guards.token_stays),
     "pending at claim": Guard(CLAIM, {"f.status = 'pending'": "true"}, guards.ended_is_claimed),
     "lock at claim": Guard(CLAIM, {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.claimed_at_once),
+    "lease at a fair claim": Guard(
+        FAIRLY, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.fairly(guards.leased_is_claimed)
+    ),
+    "token at a fair claim": Guard(FAIRLY, {"f.lease_token + 1": "f.lease_token"}, guards.fairly(guards.token_stays)),
+    "pending at a fair claim": Guard(FAIRLY, {"f.status = 'pending'": "true"}, guards.fairly(guards.ended_is_claimed)),
+    "lock at a fair claim": Guard(FAIRLY, {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.fairly(guards.claimed_at_once)),
+    "window at a fair claim": Guard(
+        FAIRLY, {"(SELECT leased FROM looked)": "0"}, guards.fairly(guards.window_overflows)
+    ),
+    "shares": Guard(FAIRLY, {"ORDER BY place, due, id": "ORDER BY due, id"}, guards.fairly(guards.one_takes_all)),
     "token at release": Guard("SET lease_until = NULL FROM held", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("held.status", {TOKEN: ""}, guards.stale_end),
     # The lock refuses what is in flight, the UPDATE says so again, and a constraint of the table says so too.

@@ -21,7 +21,7 @@ from followups.dispatch.send import Attempt, checked
 from followups.dispatch.settle import settle
 from followups.errors import AlreadyFinishedError, DeliveryInProgressError, InvalidRequestError
 from followups.scheduling import amend
-from followups.store import chats, leases, order
+from followups.store import chats, claims, leases, order
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from stack import wait_until
 
@@ -690,7 +690,7 @@ class TestLowWater:
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
         """Without anything due it is a margin behind now, for what is committed late."""
         low = claim(engine, settings).low_water
-        assert timedelta(0) < datetime.now(UTC) - low - leases.LOW_WATER_MARGIN < timedelta(minutes=1)
+        assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_what_came_in_behind(self, world: World, engine: Engine, settings: Settings) -> None:
         """A claim from the mark on passes it over; one from the beginning takes it."""

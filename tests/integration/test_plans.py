@@ -16,21 +16,22 @@ from sqlalchemy import event, text
 
 from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.dispatch.claim import claim, claim_fairly
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
+from followups.store import claims
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
+from world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
-    from world import World
 
 DUE = 300
 MOST = 12 * DUE
@@ -82,9 +83,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)
     if analyzed:
-        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.execute(text("VACUUM (ANALYZE) follow_ups"))
-            connection.execute(text("VACUUM (ANALYZE) chats"))
+        _analyze(engine)
     way = Way(engine, settings)
     for step in (way.claim, way.begin, way.settle):
         with statements(engine) as seen:
@@ -120,8 +119,49 @@ class Way:
         settle(self.engine, self.settings, attempts)
 
 
-def _by_key(engine: Engine, statement: str, parameters: Any) -> None:
+LIGHT, EACH = 20, 3
+"""Workspaces beside the one with a backlog, and what is due in each."""
+
+
+@pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
+@pytest.mark.parametrize("statistics", ["none", "of before", "true"])
+def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
+    """It walks each workspace's own part of one index, and what is not due there, or beyond its share, it leaves."""
+    for portion in range(0, others, PORTION):
+        world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
+    if statistics == "of before":
+        _analyze(engine)
+    world.burst([timedelta(0)] * DUE * 20)
+    for _ in range(LIGHT):
+        light = World(engine)
+        light.burst([timedelta(0)] * EACH)
+        light.sql(OTHERS, workspace_id=light.workspace_id, count=100)
+    if statistics == "true":
+        _analyze(engine)
+    bounded = settings.model_copy(update={"max_in_flight": DUE})
+    for expected in (DUE, 0):
+        with statements(engine) as seen:
+            assert len(claim_fairly(engine, bounded).leases) == expected
+        (fairly,) = [(statement, parameters) for statement, parameters in seen if "first_look" in statement]
+        _by_key(engine, *fairly, without_sorting)
+
+
+def without_sorting(connection: Connection) -> None:
+    """Let the planner see what it sees when a claim is fair."""
+    connection.execute(claims.WITHOUT_SORTING)
+
+
+def _analyze(engine: Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE) follow_ups"))
+        connection.execute(text("VACUUM (ANALYZE) chats"))
+
+
+def _by_key(
+    engine: Engine, statement: str, parameters: Any, prepare: Callable[[Connection], None] = lambda _: None
+) -> None:
     with engine.connect() as connection:
+        prepare(connection)
         found = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", parameters).scalar_one()
         connection.rollback()
     for way, rows in read(found[0]["Plan"]):

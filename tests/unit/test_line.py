@@ -20,7 +20,7 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     """A lease that is due at the first moment there is goes at once; one that is due at the last waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
-    line = Line(clock, timedelta(seconds=60))
+    line = Line(clock, timedelta(seconds=60), slots=10)
     line.add([Lease(uuid4(), 1, due)])
     delay = line.seconds_to_next()
     assert delay is not None

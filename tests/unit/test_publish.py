@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.dispatch.publish import batches, leases_of
-from followups.store.leases import Lease
+from followups.store.leases import LANES, Lease, lane_of
 
 leases = st.builds(
     Lease,
@@ -19,6 +20,7 @@ leases = st.builds(
     st.integers(0, 2**63 - 1),
     st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.just(UTC)),  # noqa: DTZ001
     st.integers(0, 9),
+    st.integers(0, LANES - 1),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -30,15 +32,29 @@ json_values = st.recursive(
 def test_round_trip(given_leases: list[Lease], size: int) -> None:
     """What is published comes back whole and in order, in batches of the size asked for, as JSON."""
     hints = list(batches(given_leases, size))
-    assert all(len(hint) <= size for hint in hints)
-    assert [lease for hint in hints for lease in leases_of(json.loads(json.dumps(hint)))] == given_leases
+    assert all(len(hint.entries) <= size for hint in hints)
+    assert [lease for hint in hints for lease in leases_of(*json.loads(json.dumps(hint)))] == given_leases
 
 
-@given(json_values)
-def test_foreign(value: object) -> None:
+@pytest.mark.parametrize("lanes", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
+def test_lanes_that_are_none(lanes: object) -> None:
+    """A hint without numbers of workspaces, or with what can be none, is worth the same; all share one lane."""
+    given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, lane) for lane in (1, 2)]
+    (hint,) = batches(given_leases, 2)
+    assert leases_of(hint.entries, lanes) == [replace(lease, lane=0) for lease in given_leases]
+
+
+@given(st.uuids(version=4))
+def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
+    """It takes seven digits at most, and is the same for everybody who asks."""
+    assert 0 <= lane_of(workspace_id) == lane_of(UUID(str(workspace_id))) < 10**7
+
+
+@given(json_values, json_values)
+def test_foreign(value: object, lanes: object) -> None:
     """Whatever JSON a stranger puts there is either a hint or a ValueError, never another exception."""
     try:
-        leases_of(value)
+        leases_of(value, lanes)
     except ValueError as error:
         assert str(error)  # noqa: PT017 - either way is right
 

@@ -7,17 +7,21 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from followups.states import Final, ReasonCode, Status, finish
-from followups.store import leases, order, settlement, ticks
+from followups.store import claims, leases, order, settlement, ticks
 from followups.transactions import transact
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
-    from followups.store.leases import Claimed, Lease
+    from followups.store.claims import Claimed
+    from followups.store.leases import Lease
+
+    Take = Callable[[Connection, claims.Look], tuple[list[Claimed], bool, datetime]]
 
 MAX_LOSSES = 3
 """Leases lost with an attempt in flight until a follow-up counts as poison."""
@@ -47,19 +51,24 @@ class Claim:
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
     """Claim what is due, in one transaction; with ``since`` only what fell due after it."""
-    return transact(engine, partial(_claim, settings, since))
+    return transact(engine, partial(_claim, settings, since, claims.claim))
 
 
-def _claim(settings: Settings, since: datetime | None, connection: Connection) -> Claim:
+def claim_fairly(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
+    """Claim the same for those workspaces first that have the fewest in flight; for when a claim left something."""
+    return transact(engine, partial(_claim, settings, since, claims.claim_fairly))
+
+
+def _claim(settings: Settings, since: datetime | None, take: Take, connection: Connection) -> Claim:
     ticks.record(connection)
-    claimed, more, low_water = leases.claim(
-        connection,
+    look = claims.Look(
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,
         window=settings.max_in_flight,
         most=min(CLAIM_SIZE, settings.max_in_flight),
         since=since,
     )
+    claimed, more, low_water = take(connection, look)
     lost = [one for one in claimed if one.lost]
     ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
     return Claim(

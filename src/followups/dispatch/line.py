@@ -5,11 +5,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from followups.dispatch.begin import LEAD
+from followups.dispatch.lanes import Hinted, Lanes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -30,46 +30,49 @@ are lost together at most 16 are lost again, and none of these for the third tim
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Hinted:
-    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
-
-    lease: Lease
-    task_id: str
-    expires: float
-
-
 class Line:
-    """Who may begin next. A lease that runs out here is dropped without a word: a tick has taken it over, or will."""
+    """Who may begin next: whose moment has come, in turns between workspaces.
 
-    def __init__(self, clock: DatabaseClock, lease: timedelta) -> None:
-        """``lease`` is how long one lasts."""
+    A lease that runs out here is dropped without a word: a tick has taken it over, or will.
+    """
+
+    def __init__(self, clock: DatabaseClock, lease: timedelta, slots: int) -> None:
+        """``lease`` is how long one lasts; ``slots`` is how many may be out at once."""
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[tuple[datetime, int, Hinted]] = []
+        """Those whose moment is still to come."""
+        self._lanes = Lanes(slots)
         self._sequence = itertools.count()
         self._suspects: dict[UUID, int] = {}
         """Those that are out, with the room that each takes."""
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Let leases wait that have just come, by the task that brought them."""
-        now = time.monotonic()
+        now, known = time.monotonic(), self._clock.known
         for lease in leases:
-            ahead = max(self._clock.until(lease.due), 0.0) if self._clock.known else 0.0
-            self._push(lease.due, Hinted(lease, task_id, now + ahead + self._lease))
+            ahead = max(self._clock.until(lease.due), 0.0) if known else 0.0
+            self._lanes.see(lease.lane, now)
+            place = (lease.due, next(self._sequence), Hinted(lease, task_id, now + ahead + self._lease))
+            if known and not ahead:
+                self._lanes.add(place)
+            else:
+                heapq.heappush(self._heap, place)
 
     def put_off(self, hinted: Hinted, delay: timedelta) -> None:
         """Let one wait a little longer."""
-        self._push(max(self._clock.now() + delay, hinted.lease.due), hinted)
+        moment = max(self._clock.now() + delay, hinted.lease.due)
+        heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
 
     def take(self, most: int) -> list[Hinted]:
-        """Take up to ``most`` whose moment has come; of suspects only as many as there is room for."""
+        """Take up to ``most`` whose moment has come, each for a slot; of suspects only as many as there is room for."""
         horizon, now = self._clock.now() + LEAD, time.monotonic()
         room = SUSPECTS - sum(self._suspects.values())
         taken: dict[UUID, Hinted] = {}
         not_now: list[Hinted] = []
-        while len(taken) < most and self._heap and self._heap[0][0] <= horizon:
-            _, _, hinted = heapq.heappop(self._heap)
+        while self._heap and self._heap[0][0] <= horizon:
+            self._lanes.add(heapq.heappop(self._heap))
+        while len(taken) < most and (hinted := self._lanes.next()):
             if hinted.expires < now:
                 continue
             weight = _weight(hinted)
@@ -80,9 +83,14 @@ class Line:
                 room -= weight
                 self._suspects[hinted.lease.id] = weight
             taken[hinted.lease.id] = hinted
+            self._lanes.seat(hinted.lease.lane)
         for hinted in not_now:
             self.put_off(hinted, AGAIN)
         return list(taken.values())
+
+    def leave(self, hinted: Hinted) -> None:
+        """Note that the slot of one that was taken is free again. Once for each."""
+        self._lanes.leave(hinted.lease.lane)
 
     def let_go(self, ids: Iterable[UUID]) -> None:
         """Note that these, once taken, can be lost no more: they did not begin, or are settled."""
@@ -90,22 +98,21 @@ class Line:
             self._suspects.pop(one, None)
 
     def seconds_to_next(self) -> float | None:
-        """Return how long until somebody's moment comes; None when nobody waits."""
+        """Return how long until somebody's moment comes, less than 0 when it has; None when nobody waits for it."""
+        if self._lanes:
+            return -LEAD.total_seconds()
         # A moment at the edge of the calendar, which anybody may write to a broker, has none before it.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_anybodys_moment(self) -> bool:
         """Say whether somebody could be taken now."""
-        return bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD
+        return bool(self._lanes) or (bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD)
 
     def clear(self) -> list[Lease]:
         """Send everybody home; return their leases."""
         leases = [hinted.lease for _, _, hinted in self._heap]
         self._heap.clear()
-        return leases
-
-    def _push(self, moment: datetime, hinted: Hinted) -> None:
-        heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
+        return leases + self._lanes.clear()
 
 
 def _weight(hinted: Hinted) -> int:

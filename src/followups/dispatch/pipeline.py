@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from followups.dispatch.begin import Beginning
     from followups.dispatch.breaker import BreakerStore
-    from followups.dispatch.line import Hinted
+    from followups.dispatch.lanes import Hinted
     from followups.dispatch.send import Attempt
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
@@ -89,7 +89,7 @@ class Pipeline:
         self._transport = transport
         self._nudge = nudge
         self._clock = DatabaseClock()
-        self._line = Line(self._clock, settings.lease)
+        self._line = Line(self._clock, settings.lease, settings.concurrency)
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
         self._results: list[Attempt] = []
         self._drained = False
@@ -225,6 +225,8 @@ class Pipeline:
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
         self._free += len(hinted)
+        for one in hinted:
+            self._line.leave(one)
         self._line.let_go(one.lease.id for one in hinted)
 
     def _ready(self) -> list[Hinted]:
@@ -256,6 +258,7 @@ class Pipeline:
             attempt = await send(self._transport, begun, self._clock, limit, latest)
         finally:
             self._free += 1
+            self._line.leave(hinted)
             self._changed.set()
             if attempt is None:
                 self._line.let_go([begun.lease.id])

@@ -1,4 +1,4 @@
-"""The statements that move a due follow-up to its end: claim, begin, settle, release, wake.
+"""The statements that move what is leased on: begin, end, release. What leases it is in `followups.store.claims`.
 
 Each is one guarded, batched statement. The guard is in the SQL: a row that does not come back had been
 taken, ended or claimed anew by somebody else, which is an answer and no accident. Statements here never
@@ -8,7 +8,6 @@ wait behind somebody's open transaction: what it holds is skipped, said so, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -19,7 +18,7 @@ from followups.windows import WINDOW, WINDOWED_CHANNELS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from datetime import datetime
+    from datetime import datetime, timedelta
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -46,90 +45,20 @@ class Lease:
     due: datetime
     losses: int = 0
     """How many workers were lost with it in flight: it may be what killed them."""
+    lane: int = 0
+    """The number of its workspace (`lane_of`), by which workers share out their slots; 0: nobody told."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claimed:
-    """A claimed row; ``lost`` when its last lease ended with an attempt in flight (number ``attempts + 1``)."""
-
-    lease: Lease
-    lost: bool
-    attempts: int
-    losses: int
-    cancel_requested: str | None
-    traceparent: str | None = None
+LANES = 2**20
+"""How many numbers there are for workspaces. Two with the same one share its turns: harmless, and seldom."""
 
 
-LOW_WATER_MARGIN = timedelta(seconds=10)
-"""For what is created for now, or put off by a moment, and committed a little later."""
-
-_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
-
-# Rows in flight are the first of the index, but for what came in behind with an earlier due date. Looking at
-# no more than :seen_most rows bounds what a tick costs; what somebody holds is passed over, not waited for.
-_CLAIM = text(f"""
-    WITH head AS MATERIALIZED (
-        SELECT f.id, {_DUE} AS due, f.lease_until IS NULL OR f.lease_until <= now() AS free
-          FROM follow_ups f
-         WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now() + CAST(:ahead AS interval)
-           AND {_DUE} >= COALESCE(CAST(:since AS timestamptz), '-infinity')
-         ORDER BY {_DUE}, f.id
-         LIMIT :seen_most
-    ), taken AS MATERIALIZED (
-        SELECT f.id, f.begun_at IS NOT NULL AS lost
-          FROM head
-         CROSS JOIN LATERAL (
-             SELECT f.id, f.begun_at FROM follow_ups f
-              WHERE f.id = head.id AND f.status = 'pending' AND f.waits_for IS NULL
-                AND {_DUE} <= now() + CAST(:ahead AS interval) AND (f.lease_until IS NULL OR f.lease_until <= now())
-                FOR NO KEY UPDATE SKIP LOCKED
-         ) f
-         WHERE head.free
-         LIMIT LEAST(:most, GREATEST(0, :window - (SELECT count(*) FROM head WHERE NOT free)))
-    ), claimed AS (
-        UPDATE follow_ups f
-           SET lease_token = f.lease_token + 1,
-               lease_until = GREATEST(now(), {_DUE}) + CAST(:lease AS interval),
-               begun_at = NULL,
-               attempts = f.attempts - taken.lost::int,
-               losses = f.losses + taken.lost::int
-          FROM taken
-         WHERE f.id = taken.id
-        RETURNING f.id, f.lease_token, {_DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested,
-                  f.traceparent
-    )
-    SELECT claimed.*, (SELECT count(*) FROM head WHERE NOT free) AS leased,
-           LEAST((SELECT min(due) FROM head), now()) - CAST(:margin AS interval) AS low_water
-      FROM (SELECT) one LEFT JOIN claimed ON true
-     ORDER BY claimed.due, claimed.id
-""")  # noqa: S608 - no input, only the constant above
+def lane_of(workspace_id: UUID) -> int:
+    """Return the number of a workspace: the last bits of its id, which are random."""
+    return workspace_id.int % LANES
 
 
-def claim(
-    connection: Connection, *, ahead: timedelta, lease: timedelta, window: int, most: int, since: datetime | None = None
-) -> tuple[list[Claimed], bool, datetime]:
-    """Lease up to ``most`` follow-ups that fall due within ``ahead``, so that no more than ``window`` are in flight.
-
-    Expired leases are taken over; the earliest due come first. What fell due before ``since`` is not looked
-    for. The second value says that there may be more: the claim or the window was full. The third is the
-    low-water mark: all that was due before it had ended, but for what comes in behind.
-    """
-    limits = {"window": window, "most": most, "seen_most": window + most}
-    span = {"ahead": ahead, "since": since, "margin": LOW_WATER_MARGIN}
-    rows = connection.execute(_CLAIM, {"lease": lease} | span | limits).all()
-    claimed = [
-        Claimed(
-            Lease(row.id, row.lease_token, row.due, row.losses),
-            row.lost,
-            row.attempts,
-            row.losses,
-            row.cancel_requested,
-            row.traceparent,
-        )
-        for row in rows
-        if row.id is not None
-    ]
-    return claimed, len(claimed) >= most or rows[0].leased + len(claimed) >= window, rows[0].low_water
+DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +106,7 @@ _WINDOW_CLOSED = (
     f"(c.channel IN ({_WINDOWED})"
     " AND now() >= COALESCE(c.last_user_message_at, '-infinity') + CAST(:window AS interval))"
 )
-_EARLY = f"{_DUE} > now() + CAST(:early AS interval)"
+_EARLY = f"{DUE} > now() + CAST(:early AS interval)"
 _EARLIER = (
     "e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'"
     " AND (e.due_date, e.id) < (f.due_date, f.id)"
@@ -199,7 +128,7 @@ _BEGIN = text(f"""
       FROM ready
      WHERE f.id = ready.id
     RETURNING -- in the order of Lease and Begun
-              f.id, f.lease_token, {_DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
+              f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
               f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes, f.traceparent
 """)  # noqa: S608 - no input, only the constants above
 
@@ -223,7 +152,7 @@ class Obstacle:
 
 
 _OBSTACLES = text(f"""
-    SELECT f.id, f.lease_token, {_DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
+    SELECT f.id, f.lease_token, {DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
            earlier.id AS earlier
       FROM {_BATCH} CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f

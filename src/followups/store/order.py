@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.leases import Lease, uuid_array
+from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -122,7 +122,7 @@ _WAKE_AND_LEASE = text(f"""
        SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
       FROM held
      WHERE f.id = held.id
-    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due, f.losses
+    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due, f.losses, f.workspace_id
 """)  # noqa: S608 - no input, only the constant above
 
 _WAKE_FORGOTTEN = text("""
@@ -163,7 +163,7 @@ def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timed
     if not ended:
         return []
     rows = connection.execute(_WAKE_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
-    return [Lease(row.id, row.lease_token, row.due, row.losses) for row in rows]
+    return [Lease(row.id, row.lease_token, row.due, row.losses, lane_of(row.workspace_id)) for row in rows]
 
 
 def wake_forgotten(connection: Connection) -> int:

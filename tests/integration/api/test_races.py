@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from followups import scheduling
 from followups.states import Status
-from followups.store import chats, leases
+from followups.store import chats, claims, leases
 from followups.windows import Channel
 from stack import wait_until
 from web import FOLLOW_UPS, in_days, is_problem
@@ -37,7 +37,7 @@ PAIRS = 40
 
 def claim(connection: Connection) -> list[Lease]:
     """Claim everything due."""
-    claimed, *_ = leases.claim(connection, ahead=timedelta(seconds=2), lease=MINUTE, window=5000, most=1000)
+    claimed, *_ = claims.claim(connection, claims.Look(timedelta(seconds=2), MINUTE, window=5000, most=1000))
     return [one.lease for one in claimed]
 
 

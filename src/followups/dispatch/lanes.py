@@ -1,0 +1,110 @@
+"""Turns at the slots: those whose moment has come, each workspace's in a lane of their own. Asks nobody.
+
+The lanes take turns, and in each the earliest goes first: whoever has little waits for one of each other workspace's,
+and not for all that they have. While several have been seen lately, none of them gets all of the slots, so that the
+others need not wait for the end of its calls, however slow these are.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from dataclasses import dataclass
+from math import inf
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from followups.store.leases import Lease
+
+LATELY = 60.0
+"""Seconds for which a workspace counts after something of its own has come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hinted:
+    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
+
+    lease: Lease
+    task_id: str
+    expires: float
+
+
+class Lanes:
+    """Whose turn it is, and how many slots each has. Lanes with nothing in them, and without a slot, are forgotten."""
+
+    def __init__(self, slots: int) -> None:
+        """Share out so many ``slots``: one lane gets seven eighths of them while there are others."""
+        self._most = max(1, slots * 7 // 8)
+        self._waiting: dict[int, list[tuple[datetime, int, Hinted]]] = {}
+        self._turns: deque[int] = deque()
+        """Lanes in which somebody waits, the next first, without those in ``_sated``."""
+        self._sated: set[int] = set()
+        """Lanes in which somebody waits, that must give back a slot first."""
+        self._slots: dict[int, int] = {}
+        self._latest: int | None = None
+        """The lane of which something has come last; when, and when something of any other had before."""
+        self._latest_came = self._others_came = -inf
+
+    def __bool__(self) -> bool:
+        """Say whether there is a lane whose turn it may be."""
+        return bool(self._turns)
+
+    def see(self, lane: int, now: float) -> None:
+        """Note that something of a lane has come, at ``now`` on the monotonic clock."""
+        if lane != self._latest:
+            self._latest, self._others_came = lane, self._latest_came
+        self._latest_came = now
+
+    def add(self, place: tuple[datetime, int, Hinted]) -> None:
+        """Let one wait for its lane's turn, by its moment and then its number."""
+        lane = place[2].lease.lane
+        if lane in self._waiting:
+            heapq.heappush(self._waiting[lane], place)
+        else:
+            self._waiting[lane] = [place]
+            self._turns.append(lane)
+
+    def next(self) -> Hinted | None:
+        """Return the earliest of the lane whose turn it is; None when it is nobody's. The turn passes on."""
+        while self._turns:
+            lane = self._turns[0]
+            if self._slots.get(lane, 0) >= self._most and self._has_others(lane):
+                self._sated.add(self._turns.popleft())
+                continue
+            waiting = self._waiting[lane]
+            hinted = heapq.heappop(waiting)[2]
+            if waiting:
+                self._turns.rotate(-1)
+            else:
+                del self._waiting[self._turns.popleft()]
+            return hinted
+        return None
+
+    def seat(self, lane: int) -> None:
+        """Give a slot to a lane."""
+        self._slots[lane] = self._slots.get(lane, 0) + 1
+
+    def leave(self, lane: int) -> None:
+        """Take back a slot that was given to a lane."""
+        if self._slots[lane] > 1:
+            self._slots[lane] -= 1
+        else:
+            del self._slots[lane]
+        if lane in self._sated:
+            self._sated.discard(lane)
+            self._turns.append(lane)
+
+    def clear(self) -> list[Lease]:
+        """Send everybody home who waits; return their leases."""
+        leases = [hinted.lease for waiting in self._waiting.values() for _, _, hinted in waiting]
+        self._waiting.clear()
+        self._turns.clear()
+        self._sated.clear()
+        return leases
+
+    def _has_others(self, lane: int) -> bool:
+        came = self._others_came if lane == self._latest else self._latest_came
+        return time.monotonic() - came < LATELY

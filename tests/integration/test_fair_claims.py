@@ -1,0 +1,237 @@
+"""A backlog shared out between workspaces: whoever has the fewest in flight goes first, and the window holds."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from followups.dispatch import claim as claiming
+from followups.dispatch import dispatcher
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.publish import leases_of
+from followups.store import claims
+from followups.store.leases import lane_of
+from stack import wait_until
+from world import World
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.claim import Claim
+    from followups.dispatch.publish import Hint
+    from followups.settings import Settings
+
+SECOND = timedelta(seconds=1)
+LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
+
+
+def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
+    """Return workspaces with so many overdue each, the first of them earlier than those of the next."""
+    worlds = [World(engine) for _ in counts]
+    for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):
+        world.burst([due - (len(counts) - number) * SECOND] * count)
+    return worlds
+
+
+def bounded(settings: Settings, window: int) -> Settings:
+    """Return settings with a smaller window."""
+    return settings.model_copy(update={"max_in_flight": window})
+
+
+def shares(claimed: Claim, worlds: list[World]) -> list[int]:
+    """Count what each workspace got."""
+    counted = Counter(lease.lane for lease in claimed.leases)
+    return [counted[lane_of(world.workspace_id)] for world in worlds]
+
+
+@pytest.mark.parametrize(
+    ("overdue", "in_flight", "expected"),
+    [
+        ((30, 30, 30), (0, 0, 0), [4, 4, 4]),
+        ((30, 1, 2), (0, 0, 0), [9, 1, 2]),
+        ((30, 30, 30), (8, 1, 0), [0, 1, 2]),
+        ((30, 30, 1), (12, 0, 0), [0, 0, 0]),
+        ((30, 3, 3), (9, 0, 0), [0, 2, 1]),
+    ],
+)
+def test_fewest_first(
+    engine: Engine, settings: Settings, overdue: tuple[int, ...], in_flight: tuple[int, ...], expected: list[int]
+) -> None:
+    """Places go to whoever has the fewest in flight; what one does not need, the others get; a full window is full."""
+    worlds = worlds_of(engine, *overdue)
+    for world, count in zip(worlds, in_flight, strict=True):
+        world.sql(
+            "UPDATE follow_ups SET lease_token = 1, lease_until = now() + interval '1 min' WHERE id IN"
+            " (SELECT id FROM follow_ups WHERE workspace_id = :id ORDER BY due_date, id LIMIT :count)",
+            id=world.workspace_id,
+            count=count,
+        )
+    claimed = claim_fairly(engine, bounded(settings, 12))
+    assert shares(claimed, worlds) == expected
+    assert claimed.more
+    assert worlds[0].scalar(LEASED) == 12
+
+
+def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings) -> None:
+    """Of one workspace the earliest are taken, and nothing beyond the look-ahead."""
+    ids = [world.follow_up(due=-number * SECOND) for number in range(9)][::-1]
+    world.follow_up(due=settings.tick_interval * 20)
+    first, second = (claim_fairly(engine, bounded(settings, window)) for window in (4, 20))
+    assert [lease.id for lease in first.leases] == ids[:4]
+    assert [lease.id for lease in second.leases] == ids[4:]
+    assert (first.more, second.more) == (True, False)
+
+
+def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has much fills the window beside many that have little, although a claim looks at few rows of each."""
+    monkeypatch.setattr(claims, "FEW", 1)
+    worlds = worlds_of(engine, 90, *[1] * 30)
+    assert shares(claim_fairly(engine, bounded(settings, 60)), worlds) == [30, *[1] * 30]
+
+
+def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more workspaces wait than the window has places, each gets one before any gets two; the rest comes next."""
+    monkeypatch.setattr(claims, "FEW", 1)
+    worlds = worlds_of(engine, *[3] * 30)
+    few = bounded(settings, 20)
+    first = claim_fairly(engine, few)
+    assert sorted(shares(first, worlds)) == [0] * 10 + [1] * 20
+    begun = begin(engine, settings, first.leases).begun
+    worlds[0].sql(
+        "UPDATE follow_ups SET status = 'sent', finished_at = now(), lease_until = NULL, begun_at = NULL"
+        " WHERE id = ANY(CAST(:ids AS uuid[]))",
+        ids=[one.lease.id for one in begun],
+    )
+    second = shares(claim_fairly(engine, few), worlds)
+    assert sum(second) == 20
+    assert max(second) == 1
+
+
+def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
+    """What is in flight counts, also behind what came in with an earlier due date."""
+    other = World(engine)
+    for group in range(1, 3):
+        other.burst([-group * SECOND] * 3)
+        world.burst([-group * SECOND] * 3)
+        claim_fairly(engine, bounded(settings, 6))
+        claim(engine, bounded(settings, 6))
+    assert world.scalar(LEASED) == 6
+
+
+def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: Settings) -> None:
+    """A dispatcher that knows of no backlog finds one, and keeps to the window that others filled behind it."""
+    worlds = worlds_of(engine, 90, 5)
+    few = bounded(settings, 10)
+    assert shares(claim(engine, few), worlds) == [5, 5]
+    assert [len(claim(engine, few).leases), worlds[0].scalar(LEASED)] == [0, 10]
+
+
+def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
+    """Leases that ran out are taken over under a greater token; one that was in flight counts as lost."""
+    noisy, quiet = worlds_of(engine, 40, 2)
+    few = bounded(settings, 6)
+    leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
+    (lost,) = [id_ for id_, lease in leases.items() if lease.lane == lane_of(quiet.workspace_id)][:1]
+    begin(engine, settings, [leases[lost]])
+    quiet.expire(*leases)
+    again = claim_fairly(engine, few)
+    assert {lease.id for lease in again.leases} == set(leases)
+    assert all(lease.token > leases[lease.id].token for lease in again.leases)
+    assert again.lost == 1
+    assert [number for number, outcome, _ in quiet.failures(lost) if outcome == "lost"] == [1]
+    assert noisy.scalar(LEASED) == 6
+
+
+def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
+    """What was lost with its outcome unknown ends in a fair claim as in any other."""
+    follow_up = world.follow_up()
+    begin(engine, settings, claim_fairly(engine, settings).leases)
+    world.expire(follow_up)
+    plain = settings.model_copy(update={"transport_deduplicates": False})
+    assert claim_fairly(engine, plain).leases == ()
+    assert world.row(follow_up).reason.partition(":")[0] == "outcome_unknown"
+
+
+def test_at_once(engine: Engine, settings: Settings) -> None:
+    """Claims of both kinds that run at once lease nothing twice, and together all of it."""
+    worlds_of(engine, 40, 5, 5)
+    taken: list[UUID] = []
+    start = threading.Barrier(4)
+
+    def run(number: int) -> None:
+        start.wait()
+        taken.extend(lease.id for lease in (claim_fairly if number % 2 else claim)(engine, settings).leases)
+
+    threads = [threading.Thread(target=run, args=[number]) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    taken.extend(lease.id for lease in claim_fairly(engine, settings).leases)
+    assert len(taken) == len(set(taken)) == 50
+
+
+def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
+    """Rows that somebody's open transaction holds are passed over, and hide nobody else's."""
+    noisy, quiet = worlds_of(engine, 20, 2)
+    with engine.connect() as connection:
+        held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"
+        connection.execute(text(held), {"id": noisy.workspace_id})
+        assert shares(claim_fairly(engine, bounded(settings, 6)), [noisy, quiet]) == [0, 2]
+
+
+class TestLowWater:
+    """What passes over a backlog does not pass the mark over it."""
+
+    def test_mark(self, engine: Engine, settings: Settings) -> None:
+        """It stays behind the first of all that has not ended, though others were taken."""
+        noisy, _ = worlds_of(engine, 40, 3, due=-timedelta(minutes=5))
+        few = bounded(settings, 4)
+        for _ in range(2):
+            low = claim_fairly(engine, few).low_water
+            assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
+        noisy.expire(*[row.id for row in noisy.rows()])
+        assert len(claim_fairly(engine, settings, low).leases) == 43
+
+    def test_from_the_mark_on(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What fell due before the mark is not looked for, in any workspace."""
+        worlds_of(engine, 3, due=-timedelta(minutes=5))
+        later = world.follow_up()
+        since = datetime.now(UTC) - timedelta(minutes=1)
+        assert [lease.id for lease in claim_fairly(engine, settings, since).leases] == [later]
+        assert claim_fairly(engine, settings, since).more is False
+
+    def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
+        """Without anything due, and without any workspace, there is nothing more, and the mark is behind now."""
+        claimed = claim_fairly(engine, settings)
+        assert (claimed.leases, claimed.more) == ((), False)
+        assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
+
+
+def test_dispatcher_shares_out_what_it_left(
+    engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a claim that was full the next ones are fair: others are published long before a backlog is through."""
+    for module in (claiming, dispatcher):
+        monkeypatch.setattr(module, "CLAIM_SIZE", 10)
+    worlds = worlds_of(engine, 200, 10)
+    hints: list[Hint] = []
+    ticking = dispatcher.Dispatcher(bounded(settings, 60), engine, hints.append)
+    ticking.start()
+
+    def is_full() -> bool:
+        ticking.tick()
+        return bool(worlds[0].scalar(LEASED) == 60)
+
+    wait_until(is_full)
+    ticking.stop()
+    lanes = Counter(lease.lane for hint in hints for lease in leases_of(*hint))
+    assert [lanes[lane_of(world.workspace_id)] for world in worlds] == [50, 10]

@@ -1,0 +1,148 @@
+"""Turns at the slots: each workspace goes in its turn, each of its own at its moment, and none has all the slots."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.dispatch import lanes
+from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.line import Line
+from followups.store.leases import Lease
+
+SECOND = timedelta(seconds=1)
+NOISY, QUIET = 1, 2
+
+
+def line_of(slots: int = 100) -> Line:
+    """Return a line whose clock is this machine's."""
+    clock = DatabaseClock()
+    clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
+    return Line(clock, timedelta(seconds=60), slots)
+
+
+def overdue(lane: int, *seconds: float, losses: int = 0) -> list[Lease]:
+    """Return leases of a lane, each due so many seconds ago."""
+    return [Lease(uuid4(), 1, datetime.now(UTC) - ago * SECOND, losses, lane) for ago in seconds]
+
+
+def test_turns() -> None:
+    """However much one workspace has in front of another, they alternate, and each one's earliest goes first."""
+    line = line_of()
+    line.add(overdue(NOISY, *range(10, 60)))
+    line.add(overdue(QUIET, 1, 2))
+    taken = [hinted.lease for hinted in line.take(6)]
+    assert [lease.lane for lease in taken] == [NOISY, QUIET, NOISY, QUIET, NOISY, NOISY]
+    for lane in (NOISY, QUIET):
+        moments = [lease.due for lease in taken if lease.lane == lane]
+        assert moments == sorted(moments)
+
+
+def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
+    """Where slots come free one by one, the workspaces alternate all the same."""
+    line = line_of()
+    line.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
+    assert Counter(line.take(1)[0].lease.lane for _ in range(6)) == {NOISY: 3, QUIET: 3}
+
+
+def test_nobody_is_told_their_workspace() -> None:
+    """What comes without a number, as from a worker of before an upgrade, goes by its moment as it always did."""
+    line = line_of()
+    given_leases = overdue(0, 3, 1, 2)
+    line.add(given_leases)
+    assert [hinted.lease for hinted in line.take(9)] == sorted(given_leases, key=lambda lease: lease.due)
+
+
+def test_not_all_slots_for_one() -> None:
+    """Beside another a workspace holds seven eighths of the slots; what it gives back, it may take again."""
+    line = line_of(slots=16)
+    line.add(overdue(QUIET, 1))
+    (quiet,) = line.take(16)
+    line.leave(quiet)
+    line.add(overdue(NOISY, *range(50)))
+    out = line.take(16)
+    assert len(out) == 14
+    assert not line.is_anybodys_moment()
+    assert line.seconds_to_next() is None
+    line.add(overdue(QUIET, 1, 1, 1))
+    assert [hinted.lease.lane for hinted in line.take(2)] == [QUIET, QUIET]
+    line.leave(out[0])
+    assert Counter(hinted.lease.lane for hinted in line.take(2)) == {QUIET: 1, NOISY: 1}
+    assert not [hinted for hinted in line.take(1) if hinted.lease.lane == NOISY]
+
+
+def test_all_slots_for_a_lone_one() -> None:
+    """A workspace beside which nobody has been seen takes all the slots."""
+    line = line_of(slots=16)
+    line.add(overdue(NOISY, *range(50)))
+    assert len(line.take(16)) == 16
+
+
+def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor are slots kept free for somebody of whom nothing has come for long."""
+    line = line_of(slots=16)
+    line.add(overdue(QUIET, 1))
+    line.leave(line.take(1)[0])
+    line.add(overdue(NOISY, *range(50)))
+    monkeypatch.setattr(lanes, "LATELY", 0.0)
+    assert len(line.take(16)) == 16
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_few_slots(slots: int) -> None:
+    """Where there is one slot, it goes round; of two, one workspace gets one."""
+    line = line_of(slots)
+    line.add(overdue(NOISY, *range(5)) + overdue(QUIET, *range(5)))
+    for _ in range(4):
+        out = line.take(slots)
+        assert len(out) == slots
+        assert len({hinted.lease.lane for hinted in out}) == slots
+        for hinted in out:
+            line.leave(hinted)
+
+
+def test_what_is_given_back() -> None:
+    """Whoever is told to give back all that waits gives back what waits for its moment, its turn, or a slot."""
+    line = line_of(slots=2)
+    waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
+    line.add(waiting)
+    (out,) = line.take(2)
+    assert {lease.id for lease in line.clear()} == {lease.id for lease in waiting} - {out.lease.id}
+    line.leave(out)
+    assert line.take(2) == []
+
+
+steps = st.lists(
+    st.tuples(st.sampled_from(["add", "take", "leave", "put off"]), st.integers(0, 4), st.integers(0, 3)), max_size=60
+)
+
+
+@given(steps, st.integers(1, 9))
+def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
+    """Whatever comes, goes and is put off in which order, each is taken once, and nobody is out beyond the slots."""
+    line, out, come, taken = line_of(slots), [], 0, Counter()
+    for step, lane, count in steps:
+        if step == "add":
+            line.add(overdue(lane, *range(count), losses=count == 3))
+            come += count
+        elif step == "take":
+            now = line.take(min(count, slots - len(out)))
+            taken.update(hinted.lease.id for hinted in now)
+            out += now
+        elif out:
+            hinted = out.pop(lane % len(out))
+            line.leave(hinted)
+            line.let_go([hinted.lease.id])
+            if step == "put off":
+                line.put_off(hinted, timedelta(0))
+                taken[hinted.lease.id] -= 1
+    rest = [lease.id for lease in line.clear()]
+    assert len(rest) == len(set(rest))
+    assert set(taken.values()) <= {0, 1}
+    assert taken.total() + len(rest) == come
