@@ -29,6 +29,7 @@ from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
+from followups.limiter import RedisLimiter
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
@@ -169,7 +170,7 @@ class Process:
         self.engine = make_engine(url, pool_size=4, **connection)
         in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
-        self.pipeline = Pipeline(settings, in_loop, load_transport(settings), nudge)
+        self.pipeline = Pipeline(settings, in_loop, load_transport(settings), nudge, RedisLimiter(settings))
         self.totals = Totals(self.engine)
         self.tidier = Tidier(settings, self.engine)
         self.draining = False
