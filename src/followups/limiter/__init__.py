@@ -110,4 +110,4 @@ def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[
 
 
 def _script(name: str) -> str:
-    return files("followups").joinpath(name).read_text(encoding="utf-8")
+    return files("followups.limiter").joinpath(name).read_text(encoding="utf-8")

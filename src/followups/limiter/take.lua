@@ -17,7 +17,7 @@ local limits = cjson.decode(ARGV[1])
 local buckets = {}
 
 local function forget(bucket, ids)
-  redis.call('ZREM', bucket.line, unpack(ids))
+  bucket.waiting = bucket.waiting - redis.call('ZREM', bucket.line, unpack(ids))
   redis.call('ZREM', bucket.back, unpack(ids))
 end
 
@@ -34,9 +34,11 @@ local function open(number)
   else
     bucket.tokens = bucket.burst
   end
-  local lost = redis.call('ZRANGEBYSCORE', bucket.back, '-inf', now - SPARE, 'LIMIT', 0, MOST_FORGOTTEN)
-  if #lost > 0 then forget(bucket, lost) end
   bucket.waiting = redis.call('ZCARD', bucket.line)
+  if bucket.waiting > 0 then
+    local lost = redis.call('ZRANGEBYSCORE', bucket.back, '-inf', now - SPARE, 'LIMIT', 0, MOST_FORGOTTEN)
+    if #lost > 0 then forget(bucket, lost) end
+  end
   buckets[number] = bucket
   return bucket
 end
@@ -109,7 +111,7 @@ for _, bucket in pairs(buckets) do
   if bucket.taken > 0 then
     redis.call('HSET', bucket.key, 'tokens', string.format('%.17g', bucket.tokens), 'at', string.format('%.0f', now))
     -- By then it is full, which is what no bucket at all means.
-    outlast(bucket.key, math.ceil(bucket.burst / bucket.rate * 1000) + 1000)
+    redis.call('PEXPIRE', bucket.key, string.format('%.0f', math.ceil(bucket.burst / bucket.rate * 1000) + 1000))
   end
   if bucket.expected > 0 then
     local milliseconds = math.ceil((bucket.expected - now + SPARE) / 1000) + 1000
