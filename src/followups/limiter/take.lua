@@ -6,8 +6,9 @@
 -- ARGV[2]: for each that asks {id, since, {buckets it needs}}; ARGV[3]: the same of those that have ended.
 -- Answers the moment (µs), and of each that asks how long it has to wait (µs; 0: its tokens are taken).
 
-local EXACT = 1000000      -- longer waits are told as half, so that they stay right when others in front give up
-local SPARE = 2000000      -- who is expected back and so late has been cancelled, or has lost its worker
+local EXACT = 1000000      -- who waits longer asks again before its turn, since others in front may give up;
+local EARLY = 1 / 8        -- so much before: of a line in which an eighth gives up, no token is lost
+local SPARE = 500000       -- who is so late has been cancelled, or its worker stands still: others go first
 local MOST_FORGOTTEN = 500 -- in one call, of one bucket
 local MOST_WAITING = 100000
 
@@ -79,7 +80,7 @@ local function ask(id, since, needed)
     end
   end
   wait = math.ceil(wait)
-  if wait > EXACT then wait = math.max(EXACT, math.ceil(wait / 2)) end
+  if wait > EXACT then wait = math.max(EXACT, math.ceil(wait * (1 - EARLY))) end
   for _, number in ipairs(needed) do
     local bucket = buckets[number]
     if refused[number] then
