@@ -127,6 +127,38 @@ class Pause(Base):
     """When it was lifted: it holds nothing more, and stays only until all that it held has been freed."""
 
 
+class RateLimit(Base):
+    """How many may begin a second: of everything, a workspace, a channel, or a channel of a workspace.
+
+    All that match a follow-up apply to it. How much of each is used up is in Redis (`followups.limiter`).
+    """
+
+    __tablename__ = "rate_limits"
+    __table_args__ = (
+        CheckConstraint("per IN ('all', 'workspace', 'chat')", name="per_is_known"),
+        CheckConstraint("rate > 0 AND rate <= 1000000", name="rate_is_a_rate"),
+        CheckConstraint("burst BETWEEN 1 AND 1000000", name="burst_lets_one_go"),
+        Index(
+            "ix_rate_limits_scope",
+            text("COALESCE(workspace_id, '00000000-0000-0000-0000-000000000000'::uuid)"),
+            text("COALESCE(channel, '')"),
+            "per",
+            unique=True,
+        ),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
+    workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
+    channel: Mapped[str | None]
+    per: Mapped[str]
+    """One bucket for 'all' that it matches, one for each 'workspace', or one for each 'chat'."""
+    rate: Mapped[float] = mapped_column(Double)
+    """Tokens a second."""
+    burst: Mapped[int] = mapped_column(Integer)
+    """Tokens that a full bucket holds."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
 class ApiKey(Base):
     """A key to one workspace; only the SHA-256 of its 256 random bits is stored."""
 
@@ -307,6 +339,8 @@ class FollowUp(Base):
 
     held_until: Mapped[datetime | None]
     """When the sending hours open, or opened, that it was last held for; lateness counts from then."""
+    limited_until: Mapped[datetime | None]
+    """The next attempt that a rate limit gave it; while ``next_attempt_at`` is the same, that is what it waits for."""
     pause_id: Mapped[UUID | None]
     """The pause that holds it; its next attempt is then at the end of time, out of the claim's way."""
     retry_of: Mapped[UUID | None]

@@ -29,6 +29,7 @@ from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
+from followups.limiter import RedisLimiter
 from followups.redis_breaker import RedisBreaker
 from followups.settings import HINT_LIFETIME, Settings, get_settings
 from followups.store import leases as lease_store
@@ -171,7 +172,8 @@ class Process:
         in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         transport = load_transport(settings)
-        self.pipeline = Pipeline(settings, in_loop, transport, nudge, RedisBreaker(settings, transport.name))
+        shared = (RedisLimiter(settings), RedisBreaker(settings, transport.name))
+        self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
         self.totals = Totals(self.engine)
         self.tidier = Tidier(settings, self.engine)
         self.draining = False

@@ -25,7 +25,7 @@ from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, claims, follow_ups, idempotency, leases, order, sending_hours
+from followups.store import chats, claims, follow_ups, idempotency, leases, order, rate_limits, sending_hours
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 from world import World
@@ -361,6 +361,47 @@ def parked_behind_an_end(scene: Scene) -> None:
         park(scene, later, earlier)
         session.commit()
     expect(scene.world.row(later.id).waits_for is None, "nothing is left waiting for what has ended")
+
+
+def put_off(scene: Scene, lease: Lease) -> None:
+    """Put a leased one off, as a rate limit does."""
+    with scene.engine.begin() as connection:
+        rate_limits.put_off_if_leased(connection, [(lease, timedelta(minutes=1))])
+
+
+def stale_put_off(scene: Scene) -> None:
+    """Put off by a lease that is another's by now."""
+    scene.world.follow_up()
+    old = scene.lease()
+    scene.leased_anew(old)
+    put_off(scene, old)
+    expect(scene.world.row(old.id).lease_until is not None, "no stale writer's write is taken")
+
+
+def ended_lease_put_off(scene: Scene) -> None:
+    """Put off by a lease that has ended: a tick may be claiming it."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    scene.world.expire(lease.id)
+    put_off(scene, lease)
+    expect(scene.world.row(lease.id).limited_until is None, "a lease that has ended puts off nothing")
+
+
+def cancelled_put_off(scene: Scene) -> None:
+    """Put off what was cancelled while it was looked at."""
+    scene.world.follow_up()
+    lease = scene.lease()
+    scene.cancel(lease.id)
+    put_off(scene, lease)
+    expect(scene.world.row(lease.id).limited_until is None, "final states never change")
+
+
+def put_off_in_flight(scene: Scene) -> None:
+    """Put off what has begun."""
+    scene.world.follow_up()
+    (begun,) = scene.begin(scene.lease())
+    put_off(scene, begun.lease)
+    expect(scene.world.row(begun.lease.id).begun_at is not None, "what is in flight is nobody else's")
 
 
 def forgotten(scene: Scene) -> None:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
 FAIRLY = "first_look AS MATERIALIZED"
+PUT_OFF = "limited_until = held.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
@@ -117,6 +118,16 @@ CATALOGUE = {
     ),
     "wake at the end": Guard(
         "SET waits_for = NULL", {"f.waits_for = ANY": "false AND f.waits_for = ANY"}, guards.nobody_wakes
+    ),
+    "token at put off": Guard(PUT_OFF, {TOKEN: ""}, guards.stale_put_off),
+    "lease at put off": Guard(PUT_OFF, {"AND f.lease_until > now()": ""}, guards.ended_lease_put_off),
+    "pending and lease at put off": Guard(
+        PUT_OFF, {"f.status = 'pending' AND": "", "AND f.lease_until > now()": ""}, guards.cancelled_put_off
+    ),
+    "begun at put off": Guard(
+        PUT_OFF,
+        {"AND f.begun_at IS NULL": "", "lease_until = NULL": "lease_until = NULL, begun_at = NULL"},
+        guards.put_off_in_flight,
     ),
     "token at park": Guard("SET waits_for = held.earlier", {TOKEN: ""}, guards.stale_park),
     "lock of the earlier at park": Guard("FOR SHARE", {"FOR SHARE SKIP LOCKED": ""}, guards.parked_behind_an_end),

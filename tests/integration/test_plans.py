@@ -20,7 +20,7 @@ from followups.dispatch.claim import claim, claim_fairly
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
-from followups.store import claims
+from followups.store import claims, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 from world import World
@@ -85,7 +85,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
     if analyzed:
         _analyze(engine)
     way = Way(engine, settings)
-    for step in (way.claim, way.begin, way.settle):
+    for step in (way.claim, way.limit, way.begin, way.settle):
         with statements(engine) as seen:
             step()
         assert seen
@@ -105,6 +105,13 @@ class Way:
     def claim(self) -> None:
         self.leases = claim(self.engine, self.settings).leases
         assert len(self.leases) == DUE
+
+    def limit(self) -> None:
+        with self.engine.begin() as connection:
+            places = rate_limits.places(connection, self.leases, self.settings.max_lateness)
+            put_off = rate_limits.put_off_if_leased(connection, [(one, timedelta(minutes=1)) for one in self.leases])
+            connection.rollback()
+        assert len(places) == len(put_off) == DUE
 
     def begin(self) -> None:
         self.begun = begin(self.engine, self.settings, self.leases).begun

@@ -45,6 +45,7 @@ CATALOGUE = {
     "retry": Entry("changes", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
     "pause": Entry("pausing", "Let nothing of a workspace or channel begin; --list shows what is paused.", OPERATE),
     "resume": Entry("pausing", "Let what is paused go on.", OPERATE),
+    "limit": Entry("limiting", "Limit how many a second are sent: of a workspace, a channel, each chat.", OPERATE),
     "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
     "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
     "bench": Entry(

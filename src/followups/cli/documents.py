@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from followups.models import ApiKey, FailedAttempt, FollowUp, Workspace
     from followups.quiet_hours import SendingHours
     from followups.store.pauses import Standing
+    from followups.store.rate_limits import Limit
 
 MILLISECOND = timedelta(milliseconds=1)
 
@@ -47,6 +48,18 @@ def pause_document(pause: Standing) -> dict[str, Any]:
         "channel": pause.channel,
         "since": rfc3339(pause.since),
         "held": pause.held,
+    }
+
+
+def limit_document(limit: Limit) -> dict[str, Any]:
+    """Return the JSON form of a rate limit, its rate in follow-ups a second; a null workspace or channel is any."""
+    return {
+        "workspace": limit.workspace,
+        "channel": limit.channel,
+        "each": None if limit.per == "all" else limit.per,
+        "rate": limit.rate,
+        "burst": limit.burst,
+        "since": rfc3339(limit.since),
     }
 
 

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
+from followups.cli.rates import shown
 from followups.cli.times import readable, span
 from followups.quiet_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from uuid import UUID
 
     from followups.models import FollowUp
     from followups.quiet_hours import SendingHours
     from followups.settings import Settings
     from followups.store.pauses import Standing
+    from followups.store.rate_limits import Limit
 
 ENDINGS = {
     ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
@@ -57,6 +60,8 @@ class Circumstances:
     pause: Standing | None = None
     """What stops its workspace or channel."""
     hours: SendingHours | None = None
+    limits: Sequence[Limit] = ()
+    """What limits the rate of its workspace, channel or chat."""
     tick_age: timedelta | None = None
     """How long ago the last tick ran."""
     first: str = ""
@@ -147,11 +152,30 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
     if follow_up.held_until is not None and follow_up.held_until > now:
         said = f"It fell due outside the workspace's sending hours ({around.hours or 'since changed'})"
         return f"{said} and is held until they open, in {wait}."
-    if follow_up.next_attempt_at is None:
+    if follow_up.limited_until == moment:
+        said = f"It is due, and waits for its turn under {_limits(around.limits)}; it asks again in {wait}."
+    elif follow_up.next_attempt_at is None:
         said = f"It is sent in {wait}, unless something cancels it first."
     else:
         said = f"It is tried again in {wait}; why it was not accepted yet stands below."
     return f"{said}{_will_be_held(moment, around)}"
+
+
+def _limits(limits: Sequence[Limit]) -> str:
+    if not limits:
+        return "a rate limit that has been lifted meanwhile"
+    named = [f"{shown(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
+    return f"{'the rate limits' if len(named) > 1 else 'the rate limit'} of {' and '.join(named)}"
+
+
+def limited(workspace: str | None, channel: str | None, per: str) -> str:
+    """Return what a rate limit is of, as part of a sentence.
+
+    >>> limited("acme", "waha", "chat"), limited(None, None, "all")
+    ('each chat of channel waha of workspace acme', 'everything')
+    """
+    parts = (per != "all" and f"each {per}", channel and f"channel {channel}", workspace and f"workspace {workspace}")
+    return " of ".join(part for part in parts if part) or "everything"
 
 
 def _will_be_held(moment: datetime, around: Circumstances) -> str:

@@ -13,7 +13,7 @@ from rich.text import Text
 from sqlalchemy import func, select
 
 from followups.cli import connection
-from followups.cli.documents import failure_document, follow_up_document, hours_document
+from followups.cli.documents import failure_document, follow_up_document, hours_document, limit_document
 from followups.cli.examples import examples
 from followups.cli.explanations import Circumstances, explain, lag_of, stopped
 from followups.cli.output import Json, console, print_json
@@ -21,7 +21,7 @@ from followups.cli.times import readable, rfc3339, span
 from followups.errors import FollowUpNotFoundError
 from followups.models import Chat, Workspace
 from followups.settings import get_settings
-from followups.store import follow_ups, order, pauses, repetitions, sending_hours, ticks
+from followups.store import follow_ups, order, pauses, rate_limits, repetitions, sending_hours, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,6 +103,7 @@ def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstance
     return Circumstances(
         pause=pauses.of(connection, follow_up.workspace_id, channel),
         hours=sending_hours.find(session, follow_up.workspace_id),
+        limits=rate_limits.of(connection, follow_up.workspace_id, channel),
         tick_age=ticks.last_tick_age(connection),
         retried_as=last if last != follow_up.id else None,
     )
@@ -130,6 +131,8 @@ def _document(found: Found, *, message: bool) -> dict[str, Any]:
         "heldUntil": rfc3339(follow_up.held_until),
         "pausedBy": _paused_by(found.around.pause),
         "sendingHours": hours_document(found.around.hours),
+        "rateLimits": [limit_document(limit) for limit in found.around.limits],
+        "limitedUntil": rfc3339(follow_up.limited_until),
         "retryOf": follow_up.retry_of and str(follow_up.retry_of),
         "retriedAs": found.around.retried_as and str(found.around.retried_as),
         "inFlight": follow_up.in_flight,

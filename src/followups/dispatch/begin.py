@@ -41,6 +41,8 @@ class Beginning:
     """Still leased, to be tried shortly: somebody holds the row at this moment."""
     woken: tuple[Lease, ...] = ()
     """Next in their chats after what ended; leased to the caller."""
+    later: tuple[tuple[Lease, timedelta], ...] = ()
+    """Still leased, and how long each has to wait for its turn under a rate limit."""
 
 
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:

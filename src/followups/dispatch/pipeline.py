@@ -24,9 +24,9 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.database import is_passing
 from followups.dispatch import report
-from followups.dispatch.begin import begin
 from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.limits import Turnstile
 from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from followups.dispatch.begin import Beginning
     from followups.dispatch.breaker import BreakerStore
     from followups.dispatch.lanes import Hinted
+    from followups.dispatch.limits import Limiter
     from followups.dispatch.send import Attempt
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
@@ -81,13 +82,15 @@ class Pipeline:
         engine: AsyncEngine,
         transport: Transport,
         nudge: Callable[[], None] = lambda: None,
+        limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """``nudge`` is called when something falls due again before the next tick."""
+        """``nudge`` is called when something falls due again before the next tick; None limits nothing."""
         self._settings = settings
         self._engine = engine
         self._transport = transport
         self._nudge = nudge
+        self._turnstile = Turnstile(settings, engine, limiter)
         self._clock = DatabaseClock()
         self._line = Line(self._clock, settings.lease, settings.concurrency)
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
@@ -145,6 +148,7 @@ class Pipeline:
     async def _main(self) -> None:
         await self._transport.open()
         await self._insist(lambda engine: self._clock.ask(engine, times=5), "clock")
+        await self._insist(self._turnstile.read, "limits")
         # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
         async with asyncio.TaskGroup() as pumps:
             refresher = pumps.create_task(self._keep_time())
@@ -161,6 +165,7 @@ class Pipeline:
             informer.cancel()
         await self._give_back()  # what settling woke
         await self._transport.close()
+        await self._turnstile.close()
         await self._engine.dispose()
         log.info("drained")
 
@@ -195,7 +200,7 @@ class Pipeline:
             started = time.monotonic()
             leases = [hinted.lease for hinted in batch]
             try:
-                beginning = await in_loop(self._engine, begin, self._settings, leases)
+                beginning = await self._turnstile.begin(leases)
             except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
                 report.failed("begin", error, self._engine.sync_engine)
                 self._let_go(batch)
@@ -219,8 +224,8 @@ class Pipeline:
             task.add_done_callback(self._sends.discard)
         self._let_go(batch.values())
         report.ended(beginning.ended)
-        for lease in beginning.again:
-            self._line.put_off(batch[lease.id], AGAIN)
+        for lease, wait in (*((lease, AGAIN) for lease in beginning.again), *beginning.later):
+            self._line.put_off(batch[lease.id], wait)
         self._accept(beginning.woken)
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
@@ -337,6 +342,7 @@ class Pipeline:
         while True:
             await asyncio.sleep(CLOCK_INTERVAL)
             await self._insist(self._clock.ask, "clock")
+            await self._insist(self._turnstile.read, "limits")
 
     async def _insist(self, work: Callable[[Engine], object], step: str) -> None:
         backoff = BACKOFF
@@ -347,7 +353,7 @@ class Pipeline:
                 report.failed(step, error, self._engine.sync_engine)
             else:
                 return
-            if step == "clock" and self._draining:
+            if step in {"clock", "limits"} and self._draining:
                 return
             await asyncio.sleep(backoff.total_seconds())
             backoff = min(backoff * 2, LONGEST_BACKOFF)

@@ -99,6 +99,16 @@ def statistics_refreshed(seconds: float) -> None:
     log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
 
 
+def count_limited(number: int) -> None:
+    """Count how many a rate limit has put off."""
+    metrics.LIMITED.inc(number)
+
+
+def limited(number: int) -> None:
+    """Tell how many were put off since this was last told: a line for each batch would be a flood."""
+    log.info("limited", count=number)
+
+
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
     if is_passing(error):

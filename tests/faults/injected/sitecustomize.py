@@ -130,10 +130,10 @@ def install() -> None:
     """Wrap the steps."""
     import psycopg  # noqa: PLC0415 - not in every process that Python starts here
 
-    from followups.dispatch import dispatcher, pipeline  # noqa: PLC0415 - as above
+    from followups.dispatch import dispatcher, limits, pipeline  # noqa: PLC0415 - as above
 
     dispatcher.claim = around("claim", dispatcher.claim)
-    pipeline.begin = around("begin", pipeline.begin)
+    limits.begin = around("begin", limits.begin)
     pipeline.settle = around("settle", pipeline.settle)
     pipeline.send = around_send(pipeline.send)
     psycopg.Connection.commit = around_commit(psycopg.Connection.commit)  # type: ignore[method-assign]

@@ -27,6 +27,7 @@ GROUPS = {
     "workspace": ("create", "list"),
     "api-key": ("create", "list", "revoke"),
     "health": ("worker", "beat", "web"),
+    "limit": ("set", "clear", "list"),
 }
 PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROUPS.items() for name in names]
 
@@ -76,7 +77,7 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["lits"], "followups: No such command 'lits'. Did you mean 'list'?; see followups --help.\n"),
+        (["lst"], "followups: No such command 'lst'. Did you mean 'list'?; see followups --help.\n"),
         (["list", "--foo"], "followups: No such option: --foo; see followups list --help.\n"),
         (["list", "--limit", "0"], "0 is not in the range 1<=x<=1000; see followups list --help.\n"),
         (["list", "--status", "gone"], "see followups list --help.\n"),

@@ -14,6 +14,7 @@ from followups.quiet_hours import SendingHours
 from followups.settings import load_settings
 from followups.states import ReasonCode, Status
 from followups.store.pauses import Standing
+from followups.store.rate_limits import Limit
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
@@ -111,6 +112,11 @@ def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str)
 
 ACME = Standing(EARLIER, "acme", None, NOW, 3)
 HOUR = timedelta(hours=1)
+LIMITS = (
+    Limit(EARLIER, EARLIER, None, "all", 20.0, 20, "acme", NOW),
+    Limit(EARLIER, None, "waha", "chat", 1 / 60, 1, None, NOW),
+)
+LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + HOUR}
 
 
 @pytest.mark.parametrize(
@@ -159,6 +165,20 @@ HOUR = timedelta(hours=1)
                 f"It waits for the earlier follow-up of its chat, {EARLIER}, to end; then it goes out."
                 " Of that one: it is stuck."
             ),
+        ),
+        (
+            Circumstances(limits=LIMITS),
+            LIMITED,
+            (
+                "It is due, and waits for its turn under the rate limits of 20/s for workspace acme"
+                " and 1/min for each chat of channel waha; it asks again in 1 h."
+            ),
+        ),
+        (TICKING, LIMITED, "under a rate limit that has been lifted meanwhile; it asks again in 1 h."),
+        (
+            Circumstances(limits=LIMITS),
+            LIMITED | {"limited_until": NOW - HOUR},
+            "It is tried again in 1 h; why it was not accepted yet stands below.",
         ),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or workers are not running"),
         (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or workers are not running"),

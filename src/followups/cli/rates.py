@@ -1,0 +1,52 @@
+"""Rates as people write them: so many a second, a minute, an hour or a day."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import typer
+
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
+MOST = 1_000_000
+"""Follow-ups a second, and tokens of a bucket: more than anything here can send."""
+
+
+def parse_rate(text: str) -> float:
+    """Read ``50/s``, ``20/min``, ``1000/h`` or ``5/d``; return how many a second. Raises `typer.BadParameter`.
+
+    >>> parse_rate("90/min")
+    1.5
+    """
+    found = RATE.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no rate; write it as 50/s, 20/min or 1000/h."
+        raise typer.BadParameter(message)
+    rate = float(found[1]) / SECONDS[found[2]]
+    if not 0 < rate <= MOST:
+        message = f"{text!r} should be more than nothing, and at most {MOST}/s; followups pause lets nothing begin."
+        raise typer.BadParameter(message)
+    return rate
+
+
+def shown(rate: float) -> str:
+    """Return a rate as people write it, by the shortest time in which it is a whole number.
+
+    >>> shown(20 / 60), shown(1000 / 3600), shown(0.5), shown(1.25)
+    ('20/min', '1000/h', '30/min', '75/min')
+    """
+    for unit, seconds in SECONDS.items():
+        number = rate * seconds
+        if number >= 1 and math.isclose(number, round(number), rel_tol=1e-9):
+            return f"{round(number)}/{unit}"
+    return f"{rate * SECONDS['d']:.6g}/d"
+
+
+def default_burst(rate: float) -> int:
+    """Return how many may go at once where nothing else is said: one second's worth, and at least one.
+
+    >>> default_burst(50), default_burst(1 / 3)
+    (50, 1)
+    """
+    return max(1, math.floor(rate))

@@ -1,0 +1,206 @@
+"""Rate limits: what is more than they allow is put off before it begins, first come, first served.
+
+How much of each limit is used up is known to a `Limiter`, for all workers together. Nothing that is put off uses
+up an attempt or holds a slot: for a moment it waits in the line, for longer in its row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from itertools import product
+from typing import TYPE_CHECKING, Protocol
+
+from followups.dispatch import report
+from followups.dispatch.begin import LEAD, Beginning, begin
+from followups.store import rate_limits
+from followups.transactions import in_loop, transact
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from followups.settings import Settings
+    from followups.store.leases import Lease
+    from followups.store.rate_limits import Limit, Place
+
+IN_LINE = timedelta(seconds=1)
+"""Who waits no longer than this keeps its lease, and waits in the line of its worker."""
+
+SHORTEST = timedelta(milliseconds=5)
+"""How long one waits at least: asking for one by one would cost more than it is worth."""
+
+LONGEST = timedelta(minutes=5)
+"""After which a follow-up asks again at the latest, since a limit may have been lifted meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A token bucket: ``rate`` tokens a second come in, up to ``burst``; each begin takes one."""
+
+    key: str
+    rate: float
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A follow-up that asks for a token of each of its buckets. ``since`` and id are its place among others."""
+
+    id: UUID
+    since: datetime
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How long each has to wait, in the order of the requests; zero: its tokens are taken, and it may go."""
+
+    waits: tuple[timedelta, ...]
+    moment: int | None = None
+    """When that was, by the limiter's own clock; None: nothing was taken."""
+
+
+class Limiter(Protocol):
+    """Knows the buckets. It never raises for being away: then everybody may go."""
+
+    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+        """Take tokens for those whose turn it is, in the order given; forget those that have ended."""
+
+    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+        """Put back what was taken at ``moment`` for requests that did not begin after all."""
+
+    async def close(self) -> None:
+        """Let go of what it holds."""
+
+
+class Limits:
+    """The limits that stand, by what they are of."""
+
+    def __init__(self, limits: Iterable[Limit]) -> None:
+        """Sort them."""
+        self._of: dict[tuple[UUID | None, str | None], list[Limit]] = {}
+        for limit in limits:
+            self._of.setdefault((limit.workspace_id, limit.channel), []).append(limit)
+
+    def __bool__(self) -> bool:
+        """Say whether there are any."""
+        return bool(self._of)
+
+    def request(self, place: Place) -> Request:
+        """Return what a follow-up asks for: a token of each limit that matches it, perhaps of none."""
+        scopes = product((None, place.workspace_id), (None, place.channel))
+        matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
+        return Request(place.id, place.since, tuple(bucket_of(limit, place) for limit in matching))
+
+
+def bucket_of(limit: Limit, place: Place) -> Bucket:
+    """Return the bucket of a limit that counts for a place."""
+    sharers = {"all": "", "workspace": place.workspace_id.hex, "chat": f"{place.workspace_id.hex}{place.chat_id.hex}"}
+    return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What became of a batch: who may begin, who waits in the line, and who in its row."""
+
+    free: list[Lease]
+    taken: list[Request]
+    moment: int | None
+    shortly: tuple[tuple[Lease, timedelta], ...]
+    later: tuple[tuple[Lease, timedelta], ...]
+
+
+class Turnstile:
+    """Begins what the limits allow, and puts off the rest. Of one event loop."""
+
+    def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None) -> None:
+        """Without a limiter nothing is limited."""
+        self._settings = settings
+        self._engine = engine
+        self._limiter = limiter
+        self._limits = Limits(())
+        self._unsaid = 0
+        """How many were put off since that was last said."""
+
+    def read(self, engine: Engine) -> None:
+        """Learn which limits stand, and tell how many were put off since the last time. Raises what SQL raises."""
+        if self._limiter is None:
+            return
+        with engine.connect() as connection:
+            self._limits = Limits(rate_limits.standing(connection))
+        if self._unsaid:
+            report.limited(self._unsaid)
+            self._unsaid = 0
+
+    async def close(self) -> None:
+        """Let go of the limiter."""
+        if self._limiter:
+            await self._limiter.close()
+
+    async def begin(self, batch: Sequence[Lease]) -> Beginning:
+        """Begin what may be sent now. Raises what the database raises; then no token is taken."""
+        if not self._limits or self._limiter is None:
+            return await in_loop(self._engine, begin, self._settings, batch)
+        turn = await self._ask(self._limiter, batch)
+        begun: set[UUID] = set()
+        try:
+            if turn.later:
+                await in_loop(self._engine, _put_off, turn.later)
+            beginning = Beginning()
+            if turn.free:
+                beginning = await in_loop(self._engine, begin, self._settings, turn.free)
+            begun = {one.lease.id for one in beginning.begun}
+        finally:
+            unused = [request for request in turn.taken if request.id not in begun]
+            if unused and turn.moment is not None:
+                await self._limiter.give_back(unused, turn.moment)
+        self._count(len(turn.later) + len(turn.shortly))
+        return replace(beginning, later=turn.shortly)
+
+    async def _ask(self, limiter: Limiter, batch: Sequence[Lease]) -> Round:
+        places = {one.id: one for one in await in_loop(self._engine, _places, self._settings, batch)}
+        requests = [request for one in places.values() if (request := self._limits.request(one)).buckets]
+        ended = [request for request in requests if places[request.id].ended]
+        # What is out of time goes to begin, which says so; what is another's by now, to be found stale.
+        asking = [request for request in requests if not places[request.id].is_over]
+        if not asking and not ended:
+            return Round(list(batch), [], None, (), ())
+        asking.sort(key=lambda request: (request.since, request.id))
+        answer = await limiter.ask(asking, ended)
+        refused = ((one, wait) for one, wait in zip(asking, answer.waits, strict=True) if wait)
+        waits = {one.id: _within(wait, places[one.id]) for one, wait in refused}
+        put_off = [(lease, waits[lease.id]) for lease in batch if lease.id in waits]
+        return Round(
+            [lease for lease in batch if lease.id not in waits],
+            [request for request in asking if request.id not in waits],
+            answer.moment,
+            tuple((lease, wait) for lease, wait in put_off if wait <= IN_LINE),
+            tuple((lease, wait) for lease, wait in put_off if wait > IN_LINE),
+        )
+
+    def _count(self, number: int) -> None:
+        report.count_limited(number)
+        self._unsaid += number
+
+
+def _within(wait: timedelta, place: Place) -> timedelta:
+    """Return for how long one is put off: not beyond its end, so that it says so in time.
+
+    Who takes from the line takes a little early, and would come before its turn without the lead.
+    """
+    wait = min(max(wait, SHORTEST) + LEAD, LONGEST)
+    return wait if place.left is None else min(wait, place.left + SHORTEST + LEAD)
+
+
+def _places(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> list[Place]:
+    with engine.connect() as connection:
+        return rate_limits.places(connection, batch, settings.max_lateness)
+
+
+def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> None:
+    transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))

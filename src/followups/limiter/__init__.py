@@ -1,0 +1,113 @@
+"""Rate limits of deliveries, kept in the broker's Redis for all workers together.
+
+They guard others from us, and no promise of ours. So where Redis is away, deliveries go on, counted and logged, and
+Redis is left alone for a while: asking costs a timeout. The buckets and the lines before them live in two scripts
+beside this file; all of it may be lost at any time, which costs a burst and the order of those that wait.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from redis import RedisError
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from followups.dispatch.limits import Answer
+from followups.telemetry import metrics
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from redis.commands.core import AsyncScript
+
+    from followups.dispatch.limits import Bucket, Request
+    from followups.settings import Settings
+
+log = get_logger(__name__)
+
+TIMEOUT = timedelta(milliseconds=200)
+"""How long Redis may take to answer; for a batch of a hundred it takes about a millisecond."""
+
+PAUSE = timedelta(seconds=5)
+"""How long Redis is not asked after it failed."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+
+class RedisLimiter:
+    """Asks the scripts. Of one event loop; it never raises for Redis being away."""
+
+    def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
+        """Take where the buckets are; connect to nothing yet."""
+        self._prefix = f"{settings.broker_prefix}limit:"
+        self._client = Redis.from_url(
+            settings.broker_url.get_secret_value(),
+            socket_timeout=timeout.total_seconds(),
+            socket_connect_timeout=timeout.total_seconds(),
+            retry=Retry(NoBackoff(), 0),
+            decode_responses=True,
+        )
+        self._take = self._client.register_script(_script("take.lua"))
+        self._put_back = self._client.register_script(_script("give_back.lua"))
+        self._ask_again_at = 0.0
+
+    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+        """Take tokens for those whose turn it is; everybody may go where Redis is away."""
+        buckets = _numbered((*requests, *ended))
+        limits = [(bucket.rate, bucket.burst) for bucket in buckets]
+        documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
+        told = await self._try(self._take, buckets, *map(json.dumps, documents))
+        if told is None:
+            metrics.LIMITER_UNAVAILABLE.inc(len(requests))
+            return Answer((timedelta(0),) * len(requests))
+        moment, *waits = map(int, told)
+        return Answer(tuple(wait * MICROSECOND for wait in waits), moment)
+
+    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+        """Put back what was taken for these; where Redis is away, it is forfeited."""
+        unused = Counter(bucket for request in requests for bucket in request.buckets)
+        limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]
+        await self._try(self._put_back, unused, str(moment), json.dumps(limits))
+
+    async def close(self) -> None:
+        """Let go of the connections."""
+        await self._client.aclose()
+
+    async def _try(self, script: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
+        """Return what the script answers; None where Redis is away, or was a moment ago."""
+        if time.monotonic() < self._ask_again_at:
+            return None
+        try:
+            answer: list[str] = await script([f"{self._prefix}{bucket.key}" for bucket in buckets], arguments)
+        except (RedisError, OSError) as error:
+            self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
+            log.warning("limiter_unavailable", error=type(error).__name__, pause_s=PAUSE.total_seconds())
+            return None
+        return answer
+
+
+def _numbered(requests: Iterable[Request]) -> dict[Bucket, int]:
+    """Give each bucket its number, as Lua counts: from 1."""
+    buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
+    return {bucket: number for number, bucket in enumerate(buckets, start=1)}
+
+
+def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
+    # Moments as text: as a number, Lua would write sixteen digits as 1.7e+15.
+    return [
+        (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
+        for request in requests
+    ]
+
+
+def _script(name: str) -> str:
+    return files("followups.limiter").joinpath(name).read_text(encoding="utf-8")

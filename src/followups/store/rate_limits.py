@@ -1,0 +1,181 @@
+"""Rate limits: what an operator has set, whom they concern, and putting off what they refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.store.leases import int_array, uuid_array
+from followups.windows import WINDOW, WINDOWED_CHANNELS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.store.leases import Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What a limit is of: a workspace and a channel (None: all of them); ``per`` says who shares a bucket."""
+
+    workspace_id: UUID | None
+    channel: str | None
+    per: str
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The values of the placeholders."""
+        return {"workspace_id": self.workspace_id, "channel": self.channel, "per": self.per}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A limit as it stands: ``rate`` tokens a second, ``burst`` tokens in a full bucket."""
+
+    id: UUID
+    workspace_id: UUID | None
+    channel: str | None
+    per: str
+    rate: float
+    burst: int
+    workspace: str | None
+    since: datetime
+
+
+_SET = text("""
+    INSERT INTO rate_limits (workspace_id, channel, per, rate, burst)
+    VALUES (CAST(:workspace_id AS uuid), CAST(:channel AS text), :per, :rate, :burst)
+    ON CONFLICT (COALESCE(workspace_id, '00000000-0000-0000-0000-000000000000'::uuid), COALESCE(channel, ''), per)
+    DO UPDATE SET rate = excluded.rate, burst = excluded.burst
+""")
+_CLEAR = text("""
+    DELETE FROM rate_limits
+     WHERE workspace_id IS NOT DISTINCT FROM CAST(:workspace_id AS uuid)
+       AND channel IS NOT DISTINCT FROM CAST(:channel AS text) AND per = :per
+""")
+_LIMIT = """
+    SELECT l.id, l.workspace_id, l.channel, l.per, l.rate, l.burst, w.name AS workspace, l.created_at
+      FROM rate_limits l LEFT JOIN workspaces w ON w.id = l.workspace_id
+"""
+_STANDING = text(f"{_LIMIT} ORDER BY w.name NULLS FIRST, l.channel NULLS FIRST, l.per")
+_OF = text(f"""
+    {_LIMIT}
+     WHERE (l.workspace_id = :workspace_id OR l.workspace_id IS NULL) AND (l.channel = :channel OR l.channel IS NULL)
+     ORDER BY l.rate
+""")
+
+
+def put(connection: Connection, scope: Scope, rate: float, burst: int) -> None:
+    """Set a limit, or change the one that stands."""
+    connection.execute(_SET, scope.parameters | {"rate": rate, "burst": burst})
+
+
+def clear(connection: Connection, scope: Scope) -> bool:
+    """Take a limit away; say whether there was one."""
+    return connection.execute(_CLEAR, scope.parameters).rowcount == 1
+
+
+def standing(connection: Connection) -> list[Limit]:
+    """Return every limit, the widest first."""
+    return [Limit(*row) for row in connection.execute(_STANDING)]
+
+
+def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
+    """Return the limits on this channel of this workspace, the slowest first."""
+    return [Limit(*row) for row in connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel})]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a leased follow-up belongs, and its place among others. ``left`` is None where it never ends unsent."""
+
+    id: UUID
+    ended: bool
+    """It waits for nothing any more: it was cancelled, or sent by another."""
+    workspace_id: UUID
+    chat_id: UUID
+    channel: str
+    since: datetime
+    """Since when it could have been sent: its due date, or when that was set, if it had passed by then."""
+    left: timedelta | None
+    """How long until it ends unsent, since its messaging window or the time for it is over."""
+
+    @property
+    def is_over(self) -> bool:
+        """Say whether it has ended, or will as soon as somebody looks at it."""
+        return self.ended or (self.left is not None and not self.left)
+
+
+_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
+_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
+_ENDS = f"""
+    LEAST(CASE WHEN CAST(:max_lateness AS interval) > interval '0'
+               THEN GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval) END,
+          CASE WHEN c.channel IN ({_WINDOWED})
+               THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
+"""
+# LATERAL, so that each is looked up by its key whatever the planner believes of the table.
+_PLACES = text(f"""
+    SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
+           GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
+     CROSS JOIN LATERAL (
+           SELECT f.* FROM follow_ups f
+            WHERE f.id = b.id
+              AND (f.status <> 'pending' OR f.lease_token = b.token AND f.begun_at IS NULL AND f.lease_until > now())
+           OFFSET 0
+     ) f
+      JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def places(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Place]:
+    """Return where each belongs of those leases that still hold, and of those whose follow-up has ended."""
+    parameters = _batch(leases) | {"max_lateness": max_lateness, "window": WINDOW}
+    return [
+        Place(
+            row.id,
+            row.ended,
+            row.workspace_id,
+            row.chat_id,
+            row.channel,
+            row.since,
+            None if row.ends is None else row.left,
+        )
+        for row in connection.execute(_PLACES, parameters)
+    ]
+
+
+_PUT_OFF = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id, GREATEST(now() + b.wait, {_DUE}) AS again
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:waits AS interval[])) AS b(id, token, wait)
+         CROSS JOIN LATERAL (
+               SELECT f.* FROM follow_ups f
+                WHERE f.id = b.id AND f.lease_token = b.token
+                  AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
+                  FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    )
+    UPDATE follow_ups f
+       SET next_attempt_at = held.again, limited_until = held.again, lease_until = NULL
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id
+""")  # noqa: S608 - no input, only the constant above
+
+
+def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+    """Put leased follow-ups off, each for so long, using up no attempt; return those that now are."""
+    parameters = _batch([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
+    return set(connection.scalars(_PUT_OFF, parameters))
+
+
+def _batch(leases: Sequence[Lease]) -> dict[str, object]:
+    return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}

@@ -1,0 +1,44 @@
+"""Rate limits with real workers, while Redis loses all that it holds: every promise is kept, and so is the rate."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.store import rate_limits
+from followups.store.rate_limits import Scope
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from faults.rig import Rig
+
+COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
+
+LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
+"""Those that nobody was asked about: a machine that stands still for a moment is as if Redis were away."""
+
+
+def test_wiped_while_they_wait(rig: Rig) -> None:
+    """A Redis that is wiped lets another burst go each time; nothing is lost, doubled, tried twice or faster."""
+    with rig.world.engine.begin() as connection:
+        rate_limits.put(connection, Scope(rig.world.workspace_id, None, "all"), RATE, BURST)
+    rig.start(workers=2)
+    started: datetime = rig.world.scalar("SELECT clock_timestamp()")
+    ids = rig.bulk(COUNT)
+    for _ in range(WIPED):
+        time.sleep(0.3 + rig.rng.random())
+        with rig.broker() as broker:
+            broker.flushdb()
+    rig.settle_down(within=120)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": len(ids)}
+    assert rig.world.scalar("SELECT max(attempts) FROM follow_ups") == 1
+    with rig.world.engine.connect() as connection:
+        accepted = list(connection.scalars(text("SELECT accepted_at FROM follow_ups ORDER BY accepted_at")))
+    free = (1 + WIPED) * BURST + float(rig.world.scalar(LET_THROUGH))
+    for number, moment in enumerate(accepted, start=1):
+        assert number <= free + RATE * (moment - started).total_seconds()
+    assert any(line["count"] for line in rig.events("limited"))

@@ -1,0 +1,70 @@
+"""`limit set`, `limit clear` and `limit list`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from world import World
+
+    Run = Callable[..., Any]
+
+
+def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
+    """A limit stands in the list as it was written; set again it is changed; cleared, it is gone."""
+    name = str(world.workspace_id)
+    assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
+    ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
+    assert ran.stdout == "Each chat of channel whatsapp: 20/min, 1 at once.\n"
+    ran = run("limit", "set", "1000/h", "--workspace", name, "--burst", "7", "--json")
+    assert [(one["workspace"], one["channel"], one["each"], one["burst"]) for one in ran.document] == [
+        (None, "whatsapp", "chat", 1),
+        (name, None, None, 7),
+    ]
+    heading, first, second = run("limit", "list").stdout.splitlines()
+    assert heading.split() == ["WORKSPACE", "CHANNEL", "EACH", "RATE", "BURST", "SINCE"]
+    assert first.split()[:5] == ["all", "whatsapp", "chat", "20/min", "1"]
+    assert second.split()[:5] == [name, "all", "-", "1000/h", "7"]
+    assert run("limit", "clear", "--channel", "whatsapp").stdout == "Channel whatsapp: there was no limit.\n"
+    ran = run("limit", "clear", "--channel", "whatsapp", "--each", "chat")
+    assert ran.stdout == "Each chat of channel whatsapp: no limit any more.\n"
+    ran = run("limit", "clear", "--workspace", name, "--json")
+    assert ran.document == {"cleared": True, "limits": []}
+    assert run("limit", "list").stderr == "Nothing is limited.\n"
+    assert run("limit", "list", "--json").document == []
+
+
+def test_of_everything(run: Run) -> None:
+    """Without options everything is limited, all of it together or each workspace for itself."""
+    assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
+    assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
+    assert [one["each"] for one in run("limit", "list", "--json").document] == [None, "workspace"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("set", "fast"),
+        ("set", "0/s"),
+        ("set", "-1/s"),
+        ("set", "1e3/s"),
+        ("set", "2000000/s"),
+        ("set", "5/s", "--burst", "0"),
+        ("set", "5/s", "--each", "message"),
+        ("set", "5/s", "--channel", "telegraph"),
+        ("set", "5/s", "--workspace", "nobody"),
+        ("clear", "--workspace", "nobody"),
+        ("clear", "--workspace", "x", "--each", "workspace"),
+        ("set",),
+    ],
+)
+def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
+    """A rate that is none, and whom there is not, is wrong usage, in one sentence."""
+    ran = run("limit", *arguments)
+    assert (ran.code, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("followups: ")
+    assert ran.stderr.count("\n") == 1

@@ -1,0 +1,262 @@
+"""The token buckets and their lines on a real Valkey, by its own clock: how much goes, and in which order."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from followups.dispatch.limits import Answer, Bucket, Request
+from followups.limiter import RedisLimiter
+from followups.settings import Settings, load_settings
+from followups.telemetry import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+PATIENCE = timedelta(seconds=10)
+"""How long Valkey may take on a machine that is busy with other tests."""
+START = datetime(2030, 1, 1, tzinfo=UTC)
+GO = timedelta(0)
+SLOW = 0.001
+"""Tokens a second: none comes in while a test runs."""
+
+
+@dataclass
+class Place:
+    """A limiter on a database of the test's own, and what it let go: the moments, in microseconds."""
+
+    limiter: RedisLimiter
+    redis: Redis
+    gone: list[int] = field(default_factory=list)
+
+    async def ask(self, *requests: Request, ended: tuple[Request, ...] = ()) -> list[timedelta]:
+        answer = await self.limiter.ask(requests, ended)
+        assert answer.moment is not None
+        self.gone += [answer.moment for wait in answer.waits if not wait]
+        return list(answer.waits)
+
+
+@pytest.fixture
+def place_settings(broker_url: str) -> Settings:
+    """Return settings for a limiter; nothing but Valkey is there."""
+    return load_settings(
+        database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
+    )
+
+
+@pytest.fixture
+async def place(place_settings: Settings) -> AsyncIterator[Place]:
+    """Return a limiter whose buckets are full."""
+    client = Redis.from_url(place_settings.broker_url.get_secret_value(), decode_responses=True)
+    place = Place(RedisLimiter(place_settings, PATIENCE), client)
+    yield place
+    await place.limiter.close()
+    await client.aclose()
+
+
+def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
+    """Return a bucket of its own."""
+    return Bucket(key or uuid4().hex, rate, burst)
+
+
+def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> Request:
+    """Return a request of a follow-up that has been due since so many seconds after the start."""
+    return Request(id_ or uuid4(), START + timedelta(seconds=since), buckets)
+
+
+def assert_never_faster(moments: list[int], limit: Bucket) -> None:
+    """In whatever span of time, no more have gone than a full bucket, and what came in meanwhile."""
+    moments = sorted(moments)
+    for first, start in enumerate(moments):
+        for last in range(first, len(moments)):
+            allowed = limit.burst + limit.rate * (moments[last] - start) / 1_000_000
+            assert last - first + 1 <= allowed + 1e-6
+
+
+@pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
+async def test_never_faster_than_its_rate(place: Place, rate: float, burst: int) -> None:
+    """Over any span of time at most the burst and what came in meanwhile goes, in the order of the due dates."""
+    limit = bucket(rate, burst)
+    waiting = [request(number, limit) for number in range(60)]
+    order = []
+    while waiting:
+        waits = await place.ask(*waiting)
+        order += [one.since for one, wait in zip(waiting, waits, strict=True) if not wait]
+        waiting = [one for one, wait in zip(waiting, waits, strict=True) if wait]
+        await asyncio.sleep(0.005)
+    assert order == sorted(order)
+    assert_never_faster(place.gone, limit)
+
+
+async def test_several_at_once(place: Place, place_settings: Settings) -> None:
+    """Several workers that ask at once, and give some of it back, are no faster together."""
+    limit = bucket(200, 4)
+    others = [RedisLimiter(place_settings, PATIENCE) for _ in range(3)]
+    used: list[int] = []
+
+    async def work(limiter: RedisLimiter, number: int) -> None:
+        for since in range(25):
+            asked = request(since * 10 + number, limit)
+            answer = await limiter.ask([asked], ())
+            while answer.waits != (GO,):
+                await asyncio.sleep(answer.waits[0].total_seconds())
+                answer = await limiter.ask([asked], ())
+            assert answer.moment is not None
+            if since % 3:
+                used.append(answer.moment)
+            else:
+                await asyncio.sleep(0.002)
+                await limiter.give_back([asked], answer.moment)
+
+    await asyncio.gather(*(work(limiter, number) for number, limiter in enumerate([place.limiter, *others])))
+    for other in others:
+        await other.close()
+    assert_never_faster(used, limit)
+
+
+async def test_who_was_due_first_goes_first(place: Place) -> None:
+    """Who comes later with an earlier due date waits a shorter time; at the same one, the lower id is first."""
+    limit = bucket(rate=1 / 60, burst=1)
+    await place.ask(request(0, limit))
+    late, early = request(9, limit), request(5, limit)
+    low, high = (request(7, limit, id_=UUID(int=number)) for number in (1, 2))
+    await place.ask(late)
+    await place.ask(high)
+    await place.ask(early, low)
+    waits = await place.ask(late, high, low, early)
+    assert waits == sorted(waits, reverse=True)
+    assert len(set(waits)) == 4
+
+
+async def test_nobody_overtakes(place: Place) -> None:
+    """A token that is there belongs to the first of those that wait, also while somebody else asks."""
+    limit = bucket(rate=5, burst=1)
+    first, second, third = (request(since, limit) for since in (1, 2, 3))
+    assert await place.ask(first) == [GO]
+    (wait,) = await place.ask(second)
+    assert wait > GO
+    await asyncio.sleep(wait.total_seconds())
+    assert (await place.ask(third))[0] > GO
+    assert await place.ask(second) == [GO]
+
+
+async def test_who_waits_elsewhere_holds_up_nobody(place: Place) -> None:
+    """Who waits for its chat takes no token of its workspace, and stands before nobody there."""
+    workspace, chat = bucket(burst=2), bucket()
+    assert await place.ask(request(0, workspace, chat)) == [GO]
+    assert (await place.ask(request(1, workspace, chat)))[0] > GO
+    assert await place.ask(request(2, workspace, bucket())) == [GO]
+    assert (await place.ask(request(3, workspace)))[0] > GO
+
+
+async def test_it_waits_for_the_slowest(place: Place) -> None:
+    """Whom two limits refuse waits for the one that takes longer."""
+    fast, slow = bucket(rate=1), bucket(rate=0.01)
+    await place.ask(request(0, fast, slow))
+    (wait,) = await place.ask(request(1, fast, slow))
+    assert wait > timedelta(seconds=10)
+
+
+async def test_a_long_wait_is_told_shorter(place: Place) -> None:
+    """Who waits long is told to ask again before its turn, since others in front may give up; a short wait is exact."""
+    limit = bucket(rate=0.01, burst=1)
+    await place.ask(request(0, limit))
+    waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
+    for turn, wait in zip((100, 200, 300), waits, strict=True):
+        assert turn * 7 / 8 - 10 < wait.total_seconds() <= turn * 7 / 8
+    exact = bucket(rate=2, burst=1)
+    await place.ask(request(0, exact))
+    (wait,) = await place.ask(request(1, exact))
+    assert wait <= timedelta(seconds=0.5)
+
+
+async def test_given_back(place: Place) -> None:
+    """What did not begin after all leaves its token to the next; never more than a full bucket comes of it."""
+    limit = bucket(burst=2)
+    first, second = request(0, limit), request(1, limit)
+    answer = await place.limiter.ask([first, second], ())
+    assert answer.moment is not None
+    await place.limiter.give_back([first, second], answer.moment)
+    await place.limiter.give_back([first, second], answer.moment)
+    waits = await place.ask(*(request(since, limit) for since in range(2, 5)))
+    # A little has come in since, and is not put back as well: of two tokens, one is whole.
+    assert [wait == GO for wait in waits].count(True) <= 2
+    assert waits[0] == GO
+
+
+async def test_a_cancelled_one_leaves_the_line(place: Place) -> None:
+    """Who has ended is taken out of the line, and the next has its place."""
+    limit = bucket(rate=1 / 60, burst=1)
+    await place.ask(request(0, limit))
+    cancelled, second = request(1, limit), request(2, limit)
+    _, before = await place.ask(cancelled, second)
+    (after,) = await place.ask(second, ended=(cancelled,))
+    assert after < before - timedelta(seconds=20)
+
+
+async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
+    """Who was expected and does not ask again is soon out of the line, and may come in again."""
+    limit = bucket(rate=10, burst=1)
+    lost, second = request(1, limit), request(2, limit)
+    await place.ask(request(0, limit))
+    await place.ask(lost, second)
+    for _ in range(100):
+        waits = await place.ask(second)
+        if waits == [GO]:
+            break
+        await asyncio.sleep(0.1)
+    assert waits == [GO]
+    assert (await place.ask(lost))[0] <= timedelta(seconds=0.1)
+
+
+async def test_flushed(place: Place) -> None:
+    """A Redis that has lost everything, the scripts too, starts with full buckets and goes on."""
+    limit = bucket(burst=3)
+    assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
+    for key in await place.redis.keys(f"*{limit.key}*"):
+        await place.redis.delete(key)
+    await place.redis.script_flush()
+    waits = await place.ask(*(request(since, limit) for since in range(4)))
+    assert [wait == GO for wait in waits] == [True, True, True, False]
+
+
+async def test_it_leaves_nothing_behind(place: Place) -> None:
+    """Every key expires by itself, soon after the bucket is full and nobody is expected any more."""
+    limit = bucket(rate=2, burst=4)
+    await place.ask(*(request(since, limit) for since in range(9)))
+    keys = await place.redis.keys(f"*{limit.key}*")
+    assert len(keys) == 3
+    for key in keys:
+        assert 2_000 < await place.redis.pttl(key) < 10_000
+
+
+async def test_the_line_has_an_end(place: Place) -> None:
+    """Behind a hundred thousand, waits are estimated and nobody is entered; who is in the line keeps its place."""
+    limit = bucket(rate=1000, burst=1)
+    (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - what a day of waiting would fill
+    await place.ask(request(0, limit))
+    full = {uuid4().hex: number for number in range(100_000)}
+    await place.redis.zadd(key, full)
+    (wait,) = await place.ask(request(10**6, limit))
+    assert timedelta(seconds=80) < wait < timedelta(seconds=90)
+    assert await place.redis.zcard(key) == 100_000
+
+
+async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
+    """Where Redis is away everybody may go: counted each, told once, and not asked again for a while."""
+    nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
+    limiter = RedisLimiter(nobody)
+    before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way
+    limit = bucket(burst=1)
+    for _ in range(3):
+        answer = await limiter.ask([request(0, limit), request(1, limit)], ())
+        assert answer == Answer((GO, GO), None)
+    await limiter.close()
+    assert metrics.LIMITER_UNAVAILABLE._value.get() - before == 6  # noqa: SLF001 - likewise
+    assert "".join(capfd.readouterr()).count("limiter_unavailable") == 1

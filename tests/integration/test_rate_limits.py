@@ -1,0 +1,302 @@
+"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: who waits, who does not, and what it costs nobody."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from pydantic import SecretStr
+
+from followups.database import BY_KEY, make_async_engine
+from followups.dispatch import pipeline as pipeline_module
+from followups.dispatch.claim import claim
+from followups.dispatch.pipeline import Pipeline
+from followups.limiter import RedisLimiter
+from followups.store import pauses, rate_limits
+from followups.store.rate_limits import Scope
+from followups.transports.port import Retry, Sent
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.limits import Answer, Request
+    from followups.settings import Settings
+    from followups.transports.port import Delivery, Outcome
+    from world import World
+
+PATIENCE = timedelta(seconds=10)
+"""How long Valkey may take on a machine that is busy with other tests."""
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+SECOND = timedelta(seconds=1)
+NONE_COMES_IN = 1 / 86_400
+
+
+class Receiver:
+    """A transport that notes what it was handed, and when, by the monotonic clock."""
+
+    name = "receiver"
+
+    def __init__(self, answer: Callable[[Delivery], Outcome] = lambda _: Sent()) -> None:
+        self.answer = answer
+        self.calls: list[tuple[UUID, float]] = []
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def check(self) -> str:
+        return "ready"
+
+    async def send(self, delivery: Delivery) -> Outcome:
+        self.calls.append((delivery.follow_up_id, time.monotonic()))
+        return self.answer(delivery)
+
+    @property
+    def received(self) -> list[UUID]:
+        return [follow_up for follow_up, _ in self.calls]
+
+
+class Counted(RedisLimiter):
+    """A limiter that counts what it is asked, and what it is given back."""
+
+    asked = given_back = 0
+
+    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+        self.asked += len(requests)
+        return await super().ask(requests, ended)
+
+    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+        self.given_back += len(requests)
+        await super().give_back(requests, moment)
+
+
+@dataclass
+class Bench:
+    """A pipeline with a limiter, and ticks for it."""
+
+    engine: Engine
+    settings: Settings
+    pipelines: list[Pipeline] = field(default_factory=list)
+    limiters: list[Counted] = field(default_factory=list)
+    ticks: list[threading.Thread] = field(default_factory=list)
+    over: threading.Event = field(default_factory=threading.Event)
+
+    def start(self, transport: Receiver, **changes: Any) -> Pipeline:
+        """Start a pipeline, and hand over to it what falls due, as ticks do."""
+        settings = self.settings.model_copy(update=changes)
+        url = settings.database_url.get_secret_value()
+        self.limiters.append(Counted(settings, PATIENCE))
+        pipeline = Pipeline(settings, make_async_engine(url, options=BY_KEY), transport, limiter=self.limiters[-1])
+        pipeline.start()
+        self.pipelines.append(pipeline)
+        self.ticks.append(threading.Thread(target=self._tick, args=(pipeline, settings), daemon=True))
+        self.ticks[-1].start()
+        return pipeline
+
+    def _tick(self, pipeline: Pipeline, settings: Settings) -> None:
+        while not self.over.wait(0.05):
+            if leases := claim(self.engine, settings).leases:
+                pipeline.submit(leases)
+
+    def stop(self) -> None:
+        self.over.set()
+        for tick in self.ticks:
+            tick.join()
+        for pipeline in self.pipelines:
+            assert pipeline.drain(timedelta(seconds=10)) == 0
+
+
+@pytest.fixture
+def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    """Return where pipelines start that look often for limits; they are drained in the end."""
+    monkeypatch.setattr(pipeline_module, "CLOCK_INTERVAL", 0.1)
+    bench = Bench(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
+    yield bench
+    bench.stop()
+
+
+def limit(world: World, rate: float, burst: int = 1, per: str = "all", channel: str | None = None) -> None:
+    """Limit the workspace."""
+    with world.engine.begin() as connection:
+        rate_limits.put(connection, Scope(world.workspace_id, channel, per), rate, burst)
+
+
+def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]:
+    """Insert follow-ups that fell due one after the other, in chats of their own."""
+    moment = datetime.now(UTC) - 2 * ago
+    return [
+        world.follow_up(scheduled_at=moment - timedelta(days=1), due_date=moment + ago * number / count)
+        for number in range(count)
+    ]
+
+
+def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
+    """Sixty that are due at once go out one by one, the first due first, no faster than the limit, each at once."""
+    limit(world, 20)
+    ids = due_in_turn(world, 60)
+    receiver = Receiver()
+    started = time.monotonic()
+    bench.start(receiver)
+    wait_until(lambda: world.scalar(PENDING) == 0, within=60)
+    assert receiver.received == ids
+    for number, (_, moment) in enumerate(receiver.calls, start=1):
+        assert number <= 1 + 20 * (moment - started)
+    rows = [world.row(one) for one in ids]
+    assert {(row.status, row.attempts, row.snoozes, row.losses) for row in rows} == {("sent", 1, 0, 0)}
+    assert not any(world.failures(one) for one in ids)
+
+
+def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
+    """Two workers together are no faster than the limit."""
+    limit(world, 40, burst=4)
+    due_in_turn(world, 60)
+    receivers = Receiver(), Receiver()
+    started = time.monotonic()
+    for receiver in receivers:
+        bench.start(receiver, batch_size=5)
+    wait_until(lambda: world.scalar(PENDING) == 0, within=60)
+    moments = sorted(moment for receiver in receivers for _, moment in receiver.calls)
+    assert len(moments) == 60
+    for number, moment in enumerate(moments, start=1):
+        assert number <= 4 + 40 * (moment - started)
+
+
+def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
+    """What no limit matches goes out at once, and asks nobody: another workspace, another channel."""
+    limit(world, NONE_COMES_IN, channel="widget")
+    held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
+    other = type(world)(world.engine)
+    free = [other.follow_up(other.chat(channel="widget")), world.follow_up(world.chat(channel="api"))]
+    receiver = Receiver()
+    bench.start(receiver)
+    wait_until(lambda: set(free) <= set(receiver.received))
+    wait_until(lambda: sum(world.row(one).limited_until is not None for one in held) == 2)
+    assert len(receiver.received) == 3
+    assert bench.limiters[0].asked == 3
+
+
+def test_each_chat_for_itself(world: World, bench: Bench) -> None:
+    """A chat that has had its message waits, without a lease or a slot; the other chats of the workspace do not."""
+    limit(world, NONE_COMES_IN, per="chat")
+    limit(world, NONE_COMES_IN, burst=3)
+    busy = world.chat()
+    first, second = world.follow_up(busy, due=-2 * SECOND), world.follow_up(busy, due=-SECOND)
+    receiver = Receiver()
+    bench.start(receiver, concurrency=1)
+    wait_until(lambda: world.row(second).limited_until)
+    others = [world.follow_up() for _ in range(2)]
+    wait_until(lambda: len(receiver.received) == 3)
+    assert set(receiver.received) == {first, *others}
+    row = world.row(second)
+    assert (row.status, row.attempts, row.begun_at, row.lease_until) == ("pending", 0, None, None)
+    assert row.next_attempt_at == row.limited_until > datetime.now(UTC)
+
+
+def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
+    """What is paused has used up nothing of the limit when it goes on."""
+    limit(world, NONE_COMES_IN, burst=5)
+    scope = pauses.Scope(world.workspace_id, None)
+    with world.engine.begin() as connection:
+        pauses.pause(connection, scope)
+    ids = [world.follow_up() for _ in range(5)]
+    receiver = Receiver()
+    bench.start(receiver)
+    wait_until(lambda: world.scalar("SELECT count(*) FROM follow_ups WHERE pause_id IS NOT NULL") == 5)
+    wait_until(lambda: bench.limiters[0].given_back == 5)
+    with world.engine.begin() as connection:
+        pauses.resume(connection, scope)
+        pauses.free_forgotten(connection)
+    wait_until(lambda: set(receiver.received) == set(ids))
+
+
+def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
+    """What waits for an earlier one of its chat gives back what it took, and goes when it is its turn."""
+    limit(world, NONE_COMES_IN, burst=3)
+    chat = world.chat()
+    ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])
+    receiver = Receiver()
+    bench.start(receiver)
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert receiver.received == ids
+
+
+def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
+    """Each attempt takes a token, a repeated one too; waiting for the token of a repetition uses up no attempt."""
+    limit(world, 5)
+    follow_up = world.follow_up()
+    receiver = Receiver(lambda delivery: Retry("HTTP 500") if delivery.attempt < 4 else Sent())
+    started = time.monotonic()
+    bench.start(receiver)
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert world.row(follow_up).attempts == 4
+    for number, (_, moment) in enumerate(receiver.calls, start=1):
+        assert number <= 1 + 5 * (moment - started)
+
+
+def test_it_ends_in_time(world: World, bench: Bench) -> None:
+    """What would wait beyond its allowed lateness, or its channel's window, says so when that is over."""
+    limit(world, NONE_COMES_IN)
+    world.follow_up()
+    closes_soon = datetime.now(UTC) - timedelta(days=1) + 2 * SECOND
+    window = world.follow_up(world.chat(channel="whatsapp", last_user_message_at=closes_soon))
+    late = world.follow_up()
+    receiver = Receiver()
+    bench.start(receiver, max_lateness=4 * SECOND)
+    wait_until(lambda: world.scalar(PENDING) == 0, within=60)
+    assert len(receiver.received) == 1
+    assert (world.row(window).reason, world.row(late).reason) == ("window_closed", "too_late")
+
+
+def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
+    """What is cancelled while it waits for its turn never begins, and nobody waits for its turn in vain."""
+    limit(world, 4)
+    ids = due_in_turn(world, 12)
+    receiver = Receiver()
+    bench.start(receiver)
+    wait_until(lambda: receiver.received)
+    # As the API does: with the lease taken away, so that what it held in a worker's line is stale.
+    world.sql(
+        "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
+        " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",
+        ids=ids[4:8],
+    )
+    wait_until(lambda: world.scalar(PENDING) == 0, within=60)
+    assert receiver.received == [one for one in ids if world.row(one).status == "sent"]
+    assert set(ids[:4]) | set(ids[8:]) <= set(receiver.received)
+
+
+def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
+    """A worker goes by a limit soon after it is set; without any, nobody is asked."""
+    receiver = Receiver()
+    pipeline = bench.start(receiver)
+    world.follow_up()
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert bench.limiters[0].asked == 0
+    limit(world, NONE_COMES_IN)
+    wait_until(lambda: pipeline._turnstile._limits)  # noqa: SLF001 - when it has read them
+    ids = [world.follow_up() for _ in range(2)]
+    wait_until(lambda: any(world.row(one).limited_until for one in ids))
+    with world.engine.begin() as connection:
+        assert rate_limits.clear(connection, Scope(world.workspace_id, None, "all"))
+    wait_until(lambda: not pipeline._turnstile._limits)  # noqa: SLF001 - likewise
+    free = world.follow_up()
+    wait_until(lambda: world.row(free).status == "sent")
+
+
+def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Redis everything goes out, whatever the limit."""
+    monkeypatch.setattr(f"{__name__}.PATIENCE", timedelta(seconds=0.2))
+    limit(world, NONE_COMES_IN)
+    ids = due_in_turn(world, 30)
+    receiver = Receiver()
+    bench.start(receiver, broker_url=SecretStr("redis://127.0.0.1:9/0"))
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert set(receiver.received) == set(ids)

@@ -1,0 +1,90 @@
+"""Which buckets a follow-up needs a token of, and what a worker makes of the answer."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from uuid import UUID
+
+import pytest
+import typer
+
+from followups.cli.rates import default_burst, parse_rate, shown
+from followups.dispatch.limits import Limits
+from followups.store.rate_limits import Limit, Place
+
+NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
+ACME, OTHER = UUID(int=1), UUID(int=2)
+
+
+def limit(number: int, workspace: UUID | None = None, channel: str | None = None, per: str = "all") -> Limit:
+    """Return a limit."""
+    return Limit(UUID(int=number), workspace, channel, per, 10.0, 5, None, NOW)
+
+
+def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Place:
+    """Return where a follow-up belongs."""
+    return Place(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - it has not ended
+
+
+def matching(limits: list[Limit], where: Place) -> set[int]:
+    """Return the numbers of the limits whose buckets are needed."""
+    return {int(bucket.key.partition(":")[0], 16) for bucket in Limits(limits).request(where).buckets}
+
+
+def test_all_that_match_apply() -> None:
+    """Those of everything, of the workspace, of the channel, and of both apply; those of others do not."""
+    limits = [
+        limit(1),
+        limit(2, per="workspace"),
+        limit(3, ACME),
+        limit(4, ACME, per="chat"),
+        limit(5, channel="waha"),
+        limit(6, ACME, "waha"),
+        limit(7, OTHER),
+        limit(8, ACME, "api"),
+        limit(9, channel="api"),
+    ]
+    assert matching(limits, place()) == {1, 2, 3, 4, 5, 6}
+    assert matching(limits, place(OTHER, channel="widget")) == {1, 2, 7}
+
+
+@pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
+def test_who_shares_a_bucket(per: str, buckets: int) -> None:
+    """All share one, each workspace has its own, or each chat; chats of two workspaces may have the same id."""
+    limits = Limits([limit(1, per=per)])
+    places = [place(ACME, 7), place(ACME, 8), place(OTHER, 7), place(ACME, 7)]
+    assert len({limits.request(one).buckets for one in places}) == buckets
+
+
+def test_no_limits() -> None:
+    """Without limits there is nothing to ask for."""
+    assert not Limits([])
+    assert Limits([]).request(place()).buckets == ()
+
+
+@pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
+def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
+    """What was read is written again as it was."""
+    assert shown(parse_rate(text)) == text
+
+
+def test_rates_with_fractions() -> None:
+    """Half a message a second is thirty a minute; nothing at all, or more than a million a second, is no rate."""
+    assert shown(parse_rate("0.5/s")) == "30/min"
+    for text in ("0/s", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
+        with pytest.raises(typer.BadParameter):
+            parse_rate(text)
+
+
+def test_at_once() -> None:
+    """Where nothing is said, one second's worth may go at once, and never less than one."""
+    assert [default_burst(rate) for rate in (50, 1.9, 0.001)] == [50, 1, 1]
+
+
+def test_what_is_over_is_not_asked_for() -> None:
+    """What has ended, and what would end as soon as somebody looks, waits for no token."""
+    soon = timedelta(microseconds=1)
+    fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
+    assert not Place(*fields, None).is_over
+    assert not Place(*fields, soon).is_over
+    assert Place(*fields, timedelta(0)).is_over
