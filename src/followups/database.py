@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from psycopg.abc import PQGen
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
 T = TypeVar("T")
 
@@ -31,6 +34,8 @@ server hangs, and its own timeout will never be heard of."""
 TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
+RECENTLY = 1.0
+"""Seconds during which a connection that has just been used needs no test."""
 
 BY_KEY = " -c jit=off" + "".join(
     f" -c enable_{method}=off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")
@@ -126,9 +131,15 @@ def make_async_engine(
     options: str = "",
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
-    """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`."""
+    """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`.
+
+    It tests only a connection that nobody used for `RECENTLY`: callers come many times a second, and a test takes
+    as long as a statement.
+    """
     url = _url(database_url)
-    engine = create_async_engine(url, **_arguments(url, pool_size, application_name, options, statement_timeout))
+    arguments = _arguments(url, pool_size, application_name, options, statement_timeout)
+    engine = create_async_engine(url, **arguments | {"pool_pre_ping": False})
+    _test_what_lay_idle(engine.sync_engine)
     patience = _patience(statement_timeout)
 
     async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
@@ -141,6 +152,21 @@ def make_async_engine(
 
     event.listen(engine.sync_engine, "do_connect", choose)
     return engine
+
+
+def _test_what_lay_idle(engine: Engine) -> None:
+    def note(_connection: object, record: ConnectionPoolEntry) -> None:
+        record.info["used"] = time.monotonic()
+
+    def test(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object) -> None:
+        if time.monotonic() - record.info.get("used", math.inf) > RECENTLY:
+            try:
+                engine.dialect.do_ping(connection)
+            except psycopg.OperationalError as error:
+                raise InvalidatePoolError from error  # all of them are made anew
+
+    event.listen(engine, "checkin", note)
+    event.listen(engine, "checkout", test)
 
 
 def _url(database_url: str) -> URL:

@@ -11,9 +11,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
-from followups import transactions
-from followups.database import BoundedConnection
-from followups.transactions import transact
+from followups import database, transactions
+from followups.database import BoundedConnection, make_async_engine
+from followups.transactions import in_loop, transact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,3 +90,25 @@ def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.M
     with pytest.raises(OperationalError, match="the connection broke"):
         transact(engine, insert_workspace)
     assert time.monotonic() - started >= 0.3
+
+
+def server_process(engine: Engine) -> int:
+    """Return the number of the server's process that answers."""
+    with engine.connect() as connection:
+        return connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
+
+
+@pytest.mark.parametrize("recently", [0.0, 60.0])
+async def test_a_connection_that_lay_idle_is_tested_first(
+    world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
+) -> None:
+    """A loop's broken connection is made anew, unseen; one that was used a moment ago fails once."""
+    monkeypatch.setattr(database, "RECENTLY", recently)
+    engine = make_async_engine(database_url, pool_size=1)
+    first = await in_loop(engine, server_process)
+    assert world.scalar(f"SELECT pg_terminate_backend({first}, 5000)")
+    if recently:
+        with pytest.raises(OperationalError):
+            await in_loop(engine, server_process)
+    assert await in_loop(engine, server_process) != first
+    await engine.dispose()

@@ -187,8 +187,24 @@ def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypat
     monkeypatch.setattr(sys, "stderr", stderr)
     get_logger("x").warning("one")
     lines = Lines("x")
-    lines.to.info("many")
+    lines.info("many")
     lines.flush()
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], form: Any) -> None:
+    """Lines of a batch have the same form as any other; they are written by `flush`, and from the level on."""
+    lines = Lines("x")
+    configure_logging(form, "warning")
+    lines.info("unheard")
+    configure_logging(form, "info")
+    get_logger("x").info("attempt", attempt=1, outcome="sent", status_code=None)
+    lines.info("attempt", attempt=1, outcome="sent", status_code=None)
+    alone = capsys.readouterr().err
+    lines.flush()
+    gathered = capsys.readouterr().err
+    assert re.sub(r"\d\S+Z", "now", gathered) == re.sub(r"\d\S+Z", "now", alone)
+    assert gathered.count("\n") == 1
 
 
 def test_what_was_bound_is_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:

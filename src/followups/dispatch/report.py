@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
+# A few label values, and a look-up of their counter takes longer than to count.
+_attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
+
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
     """Tell of one call of the transport. Its answer's text is left out: it may quote the message."""
@@ -37,9 +41,9 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
     # What was odd about an answer that nevertheless counts; the transport's own words, never the answer's.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - begun.due_date).total_seconds()
-    metrics.ATTEMPTS.labels(transport=transport, outcome=outcome).inc()
+    _attempts(transport, outcome).inc()
     metrics.ATTEMPT_DURATION.observe(seconds)
-    lines.to.info(
+    lines.info(
         "attempt",
         follow_up_id=str(begun.lease.id),
         chat_id=str(begun.chat_id),
@@ -147,5 +151,5 @@ def breaker_unavailable(error: Exception, pause: float) -> None:
 
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
     code = code_of(reason)
-    metrics.TRANSITIONS.labels(status=status, code=code).inc()
-    lines.to.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)
+    _transitions(status, code).inc()
+    lines.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)
