@@ -146,3 +146,17 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
     assert len(rest) == len(set(rest))
     assert set(taken.values()) <= {0, 1}
     assert taken.total() + len(rest) == come
+
+
+def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While nobody may go, those whose leases run out make room for those that come instead."""
+    line = line_of()
+    line.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
+    assert line.take(0) == []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    anew = overdue(NOISY, 1, 2)
+    line.add(anew)
+    assert sorted(line.clear(), key=lambda lease: lease.due) == sorted(anew, key=lambda lease: lease.due)
+    line.add(overdue(QUIET, 1))
+    assert [hinted.lease.lane for hinted in line.take(9)] == [QUIET]

@@ -97,6 +97,17 @@ class Lanes:
             self._sated.discard(lane)
             self._turns.append(lane)
 
+    def drop_expired(self, now: float) -> None:
+        """Forget those whose lease has run out at ``now`` on the monotonic clock."""
+        for lane, waiting in list(self._waiting.items()):
+            left = [place for place in waiting if place[2].expires >= now]
+            heapq.heapify(left)
+            self._waiting[lane] = left
+            if not left:
+                del self._waiting[lane]
+                self._sated.discard(lane)
+        self._turns = deque(lane for lane in self._turns if lane in self._waiting)
+
     def clear(self) -> list[Lease]:
         """Send everybody home who waits; return their leases."""
         leases = [hinted.lease for waiting in self._waiting.values() for _, _, hinted in waiting]

@@ -44,12 +44,17 @@ class Line:
         """Those whose moment is still to come."""
         self._lanes = Lanes(slots)
         self._sequence = itertools.count()
+        self._next_look = 0.0
         self._suspects: dict[UUID, int] = {}
         """Those that are out, with the room that each takes."""
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Let leases wait that have just come, by the task that brought them."""
         now, known = time.monotonic(), self._clock.known
+        if now >= self._next_look:
+            # Nobody is taken while the transport is left alone, and each tick brings anew whose lease ran out.
+            self._next_look = now + self._lease
+            self._lanes.drop_expired(now)
         for lease in leases:
             ahead = max(self._clock.until(lease.due), 0.0) if known else 0.0
             self._lanes.see(lease.lane, now)
