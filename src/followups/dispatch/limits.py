@@ -147,9 +147,7 @@ class Turnstile:
         """
         if self._limiter is None:
             return
-        if self._unsaid:
-            report.limited(self._unsaid)
-            self._unsaid = 0
+        self._tell()
         with engine.connect() as connection:
             standing = rate_limits.standing(connection)
         self._loosened |= loosened(self._standing, standing)
@@ -160,6 +158,7 @@ class Turnstile:
 
     async def close(self) -> None:
         """Let go of the limiter."""
+        self._tell()
         if self._limiter:
             await self._limiter.close()
 
@@ -207,6 +206,11 @@ class Turnstile:
     def _count(self, number: int) -> None:
         report.count_limited(number)
         self._unsaid += number
+
+    def _tell(self) -> None:
+        if self._unsaid:
+            report.limited(self._unsaid)
+            self._unsaid = 0
 
 
 def _within(wait: timedelta, place: Place) -> timedelta:
