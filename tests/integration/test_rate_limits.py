@@ -274,7 +274,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
 
 
 def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
-    """A worker goes by a limit soon after it is set; without any, nobody is asked."""
+    """A worker goes by a limit soon after it is set; lifted, what waited under it goes on. Without any, nobody asks."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
     world.follow_up()
@@ -286,9 +286,25 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
     wait_until(lambda: any(world.row(one).limited_until for one in ids))
     with world.engine.begin() as connection:
         assert rate_limits.clear(connection, Scope(world.workspace_id, None, "all"))
-    wait_until(lambda: not pipeline._turnstile._limits)  # noqa: SLF001 - likewise
-    free = world.follow_up()
-    wait_until(lambda: world.row(free).status == "sent")
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert set(ids) <= set(receiver.received)
+
+
+def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
+    """Where a limit of a channel is raised, what waits under it goes on; what waits under another's stays put off."""
+    limit(world, NONE_COMES_IN, channel="widget")
+    limit(world, NONE_COMES_IN, channel="api")
+    receiver = Receiver()
+    bench.start(receiver)
+    widgets, others = [
+        [world.follow_up(world.chat(channel=channel)) for _ in range(3)] for channel in ("widget", "api")
+    ]
+    waiting = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND limited_until = next_attempt_at"
+    wait_until(lambda: world.scalar(waiting) == 4)
+    limit(world, 1000, burst=10, channel="widget")
+    wait_until(lambda: set(widgets) <= set(receiver.received))
+    assert world.scalar(waiting) == 2
+    assert len(set(others) & set(receiver.received)) == 1
 
 
 def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -9,7 +10,7 @@ import pytest
 import typer
 
 from followups.cli.rates import default_burst, parse_rate, shown
-from followups.dispatch.limits import Limits
+from followups.dispatch.limits import Limits, loosened
 from followups.store.rate_limits import Limit, Place
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
@@ -54,6 +55,20 @@ def test_who_shares_a_bucket(per: str, buckets: int) -> None:
     limits = Limits([limit(1, per=per)])
     places = [place(ACME, 7), place(ACME, 8), place(OTHER, 7), place(ACME, 7)]
     assert len({limits.request(one).buckets for one in places}) == buckets
+
+
+def test_what_was_loosened() -> None:
+    """A limit that was lifted or raised frees those under it; one that is new or lower frees nobody."""
+    before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
+    after = [
+        limit(1),
+        replace(limit(2, ACME), rate=11.0),
+        replace(limit(3, channel="waha"), burst=6),
+        replace(limit(4, OTHER), rate=9.0, burst=4),
+        limit(6, OTHER, "api"),
+    ]
+    assert loosened(before, after) == {(ACME, None), (None, "waha"), (ACME, "api")}
+    assert loosened([], before) == loosened(before, before) == set()
 
 
 def test_no_limits() -> None:

@@ -81,7 +81,7 @@ def set_(
     burst: Burst = None,
     json: Json = False,
 ) -> None:
-    """Set a limit, or change the one that was set with the same options. Workers go by it within five seconds."""
+    """Set a limit, or change the one that was set with the same options. Workers go by it within some seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             scope = _scope(session, workspace, channel, each)
@@ -98,7 +98,7 @@ def set_(
     epilog=examples("followups limit clear --workspace acme", "followups limit clear --each chat --channel whatsapp")
 )
 def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apart = None, json: Json = False) -> None:
-    """Take away the limit that was set with exactly these options. What waits for it goes out within five minutes."""
+    """Take away the limit that was set with exactly these options. What waits goes on within some seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             was_set = rate_limits.clear(session.connection(), _scope(session, workspace, channel, each))

@@ -35,7 +35,7 @@ SHORTEST = timedelta(milliseconds=5)
 """How long one waits at least: asking for one by one would cost more than it is worth."""
 
 LONGEST = timedelta(minutes=5)
-"""After which a follow-up asks again at the latest, since a limit may have been lifted meanwhile."""
+"""After which a follow-up asks again at the latest: much may have been cancelled before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +104,16 @@ def bucket_of(limit: Limit, place: Place) -> Bucket:
     return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
 
 
+def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[tuple[UUID | None, str | None]]:
+    """Return of which workspace and channel (None: of all) a limit has been lifted or raised."""
+    now = {limit.id: limit for limit in after}
+    return {
+        (limit.workspace_id, limit.channel)
+        for limit in before
+        if limit.id not in now or now[limit.id].rate > limit.rate or now[limit.id].burst > limit.burst
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Round:
     """What became of a batch: who may begin, who waits in the line, and who in its row."""
@@ -123,22 +133,32 @@ class Turnstile:
         self._settings = settings
         self._engine = engine
         self._limiter = limiter
+        self._standing: list[Limit] = []
         self._limits = Limits(())
+        self._loosened: set[tuple[UUID | None, str | None]] = set()
+        """Of what a limit was lifted or raised, and those that wait under it have not been freed yet."""
         self._unsaid = 0
         """How many were put off since that was last said."""
 
     def read(self, engine: Engine) -> None:
-        """Learn which limits stand, and tell how many were put off since the last time. Raises what SQL raises."""
+        """Learn which limits stand, free those that wait under one that was lifted or raised, and tell how many wait.
+
+        Raises what the database raises; what was not done then is done by the next call.
+        """
         if self._limiter is None:
             return
+        self._tell()
         with engine.connect() as connection:
-            self._limits = Limits(rate_limits.standing(connection))
-        if self._unsaid:
-            report.limited(self._unsaid)
-            self._unsaid = 0
+            standing = rate_limits.standing(connection)
+        self._loosened |= loosened(self._standing, standing)
+        self._standing, self._limits = standing, Limits(standing)
+        for scope in tuple(self._loosened):
+            _free(engine, *scope)
+            self._loosened.discard(scope)
 
     async def close(self) -> None:
         """Let go of the limiter."""
+        self._tell()
         if self._limiter:
             await self._limiter.close()
 
@@ -187,6 +207,11 @@ class Turnstile:
         report.count_limited(number)
         self._unsaid += number
 
+    def _tell(self) -> None:
+        if self._unsaid:
+            report.limited(self._unsaid)
+            self._unsaid = 0
+
 
 def _within(wait: timedelta, place: Place) -> timedelta:
     """Return for how long one is put off: not beyond its end, so that it says so in time.
@@ -200,6 +225,12 @@ def _within(wait: timedelta, place: Place) -> timedelta:
 def _places(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> list[Place]:
     with engine.connect() as connection:
         return rate_limits.places(connection, batch, settings.max_lateness)
+
+
+def _free(engine: Engine, workspace_id: UUID | None, channel: str | None) -> None:
+    freed = 1
+    while freed:
+        freed = transact(engine, lambda connection: rate_limits.free(connection, workspace_id, channel, LONGEST))
 
 
 def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> None:

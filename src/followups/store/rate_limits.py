@@ -177,5 +177,31 @@ def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timed
     return set(connection.scalars(_PUT_OFF, parameters))
 
 
+_FREE = text(f"""
+    WITH put_off AS MATERIALIZED (
+        SELECT f.id FROM follow_ups f
+         WHERE f.status = 'pending' AND f.waits_for IS NULL
+           AND {_DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
+           AND f.limited_until = f.next_attempt_at AND f.lease_until IS NULL
+           AND (CAST(:workspace_id AS uuid) IS NULL OR f.workspace_id = CAST(:workspace_id AS uuid))
+           AND (CAST(:channel AS text) IS NULL
+                OR EXISTS (SELECT FROM chats c
+                            WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id AND c.channel = :channel))
+         ORDER BY {_DUE}
+         LIMIT :most
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE follow_ups f SET next_attempt_at = NULL FROM put_off WHERE f.id = put_off.id
+""")  # noqa: S608 - no input, only the constant above
+BATCH = 1000
+"""Follow-ups that are freed in one transaction."""
+
+
+def free(connection: Connection, workspace_id: UUID | None, channel: str | None, longest: timedelta) -> int:
+    """Let up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
+    parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
+    return connection.execute(_FREE, parameters).rowcount
+
+
 def _batch(leases: Sequence[Lease]) -> dict[str, object]:
     return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}

@@ -68,3 +68,21 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")
     assert ran.stderr.count("\n") == 1
+
+
+def test_shown_of_what_waits(run: Run, world: World) -> None:
+    """What waits for its turn says so, and under which limits; what is not put off by one says nothing of it."""
+    run("limit", "set", "50/s", "--workspace", world.workspace_id)
+    run("limit", "set", "1/min", "--each", "chat")
+    waits, pending = world.follow_up(), world.follow_up()
+    world.sql(
+        "UPDATE follow_ups SET next_attempt_at = now() + interval '90 s', limited_until = now() + interval '90 s'"
+        " WHERE id = :id",
+        id=waits,
+    )
+    shown = run("show", waits).stdout
+    assert "It is due, and waits for its turn under the rate limits of 1/min for each chat and 50/s for" in shown
+    document = run("show", waits, "--json").document
+    assert [(one["each"], one["rate"]) for one in document["rateLimits"]] == [("chat", 1 / 60), (None, 50.0)]
+    assert document["limitedUntil"] == document["nextAttemptAt"]
+    assert "rate limit" not in run("show", pending, "--json").document["explanation"]
