@@ -1,20 +1,22 @@
-"""A workspace with a hundred times the load of the others: all of the others' are sent, and none is mixed up."""
+"""A workspace with a hundred times the load of the others, and with a backlog: the others' go out all the same."""
 
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
-from faults.measures import NOTICE, lag_p99_ms, punctual
+from faults.measures import NOTICE, PORTION, lag_p99_ms, punctual
 from faults.rig import rows_of
+from stack import wait_until
 from world import World
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from faults.figures import Figures
+    from faults.promises import Verdict
     from faults.rig import Rig
 
 
@@ -60,3 +62,65 @@ def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
 def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
     """The same for a minute, with a neighbour that adds five hundred a second."""
     neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)
+
+
+class Seen(NamedTuple):
+    """How it went for the others beside a backlog."""
+
+    verdict: Verdict
+    alone: list[UUID]
+    beside: list[UUID]
+    noise: list[UUID]
+    left: int
+    """How much of the backlog was still pending when the last of the others' had been sent."""
+
+
+def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
+    """Let five workspaces have ``each`` fall due within ``spread`` seconds, alone and beside an overdue backlog.
+
+    Every call takes ``call`` seconds at least.
+    """
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60"}
+    rig.start()
+    if call:
+        rig.behave(kind="slow", delay=call)
+    worlds = [World(rig.world.engine) for _ in range(5)]
+    alone = quiet(rig, worlds, each, spread)
+    rig.settle_down(within=60 + spread)
+    noise = [id_ for first in range(0, overdue, PORTION) for id_ in rig.held(min(PORTION, overdue - first))]
+    rig.release(noise)
+    beside = quiet(rig, worlds, each, spread)
+    theirs = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id <> :own"
+    wait_until(lambda: rows_of(rig, theirs, own=rig.world.workspace_id) == [(0,)], within=60 + spread, every=0.05)
+    left = int(rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'"))
+    rig.settle_down(within=60 + overdue / 50)
+    return Seen(rig.verdict(), alone, beside, noise, left)
+
+
+def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
+    """Keep the figures of a backlog, and check that everything was sent."""
+    figures.keep(
+        19,
+        seen.verdict,
+        overdue_at_once=len(seen.noise),
+        left_when_the_others_were_sent=seen.left,
+        others_p99_alone_ms=lag_p99_ms(rig, seen.alone),
+        others_p99_beside_ms=lag_p99_ms(rig, seen.beside),
+        backlogs_p99_ms=lag_p99_ms(rig, seen.noise),
+    )
+    assert seen.verdict.ended == {"sent": len(seen.alone) + len(seen.beside) + len(seen.noise)}
+
+
+def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
+    """What falls due beside a backlog that fills the window and all the slots is sent before most of the backlog is."""
+    rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8"}
+    seen = backlog(rig, overdue=3000, each=5, spread=1.5, call=0.02)
+    keep_backlog(rig, figures, seen)
+    assert seen.left > len(seen.noise) / 2
+
+
+@pytest.mark.faults_long
+def test_backlog_of_a_neighbour_for_long(rig: Rig, figures: Figures) -> None:
+    """So it is for a minute, with fifty thousand overdue at once, and settings as they are by default."""
+    seen = backlog(rig, overdue=50_000, each=300, spread=60.0)
+    keep_backlog(rig, figures, seen)

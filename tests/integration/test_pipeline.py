@@ -27,6 +27,7 @@ from followups.dispatch.send import send
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
+from world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
     from followups.transports.port import Delivery
-    from world import World
 
 END_OTHERS = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -110,6 +110,47 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
     assert transport.most == 4
     assert most_begun < 30
     assert transport.calls == Counter(map(str, ids))
+
+
+class Stuck(Scripted):
+    """A transport whose calls for some follow-ups do not end before they are let go."""
+
+    def __init__(self, stuck: set[str]) -> None:
+        super().__init__(lambda _: Sent())
+        self.stuck = stuck
+
+    async def send(self, delivery: Delivery) -> Any:
+        self.under_way += 1
+        try:
+            while str(delivery.follow_up_id) in self.stuck:  # noqa: ASYNC110 - another thread lets it go
+                await asyncio.sleep(0.005)
+            return await super().send(delivery)
+        finally:
+            self.under_way -= 1
+
+
+def test_slow_calls_of_one_workspace(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """Beside a workspace whose calls do not end another's are sent: seven eighths of the slots are all that it has."""
+    patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=30)}
+    quiet, long = World(engine), settings.model_copy(update=patient)
+    transport = Stuck(set())
+    pipeline = started(transport, concurrency=8, **patient)
+    sent = "SELECT count(*) FROM follow_ups WHERE status = 'sent'"
+    quiet.follow_up()
+    pipeline.submit(claim(engine, long).leases)
+    wait_until(lambda: world.scalar(sent) == 1)
+    transport.stuck |= {str(one) for one in world.burst([timedelta(0)] * 20)}
+    pipeline.submit(claim(engine, long).leases)
+    wait_until(lambda: transport.under_way == 7)
+    quiet.burst([timedelta(0)] * 5)
+    pipeline.submit(claim(engine, long).leases)
+    wait_until(lambda: world.scalar(sent) == 6)
+    assert transport.under_way == 7
+    transport.stuck.clear()
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert set(transport.calls.values()) == {1}
 
 
 def test_doubled_and_shuffled_hints(

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
+from followups.database import BY_KEY, make_engine
 from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim, claim_fairly
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
-from followups.store import claims, rate_limits
+from followups.store import claims, leases, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
 from stack import wait_until
 from world import World
@@ -174,6 +175,24 @@ def _by_key(
     for way, rows in read(found[0]["Plan"]):
         assert way in {"Index Scan", "Index Only Scan"}, (way, statement)
         assert rows <= MOST, (rows, statement)
+
+
+def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
+    """A plan made while the tables were as good as empty looks up each chat once, however many there are by now."""
+    patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
+    rules = leases.World(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
+    prepared = make_engine(database_url, pool_size=1, options=f"{BY_KEY} -c plan_cache_mode=force_generic_plan")
+    with prepared.connect() as connection:
+        world.burst([timedelta(0)] * 30)
+        for lease in claim(engine, patient).leases:
+            assert leases.begin_if_leased(connection, [lease], rules)
+            connection.commit()
+        world.burst([timedelta(0)] * DUE * 5)
+        batch = claim(engine, patient).leases[:100]
+        assert len(leases.begin_if_leased(connection, batch, rules)) == len(batch)
+        read = "SELECT COALESCE(idx_tup_fetch, 0) + seq_tup_read FROM pg_stat_xact_user_tables WHERE relname = 'chats'"
+        assert connection.execute(text(read)).scalar_one() <= 2 * len(batch)
+    prepared.dispose()
 
 
 def test_a_burst_into_a_table_that_counts_as_empty(
