@@ -107,6 +107,9 @@ class HttpCaller:
         if time.monotonic() > until:
             connection.release()
             return self._not_sent(TimeoutError())
+        if _protocol(connection).should_close:
+            connection.close()  # something came that nobody asked for: it would count as the answer to this call
+            return Retry("no connection: the receiver spoke out of turn")
         try:
             answer = await _exchange(connection, request, until)
         except Exception as error:  # noqa: BLE001 - the same
@@ -147,9 +150,13 @@ def _lines(headers: Mapping[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
+def _protocol(connection: Connection) -> ResponseHandler:
+    return cast("ResponseHandler", connection.protocol)  # None only after its release
+
+
 async def _exchange(connection: Connection, request: bytes, until: float) -> Answer:
     """Write the request at once, and return the answer, whose body may have a flaw. Raises where none has begun."""
-    protocol = cast("ResponseHandler", connection.protocol)  # none only after its release
+    protocol = _protocol(connection)
     try:
         protocol.set_response_params(read_until_eof=True, auto_decompress=False)  # 64 KiB of gzip may be 64 MiB of text
         cast("asyncio.Transport", protocol.transport).write(request)
