@@ -46,9 +46,8 @@ class Settling:
 
 def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Settling:
     """Record the outcomes in one transaction, and wake what waited for those that ended."""
-    decided = [
-        decide(attempt, settings.retry_policy, deduplicates=settings.transport_deduplicates) for attempt in attempts
-    ]
+    policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
+    decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
     return transact(engine, partial(_record, settings, attempts, decided))
 
 

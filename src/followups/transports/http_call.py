@@ -6,15 +6,18 @@ byte was handed to the socket is a `Retry`, one after that, without a status lin
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
 import ssl
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from http import HTTPStatus
+from typing import TYPE_CHECKING, cast
 
 import aiohttp
+from yarl import URL
 
 from followups.transports.answers import Answer, Dialect, outcome_of
 from followups.transports.endpoint import tls_reason
@@ -23,7 +26,9 @@ from followups.transports.port import Outcome, Retry, Unknown
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.client_proto import ResponseHandler
+    from aiohttp.connector import Connection
+    from aiohttp.http_parser import RawResponseMessage
 
     from followups.settings import Settings
 
@@ -47,7 +52,7 @@ def encode_json(document: Mapping[str, object]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: ``url`` absolute, ``body`` as it goes over the wire."""
+    """One request: ``url`` absolute and of the endpoint's host, ``body`` as it goes over the wire."""
 
     method: str
     url: str
@@ -55,96 +60,73 @@ class Call:
     body: bytes
 
 
-class _BrokenConnectionError(aiohttp.ClientError):
-    """The connection broke: said in a way that aiohttp does not repeat the request for."""
-
-
-class _Body(aiohttp.BytesPayload):
-    """A body that knows whether it was written, and is not written after ``until`` (monotonic seconds).
-
-    A process that was frozen while it connected would write before it sees that its time is up, perhaps after
-    the follow-up was cancelled, or sent by another. aiohttp writes the headers together with the body. A
-    `TraceConfig` tells the same, at 35 us a call: a quarter of all that a call costs.
-    """
-
-    def __init__(self, value: bytes, until: float) -> None:
-        """Take the body as it goes out."""
-        super().__init__(value)
-        self.went_out = False
-        self._until = until
-
-    async def write_with_length(self, writer: AbstractStreamWriter, content_length: int | None) -> None:
-        """Write to the socket, and note first that this began. Raises `TimeoutError` when it is too late to."""
-        if time.monotonic() > self._until:
-            raise TimeoutError
-        self.went_out = True
-        await super().write_with_length(writer, content_length)
-
-
 class HttpCaller:
-    """The one HTTP session of a process: as many connections as it may make calls at once."""
+    """The connections of a process to ``FOLLOWUPS_TRANSPORT_URL``: as many as it may make calls at once."""
 
     def __init__(self, settings: Settings) -> None:
         """Keep the limits; nothing is opened."""
+        self._endpoint = URL(settings.transport_url or "")
         self._timeout = settings.transport_timeout.total_seconds()
+        # By default aiohttp rounds timeouts above 5 s up to whole seconds: the lease is not told.
+        self._limit = aiohttp.ClientTimeout(connect=self._timeout, ceil_threshold=math.inf)
         self._connections = settings.concurrency
         self._reuse = settings.transport_deduplicates
-        self._session: aiohttp.ClientSession | None = None
+        self._connector: aiohttp.TCPConnector | None = None
 
     async def open(self) -> None:
-        """Open the session in the running loop; again is harmless."""
-        if self._session is None:
-            self._session = self._new_session()
+        """Be ready to connect in the running loop; again is harmless."""
+        if self._connector is None:
+            self._connector = self._new_connector()
+            headers = HEADERS if self._reuse else HEADERS | {"connection": "close"}
+            # Never sent itself: the connector wants to know by it where to, and it knows what the URL's headers are.
+            self._origin = aiohttp.ClientRequest("GET", self._endpoint, headers=headers)
+            self._head = _lines(self._origin.headers)
 
     async def close(self) -> None:
-        """Close the session and its connections; again is harmless."""
-        session, self._session = self._session, None
-        if session is not None:
-            await session.close()
+        """Close the connections; again is harmless."""
+        connector, self._connector = self._connector, None
+        if connector is not None:
+            await connector.close()
 
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
         """Make the call and say what its answer, or the lack of one, means. Raises for no answer at all.
 
         `RuntimeError`: the transport was not opened.
         """
-        if self._session is None:
+        if self._connector is None:
             message = "The transport is not open: await open() first."
             raise RuntimeError(message)
-        body = _Body(call.body, time.monotonic() + self._timeout)
+        until = time.monotonic() + self._timeout
         try:
-            answer = await self._answer(self._session, call, body)
+            request = self._request(call)
+            connection = await self._connector.connect(self._origin, [], self._limit)
         except Exception as error:  # noqa: BLE001 - whatever the other side provokes is an outcome, not a crash
-            return self._unknown(error) if body.went_out else self._not_sent(error)
+            return self._not_sent(error)
+        # A process that was frozen while it connected would write before it sees that its time is up, perhaps
+        # after the follow-up was cancelled, or sent by another.
+        if time.monotonic() > until:
+            connection.release()
+            return self._not_sent(TimeoutError())
+        if _protocol(connection).should_close:
+            connection.close()  # something came that nobody asked for: it would count as the answer to this call
+            return Retry("no connection: the receiver spoke out of turn")
+        try:
+            answer = await _exchange(connection, request, until)
+        except Exception as error:  # noqa: BLE001 - the same
+            return self._unknown(error)
         return outcome_of(answer, dialect)
 
-    def _new_session(self) -> aiohttp.ClientSession:
+    def _new_connector(self) -> aiohttp.TCPConnector:
         # Where the receiver cannot deduplicate, no connection is used twice: a stale one breaks after the
         # request went out, and a follow-up would fail as outcome_unknown for nothing.
-        connector = (
-            aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEPALIVE)
-            if self._reuse
-            else aiohttp.TCPConnector(limit=self._connections, force_close=True)
-        )
-        return aiohttp.ClientSession(
-            connector=connector,
-            # By default aiohttp rounds timeouts above 5 s up to whole seconds: the lease is not told.
-            timeout=aiohttp.ClientTimeout(total=self._timeout, ceil_threshold=math.inf),
-            headers=HEADERS,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            trust_env=False,
-            auto_decompress=False,  # "identity" was asked for; 64 KiB of gzip may be 64 MiB of text
-        )
+        if self._reuse:
+            return aiohttp.TCPConnector(limit=self._connections, keepalive_timeout=KEEPALIVE)
+        return aiohttp.TCPConnector(limit=self._connections, force_close=True)
 
-    async def _answer(self, session: aiohttp.ClientSession, call: Call, payload: _Body) -> Answer:
-        # aiohttp repeats nothing but idempotent methods, and a middleware costs every call some microseconds.
-        middlewares = () if call.method == "POST" else (_without_repetition,)
-        async with session.request(
-            call.method, call.url, data=payload, headers=call.headers, allow_redirects=False, middlewares=middlewares
-        ) as response:
-            body, flaw = await _read(response)
-            if flaw:
-                response.close()  # what is still to come is not waited for
-            return Answer(response.status, response.headers, body, flaw)
+    def _request(self, call: Call) -> bytes:
+        start = f"{call.method} {URL(call.url).raw_path_qs} HTTP/1.1\r\n"
+        length = f"content-length: {len(call.body)}\r\n\r\n"
+        return f"{start}{self._head}{_lines(call.headers)}{length}".encode() + call.body
 
     def _unknown(self, error: Exception) -> Unknown:
         if isinstance(error, TimeoutError):
@@ -161,24 +143,56 @@ class HttpCaller:
         return Retry(f"no connection: {_kind(error)}")
 
 
-async def _without_repetition(
-    request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType
-) -> aiohttp.ClientResponse:
-    # aiohttp sends a PUT a second time, silently, when its connection breaks. Whether to send again is for
-    # the dispatcher to decide: it knows whether the receiver deduplicates.
+def _lines(headers: Mapping[str, str]) -> str:
+    if not "".join(headers.values()).isprintable():
+        message = "a header's value holds a line break or another control character"
+        raise ValueError(message)
+    return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+
+
+def _protocol(connection: Connection) -> ResponseHandler:
+    return cast("ResponseHandler", connection.protocol)  # None only after its release
+
+
+async def _exchange(connection: Connection, request: bytes, until: float) -> Answer:
+    """Write the request at once, and return the answer, whose body may have a flaw. Raises where none has begun."""
+    protocol = _protocol(connection)
     try:
-        return await handler(request)
-    except aiohttp.ClientConnectorError:
-        raise  # no connection, hence no request; aiohttp leaves these alone
-    except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError) as error:
-        raise _BrokenConnectionError from error
+        protocol.set_response_params(read_until_eof=True, auto_decompress=False)  # 64 KiB of gzip may be 64 MiB of text
+        cast("asyncio.Transport", protocol.transport).write(request)
+        head, content = await _answer_of(protocol, until)
+        body, flaw = await _read(content, until)
+    except BaseException:
+        connection.close()
+        raise
+    if flaw:
+        connection.close()  # what is still to come is not waited for
+    else:
+        connection.release()
+    return Answer(head.code, head.headers, body, flaw)
 
 
-async def _read(response: aiohttp.ClientResponse) -> tuple[bytes, str]:
+async def _answer_of(protocol: ResponseHandler, until: float) -> tuple[RawResponseMessage, aiohttp.StreamReader]:
+    timer = _at(until, protocol)
+    try:
+        while True:
+            head, content = await protocol.read()
+            if head.code >= HTTPStatus.OK or head.code == HTTPStatus.SWITCHING_PROTOCOLS:
+                return head, content
+    finally:
+        timer.cancel()
+
+
+def _at(until: float, waited_for: ResponseHandler | aiohttp.StreamReader) -> asyncio.TimerHandle:
+    """Let `TimeoutError` come of what is waited for. Takes a fifth of the time that `asyncio.timeout` does."""
+    return asyncio.get_running_loop().call_later(until - time.monotonic(), waited_for.set_exception, TimeoutError())
+
+
+async def _read(content: aiohttp.StreamReader, until: float) -> tuple[bytes, str]:
     """Return at most `BODY_LIMIT` bytes of the body, and why that is not all of it ('' when it is)."""
+    timer = _at(until, content)
     body = bytearray()
     try:
-        content = response.content
         while not content.at_eof() and (chunk := await content.read(BODY_LIMIT + 1 - len(body))):
             body += chunk
             if len(body) > BODY_LIMIT:
@@ -187,14 +201,15 @@ async def _read(response: aiohttp.ClientResponse) -> tuple[bytes, str]:
         return bytes(body), "the body of the answer did not come in time"
     except Exception as error:  # noqa: BLE001 - the status has decided already, whatever happens to the body
         return bytes(body), f"the body of the answer broke off ({_kind(error)})"
+    finally:
+        timer.cancel()
     return bytes(body), ""
 
 
 def _kind(error: BaseException) -> str:
     """Name an error without its text, which may hold addresses and parts of an answer."""
-    cause = error.__cause__ if isinstance(error, _BrokenConnectionError) else error
-    inner = getattr(cause, "certificate_error", None) or getattr(cause, "os_error", None)
+    inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
     if isinstance(inner, ssl.SSLError):
         return tls_reason(inner)  # its errno is OpenSSL's, no operating system's
-    number = getattr(cause, "errno", None)
-    return os.strerror(number) if isinstance(number, int) and number > 0 else type(cause).__name__
+    number = getattr(error, "errno", None)
+    return os.strerror(number) if isinstance(number, int) and number > 0 else type(error).__name__

@@ -91,9 +91,12 @@ class ScriptedServer:
     requested: asyncio.Event = field(default_factory=asyncio.Event)
     connections: int = 0
     url: str = ""
+    writer: asyncio.StreamWriter = field(init=False)
+    """Of the last connection."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
+        self.writer = writer
         try:
             while not writer.is_closing():
                 await self._answer(writer, await _request(reader))

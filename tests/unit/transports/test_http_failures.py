@@ -191,6 +191,17 @@ async def test_a_receiver_that_comes_back_is_found() -> None:
         assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
+async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
+    """What a receiver says unasked, between two calls, answers neither; nothing goes out on that connection."""
+    async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        server.writer.write(answer(200, NAMED))
+        await asyncio.sleep(0.1)
+        assert await transport.send(a_delivery()) == Retry("no connection: the receiver spoke out of turn")
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert (server.connections, len(server.requests)) == (2, 2)
+
+
 async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
     """A call that is cut off by `close` has an outcome too."""
     async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
