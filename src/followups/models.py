@@ -130,7 +130,7 @@ class Pause(Base):
 class RateLimit(Base):
     """How many may begin a second: of everything, a workspace, a channel, or a channel of a workspace.
 
-    All that match a follow-up apply to it. How much of each is used up is in Redis (`followups.limiter`).
+    All that match a follow-up apply to it. How much of each is used up is in Redis (`followups.shared.limiter`).
     """
 
     __tablename__ = "rate_limits"

@@ -29,9 +29,9 @@ from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
-from followups.limiter import RedisLimiter
-from followups.redis_breaker import RedisBreaker
 from followups.settings import HINT_LIFETIME, Settings, get_settings
+from followups.shared.breaker import RedisBreaker
+from followups.shared.limiter import RedisLimiter
 from followups.store import leases as lease_store
 from followups.store.totals import Totals
 from followups.telemetry import traces

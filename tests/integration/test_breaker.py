@@ -11,12 +11,11 @@ from uuid import uuid4
 import pytest
 import redis
 
-from followups import redis_breaker
 from followups.database import BY_KEY, make_async_engine
 from followups.dispatch.breaker import CLOSED, Reading
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
-from followups.redis_breaker import Pace, RedisBreaker
+from followups.shared.breaker import Pace, RedisBreaker, read
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from stack import wait_until
 
@@ -117,7 +116,7 @@ def test_comes_back_gently(own: Settings) -> None:
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
         assert granted > 10
-        assert redis_breaker.read(client(own), own).state == CLOSED
+        assert read(client(own), own).state == CLOSED
 
     run(own, script)
 
@@ -130,7 +129,7 @@ def test_fails_again(own: Settings) -> None:
         await store.report([], 0, succeeded=True)
         assert (await store.report(ids(2), 10, succeeded=False)).state == "recovering"
         assert (await store.report(ids(1), 10, succeeded=False)).state == "open"
-        shown = redis_breaker.read(client(own), own)
+        shown = read(client(own), own)
         assert shown.state == "open"
         assert shown.probed == 1
 
@@ -208,7 +207,7 @@ def test_burns_no_attempts(
         world.follow_up()
     own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1), "max_attempts": 3})
     started(own, transport, SLOWLY).submit(claim(engine, own).leases)
-    wait_until(lambda: redis_breaker.read(client(own), own).state == "open")
+    wait_until(lambda: read(client(own), own).state == "open")
     wait_until(lambda: transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups"))
     assert FAILURES <= transport.calls <= FAILURES + 2 * CONCURRENCY
     assert world.scalar(PENDING) == 100
@@ -225,7 +224,7 @@ def test_stays_closed(
         world.follow_up()
     started(own, transport, SLOWLY).submit(claim(engine, own).leases)
     wait_until(lambda: transport.calls == 30)
-    assert redis_breaker.read(client(own), own).state == CLOSED
+    assert read(client(own), own).state == CLOSED
 
 
 def test_all_are_sent_when_it_is_back(
@@ -238,7 +237,7 @@ def test_all_are_sent_when_it_is_back(
     own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(milliseconds=1)})
     pipeline = started(own, transport)
     pipeline.submit(claim(engine, own).leases)
-    wait_until(lambda: redis_breaker.read(client(own), own).state == "open")
+    wait_until(lambda: read(client(own), own).state == "open")
     transport.outcome = Sent()
 
     def done() -> bool:
@@ -247,7 +246,7 @@ def test_all_are_sent_when_it_is_back(
 
     wait_until(done, every=0.1)
     assert world.scalar("SELECT max(attempts) FROM follow_ups") < own.max_attempts
-    wait_until(lambda: redis_breaker.read(client(own), own).state == CLOSED)
+    wait_until(lambda: read(client(own), own).state == CLOSED)
 
 
 def test_deliveries_go_on_without_redis(

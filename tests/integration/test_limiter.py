@@ -12,8 +12,8 @@ import pytest
 from redis.asyncio import Redis
 
 from followups.dispatch.limits import Answer, Bucket, Request
-from followups.limiter import RedisLimiter
 from followups.settings import Settings, load_settings
+from followups.shared.limiter import RedisLimiter
 from followups.telemetry import metrics
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from followups.database import BY_KEY, make_async_engine
 from followups.dispatch import pipeline as pipeline_module
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
-from followups.limiter import RedisLimiter
+from followups.shared.limiter import RedisLimiter
 from followups.store import pauses, rate_limits
 from followups.store.rate_limits import Scope
 from followups.transports.port import Retry, Sent

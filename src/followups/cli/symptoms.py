@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from followups.cli.checks import PATIENCE, Finding
 from followups.cli.times import span
 from followups.dispatch.breaker import CLOSED
-from followups.redis_breaker import read
+from followups.shared.breaker import read
 from followups.store import backlog, pauses
 from followups.worker_queues import DELIVER, DISPATCH
 

@@ -12,7 +12,7 @@ from sqlalchemy import text
 
 from followups.cli import symptoms
 from followups.cli.symptoms import of_broker, of_database
-from followups.redis_breaker import RedisBreaker
+from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
 from followups.store.pauses import Scope
 

@@ -1,8 +1,6 @@
-"""Rate limits of deliveries, kept in the broker's Redis for all workers together.
+"""Rate limits of deliveries: token buckets, and the lines before them, in two scripts (``take``, ``give_back``).
 
-They guard others from us, and no promise of ours. So where Redis is away, deliveries go on, counted and logged, and
-Redis is left alone for a while: asking costs a timeout. The buckets and the lines before them live in two scripts
-beside this file; all of it may be lost at any time, which costs a burst and the order of those that wait.
+They guard others from us. When they are lost, that costs a burst and the order of those that wait.
 """
 
 from __future__ import annotations
@@ -11,15 +9,12 @@ import json
 import time
 from collections import Counter
 from datetime import UTC, datetime, timedelta
-from importlib.resources import files
 from typing import TYPE_CHECKING
 
 from redis import RedisError
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 
 from followups.dispatch.limits import Answer
+from followups.shared import PAUSE, TIMEOUT, connect, script
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 
@@ -33,12 +28,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-TIMEOUT = timedelta(milliseconds=200)
-"""How long Redis may take to answer; for a batch of a hundred it takes about a millisecond."""
-
-PAUSE = timedelta(seconds=5)
-"""How long Redis is not asked after it failed."""
-
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
 
@@ -49,15 +38,9 @@ class RedisLimiter:
     def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
         """Take where the buckets are; connect to nothing yet."""
         self._prefix = f"{settings.broker_prefix}limit:"
-        self._client = Redis.from_url(
-            settings.broker_url.get_secret_value(),
-            socket_timeout=timeout.total_seconds(),
-            socket_connect_timeout=timeout.total_seconds(),
-            retry=Retry(NoBackoff(), 0),
-            decode_responses=True,
-        )
-        self._take = self._client.register_script(_script("take.lua"))
-        self._put_back = self._client.register_script(_script("give_back.lua"))
+        self._client = connect(settings, timeout)
+        self._take = self._client.register_script(script("take.lua"))
+        self._put_back = self._client.register_script(script("give_back.lua"))
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
@@ -82,12 +65,12 @@ class RedisLimiter:
         """Let go of the connections."""
         await self._client.aclose()
 
-    async def _try(self, script: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
+    async def _try(self, scripted: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
         """Return what the script answers; None where Redis is away, or was a moment ago."""
         if time.monotonic() < self._ask_again_at:
             return None
         try:
-            answer: list[str] = await script([f"{self._prefix}{bucket.key}" for bucket in buckets], arguments)
+            answer: list[str] = await scripted([f"{self._prefix}{bucket.key}" for bucket in buckets], arguments)
         except (RedisError, OSError) as error:
             self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
             log.warning("limiter_unavailable", error=type(error).__name__, pause_s=PAUSE.total_seconds())
@@ -107,7 +90,3 @@ def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests
     ]
-
-
-def _script(name: str) -> str:
-    return files("followups.limiter").joinpath(name).read_text(encoding="utf-8")

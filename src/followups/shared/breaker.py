@@ -1,6 +1,6 @@
-"""The breaker's shared state, in the broker's Redis: one script that adds outcomes, and says how many may begin.
+"""The breaker's state: one script that adds outcomes, and says how many may begin.
 
-It guards no promise. Redis wiped: the state is closed again, and opens anew when the next ones fail.
+Redis wiped: it is closed again, and opens anew when the next ones fail.
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-
 from followups.dispatch.breaker import CLOSED, Reading
+from followups.shared import connect, script
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,9 +18,6 @@ if TYPE_CHECKING:
     import redis
 
     from followups.settings import Settings
-
-TIMEOUT = 0.5
-"""Seconds that Redis may take to answer; it takes a tenth of a millisecond."""
 
 KEPT = 3600
 """Seconds after which a state that nobody asks for is forgotten."""
@@ -51,80 +45,13 @@ class Pace:
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 
 
-# All times are milliseconds of Redis' own clock.
-_REPORT = """
-local state, failing = KEYS[1], KEYS[2]
-local threshold, wanted, succeeded = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
-local first_pause, longest_pause, probes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local first_rate, last_rate, fails_again, kept = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
-
-if succeeded then redis.call('DEL', failing) end
-for i = 11, #ARGV do redis.call('SADD', failing, ARGV[i]) end
-local failed = #ARGV > 10
-if failed then redis.call('EXPIRE', failing, kept) end
-
-local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at', 'tokens')
-local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
-local permits, changed = 0, 0
-
-local function become(next_name, ...)
-    name, changed = next_name, 1
-    redis.call('HSET', state, 'name', name, ...)
-end
-local function open()
-    local pause = math.min(first_pause * 2 ^ tries, longest_pause)
-    become('open', 'since', tries == 0 and now or known[4] or now, 'until', now + pause, 'tries', tries + 1)
-    redis.call('DEL', failing)
-end
-local function grant(most)
-    permits = math.min(wanted, math.floor(most))
-    return permits
-end
-
-if name == 'closed' then
-    if redis.call('SCARD', failing) >= threshold then open() end
-elseif name == 'recovering' then
-    if redis.call('SCARD', failing) >= fails_again then
-        open()
-    else
-        local rate = first_rate * 2 ^ ((now - tonumber(known[2])) / 1000)
-        if rate >= last_rate then
-            redis.call('DEL', state)
-            name, changed = 'closed', 1
-        else
-            local tokens = math.min(rate, tonumber(known[6]) + (now - tonumber(known[5])) / 1000 * rate)
-            redis.call('HSET', state, 'at', now, 'tokens', tokens - grant(tokens))
-        end
-    end
-elseif succeeded then
-    become('recovering', 'until', now, 'at', now, 'tokens', 0)
-elseif name == 'probing' and failed then
-    open()
-elseif now >= tonumber(known[2]) and wanted > 0 then
-    -- Also when the probes' outcomes do not come: whoever had them may have died.
-    become('probing', 'until', now + longest_pause)
-    grant(probes)
-end
-if name ~= 'closed' then redis.call('EXPIRE', state, kept) end
-return {name, permits, changed}
-"""
-
-
 class RedisBreaker:
     """The state of one transport; `followups.dispatch.breaker.BreakerStore`. Used from one event loop."""
 
     def __init__(self, settings: Settings, transport: str, pace: Pace = Pace()) -> None:
         """Take where it is kept; connect to nothing yet."""
-        self._redis = Redis.from_url(
-            settings.broker_url.get_secret_value(),
-            socket_timeout=TIMEOUT,
-            socket_connect_timeout=TIMEOUT,
-            retry=Retry(NoBackoff(), 0),
-            decode_responses=True,
-        )
-        self._script = self._redis.register_script(_REPORT)
+        self._redis = connect(settings)
+        self._script = self._redis.register_script(script("breaker.lua"))
         name = _key(settings, transport)
         self._keys = [name, f"{name}:failing"]
         self._threshold = settings.breaker_failures
