@@ -11,6 +11,8 @@ import pytest
 
 from faults.promises import Record, check
 from faults.rig import Load, rows_of
+from followups.store import rate_limits
+from followups.store.rate_limits import Scope
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -136,39 +138,50 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
     assert verdict.ended == {"sent": len(load.ids)}
 
 
-def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, **options: str) -> None:
-    """Let the chat fail for everybody for some seconds under load, then take everything."""
-    rig.options |= options
+def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
+    """Let the chat fail for everybody for some seconds under load, then take everything; return how often it failed.
+
+    ``limit`` is a rate limit of all deliveries, a second.
+    """
+    if limit:
+        with rig.world.engine.begin() as connection:
+            rate_limits.put(connection, Scope(None, None, "all"), limit, limit // 10)
     rig.start()
     with Load(rig, rate, seconds + 4) as load:
         wait_until(lambda: len(rig.received()) >= rate / 2, within=60)
         rig.behave(kind="fail", status=503)
         time.sleep(seconds)
-        calls = rig.received()
-        used = rig.world.scalar("SELECT sum(attempts) FROM follow_ups WHERE status = 'pending'")
+        failed = sum(one["outcome"] == "failed" for one in rig.received())
         waiting = rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending' AND due_date < now()")
+        lost = rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'failed'")
         back = time.monotonic()
         rig.behave(kind="accept")
         load.wait()
-    rig.settle_down(within=60 + seconds)
+    rig.settle_down(within=60 + 2 * seconds)
     took = time.monotonic() - back
-    failed = sum(one["outcome"] == "failed" for one in calls)
     verdict = rig.verdict()
     figures.keep(
         13,
         verdict,
         outage_s=seconds,
-        due_at_its_end=waiting,
-        calls_during_outage=failed,
-        attempts_used_up=used,
+        limit_per_s=limit or "none",
+        due_at_its_end=waiting + lost,
+        attempts_used_up=failed,
+        given_up=lost,
         sent_by_attempts=histogram(rig, load.ids),
         all_sent_after_s=round(took, 2),
         **herd(rig.received(), back),
     )
-    assert verdict.ended == {"sent": len(load.ids)}
+    return failed
+
+
+def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
+    """Check that an outage costs the attempts of a few, and nobody's last one."""
+    failed = away(rig, figures, rate, seconds, limit)
+    assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
     # Those that failed until it opened, those in flight then, and three for each probe.
-    assert failed <= int(options["FOLLOWUPS_BREAKER_FAILURES"]) + 100 + 3 * (4 + seconds / 15)
+    assert failed <= int(rig.options["FOLLOWUPS_BREAKER_FAILURES"]) + 100 + 3 * (4 + seconds / 15)
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
@@ -188,13 +201,34 @@ def test_outage(rig: Rig, figures: Figures) -> None:
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
     """While a chat server fails for everybody it is left alone, and nobody's attempts run out."""
-    left_alone(rig, figures, 120, 4, **PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"})
+    rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
+    left_alone(rig, figures, rate=120, seconds=4)
+
+
+AS_THEY_COME = {
+    "FOLLOWUPS_TRANSPORT_TIMEOUT": "10",
+    "FOLLOWUPS_LEASE": "60",
+    "FOLLOWUPS_TICK_INTERVAL": "1",
+    "FOLLOWUPS_RETRY_BASE": "5",
+    "FOLLOWUPS_RETRY_CAP": "3600",
+    "FOLLOWUPS_MAX_ATTEMPTS": "8",
+    "FOLLOWUPS_BREAKER_FAILURES": "50",
+}
+"""The settings that matter, by default."""
 
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """The same for two minutes with the settings as they come, at a hundred follow-ups a second."""
-    left_alone(rig, figures, 100, 120, FOLLOWUPS_BREAKER_FAILURES="50", FOLLOWUPS_RETRY_BASE="5")
+    """The same for two minutes with the settings as they come; afterwards no more than a rate limit allows."""
+    rig.options |= AS_THEY_COME
+    left_alone(rig, figures, rate=100, seconds=120, limit=300)
+
+
+@pytest.mark.faults_long
+def test_not_left_alone(rig: Rig, figures: Figures) -> None:
+    """What the same outage costs without a breaker, to compare."""
+    rig.options |= AS_THEY_COME | {"FOLLOWUPS_BREAKER_FAILURES": "0"}
+    assert away(rig, figures, rate=100, seconds=120, limit=300) > 1_000
 
 
 @pytest.mark.faults_long
