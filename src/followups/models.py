@@ -251,7 +251,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # The same of each workspace, for sharing out a backlog (`followups.store.fair_claims`).
+        # The same of each workspace, for sharing out a backlog (`followups.store.claims`).
         Index(
             "ix_follow_ups_due_by_workspace",
             "workspace_id",

@@ -235,3 +235,25 @@ def test_dispatcher_shares_out_what_it_left(
     ticking.stop()
     lanes = Counter(lease.lane for hint in hints for lease in leases_of(*hint))
     assert [lanes[lane_of(world.workspace_id)] for world in worlds] == [50, 10]
+
+
+def test_a_small_window_that_comes_free_is_filled_at_once(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all that may be in flight comes free in time, however little that is, no pause grows longer."""
+    monkeypatch.setattr(dispatcher, "LONGEST_PAUSE", 60.0)
+
+    def end(hint: Hint) -> None:
+        world.sql(
+            "UPDATE follow_ups SET status = 'sent', finished_at = now(), lease_until = NULL"
+            " WHERE id = ANY(CAST(:ids AS uuid[]))",
+            ids=[lease.id for lease in leases_of(*hint)],
+        )
+
+    world.burst([-SECOND] * 12)
+    patient = bounded(settings, 1).model_copy(update={"tick_interval": 60 * SECOND})
+    ticking = dispatcher.Dispatcher(patient, engine, end)
+    ticking.start()
+    ticking.tick()
+    wait_until(lambda: world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'") == 12)
+    ticking.stop()

@@ -121,14 +121,14 @@ class Dispatcher:
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
         self._wake_forgotten()
-        pause = PAUSE
+        pause, little = PAUSE, min(CLAIM_SIZE, self._settings.max_in_flight) / 2
         while not self._stopping.is_set():
             count, more = self._claim_and_publish()
             if not more or time.monotonic() >= deadline:
                 return
             if count < CLAIM_SIZE:
                 self._stopping.wait(pause)
-                pause = min(pause * 2, LONGEST_PAUSE) if count < CLAIM_SIZE / 2 else PAUSE
+                pause = min(pause * 2, LONGEST_PAUSE) if count < little else PAUSE
 
     def _wake_forgotten(self) -> None:
         if time.monotonic() >= self._next_look:

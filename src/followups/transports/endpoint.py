@@ -8,7 +8,7 @@ import os
 import socket
 import ssl
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from followups.errors import FollowUpsError, TransportConfigurationError
 from followups.settings import hide_password
@@ -40,9 +40,19 @@ def _is_well_formed(url: str) -> bool:
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna")
-        return bool(host) and parts.port != 0 and not any(c.isspace() or not c.isprintable() for c in url)
+        return (
+            bool(host)
+            and parts.port != 0
+            and not any(c.isspace() or not c.isprintable() for c in url)
+            and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
+        )
     except ValueError:  # a port that is no number, an unbalanced bracket, an empty label
         return False
+
+
+def _fits_basic_authentication(user: str, password: str) -> bool:
+    # RFC 7617: the first colon ends the name. What is not Latin-1 aiohttp refuses, too late for a sentence about it.
+    return ":" not in user and max(user + password, default="") <= "\xff"
 
 
 async def reach(url: str, within: timedelta) -> str:

@@ -187,10 +187,11 @@ def test_an_address_that_is_none_stops_the_start(url: str) -> None:
         HttpTransport(settings_for(url))
 
 
-def test_a_wrong_address_is_named_without_its_password() -> None:
-    """Credentials do not get into an error."""
-    with pytest.raises(TransportConfigurationError) as caught:
-        HttpTransport(settings_for("http://user:hunter2@host:port/"))
+@pytest.mark.parametrize("address", ["user:hunter2@host:port", "us%3Aer:hunter2@host", "user:hunter2%E2%82%AC@host"])
+def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
+    """Credentials do not get into an error, nor into a header that cannot hold them: these stop the start."""
+    with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address") as caught:
+        HttpTransport(settings_for(f"http://{address}/"))
     assert "hunter2" not in str(caught.value)
 
 
