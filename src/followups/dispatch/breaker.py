@@ -73,21 +73,24 @@ class Breaker:
         self._failed: dict[UUID, None] = {}
         self._untold: dict[UUID, None] = {}
         self._succeeded = False
+        self._is_away = False
         self._tell = asyncio.Event()
 
     @property
     def is_closed(self) -> bool:
         """Whether everybody may begin."""
-        return self._store is None or (self._reading.state == CLOSED and len(self._failed) < self._failures)
+        if self._store is None or self._is_away:
+            return True
+        return self._reading.state == CLOSED and len(self._failed) < self._failures
 
     def most(self, most: int) -> int:
         """Return how many of ``most`` may begin now."""
         return most if self.is_closed else min(most, self._permits)
 
     def spend(self, count: int) -> None:
-        """Note that so many have begun."""
+        """Note that so many have begun; perhaps more than there are permits, if it has opened meanwhile."""
         if not self.is_closed:
-            self._permits -= count
+            self._permits = max(0, self._permits - count)
 
     def note(self, attempt: Attempt) -> None:
         """Take an outcome into account. A request to come later says nothing: whoever makes it is not away."""
@@ -122,10 +125,12 @@ class Breaker:
             reading = await store.report(failed, max(0, wanted - self._permits), succeeded=succeeded)
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
             report.breaker_unavailable(error, AWAY)
+            self._is_away = True
             self._take(Reading(CLOSED))
             changed()
             await asyncio.sleep(AWAY)
             return
+        self._is_away = False
         if reading.changed:
             report.breaker_changed(self._transport, reading.state)
         self._take(reading)
