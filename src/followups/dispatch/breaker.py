@@ -1,7 +1,8 @@
 """Breaker: while the transport fails for everybody, nothing begins but a few probes, so no attempts are burnt.
 
 What is due waits in the line, leased and not begun, in its order: a cancel still reaches it. The state is one for
-all workers, in a store (`BreakerStore`) that may be away: then deliveries go on as if there were no breaker.
+all workers, in a store (`BreakerStore`) that may be away: then deliveries go on, but that a worker which itself sees so
+many fail in a row begins nothing until it next asks the store, some seconds later.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -73,15 +74,12 @@ class Breaker:
         self._failed: dict[UUID, None] = {}
         self._untold: dict[UUID, None] = {}
         self._succeeded = False
-        self._is_away = False
         self._tell = asyncio.Event()
 
     @property
     def is_closed(self) -> bool:
         """Whether everybody may begin."""
-        if self._store is None or self._is_away:
-            return True
-        return self._reading.state == CLOSED and len(self._failed) < self._failures
+        return self._store is None or (self._reading.state == CLOSED and len(self._failed) < self._failures)
 
     def most(self, most: int) -> int:
         """Return how many of ``most`` may begin now."""
@@ -125,12 +123,10 @@ class Breaker:
             reading = await store.report(failed, max(0, wanted - self._permits), succeeded=succeeded)
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
             report.breaker_unavailable(error, AWAY)
-            self._is_away = True
             self._take(Reading(CLOSED))
             changed()
             await asyncio.sleep(AWAY)
             return
-        self._is_away = False
         if reading.changed:
             report.breaker_changed(self._transport, reading.state)
         self._take(reading)
