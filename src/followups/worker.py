@@ -172,7 +172,7 @@ class Process:
         in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         transport = load_transport(settings)
-        shared = (RedisLimiter(settings), RedisBreaker(settings, transport.name))
+        shared = (RedisLimiter(settings), RedisBreaker(settings, settings.transport))
         self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
         self.totals = Totals(self.engine)
         self.tidier = Tidier(settings, self.engine)

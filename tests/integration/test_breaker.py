@@ -12,15 +12,17 @@ import pytest
 import redis
 
 from followups.database import BY_KEY, make_async_engine
-from followups.dispatch.breaker import CLOSED, Reading
+from followups.dispatch import breaker
+from followups.dispatch.breaker import CLOSED, Breaker, Reading
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
 from followups.shared.breaker import Pace, RedisBreaker, read
+from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from stack import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -154,6 +156,29 @@ def client(own: Settings) -> redis.Redis:
     return redis.Redis.from_url(own.broker_url.get_secret_value())
 
 
+def test_what_begins_when_it_has_opened(own: Settings) -> None:
+    """What was on its way when it opened takes no permits: nobody may begin, and nobody may be owed."""
+
+    class Open:
+        async def report(self, failed: Sequence[UUID], wanted: int, *, succeeded: bool) -> Reading:
+            del failed, wanted, succeeded
+            return Reading("open")
+
+        async def close(self) -> None: ...
+
+    async def script() -> None:
+        door = Breaker(Open(), "http", own.breaker_failures)
+        told = asyncio.Event()
+        informing = asyncio.create_task(door.keep_informed(lambda: 0, told.set))
+        await told.wait()
+        door.spend(200)
+        assert door.most(100) == 0
+        informing.cancel()
+        await asyncio.wait([informing])
+
+    asyncio.run(script())
+
+
 class Failing:
     """A transport that fails until it is told to be well."""
 
@@ -211,7 +236,8 @@ def test_burns_no_attempts(
     wait_until(lambda: transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups"))
     assert FAILURES <= transport.calls <= FAILURES + 2 * CONCURRENCY
     assert world.scalar(PENDING) == 100
-    assert not world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL")
+    wait_until(lambda: not world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"))
+    assert transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups")
 
 
 @pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 403"), Snoozed("HTTP 429", timedelta(hours=1))])
@@ -250,14 +276,24 @@ def test_all_are_sent_when_it_is_back(
 
 
 def test_deliveries_go_on_without_redis(
-    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+    world: World,
+    engine: Engine,
+    own: Settings,
+    started: Callable[..., Pipeline],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nobody answers for the state, everybody may begin; it is said in the log."""
+    """Where nobody answers for the state, all begin in the end, with a rest whenever many failed; it is counted."""
+    monkeypatch.setattr(breaker, "AWAY", 0.1)
     transport = Failing(Retry("no connection"))
     for _ in range(30):
         world.follow_up()
     nobody = "redis://127.0.0.1:1/0"
-    away = own.model_copy(update={"broker_url": type(own.broker_url)(nobody), "retry_base": timedelta(hours=1)})
-    started(away, transport).submit(claim(engine, away).leases)
+    changes = {"retry_base": timedelta(hours=1), "concurrency": 1}
+    away = own.model_copy(update=changes | {"broker_url": type(own.broker_url)(nobody)})
+    before = metrics.BREAKER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way
+    pipeline = started(away, transport)
+    pipeline.submit(claim(engine, away).leases)
     wait_until(lambda: transport.calls == 30)
     wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
+    # At least one rest for each five but the last.
+    assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - likewise

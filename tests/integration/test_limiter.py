@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 import pytest
 from redis.asyncio import Redis
 
-from followups.dispatch.limits import Answer, Bucket, Request
+from followups.dispatch.limits import LONGEST, Answer, Bucket, Request
 from followups.settings import Settings, load_settings
 from followups.shared.limiter import RedisLimiter
 from followups.telemetry import metrics
@@ -213,6 +213,19 @@ async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
         await asyncio.sleep(0.1)
     assert waits == [GO]
     assert (await place.ask(lost))[0] <= timedelta(seconds=0.1)
+
+
+async def test_many_cancelled_hold_up_nobody_for_long(place: Place) -> None:
+    """Who waits is back after five minutes at the latest, however far its turn; if not, it holds up nobody any more."""
+    limit = bucket(rate=1 / 3600, burst=1)
+    cancelled = [request(since, limit) for since in range(50)]
+    waits = await place.ask(*cancelled)
+    assert max(waits) == LONGEST
+    key = f"{place.limiter._prefix}{limit.key}"  # noqa: SLF001 - five minutes and an hour go by
+    await place.redis.hset(key, "tokens", "1")
+    for one in await place.redis.zrange(f"{key}:back", 0, -1):
+        await place.redis.zincrby(f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one)
+    assert await place.ask(request(99, limit)) == [GO]
 
 
 async def test_flushed(place: Place) -> None:

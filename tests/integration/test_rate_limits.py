@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import text
 
 from followups.database import BY_KEY, make_async_engine
 from followups.dispatch import pipeline as pipeline_module
@@ -305,6 +306,21 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
     wait_until(lambda: set(widgets) <= set(receiver.received))
     assert world.scalar(waiting) == 2
     assert len(set(others) & set(receiver.received)) == 1
+
+
+def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
+    """What cannot be put off, since somebody holds its row at this moment, is put off soon after."""
+    limit(world, NONE_COMES_IN)
+    _, second = due_in_turn(world, 2)
+    receiver = Receiver()
+    lease = {"lease": timedelta(minutes=10)}
+    leases = claim(world.engine, bench.settings.model_copy(update=lease)).leases
+    with world.engine.begin() as holder:
+        holder.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": second})
+        bench.start(receiver, **lease).submit(leases)
+        wait_until(lambda: receiver.received)
+    wait_until(lambda: world.row(second).limited_until)
+    assert len(receiver.received) == 1
 
 
 def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

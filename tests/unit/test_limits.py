@@ -86,7 +86,7 @@ def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
 def test_rates_with_fractions() -> None:
     """Half a message a second is thirty a minute; nothing at all, or more than a million a second, is no rate."""
     assert shown(parse_rate("0.5/s")) == "30/min"
-    for text in ("0/s", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
+    for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):
             parse_rate(text)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from followups.cli.rates import shown
 from followups.cli.times import readable, span
+from followups.dispatch.breaker import CLOSED
 from followups.quiet_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from followups.models import FollowUp
     from followups.quiet_hours import SendingHours
     from followups.settings import Settings
+    from followups.shared.breaker import Shown
     from followups.store.pauses import Standing
     from followups.store.rate_limits import Limit
 
@@ -62,6 +64,8 @@ class Circumstances:
     hours: SendingHours | None = None
     limits: Sequence[Limit] = ()
     """What limits the rate of its workspace, channel or chat."""
+    breaker: Shown | None = None
+    """Whether the transport is left alone; None where nobody could say."""
     tick_age: timedelta | None = None
     """How long ago the last tick ran."""
     first: str = ""
@@ -118,9 +122,27 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
     moment = follow_up.next_attempt_at or follow_up.due_date
     if moment > now:
         return _later(follow_up, moment, now, around)
+    return _due(follow_up, moment, now, around)
+
+
+def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
+    if around.pause is not None:
+        return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
+    if around.breaker is not None and around.breaker.state != CLOSED:
+        return _left_alone(around.breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
         return "It is due, and a tick has claimed it; a worker is about to send it."
     return _overdue(follow_up, now - moment, around)
+
+
+def _left_alone(breaker: Shown) -> str:
+    failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for everybody"
+    if breaker.state == "recovering":
+        return f"It is due, and goes out within seconds: {failed}, and takes more from second to second now."
+    return (
+        f"It is due, and waits without using up attempts: {failed} (the breaker is {breaker.state}). It is probed every"
+        " few seconds, and this goes out when it is back, unless it is too late by then; followups doctor says more."
+    )
 
 
 def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
@@ -196,8 +218,6 @@ def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
 
 
 def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> str:
-    if around.pause is not None:
-        return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
     overdue = f"It has been due for {span(late)}, and no worker holds it"
     if around.tick_age is None or around.tick_age > STALE_TICK:
         ticked = f"the last tick ran {span(around.tick_age)} ago" if around.tick_age else "no tick has ever run"

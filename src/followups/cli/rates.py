@@ -11,6 +11,8 @@ SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Follow-ups a second, and tokens of a bucket: more than anything here can send."""
+LEAST = 0.01 / SECONDS["d"]
+"""Follow-ups a second: with far less a large bucket is full again later than Redis can count, and would not be kept."""
 
 
 def parse_rate(text: str) -> float:
@@ -24,8 +26,8 @@ def parse_rate(text: str) -> float:
         message = f"{text!r} is no rate; write it as 50/s, 20/min or 1000/h."
         raise typer.BadParameter(message)
     rate = float(found[1]) / SECONDS[found[2]]
-    if not 0 < rate <= MOST:
-        message = f"{text!r} should be more than nothing, and at most {MOST}/s; followups pause lets nothing begin."
+    if not LEAST <= rate <= MOST:
+        message = f"{text!r} should be at least 0.01/d, and at most {MOST}/s; followups pause lets nothing begin."
         raise typer.BadParameter(message)
     return rate
 

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
+import redis
 import typer
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,8 @@ from followups.cli.times import readable, rfc3339, span
 from followups.errors import FollowUpNotFoundError
 from followups.models import Chat, Workspace
 from followups.settings import get_settings
+from followups.shared.breaker import read
+from followups.states import Status
 from followups.store import follow_ups, order, pauses, rate_limits, repetitions, sending_hours, ticks
 
 if TYPE_CHECKING:
@@ -29,11 +32,15 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.models import FailedAttempt, FollowUp
+    from followups.shared.breaker import Shown
     from followups.store.pauses import Standing
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MILLISECOND = timedelta(milliseconds=1)
+
+PATIENCE = 1.0
+"""Seconds that the broker may take to say whether the transport is left alone; the rest is in the database."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +74,8 @@ def show(
 ) -> None:
     """Say why one follow-up was sent, was not sent, or is not sent yet, with everything that is known of it.
 
-    Where it stands and why; pauses, sending hours and the order of its chat; what each attempt came to; and when
-    it is tried next. followups list --chat finds the ID.
+    Where it stands and why; pauses, sending hours, rate limits, an open breaker and the order of its chat; what each
+    attempt came to; and when it is tried next. followups list --chat finds the ID.
     """
     with connection.session() as session:
         found = _find(session, follow_up_id)
@@ -104,9 +111,20 @@ def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstance
         pause=pauses.of(connection, follow_up.workspace_id, channel),
         hours=sending_hours.find(session, follow_up.workspace_id),
         limits=rate_limits.of(connection, follow_up.workspace_id, channel),
+        breaker=_breaker() if follow_up.status == Status.PENDING else None,
         tick_age=ticks.last_tick_age(connection),
         retried_as=last if last != follow_up.id else None,
     )
+
+
+def _breaker() -> Shown | None:
+    settings = get_settings()
+    url = settings.broker_url.get_secret_value()
+    try:
+        with redis.Redis.from_url(url, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE, retry=None) as client:
+            return read(client, settings)
+    except (redis.RedisError, OSError):
+        return None  # followups doctor says so
 
 
 def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
@@ -132,6 +150,7 @@ def _document(found: Found, *, message: bool) -> dict[str, Any]:
         "pausedBy": _paused_by(found.around.pause),
         "sendingHours": hours_document(found.around.hours),
         "rateLimits": [limit_document(limit) for limit in found.around.limits],
+        "breaker": found.around.breaker and found.around.breaker.state,
         "limitedUntil": rfc3339(follow_up.limited_until),
         "retryOf": follow_up.retry_of and str(follow_up.retry_of),
         "retriedAs": found.around.retried_as and str(found.around.retried_as),

@@ -1,7 +1,8 @@
 """Breaker: while the transport fails for everybody, nothing begins but a few probes, so no attempts are burnt.
 
 What is due waits in the line, leased and not begun, in its order: a cancel still reaches it. The state is one for
-all workers, in a store (`BreakerStore`) that may be away: then deliveries go on as if there were no breaker.
+all workers, in a store (`BreakerStore`) that may be away: then deliveries go on, but that a worker which itself sees so
+many fail in a row begins nothing until it next asks the store, some seconds later.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
@@ -85,9 +86,9 @@ class Breaker:
         return most if self.is_closed else min(most, self._permits)
 
     def spend(self, count: int) -> None:
-        """Note that so many have begun."""
+        """Note that so many have begun; perhaps more than there are permits, if it has opened meanwhile."""
         if not self.is_closed:
-            self._permits -= count
+            self._permits = max(0, self._permits - count)
 
     def note(self, attempt: Attempt) -> None:
         """Take an outcome into account. A request to come later says nothing: whoever makes it is not away."""

@@ -169,8 +169,11 @@ class Turnstile:
         turn = await self._ask(self._limiter, batch)
         begun: set[UUID] = set()
         try:
+            shortly = turn.shortly
             if turn.later:
-                await in_loop(self._engine, _put_off, turn.later)
+                done = await in_loop(self._engine, _put_off, turn.later)
+                # Somebody holds its row at this moment, or it is another's by now, which comes out then.
+                shortly += tuple((lease, IN_LINE) for lease, _ in turn.later if lease.id not in done)
             beginning = Beginning()
             if turn.free:
                 beginning = await in_loop(self._engine, begin, self._settings, turn.free)
@@ -180,7 +183,7 @@ class Turnstile:
             if unused and turn.moment is not None:
                 await self._limiter.give_back(unused, turn.moment)
         self._count(len(turn.later) + len(turn.shortly))
-        return replace(beginning, later=turn.shortly)
+        return replace(beginning, later=shortly)
 
     async def _ask(self, limiter: Limiter, batch: Sequence[Lease]) -> Round:
         places = {one.id: one for one in await in_loop(self._engine, _places, self._settings, batch)}
@@ -233,5 +236,5 @@ def _free(engine: Engine, workspace_id: UUID | None, channel: str | None) -> Non
         freed = transact(engine, lambda connection: rate_limits.free(connection, workspace_id, channel, LONGEST))
 
 
-def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> None:
-    transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))
+def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+    return transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from redis import RedisError
 
-from followups.dispatch.limits import Answer
+from followups.dispatch.limits import LONGEST, Answer
 from followups.shared import PAUSE, TIMEOUT, connect, script
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
@@ -48,7 +48,8 @@ class RedisLimiter:
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
-        told = await self._try(self._take, buckets, *map(json.dumps, documents))
+        longest = str(LONGEST // MICROSECOND)
+        told = await self._try(self._take, buckets, *map(json.dumps, documents), longest)
         if told is None:
             metrics.LIMITER_UNAVAILABLE.inc(len(requests))
             return Answer((timedelta(0),) * len(requests))

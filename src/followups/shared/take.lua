@@ -4,6 +4,7 @@
 -- those that wait, by since when and id; with ":back" the same, by when each is expected to ask again (µs).
 -- ARGV[1]: for each bucket {tokens a second, tokens of a full one}.
 -- ARGV[2]: for each that asks {id, since, {buckets it needs}}; ARGV[3]: the same of those that have ended.
+-- ARGV[4]: after how long (µs) who waits asks again at the latest; who does not has been cancelled.
 -- Answers the moment (µs), and of each that asks how long it has to wait (µs; 0: its tokens are taken).
 
 local EXACT = 1000000      -- who waits longer asks again before its turn, since others in front may give up;
@@ -15,6 +16,7 @@ local MOST_WAITING = 100000
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]
 local limits = cjson.decode(ARGV[1])
+local longest = tonumber(ARGV[4])
 local buckets = {}
 
 local function forget(bucket, ids)
@@ -80,7 +82,7 @@ local function ask(id, since, needed)
     end
   end
   wait = math.ceil(wait)
-  if wait > EXACT then wait = math.max(EXACT, math.ceil(wait * (1 - EARLY))) end
+  if wait > EXACT then wait = math.min(longest, math.max(EXACT, math.ceil(wait * (1 - EARLY)))) end
   for _, number in ipairs(needed) do
     local bucket = buckets[number]
     if refused[number] then

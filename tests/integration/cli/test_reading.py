@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -9,12 +10,14 @@ from uuid import UUID, uuid4
 
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
+from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
 from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import pytest
     from sqlalchemy import Engine
 
     from followups.settings import Settings
@@ -106,6 +109,31 @@ class TestShow:
         }
         assert (second["statusCode"], second["durationMs"]) == (None, None)
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
+
+    def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
+        """What is due says that it waits for the transport, which fails for everybody; what is to come does not."""
+        due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
+
+        async def fail() -> None:
+            store = RedisBreaker(settings, settings.transport)
+            await store.report([uuid4() for _ in range(settings.breaker_failures)], 0, succeeded=False)
+            await store.close()
+
+        assert run("show", due, "--json").document["breaker"] == "closed"
+        asyncio.run(fail())
+        shown = run("show", due, "--json").document
+        assert shown["breaker"] == "open"
+        assert shown["explanation"].startswith("It is due, and waits without using up attempts: for ")
+        assert "is sent in" in run("show", later, "--json").document["explanation"]
+
+    def test_it_tells_the_rest_without_the_broker(
+        self, run: Run, world: World, environment: pytest.MonkeyPatch
+    ) -> None:
+        """Where the broker is away, nobody can say whether the transport is left alone; all else is told."""
+        environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
+        shown = run("show", world.follow_up(due=HOUR), "--json").document
+        assert shown["breaker"] is None
+        assert "is sent in" in shown["explanation"]
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
         """For people: facts, the explanation, and a table of failed attempts; the text only with --message."""

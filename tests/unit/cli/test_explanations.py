@@ -12,6 +12,7 @@ from followups.cli.explanations import ENDINGS, Circumstances, explain
 from followups.models import FollowUp
 from followups.quiet_hours import SendingHours
 from followups.settings import load_settings
+from followups.shared.breaker import Shown
 from followups.states import ReasonCode, Status
 from followups.store.pauses import Standing
 from followups.store.rate_limits import Limit
@@ -180,6 +181,17 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             LIMITED | {"limited_until": NOW - HOUR},
             "It is tried again in 1 h; why it was not accepted yet stands below.",
         ),
+        (
+            Circumstances(breaker=Shown("open", 180, 4), tick_age=timedelta(seconds=1)),
+            {"due": -HOUR, "lease_until": NOW + HOUR},
+            (
+                "It is due, and waits without using up attempts: for 3 min the transport has failed for everybody"
+                " (the breaker is open)."
+            ),
+        ),
+        (Circumstances(breaker=Shown("recovering", 180, 4)), {"due": -HOUR}, "It is due, and goes out within seconds"),
+        (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
+        (Circumstances(breaker=Shown("open", 180, 4)), {"due": HOUR}, "It is sent in 1 h"),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or workers are not running"),
         (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or workers are not running"),
         (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
