@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -13,25 +14,27 @@ import redis
 
 from followups.database import BY_KEY, make_async_engine
 from followups.dispatch import breaker
-from followups.dispatch.breaker import CLOSED, Breaker, Reading
+from followups.dispatch.breaker import CLOSED, Breaker, News, Reading
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
 from followups.shared.breaker import Pace, RedisBreaker, read
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from stack import wait_until
+from world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator
     from uuid import UUID
 
     from sqlalchemy import Engine
 
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
-    from world import World
 
 FAILURES = 5
+LANE, OTHER = 1, 2
+"""Numbers of workspaces."""
 QUICK = Pace(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
@@ -60,9 +63,17 @@ def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: 
     asyncio.run(main())
 
 
+async def told(store: RedisBreaker, failed: list[UUID], wanted: int, *, succeeded: bool, lane: int = LANE) -> Reading:
+    """Tell of outcomes of one workspace; return the state without who is held, which is checked here."""
+    failing, well = (frozenset({lane} if it else ()) for it in (failed, succeeded and not failed))
+    reading = await store.report(News(tuple(failed), succeeded, failing, well), wanted)
+    assert reading.state != CLOSED or not reading.held
+    return replace(reading, held=frozenset())
+
+
 async def opened(store: RedisBreaker) -> None:
     """Open it."""
-    assert await store.report(ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
+    assert await told(store, ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
@@ -71,14 +82,14 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
     async def script(store: RedisBreaker) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES * 2):
-            assert (await store.report([one], 0, succeeded=False)).state == CLOSED
-        assert (await store.report(ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
-        assert (await store.report(ids(1), 0, succeeded=True)).state == CLOSED  # the row begins anew
-        assert (await store.report(ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+            assert (await told(store, [one], 0, succeeded=False)).state == CLOSED
+        assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
+        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED  # the row begins anew
+        assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         other = RedisBreaker(own, "http", QUICK)
-        assert await other.report(ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
+        assert await told(other, ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
         await other.close()
-        assert await store.report([], 7, succeeded=False) == Reading("open")
+        assert await told(store, [], 7, succeeded=False) == Reading("open")
 
     run(own, script)
 
@@ -89,15 +100,15 @@ def test_probes_then_recovers(own: Settings) -> None:
     async def script(store: RedisBreaker) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert await store.report([], 0, succeeded=False) == Reading("open")  # nobody waits
-        assert await store.report([], 10, succeeded=False) == Reading("probing", 2, changed=True)
-        assert await store.report([], 10, succeeded=False) == Reading("probing")
-        assert await store.report(ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
+        assert await told(store, [], 0, succeeded=False) == Reading("open")  # nobody waits
+        assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
+        assert await told(store, [], 10, succeeded=False) == Reading("probing")
+        assert await told(store, ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
         await asyncio.sleep(0.06)
-        assert await store.report([], 10, succeeded=False) == Reading("open")
+        assert await told(store, [], 10, succeeded=False) == Reading("open")
         await asyncio.sleep(0.06)
-        assert await store.report([], 10, succeeded=False) == Reading("probing", 2, changed=True)
-        assert await store.report([], 10, succeeded=True) == Reading("recovering", 0, changed=True)
+        assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
+        assert await told(store, [], 10, succeeded=True) == Reading("recovering", 0, changed=True)
 
     run(own, script)
 
@@ -107,10 +118,10 @@ def test_comes_back_gently(own: Settings) -> None:
 
     async def script(store: RedisBreaker) -> None:
         await opened(store)
-        await store.report([], 0, succeeded=True)
+        await told(store, [], 0, succeeded=True)
         started, granted, reading = time.monotonic(), 0, Reading("recovering")
         while reading.state == "recovering":
-            reading = await store.report([], 1000, succeeded=False)
+            reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
             # The rate doubles every second, so no more than twice what the last second began with.
@@ -128,9 +139,9 @@ def test_fails_again(own: Settings) -> None:
 
     async def script(store: RedisBreaker) -> None:
         await opened(store)
-        await store.report([], 0, succeeded=True)
-        assert (await store.report(ids(2), 10, succeeded=False)).state == "recovering"
-        assert (await store.report(ids(1), 10, succeeded=False)).state == "open"
+        await told(store, [], 0, succeeded=True)
+        assert (await told(store, ids(2), 10, succeeded=False)).state == "recovering"
+        assert (await told(store, ids(1), 10, succeeded=False)).state == "open"
         shown = read(client(own), own)
         assert shown.state == "open"
         assert shown.probed == 1
@@ -144,9 +155,25 @@ def test_probes_that_never_end(own: Settings) -> None:
     async def script(store: RedisBreaker) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert (await store.report([], 10, succeeded=False)).permits == 2
+        assert (await told(store, [], 10, succeeded=False)).permits == 2
         await asyncio.sleep(0.25)
-        assert (await store.report([], 10, succeeded=False)).permits == 2
+        assert (await told(store, [], 10, succeeded=False)).permits == 2
+
+    run(own, script)
+
+
+def test_who_is_held(own: Settings) -> None:
+    """Held are the workspaces whose last attempt failed; one that has succeeded is let go when it opens anew."""
+
+    async def script(store: RedisBreaker) -> None:
+        await told(store, ids(1), 0, succeeded=False, lane=OTHER)
+        await told(store, ids(FAILURES), 0, succeeded=False)
+        assert (await store.report(News(), 0)).held == {LANE, OTHER}
+        assert (await store.report(News(failed=tuple(ids(1)), failing=frozenset({3})), 0)).held == {LANE, OTHER, 3}
+        await told(store, [], 0, succeeded=True, lane=OTHER)
+        assert (await store.report(News(), 0)).held == {LANE, OTHER, 3}  # it comes back gently, too
+        await told(store, ids(FAILURES), 0, succeeded=False)
+        assert await store.report(News(), 0) == Reading("open", held=frozenset({LANE, 3}))
 
     run(own, script)
 
@@ -160,9 +187,9 @@ def test_what_begins_when_it_has_opened(own: Settings) -> None:
     """What was on its way when it opened takes no permits: nobody may begin, and nobody may be owed."""
 
     class Open:
-        async def report(self, failed: Sequence[UUID], wanted: int, *, succeeded: bool) -> Reading:
-            del failed, wanted, succeeded
-            return Reading("open")
+        async def report(self, news: News, wanted: int) -> Reading:
+            del news, wanted
+            return Reading("open", held=frozenset({LANE}))
 
         async def close(self) -> None: ...
 
@@ -171,8 +198,9 @@ def test_what_begins_when_it_has_opened(own: Settings) -> None:
         told = asyncio.Event()
         informing = asyncio.create_task(door.keep_informed(lambda: 0, told.set))
         await told.wait()
-        door.spend(200)
-        assert door.most(100) == 0
+        door.spend([LANE] * 200)
+        assert door.permits == 0
+        assert door.held == {LANE}
         informing.cancel()
         await asyncio.wait([informing])
 
@@ -187,6 +215,8 @@ class Failing:
     def __init__(self, outcome: Outcome) -> None:
         self.outcome = outcome
         self.calls = 0
+        self.well: UUID | None = None
+        """The workspace whose messages it takes."""
 
     async def open(self) -> None: ...
 
@@ -195,10 +225,10 @@ class Failing:
     async def check(self) -> str:
         return "ready"
 
-    async def send(self, _: Delivery) -> Outcome:
+    async def send(self, delivery: Delivery) -> Outcome:
         self.calls += 1
         await asyncio.sleep(0.001)
-        return self.outcome
+        return Sent() if delivery.workspace_id == self.well else self.outcome
 
 
 @pytest.fixture
@@ -273,6 +303,25 @@ def test_all_are_sent_when_it_is_back(
     wait_until(done, every=0.1)
     assert world.scalar("SELECT max(attempts) FROM follow_ups") < own.max_attempts
     wait_until(lambda: read(client(own), own).state == CLOSED)
+
+
+def test_holds_up_nobody_else(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> None:
+    """A workspace whose chats all fail, many more than open it, does not hold up another's."""
+    theirs = World(engine)
+    transport = Failing(Retry("HTTP 500"))
+    transport.well = theirs.workspace_id
+    for _ in range(100):
+        world.follow_up()
+    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1)})
+    pipeline = started(own, transport, SLOWLY)
+    pipeline.submit(claim(engine, own).leases)
+    wait_until(lambda: read(client(own), own).state == "open")
+    for _ in range(3):
+        quick = theirs.follow_up()
+        pipeline.submit(claim(engine, own).leases)
+        wait_until(lambda quick=quick: [row.status for row in theirs.rows(quick)] == ["sent"])
+    assert read(client(own), own).state == "open"  # that says nothing of the others
+    assert transport.calls <= FAILURES + 2 * CONCURRENCY + 3
 
 
 def test_deliveries_go_on_without_redis(

@@ -9,6 +9,9 @@ many fail in a row begins nothing until it next asks the store, some seconds lat
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nobody needs to be held back
 
+All of this is for workspaces whose last attempt failed. One whose last attempt succeeded, or that has made none, begins
+as ever: a workspace whose chats all fail, be they thousands, must not hold up another's.
+
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
 
@@ -20,10 +23,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from followups.dispatch import report
+from followups.store.leases import lane_of
 from followups.transports.port import Retry, Snoozed, Unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
     from uuid import UUID
 
     from followups.dispatch.send import Attempt
@@ -39,30 +43,41 @@ AWAY = 5.0
 
 
 @dataclass(frozen=True, slots=True)
+class News:
+    """Outcomes since the last report. Lanes are the numbers of workspaces."""
+
+    failed: tuple[UUID, ...] = ()
+    """Since the last success that counts."""
+    succeeded: bool = False
+    """There was one that counts: any while it is closed, else one of those that are held."""
+    failing: frozenset[int] = frozenset()
+    well: frozenset[int] = frozenset()
+    """Lanes by their last outcome."""
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
-    """The shared state. ``permits`` is how many the asker may begin; of no meaning while it is closed."""
+    """The shared state; while it is not closed ``held`` may begin no more than ``permits``."""
 
     state: str
     permits: int = 0
     changed: bool = False
     """It became so by this very report."""
+    held: frozenset[int] = frozenset()
 
 
 class BreakerStore(Protocol):
     """Where all workers' outcomes come together."""
 
-    async def report(self, failed: Sequence[UUID], wanted: int, *, succeeded: bool) -> Reading:
-        """Add outcomes: ``failed`` since the last success, if there was one; ask to begin ``wanted``.
-
-        Raises whatever says that the store is away.
-        """
+    async def report(self, news: News, wanted: int) -> Reading:
+        """Add outcomes, ask to begin ``wanted`` of those that are held. Raises whatever says that it is away."""
 
     async def close(self) -> None:
         """Let go of the connection."""
 
 
 class Breaker:
-    """One worker's end of it: notes outcomes, tells the store, and says how many may begin. Of one event loop."""
+    """One worker's end of it: notes outcomes, tells the store, and says who may begin. Of one event loop."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
         """``failures`` of different follow-ups in a row open it; without a store, or for 0, it is never open."""
@@ -70,37 +85,41 @@ class Breaker:
         self._transport = transport
         self._failures = failures
         self._reading = Reading(CLOSED)
-        self._permits = 0
-        self._failed: dict[UUID, None] = {}
+        self.permits = 0
+        """How many of those that are held may begin all the same."""
+        self._failed: dict[UUID, int] = {}
+        """Those that failed since the last success, with their lanes."""
         self._untold: dict[UUID, None] = {}
+        self._lanes: dict[int, bool] = {}
+        """Whether the last outcome of a lane was a success; of those that have not been told."""
         self._succeeded = False
         self._tell = asyncio.Event()
 
     @property
-    def is_closed(self) -> bool:
-        """Whether everybody may begin."""
-        return self._store is None or (self._reading.state == CLOSED and len(self._failed) < self._failures)
+    def held(self) -> frozenset[int]:
+        """The lanes that may begin nothing without a permit."""
+        if self._reading.state != CLOSED:
+            return self._reading.held
+        return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
 
-    def most(self, most: int) -> int:
-        """Return how many of ``most`` may begin now."""
-        return most if self.is_closed else min(most, self._permits)
-
-    def spend(self, count: int) -> None:
-        """Note that so many have begun; perhaps more than there are permits, if it has opened meanwhile."""
-        if not self.is_closed:
-            self._permits = max(0, self._permits - count)
+    def spend(self, lanes: Iterable[int]) -> None:
+        """Note that so many of these lanes have begun; perhaps more than there are permits, if it opened meanwhile."""
+        if held := self.held:
+            self.permits = max(0, self.permits - sum(lane in held for lane in lanes))
 
     def note(self, attempt: Attempt) -> None:
         """Take an outcome into account. A request to come later says nothing: whoever makes it is not away."""
-        match attempt.outcome:
-            case Snoozed():
-                return
-            case Retry() | Unknown():
-                self._failed[attempt.begun.lease.id] = self._untold[attempt.begun.lease.id] = None
-            case _:
-                self._succeeded = True
-                self._failed.clear()
-                self._untold.clear()
+        if self._store is None or isinstance(attempt.outcome, Snoozed):
+            return
+        lane = lane_of(attempt.begun.workspace_id)
+        self._lanes[lane] = well = not isinstance(attempt.outcome, Retry | Unknown)
+        if not well:
+            self._failed[attempt.begun.lease.id] = lane
+            self._untold[attempt.begun.lease.id] = None
+        elif self._reading.state == CLOSED or lane in self._reading.held:
+            self._succeeded = True
+            self._failed.clear()
+            self._untold.clear()
         if self._reading.state != CLOSED or len(self._failed) == self._failures:
             self._tell.set()
 
@@ -116,11 +135,8 @@ class Breaker:
 
     async def _inform(self, store: BreakerStore, wanted: int, changed: Callable[[], None]) -> None:
         self._tell.clear()
-        failed, succeeded = list(self._untold), self._succeeded
-        self._untold.clear()
-        self._succeeded = False
         try:
-            reading = await store.report(failed, max(0, wanted - self._permits), succeeded=succeeded)
+            reading = await store.report(self._news(), max(0, wanted - self.permits))
         except Exception as error:  # noqa: BLE001 - whatever the store's client raises
             report.breaker_unavailable(error, AWAY)
             self._take(Reading(CLOSED))
@@ -132,11 +148,19 @@ class Breaker:
         self._take(reading)
         changed()
         with suppress(TimeoutError):
-            pause = LOOK_WHILE_OPEN if not self.is_closed and wanted else LOOK
+            pause = LOOK_WHILE_OPEN if self.held and wanted else LOOK
             await asyncio.wait_for(self._tell.wait(), pause)
 
+    def _news(self) -> News:
+        lanes, self._lanes = self._lanes, {}
+        well = frozenset(lane for lane, succeeded in lanes.items() if succeeded)
+        news = News(tuple(self._untold), self._succeeded, frozenset(lanes) - well, well)
+        self._untold.clear()
+        self._succeeded = False
+        return news
+
     def _take(self, reading: Reading) -> None:
-        self._permits = reading.permits if reading.state != self._reading.state else self._permits + reading.permits
+        self.permits = reading.permits if reading.state != self._reading.state else self.permits + reading.permits
         self._reading = reading
         if reading.state == CLOSED:
             self._failed.clear()

@@ -67,10 +67,24 @@ class Lanes:
             self._waiting[lane] = [place]
             self._turns.append(lane)
 
-    def next(self) -> Hinted | None:
-        """Return the earliest of the lane whose turn it is; None when it is nobody's. The turn passes on."""
-        while self._turns:
+    def has_any_of(self, lanes: frozenset[int]) -> bool:
+        """Say whether somebody waits in one of these."""
+        return not lanes.isdisjoint(self._waiting)
+
+    def has_others_than(self, lanes: frozenset[int]) -> bool:
+        """Say whether there is a lane besides these whose turn it may be."""
+        return any(lane not in lanes for lane in self._turns)
+
+    def next(self, held: frozenset[int] = frozenset()) -> Hinted | None:
+        """Return the earliest of the lane whose turn it is; None when it is nobody's. The turn passes on.
+
+        Lanes that are ``held`` have none.
+        """
+        for _ in range(len(self._turns)):
             lane = self._turns[0]
+            if lane in held:
+                self._turns.rotate(-1)
+                continue
             if self._slots.get(lane, 0) >= self._most and self._has_others(lane):
                 self._sated.add(self._turns.popleft())
                 continue

@@ -69,15 +69,18 @@ class Line:
         moment = max(self._clock.now() + delay, hinted.lease.due)
         heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
 
-    def take(self, most: int) -> list[Hinted]:
-        """Take up to ``most`` whose moment has come, each for a slot; of suspects only as many as there is room for."""
+    def take(self, most: int, held: frozenset[int] = frozenset(), permits: int = 0) -> list[Hinted]:
+        """Take up to ``most`` whose moment has come, each for a slot; of suspects only as many as there is room for.
+
+        Of lanes that are ``held`` no more than there are ``permits``.
+        """
         horizon, now = self._clock.now() + LEAD, time.monotonic()
         room = SUSPECTS - sum(self._suspects.values())
         taken: dict[UUID, Hinted] = {}
         not_now: list[Hinted] = []
         while self._heap and self._heap[0][0] <= horizon:
             self._lanes.add(heapq.heappop(self._heap))
-        while len(taken) < most and (hinted := self._lanes.next()):
+        while len(taken) < most and (hinted := self._lanes.next(held if permits <= 0 else frozenset())):
             if hinted.expires < now:
                 continue
             weight = _weight(hinted)
@@ -89,6 +92,7 @@ class Line:
                 self._suspects[hinted.lease.id] = weight
             taken[hinted.lease.id] = hinted
             self._lanes.seat(hinted.lease.lane)
+            permits -= hinted.lease.lane in held
         for hinted in not_now:
             self.put_off(hinted, AGAIN)
         return list(taken.values())
@@ -102,9 +106,16 @@ class Line:
         for one in ids:
             self._suspects.pop(one, None)
 
-    def seconds_to_next(self) -> float | None:
-        """Return how long until somebody's moment comes, less than 0 when it has; None when nobody waits for it."""
-        if self._lanes:
+    def keeps(self, held: frozenset[int]) -> bool:
+        """Say whether somebody waits in these lanes whose moment has come."""
+        return self._lanes.has_any_of(held)
+
+    def seconds_to_next(self, held: frozenset[int] = frozenset()) -> float | None:
+        """Return how long until somebody's moment comes, less than 0 when it has; None when nobody waits for it.
+
+        Those whose moment has come in lanes that are ``held`` do not count.
+        """
+        if self._lanes.has_others_than(held):
             return -LEAD.total_seconds()
         # A moment at the edge of the calendar, which anybody may write to a broker, has none before it.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None

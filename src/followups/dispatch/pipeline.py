@@ -217,7 +217,7 @@ class Pipeline:
             await asyncio.sleep(GATHER.total_seconds())
 
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
-        self._breaker.spend(len(beginning.begun))
+        self._breaker.spend(batch[one.lease.id].lease.lane for one in beginning.begun)
         for one in beginning.begun:
             task = self._loop.create_task(self._deliver(one, batch.pop(one.lease.id), started))
             self._sends.add(task)
@@ -237,16 +237,16 @@ class Pipeline:
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        return self._line.take(self._breaker.most(min(self._free, BEGIN_SIZE)))
+        return self._line.take(min(self._free, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
 
     def _wanted(self) -> int:
-        return min(self._free, BEGIN_SIZE) if self._line.is_anybodys_moment() else 0
+        return min(self._free, BEGIN_SIZE) if self._line.keeps(self._breaker.held) else 0
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
         timer = None
-        delay = self._line.seconds_to_next()
-        if delay is not None and self._breaker.most(self._free):
+        delay = self._line.seconds_to_next(self._breaker.held if not self._breaker.permits else frozenset())
+        if delay is not None and self._free:
             timer = self._loop.call_later(max(delay, 0.001), self._changed.set)
         await self._changed.wait()
         if timer:

@@ -5,6 +5,7 @@ Redis wiped: it is closed again, and opens anew when the next ones fail.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,11 +13,9 @@ from followups.dispatch.breaker import CLOSED, Reading
 from followups.shared import connect, script
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from uuid import UUID
-
     import redis
 
+    from followups.dispatch.breaker import News
     from followups.settings import Settings
 
 KEPT = 3600
@@ -53,16 +52,22 @@ class RedisBreaker:
         self._redis = connect(settings)
         self._script = self._redis.register_script(script("breaker.lua"))
         name = _key(settings, transport)
-        self._keys = [name, f"{name}:failing"]
+        self._keys = [name, *(f"{name}:{part}" for part in ("failing", "lanes", "held"))]
         self._threshold = settings.breaker_failures
         self._pace = pace.arguments()
 
-    async def report(self, failed: Sequence[UUID], wanted: int, *, succeeded: bool) -> Reading:
+    async def report(self, news: News, wanted: int) -> Reading:
         """Add outcomes, and ask to begin. Raises `redis.RedisError` or `OSError` when Redis is away."""
-        failing = [one.hex for one in failed]
-        arguments: list[float | str] = [self._threshold, wanted, int(succeeded), *self._pace, *failing]
-        state, permits, changed = await self._script(keys=self._keys, args=arguments)
-        return Reading(state, int(permits), changed=bool(changed))
+        added = ([one.hex for one in news.failed], list(news.failing), list(news.well))
+        arguments: list[float | str] = [
+            self._threshold,
+            wanted,
+            int(news.succeeded),
+            *self._pace,
+            *map(json.dumps, added),
+        ]
+        state, permits, changed, held = await self._script(keys=self._keys, args=arguments)
+        return Reading(state, int(permits), changed=bool(changed), held=frozenset(map(int, held)))
 
     async def close(self) -> None:
         """Close the connection."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from followups.dispatch.begin import begin
+from followups.dispatch.breaker import News
 from followups.dispatch.claim import claim
 from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
@@ -116,7 +117,7 @@ class TestShow:
 
         async def fail() -> None:
             store = RedisBreaker(settings, settings.transport)
-            await store.report([uuid4() for _ in range(settings.breaker_failures)], 0, succeeded=False)
+            await store.report(News(tuple(uuid4() for _ in range(settings.breaker_failures))), 0)
             await store.close()
 
         assert run("show", due, "--json").document["breaker"] == "closed"
