@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from followups.cli.rates import shown
 from followups.cli.times import readable, span
-from followups.dispatch.breaker import CLOSED
 from followups.quiet_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
+from followups.store.leases import lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +128,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
 def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
     if around.pause is not None:
         return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
-    if around.breaker is not None and around.breaker.state != CLOSED:
+    if around.breaker is not None and lane_of(follow_up.workspace_id) in around.breaker.held:
         return _left_alone(around.breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
         return "It is due, and a tick has claimed it; a worker is about to send it."
@@ -136,7 +136,7 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
 
 
 def _left_alone(breaker: Shown) -> str:
-    failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for everybody"
+    failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for its workspace"
     if breaker.state == "recovering":
         return f"It is due, and goes out within seconds: {failed}, and takes more from second to second now."
     return (

@@ -92,7 +92,8 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     shown = read(client, settings)
     if shown.state == CLOSED:
         return Finding("breaker", "closed: everything that is due may begin")
-    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for everybody"
+    whom = f"{len(shown.held)} workspace{'' if len(shown.held) == 1 else 's'}"
+    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
     if shown.state == "recovering":
         return Finding("breaker", f"{detail}, and takes more from second to second now")
     advice = "See to the chat server. It is probed every few seconds; what is due waits, and goes out by itself."

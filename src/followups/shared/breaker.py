@@ -76,22 +76,26 @@ class RedisBreaker:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The state for people: since when (seconds ago), and how often it was probed in vain."""
+    """The state for people: since when (seconds ago), how often it was probed in vain, and whom it holds."""
 
     state: str
     seconds: float
     probed: int
+    held: frozenset[int] = frozenset()
+    """The numbers of their workspaces (`followups.store.leases.lane_of`)."""
 
 
 def read(client: redis.Redis, settings: Settings) -> Shown:
     """Return the state of the configured transport. Raises `redis.RedisError` when Redis is away."""
-    kept = cast("dict[str, str]", client.hgetall(_key(settings, settings.transport)))
+    key = _key(settings, settings.transport)
+    kept = cast("dict[str, str]", client.hgetall(key))
     fields: dict[str, Any] = {_text(name): _text(value) for name, value in kept.items()}
     if not fields:
         return Shown(CLOSED, 0.0, 0)
     seconds, microseconds = client.time()
     since = seconds + microseconds / 1e6 - float(fields.get("since", 0)) / 1000
-    return Shown(fields["name"], since, max(0, int(fields.get("tries", 1)) - 1))
+    held = cast("set[str]", client.smembers(f"{key}:held"))
+    return Shown(fields["name"], since, max(0, int(fields.get("tries", 1)) - 1), frozenset(map(int, held)))
 
 
 def _key(settings: Settings, transport: str) -> str:

@@ -13,6 +13,7 @@ from followups.dispatch.breaker import News
 from followups.dispatch.claim import claim
 from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
+from followups.store.leases import lane_of
 from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class TestShow:
 
         async def fail() -> None:
             store = RedisBreaker(settings, settings.transport)
-            await store.report(News(tuple(uuid4() for _ in range(settings.breaker_failures))), 0)
+            failed = tuple(uuid4() for _ in range(settings.breaker_failures))
+            await store.report(News(failed, failing=frozenset({lane_of(world.workspace_id)})), 0)
             await store.close()
 
         assert run("show", due, "--json").document["breaker"] == "closed"

@@ -31,7 +31,13 @@ def explained(
     status: Status = Status.PENDING, due: timedelta = timedelta(0), around: Circumstances = TICKING, **columns: Any
 ) -> str:
     """Explain a follow-up that is due ``due`` from now."""
-    values = {"status": status, "due_date": NOW + due, "scheduled_at": NOW - timedelta(days=1), "attempts": 0} | columns
+    values = {
+        "workspace_id": WORKSPACE,
+        "status": status,
+        "due_date": NOW + due,
+        "scheduled_at": NOW - timedelta(days=1),
+        "attempts": 0,
+    } | columns
     return explain(FollowUp(**values), SETTINGS, NOW, around)
 
 
@@ -113,6 +119,8 @@ def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str)
 
 ACME = Standing(EARLIER, "acme", None, NOW, 3)
 HOUR = timedelta(hours=1)
+WORKSPACE = UUID(int=7)
+HELD = frozenset({7})
 LIMITS = (
     Limit(EARLIER, EARLIER, None, "all", 20.0, 20, "acme", NOW),
     Limit(EARLIER, None, "waha", "chat", 1 / 60, 1, None, NOW),
@@ -182,16 +190,21 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             "It is tried again in 1 h; why it was not accepted yet stands below.",
         ),
         (
-            Circumstances(breaker=Shown("open", 180, 4), tick_age=timedelta(seconds=1)),
+            Circumstances(breaker=Shown("open", 180, 4, HELD), tick_age=timedelta(seconds=1)),
             {"due": -HOUR, "lease_until": NOW + HOUR},
             (
-                "It is due, and waits without using up attempts: for 3 min the transport has failed for everybody"
+                "It is due, and waits without using up attempts: for 3 min the transport has failed for its workspace"
                 " (the breaker is open)."
             ),
         ),
-        (Circumstances(breaker=Shown("recovering", 180, 4)), {"due": -HOUR}, "It is due, and goes out within seconds"),
+        (
+            Circumstances(breaker=Shown("recovering", 180, 4, HELD)),
+            {"due": -HOUR},
+            "It is due, and goes out within seconds",
+        ),
         (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
-        (Circumstances(breaker=Shown("open", 180, 4)), {"due": HOUR}, "It is sent in 1 h"),
+        (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
+        (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "It is sent in 1 h"),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or workers are not running"),
         (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or workers are not running"),
         (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
