@@ -44,7 +44,8 @@ SHARED: list[Processor] = [
 def _json_line(logger: Lines, method: str, event: EventDict) -> str:
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
     bound = structlog.contextvars.get_contextvars()  # by the request, where a process serves some
-    return ENCODER.encode({"timestamp": now, "level": method, "logger": logger.name, **bound, **event})
+    head = {"timestamp": now, "level": method, "logger": logger.name, "event": event["event"]}
+    return ENCODER.encode({**head, **bound, **event})
 
 
 class _Configured:
