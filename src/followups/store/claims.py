@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from followups.store.leases import DUE, Lease, lane_of
+from followups.store.fragments import DUE
+from followups.store.leases import Lease, lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

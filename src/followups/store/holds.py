@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.quiet_hours import EVERY_DAY, SendingHours
-from followups.windows import WINDOW, WINDOWED_CHANNELS
+from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
+from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 """The next attempt of what is paused: beyond every due date that is near, and every claim."""
 
-_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 # What is sent at its due moment is begun a little before it.
-_SENT_AT = f"GREATEST(now(), {_DUE})"
+_SENT_AT = f"GREATEST(now(), {DUE})"
 _PAUSE = """
     FROM pauses p
    WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
@@ -47,13 +47,6 @@ HELD_BACK = f"""
 """  # noqa: S608 - no input, only the constants above
 """SQL: that follow-up ``f``, in chat ``c``, must not begin now. After sending hours have ended it says so until
 somebody has worked out the next ones (`open_next`)."""
-
-_LOOKED_UP = """
-    SELECT f.* FROM follow_ups f
-     WHERE f.id = b.id AND f.lease_token = b.token
-       AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
-"""
-_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,11 +78,11 @@ class Finding:
 _FIND = text(f"""
     SELECT f.id, now() AS now, {_SENT_AT} AS sent_at, f.due_date, p.id AS pause_id, h.*,
            GREATEST(f.due_date, f.scheduled_at, f.held_until) AS lateness_from,
-           CASE WHEN c.channel IN ({_WINDOWED}) THEN c.last_user_message_at + CAST(:window AS interval) END
+           CASE WHEN c.channel IN ({WINDOWED}) THEN c.last_user_message_at + CAST(:window AS interval) END
                AS window_ends
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
-     CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f
-      JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+     CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
+     {CHAT}
       LEFT JOIN LATERAL (SELECT p.id {_PAUSE} ORDER BY p.created_at LIMIT 1) p ON true
       LEFT JOIN sending_hours h ON h.workspace_id = f.workspace_id
      WHERE (SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL) OR EXISTS (SELECT FROM sending_hours))
@@ -153,7 +146,7 @@ _HOLD = text(f"""
                       CAST(:agains AS timestamptz[]), CAST(:pauses AS uuid[]), CAST(:zones AS text[]),
                       CAST(:openings AS time[]), CAST(:closings AS time[]), CAST(:days AS int[]))
                AS b(id, token, until, again, pause, zone, opening, closing, days)
-         CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f
+         {LEASED}
          WHERE CASE WHEN b.pause IS NOT NULL THEN EXISTS (SELECT FROM standing s WHERE s.id = b.pause)
                     ELSE EXISTS (SELECT FROM hours h
                                   WHERE h.workspace_id = f.workspace_id AND h.time_zone = b.zone

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
-from followups.windows import WINDOW, WINDOWED_CHANNELS
+from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -58,9 +59,6 @@ def lane_of(workspace_id: UUID) -> int:
     return workspace_id.int % LANES
 
 
-DUE = "COALESCE(f.next_attempt_at, f.due_date)"
-
-
 @dataclass(frozen=True, slots=True)
 class World:
     """What begin must know of the settings to look at the world again."""
@@ -88,27 +86,13 @@ class Begun:
     traceparent: str | None = None
 
 
-_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
-# LATERAL, so that each is looked up by its key whatever the planner believes of the table: right after a
-# burst of inserts its statistics are wrong, and it would rather read every pending row than a hundred keys.
-_LOOKED_UP = """
-        SELECT f.* FROM follow_ups f
-         WHERE f.id = b.id AND f.lease_token = b.token
-           AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
-"""
-_LEASED = f"CROSS JOIN LATERAL ({_LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
-# So is its chat, and what is before it there (OFFSET 0): a plan made while chats counted as empty went through all of
-# them, and locked the batch anew for each; with 1,650 chats a hundred took more than 8 s to begin.
-_CHAT = """CROSS JOIN LATERAL (
-             SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
-         ) c"""
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
 _TOO_LATE = (
     "(CAST(:max_lateness AS interval) > interval '0'"
     " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
 )
 _WINDOW_CLOSED = (
-    f"(c.channel IN ({_WINDOWED})"
+    f"(c.channel IN ({WINDOWED})"
     " AND now() >= COALESCE(c.last_user_message_at, '-infinity') + CAST(:window AS interval))"
 )
 _EARLY = f"{DUE} > now() + CAST(:early AS interval)"
@@ -123,8 +107,8 @@ _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token
 _BEGIN = text(f"""
     WITH ready AS MATERIALIZED (
         SELECT f.id, c.channel, c.external_id
-          FROM {_BATCH} {_LEASED}
-         {_CHAT}
+          FROM {_BATCH} {LEASED}
+         {CHAT}
          WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
            AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER} OFFSET 0) AND NOT {HELD_BACK}
     )
@@ -140,7 +124,7 @@ _BEGIN = text(f"""
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
     """Begin those of the leases that still hold and that nothing in the world speaks against."""
-    rows = connection.execute(_BEGIN, _batch(leases) | _world(world))
+    rows = connection.execute(_BEGIN, batch_of(leases) | _world(world))
     return [Begun(Lease(row_id, token, due), *rest) for row_id, token, due, *rest in rows]
 
 
@@ -160,8 +144,8 @@ _OBSTACLES = text(f"""
     SELECT f.id, f.lease_token, {DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
            earlier.id AS earlier
-      FROM {_BATCH} CROSS JOIN LATERAL ({_LOOKED_UP} OFFSET 0) f
-     {_CHAT}
+      FROM {_BATCH} CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
+     {CHAT}
       LEFT JOIN LATERAL (
           SELECT e.id FROM follow_ups e WHERE {_EARLIER} ORDER BY e.due_date DESC, e.id DESC LIMIT 1
       ) earlier ON true
@@ -170,7 +154,7 @@ _OBSTACLES = text(f"""
 
 def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
     """Say of each lease that still holds what speaks against beginning it."""
-    rows = connection.execute(_OBSTACLES, _batch(leases) | _world(world))
+    rows = connection.execute(_OBSTACLES, batch_of(leases) | _world(world))
     return [
         Obstacle(
             Lease(row.id, row.lease_token, row.due),
@@ -189,7 +173,7 @@ _END = text(f"""
         SELECT f.id, b.status, b.reason
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
                       CAST(:reasons AS text[])) AS b(id, token, status, reason)
-          {_LEASED}
+          {LEASED}
     )
     UPDATE follow_ups f
        SET status = held.status, reason = {honest("held.reason", "f")}, finished_at = now(), updated_at = now(),
@@ -202,7 +186,7 @@ _END = text(f"""
 
 def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]) -> set[UUID]:
     """End leased follow-ups without an attempt; return those that this call ended."""
-    parameters = _batch([lease for lease, _ in ends]) | {
+    parameters = batch_of([lease for lease, _ in ends]) | {
         "statuses": [final.status.value for _, final in ends],
         "reasons": [final.reason for _, final in ends],
     }
@@ -211,7 +195,7 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
 
 _RELEASE = text(f"""
     WITH held AS MATERIALIZED (
-        SELECT f.id FROM {_BATCH} {_LEASED}
+        SELECT f.id FROM {_BATCH} {LEASED}
     )
     UPDATE follow_ups f SET lease_until = NULL FROM held WHERE f.id = held.id
 """)  # noqa: S608 - no input, only the constants above
@@ -219,10 +203,11 @@ _RELEASE = text(f"""
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
     """Give leases back, so that the next tick may claim them; return how many still held."""
-    return connection.execute(_RELEASE, _batch(leases)).rowcount
+    return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 
-def _batch(leases: Sequence[Lease]) -> dict[str, object]:
+def batch_of(leases: Sequence[Lease]) -> dict[str, object]:
+    """Return the parameters of a batch: ids and tokens."""
     return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.leases import int_array, uuid_array
-from followups.windows import WINDOW, WINDOWED_CHANNELS
+from followups.store.fragments import CHAT, DUE, LEASED, WINDOWED
+from followups.store.leases import batch_of
+from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -112,12 +113,10 @@ class Place:
         return self.ended or (self.left is not None and not self.left)
 
 
-_DUE = "COALESCE(f.next_attempt_at, f.due_date)"
-_WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 _ENDS = f"""
     LEAST(CASE WHEN CAST(:max_lateness AS interval) > interval '0'
                THEN GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval) END,
-          CASE WHEN c.channel IN ({_WINDOWED})
+          CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
 # LATERAL, so that each is looked up by its key whatever the planner believes of the table.
@@ -131,13 +130,13 @@ _PLACES = text(f"""
               AND (f.status <> 'pending' OR f.lease_token = b.token AND f.begun_at IS NULL AND f.lease_until > now())
            OFFSET 0
      ) f
-      JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+     {CHAT}
 """)  # noqa: S608 - no input, only the constants above
 
 
 def places(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Place]:
     """Return where each belongs of those leases that still hold, and of those whose follow-up has ended."""
-    parameters = _batch(leases) | {"max_lateness": max_lateness, "window": WINDOW}
+    parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [
         Place(
             row.id,
@@ -154,14 +153,9 @@ def places(connection: Connection, leases: Sequence[Lease], max_lateness: timede
 
 _PUT_OFF = text(f"""
     WITH held AS MATERIALIZED (
-        SELECT f.id, GREATEST(now() + b.wait, {_DUE}) AS again
+        SELECT f.id, GREATEST(now() + b.wait, {DUE}) AS again
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:waits AS interval[])) AS b(id, token, wait)
-         CROSS JOIN LATERAL (
-               SELECT f.* FROM follow_ups f
-                WHERE f.id = b.id AND f.lease_token = b.token
-                  AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
-                  FOR NO KEY UPDATE SKIP LOCKED
-         ) f
+         {LEASED}
     )
     UPDATE follow_ups f
        SET next_attempt_at = held.again, limited_until = held.again, lease_until = NULL
@@ -173,7 +167,7 @@ _PUT_OFF = text(f"""
 
 def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Put leased follow-ups off, each for so long, using up no attempt; return those that now are."""
-    parameters = _batch([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
+    parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     return set(connection.scalars(_PUT_OFF, parameters))
 
 
@@ -181,13 +175,13 @@ _FREE = text(f"""
     WITH put_off AS MATERIALIZED (
         SELECT f.id FROM follow_ups f
          WHERE f.status = 'pending' AND f.waits_for IS NULL
-           AND {_DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
+           AND {DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
            AND f.limited_until = f.next_attempt_at AND f.lease_until IS NULL
            AND (CAST(:workspace_id AS uuid) IS NULL OR f.workspace_id = CAST(:workspace_id AS uuid))
            AND (CAST(:channel AS text) IS NULL
                 OR EXISTS (SELECT FROM chats c
                             WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id AND c.channel = :channel))
-         ORDER BY {_DUE}
+         ORDER BY {DUE}
          LIMIT :most
            FOR NO KEY UPDATE SKIP LOCKED
     )
@@ -201,7 +195,3 @@ def free(connection: Connection, workspace_id: UUID | None, channel: str | None,
     """Let up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
     return connection.execute(_FREE, parameters).rowcount
-
-
-def _batch(leases: Sequence[Lease]) -> dict[str, object]:
-    return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}
