@@ -14,7 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from followups import schema
 from followups.api.health import STALE_AT_LEAST, STALE_TICKS
-from followups.cli.connection import place_of
+from followups.cli.connection import broker_client, place_of
 from followups.cli.failures import named, reason_of
 from followups.cli.times import span
 from followups.errors import FollowUpsError
@@ -106,9 +106,8 @@ def _tick(settings: Settings, age: timedelta | None) -> Finding:
 def broker(settings: Settings) -> Iterator[Finding]:
     """Check the broker: reachable, new enough, and evicting nothing."""
     url = settings.broker_url.get_secret_value()
-    seconds = PATIENCE.total_seconds()
     try:
-        with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
+        with broker_client(settings, PATIENCE) as client:
             information: dict[str, Any] = client.info()
     except (redis.RedisError, ValueError, OSError) as error:
         # Its first line names host and port, never the password.

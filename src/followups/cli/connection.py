@@ -1,10 +1,11 @@
-"""The database, for one command."""
+"""The database and the broker, for one command."""
 
 from __future__ import annotations
 
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import redis
 from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session
 
@@ -13,6 +14,9 @@ from followups.settings import get_settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from datetime import timedelta
+
+    from followups.settings import Settings
 
 
 @contextmanager
@@ -30,6 +34,12 @@ def session() -> Iterator[Session]:
     """Yield a session whose transaction is committed at the end of the block, and whose objects stay readable."""
     with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
         yield opened
+
+
+def broker_client(settings: Settings, patience: timedelta) -> redis.Redis:
+    """Return a client of the broker, to be closed; it asks once, and waits for an answer no longer than that."""
+    url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
+    return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
 
 
 def place_of(database_url: str) -> str:

@@ -9,6 +9,7 @@ import typer
 from followups.errors import WorkspaceNotFoundError
 from followups.states import ReasonCode
 from followups.store import workspaces
+from followups.windows import Channel
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 Codes = Annotated[
     list[ReasonCode] | None, typer.Option("--reason", help="Only with this reason code; may be repeated.")
 ]
+
+Workspace = Annotated[str | None, typer.Option("--workspace", help="Of this workspace.", show_default="all")]
+OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this channel.", show_default="all")]
 
 
 def workspace_id_of(session: Session, name: str | None) -> UUID | None:

@@ -12,18 +12,18 @@ from followups.cli import connection
 from followups.cli.documents import limit_document
 from followups.cli.examples import examples
 from followups.cli.explanations import limited
-from followups.cli.filters import workspace_id_of
+from followups.cli.filters import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, say
 from followups.cli.rates import MOST, default_burst, parse_rate, shown
 from followups.cli.times import readable
 from followups.store import rate_limits
 from followups.store.rate_limits import Scope
-from followups.windows import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from followups.store.rate_limits import Limit
+    from followups.windows import Channel
 
 app = typer.Typer(
     add_completion=False,
@@ -42,8 +42,6 @@ class Each(StrEnum):
 Rate = Annotated[
     float, typer.Argument(parser=parse_rate, metavar="RATE", show_default=False, help="As in 50/s, 20/min or 1000/h.")
 ]
-Workspace = Annotated[str | None, typer.Option("--workspace", help="Of this workspace.", show_default="all")]
-OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this channel.", show_default="all")]
 Apart = Annotated[
     Each | None, typer.Option("--each", help="So many for each of them; else for all together.", show_default=False)
 ]
@@ -82,16 +80,17 @@ def set_(
     json: Json = False,
 ) -> None:
     """Set a limit, or change the one that was set with the same options. Workers go by it within some seconds."""
+    at_once = burst or default_burst(rate)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             scope = _scope(session, workspace, channel, each)
-            rate_limits.put(session.connection(), scope, rate, burst or default_burst(rate))
+            rate_limits.put(session.connection(), scope, rate, at_once)
         with engine.connect() as opened:
             standing = rate_limits.standing(opened)
     if json:
         print_json([limit_document(limit) for limit in standing])
     else:
-        say(f"{_named(workspace, channel, each)}: {shown(rate)}, {burst or default_burst(rate):,} at once.")
+        say(f"{_named(workspace, channel, each)}: {shown(rate)}, {at_once:,} at once.")
 
 
 @app.command(

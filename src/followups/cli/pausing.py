@@ -11,13 +11,12 @@ from sqlalchemy.orm import Session
 from followups.cli import bulk, connection
 from followups.cli.documents import pause_document
 from followups.cli.examples import examples
-from followups.cli.filters import workspace_id_of
+from followups.cli.filters import OneChannel, Workspace, workspace_id_of
 from followups.cli.nudging import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.times import readable
 from followups.store import cancelling, pauses
 from followups.store.pauses import Scope
-from followups.windows import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -25,15 +24,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.store.pauses import Standing
+    from followups.windows import Channel
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 UNDER_WAY = 10.0
 """Seconds to wait, at most, for begins that had looked before the pause was there."""
 LOOK = 0.02
-
-Workspace = Annotated[str | None, typer.Option("--workspace", help="Of this workspace.", show_default="all")]
-OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this channel.", show_default="all")]
 
 
 @app.command(

@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MILLISECOND = timedelta(milliseconds=1)
 
-PATIENCE = 1.0
+PATIENCE = timedelta(seconds=1)
 """Seconds that the broker may take to say whether the transport is left alone; the rest is in the database."""
 
 
@@ -119,9 +119,8 @@ def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstance
 
 def _breaker() -> Shown | None:
     settings = get_settings()
-    url = settings.broker_url.get_secret_value()
     try:
-        with redis.Redis.from_url(url, socket_timeout=PATIENCE, socket_connect_timeout=PATIENCE, retry=None) as client:
+        with connection.broker_client(settings, PATIENCE) as client:
             return read(client, settings)
     except (redis.RedisError, OSError):
         return None  # followups doctor says so

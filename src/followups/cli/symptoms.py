@@ -13,6 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.cli.checks import PATIENCE, Finding
+from followups.cli.connection import broker_client
 from followups.cli.times import span
 from followups.dispatch.breaker import CLOSED
 from followups.shared.breaker import read
@@ -78,10 +79,8 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
     """Look at what nobody has read, and whether the transport is left alone."""
-    seconds = PATIENCE.total_seconds()
-    url = settings.broker_url.get_secret_value()
     try:
-        with redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None) as client:
+        with broker_client(settings, PATIENCE) as client:
             yield _queues(settings, client)
             yield _breaker(settings, client)
     except (redis.RedisError, OSError) as error:
