@@ -8,6 +8,7 @@ crashed worker leaves nothing behind.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from datetime import timedelta
 from multiprocessing.connection import Client, Listener
@@ -39,6 +40,10 @@ pytest_plugins = ["stack_fixtures"]
 
 # Hundreds of processes are started; where none may write bytecode, each compiles all that it imports anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+# A shell that starts something in the background lets it ignore Ctrl-C, and so all that it starts: tests press it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SERVERS = pytest.StashKey["Servers"]()
 
