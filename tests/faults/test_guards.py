@@ -33,6 +33,11 @@ BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH h
 FAIRLY = "first_look AS MATERIALIZED"
 PUT_OFF = "limited_until = held.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
+NO_LOCK = {
+    "FOR NO KEY UPDATE SKIP LOCKED": "",
+    # Whoever has waited for a row finds that it has moved, so that each of the two is enough.
+    "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
+}
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
 
@@ -94,17 +99,19 @@ CATALOGUE = {
     ),
     "token at claim": Guard(CLAIM, {"f.lease_token + 1": "f.lease_token"}, guards.token_stays),
     "pending at claim": Guard(CLAIM, {"f.status = 'pending'": "true"}, guards.ended_is_claimed),
-    "lock at claim": Guard(CLAIM, {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.claimed_at_once),
+    "lock at claim": Guard(CLAIM, NO_LOCK, guards.claimed_at_once),
     "lease at a fair claim": Guard(
         FAIRLY, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.fairly(guards.leased_is_claimed)
     ),
     "token at a fair claim": Guard(FAIRLY, {"f.lease_token + 1": "f.lease_token"}, guards.fairly(guards.token_stays)),
     "pending at a fair claim": Guard(FAIRLY, {"f.status = 'pending'": "true"}, guards.fairly(guards.ended_is_claimed)),
-    "lock at a fair claim": Guard(FAIRLY, {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.fairly(guards.claimed_at_once)),
+    "lock at a fair claim": Guard(FAIRLY, NO_LOCK, guards.fairly(guards.claimed_at_once)),
     "window at a fair claim": Guard(
         FAIRLY, {"(SELECT leased FROM looked)": "0"}, guards.fairly(guards.window_overflows)
     ),
-    "shares": Guard(FAIRLY, {"ORDER BY place, due, id": "ORDER BY due, id"}, guards.fairly(guards.one_takes_all)),
+    "shares": Guard(
+        FAIRLY, {"ORDER BY leased + number, one.due": "ORDER BY one.due"}, guards.fairly(guards.one_takes_all)
+    ),
     "token at release": Guard("SET lease_until = NULL FROM held", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("held.status", {TOKEN: ""}, guards.stale_end),
     # The lock refuses what is in flight, the UPDATE says so again, and a constraint of the table says so too.

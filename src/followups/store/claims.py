@@ -54,23 +54,24 @@ class Look:
 LOW_WATER_MARGIN = timedelta(seconds=10)
 """For what is created for now, or put off by a moment, and committed a little later."""
 
-FEW = 4
-"""How many that are free a fair claim looks at in each workspace at least, however many workspaces there are."""
+FEW = 6
+"""How many a fair claim looks at in each workspace, however many workspaces there are."""
 
 _PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
 _FREE = "f.lease_until IS NULL OR f.lease_until <= now()"
 _HORIZON = "now() + CAST(:ahead AS interval)"
 _SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
 
-# Whatever was looked at: ``head`` has it in the order in which it is to be taken; ``looked`` says in one row how many
-# of it are leased, when the first falls due, and whether there is more of it.
+# Whatever was looked at: ``head`` has it in the order in which it is to be taken, by where each row stands; ``looked``
+# says in one row how many of it are leased, when the first falls due, and whether there is more of it. A row that
+# somebody moves meanwhile, by changing it, is passed over like one that somebody holds.
 _TAKE = f"""
     taken AS MATERIALIZED (
-        SELECT f.id, f.begun_at IS NOT NULL AS lost
+        SELECT f.place, f.begun_at IS NOT NULL AS lost
           FROM head
          CROSS JOIN LATERAL (
-             SELECT f.id, f.begun_at FROM follow_ups f
-              WHERE f.id = head.id AND {_PENDING}
+             SELECT f.ctid AS place, f.begun_at FROM follow_ups f
+              WHERE f.ctid = head.place AND {_PENDING}
                 AND {DUE} <= {_HORIZON} AND ({_FREE})
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
@@ -84,7 +85,7 @@ _TAKE = f"""
                attempts = f.attempts - taken.lost::int,
                losses = f.losses + taken.lost::int
           FROM taken
-         WHERE f.id = taken.id
+         WHERE f.ctid = taken.place
         RETURNING f.id, f.lease_token, {DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested,
                   f.traceparent, f.workspace_id
     )
@@ -99,7 +100,7 @@ _TAKE = f"""
 # as a fair claim left them: so nothing is taken then.
 _IN_ORDER = text(f"""
     WITH head AS MATERIALIZED (
-        SELECT f.id, {DUE} AS due, {_FREE} AS free
+        SELECT f.ctid AS place, {DUE} AS due, {_FREE} AS free
           FROM follow_ups f
          WHERE {_PENDING} AND {DUE} <= {_HORIZON} AND {DUE} >= {_SINCE}
          ORDER BY {DUE}, f.id
@@ -111,30 +112,6 @@ _IN_ORDER = text(f"""
     ), {_TAKE}
 """)  # noqa: S608 - no input, only the constants above
 
-
-def _first_rows(behind: str, most: str) -> str:
-    """Return a query for what is due in a ``workspace``, from behind a place in the index on.
-
-    It reads on until it has seen ``most`` rows, and as many that are free. Its own rows are the free ones, and the last
-    that it has seen; ``number`` says the how manieth each is of all, and ``free_number`` of the free: what is between
-    the two is leased. Workspace and due date are compared as one, and so is their order: one index has it.
-    """
-    return f"""
-        SELECT one.* FROM (
-            SELECT f.id, {DUE} AS due, {_FREE} AS free, row_number() OVER due_order AS number,
-                   count(*) FILTER (WHERE {_FREE}) OVER due_order AS free_number,
-                   lead(f.id) OVER due_order IS NULL AS last
-              FROM follow_ups f
-             WHERE {_PENDING} AND (f.workspace_id, {DUE}, f.id) > {behind}
-               AND (f.workspace_id, {DUE}) <= (workspace.id, {_HORIZON})
-            WINDOW due_order AS (ORDER BY f.workspace_id, {DUE}, f.id ROWS UNBOUNDED PRECEDING)
-        ) one
-         WHERE one.last OR one.free AND one.free_number <= LEAST(:most, {most})
-            OR one.free_number >= LEAST(:most, {most}) AND one.number >= {most}
-         LIMIT LEAST(:most, {most}) + 1
-    """  # noqa: S608 - no input, only constants
-
-
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
@@ -142,59 +119,104 @@ WITHOUT_SORTING = text(
 pending, and that for each workspace, than follow the index that has it in order. Measured right after an insert of
 30,000 rows: 311 ms, and with a thousand workspaces beside more than 10 s."""
 
-_LOWEST_ID = "'00000000-0000-0000-0000-000000000000'::uuid"
-_FIRST_ROWS = _first_rows(f"(workspace.id, {_SINCE}, {_LOWEST_ID})", "(SELECT rows FROM share)")
-_FURTHER_ROWS = _first_rows("(workspace.id, workspace.due, workspace.last_id)", "(SELECT rows FROM rest)")
+_KEY = f"(f.workspace_id, {DUE}, f.id)"
+"""Compared as one, and so ordered: one index has it."""
+_DUE_ORDER = f"ORDER BY f.workspace_id, {DUE}, f.id"
+_HIGHEST_ID = "'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid"
 
-# Two looks: first an equal share of what a claim may look at for each workspace, then what the others left of the
-# places for those that have more. So many workspaces cost a few rows each, and one that has much beside a thousand
-# that have little fills the window all the same. A row's place is how many of its workspace would be in flight with
-# it; the lowest are taken first, and among these the earliest. What a workspace has in flight behind more free rows
-# than are looked at is not counted: they came in with an earlier due date, or their leases ran out. They are the first
-# to be taken, so that such a claim goes beyond the window once, by its own size at most, and the next one counts all.
+
+def _read_on(look: str, opening: str, rows: str) -> str:
+    """Return a query that reads on in each workspace of a look, from where it ended, until ``rows`` more are free.
+
+    A look has a row for each: how many are ``leased`` of what it has seen, where the free ones stand (``places``) and
+    when they fall due (``dues``), the last of all, and whether there may be ``more``. Of what is leased nothing else
+    is needed, so that it is only counted. Without any ``rows`` nothing is read.
+    """
+    return f"""
+        SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
+               seen.dues || found.dues AS dues, COALESCE(found.due, seen.due) AS due,
+               COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = wanted.rows AS more
+          FROM {look} seen CROSS JOIN {opening}
+         CROSS JOIN LATERAL (SELECT {rows} AS rows) wanted
+         CROSS JOIN LATERAL (
+             SELECT count(*) AS number, array_agg(f.place) AS places, array_agg(f.due) AS dues,
+                    max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id
+               FROM (
+                   SELECT f.ctid AS place, f.id, {DUE} AS due FROM follow_ups f
+                    WHERE {_PENDING} AND ({_FREE}) AND {_KEY} > (seen.id, seen.due, seen.last_id)
+                      AND (f.workspace_id, {DUE}) <= (seen.id, {_HORIZON})
+                    {_DUE_ORDER}
+                    LIMIT wanted.rows
+               ) f
+         ) found
+         CROSS JOIN LATERAL (
+             SELECT count(*) AS leased
+               FROM (
+                   SELECT FROM follow_ups f
+                    WHERE {_PENDING} AND NOT ({_FREE}) AND {_KEY} > (seen.id, seen.due, seen.last_id)
+                      AND {_KEY} <= (seen.id, CASE WHEN found.number = wanted.rows THEN found.due ELSE {_HORIZON} END,
+                                     CASE WHEN found.number = wanted.rows THEN found.last_id ELSE {_HIGHEST_ID} END)
+                    {_DUE_ORDER}
+                    LIMIT CASE WHEN wanted.rows > 0 THEN :window ELSE 0 END
+               ) f
+         ) passed
+    """  # noqa: S608 - no input, only constants
+
+
+def _open_in(look: str) -> str:
+    """Return a query for what a look leaves: free ``places``, how many of them it has not found, ``many`` have more."""
+    return f"""
+        SELECT places, (places - found)::bigint AS missing, many
+          FROM (SELECT LEAST(:most, :window - sum(leased)) AS places, sum(cardinality(places)) AS found,
+                       count(*) FILTER (WHERE more) AS many
+                  FROM {look}) counted
+    """  # noqa: S608 - no input, only constants
+
+
+_SHARE = """CASE
+    WHEN NOT seen.more OR share.places <= 0 THEN 0
+    WHEN share.missing > 0 THEN LEAST(:most, GREATEST(:few, :window / share.many + 1))
+    WHEN 2 * cardinality(seen.places) < :few THEN :few
+    ELSE 0
+END"""
+_REST = "CASE WHEN seen.more AND rest.missing > 0 THEN ceil(rest.missing::numeric / rest.many)::bigint ELSE 0 END"
+
+# Three looks. First a few rows of each workspace, which is all that most of them have. Then, where there is more and it
+# is wanted, an equal share of the window. And then what the others left of the places for those that have yet more. So
+# many workspaces cost a few rows each, and one that has much beside a thousand that have little fills the window all
+# the same. A row's place is how many of its workspace would be in flight with it; the lowest are taken first, and
+# among these the earliest. What a workspace has in flight behind more free rows than are looked at is not counted:
+# they came in with an earlier due date, or their leases ran out. They are the first to be taken, so that such a claim
+# goes beyond the window once, by its own size at most, and the next one counts all.
 _FAIRLY = text(f"""
     WITH workspace AS MATERIALIZED (
-        SELECT w.id, f.due FROM workspaces w
+        SELECT w.id, f.*
+          FROM workspaces w
          CROSS JOIN LATERAL (
-             SELECT {DUE} AS due FROM follow_ups f
-              WHERE {_PENDING} AND (f.workspace_id, {DUE}) >= (w.id, {_SINCE})
-                AND (f.workspace_id, {DUE}) <= (w.id, {_HORIZON})
-              ORDER BY f.workspace_id, {DUE}, f.id
-              LIMIT 1
+             SELECT min(f.due) AS first, count(*) FILTER (WHERE NOT f.free) AS leased,
+                    COALESCE(array_agg(f.place) FILTER (WHERE f.free), '{{}}') AS places,
+                    COALESCE(array_agg(f.due) FILTER (WHERE f.free), '{{}}') AS dues,
+                    max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id, count(*) = :few AS more
+               FROM (
+                   SELECT f.ctid AS place, f.id, {DUE} AS due, {_FREE} AS free FROM follow_ups f
+                    WHERE {_PENDING} AND (f.workspace_id, {DUE}) >= (w.id, {_SINCE})
+                      AND (f.workspace_id, {DUE}) <= (w.id, {_HORIZON})
+                    {_DUE_ORDER}
+                    LIMIT :few
+               ) f
          ) f
-    ), share AS MATERIALIZED (
-        SELECT GREATEST(:few, :seen_most / GREATEST(count(*), 1)) AS rows FROM workspace
-    ), first_look AS MATERIALIZED (
-        SELECT workspace.id AS workspace_id, one.* FROM workspace CROSS JOIN LATERAL ({_FIRST_ROWS}) one
-    ), first_count AS MATERIALIZED (
-        SELECT workspace_id AS id, max(number) AS number, max(free_number) AS free_number, bool_or(last) AS whole,
-               (array_agg(due ORDER BY number DESC))[1] AS due, (array_agg(id ORDER BY number DESC))[1] AS last_id
-          FROM first_look
-         GROUP BY workspace_id
-    ), rest AS MATERIALIZED (
-        SELECT ceil((LEAST(:most, :window - sum(number - free_number)) - sum(free_number))
-                    / NULLIF(count(*) FILTER (WHERE NOT whole), 0))::bigint AS rows
-          FROM first_count
-    ), second_look AS MATERIALIZED (
-        SELECT workspace.id AS workspace_id, one.id, one.due, one.free, workspace.number + one.number AS number,
-               workspace.free_number + one.free_number AS free_number, one.last
-          FROM first_count workspace CROSS JOIN LATERAL ({_FURTHER_ROWS}) one
-         WHERE NOT workspace.whole AND (SELECT rows FROM rest) > 0
-    ), found AS MATERIALIZED (
-        SELECT * FROM first_look UNION ALL SELECT * FROM second_look
+         WHERE f.first IS NOT NULL
+    ), share AS MATERIALIZED ({_open_in("workspace")}
+    ), first_look AS MATERIALIZED ({_read_on("workspace", "share", _SHARE)}
+    ), rest AS MATERIALIZED ({_open_in("first_look")}
+    ), second_look AS MATERIALIZED ({_read_on("first_look", "rest", _REST)}
     ), head AS MATERIALIZED (
-        SELECT id, due, free
-          FROM (SELECT id, due, free,
-                       max(number) OVER mine - max(free_number) OVER mine + free_number AS place
-                  FROM found
-                WINDOW mine AS (PARTITION BY workspace_id)) placed
-         WHERE free
-         ORDER BY place, due, id
+        SELECT one.place, true AS free
+          FROM second_look CROSS JOIN LATERAL unnest(places, dues) WITH ORDINALITY AS one(place, due, number)
+         ORDER BY leased + number, one.due, one.place
     ), looked AS MATERIALIZED (
-        SELECT COALESCE(sum(leased), 0) AS leased, (SELECT min(due) FROM workspace) AS first,
-               COALESCE(bool_or(NOT whole), false) AS unseen
-          FROM (SELECT max(number) - max(free_number) AS leased, bool_or(last) AS whole
-                  FROM found GROUP BY workspace_id) counted
+        SELECT COALESCE(sum(leased), 0) AS leased, min(first) AS first, COALESCE(bool_or(more), false) AS unseen
+          FROM second_look
     ), {_TAKE}
 """)  # noqa: S608 - no input, only the constants above
 
