@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, text
 
 from followups.database import BY_KEY, make_engine
-from followups.dispatch.claim import CLAIM_SIZE
+from followups.dispatch.claim import size_of_claim
 from followups.embedded import EmbeddedPostgres
 from followups.schema import migrate
 from followups.settings import Settings
@@ -80,7 +80,8 @@ def vacuum(engine: Engine) -> None:
 def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
     """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
-    look, more = claims.Look(timedelta(seconds=2), timedelta(minutes=1), options.window, CLAIM_SIZE), False
+    most, more = size_of_claim(options.window), False
+    look = claims.Look(timedelta(seconds=2), timedelta(minutes=1), options.window, most)
     ids: list[str] = []
     took: list[float] = []
     engine.connect().close()
@@ -89,11 +90,11 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
     while time.monotonic() < end:
         began = time.perf_counter()
         with engine.begin() as connection:
-            claimed, more, since = (claims.claim_fairly if more else claims.claim)(connection, look)
-        look = replace(look, since=since)
+            taken = (claims.claim_fairly if more else claims.claim)(connection, look)
+        look, more = replace(look, since=taken.low_water), taken.more
         took.append(time.perf_counter() - began)
-        ids += [str(one.lease.id) for one in claimed]
-        end_all(engine, [one.lease for one in claimed])
+        ids += [str(one.id) for one in taken.leases]
+        end_all(engine, taken.leases)
     results.put((ids, took))
     engine.dispose()
 

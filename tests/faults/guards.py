@@ -59,7 +59,7 @@ class Scene:
     world: World
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
-    take: Callable[[Connection, claims.Look], tuple[list[claims.Claimed], bool, datetime]] = claims.claim
+    take: Callable[[Connection, claims.Look], claims.Taken] = claims.claim
     """The statement of that claim, in a transaction of the caller's."""
 
     @property
@@ -302,7 +302,7 @@ def claimed_at_once(scene: Scene) -> None:
     second: list[Lease] = []
     look = claims.Look(timedelta(0), scene.settings.lease, window=10, most=10)
     with scene.engine.connect() as connection:
-        first, *_ = scene.take(connection, look)
+        first = scene.take(connection, look).leases
         with beside(lambda: second.extend(scene.claim(scene.engine, scene.settings).leases), scene):
             connection.commit()
     expect(len(first) + len(second) == 1, "two ticks at once lease a follow-up once")

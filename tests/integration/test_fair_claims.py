@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from followups.dispatch import claim as claiming
-from followups.dispatch import dispatcher
+from followups.dispatch import dispatcher, pace
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim, claim_fairly
 from followups.dispatch.publish import leases_of
@@ -220,8 +220,7 @@ def test_dispatcher_shares_out_what_it_left(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a claim that was full the next ones are fair: others are published long before a backlog is through."""
-    for module in (claiming, dispatcher):
-        monkeypatch.setattr(module, "CLAIM_SIZE", 10)
+    monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []
     ticking = dispatcher.Dispatcher(bounded(settings, 60), engine, hints.append)
@@ -241,7 +240,7 @@ def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all that may be in flight comes free in time, however little that is, no pause grows longer."""
-    monkeypatch.setattr(dispatcher, "LONGEST_PAUSE", 60.0)
+    monkeypatch.setattr(pace, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:
         world.sql(

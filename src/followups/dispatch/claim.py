@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
-    from followups.store.claims import Claimed
+    from followups.store.claims import Lost
     from followups.store.leases import Lease
 
-    Take = Callable[[Connection, claims.Look], tuple[list[Claimed], bool, datetime]]
+    Take = Callable[[Connection, claims.Look], claims.Taken]
 
 MAX_LOSSES = 3
 """Leases lost with an attempt in flight until a follow-up counts as poison."""
@@ -30,7 +30,16 @@ AHEAD_TICKS = 2
 """How many intervals a tick looks ahead: one late tick must not make anything late."""
 
 CLAIM_SIZE = 1000
-"""Rows of one claim statement at most: the first of a backlog leave while the rest is still claimed."""
+"""Rows of one claim that are always worth it."""
+
+
+def size_of_claim(window: int) -> int:
+    """Return how many rows one claim takes at most: half of what may be in flight, but no fewer than are worth it.
+
+    Each claim looks at all that is in flight, so that behind a backlog few large ones cost least. The other half is
+    what workers send meanwhile.
+    """
+    return min(window, max(CLAIM_SIZE, window // 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +52,8 @@ class Claim:
     """Leases that had ended with an attempt in flight."""
     more: bool
     """There may be more that is due: this claim or the window of what is in flight was full."""
+    cut_short: bool
+    """This claim was full, and the window was not: another one at once takes more."""
     low_water: datetime
     """From where on the next claim may look, unless something came in behind."""
     traced: tuple[tuple[UUID, str], ...] = ()
@@ -65,23 +76,23 @@ def _claim(settings: Settings, since: datetime | None, take: Take, connection: C
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,
         window=settings.max_in_flight,
-        most=min(CLAIM_SIZE, settings.max_in_flight),
+        most=size_of_claim(settings.max_in_flight),
         since=since,
     )
-    claimed, more, low_water = take(connection, look)
-    lost = [one for one in claimed if one.lost]
-    ended = _end_lost(connection, lost, deduplicates=settings.transport_deduplicates) if lost else {}
+    taken = take(connection, look)
+    ended = _end_lost(connection, taken.lost, deduplicates=settings.transport_deduplicates) if taken.lost else {}
     return Claim(
-        leases=tuple(one.lease for one in claimed if one.lease.id not in ended),
+        leases=tuple(lease for lease in taken.leases if lease.id not in ended),
         ended=tuple(ended.items()),
-        lost=len(lost),
-        more=more,
-        low_water=low_water,
-        traced=tuple((one.lease.id, one.traceparent) for one in claimed if one.traceparent),
+        lost=len(taken.lost),
+        more=taken.more,
+        cut_short=taken.cut_short,
+        low_water=taken.low_water,
+        traced=tuple(taken.traced),
     )
 
 
-def _end_lost(connection: Connection, lost: list[Claimed], *, deduplicates: bool) -> dict[UUID, Final]:
+def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -> dict[UUID, Final]:
     settlement.record_failures(
         connection,
         [
@@ -89,7 +100,9 @@ def _end_lost(connection: Connection, lost: list[Claimed], *, deduplicates: bool
             for one in lost
         ],
     )
-    finals = [(one.lease, after_loss(one.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost]
+    finals = [
+        (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost
+    ]
     ends = [(lease, final) for lease, final in finals if final]
     ended = leases.end_if_not_begun(connection, ends) if ends else set()
     order.wake(connection, ended)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.dispatch import report
-from followups.dispatch.claim import CLAIM_SIZE, claim, claim_fairly
+from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.pace import SHORTEST, until_half_is_free
 from followups.dispatch.publish import batches
 from followups.store import leases, order, pauses, statistics
 
@@ -23,12 +24,6 @@ if TYPE_CHECKING:
     from followups.dispatch.publish import Hint
     from followups.settings import Settings
 
-PAUSE = 0.05
-LONGEST_PAUSE = 0.25
-"""Seconds before looking again when all that may be in flight is: claiming each place as it comes free would make
-batches of one, and cost a look at the whole window each. Longer from one to the next while little has come free: a look
-takes some 40 ms of the database's time, however little it finds."""
-
 SLOW = 1.0
 """Seconds after which the planner must be wrong about the table: a claim takes milliseconds."""
 NEXT_STATISTICS = 60.0
@@ -39,8 +34,9 @@ QUICK = 0.01
 LOOKING_SHARE = 0.1
 """Of the dispatcher's time, at most, is spent on looking at all of it when that is slow."""
 
+BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Seconds between two tries while the database is away, at most."""
+"""Seconds between two tries while the database is away; it doubles."""
 SETTLE_FIRST = 1.5
 """Seconds from the database's return to the first claim: longer than settling waits between two tries."""
 
@@ -55,7 +51,7 @@ class Dispatcher:
         self._publish = publish
         self._wanted = threading.Event()
         self._stopping = threading.Event()
-        self._backoff = PAUSE
+        self._backoff = BACKOFF
         self._outage = False
         self._next_look = 0.0
         self._since: datetime | None = None
@@ -63,6 +59,7 @@ class Dispatcher:
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
+        self._claimed_at = self._next_claim = 0.0
         self.busy_since: float | None = None
         """Monotonic seconds; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -103,7 +100,7 @@ class Dispatcher:
             try:
                 self._after_outage()
                 self._drain_due()
-                self._backoff = PAUSE
+                self._backoff = BACKOFF
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 report.failed("claim", error, self._engine)
                 self._outage = True
@@ -121,14 +118,9 @@ class Dispatcher:
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
         self._wake_forgotten()
-        pause, little = PAUSE, min(CLAIM_SIZE, self._settings.max_in_flight) / 2
-        while not self._stopping.is_set():
-            count, more = self._claim_and_publish()
-            if not more or time.monotonic() >= deadline:
+        while not self._stopping.wait(max(0.0, self._next_claim - time.monotonic())):
+            if not self._claim_and_publish() or time.monotonic() >= deadline:
                 return
-            if count < CLAIM_SIZE:
-                self._stopping.wait(pause)
-                pause = min(pause * 2, LONGEST_PAUSE) if count < little else PAUSE
 
     def _wake_forgotten(self) -> None:
         if time.monotonic() >= self._next_look:
@@ -137,7 +129,8 @@ class Dispatcher:
                 order.wake_forgotten(connection)
                 pauses.free_forgotten(connection)
 
-    def _claim_and_publish(self) -> tuple[int, bool]:
+    def _claim_and_publish(self) -> bool:
+        """Return whether there may be more to claim."""
         claimed, took = self._claim()
         size = self._settings.batch_size
         for number, hint in enumerate(batches(claimed.leases, size)):
@@ -148,9 +141,9 @@ class Dispatcher:
                 # What was not published goes back at once, and not only when its lease ends.
                 with self._engine.begin() as connection:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
-                return number * size, False
+                return False
         self._refresh_statistics(took)
-        return len(claimed.leases), claimed.more
+        return claimed.more
 
     def _refresh_statistics(self, took: float) -> None:
         """Let the planner look at the table after a claim that took too long; after its leases were published."""
@@ -171,9 +164,19 @@ class Dispatcher:
         take = claim_fairly if self._left_some else claim
         claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since)
         took = time.monotonic() - started
-        self._left_some = claimed.more
+        self._next_claim = self._next_moment(claimed, started)
+        self._left_some, self._claimed_at = claimed.more, started
         self._since = claimed.low_water
         if self._looked_at_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
         report.claimed(claimed, took)
         return claimed, took
+
+    def _next_moment(self, claimed: Claim, started: float) -> float:
+        """Say when to claim again after a claim that started then, by the same clock."""
+        if claimed.cut_short or not claimed.more:
+            return 0.0
+        if not self._left_some:
+            return time.monotonic() + SHORTEST
+        taken = len(claimed.leases) + len(claimed.ended)
+        return started + until_half_is_free(taken, started - self._claimed_at, self._settings.max_in_flight)

@@ -58,7 +58,7 @@ def _are_lanes(lanes: object, count: int) -> bool:
 
 
 def _lease(lane: int, follow_up_id: str, token: int, due: int, losses: int) -> Lease:
-    if {type(token), type(due), type(losses)} != {int} or not (0 <= token < _BIGINT and losses >= 0):
+    if not type(token) is type(due) is type(losses) is int or not (0 <= token < _BIGINT and losses >= 0):
         message = "not a hint: token, due and losses are whole numbers"
         raise ValueError(message)
     return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses, lane)

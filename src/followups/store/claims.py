@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
@@ -21,20 +21,34 @@ from followups.store.leases import Lease, lane_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
+    from uuid import UUID
 
-    from sqlalchemy import Connection, Row
+    from sqlalchemy import Connection
+
+
+class Lost(NamedTuple):
+    """What was claimed after a lease that ended with an attempt in flight (number ``attempts + 1``)."""
+
+    lease: Lease
+    attempts: int
+    cancel_requested: str | None
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
-    """A claimed row; ``lost`` when its last lease ended with an attempt in flight (number ``attempts + 1``)."""
+class Taken:
+    """What a claim leased, the earliest due first, and what it saw."""
 
-    lease: Lease
-    lost: bool
-    attempts: int
-    losses: int
-    cancel_requested: str | None
-    traceparent: str | None = None
+    leases: list[Lease]
+    lost: list[Lost]
+    """Those of them that were lost."""
+    traced: list[tuple[UUID, str]]
+    """Those of them that were created in a trace: ids, with its ``traceparent``."""
+    more: bool
+    """There may be more, as the claim or the window was full."""
+    cut_short: bool
+    """The claim was full, and the window was not."""
+    low_water: datetime
+    """All that was due before it had ended, but for what comes in behind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +100,17 @@ _TAKE = f"""
                losses = f.losses + taken.lost::int
           FROM taken
          WHERE f.ctid = taken.place
-        RETURNING f.id, f.lease_token, {DUE} AS due, taken.lost, f.attempts, f.losses, f.cancel_requested,
-                  f.traceparent, f.workspace_id
+        RETURNING f.id, f.lease_token, {DUE} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost, f.attempts,
+                  f.cancel_requested
     )
-    SELECT claimed.*, looked.leased, looked.unseen,
-           LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water
-      FROM looked LEFT JOIN claimed ON true
-     ORDER BY claimed.due, claimed.id
+    -- the first row says what was looked at
+    SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
+           NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
+           looked.leased, looked.unseen, LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water
+      FROM looked
+     UNION ALL
+    SELECT claimed.*, NULL, NULL, NULL FROM claimed
+     ORDER BY due NULLS FIRST, id
 """  # noqa: S608 - no input, only the constants above
 
 # Rows in flight are the first of the index, but for what came in behind with an earlier due date. Looking at
@@ -221,17 +239,16 @@ _FAIRLY = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 
-def claim(connection: Connection, look: Look) -> tuple[list[Claimed], bool, datetime]:
+def claim(connection: Connection, look: Look) -> Taken:
     """Lease what is looked for, the earliest due first; expired leases are taken over.
 
-    The second value says that there may be more, as the claim or the window was full: then `claim_fairly` should
-    come next. The third is the low-water mark: all that was due before it had ended, but for what comes in behind.
+    Where there is ``more``, `claim_fairly` should come next.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look)).all()
     return claim_fairly(connection, look) if rows[0].unseen else _told(rows, look)
 
 
-def claim_fairly(connection: Connection, look: Look) -> tuple[list[Claimed], bool, datetime]:
+def claim_fairly(connection: Connection, look: Look) -> Taken:
     """Lease the same, first for the workspaces with the fewest in flight; of each workspace the earliest due first."""
     connection.execute(WITHOUT_SORTING)
     return _told(connection.execute(_FAIRLY, _parameters(look) | {"few": FEW}).all(), look)
@@ -241,19 +258,22 @@ def _parameters(look: Look) -> dict[str, object]:
     return asdict(look) | {"seen_most": look.window + look.most, "margin": LOW_WATER_MARGIN}
 
 
-def _told(rows: Sequence[Row[Any]], look: Look) -> tuple[list[Claimed], bool, datetime]:
-    claimed = [
-        Claimed(
-            Lease(row.id, row.lease_token, row.due, row.losses, lane_of(row.workspace_id)),
-            row.lost,
-            row.attempts,
-            row.losses,
-            row.cancel_requested,
-            row.traceparent,
-        )
-        for row in rows
-        if row.id is not None
-    ]
-    summary = rows[0]
-    full = len(claimed) >= look.most or summary.leased + len(claimed) >= look.window
-    return claimed, full or summary.unseen, summary.low_water
+def _told(rows: Sequence[Any], look: Look) -> Taken:
+    looked, *claimed = rows
+    leases, lost, traced = [], [], []
+    for id_, token, due, losses, workspace_id, traceparent, was_lost, attempts, cancel_requested, *_ in claimed:
+        lease = Lease(id_, token, due, losses, lane_of(workspace_id))
+        leases.append(lease)
+        if was_lost:
+            lost.append(Lost(lease, attempts, cancel_requested))
+        if traceparent:
+            traced.append((id_, traceparent))
+    room = max(0, look.window - looked.leased)
+    return Taken(
+        leases,
+        lost,
+        traced,
+        more=len(leases) >= min(look.most, room) or looked.unseen,
+        cut_short=len(leases) == look.most < room,
+        low_water=looked.low_water,
+    )

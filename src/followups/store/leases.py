@@ -8,7 +8,7 @@ wait behind somebody's open transaction: what it holds is skipped, said so, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
@@ -37,9 +37,11 @@ def int_array(numbers: Iterable[int]) -> str:
     return f"{{{','.join(map(str, numbers))}}}"
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
-    """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the moment to send."""
+class Lease(NamedTuple):
+    """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the moment to send.
+
+    Made several times for each follow-up, and a tuple is made in half of the time of a dataclass.
+    """
 
     id: UUID
     token: int

@@ -37,8 +37,7 @@ PAIRS = 40
 
 def claim(connection: Connection) -> list[Lease]:
     """Claim everything due."""
-    claimed, *_ = claims.claim(connection, claims.Look(timedelta(seconds=2), MINUTE, window=5000, most=1000))
-    return [one.lease for one in claimed]
+    return claims.claim(connection, claims.Look(timedelta(seconds=2), MINUTE, window=5000, most=1000)).leases
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
