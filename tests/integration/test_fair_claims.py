@@ -115,6 +115,18 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
     assert max(second) == 1
 
 
+def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A claim takes half of a window that is large, and says whether another one at once would take more."""
+    monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
+    worlds_of(engine, 20)
+    taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]
+    assert [(len(one.leases), one.more, one.cut_short) for one in taken] == [
+        (6, True, True),
+        (6, True, False),
+        (0, True, False),
+    ]
+
+
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
     """What is in flight counts, also behind what came in with an earlier due date."""
     other = World(engine)
