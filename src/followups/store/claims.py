@@ -148,7 +148,7 @@ def _read_on(look: str, opening: str, rows: str) -> str:
 
     A look has a row for each: how many are ``leased`` of what it has seen, where the free ones stand (``places``) and
     when they fall due (``dues``), the last of all, and whether there may be ``more``. Of what is leased nothing else
-    is needed, so that it is only counted. Without any ``rows`` nothing is read.
+    is needed, so that it is only counted. Without any ``rows`` a workspace stays as it was seen.
     """
     return f"""
         SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
@@ -175,9 +175,12 @@ def _read_on(look: str, opening: str, rows: str) -> str:
                       AND {_KEY} <= (seen.id, CASE WHEN found.number = wanted.rows THEN found.due ELSE {_HORIZON} END,
                                      CASE WHEN found.number = wanted.rows THEN found.last_id ELSE {_HIGHEST_ID} END)
                     {_DUE_ORDER}
-                    LIMIT CASE WHEN wanted.rows > 0 THEN :window ELSE 0 END
+                    LIMIT :window
                ) f
          ) passed
+         WHERE wanted.rows > 0
+         UNION ALL
+        SELECT seen.* FROM {look} seen CROSS JOIN {opening} WHERE ({rows}) = 0
     """  # noqa: S608 - no input, only constants
 
 
