@@ -60,7 +60,8 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
     arena = contestant.arena
     arena.clear()
     count = int(rate * seconds)
-    ahead = 5.0 + (count / 500 if contestant.waits_in_broker else 0)  # publishing one by one takes its time
+    # Inserting takes its time, beside a million others above all, and publishing one by one as well.
+    ahead = 5.0 + count / (500 if contestant.waits_in_broker else 4000)
     due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
     if contestant.waits_in_broker:
         contestant.start()
