@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID
 
 from followups.retry import clamp_retry_after
@@ -42,8 +41,7 @@ HIGHEST_STATUS_CODE = 1000
 """Of protocols that have such codes; three digits."""
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
+class Attempt(NamedTuple):
     """One call of the transport and what came of it. ``answered`` is on this process's monotonic clock."""
 
     begun: Begun

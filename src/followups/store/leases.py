@@ -8,7 +8,7 @@ wait behind somebody's open transaction: what it holds is skipped, said so, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
@@ -69,8 +69,7 @@ class World:
     """How long before the due moment begin may come; the sender waits out the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """A follow-up whose attempt has begun, and all that the transport needs."""
 
     lease: Lease
