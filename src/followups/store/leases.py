@@ -71,8 +71,7 @@ class World:
     """How long before the due moment begin may come; the sender waits out the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """A follow-up whose attempt has begun, and all that the transport needs."""
 
     lease: Lease

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What one attempt comes to. Pending means another try ``delay`` after the database's now."""
 
     lease: Lease
@@ -41,8 +40,7 @@ class Settlement:
     """What is added to the reason of such a cancel: ': ...' or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """A settled row as it now stands; ``lag`` is the acceptance minus the due date, for what was sent."""
 
     id: UUID
