@@ -39,7 +39,7 @@ def test_it_settles(rate: float, window: int, pause: float) -> None:
     assert expected * 0.99 <= pause <= expected * 1.25
 
 
-@pytest.mark.parametrize(("window", "expected"), [(1, 1), (100, 100), (1500, 1000), (5000, 2500), (100_000, 50_000)])
+@pytest.mark.parametrize(("window", "expected"), [(1, 1), (100, 100), (1500, 1000), (5000, 2500), (100_000, 10_000)])
 def test_size_of_claim(window: int, expected: int) -> None:
-    """A claim takes half of the window, and as much as is worth it of a small one, but never more than all of it."""
+    """A claim takes half of the window; of a small one as much as is worth it, of a large one what takes a moment."""
     assert size_of_claim(window) == expected

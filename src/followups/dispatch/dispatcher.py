@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from followups.dispatch import report
 from followups.dispatch.claim import claim, claim_fairly
-from followups.dispatch.pace import SHORTEST, until_half_is_free
+from followups.dispatch.pace import until_half_is_free
 from followups.dispatch.publish import batches
 from followups.store import leases, order, pauses, statistics
 
@@ -59,7 +59,9 @@ class Dispatcher:
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
-        self._claimed_at = self._next_claim = 0.0
+        self._filled_at = self._next_claim = 0.0
+        self._taken = 0
+        """Since the window was last full, at ``_filled_at``."""
         self.busy_since: float | None = None
         """Monotonic seconds; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -165,7 +167,7 @@ class Dispatcher:
         claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since)
         took = time.monotonic() - started
         self._next_claim = self._next_moment(claimed, started)
-        self._left_some, self._claimed_at = claimed.more, started
+        self._left_some = claimed.more
         self._since = claimed.low_water
         if self._looked_at_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
@@ -174,9 +176,11 @@ class Dispatcher:
 
     def _next_moment(self, claimed: Claim, started: float) -> float:
         """Say when to claim again after a claim that started then, by the same clock."""
-        if claimed.cut_short or not claimed.more:
+        if not self._left_some:  # what a backlog begins with says nothing about how fast it goes
+            self._taken, self._filled_at = 0, started
+        self._taken += len(claimed.leases) + len(claimed.ended)
+        if claimed.cut_short:
             return 0.0
-        if not self._left_some:
-            return time.monotonic() + SHORTEST
-        taken = len(claimed.leases) + len(claimed.ended)
-        return started + until_half_is_free(taken, started - self._claimed_at, self._settings.max_in_flight)
+        pause = until_half_is_free(self._taken, started - self._filled_at, self._settings.max_in_flight)
+        self._taken, self._filled_at = 0, started
+        return started + pause if claimed.more else 0.0
