@@ -148,3 +148,19 @@ async def test_a_connection_that_lay_idle_is_tested_first(
             await in_loop(engine, server_process)
     assert await in_loop(engine, server_process) != first
     await engine.dispose()
+
+
+async def test_a_connection_comes_back_without_what_was_not_committed(world: World, database_url: str) -> None:
+    """What fails in a transaction is rolled back, before the next one takes the connection."""
+
+    def insert_and_fail(engine: Engine) -> None:
+        with engine.connect() as connection:
+            insert_workspace(connection)
+            raise ZeroDivisionError
+
+    engine = make_async_engine(database_url, pool_size=1)
+    with pytest.raises(ZeroDivisionError):
+        await in_loop(engine, insert_and_fail)
+    await in_loop(engine, lambda engine: transact(engine, insert_and_tell))
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
+    await engine.dispose()
