@@ -14,7 +14,7 @@ from yarl import URL
 
 from followups.transports.http import HttpTransport
 from followups.transports.http_connections import Connections
-from followups.transports.port import Retry, Sent
+from followups.transports.port import Sent
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
@@ -191,35 +191,32 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
         assert server.connections == 2
 
 
-async def test_a_call_that_gets_no_turn_is_tried_again() -> None:
-    """Waiting for another call's end is within the timeout, and nothing went out."""
-
-    async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
-        await asyncio.sleep(60)
-
-    settings = {"concurrency": 1, "transport_timeout": 0.3}
-    async with (
-        scripted(stay_silent) as server,
-        opened(HttpTransport(settings_for(server.url, **settings))) as transport,
-    ):
-        first = asyncio.create_task(transport.send(a_delivery()))
-        await server.requested.wait()
+async def test_nobody_waits_for_a_connection_longer_than_there_is_time() -> None:
+    """Waiting for another call's end is within the timeout; who waits gets the place as soon as it is free."""
+    async with scripted(OK) as server:
+        connections = Connections(URL(server.url), {}, 1, kept=4)
+        wire = await connections.take(time.monotonic() + 5)
         began = time.monotonic()
-        second = asyncio.create_task(transport.send(a_delivery()))
-        await first
-        assert await second == Retry("no connection within 0.3 s")
-        assert time.monotonic() - began < 2
-        assert len(server.requests) == 1
+        with pytest.raises(TimeoutError):
+            await connections.take(began + 0.2)
+        assert 0.19 < time.monotonic() - began < 2
+        waiting = asyncio.create_task(connections.take(time.monotonic() + 5))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        connections.give(wire)
+        assert await waiting is wire
+        connections.give(wire)
+        await connections.close()
 
 
 async def test_an_idle_connection_is_closed_in_time() -> None:
     """What is idle for longer than it is kept is closed without waiting for a call, and none gets it."""
-    ended = asyncio.Event()
+    ends: asyncio.Queue[None] = asyncio.Queue()
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
-        ended.set()
         writer.close()
+        ends.put_nowait(None)
 
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
         url = URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
@@ -228,7 +225,7 @@ async def test_an_idle_connection_is_closed_in_time() -> None:
         connections.give(wire)
         assert await connections.take(time.monotonic() + 5) is wire
         connections.give(wire)
-        await asyncio.wait_for(ended.wait(), 5)
+        await asyncio.wait_for(ends.get(), 5)
         another = await connections.take(time.monotonic() + 5)
         assert another is not wire
         connections.give(another)
@@ -237,3 +234,5 @@ async def test_an_idle_connection_is_closed_in_time() -> None:
         assert third is not another
         connections.give(third)
         await connections.close()
+        for _ in (another, third):
+            await asyncio.wait_for(ends.get(), 5)
