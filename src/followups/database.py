@@ -138,7 +138,8 @@ def make_async_engine(
     """
     url = _url(database_url)
     arguments = _arguments(url, pool_size, application_name, options, statement_timeout)
-    engine = create_async_engine(url, **arguments | {"pool_pre_ping": False})
+    # No reset either: a connection comes back by the end of a `with`, which has rolled back what was not committed.
+    engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
     patience = _patience(statement_timeout)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -605,7 +604,7 @@ def test_lag_of_a_result_that_waited(world: World, engine: Engine, settings: Set
     """Lag is taken at the acceptance, however long the result then waited for its settlement."""
     follow_up = world.follow_up()
     result = attempt(one_begun(engine, settings), Sent())
-    settle(engine, settings, [replace(result, answered=result.answered - 7)])
+    settle(engine, settings, [result._replace(answered=result.answered - 7)])
     row = world.row(follow_up)
     assert timedelta(seconds=-8) < row.accepted_at - row.finished_at < timedelta(seconds=-6)
 

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import psycopg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
 from followups import database, transactions
 from followups.database import BoundedConnection, make_async_engine
-from followups.transactions import in_loop, transact
+from followups.transactions import NUMBER, in_loop, tell, transact
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -66,6 +66,42 @@ def test_nothing_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Non
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
+def insert_and_tell(connection: Connection) -> None:
+    """Insert one by a statement that returns the transaction's number as well."""
+    statement = f"INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), 'told' || random()) RETURNING {NUMBER}"  # noqa: S608
+    tell(connection, connection.execute(text(statement)).scalar_one())
+
+
+def test_a_number_that_was_told_is_not_asked_for(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A statement that returns the transaction's number saves the question, and the end is known all the same."""
+    said: list[str] = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
+    transact(engine, insert_and_tell)
+    assert len(said) == 1
+    break_once(monkeypatch, psycopg.Connection.commit)
+    transact(engine, insert_and_tell)
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name LIKE 'told%'") == 2
+    break_once(monkeypatch, lambda _: None)
+    with pytest.raises(OperationalError):
+        transact(engine, insert_and_tell)
+
+
+def test_a_number_told_by_a_transaction_that_failed_is_forgotten(
+    world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a transaction told before it failed is not taken for the number of the next one on its connection."""
+
+    def tell_and_fail(connection: Connection) -> None:
+        insert_and_tell(connection)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        transact(engine, tell_and_fail)
+    break_once(monkeypatch, psycopg.Connection.commit)
+    assert transact(engine, insert_workspace) == "acme"
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
+
+
 def test_refused(world: World, engine: Engine) -> None:
     """What the database refuses is raised as it came, and the transaction is rolled back."""
     insert = text("INSERT INTO workspaces (id, name) VALUES (:id, 'again')")
@@ -111,4 +147,20 @@ async def test_a_connection_that_lay_idle_is_tested_first(
         with pytest.raises(OperationalError):
             await in_loop(engine, server_process)
     assert await in_loop(engine, server_process) != first
+    await engine.dispose()
+
+
+async def test_a_connection_comes_back_without_what_was_not_committed(world: World, database_url: str) -> None:
+    """What fails in a transaction is rolled back, before the next one takes the connection."""
+
+    def insert_and_fail(engine: Engine) -> None:
+        with engine.connect() as connection:
+            insert_workspace(connection)
+            raise ZeroDivisionError
+
+    engine = make_async_engine(database_url, pool_size=1)
+    with pytest.raises(ZeroDivisionError):
+        await in_loop(engine, insert_and_fail)
+    await in_loop(engine, lambda engine: transact(engine, insert_and_tell))
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
     await engine.dispose()

@@ -24,6 +24,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.database import is_passing
 from followups.dispatch import report
+from followups.dispatch.begin import LEAD
 from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.limits import Turnstile
@@ -54,8 +55,8 @@ BEGIN_SIZE = 200
 SETTLE_SIZE = 500
 """Rows of one statement at most: beyond, a statement is slow and no cheaper a row."""
 GATHER = timedelta(milliseconds=5)
-"""How long begin waits for more free slots, and settle for more results, while there are few: a statement for
-five rows costs almost as much as one for fifty."""
+"""How long begin waits for more free slots, or for more to come up to their moment, and settle for more results, while
+there are few: a statement for five rows costs almost as much as one for fifty. A third of begin's lead."""
 ENOUGH_SLOTS = 0.4
 """The share of all slots that is worth a statement at once."""
 ENOUGH_RESULTS = 100
@@ -189,7 +190,7 @@ class Pipeline:
     async def _keep_beginning(self) -> None:
         backoff = BACKOFF
         while not self._draining:
-            await self._gather_slots()
+            await self._gather()
             if self._draining:
                 return
             batch = self._ready()
@@ -212,9 +213,14 @@ class Pipeline:
             backoff = BACKOFF
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
-    async def _gather_slots(self) -> None:
-        if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency and self._line.is_anybodys_moment():
+    async def _gather(self) -> None:
+        """Let a batch become worth its statement, where slots are few, or nobody is due within what begin takes."""
+        if not self._line.is_anybodys_moment():
+            return
+        if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency:
             await asyncio.sleep(GATHER.total_seconds())
+        elif (ahead := self._line.seconds_ahead() - (LEAD - GATHER).total_seconds()) > 0:
+            await asyncio.sleep(ahead)
 
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
         self._breaker.spend(batch[one.lease.id].lease.lane for one in beginning.begun)

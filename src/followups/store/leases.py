@@ -8,13 +8,14 @@ wait behind somebody's open transaction: what it holds is skipped, said so, and 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
 from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
+from followups.transactions import NUMBER, tell
 from followups.windows import WINDOW
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class World:
     """How long before the due moment begin may come; the sender waits out the rest."""
 
 
-@dataclass(frozen=True, slots=True)
-class Begun:
+class Begun(NamedTuple):
     """A follow-up whose attempt has begun, and all that the transport needs."""
 
     lease: Lease
@@ -117,15 +117,17 @@ _BEGIN = text(f"""
       FROM ready
      WHERE f.id = ready.id
     RETURNING -- in the order of Lease and Begun
-              f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
+              {NUMBER}, f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
               f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes, f.traceparent
 """)  # noqa: S608 - no input, only the constants above
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
     """Begin those of the leases that still hold and that nothing in the world speaks against."""
-    rows = connection.execute(_BEGIN, batch_of(leases) | _world(world))
-    return [Begun(Lease(row_id, token, due), *rest) for row_id, token, due, *rest in rows]
+    rows = connection.execute(_BEGIN, batch_of(leases) | _world(world)).all()
+    if rows:
+        tell(connection, rows[0][0])
+    return [Begun(Lease(row_id, token, due), *rest) for _, row_id, token, due, *rest in rows]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
 from followups.states import Status
 from followups.store.leases import int_array, uuid_array
 from followups.store.unknowns import honest
+from followups.transactions import NUMBER, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,8 +23,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Settlement:
+class Settlement(NamedTuple):
     """What one attempt comes to. Pending means another try ``delay`` after the database's now."""
 
     lease: Lease
@@ -41,8 +41,7 @@ class Settlement:
     """What is added to the reason of such a cancel: ': ...' or nothing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(NamedTuple):
     """A settled row as it now stands; ``lag`` is the acceptance minus the due date, for what was sent."""
 
     id: UUID
@@ -103,7 +102,7 @@ _SETTLE_SENT = text(f"""
            accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago)
       FROM r
      WHERE f.id = r.id
-    RETURNING f.id, f.accepted_at - f.due_date AS lag
+    RETURNING f.id, f.accepted_at - f.due_date AS lag, {NUMBER} AS number
 """)  # noqa: S608 - no input, only the constant above
 
 
@@ -121,9 +120,10 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
         "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
         "accepted_ago": [(s.accepted_ago or _NOW).total_seconds() for s in settlements],
     }
-    return [
-        Settled(row_id, Status.SENT, None, lag, None) for row_id, lag in connection.execute(_SETTLE_SENT, parameters)
-    ]
+    rows = connection.execute(_SETTLE_SENT, parameters).all()
+    if rows:
+        tell(connection, rows[0].number)
+    return [Settled(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
 _NOW = timedelta(0)
