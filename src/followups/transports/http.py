@@ -49,7 +49,7 @@ class HttpTransport:
         await self._caller.close()
 
     def _headers(self, key: str, body: bytes) -> dict[str, str]:
-        headers = {"content-type": "application/json", "idempotency-key": key, "webhook-id": key}
+        headers = {"idempotency-key": key, "webhook-id": key}
         if traceparent := current_traceparent():
             headers["traceparent"] = traceparent
         if self._webhook:

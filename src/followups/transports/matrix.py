@@ -39,9 +39,8 @@ class MatrixTransport:
             message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
             raise TransportConfigurationError(message)
         self._base = url.rstrip("/")
-        self._headers = {"content-type": "application/json", "authorization": f"Bearer {_token(settings)}"}
         self._timeout = settings.transport_timeout
-        self._caller = HttpCaller(settings)
+        self._caller = HttpCaller(settings, {"authorization": f"Bearer {_token(settings)}"})
 
     async def open(self) -> None:
         """Open the HTTP session of this process."""
@@ -55,9 +54,7 @@ class MatrixTransport:
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
         content = {"msgtype": "m.text", "body": delivery.message}
         body = encode_json(content)
-        return await self._caller.deliver(
-            Call("PUT", f"{self._base}/_matrix/client/v3/{path}", self._headers, body), DIALECT
-        )
+        return await self._caller.deliver(Call("PUT", f"{self._base}/_matrix/client/v3/{path}", {}, body), DIALECT)
 
     async def check(self) -> str:
         """Connect to the homeserver without sending an event."""

@@ -1,4 +1,4 @@
-"""Other sides that cannot be reached: each gives the address."""
+"""Other sides that cannot be reached: each gives the address. And the event loops that HTTP is tested on."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import uvloop
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
+
+
+def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    """Run what is about connections on the event loop of production too: their transports have little in common."""
+    factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
+    if item.path.name.startswith("test_http_"):
+        factories["uvloop"] = uvloop.new_event_loop
+    return factories
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from followups.transports.port import Delivery, Transport
 from followups.transports.sandbox_behaviour import Incoming
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
 
     from followups.transports.sandbox_chats import SandboxChats
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 MESSAGE = "the text that nobody but the receiver may see"
 TOKEN = "syt_token"  # noqa: S105 - of a homeserver that lives for one test
 SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the specification's own example
-
 
 BODY = {
     "followUpId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f",
@@ -125,17 +125,17 @@ async def _request(reader: asyncio.StreamReader) -> Request:
 
 @asynccontextmanager
 async def scripted(
-    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]],
+    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]], secure: ssl.SSLContext | None = None
 ) -> AsyncIterator[ScriptedServer]:
-    """Run a `ScriptedServer` on a free port."""
+    """Run a `ScriptedServer` on a free port, over TLS where it has a certificate."""
     scripted_server = ScriptedServer(answer)
     tasks: set[asyncio.Task[None]] = set()
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         tasks.add(asyncio.create_task(scripted_server.serve(reader, writer)))
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0)
-    scripted_server.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=secure)
+    scripted_server.url = f"http{'s' if secure else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield scripted_server
     finally:

@@ -1,0 +1,238 @@
+"""The connections of the transport ``http`` between two calls: which are used again, and which are not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from yarl import URL
+
+from followups.transports.http import HttpTransport
+from followups.transports.http_connections import Connections
+from followups.transports.port import Sent
+from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
+OTHER = answer(200, f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode())
+OK = answer(200)
+
+
+class ThreadedServer:
+    """A server that answers every request, of one segment, from threads: the test's own event loop may stand still."""
+
+    def __init__(self) -> None:
+        self.connections: list[socket.socket] = []
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.connections.append(self._listening.accept()[0])
+                self._threads.append(threading.Thread(target=self._serve, args=(self.connections[-1],)))
+                self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while connection.recv(65_536):
+                connection.sendall(OK)
+
+    def close(self) -> None:
+        for one in (self._listening, *self.connections):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        for thread in self._threads:
+            thread.join(5)
+
+
+@pytest.fixture
+def threaded() -> Iterator[ThreadedServer]:
+    """Run a `ThreadedServer`."""
+    server = ThreadedServer()
+    yield server
+    server.close()
+
+
+async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
+    """A receiver that hangs up between two calls costs neither of them anything."""
+    async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(3):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            server.writer.close()
+            await asyncio.sleep(0.05)
+        assert (server.connections, len(server.requests)) == (3, 3)
+
+
+async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) -> None:
+    """What the event loop had no time to read counts too: no request goes out on a connection that has ended."""
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        threaded.connections[0].shutdown(socket.SHUT_WR)
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert len(threaded.connections) == 2
+
+
+async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(threaded: ThreadedServer) -> None:
+    """An unasked answer is none to the call that begins while it waits to be read."""
+    async with opened(HttpTransport(settings_for(threaded.url))) as transport:
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        threaded.connections[0].sendall(OTHER)
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert len(threaded.connections) == 2
+
+
+@pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
+async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) -> None:
+    """Bytes behind an answer, a second one or garbage, end the connection; each call gets its own answer."""
+    async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(3):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 3
+
+
+async def test_line_breaks_behind_an_answer_are_nothing() -> None:
+    """Line breaks behind an answer, of a sloppy receiver, are no answer: the connection is used again."""
+    async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(3):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            server.writer.write(b"\r\n")
+            await asyncio.sleep(0.05)
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "connections"),
+    [
+        (b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 0\r\n\r\n", 2),
+        (b"HTTP/1.0 200 OK\r\ncontent-length: 0\r\n\r\n", 2),
+        (b"HTTP/1.0 200 OK\r\nconnection: keep-alive\r\ncontent-length: 0\r\n\r\n", 1),
+        (b"HTTP/1.1 204 No\r\n\r\n", 1),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n", 1),
+    ],
+)
+async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
+    """``connection: close`` and HTTP/1.0 end a connection, the rest leaves it open."""
+    async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(2):
+            assert isinstance(await transport.send(a_delivery()), Sent)
+        assert server.connections == connections
+
+
+async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None:
+    """The call after such an answer gets a connection of its own."""
+
+    async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+
+    async with scripted(until_the_end) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        for _ in range(2):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 2
+
+
+async def test_a_cancelled_call_closes_its_connection() -> None:
+    """The answer to a call that was cancelled is nobody's."""
+    hung_up = asyncio.Event()
+
+    async def late(writer: asyncio.StreamWriter, _request: Request) -> None:
+        if server.connections == 1:
+            await asyncio.sleep(0.1)
+            hung_up.set()
+        writer.write(OTHER if server.connections == 1 else OK)
+
+    async with scripted(late) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        call = asyncio.create_task(transport.send(a_delivery()))
+        await server.requested.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await hung_up.wait()
+        assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("deduplicates", [True, False])
+async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicates: bool) -> None:
+    """Calls beyond the limit wait until another one ends, and then have their turn."""
+    open_now, most = 0, 0
+
+    async def count(writer: asyncio.StreamWriter, _request: Request) -> None:
+        nonlocal open_now, most
+        open_now += 1
+        most = max(most, open_now)
+        await asyncio.sleep(0.01)
+        open_now -= 1
+        writer.write(answer(200, connection="close"))
+
+    settings = {"concurrency": 2, "transport_deduplicates": deduplicates}
+    async with scripted(count) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
+        outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])
+        assert outcomes == [Sent(None, 200)] * 8
+        assert most == 2
+
+
+async def test_calls_that_wait_share_the_connections_there_are() -> None:
+    """An idle connection is used before a new one is made, by those that waited too."""
+    async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, concurrency=2))) as transport:
+        for _ in range(3):
+            outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])
+            assert outcomes == [Sent(None, 200)] * 8
+        assert server.connections == 2
+
+
+async def test_nobody_waits_for_a_connection_longer_than_there_is_time() -> None:
+    """Waiting for another call's end is within the timeout; who waits gets the place as soon as it is free."""
+    async with scripted(OK) as server:
+        connections = Connections(URL(server.url), {}, 1, kept=4)
+        wire = await connections.take(time.monotonic() + 5)
+        began = time.monotonic()
+        with pytest.raises(TimeoutError):
+            await connections.take(began + 0.2)
+        assert 0.19 < time.monotonic() - began < 2
+        waiting = asyncio.create_task(connections.take(time.monotonic() + 5))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        connections.give(wire)
+        assert await waiting is wire
+        connections.give(wire)
+        await connections.close()
+
+
+async def test_an_idle_connection_is_closed_in_time() -> None:
+    """What is idle for longer than it is kept is closed without waiting for a call, and none gets it."""
+    ends: asyncio.Queue[None] = asyncio.Queue()
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        ends.put_nowait(None)
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        url = URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        connections = Connections(url, {}, 1, kept=0.1)
+        wire = await connections.take(time.monotonic() + 5)
+        connections.give(wire)
+        assert await connections.take(time.monotonic() + 5) is wire
+        connections.give(wire)
+        await asyncio.wait_for(ends.get(), 5)
+        another = await connections.take(time.monotonic() + 5)
+        assert another is not wire
+        connections.give(another)
+        time.sleep(0.2)  # noqa: ASYNC251 - no timer has a chance
+        third = await connections.take(time.monotonic() + 5)
+        assert third is not another
+        connections.give(third)
+        await connections.close()
+        for _ in (another, third):
+            await asyncio.wait_for(ends.get(), 5)

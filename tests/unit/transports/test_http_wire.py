@@ -1,0 +1,191 @@
+"""Answers as they come over the wire of the transport ``http``: in pieces, sloppy, endless, unasked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from typing import TYPE_CHECKING
+
+import aiohttp.connector
+import pytest
+import trustme
+
+from followups.transports.http import HttpTransport
+from followups.transports.http_wire import HEAD_LIMIT
+from followups.transports.port import Outcome, Rejected, Sent, Unknown
+from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
+NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def in_pieces(answer: bytes, size: int) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
+    """Write an answer in so many bytes at a time, each read on its own."""
+
+    async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
+        with contextlib.suppress(ConnectionError):
+            for start in range(0, len(answer), size):
+                writer.write(answer[start : start + size])
+                await writer.drain()
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(60)
+
+    return write
+
+
+def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
+    """Write an answer that goes on and on."""
+
+    async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(start)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                writer.write(piece)
+                await writer.drain()
+
+    return write
+
+
+async def outcome_of(reply: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]]) -> Outcome:
+    """Send once, to a server that answers like this."""
+    async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        return await transport.send(a_delivery())
+
+
+def names(outcome: Outcome) -> bool:
+    """Return whether it is sent, with the very id."""
+    return isinstance(outcome, Sent) and str(outcome.chat_message_id) == MESSAGE_ID
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        answer(200, NAMED),
+        b"HTTP/1.1 100 Continue\r\n\r\n" + answer(200, NAMED),
+        CHUNKED + b"5;a=b\r\n" + NAMED[:5] + b"\r\n%x\r\n%s\r\n0\r\ndate: x\r\n\r\n" % (len(NAMED) - 5, NAMED[5:]),
+    ],
+    ids=["content-length", "informational first", "chunked"],
+)
+async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
+    """Where the segments of an answer end means nothing."""
+    assert names(await outcome_of(in_pieces(reply, size)))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\ncontent-length: %d\n\n%s" % (len(NAMED), NAMED),
+        b"HTTP/1.1 200\r\ncontent-length: %d\r\n\r\n%s" % (len(NAMED), NAMED),
+        b"HTTP/1.1 200 OK\r\nx-odd: \x01\xff\r\n folded\r\ncontent-length: %d\r\n\r\n%s" % (len(NAMED), NAMED),
+        CHUNKED + b"%x  \r\n%s\r\n0\r\n\r\n" % (len(NAMED), NAMED),
+    ],
+    ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
+)
+async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
+    """What other clients put up with costs no receiver its answer, the second on a connection neither."""
+    async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        assert names(await transport.send(a_delivery()))
+        assert names(await transport.send(a_delivery()))
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) -> None:
+    """Without content-length and chunks the end of the connection is the end of the body."""
+
+    async def reply(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(b"HTTP/%s 200 OK\r\n\r\n" % version + NAMED[:10])
+        await asyncio.sleep(0.01)
+        writer.write(NAMED[10:])
+
+    assert names(await outcome_of(reply))
+
+
+@pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
+async def test_a_head_that_is_too_long_is_none(size: int) -> None:
+    """A head of more than 64 KiB is no answer, whether it comes at once or in pieces."""
+    reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
+    expected = Unknown("the connection broke before an answer came (HeadTooLongError)")
+    assert await outcome_of(in_pieces(reply, size)) == expected
+    assert await outcome_of(reply) == expected
+
+
+async def test_a_long_head_is_read() -> None:
+    """A head within 64 KiB is read, whatever the length of the body behind it."""
+    reply = answer(200, NAMED.ljust(65_536), x_long="x" * (HEAD_LIMIT - 100))
+    assert names(await outcome_of(reply))
+
+
+@pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 103 x\r\n\r\n"])
+async def test_an_endless_head_is_given_up(start: bytes) -> None:
+    """A head without an end is given up long before the timeout."""
+    reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
+    assert await outcome_of(reply) == Unknown("the connection broke before an answer came (HeadTooLongError)")
+
+
+@pytest.mark.parametrize(
+    ("start", "piece"), [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"1;", b"x" * 10_000), (b"", b"1;x\r\nx\r\n" * 1_000)]
+)
+async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
+    """Trailers and chunk extensions without an end are given up, and the status counts."""
+    outcome = await outcome_of(endless(CHUNKED + start, piece))
+    assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
+
+
+async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
+    """The status counts also where garbage follows it in the same segment."""
+    outcome = await outcome_of(CHUNKED + b"no number\r\n")
+    assert isinstance(outcome, Sent)
+    assert outcome.detail.startswith("the body of the answer broke off")
+
+
+@pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])
+async def test_a_change_of_protocols_is_a_refusal(headers: dict[str, str]) -> None:
+    """101 was not asked for, and ends the call; the connection is not used again."""
+    async with (
+        scripted(answer(101, **headers) + b"\x00\x01") as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        for _ in range(2):
+            assert await transport.send(a_delivery()) == Rejected("HTTP 101", 101)
+        assert server.connections == 2
+
+
+@pytest.mark.parametrize("status", [204, 304])
+async def test_an_answer_that_has_no_body_is_complete_with_its_head(status: int) -> None:
+    """204 and 304 have no body, whatever their headers say."""
+    outcome = await outcome_of(b"HTTP/1.1 %d No\r\nx: y\r\n\r\n" % status)
+    assert outcome == (Sent(None, 204) if status == 204 else Rejected("HTTP 304", 304))
+
+
+async def test_a_trailer_is_no_header() -> None:
+    """What stands behind the body asks for nothing."""
+    reply = b"HTTP/1.1 503 No\r\ntransfer-encoding: chunked\r\n\r\n0\r\nretry-after: 7\r\n\r\n"
+    outcome = await outcome_of(reply)
+    assert outcome.after is None  # type: ignore[union-attr]
+
+
+async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TLS too call after call uses the same connection, until the receiver hangs up."""
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    trusting = ssl.create_default_context()
+    authority.configure_trust(trusting)
+    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+    async with (
+        scripted(answer(200, NAMED), context) as server,
+        opened(HttpTransport(settings_for(server.url))) as transport,
+    ):
+        for connections in (1, 2):
+            for _ in range(3):
+                assert names(await transport.send(a_delivery()))
+            assert server.connections == connections
+            server.writer.close()
+            await asyncio.sleep(0.1)
