@@ -17,11 +17,12 @@ if TYPE_CHECKING:
 CHATS = """
     WITH chat AS (
         INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
-        SELECT '{workspace}', gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, {count})
+        SELECT '{workspace}', gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, {chats})
         RETURNING workspace_id, id, last_message_id
     )
     INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
-    SELECT workspace_id, id, 'Are you still there?', {due}, last_message_id FROM chat
+    SELECT workspace_id, id, 'Are you still there?', {due}, last_message_id
+      FROM chat CROSS JOIN generate_series(1, {each})
 """
 
 
@@ -73,8 +74,9 @@ class Ours(Contestant):
     workers: int = 1
     started: tuple[Child, ...] = ()
 
-    def fill(self, count: int, due: str) -> None:
-        self.arena.sql(CHATS.format(workspace=self.arena.workspace, count=count, due=due))
+    def fill(self, count: int, due: str, each: int = 1) -> None:
+        """Insert rows, so many in each chat."""
+        self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:
         self.arena.sql(

@@ -23,16 +23,6 @@ PATIENCE = 300.0
 """Seconds after which a turn is given up."""
 PORTION = 500_000
 """How many others are inserted at once."""
-OTHERS = """
-    WITH chat AS (
-        INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
-        SELECT '{workspace}', gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, {chats})
-        RETURNING workspace_id, id, last_message_id
-    )
-    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
-    SELECT workspace_id, id, 'Are you still there?', {far} + random() * interval '300 days', last_message_id
-      FROM chat CROSS JOIN generate_series(1, {each})
-"""
 Figures = dict[str, float]
 
 
@@ -129,7 +119,7 @@ def others_pending(arena: Arena, count: int) -> None:
         arena.sql(f"DROP INDEX {name}")
     for first in range(there, count, PORTION):
         more = min(PORTION, count - first)
-        arena.sql(OTHERS.format(workspace=arena.workspace, chats=more // 10, each=10, far=FAR))
+        Ours(arena).fill(more, f"{FAR} + random() * interval '300 days'", each=10)
         sys.stderr.write(f"\r{first + more:,} others are pending ")
     for _, definition in indexes:
         arena.sql(definition)

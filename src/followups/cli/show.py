@@ -40,7 +40,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 MILLISECOND = timedelta(milliseconds=1)
 
 PATIENCE = timedelta(seconds=1)
-"""Seconds that the broker may take to say whether the transport is left alone; the rest is in the database."""
+"""How long the broker may take to say whether the transport is left alone; the rest is in the database."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,10 +124,6 @@ class Line:
         """Say whether somebody could be taken now."""
         return bool(self._lanes) or (bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD)
 
-    def seconds_ahead(self) -> float:
-        """Return how long before its due moment the first of all that wait is; not above 0 when it has passed."""
-        return 0.0 if self._lanes or not self._heap else self._clock.until(self._heap[0][0])
-
     def clear(self) -> list[Lease]:
         """Send everybody home; return their leases."""
         leases = [hinted.lease for _, _, hinted in self._heap]

@@ -24,7 +24,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.database import is_passing
 from followups.dispatch import report
-from followups.dispatch.begin import LEAD
 from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.limits import Turnstile
@@ -219,8 +218,8 @@ class Pipeline:
             return
         if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency:
             await asyncio.sleep(GATHER.total_seconds())
-        elif (ahead := self._line.seconds_ahead() - (LEAD - GATHER).total_seconds()) > 0:
-            await asyncio.sleep(ahead)
+        elif (delay := self._line.seconds_to_next()) and (room := delay + GATHER.total_seconds()) > 0:
+            await asyncio.sleep(room)
 
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
         self._breaker.spend(batch[one.lease.id].lease.lane for one in beginning.begun)

@@ -247,7 +247,7 @@ def claim(connection: Connection, look: Look) -> Taken:
 
     Where there is ``more``, `claim_fairly` should come next.
     """
-    rows = connection.execute(_IN_ORDER, _parameters(look)).all()
+    rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
     return claim_fairly(connection, look) if rows[0].unseen else _told(rows, look)
 
 
@@ -258,7 +258,7 @@ def claim_fairly(connection: Connection, look: Look) -> Taken:
 
 
 def _parameters(look: Look) -> dict[str, object]:
-    return asdict(look) | {"seen_most": look.window + look.most, "margin": LOW_WATER_MARGIN}
+    return asdict(look) | {"margin": LOW_WATER_MARGIN}
 
 
 def _told(rows: Sequence[Any], look: Look) -> Taken:
