@@ -55,7 +55,7 @@ CATALOGUE = {
     "lease at begin": Guard(BEGIN, {"AND f.lease_until > now()": ""}, guards.ended_lease_begins),
     # A cancel takes the lease too, so that each of the two is enough.
     "pending and lease at begin": Guard(
-        BEGIN, {"AND f.status = 'pending'": "", "AND f.lease_until > now()": ""}, guards.cancelled_begins
+        BEGIN, {"AND f.finished_at IS NULL": "", "AND f.lease_until > now()": ""}, guards.cancelled_begins
     ),
     "order at begin": Guard(BEGIN, {"e.status = 'pending'": "false"}, guards.later_one_begins),
     "silence at begin": Guard(
@@ -89,7 +89,7 @@ CATALOGUE = {
     ),
     "token at settle": Guard(SETTLE, {TOKEN: ""}, guards.stale_result_settles),
     "pending and begun at settle": Guard(
-        SETTLE, {"AND f.status = 'pending'": "", "AND f.begun_at IS NOT NULL": ""}, guards.result_settles_again
+        SETTLE, {"AND f.finished_at IS NULL": "", "AND f.begun_at IS NOT NULL": ""}, guards.result_settles_again
     ),
     "cancel requested at settle": Guard(
         SETTLE, {"(r.yields AND f.cancel_requested IS NOT NULL)": "false"}, guards.reply_in_flight_is_forgotten
@@ -129,7 +129,7 @@ CATALOGUE = {
     "token at put off": Guard(PUT_OFF, {TOKEN: ""}, guards.stale_put_off),
     "lease at put off": Guard(PUT_OFF, {"AND f.lease_until > now()": ""}, guards.ended_lease_put_off),
     "pending and lease at put off": Guard(
-        PUT_OFF, {"f.status = 'pending' AND": "", "AND f.lease_until > now()": ""}, guards.cancelled_put_off
+        PUT_OFF, {"f.finished_at IS NULL AND": "", "AND f.lease_until > now()": ""}, guards.cancelled_put_off
     ),
     "begun at put off": Guard(
         PUT_OFF,

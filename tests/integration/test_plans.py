@@ -76,6 +76,14 @@ def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield from read(child)
 
 
+def looked_up(plan: dict[str, Any]) -> Iterator[str]:
+    """Yield by which indexes follow-ups are looked up by their id, and by nothing else."""
+    if plan.get("Relation Name") == "follow_ups" and plan.get("Index Cond", "").startswith("(id = "):
+        yield plan["Index Name"]
+    for child in plan.get("Plans", []):
+        yield from looked_up(child)
+
+
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
@@ -85,6 +93,19 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
     world.burst([timedelta(0)] * DUE)
     if analyzed:
         _analyze(engine)
+    _go(engine, settings)
+
+
+def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
+    """The indexes of what is pending count as empty when vacuumed while nothing was: none looks cheap then."""
+    world.burst([timedelta(0)] * 2000)
+    world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
+    _analyze(engine)
+    world.burst([timedelta(0)] * DUE)
+    _go(engine, settings)
+
+
+def _go(engine: Engine, settings: Settings) -> None:
     way = Way(engine, settings)
     for step in (way.claim, way.limit, way.begin, way.settle):
         with statements(engine) as seen:
@@ -175,6 +196,7 @@ def _by_key(
     for way, rows in read(found[0]["Plan"]):
         assert way in {"Index Scan", "Index Only Scan", "Tid Scan"}, (way, statement)
         assert rows <= MOST, (rows, statement)
+    assert set(looked_up(found[0]["Plan"])) <= {"pk_follow_ups"}, statement
 
 
 def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
@@ -195,15 +217,17 @@ def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engi
     prepared.dispose()
 
 
+@pytest.mark.parametrize(("slow", "many"), [(0.0, DUE + 1), (60.0, DUE)], ids=["slow", "many"])
 def test_a_burst_into_a_table_that_counts_as_empty(
-    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
-    """After a claim that took too long the planner knows the table, and everything goes by key again."""
+    """After a claim that took too long, or of many, the planner knows the table, and everything goes by key again."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)
     assert world.scalar("SELECT reltuples FROM pg_class WHERE relname = 'follow_ups'") < DUE
-    monkeypatch.setattr(dispatcher, "SLOW", 0.0)
+    monkeypatch.setattr(dispatcher, "SLOW", slow)
+    monkeypatch.setattr(dispatcher, "MANY", many)
     beaten = Dispatcher(settings, engine, lambda _: None)
     beaten.start()
     beaten.tick()

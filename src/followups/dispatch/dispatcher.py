@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 SLOW = 1.0
 """Seconds after which the planner must be wrong about the table: a claim takes milliseconds."""
+MANY = 100
+"""In one claim, when it is worth asking whether the planner knows of so many."""
 NEXT_STATISTICS = 60.0
-"""Seconds between two times that the table is analyzed for this."""
+"""Seconds between two such questions."""
 
 QUICK = 0.01
 """Seconds within which a claim is so quick that each looks at all that is pending."""
@@ -144,15 +146,16 @@ class Dispatcher:
                 with self._engine.begin() as connection:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
                 return False
-        self._refresh_statistics(took)
+        self._refresh_statistics(took, len(claimed.leases))
         return claimed.more
 
-    def _refresh_statistics(self, took: float) -> None:
-        """Let the planner look at the table after a claim that took too long; after its leases were published."""
-        if took > SLOW and time.monotonic() >= self._next_statistics:
+    def _refresh_statistics(self, took: float, leased: int) -> None:
+        """Let the planner look at the table when it must be wrong about it; after the claim's leases were published."""
+        if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
-            statistics.refresh(self._engine)
-            report.statistics_refreshed(took)
+            if took > SLOW or statistics.counts_as_less_than(self._engine, leased):
+                statistics.refresh(self._engine)
+                report.statistics_refreshed(took)
 
     def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and now and then from the beginning, where something may have come in.

