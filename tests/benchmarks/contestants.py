@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from followups.embedded import Child
 
+CORES = os.cpu_count() or 1
 CHATS = """
     WITH chat AS (
         INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
@@ -67,11 +69,11 @@ class Contestant:
 
 @dataclass
 class Ours(Contestant):
-    """The system itself, by the Procfile's own lines."""
+    """The system itself, by the Procfile's own lines: a worker process for each core, as OPERATIONS.md has it."""
 
     name: str = "followups"
     table: str = "follow_ups"
-    workers: int = 1
+    workers: int = CORES
     started: tuple[Child, ...] = ()
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
@@ -92,6 +94,14 @@ class Ours(Contestant):
 
 
 @dataclass
+class OneWorker(Ours):
+    """The same with one worker process."""
+
+    name: str = "followups, one worker process"
+    workers: int = 1
+
+
+@dataclass
 class CeleryRows(Contestant):
     """A Celery task for each row."""
 
@@ -99,7 +109,7 @@ class CeleryRows(Contestant):
 
     def start(self) -> None:
         self.arena.spawn("beat", "celery -A rivals.celery_rows beat --loglevel=warning -s $(mktemp -u)")
-        self.arena.spawn("worker", "celery -A rivals.celery_rows worker --loglevel=info -c 2", "ready.")
+        self.arena.spawn("worker", f"celery -A rivals.celery_rows worker --loglevel=info -c {CORES}", "ready.")
 
 
 @dataclass
@@ -114,7 +124,7 @@ class CeleryEta(Contestant):
         self.helper("rivals.celery_eta")
 
     def start(self) -> None:
-        self.arena.spawn("worker", "celery -A rivals.celery_eta worker --loglevel=info -c 2", "ready.")
+        self.arena.spawn("worker", f"celery -A rivals.celery_eta worker --loglevel=info -c {CORES}", "ready.")
 
 
 @dataclass
@@ -125,7 +135,7 @@ class DramatiqRows(Contestant):
 
     def start(self) -> None:
         self.arena.spawn("poll", "python -m rivals.dramatiq_rows")
-        self.arena.spawn("worker", "dramatiq rivals.dramatiq_rows --processes 2 --threads 8 -v", "ready for action")
+        self.arena.spawn("worker", f"dramatiq rivals.dramatiq_rows --processes {CORES} --threads 8 -v", "ready for action")
 
 
 @dataclass
@@ -164,6 +174,7 @@ class AsyncioLoop(Contestant):
 LIMIT = AsyncioLoop.name
 EVERYBODY: dict[str, type[Contestant]] = {
     "ours": Ours,
+    "one": OneWorker,
     "loop": AsyncioLoop,
     "celery": CeleryRows,
     "dramatiq": DramatiqRows,

@@ -85,7 +85,7 @@ def in_turns(
 
 def throughput(arena: Arena, options: argparse.Namespace) -> Results:
     """Return follow-ups a second of a backlog."""
-    names = contestants(options, ("ours", "loop", "celery", "dramatiq", "procrastinate"))
+    names = contestants(options, ("ours", "one", "loop", "celery", "dramatiq", "procrastinate"))
     control = f"delay={options.delay}&slow={options.slow}"
     kind = f"answers after {options.delay:g} s" if options.delay else "answers at once"
     kind += f", {options.slow:.0%} after 5 s" if options.slow else ""
