@@ -54,12 +54,15 @@ BEGIN_SIZE = 200
 SETTLE_SIZE = 500
 """Rows of one statement at most: beyond, a statement is slow and no cheaper a row."""
 GATHER = timedelta(milliseconds=5)
-"""How long begin waits for more free slots, or for more to come up to their moment, and settle for more results, while
-there are few: a statement for five rows costs almost as much as one for fifty. A third of begin's lead."""
+"""How long begin waits for more free slots, or for more to come up to their moment, while there are few: a statement
+for five rows costs almost as much as one for fifty. A third of begin's lead."""
 ENOUGH_SLOTS = 0.4
 """The share of all slots that is worth a statement at once."""
 ENOUGH_RESULTS = 100
-"""The same for results."""
+"""Results that are worth a statement at once."""
+SETTLE_GATHER = timedelta(milliseconds=15)
+"""How long settle waits for so many. Nobody waits for it, but what it has not recorded when the process is killed is
+sent again, under the same key; so no longer than what has begun waits for its moment, which a kill leaves open too."""
 CONNECTIONS = 4
 """To the database, at once: begin, settle, the clock, and what is given back."""
 BACKOFF = timedelta(seconds=0.5)
@@ -287,14 +290,15 @@ class Pipeline:
             await self._settleable.wait()
             self._settleable.clear()
             if len(self._results) < ENOUGH_RESULTS and not self._drained:
-                await asyncio.sleep(GATHER.total_seconds())
-            while self._results:
-                batch = self._results[:SETTLE_SIZE]
+                await asyncio.sleep(SETTLE_GATHER.total_seconds())
+            if batch := self._results[:SETTLE_SIZE]:
                 report.lines.flush()
                 await self._settle(batch)
-                del self._results[: len(batch)]  # others have come behind it meanwhile
+                del self._results[: len(batch)]
                 self._changed.set()
-            if self._drained and not self._sends:
+            if self._results:  # which have come behind it meanwhile
+                self._settleable.set()
+            elif self._drained and not self._sends:
                 return
 
     async def _settle(self, batch: Sequence[Attempt]) -> None:
