@@ -135,7 +135,9 @@ class DramatiqRows(Contestant):
 
     def start(self) -> None:
         self.arena.spawn("poll", "python -m rivals.dramatiq_rows")
-        self.arena.spawn("worker", f"dramatiq rivals.dramatiq_rows --processes {CORES} --threads 8 -v", "ready for action")
+        self.arena.spawn(
+            "worker", f"dramatiq rivals.dramatiq_rows --processes {CORES} --threads 8 -v", "ready for action"
+        )
 
 
 @dataclass

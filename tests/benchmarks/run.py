@@ -2,6 +2,7 @@
 
     uv run --group benchmarks python tests/benchmarks/run.py throughput --count 50000 --rounds 3
     uv run --group benchmarks python tests/benchmarks/run.py throughput --only ours,loop --delay 0.05
+    uv run --group benchmarks python tests/benchmarks/run.py answers --count 50000
     uv run --group benchmarks python tests/benchmarks/run.py lag --rate 100 --seconds 60 --others 1000000
     uv run --group benchmarks python tests/benchmarks/run.py tick --others 10000,1000000,10000000
     uv run --group benchmarks python tests/benchmarks/run.py cost startup workers --json figures.json --plot plot.svg
@@ -71,16 +72,21 @@ def contestants(options: argparse.Namespace, default: tuple[str, ...]) -> list[s
 def in_turns(
     arena: Arena, names: list[str], rounds: int, turn: Callable[[Contestant], measures.Figures]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Let everybody have a turn in each round; tell on stderr how far it is."""
-    found: dict[str, list[measures.Figures]] = {name: [] for name in names}
+    """Let everybody have a turn in each round."""
+    everybody = [EVERYBODY[name](arena) for name in names]
+    return taken({one.name: lambda one=one: turn(one) for one in everybody}, rounds)
+
+
+def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Take each turn once in each round; tell on stderr how far it is."""
+    found: dict[str, list[measures.Figures]] = {name: [] for name in turns}
     for number in range(rounds):
-        for name in measures.shuffled(names, number):
-            contestant = EVERYBODY[name](arena)
-            figures = turn(contestant)
+        for name in measures.shuffled(list(turns), number):
+            figures = turns[name]()
             found[name].append(figures)
             said = ", ".join(f"{key} {value:,.1f}" for key, value in figures.items())
-            sys.stderr.write(f"round {number + 1} of {rounds}: {contestant.name}: {said}\n")
-    return {EVERYBODY[name](arena).name: measures.spread(each) for name, each in found.items()}
+            sys.stderr.write(f"round {number + 1} of {rounds}: {name}: {said}\n")
+    return {name: measures.spread(each) for name, each in found.items()}
 
 
 def throughput(arena: Arena, options: argparse.Namespace) -> Results:
@@ -91,6 +97,19 @@ def throughput(arena: Arena, options: argparse.Namespace) -> Results:
     kind += f", {options.slow:.0%} after 5 s" if options.slow else ""
     found = in_turns(arena, names, options.rounds, lambda one: measures.throughput(one, options.count, control))
     return {f"throughput: {options.count:,} due, {kind}": found}
+
+
+def answers(arena: Arena, options: argparse.Namespace) -> Results:
+    """Return the throughput by how the chat answers."""
+    kinds = {"at once": "", "after 50 ms": "delay=0.05", "1 % after 5 s": "slow=0.01"}
+    found = taken(
+        {
+            kind: lambda control=control: measures.throughput(Ours(arena), options.count, control)  # type: ignore[misc]
+            for kind, control in kinds.items()
+        },
+        options.rounds,
+    )
+    return {f"answers: {options.count:,} due": found}
 
 
 def lag(arena: Arena, options: argparse.Namespace) -> Results:
@@ -134,10 +153,15 @@ def cost(arena: Arena, options: argparse.Namespace) -> Results:
 
 def workers(arena: Arena, options: argparse.Namespace) -> Results:
     """Return the throughput of one, two and four worker processes."""
-    found = {}
-    for number in (1, 2, 4):
-        rounds = [measures.throughput(Ours(arena, workers=number), options.count) for _ in range(options.rounds)]
-        found[f"{number} worker processes"] = measures.spread(rounds)
+    found = taken(
+        {
+            f"{number} worker processes": lambda number=number: measures.throughput(  # type: ignore[misc]
+                Ours(arena, workers=number), options.count
+            )
+            for number in (1, 2, 4)
+        },
+        options.rounds,
+    )
     return {f"workers: {options.count:,} due": found}
 
 
@@ -149,6 +173,7 @@ def startup(arena: Arena, options: argparse.Namespace) -> Results:
 
 MEASURES: dict[str, Callable[[Arena, argparse.Namespace], Results]] = {
     "throughput": throughput,
+    "answers": answers,
     "lag": lag,
     "snapshot": snapshot,
     "tick": tick,
