@@ -21,7 +21,7 @@ from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES
 
 from followups import celery_logs, liveness
-from followups.database import BY_KEY, make_async_engine, make_engine
+from followups.database import BY_KEY, ONCE_PLANNED, make_async_engine, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.pipeline import CONNECTIONS, Pipeline
@@ -169,11 +169,10 @@ class Process:
         url = settings.database_url.get_secret_value()
         connection: Any = {
             "application_name": "followups-worker",
-            "options": BY_KEY,
             "statement_timeout": min(STATEMENT_TIMEOUT, settings.lease / 2),
         }
-        self.engine = make_engine(url, pool_size=4, **connection)
-        in_loop = make_async_engine(url, pool_size=CONNECTIONS, **connection)
+        self.engine = make_engine(url, pool_size=4, options=BY_KEY, **connection)
+        in_loop = make_async_engine(url, pool_size=CONNECTIONS, options=ONCE_PLANNED, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         transport = load_transport(settings)
         shared = (RedisLimiter(settings), RedisBreaker(settings, settings.transport))

@@ -12,7 +12,7 @@ from uuid import uuid4
 import pytest
 import redis
 
-from followups.database import BY_KEY, make_async_engine
+from followups.database import ONCE_PLANNED, make_async_engine
 from followups.dispatch import breaker
 from followups.dispatch.breaker import CLOSED, Breaker, News, Reading
 from followups.dispatch.claim import claim
@@ -237,7 +237,7 @@ def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
     pipelines: list[Pipeline] = []
 
     def start(own: Settings, transport: Any, pace: Pace = QUICK) -> Pipeline:
-        engine = make_async_engine(database_url, options=BY_KEY)
+        engine = make_async_engine(database_url, options=ONCE_PLANNED)
         pipeline = Pipeline(own, engine, transport, breaker_store=RedisBreaker(own, "http", pace))
         pipeline.start()
         pipelines.append(pipeline)

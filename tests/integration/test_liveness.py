@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups import liveness
-from followups.database import BY_KEY, make_async_engine
+from followups.database import ONCE_PLANNED, make_async_engine
 from followups.dispatch.dispatcher import Dispatcher
 from followups.dispatch.pipeline import Pipeline
 from followups.telemetry.heartbeat import Heartbeat
@@ -30,7 +30,7 @@ def test_a_stuck_loop_and_a_stuck_tick(
     """The pipeline signs when its loop turns, the dispatcher when idle; stuck, their last sign grows old."""
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
-    pipeline = Pipeline(settings, make_async_engine(database_url, options=BY_KEY), SandboxTransport(settings))
+    pipeline = Pipeline(settings, make_async_engine(database_url, options=ONCE_PLANNED), SandboxTransport(settings))
     heart = Heartbeat(tmp_path, "worker", "w@here")
     dispatcher.start()
     pipeline.start()

@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from followups.database import BY_KEY, make_async_engine
+from followups.database import ONCE_PLANNED, make_async_engine
 from followups.dispatch import pipeline as pipeline_module
 from followups.dispatch.claim import claim
 from followups.dispatch.clock import DatabaseClock
@@ -83,7 +83,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
     pipelines: list[Pipeline] = []
 
     def start(transport: Scripted, **changes: Any) -> Pipeline:
-        engine = make_async_engine(database_url, options=BY_KEY)
+        engine = make_async_engine(database_url, options=ONCE_PLANNED)
         pipeline = Pipeline(settings.model_copy(update=changes), engine, transport)
         pipeline.start()
         pipelines.append(pipeline)
@@ -288,7 +288,7 @@ def test_drained_without_a_database(
 
     transport = Scripted(answer, 0.02)
     one_by_one = settings.model_copy(update={"concurrency": 1})
-    pipeline = Pipeline(one_by_one, make_async_engine(database_url, options=BY_KEY), transport)
+    pipeline = Pipeline(one_by_one, make_async_engine(database_url, options=ONCE_PLANNED), transport)
     pipeline.start()
     pipeline.submit(claim(engine, settings).leases)
     wait_until(lambda: transport.calls.total() == 10 and not transport.under_way)

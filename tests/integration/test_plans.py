@@ -5,6 +5,7 @@ The lists of the API have theirs in `test_store_listing.py`.
 
 from __future__ import annotations
 
+import re
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
-from followups.database import BY_KEY, make_engine
+from followups.database import ONCE_PLANNED, make_engine
 from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim, claim_fairly
@@ -68,10 +69,10 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield how each part of a plan reads follow-ups or chats, and how many rows it looks at."""
+    """Yield how each part of a plan reads follow-ups or chats, and how many rows it looked at if it was executed."""
     if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
-        looked_at = plan["Actual Rows"] + plan.get("Rows Removed by Filter", 0)
-        yield plan["Node Type"], looked_at * plan["Actual Loops"]
+        looked_at = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
+        yield plan["Node Type"], looked_at * plan.get("Actual Loops", 0)
     for child in plan.get("Plans", []):
         yield from read(child)
 
@@ -93,7 +94,8 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
     world.burst([timedelta(0)] * DUE)
     if analyzed:
         _analyze(engine)
-    _go(engine, settings)
+    for statement in _go(engine, settings):
+        _by_key_whatever_the_batch(engine, statement)
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
@@ -105,14 +107,19 @@ def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: 
     _go(engine, settings)
 
 
-def _go(engine: Engine, settings: Settings) -> None:
+def _go(engine: Engine, settings: Settings) -> list[str]:
+    """Go all the way, and look at each plan; return the statements of the pipeline."""
     way = Way(engine, settings)
+    of_the_pipeline: list[str] = []
     for step in (way.claim, way.limit, way.begin, way.settle):
         with statements(engine) as seen:
             step()
         assert seen
         for statement, parameters in seen:
             _by_key(engine, statement, parameters)
+        if step != way.claim:
+            of_the_pipeline += [statement for statement, _ in seen]
+    return of_the_pipeline
 
 
 @dataclass
@@ -199,11 +206,24 @@ def _by_key(
     assert set(looked_up(found[0]["Plan"])) <= {"pk_follow_ups"}, statement
 
 
+PARAMETER = re.compile(r"%\((\w+)\)s")
+
+
+def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
+    """Look at the one plan that a statement of the pipeline has for all batches (`ONCE_PLANNED`)."""
+    names = list(dict.fromkeys(PARAMETER.findall(statement)))
+    numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", statement)
+    with engine.connect() as connection:
+        plan = connection.exec_driver_sql(f"EXPLAIN (GENERIC_PLAN, FORMAT JSON) {numbered}").scalar_one()[0]["Plan"]
+    assert {way for way, _ in read(plan)} <= {"Index Scan", "Index Only Scan"}, statement
+    assert set(looked_up(plan)) <= {"pk_follow_ups"}, statement
+
+
 def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
     """A plan made while the tables were as good as empty looks up each chat once, however many there are by now."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.World(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
-    prepared = make_engine(database_url, pool_size=1, options=f"{BY_KEY} -c plan_cache_mode=force_generic_plan")
+    prepared = make_engine(database_url, pool_size=1, options=ONCE_PLANNED)
     with prepared.connect() as connection:
         world.burst([timedelta(0)] * 30)
         for lease in claim(engine, patient).leases:

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from followups.database import BY_KEY, make_async_engine
+from followups.database import ONCE_PLANNED, make_async_engine
 from followups.dispatch import pipeline as pipeline_module
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
@@ -95,7 +95,9 @@ class Bench:
         settings = self.settings.model_copy(update=changes)
         url = settings.database_url.get_secret_value()
         self.limiters.append(Counted(settings, PATIENCE))
-        pipeline = Pipeline(settings, make_async_engine(url, options=BY_KEY), transport, limiter=self.limiters[-1])
+        pipeline = Pipeline(
+            settings, make_async_engine(url, options=ONCE_PLANNED), transport, limiter=self.limiters[-1]
+        )
         pipeline.start()
         self.pipelines.append(pipeline)
         self.ticks.append(threading.Thread(target=self._tick, args=(pipeline, settings), daemon=True))
