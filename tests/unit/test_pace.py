@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.dispatch.claim import size_of_claim
-from followups.dispatch.pace import LONGEST, SHORTEST, until_half_is_free
+from followups.dispatch.pace import LONGEST, SHORTEST, Pace, until_half_is_free
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,37 @@ def test_it_settles(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the window; of a small one as much as is worth it, of a large one what takes a moment."""
     assert size_of_claim(window) == expected
+
+
+TICK = 1.0
+CLAIM = 0.03
+"""Seconds that a claim takes."""
+
+
+def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
+    """Return how many go out of a backlog, at ``rate`` while any are in flight, with ticks that go round."""
+    paces = [Pace(window) for _ in range(dispatchers)]
+    busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers
+    in_flight = total = 0
+    for millisecond in range(seconds * 1000):
+        now = millisecond / 1000
+        gone = min(in_flight, rate // 1000)
+        in_flight, total = in_flight - gone, total + gone
+        if now % TICK == 0:
+            one = int(now / TICK) % dispatchers
+            ends[one] = now + TICK
+            paces[one].begin()
+        for one, pace in enumerate(paces):
+            if now < ends[one] and now >= max(pace.next, busy_until[one]):
+                room = window - in_flight
+                taken = min(room, size_of_claim(window))
+                in_flight, busy_until[one] = in_flight + taken, now + CLAIM
+                pace.note(taken, now, more=True, cut_short=taken < room)
+    return total
+
+
+@pytest.mark.parametrize("dispatchers", [1, 2, 4])
+@pytest.mark.parametrize("rate", [2000, 10_000, 30_000])
+def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
+    """However many dispatchers share the ticks, the window is filled before it has emptied."""
+    assert sent(dispatchers, rate, seconds=20) >= 0.98 * rate * 20

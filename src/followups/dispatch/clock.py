@@ -59,11 +59,14 @@ class DatabaseClock:
 
     def now(self) -> datetime:
         """Return the database's time. Raises RuntimeError before the first sample."""
-        if self._offset is None:
-            message = "the database's clock has not been asked yet"
-            raise RuntimeError(message)
-        return _EPOCH + timedelta(seconds=self._monotonic() + self._offset)
+        return _EPOCH + timedelta(seconds=self._monotonic() + self._known_offset())
 
     def until(self, moment: datetime) -> float:
         """Return the seconds from now to ``moment``; negative when it has passed."""
-        return (moment - self.now()).total_seconds()
+        return (moment - _EPOCH).total_seconds() - (self._monotonic() + self._known_offset())
+
+    def _known_offset(self) -> float:
+        if self._offset is None:
+            message = "the database's clock has not been asked yet"
+            raise RuntimeError(message)
+        return self._offset

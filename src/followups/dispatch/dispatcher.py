@@ -10,7 +10,7 @@ from sqlalchemy import text
 
 from followups.dispatch import report
 from followups.dispatch.claim import claim, claim_fairly
-from followups.dispatch.pace import until_half_is_free
+from followups.dispatch.pace import Pace
 from followups.dispatch.publish import batches
 from followups.store import leases, order, pauses, statistics
 
@@ -61,9 +61,7 @@ class Dispatcher:
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
-        self._filled_at = self._next_claim = 0.0
-        self._taken = 0
-        """Since the window was last full, at ``_filled_at``."""
+        self._pace = Pace(settings.max_in_flight)
         self.busy_since: float | None = None
         """Monotonic seconds; None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -121,8 +119,9 @@ class Dispatcher:
 
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+        self._pace.begin()
         self._wake_forgotten()
-        while not self._stopping.wait(max(0.0, self._next_claim - time.monotonic())):
+        while not self._stopping.wait(max(0.0, self._pace.next - time.monotonic())):
             if not self._claim_and_publish() or time.monotonic() >= deadline:
                 return
 
@@ -150,12 +149,20 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Let the planner look at the table when it must be wrong about it; after the claim's leases were published."""
+        """Let the planner look at the table when it must be wrong about it, while claims go on."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
+            refresh = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
+            refresh.start()
+
+    def _refresh(self, took: float, leased: int) -> None:
+        try:
             if took > SLOW or statistics.counts_as_less_than(self._engine, leased):
                 statistics.refresh(self._engine)
-                report.statistics_refreshed(took)
+                if not statistics.counts_as_less_than(self._engine, leased):  # else it was not for us to do
+                    report.statistics_refreshed(took)
+        except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
+            report.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
         """Claim from the low-water mark on, and now and then from the beginning, where something may have come in.
@@ -169,21 +176,11 @@ class Dispatcher:
         take = claim_fairly if self._left_some else claim
         claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since)
         took = time.monotonic() - started
-        self._next_claim = self._next_moment(claimed, started)
+        taken = len(claimed.leases) + len(claimed.ended)
+        self._pace.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
         self._left_some = claimed.more
         self._since = claimed.low_water
         if self._looked_at_all and took > QUICK:
             self._next_whole = started + took / LOOKING_SHARE
         report.claimed(claimed, took)
         return claimed, took
-
-    def _next_moment(self, claimed: Claim, started: float) -> float:
-        """Say when to claim again after a claim that started then, by the same clock."""
-        if not self._left_some:  # what a backlog begins with says nothing about how fast it goes
-            self._taken, self._filled_at = 0, started
-        self._taken += len(claimed.leases) + len(claimed.ended)
-        if claimed.cut_short:
-            return 0.0
-        pause = until_half_is_free(self._taken, started - self._filled_at, self._settings.max_in_flight)
-        self._taken, self._filled_at = 0, started
-        return started + pause if claimed.more else 0.0

@@ -1,4 +1,4 @@
-"""Pace: how long to wait between two claims behind a backlog. Pure.
+"""Pace: how long to wait between two claims behind a backlog. No clock of its own, no I/O.
 
 Each claim looks at all that is in flight, however little of it has come free: claiming each place as it does would
 make batches of one. Waiting until everything has been sent would leave the workers without anything. So one half is
@@ -24,3 +24,37 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
         return SHORTEST  # all of it came free, and nobody knows how long ago
     half = seconds * window / (2 * taken) if taken else LONGEST
     return min(max(SHORTEST, min(half, 2 * seconds)), LONGEST)
+
+
+class Pace:
+    """When a dispatcher is to claim next. There may be others, and each claims in ticks of its own."""
+
+    def __init__(self, window: int) -> None:
+        """``window`` is how many may be in flight."""
+        self._window = window
+        self._taken = 0
+        """Since the window was last full, at ``_full_at``."""
+        self._full_at: float | None = None
+        self._more = False
+        self.next = 0.0
+        """Monotonic seconds."""
+
+    def begin(self) -> None:
+        """Begin a tick: others may have claimed since the last one, so that what comes free now says nothing."""
+        self._full_at = None
+
+    def note(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
+        """Take a claim into account that began at a moment (monotonic seconds) and took so many.
+
+        ``more``: it left some; ``cut_short``: it was full, and the window was not.
+        """
+        if self._full_at is None or not self._more:  # what a backlog begins with says nothing about how fast it goes
+            self._taken, self._full_at = 0, at
+        self._more = more
+        self._taken += taken
+        if cut_short:
+            self.next = 0.0
+            return
+        pause = until_half_is_free(self._taken, at - self._full_at, self._window)
+        self._taken, self._full_at = 0, at
+        self.next = at + pause if more else 0.0

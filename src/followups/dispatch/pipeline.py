@@ -61,8 +61,9 @@ ENOUGH_SLOTS = 0.4
 ENOUGH_RESULTS = 100
 """Results that are worth a statement at once."""
 SETTLE_GATHER = timedelta(milliseconds=15)
-"""How long settle waits for so many. Nobody waits for it, but what it has not recorded when the process is killed is
-sent again, under the same key; so no longer than what has begun waits for its moment, which a kill leaves open too."""
+"""How long settle waits for so many. Only the next one of a chat waits for it. What is not recorded when the process is
+killed is sent again, under the same key; so no longer than what has begun waits for its moment, which a kill leaves
+open too. Where the receiver cannot deduplicate, its outcome would be unknown: there it is `GATHER`."""
 CONNECTIONS = 4
 """To the database, at once: begin, settle, the clock, and what is given back."""
 BACKOFF = timedelta(seconds=0.5)
@@ -286,11 +287,12 @@ class Pipeline:
     # Settle: what was accepted is recorded at once.
 
     async def _keep_settling(self) -> None:
+        gather = SETTLE_GATHER if self._settings.transport_deduplicates else GATHER
         while True:
             await self._settleable.wait()
             self._settleable.clear()
             if len(self._results) < ENOUGH_RESULTS and not self._drained:
-                await asyncio.sleep(SETTLE_GATHER.total_seconds())
+                await asyncio.sleep(gather.total_seconds())
             if batch := self._results[:SETTLE_SIZE]:
                 report.lines.flush()
                 await self._settle(batch)

@@ -106,10 +106,11 @@ _TAKE = f"""
     -- the first row says what was looked at
     SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
            NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
-           looked.leased, looked.unseen, LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water
+           looked.leased, looked.unseen, LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water,
+           (SELECT count(*) FROM taken) AS taken
       FROM looked
      UNION ALL
-    SELECT claimed.*, NULL, NULL, NULL FROM claimed
+    SELECT claimed.*, NULL, NULL, NULL, NULL FROM claimed
      ORDER BY due NULLS FIRST, id
 """  # noqa: S608 - no input, only the constants above
 
@@ -276,7 +277,8 @@ def _told(rows: Sequence[Any], look: Look) -> Taken:
         leases,
         lost,
         traced,
-        more=len(leases) >= min(look.most, room) or looked.unseen,
-        cut_short=len(leases) == look.most < room,
+        # Of what was taken some may have been changed at that moment, and then has another place, and no lease.
+        more=looked.taken >= min(look.most, room) or looked.unseen,
+        cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,
     )

@@ -37,7 +37,7 @@ Document = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer whose status line has arrived. Header names are looked up in lower case."""
+    """An HTTP answer whose head has arrived. Header names are looked up in lower case."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)

@@ -66,7 +66,7 @@ def _body(delivery: Delivery) -> bytes:
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": str(delivery.trigger_chat_message_id),
         "message": delivery.message,
-        "dueDate": f"{delivery.due_date.astimezone(UTC).replace(tzinfo=None).isoformat(timespec='microseconds')}Z",
+        "dueDate": delivery.due_date.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
         "attempt": delivery.attempt,
     }
     return encode_json(document)

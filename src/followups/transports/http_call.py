@@ -1,7 +1,7 @@
 """One HTTP call, and whether its request went out: what the transports over HTTP share.
 
 The line between "try again" and "nobody knows" is whether the request went out: an error before its first
-byte was handed to the socket is a `Retry`, one after that, without a status line, is `Unknown`.
+byte was handed to the socket is a `Retry`, one after that, without an answer's head, is `Unknown`.
 """
 
 from __future__ import annotations

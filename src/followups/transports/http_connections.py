@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import math
+import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -59,10 +61,13 @@ class Connections:
         else:
             await self._places.acquire()
         try:
-            return self._idle_one() or await self._new_one(until)
-        except BaseException:
+            wire = self._idle_one() or await self._new_one(until)
+        except BaseException as error:
             self._places.release()
+            if isinstance(error, asyncio.CancelledError) and self._closed and not _is_being_cancelled():
+                raise aiohttp.ClientConnectionError from None  # by the connector, when it was closed
             raise
+        return wire
 
     def give(self, wire: Wire) -> None:
         """Take a connection back after its call: the next one gets it if it is in order."""
@@ -103,6 +108,11 @@ class Connections:
         if time.monotonic() > until:
             wire.close()
             raise TimeoutError
+        # One that has ended already would take the request, and leave open what became of it. Over TLS the first thing
+        # that comes is the handshake's.
+        if self._origin.url.scheme == "http" and not wire.is_silent() and not wire.spoke:
+            wire.close()
+            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         return wire
 
     def _sweep_after(self, seconds: float) -> None:
@@ -115,3 +125,8 @@ class Connections:
             self._idle.popleft().close()
         if self._idle:
             self._sweep_after(self._idle[0].since + self._kept - now)
+
+
+def _is_being_cancelled() -> bool:
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0

@@ -72,7 +72,8 @@ class Wire(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._connection = connection
         self._handler = cast("ResponseHandler", connection.protocol)  # None only after its release
-        if connection.transport is None:
+        # uvloop may read the end before whoever waits for the connection goes on, and would drop what is written.
+        if connection.transport is None or connection.transport.is_closing():
             connection.close()
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         self._transport = connection.transport
@@ -93,15 +94,18 @@ class Wire(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        """Whether it can take another request: nothing is due on it, and both sides leave it open."""
-        return self._in_order and not self.spoke and not self._transport.is_closing()
+        """Whether it can take another request: nothing is due on it either way, and both sides leave it open."""
+        clean = self._in_order and not self.spoke and not self._transport.is_closing()
+        return clean and not self._transport.get_write_buffer_size()
 
     def is_silent(self) -> bool:
         """Return whether nothing has come that the loop is still to read: an end, or an answer to nothing."""
         return not self._readable.poll(0)
 
     def close(self) -> None:
-        """Hang up; again is harmless."""
+        """Hang up; again is harmless. What is left of a request that was given up is not sent any more."""
+        if not self._in_order:
+            self._transport.abort()
         self._connection.close()
 
     async def ask(self, request: bytes, until: float) -> Answer:
@@ -222,7 +226,7 @@ class Wire(asyncio.Protocol):
         self._in_order = False
         if not self._status:
             self._fail(error or aiohttp.ServerDisconnectedError())
-        elif self._framed:
+        elif self._framed or error is not None:
             kind = kind_of(error or aiohttp.ServerDisconnectedError())
             self._finish(f"the body of the answer broke off ({kind})")
         else:  # the end is what such a body ends with
@@ -237,7 +241,7 @@ class Wire(asyncio.Protocol):
 
 def _new_parser(callbacks: Wire) -> httptools.HttpResponseParser:
     parser = httptools.HttpResponseParser(callbacks)
-    # What aiohttp, browsers and curl put up with.
+    # What aiohttp puts up with.
     parser.set_dangerous_leniencies(
         lenient_headers=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
     )

@@ -5,16 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import struct
 import threading
 import time
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
+import aiohttp
+import aiohttp.resolver
 import pytest
 from yarl import URL
 
 from followups.transports.http import HttpTransport
 from followups.transports.http_connections import Connections
-from followups.transports.port import Sent
+from followups.transports.port import Rejected, Retry, Sent, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
@@ -46,6 +51,12 @@ class ThreadedServer:
         with contextlib.suppress(OSError):
             while connection.recv(65_536):
                 connection.sendall(OK)
+
+    def hang_up(self) -> None:
+        """End the connections there are; with SO_LINGER 0 by a reset."""
+        for one in self.connections:
+            one.shutdown(socket.SHUT_RD)  # wakes the thread that reads
+            one.close()
 
     def close(self) -> None:
         for one in (self._listening, *self.connections):
@@ -236,3 +247,86 @@ async def test_an_idle_connection_is_closed_in_time() -> None:
         await connections.close()
         for _ in (another, third):
             await asyncio.wait_for(ends.get(), 5)
+
+
+@pytest.mark.parametrize("read", [True, False], ids=["read", "not read yet"])
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
+async def test_a_connection_that_ends_as_it_is_made_takes_no_request(
+    threaded: ThreadedServer, monkeypatch: pytest.MonkeyPatch, *, reset: bool, read: bool
+) -> None:
+    """Nothing was sent, so there is something to try again, also where the receiver cannot deduplicate."""
+    connect = aiohttp.TCPConnector.connect
+
+    async def connect_and_lose(*arguments: Any) -> Any:
+        made = await connect(*arguments)
+        while not threaded.connections:  # noqa: ASYNC110 - a thread accepts it
+            await asyncio.sleep(0.001)
+        if reset:
+            threaded.connections[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        threaded.hang_up()
+        time.sleep(0.05)  # noqa: ASYNC251 - the loop stands still until it has come
+        if read:
+            await asyncio.sleep(0)
+        return made
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect_and_lose)
+    async with opened(HttpTransport(settings_for(threaded.url, transport_deduplicates=False))) as transport:
+        outcome = await transport.send(a_delivery())
+    assert isinstance(outcome, Retry)
+
+
+async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
+    """A receiver that reads on after the timeout does not get it."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        settings = settings_for(
+            f"http://127.0.0.1:{listening.getsockname()[1]}", transport_timeout=timedelta(seconds=0.1)
+        )
+        async with opened(HttpTransport(settings)) as transport:
+            outcome = await transport.send(replace(a_delivery(), message="x" * 16_000_000))
+        assert outcome == Unknown("no answer within 0.1 s")
+        connection, _ = listening.accept()
+        with connection:
+            received = 0
+            with contextlib.suppress(ConnectionResetError):
+                while part := connection.recv(1_000_000):
+                    received += len(part)
+    assert received < 16_000_000
+
+
+async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
+    """A receiver that answers before it has read all would take the rest for the next request."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        peers.append(writer)
+        await reader.read(1000)
+        writer.write(answer(413))
+        await writer.drain()
+
+    peers: list[asyncio.StreamWriter] = []
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1024)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, opened(HttpTransport(settings_for(url))) as transport:
+        for _ in range(2):
+            outcome = await transport.send(replace(a_delivery(), message="x" * 16_000_000))
+            assert outcome == Rejected("HTTP 413", 413)
+        for peer in peers:
+            peer.close()
+    assert len(peers) == 2
+
+
+async def test_a_call_that_looks_up_its_host_when_all_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was not sent, and nobody was cancelled."""
+    asked = asyncio.Event()
+
+    async def ask(*_: object, **__: object) -> list[Any]:
+        asked.set()
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", ask)
+    monkeypatch.setattr(aiohttp.resolver.DefaultResolver, "resolve", ask)
+    async with opened(HttpTransport(settings_for("http://chat.invalid"))) as transport:
+        sending = asyncio.create_task(transport.send(a_delivery()))
+        await asked.wait()
+        await transport.close()
+        assert isinstance(await sending, Retry)

@@ -1,0 +1,136 @@
+"""One call of the transport, which is given up in time and whose ending is always an outcome."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.send import GRACE, Attempt, send
+from followups.store.leases import Begun, Lease
+from followups.transports.port import Outcome, Sent, Unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from followups.transports.port import Delivery, Transport
+
+SOON = timedelta(milliseconds=50) - GRACE
+NOW = datetime.now(UTC)
+BEGUN = Begun(Lease(uuid4(), 1, NOW), uuid4(), uuid4(), "web", None, uuid4(), "Are you still there?", NOW, 1, 0)
+
+
+class Plugin:
+    """A transport that does what a test says."""
+
+    name = "plugin"
+
+    def __init__(self, does: Callable[[], Awaitable[Outcome]]) -> None:
+        self.does = does
+
+    async def send(self, _delivery: Delivery) -> Outcome:
+        return await self.does()
+
+
+async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
+    """Make one call; afterwards nobody is being cancelled."""
+    clock = DatabaseClock()
+    clock.observe(NOW, time.monotonic(), time.monotonic())
+    transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
+    try:
+        return await send(transport, BEGUN, clock, limit, time.monotonic() + 60)
+    finally:
+        await asyncio.sleep(0)
+
+
+async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
+    """Return what comes of it, and see that the task goes on as if nothing had been."""
+    made = await attempt(does)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    await asyncio.sleep(0.1)  # when the limit, if it was not lifted, would end this
+    assert made is not None
+    return made.outcome
+
+
+async def hang() -> Outcome:
+    """Never answer."""
+    await asyncio.Event().wait()
+    return Sent()
+
+
+async def test_a_call_that_hangs_is_given_up() -> None:
+    """What became of it is not known."""
+    assert await outcome(hang) == Unknown("no outcome within 0.05 s")
+
+
+async def test_a_call_in_time() -> None:
+    """Its outcome counts, and the limit is lifted."""
+
+    async def answer() -> Outcome:
+        await asyncio.sleep(0.01)
+        return Sent(status_code=200)
+
+    assert await outcome(answer) == Sent(status_code=200)
+
+
+async def test_an_outcome_in_spite_of_the_limit() -> None:
+    """A transport that is stopped and knows the outcome all the same is believed."""
+
+    async def insist() -> Outcome:
+        try:
+            return await hang()
+        except asyncio.CancelledError:
+            return Sent(status_code=201)
+
+    assert await outcome(insist) == Sent(status_code=201)
+
+
+async def test_an_error_when_stopped() -> None:
+    """A transport that answers the stop with an error of its own: not known."""
+
+    async def break_down() -> Outcome:
+        try:
+            return await hang()
+        except asyncio.CancelledError:
+            raise RuntimeError from None
+
+    assert await outcome(break_down) == Unknown("the transport raised RuntimeError")
+
+
+@pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError, SystemExit, KeyError])
+async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
+    """Its kind is told, and the process goes on."""
+
+    async def fail() -> Outcome:
+        raise error
+
+    assert await outcome(fail) == Unknown(f"the transport raised {error.__name__}")
+
+
+async def test_cancelled_from_outside() -> None:
+    """Whoever cancels the task ends it; that is no outcome."""
+    task = asyncio.create_task(attempt(hang, timedelta(seconds=60)))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_cancelled_from_outside_as_the_limit_ends() -> None:
+    """Then as well."""
+
+    async def block() -> Outcome:
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)  # the limit is over before the loop turns
+        asyncio.get_running_loop().call_later(0.02, task.cancel)
+        return await hang()
+
+    task = asyncio.create_task(attempt(block))
+    with pytest.raises(asyncio.CancelledError):
+        await task
