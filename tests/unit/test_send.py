@@ -38,14 +38,11 @@ class Plugin:
 
 
 async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
-    """Make one call; afterwards nobody is being cancelled."""
+    """Make one call, within the limit and a grace."""
     clock = DatabaseClock()
     clock.observe(NOW, time.monotonic(), time.monotonic())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
-    try:
-        return await send(transport, BEGUN, clock, limit, time.monotonic() + 60)
-    finally:
-        await asyncio.sleep(0)
+    return await send(transport, BEGUN, clock, limit, time.monotonic() + 60)
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:

@@ -35,7 +35,7 @@ class Pace:
         self._taken = 0
         """Since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
-        self._more = False
+        """None: nobody knows; what a backlog begins with says nothing about how fast it goes."""
         self.next = 0.0
         """Monotonic seconds."""
 
@@ -48,13 +48,12 @@ class Pace:
 
         ``more``: it left some; ``cut_short``: it was full, and the window was not.
         """
-        if self._full_at is None or not self._more:  # what a backlog begins with says nothing about how fast it goes
+        if self._full_at is None:
             self._taken, self._full_at = 0, at
-        self._more = more
         self._taken += taken
-        if cut_short:
-            self.next = 0.0
-            return
-        pause = until_half_is_free(self._taken, at - self._full_at, self._window)
-        self._taken, self._full_at = 0, at
-        self.next = at + pause if more else 0.0
+        self.next = 0.0
+        if not more:
+            self._full_at = None
+        elif not cut_short:
+            self.next = at + until_half_is_free(self._taken, at - self._full_at, self._window)
+            self._taken, self._full_at = 0, at

@@ -2,7 +2,7 @@
 
 Autovacuum does it within minutes. Until then, a table that was emptied and vacuumed, and then filled in a burst,
 counts as one row: any index that holds the id serves as well as the primary key, and some are read to their end for
-each row. Measured with 50,000 due in such a table: claim, begin and settle of a batch took up to seconds each.
+each row. Measured with 50,000 due in such a table: claim, begin and settle of a batch took seconds each.
 """
 
 from __future__ import annotations

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import math
-import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 import aiohttp
 
-from followups.transports.http_wire import Wire
+from followups.transports.http_wire import Wire, connection_reset
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,7 +110,7 @@ class Connections:
         # that comes is the handshake's.
         if self._origin.url.scheme == "http" and not wire.is_silent() and not wire.spoke:
             wire.close()
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            raise connection_reset()
         return wire
 
     def _sweep_after(self, seconds: float) -> None:

@@ -75,7 +75,7 @@ class Wire(asyncio.Protocol):
         # uvloop may read the end before whoever waits for the connection goes on, and would drop what is written.
         if connection.transport is None or connection.transport.is_closing():
             connection.close()
-            raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            raise connection_reset()
         self._transport = connection.transport
         self.since = time.monotonic()
         """When it was last used."""
@@ -104,7 +104,7 @@ class Wire(asyncio.Protocol):
 
     def close(self) -> None:
         """Hang up; again is harmless. What is left of a request that was given up is not sent any more."""
-        if not self._in_order:
+        if self._transport.get_write_buffer_size():
             self._transport.abort()
         self._connection.close()
 
@@ -246,6 +246,11 @@ def _new_parser(callbacks: Wire) -> httptools.HttpResponseParser:
         lenient_headers=True, lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True
     )
     return parser
+
+
+def connection_reset() -> ConnectionResetError:
+    """Return the error of a connection that was lost as it was made, as the operating system words it."""
+    return ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
 
 def kind_of(error: BaseException) -> str:

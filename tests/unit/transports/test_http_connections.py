@@ -8,7 +8,6 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -275,17 +274,34 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(
     assert isinstance(outcome, Retry)
 
 
+async def test_a_connection_that_closes_as_it_is_made_takes_no_request(
+    threaded: ThreadedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An event loop that has read the end already drops what is written, and says nothing."""
+    connect = aiohttp.TCPConnector.connect
+
+    async def connect_and_close(*arguments: Any) -> Any:
+        made = await connect(*arguments)
+        made.transport.close()
+        return made
+
+    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect_and_close)
+    async with opened(HttpTransport(settings_for(threaded.url, transport_deduplicates=False))) as transport:
+        assert isinstance(await transport.send(a_delivery()), Retry)
+
+
 async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
     """A receiver that reads on after the timeout does not get it."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = settings_for(
             f"http://127.0.0.1:{listening.getsockname()[1]}", transport_timeout=timedelta(seconds=0.1)
         )
-        async with opened(HttpTransport(settings)) as transport:
-            outcome = await transport.send(replace(a_delivery(), message="x" * 16_000_000))
+        async with asyncio.timeout(10), opened(HttpTransport(settings)) as transport:
+            outcome = await transport.send(a_delivery(message="x" * 16_000_000))
         assert outcome == Unknown("no answer within 0.1 s")
         connection, _ = listening.accept()
         with connection:
+            connection.settimeout(5)
             received = 0
             with contextlib.suppress(ConnectionResetError):
                 while part := connection.recv(1_000_000):
@@ -305,9 +321,9 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
     peers: list[asyncio.StreamWriter] = []
     server = await asyncio.start_server(refuse, "127.0.0.1", 0, limit=1024)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-    async with server, opened(HttpTransport(settings_for(url))) as transport:
+    async with asyncio.timeout(10), server, opened(HttpTransport(settings_for(url))) as transport:
         for _ in range(2):
-            outcome = await transport.send(replace(a_delivery(), message="x" * 16_000_000))
+            outcome = await transport.send(a_delivery(message="x" * 16_000_000))
             assert outcome == Rejected("HTTP 413", 413)
         for peer in peers:
             peer.close()
@@ -323,9 +339,8 @@ async def test_a_call_that_looks_up_its_host_when_all_is_closed(monkeypatch: pyt
         await asyncio.Event().wait()
         return []
 
-    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", ask)
     monkeypatch.setattr(aiohttp.resolver.DefaultResolver, "resolve", ask)
-    async with opened(HttpTransport(settings_for("http://chat.invalid"))) as transport:
+    async with asyncio.timeout(10), opened(HttpTransport(settings_for("http://chat.invalid"))) as transport:
         sending = asyncio.create_task(transport.send(a_delivery()))
         await asked.wait()
         await transport.close()
