@@ -6,6 +6,7 @@ The lists of the API have theirs in `test_store_listing.py`.
 from __future__ import annotations
 
 import re
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
-from followups.database import ONCE_PLANNED, make_engine
+from followups.database import BY_KEY, ONCE_PLANNED, make_engine
 from followups.dispatch import dispatcher
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim, claim_fairly
@@ -253,3 +254,23 @@ def test_a_burst_into_a_table_that_counts_as_empty(
     beaten.tick()
     wait_until(lambda: world.scalar("SELECT reltuples FROM pg_class WHERE relname = 'follow_ups'") == DUE)
     beaten.stop()
+
+
+def test_a_stopped_dispatcher_asks_nothing_more(
+    world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the planner's look at the table, too: its engine is closed next, and must not be used again."""
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(text("VACUUM (ANALYZE) follow_ups"))
+    world.burst([timedelta(0)] * DUE)
+    monkeypatch.setattr(dispatcher, "MANY", DUE)
+    looking = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'ANALYZE%'"
+    slowly = make_engine(database_url, options=f"{BY_KEY} -c vacuum_cost_delay=100ms -c vacuum_cost_limit=1")
+    asking = Dispatcher(settings, slowly, lambda _: None)
+    asking.start()
+    asking.tick()
+    wait_until(lambda: world.scalar(looking))
+    asking.stop()
+    assert not world.scalar(looking)
+    assert "statistics" not in {thread.name for thread in threading.enumerate()}
+    slowly.dispose()

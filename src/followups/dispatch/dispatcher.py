@@ -58,6 +58,7 @@ class Dispatcher:
         self._next_look = 0.0
         self._since: datetime | None = None
         self._next_statistics = 0.0
+        self._refreshing: threading.Thread | None = None
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
@@ -84,11 +85,13 @@ class Dispatcher:
         self._stopping.set()
 
     def stop(self) -> None:
-        """Claim nothing more, and wait until what is under way is published."""
+        """Claim nothing more, and wait until what is under way is published. Nothing uses the engine after that."""
         self.claim_no_more()
         self._wanted.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._refreshing is not None:
+            self._refreshing.join()
 
     def _run(self) -> None:
         while True:
@@ -152,8 +155,10 @@ class Dispatcher:
         """Let the planner look at the table when it must be wrong about it, while claims go on."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
-            refresh = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
-            refresh.start()
+            self._refreshing = threading.Thread(
+                target=self._refresh, args=(took, leased), name="statistics", daemon=True
+            )
+            self._refreshing.start()
 
     def _refresh(self, took: float, leased: int) -> None:
         try:
