@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from world import World
 
-CELERY = (str(Path(sys.executable).with_name("celery")), "-A", "followups.worker")
+COMMANDS = Path(__file__).with_name("bin")
+"""What is found before the environment's own commands: a `celery` that starts quickly."""
+CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
 """Requests that the chat is asked for at once: it takes none while it answers."""

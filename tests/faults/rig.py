@@ -26,7 +26,7 @@ from faults.proxy import Proxy
 from followups.database import BY_KEY, make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
 from followups.schema import migrate
-from stack import Stack, wait_until
+from stack import COMMANDS, Stack, wait_until
 from world import World
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Rig(Stack):
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
         """Start a line of the Procfile under a name of its own; ``more`` are arguments after those of the line."""
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        path = os.pathsep.join([str(COMMANDS), str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
         return self.processes.spawn(
             name,

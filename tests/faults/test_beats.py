@@ -18,10 +18,8 @@ if TYPE_CHECKING:
 
 def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
     """Run so many beats under load; kill one, stop another, start it again."""
-    running = [rig.beat() for _ in range(number)]
-    rig.sandbox()
-    for _ in range(2):
-        rig.worker()
+    rig.start(workers=2, beats=number)
+    running = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     with Load(rig, 60, seconds) as load:
         time.sleep(seconds * rig.rng.uniform(0.2, 0.5))
         running[0].signal(signal.SIGKILL)

@@ -55,9 +55,9 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
 
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
-def test_the_request_s_own_id(logged: Api, given: str, *, taken: bool) -> None:
+def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
     """A request keeps the id it brought, unless that is no plain word of up to 128 characters."""
-    answered = logged.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
+    answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered
 
