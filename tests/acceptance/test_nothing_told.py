@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import pytest
 import redis
 from celery import Celery
 from sqlalchemy import make_url

@@ -13,14 +13,20 @@ if TYPE_CHECKING:
     from faults.figures import Figures
     from faults.rig import Rig
 
+STEPS = ("claim", "begin", "settle")
+
 PROMPT = 30.0
 """Seconds, for a machine busy with other tests; a lease is 120 s here."""
 
 
-def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
-    """Lose the answers to so many commits of a step; nothing of it waits for its lease."""
+def start(rig: Rig) -> None:
+    """Start workers whose leases are long."""
     rig.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "60"}
     rig.start(workers=2, harmed=True)
+
+
+def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
+    """Lose the answers to so many commits of a step; nothing of it waits for its lease."""
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)
     rig.bulk(count, spread=1.0)
@@ -35,14 +41,16 @@ def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) 
     assert took < PROMPT
 
 
-@pytest.mark.parametrize("step", ["claim", "begin", "settle"])
-def test_answer_lost(step: str, rig: Rig, figures: Figures) -> None:
+def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
     """Each is sent once, at once: no attempt counts as lost, and nothing waits for a lease."""
-    answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))
+    start(rig)
+    for step in rig.rng.sample(STEPS, len(STEPS)):
+        answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))
 
 
 @pytest.mark.faults_long
-@pytest.mark.parametrize("step", ["claim", "begin", "settle"])
+@pytest.mark.parametrize("step", STEPS)
 def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
     """The same with a hundred answers lost."""
+    start(rig)
     answers_lost(rig, figures, step, count=3000, times=100)

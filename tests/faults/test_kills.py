@@ -45,17 +45,19 @@ def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
     assert took < limit.total_seconds() + SLACK
 
 
-@pytest.mark.parametrize("point", [point for point in POINTS if point not in BESIDE])
-def test_killed_at(point: str, rig: Rig, figures: Figures) -> None:
-    """SIGKILL at this step loses nothing and doubles nothing; another worker takes over."""
+def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
+    """SIGKILL at a step loses nothing and doubles nothing; another worker takes over, and one takes its place."""
     workers = rig.start(workers=2, harmed=True)
-    rig.bulk(100, spread=0.5)
-    time.sleep(rig.rng.random() * 0.3)
-    rig.failpoints.arm(point)
-    # When the burst was over before, something comes to be killed for.
-    wait_until(lambda: rig.failpoints.taken(point) or not rig.bulk(3, spread=0.2), within=30, every=0.25)
-    wait_until(lambda: any(not worker.running for worker in workers))
-    recovered(rig, figures, point, time.monotonic())
+    points = [point for point in POINTS if point not in BESIDE]
+    for point in rig.rng.sample(points, len(points)):
+        rig.bulk(100, spread=0.5)
+        time.sleep(rig.rng.random() * 0.3)
+        rig.failpoints.arm(point)
+        # When the burst was over before, something comes to be killed for.
+        wait_until(lambda point=point: rig.failpoints.taken(point) or not rig.bulk(3, 0.2), within=30, every=0.25)
+        wait_until(lambda workers=workers: any(not worker.running for worker in workers))
+        recovered(rig, figures, point, time.monotonic())
+        workers = [*(worker for worker in workers if worker.running), rig.worker(harmed=True)]
 
 
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
