@@ -3,13 +3,14 @@
     submit -> waiting (by due moment) -> slot -> begin -> send -> settle
 
 Begin and settle are micro-batched by themselves: while one statement is under way, the next batch
-gathers. A call in flight holds a slot, and nothing begins without one; so a slow chat costs one slot,
-and never holds up a batch.
+gathers. A call in flight holds a slot, and nothing begins that has none in sight; so a slow chat costs
+one slot, and never holds up a batch.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 import threading
@@ -30,6 +31,7 @@ from followups.dispatch.limits import Turnstile
 from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
+from followups.dispatch.slots import Slots
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop
@@ -60,10 +62,10 @@ ENOUGH_SLOTS = 0.4
 """The share of all slots that is worth a statement at once."""
 ENOUGH_RESULTS = 100
 """Results that are worth a statement at once."""
-SETTLE_GATHER = timedelta(milliseconds=15)
+SETTLE_GATHER = timedelta(milliseconds=30)
 """How long settle waits for so many. Only the next one of a chat waits for it. What is not recorded when the process is
-killed is sent again, under the same key; so no longer than what has begun waits for its moment, which a kill leaves
-open too. Where the receiver cannot deduplicate, its outcome would be unknown: there it is `GATHER`."""
+killed is sent again, under the same key; so no longer than a quick call takes, which a kill leaves open too. Where the
+receiver cannot deduplicate, its outcome would be unknown: there it is `GATHER`."""
 CONNECTIONS = 4
 """To the database, at once: begin, settle, the clock, and what is given back."""
 BACKOFF = timedelta(seconds=0.5)
@@ -100,7 +102,9 @@ class Pipeline:
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
         self._results: list[Attempt] = []
         self._drained = False
-        self._free = settings.concurrency
+        # Where the receiver cannot deduplicate, what has begun and is killed is unknown: no more than must.
+        self._slots = Slots(settings.concurrency, ahead=settings.transport_deduplicates)
+        self._last_call = math.inf
         self._sends: set[asyncio.Task[None]] = set()
         self._draining = False
         self._changed = asyncio.Event()
@@ -181,6 +185,8 @@ class Pipeline:
 
     def _stop_beginning(self) -> None:
         self._draining = True
+        # Who waits for a slot behind calls that hang would be called when this process is long to have ended.
+        self._last_call = time.monotonic() + GRACE.total_seconds()
         self._changed.set()
 
     async def _give_back(self) -> None:
@@ -200,7 +206,7 @@ class Pipeline:
             if not batch:
                 await self._until_something_is_ready()
                 continue
-            self._free -= len(batch)
+            self._slots.take(len(batch))
             started = time.monotonic()
             leases = [hinted.lease for hinted in batch]
             try:
@@ -214,13 +220,14 @@ class Pipeline:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
             backoff = BACKOFF
+            self._slots.note_begin(GATHER.total_seconds() + time.monotonic() - started)
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
         """Let a batch become worth its statement, where slots are few, or nobody is due within what begin takes."""
         if not self._line.is_anybodys_moment():
             return
-        if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency:
+        if 0 < self._slots.room < ENOUGH_SLOTS * self._settings.concurrency:
             await asyncio.sleep(GATHER.total_seconds())
         elif (delay := self._line.seconds_to_next()) and (room := delay + GATHER.total_seconds()) > 0:
             await asyncio.sleep(room)
@@ -238,7 +245,7 @@ class Pipeline:
         self._accept(beginning.woken)
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
-        self._free += len(hinted)
+        self._slots.leave(len(hinted))
         for one in hinted:
             self._line.leave(one)
         self._line.let_go(one.lease.id for one in hinted)
@@ -246,16 +253,16 @@ class Pipeline:
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        return self._line.take(min(self._free, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
+        return self._line.take(min(self._slots.room, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
 
     def _wanted(self) -> int:
-        return min(self._free, BEGIN_SIZE) if self._line.keeps(self._breaker.held) else 0
+        return min(self._slots.room, BEGIN_SIZE) if self._line.keeps(self._breaker.held) else 0
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
         timer = None
         delay = self._line.seconds_to_next(self._breaker.held if not self._breaker.permits else frozenset())
-        if delay is not None and self._free:
+        if delay is not None and self._slots.room:
             timer = self._loop.call_later(max(delay, 0.001), self._changed.set)
         await self._changed.wait()
         if timer:
@@ -269,9 +276,10 @@ class Pipeline:
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
         attempt = None
         try:
-            attempt = await send(self._transport, begun, self._clock, limit, latest)
+            async with self._slots:
+                attempt = await send(self._transport, begun, self._clock, limit, min(latest, self._last_call))
         finally:
-            self._free += 1
+            self._slots.leave()
             self._line.leave(hinted)
             self._changed.set()
             if attempt is None:
