@@ -1,4 +1,4 @@
-"""The system as operators run it, by the Procfile's own commands, to be broken on purpose."""
+"""The system as operators run it, by the Procfile's commands, to be broken on purpose; `celery` is tests/bin's."""
 
 from __future__ import annotations
 

@@ -26,6 +26,7 @@ def frozen_at(
     """Let the first of two workers freeze itself at the step, sleep past its lease, and wake again."""
     frozen, other = workers
     name = frozen.command.name
+    time.sleep(0.5)  # whatever it was still refused of an earlier step has been told
     before = refused(rig, name)
     other.signal(signal.SIGSTOP)  # so that it is the first that comes to the step
     rig.failpoints.arm(point, "stop")

@@ -115,43 +115,17 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
 BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
 
-def quick_calls(world: World, engine: Engine, settings: Settings, pipeline: Pipeline) -> None:
-    """Let so many be called quickly that others begin before their slots are free."""
-    world.burst([timedelta(0)] * 60)
-    pipeline.submit(claim(engine, settings).leases)
-    wait_until(lambda: world.scalar(PENDING) == 0)
-
-
-def test_begun_for_slots_that_come_free(
+def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Where calls are quick more have begun than are under way; a drain does not call those that calls hold up."""
+    """Also where calls have been quick nothing begins without a slot: it could not be cancelled in the line for one."""
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     long = settings.model_copy(update=patient)
     transport = Scripted(lambda _: Sent(), 0.002)
     pipeline = started(transport, concurrency=4, **patient)
-    quick_calls(world, engine, long, pipeline)
-    transport.seconds = 2.5
-    called = transport.calls.total()
-    world.burst([timedelta(0)] * 20)
+    world.burst([timedelta(0)] * 60)
     pipeline.submit(claim(engine, long).leases)
-    begun = wait_until(lambda: (found := world.scalar(BEGUN)) > 4 and found)
-    assert begun <= 8
-    assert pipeline.drain(timedelta(seconds=10)) == 0
-    assert transport.calls.total() == called + 4
-    assert transport.most == 4
-    assert world.scalar(BEGUN) == begun - 4
-
-
-def test_none_begins_early_where_the_receiver_cannot_deduplicate(
-    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
-) -> None:
-    """What has begun is unknown when the process is killed: so only what can be called at once begins there."""
-    patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
-    long = settings.model_copy(update=patient)
-    transport = Scripted(lambda _: Sent(), 0.002)
-    pipeline = started(transport, concurrency=4, transport_deduplicates=False, **patient)
-    quick_calls(world, engine, long, pipeline)
+    wait_until(lambda: world.scalar(PENDING) == 0)
     transport.seconds = 1.0
     world.burst([timedelta(0)] * 20)
     pipeline.submit(claim(engine, long).leases)

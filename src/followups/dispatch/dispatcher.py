@@ -155,10 +155,9 @@ class Dispatcher:
         """Let the planner look at the table when it must be wrong about it, while claims go on."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
-            self._refreshing = threading.Thread(
-                target=self._refresh, args=(took, leased), name="statistics", daemon=True
-            )
-            self._refreshing.start()
+            refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
+            refreshing.start()
+            self._refreshing = refreshing
 
     def _refresh(self, took: float, leased: int) -> None:
         try:

@@ -3,14 +3,13 @@
     submit -> waiting (by due moment) -> slot -> begin -> send -> settle
 
 Begin and settle are micro-batched by themselves: while one statement is under way, the next batch
-gathers. A call in flight holds a slot, and nothing begins that has none in sight; so a slow chat costs
-one slot, and never holds up a batch.
+gathers. A call in flight holds a slot, and nothing begins without one; so a slow chat costs one slot,
+and never holds up a batch.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import threading
@@ -31,7 +30,6 @@ from followups.dispatch.limits import Turnstile
 from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
-from followups.dispatch.slots import Slots
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop
@@ -102,9 +100,7 @@ class Pipeline:
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
         self._results: list[Attempt] = []
         self._drained = False
-        # Where the receiver cannot deduplicate, what has begun and is killed is unknown: no more than must.
-        self._slots = Slots(settings.concurrency, ahead=settings.transport_deduplicates)
-        self._last_call = math.inf
+        self._free = settings.concurrency
         self._sends: set[asyncio.Task[None]] = set()
         self._draining = False
         self._changed = asyncio.Event()
@@ -185,8 +181,6 @@ class Pipeline:
 
     def _stop_beginning(self) -> None:
         self._draining = True
-        # Who waits for a slot behind calls that hang would be called when this process is long to have ended.
-        self._last_call = time.monotonic() + GRACE.total_seconds()
         self._changed.set()
 
     async def _give_back(self) -> None:
@@ -206,7 +200,7 @@ class Pipeline:
             if not batch:
                 await self._until_something_is_ready()
                 continue
-            self._slots.take(len(batch))
+            self._free -= len(batch)
             started = time.monotonic()
             leases = [hinted.lease for hinted in batch]
             try:
@@ -220,14 +214,13 @@ class Pipeline:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
             backoff = BACKOFF
-            self._slots.note_begin(GATHER.total_seconds() + time.monotonic() - started)
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
         """Let a batch become worth its statement, where slots are few, or nobody is due within what begin takes."""
         if not self._line.is_anybodys_moment():
             return
-        if 0 < self._slots.room < ENOUGH_SLOTS * self._settings.concurrency:
+        if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency:
             await asyncio.sleep(GATHER.total_seconds())
         elif (delay := self._line.seconds_to_next()) and (room := delay + GATHER.total_seconds()) > 0:
             await asyncio.sleep(room)
@@ -245,7 +238,7 @@ class Pipeline:
         self._accept(beginning.woken)
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
-        self._slots.leave(len(hinted))
+        self._free += len(hinted)
         for one in hinted:
             self._line.leave(one)
         self._line.let_go(one.lease.id for one in hinted)
@@ -253,16 +246,16 @@ class Pipeline:
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
             return []  # the database is slower than the transport: what is accepted is recorded first
-        return self._line.take(min(self._slots.room, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
+        return self._line.take(min(self._free, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
 
     def _wanted(self) -> int:
-        return min(self._slots.room, BEGIN_SIZE) if self._line.keeps(self._breaker.held) else 0
+        return min(self._free, BEGIN_SIZE) if self._line.keeps(self._breaker.held) else 0
 
     async def _until_something_is_ready(self) -> None:
         self._changed.clear()
         timer = None
         delay = self._line.seconds_to_next(self._breaker.held if not self._breaker.permits else frozenset())
-        if delay is not None and self._slots.room:
+        if delay is not None and self._free:
             timer = self._loop.call_later(max(delay, 0.001), self._changed.set)
         await self._changed.wait()
         if timer:
@@ -276,10 +269,9 @@ class Pipeline:
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
         attempt = None
         try:
-            async with self._slots:
-                attempt = await send(self._transport, begun, self._clock, limit, min(latest, self._last_call))
+            attempt = await send(self._transport, begun, self._clock, limit, latest)
         finally:
-            self._slots.leave()
+            self._free += 1
             self._line.leave(hinted)
             self._changed.set()
             if attempt is None:
