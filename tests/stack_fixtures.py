@@ -30,9 +30,12 @@ def stack(settings: Settings, world: World) -> Iterator[Stack]:
         stack.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def running(server_urls: tuple[str, str], template_database: str) -> Iterator[Stack]:
-    """Return the system, running, for tests that look only at chats and follow-ups of their own."""
+    """Return the system, running, for tests that look only at chats and follow-ups of their own.
+
+    It ticks ten times a second, for as long as one of these modules runs.
+    """
     postgres, valkey = server_urls
     name = f"running_{uuid4().hex}"
     create_database(postgres, name, template_database)
