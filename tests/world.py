@@ -38,8 +38,9 @@ class World:
         return chat_id
 
     def follow_up(self, chat_id: UUID | None = None, due: timedelta = timedelta(0), **columns: Any) -> UUID:
-        """Insert a pending follow-up, due ``due`` after the database's now."""
+        """Insert a pending follow-up, due ``due`` after the database's now; one in flight has its attempt counted."""
         values = {
+            "attempts": int("begun_at" in columns),
             "workspace_id": self.workspace_id,
             "chat_id": chat_id or self.chat(),
             "message": "Still there?",
@@ -48,6 +49,14 @@ class World:
         } | columns
         with self.engine.begin() as connection:
             return connection.execute(insert(FollowUp).values(**values).returning(FollowUp.id)).scalar_one()
+
+    def put_in_flight(self, follow_up_id: UUID | str) -> None:
+        """Let an attempt of a follow-up be in flight for a minute."""
+        self.sql(
+            "UPDATE follow_ups SET begun_at = now(), attempts = attempts + 1, lease_until = now() + interval '1 min'"
+            " WHERE id = :id",
+            id=follow_up_id,
+        )
 
     def follow_ups_at_once(self, places: list[tuple[UUID, timedelta]]) -> list[UUID]:
         """Insert pending follow-ups into chats, in one transaction, so that none begins before another is there."""

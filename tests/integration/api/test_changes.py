@@ -157,10 +157,7 @@ class TestFinished:
     def test_in_flight(self, api: Api) -> None:
         """While an attempt is in flight every change is 409, says when to come again, and changes nothing."""
         created = api.create()
-        api.world.sql(
-            "UPDATE follow_ups SET begun_at = now(), lease_until = now() + interval '1 min' WHERE id = :id",
-            id=created["id"],
-        )
+        api.world.put_in_flight(created["id"])
         for changes in ({"message": "x"}, {"dueDate": in_days(1)}, {"status": "cancelled"}):
             answer = api.patch(created, **changes)
             is_problem(answer, 409, "delivery-in-progress")

@@ -145,10 +145,7 @@ class TestMessages:
     def test_in_flight(self, api: Api) -> None:
         """One in flight is not cancelled by the reply, but remembers not to be tried again."""
         created = api.create()
-        api.world.sql(
-            "UPDATE follow_ups SET begun_at = now(), lease_until = now() + interval '1 min' WHERE id = :id",
-            id=created["id"],
-        )
+        api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []
         assert api.read(created)["status"] == "pending"
         query = f"SELECT cancel_requested FROM follow_ups WHERE id = '{created['id']}'"  # noqa: S608 - our own id

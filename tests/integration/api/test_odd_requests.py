@@ -33,7 +33,7 @@ def test_lone_surrogates(api: Api) -> None:
 def test_in_flight(api: Api, changes: dict[str, str]) -> None:
     """Whatever is asked of a follow-up in flight is answered with 409 and when to come back."""
     before = api.create()
-    api.world.sql("UPDATE follow_ups SET begun_at = now(), lease_until = now() + interval '1 min'")
+    api.world.put_in_flight(before["id"])
     answer = api.patch(before, **changes)
     is_problem(answer, 409, "delivery-in-progress")
     assert int(answer.headers["retry-after"]) >= 1
@@ -42,7 +42,7 @@ def test_in_flight(api: Api, changes: dict[str, str]) -> None:
 def test_in_flight_in_a_removed_chat(api: Api) -> None:
     """A follow-up in flight whose chat was removed is in flight, and not unknown."""
     before = api.create()
-    api.world.sql("UPDATE follow_ups SET begun_at = now(), lease_until = now() + interval '1 min'")
+    api.world.put_in_flight(before["id"])
     assert api.client.delete(f"/api/v1/chats/{before['chatId']}").status_code == 204
     is_problem(api.patch(before, dueDate=in_days(2)), 409, "delivery-in-progress")
 
