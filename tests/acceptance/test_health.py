@@ -145,7 +145,7 @@ def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: boo
         end = time.monotonic() + 25
         while time.monotonic() < end:
             assert (health(own, "worker").returncode, health(own, "beat").returncode) == (0, 0)
-            time.sleep(4)
+            time.sleep(1)
         if frozen:
             server.signal(signal.SIGCONT)
         else:

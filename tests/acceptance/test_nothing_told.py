@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import pytest
 import redis
 from celery import Celery
 from sqlalchemy import make_url
@@ -173,8 +174,9 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
     return {name: each["id"] for name, each in created.items()}
 
 
-def test_nothing_secret_is_told(stack: Stack) -> None:
-    """In a run of every kind of end, retry, error and refusal no text, key or password is told, on any level.
+@pytest.mark.parametrize("level", ["info", "debug"])
+def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
+    """In a run of every kind of end, retry, error and refusal no text, key or password is told anywhere.
 
     Every log line is searched, every command and message of the broker, every event, and what Flower shows of them.
     """
@@ -185,7 +187,7 @@ def test_nothing_secret_is_told(stack: Stack) -> None:
     stack.options |= {
         "FOLLOWUPS_DATABASE_URL": url.set(password=hidden.database).render_as_string(hide_password=False),
         "FOLLOWUPS_TRANSPORT_SECRET": f"whsec_{hidden.transport}",
-        "FOLLOWUPS_LOG_LEVEL": "debug",
+        "FOLLOWUPS_LOG_LEVEL": level,
     }
     stack.world.sql(QUOTING)
     with overhear(broker_url) as overheard:

@@ -126,12 +126,10 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
     assert goes_on < 10 + SLACK
 
 
-def test_stalled(proxied: Proxied, figures: Figures) -> None:
-    """A server that is silent altogether, and then speaks again, costs the time of its silence and some seconds.
-
-    Which one is, is drawn by lot; the long form has both.
-    """
-    stalled(proxied, figures, proxied[0].rng.choice(["database", "broker"]), seconds=4.0)
+@by_server
+def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
+    """A server that is silent altogether, and then speaks again, costs the time of its silence and some seconds."""
+    stalled(proxied, figures, server, seconds=4.0)
 
 
 @pytest.mark.faults_long

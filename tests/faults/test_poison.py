@@ -46,12 +46,14 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
 
 
 def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:
-    """After three deaths it fails as worker_lost, and every neighbour was sent, also those in flight beside it.
-
-    Slow answers keep all of them in flight when it kills; few are lost a second time.
-    """
+    """Slow answers keep all its neighbours in flight beside it when it kills; few of them are lost a second time."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
+
+
+def test_poison(rig: Rig, figures: Figures) -> None:
+    """After three deaths it fails as worker_lost, and every neighbour was sent, also those in flight beside it."""
+    poisoned(rig, figures, neighbours=60)
 
 
 @pytest.mark.faults_long

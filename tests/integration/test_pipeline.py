@@ -42,6 +42,7 @@ END_OTHERS = """
      WHERE pid <> pg_backend_pid() AND datname = current_database()
 """
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
+BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
 
 class Scripted:
@@ -110,9 +111,6 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
     assert transport.most == 4
     assert most_begun < 30
     assert transport.calls == Counter(map(str, ids))
-
-
-BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
 
 
 def test_what_has_begun_is_under_way(

@@ -28,7 +28,7 @@ SNAPSHOT = Path(__file__).with_name("openapi.json")
 BINARIES = Path(sys.executable).parent
 
 SEED = "20240601"
-EXAMPLES = "4"
+EXAMPLES = "8"
 """Random requests for each operation, beside those that the schemas' own bounds suggest."""
 
 

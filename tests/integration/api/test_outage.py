@@ -109,6 +109,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
         ({}, ["FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL"]),
         ({"DATABASE_URL": "mysql://x", "REDIS_URL": "redis://x"}, ["DATABASE_URL", "postgresql://"]),
         ({"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x", "PORT": "http"}, ["PORT"]),
+        ({"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x", "FOLLOWUPS_LEASE": "5"}, ["FOLLOWUPS_LEASE"]),
         (
             {"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x", "FOLLOWUPS_RATE_LIMIT": "-1"},
             ["FOLLOWUPS_RATE_LIMIT"],
