@@ -2,6 +2,9 @@
 
 Each function works in the caller's own transaction and commits nothing: the row is the job, there is
 nothing else to enqueue. The REST API and the command line call these too.
+
+Each locks its chat until the transaction ends. A transaction that works on several chats must go through them in
+ascending order of their ids: `followups.store` has the order of all locks.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from sqlalchemy import func, select
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
+    ChatNotFoundError,
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
@@ -44,9 +48,11 @@ FIRST_YEAR, LAST_YEAR = 2, 9998
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
 
-    A due date in the past means at once. Raises `InvalidRequestError` (message not of 1..65,536
-    characters or with a NUL, due date without an offset), `ChatNotFoundError`,
-    `NothingToFollowUpError` (no messages, or the last one is the user's) and
+    A due date in the past means at once. In one transaction, schedule into several chats in ascending order of their
+    ids (``sorted(chat_ids)``), or it may deadlock with another one that works on the same chats.
+
+    Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
+    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's) and
     `OutsideMessagingWindowError`.
     """
     check_message(message)
@@ -67,7 +73,8 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
     """Cancel a pending follow-up; when this returns and the transaction commits, it is never sent.
 
-    ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing.
+    ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing. The order of
+    several chats is that of `schedule`.
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
     """
     changes: dict[str, Any] = {"status": Status.CANCELLED}
@@ -127,22 +134,46 @@ def amend(
     `OutsideMessagingWindowError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
     """
     _check_changes(changes)
-    chat = _lock_chats(session, follow_up_id, changes, workspace_id)
-    locked = follow_ups.find_and_lock_if_not_begun(session, follow_up_id, workspace_id)
-    found = locked or follow_ups.find(session, follow_up_id, workspace_id)
-    if found is None:
-        raise FollowUpNotFoundError
+    found, locked = _lock(session, follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
-    if locked is None and found.status not in FINAL:
-        raise DeliveryInProgressError
     if not fresh:
         return found
     if found.status in FINAL:
         _amend_finished(session, found, fresh)
     else:
+        checks_chat = changes.keys() & {"due_date", "chat_id"}
+        chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
         _amend_pending(session, found, fresh, chat)
     session.refresh(found)
     return found
+
+
+def _lock(
+    session: Session, follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
+) -> tuple[FollowUp, Mapping[UUID, Chat]]:
+    """Lock the follow-up's chat and the ``target`` chat, and then the follow-up; return it and the chats.
+
+    Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
+    """
+    while True:
+        locked = chats.lock_chats_of(session, follow_up_id, workspace_id, target)
+        if found := follow_ups.find_and_lock_if_not_begun(session, follow_up_id, locked):
+            return found, locked
+        found = follow_ups.find(session, follow_up_id, workspace_id)
+        if found is None:
+            raise FollowUpNotFoundError
+        if found.status in FINAL:
+            return found, locked
+        if found.chat_id in locked:
+            raise DeliveryInProgressError
+        # It was moved into another chat while this waited for the first one.
+
+
+def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
+    chat = locked.get(chat_id)
+    if chat is None or chat.removed_at is not None:
+        raise ChatNotFoundError
+    return chat
 
 
 def _amend_finished(session: Session, found: FollowUp, fresh: Mapping[str, Any]) -> None:
@@ -173,20 +204,6 @@ def final_of(status: Status, reason: str | None) -> Final:
     if status is Status.SENT:
         return finish(status)
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
-
-
-def _lock_chats(
-    session: Session, follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None
-) -> Chat | None:
-    """Lock the chat that a new due date or chat must be checked against, before the follow-up: as a reply does."""
-    if not changes.keys() & {"due_date", "chat_id"}:
-        return None
-    found = follow_ups.find(session, follow_up_id, workspace_id)
-    if found is None:
-        raise FollowUpNotFoundError
-    if found.status in FINAL or found.begun_at is not None:
-        return None
-    return chats.lock_chat(session, found.workspace_id, changes.get("chat_id", found.chat_id))
 
 
 def trigger_of(chat: Chat) -> UUID:

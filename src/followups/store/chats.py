@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import ChatNotFoundError
-from followups.models import Chat, ChatMessage
+from followups.models import Chat, ChatMessage, FollowUp
 from followups.states import ReasonCode
 from followups.store import follow_ups
 
@@ -62,6 +62,29 @@ def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
     if chat is None:
         raise ChatNotFoundError
     return chat
+
+
+_LOCK_OF = (
+    select(Chat)
+    .join(FollowUp, FollowUp.workspace_id == Chat.workspace_id)
+    .where(FollowUp.id == bindparam("follow_up_id"), Chat.id.in_([FollowUp.chat_id, bindparam("target")]))
+    .order_by(Chat.id)
+    .with_for_update(key_share=True, of=Chat)
+    .execution_options(populate_existing=True)
+)
+_LOCK_OF_MINE = _LOCK_OF.where(FollowUp.workspace_id == bindparam("workspace_id"))
+
+
+def lock_chats_of(
+    session: Session, follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None
+) -> dict[UUID, Chat]:
+    """Return the follow-up's chat and the ``target`` chat, locked until the transaction ends; removed chats too.
+
+    A chat that does not exist is left out. ``workspace_id`` None is an operator's view of all workspaces.
+    """
+    query = _LOCK_OF if workspace_id is None else _LOCK_OF_MINE
+    parameters = {"follow_up_id": follow_up_id, "workspace_id": workspace_id, "target": target}
+    return {chat.id: chat for chat in session.scalars(query, parameters)}
 
 
 _ANEW: dict[str, object] = {

@@ -13,7 +13,7 @@ from followups.store.unknowns import honest
 from followups.telemetry.traces import current_traceparent
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -53,9 +53,9 @@ def insert_follow_up(
 
 _ONE = select(FollowUp).where(FollowUp.id == bindparam("id")).execution_options(populate_existing=True)
 _MINE = _ONE.where(FollowUp.workspace_id == bindparam("workspace_id"))
-_ONE_LOCKED, _MINE_LOCKED = (
-    query.where(FollowUp.begun_at.is_(None)).with_for_update(key_share=True) for query in (_ONE, _MINE)
-)
+_LOCKED_IN_CHAT = _ONE.where(
+    FollowUp.begun_at.is_(None), FollowUp.chat_id.in_(bindparam("chat_ids", expanding=True))
+).with_for_update(key_share=True)
 
 
 def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
@@ -64,13 +64,13 @@ def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> Fol
     return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 
 
-def find_and_lock_if_not_begun(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
-    """Return the follow-up as it is now, locked until the transaction ends; None if there is none, or it is in flight.
+def find_and_lock_if_not_begun(session: Session, follow_up_id: UUID, chat_ids: Collection[UUID]) -> FollowUp | None:
+    """Return the follow-up as it is now, locked until the transaction ends; None if it is in flight or in another chat.
 
-    One in flight is never locked: its settlement must not wait for a caller's transaction.
+    The caller holds the locks of these chats. A follow-up in flight is never locked: its settlement must not wait for
+    a caller's transaction.
     """
-    query = _ONE_LOCKED if workspace_id is None else _MINE_LOCKED
-    return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
+    return session.scalar(_LOCKED_IN_CHAT, {"id": follow_up_id, "chat_ids": list(chat_ids)})
 
 
 def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
