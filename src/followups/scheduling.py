@@ -9,6 +9,7 @@ ascending order of their ids: `followups.store` has the order of all locks.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
@@ -28,6 +29,7 @@ from followups.models import MAX_MESSAGE_LENGTH
 from followups.quiet_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
 from followups.store import chats, follow_ups, order, repetitions, sending_hours
+from followups.telemetry.logs import get_logger
 from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
@@ -38,8 +40,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.models import Chat, FollowUp
+    from followups.quiet_hours import SendingHours
     from followups.states import Final
 
+log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
 """A day inside what Python can hold, so that a time can be read in any zone."""
@@ -216,7 +220,7 @@ def trigger_of(chat: Chat) -> UUID:
 def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
     """Refuse a due date outside the channel's messaging window; one in the past means now.
 
-    One outside the workspace's sending hours will be held until they open, so it is then that must be inside.
+    One outside the workspace's sending hours will be held until they open: that moment must be inside too.
     """
     channel = Channel(chat.channel)
     if is_open(channel, None, due_date):
@@ -226,12 +230,33 @@ def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
     if not is_open(channel, chat.last_user_message_at, moment):
         raise OutsideMessagingWindowError(field="due_date")
     hours = sending_hours.find(session, chat.workspace_id)
-    if hours is not None and not is_open(channel, chat.last_user_message_at, opening := opens_at(hours, moment)):
+    if hours is None:
+        return
+    opening = _opening(chat.workspace_id, hours, moment)
+    if not is_open(channel, chat.last_user_message_at, opening):
         message = (
             f"The due date is outside the workspace's sending hours ({hours}), which open at"
             f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
         )
         raise OutsideMessagingWindowError(message, field="due_date")
+
+
+def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
+    """Return when the hours are open, from ``moment`` on; ``moment`` where this host does not know their time zone.
+
+    A caller's follow-up must not be refused because of that: the worker that begins it checks the hours again.
+    """
+    try:
+        return opens_at(hours, moment)
+    except LookupError:
+        _log_unreadable(workspace_id, hours)
+        return moment
+
+
+@lru_cache(maxsize=1024)
+def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
+    """Log, once in this process, that these hours cannot be checked."""
+    log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
 
 
 def check_message(message: str) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.models import FailedAttempt, FollowUp
-from followups.states import ReasonCode, Status, code_of, finish
+from followups.states import Status, finish
 from followups.store.unknowns import honest
 from followups.telemetry.traces import current_traceparent
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.states import Final
+    from followups.states import Final, ReasonCode
 
 
 # Built once, since building a statement costs more than running it; and into the table, not the entity: the
@@ -80,7 +80,7 @@ def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
 
 
 _HONEST = text(honest("CAST(:reason AS text)", "follow_ups"))
-"""For reasons by code; somebody's own words are stored as given."""
+"""For reasons by code; a caller's own words are stored as given."""
 
 
 def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finished_at: datetime | None) -> bool:
@@ -90,9 +90,7 @@ def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finishe
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
         .values(
             status=final.status.value,
-            reason=_HONEST.bindparams(reason=final.reason)
-            if code_of(final.reason) in set(ReasonCode)
-            else final.reason,
+            reason=_HONEST.bindparams(reason=final.reason) if final.code else final.reason,
             finished_at=finished_at or func.now(),
             updated_at=func.now(),
             lease_until=None,

@@ -174,14 +174,14 @@ def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> 
 
 _END = text(f"""
     WITH held AS MATERIALIZED (
-        SELECT f.id, b.status, b.reason
+        SELECT f.id, b.status, b.reason, b.by_code
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
-                      CAST(:reasons AS text[])) AS b(id, token, status, reason)
+                      CAST(:reasons AS text[]), CAST(:by_code AS boolean[])) AS b(id, token, status, reason, by_code)
           {LEASED}
     )
     UPDATE follow_ups f
-       SET status = held.status, reason = {honest("held.reason", "f")}, finished_at = now(), updated_at = now(),
-           lease_until = NULL
+       SET status = held.status, finished_at = now(), updated_at = now(), lease_until = NULL,
+           reason = CASE WHEN held.by_code THEN {honest("held.reason", "f")} ELSE held.reason END
       FROM held
      WHERE f.id = held.id
     RETURNING f.id
@@ -193,6 +193,7 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
     parameters = batch_of([lease for lease, _ in ends]) | {
         "statuses": [final.status.value for _, final in ends],
         "reasons": [final.reason for _, final in ends],
+        "by_code": [final.code is not None for _, final in ends],
     }
     return set(connection.scalars(_END, parameters))
 
