@@ -24,6 +24,7 @@ from followups.errors import (
     InvalidRequestError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    TooManyPendingError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.quiet_hours import opens_at
@@ -56,15 +57,15 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     ids (``sorted(chat_ids)``), or it may deadlock with another one that works on the same chats.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
-    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's) and
-    `OutsideMessagingWindowError`.
+    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
+    `OutsideMessagingWindowError` and `TooManyPendingError`.
     """
     check_message(message)
     check_time(due_date, "due_date")
     chat = chats.lock_chat(session, workspace_id, chat_id)
     trigger = trigger_of(chat)
     check_window(session, chat, due_date)
-    return follow_ups.insert_follow_up(
+    created = follow_ups.insert_unless_full(
         session,
         workspace_id=workspace_id,
         chat_id=chat_id,
@@ -72,6 +73,9 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
         due_date=due_date,
         trigger_chat_message_id=trigger,
     )
+    if created is None:
+        raise TooManyPendingError
+    return created
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
@@ -135,7 +139,7 @@ def amend(
 
     ``workspace_id`` None is an operator's view. What already stands so is no change. Raises
     `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
-    `OutsideMessagingWindowError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
     """
     _check_changes(changes)
     found, locked = _lock(session, follow_up_id, changes.get("chat_id"), workspace_id)
@@ -191,6 +195,8 @@ def _amend_pending(session: Session, found: FollowUp, fresh: Mapping[str, Any], 
     fields = {name: value for name, value in fresh.items() if name not in {"status", "reason", "finished_at"}}
     if "chat_id" in fields and chat is not None:
         trigger_of(chat)
+        if follow_ups.is_full(session, chat.workspace_id, chat.id):
+            raise TooManyPendingError
     if chat is not None:
         check_window(session, chat, fields.get("due_date", found.due_date))
     if fields and not follow_ups.change_if_not_begun(session, found.id, fields):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, func, select, text, update
+from sqlalchemy import bindparam, exists, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.models import FailedAttempt, FollowUp
@@ -22,13 +22,33 @@ if TYPE_CHECKING:
     from followups.states import Final, ReasonCode
 
 
+MOST_PENDING = 10_000
+"""Pending follow-ups of one chat at most: a reply cancels all of them in one transaction, in half a second."""
+
+# In the order of an index, so that nothing but the chat's pending follow-ups is read.
+_FULL = exists(
+    select(FollowUp.id)
+    .where(
+        FollowUp.workspace_id == bindparam("workspace_id"),
+        FollowUp.chat_id == bindparam("chat_id"),
+        FollowUp.status == Status.PENDING,
+    )
+    .order_by(FollowUp.due_date, FollowUp.id)
+    .offset(MOST_PENDING - 1)
+)
+_IS_FULL = select(_FULL)
+
 # Built once, since building a statement costs more than running it; and into the table, not the entity: the
 # ORM's own INSERT is made for many rows, and takes 0.15 ms longer for one.
 _TABLE = FollowUp.metadata.tables[FollowUp.__tablename__]
-_INSERT = select(FollowUp).from_statement(insert(_TABLE).returning(*_TABLE.columns))
+_GIVEN = ("workspace_id", "chat_id", "message", "due_date", "trigger_chat_message_id", "traceparent")
+_ROW = select(*(bindparam(name, type_=_TABLE.columns[name].type) for name in _GIVEN)).where(~_FULL)
+_INSERT = select(FollowUp).from_statement(
+    insert(_TABLE).from_select(_GIVEN, _ROW, include_defaults=False).returning(*_TABLE.columns)
+)
 
 
-def insert_follow_up(
+def insert_unless_full(
     session: Session,
     *,
     workspace_id: UUID,
@@ -36,19 +56,23 @@ def insert_follow_up(
     message: str,
     due_date: datetime,
     trigger_chat_message_id: UUID,
-) -> FollowUp:
-    """Insert a pending follow-up and return it; the caller holds the chat's lock."""
+) -> FollowUp | None:
+    """Insert a pending follow-up and return it; None if the chat is full. The caller holds the chat's lock."""
     values: dict[str, Any] = {
         "workspace_id": workspace_id,
         "chat_id": chat_id,
         "message": message,
         "due_date": due_date,
         "trigger_chat_message_id": trigger_chat_message_id,
+        "traceparent": current_traceparent() or None,
     }
-    if traceparent := current_traceparent():
-        values["traceparent"] = traceparent
-    created: FollowUp = session.scalars(_INSERT, values).one()
+    created: FollowUp | None = session.scalar(_INSERT, values)
     return created
+
+
+def is_full(session: Session, workspace_id: UUID, chat_id: UUID) -> bool:
+    """Return whether the chat has `MOST_PENDING` pending follow-ups; the caller holds the chat's lock."""
+    return bool(session.scalar(_IS_FULL, {"workspace_id": workspace_id, "chat_id": chat_id}))
 
 
 _ONE = select(FollowUp).where(FollowUp.id == bindparam("id")).execution_options(populate_existing=True)
@@ -116,6 +140,9 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
         }
     if "due_date" in values:
         values = values | {"scheduled_at": func.now()}
+    if "chat_id" in values:
+        # Later than the last message of its new chat, which this transaction may have waited for.
+        values = values | {"scheduled_at": func.clock_timestamp()}
     statement = (
         update(FollowUp)
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
