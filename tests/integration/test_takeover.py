@@ -52,17 +52,15 @@ def write(session: Session, world: World, chat_id: UUID, at: datetime | None = N
 
 
 def test_scheduled_before(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """Begin cancels what was scheduled before the operator's message, were it still pending."""
+    """Begin cancels what was scheduled before the operator's message and is still pending."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     beginning = claim_and_begin(engine, settings)
     assert begun(beginning) == set()
     assert [(one, final.reason) for one, final in beginning.ended] == [(follow_up, "human_takeover")]
 
 
-def test_scheduled_before_and_outside_sending_hours(
-    world: World, engine: Engine, settings: Settings, taken_over: UUID
-) -> None:
-    """What must not be sent any more is not held by a pause."""
+def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
+    """A pause does not hold it."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=world.workspace_id)
     claim_and_begin(engine, settings)
@@ -71,7 +69,7 @@ def test_scheduled_before_and_outside_sending_hours(
 
 @pytest.mark.parametrize("late", [timedelta(0), timedelta(seconds=40)])
 def test_scheduled_after(world: World, engine: Engine, settings: Settings, late: timedelta) -> None:
-    """What is scheduled after an operator's message is sent, late as the message may have become known."""
+    """A follow-up that is scheduled after an operator's message is sent, also if the message became known late."""
     chat_id = world.chat(last_message_at=text("now() - interval '1 h'"))
     with Session(engine) as session, session.begin():
         before = schedule(session, world, chat_id)
@@ -84,7 +82,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 
 
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
-    """So is what a transaction schedules that had begun before the message came."""
+    """So is one that was scheduled by a transaction that began before the message came."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         session.execute(text("SELECT now()"))
@@ -95,7 +93,7 @@ def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine
 
 
 def test_moved_and_renamed_after(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """So is what is moved into the chat after the message, and what another trigger is named for."""
+    """So is one that was moved into the chat after the message, and one whose trigger was changed."""
     moved = world.follow_up(scheduled_at=text("now() - interval '2 min'"))
     other = world.chat(last_message_role="operator")
     with Session(engine) as session, session.begin():
@@ -106,7 +104,7 @@ def test_moved_and_renamed_after(world: World, engine: Engine, settings: Setting
 
 
 def test_an_agent_goes_on(world: World, engine: Engine, settings: Settings) -> None:
-    """An agent's message after the operator's ends the takeover for what is scheduled from then on."""
+    """A follow-up that was scheduled after an operator's message is sent though an agent has written since."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         write(session, world, chat_id)

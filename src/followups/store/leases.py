@@ -89,8 +89,8 @@ class Begun(NamedTuple):
 
 
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
-# After an operator's message one may schedule again: a follow-up whose trigger it is came after it, and so did one that
-# was scheduled later, whatever trigger it has been given.
+# Follow-ups may be scheduled after an operator's message. Such a follow-up has the message as its trigger. If a change
+# gave it another trigger, or moved it into the chat, it was still scheduled later than the message.
 _TAKEN_OVER = (
     "COALESCE(c.last_message_role = 'operator' AND f.trigger_chat_message_id <> c.last_message_id"
     " AND f.scheduled_at < c.last_message_at, false)"
