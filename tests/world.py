@@ -12,6 +12,7 @@ from sqlalchemy import Engine, insert, select, text
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
 from followups.models import Chat, FailedAttempt, FollowUp, Workspace
+from followups.store.follow_ups import MOST_PENDING
 
 if TYPE_CHECKING:
     from followups.dispatch.begin import Beginning
@@ -57,6 +58,19 @@ class World:
             " WHERE id = :id",
             id=follow_up_id,
         )
+
+    def full_chat(self) -> UUID:
+        """Insert a chat with as many pending follow-ups as one may have, due minute by minute from now on."""
+        chat_id = self.chat()
+        self.sql(
+            "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"
+            " SELECT :workspace_id, :chat_id, '?', now() + n * interval '1 min', gen_random_uuid()"
+            " FROM generate_series(1, :most) AS n",
+            workspace_id=self.workspace_id,
+            chat_id=chat_id,
+            most=MOST_PENDING,
+        )
+        return chat_id
 
     def follow_ups_at_once(self, places: list[tuple[UUID, timedelta]]) -> list[UUID]:
         """Insert pending follow-ups into chats, in one transaction, so that none begins before another is there."""

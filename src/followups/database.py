@@ -229,6 +229,15 @@ def is_passing(error: Exception) -> bool:
     return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
 
 
+UNDONE = frozenset({"40001", "40P01"})
+"""SQLSTATEs of a transaction that lost against another one: serialization failure, deadlock. Nothing of it was done."""
+
+
+def is_undone(error: DBAPIError) -> bool:
+    """Return whether the transaction lost against another one and was rolled back: it may be tried again as a whole."""
+    return getattr(error.orig, "sqlstate", None) in UNDONE
+
+
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
     """Return a factory of sessions whose objects stay readable after the commit."""
     return sessionmaker(engine, expire_on_commit=False)

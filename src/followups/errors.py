@@ -67,6 +67,12 @@ class NothingToFollowUpError(ConflictError):
     slug = "nothing-to-follow-up"
 
 
+class TooManyPendingError(ConflictError):
+    """The chat has too many pending follow-ups; cancel some, or wait until some have been sent."""
+
+    slug = "too-many-pending"
+
+
 class AlreadyFinishedError(ConflictError):
     """The follow-up has already finished; a finished follow-up never changes."""
 

@@ -315,8 +315,8 @@ class FollowUp(Base):
     trigger_chat_message_id: Mapped[UUID]
 
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """When the due date was last set; lateness counts from the later of the two, so that a due date in
-    the past means at once, not too late."""
+    """When the due date or the chat was last set. Lateness counts from the later one of this and the due date, so that
+    a due date in the past means at once, not too late."""
     next_attempt_at: Mapped[datetime | None]
     """When to try again, after a retry or a snooze; None: at the due date."""
     waits_for: Mapped[UUID | None]

@@ -2,10 +2,14 @@
 
 Each function works in the caller's own transaction and commits nothing: the row is the job, there is
 nothing else to enqueue. The REST API and the command line call these too.
+
+Each locks its chat until the transaction ends. A transaction that works on several chats must go through them in
+ascending order of their ids: `followups.store` has the order of all locks.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
@@ -13,17 +17,20 @@ from sqlalchemy import func, select
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
+    ChatNotFoundError,
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
     InvalidRequestError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    TooManyPendingError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.quiet_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
 from followups.store import chats, follow_ups, order, repetitions, sending_hours
+from followups.telemetry.logs import get_logger
 from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
@@ -34,8 +41,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.models import Chat, FollowUp
+    from followups.quiet_hours import SendingHours
     from followups.states import Final
 
+log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
 """A day inside what Python can hold, so that a time can be read in any zone."""
@@ -44,17 +53,19 @@ FIRST_YEAR, LAST_YEAR = 2, 9998
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
 
-    A due date in the past means at once. Raises `InvalidRequestError` (message not of 1..65,536
-    characters or with a NUL, due date without an offset), `ChatNotFoundError`,
-    `NothingToFollowUpError` (no messages, or the last one is the user's) and
-    `OutsideMessagingWindowError`.
+    A due date in the past means at once. In one transaction, schedule into several chats in ascending order of their
+    ids (``sorted(chat_ids)``), or it may deadlock with another one that works on the same chats.
+
+    Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
+    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
+    `OutsideMessagingWindowError` and `TooManyPendingError`.
     """
     check_message(message)
     check_time(due_date, "due_date")
     chat = chats.lock_chat(session, workspace_id, chat_id)
     trigger = trigger_of(chat)
     check_window(session, chat, due_date)
-    return follow_ups.insert_follow_up(
+    created = follow_ups.insert_unless_full(
         session,
         workspace_id=workspace_id,
         chat_id=chat_id,
@@ -62,12 +73,16 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
         due_date=due_date,
         trigger_chat_message_id=trigger,
     )
+    if created is None:
+        raise TooManyPendingError
+    return created
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
     """Cancel a pending follow-up; when this returns and the transaction commits, it is never sent.
 
-    ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing.
+    ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing. The order of
+    several chats is that of `schedule`.
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
     """
     changes: dict[str, Any] = {"status": Status.CANCELLED}
@@ -124,25 +139,49 @@ def amend(
 
     ``workspace_id`` None is an operator's view. What already stands so is no change. Raises
     `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
-    `OutsideMessagingWindowError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
     """
     _check_changes(changes)
-    chat = _lock_chats(session, follow_up_id, changes, workspace_id)
-    locked = follow_ups.find_and_lock_if_not_begun(session, follow_up_id, workspace_id)
-    found = locked or follow_ups.find(session, follow_up_id, workspace_id)
-    if found is None:
-        raise FollowUpNotFoundError
+    found, locked = _lock(session, follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
-    if locked is None and found.status not in FINAL:
-        raise DeliveryInProgressError
     if not fresh:
         return found
     if found.status in FINAL:
         _amend_finished(session, found, fresh)
     else:
+        checks_chat = changes.keys() & {"due_date", "chat_id"}
+        chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
         _amend_pending(session, found, fresh, chat)
     session.refresh(found)
     return found
+
+
+def _lock(
+    session: Session, follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
+) -> tuple[FollowUp, Mapping[UUID, Chat]]:
+    """Lock the follow-up's chat and the ``target`` chat, and then the follow-up; return it and the chats.
+
+    Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
+    """
+    while True:
+        locked = chats.lock_chats_of(session, follow_up_id, workspace_id, target)
+        if found := follow_ups.find_and_lock_if_not_begun(session, follow_up_id, locked):
+            return found, locked
+        found = follow_ups.find(session, follow_up_id, workspace_id)
+        if found is None:
+            raise FollowUpNotFoundError
+        if found.status in FINAL:
+            return found, locked
+        if found.chat_id in locked:
+            raise DeliveryInProgressError
+        # It was moved into another chat while this waited for the first one.
+
+
+def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
+    chat = locked.get(chat_id)
+    if chat is None or chat.removed_at is not None:
+        raise ChatNotFoundError
+    return chat
 
 
 def _amend_finished(session: Session, found: FollowUp, fresh: Mapping[str, Any]) -> None:
@@ -156,6 +195,8 @@ def _amend_pending(session: Session, found: FollowUp, fresh: Mapping[str, Any], 
     fields = {name: value for name, value in fresh.items() if name not in {"status", "reason", "finished_at"}}
     if "chat_id" in fields and chat is not None:
         trigger_of(chat)
+        if follow_ups.is_full(session, chat.workspace_id, chat.id):
+            raise TooManyPendingError
     if chat is not None:
         check_window(session, chat, fields.get("due_date", found.due_date))
     if fields and not follow_ups.change_if_not_begun(session, found.id, fields):
@@ -175,20 +216,6 @@ def final_of(status: Status, reason: str | None) -> Final:
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
 
 
-def _lock_chats(
-    session: Session, follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None
-) -> Chat | None:
-    """Lock the chat that a new due date or chat must be checked against, before the follow-up: as a reply does."""
-    if not changes.keys() & {"due_date", "chat_id"}:
-        return None
-    found = follow_ups.find(session, follow_up_id, workspace_id)
-    if found is None:
-        raise FollowUpNotFoundError
-    if found.status in FINAL or found.begun_at is not None:
-        return None
-    return chats.lock_chat(session, found.workspace_id, changes.get("chat_id", found.chat_id))
-
-
 def trigger_of(chat: Chat) -> UUID:
     """Return the chat's last message. Raises `NothingToFollowUpError` when there is none, or it is the user's."""
     if chat.last_message_id is None or chat.last_message_role == chats.Role.USER:
@@ -199,7 +226,7 @@ def trigger_of(chat: Chat) -> UUID:
 def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
     """Refuse a due date outside the channel's messaging window; one in the past means now.
 
-    One outside the workspace's sending hours will be held until they open, so it is then that must be inside.
+    One outside the workspace's sending hours will be held until they open: that moment must be inside too.
     """
     channel = Channel(chat.channel)
     if is_open(channel, None, due_date):
@@ -209,12 +236,33 @@ def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
     if not is_open(channel, chat.last_user_message_at, moment):
         raise OutsideMessagingWindowError(field="due_date")
     hours = sending_hours.find(session, chat.workspace_id)
-    if hours is not None and not is_open(channel, chat.last_user_message_at, opening := opens_at(hours, moment)):
+    if hours is None:
+        return
+    opening = _opening(chat.workspace_id, hours, moment)
+    if not is_open(channel, chat.last_user_message_at, opening):
         message = (
             f"The due date is outside the workspace's sending hours ({hours}), which open at"
             f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
         )
         raise OutsideMessagingWindowError(message, field="due_date")
+
+
+def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
+    """Return when the hours are open, from ``moment`` on; ``moment`` where this host does not know their time zone.
+
+    A caller's follow-up must not be refused because of that: the worker that begins it checks the hours again.
+    """
+    try:
+        return opens_at(hours, moment)
+    except LookupError:
+        _log_unreadable(workspace_id, hours)
+        return moment
+
+
+@lru_cache(maxsize=1024)
+def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
+    """Log, once in this process, that these hours cannot be checked."""
+    log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
 
 
 def check_message(message: str) -> None:

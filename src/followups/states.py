@@ -16,7 +16,7 @@ as given and carry no code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from followups.errors import TransitionError
@@ -95,6 +95,8 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
 }
 """Allowed transitions, and with each the codes that may explain it."""
 
+CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
+
 FINAL = frozenset(status for status, onward in TRANSITIONS.items() if not onward)
 """The states that nothing leaves."""
 
@@ -108,6 +110,8 @@ class Final:
 
     status: Status
     reason: str | None
+    code: ReasonCode | None = field(default=None, compare=False)
+    """The code of the reason; None for ``sent``, and for a caller's own words, whatever they begin with."""
 
 
 def finish(
@@ -137,7 +141,7 @@ def finish(
     if code not in codes:
         message = f"{code} does not explain {to}; use one of {', '.join(sorted(codes))}."
         raise TransitionError(message)
-    return Final(to, explain(code, detail))
+    return Final(to, explain(code, detail), code)
 
 
 def explain(code: ReasonCode, detail: str = "") -> str:

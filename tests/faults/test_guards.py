@@ -63,6 +63,13 @@ CATALOGUE = {
         {"NOT COALESCE(c.last_message_role = 'user', false)": "true"},
         guards.begins_in(lambda scene: scene.world.chat(last_message_role="user")),
     ),
+    "takeover at begin": Guard(
+        BEGIN,
+        {"c.last_message_role = 'operator'": "false"},
+        guards.begins_in(
+            lambda scene: scene.world.chat(last_message_role="operator"), scheduled_at="2020-01-01T00:00:00Z"
+        ),
+    ),
     "removed chat at begin": Guard(
         BEGIN,
         {"c.removed_at IS NULL": "true"},

@@ -24,10 +24,12 @@ from followups.errors import (
     InvalidRequestError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    TooManyPendingError,
 )
 from followups.states import Status
 from followups.store import chats
 from followups.store.chats import Role
+from followups.store.follow_ups import MOST_PENDING
 from followups.windows import Channel
 
 if TYPE_CHECKING:
@@ -165,6 +167,30 @@ class TestSchedule:
                 assert caller.schedule(refusing, due)
 
 
+class TestFullChat:
+    """What may be pending in one chat is bounded, so that a reply can cancel it in one transaction."""
+
+    def test_one_more_is_refused(self, caller: Caller) -> None:
+        """A create and a move into a full chat are refused; when one has ended there is room again."""
+        full, created = caller.world.full_chat(), caller.schedule(caller.world.chat())
+        with pytest.raises(TooManyPendingError):
+            caller.schedule(full)
+        with pytest.raises(TooManyPendingError):
+            scheduling.amend(caller.session, created.id, {"chat_id": full})
+        one = "SELECT id FROM follow_ups WHERE chat_id = :id LIMIT 1"
+        caller.world.sql(f"DELETE FROM follow_ups WHERE id = ({one})", id=full)  # noqa: S608 - our own words
+        inside = caller.schedule(full)
+        scheduling.amend(caller.session, inside.id, {"chat_id": full, "message": "!"})
+        with pytest.raises(TooManyPendingError):
+            caller.schedule(full)
+        assert followups.cancel(caller.session, inside.id).status == "cancelled"
+        assert scheduling.amend(caller.session, created.id, {"chat_id": full}).chat_id == full
+
+    def test_a_reply_cancels_all(self, caller: Caller) -> None:
+        """A reply into a full chat cancels all of it."""
+        assert len(caller.receive(caller.world.full_chat(), Role.USER).cancelled) == MOST_PENDING
+
+
 def test_no_row_joins_two_workspaces(world: World) -> None:
     """PostgreSQL itself refuses a follow-up or a message of one workspace in another's chat."""
     from world import World  # noqa: PLC0415 - of this test alone
@@ -271,7 +297,7 @@ class TestChats:
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))
         agent = caller.receive(chat_id, Role.AGENT, soon(-1))
-        caller.receive(chat_id, Role.USER, soon(-2))
+        caller.receive(chat_id, Role.USER, soon(-4))
         chat = chats.lock_chat(caller.session, caller.world.workspace_id, chat_id)
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
@@ -281,6 +307,61 @@ class TestChats:
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)
         assert chats.lock_chat(caller.session, caller.world.workspace_id, chat_id).last_message_id == agent.id
+
+    @pytest.mark.parametrize(
+        ("ours", "reply", "cancels"),
+        [
+            (0.3, 0.0, True),  # a reply in whole seconds, in the second of our message
+            (0.0, 0.0, True),
+            (0.0, 0.5, True),  # our message in whole seconds
+            (0.999999, 0.0, True),
+            (0.3, -1.0, False),
+            (0.0, -1.0, False),
+            (0.3, 0.2, False),
+        ],
+    )
+    def test_reply_within_the_second_of_our_message(
+        self, caller: Caller, ours: float, reply: float, *, cancels: bool
+    ) -> None:
+        """A message stamped in whole seconds counts as written at the end of that second, so that a reply cancels."""
+        chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
+        caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
+        created = caller.schedule(chat_id)
+        received = caller.receive(chat_id, Role.USER, second + timedelta(seconds=reply))
+        assert received.cancelled == ((created.id,) if cancels else ())
+        assert received.created_at == second + timedelta(seconds=reply)
+
+    @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
+    def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
+        """After an agent's answer that is not older than the user's message there is something to follow up."""
+        chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
+        caller.receive(chat_id, Role.USER, second)
+        caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))
+        assert caller.schedule(chat_id)
+
+    def test_answer_at_once(self, caller: Caller) -> None:
+        """An agent's answer that comes at once is later than the user's message, which cannot lie in the future."""
+        chat_id = uuid4()
+        now = caller.session.execute(text("SELECT now()")).scalar_one()
+        caller.receive(chat_id, Role.USER, now.replace(microsecond=0))
+        caller.session.commit()
+        caller.receive(chat_id, Role.AGENT)
+        assert caller.schedule(chat_id)
+
+    def test_late_message_opens_the_window(self, caller: Caller) -> None:
+        """A user's message that becomes known after the agent's answer cancels nothing; its time opens the window."""
+        chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
+        with pytest.raises(OutsideMessagingWindowError):
+            caller.schedule(chat_id, soon(0.5))
+        late = soon(-0.4)
+        assert caller.receive(chat_id, Role.USER, late).cancelled == ()
+        created = caller.schedule(chat_id, soon(0.5))
+        with pytest.raises(OutsideMessagingWindowError):
+            caller.schedule(chat_id, late + DAY)
+        for other, role in ((soon(-0.5), Role.USER), (soon(-0.1), Role.AGENT), (soon(-0.3), Role.OPERATOR)):
+            assert caller.receive(chat_id, role, other).cancelled == ()
+        chat = chats.lock_chat(caller.session, caller.world.workspace_id, chat_id)
+        assert (chat.last_user_message_at, created.status) == (late, "pending")
 
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
         """A message that is known is known, though its chat was removed; a new one finds no chat."""

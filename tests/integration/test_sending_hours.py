@@ -230,6 +230,22 @@ class TestWindow:
             # Without a window, any due date will do.
             followups.schedule(session, chat_id=world.chat(), **kept)
 
+    def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+        """A create is not refused since this host lacks a time zone: the window alone counts, and one line says so."""
+        put(world, CLOSED)
+        world.sql("UPDATE sending_hours SET time_zone = 'Atlantis/Capital'")
+        due = datetime.now(UTC) + HOUR
+        for _ in range(2):
+            with Session(world.engine) as session, session.begin():
+                kept = {"workspace_id": world.workspace_id, "message": "?", "due_date": due}
+                created = followups.schedule(session, chat_id=self.windowed(world, 2 * HOUR), **kept)
+                amend(session, created.id, {"due_date": due + MINUTE})
+                with pytest.raises(OutsideMessagingWindowError):
+                    followups.schedule(session, chat_id=self.windowed(world, HOUR / 2), **kept)
+        logged = "".join(capsys.readouterr()).splitlines()
+        (line,) = [line for line in logged if "sending_hours_unreadable" in line]
+        assert str(world.workspace_id) in line
+
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
     """A held follow-up can be cancelled; with a new due date it is held no more, until it is due."""
@@ -262,3 +278,9 @@ def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
         sending_hours.put(session, world.workspace_id, SendingHours(zone, time(8), time(20), EVERY_DAY))
     with Session(world.engine) as session:
         assert sending_hours.find(session, uuid4()) is None
+
+
+def test_hours_that_are_never_open_are_refused(world: World) -> None:
+    """Hours of no day are refused where they are set."""
+    with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="These hours are never open"):
+        sending_hours.put(session, world.workspace_id, SendingHours("UTC", time(8), time(20), frozenset()))

@@ -15,7 +15,9 @@ from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
-from followups.store import chats
+from followups.scheduling import final_of
+from followups.states import Status
+from followups.store import cancelling, chats
 from followups.transports.port import Rejected, Retry, Sent, Unknown
 
 if TYPE_CHECKING:
@@ -69,6 +71,69 @@ def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
     other = world.follow_up()
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, other, reason="the customer called").reason == "the customer called"
+
+
+@pytest.mark.parametrize("words", ["user_replied by phone", "cancelled_by_api: on behalf of Jo", "too_late"])
+def test_words_that_begin_as_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
+    """A caller's own words are stored as given though they begin as one of our codes does."""
+    follow_up, _ = doubtful
+    with Session(world.engine) as session, session.begin():
+        assert followups.cancel(session, follow_up, reason=words).reason == words
+
+
+def cancel_chat(world: World, chat_id: UUID, words: str | None) -> cancelling.Cancelled:
+    """Cancel all that is pending in a chat, as an operator does."""
+    with world.engine.begin() as connection:
+        chosen = cancelling.Pending(world.workspace_id, chat_id, cancelling.now(connection))
+        final = final_of(Status.CANCELLED, words)
+        return cancelling.cancel_if_not_begun(connection, chosen, final, cancelling.Place())
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (None, f"cancelled_by_api: {SAID}"),
+        ("stop", "stop"),
+        ("user_replied by phone", "user_replied by phone"),
+        ("too_late", "too_late"),
+    ],
+)
+def test_cancel_of_many(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
+    """So it is when an operator cancels all of a chat."""
+    follow_up, chat_id = doubtful
+    cancel_chat(world, chat_id, words)
+    assert world.row(follow_up).reason == reason
+
+
+ASKED = [
+    (None, "cancelled_by_api: the outcome of the attempt in flight is unknown"),
+    ("stop", "stop"),
+    ("user_replied: by phone", "user_replied: by phone"),
+]
+
+
+@pytest.mark.parametrize(("words", "reason"), ASKED)
+def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
+    """Words of a cancel that came while an attempt was in flight are stored as given, whatever its outcome."""
+    chat_id = world.chat()
+    follow_up = world.follow_up(chat_id)
+    (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
+    assert cancel_chat(world, chat_id, words).in_flight == 1
+    outcome = Unknown("the connection broke")
+    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
+    assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", reason)
+
+
+@pytest.mark.parametrize(("words", "reason"), ASKED)
+def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, words: str | None, reason: str) -> None:
+    """So are they when the worker is lost with that attempt."""
+    chat_id = world.chat()
+    follow_up = world.follow_up(chat_id)
+    begin(world.engine, settings, claim(world.engine, settings).leases)
+    cancel_chat(world, chat_id, words)
+    world.expire(follow_up)
+    claim(world.engine, settings)
+    assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", reason)
 
 
 def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:

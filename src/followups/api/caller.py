@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
 from followups.api.access import KEY
+from followups.database import is_undone
 from followups.dispatch.claim import AHEAD_TICKS
 from followups.errors import UnauthorizedError
 from followups.states import Final, Status, finish
 from followups.store import api_keys
+from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from followups.models import FollowUp
     from followups.states import ReasonCode
     from followups.store.api_keys import Identity
+
+log = get_logger(__name__)
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """How exact `last_used_at` is."""
@@ -174,12 +178,21 @@ class AuthenticatedRoute(APIRoute):
     """A route that tells a stranger nothing but 401, whatever else is wrong with the request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's own handler, with a check of the key before it tells of a bad request."""
+        """Return FastAPI's own handler, with a check of the key before it tells of a bad request.
+
+        A request whose transaction lost against another one is handled once more: nothing of it was done.
+        """
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:
             try:
-                return await handle(request)
+                try:
+                    return await handle(request)
+                except DBAPIError as error:
+                    if not is_undone(error):
+                        raise
+                    log.info("request_tried_again", error=type(error.orig).__name__)
+                    return await handle(request)
             except (RequestValidationError, HTTPException):
                 await run_in_threadpool(Caller(request).check)
                 raise

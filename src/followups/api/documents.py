@@ -17,6 +17,7 @@ from followups.errors import (
     IdempotencyKeyReusedError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    TooManyPendingError,
     TooManyRequestsError,
     UnauthorizedError,
 )
@@ -99,7 +100,7 @@ GET: Responses = {
 CREATE: Responses = {
     201: _json("The new follow-up.", examples.FOLLOW_UP, headers={"Location": _LOCATION}, links=_LINKS),
     404: _error(ChatNotFoundError()),
-    409: _error(NothingToFollowUpError(), IdempotencyKeyInUseError()),
+    409: _error(NothingToFollowUpError(), TooManyPendingError(), IdempotencyKeyInUseError()),
     422: _invalid(
         *_BAD_DATE,
         OutsideMessagingWindowError(field="due_date"),
@@ -111,7 +112,7 @@ CREATE: Responses = {
 CHANGE: Responses = {
     200: _json("The follow-up as it is now.", examples.CANCELLED_FOLLOW_UP),
     404: _error(FollowUpNotFoundError()),
-    409: _error(AlreadyFinishedError(), DeliveryInProgressError(), NothingToFollowUpError()),
+    409: _error(AlreadyFinishedError(), DeliveryInProgressError(), NothingToFollowUpError(), TooManyPendingError()),
     422: _invalid(*_BAD_DATE, OutsideMessagingWindowError(field="due_date")),
     **_WITH_BODY,
     **_ANYWHERE,

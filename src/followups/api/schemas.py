@@ -125,7 +125,7 @@ class NewChatMessage(BaseModel):
     id: Id
     chat_id: Id
     role: Role
-    created_at: Time | None = Field(None, description="Default: now.")
+    created_at: Time | None = Field(None, description="Default: now. In whole seconds: the end of that second.")
 
 
 class ChatMessage(Answer):

@@ -142,5 +142,7 @@ def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
     except ChatNotFoundError:
         return "chatRemoved"
     except ConflictError as error:
-        return "alreadyRetried" if error.slug == "already-retried" else "answeredMeanwhile"
+        return {"already-retried": "alreadyRetried", "too-many-pending": "tooManyPending"}.get(
+            error.slug, "answeredMeanwhile"
+        )
     return "retried"

@@ -15,7 +15,7 @@ from followups.cli.filters import OneChannel, Workspace, workspace_id_of
 from followups.cli.nudging import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.times import readable
-from followups.store import cancelling, pauses
+from followups.store import pauses
 from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
@@ -108,10 +108,8 @@ def _scope(session: Session, workspace: str | None, channel: Channel | None) -> 
 def _wait_for_begins(engine: Engine) -> None:
     end = time.monotonic() + UNDER_WAY
     with engine.connect() as opened:
-        moment = cancelling.now(opened)
-        opened.rollback()
-        while pauses.begins_under_way(opened, moment):
-            opened.rollback()
+        transactions = pauses.workers_transactions(opened)
+        while pauses.still_open(opened, transactions):
             if time.monotonic() > end:
                 remark("A worker has had a transaction open for long; what it has begun goes on.")
                 return

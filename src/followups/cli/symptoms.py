@@ -50,6 +50,10 @@ _OLDEST_TRANSACTION = text("""
        AND backend_type = 'client backend'
      ORDER BY xact_start LIMIT 1
 """)
+_ROLE_WITHOUT_SIGHT = text("""
+    SELECT current_user FROM pg_stat_activity
+     WHERE datname = current_database() AND query = '<insufficient privilege>' LIMIT 1
+""")
 _DEAD = text("""
     SELECT n_dead_tup AS dead, n_live_tup AS live FROM pg_stat_user_tables WHERE relid = 'follow_ups'::regclass
 """)
@@ -137,9 +141,14 @@ def _transactions(connection: Connection) -> Finding:
     rows = f"{dead.dead} dead rows beside {dead.live}"
     oldest = connection.execute(_OLDEST_TRANSACTION).one_or_none()
     if oldest is None or oldest.age < LONG_TRANSACTION:
-        return Finding("transactions", f"none open for long, {rows}")
+        return Finding("transactions", f"none open for long, {rows}{_hidden(connection)}")
     detail = f"one is open for {span(oldest.age)} (pid {oldest.pid}, {oldest.application_name or 'no name'}), {rows}"
     return Finding("transactions", detail, f"It keeps dead rows: end it, SELECT pg_terminate_backend({oldest.pid}).")
+
+
+def _hidden(connection: Connection) -> str:
+    role = connection.scalar(_ROLE_WITHOUT_SIGHT)
+    return f"; those of other roles are hidden (GRANT pg_read_all_stats TO {role} shows them)" if role else ""
 
 
 def _clock(connection: Connection) -> Finding:

@@ -86,6 +86,8 @@ def verdict(obstacle: Obstacle) -> Final | None:
         return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
     if obstacle.silence_broken:
         return finish(Status.CANCELLED, ReasonCode.USER_REPLIED)
+    if obstacle.taken_over:
+        return finish(Status.CANCELLED, ReasonCode.HUMAN_TAKEOVER)
     if obstacle.too_late:
         return finish(Status.FAILED, ReasonCode.TOO_LATE)
     if obstacle.window_closed:

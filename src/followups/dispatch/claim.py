@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from followups.states import Final, ReasonCode, Status, finish
+from followups.states import CANCEL_CODES, ReasonCode, Status, finish
 from followups.store import claims, leases, order, settlement, ticks
 from followups.transactions import transact
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from followups.settings import Settings
+    from followups.states import Final
     from followups.store.claims import Lost
     from followups.store.leases import Lease
 
@@ -122,7 +123,10 @@ def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool)
     if not deduplicates:
         return finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, "the worker was lost with the attempt in flight")
     if cancel_requested:
-        return Final(Status.CANCELLED, f"{cancel_requested}: the outcome of the attempt in flight is unknown")
+        if cancel_requested not in CANCEL_CODES:
+            return finish(Status.CANCELLED, words=cancel_requested)
+        detail = "the outcome of the attempt in flight is unknown"
+        return finish(Status.CANCELLED, ReasonCode(cancel_requested), detail)
     if losses >= MAX_LOSSES:
         return finish(Status.FAILED, ReasonCode.WORKER_LOST, f"{losses} workers were lost with it in flight")
     return None

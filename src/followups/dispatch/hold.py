@@ -61,7 +61,7 @@ def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hol
 
     Lateness counts from the first moment at which the sending hours let it be sent.
     """
-    if obstacle.chat_removed or obstacle.silence_broken or obstacle.window_closed:
+    if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
     opening = _opening(finding, finding.sent_at)
     reprieve = _reprieve(finding, max_lateness) if obstacle.too_late else None

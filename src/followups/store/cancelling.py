@@ -14,7 +14,7 @@ from uuid import UUID
 
 from sqlalchemy import text
 
-from followups.states import ReasonCode, Status, code_of
+from followups.states import Status
 from followups.store import order
 from followups.store.follow_ups import cancelled_or_asked_to
 from followups.store.unknowns import honest
@@ -112,7 +112,7 @@ def _cancel(where: str, *, by_code: bool) -> TextClause:
 def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, after: Place) -> Cancelled:
     """Cancel the next batch. One in flight is only kept from another try; what somebody holds is passed over."""
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
-    statement = _cancel(_where(pending), by_code=code_of(final.reason) in set(ReasonCode))
+    statement = _cancel(_where(pending), by_code=final.code is not None)
     parameters = pending.parameters | place | {"status": final.status.value, "reason": final.reason}
     rows = connection.execute(statement, parameters).all()
     ended = [row.id for row in rows if row.status == Status.CANCELLED]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime  # noqa: TC003 - a dataclass field's type, read at run time by its users
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import ChatNotFoundError
-from followups.models import Chat, ChatMessage
+from followups.models import Chat, ChatMessage, FollowUp
 from followups.states import ReasonCode
 from followups.store import follow_ups
 
@@ -64,6 +64,29 @@ def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
     return chat
 
 
+_LOCK_OF = (
+    select(Chat)
+    .join(FollowUp, FollowUp.workspace_id == Chat.workspace_id)
+    .where(FollowUp.id == bindparam("follow_up_id"), Chat.id.in_([FollowUp.chat_id, bindparam("target")]))
+    .order_by(Chat.id)
+    .with_for_update(key_share=True, of=Chat)
+    .execution_options(populate_existing=True)
+)
+_LOCK_OF_MINE = _LOCK_OF.where(FollowUp.workspace_id == bindparam("workspace_id"))
+
+
+def lock_chats_of(
+    session: Session, follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None
+) -> dict[UUID, Chat]:
+    """Return the follow-up's chat and the ``target`` chat, locked until the transaction ends; removed chats too.
+
+    A chat that does not exist is left out. ``workspace_id`` None is an operator's view of all workspaces.
+    """
+    query = _LOCK_OF if workspace_id is None else _LOCK_OF_MINE
+    parameters = {"follow_up_id": follow_up_id, "workspace_id": workspace_id, "target": target}
+    return {chat.id: chat for chat in session.scalars(query, parameters)}
+
+
 _ANEW: dict[str, object] = {
     "removed_at": None,
     "last_message_id": None,
@@ -110,15 +133,32 @@ _ENSURE = text("""
 """)
 
 # The host that wrote the message may have a clock that runs ahead: a time to come counts as now, or
-# every later reply would look like an old one and stop nothing.
+# every later reply would look like an old one and stop nothing. An agent's message is kept by its own time: a reply in
+# its second, stamped more exactly than it, is later.
 _ADVANCE = text("""
     UPDATE chats
-       SET last_message_id = :id, last_message_role = :role, last_message_at = LEAST(:at, now()),
-           last_user_message_at = CASE WHEN :role = 'user' THEN LEAST(:at, now()) ELSE last_user_message_at END,
+       SET last_message_id = :id, last_message_role = :role,
+           last_message_at = LEAST(CASE WHEN :role = 'agent' THEN :at ELSE CAST(:counts_as AS timestamptz) END, now()),
            updated_at = now()
      WHERE workspace_id = :workspace_id AND id = :chat_id
-       AND (last_message_at IS NULL OR last_message_at <= LEAST(:at, now()))
+       AND (last_message_at IS NULL OR last_message_at <= LEAST(CAST(:counts_as AS timestamptz), now()))
 """)
+_OPEN_WINDOW = text("""
+    UPDATE chats SET last_user_message_at = GREATEST(last_user_message_at, LEAST(:at, now())), updated_at = now()
+     WHERE workspace_id = :workspace_id AND id = :chat_id
+""")
+_SECOND = timedelta(seconds=1)
+
+
+def counts_as(created_at: datetime) -> datetime:
+    """Return when a message counts as written: at the end of its second, where it is stamped in whole seconds.
+
+    Several channels stamp so, and a reply within the second of our own message must not look older than that.
+
+    >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
+    '09:00:00.999999'
+    """
+    return created_at if created_at.microsecond else created_at + _SECOND - datetime.resolution
 
 
 def receive(
@@ -126,8 +166,9 @@ def receive(
 ) -> Received:
     """Record a chat message; one of a user or an operator cancels the chat's pending follow-ups.
 
-    An unknown chat is created. One that is older than the chat's last message is recorded and changes
-    nothing; one that is known already changes nothing at all. Raises `ChatNotFoundError` for a removed chat.
+    An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
+    user's opens the messaging window by its own time. A message that is known already changes nothing at all. Raises
+    `ChatNotFoundError` for a removed chat.
     """
     if known := session.get(ChatMessage, (workspace_id, message_id)):
         return _known(known)
@@ -145,8 +186,11 @@ def receive(
         "id": message_id,
         "role": role.value,
         "at": recorded.created_at,
+        "counts_as": counts_as(recorded.created_at),
     }
     is_last = session.execute(_ADVANCE, advance).rowcount == 1  # type: ignore[attr-defined]
+    if role is Role.USER:
+        session.execute(_OPEN_WINDOW, advance)
     cancelled: list[UUID] = []
     if is_last and (code := CANCELLING.get(role)):
         cancelled = follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, code)

@@ -89,6 +89,12 @@ class Begun(NamedTuple):
 
 
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
+# Follow-ups may be scheduled after an operator's message. Such a follow-up has the message as its trigger. If a change
+# gave it another trigger, or moved it into the chat, it was still scheduled later than the message.
+_TAKEN_OVER = (
+    "COALESCE(c.last_message_role = 'operator' AND f.trigger_chat_message_id <> c.last_message_id"
+    " AND f.scheduled_at < c.last_message_at, false)"
+)
 _TOO_LATE = (
     "(CAST(:max_lateness AS interval) > interval '0'"
     " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
@@ -111,7 +117,8 @@ _BEGIN = text(f"""
         SELECT f.id, c.channel, c.external_id
           FROM {_BATCH} {LEASED}
          {CHAT}
-         WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_WINDOW_CLOSED} AND NOT {_TOO_LATE}
+         WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_TAKEN_OVER} AND NOT {_WINDOW_CLOSED}
+           AND NOT {_TOO_LATE}
            AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER} OFFSET 0) AND NOT {HELD_BACK}
     )
     UPDATE follow_ups f
@@ -142,12 +149,13 @@ class Obstacle:
     window_closed: bool
     too_late: bool
     earlier: UUID | None
+    taken_over: bool = False
 
 
 _OBSTACLES = text(f"""
     SELECT f.id, f.lease_token, {DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
-           {_SILENCE_BROKEN} AS silence_broken, {_WINDOW_CLOSED} AS window_closed, {_TOO_LATE} AS too_late,
-           earlier.id AS earlier
+           {_SILENCE_BROKEN} AS silence_broken, {_TAKEN_OVER} AS taken_over, {_WINDOW_CLOSED} AS window_closed,
+           {_TOO_LATE} AS too_late, earlier.id AS earlier
       FROM {_BATCH} CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
      {CHAT}
       LEFT JOIN LATERAL (
@@ -167,6 +175,7 @@ def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> 
             row.window_closed,
             row.too_late,
             row.earlier,
+            row.taken_over,
         )
         for row in rows
     ]
@@ -174,14 +183,14 @@ def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> 
 
 _END = text(f"""
     WITH held AS MATERIALIZED (
-        SELECT f.id, b.status, b.reason
+        SELECT f.id, b.status, b.reason, b.by_code
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
-                      CAST(:reasons AS text[])) AS b(id, token, status, reason)
+                      CAST(:reasons AS text[]), CAST(:by_code AS boolean[])) AS b(id, token, status, reason, by_code)
           {LEASED}
     )
     UPDATE follow_ups f
-       SET status = held.status, reason = {honest("held.reason", "f")}, finished_at = now(), updated_at = now(),
-           lease_until = NULL
+       SET status = held.status, finished_at = now(), updated_at = now(), lease_until = NULL,
+           reason = CASE WHEN held.by_code THEN {honest("held.reason", "f")} ELSE held.reason END
       FROM held
      WHERE f.id = held.id
     RETURNING f.id
@@ -193,6 +202,7 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
     parameters = batch_of([lease for lease, _ in ends]) | {
         "statuses": [final.status.value for _, final in ends],
         "reasons": [final.reason for _, final in ends],
+        "by_code": [final.code is not None for _, final in ends],
     }
     return set(connection.scalars(_END, parameters))
 

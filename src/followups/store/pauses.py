@@ -129,14 +129,25 @@ def free_forgotten(connection: Connection) -> int:
     return freed
 
 
-# A begin that had looked before the pause was there may be on its way still.
-_UNDER_WAY = text("""
-    SELECT count(*) FROM pg_stat_activity
-     WHERE datname = current_database() AND application_name = 'followups-worker' AND xact_start < :moment
+# Every transaction holds the lock of its own virtual id from its beginning to its end. Any role sees these locks and
+# the names of applications. In pg_stat_activity a role sees the beginnings of its own transactions only.
+_WORKERS_OPEN = text("""
+    SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
+     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock'
+       AND a.datname = current_database() AND a.application_name = 'followups-worker'
+""")
+_STILL_OPEN = text("""
+    SELECT count(*) FROM pg_locks l
+     WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock' AND l.virtualtransaction = ANY(:transactions)
 """)
 
 
-def begins_under_way(connection: Connection, moment: datetime) -> int:
-    """Return how many transactions of workers are open that began before ``moment``."""
-    number: int = connection.execute(_UNDER_WAY, {"moment": moment}).scalar_one()
+def workers_transactions(connection: Connection) -> list[str]:
+    """Return the open transactions of workers: one that began before a pause may not have seen it."""
+    return list(connection.scalars(_WORKERS_OPEN))
+
+
+def still_open(connection: Connection, transactions: Sequence[str]) -> int:
+    """Return how many of the workers' transactions are open still."""
+    number: int = connection.execute(_STILL_OPEN, {"transactions": list(transactions)}).scalar_one()
     return number

@@ -42,7 +42,11 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
         message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."
         raise InvalidRequestError(message, field="time_zone")
     now = session.execute(select(func.now())).scalar_one()
-    open_from, open_until = span_of(hours, now)
+    try:
+        open_from, open_until = span_of(hours, now)
+    except LookupError as error:
+        message = f"These hours are never open: {hours}."
+        raise InvalidRequestError(message, field="days") from error
     values = columns_of(hours) | {"open_from": open_from, "open_until": open_until}
     statement = insert(Row).values(workspace_id=workspace_id, **values)
     session.execute(statement.on_conflict_do_update(index_elements=[Row.workspace_id], set_=values))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
-from followups.states import Status
+from followups.states import CANCEL_CODES, Status
 from followups.store.fragments import OPEN
 from followups.store.leases import int_array, uuid_array
 from followups.store.unknowns import honest
@@ -39,7 +39,7 @@ class Settlement(NamedTuple):
     yields: bool = True
     """A cancel that came while it was in flight wins over this."""
     cancel_detail: str = ""
-    """What is added to the reason of such a cancel: ': ...' or nothing."""
+    """What is added to the reason of such a cancel by code: ': ...' or nothing."""
 
 
 class Settled(NamedTuple):
@@ -53,6 +53,13 @@ class Settled(NamedTuple):
 
 
 _STOPPED = "(r.yields AND f.cancel_requested IS NOT NULL)"
+
+_BY_CODE = ", ".join(f"'{code.value}'" for code in sorted(CANCEL_CODES))
+_WISH = f"""
+    CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
+         ELSE f.cancel_requested END
+"""
+"""The reason of such a cancel; an operator's own words are stored as given."""
 
 _STILL_OURS = f"""
          CROSS JOIN LATERAL (
@@ -73,8 +80,7 @@ _SETTLE = text(f"""
     )
     UPDATE follow_ups f
        SET status = CASE WHEN {_STOPPED} THEN 'cancelled' ELSE r.status END,
-           reason = CASE WHEN {_STOPPED} THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
-                         ELSE {honest("r.reason", "f")} END,
+           reason = CASE WHEN {_STOPPED} THEN {_WISH} ELSE {honest("r.reason", "f")} END,
            finished_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() END,
            updated_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN now() ELSE f.updated_at END,
            next_attempt_at = CASE WHEN {_STOPPED} OR r.status <> 'pending' THEN f.next_attempt_at

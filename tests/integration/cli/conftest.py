@@ -6,12 +6,14 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import psycopg
 import pytest
+from sqlalchemy import make_url
 
 from followups.cli import main
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from followups.settings import Settings
@@ -50,3 +52,16 @@ def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return Ran(code, *capsys.readouterr())
 
     return run_command
+
+
+@pytest.fixture
+def unprivileged_url(database_url: str) -> Iterator[str]:
+    """Return a URL by which one acts as a role that sees no activity of other roles."""
+    url = make_url(database_url)
+    role = f"role_of_{url.database}"
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(f"CREATE ROLE {role}")
+        connection.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {role}")
+        yield url.update_query_dict({"options": f"-c role={role}"}).render_as_string(hide_password=False)
+        connection.execute(f"DROP OWNED BY {role}")
+        connection.execute(f"DROP ROLE {role}")

@@ -192,9 +192,11 @@ class TestRetry:
         failed(world, chat=world.chat(last_message_role="user"))
         failed(world, chat=world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC) - 2 * DAY))
         failed(world, chat=world.chat(removed_at=datetime.now(UTC)))
+        failed(world, chat=world.full_chat())
         found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
         counts = {"retried": 1, "answeredMeanwhile": 1, "outsideMessagingWindow": 1, "chatRemoved": 1}
-        assert found == {"dryRun": False, "matched": 4, "interrupted": False} | counts
+        counts |= {"tooManyPending": 1}
+        assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
         """What an operator retried by its id is not retried by the bulk form; by its id it can be, again."""

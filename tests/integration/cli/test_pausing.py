@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,9 +14,11 @@ from followups.cli import pausing
 from followups.database import make_engine
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
+from followups.store import leases
+from stack import wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Engine
 
@@ -80,6 +84,35 @@ def test_it_waits_for_what_is_beginning(
         assert "what it has begun goes on" in ran.stderr
     worker.dispose()
     assert run("pause", "--workspace", world.workspace_id).stderr == ""
+
+
+@pytest.fixture
+def worker(settings: Settings) -> Iterator[Engine]:
+    """Return an engine as a worker has it."""
+    engine = make_engine(settings.database_url.get_secret_value(), application_name="followups-worker")
+    yield engine
+    engine.dispose()
+
+
+def test_it_waits_whichever_its_role(
+    run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
+) -> None:
+    """It waits for what is beginning though its role may not see what other roles' sessions do."""
+    environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
+    environment.setattr(pausing, "UNDER_WAY", 60.0)
+    world.follow_up()
+    (lease,) = claim(worker, settings).leases
+    rules = leases.World(settings.lease, settings.max_lateness, early=timedelta(seconds=1))
+    with ThreadPoolExecutor(1) as pool, worker.connect() as beginning:
+        assert leases.begin_if_leased(beginning, [lease], rules)
+        pausing_now = pool.submit(run, "pause", "--workspace", world.workspace_id)
+        wait_until(lambda: world.scalar("SELECT count(*) FROM pauses"))
+        with pytest.raises(TimeoutError):
+            pausing_now.result(0.3)
+        beginning.commit()
+        ran = pausing_now.result(10)
+    assert (ran.code, ran.stderr) == (0, "")
+    assert world.row(lease.id).begun_at is not None
 
 
 @pytest.mark.parametrize("command", ["pause", "resume"])

@@ -12,6 +12,7 @@ from sqlalchemy import text
 
 from followups.cli import symptoms
 from followups.cli.symptoms import of_broker, of_database
+from followups.database import make_engine
 from followups.dispatch.breaker import News
 from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
@@ -38,6 +39,17 @@ def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
     assert [name for name, finding in findings.items() if not finding.ok] == []
     assert findings["backlog"].detail == "1 pending, 0 in flight, 0 overdue"
     assert findings["attempts"].detail == "failed in the last hour: none"
+
+
+def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
+    """A role that sees nothing of other roles' transactions is told so, and what would show them."""
+    unprivileged = make_engine(unprivileged_url)
+    with engine.connect() as connection:
+        connection.execute(text("SELECT 1"))
+        transactions = found(settings, unprivileged)["transactions"]
+    unprivileged.dispose()
+    assert transactions.ok
+    assert "those of other roles are hidden (GRANT pg_read_all_stats TO role_of_test_" in transactions.detail
 
 
 def test_overdue(settings: Settings, engine: Engine, world: World) -> None:

@@ -1,0 +1,92 @@
+"""Cancel and schedule in one transaction, beside replies into the same chats: no deadlock that a reply loses."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session
+
+import followups
+from followups.database import is_undone
+from followups.errors import AlreadyFinishedError, NothingToFollowUpError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from uuid import UUID
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+CLIENTS = 4
+"""Threads of each side."""
+DELAY = 0.01
+"""Seconds at most before each side begins, and between a cancel and the schedule after it."""
+
+
+def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
+    """Cancel a follow-up and schedule another one in its chat, in one transaction; return what came of it."""
+    before, between = delays
+    time.sleep(before)
+    try:
+        with Session(rig.world.engine) as session, session.begin():
+            followups.cancel(session, follow_up, reason="another one instead")
+            time.sleep(between)
+            followups.schedule(
+                session,
+                workspace_id=rig.world.workspace_id,
+                chat_id=chat_id,
+                message="Still there?",
+                due_date=datetime.now(UTC),
+            )
+    except (AlreadyFinishedError, NothingToFollowUpError):
+        return "refused"
+    except OperationalError as error:
+        if not is_undone(error):
+            raise
+        return "deadlocked"
+    return "replaced"
+
+
+def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
+    """Replace the follow-up of each chat while a reply comes, and a worker sends what is due."""
+    rig.start(workers=1)
+    api = rig.web()
+    ids = rig.held(pairs)
+    chats = [rig.world.row(id_).chat_id for id_ in ids]
+    pauses = [([rig.rng.uniform(0, DELAY) for _ in range(2)], rig.rng.uniform(0, DELAY)) for _ in ids]
+    with ThreadPoolExecutor(CLIENTS) as pairs_at_once, ThreadPoolExecutor(CLIENTS) as callers:
+
+        def both(number: int) -> tuple[Callable[[], str], int]:
+            delays, wait = pauses[number]
+            replacing = callers.submit(replace_one, rig, ids[number], chats[number], delays)
+            time.sleep(wait)
+            return replacing.result, api.message(str(chats[number]), "user").status_code
+
+        outcomes = [(replaced(), code) for replaced, code in pairs_at_once.map(both, range(pairs))]
+    replaced, answers = (Counter(side) for side in zip(*outcomes, strict=True))
+    rig.settle_down()
+    verdict = rig.verdict()
+    api.client.close()
+    lost = len(rig.events("request_tried_again"))
+    assert answers == {201: pairs}
+    assert replaced.keys() <= {"replaced", "refused"}
+    assert lost == 0
+    assert {rig.world.row(id_).status for id_ in ids} == {"cancelled"}
+    figures.keep(27, verdict, replaced=dict(replaced), replies=dict(answers), deadlocks=lost)
+
+
+def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
+    """A caller may cancel and schedule in one transaction while the user replies: neither of the two is lost."""
+    replace_beside_replies(rig, figures, pairs=150)
+
+
+@pytest.mark.faults_long
+def test_replace_beside_many_replies(rig: Rig, figures: Figures) -> None:
+    """So it is with five thousand."""
+    replace_beside_replies(rig, figures, pairs=5_000)
