@@ -33,7 +33,12 @@ READER = """
 """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
-SHORT = tuple(f"SELECT 1 FROM {table} LIMIT 1" for table in ("workspaces", "chats", "follow_ups", "chat_messages"))
+SHORT = (
+    "SELECT 1 FROM workspaces LIMIT 1",
+    "SELECT 1 FROM chats LIMIT 1",
+    "SELECT 1 FROM follow_ups LIMIT 1",
+    "SELECT 1 FROM chat_messages LIMIT 1",
+)
 
 
 class Others(threading.Thread):
