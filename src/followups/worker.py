@@ -324,7 +324,12 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
-    process = current_process()
+    try:
+        process = current_process()
+    except Exception as error:
+        # Celery logs what a signal's handler raises, and goes on: a worker that looks alive and sends nothing.
+        log.critical("worker_cannot_start", exc_info=error)
+        raise SystemExit(1) from None
     if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
         liveness.watch_work(heart, process.dispatcher, process.pipeline)
 
