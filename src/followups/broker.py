@@ -26,6 +26,7 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from followups.telemetry.logs import get_logger
+from followups.worker_queues import CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,11 +41,6 @@ LONGEST_PAUSE = 3.0
 
 FIRST_PAUSE = 0.25
 """Seconds until the next connection after one that was refused its first read; each pause is twice the one before."""
-
-CLUSTER = (
-    "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "
-    "point FOLLOWUPS_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no)."
-)
 
 
 class Loader(AppLoader):
@@ -150,7 +146,7 @@ class Channel(kombu_redis.Channel):
             CONSUMER.answered(self.active_queues)
             raise
         except (*self.connection_errors, RedisError) as error:
-            log.warning("broker_unreachable", step="read", error=type(error).__name__, code=code_of(error))
+            _report("read", error)
             raise
         except Exception as error:  # whatever a hostile document makes a decoder raise
             if self.connection.delivering:
@@ -179,20 +175,17 @@ class Transport(kombu_redis.Transport):
             Transport._stopping = True
             state.maybe_shutdown()
         if not _is_consumers_thread():
-            return self._connect()
+            return super().establish_connection()
         CONSUMER.connects()
         time.sleep(CONSUMER.pause())
-        connection = self._connect()
+        try:
+            connection = super().establish_connection()
+        except self.connection_errors as error:
+            _report("connect", error)
+            raise
         CONSUMER.connected()
         _refuse_cluster(self._avail_channels[-1].client)
         return connection
-
-    def _connect(self) -> Any:  # noqa: ANN401 - kombu's own
-        try:
-            return super().establish_connection()
-        except self.connection_errors as error:
-            log.warning("broker_unreachable", step="connect", error=type(error).__name__, code=code_of(error))
-            raise
 
     def _deliver(self, message: Any, source: str) -> None:  # noqa: ANN401 - whatever JSON holds
         if not is_message(message):
@@ -200,6 +193,11 @@ class Transport(kombu_redis.Transport):
             return
         self.delivering = True
         super()._deliver(message, source)
+
+
+def _report(step: str, error: Exception) -> None:
+    if _is_consumers_thread():  # others report what they could not send
+        log.warning("broker_unreachable", step=step, error=type(error).__name__, code=code_of(error))
 
 
 def code_of(error: Exception) -> str:
