@@ -1,7 +1,8 @@
-"""kombu's Redis transport for workers, which lives on when the broker holds what nobody of ours wrote.
+"""Celery's connection to the broker: kombu's Redis transport, which lives on whatever the broker answers or holds.
 
-kombu 5.7 raises out of the consumer for an entry that is no JSON, or JSON of another shape, and the worker
-ends with it. Whoever can reach the broker could stop every worker with one LPUSH.
+kombu 5.7 raises out of the consumer for an entry that is no JSON, or JSON of another shape, and for an error that
+Redis answers to a read (READONLY, MISCONF, NOPERM). The worker would end with it: one LPUSH, or a failover of Redis,
+would stop every worker.
 
 It also ends in order while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the consumer's
 own loop, and tries that without end, without a word and deaf to SIGTERM.
@@ -10,20 +11,79 @@ own loop, and tries that without end, without a word and deaf to SIGTERM.
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from celery import Celery
+from celery.app import amqp
+from celery.loaders.app import AppLoader
 from celery.worker import state
+from kombu.connection import Connection as KombuConnection
+from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
-from redis.exceptions import RedisError
+from redis.exceptions import NoPermissionError, RedisError
 
 from followups.telemetry.logs import get_logger
+from followups.worker_queues import CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
 log = get_logger(__name__)
+
+# Under the name of the one it extends, so that logs and banners go on saying redis://.
+TRANSPORT_ALIASES.update(redis="followups.broker:Transport", rediss="followups.broker:Transport")
+
+LONGEST_PAUSE = 3.0
+"""Seconds between two tries at the broker, at most. Celery's own pauses grow to thirty."""
+
+FIRST_PAUSE = 0.25
+"""Seconds until the next connection after one that was refused its first read; each pause is twice the one before."""
+
+
+class Loader(AppLoader):
+    """Reads no configuration from a module that a variable names."""
+
+    def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's own
+        """Return none."""
+        return {}
+
+
+class Connection(KombuConnection):
+    """Tries again within seconds, however long the broker was away."""
+
+    def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
+        """Connect, and try again until it succeeds."""
+        pauses = {"interval_start": 1, "interval_step": 1, "interval_max": LONGEST_PAUSE}
+        return super().ensure_connection(*arguments, **(pauses | named))
+
+
+class AMQP(amqp.AMQP):
+    """Makes such connections."""
+
+    Connection = Connection
+
+
+class App(Celery):
+    """A Celery app that connects to the settings' broker, whatever CELERY_BROKER_URL and the like say."""
+
+    amqp_cls = AMQP
+    backend_cls = "disabled"
+
+    def __init__(self, name: str, url: str) -> None:
+        """Take the broker's URL; connect to nothing yet."""
+        self._url = url
+        super().__init__(name, broker=url, loader=Loader)
+
+    def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
+        """Return a connection for a consumer."""
+        return super().connection_for_read(self._url, **named)
+
+    def connection_for_write(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
+        """Return a connection for a producer."""
+        return super().connection_for_write(self._url, **named)
 
 
 class Consumer:
@@ -36,26 +96,47 @@ class Consumer:
 
     def __init__(self) -> None:
         """Begin with nothing done yet."""
+        self.thread: threading.Thread | None = None
+        """In which it runs; None in a process that consumes nothing."""
         self.answered_at = 0.0
         self.connecting_at = 0.0
+        self.refused = 0
+        """Connections in a row that were made and brought no answer to a read."""
         self.queues: frozenset[str] = frozenset()
         """Those that it asked for."""
 
     def answered(self, queues: Iterable[str]) -> None:
         """Note that the broker has answered."""
         self.answered_at = time.monotonic()
+        self.refused = 0
         self.queues = frozenset(queues)
 
     def connects(self) -> None:
         """Note that it tries to reach the broker."""
         self.connecting_at = time.monotonic()
 
+    def connected(self) -> None:
+        """Note that it has a connection, which counts as refused until a read is answered."""
+        self.refused += 1
+
+    def pause(self) -> float:
+        """Return for how many seconds to wait before the next connection."""
+        return min(FIRST_PAUSE * 2**self.refused, LONGEST_PAUSE) if self.refused else 0.0
+
 
 CONSUMER = Consumer()
 
 
 class Channel(kombu_redis.Channel):
-    """Drops an entry that cannot be read."""
+    """Drops an entry that cannot be read, and a connection to a server that refuses a message."""
+
+    def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
+        try:
+            super()._put(*arguments, **named)
+        except RedisError:
+            # The broker's address may lead to another server by now: after a failover the old one is read-only.
+            self._disconnect_pools()
+            raise
 
     def _brpop_read(self, **options: Any) -> Any:  # noqa: ANN401 - kombu's own
         self.connection.delivering = False
@@ -64,7 +145,8 @@ class Channel(kombu_redis.Channel):
         except self.connection.Empty:
             CONSUMER.answered(self.active_queues)
             raise
-        except (*self.connection_errors, RedisError):
+        except (*self.connection_errors, RedisError) as error:
+            _report("read", error)
             raise
         except Exception as error:  # whatever a hostile document makes a decoder raise
             if self.connection.delivering:
@@ -76,9 +158,11 @@ class Channel(kombu_redis.Channel):
 
 
 class Transport(kombu_redis.Transport):
-    """Drops an entry of another shape than kombu gives a message."""
+    """Drops an entry of another shape than kombu gives a message; takes each error for one of the connection."""
 
     Channel = Channel
+    connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
+    """What Celery answers with a new connection. An error that Redis answers may pass, and so may its server."""
     Empty = queue.Empty
     delivering = False
     """An entry was read and is in the consumer's hands."""
@@ -90,13 +174,18 @@ class Transport(kombu_redis.Transport):
         if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
             Transport._stopping = True
             state.maybe_shutdown()
-        if _is_consumers_thread():
-            CONSUMER.connects()
-        try:
+        if not _is_consumers_thread():
             return super().establish_connection()
+        CONSUMER.connects()
+        time.sleep(CONSUMER.pause())
+        try:
+            connection = super().establish_connection()
         except self.connection_errors as error:
-            log.warning("broker_unreachable", step="connect", error=type(error).__name__)
+            _report("connect", error)
             raise
+        CONSUMER.connected()
+        _refuse_cluster(self._avail_channels[-1].client)
+        return connection
 
     def _deliver(self, message: Any, source: str) -> None:  # noqa: ANN401 - whatever JSON holds
         if not is_message(message):
@@ -106,8 +195,34 @@ class Transport(kombu_redis.Transport):
         super()._deliver(message, source)
 
 
+def _report(step: str, error: Exception) -> None:
+    if _is_consumers_thread():  # others report what they could not send
+        log.warning("broker_unreachable", step=step, error=type(error).__name__, code=code_of(error))
+
+
+def code_of(error: Exception) -> str:
+    """Return the code of an error that Redis answered, or nothing if the error is another one.
+
+    >>> code_of(RedisError("MISCONF Redis is configured to save RDB snapshots")), code_of(OSError("No route"))
+    ('MISCONF', '')
+    """
+    first = str(error).partition(" ")[0]
+    return first if isinstance(error, RedisError) and first.isalpha() and first.isupper() else ""
+
+
+def _refuse_cluster(client: Any) -> None:  # noqa: ANN401 - of a class that kombu makes
+    """End the process with a sentence where the broker can never work."""
+    try:
+        clustered = client.info("cluster").get("cluster_enabled")
+    except NoPermissionError:
+        return
+    if clustered:
+        sys.stderr.write(f"followups: {CLUSTER}\n")
+        raise SystemExit(2)
+
+
 def _is_consumers_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
+    return CONSUMER.thread is threading.current_thread()
 
 
 def is_message(message: object) -> bool:

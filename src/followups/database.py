@@ -8,11 +8,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
+
+from followups.urls import database_url as parse
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -115,7 +117,7 @@ def make_engine(
     reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up;
     with None, for migrations, a statement may take as long as it takes.
     """
-    url = _url(database_url)
+    url = parse(database_url)
     engine = create_engine(url, **_arguments(url, pool_size, application_name, options, statement_timeout))
     patience = _patience(statement_timeout)
 
@@ -141,7 +143,7 @@ def make_async_engine(
     It tests only a connection that nobody used for `RECENTLY`: callers come many times a second, and a test takes
     as long as a statement.
     """
-    url = _url(database_url)
+    url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name, options, statement_timeout)
     # No reset either: a connection comes back by the end of a `with`, which has rolled back what was not committed.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
@@ -173,10 +175,6 @@ def _test_what_lay_idle(engine: Engine) -> None:
 
     event.listen(engine, "checkin", note)
     event.listen(engine, "checkout", test)
-
-
-def _url(database_url: str) -> URL:
-    return make_url(database_url).set(drivername="postgresql+psycopg")
 
 
 def _arguments(

@@ -18,17 +18,28 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 
-def alembic_config(database_url: str = "") -> Config:
+WAIT = 60.0
+"""Seconds for which a migration waits until another one has ended."""
+
+PATIENCE = 600.0
+"""Seconds for which a migration tries to lock tables that long transactions use."""
+
+
+def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:
     """Return Alembic's configuration for the migrations in this package, wherever it is installed."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["database_url"] = database_url
+    config.attributes.update(database_url=database_url, wait=wait, patience=patience)
     return config
 
 
-def migrate(database_url: str, revision: str = "head") -> None:
-    """Bring the database to ``revision``. Several at once do no harm: the second waits, then finds it done."""
-    command.upgrade(alembic_config(database_url), revision)
+def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, patience: float = PATIENCE) -> None:
+    """Bring the database to ``revision``. Several at once do no harm: the second waits, then finds it done.
+
+    Raises `FollowUpsError` when another migration holds its lock for ``wait`` seconds, or a long transaction keeps a
+    table locked for ``patience`` seconds.
+    """
+    command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
 
 
 def downgrade(database_url: str, revision: str) -> None:

@@ -10,13 +10,17 @@ import math
 import re
 from datetime import timedelta
 from functools import lru_cache
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from followups.errors import SettingsError
 from followups.retry import RetryPolicy
+from followups.urls import check_broker_url, database_url
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 LEASE_MARGIN = timedelta(seconds=2)
 """What a lease must leave beyond the transport's timeout: begin, settle and a slow commit."""
@@ -39,6 +43,15 @@ def _seconds_or_iso(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         message = "should be a finite number of seconds"
         raise ValueError(message)
+    return value
+
+
+def _parsed(value: SecretStr, parse: Callable[[str], object]) -> SecretStr:
+    try:
+        parse(value.get_secret_value())
+    except ValueError as error:
+        message = f"should be a URL that can be read: {error}"
+        raise ValueError(message) from None
     return value
 
 
@@ -116,7 +129,7 @@ class Settings(BaseSettings):
         if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             message = "should start with postgresql://"
             raise ValueError(message)
-        return value
+        return _parsed(value, database_url)
 
     @field_validator("broker_url")
     @classmethod
@@ -124,7 +137,7 @@ class Settings(BaseSettings):
         if not value.get_secret_value().startswith(("redis://", "rediss://")):
             message = "should start with redis:// or rediss://"
             raise ValueError(message)
-        return value
+        return _parsed(value, check_broker_url)
 
     @field_validator("transport_url")
     @classmethod

@@ -15,12 +15,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from celery import Celery, signals
+from celery import signals
 from celery.schedules import crontab
 from kombu.entity import Queue
-from kombu.transport import TRANSPORT_ALIASES
 
 from followups import celery_logs, liveness
+from followups.broker import CONSUMER, App
 from followups.database import BY_KEY, ONCE_PLANNED, make_async_engine, make_engine
 from followups.dispatch import report
 from followups.dispatch.dispatcher import Dispatcher
@@ -41,6 +41,8 @@ from followups.worker_queues import DELIVER, DISPATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from celery import Celery
 
     from followups.dispatch.publish import Hint
 
@@ -92,7 +94,7 @@ def drain_limit(settings: Settings) -> timedelta:
 
 def make_app(settings: Settings) -> Celery:
     """Return the Celery app, set for hints: small, idempotent, worthless once read."""
-    app = Celery("followups", broker=settings.broker_url.get_secret_value())
+    app = App("followups", settings.broker_url.get_secret_value())
     silence = broker_silence(settings).total_seconds()
     app.conf.update(
         accept_content=["json"],
@@ -309,13 +311,8 @@ def _check_transport(**_: object) -> None:
 
 
 @signals.celeryd_init.connect
-def _guard_against_foreign_messages(**_: object) -> None:
-    # Under the name of the one it extends, so that logs and banners go on saying redis://.
-    TRANSPORT_ALIASES.update(redis="followups.broker:Transport", rediss="followups.broker:Transport")
-
-
-@signals.celeryd_init.connect
 def _show_life(sender: str = "", **_: object) -> None:
+    CONSUMER.thread = threading.current_thread()
     if heart := liveness.start(settings.runtime_dir, "worker", sender):
         liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
 
@@ -327,7 +324,12 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
-    process = current_process()
+    try:
+        process = current_process()
+    except Exception as error:
+        # Celery logs what a signal's handler raises, and goes on: a worker that looks alive and sends nothing.
+        log.critical("worker_cannot_start", exc_info=error)
+        raise SystemExit(1) from None
     if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
         liveness.watch_work(heart, process.dispatcher, process.pipeline)
 

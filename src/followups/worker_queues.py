@@ -6,3 +6,9 @@ DISPATCH = "dispatch"
 """Ticks."""
 DELIVER = "deliver"
 """Hints: batches of leases."""
+
+CLUSTER = (
+    "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "
+    "point FOLLOWUPS_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no)."
+)
+"""What is said of a broker that can never work."""

@@ -55,8 +55,14 @@ FAULTS = {
     18: "An open database snapshot under load",
     19: "A workspace with 100 times the load",
     20: "Load for long",
-    21: "All of these at once, drawn by lot",
+    21: "Isolation, read-only mode, date styles, encoding set by others",
+    22: "Failover to a streaming replica, through a proxy",
+    23: "Database and broker away together, longer than a lease",
+    24: "Redis answers an error to a read",
+    25: "Breaker open with a backlog above MAX_IN_FLIGHT",
+    26: "Migration beside an idle reader, beside a lock never released",
     27: "Cancel and schedule in one transaction, beside replies",
+    28: "All of these at once, drawn by lot",
 }
 
 

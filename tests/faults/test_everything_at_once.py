@@ -144,7 +144,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
     assert verdict.ended.keys() <= {"sent", "cancelled", "failed"}
     lost = "SELECT count(*) FROM follow_ups WHERE status = 'failed' AND reason NOT LIKE 'worker_lost%'"
     assert rig.world.scalar(lost) == 0
-    figures.keep(21, verdict, faults=dict(disorder.done), ended=dict(verdict.ended), at_rest_after_s=round(took, 2))
+    figures.keep(28, verdict, faults=dict(disorder.done), ended=dict(verdict.ended), at_rest_after_s=round(took, 2))
 
 
 def test_everything_at_once(breakable: Rig, figures: Figures) -> None:

@@ -18,6 +18,7 @@ from limits.strategies import SlidingWindowCounterRateLimiter
 from prometheus_client import Counter
 from redis import RedisError
 from redis.backoff import NoBackoff
+from redis.exceptions import ReadOnlyError
 from redis.retry import Retry
 
 from followups.errors import TooManyRequestsError
@@ -69,10 +70,12 @@ class RateLimit:
         self._most_ahead = max(1, settings.rate_limit // SHARE_AHEAD)
         self._storage = RedisStorage(
             settings.broker_url.get_secret_value(),
-            key_prefix="followups:rate",
+            key_prefix=f"{settings.broker_prefix}rate",
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),  # type: ignore[arg-type] # redis-py takes it
+            # Not to try again: a connection that had it is closed. After a failover its address leads elsewhere.
+            retry_on_error=[ReadOnlyError],  # type: ignore[arg-type] # as above
         )
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._allowances: dict[UUID, Allowance] = {}

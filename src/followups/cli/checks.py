@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import redis
 from sqlalchemy import text
@@ -21,6 +22,7 @@ from followups.errors import FollowUpsError
 from followups.settings import HINT_LIFETIME, LEASE_MARGIN, hide_password
 from followups.store import ticks
 from followups.transports.registry import load_transport
+from followups.worker_queues import CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,6 +36,10 @@ OLDEST_REDIS = (6, 2)
 
 PATIENCE = timedelta(seconds=3)
 """How long the broker may take to answer, and the workers together."""
+
+
+REFUSED = "See to the server: a full disk, full memory, or a script without end; processes go on by themselves then."
+"""What to do about errors that the broker answers to everybody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +110,83 @@ def _tick(settings: Settings, age: timedelta | None) -> Finding:
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
-    """Check the broker: reachable, new enough, and evicting nothing."""
+    """Check the broker: reachable, new enough, allowing all commands, and evicting nothing."""
     url = settings.broker_url.get_secret_value()
     try:
         with broker_client(settings, PATIENCE) as client:
-            information: dict[str, Any] = client.info()
+            refused = _refusals(client, settings.broker_prefix)
+            information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
         # Its first line names host and port, never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         yield Finding("broker", detail, "Start it, or correct FOLLOWUPS_BROKER_URL.")
         return
-    yield _broker_version(information)
-    yield _eviction(information)
+    if information:
+        yield _broker_version(information)
+        yield _eviction(information)
+    yield _permissions(settings, refused)
+
+
+def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
+    """Return the error by which the broker refuses each command of ours that it would refuse.
+
+    Nothing is executed: a command is checked when it is queued in a transaction, which is then discarded.
+    """
+    refused: dict[str, str] = {}
+    connection: Any = client.connection_pool.get_connection()
+    try:
+        for command in (("MULTI",), *broker_commands(f"{prefix}doctor"), ("DISCARD",)):
+            connection.send_command(*command)
+            try:
+                connection.read_response()
+            except redis.ResponseError as error:
+                refused[command[0]] = _code(error)
+    finally:
+        connection.disconnect()
+        client.connection_pool.release(connection)
+    return refused
+
+
+def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
+    """Return every command that our processes send, and that their scripts call, on a key of ours."""
+    channel = f"{key}*"
+    sha = "0" * 40
+    return (
+        *((name, key) for name in ("DEL", "GET", "HGETALL", "LLEN", "PTTL", "SCARD", "SMEMBERS", "ZCARD")),
+        *((name, key, "x") for name in ("HGET", "HMGET", "LPUSH", "SADD", "SET", "SREM", "ZRANK", "ZREM", "ZSCORE")),
+        *((name, key, "1") for name in ("BRPOP", "EXPIRE", "PEXPIRE")),
+        *((name, key, "0", "1") for name in ("HSET", "ZADD", "ZCOUNT", "ZRANGEBYSCORE")),
+        ("SUNIONSTORE", key, key),
+        ("EVALSHA", sha, "1", key),
+        ("SCRIPT", "LOAD", "return 1"),
+        ("PUBLISH", channel, "x"),
+        ("PSUBSCRIBE", channel),
+        ("TIME",),
+        ("INFO",),
+    )
+
+
+def _code(error: redis.ResponseError) -> str:
+    return type(error).__name__ if type(error) is not redis.ResponseError else str(error).partition(" ")[0]
+
+
+def _permissions(settings: Settings, refused: dict[str, str]) -> Finding:
+    denied = sorted(name for name, error in refused.items() if error == "NoPermissionError")
+    others = sorted(set(refused.values()) - {"NoPermissionError"})
+    if denied:
+        user = urlsplit(settings.broker_url.get_secret_value()).username or "default"
+        rules = f"~{settings.broker_prefix}* allchannels +@all -@admin -@dangerous +info"
+        return Finding("broker permissions", f"not allowed: {', '.join(denied)}", f"ACL SETUSER {user} {rules}")
+    if others:
+        return Finding("broker permissions", f"refused: {', '.join(others)}", REFUSED)
+    return Finding("broker permissions", f"all commands are allowed on {settings.broker_prefix}*")
 
 
 def _broker_version(information: dict[str, Any]) -> Finding:
+    if information.get("cluster_enabled"):
+        return Finding("broker", "in cluster mode", CLUSTER)
+    if information.get("role") == "slave":
+        return Finding("broker", "a replica, which is read-only", "Point FOLLOWUPS_BROKER_URL at the primary.")
     if valkey := information.get("valkey_version"):
         return Finding("broker", f"Valkey {valkey}")
     version = str(information.get("redis_version", "0"))

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import redis
-from sqlalchemy import Engine, make_url
 from sqlalchemy.orm import Session
 
 from followups.database import make_engine
 from followups.settings import get_settings
+from followups.urls import database_url as parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from datetime import timedelta
+
+    from sqlalchemy import Engine
 
     from followups.settings import Settings
 
@@ -49,8 +52,12 @@ def place_of(database_url: str) -> str:
     "'chats' at db.example:5433"
     >>> place_of("postgresql://me@/chats?host=/run/postgresql")
     "'chats' at /run/postgresql"
+    >>> place_of("postgresql://one:5433,two/chats?target_session_attrs=primary")
+    "'chats' at one:5433,two"
     """
-    url = make_url(database_url)
+    url = parse(database_url)
     host = url.host or url.query.get("host") or "localhost"
-    named = ",".join(host) if isinstance(host, tuple) else host
-    return f"'{url.database or ''}' at {named}{f':{url.port}' if url.port else ''}"
+    hosts = host if isinstance(host, tuple) else host.split(",")
+    ports = str(url.port or url.query.get("port") or "").split(",")
+    named = ",".join(f"{one}:{port}" if port else one for one, port in zip_longest(hosts, ports[: len(hosts)]))
+    return f"'{url.database or ''}' at {named}"

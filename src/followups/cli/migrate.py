@@ -35,7 +35,10 @@ TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "r
 
 @app.command(epilog=examples("followups migrate", "followups migrate --wait 0"))
 def migrate(
-    wait: Annotated[float, typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database.")] = 60.0,
+    wait: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database, and for another migration."),
+    ] = schema.WAIT,
 ) -> None:
     """Bring the database to the newest schema. Several at once do no harm, and neither does repeating it.
 
@@ -46,7 +49,7 @@ def migrate(
     with engine() as made:
         before = _wait_until_reachable(lambda: schema.schema_versions(made), place_of(url), wait)[0]
         try:
-            schema.migrate(url)
+            schema.migrate(url, wait=wait)
         except CommandError as error:
             message = (
                 f"The database {place_of(url)} has the schema {before}, which this version does not know ({error});"

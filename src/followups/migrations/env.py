@@ -6,45 +6,81 @@ import time
 
 from alembic import context
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, Engine, event, text
 from sqlalchemy.exc import OperationalError
 
 from followups.database import make_engine
 from followups.errors import FollowUpsError
 from followups.models import Base
+from followups.schema import PATIENCE, WAIT
 from followups.settings import get_settings
 
 LOCK = 0x666F6C6C6F777570
 """Key of the advisory lock that keeps two migrations apart ("followup" in ASCII)."""
 
 ASK_AGAIN = 0.2
-"""Seconds between two questions whether the other migration has ended."""
+"""Seconds between two tries at the lock of another migration."""
 
-
-LOCK_TIMEOUT = "3s"
-"""How long a change of a table waits for whoever uses it: all others would wait behind it meanwhile."""
+LOCK_TIMEOUT = "2s"
+"""How long a change of a table waits for its lock. All other transactions on the table queue behind it meanwhile, so
+that a migration delays each of them by less than three seconds."""
 
 GIVE_WAY = 1.0
 """Seconds for which those others go first, until the next try."""
 
-PATIENCE = 600.0
-"""Seconds after which a migration gives up that never gets its turn."""
+# The key is no parameter: PostgreSQL keeps the snapshot of a statement with parameters until the next one, and an index
+# that is made concurrently would wait for it.
+_TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
+_HOLDER = text("""
+    SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since
+      FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+     WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1 AND a.datname = current_database()
+       AND CAST(l.classid AS bigint) << 32 | CAST(l.objid AS bigint) = :key
+""")
 
 
-def _migrate(connection: Connection) -> None:
-    deadline = time.monotonic() + PATIENCE
+def _bound_locks(connection: Connection) -> None:
+    # Set anew in each transaction, whatever the one before it has set. An index that is made concurrently is made
+    # outside of one, and may wait for as long as the whole migration: no query waits behind it.
+    if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
+
+
+def _lock(connection: Connection, wait: float) -> None:
+    """Keep other migrations away until the transaction ends. Raises `FollowUpsError` after ``wait`` seconds.
+
+    A transaction's lock, not a session's: behind a pooler the session outlives its client, and would keep the lock.
+    It is tried again and again: while a statement waited for it, an index made concurrently would wait for that.
+    """
+    deadline = time.monotonic() + wait
+    while not connection.scalar(_TRY_LOCK):
+        if time.monotonic() >= deadline:
+            raise FollowUpsError(_who_migrates(connection, wait))
+        connection.rollback()
+        time.sleep(ASK_AGAIN)
+
+
+def _who_migrates(connection: Connection, wait: float) -> str:
+    holder = connection.execute(_HOLDER, {"key": LOCK}).first()
+    if holder is None:
+        return f"Another migration held the lock for {wait:g} s and has just ended: run followups migrate again."
+    return (
+        f"Another migration holds the lock: backend {holder.pid} ({holder.application_name or 'unnamed'},"
+        f" {holder.state} for {holder.since}). Wait for it (--wait SECONDS); or, if no migration runs any more,"
+        f" end it: SELECT pg_terminate_backend({holder.pid})."
+    )
+
+
+def _migrate(engine: Engine, patience: float) -> None:
+    """Migrate; raise `FollowUpsError` when a lock is not to be had for ``patience`` seconds."""
+    deadline = time.monotonic() + patience
     while True:
-        connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
-        connection.commit()
-        context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
         try:
-            with context.begin_transaction():
-                context.run_migrations()
+            _try_to_migrate(engine)
         except OperationalError as error:
             if not isinstance(error.orig, LockNotAvailable):
                 raise
-            connection.rollback()
-            if time.monotonic() > deadline:
+            if time.monotonic() >= deadline:
                 message = (
                     "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
                 )
@@ -54,19 +90,26 @@ def _migrate(connection: Connection) -> None:
             return
 
 
+def _try_to_migrate(engine: Engine) -> None:
+    with engine.connect() as connection:
+        context.configure(connection=connection, target_metadata=Base.metadata, transaction_per_migration=True)
+        with context.begin_transaction():
+            context.run_migrations()
+
+
 def run() -> None:
     """Migrate the database that the caller names, or the one of the settings."""
-    url = context.config.attributes.get("database_url") or get_settings().database_url.get_secret_value()
-    engine = make_engine(url, statement_timeout=None)  # a large table takes as long as it takes
+    attributes = context.config.attributes
+    url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
+    patience = attributes.get("patience", PATIENCE)
+    # A large table takes as long as it takes; a lock does not.
+    options = f" -c lock_timeout={max(patience, 1):.0f}s"
+    engine = make_engine(url, statement_timeout=None, options=options)
+    event.listen(engine, "begin", _bound_locks)
     try:
-        with engine.connect() as connection:
-            # Held until the connection closes; a second migration waits here, and then finds it done. It asks again
-            # and again: while it waited inside a statement, an index that is made concurrently would wait for it.
-            while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}):
-                connection.rollback()
-                time.sleep(ASK_AGAIN)
-            connection.commit()
-            _migrate(connection)
+        with engine.connect() as lock:
+            _lock(lock, attributes.get("wait", WAIT))
+            _migrate(engine, patience)
     finally:
         engine.dispose()
 

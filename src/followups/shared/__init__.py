@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ReadOnlyError
 
 if TYPE_CHECKING:
     from followups.settings import Settings
@@ -31,6 +32,8 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
+        # Not to try again: a connection that had it is closed. After a failover the address leads to another server.
+        retry_on_error=[ReadOnlyError],
         decode_responses=True,
     )
 

@@ -9,6 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 from sqlalchemy import make_url
 
@@ -83,6 +84,18 @@ class TestMigrate:
         assert ran.code == 1
         assert "9999, which this version does not know" in ran.stderr
         assert ran.stderr.count("\n") == 1
+
+    def test_a_lock_that_was_left_behind_is_named(self, run: Run, database_url: str) -> None:
+        """A lock that no migration holds any more is waited for no longer than asked; the error names its backend."""
+        with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
+            connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
+            pid = connection.info.backend_pid
+            ran = run("migrate", "--wait", "0.5")
+        assert ran.code == 1
+        assert f"Another migration holds the lock: backend {pid} (left behind, idle for 0:00:0" in ran.stderr
+        assert f"SELECT pg_terminate_backend({pid})" in ran.stderr
+        assert ran.stderr.count("\n") == 1
+        assert run("migrate").code == 0
 
 
 class TestWorkspace:

@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import redis
-from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from followups import schema
@@ -21,6 +20,7 @@ from followups.database import make_engine
 from followups.embedded import EmbeddedError, Processes, answers, free_port
 from followups.settings import get_settings, load_settings
 from followups.store import bench, workspaces
+from followups.urls import database_url as parse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -104,7 +104,7 @@ def _connection(settings: Settings) -> Iterator[Connection]:
 
 def _settings(name: str, receiver: str, runtime: str) -> Settings:
     configured = get_settings()
-    url = make_url(configured.database_url.get_secret_value())
+    url = parse(configured.database_url.get_secret_value()).set(drivername="postgresql")
     options = f"{url.query.get('options', '')} -csearch_path={name}".strip()
     own = {
         "database_url": url.update_query_dict({"options": options}).render_as_string(hide_password=False),

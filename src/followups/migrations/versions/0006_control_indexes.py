@@ -30,7 +30,6 @@ INDEXES: tuple[tuple[str, str, list[str], str | None, bool], ...] = (
 def upgrade() -> None:
     """Create the indexes, each outside a transaction."""
     with op.get_context().autocommit_block():
-        op.execute("SET lock_timeout = 0")  # it waits for open transactions, and nobody waits for it
         for name, table, columns, where, unique in INDEXES:
             op.drop_index(name, table_name=table, if_exists=True, postgresql_concurrently=True)
             op.create_index(

@@ -14,7 +14,6 @@ INDEX = "ix_follow_ups_due_by_workspace"
 def upgrade() -> None:
     """Create the index, outside a transaction."""
     with op.get_context().autocommit_block():
-        op.execute("SET lock_timeout = 0")  # it waits for open transactions, and nobody waits for it
         op.drop_index(INDEX, table_name="follow_ups", if_exists=True, postgresql_concurrently=True)
         op.create_index(
             INDEX,

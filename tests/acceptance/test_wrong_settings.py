@@ -1,0 +1,82 @@
+"""What cannot be read, or made, stops every process with a sentence: nothing that is up sends nothing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import make_url
+
+from stack import wait_until
+from web import ROOT
+
+if TYPE_CHECKING:
+    from followups.embedded import Child
+    from stack import Stack
+
+PROCFILE = dict(line.split(": ", 1) for line in (ROOT / "Procfile").read_text().splitlines() if ": " in line)
+COMMANDS = PROCFILE | {"doctor": "followups doctor", "list": "followups list", "stats": "followups stats"}
+
+WRONG = {
+    "FOLLOWUPS_DATABASE_URL": "postgresql://app:pa55@db:port/chats",
+    "FOLLOWUPS_BROKER_URL": "redis://:pa55@broker:port/0",
+}
+
+BROKEN = """
+from followups.dispatch.pipeline import Pipeline
+
+def fail(self):
+    raise RuntimeError("can't start new thread")
+
+Pipeline.start = fail
+"""
+
+
+def start(stack: Stack, name: str, more: str = "", **environment: str) -> Child:
+    """Start a line of the Procfile, or a command."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    argv = ["/bin/sh", "-c", f"exec {COMMANDS[name]} {more}"]
+    return stack.processes.spawn(
+        name, argv, environment=stack.environment() | {"PATH": path, "PORT": "0"} | environment
+    )
+
+
+def test_urls_that_cannot_be_read(stack: Stack) -> None:
+    """Every process and command ends with exit code 2 and one sentence that names both, without their secrets."""
+    started = {name: start(stack, name, **WRONG) for name in COMMANDS}
+    for name, child in started.items():
+        wait_until(lambda child=child: not child.running, within=120)
+        said = child.command.log.read_text()
+        assert (name, child.exit_code, said.count("\n")) == (name, 2, 1), said
+        assert said.startswith("followups: FOLLOWUPS_DATABASE_URL should be")
+        assert "FOLLOWUPS_BROKER_URL should be" in said
+        assert "pa55" not in said
+
+
+def test_a_worker_that_cannot_be_made(stack: Stack, tmp_path: Path) -> None:
+    """A worker whose process cannot start its work ends, and does not look alive."""
+    (tmp_path / "broken.py").write_text(BROKEN)
+    worker = start(stack, "worker", "-I broken", PYTHONPATH=str(tmp_path))
+    wait_until(lambda: not worker.running, within=60)
+    assert worker.exit_code == 1, worker.tail()
+    (line,) = stack.log_events("worker_cannot_start", "worker")
+    assert "start new thread" in str(line)
+
+
+@pytest.mark.parametrize("form", ["libpq", "SQLAlchemy"])
+def test_several_hosts(stack: Stack, form: str) -> None:
+    """Of several hosts, one that is away or read-only is passed over, in each form of the URL."""
+    url = make_url(stack.settings.database_url.get_secret_value())
+    socket = str(url.query["host"])
+    hosts = f"nowhere.invalid:1,{socket.replace('/', '%2F')}" if form == "libpq" else ""
+    query = f"host=/nowhere,{socket}&" if form == "SQLAlchemy" else ""
+    several = f"postgresql://{url.username}@{hosts}/{url.database}?{query}target_session_attrs=read-write"
+    stack.options["FOLLOWUPS_DATABASE_URL"] = several
+    stack.start()
+    stack.wait_until_done(stack.world.follow_up(), within=60)
+    doctor = start(stack, "stats")
+    wait_until(lambda: not doctor.running, within=60)
+    assert doctor.exit_code == 0, doctor.tail()

@@ -1,0 +1,154 @@
+"""Migrations beside transactions that do not end: others go on, and the operator is told what to end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+from alembic.script import ScriptDirectory
+
+from followups.errors import FollowUpsError
+from followups.schema import alembic_config, downgrade, migrate, schema_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Engine
+
+    from faults.figures import Figures
+    from world import World
+
+LONGEST_WAIT = 3.0
+"""Seconds that a migration may delay any other transaction."""
+
+REVISIONS = [one.revision for one in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
+OLD = REVISIONS[:-1]
+
+READER = """
+    SELECT count(*) FROM follow_ups; SELECT count(*) FROM chats; SELECT count(*) FROM chat_messages;
+    SELECT count(*) FROM workspaces; SELECT count(*) FROM api_keys
+"""
+WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
+
+SHORT = (
+    "SELECT 1 FROM workspaces LIMIT 1",
+    "SELECT 1 FROM chats LIMIT 1",
+    "SELECT 1 FROM follow_ups LIMIT 1",
+    "SELECT 1 FROM chat_messages LIMIT 1",
+)
+
+
+class Others(threading.Thread):
+    """Other transactions: short ones, one after the other, that read the tables that a migration changes."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._stopping = threading.Event()
+        self.longest = 0.0
+        self.done = 0
+        self.error: psycopg.Error | None = None
+
+    def run(self) -> None:
+        with psycopg.connect(self._url, autocommit=True, options=f"-c lock_timeout={LONGEST_WAIT}s") as connection:
+            while not self._stopping.wait(0.01):
+                for statement in SHORT:
+                    started = time.monotonic()
+                    try:
+                        connection.execute(statement)
+                    except psycopg.Error as error:
+                        self.error = error
+                        return
+                    self.longest = max(self.longest, time.monotonic() - started)
+                self.done += 1
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self.join()
+
+
+def attempt(url: str, errors: list[Exception], patience: float) -> None:
+    """Migrate, and keep the error."""
+    try:
+        migrate(url, patience=patience)
+    except FollowUpsError as error:
+        errors.append(error)
+
+
+def beside(url: str, holder: str, patience: float) -> Others:
+    """Migrate beside a transaction that holds its locks until the migration gives up; return what others saw."""
+    others = Others(url)
+    others.start()
+    errors: list[Any] = []
+    with psycopg.connect(url) as connection:
+        connection.execute(holder)
+        migration = threading.Thread(target=attempt, args=(url, errors, patience), daemon=True)
+        migration.start()
+        migration.join(patience + 30)
+        assert not migration.is_alive()
+    others.stop()
+    assert others.error is None
+    assert [str(error) for error in errors] == [
+        "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
+    ]
+    return others
+
+
+def from_old_versions(
+    world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
+) -> None:
+    """Migrate from each of these versions beside its holder; then, when that has ended, to the newest."""
+    url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    world.follow_up()
+    longest = 0.0
+    for version, holder in cases:
+        downgrade(url, version)
+        others = beside(url, holder, patience)
+        assert others.done
+        longest = max(longest, others.longest)
+        migrate(url)
+        current, newest = schema_versions(engine)
+        assert current == newest
+    figures.keep(26, versions=len({version for version, _ in cases}), longest_wait_of_others_s=round(longest, 2))
+    assert longest < LONGEST_WAIT
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
+    """From each old version, beside an idle reader: others wait less than 3 s, and an error says what to end."""
+    from_old_versions(world, engine, figures, [(version, READER)], patience=1)
+
+
+def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures) -> None:
+    """An index that is made concurrently waits for a writer's end no longer than the migration may."""
+    from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
+
+
+@pytest.mark.faults_long
+def test_beside_readers_and_writers_for_long(
+    world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
+) -> None:
+    """So it is with 50,000 rows, beside readers and writers, with many tries."""
+    many_rows()
+    cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
+    from_old_versions(world, engine, figures, cases, patience=20)
+
+
+@pytest.fixture
+def many_rows(world: World) -> Callable[[], None]:
+    """Return what fills the database."""
+
+    def fill() -> None:
+        chat = world.chat()
+        world.sql(
+            "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"
+            " SELECT :workspace, :chat, 'Hello?', now() + number * interval '1 s', gen_random_uuid()"
+            " FROM generate_series(1, 50000) AS number",
+            workspace=world.workspace_id,
+            chat=chat,
+        )
+
+    return fill

@@ -1,0 +1,87 @@
+"""A broker that became a replica under its clients: none of them keeps its connection, which may lead elsewhere now."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+import redis
+
+from followups.api.rate_limit import RateLimit
+from followups.broker import App
+from followups.dispatch.breaker import News
+from followups.dispatch.limits import Bucket, Request
+from followups.embedded import EmbeddedValkey
+from followups.settings import Settings, load_settings
+from followups.shared.breaker import RedisBreaker
+from followups.shared.limiter import RedisLimiter
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture
+def place() -> Iterator[tuple[Settings, redis.Redis]]:
+    """Return settings for a Valkey of the test's own, and a client of it."""
+    with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
+        yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
+
+
+def connections(admin: redis.Redis) -> set[str]:
+    """Return the ids of all connections but this one."""
+    return {client["id"] for client in admin.client_list()} - {str(admin.client_id())}
+
+
+def check(admin: redis.Redis, use: Callable[[], None]) -> None:
+    """Use a client before and after the change, and see that the connection of before has been closed."""
+    use()
+    before = connections(admin)
+    assert before
+    admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+    with suppress(Exception):  # each of them tells it in its own way
+        use()
+    wait_until(lambda: not before & connections(admin), 5)
+
+
+def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
+    """The API's rate limit lets requests through, uncounted, and connects anew."""
+    limit = RateLimit(place[0])
+    check(place[1], lambda: limit.check(uuid4()))
+    limit.close()
+
+
+def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
+    """What sends hints and nudges connects anew, though it does not try again by itself."""
+    app = App("test", place[0].broker_url.get_secret_value())
+    check(place[1], lambda: app.send_task("nothing", retry=False) and None)
+    app.pool.force_close_all()
+    app.close()
+
+
+@pytest.mark.parametrize("kind", ["limiter", "breaker"])
+async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
+    """Limiter and breaker connect anew."""
+    settings, admin = place
+    client: RedisLimiter | RedisBreaker = (
+        RedisLimiter(settings) if kind == "limiter" else RedisBreaker(settings, "http")
+    )
+
+    def ask() -> Coroutine[object, object, object]:
+        if isinstance(client, RedisBreaker):
+            return client.report(News((uuid4(),)), 0)
+        return client.ask([Request(uuid4(), MOMENT, (Bucket("all", 1000, 1000),))], [])
+
+    await ask()
+    before = connections(admin)
+    admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+    with suppress(redis.RedisError):
+        await ask()
+    await asyncio.to_thread(wait_until, lambda: not before & connections(admin), 5)
+    await client.close()
