@@ -9,8 +9,8 @@ many fail in a row begins nothing until it next asks the store, some seconds lat
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nobody needs to be held back
 
-All of this is for workspaces whose last attempt failed. One whose last attempt succeeded, or that has made none, begins
-as ever: a workspace whose chats all fail, be they thousands, must not hold up another's.
+All of this is for workspaces whose last attempts failed, several in a row. Any other begins as ever: a workspace whose
+chats all fail, be they thousands, must not hold up another's, of which some fail now and then.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from followups.dispatch import report
 from followups.store.leases import lane_of
@@ -42,17 +42,26 @@ AWAY = 5.0
 """Seconds for which a store that failed is left alone."""
 
 
+class Run(NamedTuple):
+    """How the last attempts of a workspace ended since the last report. ``lane`` is its number."""
+
+    lane: int
+    failures: int
+    """In a row, the last one among them."""
+    anew: bool
+    """An attempt succeeded before these, so that those reported earlier do not count."""
+
+
 @dataclass(frozen=True, slots=True)
 class News:
-    """Outcomes since the last report. Lanes are the numbers of workspaces."""
+    """Outcomes since the last report. While the breaker is not closed, only those that are held count."""
 
     failed: tuple[UUID, ...] = ()
     """Since the last success that counts."""
     succeeded: bool = False
-    """There was one that counts: any while it is closed, else one of those that are held."""
-    failing: frozenset[int] = frozenset()
-    well: frozenset[int] = frozenset()
-    """Lanes by their last outcome."""
+    """There was one that counts."""
+    runs: tuple[Run, ...] = ()
+    """Of every workspace, held or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +99,8 @@ class Breaker:
         self._failed: dict[UUID, int] = {}
         """Those that failed since the last success, with their lanes."""
         self._untold: dict[UUID, None] = {}
-        self._lanes: dict[int, bool] = {}
-        """Whether the last outcome of a lane was a success; of those that have not been told."""
+        self._runs: dict[int, Run] = {}
+        """By lane; of outcomes that have not been told."""
         self._succeeded = False
         self._tell = asyncio.Event()
 
@@ -112,11 +121,14 @@ class Breaker:
         if self._store is None or isinstance(attempt.outcome, Snoozed):
             return
         lane = lane_of(attempt.begun.workspace_id)
-        self._lanes[lane] = well = not isinstance(attempt.outcome, Retry | Unknown)
-        if not well:
+        failed = isinstance(attempt.outcome, Retry | Unknown)
+        run = self._runs.get(lane, Run(lane, 0, anew=False))
+        self._runs[lane] = Run(lane, run.failures + 1, run.anew) if failed else Run(lane, 0, anew=True)
+        counts = self._reading.state == CLOSED or lane in self._reading.held
+        if counts and failed:
             self._failed[attempt.begun.lease.id] = lane
             self._untold[attempt.begun.lease.id] = None
-        elif self._reading.state == CLOSED or lane in self._reading.held:
+        elif counts:
             self._succeeded = True
             self._failed.clear()
             self._untold.clear()
@@ -152,9 +164,8 @@ class Breaker:
             await asyncio.wait_for(self._tell.wait(), pause)
 
     def _news(self) -> News:
-        lanes, self._lanes = self._lanes, {}
-        well = frozenset(lane for lane, succeeded in lanes.items() if succeeded)
-        news = News(tuple(self._untold), self._succeeded, frozenset(lanes) - well, well)
+        news = News(tuple(self._untold), self._succeeded, tuple(self._runs.values()))
+        self._runs.clear()
         self._untold.clear()
         self._succeeded = False
         return news
