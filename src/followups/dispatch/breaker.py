@@ -1,6 +1,6 @@
 """Breaker: while the transport fails for everybody, nothing begins but a few probes, so no attempts are burnt.
 
-What is due waits in the line, leased and not begun, in its order: a cancel still reaches it. The state is one for
+What is due waits in its row (`followups.dispatch.deferral`), but for a few in the line. The state is one for
 all workers, in a store (`BreakerStore`) that may be away: then deliveries go on, but that a worker which itself sees so
 many fail in a row begins nothing until it next asks the store, some seconds later.
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from followups.dispatch.send import Attempt
 
 CLOSED = "closed"
+RECOVERING = "recovering"
 
 LOOK = 1.0
 """Seconds between two looks at the shared state while it is closed; so long others may begin without knowing."""
@@ -110,6 +111,16 @@ class Breaker:
         if self._reading.state != CLOSED:
             return self._reading.held
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
+
+    @property
+    def left_alone(self) -> frozenset[int]:
+        """The lanes that the shared state holds: for seconds at least, not only until the next look."""
+        return self._reading.held
+
+    @property
+    def recovers(self) -> bool:
+        """Whether more and more of those that are held may begin."""
+        return self._reading.state == RECOVERING
 
     def spend(self, lanes: Iterable[int]) -> None:
         """Note that so many of these lanes have begun; perhaps more than there are permits, if it opened meanwhile."""
