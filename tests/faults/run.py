@@ -56,6 +56,7 @@ FAULTS = {
     19: "A workspace with 100 times the load",
     20: "Load for long",
     21: "All of these at once, drawn by lot",
+    25: "Breaker open with a backlog larger than MAX_IN_FLIGHT",
 }
 
 
