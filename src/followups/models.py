@@ -340,7 +340,8 @@ class FollowUp(Base):
     held_until: Mapped[datetime | None]
     """When the sending hours open, or opened, that it was last held for; lateness counts from then."""
     limited_until: Mapped[datetime | None]
-    """The next attempt that a rate limit gave it; while ``next_attempt_at`` is the same, that is what it waits for."""
+    """The next attempt that a rate limit or the breaker gave it; while ``next_attempt_at`` is the same, that is what it
+    waits for."""
     pause_id: Mapped[UUID | None]
     """The pause that holds it; its next attempt is then at the end of time, out of the claim's way."""
     retry_of: Mapped[UUID | None]

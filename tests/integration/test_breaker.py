@@ -14,12 +14,14 @@ import redis
 
 from followups.database import ONCE_PLANNED, make_async_engine
 from followups.dispatch import breaker
-from followups.dispatch.breaker import CLOSED, Breaker, News, Reading
+from followups.dispatch.breaker import CLOSED, Breaker, News, Reading, Run
 from followups.dispatch.claim import claim
 from followups.dispatch.pipeline import Pipeline
+from followups.shared import breaker as shared
 from followups.shared.breaker import Pace, RedisBreaker, read
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from server_clock import ServerClock
 from stack import wait_until
 from world import World
 
@@ -65,8 +67,8 @@ def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: 
 
 async def told(store: RedisBreaker, failed: list[UUID], wanted: int, *, succeeded: bool, lane: int = LANE) -> Reading:
     """Tell of outcomes of one workspace; return the state without who is held, which is checked here."""
-    failing, well = (frozenset({lane} if it else ()) for it in (failed, succeeded and not failed))
-    reading = await store.report(News(tuple(failed), succeeded, failing, well), wanted)
+    runs = (Run(lane, len(failed), anew=succeeded),) if failed or succeeded else ()
+    reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
     assert reading.state != CLOSED or not reading.held
     return replace(reading, held=frozenset())
 
@@ -162,20 +164,124 @@ def test_probes_that_never_end(own: Settings) -> None:
     run(own, script)
 
 
+async def held(store: RedisBreaker) -> frozenset[int]:
+    """Return which lanes are held."""
+    return (await store.report(News(), 0)).held
+
+
 def test_who_is_held(own: Settings) -> None:
-    """Held are the workspaces whose last attempt failed; one that has succeeded is let go when it opens anew."""
+    """Held are the workspaces whose last attempts failed; one that has succeeded is let go when it opens anew."""
 
     async def script(store: RedisBreaker) -> None:
+        await told(store, ids(FAILURES - 1), 0, succeeded=False, lane=OTHER)
+        await told(store, ids(1), 0, succeeded=True)
         await told(store, ids(1), 0, succeeded=False, lane=OTHER)
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert (await store.report(News(), 0)).held == {LANE, OTHER}
-        assert (await store.report(News(failed=tuple(ids(1)), failing=frozenset({3})), 0)).held == {LANE, OTHER, 3}
+        assert await held(store) == {LANE, OTHER}
+        assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).held == {LANE, OTHER, 3}
         await told(store, [], 0, succeeded=True, lane=OTHER)
-        assert (await store.report(News(), 0)).held == {LANE, OTHER, 3}  # it comes back gently, too
+        assert await held(store) == {LANE, OTHER, 3}  # it comes back gently, too
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(News(), 0) == Reading("open", held=frozenset({LANE, 3}))
 
     run(own, script)
+
+
+def test_few_in_a_row_hold_nobody(own: Settings) -> None:
+    """A workspace is held from its fifth failure in a row, before it opens or after; a success ends the row."""
+
+    async def script(store: RedisBreaker) -> None:
+        (one,) = ids(1)
+        for _ in range(FAILURES - 1):
+            await told(store, [one], 0, succeeded=False, lane=OTHER)
+        await told(store, ids(FAILURES), 0, succeeded=False)
+        assert await held(store) == {LANE}
+        for anew in (True, False, False, False):
+            assert (await store.report(News(runs=(Run(OTHER, 1, anew=anew),)), 0)).held == {LANE}
+        assert (await store.report(News(runs=(Run(OTHER, 1, anew=False),)), 0)).held == {LANE, OTHER}
+
+    run(own, script)
+
+
+def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
+    """Where few attempts are allowed, fewer in a row are enough."""
+
+    async def script(store: RedisBreaker) -> None:
+        await told(store, ids(FAILURES), 0, succeeded=False)
+        assert (await store.report(News(runs=(Run(OTHER, 2, anew=False),)), 0)).held == {LANE, OTHER}
+
+    run(own.model_copy(update={"max_attempts": 3}), script)
+
+
+def test_it_is_not_open_for_nobody(own: Settings) -> None:
+    """Where nobody is held, nobody's success could close it: it stays closed, or closes."""
+
+    async def script(store: RedisBreaker) -> None:
+        for lane, one in enumerate(ids(FAILURES * 2)):
+            assert (await told(store, [one], 0, succeeded=False, lane=lane)).state == CLOSED
+        await told(store, [], 0, succeeded=True, lane=3)
+        await opened(store)
+        await asyncio.sleep(0.06)
+        assert (await told(store, [], 10, succeeded=False)).state == "probing"
+        assert (await store.report(News(runs=(Run(LANE, 0, anew=True),)), 0)).state == "probing"
+        assert (await store.report(News(failed=tuple(ids(1))), 10)) == Reading(CLOSED, changed=True)
+
+    run(own, script)
+
+
+@pytest.fixture
+def clock(own: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
+    """Return the clock of Redis."""
+    clock = ServerClock(own.broker_url.get_secret_value(), monkeypatch, shared)
+    yield clock
+    clock.close()
+
+
+DAY = 86_400.0
+
+
+@pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
+def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, step: float) -> None:
+    """When the clock of Redis is set, back or forward, the transport is still probed within the longest pause."""
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        clock.go_on(step)
+        waited = 0.0
+        while not (reading := await told(store, [], 10, succeeded=False)).permits:
+            clock.go_on(0.01)
+            waited += 0.01
+            assert waited <= QUICK.longest_pause
+        assert reading == Reading("probing", 2, changed=True)
+        clock.go_on(step)
+        clock.go_on(QUICK.longest_pause)
+        await told(store, [], 10, succeeded=False)
+        clock.go_on(QUICK.longest_pause)
+        assert (await told(store, [], 10, succeeded=False)).permits == 2  # the first ones' outcomes did not come
+
+    run(own, script)
+
+
+@pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
+def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
+    """A step of the clock makes it come back neither all at once nor later."""
+    pace = replace(QUICK, first_rate=10, last_rate=10_000)
+
+    async def script(store: RedisBreaker) -> None:
+        await opened(store)
+        await told(store, [], 0, succeeded=True)
+        clock.go_on(1)
+        await told(store, [], 1000, succeeded=False)
+        clock.go_on(step)
+        granted = (await told(store, [], 1000, succeeded=False)).permits
+        assert granted <= 10 * 2**3
+        seconds = 0
+        while seconds <= 10 and (await told(store, [], 1000, succeeded=False)).state != CLOSED:
+            clock.go_on(1)
+            seconds += 1
+        assert 6 <= seconds <= 10
+
+    run(own, script, pace)
 
 
 def client(own: Settings) -> redis.Redis:
@@ -322,6 +428,32 @@ def test_holds_up_nobody_else(world: World, engine: Engine, own: Settings, start
         wait_until(lambda quick=quick: [row.status for row in theirs.rows(quick)] == ["sent"])
     assert read(client(own), own).state == "open"  # that says nothing of the others
     assert transport.calls <= FAILURES + 2 * CONCURRENCY + 3
+
+
+def test_few_failures_hold_up_nobody(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """A workspace of which some fail now and then goes on while another's all fail."""
+    theirs = World(engine)
+    transport = Failing(Retry("HTTP 500"))
+    transport.well = theirs.workspace_id
+    for _ in range(30):
+        world.follow_up()
+    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1)})
+    pipeline = started(own, transport, SLOWLY)
+    pipeline.submit(claim(engine, own).leases)
+    wait_until(lambda: read(client(own), own).state == "open")
+
+    def settled(follow_up: UUID, status: str) -> bool:
+        row = theirs.row(follow_up)
+        return (row.status, row.attempts, row.begun_at) == (status, 1, None)
+
+    for well, status in ((None, "pending"), (theirs.workspace_id, "sent")) * 3:
+        transport.well = well
+        one = theirs.follow_up()
+        pipeline.submit(claim(engine, own).leases)
+        wait_until(lambda one=one, status=status: settled(one, status))
+    assert read(client(own), own).state == "open"
 
 
 def test_deliveries_go_on_without_redis(

@@ -183,6 +183,46 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
         _by_key(engine, *fairly, without_sorting)
 
 
+@pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
+def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
+    """Workspaces in which nothing is due are not searched one by one: beside 300 of them a claim needs few scans."""
+    for _ in range(2):
+        World(engine).burst([timedelta(0)] * 3)
+    with engine.begin() as connection:
+        connection.execute(text(IDLE), {"count": 300, "each": each})
+    with statements(engine) as seen:
+        assert len(claim_fairly(engine, settings).leases) == 6
+    (fairly,) = [(statement, parameters) for statement, parameters in seen if "first_look" in statement]
+    with engine.connect() as connection:
+        without_sorting(connection)
+        plan = connection.exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {fairly[0]}", fairly[1]).scalar_one()[0]
+        connection.rollback()
+    assert sum(scans(plan["Plan"])) <= 30
+
+
+def scans(plan: dict[str, Any]) -> Iterator[int]:
+    """Yield how often each part of a plan scans a table."""
+    if "Relation Name" in plan and plan["Node Type"] != "ModifyTable":
+        yield plan["Actual Loops"]
+    for child in plan.get("Plans", []):
+        yield from scans(child)
+
+
+IDLE = """
+    WITH idle AS (
+        INSERT INTO workspaces (id, name)
+        SELECT id, id::text FROM (SELECT gen_random_uuid() AS id FROM generate_series(1, :count)) new
+        RETURNING id
+    ), chat AS (
+        INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
+        SELECT idle.id, gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM idle, generate_series(1, :each)
+        RETURNING workspace_id, id, last_message_id
+    )
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)
+    SELECT workspace_id, id, 'Later', now() + interval '1 day', last_message_id FROM chat
+"""
+
+
 def without_sorting(connection: Connection) -> None:
     """Let the planner see what it sees when a claim is fair."""
     connection.execute(claims.WITHOUT_SORTING)

@@ -160,3 +160,31 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
     assert sorted(line.clear(), key=lambda lease: lease.due) == sorted(anew, key=lambda lease: lease.due)
     line.add(overdue(QUIET, 1))
     assert [hinted.lease.lane for hinted in line.take(9)] == [QUIET]
+
+
+def test_shedding() -> None:
+    """Of some lanes no more than so many stay: an equal share of each, its earliest, and what one does not need."""
+    line = line_of()
+    line.add(overdue(NOISY, *range(30)) + overdue(QUIET, 5) + overdue(3, *range(20)) + overdue(4, *range(9)))
+    lanes = frozenset({NOISY, QUIET, 3})
+    taken_first = line.take(0)
+    shed = [hinted.lease for hinted in line.shed(lanes, 9)]
+    assert taken_first == []
+    assert Counter(lease.lane for lease in shed) == {NOISY: 26, 3: 16}
+    assert [lease.due for lease in shed] == sorted(lease.due for lease in shed)
+    assert line.count(lanes) == 9
+    assert line.shed(lanes, 9) == []
+    left = [hinted.lease for hinted in line.take(99)]
+    assert Counter(lease.lane for lease in left) == {NOISY: 4, QUIET: 1, 3: 4, 4: 9}
+    for lane in (NOISY, 3):
+        assert max(one.due for one in left if one.lane == lane) < min(one.due for one in shed if one.lane == lane)
+
+
+def test_a_lane_that_is_shed_has_no_turn() -> None:
+    """Where there are more lanes than may stay, some have nothing left, and come in again like new ones."""
+    line = line_of()
+    line.add([lease for lane in range(1, 6) for lease in overdue(lane, 1)])
+    line.take(0)
+    assert len(line.shed(frozenset(range(1, 6)), 2)) == 3
+    line.add(overdue(1, 2) + overdue(2, 2))
+    assert len(line.take(99)) == 4

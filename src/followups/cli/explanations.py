@@ -128,11 +128,16 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
 def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
     if around.pause is not None:
         return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
-    if around.breaker is not None and lane_of(follow_up.workspace_id) in around.breaker.held:
-        return _left_alone(around.breaker)
+    if breaker := _holds(around.breaker, follow_up):
+        return _left_alone(breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
         return "It is due, and a tick has claimed it; a worker is about to send it."
     return _overdue(follow_up, now - moment, around)
+
+
+def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
+    """Return the breaker if it holds the workspace of a follow-up, or None if it does not."""
+    return breaker if breaker and lane_of(follow_up.workspace_id) in breaker.held else None
 
 
 def _left_alone(breaker: Shown) -> str:
@@ -174,6 +179,8 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
     if follow_up.held_until is not None and follow_up.held_until > now:
         said = f"It fell due outside the workspace's sending hours ({around.hours or 'since changed'})"
         return f"{said} and is held until they open, in {wait}."
+    if follow_up.limited_until == moment and (breaker := _holds(around.breaker, follow_up)):
+        return _left_alone(breaker)
     if follow_up.limited_until == moment:
         said = f"It is due, and waits for its turn under {_limits(around.limits)}; it asks again in {wait}."
     elif follow_up.next_attempt_at is None:

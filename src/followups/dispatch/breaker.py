@@ -1,6 +1,6 @@
 """Breaker: while the transport fails for everybody, nothing begins but a few probes, so no attempts are burnt.
 
-What is due waits in the line, leased and not begun, in its order: a cancel still reaches it. The state is one for
+What is due waits in its row (`followups.dispatch.deferral`), but for a few in the line. The state is one for
 all workers, in a store (`BreakerStore`) that may be away: then deliveries go on, but that a worker which itself sees so
 many fail in a row begins nothing until it next asks the store, some seconds later.
 
@@ -9,8 +9,8 @@ many fail in a row begins nothing until it next asks the store, some seconds lat
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nobody needs to be held back
 
-All of this is for workspaces whose last attempt failed. One whose last attempt succeeded, or that has made none, begins
-as ever: a workspace whose chats all fail, be they thousands, must not hold up another's.
+All of this is for workspaces whose last attempts failed, several in a row. Any other begins as ever: a workspace whose
+chats all fail, be they thousands, must not hold up another's, of which some fail now and then.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from followups.dispatch import report
 from followups.store.leases import lane_of
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from followups.dispatch.send import Attempt
 
 CLOSED = "closed"
+RECOVERING = "recovering"
 
 LOOK = 1.0
 """Seconds between two looks at the shared state while it is closed; so long others may begin without knowing."""
@@ -42,17 +43,26 @@ AWAY = 5.0
 """Seconds for which a store that failed is left alone."""
 
 
+class Run(NamedTuple):
+    """How the last attempts of a workspace ended since the last report. ``lane`` is its number."""
+
+    lane: int
+    failures: int
+    """In a row, the last one among them."""
+    anew: bool
+    """An attempt succeeded before these, so that those reported earlier do not count."""
+
+
 @dataclass(frozen=True, slots=True)
 class News:
-    """Outcomes since the last report. Lanes are the numbers of workspaces."""
+    """Outcomes since the last report. While the breaker is not closed, only those that are held count."""
 
     failed: tuple[UUID, ...] = ()
     """Since the last success that counts."""
     succeeded: bool = False
-    """There was one that counts: any while it is closed, else one of those that are held."""
-    failing: frozenset[int] = frozenset()
-    well: frozenset[int] = frozenset()
-    """Lanes by their last outcome."""
+    """There was one that counts."""
+    runs: tuple[Run, ...] = ()
+    """Of every workspace, held or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +100,8 @@ class Breaker:
         self._failed: dict[UUID, int] = {}
         """Those that failed since the last success, with their lanes."""
         self._untold: dict[UUID, None] = {}
-        self._lanes: dict[int, bool] = {}
-        """Whether the last outcome of a lane was a success; of those that have not been told."""
+        self._runs: dict[int, Run] = {}
+        """By lane; of outcomes that have not been told."""
         self._succeeded = False
         self._tell = asyncio.Event()
 
@@ -101,6 +111,16 @@ class Breaker:
         if self._reading.state != CLOSED:
             return self._reading.held
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
+
+    @property
+    def left_alone(self) -> frozenset[int]:
+        """The lanes that the shared state holds: for seconds at least, not only until the next look."""
+        return self._reading.held
+
+    @property
+    def recovers(self) -> bool:
+        """Whether more and more of those that are held may begin."""
+        return self._reading.state == RECOVERING
 
     def spend(self, lanes: Iterable[int]) -> None:
         """Note that so many of these lanes have begun; perhaps more than there are permits, if it opened meanwhile."""
@@ -112,11 +132,14 @@ class Breaker:
         if self._store is None or isinstance(attempt.outcome, Snoozed):
             return
         lane = lane_of(attempt.begun.workspace_id)
-        self._lanes[lane] = well = not isinstance(attempt.outcome, Retry | Unknown)
-        if not well:
+        failed = isinstance(attempt.outcome, Retry | Unknown)
+        run = self._runs.get(lane, Run(lane, 0, anew=False))
+        self._runs[lane] = Run(lane, run.failures + 1, run.anew) if failed else Run(lane, 0, anew=True)
+        counts = self._reading.state == CLOSED or lane in self._reading.held
+        if counts and failed:
             self._failed[attempt.begun.lease.id] = lane
             self._untold[attempt.begun.lease.id] = None
-        elif self._reading.state == CLOSED or lane in self._reading.held:
+        elif counts:
             self._succeeded = True
             self._failed.clear()
             self._untold.clear()
@@ -152,9 +175,8 @@ class Breaker:
             await asyncio.wait_for(self._tell.wait(), pause)
 
     def _news(self) -> News:
-        lanes, self._lanes = self._lanes, {}
-        well = frozenset(lane for lane, succeeded in lanes.items() if succeeded)
-        news = News(tuple(self._untold), self._succeeded, frozenset(lanes) - well, well)
+        news = News(tuple(self._untold), self._succeeded, tuple(self._runs.values()))
+        self._runs.clear()
         self._untold.clear()
         self._succeeded = False
         return news

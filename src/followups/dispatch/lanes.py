@@ -71,6 +71,28 @@ class Lanes:
         """Say whether somebody waits in one of these."""
         return not lanes.isdisjoint(self._waiting)
 
+    def count(self, lanes: frozenset[int]) -> int:
+        """Return how many wait in these."""
+        return sum(len(waiting) for lane, waiting in self._waiting.items() if lane in lanes)
+
+    def shed(self, lanes: frozenset[int], most: int) -> list[Hinted]:
+        """Remove from these what they have beyond ``most`` in all, and return it, the earliest first.
+
+        Each keeps its earliest: an equal share, or all that it has.
+        """
+        if self.count(lanes) <= most:
+            return []
+        shed: list[tuple[datetime, int, Hinted]] = []
+        queues = sorted(lanes & self._waiting.keys(), key=lambda lane: len(self._waiting[lane]))
+        for number, lane in enumerate(queues):
+            waiting = sorted(self._waiting[lane])
+            kept = waiting[: most // (len(queues) - number)]
+            most -= len(kept)
+            shed += waiting[len(kept) :]
+            self._keep(lane, kept)
+        self._turns = deque(lane for lane in self._turns if lane in self._waiting)
+        return [hinted for _, _, hinted in sorted(shed)]
+
     def has_others_than(self, lanes: frozenset[int]) -> bool:
         """Say whether there is a lane besides these whose turn it may be."""
         return any(lane not in lanes for lane in self._turns)
@@ -116,10 +138,7 @@ class Lanes:
         for lane, waiting in list(self._waiting.items()):
             left = [place for place in waiting if place[2].expires >= now]
             heapq.heapify(left)
-            self._waiting[lane] = left
-            if not left:
-                del self._waiting[lane]
-                self._sated.discard(lane)
+            self._keep(lane, left)
         self._turns = deque(lane for lane in self._turns if lane in self._waiting)
 
     def clear(self) -> list[Lease]:
@@ -129,6 +148,13 @@ class Lanes:
         self._turns.clear()
         self._sated.clear()
         return leases
+
+    def _keep(self, lane: int, waiting: list[tuple[datetime, int, Hinted]]) -> None:
+        """Replace what waits in a lane by a heap of what stays; its turn is taken from it by the caller."""
+        self._waiting[lane] = waiting
+        if not waiting:
+            del self._waiting[lane]
+            self._sated.discard(lane)
 
     def _has_others(self, lane: int) -> bool:
         came = self._others_came if lane == self._latest else self._latest_came

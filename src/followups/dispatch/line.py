@@ -110,6 +110,14 @@ class Line:
         """Say whether somebody waits in these lanes whose moment has come."""
         return self._lanes.has_any_of(held)
 
+    def count(self, lanes: frozenset[int]) -> int:
+        """Return how many wait in these lanes whose moment has come."""
+        return self._lanes.count(lanes)
+
+    def shed(self, lanes: frozenset[int], most: int) -> list[Hinted]:
+        """Remove and return what waits in these lanes beyond ``most`` whose moment has come, the earliest first."""
+        return self._lanes.shed(lanes, most)
+
     def seconds_to_next(self, held: frozenset[int] = frozenset()) -> float | None:
         """Return how long until somebody's moment comes, less than 0 when it has; None when nobody waits for it.
 

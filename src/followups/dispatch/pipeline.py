@@ -26,6 +26,7 @@ from followups.database import is_passing
 from followups.dispatch import report
 from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
+from followups.dispatch.deferral import Deferral
 from followups.dispatch.limits import Turnstile
 from followups.dispatch.line import AGAIN, Line
 from followups.dispatch.send import GRACE, send
@@ -65,7 +66,7 @@ SETTLE_GATHER = timedelta(milliseconds=30)
 killed is sent again, under the same key; so no longer than a quick call takes, which a kill leaves open too. Where the
 receiver cannot deduplicate, its outcome would be unknown: there it is `GATHER`."""
 CONNECTIONS = 4
-"""To the database, at once: begin, settle, the clock, and what is given back."""
+"""To the database, at once: begin, settle, the clock, and what is deferred or given back."""
 BACKOFF = timedelta(seconds=0.5)
 """How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
@@ -98,6 +99,7 @@ class Pipeline:
         self._clock = DatabaseClock()
         self._line = Line(self._clock, settings.lease, settings.concurrency)
         self._breaker = Breaker(breaker_store, transport.name, settings.breaker_failures)
+        self._deferral = Deferral(settings, engine, self._line, self._breaker, nudge)
         self._results: list[Attempt] = []
         self._drained = False
         self._free = settings.concurrency
@@ -105,6 +107,7 @@ class Pipeline:
         self._draining = False
         self._changed = asyncio.Event()
         self._settleable = asyncio.Event()
+        self._deferrable = asyncio.Event()
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
 
@@ -156,9 +159,11 @@ class Pipeline:
         # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
         async with asyncio.TaskGroup() as pumps:
             refresher = pumps.create_task(self._keep_time())
-            informer = pumps.create_task(self._breaker.keep_informed(self._wanted, self._changed.set))
+            informer = pumps.create_task(self._breaker.keep_informed(self._wanted, self._look_again))
             settler = pumps.create_task(self._keep_settling())
+            deferrer = pumps.create_task(self._keep_deferring())
             await self._keep_beginning()
+            await deferrer
             await self._give_back()
             while self._sends:
                 await asyncio.gather(*self._sends, return_exceptions=True)
@@ -177,11 +182,22 @@ class Pipeline:
 
     def _accept(self, leases: Sequence[Lease], task_id: str = "") -> None:
         self._line.add(leases, task_id)
+        self._look_again()
+
+    def _look_again(self) -> None:
         self._changed.set()
+        self._deferrable.set()
 
     def _stop_beginning(self) -> None:
         self._draining = True
-        self._changed.set()
+        self._look_again()
+
+    async def _keep_deferring(self) -> None:
+        while not self._draining:
+            self._deferrable.clear()
+            if backoff := await self._deferral.balance():
+                await asyncio.sleep(backoff.total_seconds())
+            await self._deferrable.wait()
 
     async def _give_back(self) -> None:
         given = self._line.clear()

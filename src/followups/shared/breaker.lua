@@ -1,36 +1,64 @@
 -- Adds outcomes to the state of a transport, and says how many of those that are wanted may begin.
--- KEYS: the state, a hash; sets of who failed since the last success, of the lanes whose last attempt failed, and of those
--- that are held while it is not closed. All times are milliseconds of Redis' own clock.
+-- KEYS: the state, a hash; the set of who failed since the last success; a hash of how many attempts of each lane have
+-- failed in a row; and the set of the lanes that are held while it is not closed. All times are milliseconds.
 
-local state, failing, lanes, held = unpack(KEYS)
+local MOST = 2000 -- between two reports: workers report every second, so more is a step of this server's clock
+
+local state, failing, runs, held = unpack(KEYS)
 local threshold, wanted, succeeded = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local first_pause, longest_pause, probes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local first_rate, last_rate, fails_again, kept = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local time = redis.call('TIME')
-local now = time[1] * 1000 + math.floor(time[2] / 1000)
+local in_a_row, failed, lanes = tonumber(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
 
-local failed, failing_lanes, well_lanes = cjson.decode(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
+local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at', 'tokens', 'clock', 'seen')
+local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
+local permits, changed = 0, 0
+
+-- The state has a clock of its own, since the server's may be set while it is not closed: back by an hour, and the pause
+-- would last for an hour; forward, and all would begin at once that should come back gently.
+local time = redis.call('TIME')
+local seen = time[1] * 1000 + math.floor(time[2] / 1000)
+local now = seen
+if known[7] then now = known[7] + math.min(math.max(seen - known[8], 0), MOST) end
 
 if succeeded then redis.call('DEL', failing) end
 for _, id in ipairs(failed) do redis.call('SADD', failing, id) end
-for _, lane in ipairs(failing_lanes) do redis.call('SADD', lanes, lane) end
-for _, lane in ipairs(well_lanes) do redis.call('SREM', lanes, lane) end
-for _, set in ipairs({failing, lanes}) do redis.call('EXPIRE', set, kept) end
-
-local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at', 'tokens')
-local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
-local permits, changed = 0, 0
+local newly_held = {}
+for _, one in ipairs(lanes) do
+    local lane, failures, anew = one[1], one[2], one[3]
+    if anew then redis.call('HDEL', runs, lane) end
+    if failures > 0 and redis.call('HINCRBY', runs, lane, failures) >= in_a_row then table.insert(newly_held, lane) end
+end
+for _, key in ipairs({failing, runs}) do redis.call('EXPIRE', key, kept) end
 
 local function become(next_name, ...)
     name, changed = next_name, 1
     redis.call('HSET', state, 'name', name, ...)
 end
+local function close()
+    redis.call('DEL', state, held)
+    name, changed = 'closed', 1
+end
+-- Anew each time: what is held stays so only where the last attempt failed. One failure is enough for these.
+local function hold()
+    local all, lanes_to_hold = redis.call('HGETALL', runs), {}
+    for number = 1, #all, 2 do
+        local lane, failures = all[number], tonumber(all[number + 1])
+        if failures >= in_a_row or redis.call('SISMEMBER', held, lane) == 1 then table.insert(lanes_to_hold, lane) end
+    end
+    redis.call('DEL', held)
+    for _, lane in ipairs(lanes_to_hold) do redis.call('SADD', held, lane) end
+    return #lanes_to_hold > 0
+end
 local function open()
+    if not hold() then
+        -- There is nothing to wait for: nobody's success would end it.
+        if name ~= 'closed' then close() end
+        return
+    end
     local pause = math.min(first_pause * 2 ^ tries, longest_pause)
     become('open', 'since', tries == 0 and now or known[4] or now, 'until', now + pause, 'tries', tries + 1)
     redis.call('DEL', failing)
-    -- Anew each time: one that has succeeded meanwhile is let go.
-    redis.call('SUNIONSTORE', held, lanes)
 end
 local function grant(most)
     permits = math.min(wanted, math.floor(most))
@@ -45,8 +73,7 @@ elseif name == 'recovering' then
     else
         local rate = first_rate * 2 ^ ((now - tonumber(known[2])) / 1000)
         if rate >= last_rate then
-            redis.call('DEL', state, held)
-            name, changed = 'closed', 1
+            close()
         else
             local tokens = math.min(rate, tonumber(known[6]) + (now - tonumber(known[5])) / 1000 * rate)
             redis.call('HSET', state, 'at', now, 'tokens', tokens - grant(tokens))
@@ -62,6 +89,7 @@ elseif now >= tonumber(known[2]) and wanted > 0 then
     grant(probes)
 end
 if name == 'closed' then return {name, permits, changed, {}} end
-for _, lane in ipairs(failing_lanes) do redis.call('SADD', held, lane) end
-for _, set in ipairs({state, held}) do redis.call('EXPIRE', set, kept) end
+redis.call('HSET', state, 'clock', now, 'seen', seen)
+for _, lane in ipairs(newly_held) do redis.call('SADD', held, lane) end
+for _, key in ipairs({state, held}) do redis.call('EXPIRE', key, kept) end
 return {name, permits, changed, redis.call('SMEMBERS', held)}

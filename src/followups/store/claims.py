@@ -70,6 +70,10 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 
 FEW = 6
 """How many a fair claim looks at in each workspace, however many workspaces there are."""
+STRIDE = 32
+"""Rows that one step of its walk over the workspaces reads. What a workspace has beyond these is jumped over, and
+workspaces that have fewer share a step. So one with a single row that is not due yet costs 0.5 us; with a stride of 1
+it costs 2.4 us. One without pending rows costs nothing."""
 
 _PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
 _FREE = "f.lease_until IS NULL OR f.lease_until <= now()"
@@ -203,6 +207,27 @@ _SHARE = """CASE
 END"""
 _REST = "CASE WHEN seen.more AND rest.missing > 0 THEN ceil(rest.missing::numeric / rest.many)::bigint ELSE 0 END"
 
+# The workspaces in which something is due. The index of what is pending has them in order, so each step begins behind
+# the workspace at which the last one ended.
+_WALK = f"""
+    WITH RECURSIVE walk AS (
+        SELECT '00000000-0000-0000-0000-000000000000'::uuid AS last, '{{}}'::uuid[] AS due_in
+         UNION ALL
+        SELECT step.*
+          FROM walk
+         CROSS JOIN LATERAL (
+             SELECT (array_agg(f.workspace_id))[count(*)] AS last,
+                    array_agg(f.workspace_id) FILTER (WHERE f.due <= {_HORIZON}) AS due_in
+               FROM (
+                   SELECT f.workspace_id, {DUE} AS due FROM follow_ups f
+                    WHERE {_PENDING} AND f.workspace_id > walk.last AND {DUE} >= {_SINCE}
+                    {_DUE_ORDER}
+                    LIMIT :stride
+               ) f
+         ) step
+         WHERE step.last IS NOT NULL
+    )"""  # noqa: S608 - no input, only the constants above
+
 # Three looks. First a few rows of each workspace, which is all that most of them have. Then, where there is more and it
 # is wanted, an equal share of the window. And then what the others left of the places for those that have yet more. So
 # many workspaces cost a few rows each, and one that has much beside a thousand that have little fills the window all
@@ -210,10 +235,9 @@ _REST = "CASE WHEN seen.more AND rest.missing > 0 THEN ceil(rest.missing::numeri
 # among these the earliest. What a workspace has in flight behind more free rows than are looked at is not counted:
 # they came in with an earlier due date, or their leases ran out. They are the first to be taken, so that such a claim
 # goes beyond the window once, by its own size at most, and the next one counts all.
-_FAIRLY = text(f"""
-    WITH workspace AS MATERIALIZED (
+_FAIRLY = text(f"""{_WALK}, workspace AS MATERIALIZED (
         SELECT w.id, f.*
-          FROM workspaces w
+          FROM (SELECT DISTINCT unnest(due_in) AS id FROM walk) w
          CROSS JOIN LATERAL (
              SELECT min(f.due) AS first, count(*) FILTER (WHERE NOT f.free) AS leased,
                     COALESCE(array_agg(f.place) FILTER (WHERE f.free), '{{}}') AS places,
@@ -255,7 +279,7 @@ def claim(connection: Connection, look: Look) -> Taken:
 def claim_fairly(connection: Connection, look: Look) -> Taken:
     """Lease the same, first for the workspaces with the fewest in flight; of each workspace the earliest due first."""
     connection.execute(WITHOUT_SORTING)
-    return _told(connection.execute(_FAIRLY, _parameters(look) | {"few": FEW}).all(), look)
+    return _told(connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look)
 
 
 def _parameters(look: Look) -> dict[str, object]:

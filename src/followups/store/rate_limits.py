@@ -1,4 +1,4 @@
-"""Rate limits: what an operator has set, whom they concern, and putting off what they refuse."""
+"""Rate limits: what an operator has set, whom they concern, and putting off what they, or the breaker, refuse."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.store.fragments import CHAT, DUE, LEASED, WINDOWED
-from followups.store.leases import batch_of
+from followups.store.leases import batch_of, int_array
 from followups.windows import WINDOW
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from datetime import datetime, timedelta
     from uuid import UUID
 
@@ -171,12 +171,14 @@ def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timed
     return set(connection.scalars(_PUT_OFF, parameters))
 
 
+_DEFERRED = f"""f.status = 'pending' AND f.waits_for IS NULL
+           AND {DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
+           AND f.limited_until = f.next_attempt_at AND f.lease_until IS NULL"""
+
 _FREE = text(f"""
     WITH put_off AS MATERIALIZED (
         SELECT f.id FROM follow_ups f
-         WHERE f.status = 'pending' AND f.waits_for IS NULL
-           AND {DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
-           AND f.limited_until = f.next_attempt_at AND f.lease_until IS NULL
+         WHERE {_DEFERRED}
            AND (CAST(:workspace_id AS uuid) IS NULL OR f.workspace_id = CAST(:workspace_id AS uuid))
            AND (CAST(:channel AS text) IS NULL
                 OR EXISTS (SELECT FROM chats c
@@ -195,3 +197,35 @@ def free(connection: Connection, workspace_id: UUID | None, channel: str | None,
     """Let up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
     return connection.execute(_FREE, parameters).rowcount
+
+
+# The lane of a workspace is the last bits of its id, as in `followups.store.leases.lane_of`. Each workspace is looked
+# at by itself, since almost all that falls due within some minutes may be another's.
+_FREE_LANES = text(f"""
+    WITH deferred AS MATERIALIZED (
+        SELECT f.id, f.next_attempt_at
+          FROM workspaces w
+         CROSS JOIN LATERAL (
+             SELECT f.id, f.next_attempt_at FROM follow_ups f
+              WHERE f.workspace_id = w.id AND {_DEFERRED}
+              ORDER BY f.workspace_id, {DUE}, f.id
+              LIMIT :most
+         ) f
+         WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:lanes AS int[]))
+         ORDER BY f.next_attempt_at, f.id
+         LIMIT :most
+    ), mine AS MATERIALIZED (
+        SELECT f.id
+          FROM deferred
+         CROSS JOIN LATERAL (
+             SELECT f.id FROM follow_ups f WHERE f.id = deferred.id AND {_DEFERRED} FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    )
+    UPDATE follow_ups f SET next_attempt_at = NULL FROM mine WHERE f.id = mine.id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def free_lanes(connection: Connection, lanes: Iterable[int], longest: timedelta, most: int) -> int:
+    """Let up to ``most`` of what these lanes have put off fall due now, the first put off first; return how many."""
+    parameters = {"lanes": int_array(lanes), "longest": longest, "most": most}
+    return connection.execute(_FREE_LANES, parameters).rowcount

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from followups.dispatch.begin import begin
-from followups.dispatch.breaker import News
+from followups.dispatch.breaker import News, Run
 from followups.dispatch.claim import claim
 from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
@@ -119,7 +119,7 @@ class TestShow:
         async def fail() -> None:
             store = RedisBreaker(settings, settings.transport)
             failed = tuple(uuid4() for _ in range(settings.breaker_failures))
-            await store.report(News(failed, failing=frozenset({lane_of(world.workspace_id)})), 0)
+            await store.report(News(failed, runs=(Run(lane_of(world.workspace_id), len(failed), anew=False),)), 0)
             await store.close()
 
         assert run("show", due, "--json").document["breaker"] == "closed"

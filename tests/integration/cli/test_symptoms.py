@@ -13,7 +13,7 @@ from sqlalchemy import text
 from followups.cli import symptoms
 from followups.cli.symptoms import of_broker, of_database
 from followups.database import make_engine
-from followups.dispatch.breaker import News
+from followups.dispatch.breaker import News, Run
 from followups.shared.breaker import RedisBreaker
 from followups.store import pauses
 from followups.store.pauses import Scope
@@ -118,7 +118,8 @@ def test_breaker(settings: Settings) -> None:
     async def told(*reports: tuple[int, bool]) -> None:
         store = RedisBreaker(settings, settings.transport)
         for failed, succeeded in reports:
-            await store.report(News(tuple(uuid4() for _ in range(failed)), succeeded), 0)
+            runs = (Run(1, failed, anew=succeeded),)
+            await store.report(News(tuple(uuid4() for _ in range(failed)), succeeded, runs), 0)
         await store.close()
 
     asyncio.run(told((settings.breaker_failures, False)))

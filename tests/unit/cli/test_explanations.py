@@ -202,6 +202,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             {"due": -HOUR},
             "It is due, and goes out within seconds",
         ),
+        (Circumstances(breaker=Shown("open", 180, 4, HELD)), LIMITED, "It is due, and waits without using up attempts"),
         (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "It is sent in 1 h"),

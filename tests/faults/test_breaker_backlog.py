@@ -1,0 +1,77 @@
+"""A workspace whose chats all fail, with more due than may be in flight, is left alone, and others go on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from faults.measures import PORTION, lag_p99_ms
+from faults.rig import rows_of
+from stack import wait_until
+from world import World
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+
+PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id = :own"
+
+
+def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
+    """Let all chats of one workspace fail; measure another's burst, and how long the backlog takes afterwards."""
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60", "FOLLOWUPS_RETRY_BASE": "1"}
+    rig.start()
+    theirs = World(rig.world.engine)
+    rig.behave(kind="fail", status=503)
+    held = [id_ for first in range(0, overdue, PORTION) for id_ in rig.held(min(PORTION, overdue - first))]
+    quiet = theirs.burst([timedelta(days=1)] * others)
+    rig.created.update(quiet)
+    for (chat_id,) in rows_of(rig, "SELECT chat_id FROM follow_ups WHERE id = ANY(:ids)", ids=quiet):
+        rig.behave(chat_id, kind="accept")
+    rig.release(held)
+    wait_until(lambda: rig.events("breaker"), within=60)
+    rig.release(quiet)
+    wait_until(lambda: rows_of(rig, PENDING, own=theirs.workspace_id) == [(0,)], within=60, every=0.05)
+    failed = sum(one["outcome"] == "failed" for one in rig.received())
+    left = rows_of(rig, PENDING, own=rig.world.workspace_id)[0][0]
+    back = time.monotonic()
+    rig.behave(kind="accept")
+    rig.settle_down(within=60 + overdue / 50)
+    took = time.monotonic() - back
+    verdict = rig.verdict()
+    figures.keep(
+        25,
+        verdict,
+        backlog=len(held),
+        others=len(quiet),
+        others_p50_ms=lag_p50_ms(rig, quiet),
+        others_p99_ms=lag_p99_ms(rig, quiet),
+        attempts_used_up=failed,
+        backlog_sent_after_s=round(took, 2),
+    )
+    assert left == len(held)
+    assert verdict.ended == {"sent": len(held) + len(quiet)}
+
+
+def lag_p50_ms(rig: Rig, ids: list[UUID]) -> float:
+    """Return the median of how late these were accepted, in milliseconds."""
+    query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids)"
+    return round(statistics.median(float(lag) for (lag,) in rows_of(rig, query, ids=ids)) * 1000, 1)
+
+
+def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
+    """Another workspace's are sent while all of the backlog waits; then that is sent, too."""
+    rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8", "FOLLOWUPS_BREAKER_FAILURES": "20"}
+    backlog(rig, figures, overdue=1500, others=50)
+
+
+@pytest.mark.faults_long
+def test_backlog_that_is_left_alone_for_long(rig: Rig, figures: Figures) -> None:
+    """So it is with settings as they are by default, twenty thousand overdue, and a thousand of another's."""
+    backlog(rig, figures, overdue=20_000, others=1_000)

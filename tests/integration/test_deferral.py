@@ -1,0 +1,225 @@
+"""What the breaker holds gives its places in flight back, so that others are claimed, and goes out in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+import redis
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.database import ONCE_PLANNED, make_async_engine
+from followups.dispatch.claim import claim
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.limits import LONGEST
+from followups.dispatch.pipeline import Pipeline
+from followups.dispatch.publish import leases_of
+from followups.shared.breaker import Pace, RedisBreaker, read
+from followups.store import rate_limits
+from followups.store.leases import lane_of
+from followups.transports.port import Retry, Sent
+from stack import wait_until
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.publish import Hint
+    from followups.settings import Settings
+    from followups.transports.port import Delivery, Outcome
+
+SECOND = timedelta(seconds=1)
+CONCURRENCY = 4
+WINDOW = 64
+OVERDUE = 200
+FOR_LONG = Pace(first_pause=600, longest_pause=600)
+QUICK = Pace(first_pause=0.05, longest_pause=0.2, first_rate=20, last_rate=200)
+LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
+
+
+@pytest.fixture
+def own(settings: Settings) -> Settings:
+    """Return settings with a small window, leases that outlive the test, and keys of its own in the broker."""
+    changes = {
+        "breaker_failures": 5,
+        "broker_prefix": f"test-{uuid4().hex}:",
+        "concurrency": CONCURRENCY,
+        "max_in_flight": WINDOW,
+        "lease": timedelta(minutes=5),
+        "retry_base": timedelta(days=1),
+        "retry_cap": timedelta(days=1),
+    }
+    return settings.model_copy(update=changes)
+
+
+class Chat:
+    """A transport that takes the messages of some workspaces, and those of the others when it is told to be well."""
+
+    name = "http"
+
+    def __init__(self, *well: World) -> None:
+        self.well = {world.workspace_id for world in well}
+        self.taken: list[UUID] = []
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    async def check(self) -> str:
+        return "ready"
+
+    async def send(self, delivery: Delivery) -> Outcome:
+        await asyncio.sleep(0.001)
+        if delivery.workspace_id not in self.well:
+            return Retry("HTTP 500", status_code=500)
+        self.taken.append(delivery.follow_up_id)
+        return Sent()
+
+
+@contextmanager
+def worker(own: Settings, engine: Engine, chat: Chat, pace: Pace) -> Iterator[None]:
+    """Run what a worker process consists of, with ticks; it is drained in the end."""
+    pipeline: Pipeline
+
+    def submit(hint: Hint) -> None:
+        pipeline.submit(leases_of(*hint))
+
+    dispatcher = Dispatcher(own, engine, submit)
+    in_loop = make_async_engine(own.database_url.get_secret_value(), options=ONCE_PLANNED)
+    breaker = RedisBreaker(own, "http", pace)
+    pipeline = Pipeline(own, in_loop, chat, nudge=dispatcher.tick, breaker_store=breaker)
+    pipeline.start()
+    dispatcher.start()
+    stopping = threading.Event()
+
+    def beat() -> None:
+        while not stopping.wait(own.tick_interval.total_seconds()):
+            dispatcher.tick()
+
+    beating = threading.Thread(target=beat)
+    beating.start()
+    try:
+        yield
+    finally:
+        stopping.set()
+        beating.join()
+        dispatcher.stop()
+        unsettled = pipeline.drain(timedelta(seconds=10))
+    assert unsettled == 0
+
+
+def deferred(world: World) -> list[Any]:
+    """Return what is deferred, by its due date."""
+    query = "SELECT * FROM follow_ups WHERE limited_until > now() ORDER BY due_date"
+    with world.engine.connect() as connection:
+        return list(connection.execute(text(query)))
+
+
+def is_open(own: Settings) -> bool:
+    """Return whether the breaker is open."""
+    with redis.Redis.from_url(own.broker_url.get_secret_value()) as client:
+        return read(client, own).state == "open"
+
+
+def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
+    """While a workspace with more due than the window is held, another's are claimed and sent as ever."""
+    theirs = World(engine)
+    chat = Chat(theirs)
+    world.burst([-SECOND] * OVERDUE)
+    with worker(own, engine, chat, FOR_LONG):
+        wait_until(lambda: is_open(own))
+        for _ in range(3):
+            sent = theirs.burst([timedelta(0)] * 20)
+            wait_until(lambda sent=sent: {row.status for row in theirs.rows(*sent)} == {"sent"})
+        assert is_open(own)
+
+
+def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -> None:
+    """But for a few to probe with, what is held has no lease, used up no attempt, and can be cancelled."""
+    world.burst([-SECOND] * OVERDUE)
+    with worker(own, engine, Chat(), FOR_LONG):
+        wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
+        wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY)
+        rows = deferred(world)
+        with Session(engine) as session:
+            followups.cancel(session, rows[0].id, reason="over")
+            session.commit()
+    assert {(row.status, row.attempts, row.next_attempt_at) for row in rows} == {
+        ("pending", 0, row.limited_until) for row in rows
+    }
+    moments = sorted(row.limited_until for row in rows)
+    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2  # in time, and not all at once
+    assert world.row(rows[0].id).reason == "over"
+
+
+def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
+    """When the transport is back, what was deferred is sent long before it would have come back, the earliest first."""
+    chat = Chat()
+    world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
+    own = own.model_copy(update={"concurrency": 1})
+    with worker(own, engine, chat, QUICK):
+        wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
+        ids = [row.id for row in deferred(world)]
+        chat.well.add(world.workspace_id)
+        wait_until(lambda: set(ids) <= set(chat.taken))
+    assert [id_ for id_ in chat.taken if id_ in set(ids)] == ids
+
+
+def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
+    """What another transaction has locked keeps its lease, and is deferred when it is free."""
+    *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
+    with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
+        wait_until(lambda: is_open(own))
+        connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": last})
+        wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY + 1)
+        connection.rollback()
+        wait_until(lambda: last in {row.id for row in deferred(world)})
+
+
+class TestFreeing:
+    """What was deferred falls due again: of the lanes that are told, the first deferred first."""
+
+    def free(self, engine: Engine, most: int, *worlds: World) -> int:
+        """Free what some workspaces have deferred."""
+        with engine.begin() as connection:
+            return rate_limits.free_lanes(connection, [lane_of(one.workspace_id) for one in worlds], LONGEST, most)
+
+    def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
+        """Return follow-ups that were claimed, and deferred for so many seconds."""
+        ids = world.burst([-SECOND] * len(seconds))
+        leases = [lease for lease in claim(engine, settings).leases if lease.id in ids]
+        with engine.begin() as connection:
+            waits = zip(leases, (SECOND * each for each in seconds), strict=True)
+            rate_limits.put_off_if_leased(connection, list(waits))
+        return [lease.id for lease in leases]
+
+    def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
+        """Of several workspaces those that were deferred first are freed, up to the number asked for."""
+        other, third = World(engine), World(engine)
+        mine = self.deferred(world, engine, settings, 10, 40)
+        theirs = self.deferred(other, engine, settings, 20, 30)
+        self.deferred(third, engine, settings, 5)
+        assert self.free(engine, 3, world, other) == 3
+        due = {lease.id for lease in claim(engine, settings).leases}
+        assert due == {mine[0], *theirs}
+        assert self.free(engine, 3, world, other) == 1
+        assert self.free(engine, 3, world, other) == 0
+
+    def test_nothing_else(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A retry keeps its time, and what another transaction has locked is passed over."""
+        retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
+        locked, other = self.deferred(world, engine, settings, 10, 20)
+        with engine.connect() as connection:
+            connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": locked})
+            assert self.free(engine, 10, world) == 1
+        assert [world.row(one).next_attempt_at is None for one in (retry, locked, other)] == [False, False, True]

@@ -1,0 +1,45 @@
+"""Redis with a clock that a test sets: the scripts as they are, but that TIME reads a key."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import redis
+
+from followups.shared import script
+
+if TYPE_CHECKING:
+    import pytest
+
+TIME = "redis.call('TIME')"
+MICROSECOND = 1_000_000
+
+
+class ServerClock:
+    """What a server's clock says; it stands still until it is told to go on."""
+
+    def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
+        """Let the scripts that these modules load from now on go by this clock."""
+        self._client = redis.Redis.from_url(broker_url)
+        self._key = f"clock-{uuid4().hex}"
+        self._now = int(time.time() * MICROSECOND)
+        self.go_on(0)
+        for module in modules:
+            monkeypatch.setattr(module, "script", self._script)
+
+    def go_on(self, seconds: float) -> None:
+        """Let time pass, or, which looks the same but for its size and sign, set the clock."""
+        self._now += int(seconds * MICROSECOND)
+        with self._client.pipeline() as pipeline:
+            pipeline.delete(self._key).rpush(self._key, *divmod(self._now, MICROSECOND)).execute()
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+    def _script(self, name: str) -> str:
+        text = script(name)
+        assert TIME in text
+        return text.replace(TIME, f"redis.call('LRANGE', '{self._key}', 0, -1)")
