@@ -98,6 +98,10 @@ batch of less than ten: begin takes 1.1 ms then, and 0.5 by the plan that it has
 of its limits."""
 
 
+class UnfitDatabaseError(psycopg.NotSupportedError):
+    """The database cannot keep what it is given; its message says what to do."""
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that has fallen silent.
 
@@ -246,10 +250,10 @@ def _closed_if_refused(connection: Bounded) -> Iterator[None]:
 
 
 def _check_encoding(row: Sequence[Any] | None) -> None:
-    """Raise `psycopg.NotSupportedError` for a database that cannot store every text."""
+    """Raise `UnfitDatabaseError` for a database that cannot store every text."""
     if row and row[0] != ENCODING:
         message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
-        raise psycopg.NotSupportedError(message)
+        raise UnfitDatabaseError(message)
 
 
 def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -324,6 +328,12 @@ def is_passing(error: Exception) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
+
+
+def unfit(error: Exception) -> str:
+    """Return why the database cannot be used, and what to do; empty for every other error."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
