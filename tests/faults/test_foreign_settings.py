@@ -101,6 +101,25 @@ def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
     on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
 
 
+def test_read_only_default(rig: Rig, figures: Figures) -> None:
+    """While sessions are read-only by default nothing is sent and nothing is lost; afterwards all of it is sent."""
+    url = rig.settings.database_url.get_secret_value()
+    ids = rig.bulk(50)
+    set_defaults(url, {"default_transaction_read_only": "on"})
+    rig.start(workers=2)
+    wait_until(lambda: rig.events("database_unreachable"))
+    assert rig.received() == []
+    set_defaults(url, {"default_transaction_read_only": "off"})
+    rig.world.scalar("""
+        SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+         WHERE datname = current_database() AND pid <> pg_backend_pid()
+    """)
+    took = rig.settle_down()
+    verdict = rig.verdict()
+    assert verdict.ended == Counter({"sent": len(ids)})
+    figures.keep(21, verdict, read_only_sent_after_s=round(took, 2))
+
+
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encoding: str) -> None:
     """A database that cannot store every text is refused by every process, which says why and what to do."""
