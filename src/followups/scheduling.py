@@ -5,6 +5,9 @@ nothing else to enqueue. The REST API and the command line call these too.
 
 Each locks its chat until the transaction ends. A transaction that works on several chats must go through them in
 ascending order of their ids: `followups.store` has the order of all locks.
+
+The transaction must be one at READ COMMITTED, PostgreSQL's default: a statement then sees everything that was committed
+before it began, as the rules need. Every other one is refused with a `TransactionError`.
 """
 
 from __future__ import annotations
@@ -12,8 +15,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
+from followups.database import is_read_committed
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
@@ -25,6 +29,7 @@ from followups.errors import (
     NothingToFollowUpError,
     OutsideMessagingWindowError,
     TooManyPendingError,
+    TransactionError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.quiet_hours import opens_at
@@ -58,8 +63,10 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
-    `OutsideMessagingWindowError` and `TooManyPendingError`.
+    `OutsideMessagingWindowError`, `TooManyPendingError` and `TransactionError` (AUTOCOMMIT, or stricter than READ
+    COMMITTED).
     """
+    _check_transaction(session)
     check_message(message)
     check_time(due_date, "due_date")
     chat = chats.lock_chat(session, workspace_id, chat_id)
@@ -82,8 +89,8 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
     """Cancel a pending follow-up; when this returns and the transaction commits, it is never sent.
 
     ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing. The order of
-    several chats is that of `schedule`.
-    Raises `FollowUpNotFoundError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    several chats is that of `schedule`. Raises `FollowUpNotFoundError`, `AlreadyFinishedError`,
+    `DeliveryInProgressError` and `TransactionError`.
     """
     changes: dict[str, Any] = {"status": Status.CANCELLED}
     if reason is not None:
@@ -139,8 +146,10 @@ def amend(
 
     ``workspace_id`` None is an operator's view. What already stands so is no change. Raises
     `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
-    `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and
+    `TransactionError`.
     """
+    _check_transaction(session)
     _check_changes(changes)
     found, locked = _lock(session, follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
@@ -182,6 +191,28 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
     if chat is None or chat.removed_at is not None:
         raise ChatNotFoundError
     return chat
+
+
+_ISOLATION = text("SELECT current_setting('transaction_isolation')")
+LOOSEST = frozenset({"read committed", "read uncommitted"})
+"""To PostgreSQL the two are the same."""
+
+
+def _check_transaction(session: Session) -> None:
+    """Refuse a transaction that ends with each statement, or that looks at what was committed before it began."""
+    connection = session.connection()
+    if is_read_committed(connection):
+        return
+    driver = connection.connection.dbapi_connection
+    if driver is not None and connection.dialect.detect_autocommit_setting(driver):
+        level = "AUTOCOMMIT"
+    elif (level := connection.scalar(_ISOLATION)) in LOOSEST:
+        return
+    message = (
+        f"The session's transaction is at {level.upper()}, and followups needs READ COMMITTED: begin it with"
+        ' session.connection(execution_options={"isolation_level": "READ COMMITTED"}), or give its engine that level.'
+    )
+    raise TransactionError(message)
 
 
 def _amend_finished(session: Session, found: FollowUp, fresh: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
+from followups.database import unfit
 from followups.schema import alembic_config, is_ready
 from followups.store import ticks
 
@@ -64,7 +65,7 @@ class Health:
                 else:
                     checks["tick"] = Check(ok=False, detail="unknown: the database is not migrated")
         except SQLAlchemyError as error:
-            checks["database"] = Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+            checks["database"] = Check(ok=False, detail=unfit(error) or f"does not answer ({type(error).__name__})")
         return checks
 
     def _tick(self, connection: Connection) -> Check:

@@ -18,6 +18,7 @@ from followups.api.health import STALE_AT_LEAST, STALE_TICKS
 from followups.cli.connection import broker_client, place_of
 from followups.cli.failures import named, reason_of
 from followups.cli.times import span
+from followups.database import unfit
 from followups.errors import FollowUpsError
 from followups.settings import HINT_LIFETIME, LEASE_MARGIN, hide_password
 from followups.store import ticks
@@ -82,7 +83,9 @@ def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
                 yield _tick(settings, ticks.last_tick_age(connection))
     except SQLAlchemyError as error:
         reason = reason_of(getattr(error, "orig", None) or error)
-        yield Finding("database", f"{place}: {reason}", "Start it, or correct FOLLOWUPS_DATABASE_URL.")
+        detail, _, advice = unfit(error).partition(": ")
+        advice = advice or "start it, or correct FOLLOWUPS_DATABASE_URL"
+        yield Finding("database", f"{place}: {detail or reason}", f"{advice[:1].upper()}{advice[1:]}.")
 
 
 def _version(connection: Connection, place: str) -> Finding:

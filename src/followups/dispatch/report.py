@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from followups.database import is_passing
+from followups.database import is_passing, unfit
 from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces
@@ -114,11 +114,13 @@ def limited(number: int) -> None:
 
 
 def failed(step: str, error: Exception, engine: Engine) -> None:
-    """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
+    """Log that a step failed and will be tried again: the database is away or unfit, or there is a bug to mend."""
     if is_passing(error):
         # Its text is left out: a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
+    elif reason := unfit(error):
+        log.error("database_refused", step=step, reason=reason)
     elif isinstance(error, DBAPIError):
         diagnosis = getattr(error.orig, "diag", None)
         constraint = getattr(diagnosis, "constraint_name", None)
