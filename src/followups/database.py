@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from psycopg.abc import PQGen
-    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
 T = TypeVar("T")
@@ -44,6 +44,17 @@ BY_KEY = " -c jit=off" + "".join(
 go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with. Nothing is compiled for them either: that would take
 longer than they do."""
+
+TARGET_SESSION = "read-write"
+"""What a server must be for a session to be opened on it (libpq's ``target_session_attrs``), unless the URL says
+otherwise. While a failover is under way the address may lead to a standby: it would answer every SELECT, from a past
+that it has seen, and the session would be kept."""
+
+READ_ONLY = "25006"
+"""SQLSTATE of a change that a read-only server refuses."""
+
+READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
+"""What libpq says of a server that is not as ``target_session_attrs`` wants it; there is no SQLSTATE for it."""
 
 ONCE_PLANNED = f"{BY_KEY} -c plan_cache_mode=force_generic_plan"
 """The same for the pipeline, whose statements go by key whatever is in their batch. PostgreSQL would plan anew for each
@@ -125,6 +136,7 @@ def make_engine(
         return connection
 
     event.listen(engine, "do_connect", connect)
+    event.listen(engine, "handle_error", _drop_read_only)
     return engine
 
 
@@ -157,7 +169,14 @@ def make_async_engine(
         named["async_creator_fn"] = connect
 
     event.listen(engine.sync_engine, "do_connect", choose)
+    event.listen(engine.sync_engine, "handle_error", _drop_read_only)
     return engine
+
+
+def _drop_read_only(context: ExceptionContext) -> None:
+    """Take a read-only session for a broken one: it is dropped, and all that its pool had opened before."""
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def _test_what_lay_idle(engine: Engine) -> None:
@@ -197,6 +216,7 @@ def _arguments(
         "connect_args": {
             "application_name": application_name,
             "connect_timeout": CONNECT_TIMEOUT,
+            "target_session_attrs": url.query.get("target_session_attrs", TARGET_SESSION),
             # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
             # What the URL asks for (a search_path) comes first.
             "options": f"{theirs} -c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
@@ -227,6 +247,12 @@ def is_passing(error: Exception) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
+
+
+def is_read_only(error: Exception) -> bool:
+    """Return whether the database takes no changes: a standby, or a server that was set so."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:
