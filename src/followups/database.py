@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -253,6 +253,11 @@ def is_read_only(error: Exception) -> bool:
     """Return whether the database takes no changes: a standby, or a server that was set so."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
+
+
+def takes_changes(connection: Connection) -> bool:
+    """Return whether the server takes changes: one that a URL with ``target_session_attrs=any`` leads to may not."""
+    return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

@@ -14,6 +14,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
+from followups.database import is_read_only, takes_changes
 from followups.schema import alembic_config, is_ready
 from followups.store import ticks
 
@@ -28,6 +29,8 @@ TIMEOUT = timedelta(seconds=1)
 STALE_TICKS = 5
 STALE_AT_LEAST = timedelta(seconds=10)
 """The last tick is stale after five intervals, and not before ten seconds: a restart of beat is no outage."""
+
+READ_ONLY = Check(ok=False, detail="is read-only: a failover is under way, or the address leads to a standby")
 
 
 class Health:
@@ -53,18 +56,19 @@ class Health:
         self._broker.close()
 
     def _database(self) -> dict[str, Check]:
-        unknown = Check(ok=False, detail="unknown: the database does not answer")
+        unknown = Check(ok=False, detail="unknown: the database cannot be asked")
         checks = {"database": unknown, "migrations": unknown, "tick": unknown}
         try:
             with self._engine.connect() as connection:
-                checks["database"] = Check(ok=True, detail="answers")
+                checks["database"] = Check(ok=True, detail="answers") if takes_changes(connection) else READ_ONLY
                 checks["migrations"] = _migrations(connection)
                 if checks["migrations"].ok:
                     checks["tick"] = self._tick(connection)
                 else:
                     checks["tick"] = Check(ok=False, detail="unknown: the database is not migrated")
         except SQLAlchemyError as error:
-            checks["database"] = Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+            away = Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+            checks["database"] = READ_ONLY if is_read_only(error) else away
         return checks
 
     def _tick(self, connection: Connection) -> Check:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from followups.database import is_passing
+from followups.database import is_passing, is_read_only
 from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces
@@ -31,6 +33,22 @@ lines = Lines(__name__)
 
 # A few label values, and a look-up of their counter takes longer than to count.
 _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
+
+
+LATELY = 45.0
+"""Seconds after its last failure until a step no longer counts as failing: all are tried again sooner than that."""
+
+
+@dataclass(slots=True)
+class Failing:
+    """A step that fails: since when and when last (monotonic seconds), and why."""
+
+    since: float
+    last: float
+    why: str
+
+
+_failing: dict[str, Failing] = {}
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
@@ -114,8 +132,10 @@ def limited(number: int) -> None:
 
 
 def failed(step: str, error: Exception, engine: Engine) -> None:
-    """Tell that a step failed and will be tried again: the database is away, or there is a bug to mend."""
+    """Log that a step failed and will be tried again: the database is away, or there is a bug to mend."""
+    why = f"its {step} fails (see its log)"
     if is_passing(error):
+        why = "the database is read-only" if is_read_only(error) else "the database is away"
         # Its text is left out: a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
@@ -127,6 +147,19 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
     else:
         log.error("step_failed", step=step, exc_info=error)
+    now = time.monotonic()
+    _failing[step] = Failing(_failing[step].since if step in _failing else now, now, why)
+
+
+def succeeded(step: str) -> None:
+    """Note that a step that may have failed before does so no more."""
+    _failing.pop(step, None)
+
+
+def failing() -> Failing | None:
+    """Return what has failed for the longest time in this process, and does so still; None if nothing does."""
+    lately = [each for each in tuple(_failing.values()) if time.monotonic() - each.last < LATELY]
+    return min(lately, key=lambda each: each.since, default=None)
 
 
 def broker_unreachable(step: str, error: Exception) -> None:
