@@ -36,7 +36,7 @@ TEMPLATE = "template_migrated"
 TEMPLATE_LOCK = 4_071_969
 """PostgreSQL's advisory lock for the one process that makes the template; any number no one else uses."""
 
-pytest_plugins = ["stack_fixtures"]
+pytest_plugins = ["pgbouncer", "stack_fixtures"]
 
 # Hundreds of processes are started; where none may write bytecode, each compiles all that it imports anew.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

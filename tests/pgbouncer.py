@@ -1,0 +1,132 @@
+"""PgBouncer before a PostgreSQL server, for tests; Debian's package `pgbouncer` brings it."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import make_url
+
+from followups.embedded import free_port
+from followups.embedded.child import Child, Command
+from followups.embedded.directories import let_through, make_temporary_directory, remove_directory
+from followups.embedded.postgres import SYSTEM_USER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+    from typing import Self
+
+PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
+
+MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
+"""Why a test that needs it is skipped."""
+
+READY_WITHIN = timedelta(seconds=10)
+
+
+class PgBouncer:
+    """A PgBouncer on a TCP port of the loopback interface, started by ``with`` or `start`.
+
+    It lets every user in without a password, as the user of the server's URL. Every database of the server can be
+    reached by its own name. Nothing of its configuration is relaxed: an unknown startup parameter is refused.
+    """
+
+    def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
+        """Take the URL of any database of the server (a socket's directory or a TCP address)."""
+        self._url = make_url(server_url)
+        self._settings = {
+            "pool_mode": pool_mode,
+            "default_pool_size": str(pool_size),
+            "max_client_conn": "1000",
+            "auth_type": "any",
+            "listen_addr": "127.0.0.1",
+            "unix_socket_dir": "",
+            "server_login_retry": "1",
+        }
+        self._port = free_port()
+        self._directory: Path | None = None
+        self._child: Child | None = None
+
+    def __enter__(self) -> Self:
+        """Start it."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop it."""
+        self.stop()
+
+    def url(self, database: str | None = None) -> str:
+        """Return the URL of a database (None: the one of the server's URL) by way of PgBouncer."""
+        name = database or self._url.database
+        url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
+        return url.render_as_string(hide_password=False)
+
+    def start(self) -> None:
+        """Start it, and wait until it listens. Raises `EmbeddedError`."""
+        self._directory = make_temporary_directory()
+        try:
+            self._child = Child(self._command(self._directory))
+            self._child.start()
+            self._child.wait_until(self._listens, READY_WITHIN)
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop it, and remove what was temporary."""
+        if self._child:
+            self._child.stop()
+            self._child = None
+        if self._directory:
+            remove_directory(self._directory)
+            self._directory = None
+
+    def _command(self, directory: Path) -> Command:
+        run_as = None
+        if os.geteuid() == 0:  # it refuses to run as root, and the embedded server's socket lets in its own user
+            user = pwd.getpwnam(SYSTEM_USER)
+            run_as = (user.pw_uid, user.pw_gid)
+            let_through(directory / "any")
+        file = directory / "pgbouncer.ini"
+        file.write_text(self._configuration())
+        file.chmod(0o644)
+        return Command(
+            name="PgBouncer",
+            argv=(PROGRAM or "pgbouncer", str(file)),
+            log=directory / "pgbouncer.log",
+            run_as=run_as,
+            grace=timedelta(seconds=2),
+        )
+
+    def _configuration(self) -> str:
+        server = self._url
+        host = server.host or server.query.get("host", "127.0.0.1")
+        place = f"host={host} port={server.port or 5432} user={server.username}"
+        if server.password:
+            place += f" password={server.password}"
+        settings = {**self._settings, "listen_port": str(self._port)}
+        lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
+        return f"[databases]\n* = {place}\n\n[pgbouncer]\n{lines}"
+
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
+
+
+@pytest.fixture
+def pgbouncer(database_url: str) -> Iterator[PgBouncer]:
+    """Return a PgBouncer in session mode before the test's own database."""
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    with PgBouncer(database_url) as running:
+        yield running
