@@ -105,7 +105,7 @@ def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> 
     """Sign for the two halves of the work."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
-    heart.probe(partial(_sign_for_failures, heart))
+    heart.probe(partial(_sign_for_outage, heart))
     _sign_for_dispatcher(heart, dispatcher)
     heart.sign("pipeline", TURNING, _STUCK)
 
@@ -122,8 +122,8 @@ def _sign_for_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
     pipeline.ask(partial(heart.sign, "pipeline", TURNING, _STUCK))
 
 
-def _sign_for_failures(heart: Heartbeat) -> None:
-    found = report.failing()
+def _sign_for_outage(heart: Heartbeat) -> None:
+    found = report.outage()
     heart.wait(found.why, found.since) if found else heart.wait("")
 
 

@@ -68,9 +68,8 @@ class Proxy:
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
-        """Lead to another server from now on, and break every connection to the one before."""
+        """Lead to another server from now on. Connections that are open go on leading to the one before."""
         self._url = server_url
-        self.cut()
 
     def freeze(self) -> None:
         """Forward nothing any more on the connections that are open now, for good; new ones work."""

@@ -104,6 +104,7 @@ class Replicated:
         """Let the standby take over, and get a new one."""
         self.promote()
         self.move()
+        self.proxy.cut()
         self.replace_standby()
 
     def promote(self) -> None:
@@ -117,7 +118,7 @@ class Replicated:
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Let the address lead to the primary, as it is now."""
+        """Let the address lead to the primary, as it is now. Connections that are open are kept."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:

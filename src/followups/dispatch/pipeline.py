@@ -214,7 +214,7 @@ class Pipeline:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
             backoff = BACKOFF
-            report.succeeded("begin")
+            report.succeeded()
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
@@ -318,7 +318,7 @@ class Pipeline:
                     return
                 await asyncio.sleep(backoff.total_seconds())
                 backoff = min(backoff * 2, SETTLE_BACKOFF)
-        report.succeeded("settle")
+        report.succeeded()
         report.settled(settling)
         self._line.let_go({a.begun.lease.id for a in batch} - {a.begun.lease.id for a in settling.held})
         self._settle_later(settling.held, AGAIN)
@@ -365,7 +365,7 @@ class Pipeline:
             except (DBAPIError, PoolTimeoutError) as error:
                 report.failed(step, error, self._engine.sync_engine)
             else:
-                report.succeeded(step)
+                report.succeeded()
                 return
             if step in {"clock", "limits"} and self._draining:
                 return

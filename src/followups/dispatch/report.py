@@ -35,20 +35,16 @@ lines = Lines(__name__)
 _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
 
 
-LATELY = 45.0
-"""Seconds after its last failure until a step no longer counts as failing: all are tried again sooner than that."""
-
-
-@dataclass(slots=True)
-class Failing:
-    """A step that fails: since when and when last (monotonic seconds), and why."""
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """That this process gets nothing done: since when (monotonic seconds), and why."""
 
     since: float
-    last: float
     why: str
 
 
-_failing: dict[str, Failing] = {}
+_outages: list[Outage] = []
+"""One at most. Steps of several threads begin and end it."""
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
@@ -147,19 +143,18 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
     else:
         log.error("step_failed", step=step, exc_info=error)
-    now = time.monotonic()
-    _failing[step] = Failing(_failing[step].since if step in _failing else now, now, why)
+    known = outage()
+    _outages[:] = [Outage(known.since if known else time.monotonic(), why)]
 
 
-def succeeded(step: str) -> None:
-    """Note that a step that may have failed before does so no more."""
-    _failing.pop(step, None)
+def succeeded() -> None:
+    """Note that a step was done, so that this process is not without its database, whatever failed before."""
+    _outages.clear()
 
 
-def failing() -> Failing | None:
-    """Return what has failed for the longest time in this process, and does so still; None if nothing does."""
-    lately = [each for each in tuple(_failing.values()) if time.monotonic() - each.last < LATELY]
-    return min(lately, key=lambda each: each.since, default=None)
+def outage() -> Outage | None:
+    """Return why this process gets nothing done; None if nothing has failed since the last step that was done."""
+    return next(iter(tuple(_outages)), None)
 
 
 def broker_unreachable(step: str, error: Exception) -> None:
