@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from psycopg.abc import PQGen
     from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
@@ -25,7 +26,9 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 CONNECT_TIMEOUT = 5
-"""Seconds until an unreachable server is reported."""
+"""Seconds until an unreachable server is reported, where the URL has no `connect_timeout`."""
+POOL_MARGIN = 5
+"""Seconds that a caller waits for a connection of the pool beyond the time that making one may take."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """After which the server ends a statement; every one of ours takes milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
@@ -34,21 +37,62 @@ server hangs, and its own timeout will never be heard of."""
 TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
+CONNECTION: Mapping[str, str | int] = {
+    "connect_timeout": CONNECT_TIMEOUT,
+    "keepalives_idle": 10,
+    "keepalives_interval": 3,
+    "keepalives_count": 3,
+    "tcp_user_timeout": TCP_USER_TIMEOUT,
+    "options": "",  # none, rather than those of PGOPTIONS
+    # While a failover is under way the address may lead to a standby: it would answer every SELECT, from a past that it
+    # has seen, and the session would be kept.
+    "target_session_attrs": "read-write",
+}
+"""Parameters of libpq where the URL has none."""
+
+NO_CONNECT_TIMEOUT = 130
+"""Seconds for which psycopg waits where the URL's `connect_timeout` is 0, which means no limit."""
+
+ENCODING = "UTF8"
+MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
+"""What to do about a database of another encoding."""
+
+_OURS = "followups.set_up"
+
 RECENTLY = 1.0
 """Seconds during which a connection that has just been used needs no test."""
 
-BY_KEY = " -c jit=off" + "".join(
-    f" -c enable_{method}=off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")
-)
+SESSION: Mapping[str, str] = {
+    # A statement must see what was committed before it began: under a snapshot of the whole transaction, a reply that
+    # waited for the chat's lock would not see the follow-up that it has to cancel.
+    "default_transaction_isolation": "read committed",
+    # What psycopg reads and writes.
+    "client_encoding": "UTF8",
+    "DateStyle": "ISO, MDY",
+    "IntervalStyle": "postgres",
+    "TimeZone": "UTC",
+    "array_nulls": "on",
+    "extra_float_digits": "1",
+    # Statements wait for rows and sessions lie idle in the pool by intention. What takes too long is ended by the
+    # limits of `make_engine`; migrations set a `lock_timeout` of their own.
+    "lock_timeout": "0",
+    "transaction_timeout": "0",
+    "idle_session_timeout": "0",
+    "plan_cache_mode": "auto",
+}
+"""What every session of ours relies on, whatever the server, the database, the role or the environment says.
+
+It is set by one statement, not as `options` of the connection's start: PgBouncer and RDS Proxy refuse those.
+"""
+
+BY_KEY: Mapping[str, str] = {
+    "jit": "off",
+    **{f"enable_{method}": "off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")},
+}
 """Planner options for workers: every statement of theirs looks up a batch by key or walks an index, and must
 go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with. Nothing is compiled for them either: that would take
 longer than they do."""
-
-TARGET_SESSION = "read-write"
-"""What a server must be for a session to be opened on it (libpq's ``target_session_attrs``), unless the URL says
-otherwise. While a failover is under way the address may lead to a standby: it would answer every SELECT, from a past
-that it has seen, and the session would be kept."""
 
 READ_ONLY = "25006"
 """SQLSTATE of a change that a read-only server refuses."""
@@ -56,7 +100,7 @@ READ_ONLY = "25006"
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
 """What libpq says of a server that is not as ``target_session_attrs`` wants it; there is no SQLSTATE for it."""
 
-ONCE_PLANNED = f"{BY_KEY} -c plan_cache_mode=force_generic_plan"
+ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
 """The same for the pipeline, whose statements go by key whatever is in their batch. PostgreSQL would plan anew for each
 batch of less than ten: begin takes 1.1 ms then, and 0.5 by the plan that it has. A claim may have another plan for each
 of its limits."""
@@ -117,25 +161,31 @@ def make_engine(
     *,
     pool_size: int = 5,
     application_name: str = "followups",
-    options: str = "",
+    options: Mapping[str, str] | None = None,
     statement_timeout: timedelta | None = STATEMENT_TIMEOUT,
 ) -> Engine:
     """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
 
-    A connection is tested when it is taken from the pool, so that a restarted server costs one
-    reconnect and no failed request. One that is silent for ``statement_timeout`` and a margin is given up;
-    with None, for migrations, a statement may take as long as it takes.
+    Its sessions have the settings of `SESSION` and ``options``. A connection is tested when it is taken from the pool,
+    so that a restarted server costs one reconnect and no failed request. One that is silent for ``statement_timeout``
+    and a margin is given up; with None, for migrations, a statement may take as long as it takes.
     """
     url = _url(database_url)
-    engine = create_engine(url, **_arguments(url, pool_size, application_name, options, statement_timeout))
+    engine = create_engine(url, **_arguments(url, pool_size, application_name))
+    session = _session(options, statement_timeout)
     patience = _patience(statement_timeout)
 
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
-        connection = BoundedConnection.connect(*arguments, **named)
+        connection = BoundedConnection.connect(*arguments, **{**named, "autocommit": True})
+        with _closed_if_refused(connection):
+            connection.patience = _connect_timeout(url)
+            _check_encoding(connection.execute(_SET_UP, session).fetchone())
+            connection.autocommit = False
         connection.patience = patience
         return connection
 
     event.listen(engine, "do_connect", connect)
+    event.listen(engine, "connect", _note_set_up)
     event.listen(engine, "handle_error", _drop_read_only)
     return engine
 
@@ -145,7 +195,7 @@ def make_async_engine(
     *,
     pool_size: int = 5,
     application_name: str = "followups",
-    options: str = "",
+    options: Mapping[str, str] | None = None,
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
     """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`.
@@ -154,14 +204,19 @@ def make_async_engine(
     as long as a statement.
     """
     url = _url(database_url)
-    arguments = _arguments(url, pool_size, application_name, options, statement_timeout)
+    arguments = _arguments(url, pool_size, application_name)
     # No reset either: a connection comes back by the end of a `with`, which has rolled back what was not committed.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
+    session = _session(options, statement_timeout)
     patience = _patience(statement_timeout)
 
     async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
-        connection = await BoundedAsyncConnection.connect(*arguments, **named)
+        connection = await BoundedAsyncConnection.connect(*arguments, **{**named, "autocommit": True})
+        with _closed_if_refused(connection):
+            connection.patience = _connect_timeout(url)
+            _check_encoding(await (await connection.execute(_SET_UP, session)).fetchone())
+            await connection.set_autocommit(False)
         connection.patience = patience
         return connection
 
@@ -169,14 +224,58 @@ def make_async_engine(
         named["async_creator_fn"] = connect
 
     event.listen(engine.sync_engine, "do_connect", choose)
+    event.listen(engine.sync_engine, "connect", _note_set_up)
     event.listen(engine.sync_engine, "handle_error", _drop_read_only)
     return engine
+
+
+# A setting that this version of PostgreSQL does not have is passed over.
+_SET_UP = """
+    SELECT current_setting('server_encoding'), set_config(name, value, false)
+      FROM unnest(%(names)s::text[], %(values)s::text[]) AS session (name, value)
+     WHERE current_setting(name, true) IS NOT NULL
+"""
+
+
+def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
+    """Return the parameters of `_SET_UP`."""
+    limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
+    # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
+    limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
+    settings = {**SESSION, **limits, **(options or {})}
+    return {"names": list(settings), "values": list(settings.values())}
+
+
+@contextmanager
+def _closed_if_refused(connection: Bounded) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.pgconn.finish()
+        raise
+
+
+def _check_encoding(row: Sequence[Any] | None) -> None:
+    """Raise `psycopg.NotSupportedError` for a database that cannot store every text."""
+    if row and row[0] != ENCODING:
+        message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
+        raise psycopg.NotSupportedError(message)
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
     """Take a read-only session for a broken one: it is dropped, and all that its pool had opened before."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
+
+
+def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_OURS] = True
+
+
+def is_read_committed(connection: Connection) -> bool:
+    """Return whether an engine of this module made the connection and nothing has changed its isolation since."""
+    driver = connection.connection.driver_connection
+    return _OURS in connection.info and driver is not None and not driver.autocommit and driver.isolation_level is None
 
 
 def _test_what_lay_idle(engine: Engine) -> None:
@@ -198,11 +297,8 @@ def _url(database_url: str) -> URL:
     return make_url(database_url).set(drivername="postgresql+psycopg")
 
 
-def _arguments(
-    url: URL, pool_size: int, application_name: str, options: str, statement_timeout: timedelta | None
-) -> dict[str, Any]:
-    theirs = url.query.get("options", "")
-    limit = statement_timeout // MILLISECOND if statement_timeout else 0
+def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any]:
+    defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
         # A connection beyond the pool would be made for one transaction and closed after it, which costs
@@ -210,23 +306,20 @@ def _arguments(
         "max_overflow": 0,
         "pool_pre_ping": True,
         # A caller waits this many seconds for a connection, and is then told so.
-        "pool_timeout": 10,
+        "pool_timeout": _connect_timeout(url) + POOL_MARGIN,
         # Statement parameters hold message texts: they must never stand in an error or a log.
         "hide_parameters": True,
-        "connect_args": {
-            "application_name": application_name,
-            "connect_timeout": CONNECT_TIMEOUT,
-            "target_session_attrs": url.query.get("target_session_attrs", TARGET_SESSION),
-            # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
-            # What the URL asks for (a search_path) comes first.
-            "options": f"{theirs} -c statement_timeout={limit} -c idle_in_transaction_session_timeout={limit}"
-            f" -c timezone=UTC{options}",
-            "keepalives_idle": 10,
-            "keepalives_interval": 3,
-            "keepalives_count": 3,
-            "tcp_user_timeout": TCP_USER_TIMEOUT,
-        },
+        "connect_args": {**defaults, "application_name": application_name},
     }
+
+
+def _connect_timeout(url: URL) -> float:
+    """Return how many seconds making a connection may take."""
+    try:
+        seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))
+    except ValueError:
+        return CONNECT_TIMEOUT  # psycopg refuses it
+    return seconds if seconds > 0 else NO_CONNECT_TIMEOUT
 
 
 def _patience(statement_timeout: timedelta | None) -> float | None:

@@ -96,6 +96,12 @@ class IdempotencyKeyInUseError(ConflictError):
     slug = "idempotency-key-in-use"
 
 
+class TransactionError(FollowUpsError):
+    """The session's transaction cannot keep what was promised; use one at READ COMMITTED."""
+
+    slug = "transaction"
+
+
 class UnauthorizedError(FollowUpsError):
     """The API key is missing, malformed, unknown or revoked; send it in the authorization header."""
 

@@ -2,14 +2,18 @@
 
 Each function works in the caller's own transaction and commits nothing: the row is the job, there is
 nothing else to enqueue. The REST API and the command line call these too.
+
+The transaction must be one at READ COMMITTED, PostgreSQL's default: a statement then sees everything that was committed
+before it began, as the rules need. Every other one is refused with a `TransactionError`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, text
 
+from followups.database import is_read_committed
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
@@ -19,6 +23,7 @@ from followups.errors import (
     InvalidRequestError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    TransactionError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.quiet_hours import opens_at
@@ -46,9 +51,10 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
     A due date in the past means at once. Raises `InvalidRequestError` (message not of 1..65,536
     characters or with a NUL, due date without an offset), `ChatNotFoundError`,
-    `NothingToFollowUpError` (no messages, or the last one is the user's) and
-    `OutsideMessagingWindowError`.
+    `NothingToFollowUpError` (no messages, or the last one is the user's),
+    `OutsideMessagingWindowError` and `TransactionError` (AUTOCOMMIT, or stricter than READ COMMITTED).
     """
+    _check_transaction(session)
     check_message(message)
     check_time(due_date, "due_date")
     chat = chats.lock_chat(session, workspace_id, chat_id)
@@ -68,7 +74,7 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
     """Cancel a pending follow-up; when this returns and the transaction commits, it is never sent.
 
     ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing.
-    Raises `FollowUpNotFoundError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
     changes: dict[str, Any] = {"status": Status.CANCELLED}
     if reason is not None:
@@ -124,8 +130,9 @@ def amend(
 
     ``workspace_id`` None is an operator's view. What already stands so is no change. Raises
     `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
-    `OutsideMessagingWindowError`, `AlreadyFinishedError` and `DeliveryInProgressError`.
+    `OutsideMessagingWindowError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
+    _check_transaction(session)
     _check_changes(changes)
     chat = _lock_chats(session, follow_up_id, changes, workspace_id)
     locked = follow_ups.find_and_lock_if_not_begun(session, follow_up_id, workspace_id)
@@ -143,6 +150,28 @@ def amend(
         _amend_pending(session, found, fresh, chat)
     session.refresh(found)
     return found
+
+
+_ISOLATION = text("SELECT current_setting('transaction_isolation')")
+LOOSEST = frozenset({"read committed", "read uncommitted"})
+"""To PostgreSQL the two are the same."""
+
+
+def _check_transaction(session: Session) -> None:
+    """Refuse a transaction that ends with each statement, or that looks at what was committed before it began."""
+    connection = session.connection()
+    if is_read_committed(connection):
+        return
+    driver = connection.connection.dbapi_connection
+    if driver is not None and connection.dialect.detect_autocommit_setting(driver):
+        level = "AUTOCOMMIT"
+    elif (level := connection.scalar(_ISOLATION)) in LOOSEST:
+        return
+    message = (
+        f"The session's transaction is at {level.upper()}, and followups needs READ COMMITTED: begin it with"
+        ' session.connection(execution_options={"isolation_level": "READ COMMITTED"}), or give its engine that level.'
+    )
+    raise TransactionError(message)
 
 
 def _amend_finished(session: Session, found: FollowUp, fresh: Mapping[str, Any]) -> None:

@@ -265,7 +265,7 @@ def test_a_stopped_dispatcher_asks_nothing_more(
     world.burst([timedelta(0)] * DUE)
     monkeypatch.setattr(dispatcher, "MANY", DUE)
     looking = "SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE 'ANALYZE%'"
-    slowly = make_engine(database_url, options=f"{BY_KEY} -c vacuum_cost_delay=100ms -c vacuum_cost_limit=1")
+    slowly = make_engine(database_url, options={**BY_KEY, "vacuum_cost_delay": "100ms", "vacuum_cost_limit": "1"})
     asking = Dispatcher(settings, slowly, lambda _: None)
     asking.start()
     asking.tick()

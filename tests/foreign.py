@@ -1,0 +1,52 @@
+"""Databases as others have set them up: defaults and encodings that are not ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg
+from psycopg import sql
+from sqlalchemy import make_url
+
+from conftest import url_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+HOSTILE: Mapping[str, str] = {
+    "default_transaction_isolation": "repeatable read",
+    "default_transaction_deferrable": "on",
+    "client_encoding": "LATIN1",
+    "DateStyle": "German, DMY",
+    "IntervalStyle": "iso_8601",
+    "TimeZone": "Asia/Kolkata",
+    "bytea_output": "escape",
+    "array_nulls": "off",
+    "extra_float_digits": "-15",
+    "standard_conforming_strings": "off",
+    "escape_string_warning": "off",
+    "transform_null_equals": "on",
+    "lock_timeout": "1ms",
+    "idle_session_timeout": "300ms",
+    "plan_cache_mode": "force_custom_plan",
+}
+"""Defaults with each of which something of ours would break, or be told wrong."""
+
+
+def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
+    """Set the defaults of the database, and of its owner in it, which count more."""
+    url = make_url(database_url)
+    database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        for name, value in defaults.items():
+            setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
+            connection.execute(sql.SQL("ALTER DATABASE {} ").format(database) + setting)
+            connection.execute(sql.SQL("ALTER ROLE {} IN DATABASE {} ").format(role, database) + setting)
+
+
+def create_database_of_encoding(server_url: str, name: str, encoding: str) -> str:
+    """Create a database that stores its texts in another encoding; return its URL."""
+    statement = "CREATE DATABASE {} TEMPLATE template0 ENCODING {} LOCALE_PROVIDER libc LOCALE 'C'"
+    with psycopg.connect(server_url, autocommit=True) as connection:
+        connection.execute(sql.SQL(statement).format(sql.Identifier(name), sql.Literal(encoding)))
+    return url_of(server_url, name)

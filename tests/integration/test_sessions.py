@@ -1,0 +1,230 @@
+"""Sessions on servers whose defaults others have set."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import psycopg
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import NotSupportedError
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+
+import followups
+from followups.database import BY_KEY, CONNECT_TIMEOUT, ONCE_PLANNED, SESSION, make_async_engine, make_engine
+from followups.embedded.postgres import drop_database
+from followups.errors import TransactionError
+from followups.transactions import in_loop
+from foreign import HOSTILE, create_database_of_encoding, set_defaults
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.models import FollowUp
+    from pgbouncer import PgBouncer
+    from world import World
+
+
+def settings_of(engine: Engine, *names: str) -> dict[str, str]:
+    """Return what a session of the engine has for these settings (none: for all of `SESSION`)."""
+    query = text("SELECT name, current_setting(name, true) FROM unnest(CAST(:names AS text[])) AS wanted (name)")
+    with engine.connect() as connection:
+        rows = connection.execute(query, {"names": list(names or SESSION)})
+        return {row[0]: row[1] for row in rows if row[1] is not None}
+
+
+class TestSettings:
+    """What sessions rely on is set by themselves."""
+
+    def test_whatever_server_database_role_and_environment_say(
+        self, database_url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Defaults of the role in its database, of the URL and of the environment change nothing of it."""
+        set_defaults(database_url, HOSTILE)
+        for name, value in {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("PGOPTIONS", "-c default_transaction_read_only=on")
+        own = quote("-c IntervalStyle=iso_8601 -c application_name=theirs -c search_path=pg_catalog,public")
+        engine = make_engine(f"{database_url}&options={own}", pool_size=1)
+        found = settings_of(engine)
+        assert found == {name: value for name, value in SESSION.items() if name in found}
+        assert found.keys() >= SESSION.keys() - {"transaction_timeout"}  # which older servers do not have
+        other = settings_of(engine, "transaction_isolation", "search_path", "transaction_read_only", "application_name")
+        assert other == {
+            "transaction_isolation": "read committed",
+            "search_path": "pg_catalog,public",
+            "transaction_read_only": "off",
+            "application_name": "followups",
+        }
+        engine.dispose()
+
+    async def test_values(self, database_url: str) -> None:
+        """Times, intervals, numbers, texts and arrays come back as they went, on a server with defaults of others."""
+        set_defaults(database_url, HOSTILE)
+        values: dict[str, object] = {
+            "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),
+            "span": timedelta(days=40, seconds=1.5),
+            "number": 0.1 + 0.2,
+            "words": "\N{WAVING HAND SIGN} \\ 'é'",
+            "some": [1, None, 3],
+        }
+        query = text("""
+            SELECT CAST(:moment AS timestamptz) AS moment, CAST(:span AS interval) AS span,
+                   CAST(:number AS double precision) AS number, CAST(:words AS text) AS words,
+                   CAST(:some AS int[]) AS some
+        """)
+
+        def returned(engine: Engine) -> dict[str, object]:
+            with engine.connect() as connection:
+                return dict(connection.execute(query, values).mappings().one())
+
+        engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
+        for found in (returned(engine), await in_loop(in_a_loop, returned)):
+            assert found == values
+            assert str(found["moment"]) == "2030-01-31 09:00:00.000001+00:00"
+        engine.dispose()
+        await in_a_loop.dispose()
+
+    async def test_of_an_event_loop(self, database_url: str) -> None:
+        """The same holds for the sessions of a loop, with the options of the pipeline beside them."""
+        set_defaults(database_url, HOSTILE)
+        engine = make_async_engine(database_url, pool_size=1, options=ONCE_PLANNED)
+        found = await in_loop(engine, settings_of)
+        assert found == {name: value for name, value in {**SESSION, **ONCE_PLANNED}.items() if name in found}
+        assert await in_loop(engine, settings_of, *BY_KEY) == dict(BY_KEY)
+        await engine.dispose()
+
+    def test_limits(self, database_url: str) -> None:
+        """A statement and an idle transaction may take as long as the engine says, or as long as they take."""
+        set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
+        for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
+            engine = make_engine(database_url, pool_size=1, statement_timeout=limit)
+            assert set(settings_of(engine, "statement_timeout", "idle_in_transaction_session_timeout").values()) == {
+                shown
+            }
+            engine.dispose()
+
+    async def test_through_pgbouncer(self, database_url: str, pgbouncer: PgBouncer) -> None:
+        """PgBouncer in session mode, which refuses `options` at the start, gives sessions that are set up alike."""
+        set_defaults(database_url, HOSTILE)
+        engine = make_engine(pgbouncer.url(), pool_size=1, options=BY_KEY)
+        found = settings_of(engine, *SESSION, *BY_KEY)
+        assert found == {name: value for name, value in {**SESSION, **BY_KEY}.items() if name in found}
+        engine.dispose()
+        in_a_loop = make_async_engine(pgbouncer.url(), pool_size=1)
+        assert (await in_loop(in_a_loop, settings_of))["default_transaction_isolation"] == "read committed"
+        await in_a_loop.dispose()
+
+
+class TestEncoding:
+    """A database must be able to store every text."""
+
+    @pytest.fixture(params=["LATIN1", "SQL_ASCII"])
+    def other(self, postgres_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
+        """Return the URL of an empty database of another encoding."""
+        name = f"test_{uuid4().hex}"
+        try:
+            yield create_database_of_encoding(postgres_url, name, request.param)
+        finally:
+            drop_database(postgres_url, name)
+
+    async def test_another_encoding_is_refused(self, other: str) -> None:
+        """Every connection to a database of another encoding is refused, with a sentence that says what to do."""
+        engine, in_a_loop = make_engine(other), make_async_engine(other)
+        refused = "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: make one with ENCODING 'UTF8'"
+        with pytest.raises(NotSupportedError, match=refused):
+            engine.connect()
+        with pytest.raises(NotSupportedError, match=refused):
+            await in_loop(in_a_loop, settings_of)
+        engine.dispose()
+        await in_a_loop.dispose()
+
+
+class TestConnectionParameters:
+    """What the URL says counts more than our defaults."""
+
+    def test_of_the_url(self, database_url: str) -> None:
+        """Limits of the URL are kept, and a caller waits for the pool longer than making a connection may take."""
+        engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
+        with engine.connect() as connection:
+            driver = connection.connection.driver_connection
+            assert isinstance(driver, psycopg.Connection)
+            given = driver.info.get_parameters()
+        assert (given["connect_timeout"], given["keepalives_idle"], given["tcp_user_timeout"]) == ("30", "77", "99000")
+        assert (given["keepalives_interval"], given["keepalives_count"]) == ("3", "3")
+        assert pool_timeout(engine) > 30
+        engine.dispose()
+
+    @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
+    def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
+        """A URL without a limit has ours, and one that asks for none waits as long as the driver."""
+        engine = make_engine(database_url + said)
+        assert pool_timeout(engine) > seconds
+        engine.dispose()
+
+
+def pool_timeout(engine: Engine) -> float:
+    """Return how many seconds a caller waits for a connection."""
+    assert isinstance(engine.pool, QueuePool)
+    return engine.pool.timeout()
+
+
+class TestCallersOwnSession:
+    """`schedule` and `cancel` in the transaction of a caller."""
+
+    @pytest.fixture(params=["theirs", "ours"])
+    def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
+        """Return an engine that the caller has made, or one of ours."""
+        if request.param == "ours":
+            yield world.engine
+            return
+        engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+        yield engine
+        engine.dispose()
+
+    @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
+    def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
+        """Nothing is scheduled or cancelled by a transaction that would look at what was; the error says what to do."""
+        chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
+        with Session(base.execution_options(isolation_level=level)) as session:
+            for ask in (
+                lambda: schedule(session, world, chat),
+                lambda: followups.cancel(session, planned, reason="enough"),
+            ):
+                with pytest.raises(TransactionError, match=f"is at {level}, and followups needs READ COMMITTED"):
+                    ask()
+            session.commit()
+        assert [(row.id, row.status) for row in world.rows()] == [(planned, "pending")]
+
+    @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
+    def test_the_isolation_that_is_needed(self, base: Engine, world: World, database_url: str, level: Any) -> None:
+        """With READ COMMITTED, whatever the default is, both are done by the caller's commit."""
+        set_defaults(database_url, {"default_transaction_isolation": "serializable"})
+        chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
+        with Session(base) as session:
+            session.connection(execution_options={"isolation_level": level})
+            scheduled = schedule(session, world, chat).id
+            followups.cancel(session, planned, reason="enough")
+            session.commit()
+        assert {row.id: row.status for row in world.rows()} == {planned: "cancelled", scheduled: "pending"}
+
+    def test_a_default_of_the_server(self, world: World, database_url: str) -> None:
+        """A stricter level that comes from the server's defaults is refused as well."""
+        set_defaults(database_url, {"default_transaction_isolation": "serializable"})
+        engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
+        with Session(engine) as session, pytest.raises(TransactionError, match="SERIALIZABLE"):
+            schedule(session, world, world.chat())
+        engine.dispose()
+
+
+def schedule(session: Session, world: World, chat_id: UUID) -> FollowUp:
+    """Schedule for tomorrow."""
+    due = datetime.now(UTC) + timedelta(days=1)
+    return followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat_id, message="?", due_date=due)
