@@ -40,7 +40,8 @@ def dice(seed: int) -> random.Random:
 def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
     """Return what takes this test's figures."""
     form = "long" if request.node.get_closest_marker("faults_long") else "short"
-    return Figures(seed, request.node.name, form)
+    servers = ", ".join(sorted(chosen_servers()))
+    return Figures(seed, f"{request.node.name} ({servers})" if servers else request.node.name, form)
 
 
 @pytest.fixture
