@@ -2,50 +2,24 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from conftest import url_of
 from followups.database import is_passing, is_read_only, make_async_engine, make_engine
 from followups.transactions import in_loop
+from foreign import read_only, whatever_it_is
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from sqlalchemy import Engine
 
     from world import World
 
 SESSIONS = 3
 WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
-
-
-@pytest.fixture
-def database(database_url: str) -> str:
-    """Return the name of the test's database."""
-    return database_url.rpartition("/")[2].partition("?")[0]
-
-
-@contextmanager
-def read_only(postgres_url: str, database: str) -> Iterator[None]:
-    """Let new sessions of the database be read-only, as those of a standby are."""
-    admin = make_engine(url_of(postgres_url, "postgres")).execution_options(isolation_level="AUTOCOMMIT")
-    try:
-        with admin.connect() as connection:
-            connection.execute(text(f"ALTER DATABASE {database} SET default_transaction_read_only = on"))
-            yield
-            connection.execute(text(f"ALTER DATABASE {database} RESET default_transaction_read_only"))
-    finally:
-        admin.dispose()
-
-
-def whatever_it_is(database_url: str) -> str:
-    """Return the URL of one who wants to be connected to a read-only server too."""
-    return f"{database_url}&target_session_attrs=any"
 
 
 def fill(engine: Engine) -> None:
@@ -62,12 +36,13 @@ def write(engine: Engine) -> None:
 
 
 def test_sessions_opened_on_a_read_only_server_are_dropped(
-    world: World, database_url: str, postgres_url: str, database: str
+    world: World,
+    database_url: str,
 ) -> None:
     """The first refused write drops its session and all others of the pool, so that the next one is done."""
     assert world
     engine = make_engine(whatever_it_is(database_url), pool_size=SESSIONS)
-    with read_only(postgres_url, database):
+    with read_only(database_url):
         fill(engine)
     with pytest.raises(DBAPIError) as refused:
         write(engine)
@@ -78,11 +53,11 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
     engine.dispose()
 
 
-async def test_so_are_those_of_an_event_loop(world: World, database_url: str, postgres_url: str, database: str) -> None:
+async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
     """The same holds for the sessions of a worker's event loop, though they were used a moment ago."""
     assert world
     engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
-    with read_only(postgres_url, database):
+    with read_only(database_url):
         await in_loop(engine, fill)
     with pytest.raises(DBAPIError) as refused:
         await in_loop(engine, write)
@@ -92,7 +67,7 @@ async def test_so_are_those_of_an_event_loop(world: World, database_url: str, po
     await engine.dispose()
 
 
-async def test_no_session_is_opened_on_a_read_only_server(database_url: str, postgres_url: str, database: str) -> None:
+async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> None:
     """Unless the URL asks for it, a session on a server that takes no changes is refused, even to one that reads."""
     engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
 
@@ -100,7 +75,7 @@ async def test_no_session_is_opened_on_a_read_only_server(database_url: str, pos
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
 
-    with read_only(postgres_url, database):
+    with read_only(database_url):
         with pytest.raises(OperationalError) as refused:
             look(engine)
         with pytest.raises(OperationalError) as refused_in_a_loop:
