@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,13 +14,27 @@ from sqlalchemy import make_url
 
 from faults.proxy import Proxy
 from followups.embedded import EmbeddedPostgres, memory_directory
-from followups.embedded.postgres import BINARIES
+from followups.embedded import postgres as embedded
+from followups.embedded.child import Command
 from stack import wait_until
 
 if TYPE_CHECKING:
     from typing import Self
 
-    from followups.embedded.child import Command
+INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
+"""The binaries of Debian's newest package; None where there is none."""
+
+MISSING = "PostgreSQL is not installed: apt-get install postgresql."
+"""Why a test that needs it is skipped."""
+
+CONFIGURATION = """
+listen_addresses = ''
+max_connections = 200
+timezone = 'UTC'
+fsync = off
+full_page_writes = off
+dynamic_shared_memory_type = mmap
+"""
 
 FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
@@ -37,30 +52,50 @@ def _change(server: EmbeddedPostgres, setting: str, value: str) -> None:
     ask(server, "SELECT pg_reload_conf()")
 
 
-def _socket(server: EmbeddedPostgres) -> Path:
+def socket_of(server: EmbeddedPostgres) -> Path:
+    """Return the directory of a server's socket, which is its host."""
     return Path(str(make_url(server.url()).query["host"]))
 
 
 def _data(server: EmbeddedPostgres) -> Path:
-    return _socket(server).with_name("data")
+    return socket_of(server).with_name("data")
 
 
-class Standby(EmbeddedPostgres):
-    """A server that begins as a copy of another one, and follows it until it is promoted."""
+class Server(EmbeddedPostgres):
+    """A server of any version; a new one, or a copy of another one, which it follows until it is promoted."""
 
-    def __init__(self, primary: EmbeddedPostgres) -> None:
-        """Take which server to follow."""
+    def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
+        """Take which server to follow; None: it is a new one."""
         super().__init__(parent=memory_directory())
-        self._primary = primary
+        self._binaries, self._primary = binaries, primary
 
     def _prepare(self, directory: Path) -> Command:
-        data = directory / "data"
-        command = [BINARIES / "pg_basebackup", "--pgdata", data, "--write-recovery-conf", "--checkpoint=fast"]
-        subprocess.run([*command, "--no-sync", "--dbname", self._primary.url()], check=True, capture_output=True)
-        owner = _data(self._primary).stat()
-        for path in (data, *data.rglob("*")):
-            os.chown(path, owner.st_uid, owner.st_gid)
-        return super()._prepare(directory)
+        data, socket = directory / "data", directory / "socket"
+        data.mkdir(0o700)
+        socket.mkdir(0o700)
+        run_as = embedded._give_up_root(data, socket) if os.geteuid() == 0 else None  # noqa: SLF001 - as it does
+        if self._primary:
+            command = ["pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", "--dbname", self._primary.url()]
+        else:
+            command = ["initdb", "--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-locale"]
+        subprocess.run(
+            [self._binaries / command[0], *command[1:], "--no-sync", "--pgdata", data],
+            **({"user": run_as[0], "group": run_as[1], "extra_groups": []} if run_as else {}),
+            cwd=data,
+            check=True,
+            capture_output=True,
+        )
+        with (data / "postgresql.conf").open("a") as file:
+            file.write(f"{CONFIGURATION}unix_socket_directories = '{socket}'\n")
+        return Command(
+            name="PostgreSQL",
+            argv=(str(self._binaries / "postgres"), "-D", str(data)),
+            log=directory / "postgres.log",
+            directory=data,
+            run_as=run_as,
+            stop_signal=signal.SIGINT,
+            grace=embedded.STOP_WITHIN,
+        )
 
 
 class Replicated:
@@ -69,12 +104,12 @@ class Replicated:
     ``synchronous``: what was committed is on the standby too, so that a failover loses nothing. Otherwise it may.
     """
 
-    def __init__(self, *, synchronous: bool = True) -> None:
-        """Start nothing yet."""
-        self._synchronous = synchronous
+    def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
+        """Take the servers' binaries; start nothing yet."""
+        self._synchronous, self._binaries = synchronous, binaries
         self._running = ExitStack()
-        self.primary = EmbeddedPostgres(parent=memory_directory())
-        self.standby: EmbeddedPostgres = Standby(self.primary)
+        self.primary = Server(binaries)
+        self.standby = Server(binaries, self.primary)
         self.proxy: Proxy
 
     def __enter__(self) -> Self:
@@ -113,7 +148,7 @@ class Replicated:
         self.primary, self.standby = self.standby, old
         _data(old).joinpath("standby.signal").touch()
         with _data(old).joinpath("postgresql.auto.conf").open("a") as configuration:
-            configuration.write(f"primary_conninfo = 'host={_socket(self.primary)} user=postgres'\n")
+            configuration.write(f"primary_conninfo = 'host={socket_of(self.primary)} user=postgres'\n")
         old.restart()  # one that was not killed sends the standby all that it has before it ends
         ask(self.primary, "SELECT pg_promote()")
 
@@ -124,7 +159,7 @@ class Replicated:
     def replace_standby(self) -> None:
         """Replace the standby with a new copy of the primary: what was one may have gone another way."""
         self.standby.stop()
-        self.standby = Standby(self.primary)
+        self.standby = Server(self._binaries, self.primary)
         self.standby.start()
         self._attach()
 

@@ -28,6 +28,7 @@ from faults.proxy import Proxy
 from faults.replica import Replicated
 from followups.database import BY_KEY, make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
+from followups.embedded import postgres as embedded
 from followups.schema import migrate
 from stack import COMMANDS, Stack, wait_until
 from world import World
@@ -175,16 +176,20 @@ def chosen_servers() -> frozenset[str]:
 
 @contextmanager
 def own_servers(
-    rng: random.Random, *, proxied: bool = False, kinds: frozenset[str] | None = None
+    rng: random.Random,
+    *,
+    proxied: bool = False,
+    kinds: frozenset[str] | None = None,
+    binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
     """Return a system on servers that a test may kill; with ``proxied``, behind proxies (PostgreSQL's, broker's).
 
-    ``kinds`` says which servers (None: `chosen_servers`).
+    ``kinds`` says which servers (None: `chosen_servers`), ``binaries`` of which PostgreSQL those that are replicated.
     """
     kinds = chosen_servers() if kinds is None else kinds
     with ExitStack() as stack:
         single = EmbeddedPostgres(parent=memory_directory())
-        postgres = stack.enter_context(Replicated() if REPLICATED in kinds else single)
+        postgres = stack.enter_context(Replicated(binaries=binaries) if REPLICATED in kinds else single)
         valkey = stack.enter_context(EmbeddedValkey())
         migrate(postgres.url())
         pooled = stack.enter_context(pgbouncer.PgBouncer(postgres.url())).url() if POOLED in kinds else postgres.url()

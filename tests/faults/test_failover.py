@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING
 import httpx
 import psycopg
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from commits import break_once
 from conftest import brisk_settings
-from faults.replica import Replicated, ask
+from faults.replica import INSTALLED, MISSING, Replicated, ask, socket_of
 from faults.rig import REPLICATED, Load, own_servers
-from followups.database import BY_KEY, make_engine
+from followups.database import BY_KEY, make_engine, takes_changes
 from followups.dispatch.begin import begin
 from followups.dispatch.claim import claim
+from followups.embedded import postgres as embedded
 from followups.schema import migrate
 from stack import wait_until
 from world import World, begun
@@ -47,9 +49,10 @@ NOTICED_WITHIN = 30.0
 
 
 @pytest.fixture
-def replicated(dice: random.Random) -> Iterator[Rig]:
-    """Return a system whose PostgreSQL has a standby, behind an address that can be moved."""
-    with own_servers(dice, kinds=frozenset({REPLICATED})) as (rig, _):
+def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
+    """Return a system whose PostgreSQL (by default the newest) has a standby, behind an address that can be moved."""
+    binaries = getattr(request, "param", embedded.BINARIES) or pytest.skip(MISSING)
+    with own_servers(dice, kinds=frozenset({REPLICATED}), binaries=binaries) as (rig, _):
         yield rig
 
 
@@ -133,9 +136,11 @@ def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float
     return served - moved, sent - moved
 
 
-def failovers(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
+def failovers(
+    rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float, workers: int = 2
+) -> None:
     """Fail over so often under load, and check that all goes on each time."""
-    workers = rig.start(workers=2, beats=2)
+    started = rig.start(workers, beats=workers)
     clients = Clients(rig.web())
     took = []
     with clients.api.client, Load(rig, rate, seconds=3600) as load, clients.calling():
@@ -146,7 +151,7 @@ def failovers(rig: Rig, figures: Figures, times: int, between: tuple[float, floa
     verdict = rig.verdict()
     assert verdict.ended.keys() == {"sent"}
     assert verdict.ended["sent"] >= len(load.ids) + times
-    assert all(worker.running for worker in workers)
+    assert all(worker.running for worker in started)
     assert set(clients.refused) <= {503}
     wait_until(lambda: "cannot work" not in command(rig, "health", "worker").stdout, NOTICED_WITHIN, every=0.5)
     figures.keep(
@@ -160,9 +165,10 @@ def failovers(rig: Rig, figures: Figures, times: int, between: tuple[float, floa
     assert max(max(each) for each in took) < 2 * BACK_WITHIN
 
 
+@pytest.mark.parametrize("replicated", [embedded.BINARIES, INSTALLED], indirect=True, ids=["embedded", "installed"])
 def test_failover(replicated: Rig, figures: Figures) -> None:
     """Requests and sends go on after a failover, and what is asked meanwhile says that the database is read-only."""
-    failovers(replicated, figures, times=1, between=(0.5, 1.0), rate=40)
+    failovers(replicated, figures, times=1, between=(0.5, 1.0), rate=40, workers=1)
 
 
 @pytest.mark.faults_long
@@ -177,6 +183,19 @@ def test_failovers_where_any_server_will_do(replicated: Rig, figures: Figures) -
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
     failovers(replicated, figures, times=6, between=(2, 15), rate=60)
+
+
+def test_several_hosts_in_the_url() -> None:
+    """Where the URL names both servers, sessions are opened on the one that takes changes, after a failover too."""
+    with Replicated() as postgres:
+        hosts = f"{socket_of(postgres.primary)},{socket_of(postgres.standby)}"
+        engine = make_engine(f"postgresql://postgres@/postgres?host={hosts}")
+        for _ in range(2):
+            with engine.connect() as connection:
+                host = connection.execute(text("SHOW unix_socket_directories")).scalar_one()
+                assert (host, takes_changes(connection)) == (str(socket_of(postgres.primary)), True)
+            postgres.promote()
+        engine.dispose()
 
 
 def test_what_an_asynchronous_failover_took_back_is_not_believed(
