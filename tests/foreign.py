@@ -28,7 +28,7 @@ HOSTILE: Mapping[str, str] = {
     "escape_string_warning": "off",
     "transform_null_equals": "on",
     "lock_timeout": "1ms",
-    "idle_session_timeout": "300ms",
+    "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
 """Defaults with each of which something of ours would break, or be told wrong."""

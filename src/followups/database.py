@@ -106,6 +106,10 @@ batch of less than ten: begin takes 1.1 ms then, and 0.5 by the plan that it has
 of its limits."""
 
 
+class UnfitDatabaseError(psycopg.NotSupportedError):
+    """The database cannot keep what it is given; its message says what to do."""
+
+
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that does not wait for ever for a server that has fallen silent.
 
@@ -256,10 +260,10 @@ def _closed_if_refused(connection: Bounded) -> Iterator[None]:
 
 
 def _check_encoding(row: Sequence[Any] | None) -> None:
-    """Raise `psycopg.NotSupportedError` for a database that cannot store every text."""
+    """Raise `UnfitDatabaseError` for a database that cannot store every text."""
     if row and row[0] != ENCODING:
         message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
-        raise psycopg.NotSupportedError(message)
+        raise UnfitDatabaseError(message)
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
@@ -342,8 +346,12 @@ def is_passing(error: Exception) -> bool:
     return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
 
 
+IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
+"""Of a standby, or of a server that was set so. Processes go on by themselves once it takes changes."""
+
+
 def is_read_only(error: Exception) -> bool:
-    """Return whether the database takes no changes: a standby, or a server that was set so."""
+    """Return whether the database takes no changes."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
 
@@ -351,6 +359,14 @@ def is_read_only(error: Exception) -> bool:
 def takes_changes(connection: Connection) -> bool:
     """Return whether the server takes changes: one that a URL with ``target_session_attrs=any`` leads to may not."""
     return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
+
+
+def unfit(error: Exception) -> str:
+    """Return why the database cannot be used, and what to do; empty for every other error."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if is_read_only(error):
+        return IS_READ_ONLY
+    return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

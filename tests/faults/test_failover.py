@@ -109,7 +109,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
     wait_until(worker_says, NOTICED_WITHIN, every=0.5)
     readiness = clients.api.client.get("/readyz")
     assert readiness.status_code == 503
-    assert "database (is read-only" in readiness.json()["detail"]
+    assert "database (it is read-only" in readiness.json()["detail"]
     assert "takes no changes" in clients.api.message(str(clients.chat), "agent").json()["detail"]
 
     def doctor_says() -> bool:

@@ -10,7 +10,7 @@ from uuid import uuid4
 import psycopg
 import pytest
 from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.exc import NotSupportedError
+from sqlalchemy.exc import NotSupportedError, OperationalError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
@@ -20,6 +20,7 @@ from followups.embedded.postgres import drop_database
 from followups.errors import TransactionError
 from followups.transactions import in_loop
 from foreign import HOSTILE, create_database_of_encoding, set_defaults
+from pgbouncer import MISSING, PROGRAM, PgBouncer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.models import FollowUp
-    from pgbouncer import PgBouncer
     from world import World
 
 
@@ -168,6 +168,22 @@ class TestConnectionParameters:
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds
         engine.dispose()
+
+    @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+    async def test_a_pooler_that_is_full(self, database_url: str) -> None:
+        """A server that falls silent once it has let a connection in counts as unreachable after the same time."""
+        with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
+            other.execute("SELECT 1")  # it has the only session until it closes
+            url = f"{pooler.url()}?connect_timeout=2"
+            engine, in_a_loop = make_engine(url, statement_timeout=None), make_async_engine(url)
+            with pytest.raises(OperationalError, match="the server was silent for 2 s"):
+                engine.connect()
+            with pytest.raises(OperationalError, match="the server was silent for 2 s"):
+                await in_loop(in_a_loop, settings_of)
+            other.close()
+            assert settings_of(engine, "DateStyle") == {"DateStyle": "ISO, MDY"}
+            engine.dispose()
+            await in_a_loop.dispose()
 
 
 def pool_timeout(engine: Engine) -> float:

@@ -14,7 +14,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
-from followups.database import is_read_only, takes_changes
+from followups.database import IS_READ_ONLY, takes_changes, unfit
 from followups.schema import alembic_config, is_ready
 from followups.store import ticks
 
@@ -29,8 +29,6 @@ TIMEOUT = timedelta(seconds=1)
 STALE_TICKS = 5
 STALE_AT_LEAST = timedelta(seconds=10)
 """The last tick is stale after five intervals, and not before ten seconds: a restart of beat is no outage."""
-
-READ_ONLY = Check(ok=False, detail="is read-only: a failover is under way, or the address leads to a standby")
 
 
 class Health:
@@ -60,15 +58,15 @@ class Health:
         checks = {"database": unknown, "migrations": unknown, "tick": unknown}
         try:
             with self._engine.connect() as connection:
-                checks["database"] = Check(ok=True, detail="answers") if takes_changes(connection) else READ_ONLY
+                writable = takes_changes(connection)
+                checks["database"] = Check(ok=writable, detail="answers" if writable else IS_READ_ONLY)
                 checks["migrations"] = _migrations(connection)
                 if checks["migrations"].ok:
                     checks["tick"] = self._tick(connection)
                 else:
                     checks["tick"] = Check(ok=False, detail="unknown: the database is not migrated")
         except SQLAlchemyError as error:
-            away = Check(ok=False, detail=f"does not answer ({type(error).__name__})")
-            checks["database"] = READ_ONLY if is_read_only(error) else away
+            checks["database"] = Check(ok=False, detail=unfit(error) or f"does not answer ({type(error).__name__})")
         return checks
 
     def _tick(self, connection: Connection) -> Check:

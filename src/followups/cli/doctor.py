@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from followups.cli import checks, connection, processes, symptoms
+from followups.cli import checks, connection, processes, server, symptoms
 from followups.cli.checks import Finding
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
@@ -45,6 +45,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield checks.timeouts(settings)
     with connection.engine() as engine:
         yield from checks.databases(settings, engine)
+        yield from server.of_server(settings, engine)
         yield from symptoms.of_database(settings, engine)
     reachable = True
     for finding in checks.broker(settings):

@@ -8,7 +8,7 @@ import typer
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from followups.cli.connection import place_of
-from followups.database import is_read_only
+from followups.database import unfit
 from followups.errors import (
     AlreadyFinishedError,
     ApiKeyNotFoundError,
@@ -39,9 +39,6 @@ ADVICE: dict[type[FollowUpsError], str] = {
 
 SCHEMA_ERRORS = ("42P01", "42703")
 """PostgreSQL's codes for a table and a column that is not there."""
-
-READ_ONLY_ADVICE = "wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
-"""What to do about a database that takes no changes; the processes go on by themselves."""
 
 
 @runtime_checkable
@@ -95,8 +92,8 @@ def _database(error: SQLAlchemyError) -> str:
     cause = error.orig if isinstance(error, DBAPIError) else None
     if cause is not None and getattr(cause, "sqlstate", None) in SCHEMA_ERRORS:
         return f"The database {place} does not have the newest schema; run followups migrate."
-    if is_read_only(error):
-        return f"The database {place} is read-only; {READ_ONLY_ADVICE}."
+    if said := unfit(error):
+        return f"The database {place} cannot be used: {said}."
     if isinstance(error, OperationalError) and cause is not None:
         return (
             f"The database {place} cannot be reached: {reason_of(cause)}; start it, or correct FOLLOWUPS_DATABASE_URL."

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from followups.database import is_passing, is_read_only
+from followups.database import is_passing, is_read_only, unfit
 from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces
@@ -128,13 +128,15 @@ def limited(number: int) -> None:
 
 
 def failed(step: str, error: Exception, engine: Engine) -> None:
-    """Log that a step failed and will be tried again: the database is away, or there is a bug to mend."""
+    """Log that a step failed and will be tried again: the database is away or unfit, or there is a bug to mend."""
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
         # Its text is left out: a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
+    elif reason := unfit(error):
+        log.error("database_refused", step=step, reason=reason)
     elif isinstance(error, DBAPIError):
         diagnosis = getattr(error.orig, "diag", None)
         constraint = getattr(diagnosis, "constraint_name", None)

@@ -27,9 +27,9 @@ def test_it_is_called_read_only(settings: Settings, world: World, database_url: 
     with read_only(database_url):
         check = health.checks()["database"]
         findings = [*checks.databases(settings, engine), *symptoms.of_database(settings, engine)]
-    assert (check.ok, check.detail.partition(":")[0]) == (False, "is read-only")
+    assert (check.ok, check.detail.partition(":")[0]) == (False, "it is read-only")
     found = {finding.name: finding for finding in findings}
-    assert "is read-only: nothing is sent" in found["database"].detail
+    assert "it is read-only" in found["database"].detail
     assert found["database"].advice.startswith("Wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to")
     assert "backlog" not in found
     health.close()
@@ -48,5 +48,5 @@ def test_a_command_says_so(
             assert main(["workspace", "create", "acme"]) == 1
         told = capsys.readouterr().err
         assert told.startswith("followups: The database '")
-        assert "is read-only; wait for the failover to end" in told
+        assert "cannot be used: it is read-only: wait for the failover to end" in told
         assert told.count("\n") == 1

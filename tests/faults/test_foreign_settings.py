@@ -1,0 +1,127 @@
+"""A server with defaults that others have set: every promise is kept; one that cannot keep them is refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+import web
+from faults.rig import Load, running
+from followups.embedded.postgres import drop_database
+from foreign import HOSTILE, create_database_of_encoding, set_defaults
+from stack import wait_until
+
+if TYPE_CHECKING:
+    import random
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+    from faults.figures import Figures
+    from faults.rig import Rig
+    from followups.settings import Settings
+    from pgbouncer import PgBouncer
+
+CLIENTS = 8
+WORDS = "Noch da? \N{WAVING HAND SIGN}"
+"""With a character that no single-byte encoding has."""
+
+ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}
+
+
+def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
+    """Let a reply and a create of one chat arrive at the same moment, in so many chats; return the answers' counts."""
+    chats = [api.chat() for _ in range(pairs)]
+
+    def act(one: tuple[str, str]) -> tuple[str, int]:
+        kind, chat_id = one
+        if kind == "reply":
+            return kind, api.message(chat_id, "user").status_code
+        body = {"chatId": chat_id, "dueDate": datetime.now(UTC).isoformat(), "message": WORDS}
+        answer = api.post(web.FOLLOW_UPS, body)
+        assert answer.status_code == 409 or answer.json()["createdAt"].endswith("Z")
+        return kind, answer.status_code
+
+    order = [(kind, chat_id) for chat_id in chats for kind in rig.rng.sample(["reply", "create"], 2)]
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        return Counter(clients.map(act, order))
+
+
+def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
+    """Let replies and creates of one chat meet, then send under load, on a database whose defaults are hostile."""
+    set_defaults(rig.settings.database_url.get_secret_value(), HOSTILE)
+    rig.options |= ENVIRONMENT
+    api = rig.web()
+    with closing(api.client):
+        answers = meet(rig, api, pairs)
+        outcomes = Counter(f"{row.status} {rig.world.row(row.id).reason}" for row in rig.world.rows())
+        assert answers["reply", 201] == pairs
+        assert answers["create", 201] + answers["create", 409] == pairs
+        assert outcomes == Counter({"cancelled user_replied": answers["create", 201]})
+        rig.start(workers=3, beats=2)
+        with Load(rig, rate, seconds) as load:
+            spoken = {api.create(due=datetime.now(UTC).isoformat(), text=WORDS)["id"] for _ in range(pairs)}
+            load.wait()
+    took = rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert load.refused == 0
+    assert {one["messageLength"] for one in rig.received() if one["followUpId"] in spoken} == {len(WORDS)}
+    assert verdict.ended == Counter({"sent": len(load.ids) + pairs, "cancelled": answers["create", 201]})
+    assert (rig.events("step_failed"), rig.events("database_unreachable")) == ([], [])
+    figures.keep(21, verdict, all_sent_after_the_last_s=round(took, 2), cancelled=answers["create", 201])
+
+
+def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
+    """A stricter isolation, other notations and encodings of server, role and environment change no outcome."""
+    on_foreign_defaults(rig, figures, pairs=40, rate=100, seconds=2)
+
+
+@pytest.fixture
+def pooled(pgbouncer: PgBouncer, settings: Settings, engine: Engine, dice: random.Random) -> Iterator[Rig]:
+    """Return a system that reaches its database by way of PgBouncer."""
+    by_way = settings.model_copy(update={"database_url": type(settings.database_url)(pgbouncer.url())})
+    with running(by_way, engine, dice) as rig:
+        yield rig
+
+
+def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None:
+    """So it is by way of PgBouncer in session mode, which gives the sessions of one client to the next."""
+    on_foreign_defaults(pooled, figures, pairs=20, rate=100, seconds=2)
+
+
+@pytest.mark.faults_long
+def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
+    """So it is under load for minutes, with hundreds of replies."""
+    on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encoding: str) -> None:
+    """A database that cannot store every text is refused by every process, which says why and what to do."""
+    name = f"test_{uuid4().hex}"
+    rig.options["FOLLOWUPS_DATABASE_URL"] = create_database_of_encoding(postgres_url, name, encoding)
+    try:
+        release = rig.process("release", "release")
+        rig.beat()
+        rig.worker()
+        api = rig.web()
+        wait_until(lambda: release.exit_code is not None)
+        refused = f"its encoding is {encoding}, which cannot store every text: make one with ENCODING 'UTF8'"
+        assert release.exit_code == 1
+        assert refused in release.tail()
+        (reason,) = {each["reason"] for each in wait_until(lambda: rig.events("database_refused"))}
+        assert refused in reason
+        with closing(api.client):
+            ready = api.get("/readyz")
+        assert ready.status_code == 503
+        assert refused in ready.json()["checks"]["database"]["detail"]
+        figures.keep(21, refused=encoding)
+    finally:
+        rig.processes.stop()
+        drop_database(postgres_url, name)

@@ -1,0 +1,84 @@
+"""What the doctor finds of the server's settings, and of a pooler before it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from followups.cli import checks
+from followups.cli.server import durability, of_server
+from followups.database import make_engine
+from followups.embedded.postgres import drop_database
+from foreign import HOSTILE, create_database_of_encoding, set_defaults
+from pgbouncer import MISSING, PROGRAM, PgBouncer
+
+if TYPE_CHECKING:
+    from followups.cli.checks import Finding
+    from followups.settings import Settings
+
+
+def found(settings: Settings, url: str) -> dict[str, Finding]:
+    """Return what is found at a URL of the database, by name."""
+    engine = make_engine(url, pool_size=1)
+    here = settings.model_copy(update={"database_url": type(settings.database_url)(url)})
+    findings = {finding.name: finding for finding in of_server(here, engine)}
+    engine.dispose()
+    return findings
+
+
+def test_usual_settings(settings: Settings, database_url: str) -> None:
+    """Of a server with PostgreSQL's own defaults there is nothing to tell."""
+    assert found(settings, database_url) == {}
+
+
+def test_defaults_of_others(settings: Settings, database_url: str) -> None:
+    """A stricter isolation is shown, and a commit that may be forgotten is a failed check that says what to do."""
+    set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
+    findings = found(settings, database_url)
+    assert findings.keys() == {"isolation", "durability"}
+    assert findings["isolation"].ok
+    assert findings["isolation"].detail.startswith("default_transaction_isolation is repeatable read; ")
+    assert findings["durability"].detail.startswith("synchronous_commit is off: a crash may forget")
+    assert findings["durability"].advice.startswith("Set synchronous_commit to on for this database")
+
+
+@pytest.mark.parametrize(
+    ("commit", "standbys", "forgets"),
+    [
+        ("off", "", True),
+        ("off", "*", True),
+        ("local", "", False),
+        ("local", "*", True),
+        ("remote_write", "*", False),
+        ("on", "*", False),
+        ("remote_apply", "*", False),
+    ],
+)
+def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
+    """What a crash of one machine cannot forget is well: without synchronous standbys, local is as good as on."""
+    assert [not finding.ok for finding in durability(commit, standbys)] == [True] * forgets
+
+
+@pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+@pytest.mark.parametrize(("mode", "names"), [("session", set()), ("transaction", {"pooler"})])
+def test_poolers(settings: Settings, database_url: str, mode: str, names: set[str]) -> None:
+    """A pooler that changes sessions between transactions is a failed check, and one that keeps them is well."""
+    with PgBouncer(database_url, pool_mode=mode) as pooler:
+        findings = found(settings, pooler.url())
+    assert findings.keys() == names
+    assert all("pool_mode = session" in finding.advice for finding in findings.values())
+
+
+@pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
+def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
+    """A database that cannot store every text is a failed check that says what to do, and nothing else is asked."""
+    url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
+    engine = make_engine(url, pool_size=1)
+    (finding,) = checks.databases(settings, engine)
+    assert finding.detail.endswith(f": its encoding is {encoding}, which cannot store every text")
+    assert finding.advice.startswith("Make one with ENCODING 'UTF8' (from template0), move the data,")
+    assert found(settings, url) == {}
+    engine.dispose()
+    drop_database(postgres_url, name)
