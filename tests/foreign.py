@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psycopg
@@ -11,7 +12,7 @@ from sqlalchemy import make_url
 from conftest import url_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 HOSTILE: Mapping[str, str] = {
     "default_transaction_isolation": "repeatable read",
@@ -51,3 +52,18 @@ def create_database_of_encoding(server_url: str, name: str, encoding: str) -> st
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(sql.SQL(statement).format(sql.Identifier(name), sql.Literal(encoding)))
     return url_of(server_url, name)
+
+
+@contextmanager
+def read_only(database_url: str) -> Iterator[None]:
+    """Let new sessions of the database be read-only, as those of a standby are."""
+    database = sql.Identifier(make_url(database_url).database or "")
+    with psycopg.connect(url_of(database_url, "postgres"), autocommit=True) as connection:
+        connection.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(database))
+        yield
+        connection.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(database))
+
+
+def whatever_it_is(database_url: str) -> str:
+    """Return the URL of one who wants to be connected to a read-only server too."""
+    return f"{database_url}&target_session_attrs=any"

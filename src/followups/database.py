@@ -9,7 +9,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event, text
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from psycopg.abc import PQGen
-    from sqlalchemy import Connection
-    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
     from sqlalchemy.pool import ConnectionPoolEntry
 
 T = TypeVar("T")
@@ -47,6 +46,9 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
     "options": "",  # none, rather than those of PGOPTIONS
+    # While a failover is under way the address may lead to a standby: it would answer every SELECT, from a past that it
+    # has seen, and the session would be kept.
+    "target_session_attrs": "read-write",
 }
 """Parameters of libpq where the URL has none."""
 
@@ -93,6 +95,12 @@ BY_KEY: Mapping[str, str] = {
 go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
 of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with. Nothing is compiled for them either: that would take
 longer than they do."""
+
+READ_ONLY = "25006"
+"""SQLSTATE of a change that a read-only server refuses."""
+
+READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
+"""What libpq says of a server that is not as ``target_session_attrs`` wants it; there is no SQLSTATE for it."""
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
 """The same for the pipeline, whose statements go by key whatever is in their batch. PostgreSQL would plan anew for each
@@ -184,6 +192,7 @@ def make_engine(
 
     event.listen(engine, "do_connect", connect)
     event.listen(engine, "connect", _note_set_up)
+    event.listen(engine, "handle_error", _drop_read_only)
     return engine
 
 
@@ -222,6 +231,7 @@ def make_async_engine(
 
     event.listen(engine.sync_engine, "do_connect", choose)
     event.listen(engine.sync_engine, "connect", _note_set_up)
+    event.listen(engine.sync_engine, "handle_error", _drop_read_only)
     return engine
 
 
@@ -256,6 +266,12 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
     if row and row[0] != ENCODING:
         message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
         raise UnfitDatabaseError(message)
+
+
+def _drop_read_only(context: ExceptionContext) -> None:
+    """Take a read-only session for a broken one: it is dropped, and all that its pool had opened before."""
+    if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
+        context.is_disconnect = True
 
 
 def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -337,9 +353,26 @@ def is_undone(error: DBAPIError) -> bool:
     return getattr(error.orig, "sqlstate", None) in UNDONE
 
 
+IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
+"""Of a standby, or of a server that was set so. Processes go on by themselves once it takes changes."""
+
+
+def is_read_only(error: Exception) -> bool:
+    """Return whether the database takes no changes."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
+
+
+def takes_changes(connection: Connection) -> bool:
+    """Return whether the server takes changes: one that a URL with ``target_session_attrs=any`` leads to may not."""
+    return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
+
+
 def unfit(error: Exception) -> str:
     """Return why the database cannot be used, and what to do; empty for every other error."""
     cause = error.orig if isinstance(error, DBAPIError) else error
+    if is_read_only(error):
+        return IS_READ_ONLY
     return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
 
 

@@ -7,8 +7,9 @@ within a second, if only with "nothing" (`followups.broker.Consumer`); so an idl
 often as a busy one. What takes over from the consumer signs for itself: the pipeline's event loop by turning, the
 dispatcher's thread by being idle, or busy for no longer than a tick can take.
 
-While the broker or the database is away, all of them go on trying, which is a sign of life too: liveness is for
-what a restart mends. What is away, `/readyz` and `followups doctor` say.
+While the broker or the database is away, or the database is read-only, all of them go on trying, which is a sign of
+life too: liveness is for what a restart mends. A restart would lose what was accepted and is not recorded yet. So such
+a worker is alive, and its sign says what it waits for; `/readyz` and `followups doctor` say what is away.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING
 from celery.worker.control import inspect_command
 
 from followups.broker import CONSUMER
+from followups.dispatch import report
 from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of
 from followups.telemetry.logs import get_logger
 
@@ -94,15 +96,16 @@ def _sign_for_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[],
 
 @inspect_command()
 def signs_of_life(_state: object) -> dict[str, str]:
-    """Say how this worker is, to ``celery inspect signs_of_life`` and to the doctor on another machine."""
+    """Return how this worker is, for ``celery inspect signs_of_life`` and for the doctor on another machine."""
     heart = current()
-    return {"trouble": heart.trouble() if heart else ""}
+    return {"trouble": heart.trouble() if heart else "", "waits": heart.waits() if heart else ""}
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
     """Sign for the two halves of the work."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
+    heart.probe(partial(_sign_for_outage, heart))
     _sign_for_dispatcher(heart, dispatcher)
     heart.sign("pipeline", TURNING, _STUCK)
 
@@ -117,6 +120,11 @@ _STUCK = "has sent and recorded nothing: its event loop has been stuck"
 
 def _sign_for_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
     pipeline.ask(partial(heart.sign, "pipeline", TURNING, _STUCK))
+
+
+def _sign_for_outage(heart: Heartbeat) -> None:
+    found = report.outage()
+    heart.wait(found.why, found.since) if found else heart.wait("")
 
 
 def drain(within: timedelta) -> None:

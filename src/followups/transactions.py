@@ -1,8 +1,10 @@
 """One transaction whose end is known, even when the answer to its commit is lost.
 
-A connection that breaks during a commit leaves open whether it was done. For a claim, a begin or a settle
-that would cost a lease: the rows may be ours, and nobody would know. PostgreSQL keeps what became of every
-transaction, and is asked (pg_xact_status; PostgreSQL manual, "Transaction ID and Snapshot Information").
+A connection that breaks during a commit leaves open whether it was done. For a claim, a begin or a settle that would
+cost a lease: the rows may be ours, and the process would not know. So a statement leaves a question behind that reads
+back what it has written (`ask_if_lost`), and after a lost answer the question is put to the database that is there by
+then. That may be another server than before: a standby that was promoted holds the rows, or it does not. The numbers
+of transactions say nothing there, since it may have given the same number to another one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack
 
-from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.util.concurrency import await_only, greenlet_spawn, in_greenlet
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    Question = Callable[[Connection], bool | None]
+    """Whether the database is as the statement left it; None while its transaction may still be under way."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -33,50 +37,45 @@ failed: if it was done, its leases run out."""
 PAUSE = timedelta(milliseconds=100)
 """Between two questions."""
 
-NUMBER = "CAST(pg_current_xact_id() AS text)"
-"""The transaction's number, in SQL, for a statement that is executed many times a second to return with its rows."""
-
-_TOLD = "followups.transaction"
-_NUMBER = text("SELECT CAST(pg_current_xact_id_if_assigned() AS text)")
-_STATUS = text("SELECT pg_xact_status(CAST(:number AS xid8))")
+_QUESTION = "followups.question"
 
 
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     """Do the work in one transaction and commit it; return what the work returned.
 
-    Raises what the work or the commit raised. When this returns, it was committed; when it raises after
-    `PATIENCE`, that is not known.
+    Raises what the work or the commit raised. When this returns, it was committed. When it raises what the commit
+    raised, it was not, unless the database could not be asked within `PATIENCE`, or the work left no question.
     """
     with engine.connect() as connection:
-        connection.info.pop(_TOLD, None)  # of a transaction before this one, on the same connection
+        connection.info.pop(_QUESTION, None)  # of a transaction before this one, on the same connection
         result = work(connection)
-        number = connection.info.pop(_TOLD, None) or connection.scalar(_NUMBER)
+        question: Question | None = connection.info.pop(_QUESTION, None)
         try:
             connection.commit()
         except DBAPIError:
-            if number is None or not _was_committed(engine, number):
+            if question is None or not _was_committed(engine, question):
                 raise
     return result
 
 
-def tell(connection: Connection, number: str) -> None:
-    """Take the number of the transaction under way from a statement that returned `NUMBER`: it is not asked for then.
+def ask_if_lost(connection: Connection, question: Question) -> None:
+    """Keep the question that tells whether the transaction under way was committed, for when its answer is lost.
 
-    To ask is an exchange with the server, and a fifth of what a transaction of one statement costs this process.
+    The first one is kept: a transaction is committed as a whole.
     """
-    connection.info[_TOLD] = number
+    connection.info.setdefault(_QUESTION, question)
 
 
-def _was_committed(engine: Engine, number: str) -> bool:
+def _was_committed(engine: Engine, question: Question) -> bool:
     deadline = time.monotonic() + PATIENCE.total_seconds()
     while time.monotonic() < deadline:
         try:
             with engine.connect() as connection:
-                status = connection.scalar(_STATUS, {"number": number})
+                answer = question(connection)
         except (DBAPIError, PoolTimeoutError):
-            status = "in progress"  # as far as anybody knows
-        if status != "in progress":  # None: another server than before, which never knew it
-            return bool(status == "committed")
+            answer = None
+        if answer is not None:
+            return answer
         _pause()
     return False
 

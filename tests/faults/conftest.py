@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from faults.figures import Figures
-from faults.rig import own_servers, running
+from faults.rig import chosen_servers, own_servers, running
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,12 +40,19 @@ def dice(seed: int) -> random.Random:
 def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
     """Return what takes this test's figures."""
     form = "long" if request.node.get_closest_marker("faults_long") else "short"
-    return Figures(seed, request.node.name, form)
+    servers = ", ".join(sorted(chosen_servers()))
+    return Figures(seed, f"{request.node.name} ({servers})" if servers else request.node.name, form)
 
 
 @pytest.fixture
-def rig(settings: Settings, engine: Engine, dice: random.Random) -> Iterator[Rig]:
+def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
     """Return a system on a database and broker of its own, in servers that it shares and must not harm."""
+    if chosen_servers():
+        with own_servers(dice) as (rig, _):
+            yield rig
+        return
+    settings: Settings = request.getfixturevalue("settings")
+    engine: Engine = request.getfixturevalue("engine")
     with running(settings, engine, dice) as rig:
         yield rig
 

@@ -67,6 +67,10 @@ class Proxy:
         """Break every connection; new ones are taken."""
         self._call(self._abort)
 
+    def lead_to(self, server_url: str) -> None:
+        """Lead to another server from now on. Connections that are open go on leading to the one before."""
+        self._url = server_url
+
     def freeze(self) -> None:
         """Forward nothing any more on the connections that are open now, for good; new ones work."""
         self._call(self._freeze)

@@ -15,16 +15,20 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from sqlalchemy import text
 
+import pgbouncer
 import web
 from conftest import brisk_settings
 from faults import history
 from faults.failpoints import Failpoints
 from faults.promises import Record, Verdict, check
 from faults.proxy import Proxy
+from faults.replica import Replicated
 from followups.database import BY_KEY, make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
+from followups.embedded import postgres as embedded
 from followups.schema import migrate
 from stack import COMMANDS, Stack, wait_until
 from world import World
@@ -46,7 +50,7 @@ class Rig(Stack):
     """A `Stack` of the Procfile's commands, with failpoints, and a record of what was promised."""
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
-    postgres: EmbeddedPostgres | None = None
+    postgres: EmbeddedPostgres | Replicated | None = None
     valkey: EmbeddedValkey | None = None
     """Servers of its own; None: those of the whole run, not to be harmed."""
     created: set[UUID] = field(default_factory=set)
@@ -151,14 +155,45 @@ class Rig(Stack):
         return [line for name in names for line in self.log_events(event, name)]
 
 
+SERVERS = "FOLLOWUPS_TEST_SERVERS"
+REPLICATED, POOLED = "replicated", "pooled"
+
+
+def chosen_servers() -> frozenset[str]:
+    """Return what stands in FOLLOWUPS_TEST_SERVERS, separated by commas: ``replicated``, ``pooled`` or both.
+
+    ``replicated`` is a primary with a synchronous standby, which takes over where a test restarts PostgreSQL;
+    ``pooled`` is a PgBouncer before it, in session mode. Nothing is a server without either.
+    """
+    chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
+    if unknown := chosen - {REPLICATED, POOLED}:
+        message = f"{SERVERS} knows {REPLICATED} and {POOLED}, not {', '.join(sorted(unknown))}."
+        raise ValueError(message)
+    if POOLED in chosen and pgbouncer.PROGRAM is None:
+        pytest.skip(pgbouncer.MISSING)
+    return chosen
+
+
 @contextmanager
-def own_servers(rng: random.Random, *, proxied: bool = False) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system on servers that a test may kill; with ``proxied``, behind proxies (PostgreSQL's, broker's)."""
+def own_servers(
+    rng: random.Random,
+    *,
+    proxied: bool = False,
+    kinds: frozenset[str] | None = None,
+    binaries: Path = embedded.BINARIES,
+) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
+    """Return a system on servers that a test may kill; with ``proxied``, behind proxies (PostgreSQL's, broker's).
+
+    ``kinds`` says which servers (None: `chosen_servers`), ``binaries`` of which PostgreSQL those that are replicated.
+    """
+    kinds = chosen_servers() if kinds is None else kinds
     with ExitStack() as stack:
-        postgres = stack.enter_context(EmbeddedPostgres(parent=memory_directory()))
+        single = EmbeddedPostgres(parent=memory_directory())
+        postgres = stack.enter_context(Replicated(binaries=binaries) if REPLICATED in kinds else single)
         valkey = stack.enter_context(EmbeddedValkey())
         migrate(postgres.url())
-        urls = [postgres.url(), valkey.url()]
+        pooled = stack.enter_context(pgbouncer.PgBouncer(postgres.url())).url() if POOLED in kinds else postgres.url()
+        urls = [pooled, valkey.url()]
         proxies = [stack.enter_context(Proxy(url)) for url in urls] if proxied else []
         settings = brisk_settings(*(proxy.url for proxy in proxies)) if proxied else brisk_settings(*urls)
         engine = make_engine(postgres.url(), options=BY_KEY)

@@ -4,6 +4,12 @@
     uv run python tests/faults/run.py --long              # each long form once, some hours
     uv run python tests/faults/run.py --figures FILE      # only write the table, from figures kept before
 
+With FOLLOWUPS_TEST_SERVERS=replicated,pooled (or one of the two) the servers are not bare. PostgreSQL has a synchronous
+standby that takes over wherever a test restarts PostgreSQL, and workers, beat and web reach it through a real PgBouncer
+in session mode. This is for the long forms of faults 1 to 8:
+
+    FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
+
 Figures are added to ``--figures FILE`` (a JSON object a line), so that runs can be done apart, and stopped and
 gone on with: the table is written anew from all of them.
 """

@@ -11,13 +11,12 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError, OperationalError
 
+from commits import break_once
 from followups import database, transactions
 from followups.database import BoundedConnection, make_async_engine
-from followups.transactions import NUMBER, in_loop, tell, transact
+from followups.transactions import ask_if_lost, in_loop, transact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from sqlalchemy import Connection, Engine
 
     from world import World
@@ -27,21 +26,8 @@ def insert_workspace(connection: Connection) -> str:
     """Insert one, and return its name."""
     name = "acme"
     connection.execute(text("INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), :name)"), {"name": name})
+    ask_if_lost(connection, lambda asked: asked.scalar(text("SELECT count(*) > 0 FROM workspaces WHERE name = 'acme'")))
     return name
-
-
-def break_once(monkeypatch: pytest.MonkeyPatch, what: Callable[[psycopg.Connection], None]) -> None:
-    """Let the next commit do this, and then break its connection."""
-    commit = psycopg.Connection.commit
-
-    def broken(connection: psycopg.Connection) -> None:
-        monkeypatch.setattr(psycopg.Connection, "commit", commit)
-        what(connection)
-        connection.close()
-        message = "the connection broke"
-        raise psycopg.OperationalError(message)
-
-    monkeypatch.setattr(psycopg.Connection, "commit", broken)
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,44 +45,32 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
 
 
-def test_nothing_written(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transaction that wrote nothing leaves no trace to ask for: its failed commit is an error."""
+def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that wrote nothing leaves nothing to ask for: its failed commit is an error."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
-def insert_and_tell(connection: Connection) -> None:
-    """Insert one by a statement that returns the transaction's number as well."""
-    statement = f"INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), 'told' || random()) RETURNING {NUMBER}"  # noqa: S608
-    tell(connection, connection.execute(text(statement)).scalar_one())
-
-
-def test_a_number_that_was_told_is_not_asked_for(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A statement that returns the transaction's number saves the question, and the end is known all the same."""
+def test_nothing_is_asked_without_need(engine: Engine) -> None:
+    """A transaction whose commit is answered costs no exchange beyond its own statements."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
-    transact(engine, insert_and_tell)
+    transact(engine, insert_workspace)
     assert len(said) == 1
-    break_once(monkeypatch, psycopg.Connection.commit)
-    transact(engine, insert_and_tell)
-    assert world.scalar("SELECT count(*) FROM workspaces WHERE name LIKE 'told%'") == 2
-    break_once(monkeypatch, lambda _: None)
-    with pytest.raises(OperationalError):
-        transact(engine, insert_and_tell)
 
 
-def test_a_number_told_by_a_transaction_that_failed_is_forgotten(
+def test_the_question_of_a_transaction_that_failed_is_forgotten(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a transaction told before it failed is not taken for the number of the next one on its connection."""
+    """What a transaction would have asked before it failed is not asked for the next one on its connection."""
 
-    def tell_and_fail(connection: Connection) -> None:
-        insert_and_tell(connection)
+    def ask_and_fail(connection: Connection) -> None:
+        ask_if_lost(connection, lambda _: False)
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        transact(engine, tell_and_fail)
+        transact(engine, ask_and_fail)
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
@@ -161,6 +135,7 @@ async def test_a_connection_comes_back_without_what_was_not_committed(world: Wor
     engine = make_async_engine(database_url, pool_size=1)
     with pytest.raises(ZeroDivisionError):
         await in_loop(engine, insert_and_fail)
-    await in_loop(engine, lambda engine: transact(engine, insert_and_tell))
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 0
+    await in_loop(engine, lambda engine: transact(engine, insert_workspace))
+    assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
     await engine.dispose()

@@ -27,6 +27,7 @@ from pathlib import Path
 from followups.telemetry.heartbeat import Heartbeat
 heart = Heartbeat(Path(sys.argv[1]), "worker", "w@here")
 heart.sign("consumer", timedelta(seconds=float(sys.argv[2])), "has not asked")
+heart.wait("the database is away", time.monotonic() - 5)
 heart.start()
 print("started", flush=True)
 time.sleep(60)
@@ -67,6 +68,18 @@ def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Pa
     heart.stop()
     heart.stop()
     assert [path.name.partition("-")[0] for path in tmp_path.iterdir()] == ["worker"]
+
+
+def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> None:
+    """A process that gets nothing done is well, and says why and for how long, until it gets something done."""
+    assert living.stdout
+    (life,) = look(tmp_path, "worker")
+    assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")
+    heart = Heartbeat(tmp_path, "worker", "w@here")
+    heart.wait("the database is read-only", time.monotonic() - 7)
+    assert heart.waits() == "the database is read-only, for 7 s"
+    heart.wait("")
+    assert heart.waits() == ""
 
 
 def test_probes_sign_for_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
-from followups.database import unfit
+from followups.database import IS_READ_ONLY, takes_changes, unfit
 from followups.schema import alembic_config, is_ready
 from followups.store import ticks
 
@@ -54,11 +54,12 @@ class Health:
         self._broker.close()
 
     def _database(self) -> dict[str, Check]:
-        unknown = Check(ok=False, detail="unknown: the database does not answer")
+        unknown = Check(ok=False, detail="unknown: the database cannot be asked")
         checks = {"database": unknown, "migrations": unknown, "tick": unknown}
         try:
             with self._engine.connect() as connection:
-                checks["database"] = Check(ok=True, detail="answers")
+                writable = takes_changes(connection)
+                checks["database"] = Check(ok=writable, detail="answers" if writable else IS_READ_ONLY)
                 checks["migrations"] = _migrations(connection)
                 if checks["migrations"].ok:
                     checks["tick"] = self._tick(connection)

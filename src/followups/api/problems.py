@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from pydantic.alias_generators import to_camel
 
-from followups.database import is_passing
+from followups.database import is_passing, is_read_only
 from followups.errors import (
     ConflictError,
     DeliveryInProgressError,
@@ -127,7 +127,7 @@ def of_exception(error: Exception) -> ProblemAnswer:
     """Return the problem of an error that nobody foresaw, or of a database that is away; log it."""
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
-        return UNAVAILABLE
+        return READ_ONLY if is_read_only(error) else UNAVAILABLE
     # The error's own words may quote a row, and so a message's text; where it happened says enough.
     log.error("request_failed", error=type(error).__name__, at=_places(error))
     return INTERNAL
@@ -163,3 +163,4 @@ UNAVAILABLE = ProblemAnswer(
     "The database cannot be reached at this moment; try again shortly.",
     {"retry-after": str(RETRY_AFTER_OUTAGE)},
 )
+READ_ONLY = replace(UNAVAILABLE, detail="The database takes no changes at this moment; try again shortly.")

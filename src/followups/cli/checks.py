@@ -18,7 +18,7 @@ from followups.api.health import STALE_AT_LEAST, STALE_TICKS
 from followups.cli.connection import broker_client, place_of
 from followups.cli.failures import named, reason_of
 from followups.cli.times import span
-from followups.database import unfit
+from followups.database import IS_READ_ONLY, takes_changes, unfit
 from followups.errors import FollowUpsError
 from followups.settings import HINT_LIFETIME, LEASE_MARGIN, hide_password
 from followups.store import ticks
@@ -75,7 +75,7 @@ def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
     place = place_of(settings.database_url.get_secret_value())
     try:
         with engine.connect() as connection:
-            yield _version(connection, place)
+            yield _version(connection, place) if takes_changes(connection) else _unusable(place, IS_READ_ONLY)
         current, newest = schema.schema_versions(engine)
         yield _migrations(current, newest)
         if current is not None:
@@ -83,9 +83,12 @@ def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
                 yield _tick(settings, ticks.last_tick_age(connection))
     except SQLAlchemyError as error:
         reason = reason_of(getattr(error, "orig", None) or error)
-        detail, _, advice = unfit(error).partition(": ")
-        advice = advice or "start it, or correct FOLLOWUPS_DATABASE_URL"
-        yield Finding("database", f"{place}: {detail or reason}", f"{advice[:1].upper()}{advice[1:]}.")
+        yield _unusable(place, unfit(error) or f"{reason}: start it, or correct FOLLOWUPS_DATABASE_URL")
+
+
+def _unusable(place: str, said: str) -> Finding:
+    detail, _, advice = said.rpartition(": ")
+    return Finding("database", f"{place}: {detail}", f"{advice[:1].upper()}{advice[1:]}.")
 
 
 def _version(connection: Connection, place: str) -> Finding:

@@ -8,6 +8,7 @@ import typer
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
 from followups.cli.connection import place_of
+from followups.database import unfit
 from followups.errors import (
     AlreadyFinishedError,
     ApiKeyNotFoundError,
@@ -91,6 +92,8 @@ def _database(error: SQLAlchemyError) -> str:
     cause = error.orig if isinstance(error, DBAPIError) else None
     if cause is not None and getattr(cause, "sqlstate", None) in SCHEMA_ERRORS:
         return f"The database {place} does not have the newest schema; run followups migrate."
+    if said := unfit(error):
+        return f"The database {place} cannot be used: {said}."
     if isinstance(error, OperationalError) and cause is not None:
         return (
             f"The database {place} cannot be reached: {reason_of(cause)}; start it, or correct FOLLOWUPS_DATABASE_URL."

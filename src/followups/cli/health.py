@@ -29,7 +29,8 @@ app = typer.Typer(
 def group() -> None:
     """Say whether a process of this machine is alive: exit code 0 when it is, 1 when it should be restarted.
 
-    A process that waits for a database or a broker that is away is alive: no restart mends that. See `doctor`.
+    A process that waits for a database or a broker that is away is alive: no restart mends that. It says so. See
+    `doctor`.
     """
 
 
@@ -38,7 +39,7 @@ Name = Annotated[str, typer.Option("--name", "-n", help="Only the one of this no
 
 @app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))
 def worker(*, name: Name = "") -> None:
-    """Every worker of this machine consumes, ticks and sends.
+    """Every worker of this machine consumes, ticks and sends, or says what it waits for.
 
     It notices a worker that answers `celery inspect ping` but takes nothing from its queues.
     """
@@ -93,6 +94,9 @@ def _judge(role: str, name: str, command: str) -> None:
             _say(f"The {role} {life.name} (process {life.pid}) {life.trouble}: restart it.", UNHEALTHY)
     names = ", ".join(life.name for life in lives)
     typer.echo(f"{len(lives)} {role}{'s' if len(lives) > 1 else ''} of this machine alive: {names}.")
+    for life in lives:
+        if life.waits:
+            typer.echo(f"The {role} {life.name} cannot work: {life.waits}. See followups doctor.")
 
 
 def _say(sentence: str, code: int) -> NoReturn:

@@ -32,7 +32,12 @@ def of_the_broker() -> Finding:
         return Finding("workers", "none answered", advice)
     detail = f"{len(answers)} answered: {', '.join(sorted(answers))}"
     troubles = [f"{name} {trouble}" for name, trouble in sorted(answers.items()) if trouble]
-    return Finding("workers", "; ".join([detail, *troubles]), RESTART if troubles else "")
+    waiting = sorted(f"{name} cannot work: {why}" for reply in replies for name, why in _waits(reply))
+    return Finding("workers", "; ".join([detail, *troubles, *waiting]), RESTART if troubles else "")
+
+
+def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, str(said["waits"])) for name, said in reply.items() if said.get("waits")]
 
 
 def of_this_machine(settings: Settings) -> Finding:
@@ -47,9 +52,9 @@ def of_this_machine(settings: Settings) -> Finding:
         for life in found
         if life.trouble
     ]
-    return Finding(
-        "processes", "; ".join([f"on this machine {', '.join(told)}", *troubles]), RESTART if troubles else ""
-    )
+    waiting = [f"the worker {life.name} cannot work: {life.waits}" for life in lives["worker"] if life.waits]
+    detail = "; ".join([f"on this machine {', '.join(told)}", *troubles, *waiting])
+    return Finding("processes", detail, RESTART if troubles else "")
 
 
 def _web() -> str:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from followups.cli.checks import PATIENCE, Finding
 from followups.cli.connection import broker_client
 from followups.cli.times import span
+from followups.database import takes_changes
 from followups.dispatch.breaker import CLOSED
 from followups.shared.breaker import read
 from followups.store import backlog, pauses
@@ -69,9 +70,11 @@ EXPLAINED = {
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Look at what waits, what failed lately, and what slows the database. Nothing, when it does not answer."""
+    """Look at what waits, what failed lately, and what slows the database. Nothing, when it is away or read-only."""
     try:
         with engine.connect() as connection:
+            if not takes_changes(connection):
+                return  # another check has said so, and more workers would not help
             yield _backlog(settings, backlog.measure(connection, window=settings.max_in_flight))
             yield _attempts(connection)
             yield _held(connection)

@@ -106,6 +106,7 @@ class Dispatcher:
                 self._after_outage()
                 self._drain_due()
                 self._backoff = BACKOFF
+                report.succeeded()
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 report.failed("claim", error, self._engine)
                 self._outage = True

@@ -233,7 +233,8 @@ def _places(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> list[
 def _free(engine: Engine, workspace_id: UUID | None, channel: str | None) -> None:
     freed = 1
     while freed:
-        freed = transact(engine, lambda connection: rate_limits.free(connection, workspace_id, channel, LONGEST))
+        with engine.begin() as connection:
+            freed = rate_limits.free(connection, workspace_id, channel, LONGEST)
 
 
 def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:

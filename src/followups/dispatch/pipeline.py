@@ -230,6 +230,7 @@ class Pipeline:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
             backoff = BACKOFF
+            report.succeeded()
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
@@ -333,6 +334,7 @@ class Pipeline:
                     return
                 await asyncio.sleep(backoff.total_seconds())
                 backoff = min(backoff * 2, SETTLE_BACKOFF)
+        report.succeeded()
         report.settled(settling)
         self._line.let_go({a.begun.lease.id for a in batch} - {a.begun.lease.id for a in settling.held})
         self._settle_later(settling.held, AGAIN)
@@ -379,6 +381,7 @@ class Pipeline:
             except (DBAPIError, PoolTimeoutError) as error:
                 report.failed(step, error, self._engine.sync_engine)
             else:
+                report.succeeded()
                 return
             if step in {"clock", "limits"} and self._draining:
                 return

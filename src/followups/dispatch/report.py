@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from followups.database import is_passing, unfit
+from followups.database import is_passing, is_read_only, unfit
 from followups.dispatch.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces
@@ -31,6 +33,18 @@ lines = Lines(__name__)
 
 # A few label values, and a look-up of their counter takes longer than to count.
 _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """That this process gets nothing done: since when (monotonic seconds), and why."""
+
+    since: float
+    why: str
+
+
+_outages: list[Outage] = []
+"""One at most. Steps of several threads begin and end it."""
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
@@ -115,7 +129,9 @@ def limited(number: int) -> None:
 
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Log that a step failed and will be tried again: the database is away or unfit, or there is a bug to mend."""
+    why = f"its {step} fails (see its log)"
     if is_passing(error):
+        why = "the database is read-only" if is_read_only(error) else "the database is away"
         # Its text is left out: a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
@@ -129,6 +145,18 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
     else:
         log.error("step_failed", step=step, exc_info=error)
+    known = outage()
+    _outages[:] = [Outage(known.since if known else time.monotonic(), why)]
+
+
+def succeeded() -> None:
+    """Note that a step was done, so that this process is not without its database, whatever failed before."""
+    _outages.clear()
+
+
+def outage() -> Outage | None:
+    """Return why this process gets nothing done; None if nothing has failed since the last step that was done."""
+    return next(iter(tuple(_outages)), None)
 
 
 def broker_unreachable(step: str, error: Exception) -> None:

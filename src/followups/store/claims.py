@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
+from followups.store import marks
 from followups.store.fragments import DUE
 from followups.store.leases import Lease, lane_of
 
@@ -273,21 +274,25 @@ def claim(connection: Connection, look: Look) -> Taken:
     Where there is ``more``, `claim_fairly` should come next.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
-    return claim_fairly(connection, look) if rows[0].unseen else _told(rows, look)
+    return claim_fairly(connection, look) if rows[0].unseen else _told(connection, rows, look)
 
 
 def claim_fairly(connection: Connection, look: Look) -> Taken:
     """Lease the same, first for the workspaces with the fewest in flight; of each workspace the earliest due first."""
     connection.execute(WITHOUT_SORTING)
-    return _told(connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look)
+    return _told(
+        connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
+    )
 
 
 def _parameters(look: Look) -> dict[str, object]:
     return asdict(look) | {"margin": LOW_WATER_MARGIN}
 
 
-def _told(rows: Sequence[Any], look: Look) -> Taken:
+def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:
     looked, *claimed = rows
+    if claimed:
+        marks.leased(connection, ((row.id, row.lease_token) for row in claimed))
     leases, lost, traced = [], [], []
     for id_, token, due, losses, workspace_id, traceparent, was_lost, attempts, cancel_requested, *_ in claimed:
         lease = Lease(id_, token, due, losses, lane_of(workspace_id))

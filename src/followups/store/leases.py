@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
+from followups.store import marks
 from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
-from followups.transactions import NUMBER, tell
 from followups.windows import WINDOW
 
 if TYPE_CHECKING:
@@ -126,8 +126,9 @@ _BEGIN = text(f"""
       FROM ready
      WHERE f.id = ready.id
     RETURNING -- in the order of Lease and Begun
-              {NUMBER}, f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel, ready.external_id,
-              f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes, f.traceparent
+              f.begun_at, f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel,
+              ready.external_id, f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes,
+              f.traceparent
 """)  # noqa: S608 - no input, only the constants above
 
 
@@ -135,7 +136,7 @@ def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: Worl
     """Begin those of the leases that still hold and that nothing in the world speaks against."""
     rows = connection.execute(_BEGIN, batch_of(leases) | _world(world)).all()
     if rows:
-        tell(connection, rows[0][0])
+        marks.written(connection, ((row[1], row[0]) for row in rows))
     return [Begun(Lease(row_id, token, due), *rest) for _, row_id, token, due, *rest in rows]
 
 
@@ -193,7 +194,7 @@ _END = text(f"""
            reason = CASE WHEN held.by_code THEN {honest("held.reason", "f")} ELSE held.reason END
       FROM held
      WHERE f.id = held.id
-    RETURNING f.id
+    RETURNING f.id, f.finished_at
 """)  # noqa: S608 - no input, only the constants above
 
 
@@ -204,7 +205,10 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
         "reasons": [final.reason for _, final in ends],
         "by_code": [final.code is not None for _, final in ends],
     }
-    return set(connection.scalars(_END, parameters))
+    rows = connection.execute(_END, parameters).all()
+    if rows:
+        marks.written(connection, rows)
+    return {row.id for row in rows}
 
 
 _RELEASE = text(f"""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.store import marks
 from followups.store.fragments import CHAT, DUE, LEASED, WINDOWED
 from followups.store.leases import batch_of, int_array
 from followups.windows import WINDOW
@@ -161,14 +162,17 @@ _PUT_OFF = text(f"""
        SET next_attempt_at = held.again, limited_until = held.again, lease_until = NULL
       FROM held
      WHERE f.id = held.id
-    RETURNING f.id
+    RETURNING f.id, f.next_attempt_at
 """)  # noqa: S608 - no input, only the constant above
 
 
 def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Put leased follow-ups off, each for so long, using up no attempt; return those that now are."""
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
-    return set(connection.scalars(_PUT_OFF, parameters))
+    rows = connection.execute(_PUT_OFF, parameters).all()
+    if rows:
+        marks.written(connection, rows)
+    return {row.id for row in rows}
 
 
 _DEFERRED = f"""f.status = 'pending' AND f.waits_for IS NULL

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import text
 
 from followups.states import CANCEL_CODES, Status
+from followups.store import marks
 from followups.store.fragments import OPEN
 from followups.store.leases import int_array, uuid_array
 from followups.store.unknowns import honest
-from followups.transactions import NUMBER, tell
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,7 +91,7 @@ _SETTLE = text(f"""
            lease_until = NULL
       FROM r
      WHERE f.id = r.id
-    RETURNING f.id, f.status, f.reason, f.next_attempt_at
+    RETURNING f.id, f.status, f.reason, f.next_attempt_at, f.finished_at
 """)  # noqa: S608 - no input, only the constant above
 
 
@@ -109,7 +109,7 @@ _SETTLE_SENT = text(f"""
            accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago)
       FROM r
      WHERE f.id = r.id
-    RETURNING f.id, f.accepted_at - f.due_date AS lag, {NUMBER} AS number
+    RETURNING f.id, f.accepted_at - f.due_date AS lag, f.finished_at
 """)  # noqa: S608 - no input, only the constant above
 
 
@@ -129,7 +129,7 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
     }
     rows = connection.execute(_SETTLE_SENT, parameters).all()
     if rows:
-        tell(connection, rows[0].number)
+        marks.written(connection, ((row.id, row.finished_at) for row in rows))
     return [Settled(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
@@ -151,10 +151,10 @@ def _settle(connection: Connection, settlements: Sequence[Settlement]) -> list[S
         "yields": [s.yields for s in settlements],
         "cancel_details": [s.cancel_detail for s in settlements],
     }
-    return [
-        Settled(row.id, Status(row.status), row.reason, None, row.next_attempt_at)
-        for row in connection.execute(_SETTLE, parameters)
-    ]
+    rows = connection.execute(_SETTLE, parameters).all()
+    if rows:
+        marks.written(connection, ((row.id, row.finished_at or row.next_attempt_at) for row in rows))
+    return [Settled(row.id, Status(row.status), row.reason, None, row.next_attempt_at) for row in rows]
 
 
 _IN_FLIGHT = text(f"""

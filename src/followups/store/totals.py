@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
@@ -16,9 +17,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
-from followups.transactions import transact
+from followups.transactions import ask_if_lost, transact
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection, Engine
 
 Sample = tuple[str, str]
@@ -35,6 +38,14 @@ _ADD = text("""
     SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
      ORDER BY 1, 2
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
+    RETURNING sample, labels, value
+""")
+# A count only grows. Where another process has added as much to each of them meanwhile, so much is lost.
+_ADDED = text("""
+    SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
+      FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
+           AS b(sample, labels, value)
+      LEFT JOIN metric_totals t USING (sample, labels)
 """)
 _READ = text("SELECT sample, labels, value FROM metric_totals")
 
@@ -51,6 +62,19 @@ def counted() -> dict[Sample, float]:
         for family in metrics.COUNTED.collect()
         for sample in family.samples
         if not sample.name.endswith("_created")
+    }
+
+
+def _add(new: Mapping[Sample, float], connection: Connection) -> None:
+    sums = {(row.sample, row.labels): row.value for row in connection.execute(_ADD, _parameters(new))}
+    ask_if_lost(connection, lambda asked: bool(asked.scalar(_ADDED, _parameters(sums))))
+
+
+def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
+    return {
+        "samples": [name for name, _ in values],
+        "labels": [labels for _, labels in values],
+        "values": list(values.values()),
     }
 
 
@@ -82,12 +106,7 @@ class Totals:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}
             if new:
-                parameters = {
-                    "samples": [name for name, _ in new],
-                    "labels": [labels for _, labels in new],
-                    "values": list(new.values()),
-                }
-                transact(self._engine, lambda connection: connection.execute(_ADD, parameters))
+                transact(self._engine, partial(_add, new))
                 self._added = now
 
     def _run(self) -> None:

@@ -85,6 +85,7 @@ class Heartbeat:
         self._path = directory / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
         self._about = {"role": role, "name": name, "pid": os.getpid()}
         self._parts: dict[str, dict[str, Any]] = {}
+        self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
         self._lock = threading.RLock()  # a signal's handler may sign while its thread does
         self._ending = False
@@ -116,6 +117,14 @@ class Heartbeat:
         with self._lock:
             if not self._ending:
                 self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
+
+    def wait(self, why: str, since: float = 0.0) -> None:
+        """Note that the process gets nothing done since then (monotonic seconds), and why; empty: it does."""
+        self._waits = {"why": why, "since": since} if why else None
+
+    def waits(self) -> str:
+        """Return what this process waits for, and for how long, as a reader of its file would say it."""
+        return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
         """Expect nothing of any part any more, but that the process ends."""
@@ -150,7 +159,7 @@ class Heartbeat:
                 self._write()
 
     def _write(self) -> None:
-        document = {**self._about, "written": time.monotonic(), "parts": self.parts()}
+        document = {**self._about, "written": time.monotonic(), "parts": self.parts(), "waits": self._waits}
         os.pwrite(self._file, json.dumps(document).encode().ljust(SIZE)[:SIZE], 0)
 
 
@@ -176,11 +185,12 @@ def _open_locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What one process's file says. ``trouble`` is empty when all is well."""
+    """What one process's file says. ``trouble`` is empty when all is well, ``waits`` when it gets its work done."""
 
     name: str
     pid: int
     trouble: str
+    waits: str = ""
 
 
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
@@ -191,7 +201,7 @@ def look(directory: Path, role: str, name: str = "") -> list[Life]:
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [
-        Life(each["name"], each["pid"], _trouble(each, time.monotonic()))
+        Life(each["name"], each["pid"], _trouble(each, time.monotonic()), _waits(each, time.monotonic()))
         for each in documents
         if name in {"", each["name"], each["name"].partition("@")[0]}
     ]
@@ -204,6 +214,12 @@ def _trouble(document: dict[str, Any], now: float) -> str:
         if now > part["due"]:
             return f"{part['otherwise']} for {now - part['since']:.0f} s"
     return ""
+
+
+def _waits(document: dict[str, Any], now: float) -> str:
+    # A process of an older version writes nothing of it.
+    waits = document.get("waits")
+    return f"{waits['why']}, for {now - waits['since']:.0f} s" if waits else ""
 
 
 def _files(directory: Path, role: str) -> list[Path]:

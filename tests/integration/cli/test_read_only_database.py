@@ -1,0 +1,52 @@
+"""What is said of a database that takes no changes."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+
+from followups.api.health import Health
+from followups.cli import checks, main, symptoms
+from followups.database import make_engine
+from foreign import read_only, whatever_it_is
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+    from world import World
+
+
+@pytest.mark.parametrize("any_server", [False, True])
+def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
+    """Readiness and doctor call it read-only, whether a session is refused or opened; no one asks for more workers."""
+    world.follow_up(due=-timedelta(hours=1))
+    url = whatever_it_is(database_url) if any_server else database_url
+    engine = make_engine(url)
+    health = Health(settings, engine)
+    with read_only(database_url):
+        check = health.checks()["database"]
+        findings = [*checks.databases(settings, engine), *symptoms.of_database(settings, engine)]
+    assert (check.ok, check.detail.partition(":")[0]) == (False, "it is read-only")
+    found = {finding.name: finding for finding in findings}
+    assert "it is read-only" in found["database"].detail
+    assert found["database"].advice.startswith("Wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to")
+    assert "backlog" not in found
+    health.close()
+    engine.dispose()
+
+
+def test_a_command_says_so(
+    environment: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    database_url: str,
+) -> None:
+    """A command that changes something, or only looks, says in one sentence that the database is read-only."""
+    for url in (database_url, whatever_it_is(database_url)):
+        environment.setenv("FOLLOWUPS_DATABASE_URL", url)
+        with read_only(database_url):
+            assert main(["workspace", "create", "acme"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("followups: The database '")
+        assert "cannot be used: it is read-only: wait for the failover to end" in told
+        assert told.count("\n") == 1

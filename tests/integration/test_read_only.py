@@ -1,0 +1,100 @@
+"""A database that takes no changes: sessions that were opened on it are dropped, and its name is said."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from followups.database import is_passing, is_read_only, make_async_engine, make_engine
+from followups.transactions import in_loop
+from foreign import read_only, whatever_it_is
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from world import World
+
+SESSIONS = 3
+WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
+
+
+def fill(engine: Engine) -> None:
+    """Let the pool hold as many open sessions as it may, all of which have been used."""
+    with ExitStack() as stack:
+        for _ in range(SESSIONS):
+            stack.enter_context(engine.connect()).execute(text("SELECT 1"))
+
+
+def write(engine: Engine) -> None:
+    """Change something."""
+    with engine.begin() as connection:
+        connection.execute(WRITE)
+
+
+def test_sessions_opened_on_a_read_only_server_are_dropped(
+    world: World,
+    database_url: str,
+) -> None:
+    """The first refused write drops its session and all others of the pool, so that the next one is done."""
+    assert world
+    engine = make_engine(whatever_it_is(database_url), pool_size=SESSIONS)
+    with read_only(database_url):
+        fill(engine)
+    with pytest.raises(DBAPIError) as refused:
+        write(engine)
+    assert is_read_only(refused.value)
+    assert is_passing(refused.value)
+    for _ in range(SESSIONS):
+        write(engine)
+    engine.dispose()
+
+
+async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
+    """The same holds for the sessions of a worker's event loop, though they were used a moment ago."""
+    assert world
+    engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
+    with read_only(database_url):
+        await in_loop(engine, fill)
+    with pytest.raises(DBAPIError) as refused:
+        await in_loop(engine, write)
+    assert is_read_only(refused.value)
+    for _ in range(SESSIONS):
+        await in_loop(engine, write)
+    await engine.dispose()
+
+
+async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> None:
+    """Unless the URL asks for it, a session on a server that takes no changes is refused, even to one that reads."""
+    engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
+
+    def look(engine: Engine) -> None:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+
+    with read_only(database_url):
+        with pytest.raises(OperationalError) as refused:
+            look(engine)
+        with pytest.raises(OperationalError) as refused_in_a_loop:
+            await in_loop(in_a_loop, look)
+    assert is_read_only(refused.value)
+    assert is_read_only(refused_in_a_loop.value)
+    look(engine)
+    await in_loop(in_a_loop, look)
+    engine.dispose()
+    await in_a_loop.dispose()
+
+
+def test_another_failure_is_not_a_read_only_database(engine: Engine) -> None:
+    """A refused statement, and a server that is away, are not taken for a read-only one."""
+    with engine.connect() as connection, pytest.raises(DBAPIError) as refused:
+        connection.execute(text("SELECT 1 / 0"))
+    assert not is_read_only(refused.value)
+    away = make_engine("postgresql://nobody@127.0.0.1:9/nothing")
+    with pytest.raises(OperationalError) as unreachable:
+        away.connect()
+    assert not is_read_only(unreachable.value)
+    away.dispose()
