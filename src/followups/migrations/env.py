@@ -103,7 +103,7 @@ def run() -> None:
     url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
     patience = attributes.get("patience", PATIENCE)
     # A large table takes as long as it takes; a lock does not.
-    options = f" -c lock_timeout={max(patience, 1):.0f}s"
+    options = {"lock_timeout": f"{max(patience, 1):.0f}s"}
     engine = make_engine(url, statement_timeout=None, options=options)
     event.listen(engine, "begin", _bound_locks)
     try:
