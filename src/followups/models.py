@@ -338,7 +338,10 @@ class FollowUp(Base):
     """The trace in which it was created, as W3C writes it; None: none was on."""
 
     held_until: Mapped[datetime | None]
-    """When the sending hours open, or opened, that it was last held for; lateness counts from then."""
+    """When the sending hours open, or opened, that it was last held for."""
+    sendable_from: Mapped[datetime | None]
+    """The first moment at which the sending hours let it be sent, or will as they stand; lateness counts from then.
+    What has come to pass stays, whatever becomes of the hours; None: nothing has held it yet."""
     limited_until: Mapped[datetime | None]
     """The next attempt that a rate limit gave it; while ``next_attempt_at`` is the same, that is what it waits for."""
     pause_id: Mapped[UUID | None]

@@ -117,7 +117,7 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
             "lease_token": FollowUp.lease_token + 1,
         }
     if "due_date" in values:
-        values = values | {"scheduled_at": func.now()}
+        values = values | {"scheduled_at": func.now(), "sendable_from": None}
     statement = (
         update(FollowUp)
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))

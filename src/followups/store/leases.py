@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
-from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
+from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
 from followups.transactions import NUMBER, tell
@@ -90,8 +90,7 @@ class Begun(NamedTuple):
 
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
 _TOO_LATE = (
-    "(CAST(:max_lateness AS interval) > interval '0'"
-    " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
+    f"(CAST(:max_lateness AS interval) > interval '0' AND now() >= {LATENESS_FROM} + CAST(:max_lateness AS interval))"
 )
 _WINDOW_CLOSED = (
     f"(c.channel IN ({WINDOWED})"
