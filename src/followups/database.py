@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from sqlalchemy import URL, Engine, create_engine, event, make_url
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InvalidatePoolError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -227,6 +234,19 @@ def is_passing(error: Exception) -> bool:
     if not isinstance(error, DBAPIError):
         return False
     return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
+
+
+ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
+"""SQLSTATE of what one row may cause besides bad data and broken constraints: a trigger's refusal, a damaged page."""
+
+
+def concerns_a_row(error: Exception) -> bool:
+    """Return whether the content of one row may be the cause, so that the same without that row would succeed."""
+    if isinstance(error, DataError | IntegrityError):
+        return True
+    if isinstance(error, DBAPIError):
+        return str(getattr(error.orig, "sqlstate", None)) in ROW_STATES
+    return not isinstance(error, SQLAlchemyError)
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from followups.dispatch import report
 from followups.states import Final, ReasonCode, Status, finish
 from followups.store import claims, leases, order, settlement, ticks
 from followups.transactions import transact
@@ -95,13 +96,12 @@ def _claim(settings: Settings, since: datetime | None, take: Take, connection: C
 
 
 def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -> dict[UUID, Final]:
-    settlement.record_failures(
-        connection,
-        [
-            settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
-            for one in lost
-        ],
-    )
+    failures = [
+        settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
+        for one in lost
+    ]
+    for failure, error in settlement.record_failures(connection, failures):
+        report.refused("record", failure.follow_up_id, error)
     finals = [
         (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost
     ]

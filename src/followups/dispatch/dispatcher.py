@@ -36,6 +36,9 @@ QUICK = 0.01
 LOOKING_SHARE = 0.1
 """Of the dispatcher's time, at most, is spent on looking at all of it when that is slow."""
 
+FORGOTTEN_SHARE = 0.01
+"""The same for looking at all that waits for another, or is paused; once in a lease it is done at any cost."""
+
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Seconds between two tries while the database is away; it doubles."""
@@ -129,11 +132,15 @@ class Dispatcher:
                 return
 
     def _wake_forgotten(self) -> None:
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + self._settings.lease.total_seconds()
-            with self._engine.begin() as connection:
-                order.wake_forgotten(connection)
-                pauses.free_forgotten(connection)
+        """Unblock what waits for nothing any more: at each tick, as long as that costs little."""
+        started = time.monotonic()
+        if started < self._next_look:
+            return
+        with self._engine.begin() as connection:
+            order.wake_forgotten(connection)
+            pauses.free_forgotten(connection)
+        took = time.monotonic() - started
+        self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
         """Return whether there may be more to claim."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
-from followups.store.fragments import DUE
+from followups.store.fragments import DUE, DUE_READ
 from followups.store.leases import Lease, lane_of
 
 if TYPE_CHECKING:
@@ -96,17 +96,18 @@ _TAKE = f"""
            SET lease_token = f.lease_token + 1,
                lease_until = GREATEST(now(), {DUE}) + CAST(:lease AS interval),
                begun_at = NULL,
-               attempts = f.attempts - taken.lost::int,
+               attempts = GREATEST(f.attempts - taken.lost::int, 0),
                losses = f.losses + taken.lost::int
           FROM taken
          WHERE f.ctid = taken.place
-        RETURNING f.id, f.lease_token, {DUE} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost, f.attempts,
-                  f.cancel_requested
+        RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost,
+                  f.attempts, f.cancel_requested
     )
     -- the first row says what was looked at
     SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
            NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
-           looked.leased, looked.unseen, LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water,
+           looked.leased, looked.unseen,
+           GREATEST(LEAST(looked.first, now()), timestamptz '0002-01-01') - CAST(:margin AS interval) AS low_water,
            (SELECT count(*) FROM taken) AS taken
       FROM looked
      UNION ALL
