@@ -118,24 +118,22 @@ _WAKE = text(f"""
 
 _UNBLOCK_AND_LEASE = text(f"""
     WITH waiting AS MATERIALIZED (
-        SELECT f.id, f.waits_for FROM follow_ups f WHERE {_WAITING}
-    ), held AS MATERIALIZED (
-        SELECT f.id FROM waiting
-         CROSS JOIN LATERAL (
-             SELECT f.id FROM follow_ups f WHERE f.id = waiting.id AND f.waits_for = waiting.waits_for
+        SELECT w.id, w.waits_for, f.id AS unlocked
+          FROM (SELECT f.id, f.waits_for FROM follow_ups f WHERE {_WAITING}) w
+          LEFT JOIN LATERAL (
+             SELECT f.id FROM follow_ups f WHERE f.id = w.id AND f.waits_for = w.waits_for
                 FOR NO KEY UPDATE SKIP LOCKED
-         ) f
+         ) f ON true
     ), woken AS (
         UPDATE follow_ups f
            SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
-          FROM held
-         WHERE f.id = held.id
+          FROM waiting
+         WHERE f.id = waiting.unlocked
         RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id
     )
     SELECT NULL AS blocked, woken.* FROM woken
      UNION ALL
-    SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting
-     WHERE NOT EXISTS (SELECT FROM held WHERE held.id = waiting.id)
+    SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting WHERE waiting.unlocked IS NULL
 """)  # noqa: S608 - no input, only the constant above
 
 _WAKE_FORGOTTEN = text("""
