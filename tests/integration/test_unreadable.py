@@ -12,9 +12,12 @@ from structlog.testing import capture_logs
 
 from followups.dispatch.begin import REFUSED_PAUSE, begin
 from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.publish import leases_of
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.transports.port import Retry, Sent
+from stack import wait_until
 from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.dispatch.claim import Claim
+    from followups.dispatch.publish import Hint
     from followups.settings import Settings
     from followups.store.leases import Begun
     from followups.transports.port import Outcome
@@ -110,6 +114,31 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
         assert begun(begin(engine, settings, leases)) == {good}
     assert [line["step"] for line in logs if line["event"] == "row_refused"] == ["begin", "defer"]
     assert world.row(bad).lease_until is not None
+
+
+@pytest.mark.parametrize("window", [100, 6])
+def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
+    """The next claims pass over it, in order or shared out; it stays pending, and is logged."""
+    others = type(world)(engine)
+    bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
+    more = {world.follow_up() for _ in range(9)} if window < 10 else set()
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
+    hints: list[Hint] = []
+    with capture_logs() as logs:
+        ticking = Dispatcher(settings.model_copy(update={"max_in_flight": window}), engine, hints.append)
+        ticking.start()
+
+        def claimed() -> bool:
+            ticking.tick()
+            return len({lease.id for hint in hints for lease in leases_of(*hint)}) >= min(window, len(good | more))
+
+        wait_until(claimed)
+        ticking.stop()
+    taken = {lease.id for hint in hints for lease in leases_of(*hint)}
+    assert taken <= good | more
+    refused = [line for line in logs if line["event"] == "row_refused"]
+    assert {(line["step"], line["follow_up_id"]) for line in refused} == {("claim", str(bad))}
+    assert world.row(bad).status == "pending"
 
 
 @pytest.mark.parametrize("take", [claim, claim_fairly])

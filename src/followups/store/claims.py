@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.store.fragments import DUE, DUE_READ
-from followups.store.leases import Lease, lane_of
+from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,6 +63,8 @@ class Look:
     window: int
     most: int
     since: datetime | None = None
+    without: tuple[UUID, ...] = ()
+    """Follow-ups that are passed over, since their rows cannot be written."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -86,7 +88,7 @@ _TAKE = f"""
          CROSS JOIN LATERAL (
              SELECT f.ctid AS place, f.begun_at FROM follow_ups f
               WHERE f.ctid = head.place AND {_PENDING}
-                AND {DUE} <= {_HORIZON} AND ({_FREE})
+                AND {DUE} <= {_HORIZON} AND ({_FREE}) AND f.id <> ALL(CAST(:without AS uuid[]))
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
          WHERE head.free
@@ -244,6 +246,31 @@ _FAIRLY = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 
+# The same without the lease: what such a claim would take, by name.
+_NAMED = f"""
+    {_TAKE.partition(", claimed AS")[0]}
+    SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place
+"""  # noqa: S608 - no input, only the constants above
+_CANDIDATES, _CANDIDATES_FAIRLY = (text(query.text.replace(_TAKE, _NAMED)) for query in (_IN_ORDER, _FAIRLY))
+_TRY = text("""
+    UPDATE follow_ups f SET lease_token = f.lease_token + 1, lease_until = now(), begun_at = NULL
+     WHERE f.id = ANY(CAST(:ids AS uuid[]))
+""")
+
+
+def candidates(connection: Connection, look: Look) -> list[UUID]:
+    """Return what a claim would lease, in its order; it stays locked until the transaction ends."""
+    connection.execute(WITHOUT_SORTING)
+    parameters = _parameters(look)
+    in_order = connection.scalars(_CANDIDATES, parameters | {"seen_most": look.window + look.most}).all()
+    return list(in_order or connection.scalars(_CANDIDATES_FAIRLY, parameters | {"few": FEW}))
+
+
+def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> None:
+    """Write to the rows as a claim does; the caller takes it back. Raises what a row's content makes it raise."""
+    connection.execute(_TRY, {"ids": uuid_array(ids)})
+
+
 def claim(connection: Connection, look: Look) -> Taken:
     """Lease what is looked for, the earliest due first; expired leases are taken over.
 
@@ -260,7 +287,7 @@ def claim_fairly(connection: Connection, look: Look) -> Taken:
 
 
 def _parameters(look: Look) -> dict[str, object]:
-    return asdict(look) | {"margin": LOW_WATER_MARGIN}
+    return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
 def _told(rows: Sequence[Any], look: Look) -> Taken:
