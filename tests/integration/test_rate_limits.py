@@ -158,7 +158,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """One whose place under a limit cannot be read holds up nobody: the others are counted as ever."""
+    """One whose place under a limit cannot be read does not hold up the others, which are counted as ever."""
     limit(world, 1000, burst=10)
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))

@@ -213,7 +213,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """What hours held, and others let go, is sent at once; lateness counts from the moment at which they did."""
+        """What hours held, and others allow, is sent at once; lateness counts from the moment at which they did."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}

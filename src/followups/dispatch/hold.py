@@ -95,7 +95,7 @@ def closed_until(finding: Finding) -> datetime | None:
 
 
 def sendable_from(finding: Finding) -> datetime | None:
-    """Return the first moment at which the sending hours let it be sent, or will; None where nobody can tell. Pure.
+    """Return the first moment at which the sending hours let it be sent, or will; None if that is unknown. Pure.
 
     What has come to pass stays as it is recorded, so that lateness counts on over every closing of the hours.
     """

@@ -35,7 +35,7 @@ CHECKS = {
 def upgrade() -> None:
     """Add the column, which has no default, so that no row is rewritten; then the constraints, each in two short steps.
 
-    Rows are read for a constraint while everybody else reads and writes them.
+    A constraint reads the rows while other transactions read and write them.
     """
     op.execute("ALTER TABLE follow_ups ADD COLUMN IF NOT EXISTS sendable_from timestamptz")
     with op.get_context().autocommit_block():
