@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import (
+    DataError,
+    DBAPIError,
+    IntegrityError,
+    InvalidatePoolError,
+    OperationalError,
+    SQLAlchemyError,
+)
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
@@ -374,6 +381,19 @@ def unfit(error: Exception) -> str:
     if is_read_only(error):
         return IS_READ_ONLY
     return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
+
+
+ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
+"""SQLSTATE of what one row may cause besides bad data and broken constraints: a trigger's refusal, a damaged page."""
+
+
+def concerns_a_row(error: Exception) -> bool:
+    """Return whether the content of one row may be the cause, so that the same without that row would succeed."""
+    if isinstance(error, DataError | IntegrityError):
+        return True
+    if isinstance(error, DBAPIError):
+        return str(getattr(error.orig, "sqlstate", None)) in ROW_STATES
+    return not isinstance(error, SQLAlchemyError)
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

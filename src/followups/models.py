@@ -51,6 +51,15 @@ CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_
 would walk over what was deleted since the last vacuum, which by default waits for a fifth of the table."""
 
 
+def readable(*columns: str) -> str:
+    """Return SQL: that Python can hold these times. One that it cannot, written by hand, fails all that reads it."""
+    named = ", ".join(columns)
+    return (
+        f"LEAST({named}) >= '0002-01-01 00:00:00+00'::timestamptz"
+        f" AND GREATEST({named}) < '9999-01-01 00:00:00+00'::timestamptz"
+    )
+
+
 class Base(DeclarativeBase):
     """What every table shares: names of constraints, and the types of times and ids."""
 
@@ -90,7 +99,14 @@ class SendingHours(Base):
     """
 
     __tablename__ = "sending_hours"
-    __table_args__ = (CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),)
+    __table_args__ = (
+        CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),
+        # PostgreSQL knows 24:00, and Python does not.
+        CheckConstraint(
+            f"opening < '24:00:00' AND closing < '24:00:00' AND {readable('open_from', 'open_until')}",
+            name="times_are_readable",
+        ),
+    )
 
     workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
     time_zone: Mapped[str]
@@ -187,6 +203,7 @@ class Chat(Base):
             " AND (last_message_id IS NULL) = (last_message_role IS NULL)",
             name="last_message_is_whole",
         ),
+        CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
     )
 
     workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)
@@ -236,9 +253,21 @@ class FollowUp(Base):
         CheckConstraint("(status = 'pending') = (finished_at IS NULL)", name="final_has_finished_at"),
         CheckConstraint("(status IN ('failed', 'cancelled')) = (reason IS NOT NULL)", name="reason_explains"),
         CheckConstraint(f"char_length(message) BETWEEN 1 AND {MAX_MESSAGE_LENGTH}", name="message_has_text"),
-        # What Python cannot hold as a time would stop every claim that meets it.
         CheckConstraint(
             "due_date >= '0002-01-01 00:00:00+00' AND due_date < '9999-01-01 00:00:00+00'", name="due_date_is_readable"
+        ),
+        CheckConstraint(
+            readable(
+                "scheduled_at",
+                "next_attempt_at",
+                "lease_until",
+                "begun_at",
+                "accepted_at",
+                "held_until",
+                "sendable_from",
+                "limited_until",
+            ),
+            name="times_are_readable",
         ),
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
@@ -338,7 +367,10 @@ class FollowUp(Base):
     """The trace in which it was created, as W3C writes it; None: none was on."""
 
     held_until: Mapped[datetime | None]
-    """When the sending hours open, or opened, that it was last held for; lateness counts from then."""
+    """When the sending hours open, or opened, that it was last held for."""
+    sendable_from: Mapped[datetime | None]
+    """The first moment at which the sending hours let it be sent, or will as they stand; lateness counts from then.
+    What has come to pass stays, whatever becomes of the hours; None: nothing has held it yet."""
     limited_until: Mapped[datetime | None]
     """The next attempt that a rate limit or the breaker gave it; while ``next_attempt_at`` is the same, that is what it
     waits for."""

@@ -169,6 +169,10 @@ _CONSTRAINTS = text("""
 """)
 
 
+UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", "follow_ups", "sending_hours")}}
+"""By migration: constraints on what was there before which no code ever broke, since it can read what it writes."""
+
+
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
     """The code before it goes on working: every table and column stays, and nothing new is asked of what it writes."""
@@ -184,7 +188,8 @@ def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: s
     tables = {name.partition(".")[0] for name in columns}
     for name in found.keys() - columns.keys():
         assert name.partition(".")[0] not in tables or found[name].may_be_left_out
-    assert not [row.name for row in new if any(f"{row.table_name}.{column}" in columns for column in row.columns)]
+    asked = {row.name for row in new if any(f"{row.table_name}.{column}" in columns for column in row.columns)}
+    assert asked == UNBREAKABLE.get(after, set())
 
 
 def test_old_code_is_older(old_code: str) -> None:

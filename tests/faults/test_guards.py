@@ -16,6 +16,7 @@ from faults import guards
 from faults.guards import PromiseBroken, Scene, without
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.send import send
+from followups.store.fragments import LATENESS_FROM
 from followups.store.leases import Begun
 from followups.transports.port import Sent
 
@@ -82,7 +83,7 @@ CATALOGUE = {
     ),
     "lateness at begin": Guard(
         BEGIN,
-        {"now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until)": "now() < '-infinity'::timestamptz"},
+        {f"now() >= {LATENESS_FROM}": "now() < '-infinity'::timestamptz"},
         guards.begins_in(lambda scene: scene.world.chat(), due=-timedelta(days=3), scheduled_at="2020-01-01T00:00:00Z"),
     ),
     "pause at begin": Guard(

@@ -180,3 +180,20 @@ def test_many_are_freed_in_batches(
     scope = pause(world)
     claim_and_begin(engine, settings)
     assert [resume(world, scope), free(world), free(world), free(world)] == [10, 10, 5, 0]
+
+
+def test_a_pause_that_was_deleted_by_hand(world: World, engine: Engine, settings: Settings) -> None:
+    """What a pause held whose row is gone goes on; what the pauses hold that stand beside it stays held."""
+    worlds = [world, *(type(world)(engine) for _ in range(4))]
+    ids = [one.follow_up() for one in worlds]
+    for one in worlds:
+        pause(one)
+    claim_and_begin(engine, settings)
+    deleted = worlds[1:4:2]
+    for one in deleted:
+        world.sql("DELETE FROM pauses WHERE workspace_id = :id", id=one.workspace_id)
+    with engine.begin() as connection:
+        assert pauses.count_forgotten(connection) == 2
+    assert (free(world), free(world)) == (2, 0)
+    assert begun(claim_and_begin(engine, settings)) == {ids[1], ids[3]}
+    assert all(world.row(ids[n]).pause_id is not None for n in (0, 2, 4))

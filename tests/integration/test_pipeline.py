@@ -113,6 +113,24 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
     assert transport.calls == Counter(map(str, ids))
 
 
+def test_the_next_of_a_chat_is_locked(
+    world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
+) -> None:
+    """When another transaction locks the next one of a chat at its turn, it goes out as soon as that has ended."""
+    chat = world.chat()
+    first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
+    patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
+    leases = claim(engine, settings.model_copy(update=patient)).leases
+    transport = Scripted(lambda _: Sent(), 0.5)
+    started(transport, **patient).submit(leases)
+    wait_until(lambda: world.row(second).waits_for == first)
+    with engine.connect() as other:
+        other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": second})
+        wait_until(lambda: world.row(first).status == "sent")
+        assert transport.calls == Counter([str(first)])
+    wait_until(lambda: world.row(second).status == "sent")
+
+
 def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:

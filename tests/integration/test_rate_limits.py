@@ -157,6 +157,17 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
     assert not any(world.failures(one) for one in ids)
 
 
+def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
+    """One whose place under a limit cannot be read does not hold up the others, which are counted as ever."""
+    limit(world, 1000, burst=10)
+    world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
+    world.follow_up(scheduled_at=text("timestamptz 'infinity'"))
+    due_in_turn(world, 4)
+    bench.start(Receiver())
+    wait_until(lambda: world.scalar(PENDING) == 0)
+    assert bench.limiters[0].asked == 4
+
+
 def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
     """Two workers together are no faster than the limit."""
     limit(world, 40, burst=4)

@@ -36,6 +36,12 @@ OPTIONS = """
 """
 
 
+HOURS = """
+    INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)
+    VALUES (:id, 'UTC', '08:00', '20:00', 127, now(), now())
+"""
+
+
 @pytest.fixture
 def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
     """Return an engine on a database without any table."""
@@ -95,6 +101,46 @@ def test_what_must_never_be_otherwise(world: World, change: str) -> None:
     follow_up = world.follow_up()
     with pytest.raises(IntegrityError):
         world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - a constant above
+
+
+@pytest.mark.parametrize("moment", ["infinity", "-infinity", "0044-03-15 BC", "0001-06-01", "10000-01-01"])
+@pytest.mark.parametrize(
+    ("table", "column"),
+    [
+        *(("follow_ups", column) for column in ("due_date", "scheduled_at", "next_attempt_at", "held_until")),
+        *(("follow_ups", column) for column in ("sendable_from", "limited_until", "accepted_at", "lease_until")),
+        ("chats", "last_user_message_at"),
+        ("chats", "last_message_at"),
+        ("sending_hours", "open_from"),
+        ("sending_hours", "open_until"),
+    ],
+)
+def test_times_that_cannot_be_read(world: World, table: str, column: str, moment: str) -> None:
+    """The database refuses a time that Python cannot hold: it would fail all that reads it."""
+    world.follow_up()
+    world.sql(HOURS, id=world.workspace_id)
+    with pytest.raises(IntegrityError, match="readable"):
+        world.sql(f"UPDATE {table} SET {column} = CAST(:moment AS timestamptz)", moment=moment)  # noqa: S608 - a constant above
+
+
+@pytest.mark.parametrize("column", ["opening", "closing"])
+def test_24_o_clock(world: World, column: str) -> None:
+    """The database refuses sending hours that end, or begin, at 24:00, which Python cannot hold."""
+    world.sql(HOURS, id=world.workspace_id)
+    with pytest.raises(IntegrityError, match="readable"):
+        world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - a constant above
+
+
+def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
+    """Where rows break a constraint already, it is left out, and the others are added; the rows stay as they are."""
+    downgrade(database_url, "0008")
+    world.sql(HOURS, id=world.workspace_id)
+    world.sql("UPDATE sending_hours SET closing = '24:00'")
+    migrate(database_url)
+    names = "SELECT string_agg(conrelid::regclass::text, ' ' ORDER BY 1) FROM pg_constraint WHERE conname LIKE {}"
+    assert world.scalar(names.format("'%times_are_readable'")) == "chats follow_ups"
+    assert world.scalar("SELECT closing::text FROM sending_hours") == "24:00:00"
+    assert world.scalar("SELECT bool_and(convalidated) FROM pg_constraint WHERE contype = 'c'")
 
 
 def test_chat_of_another_workspace(world: World) -> None:

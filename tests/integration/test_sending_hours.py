@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from datetime import UTC, datetime, time, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 from uuid import UUID, uuid4
 
 import pytest
@@ -52,6 +52,17 @@ def put(world: World, hours: SendingHours) -> None:
     """Set the workspace's hours."""
     with Session(world.engine) as session, session.begin():
         sending_hours.put(session, world.workspace_id, hours)
+
+
+def replace_hours(world: World, hours: SendingHours | None) -> None:
+    """Set other hours, or none, and let all that is held be looked at again, as the command does."""
+    with Session(world.engine) as session, session.begin():
+        if hours:
+            sending_hours.put(session, world.workspace_id, hours)
+        else:
+            sending_hours.clear(session, world.workspace_id)
+    with world.engine.begin() as connection:
+        holds.free_quiet(connection, world.workspace_id)
 
 
 def opening_of(world: World, hours: SendingHours) -> datetime:
@@ -172,7 +183,9 @@ def test_changed_before_it_is_held(world: World, engine: Engine, settings: Setti
 
 
 class TestLateness:
-    """MAX_LATENESS counts from the opening."""
+    """MAX_LATENESS counts from the first moment at which the hours let it be sent."""
+
+    OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """What was held for longer than it may be late is sent after the opening, and is too late only later."""
@@ -195,6 +208,64 @@ class TestLateness:
         beginning = claim_and_begin(engine, brief)
         assert [one for one, _ in beginning.ended] == [yesterday]
         assert begun(claim_and_begin(engine, brief)) == {night}
+
+    @pytest.mark.parametrize("hours", [OPEN, None])
+    def test_hours_that_are_widened_or_cleared(
+        self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
+    ) -> None:
+        """What hours held, and others allow, is sent at once; lateness counts from the moment at which they did."""
+        brief = settings.model_copy(update={"max_lateness": HOUR})
+        put(world, CLOSED)
+        ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}
+        claim_and_begin(engine, brief)
+        before = world.scalar("SELECT now()")
+        replace_hours(world, hours)
+        rows = [world.row(one) for one in ids]
+        assert all(before < row.sendable_from < world.scalar("SELECT now()") for row in rows)
+        assert begun(claim_and_begin(engine, brief)) == ids
+
+    def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What other hours go on holding is sendable when these open; what had been sendable before stays so."""
+        held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
+        put(world, CLOSED)
+        claim_and_begin(engine, settings)
+        snoozed = world.follow_up(**self.OLD, sendable_from=earlier, held_until=text("now() + interval '9 h'"))
+        was = world.row(snoozed).sendable_from
+        later = hours_from(5 * HOUR, HOUR)
+        replace_hours(world, later)
+        assert world.row(held).sendable_from == opening_of(world, later)
+        claim_and_begin(engine, settings)
+        for one in (held, snoozed):
+            assert world.row(one).held_until == opening_of(world, later)
+        assert world.row(held).sendable_from == opening_of(world, later)
+        assert world.row(snoozed).sendable_from == was
+
+    def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What was sendable, and was not accepted while the hours were open, is no less late after each closing."""
+        brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
+        put(world, hours_from(-2 * HOUR, HOUR))
+        due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
+        mine, often = world.follow_up(**due), world.follow_up(**due, sendable_from=text("now() - interval '95 min'"))
+        was = {one: world.row(one) for one in (mine, often)}
+        claim_and_begin(engine, brief)
+        opening = opening_of(world, hours_from(-2 * HOUR, HOUR))
+        assert [world.row(one).held_until for one in (mine, often)] == [opening, opening]
+        assert world.row(mine).sendable_from == was[mine].due_date
+        assert world.row(often).sendable_from == was[often].sendable_from
+        world.sql("UPDATE follow_ups SET next_attempt_at = now(), sendable_from = sendable_from - interval '2 h'")
+        put(world, OPEN)
+        assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
+
+    def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
+        """With a new due date lateness starts anew; in another chat it does not."""
+        put(world, CLOSED)
+        moved, elsewhere = world.follow_up(), world.follow_up()
+        claim_and_begin(engine, settings)
+        with Session(engine) as session, session.begin():
+            amend(session, moved, {"due_date": datetime.now(UTC) + HOUR})
+            amend(session, elsewhere, {"chat_id": world.chat()})
+        assert world.row(moved).sendable_from is None
+        assert world.row(elsewhere).sendable_from == opening_of(world, CLOSED)
 
 
 class TestWindow:
@@ -269,6 +340,16 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
     claim_and_begin(engine, settings)
     row = world.row(follow_up)
     assert timedelta(0) < row.next_attempt_at - world.scalar("SELECT now()") <= MINUTE + SPREAD
+
+
+def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
+    """Where this machine's hours are open, and the database's open later, it is held until then: nothing loops."""
+    put(world, OPEN)
+    world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
+    follow_up = world.follow_up()
+    beginning = claim_and_begin(engine, settings)
+    assert (beginning.begun, beginning.again) == ((), ())
+    assert world.row(follow_up).held_until == world.scalar("SELECT open_from FROM sending_hours")
 
 
 @pytest.mark.parametrize("zone", ["", "Nowhere/Else", "a\x00b"])

@@ -8,9 +8,12 @@ from uuid import uuid4
 
 import pytest
 
+from followups.dispatch.begin import LEAD
 from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.line import Line
+from followups.dispatch.line import AGAIN, LONGEST_AGAIN, Line
 from followups.store.leases import Lease
+
+NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
 
 @pytest.mark.parametrize(
@@ -26,3 +29,22 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     assert delay is not None
     assert (delay < 0) == line.is_anybodys_moment() == bool(taken)
     assert len(line.take(10)) == taken
+
+
+def test_what_cannot_begin_again_and_again() -> None:
+    """What cannot begin at this moment is left alone for longer each time, up to a bound."""
+    seconds = 0.0
+    clock = DatabaseClock(lambda: seconds)
+    clock.observe(NOON, 0.0, 0.0)
+    line = Line(clock, timedelta(days=1), slots=10)
+    line.add([Lease(uuid4(), 1, NOON)])
+    waits = []
+    for _ in range(8):
+        (hinted,) = line.take(1)
+        line.leave(hinted)
+        line.defer_again(hinted)
+        wait = (line.seconds_to_next() or 0.0) + LEAD.total_seconds()
+        waits.append(timedelta(seconds=round(wait, 6)))
+        seconds += wait
+    assert waits == [min(AGAIN * 2**number, LONGEST_AGAIN) for number in range(8)]
+    assert waits[-1] == LONGEST_AGAIN

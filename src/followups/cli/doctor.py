@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from followups.cli import checks, connection, processes, server, symptoms
+from followups.cli import checks, connection, integrity, processes, server, symptoms
 from followups.cli.checks import Finding
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
@@ -47,6 +47,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
         yield from checks.databases(settings, engine)
         yield from server.of_server(settings, engine)
         yield from symptoms.of_database(settings, engine)
+        yield from integrity.of_tables(engine)
     reachable = True
     for finding in checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")

@@ -86,7 +86,7 @@ def hours(  # noqa: PLR0913 - one for each option
     """Show, set or clear the hours at which the workspace's messages may be sent.
 
     What falls due outside is held until the hours open, uses up no attempt, and goes out within a second of then,
-    the first due first; lateness (FOLLOWUPS_MAX_LATENESS) counts from the opening. Where the channel's messaging
+    the first due first; lateness (FOLLOWUPS_MAX_LATENESS) counts from the first opening. Where the channel's messaging
     window would end before that, it fails as window_closed at once, and the API refuses such a due date beforehand.
 
     Hours go by the clock on the wall of the time zone. A --to that is not later than --from is of the day after;

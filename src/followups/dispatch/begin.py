@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
-from followups.dispatch import hold
+from sqlalchemy.exc import DBAPIError
+
+from followups.dispatch import hold, report
+from followups.halving import halve
 from followups.states import ReasonCode, Status, finish
 from followups.store import leases, order
 from followups.store.leases import World
@@ -41,23 +46,49 @@ class Beginning:
     """Still leased, to be tried shortly: somebody holds the row at this moment."""
     woken: tuple[Lease, ...] = ()
     """Next in their chats after what ended; leased to the caller."""
+    locked: tuple[UUID, ...] = ()
+    """Of what ended, those whose next is locked by another transaction."""
     later: tuple[tuple[Lease, timedelta], ...] = ()
     """Still leased, and how long each has to wait for its turn under a rate limit."""
 
 
+REFUSED_PAUSE = timedelta(minutes=1)
+"""For how long a follow-up is deferred whose row cannot be read or written: only an operator can mend it."""
+
+
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:
-    """Begin what may be sent, end what must not be, hold or park what may not be yet; in one transaction."""
+    """Begin what may be sent, end what must not be, hold or park what may not be yet; in one transaction.
+
+    A follow-up whose row makes that fail is deferred, and the others begin without it.
+    """
+    halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
+    for lease, error in halved.refused:
+        report.refused("begin", lease.id, error)
+        _defer(engine, lease)
+    if len(halved.done) == 1 and not halved.left:
+        return halved.done[0]
+    parts = {
+        field.name: tuple(chain.from_iterable(getattr(part, field.name) for part in halved.done))
+        for field in fields(Beginning)
+    }
+    return Beginning(**parts | {"again": (*parts["again"], *halved.left)})
+
+
+def _defer(engine: Engine, lease: Lease) -> None:
+    try:
+        transact(engine, lambda connection: leases.defer_if_not_begun(connection, [lease], REFUSED_PAUSE))
+    except DBAPIError as error:  # then it comes back when its lease has ended
+        report.refused("defer", lease.id, error)
+
+
+def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Beginning:
     world = World(settings.lease, settings.max_lateness, TOLERANCE)
-
-    def work(connection: Connection) -> Beginning:
-        begun = leases.begin_if_leased(connection, batch, world)
-        if len(begun) == len(batch):
-            return Beginning(tuple(begun))
-        started = {one.lease.id for one in begun}
-        missing = [lease for lease in batch if lease.id not in started]
-        return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
-
-    return transact(engine, work)
+    begun = leases.begin_if_leased(connection, batch, world)
+    if len(begun) == len(batch):
+        return Beginning(tuple(begun))
+    started = {one.lease.id for one in begun}
+    missing = [lease for lease in batch if lease.id not in started]
+    return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
 
 
 def _explain_missing(
@@ -72,11 +103,13 @@ def _explain_missing(
     parked = order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
         order.park_pile(connection, parked)
+    unblocked = order.unblock_and_lease(connection, ended, settings.lease)
     return Beginning(
         begun=tuple(begun),
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
         again=tuple(o.lease for o in obstacles if o.lease.id not in ended | parked),
-        woken=tuple(order.wake_and_lease(connection, ended, settings.lease)),
+        woken=unblocked.leases,
+        locked=unblocked.locked,
     )
 
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from followups.states import CANCEL_CODES, ReasonCode, Status, finish
+from followups.dispatch import report
+from followups.halving import halve
+from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import claims, leases, order, settlement, ticks
 from followups.transactions import transact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -63,25 +65,46 @@ class Claim:
     """Of what was claimed: ids, with the traces that they were created in."""
 
 
-def claim(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
-    """Claim what is due, in one transaction; with ``since`` only what fell due after it."""
-    return transact(engine, partial(_claim, settings, since, claims.claim))
+def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
+    """Claim what is due, in one transaction; with ``since`` only what fell due after it. Some may be passed over."""
+    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim))
 
 
-def claim_fairly(engine: Engine, settings: Settings, since: datetime | None = None) -> Claim:
+def claim_fairly(
+    engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
+) -> Claim:
     """Claim the same for those workspaces first that have the fewest in flight; for when a claim left something."""
-    return transact(engine, partial(_claim, settings, since, claims.claim_fairly))
+    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
 
-def _claim(settings: Settings, since: datetime | None, take: Take, connection: Connection) -> Claim:
-    ticks.record(connection)
-    look = claims.Look(
+def unclaimable(engine: Engine, settings: Settings) -> tuple[UUID, ...]:
+    """Return which of what is due cannot be leased, as its row cannot be written; log each."""
+    with engine.connect() as connection:
+        ids = claims.candidates(connection, _look(settings, None, ()))
+
+    def try_to_lease(part: Sequence[UUID]) -> None:
+        with engine.connect() as connection:  # which ends without a commit
+            claims.try_to_lease(connection, part)
+
+    refused = halve(ids, try_to_lease).refused if ids else []
+    for follow_up_id, error in refused:
+        report.refused("claim", follow_up_id, error)
+    return tuple(follow_up_id for follow_up_id, _ in refused)
+
+
+def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.Look:
+    return claims.Look(
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,
         window=settings.max_in_flight,
         most=size_of_claim(settings.max_in_flight),
         since=since,
+        without=without,
     )
+
+
+def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connection) -> Claim:
+    ticks.record(connection)
     taken = take(connection, look)
     ended = _end_lost(connection, taken.lost, deduplicates=settings.transport_deduplicates) if taken.lost else {}
     return Claim(
@@ -96,13 +119,12 @@ def _claim(settings: Settings, since: datetime | None, take: Take, connection: C
 
 
 def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -> dict[UUID, Final]:
-    settlement.record_failures(
-        connection,
-        [
-            settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
-            for one in lost
-        ],
-    )
+    failures = [
+        settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
+        for one in lost
+    ]
+    for failure, error in settlement.record_failures(connection, failures):
+        report.refused("record", failure.follow_up_id, error)
     finals = [
         (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost
     ]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
 
+from followups.database import concerns_a_row
 from followups.dispatch import report
-from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.claim import claim, claim_fairly, unclaimable
 from followups.dispatch.pace import Pace
 from followups.dispatch.publish import batches
 from followups.store import leases, order, pauses, statistics
@@ -17,6 +20,7 @@ from followups.store import leases, order, pauses, statistics
 if TYPE_CHECKING:
     from collections.abc import Callable
     from datetime import datetime
+    from uuid import UUID
 
     from sqlalchemy import Engine
 
@@ -35,6 +39,12 @@ QUICK = 0.01
 """Seconds within which a claim is so quick that each looks at all that is pending."""
 LOOKING_SHARE = 0.1
 """Of the dispatcher's time, at most, is spent on looking at all of it when that is slow."""
+
+FORGOTTEN_SHARE = 0.01
+"""The same for looking at all that waits for another, or is paused; once in a lease it is done at any cost."""
+
+PASSED_OVER = 60.0
+"""Seconds for which claims pass over what cannot be written; then it is tried again."""
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
@@ -62,6 +72,8 @@ class Dispatcher:
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
+        self._without: tuple[UUID, ...] = ()
+        self._without_until = 0.0
         self._pace = Pace(settings.max_in_flight)
         self.busy_since: float | None = None
         """Monotonic seconds; None while there is nothing to do."""
@@ -109,9 +121,17 @@ class Dispatcher:
                 report.succeeded()
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 report.failed("claim", error, self._engine)
+                self._pass_over(error)
                 self._outage = True
                 self._stopping.wait(self._backoff)
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
+
+    def _pass_over(self, error: Exception) -> None:
+        """Let the next claims pass over the rows that made one fail, for a while."""
+        if concerns_a_row(error):
+            with suppress(SQLAlchemyError):
+                self._without = unclaimable(self._engine, self._settings)
+                self._without_until = time.monotonic() + PASSED_OVER
 
     def _after_outage(self) -> None:
         """Let those who know an outcome settle first: right after an outage every lease looks lost."""
@@ -130,11 +150,15 @@ class Dispatcher:
                 return
 
     def _wake_forgotten(self) -> None:
-        if time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + self._settings.lease.total_seconds()
-            with self._engine.begin() as connection:
-                order.wake_forgotten(connection)
-                pauses.free_forgotten(connection)
+        """Unblock what waits for nothing any more: at each tick, as long as that costs little."""
+        started = time.monotonic()
+        if started < self._next_look:
+            return
+        with self._engine.begin() as connection:
+            order.wake_forgotten(connection)
+            pauses.free_forgotten(connection)
+        took = time.monotonic() - started
+        self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
         """Return whether there may be more to claim."""
@@ -179,7 +203,9 @@ class Dispatcher:
         started = time.monotonic()
         self._looked_at_all = started >= self._next_whole
         take = claim_fairly if self._left_some else claim
-        claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since)
+        if self._without and started >= self._without_until:
+            self._without = ()
+        claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since, self._without)
         took = time.monotonic() - started
         taken = len(claimed.leases) + len(claimed.ended)
         self._pace.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)

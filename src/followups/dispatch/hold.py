@@ -57,42 +57,55 @@ def hold_back(connection: Connection, settings: Settings, obstacles: Sequence[Ob
 
 
 def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hold | Final | None:
-    """Say whether one is held, or ends since it would be held for too long; None: neither. Pure.
+    """Return how a leased follow-up is held, or how it ends where a hold would be too long; None for neither. Pure.
 
-    Lateness counts from the first moment at which the sending hours let it be sent.
+    Sending hours go before a pause, so that lateness never counts while they are closed.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
-    opening = _opening(finding, finding.sent_at)
-    reprieve = _reprieve(finding, max_lateness) if obstacle.too_late else None
-    if obstacle.too_late and reprieve is None:
+    opening = closed_until(finding)
+    since = sendable_from(finding)
+    if obstacle.too_late and (since is None or finding.now >= since + max_lateness):
         return None
-    if finding.pause_id and not reprieve:
-        # Behind an earlier one of its chat it waits for that one, as ever.
-        return None if obstacle.earlier else Hold(obstacle.lease, NEVER, NEVER, finding.pause_id)
-    until = opening or reprieve
+    until = opening or (since if obstacle.too_late else None)
     if until is None or finding.hours is None:
-        return None
+        # Behind an earlier one of its chat it waits for that one, as ever.
+        paused = finding.pause_id and not obstacle.earlier
+        return Hold(obstacle.lease, NEVER, NEVER, since, finding.pause_id) if paused else None
     if finding.window_ends is not None and until >= finding.window_ends:
         return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED, "it ends before the workspace's sending hours open")
-    return Hold(obstacle.lease, until, back_at(until, finding.due_date), hours=finding.hours.hours)
+    return Hold(obstacle.lease, until, back_at(until, finding.due_date), since, hours=finding.hours.hours)
 
 
-def _opening(finding: Finding, moment: datetime) -> datetime | None:
-    """Return when the sending hours open that are closed at ``moment``; None when they are open, or there are none."""
-    if finding.hours is None:
+def closed_until(finding: Finding) -> datetime | None:
+    """Return when the sending hours open that are closed when it would be sent; None when they are open, or none. Pure.
+
+    The time of sending that the database knows decides while it lasts, whatever this machine's time zones say of it.
+    """
+    hours, moment = finding.hours, finding.sent_at
+    if hours is None:
         return None
+    if finding.now < hours.open_until and moment < hours.open_until:
+        return hours.open_from if moment < hours.open_from else None
     try:
-        opening = opens_at(finding.hours.hours, moment)
+        opening = opens_at(hours.hours, moment)
     except LookupError:
         return moment + UNREADABLE
     return opening if opening > moment else None
 
 
-def _reprieve(finding: Finding, max_lateness: timedelta) -> datetime | None:
-    """Return from when on lateness is to count for one that seems too late; None when it is."""
-    since = _opening(finding, finding.lateness_from)
-    return since if since and finding.now < since + max_lateness else None
+def sendable_from(finding: Finding) -> datetime | None:
+    """Return the first moment at which the sending hours let it be sent, or will; None if that is unknown. Pure.
+
+    What has come to pass stays as it is recorded, so that lateness counts on over every closing of the hours.
+    """
+    first = finding.sendable_from
+    if first is None:
+        try:
+            first = opens_at(finding.hours.hours, finding.wanted_from) if finding.hours else finding.wanted_from
+        except LookupError:
+            return None
+    return first if first <= finding.now else closed_until(finding) or finding.sent_at
 
 
 def _open_next(connection: Connection, findings: Iterable[Finding]) -> None:

@@ -30,6 +30,8 @@ class Hinted:
     lease: Lease
     task_id: str
     expires: float
+    refusals: int = 0
+    """How often in a row it could not begin at that moment."""
 
 
 class Lanes:

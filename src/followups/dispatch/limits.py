@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from itertools import product
+from itertools import chain, product
 from typing import TYPE_CHECKING, Protocol
 
 from followups.dispatch import report
 from followups.dispatch.begin import LEAD, Beginning, begin
+from followups.halving import halve
 from followups.store import rate_limits
 from followups.transactions import in_loop, transact
 
@@ -226,8 +227,12 @@ def _within(wait: timedelta, place: Place) -> timedelta:
 
 
 def _places(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> list[Place]:
-    with engine.connect() as connection:
-        return rate_limits.places(connection, batch, settings.max_lateness)
+    def read(part: Sequence[Lease]) -> list[Place]:
+        with engine.connect() as connection:
+            return rate_limits.places(connection, part, settings.max_lateness)
+
+    # What cannot be read goes to begin, which says so.
+    return list(chain.from_iterable(halve(batch, read).done))
 
 
 def _free(engine: Engine, workspace_id: UUID | None, channel: str | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import time
+from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 AGAIN = timedelta(milliseconds=50)
-"""How long to leave alone what cannot be begun, or settled, at this moment."""
+"""How long to leave alone what cannot be begun, or settled, at this moment; for what cannot be begun it doubles."""
+LONGEST_AGAIN = timedelta(milliseconds=800)
 
 SUSPECTS = 16
 """How many that were lost once are out at the same time; what was lost twice goes with no other suspect.
@@ -68,6 +70,11 @@ class Line:
         """Let one wait a little longer."""
         moment = max(self._clock.now() + delay, hinted.lease.due)
         heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
+
+    def defer_again(self, hinted: Hinted) -> None:
+        """Defer one that could not begin at this moment, longer each time."""
+        delay = min(AGAIN * 2**hinted.refusals, LONGEST_AGAIN)
+        self.put_off(replace(hinted, refusals=min(hinted.refusals + 1, 10)), delay)
 
     def take(self, most: int, held: frozenset[int] = frozenset(), permits: int = 0) -> list[Hinted]:
         """Take up to ``most`` whose moment has come, each for a slot; of suspects only as many as there is room for.

@@ -16,6 +16,7 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -28,15 +29,16 @@ from followups.dispatch.breaker import Breaker
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.deferral import Deferral
 from followups.dispatch.limits import Turnstile
-from followups.dispatch.line import AGAIN, Line
+from followups.dispatch.line import AGAIN, LONGEST_AGAIN, Line
 from followups.dispatch.send import GRACE, send
 from followups.dispatch.settle import settle
 from followups.store import leases as lease_store
+from followups.store import order
 from followups.telemetry.logs import get_logger
-from followups.transactions import in_loop
+from followups.transactions import in_loop, transact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Sequence
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -245,14 +247,21 @@ class Pipeline:
     def _follow_up(self, beginning: Beginning, batch: dict[UUID, Hinted], started: float) -> None:
         self._breaker.spend(batch[one.lease.id].lease.lane for one in beginning.begun)
         for one in beginning.begun:
-            task = self._loop.create_task(self._deliver(one, batch.pop(one.lease.id), started))
-            self._sends.add(task)
-            task.add_done_callback(self._sends.discard)
+            self._spawn(self._deliver(one, batch.pop(one.lease.id), started))
         self._let_go(batch.values())
         report.ended(beginning.ended)
-        for lease, wait in (*((lease, AGAIN) for lease in beginning.again), *beginning.later):
+        for lease in beginning.again:
+            self._line.defer_again(batch[lease.id])
+        for lease, wait in beginning.later:
             self._line.put_off(batch[lease.id], wait)
         self._accept(beginning.woken)
+        if beginning.locked:
+            self._spawn(self._unblock(beginning.locked))
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = self._loop.create_task(work)
+        self._sends.add(task)
+        task.add_done_callback(self._sends.discard)
 
     def _let_go(self, hinted: Collection[Hinted]) -> None:
         self._free += len(hinted)
@@ -339,6 +348,8 @@ class Pipeline:
         self._line.let_go({a.begun.lease.id for a in batch} - {a.begun.lease.id for a in settling.held})
         self._settle_later(settling.held, AGAIN)
         self._accept(settling.woken)
+        if settling.locked:
+            self._spawn(self._unblock(settling.locked))
         horizon = self._clock.now() + self._settings.tick_interval
         if any(one.next_attempt_at and one.next_attempt_at < horizon for one in settling.settled):
             self._nudge()
@@ -346,8 +357,8 @@ class Pipeline:
     async def _settle_apart(self, batch: Sequence[Attempt]) -> None:
         """Keep one result that the database refuses from holding up the others; it is tried until its lease ends."""
         if len(batch) > 1:
-            for attempt in batch:
-                await self._settle([attempt])
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                await self._settle(half)
         elif time.monotonic() - batch[0].answered < self._settings.lease.total_seconds():
             self._settle_later(batch, SETTLE_BACKOFF)
         else:
@@ -356,14 +367,29 @@ class Pipeline:
 
     def _settle_later(self, attempts: Sequence[Attempt], delay: timedelta) -> None:
         for attempt in attempts:
-            task = self._loop.create_task(self._bring_back(attempt, delay))
-            self._sends.add(task)
-            task.add_done_callback(self._sends.discard)
+            self._spawn(self._bring_back(attempt, delay))
 
     async def _bring_back(self, attempt: Attempt, delay: timedelta) -> None:
         await asyncio.sleep(delay.total_seconds())
         self._results.append(attempt)
         self._settleable.set()
+
+    # Order in a chat: what is locked when its turn comes.
+
+    async def _unblock(self, ended: Collection[UUID]) -> None:
+        """Unblock what waits for the ended ones once no transaction locks it; a drain leaves that to dispatchers."""
+        pause = AGAIN
+        while ended and not self._draining:
+            await asyncio.sleep(pause.total_seconds())
+            pause = min(pause * 2, LONGEST_AGAIN)
+            try:
+                work = partial(order.unblock_and_lease, ended=ended, lease=self._settings.lease)
+                unblocked = await in_loop(self._engine, transact, work)
+            except (DBAPIError, PoolTimeoutError) as error:
+                report.failed("unblock", error, self._engine.sync_engine)
+            else:
+                self._accept(unblocked.leases)
+                ended = unblocked.locked
 
     # The database, from the loop.
 

@@ -159,6 +159,14 @@ def outage() -> Outage | None:
     return next(iter(tuple(_outages)), None)
 
 
+def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
+    """Log that the content of one row made a step fail: the others go on without it."""
+    diagnosis = getattr(getattr(error, "orig", None), "diag", None)
+    kind = type(getattr(error, "orig", error)).__name__
+    constraint = getattr(diagnosis, "constraint_name", None)
+    log.error("row_refused", step=step, follow_up_id=str(follow_up_id), error=kind, constraint=constraint)
+
+
 def broker_unreachable(step: str, error: Exception) -> None:
     """Tell that the broker is away; nothing is lost, it is late."""
     log.warning("broker_unreachable", step=step, error=type(error).__name__)

@@ -8,6 +8,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from followups.dispatch import report
 from followups.dispatch.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
@@ -18,6 +19,7 @@ from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from uuid import UUID
 
     from sqlalchemy import Connection, Engine
 
@@ -42,6 +44,8 @@ class Settling:
     """To be settled shortly: somebody's open transaction holds the row."""
     woken: tuple[Lease, ...]
     """Next in their chats after what ended; leased to the caller."""
+    locked: tuple[UUID, ...]
+    """Of what ended, those whose next is locked by another transaction."""
 
 
 def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Settling:
@@ -56,15 +60,15 @@ def _record(
 ) -> Settling:
     settled = settlement.settle_if_in_flight(connection, decided)
     written = {one.id for one in settled}
-    settlement.record_failures(
-        connection, [f for a in attempts if a.begun.lease.id in written and (f := failure_of(a))]
-    )
+    failures = [failure for a in attempts if a.begun.lease.id in written and (failure := failure_of(a))]
+    for failure, error in settlement.record_failures(connection, failures):
+        report.refused("record", failure.follow_up_id, error)
     ended = [one.id for one in settled if one.status in FINAL]
-    woken = order.wake_and_lease(connection, ended, settings.lease)
+    unblocked = order.unblock_and_lease(connection, ended, settings.lease)
     missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
     in_flight = settlement.still_in_flight(connection, missing) if missing else set()
     held = tuple(a for a in attempts if a.begun.lease.id in in_flight)
-    return Settling(tuple(settled), len(attempts) - len(settled) - len(held), held, tuple(woken))
+    return Settling(tuple(settled), len(attempts) - len(settled) - len(held), held, unblocked.leases, unblocked.locked)
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.store import marks
-from followups.store.fragments import DUE
-from followups.store.leases import Lease, lane_of
+from followups.store.fragments import DUE, DUE_READ
+from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +64,8 @@ class Look:
     window: int
     most: int
     since: datetime | None = None
+    without: tuple[UUID, ...] = ()
+    """Follow-ups that are passed over, since their rows cannot be written."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -91,7 +93,7 @@ _TAKE = f"""
          CROSS JOIN LATERAL (
              SELECT f.ctid AS place, f.begun_at FROM follow_ups f
               WHERE f.ctid = head.place AND {_PENDING}
-                AND {DUE} <= {_HORIZON} AND ({_FREE})
+                AND {DUE} <= {_HORIZON} AND ({_FREE}) AND f.id <> ALL(CAST(:without AS uuid[]))
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
          WHERE head.free
@@ -101,17 +103,18 @@ _TAKE = f"""
            SET lease_token = f.lease_token + 1,
                lease_until = GREATEST(now(), {DUE}) + CAST(:lease AS interval),
                begun_at = NULL,
-               attempts = f.attempts - taken.lost::int,
+               attempts = GREATEST(f.attempts - taken.lost::int, 0),
                losses = f.losses + taken.lost::int
           FROM taken
          WHERE f.ctid = taken.place
-        RETURNING f.id, f.lease_token, {DUE} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost, f.attempts,
-                  f.cancel_requested
+        RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost,
+                  f.attempts, f.cancel_requested
     )
     -- the first row says what was looked at
     SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
            NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
-           looked.leased, looked.unseen, LEAST(looked.first, now()) - CAST(:margin AS interval) AS low_water,
+           looked.leased, looked.unseen,
+           GREATEST(LEAST(looked.first, now()), timestamptz '0002-01-01') - CAST(:margin AS interval) AS low_water,
            (SELECT count(*) FROM taken) AS taken
       FROM looked
      UNION ALL
@@ -268,6 +271,31 @@ _FAIRLY = text(f"""{_WALK}, workspace AS MATERIALIZED (
 """)  # noqa: S608 - no input, only the constants above
 
 
+# The same without the lease: what such a claim would take, by name.
+_NAMED = f"""
+    {_TAKE.partition(", claimed AS")[0]}
+    SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place
+"""  # noqa: S608 - no input, only the constants above
+_CANDIDATES, _CANDIDATES_FAIRLY = (text(query.text.replace(_TAKE, _NAMED)) for query in (_IN_ORDER, _FAIRLY))
+_TRY = text("""
+    UPDATE follow_ups f SET lease_token = f.lease_token + 1, lease_until = now(), begun_at = NULL
+     WHERE f.id = ANY(CAST(:ids AS uuid[]))
+""")
+
+
+def candidates(connection: Connection, look: Look) -> list[UUID]:
+    """Return what a claim would lease, in its order; it stays locked until the transaction ends."""
+    connection.execute(WITHOUT_SORTING)
+    parameters = _parameters(look)
+    in_order = connection.scalars(_CANDIDATES, parameters | {"seen_most": look.window + look.most}).all()
+    return list(in_order or connection.scalars(_CANDIDATES_FAIRLY, parameters | {"few": FEW, "stride": STRIDE}))
+
+
+def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> None:
+    """Write to the rows as a claim does; the caller takes it back. Raises what a row's content makes it raise."""
+    connection.execute(_TRY, {"ids": uuid_array(ids)})
+
+
 def claim(connection: Connection, look: Look) -> Taken:
     """Lease what is looked for, the earliest due first; expired leases are taken over.
 
@@ -286,7 +314,7 @@ def claim_fairly(connection: Connection, look: Look) -> Taken:
 
 
 def _parameters(look: Look) -> dict[str, object]:
-    return asdict(look) | {"margin": LOW_WATER_MARGIN}
+    return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
 def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:

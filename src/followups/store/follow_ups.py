@@ -139,7 +139,7 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
             "lease_token": FollowUp.lease_token + 1,
         }
     if "due_date" in values:
-        values = values | {"scheduled_at": func.now()}
+        values = values | {"scheduled_at": func.now(), "sendable_from": None}
     if "chat_id" in values:
         # Later than the last message of its new chat, which this transaction may have waited for.
         values = values | {"scheduled_at": func.clock_timestamp()}

@@ -11,6 +11,13 @@ from followups.windows import WINDOWED_CHANNELS
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """When it falls due: a retry's time, or the due date."""
 
+DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
+"""The same for Python to read: a time that it cannot hold, written by hand, would stop all that is read with it."""
+
+LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
+"""From when on its lateness counts. What sending hours never held has no ``sendable_from``; what a process of an older
+version held has only ``held_until``."""
+
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 """The channels with a messaging window, as a list."""
 

@@ -68,8 +68,10 @@ class Finding:
     sent_at: datetime
     """When it would be sent: now, or at its due moment."""
     due_date: datetime
-    lateness_from: datetime
-    """From when on lateness has counted so far."""
+    wanted_from: datetime
+    """The due date, or when that was set, if it had passed by then."""
+    sendable_from: datetime | None
+    """The first moment at which sending hours let it be sent, or were to, as far as it is recorded."""
     window_ends: datetime | None
     pause_id: UUID | None
     hours: Hours | None
@@ -77,7 +79,7 @@ class Finding:
 
 _FIND = text(f"""
     SELECT f.id, now() AS now, {_SENT_AT} AS sent_at, f.due_date, p.id AS pause_id, h.*,
-           GREATEST(f.due_date, f.scheduled_at, f.held_until) AS lateness_from,
+           GREATEST(f.due_date, f.scheduled_at) AS wanted_from, f.sendable_from,
            CASE WHEN c.channel IN ({WINDOWED}) THEN c.last_user_message_at + CAST(:window AS interval) END
                AS window_ends
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
@@ -99,7 +101,8 @@ def find(connection: Connection, leases: Sequence[Lease]) -> list[Finding]:
             row.now,
             row.sent_at,
             row.due_date,
-            row.lateness_from,
+            row.wanted_from,
+            row.sendable_from,
             row.window_ends,
             row.pause_id,
             hours_of(row) if row.workspace_id else None,
@@ -122,6 +125,8 @@ class Hold:
     lease: Lease
     until: datetime
     next_attempt_at: datetime
+    sendable_from: datetime | None = None
+    """From when on its lateness counts; None leaves that as it is recorded."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 
@@ -141,11 +146,12 @@ _HOLD = text(f"""
                 WHERE b.pause IS NULL)
          ORDER BY workspace_id FOR SHARE SKIP LOCKED
     ), held AS MATERIALIZED (
-        SELECT f.id, b.until, b.again, b.pause
+        SELECT f.id, b.until, b.again, b.sendable, b.pause
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:untils AS timestamptz[]),
-                      CAST(:agains AS timestamptz[]), CAST(:pauses AS uuid[]), CAST(:zones AS text[]),
-                      CAST(:openings AS time[]), CAST(:closings AS time[]), CAST(:days AS int[]))
-               AS b(id, token, until, again, pause, zone, opening, closing, days)
+                      CAST(:agains AS timestamptz[]), CAST(:sendables AS timestamptz[]), CAST(:pauses AS uuid[]),
+                      CAST(:zones AS text[]), CAST(:openings AS time[]), CAST(:closings AS time[]),
+                      CAST(:days AS int[]))
+               AS b(id, token, until, again, sendable, pause, zone, opening, closing, days)
          {LEASED}
          WHERE CASE WHEN b.pause IS NOT NULL THEN EXISTS (SELECT FROM standing s WHERE s.id = b.pause)
                     ELSE EXISTS (SELECT FROM hours h
@@ -154,7 +160,8 @@ _HOLD = text(f"""
     )
     UPDATE follow_ups f
        SET next_attempt_at = held.again, pause_id = held.pause, lease_until = NULL,
-           held_until = CASE WHEN held.pause IS NULL THEN held.until ELSE f.held_until END
+           held_until = CASE WHEN held.pause IS NULL THEN held.until ELSE f.held_until END,
+           sendable_from = COALESCE(held.sendable, f.sendable_from)
       FROM held
      WHERE f.id = held.id
     RETURNING f.id
@@ -168,6 +175,7 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
         "tokens": [one.lease.token for one in holds],
         "untils": [one.until for one in holds],
         "agains": [one.next_attempt_at for one in holds],
+        "sendables": [one.sendable_from for one in holds],
         "pauses": [one.pause_id for one in holds],
     }
     hours = [columns_of(one.hours) if one.hours else {} for one in holds]
@@ -199,6 +207,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
+# What was sendable once stays so. Anything else is sendable from the opening of the hours that stand now, or at once if
+# they are open or if there are none any more.
 _FREE_QUIET = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -207,7 +217,13 @@ _FREE_QUIET = text("""
          LIMIT :most
            FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE follow_ups f SET next_attempt_at = NULL, held_until = NULL FROM held WHERE f.id = held.id
+    UPDATE follow_ups f
+       SET next_attempt_at = NULL, held_until = NULL,
+           sendable_from = CASE WHEN f.sendable_from <= now() THEN f.sendable_from
+                                ELSE GREATEST(now(), (SELECT h.open_from FROM sending_hours h
+                                                       WHERE h.workspace_id = f.workspace_id)) END
+      FROM held
+     WHERE f.id = held.id
 """)
 BATCH = 1000
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from sqlalchemy import text
 
 from followups.store import marks
-from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
+from followups.store.fragments import CHAT, DUE, DUE_READ, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
 from followups.windows import WINDOW
@@ -96,8 +96,7 @@ _TAKEN_OVER = (
     " AND f.scheduled_at < c.last_message_at, false)"
 )
 _TOO_LATE = (
-    "(CAST(:max_lateness AS interval) > interval '0'"
-    " AND now() >= GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval))"
+    f"(CAST(:max_lateness AS interval) > interval '0' AND now() >= {LATENESS_FROM} + CAST(:max_lateness AS interval))"
 )
 _WINDOW_CLOSED = (
     f"(c.channel IN ({WINDOWED})"
@@ -126,7 +125,7 @@ _BEGIN = text(f"""
       FROM ready
      WHERE f.id = ready.id
     RETURNING -- in the order of Lease and Begun
-              f.begun_at, f.id, f.lease_token, {DUE} AS due, f.workspace_id, f.chat_id, ready.channel,
+              f.begun_at, f.id, f.lease_token, {DUE_READ} AS due, f.workspace_id, f.chat_id, ready.channel,
               ready.external_id, f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes,
               f.traceparent
 """)  # noqa: S608 - no input, only the constants above
@@ -154,7 +153,7 @@ class Obstacle:
 
 
 _OBSTACLES = text(f"""
-    SELECT f.id, f.lease_token, {DUE} AS due, c.removed_at IS NOT NULL AS chat_removed,
+    SELECT f.id, f.lease_token, {DUE_READ} AS due, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_TAKEN_OVER} AS taken_over, {_WINDOW_CLOSED} AS window_closed,
            {_TOO_LATE} AS too_late, earlier.id AS earlier
       FROM {_BATCH} CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
@@ -222,6 +221,21 @@ _RELEASE = text(f"""
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
     """Give leases back, so that the next tick may claim them; return how many still held."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
+
+
+_DEFER = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM {_BATCH} {LEASED}
+    )
+    UPDATE follow_ups f SET next_attempt_at = now() + CAST(:delay AS interval), lease_until = NULL
+      FROM held
+     WHERE f.id = held.id
+""")  # noqa: S608 - no input, only the constants above
+
+
+def defer_if_not_begun(connection: Connection, leases: Sequence[Lease], delay: timedelta) -> int:
+    """Defer leased follow-ups, using up no attempt; return how many still held."""
+    return connection.execute(_DEFER, batch_of(leases) | {"delay": delay}).rowcount
 
 
 def batch_of(leases: Sequence[Lease]) -> dict[str, object]:

@@ -7,11 +7,12 @@ refusal each, once.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.fragments import OPEN
+from followups.store.fragments import DUE_READ, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
@@ -105,25 +106,34 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 
 
 # What waits is pending: a constraint holds it. Saying so again would let the planner walk the index of
-# all that is pending instead of the few that wait. What somebody holds is left to `wake_forgotten`.
-_WAITING = """
-    SELECT f.id FROM follow_ups f
-     WHERE f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL
-       FOR NO KEY UPDATE SKIP LOCKED
-"""
+# all that is pending instead of the few that wait. What is locked is left to `wake_forgotten`.
+_WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _WAKE = text(f"""
-    WITH held AS MATERIALIZED ({_WAITING})
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED
+    )
     UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
 """)  # noqa: S608 - no input, only the constant above
 
-_WAKE_AND_LEASE = text(f"""
-    WITH held AS MATERIALIZED ({_WAITING})
-    UPDATE follow_ups f
-       SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
-      FROM held
-     WHERE f.id = held.id
-    RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due, f.losses, f.workspace_id
+_UNBLOCK_AND_LEASE = text(f"""
+    WITH waiting AS MATERIALIZED (
+        SELECT w.id, w.waits_for, f.id AS unlocked
+          FROM (SELECT f.id, f.waits_for FROM follow_ups f WHERE {_WAITING}) w
+          LEFT JOIN LATERAL (
+             SELECT f.id FROM follow_ups f WHERE f.id = w.id AND f.waits_for = w.waits_for
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f ON true
+    ), woken AS (
+        UPDATE follow_ups f
+           SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
+          FROM waiting
+         WHERE f.id = waiting.unlocked
+        RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id
+    )
+    SELECT NULL AS blocked, woken.* FROM woken
+     UNION ALL
+    SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting WHERE waiting.unlocked IS NULL
 """)  # noqa: S608 - no input, only the constant above
 
 _WAKE_FORGOTTEN = text("""
@@ -159,12 +169,24 @@ def wake(connection: Connection, ended: Collection[UUID]) -> None:
         connection.execute(_WAKE, {"ids": list(ended)})
 
 
-def wake_and_lease(connection: Connection, ended: Collection[UUID], lease: timedelta) -> list[Lease]:
-    """Wake what waited for the ended ones and lease it to the caller, who sends it at once."""
+@dataclass(frozen=True, slots=True)
+class Unblocked:
+    """What the ends of some follow-ups unblocked: leases for the caller, who sends it at once."""
+
+    leases: tuple[Lease, ...] = ()
+    locked: tuple[UUID, ...] = ()
+    """The ended ones whose next is locked by another transaction; to be unblocked shortly."""
+
+
+def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: timedelta) -> Unblocked:
+    """Unblock what waited for the ended ones and lease it to the caller."""
     if not ended:
-        return []
-    rows = connection.execute(_WAKE_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
-    return [Lease(row.id, row.lease_token, row.due, row.losses, lane_of(row.workspace_id)) for row in rows]
+        return Unblocked()
+    rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
+    return Unblocked(
+        tuple(Lease(r.id, r.lease_token, r.due, r.losses, lane_of(r.workspace_id)) for r in rows if not r.blocked),
+        tuple(row.blocked for row in rows if row.blocked),
+    )
 
 
 def wake_forgotten(connection: Connection) -> int:

@@ -90,21 +90,36 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | N
     return Standing(*row) if row else None
 
 
-_LIFTED = "FROM pauses p JOIN follow_ups f ON f.pause_id = p.id AND f.status = 'pending' WHERE p.ended_at IS NOT NULL"
-_COUNT_FORGOTTEN = text(f"SELECT count(*) {_LIFTED}")
-_FREE_FORGOTTEN = text("""
-    WITH held AS MATERIALIZED (
-        SELECT f.id FROM pauses p
+_HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
+# One step through the index for each pause that holds anything, however much. Those that do not stand were lifted, or
+# their row was deleted by hand.
+_NOT_STANDING = f"""
+    WITH RECURSIVE holding AS (
+        (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)
+         UNION ALL
+        SELECT (SELECT f.pause_id FROM follow_ups f WHERE {_HELD} AND f.pause_id > holding.id
+                 ORDER BY f.pause_id LIMIT 1)
+          FROM holding WHERE holding.id IS NOT NULL
+    ), ended AS MATERIALIZED (
+        SELECT holding.id FROM holding
+         WHERE holding.id IS NOT NULL
+           AND NOT EXISTS (SELECT FROM pauses p WHERE p.id = holding.id AND p.ended_at IS NULL)
+    )
+"""  # noqa: S608 - no input, only the constant above
+_COUNT_FORGOTTEN = text(f"""
+    {_NOT_STANDING} SELECT count(*) FROM ended JOIN follow_ups f ON f.pause_id = ended.id AND {_HELD}
+""")  # noqa: S608 - no input, only the constants above
+_FREE_FORGOTTEN = text(f"""
+    {_NOT_STANDING}, held AS MATERIALIZED (
+        SELECT f.id FROM ended
          CROSS JOIN LATERAL (
-             SELECT f.id FROM follow_ups f
-              WHERE f.pause_id = p.id AND f.pause_id IS NOT NULL AND f.status = 'pending'
+             SELECT f.id FROM follow_ups f WHERE f.pause_id = ended.id AND {_HELD}
               LIMIT :most
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
-         WHERE p.ended_at IS NOT NULL
     )
     UPDATE follow_ups f SET next_attempt_at = NULL, pause_id = NULL FROM held WHERE f.id = held.id
-""")
+""")  # noqa: S608 - no input, only the constants above
 _FORGET = text("""
     DELETE FROM pauses p
      WHERE p.ended_at IS NOT NULL AND NOT EXISTS (
@@ -113,13 +128,15 @@ _FORGET = text("""
 
 
 def count_forgotten(connection: Connection) -> int:
-    """Return how many are held by pauses that have been lifted."""
+    """Return how many are held by pauses that stand no more."""
     number: int = connection.execute(_COUNT_FORGOTTEN).scalar_one()
     return number
 
 
 def free_forgotten(connection: Connection) -> int:
-    """Let up to a thousand of each lifted pause go on; return how many. A pause that holds nothing more is deleted.
+    """Free up to a thousand of each pause that stands no more; return how many.
+
+    A lifted pause that holds nothing more is deleted.
 
     Whoever resumes calls this until there are no more; whoever was interrupted at that leaves it to the dispatcher.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.store import marks
-from followups.store.fragments import CHAT, DUE, LEASED, WINDOWED
+from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, WINDOWED
 from followups.store.leases import batch_of, int_array
 from followups.windows import WINDOW
 
@@ -116,7 +116,7 @@ class Place:
 
 _ENDS = f"""
     LEAST(CASE WHEN CAST(:max_lateness AS interval) > interval '0'
-               THEN GREATEST(f.due_date, f.scheduled_at, f.held_until) + CAST(:max_lateness AS interval) END,
+               THEN {LATENESS_FROM} + CAST(:max_lateness AS interval) END,
           CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
+from followups.halving import halve
 from followups.states import CANCEL_CODES, Status
 from followups.store import marks
 from followups.store.fragments import OPEN
@@ -193,10 +194,22 @@ _RECORD = text("""
 """)
 
 
-def record_failures(connection: Connection, failures: Sequence[Failure]) -> None:
-    """Keep what went wrong, for whoever asks later."""
+def record_failures(connection: Connection, failures: Sequence[Failure]) -> list[tuple[Failure, Exception]]:
+    """Record failed attempts, each batch under a savepoint; return those that could not be recorded."""
     if not failures:
-        return
+        return []
+
+    def record(part: Sequence[Failure]) -> None:
+        with connection.begin_nested():
+            _record(connection, part)
+
+    halved = halve(failures, record)
+    if halved.left:
+        _record(connection, halved.left)
+    return halved.refused
+
+
+def _record(connection: Connection, failures: Sequence[Failure]) -> None:
     parameters = {
         "ids": [f.follow_up_id for f in failures],
         "numbers": [f.number for f in failures],

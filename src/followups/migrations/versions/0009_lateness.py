@@ -1,0 +1,54 @@
+"""From when on lateness counts where sending hours held a follow-up, and constraints that keep unreadable times out.
+
+A constraint is left out where rows break it already: under it, whatever changes such a row would fail, the claim of all
+that is due included. ``followups doctor`` names the rows, and the statement that adds the constraint.
+"""
+
+from __future__ import annotations
+
+from alembic import op
+from sqlalchemy import text
+
+revision = "0009"
+down_revision = "0008"
+
+
+def _readable(*columns: str) -> str:
+    named = ", ".join(columns)
+    return (
+        f"LEAST({named}) >= '0002-01-01 00:00:00+00'::timestamptz"
+        f" AND GREATEST({named}) < '9999-01-01 00:00:00+00'::timestamptz"
+    )
+
+
+TIMES = (
+    "scheduled_at", "next_attempt_at", "lease_until", "begun_at", "accepted_at", "held_until", "sendable_from",
+    "limited_until",
+)  # fmt: skip
+CHECKS = {
+    "follow_ups": _readable(*TIMES),
+    "chats": _readable("last_message_at", "last_user_message_at"),
+    "sending_hours": (f"opening < '24:00:00' AND closing < '24:00:00' AND {_readable('open_from', 'open_until')}"),
+}
+
+
+def upgrade() -> None:
+    """Add the column, which has no default, so that no row is rewritten; then the constraints, each in two short steps.
+
+    A constraint reads the rows while other transactions read and write them.
+    """
+    op.execute("ALTER TABLE follow_ups ADD COLUMN IF NOT EXISTS sendable_from timestamptz")
+    with op.get_context().autocommit_block():
+        for table, check in CHECKS.items():
+            name = f"ck_{table}_times_are_readable"
+            op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")  # of a run that was broken off
+            if not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {table} WHERE NOT ({check}))")):  # noqa: S608
+                op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
+                op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
+
+
+def downgrade() -> None:
+    """Take it back."""
+    for table in CHECKS:
+        op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS ck_{table}_times_are_readable")
+    op.drop_column("follow_ups", "sendable_from")

@@ -1,0 +1,59 @@
+"""What the doctor finds in the tables themselves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from followups.cli.integrity import of_tables
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from world import World
+
+
+def test_all_well(world: World, engine: Engine) -> None:
+    """Where every constraint stands and every id is free, there is nothing to say."""
+    assert world
+    assert list(of_tables(engine)) == []
+
+
+def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
+    """A row that cannot be read is named, with what to do; when it is corrected, the advice brings the guard back."""
+    bad = world.follow_up()
+    world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
+    world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")
+    (finding,) = of_tables(engine)
+    assert (
+        finding.detail
+        == f"follow_ups has no valid constraint ck_follow_ups_times_are_readable; rows that break it: {bad}"
+    )
+    assert finding.advice.startswith("Correct these rows, which may never be sent. Then run: ALTER TABLE follow_ups ")
+    world.sql("UPDATE follow_ups SET next_attempt_at = NULL")
+    (finding,) = of_tables(engine)
+    world.sql(finding.advice.removeprefix("Run: "))
+    assert list(of_tables(engine)) == []
+
+
+def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
+    """A constraint that rows may break still is named like one that is missing."""
+    name = "ck_follow_ups_due_date_is_readable"
+    world.sql(
+        f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"
+    )
+    assert [finding.name for finding in of_tables(engine)] == ["rows"]
+
+
+def test_ids_that_are_used(world: World, engine: Engine) -> None:
+    """A sequence that is behind its table is named, and the advice sets it right."""
+    follow_up = world.follow_up()
+    record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
+    for _ in range(3):
+        world.sql(record, id=follow_up)
+    assert list(of_tables(engine)) == []
+    world.sql("ALTER SEQUENCE failed_attempts_id_seq RESTART")
+    (finding,) = of_tables(engine)
+    assert finding.name == "ids"
+    world.sql(finding.advice.partition("Run: ")[2])
+    assert list(of_tables(engine)) == []
+    world.sql(record, id=follow_up)

@@ -1,0 +1,100 @@
+"""What waits for nothing any more: a tick finds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import event, text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.dispatch import dispatcher
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.publish import leases_of
+from followups.store import pauses
+from followups.store.pauses import Scope
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.publish import Hint
+    from followups.settings import Settings
+    from world import World
+
+SECOND = timedelta(seconds=1)
+STATES = "SELECT max(last_tick_at) FROM dispatcher_state"
+
+
+def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) -> UUID:
+    """Return one that another transaction locked when a caller cancelled the earlier one of its chat."""
+    chat = world.chat()
+    first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
+    leases = claim(world.engine, settings).leases
+    begin(world.engine, settings, [lease for lease in leases if lease.id == second])
+    assert world.row(second).waits_for == first
+    with world.engine.connect() as other, Session(world.engine) as session, session.begin():
+        other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": second})
+        followups.cancel(session, first, reason="never mind")
+    return second
+
+
+def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID:
+    """Return one that is held by a pause whose row was deleted by hand."""
+    follow_up = world.follow_up()
+    with world.engine.begin() as connection:
+        pauses.pause(connection, Scope(world.workspace_id, None))
+    begin(world.engine, settings, claim(world.engine, settings).leases)
+    world.sql("DELETE FROM pauses")
+    return follow_up
+
+
+@pytest.mark.parametrize("forget", [locked_when_the_earlier_one_was_cancelled, paused_by_a_pause_that_was_deleted])
+def test_the_next_tick_finds_it(
+    world: World, engine: Engine, settings: Settings, forget: Callable[[World, Settings], UUID]
+) -> None:
+    """While looking for it costs little, one tick or two are enough, however long a lease is."""
+    patient = settings.model_copy(update={"lease": timedelta(hours=1)})
+    hints: list[Hint] = []
+    ticking = Dispatcher(patient, engine, hints.append)
+    ticking.start()
+    ticking.tick()
+    wait_until(lambda: world.scalar(STATES))
+    forgotten = forget(world, patient)
+
+    def found() -> bool:
+        ticking.tick()
+        return forgotten in {lease.id for hint in hints for lease in leases_of(*hint)}
+
+    wait_until(found)
+    ticking.stop()
+
+
+def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where looking takes long it is done seldom, and claims go on."""
+    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
+    seen: Counter[str] = Counter()
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        seen.update(["look"] if "ended AS MATERIALIZED" in statement else ["claim"] if "looked AS" in statement else [])
+
+    event.listen(engine, "before_cursor_execute", note)
+    ticking = Dispatcher(settings.model_copy(update={"lease": timedelta(hours=1)}), engine, lambda _: None)
+    ticking.start()
+
+    def claimed() -> bool:
+        ticking.tick()
+        return seen["claim"] >= 3
+
+    wait_until(claimed)
+    ticking.stop()
+    event.remove(engine, "before_cursor_execute", note)
+    assert seen["look"] == 1

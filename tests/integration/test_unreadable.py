@@ -1,0 +1,206 @@
+"""One row that cannot be read or written, set by other hands than ours: the others go on without it."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+from structlog.testing import capture_logs
+
+from followups.dispatch.begin import REFUSED_PAUSE, begin
+from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.publish import leases_of
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.transports.port import Retry, Sent
+from stack import wait_until
+from world import begun, claim_and_begin
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.claim import Claim
+    from followups.dispatch.publish import Hint
+    from followups.settings import Settings
+    from followups.store.leases import Begun
+    from followups.transports.port import Outcome
+    from world import World
+
+SECOND = timedelta(seconds=1)
+
+
+def unchecked(world: World, table: str) -> None:
+    """Take the constraint away that keeps such times out: rows may have broken it before it was there."""
+    world.sql(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
+
+
+def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
+    """Return an attempt that has just ended."""
+    now = time.monotonic()
+    return Attempt(begun_one, outcome, timedelta(milliseconds=5), now, begun_one.due_date)
+
+
+def hours_of_24(world: World) -> None:
+    """Let the workspace have hours that Python cannot read, closed at this moment."""
+    unchecked(world, "sending_hours")
+    world.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'UTC', '00:00', '24:00', 127, now() + interval '1 h', now() + interval '2 h')",
+        id=world.workspace_id,
+    )
+
+
+def endless_window(world: World) -> None:
+    """Let the user's last message of every chat come at the end of all times, where hours are closed."""
+    unchecked(world, "chats")
+    world.sql(
+        "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",
+        id=world.workspace_id,
+    )
+    world.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'UTC', '00:00', '00:00', 127, now() + interval '1 h', now() + interval '2 h')",
+        id=world.workspace_id,
+    )
+
+
+def as_many_attempts_as_there_can_be(world: World) -> None:
+    """Let the next attempt be one more than can be counted."""
+    world.sql("UPDATE follow_ups SET attempts = 2147483647 WHERE workspace_id = :id", id=world.workspace_id)
+
+
+def refused_by_a_trigger(world: World) -> None:
+    """Let a trigger of others refuse that an attempt begins."""
+    world.sql(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
+        f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
+        " RETURN NEW; END $$"
+    )
+    world.sql("CREATE TRIGGER refuse BEFORE UPDATE ON follow_ups FOR EACH ROW EXECUTE FUNCTION refuse()")
+
+
+@pytest.mark.parametrize("spoil", [hours_of_24, endless_window, as_many_attempts_as_there_can_be, refused_by_a_trigger])
+def test_one_that_cannot_begin(
+    world: World, engine: Engine, settings: Settings, spoil: Callable[[World], None]
+) -> None:
+    """The others begin; it stays pending, is logged, and is deferred for a minute."""
+    others = type(world)(engine)
+    bad, good = world.follow_up(), {others.follow_up() for _ in range(9)}
+    spoil(world)
+    with capture_logs() as logs:
+        beginning = claim_and_begin(engine, settings)
+    assert begun(beginning) == good
+    assert beginning.again == ()
+    assert [(line["step"], line["follow_up_id"]) for line in logs if line["event"] == "row_refused"] == [
+        ("begin", str(bad))
+    ]
+    row = world.row(bad)
+    assert (row.status, row.lease_until, row.begun_at) == ("pending", None, None)
+    assert timedelta(0) < row.next_attempt_at - world.scalar("SELECT now()") <= REFUSED_PAUSE
+
+
+def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
+    """What cannot be written at all comes back when its lease has ended; the others begin."""
+    bad, good = world.follow_up(), world.follow_up()
+    leases = claim(engine, settings).leases
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
+    with capture_logs() as logs:
+        assert begun(begin(engine, settings, leases)) == {good}
+    assert [line["step"] for line in logs if line["event"] == "row_refused"] == ["begin", "defer"]
+    assert world.row(bad).lease_until is not None
+
+
+@pytest.mark.parametrize("window", [100, 6])
+def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
+    """The next claims pass over it, in order or shared out; it stays pending, and is logged."""
+    others = type(world)(engine)
+    bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
+    more = {world.follow_up() for _ in range(9)} if window < 10 else set()
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
+    hints: list[Hint] = []
+    with capture_logs() as logs:
+        ticking = Dispatcher(settings.model_copy(update={"max_in_flight": window}), engine, hints.append)
+        ticking.start()
+
+        def claimed() -> bool:
+            ticking.tick()
+            return len({lease.id for hint in hints for lease in leases_of(*hint)}) >= min(window, len(good | more))
+
+        wait_until(claimed)
+        ticking.stop()
+    taken = {lease.id for hint in hints for lease in leases_of(*hint)}
+    assert taken <= good | more
+    refused = [line for line in logs if line["event"] == "row_refused"]
+    assert {(line["step"], line["follow_up_id"]) for line in refused} == {("claim", str(bad))}
+    assert world.row(bad).status == "pending"
+
+
+@pytest.mark.parametrize("take", [claim, claim_fairly])
+@pytest.mark.parametrize("moment", ["-infinity", "0044-03-15 BC", "0001-01-01"])
+def test_a_time_before_all_times(
+    world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
+) -> None:
+    """A next attempt that Python cannot hold stops no claim: it is long due, and begins."""
+    unchecked(world, "follow_ups")
+    ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
+    assert begun(begin(engine, settings, take(engine, settings).leases)) == ids
+
+
+def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Engine, settings: Settings) -> None:
+    """The earlier one of its chat is settled, and the next one goes out at once."""
+    unchecked(world, "follow_ups")
+    chat = world.chat()
+    world.follow_up(chat, -2 * SECOND)
+    second = world.follow_up(chat, -SECOND)
+    (one,) = claim_and_begin(engine, settings).begun
+    world.sql("UPDATE follow_ups SET next_attempt_at = '-infinity' WHERE id = :id", id=second)
+    settling = settle(engine, settings, [attempt(one, Sent())])
+    assert begun(begin(engine, settings, settling.woken)) == {second}
+
+
+def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None:
+    """A lost attempt that was never counted stops no claim."""
+    lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
+    claimed = claim(engine, settings)
+    assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)
+
+
+class TestRecords:
+    """Failed attempts whose ids are used already, as a logical replication leaves them."""
+
+    @pytest.fixture(autouse=True)
+    def _behind(self, world: World) -> None:
+        """Let the next ids be used."""
+        one = world.follow_up(due=timedelta(days=1))
+        for number in range(9):
+            world.sql(
+                "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, :n, 'retry', '')",
+                id=one,
+                n=number,
+            )
+        world.sql("ALTER SEQUENCE failed_attempts_id_seq RESTART")
+
+    def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
+        """The results are settled; what cannot be recorded is logged, and the next one is recorded again."""
+        ids = [world.follow_up() for _ in range(4)]
+        attempts = [attempt(one, Retry("busy")) for one in claim_and_begin(engine, settings).begun]
+        with capture_logs() as logs:
+            settled = settle(engine, settings, attempts).settled
+        assert {one.id for one in settled} == set(ids)
+        refused = {line["follow_up_id"] for line in logs if line["event"] == "row_refused"}
+        recorded = {str(one) for one in ids if world.failures(one)}
+        assert refused | recorded == {str(one) for one in ids}
+        assert refused
+
+    def test_a_claim(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What was lost is claimed again."""
+        lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"))
+        with capture_logs() as logs:
+            assert [lease.id for lease in claim(engine, settings).leases] == [lost]
+        assert [line["step"] for line in logs if line["event"] == "row_refused"] == ["record"]

@@ -1,0 +1,75 @@
+"""A batch of which one may be refused."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy.exc import DataError, OperationalError, ProgrammingError
+
+from followups.halving import halve
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+BAD = DataError("", None, ValueError("bad"))
+AWAY = OperationalError("", None, ValueError("away"))
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200))
+def test_the_others_go_on(bad: list[bool]) -> None:
+    """Each one that is good is done once, in its order; each that is bad stands alone; no step is done for nothing."""
+    steps = 0
+
+    def work(part: Sequence[int]) -> list[int]:
+        nonlocal steps
+        steps += 1
+        if any(bad[one] for one in part):
+            raise BAD
+        return list(part)
+
+    halved = halve(range(len(bad)), work)
+    assert [one for part in halved.done for one in part] == [one for one, is_bad in enumerate(bad) if not is_bad]
+    assert [one for one, _ in halved.refused] == [one for one, is_bad in enumerate(bad) if is_bad]
+    assert halved.left == []
+    assert steps <= 1 + sum(bad) * 2 * len(bad).bit_length()
+
+
+@pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, ValueError("no such column"))])
+def test_what_is_no_rows_fault(error: Exception) -> None:
+    """When the database is away, or the statement is wrong, nothing is halved: the error is the caller's."""
+    steps = 0
+
+    def work(_: Sequence[int]) -> None:
+        nonlocal steps
+        steps += 1
+        raise error
+
+    with pytest.raises(type(error)):
+        halve(range(9), work)
+    assert steps == 1
+
+
+def test_away_in_the_middle() -> None:
+    """What was done before the database went away is told, with what is left."""
+
+    def work(part: Sequence[int]) -> list[int]:
+        if 3 in part:
+            raise BAD if len(part) > 1 else AWAY
+        return list(part)
+
+    halved = halve(range(8), work)
+    assert (halved.done, halved.left, halved.refused) == ([[0, 1], [2]], [3, 4, 5, 6, 7], [])
+
+
+def test_a_fault_of_our_own() -> None:
+    """Where a row's content fails our own code, that row stands alone as well."""
+
+    def work(part: Sequence[int]) -> float:
+        return sum(1 / one for one in part)
+
+    halved = halve([1, 2, 0, 4], work)
+    assert [one for one, _ in halved.refused] == [0]
+    assert sum(halved.done) == 1 + 1 / 2 + 1 / 4

@@ -1,0 +1,126 @@
+"""From when on lateness counts: the first moment at which the sending hours let a follow-up be sent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import UTC, datetime, time, timedelta
+from uuid import uuid4
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.dispatch.hold import UNREADABLE, closed_until, decide, sendable_from
+from followups.quiet_hours import SendingHours, opens_at, span_of
+from followups.store.holds import Finding, Hold, Hours
+from followups.store.leases import Lease, Obstacle
+
+MINUTE = timedelta(minutes=1)
+HOUR = timedelta(hours=1)
+CLOCKS = st.times().map(lambda each: each.replace(second=0, microsecond=0))
+HOURS = st.builds(
+    SendingHours,
+    st.sampled_from(["UTC", "Europe/Berlin", "Australia/Lord_Howe"]),
+    CLOCKS,
+    CLOCKS,
+    st.frozensets(st.integers(0, 6), min_size=1),
+)
+MOMENTS = st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - its zone is UTC
+GAPS = st.lists(st.timedeltas(MINUTE, timedelta(days=3)), min_size=1, max_size=8)
+NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
+MORNING = SendingHours("UTC", time(8), time(11))
+
+
+def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Finding:
+    """Return what is found of a follow-up that is looked at now, with the time of sending that the database knows."""
+    span = span_of(hours, now) if hours else None
+    standing = Hours(uuid4(), hours, *span) if hours and span else None
+    return Finding(uuid4(), now, now, wanted, wanted, known, None, None, standing)
+
+
+def blocked(finding: Finding, max_lateness: timedelta) -> Obstacle:
+    """Return what begin says of it: too late or not, by what is recorded."""
+    late = finding.now >= (finding.sendable_from or finding.wanted_from) + max_lateness
+    return Obstacle(
+        Lease(finding.id, 1, finding.now),
+        chat_removed=False,
+        silence_broken=False,
+        window_closed=False,
+        too_late=late,
+        earlier=None,
+    )
+
+
+@given(HOURS, MOMENTS, GAPS)
+def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
+    """Whenever it is looked at, and however often, lateness counts from the first opening at or after the due date."""
+    now, known = wanted, None
+    for gap in gaps:
+        known = sendable_from(found(hours, wanted, now, known))
+        assert known == opens_at(hours, wanted)
+        now += gap
+
+
+@given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
+def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
+    """Under hours that change it is never before the due date, and what has come to pass stays."""
+    now, known = wanted, None
+    for hours, gap in changes:
+        finding = found(hours, wanted, now, known)
+        after = sendable_from(finding)
+        assert after is not None
+        assert after >= wanted
+        if known is not None and known <= now:
+            assert after == known
+        elif known is not None:
+            assert after == (closed_until(finding) or now)
+        now, known = now + gap, after
+
+
+@given(HOURS, MOMENTS, st.timedeltas(HOUR, timedelta(days=4)), GAPS)
+def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
+    """It is too late exactly from the allowed lateness after that moment on: never sooner, and not held again then."""
+    now, known = wanted, None
+    for gap in gaps:
+        finding = found(hours, wanted, now, known)
+        decided = decide(blocked(finding, most), finding, most)
+        if now >= opens_at(hours, wanted) + most:
+            assert decided is None
+            assert blocked(finding, most).too_late
+        elif isinstance(decided, Hold):
+            known = decided.sendable_from
+        else:
+            assert not blocked(finding, most).too_late
+        now += gap
+
+
+@given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
+def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
+    """A machine whose time zones say otherwise does not look again and again: it waits until that time begins."""
+    hours = SendingHours("UTC", time(0), time(0))
+    opening = now + off
+    standing = Hours(uuid4(), hours, opening, opening + 5 * HOUR)
+    finding = replace(found(None, now, now), hours=standing)
+    assert closed_until(finding) == (opening if off > timedelta(0) else None)
+
+
+@pytest.mark.parametrize("known", [None, NOON - HOUR])
+def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
+    """A machine that cannot read the hours leaves what is recorded, and looks again after a minute."""
+    hours = Hours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
+    finding = replace(found(None, NOON, NOON, known), hours=hours)
+    assert sendable_from(finding) == known
+    assert closed_until(finding) == NOON + UNREADABLE
+
+
+def test_sending_hours_go_before_a_pause() -> None:
+    """What is paused, and outside the sending hours as well, is held until these open; then the pause holds it."""
+    pause = uuid4()
+    outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
+    held = decide(blocked(outside, HOUR), outside, HOUR)
+    assert isinstance(held, Hold)
+    assert (held.pause_id, held.until) == (None, NOON + 20 * HOUR)
+    opened = replace(found(MORNING, NOON, held.until, held.sendable_from), pause_id=pause)
+    held = decide(blocked(opened, HOUR), opened, HOUR)
+    assert isinstance(held, Hold)
+    assert (held.pause_id, held.sendable_from) == (pause, opened.now)
