@@ -44,7 +44,7 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that what was freed may take until a worker has it; only then more is freed."""
 BACKOFF = 1.0
-"""Seconds for which a database is left alone that does not answer."""
+"""Seconds for which a database that does not answer is left alone; no pause is longer."""
 
 
 class Returns:
@@ -93,7 +93,7 @@ class Deferral:
         """Lanes that are held no more, and of which not everything has been freed yet."""
 
     async def balance(self) -> float | None:
-        """Defer a portion of what the line has too much of, and free what it has room for.
+        """Defer a portion of what the line has too much of, and free what it has room for, or is held no more.
 
         Return after how many seconds to call this again, or None if there is nothing more to do for now.
         """
@@ -110,13 +110,14 @@ class Deferral:
             if self._has_room(held):
                 self._free_again_at = time.monotonic() + COMING
                 await self._free(held, self._most)
-            while self._released and await self._free(self._released, rate_limits.BATCH):
-                pass
-            self._released = frozenset()
+            if self._released and not await self._free(self._released, rate_limits.BATCH):
+                self._released = frozenset()
         except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
             report.failed("defer", error, self._engine.sync_engine)
             return BACKOFF
-        return (time.monotonic() - started) / BUSY if self._excess else None
+        if not self._excess and not self._released:
+            return None
+        return min((time.monotonic() - started) / BUSY, BACKOFF)
 
     def clear(self) -> list[Lease]:
         """Return the leases that were to be deferred, and forget them."""
