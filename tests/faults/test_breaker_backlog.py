@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id = :own"
 
+SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_until > now()) AND workspace_id = :own"
+"""As much as may be in flight has been claimed, or was and has been deferred."""
+
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
     """Let all chats of one workspace fail; measure another's burst, and how long the backlog takes afterwards."""
@@ -36,6 +39,8 @@ def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
         rig.behave(chat_id, kind="accept")
     rig.release(held)
     wait_until(lambda: rig.events("breaker"), within=60)
+    window = int(rig.options.get("FOLLOWUPS_MAX_IN_FLIGHT", 5000))
+    wait_until(lambda: rows_of(rig, SEEN, own=rig.world.workspace_id)[0][0] >= window * 0.9, within=60)
     rig.release(quiet)
     wait_until(lambda: rows_of(rig, PENDING, own=theirs.workspace_id) == [(0,)], within=60, every=0.05)
     failed = sum(one["outcome"] == "failed" for one in rig.received())

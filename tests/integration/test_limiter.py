@@ -13,11 +13,13 @@ from redis.asyncio import Redis
 
 from followups.dispatch.limits import LONGEST, Answer, Bucket, Request
 from followups.settings import Settings, load_settings
+from followups.shared import limiter as shared
 from followups.shared.limiter import RedisLimiter
 from followups.telemetry import metrics
+from server_clock import ServerClock
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterator
 
 PATIENCE = timedelta(seconds=10)
 """How long Valkey may take on a machine that is busy with other tests."""
@@ -226,6 +228,54 @@ async def test_many_cancelled_hold_up_nobody_for_long(place: Place) -> None:
     for one in await place.redis.zrange(f"{key}:back", 0, -1):
         await place.redis.zincrby(f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one)
     assert await place.ask(request(99, limit)) == [GO]
+
+
+@pytest.fixture
+def clock(place_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
+    """Return the clock of Valkey."""
+    clock = ServerClock(place_settings.broker_url.get_secret_value(), monkeypatch, shared)
+    yield clock
+    clock.close()
+
+
+STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timedelta(days=1)]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
+    """When the clock of Redis is set, back or forward, tokens go on coming in at their rate, up to a burst."""
+    limiter = RedisLimiter(place_settings, PATIENCE)
+    limit = bucket(rate=1, burst=2)
+    waiting = [request(since, limit) for since in range(9)]
+    assert (await limiter.ask(waiting[:2], ())).waits == (GO, GO)
+    clock.go_on(step.total_seconds())
+    gone = []
+    for _ in range(4):
+        answer = await limiter.ask(waiting[2 + sum(gone) :], ())
+        gone.append(answer.waits.count(GO))
+        clock.go_on(1)
+    await limiter.close()
+    assert 3 <= sum(gone) <= 5  # three came in, and after a step forward the bucket was full
+    assert max(gone) <= limit.burst
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+async def test_who_does_not_come_back_when_the_clock_is_set(
+    clock: ServerClock, place_settings: Settings, step: timedelta
+) -> None:
+    """Who waited when the clock was set, and was cancelled, holds up the next no longer than the longest wait."""
+    limiter = RedisLimiter(place_settings, PATIENCE)
+    limit = bucket(rate=10, burst=1)
+    lost, second = request(1, limit), request(2, limit)
+    assert (await limiter.ask([request(0, limit)], ())).waits == (GO,)
+    await limiter.ask([lost, second], ())
+    clock.go_on(step.total_seconds())
+    waited = timedelta(0)
+    while (wait := (await limiter.ask([second], ())).waits[0]) and waited < LONGEST:
+        waited += max(wait, timedelta(seconds=0.1))
+        clock.go_on(max(wait.total_seconds(), 0.1))
+    await limiter.close()
+    assert waited < LONGEST
 
 
 async def test_flushed(place: Place) -> None:

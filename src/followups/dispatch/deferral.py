@@ -34,15 +34,17 @@ if TYPE_CHECKING:
 
 SHARE = 32
 """One worker asks for a 32nd of the window at once, or for as many as it has slots. It keeps at most twice as many."""
-DEFER_SIZE = 1000
+DEFER_SIZE = 500
 """Rows of one statement at most."""
+BUSY = 0.5
+"""The pause between two portions is twice what the last one took: others' begins must not wait for the database."""
 SOONEST = LONGEST / 2
 SPREAD = 10_000
 """How many one worker defers at once until two thirds of the other half are filled."""
 COMING = 0.25
 """Seconds that what was freed may take until a worker has it; only then more is freed."""
-BACKOFF = timedelta(seconds=1)
-"""How long to leave a database alone that does not answer."""
+BACKOFF = 1.0
+"""Seconds for which a database that does not answer is left alone; no pause is longer."""
 
 
 class Returns:
@@ -84,45 +86,57 @@ class Deferral:
         self._most = max(1, min(settings.concurrency, settings.max_in_flight // SHARE))
         self._returns = Returns()
         self._free_again_at = -inf
+        self._excess: list[Hinted] = []
+        """Taken out of the line, and not deferred yet."""
         self._held: frozenset[int] = frozenset()
         self._released: frozenset[int] = frozenset()
         """Lanes that are held no more, and of which not everything has been freed yet."""
 
-    async def balance(self) -> timedelta | None:
-        """Defer what the line has too much of, and free what it has room for.
+    async def balance(self) -> float | None:
+        """Defer a portion of what the line has too much of, and free what it has room for, or is held no more.
 
-        Return how long to wait after an error, or None if there was none. The next call does what could not be done.
+        Return after how many seconds to call this again, or None if there is nothing more to do for now.
         """
         held = self._breaker.left_alone
         self._released = (self._released | self._held) - held
         self._held = held
-        excess = self._line.shed(held, self._most * 2)
+        for one in self._excess:
+            if one.lease.lane not in held:
+                self._line.put_off(one, timedelta(0))
+        self._excess = [one for one in self._excess if one.lease.lane in held] + self._line.shed(held, self._most * 2)
+        started = time.monotonic()
         try:
-            while excess:
-                await self._defer(excess[:DEFER_SIZE])
-                del excess[:DEFER_SIZE]
+            await self._defer()
             if self._has_room(held):
                 self._free_again_at = time.monotonic() + COMING
                 await self._free(held, self._most)
-            while self._released and await self._free(self._released, rate_limits.BATCH):
-                pass
-            self._released = frozenset()
+            if self._released and not await self._free(self._released, rate_limits.BATCH):
+                self._released = frozenset()
         except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
             report.failed("defer", error, self._engine.sync_engine)
-            for hinted in excess:
-                self._line.put_off(hinted, BACKOFF)
             return BACKOFF
-        return None
+        if not self._excess and not self._released:
+            return None
+        return min((time.monotonic() - started) / BUSY, BACKOFF)
+
+    def clear(self) -> list[Lease]:
+        """Return the leases that were to be deferred, and forget them."""
+        leases = [one.lease for one in self._excess]
+        self._excess.clear()
+        return leases
 
     def _has_room(self, held: frozenset[int]) -> bool:
         few = self._most // 2 if self._breaker.recovers else 0
         return bool(held) and self._line.count(held) <= few and time.monotonic() >= self._free_again_at
 
-    async def _defer(self, excess: Sequence[Hinted]) -> None:
-        now = time.monotonic()
-        waits = [(one.lease, timedelta(seconds=self._returns.next(now))) for one in excess]
+    async def _defer(self) -> None:
+        now, portion = time.monotonic(), self._excess[:DEFER_SIZE]
+        if not portion:
+            return
+        waits = [(one.lease, timedelta(seconds=self._returns.next(now))) for one in portion]
         deferred = await in_loop(self._engine, _defer, waits)
-        for one in excess:
+        del self._excess[: len(portion)]
+        for one in portion:
             if one.lease.id not in deferred:  # its row is locked, or the lease is another's by now
                 self._line.put_off(one, AGAIN)
 

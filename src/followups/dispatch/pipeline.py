@@ -197,12 +197,11 @@ class Pipeline:
     async def _keep_deferring(self) -> None:
         while not self._draining:
             self._deferrable.clear()
-            if backoff := await self._deferral.balance():
-                await asyncio.sleep(backoff.total_seconds())
-            await self._deferrable.wait()
+            pause = await self._deferral.balance()
+            await (self._deferrable.wait() if pause is None else asyncio.sleep(pause))
 
     async def _give_back(self) -> None:
-        given = self._line.clear()
+        given = self._line.clear() + self._deferral.clear()
         if given:
             await self._insist(lambda engine: _release(engine, given), "release")
 

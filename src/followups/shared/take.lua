@@ -19,6 +19,10 @@ local limits = cjson.decode(ARGV[1])
 local longest = tonumber(ARGV[4])
 local buckets = {}
 
+local function whole(number)
+  return type(number) == 'number' and string.format('%.0f', number) or number
+end
+
 local function forget(bucket, ids)
   bucket.waiting = bucket.waiting - redis.call('ZREM', bucket.line, unpack(ids))
   redis.call('ZREM', bucket.back, unpack(ids))
@@ -28,19 +32,24 @@ local function open(number)
   local bucket = buckets[number]
   if bucket then return bucket end
   local key = KEYS[number]
-  bucket = {key = key, line = key .. ':line', back = key .. ':back', taken = 0, expected = 0}
+  bucket = {key = key, line = key .. ':line', back = key .. ':back', taken = 0, expected = 0, set_back = false}
   bucket.rate, bucket.burst = limits[number][1], limits[number][2]
   local state = redis.call('HMGET', key, 'tokens', 'at')
   local tokens, at = tonumber(state[1]), tonumber(state[2])
   if tokens then
+    -- This server's clock was set back since: the bucket fills from now on, not only when that time comes again.
+    bucket.set_back = at > now
     bucket.tokens = math.min(bucket.burst, tokens + math.max(0, now - at) / 1000000 * bucket.rate)
   else
     bucket.tokens = bucket.burst
   end
   bucket.waiting = redis.call('ZCARD', bucket.line)
   if bucket.waiting > 0 then
-    local lost = redis.call('ZRANGEBYSCORE', bucket.back, '-inf', now - SPARE, 'LIMIT', 0, MOST_FORGOTTEN)
-    if #lost > 0 then forget(bucket, lost) end
+    -- No wait is as long as those of the second span: they are of before the clock was set back.
+    for _, span in ipairs({{'-inf', now - SPARE}, {now + longest + SPARE, '+inf'}}) do
+      local lost = redis.call('ZRANGEBYSCORE', bucket.back, whole(span[1]), whole(span[2]), 'LIMIT', 0, MOST_FORGOTTEN)
+      if #lost > 0 then forget(bucket, lost) end
+    end
   end
   buckets[number] = bucket
   return bucket
@@ -111,7 +120,7 @@ local function outlast(key, milliseconds)
 end
 
 for _, bucket in pairs(buckets) do
-  if bucket.taken > 0 then
+  if bucket.taken > 0 or bucket.set_back then
     redis.call('HSET', bucket.key, 'tokens', string.format('%.17g', bucket.tokens), 'at', string.format('%.0f', now))
     -- By then it is full, which is what no bucket at all means.
     redis.call('PEXPIRE', bucket.key, string.format('%.0f', math.ceil(bucket.burst / bucket.rate * 1000) + 1000))
