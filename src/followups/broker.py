@@ -40,7 +40,11 @@ LONGEST_PAUSE = 3.0
 """Seconds between two tries at the broker, at most. Celery's own pauses grow to thirty."""
 
 FIRST_PAUSE = 0.25
-"""Seconds until the next connection after one that was refused its first read; each pause is twice the one before."""
+"""Seconds until the next connection after one that did not last; each pause is twice the one before."""
+
+LASTS = 5.0
+"""Seconds after which a connection whose reads are answered counts as good. One of them may be answered and another
+refused: an ACL may allow the queues and forbid the subscriptions."""
 
 
 class Loader(AppLoader):
@@ -100,15 +104,17 @@ class Consumer:
         """In which it runs; None in a process that consumes nothing."""
         self.answered_at = 0.0
         self.connecting_at = 0.0
+        self.connected_at = 0.0
         self.refused = 0
-        """Connections in a row that were made and brought no answer to a read."""
+        """Connections in a row that were made and did not last."""
         self.queues: frozenset[str] = frozenset()
         """Those that it asked for."""
 
     def answered(self, queues: Iterable[str]) -> None:
         """Note that the broker has answered."""
         self.answered_at = time.monotonic()
-        self.refused = 0
+        if self.answered_at - self.connected_at > LASTS:
+            self.refused = 0
         self.queues = frozenset(queues)
 
     def connects(self) -> None:
@@ -116,12 +122,13 @@ class Consumer:
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
-        """Note that it has a connection, which counts as refused until a read is answered."""
+        """Note that it has a connection, which counts as refused until a read is answered some seconds later."""
+        self.connected_at = time.monotonic()
         self.refused += 1
 
     def pause(self) -> float:
         """Return for how many seconds to wait before the next connection."""
-        return min(FIRST_PAUSE * 2**self.refused, LONGEST_PAUSE) if self.refused else 0.0
+        return min(FIRST_PAUSE * 2 ** min(self.refused - 1, 10), LONGEST_PAUSE) if self.refused else 0.0
 
 
 CONSUMER = Consumer()

@@ -37,7 +37,7 @@ STARTING = timedelta(seconds=90)
 """Until a worker consumes: it loads, and makes its connections."""
 
 CONNECTING = timedelta(seconds=45)
-"""Between two tries at the broker: Celery pauses for 30 s at most, and a try takes up to ten."""
+"""Between two tries at the broker: a pause takes 3 s at most, and a try up to ten; the rest is for a busy machine."""
 
 CONSUMING = timedelta(seconds=5)
 """Between two answers, beyond what half-open connections take to be noticed; a healthy broker answers in one."""
