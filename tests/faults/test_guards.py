@@ -16,6 +16,7 @@ from faults import guards
 from faults.guards import PromiseBroken, Scene, without
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.send import send
+from followups.store.fragments import NEXT_TOKEN
 from followups.store.leases import Begun
 from followups.transports.port import Sent
 
@@ -97,13 +98,23 @@ CATALOGUE = {
     "lease at claim": Guard(
         CLAIM, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.leased_is_claimed
     ),
-    "token at claim": Guard(CLAIM, {"f.lease_token + 1": "f.lease_token"}, guards.token_stays),
+    "token at claim": Guard(CLAIM, {NEXT_TOKEN: "f.lease_token"}, guards.token_stays),
+    "clock in a token": Guard(CLAIM, {NEXT_TOKEN: "f.lease_token + 1"}, guards.token_repeats),
+    "grace at claim": Guard(
+        CLAIM, {"AND (f.begun_at IS NULL OR NOT CAST(%(in_grace)s AS boolean))": ""}, guards.taken_from_its_worker
+    ),
+    "grace at a fair claim": Guard(
+        FAIRLY,
+        {"AND (f.begun_at IS NULL OR NOT CAST(%(in_grace)s AS boolean))": ""},
+        guards.fairly(guards.taken_from_its_worker),
+    ),
+    "lock of the tick": Guard("dispatcher_state", {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.claimed_beside_another),
     "pending at claim": Guard(CLAIM, {"f.status = 'pending'": "true"}, guards.ended_is_claimed),
     "lock at claim": Guard(CLAIM, NO_LOCK, guards.claimed_at_once),
     "lease at a fair claim": Guard(
         FAIRLY, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.fairly(guards.leased_is_claimed)
     ),
-    "token at a fair claim": Guard(FAIRLY, {"f.lease_token + 1": "f.lease_token"}, guards.fairly(guards.token_stays)),
+    "token at a fair claim": Guard(FAIRLY, {NEXT_TOKEN: "f.lease_token"}, guards.fairly(guards.token_stays)),
     "pending at a fair claim": Guard(FAIRLY, {"f.status = 'pending'": "true"}, guards.fairly(guards.ended_is_claimed)),
     "lock at a fair claim": Guard(FAIRLY, NO_LOCK, guards.fairly(guards.claimed_at_once)),
     "window at a fair claim": Guard(

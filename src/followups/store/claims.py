@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
-from followups.store.fragments import DUE
+from followups.store.fragments import DUE, NEXT_TOKEN
 from followups.store.leases import Lease, lane_of
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Look:
     window: int
     most: int
     since: datetime | None = None
+    in_grace: bool = False
+    """Ended leases with an attempt in flight are left to their workers (`followups.store.ticks`)."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -72,7 +74,7 @@ FEW = 6
 """How many a fair claim looks at in each workspace, however many workspaces there are."""
 
 _PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
-_FREE = "f.lease_until IS NULL OR f.lease_until <= now()"
+_FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL OR NOT CAST(:in_grace AS boolean))"
 _HORIZON = "now() + CAST(:ahead AS interval)"
 _SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
 
@@ -93,7 +95,7 @@ _TAKE = f"""
          LIMIT LEAST(:most, GREATEST(0, :window - (SELECT leased FROM looked)))
     ), claimed AS (
         UPDATE follow_ups f
-           SET lease_token = f.lease_token + 1,
+           SET lease_token = {NEXT_TOKEN},
                lease_until = GREATEST(now(), {DUE}) + CAST(:lease AS interval),
                begun_at = NULL,
                attempts = f.attempts - taken.lost::int,

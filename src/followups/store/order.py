@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.fragments import OPEN
+from followups.store.fragments import NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ _WAKE = text(f"""
 _WAKE_AND_LEASE = text(f"""
     WITH held AS MATERIALIZED ({_WAITING})
     UPDATE follow_ups f
-       SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
+       SET waits_for = NULL, lease_token = {NEXT_TOKEN}, lease_until = now() + CAST(:lease AS interval)
       FROM held
      WHERE f.id = held.id
     RETURNING f.id, f.lease_token, COALESCE(f.next_attempt_at, f.due_date) AS due, f.losses, f.workspace_id
