@@ -7,7 +7,6 @@ a rewritten statement cannot make the removal a silent nothing.
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -27,6 +26,7 @@ from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
 from followups.store import chats, claims, follow_ups, idempotency, leases, order, rate_limits, sending_hours, ticks
 from followups.transports.port import Rejected, Retry, Sent
+from followups.uptime import uptime
 from stack import wait_until
 from world import World
 
@@ -83,7 +83,7 @@ class Scene:
 
     def settle(self, begun: Begun, outcome: Outcome) -> None:
         """Settle an attempt."""
-        attempt = Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))
+        attempt = Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))
         settle(self.engine, self.settings, [attempt])
 
     def cancel(self, follow_up_id: UUID) -> None:

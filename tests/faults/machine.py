@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -22,6 +21,7 @@ from followups.scheduling import amend
 from followups.states import code_of
 from followups.store import chats
 from followups.store.leases import Lease
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -136,7 +136,7 @@ class Driven:
 
     def _settle(self, job: Job) -> None:
         begun = self.begun[job.row, job.token]
-        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), time.monotonic(), datetime.now(UTC))
+        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), uptime(), datetime.now(UTC))
         settle(self.world.engine, self.settings, [attempt])
         if self.model.rows[job.row].pending and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

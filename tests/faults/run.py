@@ -56,6 +56,7 @@ FAULTS = {
     19: "A workspace with 100 times the load",
     20: "Load for long",
     21: "All of these at once, drawn by lot",
+    23: "Database and broker away together, longer than a lease, calls in flight",
 }
 
 

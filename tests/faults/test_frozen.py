@@ -82,3 +82,21 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(held) + len(others) + 5}
     figures.keep(2, verdict, frozen_at="inside a transaction", all_sent_after_s=round(took, 2))
+
+
+def test_suspended(rig: Rig, figures: Figures) -> None:
+    """A machine that slept past a lease makes no call when it wakes, though its monotonic clock stood still."""
+    asleep, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)
+    rig.failpoints.arm("send.before", "suspend")
+    rig.bulk(20)
+    wait_until(lambda: rig.failpoints.taken("send.before"))
+    other.signal(signal.SIGCONT)
+    rig.settle_down(within=60)
+    before = len(rig.received())
+    asleep.signal(signal.SIGCONT)
+    wait_until(lambda: rig.log_events("attempt_abandoned", asleep.command.name), within=30)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": 20}
+    figures.keep(2, verdict, frozen_at="suspended", calls_made_after_waking=len(rig.received()) - before)
+    assert len(rig.received()) == before

@@ -17,6 +17,7 @@ from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.store import ticks
 from followups.transports.port import Retry, Sent
+from followups.uptime import uptime
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def in_flight(engine: Engine, settings: Settings) -> Begun:
 
 def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
     """Return the attempt as it would come back from the transport."""
-    return Attempt(begun, outcome, timedelta(milliseconds=1), time.monotonic(), datetime.now(UTC))
+    return Attempt(begun, outcome, timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 
 def claimed(engine: Engine, settings: Settings) -> list[UUID]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -17,6 +16,7 @@ from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.store import chats
 from followups.transports.port import Rejected, Retry, Sent, Unknown
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -33,7 +33,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
     past = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id AND next_attempt_at IS NOT NULL"
     world.sql(past, id=follow_up_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
-    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
+    settle(world.engine, settings, [Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))])
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -33,6 +32,7 @@ from followups.dispatch.settle import settle
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -201,7 +201,7 @@ class Pipeline:
                 await self._until_something_is_ready()
                 continue
             self._free -= len(batch)
-            started = time.monotonic()
+            started = uptime()
             leases = [hinted.lease for hinted in batch]
             try:
                 beginning = await self._turnstile.begin(leases)
@@ -330,7 +330,7 @@ class Pipeline:
         if len(batch) > 1:
             for attempt in batch:
                 await self._settle([attempt])
-        elif time.monotonic() - batch[0].answered < self._settings.lease.total_seconds():
+        elif uptime() - batch[0].answered < self._settings.lease.total_seconds():
             self._settle_later(batch, SETTLE_BACKOFF)
         else:
             self._line.let_go([batch[0].begun.lease.id])
