@@ -18,7 +18,7 @@ from followups.cli.connection import broker_client, place_of
 from followups.cli.failures import named, reason_of
 from followups.cli.times import span
 from followups.errors import FollowUpsError
-from followups.settings import HINT_LIFETIME, LEASE_MARGIN, hide_password
+from followups.settings import LEASE_MARGIN, hide_password
 from followups.store import ticks
 from followups.transports.registry import load_transport
 
@@ -58,7 +58,7 @@ def timeouts(settings: Settings) -> Finding:
     """Show the sum that keeps a worker that still waits for an answer from losing its lease."""
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
-        f" <= lease {span(settings.lease)} < hint lifetime {span(HINT_LIFETIME)}"
+        f" <= lease {span(settings.lease)}"
     )
     return Finding("timeouts", detail)  # the settings refuse every other
 

@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import uvloop
@@ -73,6 +73,8 @@ SETTLE_BACKOFF = timedelta(seconds=1)
 """The same for results, which must be recorded before a tick takes their leases for lost."""
 CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
+CLOCK_OFF = 60.0
+"""Seconds by which this host's clock may differ from the database's without a warning."""
 
 log = get_logger(__name__)
 
@@ -350,7 +352,12 @@ class Pipeline:
     # The database, from the loop.
 
     async def _keep_time(self) -> None:
+        told = False
         while True:
+            ahead = (datetime.now(UTC) - self._clock.now()).total_seconds()
+            if abs(ahead) > CLOCK_OFF and not told:
+                report.clock_off(ahead)
+            told = abs(ahead) > CLOCK_OFF
             await asyncio.sleep(CLOCK_INTERVAL)
             await self._insist(self._clock.ask, "clock")
             await self._insist(self._turnstile.read, "limits")

@@ -129,6 +129,11 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         log.error("step_failed", step=step, exc_info=error)
 
 
+def clock_off(ahead: float) -> None:
+    """Report that this host's clock is far from the database's: nothing goes by it but the times in logs."""
+    log.warning("clock_off", ahead_s=round(ahead, 1))
+
+
 def broker_unreachable(step: str, error: Exception) -> None:
     """Tell that the broker is away; nothing is lost, it is late."""
     log.warning("broker_unreachable", step=step, error=type(error).__name__)

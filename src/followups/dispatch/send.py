@@ -69,7 +69,7 @@ async def send(
     if started > latest:
         return None
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
-        outcome = await _call(transport, _delivery(begun), limit + GRACE)
+        outcome = await _call(transport, _delivery(begun, clock.now()), limit + GRACE)
         answered = uptime()
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
@@ -165,7 +165,7 @@ def _described(begun: Begun, transport: str) -> dict[str, str | int]:
     }
 
 
-def _delivery(begun: Begun) -> Delivery:
+def _delivery(begun: Begun, made_at: datetime) -> Delivery:
     return Delivery(
         follow_up_id=begun.lease.id,
         workspace_id=begun.workspace_id,
@@ -176,4 +176,5 @@ def _delivery(begun: Begun) -> Delivery:
         message=begun.message,
         due_date=begun.due_date,
         attempt=begun.attempt,
+        made_at=made_at,
     )
