@@ -84,6 +84,23 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
     figures.keep(2, verdict, frozen_at="inside a transaction", all_sent_after_s=round(took, 2))
 
 
+def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
+    """Frozen within its claim, a dispatcher keeps the others from claiming for seconds; PostgreSQL ends its session."""
+    frozen, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)
+    rig.failpoints.arm("claim.before_commit", "stop")
+    wait_until(lambda: rig.failpoints.taken("claim.before_commit"))
+    other.signal(signal.SIGCONT)
+    rig.bulk(50)
+    took = rig.settle_down(within=60)
+    frozen.signal(signal.SIGCONT)
+    rig.bulk(5)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": 55}
+    figures.keep(2, verdict, frozen_at="inside a claim", all_sent_after_s=round(took, 2))
+
+
 def test_suspended(rig: Rig, figures: Figures) -> None:
     """A machine that slept past a lease makes no call when it wakes, though its monotonic clock stood still."""
     asleep, other = rig.start(workers=2, harmed=True)
