@@ -116,6 +116,20 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
         assert world.scalar("SELECT last_tick_at <= now() FROM dispatcher_state")
 
+    @pytest.mark.parametrize(("gap", "over"), [(timedelta(seconds=2), True), (MINUTE, False)])
+    def test_gap_within_a_grace(
+        self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
+    ) -> None:
+        """Ticks that are late again and again keep nothing from being taken over; another outage gives a new grace."""
+        follow_up = world.follow_up()
+        in_flight(engine, settings)
+        world.expire(follow_up)
+        world.sql(
+            "UPDATE dispatcher_state SET last_tick_at = now() - :gap, grace_until = now() - :gap + interval '1 s'",
+            gap=gap,
+        )
+        assert claimed(engine, settings) == [follow_up] * over
+
     def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
         """Where ticks are rarer than leases are long, the dispatcher comes back by itself when the grace is over."""
         rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
