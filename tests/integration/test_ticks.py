@@ -58,7 +58,7 @@ def claimed(engine: Engine, settings: Settings) -> list[UUID]:
 
 
 class TestGap:
-    """After a gap between the ticks of all dispatchers, whoever knows an outcome records it first."""
+    """After a gap between the ticks of all dispatchers, a worker that knows an outcome records it first."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
