@@ -1,8 +1,9 @@
-"""Beat's scheduler: Celery's own, in memory, which shows that it goes on."""
+"""Beat's scheduler: Celery's own, in memory, which shows that it goes on, and does so when a clock is set back."""
 
 from __future__ import annotations
 
 import socket
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +12,7 @@ from celery.beat import Scheduler as CelerysScheduler
 from followups import liveness
 from followups.settings import get_settings
 from followups.telemetry.logs import get_logger
+from followups.uptime import uptime
 
 SENDING = timedelta(seconds=60)
 """For one tick: a publish to a broker that is silent altogether is given up after half of it."""
@@ -18,18 +20,35 @@ SENDING = timedelta(seconds=60)
 LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may come back from its sleep."""
 
+SET_BACK = 1.0
+"""Seconds by which the host's clock is set back at least where that counts; less is a step of what keeps it right."""
+
 log = get_logger(__name__)
 
 
 class Scheduler(CelerysScheduler):
     """Signs before it sends a tick, and when it goes to sleep."""
 
+    _booted_at: float | None = None
+    """When this host was started, by its clock: earlier than a moment ago if that was set back since."""
+
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
         """Send what is due; return in how many seconds to come back."""
         self._sign(SENDING, "has been sending one tick")
+        self._heed_the_clock()
         pause: float = super().tick(*arguments, **named)
         self._sign(timedelta(seconds=pause) + LATE, "has not looked at its schedule")
         return pause
+
+    def _heed_the_clock(self) -> None:
+        """Begin the schedule anew when the host's clock was set back. Celery would wait until it is that late again."""
+        before, self._booted_at = self._booted_at, time.time() - uptime()
+        if before is None or self._booted_at > before - SET_BACK:
+            return
+        log.warning("clock_set_back", seconds=round(before - self._booted_at, 1))
+        for entry in self.schedule.values():
+            entry.last_run_at = entry.default_now()
+        self._heap = None
 
     def close(self) -> None:
         """Let go of the broker, and of life."""

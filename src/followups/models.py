@@ -351,7 +351,7 @@ class FollowUp(Base):
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of its chat whose end wakes it."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The fencing token: it only grows; a write under an older one is refused."""
+    """The fencing token: it only grows and never repeats; a write under an older one is refused."""
     lease_until: Mapped[datetime | None]
     begun_at: Mapped[datetime | None]
     """When the attempt in flight began; None when none is."""
@@ -432,10 +432,12 @@ class MetricTotal(Base):
 
 
 class DispatcherState(Base):
-    """One row: when the dispatcher last ticked, for health checks and doctors."""
+    """One row: when a dispatcher last ticked. Each claim locks it (`followups.store.ticks`)."""
 
     __tablename__ = "dispatcher_state"
     __table_args__ = (CheckConstraint("id = 1", name="only_one_row"),)
 
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, server_default="1")
     last_tick_at: Mapped[datetime | None]
+    grace_until: Mapped[datetime | None]
+    """Until when leases with an attempt in flight are left to their workers, as ticks had stopped before."""

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 LEASE_MARGIN = timedelta(seconds=2)
 """What a lease must leave beyond the transport's timeout: begin, settle and a slow commit."""
 
-HINT_LIFETIME = timedelta(hours=1)
-"""After this a hint that nobody has taken is dropped. It stands where other systems have Redis' visibility timeout,
-and in the sum: transport timeout < lease < lifetime of a hint."""
-
+LONGEST_LEASE = timedelta(hours=1)
+"""What a dead worker had in flight waits for as long as a lease; no operator means to wait for hours."""
 
 LEAST_RETENTION = timedelta(days=1)
 """Answers to idempotent requests name follow-ups for so long."""
@@ -88,7 +86,7 @@ class Settings(BaseSettings):
     lease: Duration = Field(
         timedelta(seconds=60),
         gt=ZERO,
-        lt=HINT_LIFETIME,
+        lt=LONGEST_LEASE,
         description="how long a claim, and an attempt, may take before another worker takes over",
     )
     max_attempts: int = Field(8, ge=1, le=1000, description="transport calls for one follow-up")
@@ -176,8 +174,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
-        # transport timeout (10 s) + margin (2 s) <= lease (60 s) < lifetime of a hint (3600 s): a worker
-        # that is still waiting for an answer must not lose its lease.
+        # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for an answer must not
+        # lose its lease. Hints have no lifetime, and the broker no visibility timeout: what is taken is gone.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
                 f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from celery import signals
+from celery import Task, signals
 from celery.schedules import crontab
 from kombu.entity import Queue
 
@@ -29,7 +29,7 @@ from followups.dispatch.publish import leases_of
 from followups.dispatch.send import GRACE
 from followups.dispatch.tidying import Tidier
 from followups.errors import SettingsError
-from followups.settings import HINT_LIFETIME, Settings, get_settings
+from followups.settings import Settings, get_settings
 from followups.shared.breaker import RedisBreaker
 from followups.shared.limiter import RedisLimiter
 from followups.store import leases as lease_store
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-TICK_EXPIRES = timedelta(hours=1)
-"""After this an unread tick is dropped, so that beat cannot fill the broker while no worker runs. Far above
-the tick interval on purpose: Celery compares two hosts' clocks here, and an hour's margin forgives one that
-is minutes off; superfluous ticks are folded into one by the dispatcher."""
+UNREAD = 1000
+"""Messages in the queue of ticks from which on no more are added, so that beat and nudges cannot fill the broker while
+no worker runs. They do not expire: Celery would compare two hosts' clocks, and one that is an hour ahead would drop all
+of them. Those that wait are folded into one tick by the dispatcher."""
 
 TIDY_MINUTE = 17
 """Of each hour: not when everybody's cron jobs run, nor when most sending hours open."""
@@ -142,13 +142,11 @@ def make_app(settings: Settings) -> Celery:
             "dispatch-due": {
                 "task": "followups.dispatch_due",
                 "schedule": settings.tick_interval,
-                "options": {"expires": TICK_EXPIRES.total_seconds()},
             },
             # By the clock: a beat that is restarted every now and then would never come to the end of an hour.
             "remove-old": {
                 "task": "followups.remove_old",
                 "schedule": crontab(minute=str(TIDY_MINUTE)),
-                "options": {"expires": TICK_EXPIRES.total_seconds()},
             },
         },
         timezone="UTC",
@@ -227,13 +225,33 @@ def _collect_seldom() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-@app.task(name="followups.dispatch_due")
+class Bounded(Task):
+    """A task that is not sent while enough of its queue is unread."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
+        """Send it, by the connection by which the queue was looked at. Returns None if it was not sent."""
+        with self.app.producer_or_acquire(producer) as acquired:
+            if unread(acquired, DISPATCH) >= UNREAD:
+                return None
+            return super().apply_async(args, kwargs, producer=acquired, **options)
+
+
+def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
+    """Return how many messages wait in a queue, as far as the broker says it."""
+    connection = producer.connection
+    try:
+        return int(producer.channel.queue_declare(queue).message_count)
+    except (*connection.connection_errors, *connection.channel_errors):
+        return 0  # if the connection is lost, it is made anew where the message is sent
+
+
+@app.task(name="followups.dispatch_due", base=Bounded)
 def dispatch_due(*_: object, **__: object) -> None:
     """Tick: claim what falls due before the next one, and publish it in batches."""
     current_process().dispatcher.tick()
 
 
-@app.task(name="followups.remove_old")
+@app.task(name="followups.remove_old", base=Bounded)
 def remove_old(*_: object, **__: object) -> None:
     """Remove what is old, in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
     current_process().tidier.start()
@@ -260,7 +278,8 @@ def publish(hint: Hint) -> None:
     # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    deliver.apply_async(args=hint, argsrepr=shown, expires=HINT_LIFETIME.total_seconds())
+    # It does not expire, as a tick does not. One that comes too late names leases that have ended, which begin refuses.
+    deliver.apply_async(args=hint, argsrepr=shown)
 
 
 class Nudger:
@@ -298,7 +317,7 @@ class Nudger:
 
 def ask_for_tick() -> None:
     """Send one tick to the broker, now. Raises what its client raises when it is away."""
-    dispatch_due.apply_async(retry=False, expires=TICK_EXPIRES.total_seconds())
+    dispatch_due.apply_async(retry=False)
 
 
 nudge = Nudger(ask_for_tick)

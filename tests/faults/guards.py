@@ -7,7 +7,6 @@ a rewritten statement cannot make the removal a silent nothing.
 from __future__ import annotations
 
 import threading
-import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -19,14 +18,15 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim, claim_fairly
+from followups.dispatch.claim import claim, claim_fairly, rhythm_of
 from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.quiet_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, claims, follow_ups, idempotency, leases, order, rate_limits, sending_hours
+from followups.store import chats, claims, follow_ups, idempotency, leases, order, rate_limits, sending_hours, ticks
 from followups.transports.port import Rejected, Retry, Sent
+from followups.uptime import uptime
 from stack import wait_until
 from world import World
 
@@ -83,7 +83,7 @@ class Scene:
 
     def settle(self, begun: Begun, outcome: Outcome) -> None:
         """Settle an attempt."""
-        attempt = Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))
+        attempt = Attempt(begun, outcome, timedelta(0), uptime(), datetime.now(UTC))
         settle(self.engine, self.settings, [attempt])
 
     def cancel(self, follow_up_id: UUID) -> None:
@@ -221,6 +221,35 @@ def token_stays(scene: Scene) -> None:
     scene.world.follow_up()
     lease = scene.lease()
     expect(scene.leased_anew(lease).token > lease.token, "the fencing token grows")
+
+
+def token_repeats(scene: Scene) -> None:
+    """Claim again after a failover that has forgotten the claim."""
+    follow_up = scene.world.follow_up()
+    lease = scene.lease()
+    scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)
+    expect(scene.lease().token != lease.token, "a fencing token is given once")
+
+
+def taken_from_its_worker(scene: Scene) -> None:
+    """Claim after an outage longer than a lease, before the worker that knows the outcome has recorded it."""
+    scene.world.follow_up()
+    (begun,) = scene.begin(scene.lease())
+    scene.world.expire(begun.lease.id)
+    scene.world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - interval '1 hour'")
+    scene.claim(scene.engine, scene.settings)
+    scene.settle(begun, Sent())
+    expect(scene.world.row(begun.lease.id).status == Status.SENT, "what was accepted ends as sent")
+
+
+def claimed_beside_another(scene: Scene) -> None:
+    """Claim while another dispatcher claims."""
+    scene.world.follow_up()
+    # Recorded just now, so that neither of the two writes the row.
+    scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
+    with scene.engine.begin() as another:
+        ticks.begin(another, rhythm_of(scene.settings))
+        expect(scene.claim(scene.engine, scene.settings).busy, "one dispatcher claims at a time")
 
 
 def ended_is_claimed(scene: Scene) -> None:

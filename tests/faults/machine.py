@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -22,6 +21,7 @@ from followups.scheduling import amend
 from followups.states import code_of
 from followups.store import chats
 from followups.store.leases import Lease
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -50,6 +50,8 @@ class Driven:
         for follow_up in self.ids:
             world.sql(LATER, id=follow_up)
         self.begun: dict[tuple[int, int], Begun] = {}
+        self.tokens: dict[tuple[int, int], int] = {}
+        """The database's token for each row's number and token of the model, whose tokens count from 1."""
 
     def kinds(self) -> set[str]:
         """Return the kinds of what may happen now."""
@@ -69,7 +71,7 @@ class Driven:
 
     def compare(self) -> None:
         """Check that the database holds what the model says."""
-        for follow_up, expected in zip(self.ids, self.model.rows, strict=False):
+        for number, (follow_up, expected) in enumerate(zip(self.ids, self.model.rows, strict=False)):
             row = self.world.row(follow_up)
             real = (
                 row.status,
@@ -82,7 +84,7 @@ class Driven:
             said = (
                 expected.status.value,
                 code_of(expected.reason or None),
-                expected.token,
+                self._token(number, expected.token, row.lease_token),
                 expected.begun,
                 expected.attempts,
                 expected.losses,
@@ -91,6 +93,14 @@ class Driven:
             assert ("unknown" in (row.reason or "")) == ("unknown" in expected.reason), (row.reason, expected.reason)
             assert (row.cancel_requested or "") == expected.cancel_requested or not expected.pending
             assert (row.finished_at is None) == expected.pending
+
+    def _token(self, number: int, counted: int, found: int) -> int:
+        """Return the database's token for one of the model. A new one is greater than all before it."""
+        if (number, counted) not in self.tokens:
+            before = max((token for (row, _), token in self.tokens.items() if row == number), default=-1)
+            assert found > before, (found, before)
+            self.tokens[number, counted] = found
+        return self.tokens[number, counted]
 
     def amend(self, number: int, changes: dict[str, Any]) -> None:
         """Change fields, as the API does."""
@@ -105,7 +115,7 @@ class Driven:
         self.model = self.model.with_row(number, row._replace(token=row.token + 1, leased=False))
 
     def _lease(self, job: Job) -> Lease:
-        return Lease(self.ids[job.row], job.token, datetime.now(UTC))
+        return Lease(self.ids[job.row], self.tokens[job.row, job.token], datetime.now(UTC))
 
     def _claim(self, number: int) -> None:
         self.world.sql(NOW, id=self.ids[number])
@@ -126,7 +136,7 @@ class Driven:
 
     def _settle(self, job: Job) -> None:
         begun = self.begun[job.row, job.token]
-        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), time.monotonic(), datetime.now(UTC))
+        attempt = Attempt(begun, OUTCOMES[job.outcome], timedelta(0), uptime(), datetime.now(UTC))
         settle(self.world.engine, self.settings, [attempt])
         if self.model.rows[job.row].pending and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

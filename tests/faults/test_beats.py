@@ -30,7 +30,10 @@ def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
     rig.settle_down()
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(load.ids)}
-    twice = rig.world.scalar("SELECT count(*) FROM follow_ups WHERE lease_token > 1 AND losses = 0")
+    twice = rig.world.scalar(
+        "SELECT count(*) FROM follow_ups f WHERE losses = 0 AND"
+        " (SELECT count(DISTINCT lease_token) FROM history h WHERE h.id = f.id AND lease_token > 0) > 1"
+    )
     late = rig.world.scalar(
         "SELECT EXTRACT(EPOCH FROM max(accepted_at - GREATEST(due_date, created_at))) FROM follow_ups"
     )

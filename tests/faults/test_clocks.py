@@ -15,23 +15,27 @@ if TYPE_CHECKING:
     from faults.rig import Rig
     from followups.embedded import Child
 
-OFF = "600"
+SECRET = "whsec_" + "c2VjcmV0" * 4
+MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
-def clocks_off(rig: Rig, figures: Figures, seconds: float) -> None:
-    """Let one worker's clock be ten minutes ahead, another's behind, and a beat's of each kind."""
-    ahead, behind = {"FOLLOWUPS_TEST_CLOCK_OFFSET": OFF}, {"FOLLOWUPS_TEST_CLOCK_OFFSET": f"-{OFF}"}
+def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
+    """Let one worker's clock be so far ahead, another's behind, and a beat's of each kind."""
+    rig.options["FOLLOWUPS_LEASE"] = "30"  # a hint that is dropped costs one
+    rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
+    ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))
     injected = rig.failpoints.environment()
     rig.beat(**injected | ahead)
     rig.beat(**injected | behind)
-    rig.sandbox()
+    rig.sandbox("--secret", SECRET)  # which takes no signature that is minutes old, or of minutes to come
     workers = [rig.worker(harmed=True, **ahead), rig.worker(harmed=True, **behind)]
     with Load(rig, 60, seconds, spread=2.0) as load:
         load.wait()
     rig.settle_down()
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(load.ids)}
-    assert [is_off(worker) for worker in workers] == [1, -1]
+    assert [is_off(worker, off) for worker in workers] == [1, -1]
+    assert [rig.log_events("clock_off", worker.command.name)[0]["ahead_s"] > 0 for worker in workers] == [True, False]
     requests = rig.received()
     early = sum(one["lagMs"] < 0 for one in requests)
     ((p99,),) = rows_of(
@@ -39,23 +43,34 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float) -> None:
         "SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000"
         "  FROM follow_ups WHERE due_date > created_at + interval '0.5 s'",
     )
-    figures.keep(12, verdict, early=early, lag_p99_ms=round(float(p99), 1))
-    assert early == 0
+    ((again,),) = rows_of(
+        rig,
+        "SELECT count(*) FROM (SELECT FROM history WHERE lease_token > 0"
+        " GROUP BY id HAVING count(DISTINCT lease_token) > 1) leased_again",
+    )
+    hours = off / timedelta(hours=1)
+    figures.keep(12, verdict, hours_off=hours, early=early, leased_again=again, lag_p99_ms=round(float(p99), 1))
+    assert (early, again) == (0, 0)
 
 
-def is_off(worker: Child) -> int:
-    """Say by its log whether a process lives minutes ahead (1) or behind (-1)."""
+def is_off(worker: Child, by: timedelta) -> int:
+    """Return by a process's log whether it is so far ahead (1) or behind (-1)."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
-    return round(off / timedelta(minutes=10))
+    return round(off / by)
 
 
 def test_clocks_off(rig: Rig, figures: Figures) -> None:
     """With clocks ten minutes ahead and behind, every follow-up goes out at its moment by the database's clock."""
-    clocks_off(rig, figures, seconds=2.5)
+    clocks_off(rig, figures, seconds=2.5, off=MINUTES)
+
+
+def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
+    """So it is with clocks that are hours off: no host drops what another one has sent, as too old by its own clock."""
+    clocks_off(rig, figures, seconds=2.5, off=HOURS)
 
 
 @pytest.mark.faults_long
 def test_clocks_off_for_long(rig: Rig, figures: Figures) -> None:
     """So it is for a minute."""
-    clocks_off(rig, figures, seconds=60)
+    clocks_off(rig, figures, seconds=60, off=rig.rng.choice([MINUTES, HOURS]))

@@ -82,3 +82,38 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(held) + len(others) + 5}
     figures.keep(2, verdict, frozen_at="inside a transaction", all_sent_after_s=round(took, 2))
+
+
+def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
+    """Frozen within its claim, a dispatcher keeps the others from claiming for seconds; PostgreSQL ends its session."""
+    frozen, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)
+    rig.failpoints.arm("claim.before_commit", "stop")
+    wait_until(lambda: rig.failpoints.taken("claim.before_commit"))
+    other.signal(signal.SIGCONT)
+    rig.bulk(50)
+    took = rig.settle_down(within=60)
+    frozen.signal(signal.SIGCONT)
+    rig.bulk(5)
+    rig.settle_down(within=60)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": 55}
+    figures.keep(2, verdict, frozen_at="inside a claim", all_sent_after_s=round(took, 2))
+
+
+def test_suspended(rig: Rig, figures: Figures) -> None:
+    """A machine that slept past a lease makes no call when it wakes, though its monotonic clock stood still."""
+    asleep, other = rig.start(workers=2, harmed=True)
+    other.signal(signal.SIGSTOP)
+    rig.failpoints.arm("send.before", "suspend")
+    rig.bulk(20)
+    wait_until(lambda: rig.failpoints.taken("send.before"))
+    other.signal(signal.SIGCONT)
+    rig.settle_down(within=60)
+    before = len(rig.received())
+    asleep.signal(signal.SIGCONT)
+    wait_until(lambda: rig.log_events("attempt_abandoned", asleep.command.name), within=30)
+    verdict = rig.verdict()
+    assert verdict.ended == {"sent": 20}
+    figures.keep(2, verdict, frozen_at="suspended", calls_made_after_waking=len(rig.received()) - before)
+    assert len(rig.received()) == before

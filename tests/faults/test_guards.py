@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import datetime, timedelta
 from math import inf
 from typing import TYPE_CHECKING, NamedTuple
@@ -16,9 +15,10 @@ from faults import guards
 from faults.guards import PromiseBroken, Scene, without
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.send import send
-from followups.store.fragments import LATENESS_FROM
+from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
 from followups.store.leases import Begun
 from followups.transports.port import Sent
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -105,13 +105,23 @@ CATALOGUE = {
     "lease at claim": Guard(
         CLAIM, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.leased_is_claimed
     ),
-    "token at claim": Guard(CLAIM, {"f.lease_token + 1": "f.lease_token"}, guards.token_stays),
+    "token at claim": Guard(CLAIM, {NEXT_TOKEN: "f.lease_token"}, guards.token_stays),
+    "clock in a token": Guard(CLAIM, {NEXT_TOKEN: "f.lease_token + 1"}, guards.token_repeats),
+    "grace at claim": Guard(
+        CLAIM, {"AND (f.begun_at IS NULL OR NOT CAST(%(in_grace)s AS boolean))": ""}, guards.taken_from_its_worker
+    ),
+    "grace at a fair claim": Guard(
+        FAIRLY,
+        {"AND (f.begun_at IS NULL OR NOT CAST(%(in_grace)s AS boolean))": ""},
+        guards.fairly(guards.taken_from_its_worker),
+    ),
+    "lock of the tick": Guard("dispatcher_state", {"FOR NO KEY UPDATE SKIP LOCKED": ""}, guards.claimed_beside_another),
     "pending at claim": Guard(CLAIM, {"f.status = 'pending'": "true"}, guards.ended_is_claimed),
     "lock at claim": Guard(CLAIM, NO_LOCK, guards.claimed_at_once),
     "lease at a fair claim": Guard(
         FAIRLY, {"f.lease_until IS NULL OR f.lease_until <= now()": "true"}, guards.fairly(guards.leased_is_claimed)
     ),
-    "token at a fair claim": Guard(FAIRLY, {"f.lease_token + 1": "f.lease_token"}, guards.fairly(guards.token_stays)),
+    "token at a fair claim": Guard(FAIRLY, {NEXT_TOKEN: "f.lease_token"}, guards.fairly(guards.token_stays)),
     "pending at a fair claim": Guard(FAIRLY, {"f.status = 'pending'": "true"}, guards.fairly(guards.ended_is_claimed)),
     "lock at a fair claim": Guard(FAIRLY, NO_LOCK, guards.fairly(guards.claimed_at_once)),
     "window at a fair claim": Guard(
@@ -245,5 +255,5 @@ async def test_never_after_the_lease(world: World, engine: Engine, settings: Set
     """A sender that was frozen abandons the attempt; without that it would call when the lease may be another's."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
-    assert await sent_by(DatabaseClock(), engine, begun, time.monotonic() - 1) == []
+    assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []
     assert len(await sent_by(DatabaseClock(), engine, begun, inf)) == 1

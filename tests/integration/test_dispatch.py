@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
@@ -22,6 +21,7 @@ from followups.errors import AlreadyFinishedError, DeliveryInProgressError, Inva
 from followups.scheduling import amend
 from followups.store import chats, claims, leases, order
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from followups.uptime import uptime
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def one_begun(engine: Engine, settings: Settings) -> Begun:
 
 def attempt(begun: Begun, outcome: Outcome) -> Attempt:
     """Return the attempt as it would come back from the transport."""
-    return Attempt(begun, checked(outcome), timedelta(milliseconds=1), time.monotonic(), datetime.now(UTC))
+    return Attempt(begun, checked(outcome), timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 
 def reply(world: World, chat_id: UUID, role: chats.Role = chats.Role.USER) -> tuple[UUID, ...]:

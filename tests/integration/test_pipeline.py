@@ -26,6 +26,7 @@ from followups.dispatch.pipeline import Pipeline
 from followups.dispatch.send import send
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Rejected, Retry, Sent
+from followups.uptime import uptime
 from stack import wait_until
 from world import World
 
@@ -376,8 +377,8 @@ def test_leases_that_run_out_in_the_line(
         world.follow_up(due=-timedelta(seconds=1))
     transport = Scripted(lambda _: Sent(), 0.01)
     pipeline = started(transport, concurrency=1, lease=short.lease, transport_timeout=short.transport_timeout)
-    end = time.monotonic() + 30
-    while world.scalar(PENDING) and time.monotonic() < end:
+    end = uptime() + 30
+    while world.scalar(PENDING) and uptime() < end:
         pipeline.submit(claim(engine, short).leases)
         time.sleep(0.1)
     assert world.scalar(PENDING) == 0
@@ -408,12 +409,12 @@ def test_read_only_for_a_moment(
 async def test_not_sent_after_its_lease() -> None:
     """A process that was frozen until its lease may be another's makes no call."""
     clock = DatabaseClock()
-    clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
+    clock.observe(datetime.now(UTC), uptime(), uptime())
     begun = Begun(
         Lease(uuid4(), 1, datetime.now(UTC)), uuid4(), uuid4(), "api", None, uuid4(), "x", datetime.now(UTC), 1, 0
     )
     transport = Scripted(lambda _: Sent())
     limit = timedelta(seconds=1)
-    assert await send(transport, begun, clock, limit, time.monotonic() - 0.001) is None
+    assert await send(transport, begun, clock, limit, uptime() - 0.001) is None
     assert not transport.calls
-    assert await send(transport, begun, clock, limit, time.monotonic() + 60) is not None
+    assert await send(transport, begun, clock, limit, uptime() + 60) is not None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -25,6 +24,7 @@ from followups.dispatch.send import Attempt
 from followups.dispatch.settle import settle
 from followups.store import claims, leases, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
+from followups.uptime import uptime
 from stack import wait_until
 from world import World
 
@@ -150,7 +150,7 @@ class Way:
     def settle(self) -> None:
         outcomes = [Sent(None), Retry("HTTP 500"), Rejected("HTTP 403")]
         attempts = [
-            Attempt(begun, outcomes[number % 3], timedelta(0), time.monotonic(), datetime.now(UTC))
+            Attempt(begun, outcomes[number % 3], timedelta(0), uptime(), datetime.now(UTC))
             for number, begun in enumerate(self.begun)
         ]
         settle(self.engine, self.settings, attempts)

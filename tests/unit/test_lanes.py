@@ -15,6 +15,7 @@ from followups.dispatch import lanes
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.line import Line
 from followups.store.leases import Lease
+from followups.uptime import uptime
 
 SECOND = timedelta(seconds=1)
 NOISY, QUIET = 1, 2
@@ -23,7 +24,7 @@ NOISY, QUIET = 1, 2
 def line_of(slots: int = 100) -> Line:
     """Return a line whose clock is this machine's."""
     clock = DatabaseClock()
-    clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
+    clock.observe(datetime.now(UTC), uptime(), uptime())
     return Line(clock, timedelta(seconds=60), slots)
 
 
@@ -153,8 +154,8 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
     line = line_of()
     line.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
     assert line.take(0) == []
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    now = uptime()
+    monkeypatch.setattr(time, "clock_gettime", lambda _clock: now + 61)
     anew = overdue(NOISY, 1, 2)
     line.add(anew)
     assert sorted(line.clear(), key=lambda lease: lease.due) == sorted(anew, key=lambda lease: lease.due)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
@@ -12,6 +11,7 @@ from followups.dispatch.begin import LEAD
 from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.line import AGAIN, LONGEST_AGAIN, Line
 from followups.store.leases import Lease
+from followups.uptime import uptime
 
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 
@@ -22,7 +22,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     """A lease that is due at the first moment there is goes at once; one that is due at the last waits."""
     clock = DatabaseClock()
-    clock.observe(datetime.now(UTC), time.monotonic(), time.monotonic())
+    clock.observe(datetime.now(UTC), uptime(), uptime())
     line = Line(clock, timedelta(seconds=60), slots=10)
     line.add([Lease(uuid4(), 1, due)])
     delay = line.seconds_to_next()

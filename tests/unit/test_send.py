@@ -14,6 +14,7 @@ from followups.dispatch.clock import DatabaseClock
 from followups.dispatch.send import GRACE, Attempt, send
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Outcome, Sent, Unknown
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -40,9 +41,9 @@ class Plugin:
 async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
     """Make one call, within the limit and a grace."""
     clock = DatabaseClock()
-    clock.observe(NOW, time.monotonic(), time.monotonic())
+    clock.observe(NOW, uptime(), uptime())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
-    return await send(transport, BEGUN, clock, limit, time.monotonic() + 60)
+    return await send(transport, BEGUN, clock, limit, uptime() + 60)
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:

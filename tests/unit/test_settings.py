@@ -13,8 +13,8 @@ from pydantic import SecretStr
 
 from followups.errors import SettingsError
 from followups.settings import (
-    HINT_LIFETIME,
     LEASE_MARGIN,
+    LONGEST_LEASE,
     Settings,
     environment_name,
     get_settings,
@@ -175,13 +175,13 @@ def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_lease_outlives_an_attempt() -> None:
-    """A lease is at least the margin longer than the transport's timeout, and shorter than the broker's."""
+    """A lease is at least the margin longer than the transport's timeout, and shorter than an hour."""
     timeout = timedelta(seconds=20)
     assert load_settings(transport_timeout=timeout, lease=timeout + LEASE_MARGIN).lease == timedelta(seconds=22)
     with pytest.raises(SettingsError, match=r"FOLLOWUPS_LEASE \(21\.5 s\).*2 s longer.*TRANSPORT_TIMEOUT \(20 s\)"):
         load_settings(transport_timeout=timeout, lease=timedelta(seconds=21.5))
     with pytest.raises(SettingsError, match="FOLLOWUPS_LEASE"):
-        load_settings(lease=HINT_LIFETIME)
+        load_settings(lease=LONGEST_LEASE)
 
 
 def test_secrets_are_not_shown() -> None:

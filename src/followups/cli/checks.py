@@ -20,7 +20,7 @@ from followups.cli.failures import named, reason_of
 from followups.cli.times import span
 from followups.database import IS_READ_ONLY, takes_changes, unfit
 from followups.errors import FollowUpsError
-from followups.settings import HINT_LIFETIME, LEASE_MARGIN, hide_password
+from followups.settings import LEASE_MARGIN, hide_password
 from followups.store import ticks
 from followups.transports.registry import load_transport
 from followups.worker_queues import CLUSTER
@@ -65,7 +65,7 @@ def timeouts(settings: Settings) -> Finding:
     """Show the sum that keeps a worker that still waits for an answer from losing its lease."""
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
-        f" <= lease {span(settings.lease)} < hint lifetime {span(HINT_LIFETIME)}"
+        f" <= lease {span(settings.lease)}"
     )
     return Finding("timeouts", detail)  # the settings refuse every other
 

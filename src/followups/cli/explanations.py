@@ -238,5 +238,5 @@ def _in_flight(follow_up: FollowUp, now: datetime) -> str:
     if follow_up.cancel_requested:
         wish = f" A cancel ({follow_up.cancel_requested}) came meanwhile: it will not be tried again."
     if follow_up.lease_until is not None and follow_up.lease_until <= now:
-        return f"The worker that was sending it is lost; the next tick takes it over.{wish}"
+        return f"Its lease has ended: a tick takes it over, unless its worker records the outcome first.{wish}"
     return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"

@@ -121,7 +121,7 @@ def _document(look: Stats) -> dict[str, Any]:
         "sentInWindow": pace and pace.sent,
         "sentPerMinute": pace and round(pace.per_minute, 2),
         "attempts": dict(look.attempts),
-        "lastTickAgeSeconds": look.tick_age and round(look.tick_age.total_seconds(), 3),
+        "lastTickAgeSeconds": None if look.tick_age is None else round(look.tick_age.total_seconds(), 3),
         "lagMs": pace and {name: _milliseconds(getattr(pace, name)) for name in ("p50", "p95", "p99")},
     }
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from followups.database import CONNECT_TIMEOUT
 from followups.dispatch import report
+from followups.dispatch.send import GRACE
 from followups.halving import halve
 from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import claims, leases, order, settlement, ticks
+from followups.store.ticks import Rhythm
 from followups.transactions import transact
 
 if TYPE_CHECKING:
@@ -38,6 +42,22 @@ LARGEST_CLAIM = 10_000
 """Rows of one claim at most: it takes a tenth of a second or two, and the first leave while the rest is claimed."""
 
 
+SETTLE_MARGIN = timedelta(seconds=2)
+"""For recording an outcome once the database answers: the longest pause between two tries, and the statement."""
+
+
+def rhythm_of(settings: Settings) -> Rhythm:
+    """Return from what gap between ticks on leases may have ended unseen, and how long their workers then have.
+
+    After an outage a worker must connect to record what it knows; after the database's clock was set forward, calls
+    that have just begun must end. With the default settings the grace is 13 s, after a gap of more than 3 s.
+    """
+    known_within = max(settings.transport_timeout + GRACE, timedelta(seconds=CONNECT_TIMEOUT))
+    # Where ticks are rarer than leases are long, a lease can end unseen between any two of them.
+    longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
+    return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
+
+
 def size_of_claim(window: int) -> int:
     """Return how many rows one claim takes at most: half of what may be in flight, but no fewer than are worth it.
 
@@ -59,8 +79,12 @@ class Claim:
     """There may be more that is due: this claim or the window of what is in flight was full."""
     cut_short: bool
     """This claim was full, and the window was not: another one at once takes more."""
-    low_water: datetime
+    low_water: datetime | None
     """From where on the next claim may look, unless something came in behind."""
+    in_grace: bool = False
+    """Ended leases with an attempt in flight were left to their workers: another claim shortly takes them over."""
+    busy: bool = False
+    """Another dispatcher was claiming, so that nothing was looked at."""
     traced: tuple[tuple[UUID, str], ...] = ()
     """Of what was claimed: ids, with the traces that they were created in."""
 
@@ -104,8 +128,10 @@ def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...])
 
 
 def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connection) -> Claim:
-    ticks.record(connection)
-    taken = take(connection, look)
+    tick = ticks.begin(connection, rhythm_of(settings))
+    if tick is None:
+        return Claim((), (), 0, more=False, cut_short=False, low_water=look.since, busy=True)
+    taken = take(connection, replace(look, in_grace=tick.in_grace))
     ended = _end_lost(connection, taken.lost, deduplicates=settings.transport_deduplicates) if taken.lost else {}
     return Claim(
         leases=tuple(lease for lease in taken.leases if lease.id not in ended),
@@ -114,6 +140,7 @@ def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connec
         more=taken.more,
         cut_short=taken.cut_short,
         low_water=taken.low_water,
+        in_grace=tick.in_grace,
         traced=tuple(taken.traced),
     )
 

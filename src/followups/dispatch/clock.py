@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
+
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,21 +23,21 @@ _NOW = text("SELECT clock_timestamp()")
 
 
 class DatabaseClock:
-    """The offset between this process's monotonic clock and the database's, never ahead of the latter.
+    """The offset between this machine's uptime and the database's clock, never ahead of the latter.
 
     A sample says that the database's time was ``told`` somewhere between ``asked`` and ``answered``. Taking
     it for the time at ``answered`` errs by the answer's way at most, and only to the late side: nothing is
     sent early. The quickest answer errs least, so the largest offset of the last samples counts.
     """
 
-    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
-        """Know nothing yet; ``monotonic`` gives seconds that never go back."""
-        self._monotonic = monotonic
+    def __init__(self, seconds: Callable[[], float] = uptime) -> None:
+        """Know nothing yet; ``seconds`` are of a clock that is never set."""
+        self._seconds = seconds
         self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._offset: float | None = None
 
     def observe(self, told: datetime, asked: float, answered: float) -> None:
-        """Take a sample: the database's time, and the monotonic seconds before and after asking."""
+        """Take a sample: the database's time, and the uptime before and after asking."""
         seconds = (told - _EPOCH).total_seconds()
         lowest, highest = seconds - answered, seconds - asked
         if self._offset is not None and self._offset > highest:
@@ -48,9 +49,9 @@ class DatabaseClock:
         """Sample the database's clock ``times`` times."""
         with engine.connect() as connection:
             for _ in range(times):
-                asked = self._monotonic()
+                asked = self._seconds()
                 told = connection.execute(_NOW).scalar_one()
-                self.observe(told, asked, self._monotonic())
+                self.observe(told, asked, self._seconds())
 
     @property
     def known(self) -> bool:
@@ -59,11 +60,11 @@ class DatabaseClock:
 
     def now(self) -> datetime:
         """Return the database's time. Raises RuntimeError before the first sample."""
-        return _EPOCH + timedelta(seconds=self._monotonic() + self._known_offset())
+        return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
 
     def until(self, moment: datetime) -> float:
         """Return the seconds from now to ``moment``; negative when it has passed."""
-        return (moment - _EPOCH).total_seconds() - (self._monotonic() + self._known_offset())
+        return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
 
     def _known_offset(self) -> float:
         if self._offset is None:

@@ -7,7 +7,6 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.database import concerns_a_row
@@ -15,7 +14,7 @@ from followups.dispatch import report
 from followups.dispatch.claim import claim, claim_fairly, unclaimable
 from followups.dispatch.pace import Pace
 from followups.dispatch.publish import batches
-from followups.store import leases, order, pauses, statistics
+from followups.store import leases, order, pauses, statistics, ticks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,8 +48,11 @@ PASSED_OVER = 60.0
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Seconds between two tries while the database is away; it doubles."""
-SETTLE_FIRST = 1.5
-"""Seconds from the database's return to the first claim: longer than settling waits between two tries."""
+AFTER_ANOTHER = 0.01
+"""Seconds until the next try while another dispatcher claims, which takes some milliseconds; it doubles."""
+LONGEST_AFTER_ANOTHER = 0.1
+IN_GRACE = 0.5
+"""Seconds between two claims while ended leases are left to their workers; no tick need come to take them over."""
 
 
 class Dispatcher:
@@ -64,7 +66,8 @@ class Dispatcher:
         self._wanted = threading.Event()
         self._stopping = threading.Event()
         self._backoff = BACKOFF
-        self._outage = False
+        self._in_grace = False
+        self._busy_pause = AFTER_ANOTHER
         self._next_look = 0.0
         self._since: datetime | None = None
         self._next_statistics = 0.0
@@ -108,21 +111,18 @@ class Dispatcher:
     def _run(self) -> None:
         while True:
             self.busy_since = None
-            # What came in behind the low-water mark may be what the tick was asked for.
-            self._wanted.wait(None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic()))
+            self._wanted.wait(self._until_next_look())
             self._wanted.clear()
             if self._stopping.is_set():
                 return
             self.busy_since = time.monotonic()
             try:
-                self._after_outage()
                 self._drain_due()
                 self._backoff = BACKOFF
                 report.succeeded()
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 report.failed("claim", error, self._engine)
                 self._pass_over(error)
-                self._outage = True
                 self._stopping.wait(self._backoff)
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
@@ -133,13 +133,12 @@ class Dispatcher:
                 self._without = unclaimable(self._engine, self._settings)
                 self._without_until = time.monotonic() + PASSED_OVER
 
-    def _after_outage(self) -> None:
-        """Let those who know an outcome settle first: right after an outage every lease looks lost."""
-        if self._outage:
-            with self._engine.connect() as connection:
-                connection.execute(text("SELECT 1"))
-            self._stopping.wait(SETTLE_FIRST)
-            self._outage = False
+    def _until_next_look(self) -> float | None:
+        """Return after how many seconds to claim without being asked, or None if only a tick is waited for."""
+        if self._in_grace:
+            return IN_GRACE
+        # What came in behind the low-water mark may be what the tick was asked for.
+        return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
 
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
@@ -155,6 +154,7 @@ class Dispatcher:
         if started < self._next_look:
             return
         with self._engine.begin() as connection:
+            ticks.ensure_recordable(connection)
             order.wake_forgotten(connection)
             pauses.free_forgotten(connection)
         took = time.monotonic() - started
@@ -163,6 +163,11 @@ class Dispatcher:
     def _claim_and_publish(self) -> bool:
         """Return whether there may be more to claim."""
         claimed, took = self._claim()
+        if claimed.busy:
+            self._stopping.wait(self._busy_pause)
+            self._busy_pause = min(self._busy_pause * 2, LONGEST_AFTER_ANOTHER)
+            return True
+        self._busy_pause = AFTER_ANOTHER
         size = self._settings.batch_size
         for number, hint in enumerate(batches(claimed.leases, size)):
             try:
@@ -201,12 +206,16 @@ class Dispatcher:
         of what is pending: reading past 36,000 of them took 34 ms.
         """
         started = time.monotonic()
-        self._looked_at_all = started >= self._next_whole
+        look_at_all = started >= self._next_whole
         take = claim_fairly if self._left_some else claim
         if self._without and started >= self._without_until:
             self._without = ()
-        claimed = take(self._engine, self._settings, None if self._looked_at_all else self._since, self._without)
+        claimed = take(self._engine, self._settings, None if look_at_all else self._since, self._without)
         took = time.monotonic() - started
+        if claimed.busy:
+            return claimed, took
+        self._looked_at_all = look_at_all
+        self._in_grace = claimed.in_grace
         taken = len(claimed.leases) + len(claimed.ended)
         self._pace.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
         self._left_some = claimed.more

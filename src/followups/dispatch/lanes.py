@@ -8,11 +8,12 @@ others need not wait for the end of its calls, however slow these are.
 from __future__ import annotations
 
 import heapq
-import time
 from collections import deque
 from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
+
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -25,7 +26,7 @@ LATELY = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Hinted:
-    """A lease that waits for its moment and a slot. ``expires`` is on this process's monotonic clock."""
+    """A lease that waits for its moment and a slot. ``expires`` is an `uptime`."""
 
     lease: Lease
     task_id: str
@@ -55,7 +56,7 @@ class Lanes:
         return bool(self._turns)
 
     def see(self, lane: int, now: float) -> None:
-        """Note that something of a lane has come, at ``now`` on the monotonic clock."""
+        """Note that something of a lane has come, at ``now``, an `uptime`."""
         if lane != self._latest:
             self._latest, self._others_came = lane, self._latest_came
         self._latest_came = now
@@ -136,7 +137,7 @@ class Lanes:
             self._turns.append(lane)
 
     def drop_expired(self, now: float) -> None:
-        """Forget those whose lease has run out at ``now`` on the monotonic clock."""
+        """Forget those whose lease has run out at ``now``, an `uptime`."""
         for lane, waiting in list(self._waiting.items()):
             left = [place for place in waiting if place[2].expires >= now]
             heapq.heapify(left)
@@ -160,4 +161,4 @@ class Lanes:
 
     def _has_others(self, lane: int) -> bool:
         came = self._others_came if lane == self._latest else self._latest_came
-        return time.monotonic() - came < LATELY
+        return uptime() - came < LATELY

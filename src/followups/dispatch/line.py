@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import time
 from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from followups.dispatch.begin import LEAD
 from followups.dispatch.lanes import Hinted, Lanes
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -52,7 +52,7 @@ class Line:
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Let leases wait that have just come, by the task that brought them."""
-        now, known = time.monotonic(), self._clock.known
+        now, known = uptime(), self._clock.known
         if now >= self._next_look:
             # Nobody is taken while the transport is left alone, and each tick brings anew whose lease ran out.
             self._next_look = now + self._lease
@@ -81,7 +81,7 @@ class Line:
 
         Of lanes that are ``held`` no more than there are ``permits``.
         """
-        horizon, now = self._clock.now() + LEAD, time.monotonic()
+        horizon, now = self._clock.now() + LEAD, uptime()
         room = SUSPECTS - sum(self._suspects.values())
         taken: dict[UUID, Hinted] = {}
         not_now: list[Hinted] = []

@@ -13,9 +13,8 @@ import asyncio
 import os
 import signal
 import threading
-import time
 from contextlib import suppress
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -36,6 +35,7 @@ from followups.store import leases as lease_store
 from followups.store import order
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop, transact
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Sequence
@@ -76,6 +76,8 @@ SETTLE_BACKOFF = timedelta(seconds=1)
 """The same for results, which must be recorded before a tick takes their leases for lost."""
 CLOCK_INTERVAL = 5.0
 """Seconds between samples of the database's clock."""
+CLOCK_OFF = 60.0
+"""Seconds by which this host's clock may differ from the database's without a warning."""
 
 log = get_logger(__name__)
 
@@ -218,7 +220,7 @@ class Pipeline:
                 await self._until_something_is_ready()
                 continue
             self._free -= len(batch)
-            started = time.monotonic()
+            started = uptime()
             leases = [hinted.lease for hinted in batch]
             try:
                 beginning = await self._turnstile.begin(leases)
@@ -358,7 +360,7 @@ class Pipeline:
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._settle(half)
-        elif time.monotonic() - batch[0].answered < self._settings.lease.total_seconds():
+        elif uptime() - batch[0].answered < self._settings.lease.total_seconds():
             self._settle_later(batch, SETTLE_BACKOFF)
         else:
             self._line.let_go([batch[0].begun.lease.id])
@@ -393,7 +395,12 @@ class Pipeline:
     # The database, from the loop.
 
     async def _keep_time(self) -> None:
+        told = False
         while True:
+            ahead = (datetime.now(UTC) - self._clock.now()).total_seconds()
+            if abs(ahead) > CLOCK_OFF and not told:
+                report.clock_off(ahead)
+            told = abs(ahead) > CLOCK_OFF
             await asyncio.sleep(CLOCK_INTERVAL)
             await self._insist(self._clock.ask, "clock")
             await self._insist(self._turnstile.read, "limits")

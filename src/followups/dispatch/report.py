@@ -167,6 +167,11 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
     log.error("row_refused", step=step, follow_up_id=str(follow_up_id), error=kind, constraint=constraint)
 
 
+def clock_off(ahead: float) -> None:
+    """Report that this host's clock is far from the database's: nothing goes by it but the times in logs."""
+    log.warning("clock_off", ahead_s=round(ahead, 1))
+
+
 def broker_unreachable(step: str, error: Exception) -> None:
     """Tell that the broker is away; nothing is lost, it is late."""
     log.warning("broker_unreachable", step=step, error=type(error).__name__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -14,6 +13,7 @@ from followups.retry import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
 from followups.telemetry import traces
 from followups.transports.port import Delivery, Outcome, Rejected, Retry, Sent, Snoozed, Unknown
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -44,7 +44,7 @@ HIGHEST_STATUS_CODE = 1000
 
 
 class Attempt(NamedTuple):
-    """One call of the transport and what came of it. ``answered`` is on this process's monotonic clock."""
+    """One call of the transport and what came of it. ``answered`` is an `uptime`."""
 
     begun: Begun
     outcome: Outcome
@@ -59,18 +59,18 @@ async def send(
 ) -> Attempt | None:
     """Wait for the due moment and call the transport once, within ``limit`` and a grace.
 
-    Never early. None, and no call, when it is later than ``latest`` (monotonic seconds): the process was
+    Never early. None, and no call, when it is later than ``latest`` (an `uptime`): the process was
     frozen, and the lease may be another's by the time an answer came. Raises nothing but cancellation.
     """
     # A timer may end a little early by another clock, so what is left is looked at again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
-    started = time.monotonic()
+    started = uptime()
     if started > latest:
         return None
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
-        outcome = await _call(transport, _delivery(begun), limit + GRACE)
-        answered = time.monotonic()
+        outcome = await _call(transport, _delivery(begun, clock.now()), limit + GRACE)
+        answered = uptime()
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
 
@@ -165,7 +165,7 @@ def _described(begun: Begun, transport: str) -> dict[str, str | int]:
     }
 
 
-def _delivery(begun: Begun) -> Delivery:
+def _delivery(begun: Begun, made_at: datetime) -> Delivery:
     return Delivery(
         follow_up_id=begun.lease.id,
         workspace_id=begun.workspace_id,
@@ -176,4 +176,5 @@ def _delivery(begun: Begun) -> Delivery:
         message=begun.message,
         due_date=begun.due_date,
         attempt=begun.attempt,
+        made_at=made_at,
     )

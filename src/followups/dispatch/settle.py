@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,6 +15,7 @@ from followups.store import order, settlement
 from followups.store.settlement import Failure, Settled, Settlement
 from followups.transactions import transact
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -76,7 +76,7 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
     lease = attempt.begun.lease
     match attempt.outcome:
         case Sent(chat_message_id):
-            accepted_ago = timedelta(seconds=time.monotonic() - attempt.answered)
+            accepted_ago = timedelta(seconds=uptime() - attempt.answered)
             return Settlement(
                 lease, Status.SENT, chat_message_id=chat_message_id, accepted_ago=accepted_ago, yields=False
             )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.store import marks
-from followups.store.fragments import DUE, DUE_READ
+from followups.store.fragments import DUE, DUE_READ, NEXT_TOKEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Look:
     since: datetime | None = None
     without: tuple[UUID, ...] = ()
     """Follow-ups that are passed over, since their rows cannot be written."""
+    in_grace: bool = False
+    """Ended leases with an attempt in flight are left to their workers (`followups.store.ticks`)."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -79,7 +81,7 @@ workspaces that have fewer share a step. So one with a single row that is not du
 it costs 2.4 us. One without pending rows costs nothing."""
 
 _PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
-_FREE = "f.lease_until IS NULL OR f.lease_until <= now()"
+_FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL OR NOT CAST(:in_grace AS boolean))"
 _HORIZON = "now() + CAST(:ahead AS interval)"
 _SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
 
@@ -100,7 +102,7 @@ _TAKE = f"""
          LIMIT LEAST(:most, GREATEST(0, :window - (SELECT leased FROM looked)))
     ), claimed AS (
         UPDATE follow_ups f
-           SET lease_token = f.lease_token + 1,
+           SET lease_token = {NEXT_TOKEN},
                lease_until = GREATEST(now(), {DUE}) + CAST(:lease AS interval),
                begun_at = NULL,
                attempts = GREATEST(f.attempts - taken.lost::int, 0),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import bindparam, exists, func, select, text, update
+from sqlalchemy import bindparam, exists, func, literal_column, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.models import FailedAttempt, FollowUp
 from followups.states import Status, finish
+from followups.store.fragments import NEXT_TOKEN
 from followups.store.unknowns import honest
 from followups.telemetry.traces import current_traceparent
 
@@ -124,6 +125,9 @@ def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finishe
     return _rows(session, statement) == 1
 
 
+_NEXT_TOKEN: Any = literal_column(NEXT_TOKEN.replace("f.", "follow_ups."))
+
+
 def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, Any]) -> bool:
     """Write new values of API fields to a pending follow-up with no attempt in flight; say whether it did.
 
@@ -136,7 +140,7 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
             "held_until": None,
             "pause_id": None,
             "lease_until": None,
-            "lease_token": FollowUp.lease_token + 1,
+            "lease_token": _NEXT_TOKEN,
         }
     if "due_date" in values:
         values = values | {"scheduled_at": func.now(), "sendable_from": None}

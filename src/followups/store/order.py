@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.store.fragments import DUE_READ, OPEN
+from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ _UNBLOCK_AND_LEASE = text(f"""
          ) f ON true
     ), woken AS (
         UPDATE follow_ups f
-           SET waits_for = NULL, lease_token = f.lease_token + 1, lease_until = now() + CAST(:lease AS interval)
+           SET waits_for = NULL, lease_token = {NEXT_TOKEN}, lease_until = now() + CAST(:lease AS interval)
           FROM waiting
          WHERE f.id = waiting.unlocked
         RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id

@@ -37,7 +37,7 @@ class HttpTransport:
     async def send(self, delivery: Delivery) -> Outcome:
         """Post once; the answer, or the lack of one, is the outcome."""
         body = _body(delivery)
-        call = Call("POST", self._url, self._headers(str(delivery.follow_up_id), body), body)
+        call = Call("POST", self._url, self._headers(str(delivery.follow_up_id), delivery.made_at, body), body)
         return await self._caller.deliver(call, DIALECT)
 
     async def check(self) -> str:
@@ -48,12 +48,12 @@ class HttpTransport:
         """Close the HTTP session."""
         await self._caller.close()
 
-    def _headers(self, key: str, body: bytes) -> dict[str, str]:
+    def _headers(self, key: str, made_at: datetime | None, body: bytes) -> dict[str, str]:
         headers = {"idempotency-key": key, "webhook-id": key}
         if traceparent := current_traceparent():
             headers["traceparent"] = traceparent
         if self._webhook:
-            now = datetime.now(UTC)
+            now = made_at or datetime.now(UTC)
             headers["webhook-timestamp"] = str(int(now.timestamp()))
             headers["webhook-signature"] = self._webhook.sign(key, now, body.decode())
         return headers

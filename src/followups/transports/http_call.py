@@ -7,7 +7,6 @@ byte was handed to the socket is a `Retry`, one after that, without an answer's 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -19,6 +18,7 @@ from followups.transports.answers import Dialect, outcome_of
 from followups.transports.http_connections import KEEPALIVE, Connections
 from followups.transports.http_wire import kind_of
 from followups.transports.port import Outcome, Retry, Unknown
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +87,7 @@ class HttpCaller:
         if connections is None:
             message = "The transport is not open: await open() first."
             raise RuntimeError(message)
-        until = time.monotonic() + self._timeout
+        until = uptime() + self._timeout
         try:
             request = self._request(call)
             wire = await connections.take(until)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-import time
 from collections import deque
 from typing import TYPE_CHECKING
 
 import aiohttp
 
 from followups.transports.http_wire import Wire, connection_reset
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -49,12 +49,12 @@ class Connections:
         return self._origin.headers
 
     async def take(self, until: float) -> Wire:
-        """Return a connection, which goes back by `give`; ``until`` in monotonic seconds.
+        """Return a connection, which goes back by `give`; ``until`` is an `uptime`.
 
         Raises what aiohttp does where none can be made, `TimeoutError` where none came in time.
         """
         if self._places.locked():
-            async with asyncio.timeout(until - time.monotonic()):
+            async with asyncio.timeout(until - uptime()):
                 await self._places.acquire()
         else:
             await self._places.acquire()
@@ -73,7 +73,7 @@ class Connections:
         if not self._kept or self._closed or not wire.reusable:
             wire.close()
             return
-        wire.since = time.monotonic()
+        wire.since = uptime()
         self._idle.append(wire)
         if self._sweeping is None:
             self._sweep_after(self._kept)
@@ -89,7 +89,7 @@ class Connections:
         await closing
 
     def _idle_one(self) -> Wire | None:
-        oldest = time.monotonic() - self._kept
+        oldest = uptime() - self._kept
         while self._idle:
             wire = self._idle.pop()
             # One that spoke is the call's to see: what is wrong with the receiver is not to go unnoticed.
@@ -99,11 +99,11 @@ class Connections:
         return None
 
     async def _new_one(self, until: float) -> Wire:
-        async with asyncio.timeout(until - time.monotonic()):
+        async with asyncio.timeout(until - uptime()):
             wire = Wire(await self._connector.connect(self._origin, [], _UNBOUNDED))
         # A process that was frozen while it connected would write before it sees that its time is up, perhaps
         # after the follow-up was cancelled, or sent by another.
-        if time.monotonic() > until:
+        if uptime() > until:
             wire.close()
             raise TimeoutError
         # One that has ended already would take the request, and leave open what became of it. Over TLS the first thing
@@ -118,7 +118,7 @@ class Connections:
 
     def _sweep(self) -> None:
         self._sweeping = None
-        now = time.monotonic()
+        now = uptime()
         while self._idle and self._idle[0].since <= now - self._kept:
             self._idle.popleft().close()
         if self._idle:

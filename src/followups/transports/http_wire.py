@@ -12,7 +12,6 @@ import errno
 import os
 import select
 import ssl
-import time
 from http import HTTPStatus
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +20,7 @@ import httptools
 
 from followups.transports.answers import Answer
 from followups.transports.endpoint import tls_reason
+from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from aiohttp.client_proto import ResponseHandler
@@ -77,7 +77,7 @@ class Wire(asyncio.Protocol):
             connection.close()
             raise connection_reset()
         self._transport = connection.transport
-        self.since = time.monotonic()
+        self.since = uptime()
         """When it was last used."""
         self.spoke = self._handler.should_close
         """Whether something came that nobody had asked for: it would count as the answer to the next call."""
@@ -111,13 +111,13 @@ class Wire(asyncio.Protocol):
     async def ask(self, request: bytes, until: float) -> Answer:
         """Write the request at once, and return the answer, whose body may have a flaw.
 
-        ``until`` in monotonic seconds. Raises where no answer has begun: `TimeoutError`, or how it broke.
+        ``until`` is an `uptime`. Raises where no answer has begun: `TimeoutError`, or how it broke.
         """
         self._begin()
         self._in_order = False
         waiter: asyncio.Future[Answer] = self._loop.create_future()
         self._waiter = waiter
-        timer = self._loop.call_later(until - time.monotonic(), self._late)
+        timer = self._loop.call_later(until - uptime(), self._late)
         try:
             self._transport.write(request)
             return await waiter

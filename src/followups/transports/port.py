@@ -31,6 +31,8 @@ class Delivery:
     message: str
     due_date: datetime
     attempt: int
+    made_at: datetime | None = None
+    """When the call is made, by the database's clock, which receivers compare with theirs; a host's may be off."""
 
 
 @dataclass(frozen=True, slots=True)

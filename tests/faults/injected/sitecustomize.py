@@ -47,6 +47,8 @@ def _act(action: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     elif kind == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "suspend":
+        _suspend()
     elif kind == "sleep":
         time.sleep(float(argument))
     elif kind == "raise":
@@ -57,6 +59,17 @@ def _act(action: str) -> None:
     else:
         message = f"no such action: {action}"
         raise ValueError(message)
+
+
+def _suspend() -> None:
+    """Stop as a suspended machine does: Python's monotonic clock stands still meanwhile, that of the uptime goes on."""
+    counts_on = time.monotonic
+    asleep = counts_on()
+    os.kill(os.getpid(), signal.SIGSTOP)
+    while counts_on() - asleep < 0.5:  # the signal comes a moment later
+        time.sleep(0.001)
+    slept = counts_on() - asleep
+    time.monotonic = lambda: counts_on() - slept
 
 
 def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -88,7 +88,10 @@ def test_somebody_s_own_words_are_left_alone() -> None:
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9), "cancel_requested": "user_replied"},
             "its outcome is not recorded yet. A cancel (user_replied) came meanwhile: it will not be tried again.",
         ),
-        ({"begun_at": NOW, "lease_until": NOW}, "The worker that was sending it is lost; the next tick takes it over."),
+        (
+            {"begun_at": NOW, "lease_until": NOW},
+            "Its lease has ended: a tick takes it over, unless its worker records the outcome first.",
+        ),
     ],
 )
 def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:

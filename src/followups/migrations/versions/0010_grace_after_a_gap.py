@@ -1,0 +1,19 @@
+"""Until when leases with an attempt in flight are left to their workers, after ticks had stopped."""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0010"
+down_revision = "0009"
+
+
+def upgrade() -> None:
+    """Add the column; being nullable and without a default, that rewrites no row."""
+    op.add_column("dispatcher_state", sa.Column("grace_until", sa.DateTime(timezone=True), nullable=True))
+
+
+def downgrade() -> None:
+    """Take it back."""
+    op.drop_column("dispatcher_state", "grace_until")

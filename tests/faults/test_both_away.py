@@ -1,0 +1,87 @@
+"""The database and what brings ticks away together, for longer than a lease, with calls in flight: each is recorded."""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from faults.figures import Figures
+    from faults.proxy import Proxy
+    from faults.rig import Rig
+
+    Proxied = tuple[Rig, Sequence[Proxy]]
+
+IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
+
+
+def both_away(
+    proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
+) -> None:
+    """Take the database and what brings ticks away while so many calls are in flight, all of them accepted."""
+    rig, proxies = proxied
+    timeout = lease / 2
+    rig.options |= {
+        "FOLLOWUPS_LEASE": f"{lease}",
+        "FOLLOWUPS_TRANSPORT_TIMEOUT": f"{timeout}",
+        "FOLLOWUPS_TRANSPORT_DEDUPLICATES": str(deduplicates).lower(),
+    }
+    rig.start()
+    rig.behave(kind="slow", delay=timeout * 0.75)
+    took = []
+    for _ in range(rounds):
+        rig.bulk(count)
+        wait_until(lambda: rig.world.scalar(IN_FLIGHT) == count)
+        outage(rig, proxies, lease + 1)
+        took.append(rig.settle_down(within=60))
+    verdict = rig.verdict()
+    figures.keep(
+        23,
+        verdict,
+        deduplicates=deduplicates,
+        in_flight=count * rounds,
+        sent=verdict.ended["sent"],
+        made_again=verdict.repeated,
+        recorded_max_s=round(max(took), 2),
+    )
+    assert verdict.ended == {"sent": count * rounds}
+    assert verdict.repeated == 0
+
+
+def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
+    """Take the database away, and the broker or the beat; a tick comes as soon as the database is back."""
+    database, broker = proxies
+    beats = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
+    without_beat = rig.rng.random() < 0.5
+    if without_beat:
+        for beat in beats:
+            beat.signal(signal.SIGSTOP)
+    else:
+        broker.stall()
+    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # whatever tick was under way has claimed
+    database.refuse()
+    time.sleep(seconds)
+    database.flow()
+    broker.flow()
+    for beat in beats:
+        beat.signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize("deduplicates", [True, False])
+def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
+    """Calls that were accepted while both were away for longer than a lease are sent, and not made again."""
+    both_away(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
+
+
+@pytest.mark.faults_long
+@pytest.mark.parametrize("deduplicates", [True, False])
+def test_both_away_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
+    """So they are five times in a row, with a longer lease."""
+    both_away(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)

@@ -1,0 +1,270 @@
+"""Ticks on PostgreSQL: one dispatcher claims at a time, and after a gap between ticks workers settle first."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+from sqlalchemy import text
+
+from followups.dispatch.begin import begin
+from followups.dispatch.claim import claim, rhythm_of
+from followups.dispatch.dispatcher import Dispatcher
+from followups.dispatch.send import Attempt
+from followups.dispatch.settle import settle
+from followups.store import ticks
+from followups.transports.port import Retry, Sent
+from followups.uptime import uptime
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.dispatch.publish import Hint
+    from followups.settings import Settings
+    from followups.store.leases import Begun
+    from followups.transports.port import Outcome
+    from world import World
+
+MINUTE = timedelta(minutes=1)
+TICK_ROW = "SELECT FROM dispatcher_state FOR NO KEY UPDATE"
+
+
+def pass_time(world: World, by: timedelta) -> None:
+    """Move all that the database knows into the past: as an outage does, or its clock when it is set forward."""
+    world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - :by, grace_until = grace_until - :by", by=by)
+    world.sql("UPDATE follow_ups SET lease_until = lease_until - :by, begun_at = begun_at - :by", by=by)
+
+
+def in_flight(engine: Engine, settings: Settings) -> Begun:
+    """Claim and begin, and return the only attempt in flight."""
+    (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
+    return begun
+
+
+def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
+    """Return the attempt as it would come back from the transport."""
+    return Attempt(begun, outcome, timedelta(milliseconds=1), uptime(), datetime.now(UTC))
+
+
+def claimed(engine: Engine, settings: Settings) -> list[UUID]:
+    """Claim, and return what was leased."""
+    return [lease.id for lease in claim(engine, settings).leases]
+
+
+class TestGap:
+    """After a gap between the ticks of all dispatchers, a worker that knows an outcome records it first."""
+
+    @pytest.mark.parametrize("deduplicates", [True, False])
+    def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
+        """What was accepted before an outage longer than a lease is sent, though a tick came before its result."""
+        settings = settings.model_copy(update={"transport_deduplicates": deduplicates})
+        follow_up = world.follow_up()
+        begun = in_flight(engine, settings)
+        pass_time(world, settings.lease * 2)
+        for _ in range(3):
+            assert claimed(engine, settings) == []
+        assert settle(engine, settings, [outcome_of(begun, Sent())]).stale == 0
+        assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
+
+    def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A worker that does not come back is taken for lost when the grace is over."""
+        follow_up = world.follow_up()
+        in_flight(engine, settings)
+        pass_time(world, settings.lease * 2)
+        assert claimed(engine, settings) == []
+        grace = rhythm_of(settings).grace
+        world.sql("UPDATE dispatcher_state SET grace_until = grace_until - :by", by=grace)
+        assert claimed(engine, settings) == [follow_up]
+        assert world.row(follow_up).losses == 1
+
+    def test_ticks_went_on(self, world: World, engine: Engine, settings: Settings) -> None:
+        """While any dispatcher ticks, a lease that ends in flight is taken over at once."""
+        follow_up = world.follow_up()
+        in_flight(engine, settings)
+        world.expire(follow_up)
+        assert claimed(engine, settings) == [follow_up]
+
+    def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What was leased and not begun is claimed by the first tick after a gap: nothing of it can be known."""
+        follow_up = world.follow_up()
+        assert claimed(engine, settings) == [follow_up]
+        pass_time(world, settings.lease * 2)
+        assert claimed(engine, settings) == [follow_up]
+
+    def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
+        """What is left to its worker counts as in flight still."""
+        one = settings.model_copy(update={"max_in_flight": 1})
+        world.follow_up(due=-MINUTE)
+        in_flight(engine, one)
+        world.follow_up()
+        pass_time(world, settings.lease * 2)
+        assert claimed(engine, one) == []
+
+    def test_clock_set_back(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A database whose clock was set back records ticks anew, and no grace of the other time holds."""
+        follow_up = world.follow_up()
+        in_flight(engine, settings)
+        pass_time(world, -timedelta(hours=1))
+        world.sql("UPDATE dispatcher_state SET grace_until = now() + interval '1 hour'")
+        world.expire(follow_up)
+        assert claimed(engine, settings) == [follow_up]
+        assert world.scalar("SELECT last_tick_at <= now() FROM dispatcher_state")
+
+    @pytest.mark.parametrize(("gap", "over"), [(timedelta(seconds=2), True), (MINUTE, False)])
+    def test_gap_within_a_grace(
+        self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
+    ) -> None:
+        """Ticks that are late again and again keep nothing from being taken over; another outage gives a new grace."""
+        follow_up = world.follow_up()
+        in_flight(engine, settings)
+        world.expire(follow_up)
+        world.sql(
+            "UPDATE dispatcher_state SET last_tick_at = now() - :gap, grace_until = now() - :gap + interval '1 s'",
+            gap=gap,
+        )
+        assert claimed(engine, settings) == [follow_up] * over
+
+    def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
+        """Where ticks are rarer than leases are long, the dispatcher comes back by itself when the grace is over."""
+        rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
+        follow_up = world.follow_up()
+        in_flight(engine, rare)
+        pass_time(world, timedelta(minutes=4))
+        hints: list[Hint] = []
+        dispatcher = Dispatcher(rare, engine, hints.append)
+        dispatcher.start()
+        dispatcher.tick()
+        wait_until(lambda: world.scalar("SELECT grace_until IS NOT NULL FROM dispatcher_state"))
+        world.sql("UPDATE dispatcher_state SET grace_until = now()")
+        wait_until(lambda: hints)
+        dispatcher.stop()
+        assert [entry[0] for hint in hints for entry in hint.entries] == [str(follow_up)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "gap", "grace"),
+    [
+        ({}, 3, 13),
+        ({"lease": MINUTE * 59, "tick_interval": MINUTE * 5}, 601, 13),
+        ({"tick_interval": MINUTE * 5}, 30, 13),
+        ({"transport_timeout": timedelta(seconds=1)}, 3, 7),
+    ],
+)
+def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
+    """A gap is longer than two intervals and a second, or half a lease; the grace is a call or a connection's time."""
+    defaults = {"lease": MINUTE, "tick_interval": timedelta(seconds=1), "transport_timeout": timedelta(seconds=10)}
+    rhythm = rhythm_of(settings.model_copy(update=defaults | changed))
+    assert (rhythm.longest_gap, rhythm.grace) == (timedelta(seconds=gap), timedelta(seconds=grace))
+
+
+class TestOneAtATime:
+    """Dispatchers count what is in flight one after the other."""
+
+    def test_window_of_several(self, world: World, engine: Engine, settings: Settings) -> None:
+        """However many dispatchers claim at the same moment, no more are in flight than MAX_IN_FLIGHT."""
+        bounded = settings.model_copy(update={"max_in_flight": 100})
+        world.burst([-MINUTE] * 300)
+        for round_ in range(5):
+            start = threading.Barrier(4)
+
+            def dispatcher(start: threading.Barrier = start) -> None:
+                start.wait()
+                for _ in range(3):
+                    claim(engine, bounded)
+
+            threads = [threading.Thread(target=dispatcher) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 100, round_
+            world.sql("UPDATE follow_ups SET lease_until = NULL")
+
+    def test_busy(self, world: World, engine: Engine, settings: Settings) -> None:
+        """While another dispatcher claims, a claim looks at nothing, says so and does not wait."""
+        follow_up = world.follow_up()
+        with engine.begin() as another:
+            another.execute(text(TICK_ROW))
+            busy = claim(engine, settings)
+        assert (busy.busy, busy.leases) == (True, ())
+        assert claimed(engine, settings) == [follow_up]
+
+    def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A dispatcher that found another one claiming claims after it, without another tick."""
+        rare = settings.model_copy(update={"tick_interval": MINUTE})
+        world.follow_up()
+        hints: list[Hint] = []
+        dispatcher = Dispatcher(rare, engine, hints.append)
+        with engine.begin() as another:
+            another.execute(text(TICK_ROW))
+            dispatcher.start()
+            dispatcher.tick()
+            time.sleep(0.05)
+            assert not hints
+        wait_until(lambda: hints)
+        dispatcher.stop()
+
+    def test_frozen(self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+        """PostgreSQL ends the session of a dispatcher that is frozen within its claim, so that others may claim."""
+        monkeypatch.setattr(ticks, "FROZEN_AFTER", "50ms")
+        follow_up = world.follow_up()
+        with engine.connect() as frozen:
+            assert ticks.begin(frozen, rhythm_of(settings))
+            assert claim(engine, settings).busy
+            wait_until(lambda: claimed(engine, settings) == [follow_up])
+            frozen.invalidate()
+
+    def test_row_deleted(self, world: World, engine: Engine, settings: Settings) -> None:
+        """Ticks go on when an operator has deleted the row in which they are recorded."""
+        world.follow_up()
+        world.sql("DELETE FROM dispatcher_state")
+        hints: list[Hint] = []
+        dispatcher = Dispatcher(settings, engine, hints.append)
+        dispatcher.start()
+        dispatcher.tick()
+        wait_until(lambda: hints)
+        dispatcher.stop()
+
+
+class TestToken:
+    """A token is given once, also where the database forgets that it was."""
+
+    def test_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
+        """After a failover that lost a claim, the result of its attempt is not taken for the next attempt's."""
+        follow_up = world.follow_up()
+        before = in_flight(engine, settings)
+        world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")
+        after = in_flight(engine, settings)
+        assert settle(engine, settings, [outcome_of(before, Retry("refused"))]).stale == 1
+        assert world.row(follow_up).begun_at is not None
+        assert settle(engine, settings, [outcome_of(after, Sent())]).stale == 0
+        assert world.row(follow_up).status == "sent"
+
+    def test_unblocked_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
+        """The same holds for a lease that a follow-up was given by the end of the one before it in its chat."""
+        chat = world.chat()
+        earlier = world.follow_up(chat, -MINUTE)
+        later = world.follow_up(chat, waits_for=earlier)
+        begun = in_flight(engine, settings)
+        (unblocked,) = settle(engine, settings, [outcome_of(begun, Sent())]).woken
+        world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=later)
+        (again,) = claim(engine, settings).leases
+        assert again.id == unblocked.id == later
+        assert again.token > unblocked.token
+
+    def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
+        """A token is a whole number that every reader of JSON keeps exactly, and grows whatever stood before it."""
+        ahead = 2**53 - 3
+        world.follow_up()
+        tokens = {claim(engine, settings).leases[0].token}
+        world.follow_up(lease_token=ahead)
+        tokens |= {claim(engine, settings).leases[0].token}
+        low, high = sorted(tokens)
+        assert 10**15 < low < 2**53
+        assert high == ahead + 1
