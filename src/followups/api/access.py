@@ -36,6 +36,9 @@ LONGEST_PATH = 200
 FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
+SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
+"""Of every answer. Answers that may be kept, the static files', say so themselves; no other may."""
+
 KEY = "followups.seen"
 """Where a request's scope holds its `Seen`."""
 
@@ -49,6 +52,7 @@ class Seen:
     request_id: str
     status: int | None = None
     workspace_id: str | None = None
+    key_id: str | None = None
 
 
 class Access:
@@ -64,7 +68,10 @@ class Access:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        seen = scope[KEY] = Seen(request_id_of(scope["headers"]))
+        seen = Seen(request_id_of(scope["headers"]))
+        inner = {**scope, KEY: seen}
+        if scope["method"] == "HEAD":  # served as GET; the server leaves out the body
+            inner["method"] = "GET"
         # Cleared first: on a kept-alive connection a request's task is made by the one before it, with its context.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
@@ -72,17 +79,20 @@ class Access:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 seen.status = message["status"]
-                MutableHeaders(scope=message)[HEADER] = seen.request_id
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = seen.request_id
+                headers.update(SECURITY_HEADERS)
+                headers.setdefault("cache-control", "no-store")
             await send(message)
 
         try:
             with _span(scope) as note:
                 if traceparent := traces.current_traceparent():
                     bind_contextvars(trace_id=traceparent.split("-")[1])
-                await self._app(scope, receive, answer)
-                note(_attributes(scope, seen), failed=seen.status is None or seen.status >= FAILED)
+                await self._app(inner, receive, answer)
+                note(_attributes(inner, seen), failed=seen.status is None or seen.status >= FAILED)
         finally:
-            _tell(seen, scope["path"], time.perf_counter() - started)
+            _tell(seen, scope, time.perf_counter() - started)
             clear_contextvars()
 
 
@@ -112,10 +122,17 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def _tell(seen: Seen, path: str, seconds: float) -> None:
+def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    if path in PROBES:  # asked every few seconds; one that fails says in its answer what is wrong
+    if scope["path"] in PROBES:  # asked every few seconds; one that fails says in its answer what is wrong
         tell = log.debug if seen.status == HTTPStatus.OK else log.info
     else:
         tell = log.warning if failed else log.info
-    tell("request", status=seen.status, duration_ms=round(seconds * 1000, 2), workspace_id=seen.workspace_id)
+    tell(
+        "request",
+        status=seen.status,
+        duration_ms=round(seconds * 1000, 2),
+        client=(scope.get("client") or (None,))[0],
+        workspace_id=seen.workspace_id,
+        key_id=seen.key_id,
+    )

@@ -14,9 +14,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from followups.api import openapi, problems
+from followups.api import documentation, openapi, problems
 from followups.api.access import Access
-from followups.api.caller import LastUse, Services
+from followups.api.caller import KnownKeys, LastUse, Services
 from followups.api.gate import Gate
 from followups.api.health import Health
 from followups.api.metrics import Exposition
@@ -47,7 +47,7 @@ STATEMENT_TIMEOUT = timedelta(seconds=10)
 """For a request's statements, which take milliseconds: clients have given up before most others' limits."""
 
 
-ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router)
+ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router, documentation.router)
 
 
 def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
@@ -72,6 +72,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         nudge=nudge or _nudge_workers,
         tick_interval=settings.tick_interval,
         last_use=LastUse(),
+        known_keys=KnownKeys(),
     )
 
     @asynccontextmanager
@@ -124,6 +125,7 @@ class Application(FastAPI):
 def _routes() -> FastAPI:
     app = Application(
         title=openapi.TITLE,
+        docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
@@ -169,7 +171,7 @@ def _methods(request: Request) -> list[str]:
     for route in (*request.app.routes, *(route for router in ROUTERS for route in router.routes)):
         if route.matches(request.scope)[0] is not Match.NONE:
             methods |= getattr(route, "methods", None) or set()
-    return sorted(methods)
+    return sorted(methods | {"HEAD"} if "GET" in methods else methods)
 
 
 def _nudge_workers() -> None:

@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from fastapi.responses import Response
     from sqlalchemy.orm import Session, sessionmaker
+    from starlette.types import Scope
 
     from followups.api.access import Seen
     from followups.api.rate_limit import RateLimit
@@ -48,6 +50,10 @@ log = get_logger(__name__)
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """How exact `last_used_at` is."""
+
+KNOWN_FOR = timedelta(seconds=10)
+KNOWN_AT_MOST = 10_000
+"""Keys remembered as good."""
 
 
 class LastUse:
@@ -68,6 +74,28 @@ class LastUse:
             return True
 
 
+class KnownKeys:
+    """Hashes of keys that were good a moment ago: their requests are read without asking the database first.
+
+    Each request's own transaction asks again, so that a revocation counts at once all the same. Of one event loop.
+    """
+
+    def __init__(self) -> None:
+        """Know of none."""
+        self._until: dict[bytes, float] = {}
+
+    def has(self, hashed: bytes) -> bool:
+        """Return whether the key was good within `KNOWN_FOR`."""
+        return time.monotonic() < self._until.get(hashed, 0.0)
+
+    def add(self, hashed: bytes) -> None:
+        """Remember a good key, in place of the oldest where there are too many."""
+        self._until.pop(hashed, None)
+        self._until[hashed] = time.monotonic() + KNOWN_FOR.total_seconds()
+        if len(self._until) > KNOWN_AT_MOST:
+            del self._until[next(iter(self._until))]
+
+
 @dataclass(frozen=True, slots=True)
 class Services:
     """What requests share: `app.state.services`."""
@@ -77,6 +105,7 @@ class Services:
     nudge: Callable[[], None]
     tick_interval: timedelta
     last_use: LastUse
+    known_keys: KnownKeys
 
 
 @dataclass(slots=True)
@@ -144,11 +173,10 @@ class Caller:
             pass
 
     def _identify(self, session: Session) -> Identity:
-        scheme, _, rest = self._given.partition(" ")
-        found = api_keys.authenticate(session, rest.strip() if scheme.lower() == "bearer" else self._given.strip())
+        found = api_keys.authenticate(session, key_in(self._given))
         if found is None:
             raise UnauthorizedError
-        self._seen.workspace_id = str(found.workspace_id)
+        self._seen.workspace_id, self._seen.key_id = str(found.workspace_id), str(found.key_id)
         bind_contextvars(workspace_id=self._seen.workspace_id)  # of this thread's copy, which ends with its work
         self._services.rate_limit.check(found.key_id)
         return found
@@ -165,6 +193,37 @@ def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
     from followups.dispatch import report  # noqa: PLC0415 - with it comes the HTTP client, which `openapi` needs not
 
     report.ended(ends)
+
+
+def key_in(given: str) -> str:
+    """Return the API key of an authorization header: raw, or after ``Bearer``.
+
+    >>> key_in("bearer abc"), key_in(" abc ")
+    ('abc', 'abc')
+    """
+    scheme, _, rest = given.strip().partition(" ")
+    return rest.strip() if scheme.lower() == "bearer" else given.strip()
+
+
+async def admit(scope: Scope) -> None:
+    """Check that the request has a good key, before its body is read.
+
+    Raises `UnauthorizedError`, and database errors.
+    """
+    services: Services = scope["app"].state.services
+    key = key_in(Headers(scope=scope).get("authorization", ""))
+    hashed = api_keys.hash_of(key)
+    if hashed is None:
+        raise UnauthorizedError
+    if not services.known_keys.has(hashed):
+        if not await run_in_threadpool(_is_good, services, key):
+            raise UnauthorizedError
+        services.known_keys.add(hashed)
+
+
+def _is_good(services: Services, key: str) -> bool:
+    with services.sessions() as session:
+        return api_keys.authenticate(session, key) is not None
 
 
 async def _caller(request: Request) -> Caller:

@@ -66,6 +66,7 @@ _ANYWHERE: Responses = {
 _WITH_BODY: Responses = {
     408: _problem("The body came too slowly.", slow=problems.of_status(408)),
     413: _problem("The body is too large.", large=problems.of_status(413)),
+    415: _problem("The body is compressed.", compressed=problems.of_status(415)),
 }
 _BAD_ID = _invalid("id", "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000")
 _BAD_DATE = ("dueDate", "should carry an offset, as in 2030-01-31T09:00:00Z")

@@ -1,19 +1,25 @@
-"""The outermost layer: takes in each request's body within limits of size and time, and lets no error out bare.
+"""The gate: checks the key, reads the body within its limits, and turns every error into an answer.
 
-The body is complete before anything behind is troubled with the request, so that a slow client holds a
-socket and nothing else: no thread, no database connection.
+A stranger's body is not read: the key comes first. The body is complete before anything else sees the request, so a
+slow client occupies a socket and nothing more: no thread and no database connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from followups.api import problems
+from followups.api.caller import admit
+from followups.errors import UnauthorizedError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+KEYED = "/api/"
+"""What begins so needs a key."""
 
 MAX_HEADER_SIZE = 32 * 1024
 """Bytes of a request line and its headers together."""
@@ -23,6 +29,9 @@ MAX_BODY_SIZE = 1024 * 1024
 
 BODY_WITHIN = 20.0
 """Seconds until the whole body must be here: 1 MiB at 52 kB/s."""
+
+MAX_BUFFERED = 32 * 1024 * 1024
+"""Bytes of all bodies that are in memory at once, complete or not."""
 
 MAX_WAITING = 256
 """Requests inside at once; more are told to come back, sooner than the last of them would be served."""
@@ -48,6 +57,7 @@ class Gate:
         """Take the application behind."""
         self._app = app
         self._inside = 0
+        self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer it."""
@@ -55,8 +65,12 @@ class Gate:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
+        held = _Held(self)
         try:
-            body = await _read_body(scope, receive)
+            _check_head(scope)
+            if scope["path"].startswith(KEYED):
+                await _admit(scope)
+            body = await _read_body(receive, held)
             await self._let_in(scope, _replay(body, receive), answer)
         except Refusal as refusal:
             await answer.problem(scope, receive, refusal.problem)  # all are raised before an answer begins
@@ -65,6 +79,19 @@ class Gate:
         except Exception as error:  # noqa: BLE001 - the last resort: no stack trace leaves the process
             if not answer.begun:
                 await answer.problem(scope, receive, problems.of_exception(error))
+        finally:
+            held.release()
+
+    def reserve(self, size: int) -> bool:
+        """Reserve memory for a part of a body; return whether there is room."""
+        if self._buffered + size > MAX_BUFFERED:
+            return False
+        self._buffered += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Give memory back."""
+        self._buffered -= size
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._inside >= MAX_WAITING:
@@ -75,6 +102,26 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             self._inside -= 1
+
+
+class _Held:
+    """The memory that one request's body takes."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.size = 0
+
+    def add(self, size: int) -> None:
+        """Take more of it. Raises `Refusal` for a body that is too large, and where all bodies together are."""
+        if self.size + size > MAX_BODY_SIZE:
+            raise Refusal(_TOO_LARGE)
+        if not self._gate.reserve(size):
+            raise Refusal(_NO_ROOM)
+        self.size += size
+
+    def release(self) -> None:
+        """Give all of it back."""
+        self._gate.release(self.size)
 
 
 class _Answer:
@@ -92,26 +139,43 @@ class _Answer:
         await problem.response()(scope, receive, self)
 
 
-async def _read_body(scope: Scope, receive: Receive) -> bytes:
+def _check_head(scope: Scope) -> None:
     # The server counts only what comes in pieces.
     if len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
-    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-    if int(declared) > MAX_BODY_SIZE:  # the server has checked that it is a number
+    headers = dict(scope["headers"])
+    if (
+        b"content-length" in headers and b"transfer-encoding" in headers
+    ):  # RFC 9112, 6.1: a request smuggled past a proxy
+        raise Refusal(_TWO_LENGTHS)
+    if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:  # the server has checked that it is a number
         raise Refusal(_TOO_LARGE)
+    encoding = headers.get(b"content-encoding", b"identity").strip().lower()
+    if encoding not in {b"", b"identity"}:
+        raise Refusal(_COMPRESSED)
+
+
+async def _admit(scope: Scope) -> None:
+    try:
+        await admit(scope)
+    except UnauthorizedError as error:
+        problem = problems.of_error(error)
+        unread = any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
+        raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if unread else {})})) from None
+
+
+async def _read_body(receive: Receive, held: _Held) -> bytes:
     chunks: list[bytes] = []
-    size, more = 0, True
+    more = True
     try:
         async with asyncio.timeout(BODY_WITHIN):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Gone
-                chunk = message.get("body", b"")
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > MAX_BODY_SIZE:
-                    raise Refusal(_TOO_LARGE)
+                if chunk := message.get("body", b""):
+                    held.add(len(chunk))
+                    chunks.append(chunk)
                 more = message.get("more_body", False)
     except TimeoutError:
         raise Refusal(_TOO_SLOW) from None
@@ -138,6 +202,19 @@ TOO_LONG_A_HEADER = problems.of_status(
 )
 _TOO_LARGE = problems.of_status(
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must have at most {MAX_BODY_SIZE:,} bytes.", _CLOSE
+)
+_TWO_LENGTHS = problems.of_status(
+    HTTPStatus.BAD_REQUEST, "A request must not have both Content-Length and Transfer-Encoding.", _CLOSE
+)
+_COMPRESSED = problems.of_status(
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    "The body is compressed (Content-Encoding); send it as it is.",
+    {**_CLOSE, "accept-encoding": "identity"},
+)
+_NO_ROOM = problems.of_status(
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    "Too many large bodies are on their way; try again shortly.",
+    {**_CLOSE, "retry-after": "1"},
 )
 _TOO_SLOW = problems.of_status(
     HTTPStatus.REQUEST_TIMEOUT, f"The body did not arrive within {BODY_WITHIN:g} seconds.", _CLOSE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(seconds=1)
 """For the broker's answer."""
 
+KEPT = 1.0
+"""Seconds for which a result serves every probe, so that many probes cost no more than one."""
+
 STALE_TICKS = 5
 STALE_AT_LEAST = timedelta(seconds=10)
 """The last tick is stale after five intervals, and not before ten seconds: a restart of beat is no outage."""
@@ -37,6 +42,8 @@ class Health:
     def __init__(self, settings: Settings, engine: Engine) -> None:
         """Take what is checked; connect to nothing yet."""
         self._engine = engine
+        self._lock = threading.Lock()
+        self._latest: tuple[float, dict[str, Check]] | None = None
         self._stale = max(STALE_AT_LEAST, STALE_TICKS * settings.tick_interval)
         self._broker = Redis.from_url(
             settings.broker_url.get_secret_value(),
@@ -46,8 +53,11 @@ class Health:
         )
 
     def checks(self) -> dict[str, Check]:
-        """Make every check."""
-        return self._database() | {"broker": self._check_broker()}
+        """Return the result of every check, which may be `KEPT` old: whoever asks more often gets the same."""
+        with self._lock:
+            if self._latest is None or time.monotonic() - self._latest[0] > KEPT:
+                self._latest = time.monotonic(), self._database() | {"broker": self._check_broker()}
+            return self._latest[1]
 
     def close(self) -> None:
         """Let go of the connections."""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from fastapi import Request
     from fastapi.responses import Response
 
+    from followups.api.schemas import FollowUpQuery
+
 _BRACKETS = re.compile(
     rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
 )
@@ -34,17 +36,22 @@ class ListRoute(AuthenticatedRoute):
         return without_brackets
 
 
-def link_header(request: Request, page_number: int, *, has_next: bool, has_previous: bool) -> dict[str, str]:
-    """Return the `Link` header, if there is a page before this one or after it."""
+def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
+    """Return the `Link` header if there is a previous or a next page.
+
+    The links are relative references, built from the validated query: a host or a scheme that a client or a proxy sent
+    would lead whoever follows the link, and the key with it, somewhere else.
+    """
     links = []
     if has_next:
-        links.append(f'<{_url(request, page_number + 1)}>; rel="next"')
+        links.append(f'<{_reference(query, query.page_number + 1)}>; rel="next"')
     if has_previous:
-        links.append(f'<{_url(request, page_number - 1)}>; rel="prev"')
+        links.append(f'<{_reference(query, query.page_number - 1)}>; rel="prev"')
     return {"link": ", ".join(links)} if links else {}
 
 
-def _url(request: Request, page_number: int) -> str:
-    kept = [(name, value) for name, value in request.query_params.multi_items() if name != "pageNumber"]
-    query = urlencode([*kept, ("pageNumber", page_number)])
-    return str(request.url.replace(query=query, fragment=""))
+def _reference(query: FollowUpQuery, page_number: int) -> str:
+    fields = query.model_copy(update={"page_number": page_number}).model_dump(
+        mode="json", by_alias=True, exclude_unset=True
+    )
+    return "?" + urlencode({**fields, "pageNumber": page_number}, doseq=True)

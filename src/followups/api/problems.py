@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import Response
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+
+MAX_ERRORS = 20
+"""Errors reported for one request."""
+
+MAX_POINTER_LENGTH = 200
+"""Characters of a pointer: an unknown field's name is as long as its client likes."""
 
 RETRY_AFTER_OUTAGE = 5
 """Seconds after which a client should try again when the database is away."""
@@ -112,7 +119,8 @@ def of_error(error: FollowUpsError) -> ProblemAnswer:
 
 def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
     """Return the problem of a request that is not as documented, from pydantic's list of errors."""
-    told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in errors]
+    first = islice(errors, MAX_ERRORS)
+    told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in first]
     detail = "The request is not valid: see errors."
     return ProblemAnswer(HTTPStatus.UNPROCESSABLE_ENTITY, InvalidRequestError.slug, detail, extra={"errors": told})
 
@@ -153,7 +161,8 @@ def _outside(name: str) -> str:
 
 
 def _pointer(path: list[str]) -> str:
-    return "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path if part)
+    pointer = "#" + "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in path if part)
+    return pointer[:MAX_POINTER_LENGTH]
 
 
 INTERNAL = ProblemAnswer(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "Something went wrong here; it has been logged.")

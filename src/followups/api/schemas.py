@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pydantic import AliasGenerator, BaseModel, ConfigDict, Field
+from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from followups.api import examples
@@ -14,6 +14,9 @@ from followups.api.fields import MAX_PAGE_SIZE, Digits, ExternalId, Id, Message,
 from followups.states import Status
 from followups.store.chats import Role
 from followups.windows import Channel
+
+MAX_FIELDS = 100
+"""Fields of a request's body. Each wrong one costs an error, so their number is checked before any of them."""
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
@@ -48,7 +51,19 @@ class FollowUp(Answer):
     trigger_chat_message_id: UUID = Field(description="The chat's last message when it was created.")
 
 
-class NewFollowUp(BaseModel):
+class Body(BaseModel):
+    """What every request's body shares: a bounded number of fields."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bound_fields(cls, value: Any) -> Any:  # noqa: ANN401 - whatever JSON a client sent
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            message = f"should have at most {MAX_FIELDS} fields"
+            raise ValueError(message)
+        return value
+
+
+class NewFollowUp(Body):
     """A follow-up to create. Unknown fields are ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_FOLLOW_UP]})
@@ -58,7 +73,7 @@ class NewFollowUp(BaseModel):
     message: Message
 
 
-class FollowUpChanges(BaseModel):
+class FollowUpChanges(Body):
     """The fields to change; what is left out stays. Unknown fields are refused, lest a misspelt one be lost.
 
     Null for a field that is null already is no change.
@@ -84,9 +99,9 @@ _MANY = "One value or many: repeated, or with `[]` after the name. None: no filt
 
 
 class FollowUpQuery(BaseModel):
-    """Which follow-ups to list, and which page of them."""
+    """Which follow-ups to list, and which page of them. An unknown parameter is refused: it would filter nothing."""
 
-    model_config = ConfigDict(alias_generator=to_camel)
+    model_config = ConfigDict(alias_generator=to_camel, extra="forbid")
 
     chat_ids: tuple[Id, ...] = Field((), description=_MANY)
     chat_message_ids: tuple[Id, ...] = Field((), description=_MANY)
@@ -96,7 +111,7 @@ class FollowUpQuery(BaseModel):
     page_size: Digits = Field(10, ge=1, le=MAX_PAGE_SIZE)
 
 
-class ChatPut(BaseModel):
+class ChatPut(Body):
     """Where a chat lives. Unknown fields are ignored; an `externalId` left out is none."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.CHAT_PUT]})
@@ -117,7 +132,7 @@ class Chat(Answer):
     updated_at: datetime
 
 
-class NewChatMessage(BaseModel):
+class NewChatMessage(Body):
     """That somebody wrote in a chat. Unknown fields are ignored; a text is neither taken nor stored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CHAT_MESSAGE]})

@@ -10,6 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from followups.api import problems
+from followups.api.access import SECURITY_HEADERS
 from followups.api.gate import MAX_HEADER_SIZE, TOO_LONG_A_HEADER
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ HEADER_WITHIN = 10.0
 """Seconds until they must be complete."""
 
 MAX_CONNECTIONS = 2_000
-"""Open connections; more are closed at once, before they cost anything."""
+"""Open connections. Beyond it the one that is idle for the longest makes room; without any, the new one is closed."""
 
 KEEP_ALIVE = 65
 """Seconds an idle connection is kept: longer than the usual load balancer's minute, so that it closes first."""
@@ -34,14 +35,34 @@ class LimitedProtocol(H11Protocol):
     """uvicorn's protocol, which itself sets a slow or endless header no bounds in time, and answers in plain text."""
 
     _header_due: asyncio.TimerHandle | None = None
+    idle_since = 0.0
+    """When it was made, or its last answer was complete; on the loop's clock."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Refuse what is too many, and give the rest a time to speak."""
-        if len(self.connections) >= MAX_CONNECTIONS:
+        """Make room where there are too many connections, and start the header timer."""
+        if len(self.connections) >= MAX_CONNECTIONS and not self._close_idlest():
             transport.abort()
             return
         super().connection_made(transport)
+        self.idle_since = self.loop.time()
         self._expect_header()
+
+    def on_response_complete(self) -> None:
+        """Note since when it is idle."""
+        super().on_response_complete()
+        self.idle_since = self.loop.time()
+
+    def _close_idlest(self) -> bool:
+        """Close the connection that waits for a request for the longest; return whether there was one."""
+        idle = [
+            one for one in self.connections if isinstance(one, LimitedProtocol) and one.conn.their_state is h11.IDLE
+        ]
+        if not idle:
+            return False
+        idlest = min(idle, key=lambda one: one.idle_since)
+        self.connections.discard(idlest)
+        idlest.transport.abort()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the time."""
@@ -66,7 +87,8 @@ class LimitedProtocol(H11Protocol):
 
     def _answer(self, problem: problems.ProblemAnswer) -> None:
         body = problem.body()
-        head = [("content-type", problems.MEDIA_TYPE), ("content-length", str(len(body))), ("connection", "close")]
+        own = {"content-type": problems.MEDIA_TYPE, "content-length": str(len(body)), "connection": "close"}
+        head = list({**SECURITY_HEADERS, "cache-control": "no-store", **own}.items())
         response = h11.Response(status_code=problem.status, headers=head, reason=HTTPStatus(problem.status).phrase)
         if self.conn.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
             for event in (response, h11.Data(data=body), h11.EndOfMessage()):

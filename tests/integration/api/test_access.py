@@ -36,7 +36,7 @@ def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_one_line_a_request(stack: Stack, logged: Api) -> None:
-    """A request has one line: id, method, path, status, duration and workspace, and neither query nor key."""
+    """A request has one line: id, method, path, status, duration, client, workspace, the key's id; no query, no key."""
     answer = logged.get(FOLLOW_UPS, statuses="pending")
     request_id = answer.headers["x-request-id"]
     (line,) = lines(stack, "request", request_id=request_id)
@@ -45,6 +45,8 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
     assert line == {
         "level": "info",
         "logger": "followups.api.access",
+        "client": "127.0.0.1",
+        "key_id": str(stack.world.scalar("SELECT id FROM api_keys")),
         "event": "request",
         "request_id": request_id,
         "method": "GET",

@@ -10,6 +10,7 @@ import pytest
 
 from followups.api import gate, server
 from followups.store import follow_ups
+from stack import wait_until
 from web import FOLLOW_UPS, client_of, is_problem, key_of, served
 
 if TYPE_CHECKING:
@@ -97,29 +98,42 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
         [b"GET /healthz HTT"],
         [b"GET /healthz HTTP/1.1\r\nhost: x\r\n"],
         [GET, b"GET /healthz HTTP/1.1\r\n"],
-        [b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{"],
+        [b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 9\r\n\r\n{"],
     ],
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
-def test_slow_client(impatient: tuple[str, int], sent: list[bytes]) -> None:
+def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]) -> None:
     """A client that does not finish its request in time is told so, and its connection is closed."""
+    sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
     received = dialogue(impatient, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received
     assert b"application/problem+json" in received
 
 
-def test_too_many_connections(narrow: tuple[str, int]) -> None:
-    """A connection too many is closed at once; those that are open are served."""
+def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
+    """A connection too many is closed at once where none is idle; those that are open are served."""
+    post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
     try:
         for connection in open_ones:
-            connection.sendall(GET)
-            assert b"200 OK" in connection.recv(65_536)
-        with socket.create_connection(narrow, timeout=5) as late:
-            assert refused(late)
+            connection.sendall(post.replace(b"KEY", key_of(world)[1].encode()))  # whose body is waited for
+        wait_until(lambda: refused_now(narrow), within=5)
+        for connection in open_ones:
+            connection.sendall(b"}")
+            assert b" 422 " in connection.recv(65_536)
     finally:
         for connection in open_ones:
             connection.close()
+
+
+def refused_now(address: tuple[str, int]) -> bool:
+    """Return whether a new connection is refused."""
+    with socket.create_connection(address, timeout=5) as late:
+        late.settimeout(0.2)
+        try:
+            return refused(late)
+        except TimeoutError:
+            return False
 
 
 def refused(connection: socket.socket) -> bool:

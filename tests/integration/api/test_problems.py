@@ -29,13 +29,13 @@ def test_unknown_path(api: Api, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
-        ("DELETE", FOLLOW_UPS, "GET, POST"),
-        ("PUT", f"{FOLLOW_UPS}/{ID}", "GET, PATCH"),
+        ("DELETE", FOLLOW_UPS, "GET, HEAD, POST"),
+        ("PUT", f"{FOLLOW_UPS}/{ID}", "GET, HEAD, PATCH"),
         ("GET", f"{CHATS}/{ID}", "DELETE, PUT"),
         ("GET", CHAT_MESSAGES, "POST"),
-        ("POST", "/healthz", "GET"),
-        ("TRACE", FOLLOW_UPS, "GET, POST"),
-        ("BREW", FOLLOW_UPS, "GET, POST"),
+        ("POST", "/healthz", "GET, HEAD"),
+        ("TRACE", FOLLOW_UPS, "GET, HEAD, POST"),
+        ("BREW", FOLLOW_UPS, "GET, HEAD, POST"),
     ],
 )
 def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
 from followups import scheduling
@@ -34,7 +34,7 @@ router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=Au
 
 
 @lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=documents.LIST)
-def list_follow_ups(request: Request, query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
+def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
     """List follow-ups, newest first."""
     wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
     with caller.transaction() as work:
@@ -42,7 +42,7 @@ def list_follow_ups(request: Request, query: Annotated[FollowUpQuery, Query()], 
             work.session, work.workspace_id, wanted, page_number=query.page_number, page_size=query.page_size
         )
         has_previous = query.page_number > 1 and (bool(rows) or _is_page(work, wanted, query))
-    links = link_header(request, query.page_number, has_next=has_next, has_previous=has_previous)
+    links = link_header(query, has_next=has_next, has_previous=has_previous)
     return answers.answer(answers.many(FollowUp, rows), 200, links)
 
 

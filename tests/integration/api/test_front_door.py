@@ -1,0 +1,203 @@
+"""The front door: what one client may take from the others, and what a stranger gets before the key is known."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+
+from followups.api import gate, server
+from web import CHAT_MESSAGES, FOLLOW_UPS, Api, client_of, is_problem, key_of, pointers, served
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+    from world import World
+
+HOSTILE = {"host": "attacker.example", "x-forwarded-host": "attacker.example", "x-forwarded-proto": "http"}
+
+
+def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
+    """Send bytes on a connection of their own; return all that is answered until it is closed, or silent."""
+    url = urlsplit(str(api.client.base_url))
+    assert url.hostname
+    with socket.create_connection((url.hostname, url.port or 80), timeout=wait) as connection:
+        connection.sendall(request)
+        answer = b""
+        try:
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except TimeoutError:
+            pass
+        return answer
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", FOLLOW_UPS])
+def test_head(api: Api, path: str) -> None:
+    """Every GET answers HEAD: the same status and headers, without a body."""
+    got, head = api.client.get(path), api.client.head(path)
+    assert head.status_code == got.status_code
+    assert head.content == b""
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert head.headers.get("content-length") or head.headers.get("transfer-encoding")
+
+
+def test_head_of_one(api: Api) -> None:
+    """A follow-up answers HEAD too; a path without a GET does not, and names what it takes."""
+    assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
+    refused = api.client.head(CHAT_MESSAGES)
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert api.client.delete("/healthz").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/healthz"), ("GET", FOLLOW_UPS), ("GET", "/nothing"), ("PUT", FOLLOW_UPS), ("GET", "/docs")],
+)
+def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
+    """No answer is sniffed or kept, whatever its status."""
+    headers = api.client.request(method, path).headers
+    assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
+
+
+def test_headers_of_what_is_no_http(api: Api) -> None:
+    """The server's own answer to bad HTTP has them too."""
+    answer = raw(api, b"nonsense\r\n\r\n").lower()
+    assert b"x-content-type-options: nosniff" in answer
+    assert b"cache-control: no-store" in answer
+
+
+def test_documentation(api: Api) -> None:
+    """The documentation loads nothing from elsewhere, runs no script of its own page, and its files may be kept."""
+    page = api.client.get("/docs")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "script-src 'self';" in policy
+    assert not re.search(r"https?://|//|<script>", page.text.replace("<!doctype html>", ""))
+    loaded = re.findall(r'(?:src|href)="(docs/[^"]+)"', page.text)
+    assert len(loaded) == 3
+    for each in loaded:
+        file = api.client.get(f"/{each}")
+        assert file.status_code == 200
+        assert "max-age" in file.headers["cache-control"]
+    assert api.client.get("/docs/secrets.txt").status_code == 404
+
+
+def test_links_repeat_nothing_of_a_client(api: Api) -> None:
+    """Links are relative references: no host or scheme that a client or a proxy names, and only known filters."""
+    chat = api.chat()
+    for _ in range(3):
+        api.create(chat)
+    page = api.client.get(f"{FOLLOW_UPS}?chatIds[]={chat.upper()}&pageSize=1&pageNumber=2", headers=HOSTILE)
+    assert {name: link["url"] for name, link in page.links.items()} == {
+        "next": f"?chatIds={chat}&pageNumber=3&pageSize=1",
+        "prev": f"?chatIds={chat}&pageNumber=1&pageSize=1",
+    }
+
+
+@pytest.mark.parametrize("query", ["statuses[0]=pending", "chatIds[0]=x", "chatId=x", "limit=5", "pagenumber=2"])
+def test_unknown_parameter(api: Api, query: str) -> None:
+    """A parameter that does not exist is 422 and named: a filter that is silently ignored would list everything."""
+    problem = is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
+    assert pointers(problem) == [f"#/{query.partition('=')[0]}"]
+
+
+def test_few_errors_are_told(api: Api) -> None:
+    """However many fields are wrong, at most 20 errors come back, in 20 kB."""
+    path = f"{FOLLOW_UPS}/{api.create()['id']}"
+    for body in ({f"unknown{number}": 1 for number in range(80)}, {f"unknown{number}": 1 for number in range(50_000)}):
+        answer = api.client.patch(path, json=body)
+        assert 1 <= len(is_problem(answer, 422, "invalid-request")["errors"]) <= 20
+        assert len(answer.content) < 20_000
+    assert len(api.client.patch(path, json={"x" * 900_000: 1}).content) < 20_000
+    many = api.get(f"{FOLLOW_UPS}?" + "&".join(["chatIds=x"] * 2_000))
+    assert len(is_problem(many, 422, "invalid-request")["errors"]) == 20
+
+
+def test_a_compressed_body(api: Api) -> None:
+    """A compressed body is 415, which says why; an uncompressed one may say so."""
+    body = gzip.compress(json.dumps({"role": "agent"}).encode())
+    problem = is_problem(
+        api.client.post(CHAT_MESSAGES, content=body, headers={"content-encoding": "gzip"}),
+        415,
+        "unsupported-media-type",
+    )
+    assert "compressed" in problem["detail"]
+    assert (
+        api.client.put(
+            f"/api/v1/chats/{api.chat()}", json={"channel": "widget"}, headers={"content-encoding": "identity"}
+        ).status_code
+        == 200
+    )
+
+
+def test_two_lengths(api: Api) -> None:
+    """A request with both Content-Length and Transfer-Encoding is 400, once, and its connection is closed."""
+    request = (
+        b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
+        b"0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+    )
+    answer = raw(api, request)
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+def test_a_stranger_s_body_is_not_read(api: Api) -> None:
+    """Without a good key the answer comes before the body, and the connection is closed."""
+    for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
+        request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
+        answer = raw(api, request)
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert b"connection: close" in answer.lower()
+
+
+def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
+    """A key that was good a moment ago counts no more once it is revoked, with a good body or a bad one."""
+    assert api.get(FOLLOW_UPS).status_code == 200
+    api.world.sql("UPDATE api_keys SET revoked_at = now()")
+    assert api.get(FOLLOW_UPS).status_code == 401
+    assert api.client.post(CHAT_MESSAGES, json={"id": 1}).status_code == 401
+
+
+def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies beyond the memory for all of them are refused with 503; it is given back, and then they are served."""
+    monkeypatch.setattr(gate, "MAX_BUFFERED", 300_000)
+    with served(settings) as (host, port), client_of((host, port), key_of(world)[1]) as client:
+        head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\ncontent-length: 250000\r\n"
+        head += f"authorization: {client.headers['authorization']}\r\n\r\n"
+        with socket.create_connection((host, port)) as slow:
+            slow.sendall(head.encode() + b" " * 200_000)
+            deadline = time.monotonic() + 15
+            while (answer := client.post(CHAT_MESSAGES, content=b" " * 200_000)).status_code != 503:
+                assert time.monotonic() < deadline, answer.text[:300]
+            assert is_problem(answer, 503, "service-unavailable")
+            assert answer.headers["retry-after"]
+        deadline = time.monotonic() + 15
+        while client.post(CHAT_MESSAGES, content=b" " * 200_000).status_code == 503:
+            assert time.monotonic() < deadline
+
+
+def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond the limit a new connection is served, and the one that was idle for the longest is closed."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
+    request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+
+    def served_on(connection: socket.socket) -> bool:
+        connection.sendall(request)
+        return connection.recv(4096).startswith(b"HTTP/1.1 200")
+
+    with served(settings) as address:
+        connections: list[Any] = []
+        for _ in range(4):
+            connections.append(socket.create_connection(address, timeout=5))
+            assert served_on(connections[-1])
+        with pytest.raises((ConnectionError, AssertionError)):
+            assert served_on(connections[0])
+        assert all(served_on(one) for one in connections[1:])
+        for one in connections:
+            one.close()
