@@ -8,8 +8,8 @@ from uuid import UUID
 
 from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
-from followups.transports.endpoint import reach, required_url
-from followups.transports.http_call import Call, HttpCaller, encode_json
+from followups.transports.endpoint import required_url
+from followups.transports.http_client import Call, HttpClient, encode_json
 from followups.transports.signing import webhook_from
 
 if TYPE_CHECKING:
@@ -27,26 +27,25 @@ class HttpTransport:
         self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
         secret = settings.transport_secret
         self._webhook = webhook_from(secret.get_secret_value()) if secret else None
-        self._timeout = settings.transport_timeout
-        self._caller = HttpCaller(settings)
+        self._client = HttpClient(settings)
 
     async def open(self) -> None:
-        """Open the HTTP session of this process."""
-        await self._caller.open()
+        """Be ready to connect, in the running loop."""
+        await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Post once; the answer, or the lack of one, is the outcome."""
         body = _body(delivery)
-        call = Call("POST", self._url, self._headers(str(delivery.follow_up_id), body), body)
-        return await self._caller.deliver(call, DIALECT)
+        call = Call(self._url, self._headers(str(delivery.follow_up_id), body), body)
+        return await self._client.deliver(call, DIALECT)
 
     async def check(self) -> str:
         """Connect to the endpoint's host without sending a message."""
-        return await reach(self._url, self._timeout)
+        return await self._client.check()
 
     async def close(self) -> None:
-        """Close the HTTP session."""
-        await self._caller.close()
+        """Close the connections."""
+        await self._client.close()
 
     def _headers(self, key: str, body: bytes) -> dict[str, str]:
         headers = {"idempotency-key": key, "webhook-id": key}
