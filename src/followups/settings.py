@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     )
     transport: str = Field("http", min_length=1, description="http, matrix, or the entry-point name of a plug-in")
     transport_url: str | None = Field(None, description="where the transport delivers to")
-    transport_secret: SecretStr | None = Field(None, description="signs deliveries (Standard Webhooks)")
+    transport_secret: SecretStr | None = Field(
+        None, description="signs deliveries (Standard Webhooks); several, separated by spaces, sign each"
+    )
     transport_client_cert: str | None = Field(
         None, description="PEM file of the certificate (with its chain) that the endpoint asks for"
     )

@@ -10,7 +10,7 @@ from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
 from followups.transports.http_client import Call, HttpClient, encode_json
-from followups.transports.signing import webhook_from
+from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
     from followups.settings import Settings
@@ -26,7 +26,7 @@ class HttpTransport:
         """Check URL and secret; raise `TransportConfigurationError` when they are missing or wrong."""
         self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
         secret = settings.transport_secret
-        self._webhook = webhook_from(secret.get_secret_value()) if secret else None
+        self._signer = Signer(secret.get_secret_value()) if secret else None
         self._client = HttpClient(settings)
 
     async def open(self) -> None:
@@ -51,16 +51,18 @@ class HttpTransport:
         headers = {"idempotency-key": key, "webhook-id": key}
         if traceparent := current_traceparent():
             headers["traceparent"] = traceparent
-        if self._webhook:
+        if self._signer:
             now = datetime.now(UTC)
             headers["webhook-timestamp"] = str(int(now.timestamp()))
-            headers["webhook-signature"] = self._webhook.sign(key, now, body.decode())
+            headers["webhook-signature"] = self._signer.sign(key, now, body.decode())
         return headers
 
 
 def _body(delivery: Delivery) -> bytes:
     document = {
         "followUpId": str(delivery.follow_up_id),
+        "workspaceId": str(delivery.workspace_id),
+        "channel": delivery.channel,
         "chatId": str(delivery.chat_id),
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": str(delivery.trigger_chat_message_id),

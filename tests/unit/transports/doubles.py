@@ -28,6 +28,8 @@ SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the sp
 
 BODY = {
     "followUpId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f",
+    "workspaceId": "w1",
+    "channel": "api",
     "chatId": "c1",
     "externalChatId": None,
     "triggerChatMessageId": "t1",
