@@ -67,6 +67,12 @@ class NothingToFollowUpError(ConflictError):
     slug = "nothing-to-follow-up"
 
 
+class ExternalChatTakenError(ConflictError):
+    """The externalId belongs to another workspace's chat."""
+
+    slug = "external-chat-taken"
+
+
 class AlreadyFinishedError(ConflictError):
     """The follow-up has already finished; a finished follow-up never changes."""
 

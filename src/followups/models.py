@@ -187,6 +187,8 @@ class Chat(Base):
             " AND (last_message_id IS NULL) = (last_message_role IS NULL)",
             name="last_message_is_whole",
         ),
+        # Whether another workspace has this external id.
+        Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
     workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)

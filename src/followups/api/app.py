@@ -72,6 +72,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         nudge=nudge or _nudge_workers,
         tick_interval=settings.tick_interval,
         last_use=LastUse(),
+        exclusive_external_ids=settings.transport == "matrix",
     )
 
     @asynccontextmanager

@@ -73,6 +73,8 @@ class Services:
     nudge: Callable[[], None]
     tick_interval: timedelta
     last_use: LastUse
+    exclusive_external_ids: bool
+    """An external id belongs to one workspace: nothing else says whose chat it is."""
 
 
 @dataclass(slots=True)
@@ -112,6 +114,11 @@ class Caller:
         self._services: Services = request.app.state.services
         self._given = request.headers.get("authorization", "")
         self._seen: Seen = request.scope[KEY]
+
+    @property
+    def exclusive_external_ids(self) -> bool:
+        """Whether an external id belongs to one workspace."""
+        return self._services.exclusive_external_ids
 
     @contextmanager
     def transaction(self) -> Iterator[Work]:
