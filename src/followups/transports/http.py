@@ -76,6 +76,9 @@ def _body(delivery: Delivery) -> bytes:
 def _chat_message_id(document: Document) -> UUID | None:
     value = document.get("chatMessageId")
     if value is None:
+        if document.get("ok") is False or document.get("success") is False or document.get("error"):
+            message = "the body of the answer tells of an error, its status of none"
+            raise ValueError(message)
         return None
     try:
         return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below
