@@ -73,6 +73,12 @@ class TooManyPendingError(ConflictError):
     slug = "too-many-pending"
 
 
+class ExternalChatTakenError(ConflictError):
+    """The externalId belongs to another workspace's chat."""
+
+    slug = "external-chat-taken"
+
+
 class AlreadyFinishedError(ConflictError):
     """The follow-up has already finished; a finished follow-up never changes."""
 

@@ -204,6 +204,8 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
+        # Whether another workspace has this external id.
+        Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
     workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id"), primary_key=True)

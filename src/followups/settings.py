@@ -75,7 +75,15 @@ class Settings(BaseSettings):
     )
     transport: str = Field("http", min_length=1, description="http, matrix, or the entry-point name of a plug-in")
     transport_url: str | None = Field(None, description="where the transport delivers to")
-    transport_secret: SecretStr | None = Field(None, description="signs deliveries (Standard Webhooks)")
+    transport_secret: SecretStr | None = Field(
+        None, description="signs deliveries (Standard Webhooks); several, separated by spaces, sign each"
+    )
+    transport_client_cert: str | None = Field(
+        None, description="PEM file of the certificate (with its chain) that the endpoint asks for"
+    )
+    transport_client_key: str | None = Field(
+        None, description="PEM file of its key, without a password; default: in the file of the certificate"
+    )
     transport_timeout: Duration = Field(timedelta(seconds=10), gt=ZERO, description="for one call, in all")
     transport_deduplicates: bool = Field(
         default=True, description="the transport recognises a repeated idempotency-key"
@@ -143,6 +151,11 @@ class Settings(BaseSettings):
         if value and not value.startswith(("http://", "https://")):
             message = "should start with http:// or https://"
             raise ValueError(message)
+        return value or None
+
+    @field_validator("transport_client_cert", "transport_client_key")
+    @classmethod
+    def _empty_is_no_file(cls, value: str | None) -> str | None:
         return value or None
 
     @field_validator("runtime_dir")

@@ -173,11 +173,22 @@ class AsyncioLoop(Contestant):
         self.arena.spawn("loop", "python -m rivals.asyncio_loop")
 
 
+@dataclass
+class ClientLoop(Contestant):
+    """The same loop with our own HTTP client: the limit of what the system can reach with it."""
+
+    name: str = "raw loop on our HTTP client"
+
+    def start(self) -> None:
+        self.arena.spawn("loop", "python -m rivals.client_loop")
+
+
 LIMIT = AsyncioLoop.name
 EVERYBODY: dict[str, type[Contestant]] = {
     "ours": Ours,
     "one": OneWorker,
     "loop": AsyncioLoop,
+    "client": ClientLoop,
     "celery": CeleryRows,
     "dramatiq": DramatiqRows,
     "procrastinate": ProcrastinateRows,

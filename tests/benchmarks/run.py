@@ -91,7 +91,7 @@ def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict
 
 def throughput(arena: Arena, options: argparse.Namespace) -> Results:
     """Return follow-ups a second of a backlog."""
-    names = contestants(options, ("ours", "one", "loop", "celery", "dramatiq", "procrastinate"))
+    names = contestants(options, ("ours", "one", "loop", "client", "celery", "dramatiq", "procrastinate"))
     control = f"delay={options.delay}&slow={options.slow}"
     kind = f"answers after {options.delay:g} s" if options.delay else "answers at once"
     kind += f", {options.slow:.0%} after 5 s" if options.slow else ""

@@ -376,7 +376,24 @@ def test_burns_no_attempts(
     assert transport.calls == world.scalar("SELECT sum(attempts) FROM follow_ups")
 
 
-@pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 403"), Snoozed("HTTP 429", timedelta(hours=1))])
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_receiver_that_refuses_everybody_is_left_alone(
+    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
+) -> None:
+    """A secret that has expired costs the follow-ups that tell of it, and no more."""
+    transport = Failing(Rejected(f"HTTP {status}", status))
+    for _ in range(100):
+        world.follow_up()
+    own = own.model_copy(update={"concurrency": CONCURRENCY})
+    started(own, transport, SLOWLY).submit(claim(engine, own).leases)
+    wait_until(lambda: read(client(own), own).state == "open")
+    wait_until(lambda: not world.scalar("SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"))
+    assert FAILURES <= transport.calls <= FAILURES + 2 * CONCURRENCY
+    assert world.scalar("SELECT count(*) FROM follow_ups WHERE reason LIKE 'rejected:%'") == transport.calls
+    assert world.scalar(PENDING) == 100 - transport.calls
+
+
+@pytest.mark.parametrize("outcome", [Sent(), Rejected("HTTP 404", 404), Snoozed("HTTP 429", timedelta(hours=1))])
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:

@@ -73,6 +73,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         tick_interval=settings.tick_interval,
         last_use=LastUse(),
         known_keys=KnownKeys(),
+        exclusive_external_ids=settings.transport == "matrix",
     )
 
     @asynccontextmanager

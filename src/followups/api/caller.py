@@ -106,6 +106,8 @@ class Services:
     tick_interval: timedelta
     last_use: LastUse
     known_keys: KnownKeys
+    exclusive_external_ids: bool
+    """An external id belongs to one workspace: nothing else says whose chat it is."""
 
 
 @dataclass(slots=True)
@@ -145,6 +147,11 @@ class Caller:
         self._services: Services = request.app.state.services
         self._given = request.headers.get("authorization", "")
         self._seen: Seen = request.scope[KEY]
+
+    @property
+    def exclusive_external_ids(self) -> bool:
+        """Whether an external id belongs to one workspace."""
+        return self._services.exclusive_external_ids
 
     @contextmanager
     def transaction(self) -> Iterator[Work]:

@@ -11,6 +11,7 @@ from followups.errors import (
     AlreadyFinishedError,
     ChatNotFoundError,
     DeliveryInProgressError,
+    ExternalChatTakenError,
     FollowUpNotFoundError,
     FollowUpsError,
     IdempotencyKeyInUseError,
@@ -121,6 +122,7 @@ CHANGE: Responses = {
 PUT_CHAT: Responses = {
     200: _json("The chat was updated.", examples.CHAT),
     201: _json("The chat was created.", examples.CHAT, model=Chat),
+    409: _error(ExternalChatTakenError()),
     422: _invalid("channel", "Input should be 'widget', 'waha', 'whatsapp', 'instagram', 'api' or 'matrix'"),
     **_WITH_BODY,
     **_ANYWHERE,

@@ -116,7 +116,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         app,
         host=host,
         port=port,
-        http=LimitedProtocol,  # h11, and limits; by itself uvicorn would take httptools, which the transports need
+        http=LimitedProtocol,  # h11, and limits; by itself uvicorn would take httptools where it is installed
         ws="none",
         lifespan="on",
         log_config=None,  # ours: one format for every line

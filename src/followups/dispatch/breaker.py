@@ -24,16 +24,20 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from followups.dispatch import report
 from followups.store.leases import lane_of
-from followups.transports.port import Retry, Snoozed, Unknown
+from followups.transports.port import Rejected, Retry, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from uuid import UUID
 
     from followups.dispatch.send import Attempt
+    from followups.transports.port import Outcome
 
 CLOSED = "closed"
 RECOVERING = "recovering"
+
+REFUSING = {401, 403}
+"""Statuses by which a receiver refuses the caller: every message is refused so when a secret has expired."""
 
 LOOK = 1.0
 """Seconds between two looks at the shared state while it is closed; so long others may begin without knowing."""
@@ -132,7 +136,7 @@ class Breaker:
         if self._store is None or isinstance(attempt.outcome, Snoozed):
             return
         lane = lane_of(attempt.begun.workspace_id)
-        failed = isinstance(attempt.outcome, Retry | Unknown)
+        failed = _failed(attempt.outcome)
         run = self._runs.get(lane, Run(lane, 0, anew=False))
         self._runs[lane] = Run(lane, run.failures + 1, run.anew) if failed else Run(lane, 0, anew=True)
         counts = self._reading.state == CLOSED or lane in self._reading.held
@@ -186,3 +190,10 @@ class Breaker:
         self._reading = reading
         if reading.state == CLOSED:
             self._failed.clear()
+
+
+def _failed(outcome: Outcome) -> bool:
+    """Return whether an outcome speaks against the transport; a refusal speaks of one message, unless of the caller."""
+    if isinstance(outcome, Rejected):
+        return outcome.status_code in REFUSING
+    return isinstance(outcome, Retry | Unknown)

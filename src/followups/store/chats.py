@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import bindparam, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
-from followups.errors import ChatNotFoundError
+from followups.errors import ChatNotFoundError, ExternalChatTakenError
 from followups.models import Chat, ChatMessage, FollowUp
 from followups.states import ReasonCode
 from followups.store import follow_ups
@@ -95,6 +95,25 @@ _ANEW: dict[str, object] = {
     "last_user_message_at": None,
 }
 """What a chat forgets that was removed and comes back."""
+
+
+# Two that take the same one at once come one after the other; the second sees what the first has committed.
+_LOCK_EXTERNAL_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
+_TAKEN = text("""
+    SELECT EXISTS (SELECT FROM chats
+                    WHERE external_id = :external_id AND workspace_id <> :workspace_id AND removed_at IS NULL)
+""")
+
+
+def take_external_id(session: Session, workspace_id: UUID, external_id: str) -> None:
+    """Keep this external id for the workspace until the transaction ends, by when one of its chats has it.
+
+    Raises `ExternalChatTakenError` where a chat of another workspace has it; a removed chat has none.
+    """
+    parameters = {"workspace_id": workspace_id, "external_id": external_id}
+    session.execute(_LOCK_EXTERNAL_ID, parameters)
+    if session.execute(_TAKEN, parameters).scalar_one():
+        raise ExternalChatTakenError
 
 
 def put_chat(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import re
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -31,6 +32,8 @@ EXCERPT_LENGTH = 200
 
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
+
+_DECODER = json.JSONDecoder()
 
 Document = dict[str, object]
 
@@ -127,7 +130,7 @@ def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        document = json.loads(body)
+        document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())  # json.loads looks for other encodings first
     except (ValueError, RecursionError):  # RecursionError: nested thousands deep
         document = ...
     if document is ...:

@@ -1,24 +1,20 @@
-"""The address that a transport delivers to: required, well-formed, and shown without its password."""
+"""The endpoint that a transport delivers to: its address, and how it is reached (TLS, proxy, time)."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import os
-import socket
 import ssl
+from datetime import timedelta
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
-from followups.errors import FollowUpsError, TransportConfigurationError
+import pycurl
+
+from followups.errors import TransportConfigurationError
 from followups.settings import hide_password
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from followups.settings import Settings
-
-PORTS = {"http": 80, "https": 443}
 
 
 def required_url(settings: Settings, meaning: str) -> str:
@@ -51,45 +47,62 @@ def _is_well_formed(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # RFC 7617: the first colon ends the name. What is not Latin-1 aiohttp refuses, too late for a sentence about it.
+    # RFC 7617: the first colon ends the name. What is not Latin-1 each server reads in its own way.
     return ":" not in user and max(user + password, default="") <= "\xff"
 
 
-async def reach(url: str, within: timedelta) -> str:
-    """Connect to the host of ``url`` (TLS for https), send nothing, and say so in one sentence.
+def connection_options(settings: Settings) -> dict[int, object]:
+    """Return libcurl's options for every connection to the endpoint: time, protocols, TLS, proxy.
 
-    Raises `FollowUpsError`, naming the address without its password, when that does not work.
+    Raises `TransportConfigurationError` where a certificate cannot be read.
     """
-    parts, shown = urlsplit(url), hide_password(url)
+    milliseconds = max(1, round(settings.transport_timeout / timedelta(milliseconds=1)))
+    options: dict[int, object] = {
+        pycurl.TIMEOUT_MS: milliseconds,
+        pycurl.NOSIGNAL: True,
+        pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+        pycurl.PROXY: "",  # none of the environment's
+    }
+    if (settings.transport_url or "").startswith("https:"):
+        options |= _trusted() | _client_certificate(settings) | _proxy()
+    return options
+
+
+def _trusted() -> dict[int, object]:
+    """Return the authorities that are trusted: the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``.
+
+    The libcurl of the wheel knows those of one distribution only, and does not read these variables.
+    """
+    paths = ssl.get_default_verify_paths()
+    for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
+        if os.environ.get(name) and not found:
+            message = f"{name} names no {what}: set it to the {what} of the certificate authorities that are trusted."
+            raise TransportConfigurationError(message)
+    options: dict[int, object] = {}
+    if paths.cafile:
+        options[pycurl.CAINFO] = paths.cafile
+    # A directory beside a file would keep libcurl from reading the file once for all connections.
+    if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
+        options[pycurl.CAPATH] = paths.capath
+    return options
+
+
+def _client_certificate(settings: Settings) -> dict[int, object]:
+    certificate, key = settings.transport_client_cert, settings.transport_client_key or settings.transport_client_cert
+    if certificate is None:
+        return {}
     try:
-        async with asyncio.timeout(within.total_seconds()):
-            await _connect_and_hang_up(parts)
-    except TimeoutError:
-        message = f"{shown} cannot be reached: no connection within {within.total_seconds():g} s."
-    except OSError as error:
-        message = f"{shown} cannot be reached: {_said(error)}; start it, or correct FOLLOWUPS_TRANSPORT_URL."
-    else:
-        how = "over TLS" if parts.scheme == "https" else "over TCP"
-        return f"{shown} accepts connections {how}; no message was sent."
-    raise FollowUpsError(message) from None
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(certificate, key, password=lambda: "")
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        message = (
+            "FOLLOWUPS_TRANSPORT_CLIENT_CERT and FOLLOWUPS_TRANSPORT_CLIENT_KEY should name PEM files of a certificate "
+            f"and its key without a password, readable for this user ({type(error).__name__})."
+        )
+        raise TransportConfigurationError(message) from None
+    return {pycurl.SSLCERT: certificate, pycurl.SSLKEY: key}
 
 
-async def _connect_and_hang_up(parts: SplitResult) -> None:
-    secure = ssl.create_default_context() if parts.scheme == "https" else None
-    _, writer = await asyncio.open_connection(parts.hostname, parts.port or PORTS[parts.scheme], ssl=secure)
-    writer.close()
-    with contextlib.suppress(OSError):  # it answered; how it hangs up does not matter
-        await writer.wait_closed()
-
-
-def _said(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return f"TLS failed ({tls_reason(error)})"
-    if isinstance(error, socket.gaierror) or not error.errno:  # numbers of its own; several addresses, several errors
-        return error.strerror or str(error)
-    return os.strerror(error.errno)
-
-
-def tls_reason(error: ssl.SSLError) -> str:
-    """Return in a few words why TLS failed: ``self-signed certificate``, ``WRONG_VERSION_NUMBER``."""
-    return getattr(error, "verify_message", "") or error.reason or type(error).__name__
+def _proxy() -> dict[int, object]:
+    # For https alone, where the proxy sees the host's name and nothing else.
+    named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
+    return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

@@ -8,9 +8,9 @@ from uuid import UUID
 
 from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
-from followups.transports.endpoint import reach, required_url
-from followups.transports.http_call import Call, HttpCaller, encode_json
-from followups.transports.signing import webhook_from
+from followups.transports.endpoint import required_url
+from followups.transports.http_client import Call, HttpClient, encode_json
+from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
     from followups.settings import Settings
@@ -26,42 +26,43 @@ class HttpTransport:
         """Check URL and secret; raise `TransportConfigurationError` when they are missing or wrong."""
         self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
         secret = settings.transport_secret
-        self._webhook = webhook_from(secret.get_secret_value()) if secret else None
-        self._timeout = settings.transport_timeout
-        self._caller = HttpCaller(settings)
+        self._signer = Signer(secret.get_secret_value()) if secret else None
+        self._client = HttpClient(settings)
 
     async def open(self) -> None:
-        """Open the HTTP session of this process."""
-        await self._caller.open()
+        """Be ready to connect, in the running loop."""
+        await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Post once; the answer, or the lack of one, is the outcome."""
         body = _body(delivery)
-        call = Call("POST", self._url, self._headers(str(delivery.follow_up_id), delivery.made_at, body), body)
-        return await self._caller.deliver(call, DIALECT)
+        call = Call(self._url, self._headers(str(delivery.follow_up_id), delivery.made_at, body), body)
+        return await self._client.deliver(call, DIALECT)
 
     async def check(self) -> str:
         """Connect to the endpoint's host without sending a message."""
-        return await reach(self._url, self._timeout)
+        return await self._client.check()
 
     async def close(self) -> None:
-        """Close the HTTP session."""
-        await self._caller.close()
+        """Close the connections."""
+        await self._client.close()
 
     def _headers(self, key: str, made_at: datetime | None, body: bytes) -> dict[str, str]:
         headers = {"idempotency-key": key, "webhook-id": key}
         if traceparent := current_traceparent():
             headers["traceparent"] = traceparent
-        if self._webhook:
+        if self._signer:
             now = made_at or datetime.now(UTC)
             headers["webhook-timestamp"] = str(int(now.timestamp()))
-            headers["webhook-signature"] = self._webhook.sign(key, now, body.decode())
+            headers["webhook-signature"] = self._signer.sign(key, now, body.decode())
         return headers
 
 
 def _body(delivery: Delivery) -> bytes:
     document = {
         "followUpId": str(delivery.follow_up_id),
+        "workspaceId": str(delivery.workspace_id),
+        "channel": delivery.channel,
         "chatId": str(delivery.chat_id),
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": str(delivery.trigger_chat_message_id),
@@ -75,6 +76,9 @@ def _body(delivery: Delivery) -> bytes:
 def _chat_message_id(document: Document) -> UUID | None:
     value = document.get("chatMessageId")
     if value is None:
+        if document.get("ok") is False or document.get("success") is False or document.get("error"):
+            message = "the body of the answer tells of an error, its status of none"
+            raise ValueError(message)
         return None
     try:
         return UUID(value)  # type: ignore[arg-type]  # whatever JSON holds; what is no text is refused below

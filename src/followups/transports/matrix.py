@@ -15,8 +15,8 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from followups.errors import TransportConfigurationError
 from followups.retry import MAX_RETRY_AFTER
 from followups.transports.answers import Dialect, Document
-from followups.transports.endpoint import reach, required_url
-from followups.transports.http_call import Call, HttpCaller, encode_json
+from followups.transports.endpoint import required_url
+from followups.transports.http_client import Call, HttpClient, encode_json
 from followups.transports.port import Delivery, Outcome, Rejected
 
 if TYPE_CHECKING:
@@ -39,12 +39,11 @@ class MatrixTransport:
             message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
             raise TransportConfigurationError(message)
         self._base = url.rstrip("/")
-        self._timeout = settings.transport_timeout
-        self._caller = HttpCaller(settings, {"authorization": f"Bearer {_token(settings)}"})
+        self._client = HttpClient(settings, "PUT", {"authorization": f"Bearer {_token(settings)}"})
 
     async def open(self) -> None:
-        """Open the HTTP session of this process."""
-        await self._caller.open()
+        """Be ready to connect, in the running loop."""
+        await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Put the event once; a chat without a room id is refused without a call."""
@@ -54,15 +53,15 @@ class MatrixTransport:
         path = f"rooms/{quote(room, safe='')}/send/m.room.message/{delivery.follow_up_id}"
         content = {"msgtype": "m.text", "body": delivery.message}
         body = encode_json(content)
-        return await self._caller.deliver(Call("PUT", f"{self._base}/_matrix/client/v3/{path}", {}, body), DIALECT)
+        return await self._client.deliver(Call(f"{self._base}/_matrix/client/v3/{path}", {}, body), DIALECT)
 
     async def check(self) -> str:
         """Connect to the homeserver without sending an event."""
-        return await reach(self._base, self._timeout)
+        return await self._client.check()
 
     async def close(self) -> None:
-        """Close the HTTP session."""
-        await self._caller.close()
+        """Close the connections."""
+        await self._client.close()
 
 
 def _token(settings: Settings) -> str:

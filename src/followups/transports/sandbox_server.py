@@ -34,7 +34,7 @@ from followups.transports import sandbox_controls, sandbox_live
 from followups.transports.sandbox_chats import SandboxChats
 from followups.transports.sandbox_controls import CHATS, VERIFIER
 from followups.transports.sandbox_ledger import KEEP_RECORDS
-from followups.transports.signing import webhook_from
+from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -51,7 +51,7 @@ def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -
     """
     app = web.Application()
     app[CHATS] = chats or SandboxChats()
-    app[VERIFIER] = webhook_from(secret) if secret else None
+    app[VERIFIER] = Signer(secret) if secret else None
     app.add_routes(sandbox_controls.routes)
     app.add_routes(sandbox_live.routes)
     app[sandbox_live.CLOSING] = asyncio.Event()

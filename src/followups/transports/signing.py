@@ -1,33 +1,68 @@
-"""The key that signs deliveries, by the Standard Webhooks specification (standardwebhooks.com)."""
+"""The secrets that sign deliveries, by the Standard Webhooks specification (standardwebhooks.com)."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from standardwebhooks import Webhook
+from standardwebhooks import Webhook, WebhookVerificationError
 
 from followups.errors import TransportConfigurationError
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the public prefix of every such secret, not a secret
 
 
-def webhook_from(secret: str) -> Webhook:
-    """Return the signer and verifier of a secret: base64, with or without ``whsec_``, padded or not.
+INVALID = (
+    "FOLLOWUPS_TRANSPORT_SECRET should be base64 of 24 to 64 bytes, with or without the prefix whsec_ (several, "
+    "separated by spaces, sign each); make one with: openssl rand -base64 32."
+)
 
-    A secret that is not base64 is refused (`TransportConfigurationError`) rather than taken as raw bytes:
-    the libraries on the receiving side disagree about what it means (some skip the characters they don't
-    know, some stop), so that every signature would be wrong at some of them.
-    """
-    encoded = secret.strip().removeprefix(SECRET_PREFIX).rstrip("=")
+SHORTEST, LONGEST = 24, 64
+"""Bytes of a secret (the specification, "Symmetric signatures")."""
+
+
+class Signer:
+    """Signs with each of the secrets, and accepts what one of them has signed: so one is replaced by another."""
+
+    def __init__(self, secrets: str) -> None:
+        """Take secrets separated by white space, each base64, with or without ``whsec_``, padded or not.
+
+        Raises `TransportConfigurationError`. A secret that is not base64 is refused rather than taken as raw bytes:
+        the libraries on the receiving side disagree about what it means (some skip the characters they don't know,
+        some stop), so that every signature would be wrong at some of them.
+        """
+        self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
+        if not self._webhooks:
+            raise TransportConfigurationError(INVALID)
+
+    def sign(self, key: str, moment: datetime, body: str) -> str:
+        """Return the value of ``webhook-signature``: a signature by each secret, separated by spaces."""
+        return " ".join([webhook.sign(key, moment, body) for webhook in self._webhooks])
+
+    def verify(self, body: bytes, headers: dict[str, str]) -> None:
+        """Raise `WebhookVerificationError` where no secret has signed the body."""
+        for webhook in self._webhooks[1:]:
+            with suppress(WebhookVerificationError, ValueError):
+                webhook.verify(body, headers, json_parse=False)
+                return
+        try:
+            self._webhooks[0].verify(body, headers, json_parse=False)
+        except ValueError:  # a signature that is no base64, a header without its comma
+            message = "Malformed signature header"
+            raise WebhookVerificationError(message) from None
+
+
+def _key(secret: str) -> bytes:
+    encoded = secret.removeprefix(SECRET_PREFIX).rstrip("=")
     try:
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except (binascii.Error, ValueError):
         key = b""
-    if not key:
-        message = (
-            "FOLLOWUPS_TRANSPORT_SECRET should be base64, with or without the prefix whsec_; "
-            "make one with: openssl rand -base64 32."
-        )
-        raise TransportConfigurationError(message)
-    return Webhook(key)
+    if not SHORTEST <= len(key) <= LONGEST:
+        raise TransportConfigurationError(INVALID)
+    return key

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from uuid import UUID
 
 import aiohttp
 import psycopg
 
 from rivals.place import DATABASE, RECEIVER
+
+Post = Callable[[UUID, str], Awaitable[UUID]]
 
 IN_FLIGHT = 200
 CLAIM = """
@@ -36,14 +39,11 @@ async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
             await asyncio.sleep(0 if rows else 0.01)
 
 
-async def send(
-    session: aiohttp.ClientSession, waiting: asyncio.Queue[tuple[UUID, str]], sent: list[tuple[UUID, UUID]]
-) -> None:
+async def send(post: Post, waiting: asyncio.Queue[tuple[UUID, str]], sent: list[tuple[UUID, UUID]]) -> None:
     """Send one after the other."""
     while True:
         row_id, message = await waiting.get()
-        async with session.post(RECEIVER, json={"followUpId": str(row_id), "message": message}) as answer:
-            sent.append((row_id, UUID((await answer.json())["chatMessageId"])))
+        sent.append((row_id, await post(row_id, message)))
 
 
 async def settle(sent: list[tuple[UUID, UUID]]) -> None:
@@ -56,12 +56,22 @@ async def settle(sent: list[tuple[UUID, UUID]]) -> None:
                 await connection.execute(SETTLE, ([one for one, _ in batch], [other for _, other in batch]))
 
 
-async def main() -> None:
+async def run(post: Post) -> None:
     """Run until the process is ended."""
     waiting: asyncio.Queue[tuple[UUID, str]] = asyncio.Queue()
     sent: list[tuple[UUID, UUID]] = []
+    await asyncio.gather(claim(waiting), settle(sent), *(send(post, waiting, sent) for _ in range(IN_FLIGHT)))
+
+
+async def main() -> None:
+    """Send by aiohttp's session."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(claim(waiting), settle(sent), *(send(session, waiting, sent) for _ in range(IN_FLIGHT)))
+
+        async def post(row_id: UUID, message: str) -> UUID:
+            async with session.post(RECEIVER, json={"followUpId": str(row_id), "message": message}) as answer:
+                return UUID((await answer.json())["chatMessageId"])
+
+        await run(post)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ SENT = """
     SELECT :workspace, :chat, 'x', now() - n * interval '1 ms', gen_random_uuid(), 'sent', now(), now()
       FROM generate_series(1, :number) AS n
 """
-SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0"}
+SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"}
 
 
 def fill(world: World) -> None:

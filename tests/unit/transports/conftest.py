@@ -30,16 +30,6 @@ def free_port() -> Iterator[int]:
 
 
 @pytest.fixture
-def no_dns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no host name be found."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-
-
-@pytest.fixture
 async def no_tls() -> AsyncIterator[str]:
     """Return an https address where plain HTTP is spoken."""
 

@@ -28,6 +28,8 @@ SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the sp
 
 BODY = {
     "followUpId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f",
+    "workspaceId": "w1",
+    "channel": "api",
     "chatId": "c1",
     "externalChatId": None,
     "triggerChatMessageId": "t1",
@@ -124,25 +126,44 @@ async def _request(reader: asyncio.StreamReader) -> Request:
 
 
 @asynccontextmanager
-async def scripted(
-    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]], secure: ssl.SSLContext | None = None
-) -> AsyncIterator[ScriptedServer]:
-    """Run a `ScriptedServer` on a free port, over TLS where it has a certificate."""
-    scripted_server = ScriptedServer(answer)
+async def listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
+    secure: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
+) -> AsyncIterator[str]:
+    """Serve each connection on a free port, over TLS where there is a certificate, and yield the URL."""
     tasks: set[asyncio.Task[None]] = set()
 
-    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        tasks.add(asyncio.create_task(scripted_server.serve(reader, writer)))
+    async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await serve(reader, writer)
+        finally:
+            writer.close()
 
-    server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=secure)
-    scripted_server.url = f"http{'s' if secure else ''}://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tasks.add(asyncio.create_task(served(reader, writer)))
+
+    server = await asyncio.start_server(connected, host, 0, ssl=secure)
+    name = f"[{host}]" if ":" in host else host
     try:
-        yield scripted_server
+        yield f"http{'s' if secure else ''}://{name}:{server.sockets[0].getsockname()[1]}"
     finally:
         server.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def scripted(
+    answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]],
+    secure: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
+) -> AsyncIterator[ScriptedServer]:
+    """Run a `ScriptedServer` on a free port, over TLS where it has a certificate."""
+    scripted_server = ScriptedServer(answer)
+    async with listening(scripted_server.serve, secure, host) as scripted_server.url:
+        yield scripted_server
 
 
 def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:

@@ -55,6 +55,13 @@ def test_429_is_a_rate_limit_in_any_case() -> None:
     assert outcome_of(Answer(429, {"retry-after": "soon"}), HTTP) == Snoozed("HTTP 429", None, 429)
 
 
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
+def test_what_is_final_keeps_what_was_said(status: int) -> None:
+    """401 and 403, as 410 and a redirect, are refusals, wherever they point to."""
+    answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
+    assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
+
+
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
 def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> None:
     """A Retry-After postpones the next try of any failure that is tried again."""
@@ -187,6 +194,12 @@ def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
         (b'{"chatMessageId": "message-5"}', None, "chatMessageId in the answer is no UUID"),
         (b'{"chatMessageId": 5}', None, "chatMessageId in the answer is no UUID"),
         (b"OK", None, "the body of the answer is not JSON"),
+        (b"<!doctype html><title>Sign in</title>", None, "the body of the answer is not JSON"),
+        (b'{"ok": true}', None, ""),
+        (b'{"ok": false}', None, "the body of the answer tells of an error, its status of none"),
+        (b'{"success": false}', None, "the body of the answer tells of an error, its status of none"),
+        (b'{"error": "no such chat"}', None, "the body of the answer tells of an error, its status of none"),
+        (b'{"error": null}', None, ""),
         (b"\xff\xfe", None, "the body of the answer is not JSON"),
         (b"[]", None, "the body of the answer is not a JSON object"),
     ],

@@ -9,21 +9,18 @@ import struct
 import threading
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import aiohttp
-import aiohttp.resolver
 import pytest
-from yarl import URL
+import uvloop
 
+from followups.transports import http_client
 from followups.transports.http import HttpTransport
-from followups.transports.http_connections import Connections
-from followups.transports.port import Rejected, Retry, Sent, Unknown
-from followups.uptime import uptime
+from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 OTHER = answer(200, f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode())
@@ -113,13 +110,13 @@ async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) 
 
 
 async def test_line_breaks_behind_an_answer_are_nothing() -> None:
-    """Line breaks behind an answer, of a sloppy receiver, are no answer: the connection is used again."""
+    """Line breaks behind an answer, of a sloppy receiver, are no answer: neither this call's nor the next one's."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
             server.writer.write(b"\r\n")
             await asyncio.sleep(0.05)
-        assert server.connections == 1
+        assert len(server.requests) == 3
 
 
 @pytest.mark.parametrize(
@@ -203,92 +200,74 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
 
 
 async def test_nobody_waits_for_a_connection_longer_than_there_is_time() -> None:
-    """Waiting for another call's end is within the timeout; who waits gets the place as soon as it is free."""
-    async with scripted(OK) as server:
-        connections = Connections(URL(server.url), {}, 1, kept=4)
-        wire = await connections.take(uptime() + 5)
-        began = uptime()
-        with pytest.raises(TimeoutError):
-            await connections.take(began + 0.2)
-        assert 0.19 < uptime() - began < 2
-        waiting = asyncio.create_task(connections.take(uptime() + 5))
-        await asyncio.sleep(0.05)
-        assert not waiting.done()
-        connections.give(wire)
-        assert await waiting is wire
-        connections.give(wire)
-        await connections.close()
+    """Waiting for another call's end is within the timeout, and nothing has left; the place is free afterwards."""
+
+    async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
+        await asyncio.sleep(1)
+        writer.write(OK)
+
+    settings = {"concurrency": 1, "transport_timeout": 0.2}
+    async with (
+        scripted(answer_late) as server,
+        opened(HttpTransport(settings_for(server.url, **settings))) as transport,
+    ):
+        outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(2)])
+        assert outcomes == [Unknown("no answer within 0.2 s"), Retry("no connection within 0.2 s")]
+        server.answer = OK
+        assert await transport.send(a_delivery()) == Sent(None, 200)
 
 
-async def test_an_idle_connection_is_closed_in_time() -> None:
+async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is idle for longer than it is kept is closed without waiting for a call, and none gets it."""
-    ends: asyncio.Queue[None] = asyncio.Queue()
+    monkeypatch.setattr(http_client, "KEEPALIVE", 1)
+    ends: asyncio.Queue[float] = asyncio.Queue()
 
     async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
+        while await reader.read(65_536):
+            writer.write(OK)
         writer.close()
-        ends.put_nowait(None)
+        ends.put_nowait(time.monotonic())
 
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
-        url = URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
-        connections = Connections(url, {}, 1, kept=0.1)
-        wire = await connections.take(uptime() + 5)
-        connections.give(wire)
-        assert await connections.take(uptime() + 5) is wire
-        connections.give(wire)
-        await asyncio.wait_for(ends.get(), 5)
-        another = await connections.take(uptime() + 5)
-        assert another is not wire
-        connections.give(another)
-        time.sleep(0.2)  # noqa: ASYNC251 - no timer has a chance
-        third = await connections.take(uptime() + 5)
-        assert third is not another
-        connections.give(third)
-        await connections.close()
-        for _ in (another, third):
-            await asyncio.wait_for(ends.get(), 5)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url))) as transport:
+            for _ in range(2):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+                used = time.monotonic()
+                assert await asyncio.wait_for(ends.get(), 10) - used > 0.5
+            await transport.send(a_delivery())
+        await asyncio.wait_for(ends.get(), 10)
 
 
-@pytest.mark.parametrize("read", [True, False], ids=["read", "not read yet"])
+@pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
-async def test_a_connection_that_ends_as_it_is_made_takes_no_request(
-    threaded: ThreadedServer, monkeypatch: pytest.MonkeyPatch, *, reset: bool, read: bool
-) -> None:
-    """Nothing was sent, so there is something to try again, also where the receiver cannot deduplicate."""
-    connect = aiohttp.TCPConnector.connect
+async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
+    """However far the call has come when the receiver hangs up: what the receiver got nothing of is tried again."""
+    received: list[bytes] = []
 
-    async def connect_and_lose(*arguments: Any) -> Any:
-        made = await connect(*arguments)
-        while not threaded.connections:  # noqa: ASYNC110 - a thread accepts it
-            await asyncio.sleep(0.001)
-        if reset:
-            threaded.connections[0].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        threaded.hang_up()
-        time.sleep(0.05)  # noqa: ASYNC251 - the loop stands still until it has come
-        if read:
-            await asyncio.sleep(0)
-        return made
+    def hang_up() -> None:  # in a thread, which does not stand still
+        connection, _ = listening.accept()
+        with connection:
+            time.sleep(0.05)
+            connection.setblocking(False)  # noqa: FBT003 - the name of the standard library
+            with contextlib.suppress(BlockingIOError):
+                received.append(connection.recv(65_536))
+            if reset:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect_and_lose)
-    async with opened(HttpTransport(settings_for(threaded.url, transport_deduplicates=False))) as transport:
-        outcome = await transport.send(a_delivery())
-    assert isinstance(outcome, Retry)
-
-
-async def test_a_connection_that_closes_as_it_is_made_takes_no_request(
-    threaded: ThreadedServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """An event loop that has read the end already drops what is written, and says nothing."""
-    connect = aiohttp.TCPConnector.connect
-
-    async def connect_and_close(*arguments: Any) -> Any:
-        made = await connect(*arguments)
-        made.transport.close()
-        return made
-
-    monkeypatch.setattr(aiohttp.TCPConnector, "connect", connect_and_close)
-    async with opened(HttpTransport(settings_for(threaded.url, transport_deduplicates=False))) as transport:
-        assert isinstance(await transport.send(a_delivery()), Retry)
+    loop = asyncio.get_running_loop()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.settimeout(5)
+        hanging_up = loop.run_in_executor(None, hang_up)
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        async with opened(HttpTransport(settings_for(url, transport_deduplicates=False))) as transport:
+            sending = loop.create_task(transport.send(a_delivery()))
+            for _ in range(steps):  # of the event loop
+                await asyncio.sleep(0)
+            time.sleep(0.1)  # noqa: ASYNC251 - the loop stands still until the receiver has hung up
+            outcome = await sending
+        await hanging_up
+    assert isinstance(outcome, Unknown if received else Retry)
 
 
 async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
@@ -331,18 +310,37 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
     assert len(peers) == 2
 
 
-async def test_a_call_that_looks_up_its_host_when_all_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It was not sent, and nobody was cancelled."""
-    asked = asyncio.Event()
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_loop_that_ends_without_closing_leaves_nothing_open(
+    new_loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """A process whose event loop ends in the middle of a call has no connection left, nor anything else open."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
-    async def ask(*_: object, **__: object) -> list[Any]:
-        asked.set()
-        await asyncio.Event().wait()
-        return []
+        async def begin() -> None:
+            await transport.open()
+            sending.append(asyncio.create_task(transport.send(a_delivery())))
+            await asyncio.sleep(0.05)
 
-    monkeypatch.setattr(aiohttp.resolver.DefaultResolver, "resolve", ask)
-    async with asyncio.timeout(10), opened(HttpTransport(settings_for("http://chat.invalid"))) as transport:
-        sending = asyncio.create_task(transport.send(a_delivery()))
-        await asked.wait()
-        await transport.close()
-        assert isinstance(await sending, Retry)
+        sending: list[asyncio.Task[Outcome]] = []
+        with asyncio.Runner(loop_factory=new_loop) as runner:
+            runner.run(begin())
+        assert sending[0].cancelled()
+        connection, _ = silent.accept()
+        with connection:
+            connection.settimeout(5)
+            assert connection.recv(65_536)
+            assert not connection.recv(65_536)
+
+
+async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() -> None:
+    """Whatever is under way when a worker is told to stop is answered; closing comes after it, and breaks nothing."""
+
+    async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
+        await asyncio.sleep(0.1)
+        writer.write(OK)
+
+    async with scripted(answer_late) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+        outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(20)])
+        assert outcomes == [Sent(None, 200)] * 20

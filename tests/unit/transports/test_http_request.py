@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from datetime import UTC, datetime, timedelta, timezone
 from uuid import UUID
@@ -37,11 +38,13 @@ async def requested(delivery: Delivery, path: str = "/messages", **settings: obj
 
 
 async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
-    """The body is one JSON object of seven fields in camelCase; the time is RFC 3339 in UTC."""
+    """The body is one JSON object of nine fields in camelCase; the time is RFC 3339 in UTC."""
     delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
     request = await requested(delivery)
     assert json.loads(request.body) == {
         "followUpId": str(delivery.follow_up_id),
+        "workspaceId": str(delivery.workspace_id),
+        "channel": "api",
         "chatId": str(delivery.chat_id),
         "externalChatId": delivery.external_chat_id,
         "triggerChatMessageId": str(delivery.trigger_chat_message_id),
@@ -97,12 +100,26 @@ async def test_credentials_in_the_url_become_basic_authentication() -> None:
         assert server.requests[0].headers["authorization"] == "Basic dXNlcjpwYSBzcw=="
 
 
-@pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), "c2VjcmV0", "c2VjcmV0cw=="])
+SHORT, LONG = (base64.b64encode(bytes(range(size))).decode() for size in (25, 64))
+"""With and without padding; the longest that there is."""
+
+
+@pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SHORT, LONG])
 async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
     """The reference library verifies the signature, whether the secret has its prefix or not."""
     request = await requested(a_delivery(), transport_secret=secret)
     assert Webhook(secret).verify(request.body, request.headers)["message"] == MESSAGE
     assert abs(int(request.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
+
+
+async def test_each_of_several_secrets_signs() -> None:
+    """While one secret replaces another, a receiver that knows either of them verifies the delivery."""
+    request = await requested(a_delivery(), transport_secret=f" {SIGNING_SECRET}  whsec_{SHORT}\n")
+    assert len(request.headers["webhook-signature"].split(" ")) == 2
+    for secret in (SIGNING_SECRET, SHORT):
+        assert Webhook(secret).verify(request.body, request.headers)["message"] == MESSAGE
+    with pytest.raises(WebhookVerificationError):
+        Webhook(LONG).verify(request.body, request.headers)
 
 
 async def test_the_signature_covers_the_body() -> None:
@@ -195,9 +212,16 @@ def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("secret", ["not base64!", "whsec_", "whsec_%%%", "abcde", "p\u00e4ssword", " "])
-def test_a_secret_that_is_not_base64_is_refused(secret: str) -> None:
-    """A secret that receivers would read differently stops the start, and is not shown."""
+WRONG = [
+    *("not base64!", "whsec_", "whsec_%%%", "abcde", "p\u00e4ssword", " "),
+    *(base64.b64encode(bytes(size)).decode() for size in (1, 23, 65, 100)),
+    f"{SIGNING_SECRET} c2VjcmV0",
+]
+
+
+@pytest.mark.parametrize("secret", WRONG)
+def test_a_secret_that_is_none_is_refused(secret: str) -> None:
+    """A secret that receivers would read differently, too short or too long, stops the start, and is not shown."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))
     assert len(secret) < 7 or secret not in str(caught.value)

@@ -7,17 +7,17 @@ import contextlib
 import ssl
 from typing import TYPE_CHECKING
 
-import aiohttp.connector
 import pytest
 import trustme
 
 from followups.transports.http import HttpTransport
-from followups.transports.http_wire import HEAD_LIMIT
+from followups.transports.http_exchange import HEAD_LIMIT
 from followups.transports.port import Outcome, Rejected, Sent, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from pathlib import Path
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
@@ -51,9 +51,11 @@ def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Reque
     return write
 
 
-async def outcome_of(reply: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]]) -> Outcome:
+async def outcome_of(
+    reply: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]], **settings: object
+) -> Outcome:
     """Send once, to a server that answers like this."""
-    async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
+    async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
         return await transport.send(a_delivery())
 
 
@@ -111,7 +113,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 async def test_a_head_that_is_too_long_is_none(size: int) -> None:
     """A head of more than 64 KiB is no answer, whether it comes at once or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
-    expected = Unknown("the connection broke before an answer came (HeadTooLongError)")
+    expected = Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected
     assert await outcome_of(reply) == expected
 
@@ -126,16 +128,25 @@ async def test_a_long_head_is_read() -> None:
 async def test_an_endless_head_is_given_up(start: bytes) -> None:
     """A head without an end is given up long before the timeout."""
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
-    assert await outcome_of(reply) == Unknown("the connection broke before an answer came (HeadTooLongError)")
+    assert await outcome_of(reply) == Unknown(
+        "the connection broke before an answer came (its head is longer than 64 KiB)"
+    )
 
 
 @pytest.mark.parametrize(
-    ("start", "piece"), [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"1;", b"x" * 10_000), (b"", b"1;x\r\nx\r\n" * 1_000)]
+    ("start", "piece"),
+    [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
 async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
-    """Trailers and chunk extensions without an end are given up, and the status counts."""
+    """Trailers and chunks without an end are given up, and the status counts."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
+
+
+async def test_an_endless_chunk_size_costs_the_timeout() -> None:
+    """An extension of a chunk without an end is read and thrown away until the timeout, and the status counts."""
+    outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
+    assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 
 
 async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
@@ -171,14 +182,13 @@ async def test_a_trailer_is_no_header() -> None:
     assert outcome.after is None  # type: ignore[union-attr]
 
 
-async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Over TLS too call after call uses the same connection, until the receiver hangs up."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    trusting = ssl.create_default_context()
-    authority.configure_trust(trusting)
-    monkeypatch.setattr(aiohttp.connector, "_SSL_CONTEXT_VERIFIED", trusting)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
     async with (
         scripted(answer(200, NAMED), context) as server,
         opened(HttpTransport(settings_for(server.url))) as transport,

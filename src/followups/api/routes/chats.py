@@ -22,6 +22,8 @@ router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRo
 def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, caller: Authenticated) -> Response:
     """Create or update a chat. One that was removed starts anew."""
     with caller.transaction() as work:
+        if caller.exclusive_external_ids and body.external_id is not None:
+            chats.take_external_id(work.session, work.workspace_id, body.external_id)
         chat, new = chats.put_chat(work.session, work.workspace_id, chat_id, body.channel, body.external_id)
     return answers.answer(answers.one(Chat, chat), 201 if new else 200)
 

@@ -1,0 +1,224 @@
+"""HTTP calls through libcurl, and what comes of each: what the transports over HTTP share.
+
+The line between "try again" and "unknown" is whether anything of the request can have left this process
+(`http_exchange`): an error before that is a `Retry`, one after it, without an answer's head, is `Unknown`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pycurl
+
+from followups.errors import FollowUpsError
+from followups.settings import hide_password
+from followups.transports.answers import Dialect, outcome_of
+from followups.transports.curl_loop import CLOSED, CurlLoop
+from followups.transports.endpoint import connection_options
+from followups.transports.http_exchange import TOO_LARGE, Exchange, Sockets
+from followups.transports.port import Outcome, Retry, Unknown
+from followups.uptime import uptime
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from followups.settings import Settings
+
+KEEPALIVE = 3
+"""Seconds an idle connection is kept: less than the 4 or 5 s after which most servers hang up by default, since a
+request on a connection that is just being closed has an unknown outcome."""
+
+HEADERS = {
+    "user-agent": "followups",
+    "accept": "application/json",
+    "accept-encoding": "identity",
+    "content-type": "application/json",
+    "expect": "",
+}
+"""Of every request. libcurl would ask for permission (Expect) before it sends a body of a MiB."""
+
+# UTF-8, not \u escapes: these treble most alphabets, and receivers limit the size of a body.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+_REASONS = {
+    CLOSED: "it was closed here",
+    pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver spoke, before the request",
+    pycurl.E_COULDNT_RESOLVE_HOST: "the host name was not found (DNS)",
+    pycurl.E_COULDNT_RESOLVE_PROXY: "the proxy's host name was not found (DNS)",
+    pycurl.E_GOT_NOTHING: "it ended without an answer",
+    pycurl.E_SEND_FAIL_REWIND: "it ended without an answer",
+}
+_TLS = {
+    pycurl.E_SSL_CONNECT_ERROR,
+    pycurl.E_PEER_FAILED_VERIFICATION,
+    pycurl.E_SSL_CERTPROBLEM,
+    pycurl.E_SSL_CIPHER,
+    pycurl.E_SSL_CACERT_BADFILE,
+    pycurl.E_SSL_ISSUER_ERROR,
+}
+_TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
+
+
+def encode_json(document: Mapping[str, object]) -> bytes:
+    """Return JSON in UTF-8, compact; what UTF-8 cannot hold (half a surrogate pair) becomes a question mark."""
+    return _ENCODER.encode(document).encode(errors="replace")
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: ``url`` absolute and of the endpoint's host, ``headers`` of this one, ``body`` JSON in UTF-8."""
+
+    url: str
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class HttpClient:
+    """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``, over as many connections as it may make calls at once."""
+
+    def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
+        """Keep the limits, and the headers that every request is to carry; nothing is opened.
+
+        Raises `TransportConfigurationError` where certificates cannot be read.
+        """
+        self._timeout = settings.transport_timeout.total_seconds()
+        self._endpoint = settings.transport_url or ""
+        self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
+        # Where the receiver cannot deduplicate, no connection is used twice: a stale one breaks after the
+        # request went out, and a follow-up would fail as outcome_unknown for nothing.
+        kept = settings.transport_deduplicates
+        every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
+        self._headers = _lines(every)
+        self._of_connections = connection_options(settings)
+        self._options = self._of_connections | {
+            pycurl.POST: True,
+            pycurl.CUSTOMREQUEST: method,
+            pycurl.ENCODING: "gzip, deflate",  # not asked for; understood where a server compresses all the same
+            pycurl.PATH_AS_IS: True,
+            pycurl.MAXAGE_CONN: KEEPALIVE,
+            pycurl.FORBID_REUSE: not kept,
+            pycurl.FRESH_CONNECT: not kept,
+        }
+        limit = settings.concurrency
+        self._of_all = {pycurl.M_MAX_TOTAL_CONNECTIONS: limit, pycurl.M_MAXCONNECTS: limit}
+        self._spare: list[Exchange] = []
+        self._is_open = False
+        self._curls: CurlLoop | None = None
+        self._sweeping: asyncio.TimerHandle | None = None
+        self._used = 0.0
+
+    async def open(self) -> None:
+        """Be ready to connect in the running loop; again is harmless."""
+        self._is_open = True
+
+    async def close(self) -> None:
+        """Close the connections; a call in flight ends. Again is harmless."""
+        self._is_open = False
+        self._close_connections()
+
+    async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
+        """Make the call and return what its answer, or the lack of one, means. Raises for no answer at all.
+
+        `RuntimeError`: the transport was not opened.
+        """
+        curls = self._connections()
+        exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
+        exchange.prepare(call.url, self._headers + _lines(call.headers), call.body, uptime() + self._timeout)
+        try:
+            code = await curls.perform(exchange.curl)
+            while exchange.stale and self._curls is curls:
+                exchange.stale = False
+                code = await curls.perform(exchange.curl)
+            return self._outcome(exchange, code, dialect)
+        finally:
+            self._spare.append(exchange)
+            self._used = uptime()
+
+    async def check(self) -> str:
+        """Connect to the endpoint as a call does, send nothing, and say so in one sentence.
+
+        Raises `FollowUpsError`, naming the address without its password, when that does not work.
+        """
+        shown = hide_password(self._endpoint)
+        curl, curls = pycurl.Curl(), CurlLoop({})
+        for option, value in {**self._of_connections, pycurl.URL: self._endpoint, pycurl.CONNECT_ONLY: True}.items():
+            curl.setopt(option, value)
+        try:
+            code = await curls.perform(curl)
+        finally:
+            curls.close()
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            message = f"{shown} cannot be reached: no connection within {self._timeout:g} s."
+            raise FollowUpsError(message)
+        if code != pycurl.E_OK:
+            message = f"{shown} cannot be reached: {_reason(curl, code)}; start it, or correct FOLLOWUPS_TRANSPORT_URL."
+            raise FollowUpsError(message)
+        how = "over TLS" if shown.startswith("https:") else "over TCP"
+        return f"{shown} accepts connections {how}; no message was sent."
+
+    def _outcome(self, exchange: Exchange, code: int, dialect: Dialect) -> Outcome:
+        if not exchange.asked:
+            if code == pycurl.E_OPERATION_TIMEDOUT or exchange.late:
+                return Retry(f"no connection within {self._timeout:g} s")
+            return Retry(f"no connection: {_reason(exchange.curl, code)}")
+        if exchange.answered:
+            return outcome_of(exchange.answer(code), dialect)
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            return Unknown(f"no answer within {self._timeout:g} s")
+        reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
+        return Unknown(f"the connection broke before an answer came ({reason})")
+
+    # The connections, which are made anew after some seconds without a call: libcurl closes an idle one only when the
+    # next call comes.
+
+    def _connections(self) -> CurlLoop:
+        if not self._is_open:
+            message = "The transport is not open: await open() first."
+            raise RuntimeError(message)
+        if self._curls is None:
+            self._curls = CurlLoop(self._of_all)
+            self._sweep_after(KEEPALIVE)
+        return self._curls
+
+    def _close_connections(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+        curls, self._curls = self._curls, None
+        if curls is not None:
+            curls.close()
+            self._sockets.clear()
+
+    def _sweep_after(self, seconds: float) -> None:
+        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        left = self._used + KEEPALIVE - uptime()
+        if self._curls is None or not self._curls.is_idle:
+            self._sweep_after(KEEPALIVE)
+        elif left > 0:
+            self._sweep_after(left)
+        else:
+            self._close_connections()
+
+
+def _lines(headers: Mapping[str, str]) -> list[bytes]:
+    return [f"{name}: {value}".encode() for name, value in headers.items()]
+
+
+def _reason(curl: pycurl.Curl, code: int) -> str:
+    """Return in a few words why there was no connection or no answer; no address, and nothing of an answer."""
+    if code in _REASONS:
+        return _REASONS[code]
+    if code in _TLS:
+        said = _TLS_REASON.match(curl.errstr())
+        return f"TLS failed ({said[1].strip() if said else pycurl.easy_strerror(code)})"
+    if (status := curl.getinfo(pycurl.HTTP_CONNECTCODE)) and status // 100 != 2:  # noqa: PLR2004 - 2xx: the tunnel stands
+        return f"the proxy answered HTTP {status}"
+    number = curl.getinfo(pycurl.OS_ERRNO)
+    return os.strerror(number) if number else str(pycurl.easy_strerror(code))

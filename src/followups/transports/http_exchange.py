@@ -1,0 +1,213 @@
+"""One HTTP request and its answer: what libcurl asks for on the way, and what it brings.
+
+What may be repeated is decided here. libcurl asks for the body only when the connection stands, and before it sends the
+first byte: as long as it has not asked, nothing has left. It is given the body once. For a second try on another
+connection, which libcurl makes by itself where a kept connection ends without an answer and where HTTP/2 refuses a
+stream, it would have to rewind the body; it cannot, and gives up (CURLE_SEND_FAIL_REWIND).
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+import pycurl
+
+from followups.transports.answers import Answer
+from followups.uptime import uptime
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+BODY_LIMIT = 64 * 1024
+"""Bytes of an answer's body that are read at most (contract, section 4)."""
+
+HEAD_LIMIT = 64 * 1024
+"""Bytes of an answer's head, the informational answers before it included."""
+
+LONG = "the body of the answer is longer than 64 KiB"
+LATE = "the body of the answer did not come in time"
+
+TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
+"""libcurl's codes of an answer that went beyond our limit, and beyond libcurl's own for a line (CURLE_TOO_LARGE)."""
+
+_STOP = -1
+"""What a callback returns to end the transfer and its connection."""
+_GO_ON: int = pycurl.PREREQFUNC_OK
+_ABORT: int = pycurl.PREREQFUNC_ABORT
+_READ_HEADERS = {b"retry-after", b"date"}
+
+
+class Sockets:
+    """The sockets of the connections that there are, by their own addresses: libcurl names a connection by these."""
+
+    def __init__(self, *, speak_first: bool) -> None:
+        """``speak_first``: the other side may say something on a new connection, as it does below TLS."""
+        self._speak_first = speak_first
+        self._known: dict[tuple[str, int], select.poll] = {}
+
+    def clear(self) -> None:
+        """Forget them all."""
+        self._known.clear()
+
+    def is_in_order(self, address: tuple[str, int], opened: Sequence[int]) -> bool:
+        """Return whether a request may go out on the connection of this address.
+
+        ``opened`` are the sockets of a new one, or none. libcurl looks at a kept connection no more than once a second.
+        In between it would take what came on it unasked for the answer to the next request.
+        """
+        for each in opened:
+            if _port(each) == address[1]:
+                self._known[address] = poll = select.poll()
+                poll.register(each, select.POLLIN)
+        if opened and self._speak_first:
+            return True
+        return address in self._known and not self._known[address].poll(0)
+
+
+def _port(number: int) -> int:
+    opened = socket.socket(fileno=number)
+    try:
+        return int(opened.getsockname()[1])
+    except (OSError, IndexError):  # closed: the slower one of two address families
+        return -1
+    finally:
+        opened.detach()
+
+
+class Exchange:
+    """One exchange at a time, over an easy handle that keeps its options for the next one."""
+
+    __slots__ = (
+        "_at",
+        "_body",
+        "_head",
+        "_opened",
+        "_parts",
+        "_room",
+        "_sockets",
+        "_until",
+        "_url",
+        "answered",
+        "asked",
+        "curl",
+        "late",
+        "stale",
+    )
+
+    def __init__(self, options: Mapping[int, object], sockets: Sockets) -> None:
+        """Set the options; ``sockets`` are those of the multi handle."""
+        self._sockets = sockets
+        self._url = ""
+        self._opened: list[int] = []
+        self._head: list[bytes] = []
+        self._parts: list[bytes] = []
+        self.curl = pycurl.Curl()
+        callbacks = {
+            pycurl.SOCKOPTFUNCTION: self._opening,
+            pycurl.PREREQFUNCTION: self._connected,
+            pycurl.READFUNCTION: self._give,
+            pycurl.HEADERFUNCTION: self._take_line,
+            pycurl.WRITEFUNCTION: self._take_part,
+        }
+        for option, value in (*options.items(), *callbacks.items()):
+            self.curl.setopt(option, value)
+
+    def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
+        """Set what is to be sent, not after ``until`` (an `uptime`)."""
+        if url != self._url:
+            self._url = url
+            self.curl.setopt(pycurl.URL, url)
+        self._body, self._at, self._until = body, 0, until
+        self._room = HEAD_LIMIT
+        self.asked = self.answered = self.late = self.stale = False
+        self._opened.clear()
+        self._head.clear()
+        self._parts.clear()
+        self.curl.setopt(pycurl.HTTPHEADER, headers)
+        self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    def answer(self, code: int) -> Answer:
+        """Return the answer, whose head has come, and whose body ended with this code of libcurl."""
+        status = self.curl.getinfo(pycurl.RESPONSE_CODE)
+        headers = {} if status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
+        return Answer(status, headers, b"".join(self._parts), _flaw(code))
+
+    # What libcurl calls, in this order.
+
+    def _opening(self, socket: int, _purpose: int) -> int:
+        self._opened.append(socket)
+        return _GO_ON
+
+    def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
+        # A process that was frozen while it connected would send before it sees that its time is up, perhaps after the
+        # follow-up was cancelled, or sent by another. And a connection that has ended already would take the request,
+        # and leave open what became of it.
+        if uptime() > self._until:
+            self.late = True
+            return _ABORT
+        if not self._sockets.is_in_order((own_ip, own_port), self._opened):
+            self.stale = not self._opened
+            return _ABORT
+        self._head.clear()  # of a proxy's answer
+        self._room = HEAD_LIMIT
+        self.answered = False
+        return _GO_ON
+
+    def _give(self, size: int) -> bytes:
+        self.asked = True
+        part = self._body[self._at : self._at + size]
+        self._at += len(part)
+        return part
+
+    def _take_line(self, line: bytes) -> int | None:
+        self._room -= len(line)
+        if self._room < 0:
+            return _STOP
+        if self.answered:  # a trailer is no header
+            return None
+        if line in {b"\r\n", b"\n"}:
+            return self._end_head()
+        self._head.append(line)
+        return None
+
+    def _end_head(self) -> int | None:
+        status = int(self._head[0].split(None, 2)[1])
+        if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
+            self._head.clear()  # another one follows
+            return None
+        self.answered = True
+        self._room = BODY_LIMIT
+        return _STOP if status == HTTPStatus.SWITCHING_PROTOCOLS else None
+
+    def _take_part(self, part: bytes) -> int | None:
+        if len(part) > self._room:
+            self._parts.append(part[: self._room])
+            self._room = 0
+            return _STOP
+        self._room -= len(part)
+        self._parts.append(part)
+        return None
+
+
+def _headers(head: Sequence[bytes]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for line in head[1:]:
+        name, _, value = line.partition(b":")
+        if (known := name.strip().lower()) in _READ_HEADERS:
+            headers.setdefault(known.decode(), value.strip().decode(errors="replace"))
+    return headers
+
+
+def _flaw(code: int) -> str:
+    if code == pycurl.E_OK:
+        return ""
+    if code in TOO_LARGE:
+        return LONG
+    if code == pycurl.E_OPERATION_TIMEDOUT:
+        return LATE
+    if code == pycurl.E_BAD_CONTENT_ENCODING:
+        return "the body of the answer cannot be decompressed"
+    return f"the body of the answer broke off ({pycurl.easy_strerror(code)})"

@@ -1,0 +1,85 @@
+"""With the transport ``matrix`` a room belongs to one workspace: its id alone decides where a message goes."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from followups.embedded import Processes
+from web import CHATS, Api, is_problem, start
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def matrix_url(web_settings: Settings) -> Iterator[str]:
+    """Start a web process that serves the transport ``matrix``."""
+    with Processes() as processes:
+        yield start(processes, web_settings.environment() | {"FOLLOWUPS_TRANSPORT": "matrix"})[1]
+
+
+@pytest.fixture
+def pair(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
+    """Return clients of two workspaces."""
+    one, other = (Api(matrix_url, World(web_engine)) for _ in range(2))
+    with one.client, other.client:
+        yield one, other
+
+
+def put(api: Api, room: str | None, chat: object = None) -> int:
+    """Put a chat into a room; return the status."""
+    answer = api.client.put(f"{CHATS}/{chat or uuid4()}", json={"channel": "matrix", "externalId": room})
+    if answer.status_code == 409:
+        is_problem(answer, 409, "external-chat-taken")
+    return answer.status_code
+
+
+def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
+    """The second workspace is refused, by another chat, a new one, or the same one moved; the first goes on."""
+    one, other = pair
+    room, elsewhere, chat, theirs = f"!{uuid4()}:host", f"!{uuid4()}:host", uuid4(), uuid4()
+    assert put(one, room, chat) == 201
+    assert put(other, room, chat) == 409
+    assert put(other, elsewhere, theirs) == 201
+    assert put(other, room, theirs) == 409
+    assert put(one, elsewhere, chat) == 409
+    assert put(one, room, chat) == 200
+    assert put(one, room) == 201  # another chat of the same workspace
+
+
+def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
+    """What a workspace has removed another one may have; the first does not get it back."""
+    one, other = pair
+    room, chat = f"!{uuid4()}:host", uuid4()
+    assert put(one, room, chat) == 201
+    assert one.client.delete(f"{CHATS}/{chat}").status_code == 204
+    assert put(other, room) == 201
+    assert put(one, room, chat) == 409
+
+
+def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
+    """No external id is nobody's."""
+    assert [put(each, None) for each in pair] == [201, 201]
+
+
+def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
+    """However two workspaces ask for a room at the same moment, one of them gets it."""
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(25):
+            room = f"!{uuid4()}:host"
+            assert sorted(pool.map(lambda api, room=room: put(api, room), pair)) == [201, 409]
+
+
+def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
+    """The body names the workspace, so that two of them may call their chats alike."""
+    room = f"!{uuid4()}:host"
+    assert [put(each, room) for each in (api, other)] == [201, 201]

@@ -1,0 +1,356 @@
+"""Other people's endpoints: private authorities, client certificates, proxies, address families, short keep-alive."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import ssl
+import subprocess
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import pycurl
+import pytest
+import trustme
+
+from followups.errors import FollowUpsError, TransportConfigurationError
+from followups.transports import http_client
+from followups.transports.http import HttpTransport
+from followups.transports.port import Outcome, Retry, Sent, Unknown
+from unit.transports.doubles import MESSAGE, a_delivery, answer, listening, opened, scripted, settings_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+    from pathlib import Path
+
+    from followups.settings import Settings
+
+OK = answer(200)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nothing of the machine's own environment decide."""
+    for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Return an authority that no system knows."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trust the authority, by SSL_CERT_FILE."""
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+
+
+def certified(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
+    """Return a server's side of TLS, with a certificate for this name."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+async def outcome_at(url: str, **settings: object) -> Outcome:
+    """Send once to ``url``."""
+    async with opened(HttpTransport(settings_for(url, **settings))) as transport:
+        return await transport.send(a_delivery())
+
+
+# Authorities.
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA) -> None:
+    """SSL_CERT_FILE names the authorities that are trusted; `check` goes by it too."""
+    async with scripted(OK, certified(authority)) as server:
+        assert await outcome_at(server.url) == Sent(None, 200)
+        assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()
+
+
+@pytest.mark.skipif(not shutil.which("openssl"), reason="the names in the directory are made by openssl")
+async def test_a_private_authority_is_trusted_by_its_directory(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSL_CERT_DIR names a directory of authorities, made by ``openssl rehash``."""
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - before anything runs
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    async with scripted(OK, certified(authority)) as server:
+        assert await outcome_at(server.url) == Sent(None, 200)
+
+
+async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> None:
+    """A certificate of an authority that the system does not know: nothing goes out, and `check` says why."""
+    async with scripted(OK, certified(authority)) as server:
+        outcome = await outcome_at(server.url)
+        assert isinstance(outcome, Retry)
+        assert outcome.detail.startswith("no connection: TLS failed (")
+        assert "certificate" in outcome.detail
+        with pytest.raises(FollowUpsError, match=r"cannot be reached: TLS failed \(.*certificate"):
+            await HttpTransport(settings_for(server.url)).check()
+        assert server.requests == []
+
+
+@pytest.mark.usefixtures("trusted")
+async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.CA) -> None:
+    """The certificate must be the endpoint's; the reason shows no host's name."""
+    async with scripted(OK, certified(authority, "elsewhere.example")) as server:
+        outcome = await outcome_at(server.url)
+        assert isinstance(outcome, Retry)
+        assert "does not match" in outcome.detail or "no alternative certificate subject name" in outcome.detail
+        assert "127.0.0.1" not in outcome.detail
+        assert server.requests == []
+
+
+@pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
+def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wrong path is said at once; an address without TLS needs none."""
+    monkeypatch.setenv(name, "/nowhere")
+    with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
+        HttpTransport(settings_for("https://host"))
+    HttpTransport(settings_for("http://host"))
+
+
+# Client certificates.
+
+
+def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
+    """Return a server's side of TLS that asks for a certificate of the authority."""
+    context = certified(authority)
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.maximum_version = version
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+@pytest.mark.parametrize("apart", [True, False])
+async def test_a_client_certificate_is_shown(
+    authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, apart: bool
+) -> None:
+    """An endpoint that asks for a certificate gets it, whether its key is in the same file or in one of its own."""
+    ours = authority.issue_cert("worker.example")
+    ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
+    ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    ours.private_key_pem.write_to_path(tmp_path / "key.pem")
+    settings = (
+        {"transport_client_cert": f"{tmp_path}/cert.pem", "transport_client_key": f"{tmp_path}/key.pem"}
+        if apart
+        else {"transport_client_cert": f"{tmp_path}/both.pem"}
+    )
+    async with scripted(OK, asking(authority, version)) as server:
+        assert await outcome_at(server.url, **settings) == Sent(None, 200)
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize(
+    ("version", "outcome"),
+    [
+        (ssl.TLSVersion.TLSv1_2, Retry),
+        # With TLS 1.3 the server refuses when the client has sent its request already.
+        (ssl.TLSVersion.TLSv1_3, Unknown),
+    ],
+)
+async def test_without_the_certificate_nothing_is_accepted(
+    authority: trustme.CA, version: ssl.TLSVersion, outcome: type
+) -> None:
+    """An endpoint that asks for a certificate and gets none accepts nothing."""
+    async with scripted(OK, asking(authority, version)) as server:
+        assert isinstance(await outcome_at(server.url), outcome)
+        assert server.requests == []
+
+
+@pytest.mark.parametrize("content", ["", "no certificate", None])
+def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_path: Path) -> None:
+    """Files that are missing, or hold something else, are named at once."""
+    file = tmp_path / "cert.pem"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_CLIENT_CERT and"):
+        HttpTransport(settings_for("https://host", transport_client_cert=str(file)))
+
+
+def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp_path: Path) -> None:
+    """Certificate and key belong together."""
+    one, other = authority.issue_cert("one.example"), authority.issue_cert("other.example")
+    one.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    other.private_key_pem.write_to_path(tmp_path / "key.pem")
+    settings = {"transport_client_cert": f"{tmp_path}/cert.pem", "transport_client_key": f"{tmp_path}/key.pem"}
+    with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_CLIENT_KEY"):
+        HttpTransport(settings_for("https://host", **settings))
+
+
+# Proxies.
+
+
+@dataclass
+class Proxy:
+    """A proxy for CONNECT: what it was asked, and what passed through it; or an answer that it gives instead."""
+
+    refusal: bytes = b""
+    url: str = ""
+    targets: list[str] = field(default_factory=list)
+    seen: bytearray = field(default_factory=bytearray)
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode()
+            self.targets.append(head.split(" ")[1])
+            if self.refusal:
+                writer.write(self.refusal)
+            else:
+                host, _, port = self.targets[-1].rpartition(":")
+                further = await asyncio.open_connection(host, int(port))
+                writer.write(b"HTTP/1.1 200 Connection established\r\nx-proxy: 1\r\n\r\n")
+                await asyncio.gather(self._pass(reader, further[1]), self._pass(further[0], writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while part := await reader.read(65_536):
+                self.seen += part
+                writer.write(part)
+        except ConnectionError:
+            pass  # either side hung up
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def proxy_that(refusal: bytes = b"") -> AsyncIterator[Proxy]:
+    """Run a proxy on a free port."""
+    proxy = Proxy(refusal)
+    async with listening(proxy.serve) as proxy.url:
+        yield proxy
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy"])
+async def test_https_goes_through_the_proxy_which_reads_nothing(
+    authority: trustme.CA, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HTTPS_PROXY is asked for a tunnel to the endpoint; connections through it are kept, and it reads no text."""
+    async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
+        monkeypatch.setenv(name, proxy.url)
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            for _ in range(3):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+            assert "accepts connections over TLS" in await transport.check()
+        assert proxy.targets == [server.url.removeprefix("https://")] * 2
+        assert server.connections == 1
+        assert proxy.seen
+        assert MESSAGE.encode() not in proxy.seen
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("exempt", ["127.0.0.1", "example.org,127.0.0.1", "*"])
+async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts in NO_PROXY are reached without the proxy."""
+    async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        monkeypatch.setenv("NO_PROXY", exempt)
+        assert await outcome_at(server.url) == Sent(None, 200)
+        assert proxy.targets == []
+
+
+async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain http endpoint is in the same network: what is sent to it no proxy reads."""
+    async with proxy_that() as proxy, scripted(OK) as server:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert await outcome_at(server.url) == Sent(None, 200)
+        assert proxy.targets == []
+
+
+@pytest.mark.parametrize("status", [403, 407, 502, 503])
+async def test_a_proxy_that_refuses_is_no_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a proxy says is not the endpoint's word: nothing has left, whatever the status."""
+    async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
+
+
+async def test_a_proxy_that_is_away_is_tried_again(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has left."""
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port}")
+    assert await outcome_at("https://127.0.0.1:9") == Retry("no connection: Connection refused")
+
+
+async def test_a_proxy_that_hangs_up_or_says_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has left while there is no tunnel."""
+    for refusal in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\nno TLS"):
+        async with proxy_that(refusal) as proxy:
+            monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+            assert isinstance(await outcome_at("https://127.0.0.1:9", transport_timeout=0.5), Retry)
+
+
+# Address families.
+
+
+@pytest.mark.usefixtures("trusted")
+@pytest.mark.parametrize("secure", [True, False])
+async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool) -> None:
+    """An endpoint may be named by an IPv6 address."""
+    async with scripted(OK, certified(authority, "::1") if secure else None, "::1") as server:
+        assert "//[::1]:" in server.url
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            for _ in range(2):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+@pytest.mark.parametrize("first", ["127.0.0.1,[::1]", "[::1],127.0.0.1"])
+async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
+    host: str, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that has IPv4 and IPv6 addresses is reached where only one of them listens, in either order."""
+    async with scripted(OK, host=host) as server:
+        port = server.url.rpartition(":")[2]
+        options = http_client.connection_options
+
+        def resolved(settings: Settings) -> dict[int, object]:
+            return options(settings) | {pycurl.RESOLVE: [f"dual.example:{port}:{first}"]}
+
+        monkeypatch.setattr(http_client, "connection_options", resolved)
+        async with opened(HttpTransport(settings_for(f"http://dual.example:{port}"))) as transport:
+            for _ in range(3):
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+        assert server.connections == 1
+
+
+# Short keep-alive.
+
+
+@pytest.mark.parametrize("kept", [0.1, 1, 4])
+async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
+    """Where the server has hung up after so many seconds, the next call gets another connection.
+
+    Where it hangs up at that very moment the outcome may be unknown. Nothing arrives twice.
+    """
+    bodies: list[bytes] = []
+    ends: asyncio.Queue[None] = asyncio.Queue()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, TimeoutError, asyncio.IncompleteReadError):
+            while True:
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), kept)
+                length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+                bodies.append(await reader.readexactly(length))
+                writer.write(OK)
+        ends.put_nowait(None)
+
+    async with listening(serve) as url, opened(HttpTransport(settings_for(url))) as transport:
+        for _ in range(2):
+            assert await transport.send(a_delivery()) == Sent(None, 200)
+            await asyncio.wait_for(ends.get(), 10)
+        for _ in range(min(20, round(1 / kept))):
+            assert isinstance(await transport.send(a_delivery()), Sent | Unknown)
+            await asyncio.sleep(kept)
+    assert len(bodies) == len(set(bodies))
