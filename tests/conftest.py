@@ -1,8 +1,8 @@
-"""What all tests share: one PostgreSQL and one Valkey for the whole run, started when a test first wants them.
+"""What all tests share: one PostgreSQL and one Valkey for the whole run, started when a test first needs them.
 
-The controller of pytest-xdist owns them (it outlives its workers, and with ``-n 0`` it is the only process),
-and tells their URLs through a socket. So nothing is started for unit tests, nothing is started twice, and a
-crashed worker leaves nothing behind.
+The controller of pytest-xdist owns them (it outlives its workers, and with ``-n 0`` it is the only process), and passes
+their URLs through a socket. So nothing is started for unit tests, nothing is started twice, and a crashed worker leaves
+nothing behind.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEMPLATE_LOCK = 4_071_969
 
 pytest_plugins = ["pgbouncer", "stack_fixtures"]
 
-# Hundreds of processes are started; where none may write bytecode, each compiles all that it imports anew.
+# Hundreds of processes are started; if they could not write bytecode, each would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell that starts something in the background lets it ignore Ctrl-C, and so all that it starts: tests press it.
@@ -120,7 +120,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Node) -> None:
-    """Tell a worker where to ask for the servers."""
+    """Pass the socket's address to a worker."""
     node.workerinput["servers"] = node.config.stash[SERVERS].address()
 
 
@@ -197,12 +197,12 @@ def broker_url(server_urls: tuple[str, str]) -> str:
 
 @pytest.fixture
 def settings(database_url: str, broker_url: str) -> Settings:
-    """Return settings on the test's own database and broker, with short times and nobody at the transport's URL."""
+    """Return settings for the test's own database and broker, with short times and no server at the transport's URL."""
     return brisk_settings(database_url, broker_url)
 
 
 def brisk_settings(database_url: str, broker_url: str) -> Settings:
-    """Return settings with short times and nobody at the transport's URL."""
+    """Return settings with short times and no server at the transport's URL."""
     return load_settings(
         database_url=database_url,
         broker_url=broker_url,

@@ -1,4 +1,4 @@
-"""What is wrong with a page of metrics, by Prometheus' rules: `promtool check metrics` in short."""
+"""Flaws of a metrics page by Prometheus' rules: a small `promtool check metrics`."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ DEMO, DASHBOARD = (80, 27), (96, 27)
 
 CHATS = 150
 SECONDS = 120
-"""How long follow-ups fall due; the picture is taken in the middle."""
+"""For how long follow-ups fall due; the picture is taken in the middle."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
 """Follow-ups a second, how much more or fewer, and the seconds from one crest to the next."""
 LEAD = 15.0
@@ -54,13 +54,13 @@ FAILING, REFUSED, REPLYING = 12, 2, 12
 
 
 def console(size: tuple[int, int]) -> Console:
-    """Return a terminal that remembers what is drawn on it."""
+    """Return a terminal that records what is drawn on it."""
     kind = {"force_terminal": True, "color_system": "truecolor", "highlight": False}
     return Console(record=True, file=io.StringIO(), width=size[0], height=size[1], **kind)
 
 
 def keep(drawn: Console, title: str, name: str) -> None:
-    """Write what was drawn as an SVG that asks no other host for a font."""
+    """Write the drawing as an SVG that loads no font from another host."""
     code_format = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / name).write_text(drawn.export_svg(title=title, code_format=code_format, unique_id=Path(name).stem))

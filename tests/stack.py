@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""What is found before the environment's own commands: a `celery` that starts quickly."""
+"""Commands found before the environment's own: a `celery` that starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
@@ -33,7 +33,7 @@ PAGE = 5_000
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
-    """Return the first true answer; fail when there is none within so many seconds."""
+    """Return the first true result; fail if there is none within so many seconds."""
     end = time.monotonic() + within
     while not (answer := true()):
         assert time.monotonic() < end, f"not so within {within} s"
@@ -43,7 +43,7 @@ def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02)
 
 @dataclass
 class Stack:
-    """What runs, and what the chat has received."""
+    """The running processes, and what the chat has received."""
 
     settings: Settings
     world: World
@@ -129,7 +129,7 @@ class Stack:
         return [one["attempt"] for one in self.received() if one["followUpId"] == str(follow_up_id)]
 
     def behave(self, chat_id: UUID | None = None, **behaviour: Any) -> None:
-        """Tell the chat (None: every chat) how to behave from now on."""
+        """Set the behaviour of a chat, or of every chat if None."""
         path = f"/sandbox/chats/{chat_id}/behaviour" if chat_id else "/sandbox/behaviour"
         self._call("PUT", path, behaviour)
 
@@ -138,7 +138,7 @@ class Stack:
         return sum(row.status == "pending" for row in self.world.rows(*ids))
 
     def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
-        """Wait until none of these (none given: nothing at all) is pending."""
+        """Wait until none of these is pending, or nothing at all if none is given."""
         wait_until(lambda: self.pending(*ids) == 0, within, every=0.1)
 
     def broker(self) -> redis.Redis:

@@ -45,7 +45,7 @@ def running(server_urls: tuple[str, str], template_database: str) -> Iterator[St
     settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
     with Processes() as processes:
         stack = Stack(settings, World(engine), processes)
-        # Nobody is killed here, so a slow chat may be slower than the machine is.
+        # No process is killed here, so a slow chat may be slower than the machine.
         stack.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "6", "FOLLOWUPS_LEASE": "30"}
         stack.start()
         yield stack

@@ -15,10 +15,10 @@ from followups.telemetry.logs import get_logger
 from followups.uptime import uptime
 
 SENDING = timedelta(seconds=60)
-"""For one tick: a publish to a broker that is silent altogether is given up after half of it."""
+"""Time for one tick: a publish to a silent broker is given up after half of it."""
 
 LATE = timedelta(seconds=10)
-"""How much later than planned the scheduler may come back from its sleep."""
+"""How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
 """Seconds by which the host's clock is set back at least where that counts; less is a step of what keeps it right."""
@@ -27,13 +27,13 @@ log = get_logger(__name__)
 
 
 class Scheduler(CelerysScheduler):
-    """Signs before it sends a tick, and when it goes to sleep."""
+    """Records a sign in the heartbeat before it sends a tick and before it sleeps."""
 
     _booted_at: float | None = None
     """When this host was started, by its clock: earlier than a moment ago if that was set back since."""
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own
-        """Send what is due; return in how many seconds to come back."""
+        """Send what is due, and return the seconds until the next call."""
         self._sign(SENDING, "has been sending one tick")
         self._heed_the_clock()
         pause: float = super().tick(*arguments, **named)
@@ -51,7 +51,7 @@ class Scheduler(CelerysScheduler):
         self._heap = None
 
     def close(self) -> None:
-        """Let go of the broker, and of life."""
+        """Close the broker connection and end the heartbeat."""
         super().close()
         liveness.stop()
 

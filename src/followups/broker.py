@@ -91,15 +91,15 @@ class App(Celery):
 
 
 class Consumer:
-    """What this process's consumer last did: the proof that it consumes, and not only seems to run.
+    """The latest activity of this process's consumer: the proof that it consumes.
 
-    It asks the broker for work (BRPOP) all the time and gets an answer within a second, be it "nothing". A worker
-    that is asked for a sign of life by Celery's ``ping`` answers on another connection, also when this has stopped.
-    Times are monotonic seconds.
+    It asks the broker for work (BRPOP) all the time and gets an answer within a second, be it "nothing". Celery's
+    ``ping`` is answered on another connection, also by a worker that has stopped consuming. Times are monotonic
+    seconds.
     """
 
     def __init__(self) -> None:
-        """Begin with nothing done yet."""
+        """Start without any activity."""
         self.thread: threading.Thread | None = None
         """In which it runs; None in a process that consumes nothing."""
         self.answered_at = 0.0
@@ -108,17 +108,17 @@ class Consumer:
         self.refused = 0
         """Connections in a row that were made and did not last."""
         self.queues: frozenset[str] = frozenset()
-        """Those that it asked for."""
+        """The queues that it asked for."""
 
     def answered(self, queues: Iterable[str]) -> None:
-        """Note that the broker has answered."""
+        """Record an answer of the broker."""
         self.answered_at = time.monotonic()
         if self.answered_at - self.connected_at > LASTS:
             self.refused = 0
         self.queues = frozenset(queues)
 
     def connects(self) -> None:
-        """Note that it tries to reach the broker."""
+        """Record a try to reach the broker."""
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:
@@ -157,7 +157,7 @@ class Channel(kombu_redis.Channel):
             raise
         except Exception as error:  # whatever a hostile document makes a decoder raise
             if self.connection.delivering:
-                raise  # it was read, and the error is the consumer's
+                raise  # the entry was decoded; the error is the consumer's
             log.warning("broker_message_dropped", error=type(error).__name__)
             read = True
         CONSUMER.answered(self.active_queues)
@@ -172,12 +172,12 @@ class Transport(kombu_redis.Transport):
     """What Celery answers with a new connection. An error that Redis answers may pass, and so may its server."""
     Empty = queue.Empty
     delivering = False
-    """An entry was read and is in the consumer's hands."""
+    """Whether an entry was decoded and passed to the consumer."""
     _stopping = False
-    """An order to stop was obeyed: what connects after it belongs to the drain."""
+    """Whether shutdown has begun: connections made after it belong to the drain."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
-        """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread when SIGTERM has come."""
+        """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread after SIGTERM."""
         if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
             Transport._stopping = True
             state.maybe_shutdown()
@@ -233,7 +233,7 @@ def _is_consumers_thread() -> bool:
 
 
 def is_message(message: object) -> bool:
-    """Say whether a decoded entry has the shape of kombu's virtual messages.
+    """Return whether a decoded entry has the shape of kombu's virtual messages.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)

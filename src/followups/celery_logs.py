@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def install(settings: Settings) -> None:
-    """Connect to Celery's signals: worker, beat and Flower log as the settings say."""
+    """Connect to Celery's signals, so that worker, beat and Flower log by the settings."""
 
     def configure(**_: object) -> None:
         configure_logging(settings.log_format, settings.log_level)
 
-    # Twice for a worker: what Celery warns of before it sets up logging has our format too.
+    # Twice for a worker: Celery's warnings from before it sets up logging have our format too.
     signals.celeryd_init.connect(configure, weak=False)
     signals.setup_logging.connect(configure, weak=False)
     signals.task_prerun.connect(_name_task)

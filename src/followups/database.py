@@ -1,4 +1,4 @@
-"""The engine and its sessions."""
+"""Database engines and sessions."""
 
 from __future__ import annotations
 
@@ -39,10 +39,11 @@ CONNECT_TIMEOUT = 5
 POOL_MARGIN = 5
 """Seconds that a caller waits for a connection of the pool beyond the time that making one may take."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
-"""After which the server ends a statement; every one of ours takes milliseconds."""
+"""Time limit of a statement on the server; ours take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
-"""How much longer than that a server may be silent until the connection is given up: it is half-open, or the
-server hangs, and its own timeout will never be heard of."""
+"""How much longer than that a server may be silent before the connection is given up: it is half-open, or the server
+hangs and its own timeout will never be heard of.
+"""
 TCP_USER_TIMEOUT = 10_000
 """Milliseconds without an acknowledgement after which a half-open connection is given up."""
 
@@ -69,7 +70,7 @@ MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, a
 _OURS = "followups.set_up"
 
 RECENTLY = 1.0
-"""Seconds during which a connection that has just been used needs no test."""
+"""Seconds after its last use during which a connection needs no test."""
 
 SESSION: Mapping[str, str] = {
     # A statement must see what was committed before it began: under a snapshot of the whole transaction, a reply that
@@ -98,10 +99,10 @@ BY_KEY: Mapping[str, str] = {
     "jit": "off",
     **{f"enable_{method}": "off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")},
 }
-"""Planner options for workers: every statement of theirs looks up a batch by key or walks an index, and must
-go on doing so when a burst of inserts has made the table's statistics wrong. Measured right after an insert
-of 20,000 rows: begin takes 17 ms a hundred without, 4 ms with. Nothing is compiled for them either: that would take
-longer than they do."""
+"""Planner options for workers. Each of their statements looks up a batch by key or walks an index, and must keep doing
+so when a burst of inserts has made the table's statistics wrong. Measured right after an insert of 20,000 rows: begin
+takes 17 ms a hundred without these, 4 ms with them. JIT is off because compiling would take longer than the statement.
+"""
 
 READ_ONLY = "25006"
 """SQLSTATE of a change that a read-only server refuses."""
@@ -110,9 +111,10 @@ READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
 """What libpq says of a server that is not as ``target_session_attrs`` wants it; there is no SQLSTATE for it."""
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
-"""The same for the pipeline, whose statements go by key whatever is in their batch. PostgreSQL would plan anew for each
-batch of less than ten: begin takes 1.1 ms then, and 0.5 by the plan that it has. A claim may have another plan for each
-of its limits."""
+"""The same for the pipeline, whose statements go by key whatever their batch holds. For a batch of fewer than ten
+PostgreSQL would plan each time: begin then takes 1.1 ms, and 0.5 ms by the cached plan. A claim may need a different
+plan for each of its limits.
+"""
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
@@ -120,16 +122,16 @@ class UnfitDatabaseError(psycopg.NotSupportedError):
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that does not wait for ever for a server that has fallen silent.
+    """A connection that gives up on a server that has fallen silent.
 
-    libpq has no limit of its own, and TCP sees nothing wrong where a machine in between goes on acknowledging.
+    libpq has no limit of its own, and TCP notices nothing while a machine in between acknowledges.
     """
 
     patience: float | None = None
-    """Seconds that one exchange may take, with however many rows it is made; None: as long as it takes."""
+    """Seconds that one exchange may take, however many rows it returns, or None for no limit."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""
+        """Wait for an answer as psycopg does; close and raise `psycopg.OperationalError` if none arrives."""
         started = time.monotonic()
         try:
             return super().wait(gen, interval, timeout or self.patience)
@@ -145,7 +147,7 @@ class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
     patience: float | None = None
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
-        """Wait for an answer as psycopg does; raise `psycopg.OperationalError`, and close, when none comes."""
+        """Wait for an answer as psycopg does; close and raise `psycopg.OperationalError` if none arrives."""
         started = time.monotonic()
         try:
             return await super().wait(gen, interval, timeout or self.patience)
@@ -159,7 +161,7 @@ Bounded = BoundedConnection | BoundedAsyncConnection
 
 
 def _fell_silent(connection: Bounded, since: float) -> bool:
-    """Say whether an exchange that began then (monotonic seconds) failed since nothing came for so long."""
+    """Return whether an exchange that began at ``since`` (monotonic seconds) failed by the server's silence."""
     patience = connection.patience
     return patience is not None and time.monotonic() - since >= patience and not connection.closed
 
@@ -211,14 +213,14 @@ def make_async_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
-    """Return the same for one event loop, whose work runs by `followups.transactions.in_loop`.
+    """Return the same for one event loop; its work runs through `followups.transactions.in_loop`.
 
-    It tests only a connection that nobody used for `RECENTLY`: callers come many times a second, and a test takes
-    as long as a statement.
+    It tests only connections that were idle for `RECENTLY`: they are taken many times a second, and a test takes as
+    long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
-    # No reset either: a connection comes back by the end of a `with`, which has rolled back what was not committed.
+    # No reset either: a connection returns at the end of a `with`, which has rolled back anything uncommitted.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)
@@ -300,7 +302,7 @@ def _test_what_lay_idle(engine: Engine) -> None:
             try:
                 engine.dialect.do_ping(connection)
             except psycopg.OperationalError as error:
-                raise InvalidatePoolError from error  # all of them are made anew
+                raise InvalidatePoolError from error  # all of the pool's connections are made anew
 
     event.listen(engine, "checkin", note)
     event.listen(engine, "checkout", test)
@@ -310,13 +312,13 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
     defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
-        # A connection beyond the pool would be made for one transaction and closed after it, which costs
-        # more than to wait for one.
+        # A connection beyond the pool would be made for one transaction and closed after it, which costs more than
+        # waiting for one.
         "max_overflow": 0,
         "pool_pre_ping": True,
-        # A caller waits this many seconds for a connection, and is then told so.
+        # How many seconds a caller waits for a connection before it gets an error.
         "pool_timeout": _connect_timeout(url) + POOL_MARGIN,
-        # Statement parameters hold message texts: they must never stand in an error or a log.
+        # Statement parameters hold message texts, which must never be in an error or a log.
         "hide_parameters": True,
         "connect_args": {**defaults, "application_name": application_name},
     }
@@ -338,12 +340,13 @@ def _patience(statement_timeout: timedelta | None) -> float | None:
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
-"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server in the
-middle of a failover, deadlock, out of resources, object in use, operator intervention, system error."""
+"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server during a
+failover, deadlock, out of resources, object in use, operator intervention, system error.
+"""
 
 
 def is_passing(error: Exception) -> bool:
-    """Say whether trying the same again may help: the database was away, busy, or broke a deadlock."""
+    """Return whether a retry may help: the database was unreachable, busy, or broke a deadlock."""
     if isinstance(error, PoolTimeoutError | OperationalError):
         return True
     if not isinstance(error, DBAPIError):

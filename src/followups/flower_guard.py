@@ -1,8 +1,7 @@
-"""What Flower must be before it starts: on this machine only, or behind a password.
+"""Requires that Flower listens on this machine only, or behind a password.
 
-Flower shows every task and every worker, and stops them, for whoever can reach it; by itself it listens on all
-addresses and asks nobody who he is. ``celery -A followups.worker flower`` loads our app before it listens, which
-is where this looks.
+Flower shows every task and worker, and can stop them; by default it listens on all addresses without authentication.
+``celery -A followups.worker flower`` loads our app before it listens, which is when this check runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ LOOPBACK = "127.0.0.1"
 
 FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
 COLUMNS = "name,args,state,received,runtime,worker,uuid"
-"""Of the list of tasks, in place of Flower's own: the arguments say how many follow-ups a task is about."""
+"""Columns of the task list: unlike Flower's own, they show how many follow-ups a task is about."""
 
 REFUSAL = (
     "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "
@@ -29,10 +28,10 @@ REFUSAL = (
 
 
 def install(configure_logging: Callable[[], None]) -> None:
-    """Look at Flower's options before it listens, if it is Flower that this process is to be.
+    """Check Flower's options before it listens, if this process is Flower.
 
-    Celery's command loads Flower's in every process, so that is no sign; that its options are being read is one.
-    ``configure_logging`` puts back our format in place of Tornado's.
+    Celery's command imports Flower in every process, so the import is no sign; parsing Flower's options is one.
+    ``configure_logging`` restores our format in place of Tornado's.
     """
     if "flower.options" not in sys.modules:
         return
@@ -62,7 +61,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
 
 
 def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
-    """Say whether Flower asks for a password, or for somebody's identity. An empty password is none.
+    """Return whether Flower requires a password or an identity. An empty password counts as none.
 
     >>> asks_who(["me:pa55"], ""), asks_who([], ".*@example.com"), asks_who([""], ""), asks_who(["me:"], "")
     (True, True, False, False)
@@ -72,7 +71,7 @@ def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Say whether only this machine can reach an address.
+    """Return whether only this machine can reach an address.
 
     >>> [is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "flower.example")]
     [True, True, True, False, False, False]

@@ -34,28 +34,30 @@ if TYPE_CHECKING:
     from followups.dispatch.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Until a worker consumes: it loads, and makes its connections."""
+"""Until a worker consumes: it imports its code and connects."""
 
 CONNECTING = timedelta(seconds=45)
 """Between two tries at the broker: a pause takes 3 s at most, and a try up to ten; the rest is for a busy machine."""
 
 CONSUMING = timedelta(seconds=5)
-"""Between two answers, beyond what half-open connections take to be noticed; a healthy broker answers in one."""
+"""Between two answers, longer than a half-open connection takes to be noticed; a healthy broker answers within a
+second.
+"""
 
 TURNING = timedelta(seconds=20)
 """Between two turns of the event loop: a turn takes milliseconds, on a starved machine perhaps seconds."""
 
 TICKING = timedelta(seconds=90)
-"""For one tick: it ends within an interval and a few statements, each of which is given up after at most 20 s."""
+"""For one tick: it ends within an interval and a few statements, each of which is given up after 20 s at most."""
 
 log = get_logger(__name__)
 
 _hearts: dict[int, Heartbeat | None] = {}
-"""By process id: a forked child has one of its own. None: it could not be written, which was said once."""
+"""By process id, since a forked child has its own. None if it could not be written, which was logged once."""
 
 
 def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
-    """Begin to write this process's heartbeat; None, and a warning, where it can't: that stops no message."""
+    """Start this process's heartbeat. If it cannot be written, log a warning and return None: delivery goes on."""
     if os.getpid() in _hearts:
         return _hearts[os.getpid()]
     heart = Heartbeat(directory_of(runtime_dir), role, name)
@@ -70,7 +72,7 @@ def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
 
 
 def current() -> Heartbeat | None:
-    """Return this process's heartbeat, if it has one."""
+    """Return this process's heartbeat, or None."""
     return _hearts.get(os.getpid())
 
 
@@ -81,7 +83,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Sign for the consumer. ``wanted`` names the queues; ``silence`` is how long the broker may be silent."""
+    """Sign for the consumer. ``wanted`` returns its queues; ``silence`` is how long the broker may be silent."""
     heart.sign("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
 
@@ -102,7 +104,7 @@ def signs_of_life(_state: object) -> dict[str, str]:
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
-    """Sign for the two halves of the work."""
+    """Sign for the dispatcher and the pipeline."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
     heart.probe(partial(_sign_for_outage, heart))
@@ -128,6 +130,6 @@ def _sign_for_outage(heart: Heartbeat) -> None:
 
 
 def drain(within: timedelta) -> None:
-    """Expect nothing of the parts any more, but the end of the process."""
+    """Expect no more signs from the parts, only the end of the process."""
     if heart := current():
         heart.end(within, "has been stopping")

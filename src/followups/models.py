@@ -1,15 +1,14 @@
 """The tables. Times are ``timestamptz`` in UTC, ids UUID v4.
 
-A chat's key is workspace and id together, so that no workspace reaches another's chat by guessing ids, and
-the foreign keys onto it make PostgreSQL refuse a row that would join two workspaces. Row-level security as
-well was tried and left out. It costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores,
-20,000 rows). But the tables' owner is exempt from it, and we have one URL, the owner's: so it takes either a
-second role, which many hosted databases let nobody create, or FORCE, under which the owner's own pg_dump
-fails. Reads are held by the predicate of each query, and by a test that runs every endpoint of the document
-with another workspace's key and ids.
-``status`` of a follow-up is written by guarded UPDATE statements in `followups.store` only, never by
-assigning to an object here: a full-row save once brought a sent message back to pending elsewhere
-(zulip#39521).
+A chat's key is workspace and id together, so that no workspace reaches another's chat by guessing ids. The foreign keys
+onto it make PostgreSQL refuse a row that would join two workspaces. Row-level security was tried too and left out. It
+costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores, 20,000 rows). But the tables' owner is exempt
+from it, and we have one URL, the owner's. So it needs either a second role, which many hosted databases do not let you
+create, or FORCE, under which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by
+a test that calls every endpoint of the document with another workspace's key and ids.
+
+``status`` of a follow-up is written by guarded UPDATE statements in `followups.store` only, never by assigning to an
+object here: in another system a full-row save brought a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -43,12 +42,13 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from followups.states import Status
 
 MAX_MESSAGE_LENGTH = 65_536
-"""Characters of a follow-up's message."""
+"""Most characters of a follow-up's message."""
 
 
 CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
-"""Storage options of tables whose old rows are deleted in the order of their age: whoever looks for the oldest
-would walk over what was deleted since the last vacuum, which by default waits for a fifth of the table."""
+"""Storage options of tables whose old rows are deleted by age. A search for the oldest rows reads everything that was
+deleted since the last vacuum, which by default waits until a fifth of the table is dead.
+"""
 
 
 def readable(*columns: str) -> str:
@@ -83,7 +83,7 @@ class Base(DeclarativeBase):
 
 
 class Workspace(Base):
-    """A tenant: everything else belongs to one."""
+    """A tenant; every other row belongs to one."""
 
     __tablename__ = "workspaces"
 
@@ -93,9 +93,9 @@ class Workspace(Base):
 
 
 class SendingHours(Base):
-    """When a workspace lets its messages be sent; without a row, always (`followups.quiet_hours`).
+    """The hours in which a workspace lets its messages be sent; without a row, always (`followups.quiet_hours`).
 
-    A table of its own, so that begin asks for none of it as long as no workspace has any.
+    This is a table of its own, so that begin reads none of it while no workspace has any.
     """
 
     __tablename__ = "sending_hours"
@@ -116,12 +116,13 @@ class SendingHours(Base):
     """Bit 0 is Monday."""
     open_from: Mapped[datetime]
     open_until: Mapped[datetime]
-    """The present time of sending, or the next: what the database compares with. Once it is over, whoever is
-    refused by it works out the one after; so time zones are known in one place only, and not to the database."""
+    """The current or next time of sending, which the database compares with. Once it is over, the first worker that is
+    refused by it computes the next one. So time zones are known to the workers only, not to the database.
+    """
 
 
 class Pause(Base):
-    """What an operator has stopped: a workspace, a channel, or a channel of a workspace."""
+    """What an operator has paused: a workspace, a channel, or a channel of a workspace."""
 
     __tablename__ = "pauses"
     __table_args__ = (
@@ -140,13 +141,13 @@ class Pause(Base):
     channel: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]
-    """When it was lifted: it holds nothing more, and stays only until all that it held has been freed."""
+    """When it ended. The row stays only until everything it paused has been released."""
 
 
 class RateLimit(Base):
-    """How many may begin a second: of everything, a workspace, a channel, or a channel of a workspace.
+    """How many attempts may begin a second: in total, or of a workspace, a channel, or a channel of a workspace.
 
-    All that match a follow-up apply to it. How much of each is used up is in Redis (`followups.shared.limiter`).
+    All matching limits apply. The state of their buckets is in Redis (`followups.shared.limiter`).
     """
 
     __tablename__ = "rate_limits"
@@ -167,7 +168,7 @@ class RateLimit(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
     channel: Mapped[str | None]
     per: Mapped[str]
-    """One bucket for 'all' that it matches, one for each 'workspace', or one for each 'chat'."""
+    """One bucket for 'all' matching follow-ups, one for each 'workspace', or one for each 'chat'."""
     rate: Mapped[float] = mapped_column(Double)
     """Tokens a second."""
     burst: Mapped[int] = mapped_column(Integer)
@@ -191,7 +192,7 @@ class ApiKey(Base):
 
 
 class Chat(Base):
-    """A conversation, and what must be known of its messages: the last one, and the user's last one."""
+    """A chat, with the last message and the user's last message."""
 
     __tablename__ = "chats"
     __table_args__ = (
@@ -222,14 +223,14 @@ class Chat(Base):
 
 
 class ChatMessage(Base):
-    """That somebody wrote in a chat, and when. The text is not taken, not stored."""
+    """Who wrote in a chat, and when. The text is neither taken nor stored."""
 
     __tablename__ = "chat_messages"
     __table_args__ = (
         ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
         CheckConstraint("role IN ('user', 'agent', 'operator')", name="role_is_known"),
         Index(None, "workspace_id", "chat_id", "created_at"),
-        # What retention removes, oldest first.
+        # What pruning deletes, oldest first.
         Index(None, "created_at"),
         {"postgresql_with": CHURNING},
     )
@@ -244,8 +245,8 @@ class ChatMessage(Base):
 class FollowUp(Base):
     """One message to be sent into one chat at its due date: the row is the job.
 
-    The columns below ``trigger_chat_message_id`` are the dispatcher's own. Lease columns are in no
-    index, so that taking and returning a lease is a heap-only update.
+    The columns below ``trigger_chat_message_id`` belong to the dispatcher. Lease columns are in no index, so that
+    taking and returning a lease is a heap-only update.
     """
 
     __tablename__ = "follow_ups"
@@ -274,15 +275,15 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's path: what is due, oldest first. What waits for an earlier one of its chat is not
-        # in it, so it is not scanned, claimed and refused again and again.
+        # The claim's path: what is due, oldest first. Follow-ups that wait for an earlier one of their chat are not in
+        # it, so they are not scanned, claimed and refused again and again.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # The same of each workspace, for sharing out a backlog (`followups.store.claims`).
+        # The same for each workspace, for the fair claim (`followups.store.claims`).
         Index(
             "ix_follow_ups_due_by_workspace",
             "workspace_id",
@@ -290,7 +291,7 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # Order in a chat: is there an earlier one, and which; what a reply cancels.
+        # Order in a chat: whether there is an earlier one, and which; what a reply cancels.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",
@@ -300,8 +301,8 @@ class FollowUp(Base):
             postgresql_where=text("status = 'pending'"),
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
-        # The API's lists, newest first (`followups.store.listing`). Without a filter, a list merges the
-        # four states, so that this one index serves both.
+        # The API's lists, newest first (`followups.store.listing`). Without a filter a list merges the four states, so
+        # that this one index serves both.
         Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
         Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),
@@ -311,11 +312,11 @@ class FollowUp(Base):
             "chat_message_id",
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
-        # What has ended lately (lag and throughput, what to retry), and what ended long ago (retention). Entries
-        # come in at its right edge, and those of one settlement share their key.
+        # What ended recently (lag and throughput, what to retry), and what ended long ago (pruning). New entries go to
+        # its right edge, and those of one settlement share their key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # What a pause holds, and what waits for sending hours to open; empty otherwise.
+        # What is paused, and what waits for sending hours; empty otherwise.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",
@@ -324,7 +325,7 @@ class FollowUp(Base):
             postgresql_where=text("held_until IS NOT NULL AND status = 'pending'"),
         ),
         {
-            # Room on each page for lease updates in place; the table lives by updates, so vacuum early.
+            # Room on each page for lease updates in place; this table is updated a lot, so it is vacuumed early.
             "postgresql_with": {
                 "fillfactor": "85",
                 "autovacuum_vacuum_scale_factor": "0.02",
@@ -349,24 +350,24 @@ class FollowUp(Base):
     """When the due date or the chat was last set. Lateness counts from the later one of this and the due date, so that
     a due date in the past means at once, not too late."""
     next_attempt_at: Mapped[datetime | None]
-    """When to try again, after a retry or a snooze; None: at the due date."""
+    """When to try again after a retry or a deferral, or None for the due date."""
     waits_for: Mapped[UUID | None]
-    """The earlier follow-up of its chat whose end wakes it."""
+    """The earlier follow-up of its chat whose end unblocks it."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
     """The fencing token: it only grows and never repeats; a write under an older one is refused."""
     lease_until: Mapped[datetime | None]
     begun_at: Mapped[datetime | None]
-    """When the attempt in flight began; None when none is."""
+    """When the attempt in flight began, or None."""
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     losses: Mapped[int] = mapped_column(Integer, server_default="0")
-    """Leases that ended with an attempt in flight."""
+    """Lost leases: those that ran out with an attempt in flight."""
     snoozes: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested: Mapped[str | None]
-    """The reason of a cancel that came while an attempt was in flight: it is not tried again."""
+    """The reason of a cancel that came during an attempt in flight: it is not retried."""
     accepted_at: Mapped[datetime | None]
     """When the transport accepted it, by the database's clock; lag is this minus the due date."""
     traceparent: Mapped[str | None]
-    """The trace in which it was created, as W3C writes it; None: none was on."""
+    """The W3C traceparent of the trace in which it was created, or None."""
 
     held_until: Mapped[datetime | None]
     """When the sending hours open, or opened, that it was last held for."""
@@ -377,18 +378,18 @@ class FollowUp(Base):
     """The next attempt that a rate limit or the breaker gave it; while ``next_attempt_at`` is the same, that is what it
     waits for."""
     pause_id: Mapped[UUID | None]
-    """The pause that holds it; its next attempt is then at the end of time, out of the claim's way."""
+    """The pause that stops it; its next attempt is then far in the future, out of the claim's range."""
     retry_of: Mapped[UUID | None]
-    """The follow-up that this one repeats; each is repeated once at most."""
+    """The follow-up that this one retries; each is retried once at most."""
 
     @property
     def in_flight(self) -> bool:
-        """An attempt has begun and its outcome is not recorded yet."""
+        """Whether an attempt has begun whose outcome is not recorded yet."""
         return self.status == Status.PENDING and self.begun_at is not None
 
 
 class FailedAttempt(Base):
-    """One attempt that did not end in `sent`: what happened, for whoever asks why."""
+    """One attempt that did not end in `sent`, kept as an explanation."""
 
     __tablename__ = "failed_attempts"
     __table_args__ = (Index(None, "follow_up_id", "id"), {"postgresql_with": CHURNING})
@@ -402,11 +403,11 @@ class FailedAttempt(Base):
     detail: Mapped[str]
     status_code: Mapped[int | None]
     duration: Mapped[timedelta | None]
-    """None when the worker was lost, and nobody timed it."""
+    """None if the worker was lost, since its attempt was not timed."""
 
 
 class IdempotencyKey(Base):
-    """The answer to a request that named an Idempotency-Key, written in the transaction of what it did."""
+    """The answer to a request with an Idempotency-Key, written in that request's transaction."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index(None, "created_at"), {"postgresql_with": CHURNING})
@@ -424,7 +425,7 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Updated every second by every process: room on the page for doing so in place.
+    # Updated every second by every process, so each page has room for updates in place.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)

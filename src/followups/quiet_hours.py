@@ -1,9 +1,9 @@
-"""Sending hours: at which hours of a workspace's own day its messages may be sent. Pure.
+"""Sending hours: the hours of a workspace's local day in which its messages may be sent. Pure.
 
-Hours are meant by the clock on the wall: a message is sent at a moment only if that clock then shows a time from
-the opening on and before the closing. Where a clock is set forward over the opening or the closing, the jump
-itself is that moment; where it is set back and shows a time twice, the opening is the second of the two and the
-closing the first, so that no clock on any wall ever shows a time outside.
+Hours are local time: a message is sent at a moment only if the local clock then shows a time from the opening on and
+before the closing. If the clock is set forward over the opening or the closing, the jump is that moment. If it is set
+back and shows a time twice, the opening is the second of the two and the closing the first, so that the local clock
+never shows a time outside.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ EVERY_DAY = frozenset(range(7))
 
 DAY = timedelta(days=1)
 LOOK_AHEAD = 40
-"""Days in which the hours are looked for: a week, and what a zone leaves out of its calendar or its clocks."""
+"""Days to search for the next opening: a week, and room for days or hours that a zone skips."""
 
 
 @dataclass(frozen=True, slots=True)
 class SendingHours:
     """From ``opening`` until before ``closing``, on the days on which it opens (Monday is 0).
 
-    A closing that is not later than the opening is of the day after: 22:00 to 06:00 is a night, 00:00 to 00:00 a
-    whole day.
+    A closing that is not later than the opening is on the next day: 22:00 to 06:00 is a night, 00:00 to 00:00 a whole
+    day.
     """
 
     time_zone: str
@@ -40,7 +40,7 @@ class SendingHours:
     days: frozenset[int] = EVERY_DAY
 
     def __str__(self) -> str:
-        """Return it as people write it.
+        """Return it in words.
 
         >>> str(SendingHours("Europe/Berlin", time(8), time(20), frozenset({0, 1, 2, 3, 4})))
         '08:00 to 20:00, mon-fri, Europe/Berlin'
@@ -51,17 +51,17 @@ class SendingHours:
 
 @lru_cache(maxsize=1024)
 def zone_of(name: str) -> ZoneInfo | None:
-    """Return the time zone of that name in the IANA database; None when there is none."""
+    """Return the IANA time zone of that name, or None if it is unknown."""
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # not there; no name; a directory
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # unknown, no valid name, or a directory
         return None
 
 
 def opens_at(hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first moment, from ``moment`` on, at which sending is allowed; ``moment`` itself when it is.
+    """Return the first moment, from ``moment`` on, at which sending is allowed; that may be ``moment`` itself.
 
-    Raises `LookupError` when this machine does not know the time zone.
+    Raises `LookupError` if this machine does not know the time zone.
 
     >>> berlin = SendingHours("Europe/Berlin", time(8), time(20))
     >>> opens_at(berlin, datetime(2030, 1, 31, 22, tzinfo=UTC)).isoformat()
@@ -72,9 +72,9 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the beginning and the end of the time of sending that ``moment`` is in; of the next one if it is in none.
+    """Return the start and end of the time of sending that contains ``moment``, or of the next one if none does.
 
-    Raises `LookupError` when this machine does not know the time zone.
+    Raises `LookupError` if this machine does not know the time zone.
     """
     zone = zone_of(hours.time_zone)
     if zone is None:
@@ -94,18 +94,18 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         if day.weekday() not in hours.days:
             continue
         last = day if hours.closing > hours.opening else day + DAY
-        # A whole day has no hour that it could begin too early in.
+        # A whole day has no hour in which it could begin too early.
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
-        if closing <= opening:  # both within the hour that comes twice: the second time
+        if closing <= opening:  # both within the repeated hour: take its second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
-        if opening < closing:  # else the clocks leave these hours out
+        if opening < closing:  # otherwise the clock skips these hours
             yield opening, closing
 
 
 def _moment(local: datetime, *, fold: int) -> datetime:
-    """Return the moment at which the clock shows that time, or jumps over it."""
+    """Return the moment at which the local clock shows that time, or jumps over it."""
     earlier, later = sorted(local.replace(fold=each).astimezone(UTC) for each in (0, 1))
     shown = earlier.astimezone(local.tzinfo).replace(tzinfo=None)
     if earlier == later or shown == local.replace(tzinfo=None):
@@ -114,7 +114,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return when the clock is set forward, between the two."""
+    """Return the moment between the two at which the clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:
@@ -127,7 +127,7 @@ def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
 
 
 def written_days(days: frozenset[int]) -> str:
-    """Return days as they are written: neighbours as a range.
+    """Return days in words, with consecutive days as a range.
 
     >>> written_days(frozenset({0, 1, 2, 4, 6}))
     'mon-wed,fri,sun'
@@ -142,7 +142,7 @@ def written_days(days: frozenset[int]) -> str:
 
 
 def read_days(text: str) -> frozenset[int]:
-    """Read days: ``mon-fri``, ``sat,sun``, ``fri-mon``. Raises `ValueError` for anything else.
+    """Parse days: ``mon-fri``, ``sat,sun``, ``fri-mon``. Raises `ValueError` for anything else.
 
     >>> sorted(read_days("fri-mon,wed"))
     [0, 2, 4, 5, 6]

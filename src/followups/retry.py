@@ -1,8 +1,7 @@
-"""When a failed attempt is tried again: policy is data, the decision a value. Pure.
+"""When a failed attempt is retried: the policy is data, the decision a value. Pure.
 
-Exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture
-Blog, 2015): the delay is uniform between zero and the ceiling, so that what failed together does not
-come back together.
+Exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): the delay
+is uniform between zero and the ceiling, so that attempts that failed together do not return together.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 MIN_RETRY_AFTER = timedelta(seconds=1)
 MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
-"""Of what the transport asked for, at most, is waited in addition: what it refused together comes back apart."""
+"""Largest extra delay, as a fraction of what the transport asked for: what it refused together returns spread out."""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often, and after how long.
+    """How many attempts there are, and the delays between them.
 
     >>> policy = RetryPolicy(timedelta(seconds=5), 2.0, timedelta(hours=1), max_attempts=8)
     >>> [int(policy.ceiling(attempt).total_seconds()) for attempt in (1, 2, 3, 20)]
@@ -41,7 +40,7 @@ class RetryPolicy:
         """Return the longest delay after failed attempt number ``attempt`` (from 1)."""
         try:
             grown = self.base.total_seconds() * self.factor ** (attempt - 1)
-        except OverflowError:  # a float does so long after the cap was reached
+        except OverflowError:  # a float overflows long after the cap is reached
             return self.cap
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 
@@ -50,12 +49,12 @@ class RetryPolicy:
         return self.ceiling(attempt) * jitter()
 
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
-        """Return the delay until the next try after failed attempt ``attempt``, or None when it was the last."""
+        """Return the delay before the next try after failed attempt ``attempt``, or None if that was the last."""
         return None if attempt >= self.max_attempts else self.jittered(attempt, jitter)
 
 
 def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> timedelta:
-    """Return what the transport asked for and a little more, never less, within 24 hours.
+    """Return the requested delay plus a random share of it, never less, within 24 hours.
 
     >>> spread(timedelta(seconds=10), lambda: 0.5).total_seconds()
     10.5
@@ -64,7 +63,7 @@ def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> ti
 
 
 def clamp_retry_after(wished: timedelta) -> timedelta:
-    """Return what the transport asked for, kept within 1 second and 24 hours.
+    """Return the requested delay, clamped to 1 second..24 hours.
 
     >>> clamp_retry_after(timedelta(0)).total_seconds()
     1.0

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
-"""A day inside what Python can hold, so that a time can be read in any zone."""
+"""The years allowed: within Python's calendar by a margin, so that a time can be converted to any zone."""
 
 
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
@@ -99,15 +99,15 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
 
 
 def retry(session: Session, follow_up_id: UUID, *, due_date: datetime | None = None) -> FollowUp:
-    """Make a new follow-up from a failed one, which stays as it is. Errors as for `schedule`."""
+    """Create a new follow-up from a failed one, which stays as it is. Raises as `schedule`."""
     old = _failed(session, follow_up_id)
     return _repeat(session, old, repetitions.last_of(session, old.id), due_date)
 
 
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Make a new follow-up, due now, from a failed one of which none was made yet.
+    """Create a new follow-up, due now, from a failed one that has not been retried yet.
 
-    Raises `AlreadyRetriedError` when one was, and what `schedule` raises.
+    Raises `AlreadyRetriedError` if it has, and otherwise as `schedule`.
     """
     old = _failed(session, follow_up_id)
     if repetitions.last_of(session, old.id) != old.id:
@@ -116,7 +116,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
 
 
 def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Return the follow-up, with the lock of its chat: what it was repeated as stays as it is."""
+    """Return the follow-up with its chat locked, so that what it was retried as does not change."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
@@ -241,14 +241,14 @@ def _amend_pending(session: Session, found: FollowUp, fresh: Mapping[str, Any], 
 
 
 def final_of(status: Status, reason: str | None) -> Final:
-    """Return how a caller's transition ends: the caller's own reason, or the code that stands for none."""
+    """Return how a caller's transition ends: with the caller's own reason, or the default code."""
     if status is Status.SENT:
         return finish(status)
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
 
 
 def trigger_of(chat: Chat) -> UUID:
-    """Return the chat's last message. Raises `NothingToFollowUpError` when there is none, or it is the user's."""
+    """Return the chat's last message. Raises `NothingToFollowUpError` if there is none or it is the user's."""
     if chat.last_message_id is None or chat.last_message_role == chats.Role.USER:
         raise NothingToFollowUpError
     return chat.last_message_id
@@ -297,7 +297,7 @@ def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
 
 
 def check_message(message: str) -> None:
-    """Refuse a message that is empty, too long, or holds what PostgreSQL cannot store."""
+    """Refuse a message that is empty, too long, or not storable in PostgreSQL."""
     if not 1 <= len(message) <= MAX_MESSAGE_LENGTH:
         text = f"The message must have 1 to {MAX_MESSAGE_LENGTH:,} characters; this one has {len(message):,}."
         raise InvalidRequestError(text, field="message")
@@ -312,7 +312,7 @@ def check_text(text: str, field: str) -> None:
 
 
 def check_time(time: datetime, field: str) -> None:
-    """Refuse a time that does not say where on earth it is meant, or that is at the edge of the calendar."""
+    """Refuse a time without an offset, or at the edge of the calendar."""
     if time.utcoffset() is None:
         message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
         raise InvalidRequestError(message, field=field)
@@ -336,7 +336,7 @@ def _check_changes(changes: Mapping[str, Any]) -> None:
 
 
 def check_reason(reason: str, status: Status) -> None:
-    """Refuse a reason that is empty, too long or not storable, or that does not go with the status."""
+    """Refuse a reason that is empty, too long, not storable, or not allowed with the status."""
     if status is Status.SENT:
         message = "A sent follow-up carries no reason."
         raise InvalidRequestError(message, field="reason")

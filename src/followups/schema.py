@@ -1,7 +1,7 @@
-"""The schema's version, and the way from one to another.
+"""The schema's version, and migrations between versions.
 
-Apart from the engine, so that what never migrates (a worker, beat) need not load Alembic: it is a third of what
-they import.
+This is separate from the engine, so that processes that never migrate (worker, beat) need not import Alembic, which is
+a third of their imports.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, pa
 
 
 def downgrade(database_url: str, revision: str) -> None:
-    """Take the database back to ``revision`` (``base`` is before the first)."""
+    """Downgrade the database to ``revision`` (``base`` is before the first)."""
     command.downgrade(alembic_config(database_url), revision)
 
 
 def is_ready(current: str | None) -> bool:
-    """Say whether this code can work on a schema of this version: its own newest, or one that a newer code brought.
+    """Return whether this code can work on a schema of this version: its own newest, or one from newer code.
 
-    Migrations only add, so that old processes go on while an upgrade replaces them one by one.
+    Migrations only add, so that old processes continue while an upgrade replaces them one by one.
     """
     scripts = ScriptDirectory.from_config(alembic_config())
     return current is not None and current not in {one.revision for one in scripts.walk_revisions()} - {
@@ -59,7 +59,7 @@ def is_ready(current: str | None) -> bool:
 
 
 def schema_versions(engine: Engine) -> tuple[str | None, str | None]:
-    """Return the revision the database has, and the newest one of this package."""
+    """Return the revision of the database, and the newest one of this package."""
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     with engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision(), head

@@ -1,15 +1,17 @@
-"""Every setting, once: its name, default, limits and meaning.
+"""Every setting, declared once: its name, default, limits and meaning.
 
-Read from the environment with the prefix ``FOLLOWUPS_``; a wrong value stops the start with a sentence
+Settings are read from the environment with the prefix ``FOLLOWUPS_``. An invalid value stops the start with a sentence
 that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 from datetime import timedelta
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
@@ -23,13 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""What a lease must leave beyond the transport's timeout: begin, settle and a slow commit."""
+"""How much longer than the transport's timeout a lease must be: for begin, settle and a slow commit."""
 
 LONGEST_LEASE = timedelta(hours=1)
 """What a dead worker had in flight waits for as long as a lease; no operator means to wait for hours."""
 
 LEAST_RETENTION = timedelta(days=1)
-"""Answers to idempotent requests name follow-ups for so long."""
+"""Stored answers to idempotent requests name follow-ups for so long."""
 
 
 def _seconds_or_iso(value: object) -> object:
@@ -37,7 +39,7 @@ def _seconds_or_iso(value: object) -> object:
         try:
             value = float(value)
         except ValueError:
-            return value  # ISO 8601, which pydantic reads
+            return value  # ISO 8601, which pydantic parses
     if isinstance(value, float) and not math.isfinite(value):
         message = "should be a finite number of seconds"
         raise ValueError(message)
@@ -118,8 +120,12 @@ class Settings(BaseSettings):
         le=1_000_000,
         description="different follow-ups that fail in a row until the transport is left alone; 0 = it never is",
     )
-    rate_limit: int = Field(
-        60_000, ge=0, le=100_000_000, description="requests that one API key may make in a minute; 0 = no limit"
+    api_rate_limit: int = Field(
+        60_000,
+        ge=0,
+        le=100_000_000,
+        validation_alias=AliasChoices("FOLLOWUPS_API_RATE_LIMIT", "FOLLOWUPS_RATE_LIMIT"),
+        description="requests that one API key may make in a minute; 0 = no limit",
     )
     runtime_dir: str | None = Field(
         None, description="directory of the signs of life that followups health reads; default: one in the temporary"
@@ -179,7 +185,7 @@ class Settings(BaseSettings):
     @field_validator("retention")
     @classmethod
     def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
-        # A number is seconds: who means 90 days and writes 90 must not lose all that is older than a minute.
+        # A bare number means seconds, so 90 that was meant as 90 days must not delete everything older than 90 seconds.
         if value and value < LEAST_RETENTION:
             message = "should be 0, or at least a day (86400, or P1D)"
             raise ValueError(message)
@@ -200,15 +206,16 @@ class Settings(BaseSettings):
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """The backoff that the four retry settings describe."""
+        """The backoff described by the four retry settings."""
         return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that make another process read these settings (secrets in clear)."""
-        return {environment_name(name): _plain(value) for name, value in self if value is not None}
+        """Return the environment variables that give another process these settings (secrets in clear)."""
+        files = {f"{name}_FILE": "" for field in FROM_FILES for name in _names(field)}
+        return files | {environment_name(name): _plain(value) for name, value in self if value is not None}
 
     def shown(self) -> dict[str, str]:
-        """Return every setting by its environment name, for people; secrets and passwords hidden."""
+        """Return every setting by its environment name, for display; secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
 
 
@@ -221,7 +228,7 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        # To the microsecond, as another process reads it back: 'g' would round to six digits.
+        # To the microsecond, so that it survives the round trip: 'g' would round to six digits.
         return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -235,25 +242,53 @@ def _hidden(name: str, value: Any) -> str:  # noqa: ANN401 - the value of any fi
 
 
 def hide_password(url: str) -> str:
-    """Return the URL without its credentials' secret half and without its query.
+    """Return the URL without its password and without its query.
 
     >>> hide_password("redis://me:secret@host:6379/0")
     'redis://me:***@host:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    # From the last '@' on, so that a '/', '?' or '@' that somebody left unescaped in a password shows nothing of it.
+    # From the last '@' on, so that an unescaped '/', '?' or '@' in a password reveals nothing of it.
     user, at, host = rest.rpartition("@")
     shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
     return f"{scheme}{separator}{shown}{host.partition('?')[0]}"
 
 
+FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")
+"""Settings that may be in a file instead, named by the variable with ``_FILE`` after its name: secrets and URLs."""
+
+
 def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of any field
-    """Read the environment. Raises `SettingsError`, one sentence that names each wrong setting."""
+    """Read the environment. Raises `SettingsError`, one sentence that names each invalid setting."""
     try:
-        return Settings(**overrides)
+        return Settings(**_read_files() | overrides)
     except ValidationError as error:
         message = "; ".join(_sentence(detail) for detail in error.errors()) + "."
         raise SettingsError(message) from None
+
+
+def _read_files() -> dict[str, str]:
+    """Return the settings whose variables with ``_FILE`` are set, without surrounding white space."""
+    found = {}
+    for field in FROM_FILES:
+        for name in _names(field):
+            if not (path := os.environ.get(f"{name}_FILE")):
+                continue
+            if os.environ.get(name):
+                message = f"{name} and {name}_FILE are both set: unset one of them."
+                raise SettingsError(message)
+            try:
+                found.setdefault(field, Path(path).read_text().strip())
+            except (OSError, UnicodeDecodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+                message = f"{name}_FILE should name a file that can be read ({why})."
+                raise SettingsError(message) from None
+    return found
+
+
+def _names(field: str) -> list[str]:
+    alias = Settings.model_fields[field].validation_alias
+    return [str(name) for name in alias.choices] if isinstance(alias, AliasChoices) else [environment_name(field)]
 
 
 def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails

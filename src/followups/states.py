@@ -1,17 +1,15 @@
-"""The states of a follow-up, the reasons it ends for, and the only transitions there are.
+"""The states of a follow-up, the reasons for its end, and the only transitions there are.
 
-Pure: no clock, no database. Everything that writes ``status`` writes a `Final` made by `finish`.
+Pure: no clock, no database. Every write of ``status`` is a `Final` made by `finish`.
 
-======= ========= ===================================================================================
-from    to        codes
-======= ========= ===================================================================================
-pending sent      (none)
-pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost, failed_by_api
-pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api
-======= ========= ===================================================================================
+======= ========= =================================================================================== from    to
+codes ======= ========= =================================================================================== pending sent
+(none) pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost,
+failed_by_api pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api ======= =========
+===================================================================================
 
-A stored reason is ``code`` or ``code: detail``; somebody's own words (a PATCH, an operator) are stored
-as given and carry no code.
+A stored reason is ``code`` or ``code: detail``. A caller's own words (a PATCH, an operator) are stored as given,
+without a code.
 """
 
 from __future__ import annotations
@@ -22,25 +20,27 @@ from enum import StrEnum
 from followups.errors import TransitionError
 
 MAX_REASON_LENGTH = 2_000
-"""Characters of a reason that are kept; far above any real one, so that no answer fills the table."""
+"""Most characters stored of a reason: far above any real one, so that no answer fills the table."""
 
 
 class Status(StrEnum):
-    """Where a follow-up stands. The last three are final, for ever."""
+    """The state of a follow-up. The last three are final."""
 
     PENDING = "pending"
-    """Accepted and not ended. Moved in by schedule or retry; out by settle, cancel or recovery.
-    A leased or in-flight follow-up is pending too: the lease is no state of its own."""
+    """Accepted and not ended. Entered by schedule or retry; left by settle, cancel or recovery.
+
+    A leased or in-flight follow-up is pending too: the lease is no state of its own.
+    """
     SENT = "sent"
-    """The transport accepted it. Moved in by settle (or by PATCH, when somebody else sent it)."""
+    """The transport accepted it. Entered by settle (or by PATCH, if it was sent by other means)."""
     FAILED = "failed"
-    """It will never be sent; the reason says why. Moved in by begin, settle, recovery, PATCH."""
+    """It will never be sent; the reason says why. Entered by begin, settle, recovery, PATCH."""
     CANCELLED = "cancelled"
-    """It must not be sent. Moved in by a reply, a takeover, a chat's removal, an operator, PATCH."""
+    """It must not be sent. Entered by a reply, a takeover, a chat's removal, an operator, PATCH."""
 
 
 class ReasonCode(StrEnum):
-    """Why a follow-up failed or was cancelled (the contract's codes)."""
+    """Why a follow-up failed or was cancelled."""
 
     USER_REPLIED = "user_replied"
     """A user message arrived in the chat."""
@@ -49,7 +49,7 @@ class ReasonCode(StrEnum):
     CHAT_REMOVED = "chat_removed"
     """The chat was removed."""
     CANCELLED_BY_API = "cancelled_by_api"
-    """Cancelled through the API without words of the caller's own."""
+    """Cancelled through the API without a reason from the caller."""
     REJECTED = "rejected"
     """The transport refused for good."""
     RETRIES_EXHAUSTED = "retries_exhausted"
@@ -61,9 +61,9 @@ class ReasonCode(StrEnum):
     OUTCOME_UNKNOWN = "outcome_unknown"
     """An attempt began, its outcome is unknown, and the transport cannot deduplicate."""
     WORKER_LOST = "worker_lost"
-    """The workers that took it died too many times: a poison message."""
+    """Too many workers died while it was in flight: a poison pill."""
     FAILED_BY_API = "failed_by_api"
-    """Failed through the API without words of the caller's own."""
+    """Failed through the API without a reason from the caller."""
 
 
 TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
@@ -93,20 +93,20 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
     Status.FAILED: {},
     Status.CANCELLED: {},
 }
-"""Allowed transitions, and with each the codes that may explain it."""
+"""Allowed transitions, each with the codes that may explain it."""
 
 CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
 
 FINAL = frozenset(status for status, onward in TRANSITIONS.items() if not onward)
-"""The states that nothing leaves."""
+"""The states that are never left."""
 
 DEFAULT_CODES = {Status.FAILED: ReasonCode.FAILED_BY_API, Status.CANCELLED: ReasonCode.CANCELLED_BY_API}
-"""The code where the caller of the API gave no reason of its own."""
+"""The code used if the caller of the API gave no reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """How a follow-up ends: what is written to ``status`` and ``reason``. Made by `finish` only."""
+    """How a follow-up ends: the values for ``status`` and ``reason``. Made by `finish` only."""
 
     status: Status
     reason: str | None
@@ -119,8 +119,8 @@ def finish(
 ) -> Final:
     """Return how a follow-up in state ``current`` ends in ``to``, or refuse.
 
-    ``code`` and ``detail`` make the reason ``code: detail``; ``words``, somebody's own, are stored as
-    given instead. Raises `TransitionError` for what the table does not hold.
+    ``code`` and ``detail`` make the reason ``code: detail``; ``words``, the caller's own, are stored as given instead.
+    Raises `TransitionError` for a transition that is not in the table.
 
     >>> finish(Status.FAILED, ReasonCode.REJECTED, "HTTP 403").reason
     'rejected: HTTP 403'
@@ -145,18 +145,18 @@ def finish(
 
 
 def explain(code: ReasonCode, detail: str = "") -> str:
-    """Return ``code`` or ``code: detail``, without what PostgreSQL cannot store, bounded in length."""
+    """Return ``code`` or ``code: detail``, storable and bounded in length."""
     detail = storable(detail).strip()
     return f"{code.value}: {detail}"[:MAX_REASON_LENGTH] if detail else code.value
 
 
 def storable(text: str) -> str:
-    """Return the text without what PostgreSQL cannot store: NUL characters and lone surrogates."""
+    """Return the text without characters that PostgreSQL cannot store: NUL and lone surrogates."""
     return text.encode(errors="replace").decode().replace("\x00", "\N{REPLACEMENT CHARACTER}")
 
 
 def code_of(reason: str | None) -> str:
-    """Return the code of a stored reason: '' where there is no reason, 'other' for somebody's own words.
+    """Return the code of a stored reason: '' if there is no reason, 'other' for a caller's own words.
 
     >>> code_of("rejected: HTTP 403"), code_of("the customer called"), code_of(None)
     ('rejected', 'other', '')

@@ -31,11 +31,12 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PATIENCE = timedelta(seconds=15)
-"""How long to go on asking a database that is away; a restart takes a few seconds. Then the commit counts as
-failed: if it was done, its leases run out."""
+"""How long to keep asking an unreachable database; a restart takes a few seconds. After that the commit counts as
+failed; if it was done, its leases run out.
+"""
 
 PAUSE = timedelta(milliseconds=100)
-"""Between two questions."""
+"""Pause between two queries."""
 
 _QUESTION = "followups.question"
 
@@ -47,7 +48,7 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
     raised, it was not, unless the database could not be asked within `PATIENCE`, or the work left no question.
     """
     with engine.connect() as connection:
-        connection.info.pop(_QUESTION, None)  # of a transaction before this one, on the same connection
+        connection.info.pop(_QUESTION, None)  # left by an earlier transaction on the same connection
         result = work(connection)
         question: Question | None = connection.info.pop(_QUESTION, None)
         try:
@@ -81,11 +82,11 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 
 
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
-    """Do ``work(engine, ...)``, written for an `Engine`, in an event loop that goes on while the server is waited for.
+    """Run ``work(engine, ...)``, written for an `Engine`, in an event loop that keeps turning while the server works.
 
-    No thread takes part. Threads that talk to the server beside a busy loop wait for the interpreter's lock, and
-    it for theirs, at each exchange: measured, 1,500 follow-ups/s with four threads, and 39 % of the loop's time
-    spent waiting for the lock.
+    No thread takes part. Threads that talk to the server beside a busy loop wait for the interpreter's lock, and the
+    loop for theirs, at each exchange: measured, 1,500 follow-ups/s with four threads, and 39 % of the loop's time spent
+    waiting for the lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)
 

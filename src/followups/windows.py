@@ -1,7 +1,7 @@
-"""Messaging windows: until when a channel lets a business write into a chat. Pure.
+"""Messaging windows: how long a channel lets a business write into a chat. Pure.
 
-WhatsApp and Instagram allow free-form messages only within 24 hours of the customer's last message
-(Meta, "WhatsApp Business Platform: customer service windows"; "Instagram Platform: messaging policy").
+WhatsApp and Instagram allow free-form messages only within 24 hours of the customer's last message (Meta, "WhatsApp
+Business Platform: customer service windows"; "Instagram Platform: messaging policy").
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class Channel(StrEnum):
 
 
 WINDOW = timedelta(hours=24)
-"""How long after the chat's last user message sending is allowed, where there is a window."""
+"""How long after the chat's last user message sending is allowed, on channels with a window."""
 
 WINDOWED_CHANNELS = frozenset({Channel.WHATSAPP, Channel.INSTAGRAM})
 
 
 def is_open(channel: Channel, last_user_message_at: datetime | None, at: datetime) -> bool:
-    """Say whether a message may be sent into the chat at ``at``.
+    """Return whether a message may be sent into the chat at ``at``.
 
-    A windowed chat whose user never wrote has no open window.
+    On a channel with a window, a chat whose user never wrote is closed.
     """
     if channel not in WINDOWED_CHANNELS:
         return True

@@ -1,7 +1,7 @@
-"""The Celery app: a tick that claims and publishes, a task that begins, sends and settles.
+"""The Celery app: a tick that claims and publishes, and a task that begins, sends and settles.
 
-``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as anyone expects. The broker
-carries hints only: no result, no ETA, no retry lives in it.
+``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as usual. The broker carries hints only: no
+result, no ETA and no retry lives in it.
 """
 
 from __future__ import annotations
@@ -54,27 +54,30 @@ no worker runs. They do not expire: Celery would compare two hosts' clocks, and 
 of them. Those that wait are folded into one tick by the dispatcher."""
 
 TIDY_MINUTE = 17
-"""Of each hour: not when everybody's cron jobs run, nor when most sending hours open."""
+"""Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""For a worker's statements, which take milliseconds, and never longer than half a lease: what waits behind one
-that hangs could not be begun in time."""
+"""Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since whatever waits
+behind a hanging one could not be begun in time.
+"""
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""After this the broker's connection is given up and made anew; an answer takes well under a millisecond. Never
-longer than half a lease: a hint that is later than that has been leased to somebody else."""
+"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. Never longer than
+half a lease: by then a delayed hint's follow-ups have been leased again.
+"""
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds that one thread may keep the interpreter from another. With Python's own 0.005 a follow-up whose moment has
-come waits for the claim of the next thousand, and for their hints, several times: at each of its exchanges."""
+"""Seconds that one thread may keep the interpreter from another. With Python's own 0.005 a follow-up that is due would
+wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
+"""
 
 DRAIN_MARGIN = timedelta(seconds=5)
-"""For settling what was in flight when the order to stop came."""
+"""Time to settle what was in flight at the order to stop."""
 
 
 @contextmanager
 def _exit_when_wrong() -> Iterator[None]:
-    """End with one sentence and exit code 2 where settings are wrong; Celery would print a stack trace, or go on."""
+    """End with one sentence and exit code 2 if settings are invalid; Celery would print a stack trace, or continue."""
     try:
         yield
     except SettingsError as error:
@@ -88,12 +91,12 @@ def broker_silence(settings: Settings) -> timedelta:
 
 
 def drain_limit(settings: Settings) -> timedelta:
-    """Return how long a worker that was told to stop waits for what is in flight, and for its recording."""
+    """Return how long a stopping worker waits for what is in flight and for settling it."""
     return settings.transport_timeout + GRACE + DRAIN_MARGIN
 
 
 def make_app(settings: Settings) -> Celery:
-    """Return the Celery app, set for hints: small, idempotent, worthless once read."""
+    """Return the Celery app, configured for hints: small, idempotent, worthless once read."""
     app = App("followups", settings.broker_url.get_secret_value())
     silence = broker_silence(settings).total_seconds()
     app.conf.update(
@@ -101,7 +104,7 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # The lease recovers what a crash loses: acknowledging would add redelivery and no safety.
+        # The lease recovers what a crash loses; late acknowledgement would add redelivery and no safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -111,8 +114,8 @@ def make_app(settings: Settings) -> Celery:
             "followups.remove_old": {"queue": DISPATCH},
             "followups.deliver": {"queue": DELIVER},
         },
-        # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once, so they need
-        # no pool, and a full deliver queue does not delay a tick. More cores: more worker processes.
+        # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once. So they need no pool,
+        # and a full deliver queue does not delay a tick. For more cores, run more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
@@ -121,20 +124,21 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # What is taken is gone. kombu would keep a copy of it in Redis until its acknowledgement; one that was
-            # lost, because Redis hesitated, would count as prefetched for ever, and the worker consume no more.
+            # A message that was taken is gone. Otherwise kombu keeps a copy in Redis until its acknowledgement; an
+            # acknowledgement lost because Redis hesitated would count as prefetched for ever, and the worker would stop
+            # consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # A consumer whose connection is half-open is noticed by this: after at most twice as long, and a second.
+            # Detects a consumer's half-open connection, after twice as long and a second at most.
             "health_check_interval": silence,
-            # kombu tries again by itself. redis-py's own tries multiply with those: a publish to a broker that is
-            # silent altogether took 51 s with them, and takes 26 s without.
+            # kombu retries by itself, and redis-py's own retries would multiply with those: a publish to a silent
+            # broker took 51 s with them, and takes 26 s without.
             "retry_on_timeout": False,
         },
-        # Two seconds in all for a publish while the broker is away; the leases then go back at once.
+        # Two seconds in all for a publish while the broker is unreachable; then the leases are released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.beat:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
@@ -143,7 +147,7 @@ def make_app(settings: Settings) -> Celery:
                 "task": "followups.dispatch_due",
                 "schedule": settings.tick_interval,
             },
-            # By the clock: a beat that is restarted every now and then would never come to the end of an hour.
+            # By the clock: a beat that is restarted now and then would never complete an hour.
             "remove-old": {
                 "task": "followups.remove_old",
                 "schedule": crontab(minute=str(TIDY_MINUTE)),
@@ -161,10 +165,10 @@ celery_logs.install(settings)
 
 
 class Process:
-    """What one worker process holds, made after the fork and on first use."""
+    """The parts of one worker process, created after the fork on first use."""
 
     def __init__(self) -> None:
-        """Make the engine and the two halves of the work; connect to nothing yet."""
+        """Create the parts; connect to nothing yet."""
         traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         connection: Any = {
@@ -182,14 +186,14 @@ class Process:
         self.draining = False
 
     def start(self) -> None:
-        """Start both; each waits for the database by itself."""
+        """Start the parts; each waits for the database by itself."""
         self.dispatcher.start()
         self.pipeline.start()
         self.totals.start()
 
     def stop(self) -> None:
-        """Drain: claim nothing more, settle what is in flight, give the rest back."""
-        self.pipeline.stop_beginning()  # the two below may wait for a silent database
+        """Drain: stop claiming, settle what is in flight, release the rest."""
+        self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
         self.dispatcher.stop()
         self.tidier.stop()
         unsettled = self.pipeline.drain(drain_limit(settings))
@@ -201,12 +205,12 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""By process id: a forked child is another process, and gets its own."""
+"""By process id: a forked child gets its own."""
 _making = threading.Lock()
 
 
 def current_process() -> Process:
-    """Return what this process holds, its pipeline running."""
+    """Return this process's parts, with the pipeline running."""
     with _making:
         process = _processes.get(os.getpid())
         if process is None:
@@ -218,8 +222,8 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # What is loaded stays, and is not looked at again and again; what deliveries leave is counted away, no cycles.
-    # The default thresholds took a fifth of the worker's time under load.
+    # Everything loaded so far stays, so the collector need not scan it; what deliveries allocate is freed by reference
+    # counting, without cycles. The default thresholds took a fifth of the worker's time under load.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -253,7 +257,7 @@ def dispatch_due(*_: object, **__: object) -> None:
 
 @app.task(name="followups.remove_old", base=Bounded)
 def remove_old(*_: object, **__: object) -> None:
-    """Remove what is old, in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
+    """Prune in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
     current_process().tidier.start()
 
 
@@ -274,8 +278,8 @@ def deliver(task: Any, hint: object = None, lanes: object = None, *_: object, **
 
 
 def publish(hint: Hint) -> None:
-    """Hand one hint to the broker. Raises kombu's OperationalError when it is away."""
-    # For people, who look at Flower; Celery's own would be the hint itself, cut off, and takes longer to make.
+    """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
+    # For Flower's display; Celery's default is the hint itself, shortened, and takes longer to make.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # It does not expire, as a tick does not. One that comes too late names leases that have ended, which begin refuses.
@@ -283,10 +287,10 @@ def publish(hint: Hint) -> None:
 
 
 class Nudger:
-    """Asks for a tick soon: returns at once, never raises, and asks no more often than is of use."""
+    """Asks for a tick soon: returns at once, never raises, and limits how often it asks."""
 
     INTERVAL = 0.01
-    """Seconds between two nudges of one process."""
+    """Least seconds between two nudges of one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         """``ask`` sends one; it may be slow, and it may raise."""
@@ -296,7 +300,7 @@ class Nudger:
         self._pid = 0
 
     def __call__(self) -> None:
-        """Ask for a tick; without a broker it is left to the next one of beat."""
+        """Ask for a tick; without a broker, beat's next tick does the same."""
         with self._started:
             if self._pid != os.getpid():
                 self._pid = os.getpid()
@@ -316,7 +320,7 @@ class Nudger:
 
 
 def ask_for_tick() -> None:
-    """Send one tick to the broker, now. Raises what its client raises when it is away."""
+    """Send one tick to the broker now. Raises what its client raises if the broker is unreachable."""
     dispatch_due.apply_async(retry=False)
 
 
@@ -339,7 +343,7 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # The first follow-up must not wait for connections. The parent of forked children delivers nothing.
+    # Connect now, so that the first follow-up need not wait. The parent of forked children delivers nothing.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
@@ -355,9 +359,9 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
-    # Celery's own handler closes the producer inside the signal; when that interrupts a publish, the two wait
-    # for the same lock for ever. Measured with ten ticks a second: two of about thirty beats never ended.
-    # Left by an exception, the publish lets go of its locks, and beat closes the producer after it.
+    # Celery's own handler closes the producer inside the signal handler. If that interrupts a publish, the two wait for
+    # the same lock for ever: with ten ticks a second, two of about thirty beats never ended. An exception instead makes
+    # the publish release its locks, and beat closes the producer after it.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

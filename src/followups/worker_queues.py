@@ -1,4 +1,4 @@
-"""The broker's queues, by name; apart from the Celery app, which takes a second to load."""
+"""The broker's queues by name, separate from the Celery app, which takes a second to import."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen
 
 
 def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_path: Path) -> None:
-    """Throughput, lag and duplicates are told; what was due there before is neither sent nor seen, nothing stays."""
+    """It reports throughput, lag and duplicates, touches no existing follow-ups, and leaves nothing behind."""
     mine = world.follow_up()
     bench = start(settings, tmp_path, "--count", "300", "--rate", "50", "--seconds", "2", "--json")
     stdout, stderr = bench.communicate(timeout=120)

@@ -62,7 +62,7 @@ def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
 
 
 def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
-    """A pause outlives the workers: one that starts later holds what is paused, too."""
+    """A pause outlives the workers: a worker that starts later respects it too."""
     stack.sandbox()
     stack.beat()
     command(stack, "pause", "--channel", "api")
@@ -94,7 +94,7 @@ def test_held_until_the_hours_open(stack: Stack) -> None:
 
 
 def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
-    """Asked as beat does it, a worker removes what is past its retention, while follow-ups go out on time."""
+    """At beat's request a worker prunes what is past its retention, while follow-ups go out on time."""
     stack.options["FOLLOWUPS_RETENTION"] = "P30D"
     stack.start()
     old = "now() - interval '31 days'"
@@ -119,7 +119,7 @@ def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
 
 
 def test_beat_asks_for_it_once_an_hour(stack: Stack) -> None:
-    """Beat's schedule has the removal of what is old, by the clock, beside the ticks; both go to the queue of ticks."""
+    """Beat's schedule prunes once an hour, by the clock, beside the ticks; both tasks go to the queue dispatch."""
     code = (
         "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"
         "entry = schedule['remove-old'];"

@@ -34,7 +34,7 @@ def test_each_at_its_moment(running: Stack) -> None:
 
 
 def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
-    """What a caller's committed transaction scheduled is sent; what was rolled back never existed."""
+    """A follow-up of a committed transaction is sent; one of a transaction that was rolled back never existed."""
     chat_id = running.world.chat()
     now = running.world.scalar("SELECT now()")
     with Session(running.world.engine) as session:
@@ -53,7 +53,7 @@ def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
 
 
 def test_retry_reject_and_rate_limit(running: Stack) -> None:
-    """A failure is tried again, a refusal is final, a rate limit uses up no attempt; the record says which."""
+    """A failure is retried, a refusal is final, a rate limit uses up no attempt; the record shows which it was."""
     failing, refusing, limiting = (running.world.chat() for _ in range(3))
     running.behave(failing, kind="fail", status=500, times=2)
     running.behave(refusing, kind="reject", status=403, body="not in this channel")
@@ -79,7 +79,7 @@ def test_dropped_answer(running: Stack) -> None:
 
 
 def test_one_slow_chat(running: Stack) -> None:
-    """A chat that answers slowly holds up nobody else."""
+    """A slow chat does not delay any other."""
     slow = running.world.chat()
     running.behave(slow, kind="slow", delay=4)
     stuck = running.world.follow_up(slow)
@@ -100,7 +100,7 @@ def test_order_in_a_chat(running: Stack) -> None:
 
 
 def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
-    """What is cancelled while its batch waits in the queue is never sent."""
+    """A follow-up cancelled while its batch waits in the queue is never sent."""
     stack.sandbox()
     stack.beat()
     worker = stack.worker()
@@ -163,8 +163,8 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 
 def test_stop_drains(stack: Stack) -> None:
-    """On SIGTERM a worker settles what is in flight, gives back the rest, and ends well within its grace."""
-    # What is not given back would not be sent while this test waits; and no answer is late on a busy machine.
+    """On SIGTERM a worker settles what is in flight, releases the rest, and ends well within its grace."""
+    # Unreleased follow-ups would not be sent while this test waits, and no answer is late even on a busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()
     stack.behave(kind="slow", delay=0.5)

@@ -1,4 +1,4 @@
-"""`followups demo` stopped by its supervisor. How it ends by itself is tested where the installed wheel is."""
+"""`followups demo` stopped by its supervisor. Its normal end is tested with the installed wheel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bare_environment() -> dict[str, str]:
 @pytest.mark.faults_long
 @needs_proc
 def test_a_stopped_demo_leaves_nothing_behind() -> None:
-    """SIGTERM in the middle of it stops everything that it started; it was not done, so the exit code is 1."""
+    """SIGTERM stops everything that the demo started; it did not finish, so the exit code is 1."""
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=bare_environment()) as demo:
         assert demo.stdout
         assert demo.stdout.readline().startswith(b"The sandbox page is at http://127.0.0.1:")

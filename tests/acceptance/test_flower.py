@@ -29,7 +29,7 @@ def start_flower(stack: Stack, *arguments: str, **environment: str) -> str:
 
 
 def status(url: str, authorization: str = "") -> int:
-    """Return the status of a GET; 0 while nobody answers."""
+    """Return the status of a GET, or 0 if there is no answer."""
     headers = {"authorization": f"Basic {base64.b64encode(authorization.encode()).decode()}"} if authorization else {}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - our own loopback URL
     try:
@@ -53,7 +53,7 @@ def status(url: str, authorization: str = "") -> int:
     ],
 )
 def test_no_flower_without_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
-    """On an address that others reach, and without a password, Flower does not start, and says what to do."""
+    """On a public address without a password, Flower does not start, and says what to do."""
     command = [*CELERY, "flower", f"--port={free_port()}", *arguments]
     own = os.environ | stack.environment() | environment
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
@@ -64,7 +64,7 @@ def test_no_flower_without_a_password(stack: Stack, arguments: list[str], enviro
 
 
 def test_flower_with_a_password(stack: Stack) -> None:
-    """With a password Flower may listen anywhere, and lets in nobody else; its log shows no password."""
+    """With a password Flower may listen on any address, and requires it; its log does not show it."""
     url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd")
     assert status(f"{url}/workers") == 401
     assert status(f"{url}/workers", "me:wrong") == 401
@@ -80,7 +80,7 @@ def test_flower_by_itself_stays_here(stack: Stack) -> None:
 
 
 def listening(port: int) -> set[str]:
-    """Return the IPv4 addresses on which somebody listens on the port, in the kernel's hexadecimal."""
+    """Return the IPv4 addresses listening on the port, in the kernel's hexadecimal."""
     with open("/proc/net/tcp", encoding="ascii") as table:  # noqa: PTH123 - not a file of this machine's own
         rows = [line.split() for line in table][1:]
     places = [row[1].split(":") for row in rows if row[3] == "0A"]

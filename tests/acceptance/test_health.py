@@ -89,7 +89,7 @@ def test_a_stopped_worker(observed: Stack) -> None:
 
 
 def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
-    """What a killed worker left behind counts for nothing, and the next one's start takes it away."""
+    """The file of a killed worker is ignored, and the next worker's start removes it."""
     first = observed.worker("first")
     kill(first)
     says(observed, "worker", 1, "No worker runs here")
@@ -169,7 +169,7 @@ def test_a_stopped_beat(observed: Stack) -> None:
 
 
 def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
-    """Where signs of life cannot be written, messages go out all the same, and one warning a process says so."""
+    """If heartbeats cannot be written, messages still go out, and each process logs one warning."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = "/proc/nowhere"
     stack.start()
     stack.wait_until_done(stack.world.follow_up())
@@ -201,7 +201,7 @@ def test_web(observed: Stack, served: tuple[Child, str]) -> None:
 
 
 def test_another_server_is_not_web(observed: Stack) -> None:
-    """What answers on the port, and is not web, is told apart."""
+    """Another server on web's port is not mistaken for web."""
     observed.sandbox()
     ran = health(observed, "web", "--port", str(observed.sandbox_port))
     assert ran.returncode == 1

@@ -1,4 +1,4 @@
-"""What nobody may read: a full run, with every line, message and event of it searched for texts and secrets."""
+"""Secrecy: every line, message and event of a full run is searched for texts and secrets."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ATTEMPT = frozenset(
         *("attempt", "outcome", "status_code", "duration_ms", "lag_ms", "task_id"),
     )
 )
-"""What the canonical line of an attempt has, and nothing else."""
+"""The complete keys of an attempt's canonical line."""
 
 FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
-"""What Celery writes to stdout when it is told to stop."""
+"""What Celery prints on stdout when it is stopped."""
 
 LOGS = ("worker", "beat", "web", "flower")
 
@@ -56,7 +56,7 @@ QUOTING = """
 
 @dataclass
 class Secrets:
-    """What must not be found, by what it is."""
+    """The secrets to search for, by name."""
 
     text: str = field(default_factory=lambda: f"text-{secrets.token_hex(12)}")
     transport: str = field(default_factory=lambda: base64.b64encode(secrets.token_bytes(32)).decode())
@@ -79,7 +79,7 @@ class Overheard:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def messages(self) -> list[str]:
-        """Return the commands, with what they hold in base64 beside it."""
+        """Return the commands, each with its decoded base64."""
         return [command + unpacked(command) for command in self.commands]
 
 
@@ -95,7 +95,7 @@ def unpacked(command: str) -> str:
 
 @contextmanager
 def overhear(broker_url: str) -> Iterator[Overheard]:
-    """Listen to the broker as whoever has its password can, and to the events as Flower does."""
+    """Record the broker's traffic, as a client with its password can, and the events that Flower receives."""
     overheard, done, end = Overheard(), threading.Event(), uuid4().hex
     number = int(broker_url.rpartition("/")[2])
 
@@ -148,7 +148,7 @@ def start_everything(stack: Stack) -> tuple[str, str]:
 
 
 def get(url: str) -> str:
-    """Return what is answered; nothing while nobody does."""
+    """Return the answer, or None if there is none."""
     with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own loopback URL
         text: str = answer.read().decode()
         return text
@@ -176,9 +176,9 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
-    """In a run of every kind of end, retry, error and refusal no text, key or password is told anywhere.
+    """A run with every kind of end, retry, error and refusal reveals no text, key or password.
 
-    Every log line is searched, every command and message of the broker, every event, and what Flower shows of them.
+    Every log line, broker command, message and event is searched, and everything that Flower shows.
     """
     hidden = Secrets()
     url = make_url(stack.settings.database_url.get_secret_value())
@@ -221,7 +221,7 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
 
 
 def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str, str]) -> None:
-    """Check that what was searched is what a run tells: or nothing would be found in nothing."""
+    """Check that the run produced what it should; otherwise finding nothing would prove nothing."""
     outcomes = {line["outcome"] for line in stack.log_events("attempt")}
     assert {"sent", "retry", "rejected"} <= outcomes
     assert {frozenset(line) for line in stack.log_events("attempt")} == {ATTEMPT}
@@ -237,7 +237,7 @@ def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str,
 
 
 def _assert_one_format(log: str, name: str) -> None:
-    """Check that every line is one JSON object that says when, how bad, who and what."""
+    """Check that every line is one JSON object with time, level, logger and event."""
     for line in log.splitlines():
         if line in FOR_PEOPLE:
             continue

@@ -29,7 +29,7 @@ BINARIES = Path(sys.executable).parent
 
 
 def get(url: str) -> bytes | None:
-    """Return what a URL answers with; None while nobody answers, or says that it is not ready."""
+    """Return the answer of a URL, or None if there is none or it reports not ready."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answered:  # noqa: S310 - our own loopback URL
             body: bytes = answered.read()
@@ -88,7 +88,7 @@ def test_honcho_runs_every_process(
 
 @needs_proc
 def test_a_release_by_itself_ends(stack: Stack) -> None:
-    """Started by itself, `release` migrates and ends: only among others would its end be theirs."""
+    """Started alone, `release` migrates and ends; among others its end would stop them."""
     command = honcho_start("release")
     ran = subprocess.run(command, env=os.environ | environment_of(stack), capture_output=True, timeout=120, check=False)
     assert ran.returncode == 0

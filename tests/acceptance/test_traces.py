@@ -28,14 +28,14 @@ TEXT = "a text that belongs into no trace"
 
 @dataclass
 class Received:
-    """What a collector, and a chat on the same server, have been sent."""
+    """What a collector, and a chat on the same server, have received."""
 
     url: str = ""
     exports: list[bytes] = field(default_factory=list)
     deliveries: list[dict[str, str]] = field(default_factory=list)
     """Headers, in lower case."""
     status: int = 200
-    """What the chat answers."""
+    """The chat's answer."""
 
     def spans(self) -> list[tuple[str, Span]]:
         """Return the spans, each with the name of its service."""
@@ -135,7 +135,7 @@ def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Recei
 
 
 def test_what_was_created_outside_of_a_trace(traced: Stack, received: Received) -> None:
-    """A follow-up that was created outside of a trace begins one with each attempt; a failed attempt says so."""
+    """Each attempt of a follow-up created outside a trace starts a new one; a failed attempt is an error."""
     received.status = 500
     follow_up = traced.world.follow_up(message=TEXT)
     traced.beat()
@@ -161,7 +161,7 @@ def test_off(stack: Stack, received: Received) -> None:
 
 
 def test_without_the_extra() -> None:
-    """Where a collector is named and the extra is missing, a warning says what to install; nothing else changes."""
+    """With a collector but without the extra, a warning says what to install; nothing else changes."""
     script = """
 import sys
 sys.modules["opentelemetry.sdk"] = None
@@ -182,7 +182,7 @@ print(traces.current_traceparent())
 
 
 def test_a_collector_that_is_away(traced: Stack, received: Received) -> None:
-    """A collector that does not answer costs no delivery, and holds up no stop."""
+    """An unreachable collector costs no delivery and delays no shutdown."""
     traced.options["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
     traced.beat()
     worker = traced.worker()

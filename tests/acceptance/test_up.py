@@ -48,7 +48,7 @@ class Up:
         self._reader.start()
 
     def wait_until_ready(self) -> None:
-        """Read what it prints until it says how to stop it."""
+        """Read its output up to the line that says how to stop it."""
         assert self.process.stdout
         for line in self.process.stdout:
             self.said += line
@@ -151,7 +151,7 @@ def test_stopped_while_it_starts() -> None:
 
 
 def test_a_taken_port_is_a_sentence() -> None:
-    """A port that somebody listens on is an error before anything is started."""
+    """A port in use is an error before anything is started."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ran = subprocess.run([COMMAND, "up", "--port", str(port)], capture_output=True, text=True, check=False)

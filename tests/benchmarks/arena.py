@@ -94,7 +94,7 @@ class Arena:
         }
 
     def spawn(self, name: str, command: str, ready: str = "", environment: Mapping[str, str] | None = None) -> Child:
-        """Start a shell command; with ``ready`` wait until its log says so."""
+        """Start a shell command; with ``ready`` wait for that text in its log."""
         log = self.processes.logs / f"{name}.log"
         check: Callable[[], bool] | None = (lambda: log.exists() and ready in log.read_text()) if ready else None
         argv: Sequence[str] = ["/bin/sh", "-c", f"exec {command}"]

@@ -134,7 +134,7 @@ def request(method: str, path: str, key: str, body: Any = None) -> bytes:
 
 
 def loads_of(api: Api, server: psutil.Process, bare_url: str, bare_server: psutil.Process) -> list[Load]:
-    """Return what is measured."""
+    """Return the kinds of requests to measure."""
     chats = [str(uuid4()) for _ in range(200)]
     for chat_id in chats:
         api.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
@@ -189,7 +189,10 @@ def main() -> None:
         database_url = postgres.create_database("bench")
         migrate(database_url)
         settings = load_settings(
-            database_url=database_url, broker_url=valkey.url(), transport_url="http://127.0.0.1:9/", rate_limit=10**8
+            database_url=database_url,
+            broker_url=valkey.url(),
+            transport_url="http://127.0.0.1:9/",
+            api_rate_limit=10**8,
         )
         web, url = start(processes, settings.environment())
         port = free_port()

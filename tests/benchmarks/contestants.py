@@ -1,4 +1,4 @@
-"""Who takes part: each fills its table, starts its processes as its users would, and says how many it has sent."""
+"""The contestants: each fills its table, starts its processes as its users would, and counts what it has sent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Contestant:
     name: str = ""
     table: str = "bench_rows"
     waits_in_broker: bool = False
-    """What is due is published beforehand, with its due time; else it is found in the table when it falls due."""
+    """Whether due follow-ups are published in advance with their due time, instead of being found in the table."""
 
     def fill(self, count: int, due: str) -> None:
         """Insert rows that fall due at an SQL expression of each."""

@@ -1,4 +1,4 @@
-"""What is measured: one turn of one contestant each, which returns figures by name."""
+"""The measurements: one turn of one contestant each, which returns figures by name."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def spread(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 
 
 def shuffled(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of a round: nobody always comes first."""
+    """Return the order of a round, so that no contestant is always first."""
     order = list(names)
     random.Random(number).shuffle(order)  # noqa: S311 - not for secrets
     return order

@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Measure what was asked for, and print it."""
+    """Measure what was requested, and print it."""
     options = parser().parse_args()
     results: Results = {}
     with Arena() as arena:
@@ -65,20 +65,20 @@ def main() -> int:
 
 
 def contestants(options: argparse.Namespace, default: tuple[str, ...]) -> list[str]:
-    """Return who takes part."""
+    """Return the contestants."""
     return options.only.split(",") if options.only else list(default)
 
 
 def in_turns(
     arena: Arena, names: list[str], rounds: int, turn: Callable[[Contestant], measures.Figures]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Let everybody have a turn in each round."""
+    """Give each contestant a turn in each round."""
     everybody = [EVERYBODY[name](arena) for name in names]
     return taken({one.name: lambda one=one: turn(one) for one in everybody}, rounds)
 
 
 def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Take each turn once in each round; tell on stderr how far it is."""
+    """Take each turn once in each round; print progress on stderr."""
     found: dict[str, list[measures.Figures]] = {name: [] for name in turns}
     for number in range(rounds):
         for name in measures.shuffled(list(turns), number):
@@ -127,7 +127,7 @@ def lag(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def snapshot(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the lag while somebody holds a snapshot open."""
+    """Return the lag while a snapshot is held open."""
     rate = float(options.rate.split(",")[0])
     found = in_turns(
         arena, ["ours"], options.rounds, lambda one: measures.lag(one, rate, options.seconds, snapshot=True)

@@ -78,7 +78,7 @@ def vacuum(engine: Engine) -> None:
 
 
 def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
-    """Claim as a dispatcher does, and end at once what was claimed; tell the ids, and the time of each claim."""
+    """Claim as a dispatcher does, and end what was claimed at once; return the ids and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
     most, more = size_of_claim(options.window), False
     look = claims.Look(timedelta(seconds=2), timedelta(minutes=1), options.window, most)
@@ -107,7 +107,7 @@ def end_all(engine: Engine, held: list[leases.Lease]) -> None:
         held = [lease for lease in held if lease.id not in ended]
 
 
-# What is in flight: the first by their due date, leased by somebody else for long.
+# The rows in flight: the first by due date, leased by another worker for a long time.
 _HOLD = text("""
     UPDATE follow_ups SET lease_token = 1, lease_until = now() + interval '1 hour'
      WHERE id IN (SELECT id FROM follow_ups ORDER BY due_date LIMIT :held)
@@ -123,7 +123,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
         for number in map(int, options.dispatchers.split(",")):
             found[f"{number} dispatchers"] = together(url, number, options)
             print(number, found[f"{number} dispatchers"], file=sys.stderr)  # noqa: T201 - how far it is
-            vacuum(engine)  # what has ended is no longer in the claim's way, as autovacuum sees to
+            vacuum(engine)  # as autovacuum does, so that ended rows are out of the claim's way
     return found
 
 
@@ -164,7 +164,7 @@ _MOVE = text("""
 
 
 def history(options: argparse.Namespace) -> dict[str, Any]:
-    """Move what has ended into partitions by month, and compare dropping a month with deleting it."""
+    """Move ended rows into partitions by month, and compare dropping a month with deleting it."""
     ended = f"now() - interval '2 days' - (n % {MONTHS}) * interval '31 days'"
     with filled(options.rows, _COLUMNS, f", 'sent', {ended}, {ended}") as (_, engine), engine.connect() as connection:
         size = connection.execute(text("SELECT pg_total_relation_size('follow_ups')")).scalar_one()
@@ -215,7 +215,7 @@ def timed(connection: Connection, statement: str) -> float:
 
 
 def main() -> int:
-    """Rehearse what was asked for, and print the figures as JSON."""
+    """Run the requested rehearsal, and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["claim", "history"])
     parser.add_argument("--rows", type=int, default=1_000_000)

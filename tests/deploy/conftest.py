@@ -1,4 +1,4 @@
-"""The package, built and installed as somebody else would; and a Prometheus beside the real system."""
+"""The package, built and installed as users do; and a Prometheus beside the real system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stands in deploy/, read for tests: documents, the commands in them, and what they must agree with."""
+"""The files in deploy/, parsed for tests: documents, their commands, and what they must agree with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, those of the common drop-in first; what stands several times is kept."""
+    """Return a unit's assignments by name, those of the common drop-in first; repeated ones are all kept."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):

@@ -98,7 +98,7 @@ def test_no_alert_is_forgotten_or_invented() -> None:
 
 
 def test_what_they_ask_for_is_counted(shown: set[str]) -> None:
-    """Every series in an alert, a recorded series or the dashboard is shown by web, or recorded from what is."""
+    """Every series in an alert, a recording rule or the dashboard is exposed by web or recorded by a rule."""
     asked = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups_[a-z_]+|\bprocess_[a-z_]+", one)}
     recorded = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups:[a-z0-9_:]+", one)}
     assert asked <= shown | set(re.findall(r'job="(\w+)"', " ".join(EXPRESSIONS)))
@@ -129,7 +129,7 @@ def test_labels_have_values_that_exist() -> None:
 
 
 def test_no_count_is_summed_over_web_processes() -> None:
-    """All of them show the same counts: alerts and graphs read what is recorded as their greatest."""
+    """All web processes expose the same counts, so alerts and graphs use the recorded maximum, never a sum."""
     raw = re.compile(r"followups_\w+(_total|_bucket)\b")
     for one in (*(rule["expr"] for rule in ALERTS.values()), *QUERIES):
         assert not raw.search(one)
@@ -137,7 +137,7 @@ def test_no_count_is_summed_over_web_processes() -> None:
 
 
 def test_the_dashboard_is_whole() -> None:
-    """Every panel has its own number, a description, a place on the grid, and the datasource of one's choice."""
+    """Every panel has its own number, a description, a place on the grid, and the selected datasource."""
     panels: list[Any] = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:

@@ -1,4 +1,4 @@
-"""Faults that are really caused, and the alerts that they wake in a Prometheus beside the system: some minutes."""
+"""Real faults, and the alerts that they fire in a Prometheus beside the system; takes some minutes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def another_worker(stack: Stack) -> None:
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Let a worker with another setting take the place of the one that runs, once."""
+    """Replace the running worker by one with another setting, once."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)
@@ -80,7 +80,7 @@ def too_slow(stack: Stack) -> None:
 
 
 def begun(stack: Stack) -> object:
-    """Return when the last attempt began that has no outcome yet; None: there is none."""
+    """Return when the last attempt in flight began, or None if there is none."""
     return stack.world.scalar("SELECT max(begun_at) FROM follow_ups")
 
 
@@ -98,7 +98,7 @@ def poison(stack: Stack) -> None:
 
 
 def frozen(stack: Stack) -> None:
-    """Let a worker stand still with an attempt in flight until another one has taken over, and wake."""
+    """Freeze a worker with an attempt in flight until another has taken over, then resume it."""
     worker, follow_up = the_worker(stack), stack.world.follow_up(chat_that(stack, "slow", delay=0.9))
     wait_until(lambda: begun(stack))
     worker.signal(signal.SIGSTOP)
@@ -129,9 +129,9 @@ def no_sessions(stack: Stack) -> None:
     server.dispose()
 
 
-# With minutes of two seconds, a worker that takes another one's place on a busy machine may wake FollowUpsNothingSent.
+# With minutes of two seconds, replacing a worker on a busy machine may fire FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
-"""What a worker that is away brings along while it is, and for a while after."""
+"""The alerts that a missing worker fires, while it is missing and for a while after."""
 
 FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (refused, {"FollowUpsRejected"}, set()),
@@ -143,7 +143,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
     (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
 ]
-"""What is done, what it must wake, and what it may wake besides."""
+"""Each fault, the alert it must fire, and others it may fire."""
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])

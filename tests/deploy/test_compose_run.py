@@ -1,4 +1,4 @@
-"""What the compose file gives Flower, really started: the command, the variables and the health check."""
+"""What the compose file gives Flower, actually started: the command, the variables and the health check."""
 
 from __future__ import annotations
 

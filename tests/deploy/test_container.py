@@ -43,7 +43,7 @@ def test_all_that_is_installed_is_hashed() -> None:
 
 
 def test_each_file_it_copies_is_let_through() -> None:
-    """What the recipe copies exists and is not held back by .dockerignore, which lets through nothing else."""
+    """Every file that the recipe copies exists and is not excluded by .dockerignore, which admits nothing else."""
     ignored, *let_through = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))
     ]

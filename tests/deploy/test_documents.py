@@ -1,4 +1,4 @@
-"""What README and deploy/*.md say: their links lead somewhere, and what they name is there."""
+"""The claims of README and deploy/*.md: their links work, and what they name exists."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OTHERS = {"DATABASE_URL", "REDIS_URL", "FLOWER_ADDRESS", "FLOWER_BASIC_AUTH", "F
 """Variables that are no settings of ours, or go by a second name."""
 OTHER_PROGRAMS = {"createdb", "createuser", "kubectl", "runuser", "cp", "install", "systemctl", "docker build"}
 HOSTS = {"", "127.0.0.1", "localhost", "chat.example", "chat-server", "www.w3.org", "www.textualize.io", "..."}
-"""Hosts that may be named: this machine, a stand-in, and what a picture says of its format and its maker."""
+"""Allowed hosts: this machine, stand-ins, and what a picture says about its format and its maker."""
 
 
 def without_code(text: str) -> str:
@@ -32,7 +32,7 @@ def without_code(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """Return what stands in code, a line each: the blocks' lines, joined where they go on, and the spans."""
+    """Return everything in code, line by line: the blocks' lines, joined where they continue, and the spans."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
     return [*lines, *(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_code(text)))]
@@ -139,7 +139,7 @@ def test_each_metric_and_log_line_exists(name: str) -> None:
 
 
 def test_no_host_and_no_place_of_one_machine_is_named() -> None:
-    """Addresses are this machine's or stand-ins, and no path leads into somebody's home."""
+    """Addresses are this machine's or stand-ins, and no path leads into a home directory."""
     committed = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Procfile", *DEPLOY.rglob("*")]
     for path in (path for path in committed if path.is_file() and path.name != ".env"):
         text = path.read_text()

@@ -35,7 +35,7 @@ def test_it_is_valid(name: str, version: str) -> None:
 
 
 def test_kustomize_takes_them() -> None:
-    """They go together, as far as kubectl can tell where it is installed; this needs no cluster."""
+    """They form a valid whole, if kubectl is installed to check it; this needs no cluster."""
     if not (kubectl := shutil.which("kubectl")):
         pytest.skip("kubectl is not installed")
     ran = subprocess.run([kubectl, "kustomize", KUBERNETES], capture_output=True, text=True, check=False)
@@ -44,7 +44,7 @@ def test_kustomize_takes_them() -> None:
 
 
 def test_kustomize_names_every_file() -> None:
-    """Each file is applied with the rest, but for what has its own time: the migration, and another one's metric."""
+    """Every file is applied with the rest, except the migration, which comes first, and the adapter's rule."""
     (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
     others = {"kustomization.yaml", "migrate.yaml", "prometheus-adapter.yaml"}
     assert set(kustomization["resources"]) == {path.name for path in KUBERNETES.glob("*.yaml")} - others
@@ -102,7 +102,7 @@ def test_two_beats() -> None:
 
 
 def test_workers_are_scaled_by_what_is_overdue() -> None:
-    """The autoscaler alone says how many, by the metric that the adapter's rule gives it under that name."""
+    """Only the autoscaler sets the number of workers, by the metric that the adapter's rule provides."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]
     name = metric["external"]["metric"]["name"]
@@ -112,12 +112,12 @@ def test_workers_are_scaled_by_what_is_overdue() -> None:
 
 
 def test_the_window_is_wide_enough_for_the_most_workers() -> None:
-    """What may be in flight is enough for every call of as many workers as may be started."""
+    """MAX_IN_FLIGHT is enough for every call of the largest number of workers."""
     most = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]["maxReplicas"]
     assert int(OBJECTS["ConfigMap/followups"]["data"]["FOLLOWUPS_MAX_IN_FLIGHT"]) >= 2 * 100 * most
 
 
 def test_every_setting_is_known() -> None:
-    """The ConfigMap holds settings that exist, and no secret is in any file."""
+    """The ConfigMap has existing settings only, and no file has a secret."""
     assert OBJECTS["ConfigMap/followups"]["data"].keys() <= SETTINGS
     assert not [name for name in OBJECTS if name.startswith("Secret/")]

@@ -1,4 +1,4 @@
-"""What probes run: a command that exists, for the process that it stands at."""
+"""Probes run a command that exists, for their own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command, by the place where it stands; the last word of the place is the process."""
+    """Return each probe's command by its location, whose last word is the process."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:
@@ -32,7 +32,7 @@ def probes() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(("place", "command"), probes().items(), ids=probes())
 def test_it_asks_after_its_own_process(place: str, command: list[str]) -> None:
-    """Each probe runs `followups health` for the process beside which it stands."""
+    """Each probe runs `followups health` for its own process."""
     assert command == ["followups", "health", place.rpartition(" ")[2]]
 
 

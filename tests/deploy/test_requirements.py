@@ -45,9 +45,9 @@ def test_each_is_pinned_and_hashed(name: str) -> None:
 
 
 def test_they_cover_what_the_project_needs() -> None:
-    """Every direct dependency is pinned at a version it allows, and so is all that those need in turn.
+    """Every direct dependency is pinned at a version it allows, and so are their own dependencies.
 
-    What a package needs is known where that very version is installed; of another one it says nothing.
+    A package's dependencies are known if that very version is installed; another version is not checked.
     """
     have = entries("requirements.txt")
     open_ones = [Requirement(line) for line in pyproject()["project"]["dependencies"]]

@@ -1,4 +1,4 @@
-"""A restored backup: what was sent after it is sent again under the same key, and what was sent before it is not."""
+"""A restored backup: messages sent after it are sent again under the same key, and those before it are not."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
-    """What a service could do is little, by the measure of systemd itself."""
+    """The exposure is low by systemd's own measure."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]
@@ -86,7 +86,7 @@ def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_what_the_procfile_runs(name: str) -> None:
-    """Each unit has the Procfile's command, from the place where it is installed."""
+    """Each unit has the Procfile's command, with the installed path."""
     (line,) = unit(name)["ExecStart"]
     command, *arguments = [word.replace("%%", "%") for word in line.split()]
     assert command.startswith(PREFIX)
@@ -95,7 +95,7 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_it_is_confined_and_comes_back(name: str) -> None:
-    """What counts most, on machines without systemd too."""
+    """The most important confinements, checked on machines without systemd too."""
     found = unit(name)
     assert found["Type"] == ["exec"]
     assert found["Restart"] == ["always"]

@@ -69,7 +69,7 @@ def test_the_units_deliver(stack: Stack) -> None:
 
 
 def shows(url: str, words: str) -> bool:
-    """Say whether a page can be had and has these words."""
+    """Return whether a page answers and contains these words."""
     try:
         with urllib.request.urlopen(url, timeout=5) as page:  # noqa: S310 - our own loopback URL
             return words in page.read().decode()

@@ -48,7 +48,7 @@ def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
     """Return a system whose database has the schema before the newest one."""
     downgrade(settings.database_url.get_secret_value(), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
-        # Nobody is killed here, so that whatever is attempted twice was doubled by the upgrade.
+        # No process is killed here, so any second attempt would be the upgrade's doing.
         rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
         yield rig
 
@@ -102,7 +102,7 @@ def settled(rig: Rig, load: Load) -> None:
 
 
 def sent(rig: Rig) -> int:
-    """Count what has been sent so far."""
+    """Count the sent follow-ups."""
     return int(rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'sent'"))
 
 
@@ -133,7 +133,7 @@ def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
 
 
 def test_the_code_before_the_schema(previous: Rig) -> None:
-    """In the wrong order it may stand still until the schema is there, but loses and doubles nothing either."""
+    """Deployed in the wrong order, the new code may wait for the schema, but loses and doubles nothing."""
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
         wait_until(lambda: len(load.ids) >= RATE, within=30)
@@ -175,7 +175,7 @@ UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
-    """The code before it goes on working: every table and column stays, and nothing new is asked of what it writes."""
+    """The previous code keeps working: every table and column stays, and its writes need nothing new."""
     downgrade(database_url, before)
     with engine.connect() as connection:
         columns = {row.name: row.data_type for row in connection.execute(_COLUMNS)}
@@ -193,7 +193,7 @@ def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: s
 
 
 def test_old_code_is_older(old_code: str) -> None:
-    """What the upgrade starts from is the code of before, not the one that is installed."""
+    """The upgrade starts from the previous code, not from the installed one."""
     code = "import followups; print(followups.__file__)"
     environment = os.environ | {"PYTHONPATH": old_code}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -37,7 +37,7 @@ def run(built: Built, *arguments: str, **environment: str) -> subprocess.Complet
 
 
 def test_it_runs_from_an_empty_environment(built: Built) -> None:
-    """The command says what it can do, and which version it is."""
+    """The command prints its help and its version."""
     assert "migrate" in run(built, "--help").stdout
     assert run(built, "--version").stdout == f"followups {pyproject()['project']['version']}\n"
 
@@ -91,7 +91,7 @@ def test_it_plays_the_demo(built: Built) -> None:
 
 
 def test_metadata(built: Built) -> None:
-    """What an index shows is what pyproject.toml and README say; no address is made up."""
+    """The package metadata match pyproject.toml and README; no address is invented."""
     with zipfile.ZipFile(built.wheel) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = message_from_string(wheel.read(name).decode())
@@ -116,7 +116,7 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 def test_the_sdist_holds_what_runs_it(built: Built) -> None:
-    """It brings the tests, what deploys it and the Procfile, and nothing that is no part of the project."""
+    """It contains the tests, deploy and the Procfile, and nothing from outside the project."""
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     tops = {name.partition("/")[0] for name in names}

@@ -1,4 +1,4 @@
-"""What the fault tests share: the seed, the system to be broken, and where its figures go."""
+"""What the fault tests share: the seed, the system to break, and the recorder of figures."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ INJECTED = Path(__file__).parent / "injected"
 
 @dataclass
 class Failpoints:
-    """What is armed; ``directory`` is empty and belongs to one system."""
+    """The armed failpoints; ``directory`` is empty and belongs to one system."""
 
     directory: Path
     _numbers: itertools.count[int] = field(default_factory=itertools.count)

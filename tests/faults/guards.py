@@ -1,7 +1,7 @@
-"""The guards that the promises rest on: how each is taken out of the SQL, and what breaks then.
+"""The guards that the promises rest on: how each is removed from the SQL, and what breaks without it.
 
-A guard is cut out of the statements on their way to PostgreSQL. What must be there to be cut is named, so that
-a rewritten statement cannot make the removal a silent nothing.
+A guard is cut out of the statements on their way to PostgreSQL. The text to be cut must be present, so that a rewritten
+statement cannot turn the removal into a no-op.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def ended_lease_begins(scene: Scene) -> None:
 
 
 def cancelled_begins(scene: Scene) -> None:
-    """Begin what was cancelled while its hint waited."""
+    """Begin a follow-up that was cancelled while its hint waited."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -210,7 +210,7 @@ def reply_in_flight_is_forgotten(scene: Scene) -> None:
 
 
 def leased_is_claimed(scene: Scene) -> None:
-    """Claim what is leased."""
+    """Claim a leased follow-up."""
     scene.world.follow_up()
     scene.lease()
     expect(not scene.claim(scene.engine, scene.settings).leases, "a lease is given once")
@@ -253,7 +253,7 @@ def claimed_beside_another(scene: Scene) -> None:
 
 
 def ended_is_claimed(scene: Scene) -> None:
-    """Claim what has ended."""
+    """Claim an ended follow-up."""
     follow_up = scene.world.follow_up()
     scene.cancel(follow_up)
     expect(not scene.claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
@@ -309,7 +309,7 @@ def nobody_wakes(scene: Scene) -> None:
 
 
 def created_behind_a_reply(scene: Scene) -> None:
-    """Create while a reply arrives: whoever comes second waits for the first."""
+    """Create a follow-up while a reply arrives: the second transaction waits for the first."""
     chat_id = scene.world.chat()
     with Session(scene.engine) as session:
         created = followups.schedule(
@@ -338,7 +338,7 @@ def claimed_at_once(scene: Scene) -> None:
 
 
 def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
-    """Return a scenario with a fair claim in place of each of its claims."""
+    """Return a scenario with a fair claim in place of each claim."""
     return lambda scene: scenario(replace(scene, claim=claim_fairly, take=claims.claim_fairly))
 
 
@@ -382,7 +382,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park behind one that is being ended at this moment, by somebody who has looked for what waits already."""
+    """Park behind one that is being ended by a transaction that has already looked for waiting ones."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)
@@ -417,7 +417,7 @@ def ended_lease_put_off(scene: Scene) -> None:
 
 
 def cancelled_put_off(scene: Scene) -> None:
-    """Put off what was cancelled while it was looked at."""
+    """Defer a follow-up that was cancelled after it was read."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -426,7 +426,7 @@ def cancelled_put_off(scene: Scene) -> None:
 
 
 def put_off_in_flight(scene: Scene) -> None:
-    """Put off what has begun."""
+    """Defer a follow-up that has begun."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     put_off(scene, begun.lease)
@@ -487,7 +487,7 @@ def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
 
 @contextmanager
 def without(engine: Engine, within: str, cuts: dict[str, str]) -> Iterator[None]:
-    """Replace these pieces in every statement that holds ``within``; fail unless every piece was found."""
+    """Replace these pieces in every statement that contains ``within``; fail unless every piece was found."""
     found = set()
 
     def cut(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:

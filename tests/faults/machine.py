@@ -1,4 +1,4 @@
-"""The real store, driven step by step beside the model: what the model says must be what PostgreSQL holds."""
+"""The real store, driven step by step beside the model: PostgreSQL must hold what the model predicts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Driven:
         return {step.action[0] for step in steps(self.model, self.protocol)}
 
     def choices(self, kind: str) -> list[int]:
-        """Return the places of the steps of this kind among all."""
+        """Return the indexes of the steps of this kind."""
         return [place for place, step in enumerate(steps(self.model, self.protocol)) if step.action[0] == kind]
 
     def take(self, place: int) -> None:
@@ -70,7 +70,7 @@ class Driven:
             does(*what)
 
     def compare(self) -> None:
-        """Check that the database holds what the model says."""
+        """Check that the database matches the model."""
         for number, (follow_up, expected) in enumerate(zip(self.ids, self.model.rows, strict=False)):
             row = self.world.row(follow_up)
             real = (
@@ -108,7 +108,7 @@ class Driven:
             amend(session, self.ids[number], changes)
 
     def reschedule(self, number: int) -> None:
-        """Set the due date anew, which takes back the lease."""
+        """Set a new due date, which revokes the lease."""
         self.amend(number, {"due_date": datetime.now(UTC) - timedelta(seconds=8 if number == 0 else 0)})
         self.world.sql(LATER, id=self.ids[number])
         row = self.model.rows[number]
@@ -129,7 +129,7 @@ class Driven:
         beginning = begin(self.world.engine, self.settings, [self._lease(job)])
         for one in beginning.begun:
             self.begun[job.row, job.token] = one
-        # The model knows no parking; what was parked may be claimed again. Waking has tests of its own.
+        # The model has no parking; parked rows may be claimed again. Unblocking has tests of its own.
         self.world.sql("UPDATE follow_ups SET waits_for = NULL WHERE id = :id", id=self.ids[job.row])
         if not beginning.begun and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

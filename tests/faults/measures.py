@@ -1,4 +1,4 @@
-"""What several faults are measured by: the lag of what could be on time, and what a claim takes."""
+"""Measurements that several faults share: the lag of what could be on time, and the duration of a claim."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PORTION = 2_000
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
-    """Insert follow-ups that fall due within ``spread`` seconds, none of them so soon that it could not be on time."""
+    """Insert follow-ups that fall due within ``spread`` seconds, none too soon to be on time."""
     due = [notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)]
     ids = [
         id_ for first in range(0, count, PORTION) for id_ in (world or rig.world).burst(due[first : first + PORTION])

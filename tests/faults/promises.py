@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""What a reason says where an accepted send may be behind it; without it, not to end as sent is a lie."""
+"""Part of a reason that admits an accepted send may precede it; without it, an accepted send must end as sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a test knows by itself: what was promised to its clients, and who delivered without the dispatcher."""
+    """What a test knows itself: what was promised to clients, and what was delivered without the dispatcher."""
 
     created: frozenset[UUID] = frozenset()
     """Follow-ups that the system has accepted."""
@@ -51,7 +51,7 @@ class Verdict:
     """Requests for what the chat had accepted before, absorbed by their key."""
 
     def broken(self) -> dict[str, int]:
-        """Return what was broken, and how often."""
+        """Return the broken promises, with their counts."""
         counts = asdict(self)
         for name in ("ended", "unknown", "repeated"):
             del counts[name]

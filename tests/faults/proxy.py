@@ -19,9 +19,9 @@ ESTABLISHED = 1
 
 
 class Proxy:
-    """Forwards a port of the loopback to a server. Its methods may be called from the test's thread.
+    """Forwards a loopback port to a server. Its methods may be called from the test's thread.
 
-    ``stall`` is the half-open connection: the kernel goes on acknowledging, and nothing comes back.
+    ``stall`` simulates a half-open connection: the kernel keeps acknowledging, and nothing comes back.
     """
 
     def __init__(self, server_url: str) -> None:
@@ -80,7 +80,7 @@ class Proxy:
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
-        """Forward again, what was held back first, and take connections again."""
+        """Forward again, starting with what was held back, and accept connections again."""
         self._refusing = False
         self._call(self._forwarding.set)
 
@@ -105,7 +105,7 @@ class Proxy:
 
     def _freeze(self) -> None:
         self.frozen += len(self._open) // 2
-        self._forwarding.clear()  # for those that are open, whose event nobody sets any more
+        self._forwarding.clear()  # for open connections, whose event will never be set
         self._forwarding = asyncio.Event()
         self._forwarding.set()
 
@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # asyncio's callback stumbles over a cancelled handler, and there is nobody who waits for this one.
+        # asyncio's callback fails on a cancelled handler, and no task waits for this one.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()

@@ -47,7 +47,7 @@ PROCFILE = dict(
 
 @dataclass
 class Rig(Stack):
-    """A `Stack` of the Procfile's commands, with failpoints, and a record of what was promised."""
+    """A `Stack` of the Procfile's commands, with failpoints and a record of what was promised."""
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None
@@ -64,7 +64,7 @@ class Rig(Stack):
         history.install(self.world.engine)
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Start a line of the Procfile under a name of its own; ``more`` are arguments after those of the line."""
+        """Start a line of the Procfile under a name of its own, with ``more`` arguments appended."""
         path = os.pathsep.join([str(COMMANDS), str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
         return self.processes.spawn(
@@ -116,13 +116,13 @@ class Rig(Stack):
         return ids
 
     def held(self, count: int) -> list[UUID]:
-        """Insert follow-ups that fall due when they are released, so that their chats can be told how to behave."""
+        """Insert follow-ups that fall due at their release, so that their chats can be configured first."""
         ids = self.world.burst([timedelta(days=1)] * count)
         self.created.update(ids)
         return ids
 
     def release(self, ids: Sequence[UUID], spread: float = 0.0) -> None:
-        """Let what was held fall due within ``spread`` seconds from now."""
+        """Make them due within ``spread`` seconds from now."""
         self.world.sql(
             "UPDATE follow_ups SET due_date = now() + random() * :spread * interval '1 s', scheduled_at = now()"
             " WHERE id = ANY(:ids)",
@@ -145,7 +145,7 @@ class Rig(Stack):
         return time.monotonic() - started
 
     def verdict(self, **known: Any) -> Verdict:
-        """Check the promises, of what has happened so far."""
+        """Check the promises so far."""
         record = Record(frozenset(self.created), self.cancelled, **known)
         return check(self.world.engine, self.received(), record)
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py", "test_report.py")
-"""What does the same whatever the seed: run once."""
+"""Tests that do not depend on the seed: run once."""
 
 FAULTS = {
     1: "SIGKILL of the worker, and of its child, at each step",
@@ -77,7 +77,7 @@ Key = tuple[int, str]
 
 
 def main() -> int:
-    """Run what is asked for; the exit code is 1 when a test failed or a promise was broken."""
+    """Run what is requested; the exit code is 1 if a test failed or a promise was broken."""
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         kept = options.figures or Path(temporary, "figures.jsonl")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped: Sequence[str]) -> int:
-    """Run the tests once; return 1 when any failed. Adds a line with fault 0 that says how it went."""
+    """Run the tests once; return 1 if any failed. Adds a line with fault 0 that records the result."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-m", marker, "-n", str(processes), "--no-header"]
     command += [f"--ignore={HERE / name}" for name in skipped]
     environment = os.environ | {"FOLLOWUPS_TEST_SEED": str(seed), "FOLLOWUPS_TEST_FIGURES": str(kept.resolve())}
@@ -133,9 +133,9 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 
 
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
-    """Return the results as Markdown. What was not run this time stays as ``earlier`` results tell it.
+    """Return the results as Markdown. Whatever was not run this time is taken from the ``earlier`` results.
 
-    That is each long form by itself, and the short forms where none was run.
+    That is each long form by itself, and the short forms if none was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")
     kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}

@@ -1,4 +1,4 @@
-"""The commit succeeds, and the worker sees an error: it asks what became of it, and goes on."""
+"""The commit succeeds and the worker sees an error: it finds out, and continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The broker killed, restarted, wiped: it holds hints only, so that costs time and nothing else."""
+"""The broker killed, restarted, wiped: it holds only hints, so this costs time and nothing else."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float)
 
 
 def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
-    """After several kills within seconds consumption goes on, from both queues and by every worker."""
+    """After several kills within seconds, every worker consumes from both queues again."""
     outages(breakable, figures, times=3, between=1.0, rate=60)
 
 
@@ -58,7 +58,7 @@ def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
 
 
 def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
-    """A broker that loses all it holds delays what was queued by a lease and a tick, and loses nothing."""
+    """A broker that loses everything delays the queued follow-ups by a lease and a tick, and loses none."""
     flushes(rig, figures, count=400, spread=1.5, times=5)
 
 

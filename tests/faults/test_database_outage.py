@@ -22,7 +22,7 @@ BACK_WITHIN = 10.0
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
-    """Let PostgreSQL be killed or restarted so often under load, and check that all goes on each time."""
+    """Kill or restart PostgreSQL that often under load, and check that everything continues each time."""
     assert rig.postgres
     workers = rig.start(workers=2, beats=2)
     back_after = []
@@ -37,7 +37,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
             back_after.append(seconds_until_accepted(rig))
     took = rig.settle_down(within=60)
     verdict = rig.verdict()
-    # A client may have been told of a failure, and its commit was done all the same.
+    # A client may have been told of a failure although its commit succeeded.
     assert verdict.ended.keys() == {"sent"}
     assert verdict.ended["sent"] >= len(load.ids) + times
     assert all(worker.running for worker in workers)
@@ -63,7 +63,7 @@ def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
 
 
 def seconds_until_accepted(rig: Rig) -> float:
-    """Return the seconds until the chat accepts what was created after now."""
+    """Return the seconds until the chat accepts a follow-up created after now."""
     returned = time.monotonic()
     (probe,) = rig.bulk(1)
     wait_until(lambda: rig.accepted(probe), within=60)
@@ -71,7 +71,7 @@ def seconds_until_accepted(rig: Rig) -> float:
 
 
 def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
-    """Every restart is survived: sending goes on within seconds, nothing is lost, nothing doubled."""
+    """Every restart is survived: sending continues within seconds, nothing is lost, nothing doubled."""
     outages(breakable, figures, times=2, between=(0.5, 1.5), rate=60)
 
 
@@ -82,7 +82,7 @@ def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
 
 
 def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
-    """What was being claimed, begun or settled when PostgreSQL went does not wait for a lease of two minutes."""
+    """Claims, begins and settles interrupted by PostgreSQL's restart do not wait for a lease of two minutes."""
     breakable.options["FOLLOWUPS_LEASE"] = "120"
     assert breakable.postgres
     breakable.start(workers=2)
@@ -129,7 +129,7 @@ def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
 
 
 def test_started_before_its_servers(breakable: Rig) -> None:
-    """A worker and a beat that find neither database nor broker say which, wait, and begin when both are there."""
+    """A worker and a beat started before their servers say what is missing, wait, and then start."""
     assert breakable.postgres
     assert breakable.valkey
     servers = (breakable.postgres, breakable.valkey)

@@ -42,7 +42,7 @@ class Disorder:
         self.workers = [self._rig.worker(ready=False) for _ in range(2)]
 
     def strike(self) -> None:
-        """Do one of it, and wake who was frozen for long enough."""
+        """Cause one of the faults, and resume processes that were frozen long enough."""
         kinds: list[Callable[[], None]] = [
             *(self.kill_worker, self.freeze_worker, self.kill_beat, self.flush_broker, self.restart_broker),
             *(self.restart_database, self.misbehave, self.cancel_some, self.cancel_some, self.reply),
@@ -56,20 +56,20 @@ class Disorder:
                 del self._frozen[child]
 
     def calm(self) -> None:
-        """Wake everybody, and let the chat take everything."""
+        """Resume all processes, and let the chat accept everything."""
         for child in self._frozen:
             child.signal(signal.SIGCONT)
         self._rig.behave(kind="accept")
 
     def kill_worker(self) -> None:
-        """End a worker; another takes its place, as under a supervisor."""
+        """Kill a worker and start another, as a supervisor does."""
         number = self._rig.rng.randrange(len(self.workers))
         self._frozen.pop(self.workers[number], None)
         self.workers[number].signal(signal.SIGKILL)
         self.workers[number] = self._rig.worker(ready=False)
 
     def kill_beat(self) -> None:
-        """End a beat; another takes its place."""
+        """Kill a beat and start another."""
         number = self._rig.rng.randrange(len(self.beats))
         self.beats[number].signal(signal.SIGKILL)
         self.beats[number] = self._rig.beat()
@@ -131,7 +131,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
     end = time.monotonic() + seconds
     with api.client, Load(rig, rate, seconds, spread=2.0) as load:
         while time.monotonic() < end:
-            with suppress(Exception):  # the database may be away for those who look, too
+            with suppress(Exception):  # the database may be unreachable for this query too
                 rig.bulk(6, spread=1.0, per_chat=3)
             disorder.strike()
             time.sleep(rig.rng.uniform(0.1, 1.0))

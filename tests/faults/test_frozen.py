@@ -1,4 +1,4 @@
-"""A worker frozen past its lease and woken again: it writes nothing, and sends nothing twice."""
+"""A worker frozen past its lease and resumed writes nothing, and sends nothing twice."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ POINTS = ("begin.committed", "send.before", "send.answered", "settle.before")
 def frozen_at(
     rig: Rig, figures: Figures, point: str, workers: Sequence[Child], count: int, longer: float = 0.0
 ) -> None:
-    """Let the first of two workers freeze itself at the step, sleep past its lease, and wake again."""
+    """Freeze the first of two workers at the step until its lease is over, and resume it."""
     frozen, other = workers
     name = frozen.command.name
-    time.sleep(0.5)  # whatever it was still refused of an earlier step has been told
+    time.sleep(0.5)  # refusals of earlier steps have been counted by now
     before = refused(rig, name)
     other.signal(signal.SIGSTOP)  # so that it is the first that comes to the step
     rig.failpoints.arm(point, "stop")
@@ -46,13 +46,13 @@ def frozen_at(
 
 
 def refused(rig: Rig, name: str) -> int:
-    """Return how many late results, and late sends, the woken worker was refused."""
+    """Return how many late results and late sends were refused."""
     stale = sum(line["count"] for line in rig.log_events("stale_writes", name))
     return stale + len(rig.log_events("attempt_abandoned", name))
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """Frozen at a step past its lease, a worker settles nothing when it wakes: its writes are refused."""
+    """Frozen at a step past its lease, a worker settles nothing after resuming: its writes are refused."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)
@@ -66,7 +66,7 @@ def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """Frozen with row locks in its hands, a worker holds up its own rows only; PostgreSQL ends its session."""
+    """Frozen with row locks, a worker delays its own rows only; PostgreSQL ends its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")

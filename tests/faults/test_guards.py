@@ -36,14 +36,14 @@ PUT_OFF = "limited_until = held.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
-    # Whoever has waited for a row finds that it has moved, so that each of the two is enough.
+    # A transaction that has waited for a row sees that it has moved, so either of the two is enough.
     "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
 }
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
 
 class Guard(NamedTuple):
-    """Which statements hold it, what is put in place of it, and what then breaks."""
+    """The statements with the guard, its replacement, and what then breaks."""
 
     within: str
     cuts: dict[str, str]
@@ -132,7 +132,7 @@ CATALOGUE = {
     ),
     "token at release": Guard("SET lease_until = NULL FROM held", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("held.status", {TOKEN: ""}, guards.stale_end),
-    # The lock refuses what is in flight, the UPDATE says so again, and a constraint of the table says so too.
+    # The lock refuses rows in flight; the UPDATE and a constraint of the table do so too.
     "begun at cancel": Guard(
         "follow_ups", {BEGUN_ORM: "", "lease_until=": "begun_at=NULL, lease_until="}, guards.cancelled_in_flight
     ),
@@ -189,7 +189,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
     ],
 )
 def test_constraint(constraint: str, change: str, world: World) -> None:
-    """The table refuses what no statement of ours writes; without its constraint such a row would stand."""
+    """The table refuses rows that no statement of ours writes; without its constraint such a row would be stored."""
     follow_up = world.follow_up(status="sent", finished_at=text("now()"))
     statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
     with pytest.raises(IntegrityError, match=constraint):

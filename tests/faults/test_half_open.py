@@ -1,6 +1,6 @@
-"""Connections on which nothing comes back any more, though the network goes on acknowledging.
+"""Connections on which nothing arrives any more while the network keeps acknowledging.
 
-Neither TCP's keepalives nor its user timeout see anything wrong there; only a limit of our own notices.
+Neither TCP's keepalives nor its user timeout detect this; only a limit of our own does.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SLACK = 20.0
 """Seconds for a machine busy with other tests; the figure is what it took."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
-"""What a worker says that has noticed that the broker is silent."""
+"""The log events of a worker that has noticed the broker's silence."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
 """The limits derive from the lease; the short forms shorten it."""
@@ -58,7 +58,7 @@ def working(rig: Rig) -> list[Child]:
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
     """Wait until the first gives up a connection to the database, or every worker its wait for the broker."""
     since = time.monotonic()
-    if server == "database":  # whose loss costs nobody more than a new connection: there is nothing to say
+    if server == "database":  # losing it costs only a new connection, so there is nothing to log
         wait_until(proxy.given_up, within=90, every=0.05)
     else:
         logs = [worker.command.log for worker in workers]
@@ -93,7 +93,7 @@ def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: flo
 
 @by_server
 def test_dead_connections(server: str, proxied: Proxied, figures: Figures) -> None:
-    """Worker and beat notice by themselves, connect anew, and everything that fell due meanwhile is sent."""
+    """Worker and beat detect it, reconnect, and everything that fell due meanwhile is sent."""
     dead_connections(proxied, figures, server, limit=5.0)
 
 
@@ -106,7 +106,7 @@ def test_dead_connections_with_default_limits(server: str, proxied: Proxied, fig
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Let a server be silent on old and new connections, then let go on, or break, what was held back."""
+    """Silence a server on old and new connections, then let it continue, or break what was held back."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)
@@ -182,7 +182,7 @@ def seconds_until_answered(api: web.Api) -> float:
 
 
 def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
-    """The API goes on taking follow-ups, none of them slowly, and those are sent when the broker speaks again."""
+    """The API keeps accepting follow-ups without delay, and they are sent once the broker answers again."""
     rig, (_, broker) = proxied
     rig.start()
     api = rig.web()

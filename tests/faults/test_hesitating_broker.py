@@ -1,4 +1,4 @@
-"""A broker that falls silent for hardly longer than it is waited for, and goes on: no connection is lost by it."""
+"""A broker that is silent for barely longer than the limit and then continues: no connection is lost."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: in
 
 
 def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """The worker goes on consuming, whichever of its commands were given up."""
+    """The worker keeps consuming, whichever of its commands timed out."""
     hesitating(proxied, figures, times=4)
 
 

@@ -1,6 +1,6 @@
-"""A worker killed at each step: what it held is delivered by another within a lease and a tick, once by key.
+"""A worker killed at each step: another delivers what it had within a lease and a tick, once by key.
 
-The worker is one process (Celery's solo pool, which its settings fix): there is no child that could be killed alone.
+The worker is one process (Celery's solo pool, fixed in its settings), so there is no child to kill separately.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
 
 
 def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
-    """SIGKILL at a step loses nothing and doubles nothing; another worker takes over, and one takes its place."""
+    """SIGKILL at a step loses nothing and doubles nothing; another worker takes over."""
     workers = rig.start(workers=2, harmed=True)
     points = [point for point in POINTS if point not in BESIDE]
     for point in rig.rng.sample(points, len(points)):
@@ -63,7 +63,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
     """A worker killed with many calls in flight: each is noted as lost, and made again by another under its key."""
     doomed, other = rig.start(workers=2)
-    other.signal(signal.SIGSTOP)  # so that the doomed one holds all of it
+    other.signal(signal.SIGSTOP)  # so that the other worker has everything
     rig.behave(kind="slow", delay=0.3)
     rig.bulk(200, spread=0.3)
     wait_until(lambda: len(rig.received()) > rig.rng.randrange(20, 100))

@@ -55,11 +55,11 @@ def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """Who read a row before it was sent, and changes it after, is refused; the row stays sent."""
+    """Writing a row that was read before it was sent is refused; the row stays sent."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"
-        session.commit()  # the object goes on saying so, as a cached one would
+        session.commit()  # the object keeps the old value, as a cached one would
         deliver(engine, settings, Sent(None))
         with pytest.raises(AlreadyFinishedError):
             amend(session, follow_up, {"message": "Hello?"})
@@ -112,7 +112,7 @@ def test_same_words_again(rig: Rig, figures: Figures) -> None:
 
 
 def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings) -> None:
-    """A due date that has passed is no obstacle to a worker's write, nor to a change of something else."""
+    """A past due date prevents neither a worker's write nor a change of another field."""
     settings = settings.model_copy(update={"max_lateness": timedelta(0)})
     follow_up = world.follow_up(due=-timedelta(hours=2), scheduled_at=text("now() - interval '2 h'"))
     with Session(engine) as session, session.begin():

@@ -20,7 +20,7 @@ def test_complete_protocol() -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_complete_protocol_with_three_claims(deduplicates: bool) -> None:  # noqa: FBT001 - a parameter of a test
-    """Nor does it with a third claim of each."""
+    """The same with a third claim of each."""
     completely(Protocol(deduplicates=deduplicates, most_claims=3))
 
 
@@ -42,7 +42,7 @@ def completely(protocol: Protocol) -> None:
         ({"begun at cancel"}, True, "no lie"),
         ({"chat lock"}, True, "a reply stops what is not in flight"),
         ({"order at begin"}, True, "order within a chat"),
-        # Of each of these pairs one is enough by itself; the store has both.
+        # Either one of each of these pairs is enough; the store has both.
         ({"pending at begin", "lease at begin"}, True, "nothing after its cancel"),
         ({"pending at settle", "begun at settle"}, True, "final states never change"),
     ],

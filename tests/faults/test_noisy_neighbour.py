@@ -1,4 +1,4 @@
-"""A workspace with a hundred times the load of the others, and with a backlog: the others' go out all the same."""
+"""A workspace with a hundred times the load of the others, or with a backlog, does not delay the others."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
 
 
 def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
-    """What falls due beside a backlog that fills the window and all the slots is sent before most of the backlog is."""
+    """Follow-ups beside a backlog that fills the window and all slots are sent before most of the backlog."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8"}
     seen = backlog(rig, overdue=3000, each=5, spread=1.5, call=0.02)
     keep_backlog(rig, figures, seen)

@@ -1,4 +1,4 @@
-"""A snapshot that somebody holds open under load: nothing can be vacuumed, and everything goes on being sent."""
+"""A snapshot held open under load: nothing can be vacuumed, and sending continues."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
         rig.settle_down(within=60)
         ended = datetime.now(UTC)
         dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)  # counted some time later
-        assert sent_then() == 0  # it was held all the time
+        assert sent_then() == 0  # it was open all the time
     part = (ended - began) / 6
     some = len(load.ids) // 6
     verdict = rig.verdict()

@@ -1,4 +1,4 @@
-"""A message that kills whoever sends it: it is quarantined, and its neighbours are sent."""
+"""A poison pill that kills its worker is quarantined, and its neighbours are sent."""
 
 from __future__ import annotations
 

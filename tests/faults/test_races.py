@@ -1,4 +1,4 @@
-"""Cancel against deliver, reply against create: whoever wins, both sides are told the same."""
+"""Cancel against deliver, reply against create: whichever wins, both sides see the same result."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
     for row in rig.world.rows():
         full = rig.world.row(row.id)
         outcomes[f"201 {full.status} {full.reason}"] += 1
-    # No worker ran before both were answered: what was created was cancelled, or was refused.
+    # No worker ran before both were answered: the new follow-up was cancelled or refused.
     assert outcomes.keys() <= {"409", "201 cancelled user_replied"}
     figures.keep(16, verdict, reply_against_create=dict(outcomes))
 

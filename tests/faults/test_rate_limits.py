@@ -1,4 +1,4 @@
-"""Rate limits with real workers, while Redis loses all that it holds: every promise is kept, and so is the rate."""
+"""Rate limits with real workers, while Redis is wiped: every promise is kept, and so is the rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""Those that nobody was asked about: a machine that stands still for a moment is as if Redis were away."""
+"""Follow-ups begun without asking Redis: a machine that stalls for a moment looks like an unreachable Redis."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:
@@ -42,4 +42,4 @@ def test_wiped_while_they_wait(rig: Rig) -> None:
     free = (1 + WIPED) * BURST + float(rig.world.scalar(LET_THROUGH))
     for number, moment in enumerate(accepted, start=1):
         assert number <= free + RATE * (moment - started).total_seconds()
-    wait_until(lambda: any(line["count"] for line in rig.events("limited")))  # told every five seconds
+    wait_until(lambda: any(line["count"] for line in rig.events("limited")))  # logged every five seconds

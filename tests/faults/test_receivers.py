@@ -31,7 +31,7 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""So that a slow machine is no failing receiver, and that nobody's attempts run out during an outage."""
+"""So that a slow machine does not look like a failing receiver, and no attempts run out during an outage."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
 """Seconds: requests are counted in windows as long as these."""
 
@@ -139,9 +139,9 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 
 
 def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
-    """Let the chat fail for everybody for some seconds under load, then take everything; return how often it failed.
+    """Fail every chat for some seconds under load, then accept everything; return the number of failures.
 
-    ``limit`` is a rate limit of all deliveries, a second.
+    ``limit`` is a rate limit for all deliveries, per second.
     """
     if limit:
         with rig.world.engine.begin() as connection:
@@ -176,7 +176,7 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
 
 
 def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage costs the attempts of a few, and nobody's last one."""
+    """Check that an outage costs a few follow-ups an attempt, and none its last one."""
     failed = away(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
@@ -190,7 +190,7 @@ def test_some_fail(rig: Rig, figures: Figures) -> None:
 
 
 def test_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """While the receiver asks for patience nobody comes earlier than it wished, and no attempt is used up."""
+    """While the receiver asks for patience nothing arrives earlier than it asked, and no attempt is used up."""
     storm(rig, figures, count=200, seconds=1)
 
 
@@ -200,7 +200,7 @@ def test_outage(rig: Rig, figures: Figures) -> None:
 
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
-    """While a chat server fails for everybody it is left alone, and nobody's attempts run out."""
+    """While a chat server fails for everyone the breaker is open, and no follow-up runs out of attempts."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
     left_alone(rig, figures, rate=120, seconds=4)
 
@@ -219,14 +219,14 @@ AS_THEY_COME = {
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """The same for two minutes with the settings as they come; afterwards no more than a rate limit allows."""
+    """The same for two minutes with the default settings; afterwards the rate limit holds."""
     rig.options |= AS_THEY_COME
     left_alone(rig, figures, rate=100, seconds=120, limit=300)
 
 
 @pytest.mark.faults_long
 def test_not_left_alone(rig: Rig, figures: Figures) -> None:
-    """What the same outage costs without a breaker, to compare."""
+    """What the same outage costs without a breaker, for comparison."""
     rig.options |= AS_THEY_COME | {"FOLLOWUPS_BREAKER_FAILURES": "0", "FOLLOWUPS_RETRY_CAP": "60"}
     assert away(rig, figures, rate=100, seconds=120, limit=300) > 1_000
 

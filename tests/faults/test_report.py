@@ -1,4 +1,4 @@
-"""The page of results: what was not run anew stays, with its date and what it broke."""
+"""The page of results: results not run again stay, with their date and what they broke."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) ->
 
 
 def test_what_an_earlier_run_broke_is_still_said() -> None:
-    """A long form that is taken over goes on counting as broken, and is forgotten once it is run anew."""
+    """A long form taken from earlier results still counts as broken, until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "Promises broken, in all of them: {'in earlier runs': 2}" in second
@@ -37,7 +37,7 @@ def test_each_row_has_the_date_of_its_run() -> None:
 
 
 def test_long_forms_alone_leave_the_short_ones() -> None:
-    """A run of the long forms alone keeps the table of the short ones, and the seeds that it tells of."""
+    """A run of the long forms alone keeps the table of the short ones and their seeds."""
     first = report([*run("one", "short", lost=1), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "- Short forms: seeds 7; whole runs by this program: 1, passed: 0" in second

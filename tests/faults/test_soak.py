@@ -29,7 +29,7 @@ STEP = 0.25
 AHEAD = 5.0
 """Seconds until the last of an insert falls due."""
 ROOM_MB = 32.0
-"""What a process may have grown by at the end, besides a quarter of its median: what allocators keep, no leak."""
+"""How much a process may have grown at the end, besides a quarter of its median: memory that allocators keep."""
 
 # Those only that could be on time: due some ticks after they were created, and taken at the first attempt. By
 # the index of lists, so that looking costs the same at the end as at the beginning.
@@ -44,7 +44,7 @@ _DEAD = "SELECT coalesce(sum(n_dead_tup), 0)::int FROM pg_stat_user_tables WHERE
 
 @dataclass
 class Samples:
-    """What is looked at again and again: a list of values for each name."""
+    """Repeated samples: a list of values for each name."""
 
     rig: Rig
     values: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -93,7 +93,7 @@ def resident_mb(pid: int) -> float:
 
 
 def disturb(rig: Rig, api: Api, fresh: list[UUID]) -> None:
-    """Of what was just added, let one chat fail once, cancel one, and let a user reply to one."""
+    """Of the follow-ups just added, make one chat fail once, cancel one, and let a user reply to one."""
     failing, cancelled, replied = rig.rng.sample(fresh, 3)
     rig.behave(chat_of(rig, failing), kind="fail", times=1)
     assert rig.cancel(api, cancelled) in {200, 409}

@@ -1,4 +1,4 @@
-"""The breaker: its state in a real Valkey, and a pipeline whose transport fails for everybody."""
+"""The breaker: its state in a real Valkey, and a pipeline whose transport fails for everyone."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: 
 
 
 async def told(store: RedisBreaker, failed: list[UUID], wanted: int, *, succeeded: bool, lane: int = LANE) -> Reading:
-    """Tell of outcomes of one workspace; return the state without who is held, which is checked here."""
+    """Report outcomes of one workspace; return the state without the held workspaces, which are checked here."""
     runs = (Run(lane, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
     assert reading.state != CLOSED or not reading.held
@@ -79,14 +79,14 @@ async def opened(store: RedisBreaker) -> None:
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
-    """Different follow-ups that fail in a row open it, by whomever they are told; one that fails often does not."""
+    """Different follow-ups failing in a row open it, whichever workers report them; one that fails often does not."""
 
     async def script(store: RedisBreaker) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES * 2):
             assert (await told(store, [one], 0, succeeded=False)).state == CLOSED
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
-        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED  # the row begins anew
+        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED  # the row starts again
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         other = RedisBreaker(own, "http", QUICK)
         assert await told(other, ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
@@ -102,7 +102,7 @@ def test_probes_then_recovers(own: Settings) -> None:
     async def script(store: RedisBreaker) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 0, succeeded=False) == Reading("open")  # nobody waits
+        assert await told(store, [], 0, succeeded=False) == Reading("open")  # nothing waits
         assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
         assert await told(store, [], 10, succeeded=False) == Reading("probing")
         assert await told(store, ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
@@ -116,7 +116,7 @@ def test_probes_then_recovers(own: Settings) -> None:
 
 
 def test_comes_back_gently(own: Settings) -> None:
-    """While it recovers no more begin than its growing rate allows, and in the end nobody is held back."""
+    """While it recovers no more begin than its growing rate allows, and in the end all may begin."""
 
     async def script(store: RedisBreaker) -> None:
         await opened(store)
@@ -126,7 +126,7 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The rate doubles every second, so no more than twice what the last second began with.
+            # The rate doubles every second, so at most twice what the last second began with.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
@@ -180,7 +180,7 @@ def test_who_is_held(own: Settings) -> None:
         assert await held(store) == {LANE, OTHER}
         assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).held == {LANE, OTHER, 3}
         await told(store, [], 0, succeeded=True, lane=OTHER)
-        assert await held(store) == {LANE, OTHER, 3}  # it comes back gently, too
+        assert await held(store) == {LANE, OTHER, 3}  # it recovers gradually, too
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(News(), 0) == Reading("open", held=frozenset({LANE, 3}))
 
@@ -290,7 +290,7 @@ def client(own: Settings) -> redis.Redis:
 
 
 def test_what_begins_when_it_has_opened(own: Settings) -> None:
-    """What was on its way when it opened takes no permits: nobody may begin, and nobody may be owed."""
+    """Attempts under way when it opened take no permits."""
 
     class Open:
         async def report(self, news: News, wanted: int) -> Reading:
@@ -314,7 +314,7 @@ def test_what_begins_when_it_has_opened(own: Settings) -> None:
 
 
 class Failing:
-    """A transport that fails until it is told to be well."""
+    """A transport that fails until it is repaired."""
 
     name = "http"
 
@@ -362,7 +362,7 @@ SLOWLY = Pace(first_pause=600, longest_pause=600)
 def test_burns_no_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """While the transport fails for everybody only those have an attempt less that began before that was known."""
+    """While the transport fails for everyone, only those that began before that was known lose an attempt."""
     transport = Failing(outcome)
     for _ in range(100):
         world.follow_up()
@@ -409,7 +409,7 @@ def test_stays_closed(
 def test_all_are_sent_when_it_is_back(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """When the transport is back, all that waited is sent, without anybody asking."""
+    """When the transport is back, everything that waited is sent without further action."""
     transport = Failing(Retry("no connection"))
     for _ in range(100):
         world.follow_up()
@@ -429,7 +429,7 @@ def test_all_are_sent_when_it_is_back(
 
 
 def test_holds_up_nobody_else(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> None:
-    """A workspace whose chats all fail, many more than open it, does not hold up another's."""
+    """A workspace whose chats all fail, many more than open it, does not delay another's."""
     theirs = World(engine)
     transport = Failing(Retry("HTTP 500"))
     transport.well = theirs.workspace_id
@@ -480,7 +480,7 @@ def test_deliveries_go_on_without_redis(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where nobody answers for the state, all begin in the end, with a rest whenever many failed; it is counted."""
+    """If the state is unreachable, all begin in the end, with a pause after many failures; this is counted."""
     monkeypatch.setattr(breaker, "AWAY", 0.1)
     transport = Failing(Retry("no connection"))
     for _ in range(30):

@@ -49,7 +49,7 @@ def one_begun(engine: Engine, settings: Settings) -> Begun:
 
 
 def attempt(begun: Begun, outcome: Outcome) -> Attempt:
-    """Return the attempt as it would come back from the transport."""
+    """Return the attempt as the transport would return it."""
     return Attempt(begun, checked(outcome), timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 
@@ -73,7 +73,7 @@ class TestClaim:
         assert [lease.id for lease in claim(engine, settings).leases] == [first, second]
 
     def test_leased_is_not_claimed_again(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What is leased is left alone until the lease ends, and then gets a greater token at no cost."""
+        """A leased follow-up is not claimed until the lease ends; then it gets a greater token at no cost."""
         follow_up = world.follow_up()
         lease = one_lease(engine, settings)
         assert claim(engine, settings).leases == ()
@@ -83,7 +83,7 @@ class TestClaim:
         assert (row.attempts, row.losses, row.snoozes) == (0, 0, 0)
 
     def test_window_bounds_what_is_in_flight(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Ticks claim no more than MAX_IN_FLIGHT in all, and say that there is more."""
+        """Ticks claim no more than MAX_IN_FLIGHT in total, and report that there is more."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for _ in range(5):
             world.follow_up()
@@ -117,7 +117,7 @@ class TestClaim:
         assert [lease.id for lease in claim(engine, settings).leases] == [ids[1], ids[2], ids[0]]
 
     def test_window_with_earlier_ones_behind(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What comes in with an earlier due date than what is in flight counts with it."""
+        """Rows that come in with an earlier due date count together with those in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
             for _ in range(3):
@@ -126,7 +126,7 @@ class TestClaim:
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
 
     def test_held_by_somebody(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Rows that somebody's open transaction holds are passed over, and hide nobody else's."""
+        """Locked rows are skipped, and hide no others."""
         bounded = settings.model_copy(update={"max_in_flight": 2})
         held, free = world.follow_up(due=-SECOND), world.follow_up()
         with engine.connect() as connection:
@@ -161,7 +161,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "outcome_unknown")
 
     def test_poison(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What takes its third worker with it is quarantined as worker_lost."""
+        """A follow-up that loses its third worker is quarantined as worker_lost."""
         follow_up = world.follow_up()
         for _ in range(MAX_LOSSES):
             self.lose(world, engine, settings, follow_up)
@@ -170,7 +170,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
 
     def test_reply_meanwhile(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What a reply wanted to cancel in flight is not sent again after its worker was lost."""
+        """A reply to a follow-up in flight keeps it from being sent again after its worker was lost."""
         chat = world.chat()
         follow_up = world.follow_up(chat)
         one_begun(engine, settings)
@@ -207,7 +207,7 @@ class TestBegin:
         assert begin(engine, settings, forged).begun == ()
 
     def test_expired_lease(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A lease that ended in the line is not begun."""
+        """A lease that expired in the due queue is not begun."""
         follow_up = world.follow_up()
         lease = one_lease(engine, settings)
         world.expire(follow_up)
@@ -223,7 +223,7 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", "the customer called")
 
     def test_rescheduled_in_the_queue(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up put off while its batch waits is not begun under the old hint."""
+        """A follow-up rescheduled while its batch waits is not begun under the old hint."""
         follow_up = world.follow_up()
         lease = one_lease(engine, settings)
         with Session(engine) as session, session.begin():
@@ -273,7 +273,7 @@ class TestBegin:
         assert one_begun(engine, patient).attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A row that a caller's open transaction holds is tried again, and holds up nothing else."""
+        """A row locked by a caller's open transaction is tried again, and delays nothing else."""
         held, other = world.follow_up(), world.follow_up()
         batch = claim(engine, settings).leases
         with Session(engine) as session:
@@ -289,7 +289,7 @@ class TestOrder:
     """In a chat, one follows the other."""
 
     def test_later_waits_and_is_woken(self, world: World, engine: Engine, settings: Settings) -> None:
-        """The later of two is parked, not claimed again, and leased to whoever settles the earlier one."""
+        """The later of two is parked, not claimed again, and leased to the worker that settles the earlier one."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = begin(engine, settings, claim(engine, settings).leases)
@@ -318,7 +318,7 @@ class TestOrder:
         assert sent == ids
 
     def test_pile_that_somebody_holds(self, world: World, engine: Engine, settings: Settings) -> None:
-        """One of a pile that a caller's transaction holds is passed over; what is behind it waits all the same."""
+        """A locked row of a pile is skipped; those behind it still wait."""
         chat = world.chat()
         first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
         batch = claim(engine, settings).leases[:2]
@@ -348,7 +348,7 @@ class TestOrder:
         assert [lease.id for lease in claim(engine, settings).leases] == [second]
 
     def test_put_off_wakes(self, world: World, engine: Engine, settings: Settings) -> None:
-        """When the earlier one is put off behind the later one, the later one goes first."""
+        """When the earlier one is deferred behind the later one, the later one goes first."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = claim(engine, settings).leases
@@ -376,7 +376,7 @@ class TestOrder:
         assert claim(engine, settings).leases == ()
 
     def test_no_longer_before_it(self, world: World, engine: Engine, settings: Settings) -> None:
-        """An earlier one that was put off in the very moment is not waited for."""
+        """An earlier one that was rescheduled at that moment is not waited for."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in claim(engine, settings).leases if one.id == second)
@@ -488,7 +488,7 @@ class TestSettle:
         assert status == "sent" or row.reason.partition(":")[0] == "user_replied"
 
     def test_callers_open_transaction(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A row that somebody holds is settled later, and holds up no other result."""
+        """A locked row is settled later, and delays no other result."""
         held, other = world.follow_up(), world.follow_up()
         begun = begin(engine, settings, claim(engine, settings).leases).begun
         results = [attempt(one, Sent()) for one in begun]
@@ -501,7 +501,7 @@ class TestSettle:
         assert world.row(held).status == "sent"
 
     def test_refused_cancel_holds_nothing(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A caller that keeps its transaction open after a 409 does not hold up the settlement."""
+        """A caller that keeps its transaction open after a 409 does not delay the settlement."""
         follow_up = world.follow_up()
         begun = one_begun(engine, settings)
         with Session(engine) as session:
@@ -511,7 +511,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_next_of_its_chat_is_held(self, world: World, engine: Engine, settings: Settings) -> None:
-        """When somebody holds the next one of the chat, settling goes on, and the next one is not forgotten."""
+        """If the next one of the chat is locked, settle continues, and the next one is not forgotten."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = begin(engine, settings, claim(engine, settings).leases)
@@ -567,7 +567,7 @@ class TestCancelAgainstDeliver:
         """Of a cancel and a begin at once exactly one wins, fifty times over."""
         for _ in range(50):
             follow_up = world.follow_up()
-            # Those of earlier rounds that are in flight may be claimed anew on a slow machine.
+            # On a slow machine, those of earlier rounds in flight may be claimed again.
             batch = tuple(lease for lease in claim(engine, settings).leases if lease.id == follow_up)
             start = threading.Barrier(2)
             begun: list[int] = []
@@ -591,7 +591,7 @@ class TestCancelAgainstDeliver:
 
 
 def test_release(world: World, engine: Engine, settings: Settings) -> None:
-    """What a draining worker gives back can be claimed at once; what it has begun is not given back."""
+    """Follow-ups released by a draining worker can be claimed at once; begun ones are not released."""
     begun, waiting = world.follow_up(), world.follow_up()
     batch = claim(engine, settings).leases
     begin(engine, settings, [lease for lease in batch if lease.id == begun])
@@ -618,7 +618,7 @@ def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> No
 
 
 def test_losses_are_told(world: World, engine: Engine, settings: Settings) -> None:
-    """A lease says how many workers were lost with it, so that its last chance is not its neighbour's doing."""
+    """A lease carries the number of lost leases, so that its last try happens alone."""
     follow_up = world.follow_up()
     told = []
     for _ in range(MAX_LOSSES):
@@ -630,7 +630,7 @@ def test_losses_are_told(world: World, engine: Engine, settings: Settings) -> No
 
 
 def test_losses_are_told_of_what_is_woken(world: World, engine: Engine, settings: Settings) -> None:
-    """What waited in its chat's order is still known for the workers that were lost with it."""
+    """A follow-up unblocked in its chat keeps its number of lost leases."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)
@@ -677,7 +677,7 @@ def test_settle_of_all_kinds_together(world: World, engine: Engine, settings: Se
 
 
 class TestLowWater:
-    """What a claim need not look at again."""
+    """The low-water mark: rows that a claim need not read again."""
 
     def test_mark(self, world: World, engine: Engine, settings: Settings) -> None:
         """It stays behind the first that has not ended, leased or not, and behind now."""
@@ -687,7 +687,7 @@ class TestLowWater:
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """Without anything due it is a margin behind now, for what is committed late."""
+        """Without anything due it is a margin before now, for late commits."""
         low = claim(engine, settings).low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 

@@ -57,14 +57,14 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
-        """Its only way in is a socket in a directory that other users cannot enter: there is no TCP port."""
+        """The only way in is a socket in a directory closed to other users: there is no TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
             assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
 
     def test_databases_are_copied_and_dropped(self, postgres: EmbeddedPostgres) -> None:
-        """A database can be made as a copy of another, and dropped while somebody is connected."""
+        """A database can be copied, and dropped while it has sessions."""
         with psycopg.connect(postgres.create_database("origin")) as connection:
             connection.execute("CREATE TABLE copied (n int)")
         with psycopg.connect(postgres.create_database("co py", template="origin")) as connection:

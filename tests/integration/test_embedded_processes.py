@@ -40,7 +40,7 @@ print(child.pid, valkey._child().pid, postgres._child().pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""Starts one of each, forks, and, when told so, ends without stopping any."""
+"""Starts one of each, forks, and, on request, ends without stopping any."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
@@ -54,7 +54,7 @@ class TestProcesses:
     """Processes."""
 
     def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
-        """A process counts as started when its check says so, and its output is in a log of its name."""
+        """A process counts as started when its check passes, and its output is in a log of its own."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:
@@ -74,7 +74,7 @@ class TestProcesses:
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
     def test_readiness_has_a_deadline(self) -> None:
-        """A process that is not ready in time is stopped, and the error says how long was waited."""
+        """A process that is not ready in time is stopped, and the error gives the time."""
         with Processes() as processes:
             with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
                 processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))
@@ -86,7 +86,7 @@ class TestProcesses:
             processes.spawn("flower", ["no-such-program"])
 
     def test_the_stubborn_are_killed_with_all_they_started(self) -> None:
-        """Who ignores SIGTERM is killed after the grace, and so are the group's other processes."""
+        """A process that ignores SIGTERM is killed after the grace, with the rest of its group."""
         script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
         with Processes() as processes:
             stubborn = processes.spawn("stubborn", ["sh", "-c", script], grace=timedelta(seconds=0.2))
@@ -97,7 +97,7 @@ class TestProcesses:
         assert _until(lambda: not is_alive(started))
 
     def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
-        """SIGTERM goes to the process only, so that it can let its children finish; who ends by itself is told."""
+        """SIGTERM goes to the process only, so that it can drain its children; one that ends by itself is reported."""
         done = tmp_path / "done"
         script = f"trap 'wait; exit 7' TERM; (sleep 0.3; touch {done}) & echo up; wait"
         with Processes() as processes:
@@ -109,7 +109,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_lines_are_told_as_they_come(self) -> None:
-        """With an echo, each line of output is told with the process's name, and is in the log too."""
+        """With an echo, each line of output is passed on with the process's name, and is in the log too."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})
@@ -157,7 +157,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """When somebody kills the watchdog, the next start has a new one, and with the last stop it ends."""
+    """A killed watchdog is replaced at the next start, and the new one ends with the last stop."""
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])
         first = WATCHDOG._process  # noqa: SLF001 - nobody else needs to know it

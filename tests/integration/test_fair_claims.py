@@ -1,4 +1,4 @@
-"""A backlog shared out between workspaces: whoever has the fewest in flight goes first, and the window holds."""
+"""A backlog shared between workspaces: those with the fewest in flight go first, and the window holds."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def shares(claimed: Claim, worlds: list[World]) -> list[int]:
 def test_fewest_first(
     engine: Engine, settings: Settings, overdue: tuple[int, ...], in_flight: tuple[int, ...], expected: list[int]
 ) -> None:
-    """Places go to whoever has the fewest in flight; what one does not need, the others get; a full window is full."""
+    """Places go to the workspaces with the fewest in flight; unused shares go to others; a full window is full."""
     worlds = worlds_of(engine, *overdue)
     for world, count in zip(worlds, in_flight, strict=True):
         world.sql(
@@ -98,7 +98,7 @@ def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypa
 
 
 def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where more workspaces wait than the window has places, each gets one before any gets two; the rest comes next."""
+    """If more workspaces wait than the window has places, each gets one before any gets two."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)
@@ -116,7 +116,7 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
 
 
 def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim takes half of a window that is large, and says whether another one at once would take more."""
+    """A claim takes half of a large window, and reports whether another one at once would take more."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]
@@ -128,7 +128,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
 
 
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
-    """What is in flight counts, also behind what came in with an earlier due date."""
+    """Rows in flight are counted, even behind those with an earlier due date."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)
@@ -163,7 +163,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
 
 
 def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
-    """What was lost with its outcome unknown ends in a fair claim as in any other."""
+    """A lost lease with an unknown outcome ends in a fair claim as in any other."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
     world.expire(follow_up)
@@ -192,7 +192,7 @@ def test_at_once(engine: Engine, settings: Settings) -> None:
 
 
 def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
-    """Rows that somebody's open transaction holds are passed over, and hide nobody else's."""
+    """Locked rows are skipped, and hide no others."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
         held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"
@@ -201,7 +201,7 @@ def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """What passes over a backlog does not pass the mark over it."""
+    """A claim that skips a backlog does not move the mark past it."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
         """It stays behind the first of all that has not ended, though others were taken."""
@@ -214,7 +214,7 @@ class TestLowWater:
         assert len(claim_fairly(engine, settings, low).leases) == 43
 
     def test_from_the_mark_on(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What fell due before the mark is not looked for, in any workspace."""
+        """Rows due before the mark are not read, in any workspace."""
         worlds_of(engine, 3, due=-timedelta(minutes=5))
         later = world.follow_up()
         since = datetime.now(UTC) - timedelta(minutes=1)

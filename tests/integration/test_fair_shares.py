@@ -1,4 +1,4 @@
-"""Fair claims against what fair means: nobody gets a place while another who waits has fewer in flight."""
+"""Fair claims against the definition of fair: no workspace gets a place while a waiting one has fewer in flight."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """However little a claim looks at, its places go to those with the fewest in flight, and all places are taken."""
+    """However few rows a claim reads, its places go to those with the fewest in flight, and all places are used."""
     random = Random(seed)  # noqa: S311 - no secret
     monkeypatch.setattr(claims, "FEW", random.choice([1, 2, 6]))
     monkeypatch.setattr(claiming, "CLAIM_SIZE", random.choice([3, 5, 1000]))

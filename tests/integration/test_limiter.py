@@ -31,7 +31,7 @@ SLOW = 0.001
 
 @dataclass
 class Place:
-    """A limiter on a database of the test's own, and what it let go: the moments, in microseconds."""
+    """A limiter on a database of the test's own, with the moments of its grants in microseconds."""
 
     limiter: RedisLimiter
     redis: Redis
@@ -73,7 +73,7 @@ def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> Request:
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """In whatever span of time, no more have gone than a full bucket, and what came in meanwhile."""
+    """In any span of time, no more begin than a full bucket and what flowed in meanwhile."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):
@@ -123,7 +123,7 @@ async def test_several_at_once(place: Place, place_settings: Settings) -> None:
 
 
 async def test_who_was_due_first_goes_first(place: Place) -> None:
-    """Who comes later with an earlier due date waits a shorter time; at the same one, the lower id is first."""
+    """A later request with an earlier due date waits less; at the same one, the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)
@@ -137,7 +137,7 @@ async def test_who_was_due_first_goes_first(place: Place) -> None:
 
 
 async def test_nobody_overtakes(place: Place) -> None:
-    """A token that is there belongs to the first of those that wait, also while somebody else asks."""
+    """An available token belongs to the first in the queue, also while another asks."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await place.ask(first) == [GO]
@@ -149,7 +149,7 @@ async def test_nobody_overtakes(place: Place) -> None:
 
 
 async def test_who_waits_elsewhere_holds_up_nobody(place: Place) -> None:
-    """Who waits for its chat takes no token of its workspace, and stands before nobody there."""
+    """A follow-up that waits for its chat's limit takes no token of its workspace, and delays none there."""
     workspace, chat = bucket(burst=2), bucket()
     assert await place.ask(request(0, workspace, chat)) == [GO]
     assert (await place.ask(request(1, workspace, chat)))[0] > GO
@@ -166,7 +166,7 @@ async def test_it_waits_for_the_slowest(place: Place) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: Place) -> None:
-    """Who waits long is told to ask again before its turn, since others in front may give up; a short wait is exact."""
+    """A long wait is shortened, since others in front may give up; a short wait is exact."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
@@ -179,7 +179,7 @@ async def test_a_long_wait_is_told_shorter(place: Place) -> None:
 
 
 async def test_given_back(place: Place) -> None:
-    """What did not begin after all leaves its token to the next; never more than a full bucket comes of it."""
+    """A follow-up that did not begin returns its token to the next; a bucket never exceeds its size."""
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
     answer = await place.limiter.ask([first, second], ())
@@ -193,7 +193,7 @@ async def test_given_back(place: Place) -> None:
 
 
 async def test_a_cancelled_one_leaves_the_line(place: Place) -> None:
-    """Who has ended is taken out of the line, and the next has its place."""
+    """An ended one leaves the queue, and the next takes its place."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)
@@ -203,7 +203,7 @@ async def test_a_cancelled_one_leaves_the_line(place: Place) -> None:
 
 
 async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
-    """Who was expected and does not ask again is soon out of the line, and may come in again."""
+    """One that does not ask again at its time soon loses its place, and may queue up again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await place.ask(request(0, limit))
@@ -218,7 +218,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: Place) -> None:
-    """Who waits is back after five minutes at the latest, however far its turn; if not, it holds up nobody any more."""
+    """A waiting one asks again after five minutes at the latest; one that does not delays no other for longer."""
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
     waits = await place.ask(*cancelled)
@@ -279,7 +279,7 @@ async def test_who_does_not_come_back_when_the_clock_is_set(
 
 
 async def test_flushed(place: Place) -> None:
-    """A Redis that has lost everything, the scripts too, starts with full buckets and goes on."""
+    """A wiped Redis, without the scripts, starts with full buckets and continues."""
     limit = bucket(burst=3)
     assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
     for key in await place.redis.keys(f"*{limit.key}*"):
@@ -290,7 +290,7 @@ async def test_flushed(place: Place) -> None:
 
 
 async def test_it_leaves_nothing_behind(place: Place) -> None:
-    """Every key expires by itself, soon after the bucket is full and nobody is expected any more."""
+    """Every key expires by itself, soon after the bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
     keys = await place.redis.keys(f"*{limit.key}*")
@@ -300,7 +300,7 @@ async def test_it_leaves_nothing_behind(place: Place) -> None:
 
 
 async def test_the_line_has_an_end(place: Place) -> None:
-    """Behind a hundred thousand, waits are estimated and nobody is entered; who is in the line keeps its place."""
+    """Behind a hundred thousand, waits are estimated and not queued; those in the queue keep their place."""
     limit = bucket(rate=1000, burst=1)
     (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - what a day of waiting would fill
     await place.ask(request(0, limit))
@@ -312,7 +312,7 @@ async def test_the_line_has_an_end(place: Place) -> None:
 
 
 async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """Where Redis is away everybody may go: counted each, told once, and not asked again for a while."""
+    """If Redis is unreachable all may begin; each is counted, it is logged once, and Redis is not asked for a while."""
     nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
     limiter = RedisLimiter(nobody)
     before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way

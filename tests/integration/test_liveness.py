@@ -1,4 +1,4 @@
-"""What a worker signs for: a part that is stuck does not sign, however well the others are."""
+"""What a worker signs for: a stuck part does not sign, however well the others are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: what is paused does not begin, is out of the claim's way, and comes back."""
+"""Pauses on PostgreSQL: what is paused does not begin, is out of the claim's way, and returns."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOUR = timedelta(hours=1)
 
 
 def pause(world: World, channel: str | None = None, *, everybody: bool = False) -> Scope:
-    """Pause the workspace, or everybody's channel."""
+    """Pause the workspace, or a channel of all."""
     scope = Scope(None if everybody else world.workspace_id, channel)
     with world.engine.begin() as connection:
         assert pauses.pause(connection, scope)
@@ -37,20 +37,20 @@ def pause(world: World, channel: str | None = None, *, everybody: bool = False) 
 
 
 def resume(world: World, scope: Scope) -> int:
-    """Take the pause away and free what it held; return how many."""
+    """End the pause and release what it held; return how many."""
     with world.engine.begin() as connection:
         assert pauses.resume(connection, scope)
     return free(world)
 
 
 def free(world: World) -> int:
-    """Free what is held by no pause that stands; return how many."""
+    """Release what no current pause holds; return how many."""
     with world.engine.begin() as connection:
         return pauses.free_forgotten(connection)
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
-    """What is paused is held: it has no lease, used up no attempt, and is claimed no more; others go on."""
+    """A paused follow-up has no lease, used up no attempt, and is not claimed; others continue."""
     others = type(world)(engine)
     mine, theirs = world.follow_up(), others.follow_up()
     scope = pause(world)
@@ -77,7 +77,7 @@ def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, e
 
 
 def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) -> None:
-    """What two pauses are of goes on only when both are gone."""
+    """A follow-up under two pauses continues only after both."""
     follow_up = world.follow_up(world.chat(channel="waha"))
     first, second = pause(world), pause(world, "waha", everybody=True)
     assert begun(claim_and_begin(engine, settings)) == set()
@@ -97,7 +97,7 @@ def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: S
 
 
 def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
-    """What is behind a held one in its chat waits for it, and goes out after it."""
+    """A later one of its chat waits behind a paused one, and goes out after it."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     scope = pause(world)
@@ -111,7 +111,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up can be cancelled; with a new due date it is held no more, until it is due."""
+    """A paused follow-up can be cancelled; with a new due date it is released until it is due."""
     cancelled, moved = world.follow_up(), world.follow_up()
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -134,7 +134,7 @@ def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, 
 
 
 def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
-    """When the pause is gone and not all is freed, a later look frees the rest; what stands holds what it holds."""
+    """If a resume is interrupted, a later look releases the rest; current pauses keep theirs."""
     others = type(world)(engine)
     ids = [world.follow_up() for _ in range(5)]
     theirs = others.follow_up()
@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """One that is just being held when its pause goes is not held by nothing afterwards: whoever resumes waits."""
+    """A resume waits for one that is just being paused, so that none stays paused by nothing."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases
@@ -174,7 +174,7 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
 def test_many_are_freed_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a pause holds is let go in batches."""
+    """A pause releases its follow-ups in batches."""
     monkeypatch.setattr(pauses, "BATCH", 10)
     world.burst([timedelta(0)] * 25)
     scope = pause(world)

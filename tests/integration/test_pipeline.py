@@ -135,7 +135,7 @@ def test_the_next_of_a_chat_is_locked(
 def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Also where calls have been quick nothing begins without a slot: it could not be cancelled in the line for one."""
+    """Nothing begins without a slot, even after quick calls: waiting for one, it can still be cancelled."""
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     long = settings.model_copy(update=patient)
     transport = Scripted(lambda _: Sent(), 0.002)
@@ -152,7 +152,7 @@ def test_what_has_begun_is_under_way(
 
 
 class Stuck(Scripted):
-    """A transport whose calls for some follow-ups do not end before they are let go."""
+    """A transport whose calls for some follow-ups do not end until they are released."""
 
     def __init__(self, stuck: set[str]) -> None:
         super().__init__(lambda _: Sent())
@@ -276,7 +276,7 @@ def test_full_disk(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was sent is recorded also where stderr takes no line of it, and delivery goes on."""
+    """Sent follow-ups are recorded although stderr accepts no line, and delivery continues."""
 
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -316,7 +316,7 @@ def test_drain_while_slots_gather(
 def test_drained_without_a_database(
     world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What was sent and could not be recorded until the drain's limit is counted, and has its line in the log."""
+    """Sends that cannot be recorded within the drain's limit are counted and logged."""
     for _ in range(10):
         world.follow_up()
     away = pytest.MonkeyPatch()
@@ -356,7 +356,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
     count_twice: int,
     most: int,
 ) -> None:
-    """What was lost twice goes with no other suspect, what was lost once with a few; others go out beside them."""
+    """One with two lost leases goes without another such one, one with one lost lease with a few; others continue."""
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
     others = [world.follow_up() for _ in range(8)]
@@ -371,7 +371,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
 def test_leases_that_run_out_in_the_line(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Leases that run out before their turn cost no call to the database, and delivery goes on with fresh ones."""
+    """Leases that expire before their turn cost no query, and delivery continues with new ones."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))

@@ -89,7 +89,7 @@ def looked_up(plan: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
-    """Claim, begin, settle and what belongs to them read no more than what they are about, statistics or none."""
+    """Claim, begin, settle and their companions read only the rows they need, with or without statistics."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)
@@ -100,7 +100,7 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """The indexes of what is pending count as empty when vacuumed while nothing was: none looks cheap then."""
+    """Indexes of pending rows vacuumed while nothing was pending count as empty; no plan uses them for look-ups."""
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
     _analyze(engine)
@@ -125,7 +125,7 @@ def _go(engine: Engine, settings: Settings) -> list[str]:
 
 @dataclass
 class Way:
-    """What one step leaves to the next."""
+    """What one step passes to the next."""
 
     engine: Engine
     settings: Settings
@@ -157,13 +157,13 @@ class Way:
 
 
 LIGHT, EACH = 20, 3
-"""Workspaces beside the one with a backlog, and what is due in each."""
+"""Workspaces beside the one with a backlog, and the follow-ups due in each."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("statistics", ["none", "of before", "true"])
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
-    """It walks each workspace's own part of one index, and what is not due there, or beyond its share, it leaves."""
+    """It walks each workspace's own range of one index, and skips what is not due or beyond its share."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     if statistics == "of before":

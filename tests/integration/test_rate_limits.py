@@ -1,4 +1,4 @@
-"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: who waits, who does not, and what it costs nobody."""
+"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: what waits, what does not, and at what cost."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
 
 
 def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
-    """What no limit matches goes out at once, and asks nobody: another workspace, another channel."""
+    """A follow-up that no limit matches goes out at once, without a request to Redis."""
     limit(world, NONE_COMES_IN, channel="widget")
     held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
     other = type(world)(world.engine)
@@ -215,7 +215,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 
 
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
-    """What is paused has used up nothing of the limit when it goes on."""
+    """A paused follow-up has used up nothing of the limit when it continues."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.Scope(world.workspace_id, None)
     with world.engine.begin() as connection:
@@ -232,7 +232,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
 
 
 def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
-    """What waits for an earlier one of its chat gives back what it took, and goes when it is its turn."""
+    """A follow-up that waits for an earlier one of its chat returns its token, and goes in its turn."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])
@@ -256,7 +256,7 @@ def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
 
 
 def test_it_ends_in_time(world: World, bench: Bench) -> None:
-    """What would wait beyond its allowed lateness, or its channel's window, says so when that is over."""
+    """One that would wait beyond its allowed lateness, or its channel's window, ends at that time."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
     closes_soon = datetime.now(UTC) - timedelta(days=1) + 2 * SECOND
@@ -270,13 +270,13 @@ def test_it_ends_in_time(world: World, bench: Bench) -> None:
 
 
 def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
-    """What is cancelled while it waits for its turn never begins, and nobody waits for its turn in vain."""
+    """A follow-up cancelled while it waits never begins, and delays no other."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()
     bench.start(receiver)
     wait_until(lambda: receiver.received)
-    # As the API does: with the lease taken away, so that what it held in a worker's line is stale.
+    # As the API does: the lease is revoked, so that its entry in a worker's due queue is stale.
     world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
         " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",
@@ -288,7 +288,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
 
 
 def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
-    """A worker goes by a limit soon after it is set; lifted, what waited under it goes on. Without any, nobody asks."""
+    """A worker applies a new limit soon; once it is removed, waiting follow-ups continue."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
     world.follow_up()
@@ -305,7 +305,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 
 
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
-    """Where a limit of a channel is raised, what waits under it goes on; what waits under another's stays put off."""
+    """If a channel's limit is raised, those waiting under it continue; those under another stay deferred."""
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
     receiver = Receiver()
@@ -322,7 +322,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
 
 
 def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
-    """What cannot be put off, since somebody holds its row at this moment, is put off soon after."""
+    """A locked row is deferred soon after."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()

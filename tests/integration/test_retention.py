@@ -1,4 +1,4 @@
-"""Retention on PostgreSQL: what is old goes, what is needed stays, and nobody waits for it."""
+"""Pruning on PostgreSQL: old rows are deleted, needed ones stay, and nothing waits for it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
 
 
 def tidier(engine: Engine, settings: Settings, days: int = 30) -> Tidier:
-    """Return what removes what is older than so many days."""
+    """Return a pruner for what is older than so many days."""
     return Tidier(settings.model_copy(update={"retention": days * DAY}), engine)
 
 
@@ -119,7 +119,7 @@ def test_a_run_goes_on_where_the_last_one_ended(
 
 
 def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
-    """A row that another transaction holds is not waited for."""
+    """A locked row is skipped."""
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})
@@ -129,7 +129,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
 
 
 def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
-    """While one worker tidies up, another one does nothing; afterwards the lock is free."""
+    """While one worker prunes, others do nothing; afterwards the lock is free."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
@@ -146,7 +146,7 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
-    """Told to stop, it ends after the batch under way; a second start while it runs does nothing."""
+    """After a stop it ends with the current batch; a second start while it runs does nothing."""
     ended(world, 31 * DAY)
     one = tidier(engine, settings)
     one.start()

@@ -103,7 +103,7 @@ class TestSchedule:
         assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
 
     def test_a_caller_s_own_trace(self, caller: Caller) -> None:
-        """What is scheduled inside a trace of the caller's remembers it, whosever tracer it is; else there is none."""
+        """A follow-up scheduled inside a caller's trace stores it, whatever the tracer."""
         tracer = TracerProvider().get_tracer("a caller")
         with tracer.start_as_current_span("work") as span:
             traced = caller.schedule(caller.world.chat())
@@ -130,7 +130,7 @@ class TestSchedule:
         ],
     )
     def test_bad_field(self, caller: Caller, message: str, due: datetime, field: str) -> None:
-        """What cannot be stored, or is no moment, is refused by the field's name."""
+        """An invalid text or time is refused with the field's name."""
         with pytest.raises(InvalidRequestError) as caught:
             caller.schedule(caller.world.chat(), due, message)
         assert caught.value.field == field
@@ -218,7 +218,7 @@ class TestAmend:
                 scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
 
     def test_cancel(self, caller: Caller) -> None:
-        """A cancel ends it with the caller's words or the code; again is no change; other words are refused."""
+        """A cancel ends it with the caller's reason or the code; repeating it changes nothing."""
         created = caller.schedule(caller.world.chat())
         cancelled = followups.cancel(caller.session, created.id, reason="called")
         assert (cancelled.status, cancelled.reason) == ("cancelled", "called")
@@ -238,14 +238,14 @@ class TestAmend:
         assert row.created_at <= row.scheduled_at
 
     def test_lease_alone_is_no_obstacle(self, caller: Caller) -> None:
-        """What a tick has claimed and nobody has begun is cancelled at once, its lease and all."""
+        """A claimed follow-up that has not begun is cancelled at once, with its lease."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
         caller.session.commit()
         assert caller.world.row(follow_up).lease_until is None
 
     def test_in_flight(self, caller: Caller) -> None:
-        """What has begun refuses, even when its lease has run out: the outcome is not known yet."""
+        """A begun follow-up refuses, even after its lease has run out: its outcome is not known yet."""
         follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
         with pytest.raises(DeliveryInProgressError) as caught:
             scheduling.cancel(caller.session, follow_up)
@@ -279,10 +279,10 @@ class TestRetry:
 
 
 class TestChats:
-    """What is known of chats and their messages."""
+    """The stored facts about chats and their messages."""
 
     def test_put(self, caller: Caller) -> None:
-        """A chat is created once, then updated; one that was removed starts anew."""
+        """A chat is created once, then updated; a removed one starts anew."""
         chat_id = uuid4()
         assert caller.put(chat_id, external_id="x")[1]
         caller.receive(chat_id, Role.USER)

@@ -54,7 +54,7 @@ def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
 
 
 def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
-    """Return what the catalogue holds, in order."""
+    """Return the catalogue's content in order."""
     with engine.connect() as connection:
         return sorted((tuple(row) for row in connection.execute(text(query))), key=repr)
 
@@ -182,7 +182,7 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
 
 
 def test_a_migration_gives_way(empty_engine: Engine) -> None:
-    """A migration that waits behind a long transaction lets everybody else pass, and is done when that has ended."""
+    """A migration that waits behind a long transaction lets other statements pass, and completes afterwards."""
     url = empty_engine.url.render_as_string(hide_password=False)
     migrate(url, "0003")
     migration = threading.Thread(target=migrate, args=(url,))
@@ -191,7 +191,7 @@ def test_a_migration_gives_way(empty_engine: Engine) -> None:
         migration.start()
         wait_until(lambda: _waiting_for_locks(other))
         other.execute(text("SET lock_timeout = '20s'"))
-        other.execute(text("SELECT count(*) FROM follow_ups"))  # behind the migration, which gives up its place
+        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which gives up its place
         other.rollback()
         assert migration.is_alive()
     migration.join(30)

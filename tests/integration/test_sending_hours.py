@@ -1,4 +1,4 @@
-"""Sending hours on PostgreSQL: what falls outside is held until they open, and the messaging window is kept."""
+"""Sending hours on PostgreSQL: follow-ups outside them wait until they open, and the messaging window is kept."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
 
 
 def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside the hours nothing begins: it is held until they open, with no attempt used up; others go on."""
+    """Outside the hours nothing begins or uses up an attempt until they open; other workspaces continue."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()
@@ -84,14 +84,14 @@ def test_held_until_they_open(world: World, engine: Engine, settings: Settings) 
 
 
 def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """Within the hours a follow-up begins as ever."""
+    """Within the hours a follow-up begins as usual."""
     put(world, OPEN)
     follow_up = world.follow_up()
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
 def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """When the hours have opened, what was held begins."""
+    """When the hours have opened, waiting follow-ups begin."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
@@ -102,7 +102,7 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
 
 
 def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """When the time of sending that the database knows is over, whoever meets that works out the one of now."""
+    """When the stored time of sending is over, the first worker that meets it computes the next one."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
@@ -121,7 +121,7 @@ def test_begun_just_before_the_opening(world: World, engine: Engine, settings: S
 
 
 def test_the_first_due_comes_back_first(world: World) -> None:
-    """What is held until the same opening comes back in the order of the due dates, within a second."""
+    """Follow-ups held until the same opening return in the order of the due dates, within a second."""
     opening = world.scalar("SELECT now()")
     back = [holds.back_at(opening, opening - ago) for ago in (50 * HOUR, 9 * HOUR, 8 * HOUR, MINUTE)]
     assert back == sorted(back)
@@ -146,7 +146,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """One that is just being held when the hours are cleared is freed with the others: whoever clears them waits."""
+    """One that is just being held when the hours are cleared is released with the others: the clear waits."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -172,7 +172,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
 
 
 def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
-    """One is not held by hours that have changed since they were read."""
+    """Hours that have changed since they were read hold nothing."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -188,7 +188,7 @@ class TestLateness:
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What was held for longer than it may be late is sent after the opening, and is too late only later."""
+        """One held for longer than the allowed lateness is sent after the opening, and is too late only later."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)
         old = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
@@ -199,7 +199,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What came due outside the hours while no worker ran is no later than if it had been held."""
+        """One due outside the hours while no worker ran is no later than if it had been held."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -277,7 +277,7 @@ class TestWindow:
         return world.chat(channel="whatsapp", last_user_message_at=text(f"now() - interval '{ago} s'"))
 
     def test_a_hold_that_would_miss_the_window(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What the hours would hold until after the window fails at once as window_closed; what fits is held."""
+        """One that would be held beyond its window fails at once as window_closed; one that fits is held."""
         put(world, CLOSED)
         missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))
         beginning = claim_and_begin(engine, settings)
@@ -319,7 +319,7 @@ class TestWindow:
 
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up can be cancelled; with a new due date it is held no more, until it is due."""
+    """A held follow-up can be cancelled; with a new due date it is released until it is due."""
     put(world, CLOSED)
     cancelled, moved = world.follow_up(), world.follow_up()
     claim_and_begin(engine, settings)
@@ -333,7 +333,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
-    """Hours that cannot be read hold for a minute, and are looked at again: nothing is sent at a wrong hour."""
+    """Hours in an unknown time zone hold for a minute, and are looked at again: nothing is sent at a wrong hour."""
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
@@ -354,7 +354,7 @@ def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, set
 
 @pytest.mark.parametrize("zone", ["", "Nowhere/Else", "a\x00b"])
 def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
-    """A time zone that is none is refused where it is set."""
+    """An unknown time zone is refused when it is set."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="There is no time zone"):
         sending_hours.put(session, world.workspace_id, SendingHours(zone, time(8), time(20), EVERY_DAY))
     with Session(world.engine) as session:

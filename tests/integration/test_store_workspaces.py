@@ -46,7 +46,7 @@ class TestWorkspaces:
 
     @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
     def test_not_found(self, session: Session, name: str) -> None:
-        """A name that nobody has is not found, whatever it is."""
+        """An unknown name is not found, whatever it is."""
         with pytest.raises(WorkspaceNotFoundError):
             workspaces.find(session, name)
 
@@ -55,7 +55,7 @@ class TestApiKeys:
     """Keys: shown once, stored as a hash."""
 
     def test_made(self, session: Session) -> None:
-        """A key is recognisable, has 256 random bits, and the row holds its hash and its beginning only."""
+        """A key is recognisable and has 256 random bits; the row holds its hash and its beginning only."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, "laptop")
         other = api_keys.create(session, workspace.id)[1]

@@ -16,13 +16,13 @@ CLAIMED = ("followups_claimed_total", "{}")
 
 
 def sums(engine: Engine) -> dict[Sample, float]:
-    """Return what the database holds."""
+    """Return the sums in the database."""
     with engine.connect() as connection:
         return read(connection)
 
 
 def test_processes_add_up(engine: Engine) -> None:
-    """Each process adds what it has counted since it last did; the sum is everybody's."""
+    """Each process adds its new counts; the sum is that of all processes."""
     first, second = Totals(engine), Totals(engine)
     before = counted()[CLAIMED]
     metrics.CLAIMED.inc(3)
@@ -47,7 +47,7 @@ def test_labels_and_histograms(engine: Engine) -> None:
 
 
 def test_added_at_the_end(engine: Engine) -> None:
-    """A process that stops adds what is left."""
+    """A process that stops adds the rest."""
     kept = Totals(engine)
     kept.start()
     metrics.CLAIMED.inc()

@@ -77,7 +77,7 @@ def test_the_question_of_a_transaction_that_failed_is_forgotten(
 
 
 def test_refused(world: World, engine: Engine) -> None:
-    """What the database refuses is raised as it came, and the transaction is rolled back."""
+    """A database error is raised unchanged, and the transaction is rolled back."""
     insert = text("INSERT INTO workspaces (id, name) VALUES (:id, 'again')")
     with pytest.raises(IntegrityError):
         transact(engine, lambda connection: connection.execute(insert, {"id": world.workspace_id}))
@@ -86,7 +86,7 @@ def test_refused(world: World, engine: Engine) -> None:
 
 
 def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """When nobody can be asked, the error is raised once the patience is over."""
+    """If the database stays unreachable, the error is raised after the patience."""
 
     def gone(*_: object, **__: object) -> None:
         message = "no route to host"
@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_a_connection_that_lay_idle_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """A loop's broken connection is made anew, unseen; one that was used a moment ago fails once."""
+    """A broken idle connection is replaced unnoticed; one used a moment ago fails once."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)
@@ -125,7 +125,7 @@ async def test_a_connection_that_lay_idle_is_tested_first(
 
 
 async def test_a_connection_comes_back_without_what_was_not_committed(world: World, database_url: str) -> None:
-    """What fails in a transaction is rolled back, before the next one takes the connection."""
+    """A failed transaction is rolled back before the next one takes its connection."""
 
     def insert_and_fail(engine: Engine) -> None:
         with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""A follow-up with an attempt whose outcome is unknown says so, whatever ends it."""
+"""The reason of a follow-up with an unknown outcome says so, whatever ends it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
 
 
 def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
-    """A reply before the next attempt cancels it, and the reason says what is not known."""
+    """A reply before the next attempt cancels it, and the reason mentions the unknown outcome."""
     follow_up, chat_id = doubtful
     with Session(world.engine) as session, session.begin():
         chats.receive(
@@ -143,7 +143,7 @@ def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID])
 
 
 def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """Nor does an end without an attempt."""
+    """So does an end without another attempt."""
     follow_up, _ = doubtful
     world.sql(
         "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"
@@ -154,7 +154,7 @@ def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tu
 
 
 def test_last_attempt(world: World, settings: Settings) -> None:
-    """When the last attempt itself is the one, the reason says so once."""
+    """If the last attempt itself has the unknown outcome, the reason says so once."""
     follow_up = world.follow_up()
     last = settings.model_copy(update={"max_attempts": 1})
     attempted(world, last, Unknown("no answer within 1 s"), follow_up)
@@ -164,7 +164,7 @@ def test_last_attempt(world: World, settings: Settings) -> None:
 
 
 def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """What is sent in the end needs no reason."""
+    """A follow-up that is finally sent needs no reason."""
     attempted(world, settings, Sent(None), doubtful[0])
     row = world.row(doubtful[0])
     assert (row.status, row.reason) == ("sent", None)

@@ -29,7 +29,7 @@ def moment(seconds: float) -> datetime:
 
 
 def test_unasked() -> None:
-    """A clock that has asked nobody says so, and does not guess."""
+    """A clock without samples raises instead of guessing."""
     with pytest.raises(RuntimeError, match="not been asked"):
         DatabaseClock().now()
 
@@ -53,7 +53,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_answer_counts() -> None:
-    """A slow answer does not spoil what a quick one has told."""
+    """A slow answer does not worsen what a quick one established."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

@@ -1,4 +1,4 @@
-"""Signs of life: what is written, what is read of it, and how cheap a look is."""
+"""Heartbeats: what is written, what is read, and how cheap a check is."""
 
 from __future__ import annotations
 

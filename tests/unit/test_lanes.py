@@ -29,7 +29,7 @@ def line_of(slots: int = 100) -> Line:
 
 
 def overdue(lane: int, *seconds: float, losses: int = 0) -> list[Lease]:
-    """Return leases of a lane, each due so many seconds ago."""
+    """Return leases of a workspace, each due so many seconds ago."""
     return [Lease(uuid4(), 1, datetime.now(UTC) - ago * SECOND, losses, lane) for ago in seconds]
 
 
@@ -46,14 +46,14 @@ def test_turns() -> None:
 
 
 def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
-    """Where slots come free one by one, the workspaces alternate all the same."""
+    """If slots become free one by one, the workspaces still alternate."""
     line = line_of()
     line.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
     assert Counter(line.take(1)[0].lease.lane for _ in range(6)) == {NOISY: 3, QUIET: 3}
 
 
 def test_nobody_is_told_their_workspace() -> None:
-    """What comes without a number, as from a worker of before an upgrade, goes by its moment as it always did."""
+    """Leases without a workspace number, as from an older worker during an upgrade, go by their moment."""
     line = line_of()
     given_leases = overdue(0, 3, 1, 2)
     line.add(given_leases)
@@ -61,7 +61,7 @@ def test_nobody_is_told_their_workspace() -> None:
 
 
 def test_not_all_slots_for_one() -> None:
-    """Beside another a workspace holds seven eighths of the slots; what it gives back, it may take again."""
+    """Beside another, a workspace holds seven eighths of the slots, and may take again what it returns."""
     line = line_of(slots=16)
     line.add(overdue(QUIET, 1))
     (quiet,) = line.take(16)
@@ -79,14 +79,14 @@ def test_not_all_slots_for_one() -> None:
 
 
 def test_all_slots_for_a_lone_one() -> None:
-    """A workspace beside which nobody has been seen takes all the slots."""
+    """A workspace without any other active one takes all slots."""
     line = line_of(slots=16)
     line.add(overdue(NOISY, *range(50)))
     assert len(line.take(16)) == 16
 
 
 def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor are slots kept free for somebody of whom nothing has come for long."""
+    """No slots are kept free for workspaces that have been inactive for long."""
     line = line_of(slots=16)
     line.add(overdue(QUIET, 1))
     line.leave(line.take(1)[0])
@@ -109,7 +109,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_what_is_given_back() -> None:
-    """Whoever is told to give back all that waits gives back what waits for its moment, its turn, or a slot."""
+    """Emptying the queue returns everything that waits for its moment, its turn, or a slot."""
     line = line_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     line.add(waiting)
@@ -126,7 +126,7 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 9))
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
-    """Whatever comes, goes and is put off in which order, each is taken once, and nobody is out beyond the slots."""
+    """In any order of arrivals, takes and deferrals, each is taken once, and never more than there are slots."""
     line, out, come, taken = line_of(slots), [], 0, Counter()
     for step, lane, count in steps:
         if step == "add":
@@ -150,7 +150,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
 
 
 def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nobody may go, those whose leases run out make room for those that come instead."""
+    """While nothing may go, expired leases make room for new ones."""
     line = line_of()
     line.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
     assert line.take(0) == []

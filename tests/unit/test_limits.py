@@ -58,7 +58,7 @@ def test_who_shares_a_bucket(per: str, buckets: int) -> None:
 
 
 def test_what_was_loosened() -> None:
-    """A limit that was lifted or raised frees those under it; one that is new or lower frees nobody."""
+    """A removed or raised limit releases those under it; a new or lower one releases none."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
         limit(1),
@@ -79,12 +79,12 @@ def test_no_limits() -> None:
 
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
 def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
-    """What was read is written again as it was."""
+    """A parsed rate is written as it was."""
     assert shown(parse_rate(text)) == text
 
 
 def test_rates_with_fractions() -> None:
-    """Half a message a second is thirty a minute; nothing at all, or more than a million a second, is no rate."""
+    """Half a message a second is thirty a minute; zero, or more than a million a second, is refused."""
     assert shown(parse_rate("0.5/s")) == "30/min"
     for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):
@@ -97,7 +97,7 @@ def test_at_once() -> None:
 
 
 def test_what_is_over_is_not_asked_for() -> None:
-    """What has ended, and what would end as soon as somebody looks, waits for no token."""
+    """A follow-up that has ended, or would end at begin, waits for no token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
     assert not Place(*fields, None).is_over

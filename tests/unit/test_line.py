@@ -1,4 +1,4 @@
-"""The line in front of the slots asks nobody, and holds whatever a hint may say."""
+"""The due queue does no I/O, and accepts whatever a hint may say."""
 
 from __future__ import annotations
 

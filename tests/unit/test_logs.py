@@ -1,4 +1,4 @@
-"""Logs: one line an event, the same format for everybody, and nothing in them that is secret."""
+"""Logs: one line for each event, one format for all loggers, and no secrets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pace of claims behind a backlog: half of the window at a time, at whatever rate it comes free."""
+"""The interval between claims behind a backlog: half of the window at a time, at any rate."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from followups.dispatch.pace import LONGEST, SHORTEST, Pace, until_half_is_free
     ("taken", "seconds", "window", "expected"),
     [
         (2350, 0.5, 5000, LONGEST),  # 4,700 a second: 0.53 s
-        (1000, 0.1, 5000, 0.2),  # 10,000 a second, after a pause that was too short: no more than twice as long
+        (1000, 0.1, 5000, 0.2),  # 10,000 a second, after too short a pause: at most twice as long
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
         (2500, 0.03, 5000, SHORTEST),  # right after one that was full
         (100, 0.5, 100, SHORTEST),  # all came free
@@ -51,7 +51,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
-    """Return how many go out of a backlog, at ``rate`` while any are in flight, with ticks that go round."""
+    """Return how many are sent from a backlog, at ``rate`` while any are in flight, with rotating ticks."""
     paces = [Pace(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers
     in_flight = total = 0

@@ -1,4 +1,4 @@
-"""Hints: what is published, and what is refused of what comes back."""
+"""Hints: what is published, and which messages are refused."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ json_values = st.recursive(
 
 @given(st.lists(leases, max_size=20), st.integers(1, 7))
 def test_round_trip(given_leases: list[Lease], size: int) -> None:
-    """What is published comes back whole and in order, in batches of the size asked for, as JSON."""
+    """Published hints are read back complete and in order, in batches of the requested size, as JSON."""
     hints = list(batches(given_leases, size))
     assert all(len(hint.entries) <= size for hint in hints)
     assert [lease for hint in hints for lease in leases_of(*json.loads(json.dumps(hint)))] == given_leases
@@ -37,7 +37,7 @@ def test_round_trip(given_leases: list[Lease], size: int) -> None:
 
 @pytest.mark.parametrize("lanes", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
 def test_lanes_that_are_none(lanes: object) -> None:
-    """A hint without numbers of workspaces, or with what can be none, is worth the same; all share one lane."""
+    """A hint without workspace numbers, or with invalid ones, is equivalent; all share one queue."""
     given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, lane) for lane in (1, 2)]
     (hint,) = batches(given_leases, 2)
     assert leases_of(hint.entries, lanes) == [lease._replace(lane=0) for lease in given_leases]
@@ -45,7 +45,7 @@ def test_lanes_that_are_none(lanes: object) -> None:
 
 @given(st.uuids(version=4))
 def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
-    """It takes seven digits at most, and is the same for everybody who asks."""
+    """It takes seven digits at most, and is the same in every process."""
     assert 0 <= lane_of(workspace_id) == lane_of(UUID(str(workspace_id))) < 10**7
 
 

@@ -41,7 +41,7 @@ NEAR_TRANSITIONS = st.builds(
 
 
 def allowed(hours: SendingHours, moment: datetime) -> bool:
-    """Say whether the clock on the wall shows a time of sending, looked at by itself."""
+    """Return whether the local clock shows a time of sending, considered by itself."""
     local = moment.astimezone(ZoneInfo(hours.time_zone))
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
@@ -51,7 +51,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
 
 
 def is_shown_twice(zone: str, moment: datetime) -> bool:
-    """Say whether the clock shows this time twice, or did within the day before or after (its hours may begin then)."""
+    """Return whether the clock shows this time twice, or did within a day of it (its hours may begin then)."""
     zone_info = ZoneInfo(zone)
     return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1
 
@@ -126,7 +126,7 @@ def test_days() -> None:
 
 @given(st.frozensets(st.integers(0, 6), min_size=1))
 def test_days_are_read_as_they_are_written(days: frozenset[int]) -> None:
-    """What is written of days is read as the same days."""
+    """Days written in words are parsed as the same days."""
     assert read_days(written_days(days)) == days
 
 
@@ -142,7 +142,7 @@ def test_what_are_no_days(text: str) -> None:
     "name", ["", "Nowhere", "Europe", "../etc/passwd", "/etc/localtime", "a\x00", "\ud800", "x" * 300]
 )
 def test_what_is_no_time_zone(name: str) -> None:
-    """A name that the database of time zones does not have is no zone, whatever it is."""
+    """A name that is not in the time zone database is no zone, whatever it is."""
     assert zone_of(name) is None
     with pytest.raises(LookupError):
         opens_at(SendingHours(name, time(8), time(20)), datetime(2030, 1, 31, tzinfo=UTC))

@@ -1,4 +1,4 @@
-"""The retry policy: how long the wait is, and when there is none."""
+"""The retry policy: how long the delay is, and when there is none."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_jitter_is_full() -> None:
 
 @given(st.timedeltas(timedelta(days=-400), timedelta(days=400)))
 def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
-    """What the transport asks for is kept from one second to one day, and taken as it is in between."""
+    """The transport's requested delay is clamped to one second..one day, and kept in between."""
     kept = clamp_retry_after(wished)
     assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
     assert kept == wished or not MIN_RETRY_AFTER <= wished <= MAX_RETRY_AFTER
@@ -81,6 +81,6 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
-    """Nobody comes back before the transport wished, nor a tenth later than that, nor after more than a day."""
+    """A retry comes no earlier than the transport asked, at most a tenth later, and within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

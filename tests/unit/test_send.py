@@ -47,7 +47,7 @@ async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOO
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
-    """Return what comes of it, and see that the task goes on as if nothing had been."""
+    """Return the outcome, and check that the task continues normally."""
     made = await attempt(does)
     task = asyncio.current_task()
     assert task is not None
@@ -64,7 +64,7 @@ async def hang() -> Outcome:
 
 
 async def test_a_call_that_hangs_is_given_up() -> None:
-    """What became of it is not known."""
+    """Its outcome is unknown."""
     assert await outcome(hang) == Unknown("no outcome within 0.05 s")
 
 
@@ -79,7 +79,7 @@ async def test_a_call_in_time() -> None:
 
 
 async def test_an_outcome_in_spite_of_the_limit() -> None:
-    """A transport that is stopped and knows the outcome all the same is believed."""
+    """If a transport returns an outcome while it is being stopped, that counts."""
 
     async def insist() -> Outcome:
         try:
@@ -104,7 +104,7 @@ async def test_an_error_when_stopped() -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError, SystemExit, KeyError])
 async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
-    """Its kind is told, and the process goes on."""
+    """Its class is reported, and the process continues."""
 
     async def fail() -> Outcome:
         raise error
@@ -113,7 +113,7 @@ async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
 
 
 async def test_cancelled_from_outside() -> None:
-    """Whoever cancels the task ends it; that is no outcome."""
+    """Cancelling the task ends it; that is no outcome."""
     task = asyncio.create_task(attempt(hang, timedelta(seconds=60)))
     await asyncio.sleep(0.01)
     task.cancel()
@@ -122,7 +122,7 @@ async def test_cancelled_from_outside() -> None:
 
 
 async def test_cancelled_from_outside_as_the_limit_ends() -> None:
-    """Then as well."""
+    """The same at the moment when the limit ends."""
 
     async def block() -> Outcome:
         asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)  # the limit is over before the loop turns

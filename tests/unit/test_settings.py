@@ -1,10 +1,10 @@
-"""The settings: names, defaults, limits, what is shown of them, and what is said of wrong ones."""
+"""The settings: names, defaults, limits, what is displayed, and the errors for wrong ones."""
 
 from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given
@@ -21,6 +21,9 @@ from followups.settings import (
     hide_password,
     load_settings,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DATABASE_URL = "postgresql://app:pa55@db:5432/followups"
 BROKER_URL = "redis://:s3cret@broker:6379/0"
@@ -42,6 +45,7 @@ DEFAULTS: dict[str, Any] = {
     "FOLLOWUPS_MAX_IN_FLIGHT": 5000,
     "FOLLOWUPS_BATCH_SIZE": 100,
     "FOLLOWUPS_CONCURRENCY": 100,
+    "FOLLOWUPS_API_RATE_LIMIT": 60_000,
     "FOLLOWUPS_LOG_FORMAT": None,
     "FOLLOWUPS_LOG_LEVEL": "info",
 }
@@ -50,7 +54,7 @@ DEFAULTS: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set what is required, and nothing else."""
+    """Set the required settings only."""
     for name in [*DEFAULTS, "DATABASE_URL", "REDIS_URL"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
@@ -67,6 +71,46 @@ def test_every_published_name_has_its_default() -> None:
     assert read["FOLLOWUPS_DATABASE_URL"] == SecretStr(DATABASE_URL)
     assert read["FOLLOWUPS_BROKER_URL"] == SecretStr(BROKER_URL)
     assert {name: read[name] for name in DEFAULTS} == DEFAULTS
+
+
+def test_the_api_rate_limit_has_an_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FOLLOWUPS_RATE_LIMIT is still read, and FOLLOWUPS_API_RATE_LIMIT wins over it."""
+    monkeypatch.setenv("FOLLOWUPS_RATE_LIMIT", "7")
+    assert load_settings().api_rate_limit == 7
+    monkeypatch.setenv("FOLLOWUPS_API_RATE_LIMIT", "8")
+    assert load_settings().api_rate_limit == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("FOLLOWUPS_DATABASE_URL", "database_url"),
+        ("DATABASE_URL", "database_url"),
+        ("REDIS_URL", "broker_url"),
+        ("FOLLOWUPS_TRANSPORT_SECRET", "transport_secret"),
+    ],
+)
+def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
+    """A secret or URL is read from the file in NAME_FILE, without the white space around it."""
+    values = {"database_url": DATABASE_URL, "broker_url": BROKER_URL, "transport_secret": "whsec_" + "x" * 32}
+    file = tmp_path / "secret"
+    file.write_text(f"  {values[field]}\n\n")
+    monkeypatch.setenv(f"{name}_FILE", str(file))
+    others = {other: value for other, value in values.items() if other in {"database_url", "broker_url"} - {field}}
+    for variable in ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL"):
+        monkeypatch.delenv(variable)
+    assert getattr(load_settings(**others), field).get_secret_value() == values[field]
+
+
+def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A missing file, and a variable beside its file, stop the start with the name and without the value."""
+    monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
+    with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:
+        load_settings()
+    assert "s3cret" not in str(error.value)
+    monkeypatch.setenv("FOLLOWUPS_DATABASE_URL_FILE", str(tmp_path))
+    with pytest.raises(SettingsError, match="FOLLOWUPS_DATABASE_URL and FOLLOWUPS_DATABASE_URL_FILE are both set"):
+        load_settings()
 
 
 def test_every_setting_says_what_it_is_for() -> None:
@@ -185,7 +229,7 @@ def test_a_lease_outlives_an_attempt() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """What is shown to people, and the representation, hold neither passwords nor the transport's secret."""
+    """Displayed settings, and the representation, contain neither passwords nor the transport's secret."""
     url = "https://me:pa55@chat.example/hook?key=s3cret"
     settings = load_settings(transport_secret="whsec_abc", transport_url=url)  # noqa: S106 - no real one
     shown = settings.shown()
@@ -202,7 +246,7 @@ def test_secrets_are_not_shown() -> None:
 
 @pytest.mark.parametrize("password", ["plain", "with@at", "with/slash", "with?question", "with:colon", "with#hash"])
 def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
-    """A password whose special characters somebody forgot to escape is hidden as a whole."""
+    """A password with unescaped special characters is hidden as a whole."""
     assert hide_password(f"postgresql://app:{password}@db/followups") == "postgresql://app:***@db/followups"
 
 
@@ -246,7 +290,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """Who writes 90 and means days is told what the number means, and loses nothing."""
+    """A bare 90 that was meant as days is refused with the meaning of the number, and nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)

@@ -1,4 +1,4 @@
-"""The states: which transitions there are, which reasons explain them, and what is stored."""
+"""The states: the allowed transitions, the reasons that explain them, and what is stored."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_each_code_explains_one_state() -> None:
 
 
 def test_the_documented_table_is_the_code() -> None:
-    """The table in the module's documentation says what the code does."""
+    """The table in the module's docstring matches the code."""
     rows = re.findall(r"^(\w+) +(\w+) +(.+)$", (states.__doc__ or "").split("\n=======")[2], re.MULTILINE)
     documented = {
         (Status(current), Status(to)): frozenset(re.findall(r"\w+", codes)) - {"none"} for current, to, codes in rows
@@ -129,10 +129,10 @@ def test_what_postgresql_cannot_store_is_replaced() -> None:
     ],
 )
 def test_the_code_of_a_stored_reason(reason: str | None, code: str) -> None:
-    """No reason has no code, and somebody's own words count as 'other'."""
+    """No reason has no code, and a caller's own words count as 'other'."""
     assert code_of(reason) == code
 
 
 def test_words_are_stored_as_given() -> None:
-    """Somebody's own reason is stored as it is, without a code."""
+    """A caller's own reason is stored as given, without a code."""
     assert finish(Status.CANCELLED, words="the customer called") == Final(Status.CANCELLED, "the customer called")

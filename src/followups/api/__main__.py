@@ -1,4 +1,4 @@
-"""The process `web`: `python -m followups.api` listens on every interface, on $PORT (8000)."""
+"""The process `web`: `python -m followups.api` listens on every interface, on $PORT (default 8000)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HIGHEST_PORT = 65_535
 
 
 def main() -> None:
-    """Read the settings and serve; wrong ones end with a sentence and exit code 2."""
+    """Read the settings and serve; invalid ones end with a sentence and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m followups.api", description="Serve the REST API.")
     parser.add_argument("--host", default="0.0.0.0", help="address to listen on (%(default)s)")  # noqa: S104 - a container's
     parser.add_argument("--port", default=os.environ.get("PORT", "8000"), help="default: $PORT, else 8000")

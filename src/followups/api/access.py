@@ -1,7 +1,7 @@
-"""One log line a request, and what binds the lines in between to it: the request's id.
+"""The access log: one line for each request, and the request's id bound to every line in between.
 
-The outermost layer, so that what the gate refuses has its line too. The query is left out, as the body is: what a
-client writes there is nobody's business. Probes and scrapes are told on level debug while they succeed.
+This is the outermost middleware, so that refused requests have their line too. The query and the body are left out,
+because they may hold anything that a client writes. Successful probes and scrapes are logged at level debug.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 HEADER = "x-request-id"
 
 SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
-"""A request id that is taken as a client or a proxy gives it; for any other there is a new one."""
+"""A request id that is accepted from a client or a proxy; any other is replaced by a new one."""
 
 LONGEST_PATH = 200
-"""Characters of a path in a log line; ours have 80."""
+"""Most characters of a path in a log line; ours have 80."""
 
 FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -40,14 +40,14 @@ SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
 """Of every answer. Answers that may be kept, the static files', say so themselves; no other may."""
 
 KEY = "followups.seen"
-"""Where a request's scope holds its `Seen`."""
+"""The key of a request's `Seen` in its scope."""
 
 log = get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Seen:
-    """What is learned of a request on its way. ``status`` None: the client left before the answer began."""
+    """What is known about a request. ``status`` is None if the client disconnected before the answer."""
 
     request_id: str
     status: int | None = None
@@ -59,11 +59,11 @@ class Access:
     """ASGI middleware around everything."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Take the application behind."""
+        """Take the application to wrap."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let the request through, with its id; tell of it when it has been answered."""
+        """Serve the request with its id bound, and log it once it has been answered."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -72,7 +72,7 @@ class Access:
         inner = {**scope, KEY: seen}
         if scope["method"] == "HEAD":  # served as GET; the server leaves out the body
             inner["method"] = "GET"
-        # Cleared first: on a kept-alive connection a request's task is made by the one before it, with its context.
+        # Clear it first: on a kept-alive connection a request's task is created by the one before it, with its context.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 
@@ -97,7 +97,7 @@ class Access:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id that the request brought, or a new one.
+    """Return the id in the request's headers, or a new one.
 
     >>> request_id_of([(b"x-request-id", b"abc-1")])
     'abc-1'
@@ -124,7 +124,7 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
 
 def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    if scope["path"] in PROBES:  # asked every few seconds; one that fails says in its answer what is wrong
+    if scope["path"] in PROBES:  # requested every few seconds; the answer of a failing one says what is wrong
         tell = log.debug if seen.status == HTTPStatus.OK else log.info
     else:
         tell = log.warning if failed else log.info

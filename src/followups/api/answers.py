@@ -1,4 +1,4 @@
-"""Answers with a JSON body, made where the request is served.
+"""JSON responses, serialised where the request is served.
 
 FastAPI would validate a returned model a second time, in another turn of the thread pool.
 """

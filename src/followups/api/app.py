@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 POOL_SIZE = 10
-"""Database connections, at most."""
+"""Most database connections."""
 
 THREADS = 2 * POOL_SIZE
-"""Requests that work at once: more than connections, since part of a request is not the database's."""
+"""Requests served at once: more than connections, since part of a request needs no database."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""For a request's statements, which take milliseconds: clients have given up before most others' limits."""
+"""Time limit of a request's statements, which take milliseconds; most clients give up earlier."""
 
 
 ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router, documentation.router)
@@ -53,8 +53,8 @@ ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router, do
 def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
     """Return the application, which connects when first used.
 
-    ``nudge`` is called after a commit that makes something due within the next two ticks; by default it
-    asks the workers for a tick.
+    ``nudge`` is called after a commit that makes something due within the next two ticks; by default it asks the
+    workers for a tick.
     """
     engine = make_engine(
         settings.database_url.get_secret_value(),
@@ -93,7 +93,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
 
 
 def app_from_environment() -> FastAPI:
-    """Return the application by the environment's settings; a wrong one ends the process with a sentence."""
+    """Return the application for the environment's settings; an invalid one ends the process with a sentence."""
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -106,12 +106,12 @@ def app_from_environment() -> FastAPI:
 
 
 def openapi_document() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document; this needs no settings and no database."""
+    """Return the OpenAPI 3.1 document; this needs neither settings nor database."""
     return _routes().openapi()
 
 
 class Application(FastAPI):
-    """FastAPI with our document, and with the gate outside of everything."""
+    """FastAPI with our own document and with the gate outside all other middleware."""
 
     def openapi(self) -> dict[str, Any]:
         """Return the document, made once."""
@@ -119,7 +119,7 @@ class Application(FastAPI):
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the gate outside of Starlette's handler of unforeseen errors, which raises them again; the log last."""
+        """Put the gate outside Starlette's handler of unexpected errors, which re-raises; the log is outermost."""
         return Access(Gate(super().build_middleware_stack()))
 
 
@@ -131,7 +131,7 @@ def _routes() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         strict_content_type=False,
-        # Newer ones of FastAPI trace and log by themselves, with what clients sent: a message's text among it.
+        # Newer versions of FastAPI trace and log by themselves, including what clients sent, and so message texts.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
             FollowUpsError: _tell_error,
@@ -159,7 +159,7 @@ async def _tell_exception(_: Request, error: Exception) -> Response:
 
 async def _tell_status(request: Request, error: Exception) -> Response:
     status: int = error.status_code  # type: ignore[attr-defined] # as above
-    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's, for a body that is no JSON: one of invalid UTF-8, say
+    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's answer to a body that is no JSON, such as one of invalid UTF-8
         return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()
     if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the methods of one route only
         return problems.of_status(status, headers={"allow": ", ".join(_methods(request))}).response()

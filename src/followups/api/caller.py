@@ -1,8 +1,8 @@
-"""Who calls: the API key, and the one transaction in which the request is served.
+"""Authentication: the API key, and the one transaction in which the request is served.
 
-The key is looked up in the request's own transaction, so that a revocation counts from its commit on and
-costs no round trip of its own. FastAPI's dependencies would each take a thread and come after the body's
-validation; a stranger's bad body must be 401, not 422 (`AuthenticatedRoute`).
+The key is looked up in the request's own transaction, so that a revocation counts from its commit on and costs no round
+trip of its own. FastAPI's dependencies would each take a thread and run after the body's validation; yet a stranger's
+bad body must be 401, not 422 (`AuthenticatedRoute`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
-"""How exact `last_used_at` is."""
+"""Precision of `last_used_at`."""
 
 KNOWN_FOR = timedelta(seconds=10)
 KNOWN_AT_MOST = 10_000
@@ -57,15 +57,15 @@ KNOWN_AT_MOST = 10_000
 
 
 class LastUse:
-    """Which keys were recorded as used lately, so that a request costs no write."""
+    """Keys whose use was recorded recently, so that most requests cost no write."""
 
     def __init__(self) -> None:
-        """Know of none."""
+        """Start without any."""
         self._recorded: dict[UUID, float] = {}
         self._lock = threading.Lock()
 
     def is_news(self, key_id: UUID) -> bool:
-        """Say, once a minute for each key, that its use should be recorded."""
+        """Return whether the key's use should be recorded now, which is once a minute."""
         now = time.monotonic()
         with self._lock:
             if now < self._recorded.get(key_id, 0.0):
@@ -98,7 +98,7 @@ class KnownKeys:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What requests share: `app.state.services`."""
+    """What all requests share: `app.state.services`."""
 
     sessions: sessionmaker[Session]
     rate_limit: RateLimit
@@ -112,7 +112,7 @@ class Services:
 
 @dataclass(slots=True)
 class Work:
-    """The request's transaction: for which workspace, since when by the database's clock."""
+    """The request's transaction, with its workspace and its start by the database's clock."""
 
     session: Session
     workspace_id: UUID
@@ -122,28 +122,28 @@ class Work:
     ends: tuple[tuple[UUID, Final], ...] = ()
 
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
-        """Note what this transaction did to the follow-up: it may be due soon, or have ended.
+        """Record what this transaction did to the follow-up: it may be due soon, or have ended.
 
-        ``finished_at`` is when it ended by the caller's word; None: now.
+        ``finished_at`` is the caller's own time of the end, or None for now.
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.due_until
-        # Otherwise it had ended before, and got no more than its chat message's id, if anything.
+        # Otherwise it had ended before, and at most its chat message's id was filled in.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
             self.nudges = True  # a later one of its chat may have waited for it
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
-        """Note that this transaction cancelled these."""
+        """Record that this transaction cancelled these."""
         final = finish(Status.CANCELLED, code)
         self.ends = (*self.ends, *((each, final) for each in ids))
 
 
 class Caller:
-    """Whoever sent the request."""
+    """The sender of a request."""
 
     def __init__(self, request: Request) -> None:
-        """Take the request, whose key is not checked yet."""
+        """Take the request; its key is not checked yet."""
         self._services: Services = request.app.state.services
         self._given = request.headers.get("authorization", "")
         self._seen: Seen = request.scope[KEY]
@@ -155,7 +155,7 @@ class Caller:
 
     @contextmanager
     def transaction(self) -> Iterator[Work]:
-        """Open the transaction, check the key, and commit at the end; then tell what was done.
+        """Open the transaction, check the key, commit at the end, and then log what was done.
 
         Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
@@ -184,14 +184,15 @@ class Caller:
         if found is None:
             raise UnauthorizedError
         self._seen.workspace_id, self._seen.key_id = str(found.workspace_id), str(found.key_id)
-        bind_contextvars(workspace_id=self._seen.workspace_id)  # of this thread's copy, which ends with its work
+        # in this thread's copy of the context, which ends with its work
+        bind_contextvars(workspace_id=self._seen.workspace_id)
         self._services.rate_limit.check(found.key_id)
         return found
 
     def _record_use(self, key_id: UUID) -> None:
         if not self._services.last_use.is_news(key_id):
             return
-        # In a transaction of its own: the request's would hold the key's row until its end.
+        # In a transaction of its own: otherwise the key's row would stay locked until the request's end.
         with suppress(SQLAlchemyError), self._services.sessions() as session, session.begin():
             api_keys.record_use(session, key_id)
 
@@ -241,7 +242,7 @@ Authenticated = Annotated[Caller, Depends(_caller)]
 
 
 class AuthenticatedRoute(APIRoute):
-    """A route that tells a stranger nothing but 401, whatever else is wrong with the request."""
+    """A route that answers 401 to a stranger, whatever else is wrong with the request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's own handler, with a check of the key before it tells of a bad request.

@@ -1,4 +1,4 @@
-"""Every answer of every endpoint, for the OpenAPI document: description, schema, headers, example."""
+"""Every answer of every endpoint for the OpenAPI document: description, schema, headers, example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples for the OpenAPI document, one story throughout."""
+"""Examples for the OpenAPI document; all tell one story."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of the API's fields: what a client may write, checked and turned into what we keep."""
+"""The types of the API's fields: validation of what clients send, and conversion to what we store."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from followups.scheduling import FIRST_YEAR, LAST_YEAR
 from followups.states import MAX_REASON_LENGTH, storable
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
-"""Characters of the transport's own name of a chat."""
+"""Most characters of the transport's own name for a chat."""
 
 MAX_PAGE_SIZE = 100
-"""Follow-ups on one page."""
+"""Most follow-ups on one page."""
 
 MAX_IDEMPOTENCY_KEY_LENGTH = 255
-"""Characters of an Idempotency-Key."""
+"""Most characters of an Idempotency-Key."""
 
 NO_NUL = {"pattern": r"^[^\u0000]*$"}
 
@@ -29,7 +29,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+
 
 
 def _canonical(value: object) -> object:
-    # Python's UUID reads braces, URNs and bare digits as well: two names of one thing for other programs.
+    # Python's UUID also parses braces, URNs and bare digits, which would be several names for one thing.
     if isinstance(value, str) and not _UUID.fullmatch(value):
         message = "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000"
         raise ValueError(message)
@@ -45,7 +45,7 @@ def _rfc3339(value: object) -> object:
     if offset is None:
         message = "should carry an offset, as in 2030-01-31T09:00:00Z"
         raise ValueError(message)
-    # RFC 3339 knows leap seconds and Python does not: the last moment before is near enough.
+    # RFC 3339 has leap seconds and Python has not; the last moment before is near enough.
     if seconds and seconds.startswith(":60"):
         seconds = ":59.999999"
     return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"
@@ -66,7 +66,7 @@ def _storable(value: str) -> str:
 
 
 def _digits(value: object) -> object:
-    # Python reads "1_0" and "1.0" as whole numbers too.
+    # Python parses "1_0" and "1.0" as whole numbers too.
     if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
         message = "should be a whole number, in digits"
         raise ValueError(message)

@@ -22,45 +22,45 @@ KEYED = "/api/"
 """What begins so needs a key."""
 
 MAX_HEADER_SIZE = 32 * 1024
-"""Bytes of a request line and its headers together."""
+"""Most bytes of a request line and its headers together."""
 
 MAX_BODY_SIZE = 1024 * 1024
 """Bytes. The longest message, 65,536 characters, takes 786,432 when JSON escapes each as a surrogate pair."""
 
 BODY_WITHIN = 20.0
-"""Seconds until the whole body must be here: 1 MiB at 52 kB/s."""
+"""Seconds for the whole body to arrive: 1 MiB at 52 kB/s."""
 
 MAX_BUFFERED = 32 * 1024 * 1024
 """Bytes of all bodies that are in memory at once, complete or not."""
 
 MAX_WAITING = 256
-"""Requests inside at once; more are told to come back, sooner than the last of them would be served."""
+"""Requests served or waiting at once. Further ones are refused at once, with a Retry-After."""
 
 
 class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
-    """The request goes no further."""
+    """The request is refused with a problem."""
 
     def __init__(self, problem: problems.ProblemAnswer) -> None:
-        """Take what is told."""
+        """Take the problem to answer with."""
         super().__init__(problem.detail)
         self.problem = problem
 
 
 class Gone(Exception):  # noqa: N818 - no error of ours, the client's
-    """The client has gone; nobody reads an answer."""
+    """The client has disconnected; no answer can reach it."""
 
 
 class Gate:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Take the application behind."""
+        """Take the application to wrap."""
         self._app = app
         self._inside = 0
         self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a request through, or answer it."""
+        """Pass a request on, or answer it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -73,7 +73,7 @@ class Gate:
             body = await _read_body(receive, held)
             await self._let_in(scope, _replay(body, receive), answer)
         except Refusal as refusal:
-            await answer.problem(scope, receive, refusal.problem)  # all are raised before an answer begins
+            await answer.problem(scope, receive, refusal.problem)  # every refusal is raised before an answer begins
         except Gone:
             return
         except Exception as error:  # noqa: BLE001 - the last resort: no stack trace leaves the process
@@ -125,7 +125,7 @@ class _Held:
 
 
 class _Answer:
-    """Sends, and remembers whether the answer has begun: after that none can take its place."""
+    """Sends, and records whether the answer has begun: after that it cannot be replaced."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -140,7 +140,7 @@ class _Answer:
 
 
 def _check_head(scope: Scope) -> None:
-    # The server counts only what comes in pieces.
+    # The server itself counts only headers that arrive in several pieces.
     if len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
     headers = dict(scope["headers"])
@@ -195,7 +195,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
-# What is left of the body is not read, so the connection cannot carry another request.
+# The rest of the body stays unread, so the connection cannot carry another request.
 _CLOSE = {"connection": "close"}
 TOO_LONG_A_HEADER = problems.of_status(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"The header must have at most {MAX_HEADER_SIZE:,} bytes.", _CLOSE

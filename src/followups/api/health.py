@@ -1,4 +1,4 @@
-"""Readiness: what must be well for this service to work, each check by its name."""
+"""Readiness: the named checks of everything this service needs."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 TIMEOUT = timedelta(seconds=1)
-"""For the broker's answer."""
+"""How long to wait for the broker."""
 
 KEPT = 1.0
 """Seconds for which a result serves every probe, so that many probes cost no more than one."""
 
 STALE_TICKS = 5
 STALE_AT_LEAST = timedelta(seconds=10)
-"""The last tick is stale after five intervals, and not before ten seconds: a restart of beat is no outage."""
+"""The last tick is stale after five intervals, but not before ten seconds: a restart of beat is no outage."""
 
 
 class Health:
@@ -60,7 +60,7 @@ class Health:
             return self._latest[1]
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._broker.close()
 
     def _database(self) -> dict[str, Check]:

@@ -1,4 +1,4 @@
-"""What `/metrics` shows: gauges that the database knows, and what all processes have counted together."""
+"""The content of `/metrics`: gauges from the database, and the sums of all processes' counters."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 KEPT = timedelta(seconds=2)
-"""How long an answer of the database serves: several scrapers cost no more than one."""
+"""How long an answer of the database is reused, so that several scrapers cost no more than one."""
 
 
 ESTIMATED = f"beyond {backlog.EXACT_UP_TO:,} the planner's estimate."
 
 
 class BacklogCollector(Collector):
-    """Asks the database when somebody scrapes. Without it, these gauges are missing and the rest is shown."""
+    """Queries the database when scraped. If that fails, these gauges are missing and the rest is shown."""
 
     def __init__(self, engine: Engine, window: int) -> None:
         """Take the engine, and the most that can be in flight."""
@@ -46,7 +46,7 @@ class BacklogCollector(Collector):
         self._last_tick = 0.0
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """Give the gauges."""
+        """Yield the gauges."""
         found = self._backlog()
         if found is None:
             return
@@ -82,10 +82,10 @@ class BacklogCollector(Collector):
 
 
 class Exposition:
-    """The text that Prometheus reads: what waits, what all processes have counted, and this process's own state."""
+    """The text for Prometheus: the backlog, the sums of all processes' counters, and this process's own state."""
 
     def __init__(self, engine: Engine, window: int, totals: Totals) -> None:
-        """Take where the gauges and the sums come from."""
+        """Take the sources of gauges and sums."""
         self._engine = engine
         self._totals = totals
         self._waiting = CollectorRegistry()
@@ -94,11 +94,11 @@ class Exposition:
         self._counted.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """Give what all processes have counted; without the database nothing, since less would look like a reset."""
+        """Yield the sums of all processes, or nothing without the database, since less would look like a reset."""
         try:
             self._totals.add()
             with self._engine.connect() as connection:
-                # What has no labels is shown from the start, as zero.
+                # Metrics without labels are shown from the start, as zero.
                 samples = dict.fromkeys(totals.counted(), 0.0) | totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)
@@ -106,16 +106,16 @@ class Exposition:
         return _families(samples)
 
     def describe(self) -> list[Metric]:
-        """Name nothing beforehand: what is shown is known when it is asked for."""
+        """Describe nothing in advance: the metrics are known only when collected."""
         return []
 
     def text(self) -> bytes:
-        """Return everything, in the text format."""
+        """Return everything in the text format."""
         return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
 
 
 def _families(samples: Mapping[totals.Sample, float]) -> Iterator[Metric]:
-    """Put the samples under the names, types and words of what counts them."""
+    """Group the samples under the name, type and help of their metric."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}
         shown = Metric(family.name, family.documentation, family.type)
@@ -126,6 +126,6 @@ def _families(samples: Mapping[totals.Sample, float]) -> Iterator[Metric]:
 
 
 def _place(sample: tuple[str, dict[str, str], float]) -> tuple[str, float, str]:
-    """Return where a sample stands: a histogram's buckets ascend, as the format asks for."""
+    """Return the sort key of a sample: a histogram's buckets must ascend."""
     name, labels, _ = sample
     return name, float(labels.get("le", 0)), json.dumps(labels)

@@ -34,7 +34,7 @@ TAGS = [
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """Return the document of the application's routes."""
+    """Return the document for the application's routes."""
     document = get_openapi(
         title=TITLE,
         version=version("chat-followups"),

@@ -1,4 +1,4 @@
-"""Links to the pages before and after this one (RFC 8288), with every filter kept."""
+"""Links to the previous and next page (RFC 8288), with every filter kept."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 _BRACKETS = re.compile(
     rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
 )
-"""The filters' names with brackets; without ``=`` too, or a filter without a value would list everything."""
+"""The filters' names with brackets, also without ``=``: otherwise a filter without a value would list everything."""
 
 
 class ListRoute(AuthenticatedRoute):
-    """A route whose parameters with many values may be written with ``[]`` after the name."""
+    """A route whose parameters with several values may be written with ``[]`` after the name."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, which sees one spelling only."""
+        """Return the handler, which sees a single spelling."""
         handle = super().get_route_handler()
 
         async def without_brackets(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""Every error as `application/problem+json` (RFC 9457). What is inside stays inside: no SQL, no stack."""
+"""Every error as `application/problem+json` (RFC 9457), without SQL and without stack traces."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MAX_POINTER_LENGTH = 200
 """Characters of a pointer: an unknown field's name is as long as its client likes."""
 
 RETRY_AFTER_OUTAGE = 5
-"""Seconds after which a client should try again when the database is away."""
+"""Seconds after which a client should try again if the database is unreachable."""
 
 STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
     UnauthorizedError: HTTPStatus.UNAUTHORIZED,
@@ -49,7 +49,7 @@ STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
     InvalidRequestError: HTTPStatus.UNPROCESSABLE_ENTITY,
     TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
 }
-"""The status of each class of our errors, and of those below it."""
+"""The status of each of our error classes, which applies to its subclasses too."""
 
 
 class FieldProblem(BaseModel):
@@ -73,7 +73,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ProblemAnswer:
-    """A problem about to be told, with the headers that belong to it."""
+    """A problem to be sent, with its headers."""
 
     status: int
     slug: str
@@ -90,16 +90,16 @@ class ProblemAnswer:
             "detail": self.detail,
             **self.extra,
         }
-        # ASCII: what a client sent may hold lone surrogates, which UTF-8 has no bytes for.
+        # ASCII: a client's text may hold lone surrogates, which UTF-8 cannot encode.
         return json.dumps(document).encode()
 
     def response(self) -> Response:
-        """Return the answer to send."""
+        """Return the response."""
         return Response(self.body(), self.status, self.headers, MEDIA_TYPE)
 
 
 def of_error(error: FollowUpsError) -> ProblemAnswer:
-    """Return the problem that one of our own errors is to a client."""
+    """Return the problem for one of our own errors."""
     status = next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), None)
     if status is None:
         log.error("request_failed", exc_info=error)
@@ -118,7 +118,7 @@ def of_error(error: FollowUpsError) -> ProblemAnswer:
 
 
 def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
-    """Return the problem of a request that is not as documented, from pydantic's list of errors."""
+    """Return the problem for a request that fails validation, from pydantic's list of errors."""
     first = islice(errors, MAX_ERRORS)
     told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in first]
     detail = "The request is not valid: see errors."
@@ -126,17 +126,17 @@ def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ProblemAnswer:
-    """Return the problem that a bare HTTP status says."""
+    """Return the problem for a bare HTTP status."""
     phrase = HTTPStatus(status).phrase
     return ProblemAnswer(status, phrase.lower().replace(" ", "-"), detail or f"{phrase}.", headers or {})
 
 
 def of_exception(error: Exception) -> ProblemAnswer:
-    """Return the problem of an error that nobody foresaw, or of a database that is away; log it."""
+    """Log an unexpected error, or a database outage, and return its problem."""
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
         return READ_ONLY if is_read_only(error) else UNAVAILABLE
-    # The error's own words may quote a row, and so a message's text; where it happened says enough.
+    # The error's own message may quote a row, and so a follow-up's text; its location says enough.
     log.error("request_failed", error=type(error).__name__, at=_places(error))
     return INTERNAL
 
@@ -152,7 +152,7 @@ def _places(error: BaseException) -> list[str]:
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    # The first part says where it was (body, query, path, header); malformed JSON adds a byte position.
+    # The first part is its location (body, query, path, header); malformed JSON adds a byte position.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

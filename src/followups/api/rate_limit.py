@@ -1,7 +1,7 @@
-"""Requests per API key and minute, counted in the broker's Redis for all web processes together.
+"""The API's rate limit: requests for each API key and minute, counted in Redis for all web processes together.
 
-It keeps one key's burst from everybody else's way; it guards no promise. So where Redis is away, requests
-are allowed, counted and logged, and Redis is left alone for a while: asking costs a timeout.
+It keeps one key's burst from slowing the others; no promise depends on it. If Redis is unreachable, requests are
+allowed, which is counted and logged, and Redis is not asked for a while, because asking costs a timeout.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ TIMEOUT = timedelta(milliseconds=200)
 """How long Redis may take to answer; it takes a tenth of a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not asked after it failed."""
+"""How long Redis is not asked after a failure."""
 
 UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let through uncounted, because Redis was away.")
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""How long requests that were counted ahead may be made; then they are forfeited."""
+"""How long requests that were counted ahead stay valid."""
 
 SHARE_AHEAD = 600
 """At most a 600th of the limit, a tenth of a second's worth, is counted ahead at once."""
@@ -49,7 +49,7 @@ SHARE_AHEAD = 600
 
 @dataclass(slots=True)
 class Allowance:
-    """Requests of one key that this process has counted in Redis and not yet seen."""
+    """Requests of one key that this process has counted in Redis and not yet received."""
 
     size: int
     left: int
@@ -59,15 +59,15 @@ class Allowance:
 class RateLimit:
     """A sliding window for each key.
 
-    A busy key is counted ahead, twice as many requests each time: asking Redis for every single one took
-    a tenth of a create. Where keys are idle, or the limit is small, every request is counted as it comes.
+    For a busy key, requests are counted ahead, twice as many each time: asking Redis for every single one took a tenth
+    of a create. For an idle key, or a small limit, every request is counted as it arrives.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Take the limit and where it is counted; connect to nothing yet."""
-        self._item = RateLimitItemPerMinute(settings.rate_limit or 1)
-        self._off = settings.rate_limit == 0
-        self._most_ahead = max(1, settings.rate_limit // SHARE_AHEAD)
+        """Take the settings; connect to nothing yet."""
+        self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
+        self._off = settings.api_rate_limit == 0
+        self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
         self._storage = RedisStorage(
             settings.broker_url.get_secret_value(),
             key_prefix=f"{settings.broker_prefix}rate",
@@ -101,11 +101,11 @@ class RateLimit:
             raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._storage.storage.close()
 
     def _spend(self, key_id: UUID) -> int:
-        """Use one of those counted ahead; where there is none, return how many to count now."""
+        """Use one request counted ahead, or return how many to count now if there is none."""
         with self._lock:
             held = self._allowances.get(key_id)
             if held is None or time.monotonic() >= held.until:
@@ -116,7 +116,7 @@ class RateLimit:
             return min(2 * held.size, self._most_ahead)
 
     def _count(self, key_id: UUID, size: int) -> float | None:
-        """Count so many, or the one request; None when it is allowed, else in how many seconds it will be."""
+        """Count so many requests, or only one; return None if allowed, otherwise the seconds until one is."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
             if self._limiter.hit(self._item, name, cost=cost):

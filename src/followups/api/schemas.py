@@ -20,7 +20,7 @@ MAX_FIELDS = 100
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
-    # In a change, a field that is left out stays as it is; null is no default of it.
+    # In a change, an absent field stays as it is; null is not its default.
     for field in schema["properties"].values():
         field.pop("default", None)
 

@@ -1,4 +1,4 @@
-"""How the application is served: uvicorn, with limits on what a connection may cost before it is a request."""
+"""Serves the application with uvicorn, and bounds what a connection may cost before it becomes a request."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 HEADER_WITHIN = 10.0
-"""Seconds until they must be complete."""
+"""Seconds for the headers to arrive."""
 
 MAX_CONNECTIONS = 2_000
 """Open connections. Beyond it the one that is idle for the longest makes room; without any, the new one is closed."""
 
 KEEP_ALIVE = 65
-"""Seconds an idle connection is kept: longer than the usual load balancer's minute, so that it closes first."""
+"""Seconds an idle connection is kept: longer than a load balancer's usual minute, so that the balancer closes first."""
 
 GRACE = 20
-"""Seconds that running requests have at a stop."""
+"""Seconds that running requests have at shutdown."""
 
 
 class LimitedProtocol(H11Protocol):
-    """uvicorn's protocol, which itself sets a slow or endless header no bounds in time, and answers in plain text."""
+    """uvicorn's protocol, which itself has no time limit for headers, and answers in plain text."""
 
     _header_due: asyncio.TimerHandle | None = None
     idle_since = 0.0
@@ -65,13 +65,13 @@ class LimitedProtocol(H11Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the time."""
+        """Cancel the timer."""
         self._header_came()
         if self.transport is not None:
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Hand over what came; unless the header is complete by now, the time runs."""
+        """Pass data on; the timer runs on until the headers are complete."""
         if self.transport.is_closing():
             return
         super().data_received(data)
@@ -119,7 +119,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         http=LimitedProtocol,  # h11, and limits; by itself uvicorn would take httptools where it is installed
         ws="none",
         lifespan="on",
-        log_config=None,  # ours: one format for every line
+        log_config=None,  # our own: one format for every line
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEADER_SIZE,

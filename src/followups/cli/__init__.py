@@ -1,4 +1,4 @@
-"""The command line: ``followups``, one file a command group, each loaded when it is called."""
+"""The command line, ``followups``: a module for each command, imported when that command is called."""
 
 from followups.cli.entry import main
 

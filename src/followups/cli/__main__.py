@@ -1,4 +1,4 @@
-"""``python -m followups.cli`` is ``followups``."""
+"""Run ``followups`` as ``python -m followups.cli``."""
 
 import sys
 

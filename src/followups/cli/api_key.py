@@ -1,4 +1,4 @@
-"""``followups api-key``: who may call the REST API."""
+"""``followups api-key``: create, list and revoke the keys of the REST API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create, list and revoke API keys. A key belongs to one workspace; only its hash is stored."""
+    """Create, list and revoke API keys. A key belongs to one workspace; only a hash of it is stored."""
 
 
 @app.command(
@@ -38,10 +38,10 @@ def create(
     *,
     json: Json = False,
 ) -> None:
-    """Create an API key and print it, alone, on stdout. It is shown this once and never again."""
+    """Create an API key and print it on stdout. It is shown only once."""
     with connection.session() as session:
         row, key = api_keys.create(session, workspaces.find(session, workspace).id, name)
-    # After the commit: a key that is shown works.
+    # Print the key after the commit, so that a printed key always works.
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
         return
@@ -71,7 +71,7 @@ def revoke(
     *,
     json: Json = False,
 ) -> None:
-    """Revoke an API key: from now on it is refused. Repeating it changes nothing."""
+    """Revoke an API key: it is refused from now on. Revoking a revoked key changes nothing."""
     with connection.session() as session:
         row = api_keys.revoke(session, key_id)
         workspace = session.get_one(Workspace, row.workspace_id).name

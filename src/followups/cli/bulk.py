@@ -1,4 +1,4 @@
-"""What every command that changes many does: count, show some, ask, go on in batches, say how far it came."""
+"""What all bulk commands share: count, show a sample, confirm, run in batches, report progress."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Batches = Callable[[], Iterator[dict[str, int]]]
 
 SAMPLE = 5
-"""How many of those that a command would change are named beforehand."""
+"""How many of the affected follow-ups are named before the command runs."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many there are, name some, and change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
@@ -25,29 +25,29 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to be done to how many."""
+    """What a bulk command will do, and to how many."""
 
     verb: str
-    """As in "to cancel"."""
+    """The infinitive, as in "cancel"."""
     done: str
-    """As in "3 are cancelled"."""
+    """The participle, as in "3 are cancelled"."""
     number: int
     sample: Sequence[str]
     remark: str = ""
-    """What else is to be known before it is done."""
+    """What else the operator should know beforehand."""
     noun: str = "follow-up"
 
     @property
     def counted(self) -> str:
-        """The number of them, as in "1 follow-up", "3 follow-ups"."""
+        """The number with its noun, as in "1 follow-up", "3 follow-ups"."""
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
 def carry_out(plan: Plan, batches: Batches, *, dry_run: bool, yes: bool, json: bool) -> None:
-    """Do it, unless it is a dry run or somebody says no. ``batches`` yields what each came to, by name.
+    """Run the batches, unless this is a dry run or the operator declines. Each batch yields its counts by name.
 
-    The counts named ``plan.done`` and ``passedOver`` together move the bar. Broken off by Ctrl-C, whole follow-ups
-    are done or not done, and the same command goes on with the rest.
+    The counts ``plan.done`` and ``passedOver`` advance the progress bar. After Ctrl-C each follow-up is either done or
+    untouched; running the command again continues with the rest.
     """
     if dry_run:
         _announce(plan, json=json, then="Nothing has changed: this was a dry run.")
@@ -67,7 +67,7 @@ def carry_out(plan: Plan, batches: Batches, *, dry_run: bool, yes: bool, json: b
 
 
 def confirm(plan: Plan) -> None:
-    """Ask. Raises a usage error where there is nobody to answer, and `typer.Exit` on a no."""
+    """Ask for confirmation. Raises a usage error when stdin is no terminal, and `typer.Exit` when the answer is no."""
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: where nobody can be asked, --yes says that it is meant"
         raise typer.BadParameter(message, param_hint="--yes")
@@ -102,7 +102,7 @@ def _run(plan: Plan, batches: Iterator[dict[str, int]], totals: dict[str, int]) 
 
 
 def progress(plan: Plan) -> Progress:
-    """Return a bar on stderr, shown on a terminal only and gone at the end."""
+    """Return a progress bar on stderr; it shows on a terminal only, and disappears at the end."""
     target = remarks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)

@@ -1,7 +1,7 @@
-"""Every command: where it is, and what it does in one line.
+"""Every command: its module, and what it does in one line.
 
-The help is made from this table alone, so that it is there at once; a command's module, with all that it
-imports, is loaded when the command is called.
+The help text is built from this table alone, so that it appears at once. A command's module, with all its imports, is
+loaded only when the command is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One command: the module that holds it, its line and its place in the help."""
+    """One command: its module, its help line, and its panel in the help."""
 
     module: str
     help: str
@@ -53,18 +53,18 @@ CATALOGUE = {
     ),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
-"""In the order of the help."""
+"""Commands in the order of the help."""
 
 
 class Catalogue(TyperGroup):
-    """The root command, which knows its commands by `CATALOGUE` and loads the one that is called."""
+    """The root command: it lists the commands of `CATALOGUE` and imports the one that is called."""
 
     def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
-        """Return the names, in the order of the help."""
+        """Return the command names in the order of the help."""
         return list(CATALOGUE)
 
     def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | None:  # noqa: ARG002 - likewise
-        """Return what the help shows of a command, without loading it."""
+        """Return what the help shows of a command, without importing it."""
         entry = CATALOGUE.get(cmd_name)
         return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel) if entry else None
 
@@ -73,14 +73,14 @@ class Catalogue(TyperGroup):
         ctx: Any,  # noqa: ANN401 - the base class's own type for it is private
         args: list[str],
     ) -> tuple[str | None, Any, list[str]]:
-        """Find the command that is called, and load it."""
+        """Find and import the command that is called."""
         self.commands = dict.fromkeys(CATALOGUE)  # type: ignore[assignment]  # the names suggested for a typo
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else command, rest
 
 
 def load(name: str) -> TyperCommand | TyperGroup:
-    """Import a command's module and return the command, whole."""
+    """Import a command's module and return the complete command."""
     app: typer.Typer = importlib.import_module(f"followups.cli.{CATALOGUE[name].module}").app
     loaded = cast("TyperCommand | TyperGroup", get_command(app))
     if isinstance(loaded, TyperGroup) and name in loaded.commands:

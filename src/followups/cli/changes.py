@@ -1,4 +1,4 @@
-"""``followups cancel``, ``reschedule`` and ``retry``: what an operator does to a follow-up."""
+"""``followups cancel``, ``reschedule`` and ``retry``: change single follow-ups, or many at once."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ def cancel(  # noqa: PLR0913 - one for each option
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Cancel a pending follow-up: when this says so, it is never sent. Repeating it changes nothing.
+    """Cancel a pending follow-up. Once this succeeds, the follow-up is never sent. Repeating it changes nothing.
 
-    It fails for one that has finished, and for one that is being delivered at this moment.
+    It fails when the follow-up has finished, or while it is being delivered.
 
-    With --chat or --workspace, everything pending there is cancelled, in batches: broken off, it goes on when it
-    is called again. What is being delivered at this moment is only kept from another try.
+    With --chat or --workspace, everything pending there is cancelled, in batches. If interrupted, run the command again
+    to continue. A follow-up that is being delivered at that moment is not cancelled, but it is not retried either.
     """
     _either(follow_up_id, chat or workspace, "--chat or --workspace")
     if follow_up_id is None:
@@ -76,7 +76,7 @@ def reschedule(
     *,
     json: Json = False,
 ) -> None:
-    """Give a pending follow-up another due date; one that has passed means at once."""
+    """Give a pending follow-up another due date. A date in the past means at once."""
     with connection.session() as session:
         now = session.execute(select(func.now())).scalar_one()
         follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)})
@@ -108,14 +108,14 @@ def retry(  # noqa: PLR0913 - one for each option
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Make a new follow-up, of the same message and chat, from a failed one. Prints the new one's id.
+    """Create a new follow-up from a failed one, with the same message and chat. Prints the new one's id.
 
-    The failed one stays as it is. The rules of creating one hold: the chat's last message must not be the
-    user's, and its messaging window must be open.
+    The failed one stays as it is. The rules for creating one apply: the chat's last message must not be the user's, and
+    its messaging window must be open.
 
-    With --failed --since, this is done for all that failed since then and was not retried yet, due now, in
-    batches: broken off, it goes on when it is called again, and none is retried twice. What the rules refuse is
-    passed over and counted.
+    With --failed --since, every follow-up that failed since then and has not been retried yet is retried now, in
+    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Those that the rules
+    refuse are skipped and counted.
     """
     _either(follow_up_id, failed, "--failed --since TIME")
     if follow_up_id is None:

@@ -1,4 +1,4 @@
-"""What ``followups doctor`` looks at. Each check takes the settings and returns findings, and never raises."""
+"""The checks of ``followups doctor``. Each takes the settings, returns its findings, and never raises."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OLDEST_POSTGRESQL = 14
 OLDEST_REDIS = (6, 2)
 
 PATIENCE = timedelta(seconds=3)
-"""How long the broker may take to answer, and the workers together."""
+"""How long to wait for the broker, and for all workers together."""
 
 
 REFUSED = "See to the server: a full disk, full memory, or a script without end; processes go on by themselves then."
@@ -45,7 +45,7 @@ REFUSED = "See to the server: a full disk, full memory, or a script without end;
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found. ``advice`` says what to do; without any, all is well."""
+    """What a check found. ``advice`` says what to do; without advice all is well."""
 
     name: str
     detail: str
@@ -62,16 +62,16 @@ class Finding:
 
 
 def timeouts(settings: Settings) -> Finding:
-    """Show the sum that keeps a worker that still waits for an answer from losing its lease."""
+    """Show the sum of the timeouts, which keeps a worker that is waiting for an answer from losing its lease."""
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
         f" <= lease {span(settings.lease)}"
     )
-    return Finding("timeouts", detail)  # the settings refuse every other
+    return Finding("timeouts", detail)  # the settings refuse any other combination
 
 
 def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Check the database, its schema, and the age of the last tick, which it knows."""
+    """Check the database, its schema, and the age of its last recorded tick."""
     place = place_of(settings.database_url.get_secret_value())
     try:
         with engine.connect() as connection:
@@ -123,7 +123,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
-        # Its first line names host and port, never the password.
+        # The first line of its message names host and port, never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         yield Finding("broker", detail, "Start it, or correct FOLLOWUPS_BROKER_URL.")
         return
@@ -210,7 +210,7 @@ def _eviction(information: dict[str, Any]) -> Finding:
 
 
 def transport(settings: Settings) -> Finding:
-    """Let the transport say whether the other side can be reached."""
+    """Ask the transport whether its endpoint can be reached."""
     try:
         detail = asyncio.run(_checked(settings))
     except FollowUpsError as error:

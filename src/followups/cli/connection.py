@@ -1,4 +1,4 @@
-"""The database and the broker, for one command."""
+"""Connections to the database and the broker for the duration of one command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def engine() -> Iterator[Engine]:
-    """Yield an engine on the database that the settings name."""
+    """Yield an engine for the configured database."""
     made = make_engine(get_settings().database_url.get_secret_value(), pool_size=1, application_name="followups-cli")
     try:
         yield made
@@ -34,13 +34,13 @@ def engine() -> Iterator[Engine]:
 
 @contextmanager
 def session() -> Iterator[Session]:
-    """Yield a session whose transaction is committed at the end of the block, and whose objects stay readable."""
+    """Yield a session. Its transaction is committed at the end of the block, and its objects stay readable."""
     with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
         yield opened
 
 
 def broker_client(settings: Settings, patience: timedelta) -> redis.Redis:
-    """Return a client of the broker, to be closed; it asks once, and waits for an answer no longer than that."""
+    """Return a client of the broker, to be closed by the caller. It does not retry."""
     url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
     return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
 

@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from followups.cli.stats import Stats
 
 SECONDS = 60
-"""How far the line of what is sent a second goes back."""
+"""Seconds of sending history in the sparkline."""
 
 BARS = " ▁▂▃▄▅▆▇█"
 STALE_TICK = timedelta(seconds=30)
 ASK_WORKERS = 5.0
-"""Seconds between two questions to the workers: each of them has to answer."""
+"""Seconds between two surveys of the workers: each of them has to answer."""
 
 
 @dataclass
 class Workers:
-    """Which workers answer, asked beside the drawing: an answer takes a second, and Celery as long to load."""
+    """The workers that answer, surveyed in a thread: an answer takes a second, and importing Celery takes as long."""
 
     said: str = "asking"
     ok: bool = True
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Ask from now on."""
+        """Start surveying."""
         threading.Thread(target=self._run, name="workers", daemon=True).start()
 
     def stop(self) -> None:
-        """Ask no more."""
+        """Stop surveying."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -59,7 +59,7 @@ class Workers:
 
 @dataclass
 class Attempts:
-    """What attempts came to, since the first look and a second."""
+    """Outcomes of attempts: since the first look, and per second."""
 
     first: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class Attempts:
     at: float = 0.0
 
     def see(self, attempts: Mapping[str, int], now: float) -> None:
-        """Take another look, at ``now`` in seconds."""
+        """Record the totals of a moment ``now``, in seconds."""
         if not self.at:
             self.first = attempts
         elif now > self.at:
@@ -77,7 +77,7 @@ class Attempts:
         self.last, self.at = attempts, now
 
     def table(self) -> Table:
-        """Return a line for each outcome there ever was."""
+        """Return a table with a row for each outcome seen so far."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column(justify="right", style="bold")
@@ -97,12 +97,12 @@ def sparkline(numbers: Sequence[int]) -> str:
     ' ▁▂▄█'
     """
     highest = max(numbers, default=0)
-    # What is not nothing is to be seen.
+    # Every value above zero gets a visible bar.
     return "".join(BARS[0 if not number else max(1, number * 8 // highest)] for number in numbers)
 
 
 def watch(target: Console, look: Callable[[], Stats], draw: Callable[[Stats], Table], interval: float) -> None:
-    """Look and draw again and again until Ctrl-C, which this raises on; ``draw`` makes the table of the counts."""
+    """Refresh the screen until Ctrl-C, which is raised; ``draw`` renders the table of counts."""
     workers, attempts = Workers(), Attempts()
     workers.start()
     try:

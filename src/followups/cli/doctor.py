@@ -1,4 +1,4 @@
-"""``followups doctor``."""
+"""The ``followups doctor`` command."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(epilog=examples("followups doctor", "followups doctor --json"))
 def doctor(*, json: Json = False) -> None:
-    """Check everything that must be well for follow-ups to go out, and say what to do where it isn't.
+    """Check everything that follow-ups need to go out, and say what to do about each problem.
 
-    Settings, database, migrations, ticks (beat and workers together), what is overdue and what failed lately,
-    broker, transport, workers, and the processes of this machine. Exit code 1 when any check failed.
+    It looks at the settings, database, migrations, ticks (beat and workers together), overdue follow-ups and recent
+    failures, broker, transport, workers, and the processes on this machine. Exit code 1 when any check failed.
     """
     settings = get_settings()
     findings = list(_findings(settings))

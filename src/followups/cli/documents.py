@@ -19,7 +19,7 @@ MILLISECOND = timedelta(milliseconds=1)
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
-    """Return the API's form of a follow-up; ``message`` is null unless it is asked for."""
+    """Return a follow-up as the API shows it; ``message`` is null unless requested."""
     document = schemas.FollowUp.model_validate(follow_up).model_dump(mode="json", by_alias=True)
     return document if message else document | {"message": None}
 
@@ -30,7 +30,7 @@ def workspace_document(workspace: Workspace) -> dict[str, Any]:
 
 
 def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
-    """Return the JSON form of sending hours; None for every hour."""
+    """Return the JSON form of sending hours, or None if every hour is allowed."""
     if hours is None:
         return None
     return {
@@ -42,7 +42,7 @@ def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
 
 
 def pause_document(pause: Standing) -> dict[str, Any]:
-    """Return the JSON form of a pause; a null workspace or channel is any."""
+    """Return the JSON form of a pause; a null workspace or channel means all of them."""
     return {
         "workspace": pause.workspace,
         "channel": pause.channel,
@@ -52,7 +52,7 @@ def pause_document(pause: Standing) -> dict[str, Any]:
 
 
 def limit_document(limit: Limit) -> dict[str, Any]:
-    """Return the JSON form of a rate limit, its rate in follow-ups a second; a null workspace or channel is any."""
+    """Return the JSON form of a rate limit, in follow-ups a second; a null workspace or channel means all of them."""
     return {
         "workspace": limit.workspace,
         "channel": limit.channel,
@@ -76,7 +76,7 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 
 
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
-    """Return the JSON form of an API key, by its workspace's name. The key itself is nowhere."""
+    """Return the JSON form of an API key, with its workspace's name and without the key itself."""
     return {
         "id": str(key.id),
         "name": key.name,

@@ -1,4 +1,4 @@
-"""The root command, and how a run ends: exit code 0 done, 1 failed, 2 wrong usage; errors on stderr."""
+"""The root command and the end of every run: exit code 0 done, 1 failed, 2 wrong usage; errors go to stderr."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 @dataclass
 class Options:
-    """What stands before the command."""
+    """Options that precede the command."""
 
     debug: bool = False
 
@@ -55,26 +55,26 @@ def root(
 ) -> None:
     """Send each scheduled chat follow-up at its moment, once, unless something cancelled it first.
 
-    Settings come from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo`
-    need none. Exit codes: 0 done, 1 failed, 2 wrong usage.
+    Settings come from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo` need none.
+    Exit codes: 0 done, 1 failed, 2 wrong usage.
 
-    Why was one not sent? `list` finds it, by its chat or state, and `show` with its id says why.
+    Why was a follow-up not sent? Find it with `list`, by its chat or state; `show ID` explains it.
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:
-        with redirect_stdout(sys.stderr):  # not asked for, it is no result
+        with redirect_stdout(sys.stderr):  # the help was not requested, so it is no result
             ctx.get_help()
         raise typer.Exit(WRONG_USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command that ``arguments`` (by default this process's own) name; return the exit code."""
+    """Run the command in ``arguments``, by default this process's own, and return the exit code."""
     options = Options()
     try:
         command: Any = get_command(app)
         code = command.main(args=arguments, prog_name="followups", standalone_mode=False, obj=options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -84,5 +84,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         sentence, code = explain(error)
         sys.stderr.write(f"followups: {sentence}\n")
-    # Typer's own code for Ctrl-C is 130; here there are three.
+    # Typer exits with 130 after Ctrl-C; our commands have three exit codes.
     return int(code or 0) if code in {None, 0, FAILED, WRONG_USAGE} else FAILED

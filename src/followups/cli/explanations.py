@@ -1,4 +1,4 @@
-"""Why a follow-up stands where it stands, in words, and what can be done about it. Pure."""
+"""Explain in words why a follow-up is in its state, and what can be done about it. Pure."""
 
 from __future__ import annotations
 
@@ -52,34 +52,34 @@ ENDINGS = {
     ),
     ReasonCode.FAILED_BY_API: "Somebody failed it through the API and gave no reason.",
 }
-"""What each code means to an operator."""
+"""The meaning of each code, for operators."""
 
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """What else has a say in when a follow-up is sent."""
+    """Everything else that affects when a follow-up is sent."""
 
     pause: Standing | None = None
-    """What stops its workspace or channel."""
+    """The pause of its workspace or channel."""
     hours: SendingHours | None = None
     limits: Sequence[Limit] = ()
-    """What limits the rate of its workspace, channel or chat."""
+    """The rate limits of its workspace, channel or chat."""
     breaker: Shown | None = None
-    """Whether the transport is left alone; None where nobody could say."""
+    """Whether the breaker is open, or None if that is unknown."""
     tick_age: timedelta | None = None
-    """How long ago the last tick ran."""
+    """The age of the last tick."""
     first: str = ""
-    """Why the first of its chat is not sent yet, when that is another one."""
+    """The explanation for the chat's first pending follow-up, when that is another one."""
     retried_as: UUID | None = None
 
 
 ALONE = Circumstances()
 STALE_TICK = timedelta(seconds=30)
-"""Ticks come every second by default; from then on one is missing at any setting that people use."""
+"""Age from which the last tick counts as missing, at any tick interval in use; the default is one second."""
 
 
 def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> str:
-    """Return a few sentences: why it was sent, was not sent, or is not sent yet."""
+    """Return a few sentences: why the follow-up was sent, was not sent, or is not sent yet."""
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:
@@ -93,7 +93,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
-    """Return accepted minus due date, for what the transport accepted."""
+    """Return the acceptance minus the due date, or None if the transport has not accepted it."""
     return follow_up.accepted_at - follow_up.due_date if follow_up.accepted_at else None
 
 
@@ -158,7 +158,7 @@ def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
 
 
 def stopped(pause: Standing) -> str:
-    """Return what is paused, as part of a sentence."""
+    """Return what is paused, as a noun phrase."""
     return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
 
 
@@ -198,7 +198,7 @@ def _limits(limits: Sequence[Limit]) -> str:
 
 
 def limited(workspace: str | None, channel: str | None, per: str) -> str:
-    """Return what a rate limit is of, as part of a sentence.
+    """Return what a rate limit applies to, as a noun phrase.
 
     >>> limited("acme", "waha", "chat"), limited(None, None, "all")
     ('each chat of channel waha of workspace acme', 'everything')

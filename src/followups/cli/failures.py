@@ -1,4 +1,4 @@
-"""Errors as people read them: one sentence that says what to do, and the exit code. Never a trace."""
+"""Turns errors into one sentence that says what to do, and an exit code; never a stack trace."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ ADVICE: dict[type[FollowUpsError], str] = {
     NothingToFollowUpError: "an agent or operator has to write in it first",
     OutsideMessagingWindowError: "the user has to write in the chat first, or the due date has to be earlier",
 }
-"""What to do about errors that don't say it themselves."""
+"""Advice for errors that carry none of their own."""
 
 SCHEMA_ERRORS = ("42P01", "42703")
-"""PostgreSQL's codes for a table and a column that is not there."""
+"""PostgreSQL's SQLSTATEs for a missing table and a missing column."""
 
 
 @runtime_checkable
 class UsageError(Protocol):
-    """What Typer raises for arguments that don't fit; its class is private."""
+    """The error that Typer raises for wrong arguments; its own class is private."""
 
     exit_code: int
 
     def format_message(self) -> str:
-        """Say what does not fit."""
+        """Return the message with its option."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Return the sentence and the exit code."""
+    """Return the sentence and the exit code for an error."""
     if isinstance(error, typer.Abort):
         return "Stopped before it was done.", FAILED
     if isinstance(error, UsageError):
@@ -70,13 +70,13 @@ def _ours(error: FollowUpsError) -> tuple[str, int]:
     advice = ADVICE.get(type(error))
     sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
     wrong_usage = isinstance(error, SettingsError | InvalidRequestError | NotFoundError)
-    # The world is against it, not the way it was written.
+    # The command was well-formed; what it asked for is refused.
     refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
 
 
 def named(error: BaseException) -> str:
-    """Return the kind of an error and the first line of what it says."""
+    """Return the error's class name and the first line of its message."""
     said = str(error).strip().partition("\n")[0].rstrip(".")
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
@@ -102,7 +102,7 @@ def _database(error: SQLAlchemyError) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""Return why a connection failed, short: what follows the last colon of libpq's first line.
+    r"""Return why a connection failed: the part after the last colon of libpq's first line.
 
     >>> reason_of(OSError('connection to server at "::1", port 5432 failed: Connection refused\n\tIs it running?'))
     'connection refused'

@@ -1,4 +1,4 @@
-"""What chooses among follow-ups on the command line, and the sentence for what does not fit (exit code 2)."""
+"""Options that select follow-ups, and a usage error (exit code 2) for values that don't fit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this c
 
 
 def workspace_id_of(session: Session, name: str | None) -> UUID | None:
-    """Return the id of the workspace of that name; None for none. Raises a usage error for one that is not there."""
+    """Return the id of the workspace, or None if no name is given. Raises a usage error for an unknown one."""
     if name is None:
         return None
     try:

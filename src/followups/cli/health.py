@@ -1,4 +1,4 @@
-"""``followups health``: for process supervisors. Loads neither settings nor Celery, and asks no broker."""
+"""``followups health``, for process supervisors. It needs neither settings, nor Celery, nor the broker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNHEALTHY = 1
 WRONG_USAGE = 2
 WEB_PORT = "8000"
 PATIENCE = 3.0
-"""Seconds that web may take: it answers in milliseconds, from the loop that serves every request."""
+"""Seconds to wait for web, which answers within milliseconds from its event loop."""
 
 app = typer.Typer(
     add_completion=False,
@@ -48,7 +48,7 @@ def worker(*, name: Name = "") -> None:
 
 @app.command(epilog=examples("followups health beat"))
 def beat(*, name: Name = "") -> None:
-    """Beat sends its ticks."""
+    """Check that beat sends its ticks."""
     _judge("beat", name, "celery -A followups.worker beat")
 
 
@@ -58,7 +58,7 @@ def web(
     port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
     host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
 ) -> None:
-    """Web answers."""
+    """Check that web answers."""
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
     if trouble := trouble_of_web(host, int(port)):
@@ -67,7 +67,7 @@ def web(
 
 
 def trouble_of_web(host: str, port: int) -> str:
-    """Ask web whether it is up; return a sentence when it isn't, else nothing."""
+    """Ask web whether it is up; return a sentence if it is not, otherwise an empty string."""
     place = f"{host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:

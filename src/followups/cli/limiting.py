@@ -1,4 +1,4 @@
-"""``followups limit``: how many follow-ups a second are sent, of whose."""
+"""``followups limit``: rate limits for deliveries."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """Who has a bucket of its own."""
+    """What gets a token bucket of its own."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"
@@ -53,11 +53,11 @@ Burst = Annotated[
 
 @app.callback()
 def group() -> None:
-    """Limit how many follow-ups a second are sent: of a workspace, on a channel, into each chat, of everything.
+    """Limit how many follow-ups are sent each second: of a workspace, on a channel, into each chat, or in total.
 
-    All limits that match a follow-up apply to it. What is more than they allow waits, the first due first; it uses
-    up no attempt, and can be cancelled and rescheduled. Time goes on: past FOLLOWUPS_MAX_LATENESS or its messaging
-    window it fails as too_late or window_closed.
+    All matching limits apply. Follow-ups over a limit wait, the earliest due first. Waiting uses up no attempt, and a
+    waiting follow-up can be cancelled or rescheduled. Past FOLLOWUPS_MAX_LATENESS, or its messaging window, it fails as
+    too_late or window_closed.
     """
 
 
@@ -79,7 +79,7 @@ def set_(
     burst: Burst = None,
     json: Json = False,
 ) -> None:
-    """Set a limit, or change the one that was set with the same options. Workers go by it within some seconds."""
+    """Set a limit, or change the one with the same options. Workers apply it within seconds."""
     at_once = burst or default_burst(rate)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
@@ -97,7 +97,7 @@ def set_(
     epilog=examples("followups limit clear --workspace acme", "followups limit clear --each chat --channel whatsapp")
 )
 def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apart = None, json: Json = False) -> None:
-    """Take away the limit that was set with exactly these options. What waits goes on within some seconds."""
+    """Remove the limit with exactly these options. Waiting follow-ups continue within seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             was_set = rate_limits.clear(session.connection(), _scope(session, workspace, channel, each))

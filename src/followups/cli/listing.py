@@ -1,4 +1,4 @@
-"""``followups list``."""
+"""The ``followups list`` command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_LIMIT = 1000
 AFTER = "Only due then or later, as in 2030-01-31T09:00:00Z."
 BEFORE = "Only due before that."
 WIDE = 150
-"""Columns of a terminal from which the chat stands in the table too."""
+"""Terminal width from which the table shows the chat too."""
 
 
 @app.command(
@@ -53,7 +53,7 @@ def list_(  # noqa: PLR0913 - one for each option
     message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
     json: Json = False,
 ) -> None:
-    """List follow-ups, newest first. What became of one, and why, is told by followups show ID."""
+    """List follow-ups, newest first. To see what became of one, and why, use followups show ID."""
     wanted = Filter(
         chat_ids=tuple(chat or ()),
         statuses=tuple(status or ()),

@@ -29,16 +29,17 @@ if TYPE_CHECKING:
 
 PASSES = 5
 PAUSE = 0.2
-"""Seconds; somebody's open transaction holds a row: it is come back to so often, after so long."""
+"""Seconds between two tries at a row that another transaction has locked, and the number of tries."""
 
 RETRIES = 500
-"""Follow-ups that are looked for at once. Each is then made anew in a transaction of its own: it locks its chat, and
-who held several would wait for callers who hold others."""
+"""Follow-ups fetched at once. Each is retried in a transaction of its own: it locks its chat, and a transaction that
+locked several chats would wait for others that do the same.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a bulk command is to go about it."""
+    """The options that all bulk commands share."""
 
     dry_run: bool
     yes: bool
@@ -46,7 +47,7 @@ class Manner:
 
 
 def cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: Manner) -> None:
-    """Cancel what is pending in a workspace, or in a chat."""
+    """Cancel everything pending in a workspace or a chat."""
     if reason is not None:
         scheduling.check_reason(reason, Status.CANCELLED)
     final = scheduling.final_of(Status.CANCELLED, reason)
@@ -107,7 +108,7 @@ def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Iterator[dic
 
 
 def retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCode], manner: Manner) -> None:
-    """Make new follow-ups, due now, from those that failed since then and were not retried yet."""
+    """Create new follow-ups, due now, from those that failed since then and have not been retried."""
     with connection.engine() as engine:
         with Session(engine) as session:
             owner = workspace_id_of(session, workspace)
@@ -133,7 +134,7 @@ def _retry(engine: Engine, failures: Failures) -> Iterator[dict[str, int]]:
 
 
 def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
-    """Retry one; return what came of it."""
+    """Retry one follow-up and return the result."""
     try:
         with Session(engine) as session, session.begin():
             scheduling.retry_once(session, follow_up_id)

@@ -1,4 +1,4 @@
-"""``followups migrate``: wait for the database, then bring it to the newest schema."""
+"""``followups migrate``: wait for the database, then upgrade its schema."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Versions = tuple[str | None, str | None]
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 5.0
-"""Seconds between two tries; each pause is twice the one before."""
+"""Longest pause between two tries, in seconds; each pause is twice the one before."""
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
-"""What a server says that is there and not ready; every other refusal (a wrong password) stays as it is."""
+"""SQLSTATEs of a server that is up but not ready; any other refusal, such as a wrong password, is final."""
 
 
 @app.command(epilog=examples("followups migrate", "followups migrate --wait 0"))
@@ -40,10 +40,10 @@ def migrate(
         typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database, and for another migration."),
     ] = schema.WAIT,
 ) -> None:
-    """Bring the database to the newest schema. Several at once do no harm, and neither does repeating it.
+    """Upgrade the database to the newest schema. It is safe to run several at once, and to repeat it.
 
-    As one process of many under a bare `honcho start` it stays until all are stopped, because honcho stops
-    every process as soon as one ends; anywhere else it ends when it is done.
+    Under a plain `honcho start` it stays until all processes are stopped, because honcho stops every process as soon as
+    one ends. Anywhere else it ends when it is done.
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:

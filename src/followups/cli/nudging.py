@@ -1,4 +1,4 @@
-"""A hint to the dispatcher, after a command that made something due soon. Never of consequence."""
+"""Asks for a tick after a command that made something due soon. Nothing depends on it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from datetime import datetime, timedelta
 from followups.settings import get_settings
 
 PATIENCE = timedelta(seconds=5)
-"""How long a command waits for its hint to be sent; without it, the next tick does the same a little later."""
+"""How long a command waits for the broker; without this tick, the next one does the same a little later."""
 
 
 def nudge_if_soon(due: datetime, now: datetime) -> None:
-    """Ask for a tick when ``due`` comes before the next one. Fails silently: beat's own ticks don't."""
+    """Ask for a tick if ``due`` comes before the next regular one. Errors are ignored, since beat's ticks go on."""
     if due - now <= get_settings().tick_interval:
         ask_for_tick()
 
 
 def ask_for_tick() -> None:
-    """Send the hint, within `PATIENCE`."""
+    """Send a tick, within `PATIENCE`."""
     from followups import worker  # noqa: PLC0415 - loads Celery, which other commands don't need
 
     def send() -> None:
-        with suppress(Exception):  # the change is committed; beat's next tick finds it
+        with suppress(Exception):  # the change is committed; the next regular tick finds it
             worker.ask_for_tick()
 
-    # In a thread: a client of a broker that is away may wait longer than anybody at a terminal wants to.
+    # In a thread, since a client of an unreachable broker may block longer than an operator would wait.
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     sender.join(PATIENCE.total_seconds())

@@ -1,4 +1,4 @@
-"""``followups openapi``: the REST API's contract."""
+"""``followups openapi``: print the REST API's OpenAPI document."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How results and remarks are written: results to stdout, everything else to stderr.
+"""Output: results go to stdout, everything else to stderr.
 
-On a terminal, tables fit its width; in a pipe they are plain, and nothing is cut off.
+On a terminal a table fits its width; in a pipe it is plain, and no cell is shortened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PIPE_WIDTH = 1000
-"""Columns, where no terminal sets a limit: wider than any row."""
+"""Table width when stdout is no terminal: wider than any row."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
@@ -43,18 +43,18 @@ def print_json(document: object) -> None:
 
 
 def say(sentence: str) -> None:
-    """Print a result in words on stdout, at once: whoever reads it from a pipe may be waiting."""
+    """Print a sentence on stdout and flush: a reader at the end of a pipe may be waiting for it."""
     sys.stdout.write(f"{sentence}\n")
     sys.stdout.flush()
 
 
 def remark(sentence: str) -> None:
-    """Tell people something on stderr that is not the result."""
+    """Print a remark on stderr."""
     sys.stderr.write(f"{sentence}\n")
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
-    """Print a table on stdout; ``empty`` is said on stderr when it has no rows."""
+    """Print a table on stdout, or ``empty`` on stderr if it has no rows."""
     target = console()
     table = Table(*headings, box=SIMPLE_HEAD if target.is_terminal else None, pad_edge=target.is_terminal)
     for row in rows:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 UNDER_WAY = 10.0
-"""Seconds to wait, at most, for begins that had looked before the pause was there."""
+"""Most seconds to wait for transactions that began attempts before they could see the pause."""
 LOOK = 0.02
 
 
@@ -48,12 +48,12 @@ def pause(
     list_: Annotated[bool, typer.Option("--list", help="Show what is paused, and how much each pause holds.")] = False,
     json: Json = False,
 ) -> None:
-    """Let nothing of a workspace, a channel, or a channel of a workspace begin, until it is resumed.
+    """Stop a workspace, a channel, or a channel of a workspace from sending, until it is resumed.
 
-    What had begun before goes on to its end; when this returns, nothing more begins. What comes due is held: it
-    uses up no attempt, can be cancelled and rescheduled, and what is behind it in its chat waits. Time goes on: on
-    resuming, what is past FOLLOWUPS_MAX_LATENESS or its messaging window fails as too_late or window_closed.
-    Pausing what is paused changes nothing.
+    Attempts that began earlier run to their end; when this command returns, no new one begins. Follow-ups that come due
+    are paused: this uses up no attempt, they can be cancelled and rescheduled, and later ones of their chat wait. On
+    resuming, those past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or window_closed. Pausing
+    again changes nothing.
     """
     if list_:
         _list(json=json)
@@ -73,9 +73,9 @@ def pause(
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
 def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
-    """Let go on what was paused by exactly these options; what is due goes out at once, the first due first.
+    """End the pause with exactly these options. What is due goes out at once, the earliest due first.
 
-    Broken off, it goes on when it is called again, or by itself within a lease.
+    If interrupted, run the command again; otherwise the rest continues by itself within a lease.
     """
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():

@@ -1,4 +1,4 @@
-"""What ``followups doctor`` finds of worker, beat and web: asked through the broker, and on this machine."""
+"""The process checks of ``followups doctor``: workers through the broker; worker, beat and web on this machine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
 
 
 def of_the_broker() -> Finding:
-    """Ask all workers how they are. One that consumes nothing answers too, and says so."""
+    """Ask all workers for their state. A worker that consumes nothing answers too, and its answer shows that."""
     from followups.worker import app  # noqa: PLC0415 - loads Celery, and needs a broker that answers
 
     try:
         replies: list[dict[str, dict[str, Any]]] = app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
         return Finding("workers", named(error), "See to the broker first.")
-    # Of an older version, in the middle of an upgrade, an answer says nothing but that it is there.
+    # During an upgrade, the answer of an older worker only shows that it is there.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:
         advice = "Start one: honcho start worker, or celery -A followups.worker worker."
@@ -41,7 +41,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Read the signs of life, and ask web. That a process runs elsewhere, or not at all, is no trouble."""
+    """Read the heartbeat files, and ask web. A process that runs elsewhere, or nowhere, is no problem."""
     directory = directory_of(settings.runtime_dir)
     lives = {role: look(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]

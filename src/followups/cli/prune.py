@@ -1,4 +1,4 @@
-"""``followups prune``."""
+"""The ``followups prune`` command."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def prune(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Delete what finished so long ago, with its failed attempts, and chat messages of the same age.
+    """Delete follow-ups that finished long enough ago, their failed attempts, and chat messages of the same age.
 
-    It goes in batches of a thousand that hold nobody up, oldest first: broken off, it goes on when it is called
-    again. What is archived is on the disk before it is deleted; where that is broken off in between, it is in two
-    archives. Workers do the same once an hour, without an archive, when FOLLOWUPS_RETENTION is set.
+    Rows are deleted in batches of a thousand, oldest first, which block nothing else. If interrupted, run the command
+    again to continue. Rows are archived to disk before they are deleted; after an interruption in between they are in
+    two archives. Workers prune once an hour, without an archive, when FOLLOWUPS_RETENTION is set.
 
-    The last message of each chat stays. Idempotency keys go after 24 hours, whatever the age.
+    The last message of each chat stays. Idempotency keys are deleted after 24 hours, whatever the age.
     """
     with connection.engine() as engine, ExitStack() as stack:
         with engine.connect() as opened:
@@ -112,10 +112,10 @@ def _delete(
 def _remover(
     engine: Engine, archive: Path, stack: ExitStack, *, message: bool
 ) -> Callable[[Connection, datetime], int]:
-    """Open the archive and return what moves one batch into it."""
+    """Open the archive and return a function that moves one batch into it."""
     with Session(engine) as session:
         names = {each.id: each.name for each in workspaces.everything(session)}
-    # For its owner alone, as the database is.
+    # Readable by its owner only, as the database is.
     descriptor = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     file = stack.enter_context(os.fdopen(descriptor, "wb"))
 
@@ -129,7 +129,7 @@ def _remover(
 
 
 def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
-    """Write a batch as a gzip member of its own, so that what is there is whole however this ends."""
+    """Write a batch as a gzip member of its own, so that complete batches stay readable after any interruption."""
     lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
     file.write(gzip.compress(lines.encode()))
     file.flush()

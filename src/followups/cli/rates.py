@@ -1,4 +1,4 @@
-"""Rates as people write them: so many a second, a minute, an hour or a day."""
+"""Rates as people write them: follow-ups a second, a minute, an hour or a day."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import typer
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
-"""Follow-ups a second, and tokens of a bucket: more than anything here can send."""
+"""Largest rate, in follow-ups a second, and largest bucket: more than this system can send."""
 LEAST = 0.01 / SECONDS["d"]
-"""Follow-ups a second: with far less a large bucket is full again later than Redis can count, and would not be kept."""
+"""Smallest rate, in follow-ups a second. With a lower one a large bucket takes longer to fill than a Redis key can
+live.
+"""
 
 
 def parse_rate(text: str) -> float:
-    """Read ``50/s``, ``20/min``, ``1000/h`` or ``5/d``; return how many a second. Raises `typer.BadParameter`.
+    """Parse ``50/s``, ``20/min``, ``1000/h`` or ``5/d`` into follow-ups a second. Raises `typer.BadParameter`.
 
     >>> parse_rate("90/min")
     1.5
@@ -33,7 +35,7 @@ def parse_rate(text: str) -> float:
 
 
 def shown(rate: float) -> str:
-    """Return a rate as people write it, by the shortest time in which it is a whole number.
+    """Return a rate in the shortest unit of time in which it is a whole number.
 
     >>> shown(20 / 60), shown(1000 / 3600), shown(0.5), shown(1.25)
     ('20/min', '1000/h', '30/min', '75/min')
@@ -46,7 +48,7 @@ def shown(rate: float) -> str:
 
 
 def default_burst(rate: float) -> int:
-    """Return how many may go at once where nothing else is said: one second's worth, and at least one.
+    """Return the default burst: one second's worth, and at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)

@@ -1,4 +1,4 @@
-"""A small client of the REST API: JSON over one kept connection."""
+"""A small client of the REST API: JSON over one kept-alive connection."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from urllib.parse import urlsplit
 from followups.errors import FollowUpsError
 
 TIMEOUT = 30.0
-"""Seconds for one answer."""
+"""Seconds to wait for an answer."""
 
 FIRST_ERROR = 400
 
 
 class Rest:
-    """Calls of one host, from one thread."""
+    """A client of one host. Use it from one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Take ``http://host:port`` and the API key, if the host wants one; connect with the first call."""
+        """Take ``http://host:port`` and an API key if the host wants one; the first call connects."""
         self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
@@ -28,7 +28,7 @@ class Rest:
         self._connection.close()
 
     def call(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 - any JSON
-        """Send a request and return the answer's JSON. Raises `FollowUpsError` for an error and for silence."""
+        """Send a request and return the answer's JSON. Raises `FollowUpsError` for an error answer or no answer."""
         body = None if document is None else json.dumps(document)
         try:
             self._connection.request(method, path, body, self._headers)

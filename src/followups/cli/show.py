@@ -1,4 +1,4 @@
-"""``followups show``."""
+"""The ``followups show`` command."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 MILLISECOND = timedelta(milliseconds=1)
 
 PATIENCE = timedelta(seconds=1)
-"""How long the broker may take to say whether the transport is left alone; the rest is in the database."""
+"""How long to wait for the broker's breaker state; everything else is in the database."""
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A follow-up and what explains it."""
+    """A follow-up with everything that explains it."""
 
     follow_up: FollowUp
     workspace: str
@@ -56,7 +56,7 @@ class Found:
 
     @property
     def explanation(self) -> str:
-        """Why it stands where it stands."""
+        """Why it is in its state."""
         return explain(self.follow_up, get_settings(), self.now, self.around)
 
 
@@ -72,10 +72,10 @@ def show(
     message: Annotated[bool, typer.Option("--message", help="Show the message's text too.")] = False,
     json: Json = False,
 ) -> None:
-    """Say why one follow-up was sent, was not sent, or is not sent yet, with everything that is known of it.
+    """Explain why a follow-up was sent, was not sent, or is not sent yet, with all that is known about it.
 
-    Where it stands and why; pauses, sending hours, rate limits, an open breaker and the order of its chat; what each
-    attempt came to; and when it is tried next. followups list --chat finds the ID.
+    This shows its state and the reason; pauses, sending hours, rate limits, an open breaker and the order of its chat;
+    the result of each attempt; and the next try. Find the ID with followups list --chat.
     """
     with connection.session() as session:
         found = _find(session, follow_up_id)
@@ -123,11 +123,11 @@ def _breaker() -> Shown | None:
         with connection.broker_client(settings, PATIENCE) as client:
             return read(client, settings)
     except (redis.RedisError, OSError):
-        return None  # followups doctor says so
+        return None  # followups doctor reports it
 
 
 def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
-    """Explain the follow-up whose turn it is in the chat: it is what all the others there wait for."""
+    """Explain the chat's first pending follow-up, which all others of the chat wait for."""
     first = order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     if first is None or first == follow_up.id:
         return ""

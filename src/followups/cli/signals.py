@@ -1,9 +1,8 @@
-"""Ctrl-C, SIGTERM and a closed terminal: noted when they come, heeded between two steps.
+"""Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
-An exception out of a signal handler could come between the start of a process and its being written down;
-so the first signal only leaves a note, which `StopSignals.check` turns into KeyboardInterrupt. Who sends a
-second one before that does not want to wait: it raises at once, and the watchdog of `followups.embedded`
-stops what is left.
+An exception raised by a signal handler could come between the start of a process and the moment it is recorded. So the
+first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal before that
+raises at once, and the watchdog of `followups.embedded` stops the remaining processes.
 """
 
 from __future__ import annotations
@@ -19,33 +18,33 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Within the block the signals are noted. Used from the main thread."""
+    """Record signals within the block. Use it from the main thread."""
 
     def __init__(self) -> None:
-        """Change nothing yet."""
+        """Install nothing yet."""
         self._wanted = False
         self._quiet = False
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> Self:
-        """Take over the signals."""
+        """Install the handlers."""
         self._before = {number: signal.signal(number, self._note) for number in STOPPING}
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give them back."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]  # what signal() returned
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt when a signal has come."""
+        """Raise KeyboardInterrupt if a signal has arrived."""
         if self._wanted:
             raise KeyboardInterrupt
 
     def quieten(self) -> None:
-        """From now on ignore them: what is being stopped is stopped whole."""
+        """Ignore signals from now on, so that the shutdown completes."""
         self._quiet = True
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:

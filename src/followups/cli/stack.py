@@ -1,4 +1,4 @@
-"""The whole system on this machine, embedded: for ``followups up`` and ``followups demo``."""
+"""The whole system embedded on this machine, for ``followups up`` and ``followups demo``."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""A start takes some five seconds on two cores; this is for a machine that is busy with other things."""
+"""How long a start may take: about five seconds on two idle cores, more on a busy machine."""
 
 GRACE = timedelta(seconds=6)
-"""How long a process may take to end; then it is killed, which costs a lease and no message."""
+"""How long a process may take to end before it is killed; a kill costs a lease and no message."""
 
 POLL = timedelta(milliseconds=50)
 
@@ -41,38 +41,38 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is to run, and who is told."""
+    """What to start, and where progress is reported."""
 
     port: int
-    """Of the API."""
+    """Port of the API."""
     tell: Callable[[str], None]
-    """Told what is being started."""
+    """Called with the name of whatever is being started."""
     signals: StopSignals
-    """Whether it is to stop."""
+    """The stop signals to check."""
     data: Path | None = None
-    """Where PostgreSQL's data and the logs are kept; None: nowhere."""
+    """Directory for PostgreSQL's data and the logs, or None to keep nothing."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Settings, by field; those that are not here come from the environment."""
+    """Settings by field; all others come from the environment."""
     echo: Callable[[str, str], None] | None = None
-    """Told every (process, line) of the logs."""
+    """Called with every (process, line) of the logs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """What runs."""
+    """The running system."""
 
     settings: Settings
     api: str
-    """The API's address, without a path."""
+    """The API's base URL, without a path."""
     sandbox: str
-    """The sandbox's address, without a path."""
+    """The sandbox's base URL, without a path."""
     logs: Path
     _signals: StopSignals
     _processes: Processes
     _servers: tuple[EmbeddedPostgres | EmbeddedValkey, ...]
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt when it is to stop, `EmbeddedError` (with its log's end) when a process has ended."""
+        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if a process has ended."""
         self._signals.check()
         servers = [server._child() for server in self._servers]  # noqa: SLF001 - they show it to nobody else
         for child in [*servers, *self._processes.children]:
@@ -80,7 +80,7 @@ class Stack:
                 raise EmbeddedError(_obituary(child))
 
     def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
-        """Create an API key, and its workspace if it is new; return the workspace's id and the key."""
+        """Create an API key, and its workspace if missing; return the workspace's id and the key."""
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
         try:
             with Session(engine) as session, session.begin():
@@ -98,7 +98,7 @@ def _obituary(child: Child) -> str:
 
 @contextmanager
 def running(plan: Plan) -> Iterator[Stack]:
-    """Start everything, yield when the API says that it is ready, and stop everything. Raises `EmbeddedError`."""
+    """Start everything, yield once the API reports ready, and stop everything. Raises `EmbeddedError`."""
     with ExitStack() as stack:
         try:
             yield _started(plan, stack)
@@ -111,7 +111,7 @@ def _started(plan: Plan, stack: ExitStack) -> Stack:
     plan.tell("Starting PostgreSQL and Valkey")
     postgres = stack.enter_context(EmbeddedPostgres(plan.data and plan.data / "postgres"))
     plan.signals.check()
-    # Not kept: the broker holds hints only, and a hint of yesterday is worth nothing.
+    # The broker's data is not kept: hints from an earlier run are worthless.
     valkey = stack.enter_context(EmbeddedValkey())
     logs = plan.data and plan.data / "logs"
     if logs:
@@ -146,7 +146,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox_server", "--port", sandbox_port],
-        # On this machine only: whoever can reach the network needs no way in.
+        # Loopback only, since this API key and these servers have no further protection.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),
@@ -157,7 +157,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
 
 def _wait_until_ready(stack: Stack) -> None:
     deadline = time.monotonic() + READY_WITHIN.total_seconds()
-    # The sandbox takes messages, and database, migrations, broker and a tick (so beat and worker) are there.
+    # The sandbox accepts messages; database, migrations, broker and a tick (hence beat and worker) are confirmed.
     for ready in (answers(f"{stack.sandbox}/sandbox/summary"), answers(f"{stack.api}/readyz")):
         while not ready():
             stack.check()

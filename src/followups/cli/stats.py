@@ -1,4 +1,4 @@
-"""``followups stats``."""
+"""The ``followups stats`` command."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ MILLISECOND = timedelta(milliseconds=1)
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """One look at the system. ``pace`` is None when it could not be measured in time."""
+    """A snapshot of the system. ``pace`` is None if it could not be measured in time."""
 
     at: datetime
     counts: Counts
     pace: Pace | None
     attempts: Mapping[str, int]
-    """Ever made, by outcome."""
+    """Attempts ever made, by outcome."""
     tick_age: timedelta | None
     per_second: Sequence[int] | None = None
-    """Sent in each of the last seconds, for the dashboard."""
+    """Follow-ups sent in each of the last seconds, for the dashboard."""
 
 
 @app.command(
@@ -57,14 +57,14 @@ def stats(
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks of --watch.")] = 2,
     json: Json = False,
 ) -> None:
-    """Count follow-ups by state, and say how late the sent ones were and how many a minute there are.
+    """Count follow-ups by state, and show how late they were sent and how many a minute.
 
-    Lag is accepted minus due date: retries, waiting for rate limits and due dates in the past count. What is
-    pending is counted exactly. So is each final state up to 100,000; beyond, its number is an estimate, marked
-    with a tilde.
+    Lag is the acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the past.
+    The count of pending follow-ups is exact. Each final state is exact up to 100,000; beyond that it is an estimate,
+    marked with a tilde.
 
-    With --watch on a terminal it is a dashboard: beside the counts what is sent a second, what attempts come to,
-    the workers that answer and the age of the last tick. In a pipe it is a line a look.
+    With --watch on a terminal it becomes a dashboard, which adds the sends per second, the outcomes of attempts, the
+    workers that answer, and the age of the last tick. In a pipe it prints one line for each look.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:
@@ -84,7 +84,7 @@ def _measure(engine: Engine, window: timedelta) -> Stats:
 
 
 def look_at(engine: Engine, window: timedelta) -> Stats:
-    """Look at all that the dashboard shows; lag and throughput are those of the last ``window``."""
+    """Read everything that the dashboard shows; lag and throughput cover the last ``window``."""
     look = _measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, dashboard.SECONDS))
@@ -94,7 +94,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
     target = console()
     try:
         if json or not target.is_terminal:
-            # One look a line: a pipe has no screen to draw on again.
+            # One line for each look: a pipe has no screen to redraw.
             while True:
                 look = _measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
@@ -165,7 +165,7 @@ def _paces(pace: Pace) -> list[tuple[str, str, str]]:
 
 
 def table_of(look: Stats) -> Table:
-    """Return the counts, a line each."""
+    """Return the table of counts."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(justify="right", style="bold")

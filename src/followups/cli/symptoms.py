@@ -1,6 +1,6 @@
-"""What ``followups doctor`` finds of faults that come and go: in the database, in the broker, by this host's clock.
+"""The checks of ``followups doctor`` for passing problems: in the database, in the broker, and by this host's clock.
 
-What only has to be known is told in the detail; a finding with advice is something to be mended now.
+A finding with advice needs action now; anything else is only mentioned in the detail.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 LONG_TRANSACTION = timedelta(minutes=10)
-"""Ours take milliseconds. One that is open this long keeps dead rows from being removed, and slows the claim."""
+"""Age from which a transaction is reported. Ours take milliseconds; a long one keeps dead rows and slows the claim."""
 
 CLOCK_OFF = timedelta(seconds=1)
 
 UNREAD_TICKS = 100
-"""Ticks in the queue from which on nobody seems to read it."""
+"""Ticks in the queue from which it seems that no worker reads it."""
 
 LATEST = 10_000
-"""Failed attempts that are looked at, from the newest: the table may be large."""
+"""Newest failed attempts to look at; the table may be large."""
 
 _ATTEMPTS = text(f"""
     SELECT outcome, count(*) AS number
@@ -66,7 +66,7 @@ EXPLAINED = {
     "snoozed": "put off by the transport's rate limit",
     "rejected": "refused for good",
 }
-"""What the outcomes of failed attempts mean."""
+"""The meaning of each outcome of a failed attempt."""
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
@@ -81,11 +81,11 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
             yield _transactions(connection)
             yield _clock(connection)
     except SQLAlchemyError:
-        return  # another check has said so
+        return  # reported by another check
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Look at what nobody has read, and whether the transport is left alone."""
+    """Check for unread messages, and whether the breaker is open."""
     try:
         with broker_client(settings, PATIENCE) as client:
             yield _queues(settings, client)
@@ -109,7 +109,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
 def _queues(settings: Settings, client: redis.Redis) -> Finding:
     batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
-    # Every hint in the queue stands for a lease; beyond what may be in flight, they can only be dead.
+    # Every hint in the queue stands for a lease, so those beyond MAX_IN_FLIGHT must be stale.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
         return Finding("queues", detail, "Nobody reads them: start workers, or restart those that only seem to run.")
     return Finding("queues", detail)

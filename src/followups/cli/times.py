@@ -18,13 +18,13 @@ PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A due date as given: a moment, or so long after now (the database's now: hosts' clocks decide nothing)."""
+    """A due date as given: a moment, or a duration from the database's now (no host's clock is used)."""
 
     given: datetime | timedelta
     NOW: ClassVar[Due]
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the moment. Raises `typer.BadParameter` when it is beyond what a date can be."""
+        """Return the moment. Raises `typer.BadParameter` if it is outside the calendar."""
         try:
             return self.given if isinstance(self.given, datetime) else now + self.given
         except OverflowError:
@@ -36,7 +36,7 @@ Due.NOW = Due(timedelta(0))
 
 
 def parse_due(text: str) -> Due:
-    """Read ``now``, ``+10m``, ``+1h30m`` or ISO 8601 with an offset. Raises `typer.BadParameter`.
+    """Parse ``now``, ``+10m``, ``+1h30m`` or ISO 8601 with an offset. Raises `typer.BadParameter`.
 
     >>> parse_due("+1h30m").given
     datetime.timedelta(seconds=5400)
@@ -52,7 +52,7 @@ AGE = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
 
 
 def parse_age(text: str) -> timedelta:
-    """Read a duration as people write it: ``90d``, ``1h30m``. Raises `typer.BadParameter`.
+    """Parse a duration as people write it: ``90d``, ``1h30m``. Raises `typer.BadParameter`.
 
     >>> parse_age("1d12h")
     datetime.timedelta(days=1, seconds=43200)
@@ -65,12 +65,12 @@ def parse_age(text: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """A moment as given: itself, or so long before now (the database's)."""
+    """A moment as given: absolute, or a duration before the database's now."""
 
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the moment; the beginning of time where it would lie before that."""
+        """Return the moment, or the start of the calendar if it would lie before that."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST
@@ -80,7 +80,7 @@ EARLIEST = datetime(2, 1, 1, tzinfo=UTC)
 
 
 def parse_since(text: str) -> Since:
-    """Read ``2h`` (so long ago) or ISO 8601 with an offset. Raises `typer.BadParameter`.
+    """Parse ``2h`` (two hours ago) or ISO 8601 with an offset. Raises `typer.BadParameter`.
 
     >>> parse_since("2h").given
     datetime.timedelta(seconds=7200)
@@ -91,7 +91,7 @@ def parse_since(text: str) -> Since:
 
 
 def parse_moment(text: str) -> datetime:
-    """Read ISO 8601 with an offset. Raises `typer.BadParameter`."""
+    """Parse ISO 8601 with an offset. Raises `typer.BadParameter`."""
     return _moment(text, "2030-01-31T09:00:00Z")
 
 
@@ -119,7 +119,7 @@ CLOCK = re.compile(r"([01]?\d|2[0-3]):([0-5]\d)", re.ASCII)
 
 
 def parse_clock(text: str) -> time:
-    """Read a time of the day: ``08:00``. Raises `typer.BadParameter`.
+    """Parse a time of day: ``08:00``. Raises `typer.BadParameter`.
 
     >>> parse_clock("8:30")
     datetime.time(8, 30)
@@ -134,7 +134,7 @@ def parse_clock(text: str) -> time:
 
 
 def parse_days(text: str) -> frozenset[int]:
-    """Read days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
+    """Parse days of the week: ``mon-fri``. Raises `typer.BadParameter`."""
     try:
         return read_days(text)
     except ValueError:
@@ -152,12 +152,12 @@ def rfc3339(moment: datetime | None) -> str | None:
 
 
 def readable(moment: datetime | None) -> str:
-    """Return a time for a table: UTC, to the second; '-' for none."""
+    """Return a time for a table, in UTC to the second, or '-' if there is none."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
 
 
 def span(duration: timedelta) -> str:
-    """Return a duration in words, with the two largest units; its sign is not said.
+    """Return a duration in words, in its two largest units and without its sign.
 
     >>> span(timedelta(hours=26, minutes=3)), span(timedelta(seconds=-90)), span(timedelta(milliseconds=2.4))
     ('1 d 2 h', '1 min 30 s', '2.4 ms')

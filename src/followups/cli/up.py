@@ -1,4 +1,4 @@
-"""``followups up``."""
+"""The ``followups up`` command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 WORKSPACE = "local"
 HIGHEST_PORT = 65_535
 LOOK = timedelta(milliseconds=200)
-"""Between two looks at whether every process still runs."""
+"""Interval between two checks that every process still runs."""
 
 
 @app.command(epilog=examples("followups up", "followups up --port 9000 --data ./followups-data"))
@@ -42,13 +42,13 @@ def up(
 ) -> None:
     """Run everything on this machine: PostgreSQL, Valkey, web, beat, worker, and a sandbox chat as receiver.
 
-    Nothing needs to be installed or set. Prints the URLs, an API key and a request to paste; only this
-    machine can reach it. Ctrl-C stops it all.
+    Nothing needs to be installed or configured. Prints the URLs, an API key and a request to paste. Only this machine
+    can reach it. Ctrl-C stops everything.
     """
     _require_free(port)
     if data is not None:
         data.mkdir(parents=True, exist_ok=True)
-    # KeyboardInterrupt is the way it is meant to end.
+    # Ctrl-C is the normal way to end it.
     with suppress(KeyboardInterrupt), StopSignals() as signals:
         plan = Plan(port, remark, signals, data=data, echo=_echo if verbose else None)
         with running(plan) as stack:

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL")
-"""What the other commands need to know of the stack."""
+"""Settings that other commands need to reach this system."""
 
 IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
-"""Shell: RFC 3339, by GNU's date or else by BSD's and macOS'. Five seconds from when it is pasted."""
+"""Shell for a time five seconds after it is pasted, in RFC 3339: by GNU date, else by the date of BSD and macOS."""
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where everything is."""
+    """The addresses to print."""
 
     api: str
     sandbox: str
@@ -29,7 +29,7 @@ class Addresses:
 
 
 def welcome(where: Addresses, key: str) -> str:
-    """Return the text: addresses, the key, a request to paste, and how to look at it with other commands."""
+    """Return the text: addresses, the key, a request to paste, and other commands to try."""
     exports = "\n".join(f"export {name}='{where.environment[name]}'" for name in SHOWN)
     return f"""
 Ready.
@@ -54,7 +54,7 @@ Ctrl-C stops it all.
 
 
 def request(api: str, key: str, chat_id: UUID, message_id: UUID) -> str:
-    """Return shell commands that record an agent's message and schedule a follow-up after it; pasted twice, two."""
+    """Return shell commands that record an agent's message and schedule a follow-up after it."""
     headers = f"-H 'authorization: Bearer {key}' -H 'content-type: application/json'"
     return f"""\
 curl -sS {api}/api/v1/chat-messages \\

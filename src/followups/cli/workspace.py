@@ -1,4 +1,4 @@
-"""``followups workspace``: the tenants."""
+"""``followups workspace``: create, list and configure the tenants."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create and list workspaces, and say at which hours each of them sends."""
+    """Create and list workspaces, and set their sending hours."""
 
 
 @app.command(epilog=examples("followups workspace create acme", "followups workspace create acme --json"))
@@ -122,7 +122,7 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 
 
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
-    """Let what is held be looked at by the new hours: in batches, so that nobody waits for it."""
+    """Have waiting follow-ups checked against the new hours, in batches that block nothing else."""
     freed = 1
     while freed:
         with engine.begin() as opened:

@@ -1,1 +1,1 @@
-"""Claim, publish, begin, send, settle: the way of a follow-up."""
+"""The way of a follow-up: claim, publish, begin, send, settle."""

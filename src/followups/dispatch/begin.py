@@ -1,4 +1,4 @@
-"""Begin: right before sending, look at the world again and say that an attempt is in flight."""
+"""Begin: right before sending, check again that the follow-up may be sent, and record that an attempt is in flight."""
 
 from __future__ import annotations
 
@@ -28,28 +28,29 @@ if TYPE_CHECKING:
     from followups.store.leases import Begun, Lease, Obstacle
 
 LEAD = timedelta(milliseconds=15)
-"""How long before the due moment begin is called, so that the send itself is on time. From then on a
-cancel comes too late."""
+"""How long before the due moment begin is called, so that the send itself is on time. From then on a cancel comes too
+late.
+"""
 
 TOLERANCE = timedelta(milliseconds=100)
-"""How early the database lets a begin come: the lead, and what a worker's clock may be off."""
+"""How early the database accepts a begin: the lead, and the possible error of a worker's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """What became of a batch of leases. What is in none of these was stale, is held, or waits in its chat's order."""
+    """The result for a batch of leases. Those in no field were stale, are held, or wait in their chat's order."""
 
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Ended without an attempt."""
     again: tuple[Lease, ...] = ()
-    """Still leased, to be tried shortly: somebody holds the row at this moment."""
+    """Still leased, to be tried again shortly: another transaction has locked the row."""
     woken: tuple[Lease, ...] = ()
-    """Next in their chats after what ended; leased to the caller."""
+    """Unblocked by the ended ones, each the next of its chat; leased to the caller."""
     locked: tuple[UUID, ...] = ()
     """Of what ended, those whose next is locked by another transaction."""
     later: tuple[tuple[Lease, timedelta], ...] = ()
-    """Still leased, and how long each has to wait for its turn under a rate limit."""
+    """Still leased; each with the time until its turn under a rate limit."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)
@@ -114,7 +115,7 @@ def _explain_missing(
 
 
 def verdict(obstacle: Obstacle) -> Final | None:
-    """Say how a follow-up ends that must not be sent any more; None: nothing speaks against it for good."""
+    """Return how a follow-up ends that must not be sent any more, or None if it may be sent later."""
     if obstacle.chat_removed:
         return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
     if obstacle.silence_broken:

@@ -40,11 +40,12 @@ REFUSING = {401, 403}
 """Statuses by which a receiver refuses the caller: every message is refused so when a secret has expired."""
 
 LOOK = 1.0
-"""Seconds between two looks at the shared state while it is closed; so long others may begin without knowing."""
+"""Seconds between two looks at the shared state while it is closed: for so long others may begin unaware of a change.
+"""
 LOOK_WHILE_OPEN = 0.1
-"""The same while something waits for it."""
+"""The same while follow-ups wait for it."""
 AWAY = 5.0
-"""Seconds for which a store that failed is left alone."""
+"""Seconds for which a store that failed is not asked again."""
 
 
 class Run(NamedTuple):
@@ -62,7 +63,7 @@ class News:
     """Outcomes since the last report. While the breaker is not closed, only those that are held count."""
 
     failed: tuple[UUID, ...] = ()
-    """Since the last success that counts."""
+    """Failures since the last success that counts."""
     succeeded: bool = False
     """There was one that counts."""
     runs: tuple[Run, ...] = ()
@@ -71,12 +72,12 @@ class News:
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The shared state; while it is not closed ``held`` may begin no more than ``permits``."""
+    """The shared state. While it is not closed, ``held`` may begin at most ``permits``."""
 
     state: str
     permits: int = 0
     changed: bool = False
-    """It became so by this very report."""
+    """Whether this very report changed the state."""
     held: frozenset[int] = frozenset()
 
 
@@ -84,23 +85,23 @@ class BreakerStore(Protocol):
     """Where all workers' outcomes come together."""
 
     async def report(self, news: News, wanted: int) -> Reading:
-        """Add outcomes, ask to begin ``wanted`` of those that are held. Raises whatever says that it is away."""
+        """Report outcomes and request permits for ``wanted`` held follow-ups. Raises if the store is unreachable."""
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Close the connection."""
 
 
 class Breaker:
-    """One worker's end of it: notes outcomes, tells the store, and says who may begin. Of one event loop."""
+    """One worker's side of the breaker: records outcomes, reports them, and returns what may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
-        """``failures`` of different follow-ups in a row open it; without a store, or for 0, it is never open."""
+        """``failures`` of different follow-ups in a row open it; without a store, or with 0, it never opens."""
         self._store = store if failures else None
         self._transport = transport
         self._failures = failures
         self._reading = Reading(CLOSED)
         self.permits = 0
-        """How many of those that are held may begin all the same."""
+        """How many held follow-ups may begin all the same."""
         self._failed: dict[UUID, int] = {}
         """Those that failed since the last success, with their lanes."""
         self._untold: dict[UUID, None] = {}
@@ -132,7 +133,7 @@ class Breaker:
             self.permits = max(0, self.permits - sum(lane in held for lane in lanes))
 
     def note(self, attempt: Attempt) -> None:
-        """Take an outcome into account. A request to come later says nothing: whoever makes it is not away."""
+        """Record an outcome. A request for a later try does not count: the endpoint that makes it is reachable."""
         if self._store is None or isinstance(attempt.outcome, Snoozed):
             return
         lane = lane_of(attempt.begun.workspace_id)
@@ -151,7 +152,7 @@ class Breaker:
             self._tell.set()
 
     async def keep_informed(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
-        """Tell the store and ask it, until cancelled. ``wanted`` says how many wait to begin."""
+        """Report to the store and read it, until cancelled. ``wanted`` returns how many follow-ups wait to begin."""
         if self._store is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Claim: lease what falls due before the next tick, and recover what died in flight."""
+"""Claim: lease what falls due before the next tick, and recover lost leases."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     Take = Callable[[Connection, claims.Look], claims.Taken]
 
 MAX_LOSSES = 3
-"""Leases lost with an attempt in flight until a follow-up counts as poison."""
+"""Lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""How many intervals a tick looks ahead: one late tick must not make anything late."""
+"""Tick intervals that a claim looks ahead: one late tick must not make anything late."""
 
 CLAIM_SIZE = 1000
-"""Rows of one claim that are always worth it."""
+"""Rows that a claim may always take."""
 LARGEST_CLAIM = 10_000
-"""Rows of one claim at most: it takes a tenth of a second or two, and the first leave while the rest is claimed."""
+"""Most rows of one claim: it takes a tenth of a second or two, and the first are sent while the rest is claimed."""
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
@@ -59,34 +59,34 @@ def rhythm_of(settings: Settings) -> Rhythm:
 
 
 def size_of_claim(window: int) -> int:
-    """Return how many rows one claim takes at most: half of what may be in flight, but no fewer than are worth it.
+    """Return the most rows of one claim: half of what may be in flight, but at least `CLAIM_SIZE`.
 
-    Each claim looks at all that is in flight, so that behind a backlog few large ones cost least. The other half is
-    what workers send meanwhile.
+    Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
+    half meanwhile.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What one claim took: leases to publish, and what it ended because it must not be tried again."""
+    """The result of one claim: leases to publish, and follow-ups it ended because they must not be tried again."""
 
     leases: tuple[Lease, ...]
     ended: tuple[tuple[UUID, Final], ...]
     lost: int
-    """Leases that had ended with an attempt in flight."""
+    """Lost leases: those that ran out with an attempt in flight."""
     more: bool
-    """There may be more that is due: this claim or the window of what is in flight was full."""
+    """Whether more may be due: this claim, or the window of what may be in flight, was full."""
     cut_short: bool
-    """This claim was full, and the window was not: another one at once takes more."""
+    """Whether another claim now would find more: this one was full, and the window was not."""
     low_water: datetime | None
-    """From where on the next claim may look, unless something came in behind."""
+    """Where the next claim may start, apart from rows that come in with an earlier due date."""
     in_grace: bool = False
     """Ended leases with an attempt in flight were left to their workers: another claim shortly takes them over."""
     busy: bool = False
     """Another dispatcher was claiming, so that nothing was looked at."""
     traced: tuple[tuple[UUID, str], ...] = ()
-    """Of what was claimed: ids, with the traces that they were created in."""
+    """Ids of claimed follow-ups, with the traces in which they were created."""
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
@@ -97,7 +97,7 @@ def claim(engine: Engine, settings: Settings, since: datetime | None = None, wit
 def claim_fairly(
     engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
 ) -> Claim:
-    """Claim the same for those workspaces first that have the fewest in flight; for when a claim left something."""
+    """Claim what is due, starting with the workspaces that have the fewest in flight; used after a claim left some."""
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
 
@@ -162,7 +162,7 @@ def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -
 
 
 def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
-    """Say how a follow-up ends whose worker was lost in flight for the ``losses``-th time; None: it is tried again.
+    """Return how a follow-up ends after its ``losses``-th lost lease, or None if it is tried again.
 
     >>> after_loss(1, None, deduplicates=True) is None
     True

@@ -1,4 +1,4 @@
-"""The database's clock, as a worker knows it: hosts' clocks decide nothing."""
+"""The database's clock as a worker knows it; no host's clock decides anything."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 SAMPLES = 12
-"""How many samples are kept: with one every few seconds, drift of the two clocks stays below a millisecond."""
+"""Samples kept: with one every few seconds, the drift between the two clocks stays below a millisecond."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOW = text("SELECT clock_timestamp()")
@@ -55,7 +55,7 @@ class DatabaseClock:
 
     @property
     def known(self) -> bool:
-        """The database has been asked."""
+        """Whether there is a sample."""
         return self._offset is not None
 
     def now(self) -> datetime:
@@ -63,7 +63,7 @@ class DatabaseClock:
         return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
 
     def until(self, moment: datetime) -> float:
-        """Return the seconds from now to ``moment``; negative when it has passed."""
+        """Return the seconds until ``moment``; negative if it has passed."""
         return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
 
     def _known_offset(self) -> float:

@@ -1,4 +1,4 @@
-"""The tick: claim and publish until nothing more is due, or the next tick takes over."""
+"""The dispatcher runs ticks: claim and publish until nothing more is due, or the next tick takes over."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SLOW = 1.0
-"""Seconds after which the planner must be wrong about the table: a claim takes milliseconds."""
+"""Seconds of a claim from which the planner's statistics must be wrong: a claim takes milliseconds."""
 MANY = 100
-"""In one claim, when it is worth asking whether the planner knows of so many."""
+"""Rows of a claim from which the statistics are checked."""
 NEXT_STATISTICS = 60.0
-"""Seconds between two such questions."""
+"""Seconds between two such checks."""
 
 QUICK = 0.01
-"""Seconds within which a claim is so quick that each looks at all that is pending."""
+"""Seconds of a claim up to which every claim looks at everything pending."""
 LOOKING_SHARE = 0.1
-"""Of the dispatcher's time, at most, is spent on looking at all of it when that is slow."""
+"""Largest share of the dispatcher's time for looking at everything pending, when that is slow."""
 
 FORGOTTEN_SHARE = 0.01
 """The same for looking at all that waits for another, or is paused; once in a lease it is done at any cost."""
@@ -47,7 +47,7 @@ PASSED_OVER = 60.0
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
-"""Seconds between two tries while the database is away; it doubles."""
+"""Longest pause in seconds between two tries while the database is unreachable; pauses double."""
 AFTER_ANOTHER = 0.01
 """Seconds until the next try while another dispatcher claims, which takes some milliseconds; it doubles."""
 LONGEST_AFTER_ANOTHER = 0.1
@@ -56,10 +56,10 @@ IN_GRACE = 0.5
 
 
 class Dispatcher:
-    """One thread in each worker process. Ticks and nudges that come while one runs are folded into it."""
+    """One thread in each worker process. Ticks and nudges that arrive during a tick are merged into it."""
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
-        """``publish`` hands one hint to the broker, and raises when it can't."""
+        """``publish`` sends one hint to the broker, and raises if it cannot."""
         self._settings = settings
         self._engine = engine
         self._publish = publish
@@ -79,11 +79,11 @@ class Dispatcher:
         self._without_until = 0.0
         self._pace = Pace(settings.max_in_flight)
         self.busy_since: float | None = None
-        """Monotonic seconds; None while there is nothing to do."""
+        """Monotonic seconds, or None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; it waits for the first tick."""
+        """Start the thread, which waits for the first tick."""
         self._thread.start()
 
     @property
@@ -92,15 +92,15 @@ class Dispatcher:
         return self._thread.is_alive()
 
     def tick(self) -> None:
-        """Ask for a tick. Returns at once."""
+        """Request a tick. Returns at once."""
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Claim nothing after what is under way. For a signal handler, it takes no lock that its thread may hold."""
+        """Claim nothing after the current claim. It takes no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:
-        """Claim nothing more, and wait until what is under way is published. Nothing uses the engine after that."""
+        """Stop claiming, and wait until the current claim is published. Nothing uses the engine after that."""
         self.claim_no_more()
         self._wanted.set()
         if self._thread.is_alive():
@@ -137,7 +137,7 @@ class Dispatcher:
         """Return after how many seconds to claim without being asked, or None if only a tick is waited for."""
         if self._in_grace:
             return IN_GRACE
-        # What came in behind the low-water mark may be what the tick was asked for.
+        # The tick may be for a row that came in below the low-water mark.
         return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
 
     def _drain_due(self) -> None:
@@ -174,7 +174,7 @@ class Dispatcher:
                 self._publish(hint)
             except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
                 report.broker_unreachable("publish", error)
-                # What was not published goes back at once, and not only when its lease ends.
+                # Release unpublished leases at once, instead of letting them run out.
                 with self._engine.begin() as connection:
                     leases.release_if_not_begun(connection, claimed.leases[number * size :])
                 return False
@@ -182,7 +182,7 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Let the planner look at the table when it must be wrong about it, while claims go on."""
+        """Update the planner's statistics in a thread when they must be wrong, while claims go on."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
@@ -193,17 +193,17 @@ class Dispatcher:
         try:
             if took > SLOW or statistics.counts_as_less_than(self._engine, leased):
                 statistics.refresh(self._engine)
-                if not statistics.counts_as_less_than(self._engine, leased):  # else it was not for us to do
+                if not statistics.counts_as_less_than(self._engine, leased):  # otherwise another session has done it
                     report.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
             report.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
-        """Claim from the low-water mark on, and now and then from the beginning, where something may have come in.
+        """Claim from the low-water mark on, and now and then from the beginning, where earlier rows may have come in.
 
-        What a claim leaves is shared out: the next ones go to the workspaces with the fewest in flight.
-        While somebody holds a snapshot open, the entries of all that was sent since stay in the index, in front
-        of what is pending: reading past 36,000 of them took 34 ms.
+        If a claim leaves some, the next ones start with the workspaces that have the fewest in flight. While a snapshot
+        is held open, the index entries of everything sent since stay in front of the pending ones: reading past 36,000
+        of them took 34 ms.
         """
         started = time.monotonic()
         look_at_all = started >= self._next_whole

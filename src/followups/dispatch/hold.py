@@ -1,4 +1,4 @@
-"""Hold: what is paused, or falls outside the sending hours, is put off without using up an attempt."""
+"""Holds: what is paused or outside sending hours is deferred without using up an attempt."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from followups.store.leases import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""After which hours are looked at again whose time zone this machine does not know."""
+"""After how long hours in a time zone unknown to this machine are looked at again."""
 
 log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What became of those that could not begin: held, or to be ended. What is in neither is another's matter."""
+    """The result for leases that could not begin: held, or to be ended. Those in neither have another obstacle."""
 
     held: frozenset[UUID] = frozenset()
     ends: dict[UUID, Final] = field(default_factory=dict)
 
 
 def hold_back(connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]) -> Holding:
-    """Hold those of the leases that a pause or sending hours speak against, and nothing else does."""
+    """Hold the leases whose only obstacle is a pause or sending hours."""
     findings = {one.id: one for one in holds.find(connection, [obstacle.lease for obstacle in obstacles])}
     if not findings:
         return Holding()
@@ -69,7 +69,7 @@ def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hol
         return None
     until = opening or (since if obstacle.too_late else None)
     if until is None or finding.hours is None:
-        # Behind an earlier one of its chat it waits for that one, as ever.
+        # Behind an earlier one of its chat it waits for that one, as always.
         paused = finding.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, finding.pause_id) if paused else None
     if finding.window_ends is not None and until >= finding.window_ends:
@@ -109,7 +109,7 @@ def sendable_from(finding: Finding) -> datetime | None:
 
 
 def _open_next(connection: Connection, findings: Iterable[Finding]) -> None:
-    """Work out the next time of sending where the one that the database knows is over."""
+    """Compute the next time of sending where the stored one is over."""
     stale: dict[UUID, tuple[Hours, datetime]] = {}
     for finding in findings:
         if finding.hours and finding.now >= finding.hours.open_until:

@@ -1,8 +1,8 @@
-"""Turns at the slots: those whose moment has come, each workspace's in a lane of their own. Asks nobody.
+"""The fair queue: follow-ups whose moment has come, in a queue for each workspace. No I/O.
 
-The lanes take turns, and in each the earliest goes first: whoever has little waits for one of each other workspace's,
-and not for all that they have. While several have been seen lately, none of them gets all of the slots, so that the
-others need not wait for the end of its calls, however slow these are.
+The workspace queues take turns, and the earliest of each goes first. So a workspace with little to send waits for one
+follow-up of each other workspace, not for all of them. While several workspaces are active, none gets all the slots, so
+the others need not wait for its calls, however slow.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 LATELY = 60.0
-"""Seconds for which a workspace counts after something of its own has come."""
+"""Seconds for which a workspace counts as active after its latest follow-up arrived."""
 
 
 @dataclass(frozen=True, slots=True)

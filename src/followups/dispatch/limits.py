@@ -1,7 +1,7 @@
-"""Rate limits: what is more than they allow is put off before it begins, first come, first served.
+"""Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
 
-How much of each limit is used up is known to a `Limiter`, for all workers together. Nothing that is put off uses
-up an attempt or holds a slot: for a moment it waits in the line, for longer in its row.
+A `Limiter` keeps the state of each limit for all workers. A deferred follow-up uses up no attempt and no slot: for a
+short wait it stays in the due queue, for a longer one in its row.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ if TYPE_CHECKING:
     from followups.store.rate_limits import Limit, Place
 
 IN_LINE = timedelta(seconds=1)
-"""Who waits no longer than this keeps its lease, and waits in the line of its worker."""
+"""Up to this wait a follow-up keeps its lease, and stays in its worker's due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
-"""How long one waits at least: asking for one by one would cost more than it is worth."""
+"""Shortest wait: smaller ones would cost more requests than they are worth."""
 
 LONGEST = timedelta(minutes=5)
-"""After which a follow-up asks again at the latest: much may have been cancelled before it."""
+"""Longest wait before a follow-up asks again: many before it may have been cancelled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: ``rate`` tokens a second come in, up to ``burst``; each begin takes one."""
+    """A token bucket: ``rate`` tokens a second flow in, up to ``burst``; each begin takes one."""
 
     key: str
     rate: float
@@ -50,7 +50,7 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A follow-up that asks for a token of each of its buckets. ``since`` and id are its place among others."""
+    """A follow-up that requests a token from each of its buckets. ``since`` and id are its place in the order."""
 
     id: UUID
     since: datetime
@@ -59,54 +59,54 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How long each has to wait, in the order of the requests; zero: its tokens are taken, and it may go."""
+    """How long each has to wait, in the order of the requests; zero means that it may begin."""
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """When that was, by the limiter's own clock; None: nothing was taken."""
+    """The moment of the answer by the limiter's own clock, or None if nothing was taken."""
 
 
 class Limiter(Protocol):
-    """Knows the buckets. It never raises for being away: then everybody may go."""
+    """Keeps the buckets. It never raises if its store is unreachable; then all may begin."""
 
     async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
         """Take tokens for those whose turn it is, in the order given; forget those that have ended."""
 
     async def give_back(self, requests: Sequence[Request], moment: int) -> None:
-        """Put back what was taken at ``moment`` for requests that did not begin after all."""
+        """Return the tokens taken at ``moment`` for requests that did not begin after all."""
 
     async def close(self) -> None:
-        """Let go of what it holds."""
+        """Close the connections."""
 
 
 class Limits:
-    """The limits that stand, by what they are of."""
+    """The current limits, by what they apply to."""
 
     def __init__(self, limits: Iterable[Limit]) -> None:
-        """Sort them."""
+        """Index the limits."""
         self._of: dict[tuple[UUID | None, str | None], list[Limit]] = {}
         for limit in limits:
             self._of.setdefault((limit.workspace_id, limit.channel), []).append(limit)
 
     def __bool__(self) -> bool:
-        """Say whether there are any."""
+        """Return whether there are any."""
         return bool(self._of)
 
     def request(self, place: Place) -> Request:
-        """Return what a follow-up asks for: a token of each limit that matches it, perhaps of none."""
+        """Return a follow-up's request: a token from each limit that matches it, possibly none."""
         scopes = product((None, place.workspace_id), (None, place.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
         return Request(place.id, place.since, tuple(bucket_of(limit, place) for limit in matching))
 
 
 def bucket_of(limit: Limit, place: Place) -> Bucket:
-    """Return the bucket of a limit that counts for a place."""
+    """Return the bucket of a limit that applies to a follow-up."""
     sharers = {"all": "", "workspace": place.workspace_id.hex, "chat": f"{place.workspace_id.hex}{place.chat_id.hex}"}
     return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
 
 
 def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[tuple[UUID | None, str | None]]:
-    """Return of which workspace and channel (None: of all) a limit has been lifted or raised."""
+    """Return the workspaces and channels (None means all) for which a limit was removed or raised."""
     now = {limit.id: limit for limit in after}
     return {
         (limit.workspace_id, limit.channel)
@@ -117,7 +117,7 @@ def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[tuple[UUID 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What became of a batch: who may begin, who waits in the line, and who in its row."""
+    """The result for a batch: which may begin, which wait in the due queue, and which in their rows."""
 
     free: list[Lease]
     taken: list[Request]
@@ -127,24 +127,24 @@ class Round:
 
 
 class Turnstile:
-    """Begins what the limits allow, and puts off the rest. Of one event loop."""
+    """Begins what the rate limits allow, and defers the rest. For one event loop."""
 
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None) -> None:
-        """Without a limiter nothing is limited."""
+        """Without a limiter there are no limits."""
         self._settings = settings
         self._engine = engine
         self._limiter = limiter
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[tuple[UUID | None, str | None]] = set()
-        """Of what a limit was lifted or raised, and those that wait under it have not been freed yet."""
+        """Where a limit was removed or raised, and the follow-ups waiting under it are not released yet."""
         self._unsaid = 0
-        """How many were put off since that was last said."""
+        """How many were deferred since the last log line about it."""
 
     def read(self, engine: Engine) -> None:
-        """Learn which limits stand, free those that wait under one that was lifted or raised, and tell how many wait.
+        """Read the current limits, release those that waited under a removed or raised one, and log how many wait.
 
-        Raises what the database raises; what was not done then is done by the next call.
+        Raises database errors; the next call completes what is left.
         """
         if self._limiter is None:
             return
@@ -158,13 +158,13 @@ class Turnstile:
             self._loosened.discard(scope)
 
     async def close(self) -> None:
-        """Let go of the limiter."""
+        """Close the limiter."""
         self._tell()
         if self._limiter:
             await self._limiter.close()
 
     async def begin(self, batch: Sequence[Lease]) -> Beginning:
-        """Begin what may be sent now. Raises what the database raises; then no token is taken."""
+        """Begin what may be sent now. Raises database errors; then no token is taken."""
         if not self._limits or self._limiter is None:
             return await in_loop(self._engine, begin, self._settings, batch)
         turn = await self._ask(self._limiter, batch)
@@ -173,7 +173,7 @@ class Turnstile:
             shortly = turn.shortly
             if turn.later:
                 done = await in_loop(self._engine, _put_off, turn.later)
-                # Somebody holds its row at this moment, or it is another's by now, which comes out then.
+                # Its row is locked, or it is leased by another worker; begin will find out.
                 shortly += tuple((lease, IN_LINE) for lease, _ in turn.later if lease.id not in done)
             beginning = Beginning()
             if turn.free:
@@ -190,7 +190,7 @@ class Turnstile:
         places = {one.id: one for one in await in_loop(self._engine, _places, self._settings, batch)}
         requests = [request for one in places.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if places[request.id].ended]
-        # What is out of time goes to begin, which says so; what is another's by now, to be found stale.
+        # Begin ends those whose time is over, and finds those leased elsewhere to be stale.
         asking = [request for request in requests if not places[request.id].is_over]
         if not asking and not ended:
             return Round(list(batch), [], None, (), ())
@@ -218,9 +218,9 @@ class Turnstile:
 
 
 def _within(wait: timedelta, place: Place) -> timedelta:
-    """Return for how long one is put off: not beyond its end, so that it says so in time.
+    """Return for how long one is deferred: not beyond its end, so that it ends on time.
 
-    Who takes from the line takes a little early, and would come before its turn without the lead.
+    The due queue releases a little early, so without the lead a follow-up would come before its turn.
     """
     wait = min(max(wait, SHORTEST) + LEAD, LONGEST)
     return wait if place.left is None else min(wait, place.left + SHORTEST + LEAD)

@@ -1,4 +1,4 @@
-"""The line in front of the slots: leases by the moment each may begin. Of one event loop; asks nobody."""
+"""The due queue: leases ordered by the moment each may begin, in front of the slots. For one event loop; no I/O."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ AGAIN = timedelta(milliseconds=50)
 LONGEST_AGAIN = timedelta(milliseconds=800)
 
 SUSPECTS = 16
-"""How many that were lost once are out at the same time; what was lost twice goes with no other suspect.
+"""How many follow-ups with one lost lease may be in flight at once; one with two lost leases goes without any other.
 
-One of them may be what kills its workers, and takes with it what is in flight beside it. Of some hundred that
-are lost together at most 16 are lost again, and none of these for the third time, which would be its end.
+One of them may be a poison pill, which kills its worker together with everything in flight beside it. Of some hundred
+that are lost together, at most 16 are lost again, and none of these for the third time, which would end it.
 """
 
 
 class Line:
-    """Who may begin next: whose moment has come, in turns between workspaces.
+    """What may begin next: follow-ups whose moment has come, in turns between workspaces.
 
-    A lease that runs out here is dropped without a word: a tick has taken it over, or will.
+    A lease that runs out here is dropped without a log line: a tick has taken it over, or will.
     """
 
     def __init__(self, clock: DatabaseClock, lease: timedelta, slots: int) -> None:
-        """``lease`` is how long one lasts; ``slots`` is how many may be out at once."""
+        """``lease`` is the duration of a lease, ``slots`` how many may be in flight at once."""
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[tuple[datetime, int, Hinted]] = []
@@ -48,13 +48,13 @@ class Line:
         self._sequence = itertools.count()
         self._next_look = 0.0
         self._suspects: dict[UUID, int] = {}
-        """Those that are out, with the room that each takes."""
+        """Possible poison pills in flight, with the share of the quota that each takes."""
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
-        """Let leases wait that have just come, by the task that brought them."""
+        """Enqueue new leases, with the task that brought them."""
         now, known = uptime(), self._clock.known
         if now >= self._next_look:
-            # Nobody is taken while the transport is left alone, and each tick brings anew whose lease ran out.
+            # Nothing is taken while the breaker is open, and each tick brings expired leases anew.
             self._next_look = now + self._lease
             self._lanes.drop_expired(now)
         for lease in leases:
@@ -67,7 +67,7 @@ class Line:
                 heapq.heappush(self._heap, place)
 
     def put_off(self, hinted: Hinted, delay: timedelta) -> None:
-        """Let one wait a little longer."""
+        """Defer one by a delay."""
         moment = max(self._clock.now() + delay, hinted.lease.due)
         heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
 
@@ -77,9 +77,9 @@ class Line:
         self.put_off(replace(hinted, refusals=min(hinted.refusals + 1, 10)), delay)
 
     def take(self, most: int, held: frozenset[int] = frozenset(), permits: int = 0) -> list[Hinted]:
-        """Take up to ``most`` whose moment has come, each for a slot; of suspects only as many as there is room for.
+        """Take up to ``most`` whose moment has come, each for a slot; of possible poison pills only their quota.
 
-        Of lanes that are ``held`` no more than there are ``permits``.
+        Of ``held`` workspaces it takes no more than there are ``permits``.
         """
         horizon, now = self._clock.now() + LEAD, uptime()
         room = SUSPECTS - sum(self._suspects.values())
@@ -105,16 +105,16 @@ class Line:
         return list(taken.values())
 
     def leave(self, hinted: Hinted) -> None:
-        """Note that the slot of one that was taken is free again. Once for each."""
+        """Release the slot of one that was taken. Call it once for each."""
         self._lanes.leave(hinted.lease.lane)
 
     def let_go(self, ids: Iterable[UUID]) -> None:
-        """Note that these, once taken, can be lost no more: they did not begin, or are settled."""
+        """Return the poison pill quota of these: they did not begin, or are settled."""
         for one in ids:
             self._suspects.pop(one, None)
 
     def keeps(self, held: frozenset[int]) -> bool:
-        """Say whether somebody waits in these lanes whose moment has come."""
+        """Return whether any follow-up of these workspaces waits whose moment has come."""
         return self._lanes.has_any_of(held)
 
     def count(self, lanes: frozenset[int]) -> int:
@@ -126,26 +126,26 @@ class Line:
         return self._lanes.shed(lanes, most)
 
     def seconds_to_next(self, held: frozenset[int] = frozenset()) -> float | None:
-        """Return how long until somebody's moment comes, less than 0 when it has; None when nobody waits for it.
+        """Return the seconds until the next moment, negative if it has passed, or None if the queue is empty.
 
-        Those whose moment has come in lanes that are ``held`` do not count.
+        Those whose moment has come in ``held`` workspaces do not count.
         """
         if self._lanes.has_others_than(held):
             return -LEAD.total_seconds()
-        # A moment at the edge of the calendar, which anybody may write to a broker, has none before it.
+        # A moment at the edge of the calendar, which anyone with access to the broker can write, has no earlier one.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_anybodys_moment(self) -> bool:
-        """Say whether somebody could be taken now."""
+        """Return whether any could be taken now."""
         return bool(self._lanes) or (bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD)
 
     def clear(self) -> list[Lease]:
-        """Send everybody home; return their leases."""
+        """Empty the queue and return its leases."""
         leases = [hinted.lease for _, _, hinted in self._heap]
         self._heap.clear()
         return leases + self._lanes.clear()
 
 
 def _weight(hinted: Hinted) -> int:
-    """Return how much of the room for suspects it takes: none, a place, or all."""
+    """Return the share of the poison pill quota that it takes: none, one place, or all."""
     return SUSPECTS if hinted.lease.losses > 1 else hinted.lease.losses

@@ -1,50 +1,50 @@
-"""Pace: how long to wait between two claims behind a backlog. No clock of its own, no I/O.
+"""How long to wait between two claims behind a backlog. No clock of its own, no I/O.
 
-Each claim looks at all that is in flight, however little of it has come free: claiming each place as it does would
-make batches of one. Waiting until everything has been sent would leave the workers without anything. So one half is
-claimed while they send the other.
+Each claim reads everything in flight, however little of it has been freed: claiming each place as it becomes free would
+make batches of one. Waiting until everything was sent would leave the workers idle. So one half is claimed while they
+send the other.
 """
 
 from __future__ import annotations
 
 SHORTEST = 0.05
 LONGEST = 0.5
-"""Seconds. What is created for now, beside a backlog, waits no longer for a look."""
+"""Seconds. Beside a backlog, a follow-up created for now waits no longer for a claim."""
 
 
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:
-    """Return the seconds until half of a ``window`` comes free, at the rate of ``taken`` places in so many ``seconds``.
+    """Return the seconds until half of a ``window`` is free, at the rate of ``taken`` places in so many ``seconds``.
 
-    It is no more than twice those seconds: little that came free in a moment says nothing about the next ones.
+    The result is at most twice those seconds: a few places freed within a moment do not predict the next ones.
 
     >>> until_half_is_free(taken=1000, seconds=0.1, window=5000)
     0.2
     """
     if taken >= window:
-        return SHORTEST  # all of it came free, and nobody knows how long ago
+        return SHORTEST  # all of it was free, for an unknown time
     half = seconds * window / (2 * taken) if taken else LONGEST
     return min(max(SHORTEST, min(half, 2 * seconds)), LONGEST)
 
 
 class Pace:
-    """When a dispatcher is to claim next. There may be others, and each claims in ticks of its own."""
+    """When a dispatcher claims next. There may be others, each with ticks of its own."""
 
     def __init__(self, window: int) -> None:
         """``window`` is how many may be in flight."""
         self._window = window
         self._taken = 0
-        """Since the window was last full, at ``_full_at``."""
+        """Places taken since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
-        """None: nobody knows; what a backlog begins with says nothing about how fast it goes."""
+        """None if unknown: the start of a backlog says nothing about its speed."""
         self.next = 0.0
         """Monotonic seconds."""
 
     def begin(self) -> None:
-        """Begin a tick: others may have claimed since the last one, so that what comes free now says nothing."""
+        """Start a tick: others may have claimed since the last one, so places that are free now say nothing."""
         self._full_at = None
 
     def note(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
-        """Take a claim into account that began at a moment (monotonic seconds) and took so many.
+        """Record a claim that started at a moment (monotonic seconds) and took so many.
 
         ``more``: it left some; ``cut_short``: it was full, and the window was not.
         """

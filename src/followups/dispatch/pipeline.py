@@ -1,10 +1,9 @@
-"""The pipeline of one worker process: leases in, begin, send, settle; one event loop for all of it.
+"""The pipeline of one worker process: leases in, begin, send, settle, all in one event loop.
 
-    submit -> waiting (by due moment) -> slot -> begin -> send -> settle
+    submit -> due queue -> slot -> begin -> send -> settle
 
-Begin and settle are micro-batched by themselves: while one statement is under way, the next batch
-gathers. A call in flight holds a slot, and nothing begins without one; so a slow chat costs one slot,
-and never holds up a batch.
+Begin and settle form batches by themselves: while one statement runs, the next batch gathers. A call in flight holds a
+slot, and nothing begins without one. So a slow chat costs one slot, and never holds up a batch.
 """
 
 from __future__ import annotations
@@ -55,22 +54,24 @@ if TYPE_CHECKING:
 
 BEGIN_SIZE = 200
 SETTLE_SIZE = 500
-"""Rows of one statement at most: beyond, a statement is slow and no cheaper a row."""
+"""Most rows of one statement: a larger one is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
-"""How long begin waits for more free slots, or for more to come up to their moment, while there are few: a statement
-for five rows costs almost as much as one for fifty. A third of begin's lead."""
+"""How long begin waits for more free slots, or for more follow-ups to come up, while there are few: a statement for
+five rows costs almost as much as one for fifty. It is a third of begin's lead.
+"""
 ENOUGH_SLOTS = 0.4
-"""The share of all slots that is worth a statement at once."""
+"""Share of free slots that is worth a statement at once."""
 ENOUGH_RESULTS = 100
 """Results that are worth a statement at once."""
 SETTLE_GATHER = timedelta(milliseconds=30)
-"""How long settle waits for so many. Only the next one of a chat waits for it. What is not recorded when the process is
-killed is sent again, under the same key; so no longer than a quick call takes, which a kill leaves open too. Where the
-receiver cannot deduplicate, its outcome would be unknown: there it is `GATHER`."""
+"""How long settle waits for so many. Only the next follow-up of a chat waits for it. Results that are not recorded when
+the process is killed are sent again, under the same key; so it is no longer than a quick call, which a kill leaves open
+too. If the receiver cannot deduplicate, their outcome would be unknown, so there it is `GATHER`.
+"""
 CONNECTIONS = 4
 """To the database, at once: begin, settle, the clock, and what is deferred or given back."""
 BACKOFF = timedelta(seconds=0.5)
-"""How long to leave a database alone that does not answer; doubles up to `LONGEST_BACKOFF`."""
+"""First pause before an unreachable database is tried again; it doubles up to `LONGEST_BACKOFF`."""
 LONGEST_BACKOFF = timedelta(seconds=4)
 SETTLE_BACKOFF = timedelta(seconds=1)
 """The same for results, which must be recorded before a tick takes their leases for lost."""
@@ -83,7 +84,7 @@ log = get_logger(__name__)
 
 
 class Pipeline:
-    """Delivers what it is handed, until it is drained. `start`, `submit` and `drain` may be called from any thread."""
+    """Delivers submitted leases until it is drained. `start`, `submit` and `drain` are safe from any thread."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Pipeline:
         limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """``nudge`` is called when something falls due again before the next tick; None limits nothing."""
+        """``nudge`` is called when a retry falls due before the next tick; without a limiter there are no limits."""
         self._settings = settings
         self._engine = engine
         self._transport = transport
@@ -116,32 +117,32 @@ class Pipeline:
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
 
     def start(self) -> None:
-        """Start the event loop; it opens the transport and asks the database for the time before it sends."""
+        """Start the event loop; it opens the transport and samples the database's clock before it sends."""
         self._thread.start()
 
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
-        """Hand over leases to be delivered, each at its due moment. Returns at once."""
+        """Submit leases to be delivered, each at its due moment. Returns at once."""
         self._loop.call_soon_threadsafe(self._accept, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Let the event loop call ``answer``: whether it still turns. Once it has ended, nothing is called."""
+        """Have the event loop call ``answer``, as a proof that it turns. After its end nothing is called."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)
 
     def stop_beginning(self) -> None:
-        """Begin nothing more; what is in flight goes on. Returns at once."""
+        """Stop beginning; what is in flight goes on. Returns at once."""
         self.ask(self._stop_beginning)
 
     def drain(self, limit: timedelta) -> int:
-        """Begin nothing more, let the calls in flight end and settle them, give the rest back.
+        """Stop beginning, let the calls in flight end, settle them, and release the rest.
 
-        Returns how many results could not be recorded within ``limit``; their leases will expire.
+        Returns how many results could not be recorded within ``limit``; their leases will run out.
         """
         if not self._thread.is_alive():
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        report.lines.flush()  # of those that could not be settled as well
+        report.lines.flush()  # also the lines of results that could not be settled
         return len(self._results) + len(self._sends)
 
     def _run(self) -> None:
@@ -150,7 +151,7 @@ class Pipeline:
             self._loop.run_until_complete(self._main())
         except BaseException:  # SystemExit from a plug-in's code must not end this thread unnoticed
             log.exception("pipeline_died")
-            # Fail, and be restarted by whoever watches this process; its leases go to others.
+            # Fail, so that a supervisor restarts this process; its leases go to other workers.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             report.lines.flush()
@@ -160,7 +161,7 @@ class Pipeline:
         await self._transport.open()
         await self._insist(lambda engine: self._clock.ask(engine, times=5), "clock")
         await self._insist(self._turnstile.read, "limits")
-        # A pump that dies takes the others with it: a worker that only seems to work is worse than none.
+        # A loop that dies ends the others too: a worker that only seems to work is worse than none.
         async with asyncio.TaskGroup() as pumps:
             refresher = pumps.create_task(self._keep_time())
             informer = pumps.create_task(self._breaker.keep_informed(self._wanted, self._look_again))
@@ -176,13 +177,13 @@ class Pipeline:
             await settler
             refresher.cancel()
             informer.cancel()
-        await self._give_back()  # what settling woke
+        await self._give_back()  # what settle unblocked
         await self._transport.close()
         await self._turnstile.close()
         await self._engine.dispose()
         log.info("drained")
 
-    # Waiting: leases by the moment they may begin.
+    # The due queue: leases by the moment they may begin.
 
     def _accept(self, leases: Sequence[Lease], task_id: str = "") -> None:
         self._line.add(leases, task_id)
@@ -207,7 +208,7 @@ class Pipeline:
         if given:
             await self._insist(lambda engine: _release(engine, given), "release")
 
-    # Begin: only what has a slot, right before its moment.
+    # Begin: only with a slot, right before the moment.
 
     async def _keep_beginning(self) -> None:
         backoff = BACKOFF
@@ -237,7 +238,7 @@ class Pipeline:
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
-        """Let a batch become worth its statement, where slots are few, or nobody is due within what begin takes."""
+        """Wait for a batch worth a statement while slots are few, or while nothing is due within begin's lead."""
         if not self._line.is_anybodys_moment():
             return
         if 0 < self._free < ENOUGH_SLOTS * self._settings.concurrency:
@@ -272,7 +273,7 @@ class Pipeline:
 
     def _ready(self) -> list[Hinted]:
         if len(self._results) > self._settings.max_in_flight:
-            return []  # the database is slower than the transport: what is accepted is recorded first
+            return []  # the database is slower than the transport: accepted results are recorded first
         return self._line.take(min(self._free, BEGIN_SIZE), self._breaker.held, self._breaker.permits)
 
     def _wanted(self) -> int:
@@ -288,11 +289,11 @@ class Pipeline:
         if timer:
             timer.cancel()
 
-    # Send: one task a call.
+    # Send: one task for each call.
 
     async def _deliver(self, begun: Begun, hinted: Hinted, started: float) -> None:
         limit = self._settings.transport_timeout
-        # A lease, less the call, from before begin asked for it: later, it may be another's when the call ends.
+        # The lease minus the call's limit, counted from before begin: a later call could end after the lease.
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
         attempt = None
         try:
@@ -325,7 +326,7 @@ class Pipeline:
                 await self._settle(batch)
                 del self._results[: len(batch)]
                 self._changed.set()
-            if self._results:  # which have come behind it meanwhile
+            if self._results:  # these have arrived meanwhile
                 self._settleable.set()
             elif self._drained and not self._sends:
                 return
@@ -338,7 +339,7 @@ class Pipeline:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 report.failed("settle", error, self._engine.sync_engine)
-                report.lines.flush()  # of what was sent meanwhile: an outage may be long
+                report.lines.flush()  # of what was sent meanwhile, since an outage may be long
                 if not is_passing(error):
                     await self._settle_apart(batch)
                     return
@@ -356,7 +357,7 @@ class Pipeline:
             self._nudge()
 
     async def _settle_apart(self, batch: Sequence[Attempt]) -> None:
-        """Keep one result that the database refuses from holding up the others; it is tried until its lease ends."""
+        """Isolate a result that the database refuses, so that it does not hold up the others."""
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._settle(half)
@@ -392,7 +393,7 @@ class Pipeline:
                 self._accept(unblocked.leases)
                 ended = unblocked.locked
 
-    # The database, from the loop.
+    # The database, from within the event loop.
 
     async def _keep_time(self) -> None:
         told = False

@@ -1,9 +1,9 @@
-"""Publish: the broker's hints, made after the claim's commit; and reading them back.
+"""Hints: what the broker carries after a claim's commit, written and parsed here.
 
-A hint names follow-ups and the tokens they were leased under, with the moment each is due, so that the
-worker need not ask. It holds no text, proves nothing, and may be lost, doubled or late without harm:
-begin looks at the row. Beside it stand the numbers of their workspaces, by which a worker gives each its turn:
-whoever reads no more than the hint, or is told no numbers, as in the middle of an upgrade, sends the same.
+A hint names follow-ups, the tokens they were leased under, and the moment each is due, so that the worker need not
+query them. It holds no text and proves nothing. It may be lost, doubled or late without harm, because begin reads the
+row. It also carries the numbers of the workspaces, by which a worker gives each its turn. A worker that ignores them,
+or gets none during an upgrade, sends the same.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _BIGINT = 2**63
 
 
 class Hint(NamedTuple):
-    """What one message says, JSON types only."""
+    """The content of one message, in JSON types only."""
 
     entries: list[list[Any]]
-    """``[[id, token, due in microseconds since 1970, workers lost with it], ...]``"""
+    """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     lanes: list[int]
     """The number of each one's workspace."""
 
@@ -40,9 +40,9 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 
 
 def leases_of(entries: object, lanes: object = None) -> list[Lease]:
-    """Return the leases that a hint names; with lanes that are none, all in one and the same.
+    """Return the leases that a hint names; with invalid lanes, all in the same one.
 
-    Raises ValueError for what is no hint: anybody may write to a broker.
+    Raises ValueError for an invalid hint: anyone with access to the broker can write one.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

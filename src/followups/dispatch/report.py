@@ -1,4 +1,4 @@
-"""What the dispatcher tells about itself: one canonical line an attempt, one a transition, and the counts."""
+"""The dispatcher's log lines and counters: one canonical line for each attempt and each transition."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
-# A few label values, and a look-up of their counter takes longer than to count.
+# There are few label values, and looking up a counter takes longer than counting.
 _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
 
 
@@ -48,11 +48,11 @@ _outages: list[Outage] = []
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
-    """Tell of one call of the transport. Its answer's text is left out: it may quote the message."""
+    """Log and count one call of the transport. The text of its answer is left out: it may quote the message."""
     begun = attempt.begun
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # What was odd about an answer that nevertheless counts; the transport's own words, never the answer's.
+    # What was odd about an accepted answer, in the transport's own words, never in the answer's.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - begun.due_date).total_seconds()
     _attempts(transport, outcome).inc()
@@ -73,20 +73,20 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
 
 
 def abandoned(begun: Begun) -> None:
-    """Tell of an attempt that was not made, because this process had been frozen past its lease."""
+    """Log an attempt that was not made because this process had been frozen past its lease."""
     metrics.STALE_WRITES.inc()
     log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.attempt)
 
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
-    """Tell of follow-ups that ended without an attempt."""
+    """Log follow-ups that ended without an attempt."""
     for follow_up_id, final in ends:
         _transition(follow_up_id, final.status, final.reason)
     lines.flush()
 
 
 def settled(settling: Settling) -> None:
-    """Tell of what a batch of attempts came to."""
+    """Log the results of a batch of attempts."""
     if settling.stale:
         metrics.STALE_WRITES.inc(settling.stale)
         log.warning("stale_writes", count=settling.stale)
@@ -99,7 +99,7 @@ def settled(settling: Settling) -> None:
 
 
 def claimed(claim: Claim, seconds: float) -> None:
-    """Tell of a tick; it has a line only when it claimed something."""
+    """Count a tick, and log it if it claimed something."""
     metrics.TICK_DURATION.observe(seconds)
     if claim.traced:
         traces.claimed(claim.traced, seconds)
@@ -113,17 +113,17 @@ def claimed(claim: Claim, seconds: float) -> None:
 
 
 def statistics_refreshed(seconds: float) -> None:
-    """Tell that a claim took so long, or so many, that the table was analyzed."""
+    """Log that the table was analyzed after a slow or large claim."""
     log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
 
 
 def count_limited(number: int) -> None:
-    """Count how many a rate limit has put off."""
+    """Count follow-ups deferred by a rate limit."""
     metrics.LIMITED.inc(number)
 
 
 def limited(number: int) -> None:
-    """Tell how many were put off since this was last told: a line for each batch would be a flood."""
+    """Log how many were deferred since the last such line; one line for each batch would be too many."""
     log.info("limited", count=number)
 
 
@@ -132,7 +132,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
-        # Its text is left out: a server's detail may quote a row.
+        # Without its text, since a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):
@@ -173,12 +173,12 @@ def clock_off(ahead: float) -> None:
 
 
 def broker_unreachable(step: str, error: Exception) -> None:
-    """Tell that the broker is away; nothing is lost, it is late."""
+    """Log that the broker is unreachable: nothing is lost, but follow-ups may be late."""
     log.warning("broker_unreachable", step=step, error=type(error).__name__)
 
 
 def breaker_changed(transport: str, state: str) -> None:
-    """Tell that the transport is left alone from now on, is being tried, or goes on."""
+    """Log that the breaker opened, probes, recovers or closed."""
     if state == "open":
         metrics.BREAKER_OPENED.labels(transport=transport).inc()
         log.warning("breaker", transport=transport, state=state)
@@ -187,7 +187,7 @@ def breaker_changed(transport: str, state: str) -> None:
 
 
 def breaker_unavailable(error: Exception, pause: float) -> None:
-    """Tell that nobody knows whether the transport is to be left alone: deliveries go on."""
+    """Log that the breaker's state is unknown; deliveries go on."""
     metrics.BREAKER_UNAVAILABLE.inc()
     log.warning("breaker_unavailable", error=type(error).__name__, pause_s=pause)
 

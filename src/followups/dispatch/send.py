@@ -1,4 +1,4 @@
-"""Send: one call of the transport, at the due moment, with no transaction open. The result is a value."""
+"""Send: one call of the transport at the due moment, with no transaction open. The result is a value."""
 
 from __future__ import annotations
 
@@ -29,18 +29,20 @@ OUTCOME_NAMES: dict[type, str] = {
     Rejected: "rejected",
     Unknown: "unknown",
 }
-"""The outcomes as they stand in logs, metrics, traces and the record of failed attempts."""
+"""The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""Beyond the transport's own timeout, after which a transport that hangs is given up; less than the
-margin that the settings keep between timeout and lease."""
+"""How much longer than the transport's own timeout a hanging call may take; less than the settings' margin between
+timeout and lease.
+"""
 
 TIMER = 0.001
-"""Seconds between two moments that the event loop's timers know. Sleeping up to the next one makes a follow-up half a
-millisecond late on average; a loop that turned until its moment would keep the process from everything else."""
+"""Resolution of the event loop's timers, in seconds. Sleeping in these steps makes a follow-up half a millisecond late
+on average; spinning until its moment would block everything else in the process.
+"""
 
 HIGHEST_STATUS_CODE = 1000
-"""Of protocols that have such codes; three digits."""
+"""Highest three-digit status code."""
 
 
 class Attempt(NamedTuple):
@@ -62,7 +64,7 @@ async def send(
     Never early. None, and no call, when it is later than ``latest`` (an `uptime`): the process was
     frozen, and the lease may be another's by the time an answer came. Raises nothing but cancellation.
     """
-    # A timer may end a little early by another clock, so what is left is looked at again.
+    # A timer may fire a little early by another clock, so the rest is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
     started = uptime()
@@ -85,15 +87,15 @@ async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> O
                 return Unknown(f"no outcome within {limit.total_seconds():g} s")
             if limited.task.cancelling():
                 raise
-        # A plug-in may raise anything, SystemExit too; what it had done is not known. The text of the
-        # error may hold the message, so only its kind is kept.
+        # A plug-in may raise anything, SystemExit too, so what it did is unknown. The error's text may hold the
+        # message, so only its class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
     finally:
         limited.lift()
 
 
 class _Limit:
-    """Cancels the running task after so many seconds, as `asyncio.timeout` does, in a quarter of its 5 us a call."""
+    """Cancels the current task after so many seconds, as `asyncio.timeout` does, in a quarter of its 5 us a call."""
 
     __slots__ = ("_before", "_expired", "_timer", "task")
 
@@ -108,18 +110,18 @@ class _Limit:
         self.task.cancel()
 
     def ended_it(self) -> bool:
-        """Say whether a cancellation was this one's, and nobody else's."""
+        """Return whether this limit, and nothing else, caused a cancellation."""
         return self._expired and self.task.cancelling() == self._before + 1
 
     def lift(self) -> None:
-        """Cancel nothing any more, and take back what was."""
+        """Cancel the limit, and undo a cancellation that it already caused."""
         self._timer.cancel()
         if self._expired:
             self.task.uncancel()
 
 
 def checked(outcome: object) -> Outcome:
-    """Return the outcome as the port describes it, whatever a plug-in made of it: nothing else reaches the database.
+    """Return a valid outcome, whatever a plug-in returned: nothing else reaches the database.
 
     >>> checked("sent")
     Unknown(detail='the transport gave no outcome but str', status_code=None)
@@ -152,7 +154,7 @@ def _delay(after: object) -> timedelta | None:
 def _status_code(code: object) -> int | None:
     if not isinstance(code, int) or isinstance(code, bool) or not 0 <= code < HIGHEST_STATUS_CODE:
         return None
-    return int(code)  # an HTTPStatus is one too, and no array of numbers to the database
+    return int(code)  # an HTTPStatus is an int too, but psycopg cannot adapt an array of them
 
 
 def _described(begun: Begun, transport: str) -> dict[str, str | int]:

@@ -1,4 +1,4 @@
-"""Settle: what an attempt comes to, decided purely; and the batch that records it."""
+"""Settle: decide what each attempt's outcome means (pure), and record a batch of them."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Characters of a detail that leave room for saying so."""
+"""Characters left for a detail beside the addition."""
 
 
 @dataclass(frozen=True, slots=True)
 class Settling:
-    """What a batch of attempts came to."""
+    """The result of settling a batch of attempts."""
 
     settled: tuple[Settled, ...]
     stale: int
-    """Results that came after the lease had gone to another worker; nothing was written."""
+    """Results whose lease another worker had taken over; nothing was written."""
     held: tuple[Attempt, ...]
-    """To be settled shortly: somebody's open transaction holds the row."""
+    """To be settled shortly: another transaction has locked the row."""
     woken: tuple[Lease, ...]
-    """Next in their chats after what ended; leased to the caller."""
+    """Unblocked: each the next of its chat, leased to the caller."""
     locked: tuple[UUID, ...]
     """Of what ended, those whose next is locked by another transaction."""
 
 
 def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Settling:
-    """Record the outcomes in one transaction, and wake what waited for those that ended."""
+    """Record the outcomes in one transaction, and unblock what waited for those that ended."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
     decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
     return transact(engine, partial(_record, settings, attempts, decided))
@@ -72,7 +72,7 @@ def _record(
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
-    """Return what one attempt comes to, by its outcome alone. Pure but for the clock and the jitter."""
+    """Return the settlement of one attempt, by its outcome alone. Pure, apart from clock and jitter."""
     lease = attempt.begun.lease
     match attempt.outcome:
         case Sent(chat_message_id):
@@ -107,7 +107,7 @@ def _try_again(
 
 
 def failure_of(attempt: Attempt) -> Failure | None:
-    """Return what is kept of an attempt that did not end in sent."""
+    """Return the record of an attempt that did not end in sent, or None."""
     outcome = attempt.outcome
     if isinstance(outcome, Sent):
         return None

@@ -1,4 +1,4 @@
-"""Tidying up: what is old is removed, once an hour, a little at a time, and beside all other work."""
+"""The pruner deletes what is old, once an hour, in small batches beside all other work."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may remove rows of one kind; the next goes on where it ended."""
+"""How long one run may delete rows of one kind; the next run continues."""
 
 LOCK = 0x7469_6479
-"""Key of the advisory lock by which only one of all workers tidies up ("tidy" in ASCII)."""
+"""Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""
 
 LEAST_PAUSE = 0.01
 
@@ -36,7 +36,7 @@ log = get_logger(__name__)
 
 
 class Tidier:
-    """One thread in a worker process, while there is something to do. A call while it runs does nothing."""
+    """A thread in a worker process while there is something to prune. A call while it runs does nothing."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         """Take what it needs; nothing runs yet."""
@@ -45,16 +45,16 @@ class Tidier:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._message = OLDEST
-        """Where the last look at chat messages ended."""
+        """Where the last scan of chat messages ended."""
 
     def start(self) -> None:
-        """Tidy up once, from a thread. Returns at once."""
+        """Prune once, in a thread. Returns at once."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="tidier", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the batch that is under way."""
+        """Stop after the current batch."""
         self._stopping.set()
         if self._thread and self._thread.is_alive():
             self._thread.join()
@@ -66,7 +66,7 @@ class Tidier:
             report.failed("tidy", error, self._engine)
 
     def tidy(self) -> dict[str, int]:
-        """Remove what is old, until there is no more or the time is up; return how many of each."""
+        """Delete what is old until nothing is left or the time is up; return the number of each kind."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:
@@ -79,7 +79,7 @@ class Tidier:
         return removed
 
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
-        """Return what removes one batch of each kind, and says how many; None, when there is no more."""
+        """Return for each kind a function that deletes one batch and returns its size, or None at the end."""
         steps: dict[str, Callable[[Connection], int | None]] = {
             "idempotency_keys": lambda opened: retention.delete_expired_keys(opened) or None
         }
@@ -104,14 +104,14 @@ class Tidier:
             if number is None:
                 break
             total += number
-            # As long as it took: half of what a disk can do is left to those who send.
+            # Pause for as long as the batch took: half of the disk's capacity is left for deliveries.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Say whether no other worker tidies up, and keep others from it meanwhile."""
+    """Return whether no other worker prunes, and keep others from it meanwhile."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

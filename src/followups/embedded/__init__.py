@@ -1,9 +1,9 @@
 """PostgreSQL, Valkey and our own processes, run on this machine without any installed service.
 
-For `followups up`, `followups demo` and the tests. Everything started here is a child of this process, in a
-session of its own (so that Ctrl-C reaches only the owner, which then stops the others in order), and is
-stopped by the owner's ``with`` block. Should the owner end without that, killed or not, a small `watchdog`
-stops what is left and removes the temporary directories.
+They serve `followups up`, `followups demo` and the tests. Everything started here is a child of this process, in a
+session of its own, so that Ctrl-C reaches only the owner, which then stops the others in order. The owner's ``with``
+block stops each of them. If the owner ends without that, killed or not, a small `watchdog` stops the remaining
+processes and removes the temporary directories.
 """
 
 from __future__ import annotations

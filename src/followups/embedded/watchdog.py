@@ -1,11 +1,11 @@
 """Stops the children of a process that ended without stopping them itself.
 
-A pipe tells: the watchdog reads from it, the owner holds the other end, and the kernel closes that end
-however the owner ends (return, signal, SIGKILL). This works on every Unix and from every thread, where
-Linux' parent-death signal is bound to the thread that started the child and is not sent to grandchildren.
+The watchdog reads from a pipe whose other end the owner holds. The kernel closes that end however the owner ends
+(return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is bound
+to the thread that started the child and is not sent to grandchildren.
 
-The file is both ends: imported by the owner, and run as a script (standard library only, no packages, about
-20 ms) as the watchdog. One watchdog serves one owner, from its first guarded thing to its last.
+This file is both ends: imported by the owner, and run as a script (standard library only, about 20 ms) as the watchdog.
+One watchdog serves one owner, from its first guarded process or directory to its last.
 """
 
 from __future__ import annotations
@@ -22,32 +22,32 @@ import time
 from pathlib import Path
 
 POLL = 0.02
-"""Seconds between two looks at a process that is to end."""
+"""Seconds between two checks of a process that was told to end."""
 
 REMOVAL_TRIES = 50
-"""How often a directory is removed again, at `POLL`: a program of the owner may still be writing into it."""
+"""How many times to remove a directory, at intervals of `POLL`: a program may still be writing into it."""
 
 
 class Watchdog:
-    """The owner's end: what is guarded, and the pipe to the process that guards it."""
+    """The owner's end: what is guarded, and the pipe to the watchdog process."""
 
     def __init__(self) -> None:
-        """Guard nothing; the process starts with the first thing to guard."""
+        """Guard nothing yet; the watchdog process starts with the first `guard_process` or `guard_directory`."""
         self._lock = threading.Lock()
         self._guarded: dict[int | str, list[object]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         os.register_at_fork(after_in_child=self._let_go)
 
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
-        """Stop the process after the owner's end: the signal, up to ``grace`` seconds, SIGKILL to its group."""
+        """Stop the process after the owner's end: the signal, up to ``grace`` seconds, then SIGKILL to its group."""
         self._guard(pid, ["process", pid, int(stop_signal), grace])
 
     def guard_directory(self, path: Path) -> None:
-        """Remove the directory after the owner's end, when the processes are gone."""
+        """Remove the directory after the owner's end, once the processes are gone."""
         self._guard(str(path), ["directory", str(path)])
 
     def release(self, key: int | Path) -> None:
-        """Guard this pid or directory no longer. The watchdog ends with the last one."""
+        """Stop guarding this pid or directory. The watchdog ends with the last one."""
         name = key if isinstance(key, int) else str(key)
         with self._lock:
             self._guarded.pop(name, None)
@@ -67,7 +67,7 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # A reader of the owner's output would otherwise wait for the watchdog's end too.
+            # Otherwise a reader of the owner's output would wait for the watchdog's end too.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -82,7 +82,7 @@ class Watchdog:
         try:
             self._process.stdin.write(json.dumps(entry).encode() + b"\n")
             self._process.stdin.flush()
-        except BrokenPipeError:  # somebody killed it: have a new one, which is told everything
+        except BrokenPipeError:  # the watchdog was killed: start a new one with the complete list
             self._end()
             self._start()
 
@@ -98,27 +98,27 @@ class Watchdog:
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:
             os.close(self._process.stdin.fileno())
-            self._process.returncode = 0  # not this process's child: nothing to wait for
+            self._process.returncode = 0  # it is not this process's child, so there is nothing to wait for
         self._process = None
 
 
 WATCHDOG = Watchdog()
-"""This process's own."""
+"""The watchdog of this process."""
 
 
 def is_alive(pid: int) -> bool:
-    """Say whether the process exists and is no zombie (its parent may never collect it)."""
+    """Return whether the process exists and is no zombie (its parent may never collect it)."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    with contextlib.suppress(OSError, IndexError):  # without /proc, a zombie counts as alive
+    with contextlib.suppress(OSError, IndexError):  # without /proc a zombie counts as alive
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in {"Z", "X"}
     return True
 
 
 def stop(pid: int, stop_signal: int, grace: float) -> None:
-    """Send the signal to the process, and SIGKILL to its group after its end or ``grace`` seconds."""
+    """Send the signal to the process, and SIGKILL to its group after its end or after ``grace`` seconds."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, stop_signal)
     deadline = time.monotonic() + grace
@@ -129,7 +129,7 @@ def stop(pid: int, stop_signal: int, grace: float) -> None:
 
 
 def remove(directory: str) -> None:
-    """Remove the directory, with a little patience for programs that still write into it."""
+    """Remove the directory, retrying while a program still writes into it."""
     for _ in range(REMOVAL_TRIES):
         shutil.rmtree(directory, ignore_errors=True)
         if not Path(directory).exists():
@@ -138,7 +138,7 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read what to guard until the owner's end; then stop and remove it, the newest first."""
+    """Read what to guard until the owner ends, then stop and remove it, the newest first."""
     processes: dict[int, tuple[int, float]] = {}
     directories: set[str] = set()
     for line in sys.stdin:

@@ -1,1 +1,1 @@
-"""The schema's history (Alembic)."""
+"""The history of the schema (Alembic)."""

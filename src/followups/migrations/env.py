@@ -1,4 +1,4 @@
-"""Run migrations, online, one process at a time."""
+"""Run migrations online, one process at a time."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _try_to_migrate(engine: Engine) -> None:
 
 
 def run() -> None:
-    """Migrate the database that the caller names, or the one of the settings."""
+    """Migrate the database that the caller names, or the configured one."""
     attributes = context.config.attributes
     url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
     patience = attributes.get("patience", PATIENCE)

@@ -1,7 +1,8 @@
-"""What all workers know together and may forget: rate limits and the breaker, in the broker's Redis.
+"""State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
 
-None of it guards a promise of ours. So where Redis is away, deliveries go on without, counted and logged, and Redis is
-left alone for a while: asking costs a timeout. Each is a Lua script beside this file, since Redis runs one at a time.
+No promise depends on it. If Redis is unreachable, deliveries go on without it, which is counted and logged, and Redis
+is not asked for a while, because asking costs a timeout. Each is a Lua script beside this file; Redis runs one script
+at a time.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 TIMEOUT = timedelta(milliseconds=200)
-"""How long Redis may take to answer; for a batch of a hundred it takes about a millisecond."""
+"""How long Redis may take to answer; a batch of a hundred takes about a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not asked after it failed."""
+"""How long Redis is not asked after a failure."""
 
 
 def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
-    """Return a client for one event loop; it connects to nothing yet."""
+    """Return a client for one event loop, not yet connected."""
     return Redis.from_url(
         settings.broker_url.get_secret_value(),
         socket_timeout=timeout.total_seconds(),

@@ -1,6 +1,6 @@
-"""The breaker's state: one script that adds outcomes, and says how many may begin.
+"""The breaker's shared state: one script records outcomes and returns how many attempts may begin.
 
-Redis wiped: it is closed again, and opens anew when the next ones fail.
+If Redis is wiped, the breaker is closed and opens again with the next failures.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEPT = 3600
-"""Seconds after which a state that nobody asks for is forgotten."""
+"""Seconds after which an unused state is forgotten."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How patiently a transport that failed is tried again."""
+    """How soon, and how fast, a failed transport is tried again."""
 
     first_pause: float = 1.0
     longest_pause: float = 15.0
-    """Seconds for which it is left alone before it is probed; each time twice as long."""
+    """Longest pause before a probe, in seconds; each pause is twice the one before."""
     probes: int = 3
-    """How many may begin to see whether it is back."""
+    """Attempts that may begin as a probe."""
     first_rate: float = 10.0
-    """Begins a second, of all workers, after a probe succeeded; each second twice as many."""
+    """Begins a second, over all workers, after a successful probe; it doubles every second."""
     last_rate: float = 10_000.0
-    """From here on nobody is held back: some ten seconds later."""
+    """From this rate on the breaker is closed, some ten seconds later."""
     fails_again: int = 10
-    """Different follow-ups in a row that fail while it recovers until it is left alone again."""
+    """Different follow-ups failing in a row during recovery that open it again."""
     in_a_row: int = 5
     """Attempts of a workspace that fail one after the other until it is held. With a hundred a second, of which one in
     fifty fails, three in a row come every 21 minutes, four every 18 hours, five once in 37 days; where one in ten
     fails, five come every 18 minutes. More would cost every workspace more attempts when the transport is away."""
 
     def arguments(self) -> tuple[float, ...]:
-        """Return what the script takes, in its order; pauses in milliseconds."""
+        """Return the script's arguments in its order; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 
@@ -52,7 +52,7 @@ class RedisBreaker:
     """The state of one transport; `followups.dispatch.breaker.BreakerStore`. Used from one event loop."""
 
     def __init__(self, settings: Settings, transport: str, pace: Pace = Pace()) -> None:
-        """Take where it is kept; connect to nothing yet."""
+        """Take the settings; connect to nothing yet."""
         self._redis = connect(settings)
         self._script = self._redis.register_script(script("breaker.lua"))
         name = _key(settings, transport)
@@ -63,7 +63,7 @@ class RedisBreaker:
         self._pace = pace.arguments()
 
     async def report(self, news: News, wanted: int) -> Reading:
-        """Add outcomes, and ask to begin. Raises `redis.RedisError` or `OSError` when Redis is away."""
+        """Report outcomes and request permits. Raises `redis.RedisError` or `OSError` if Redis is unreachable."""
         added = ([one.hex for one in news.failed], news.runs)
         arguments: list[float | str] = [
             self._threshold,
@@ -83,7 +83,7 @@ class RedisBreaker:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The state for people: since when (seconds ago), how often it was probed in vain, and whom it holds."""
+    """The state for display: its age in seconds, the failed probes, and the workspaces it holds."""
 
     state: str
     seconds: float
@@ -93,7 +93,7 @@ class Shown:
 
 
 def read(client: redis.Redis, settings: Settings) -> Shown:
-    """Return the state of the configured transport. Raises `redis.RedisError` when Redis is away."""
+    """Return the breaker's state for the configured transport. Raises `redis.RedisError` if Redis is unreachable."""
     key = _key(settings, settings.transport)
     kept = cast("dict[str, str]", client.hgetall(key))
     fields: dict[str, Any] = {_text(name): _text(value) for name, value in kept.items()}

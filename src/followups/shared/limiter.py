@@ -1,6 +1,6 @@
-"""Rate limits of deliveries: token buckets, and the lines before them, in two scripts (``take``, ``give_back``).
+"""Rate limits of deliveries: token buckets and the queues before them, in two scripts (``take``, ``give_back``).
 
-They guard others from us. When they are lost, that costs a burst and the order of those that wait.
+They protect others from us. Losing them costs a burst, and the order of the waiting follow-ups.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ MICROSECOND = timedelta(microseconds=1)
 
 
 class RedisLimiter:
-    """Asks the scripts. Of one event loop; it never raises for Redis being away."""
+    """Runs the scripts, from one event loop; it never raises if Redis is unreachable."""
 
     def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
-        """Take where the buckets are; connect to nothing yet."""
+        """Take the settings; connect to nothing yet."""
         self._prefix = f"{settings.broker_prefix}limit:"
         self._client = connect(settings, timeout)
         self._take = self._client.register_script(script("take.lua"))
@@ -44,7 +44,7 @@ class RedisLimiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
-        """Take tokens for those whose turn it is; everybody may go where Redis is away."""
+        """Take tokens for those whose turn it is; if Redis is unreachable, all may go."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -57,17 +57,17 @@ class RedisLimiter:
         return Answer(tuple(wait * MICROSECOND for wait in waits), moment)
 
     async def give_back(self, requests: Sequence[Request], moment: int) -> None:
-        """Put back what was taken for these; where Redis is away, it is forfeited."""
+        """Return the tokens taken for these; if Redis is unreachable, they are lost."""
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]
         await self._try(self._put_back, unused, str(moment), json.dumps(limits))
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._client.aclose()
 
     async def _try(self, scripted: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
-        """Return what the script answers; None where Redis is away, or was a moment ago."""
+        """Return the script's result, or None if Redis is unreachable or was a moment ago."""
         if time.monotonic() < self._ask_again_at:
             return None
         try:
@@ -80,13 +80,13 @@ class RedisLimiter:
 
 
 def _numbered(requests: Iterable[Request]) -> dict[Bucket, int]:
-    """Give each bucket its number, as Lua counts: from 1."""
+    """Return each bucket's number as Lua counts, from 1."""
     buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
     return {bucket: number for number, bucket in enumerate(buckets, start=1)}
 
 
 def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
-    # Moments as text: as a number, Lua would write sixteen digits as 1.7e+15.
+    # Moments are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests

@@ -1,4 +1,4 @@
-"""API keys. The key itself leaves this process once, when it is made; the database holds its SHA-256.
+"""API keys. The key itself leaves this process once, when it is created; the database holds its SHA-256.
 
 A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed.
 """
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 PREFIX = "fup_"
-"""What every key begins with, so that people and secret scanners recognise one."""
+"""Prefix of every key, by which people and secret scanners recognise one."""
 
 SHOWN_LENGTH = 12
-"""Characters of a key that are kept in clear, for its owner to tell keys apart: 48 of its 256 bits."""
+"""Characters of a key that are stored in clear, so that its owner can tell keys apart: 48 of its 256 bits."""
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
 
 
 def create(session: Session, workspace_id: UUID, name: str = "") -> tuple[ApiKey, str]:
-    """Make a key to the workspace; return its row and the key, which is shown this once.
+    """Create a key for the workspace; return its row and the key, which is never shown again.
 
     Raises `InvalidRequestError` for a name that is too long or not storable.
     """
@@ -70,7 +70,7 @@ def revoke(session: Session, key_id: UUID) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Whose key it is, and the database's now: the moment at which the transaction began."""
+    """The key's owner, and the database's now: the moment at which the transaction began."""
 
     key_id: UUID
     workspace_id: UUID
@@ -83,10 +83,10 @@ _BY_HASH = text("""
 
 
 def authenticate(session: Session, key: str) -> Identity | None:
-    """Say whose key it is; None for one that is malformed, unknown or revoked.
+    """Return the owner of a key, or None if the key is malformed, unknown or revoked.
 
-    The look-up is by hash, so its duration says nothing about the key that an attacker could use; the
-    comparison afterwards takes the same time wherever two hashes differ.
+    The look-up is by hash, so its duration tells an attacker nothing about the key; the comparison afterwards takes the
+    same time wherever two hashes differ.
     """
     hashed = hash_of(key)
     if hashed is None:
@@ -97,7 +97,7 @@ def authenticate(session: Session, key: str) -> Identity | None:
     return Identity(row.id, row.workspace_id, row.now)
 
 
-# Skipped when another process records the same at this moment: it says the same.
+# Skipped if another process is recording the same.
 _RECORD_USE = text("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys
@@ -107,7 +107,7 @@ _RECORD_USE = text("""
 
 
 def record_use(session: Session, key_id: UUID) -> bool:
-    """Note that the key is in use, at most once a minute and without waiting; say whether this call did."""
+    """Record that the key is in use, at most once a minute and without waiting; return whether this call did."""
     return cast("int", session.execute(_RECORD_USE, {"id": key_id}).rowcount) == 1  # type: ignore[attr-defined]
 
 

@@ -1,4 +1,4 @@
-"""What the benchmark needs: a schema of its own in the configured database, and rows to send."""
+"""A schema of the benchmark's own in the configured database, and rows to send."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 PREFIX = "followups_bench_"
-"""Of the names of such schemas."""
+"""Prefix of the names of such schemas."""
 
 _LEFT = text("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, :prefix)")
 _LOCK = text("SELECT pg_try_advisory_lock(hashtext(:name))")
@@ -22,7 +22,7 @@ _UNLOCK = text("SELECT pg_advisory_unlock(hashtext(:name))")
 
 
 def create_schema(connection: Connection, name: str) -> None:
-    """Create a schema, and hold it as long as the connection lives. Removes those of runs that were killed."""
+    """Create a schema, reserved while the connection lives. Removes those of killed runs."""
     for left in connection.scalars(_LEFT, {"prefix": PREFIX}).all():
         if connection.scalar(_LOCK, {"name": left}):
             drop_schema(connection, left)
@@ -32,7 +32,7 @@ def create_schema(connection: Connection, name: str) -> None:
 
 
 def drop_schema(connection: Connection, name: str) -> None:
-    """Remove a schema with all that is in it."""
+    """Drop a schema with everything in it."""
     connection.rollback()
     connection.execute(text(f"DROP SCHEMA IF EXISTS {_checked(name)} CASCADE"))
     connection.execute(_UNLOCK, {"name": name})
@@ -64,19 +64,19 @@ _RELEASE = text(
 
 
 def fill(connection: Connection, workspace_id: UUID, count: int, ahead: object, span: object) -> list[UUID]:
-    """Insert follow-ups, each in a chat of its own, that fall due ``ahead`` of now, within ``span``; return them."""
+    """Insert follow-ups, each in its own chat, due within ``span`` from ``ahead`` of now on; return their ids."""
     parameters = {"workspace_id": workspace_id, "count": count, "ahead": ahead, "span": span}
     return list(connection.scalars(_FILL, parameters))
 
 
 def release(connection: Connection, ids: Sequence[UUID]) -> None:
-    """Let them fall due now."""
+    """Make them due now."""
     connection.execute(_RELEASE, {"ids": list(ids)})
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of follow-ups: times in seconds, lags in milliseconds; lags are None while nothing was sent."""
+    """The result for follow-ups: times in seconds, lags in milliseconds; lags are None while nothing was sent."""
 
     sent: int
     pending: int
@@ -103,5 +103,5 @@ _OUTCOME = text("""
 
 
 def outcome(connection: Connection, ids: Sequence[UUID]) -> Outcome:
-    """Return what has become of these so far."""
+    """Return the result so far."""
     return Outcome(*connection.execute(_OUTCOME, {"ids": list(ids)}).one())

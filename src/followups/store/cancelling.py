@@ -1,7 +1,7 @@
-"""Cancelling many follow-ups at once, for operators: counted, looked at, done.
+"""Bulk cancellation for operators: count, preview, cancel.
 
-Everything goes in batches, each a short transaction of whole follow-ups. A batch says where it ended, and the
-next begins there; so what somebody holds at the moment is passed over once, and not met for ever.
+It works in batches, each a short transaction of whole follow-ups. A batch returns where it ended, and the next one
+starts there; so a locked row is passed over once, and not met again and again.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 BATCH = 500
-"""Follow-ups of one transaction: some ten milliseconds."""
+"""Follow-ups in one transaction, which takes some ten milliseconds."""
 
 NIL = UUID(int=0)
 FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -35,7 +35,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """What is to be cancelled: of a workspace, of one of its chats, or of that chat; created until ``until``."""
+    """What to cancel: everything of a workspace, or of one chat in it, created until ``until``."""
 
     workspace_id: UUID
     chat_id: UUID | None
@@ -43,31 +43,31 @@ class Pending:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The values of the placeholders."""
+        """The statement's parameters."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id, "until": self.until}
 
 
 def _where(pending: Pending) -> str:
     one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
-    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # what was asked to stop already is met no second time
+    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # those already asked to stop are skipped
     return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
 
 
 class Count(NamedTuple):
-    """How many there are, and how many of these are being delivered at this moment."""
+    """How many there are, and how many of them are being delivered right now."""
 
     number: int
     in_flight: int
 
 
 def count_pending(connection: Connection, pending: Pending) -> Count:
-    """Count what is to be cancelled."""
+    """Count what would be cancelled."""
     query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
     return Count(*connection.execute(text(query), pending.parameters).one())
 
 
 def some_pending(connection: Connection, pending: Pending, most: int) -> list[UUID]:
-    """Return the first few of it, in the order in which they are cancelled."""
+    """Return the first few, in the order in which they would be cancelled."""
     query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
     return list(connection.scalars(text(query), pending.parameters | {"most": most}))
 
@@ -82,11 +82,11 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """What a batch came to. ``ended`` None: there was nothing more."""
+    """The result of a batch. ``ended`` is None at the end."""
 
     cancelled: Sequence[UUID]
     in_flight: int
-    """Not cancelled, but not tried again either."""
+    """Not cancelled, but not retried either."""
     ended: Place | None
 
 
@@ -110,7 +110,7 @@ def _cancel(where: str, *, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, after: Place) -> Cancelled:
-    """Cancel the next batch. One in flight is only kept from another try; what somebody holds is passed over."""
+    """Cancel the next batch. One in flight is only kept from a retry; locked rows are skipped."""
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
     statement = _cancel(_where(pending), by_code=final.code is not None)
     parameters = pending.parameters | place | {"status": final.status.value, "reason": final.reason}
@@ -121,7 +121,7 @@ def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, 
     return Cancelled(ended, len(rows) - len(ended), last)
 
 
-# As of now, and not what is created while the batches go on.
+# As of now, without what is created while the batches run.
 _NOW = text("SELECT now()")
 
 
@@ -137,5 +137,5 @@ _CHATS_WORKSPACES = text("""
 
 
 def workspaces_of_chat(connection: Connection, chat_id: UUID) -> list[UUID]:
-    """Return the workspaces that have a chat of this id: a chat's key is both together."""
+    """Return the workspaces that have a chat with this id: a chat's key is both together."""
     return list(connection.scalars(_CHATS_WORKSPACES, {"chat_id": chat_id}))

@@ -1,4 +1,4 @@
-"""Chats and chat messages. The row lock on the chat keeps a reply and a new follow-up apart."""
+"""Chats and chat messages. The row lock on the chat separates a reply from a new follow-up."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Role(StrEnum):
-    """Who wrote a chat message."""
+    """The author of a chat message."""
 
     USER = "user"
     AGENT = "agent"
@@ -32,12 +32,12 @@ class Role(StrEnum):
 
 
 CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMAN_TAKEOVER}
-"""Whose messages cancel the chat's pending follow-ups, and with which reason."""
+"""The roles whose messages cancel the chat's pending follow-ups, each with its reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A chat message as recorded. ``new`` is False for one that was known; then nothing changed."""
+    """A chat message as recorded. ``new`` is False if it was known already; then nothing changed."""
 
     id: UUID
     chat_id: UUID
@@ -57,7 +57,7 @@ _LOCK = (
 
 
 def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
-    """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`; a removed chat is not found."""
+    """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`, also for a removed chat."""
     chat = session.scalar(_LOCK, {"workspace_id": workspace_id, "chat_id": chat_id})
     if chat is None:
         raise ChatNotFoundError
@@ -94,7 +94,7 @@ _ANEW: dict[str, object] = {
     "last_message_at": None,
     "last_user_message_at": None,
 }
-"""What a chat forgets that was removed and comes back."""
+"""What a removed chat forgets when it comes back."""
 
 
 # Two that take the same one at once come one after the other; the second sees what the first has committed.
@@ -119,13 +119,13 @@ def take_external_id(session: Session, workspace_id: UUID, external_id: str) -> 
 def put_chat(
     session: Session, workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None
 ) -> tuple[Chat, bool]:
-    """Create or update the chat; return it and whether it is new. One that was removed starts anew."""
+    """Create or update the chat; return it and whether it is new. A removed one starts anew."""
     values: dict[str, object] = {"channel": channel.value, "external_id": external_id}
     statement = insert(Chat).values(workspace_id=workspace_id, id=chat_id, **values)
     created = session.scalar(statement.on_conflict_do_nothing().returning(Chat))
     if created is not None:
         return created, True
-    # Only now, under the lock, is it certain whether the chat was removed, and what was written in it.
+    # Only under the lock is it certain whether the chat was removed, and what was written in it.
     this = (Chat.workspace_id == workspace_id, Chat.id == chat_id)
     removed = session.execute(select(Chat.removed_at).where(*this).with_for_update(key_share=True)).scalar_one()
     if removed is not None:
@@ -136,7 +136,7 @@ def put_chat(
 
 
 def remove_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> list[UUID]:
-    """Remove the chat and cancel its pending follow-ups; return the cancelled. Raises `ChatNotFoundError`."""
+    """Remove the chat and cancel its pending follow-ups; return the cancelled ones. Raises `ChatNotFoundError`."""
     lock_chat(session, workspace_id, chat_id)
     session.execute(
         update(Chat)

@@ -1,10 +1,10 @@
-"""The statements that lease what is due: in the order in which it falls due, or shared out between workspaces.
+"""Claims: the statements that lease what is due, in the order of due dates or shared fairly between workspaces.
 
-While all that is due fits into the window of what may be in flight, the order of the due dates is fair by itself,
-and costs least. Behind a backlog it is not: whoever has a hundred thousand that are overdue would stand in front
-of everybody else. So then the places that come free go to the workspaces that have the fewest in flight.
+While everything due fits into the window of what may be in flight, the order of due dates is fair by itself, and
+cheapest. Behind a backlog it is not: a workspace with a hundred thousand overdue follow-ups would go first with all of
+them. So freed places then go to the workspaces that have the fewest in flight.
 
-Each is one guarded statement: what somebody holds is passed over, not waited for.
+Each claim is one guarded statement; it skips rows that another transaction has locked.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Lost(NamedTuple):
-    """What was claimed after a lease that ended with an attempt in flight (number ``attempts + 1``)."""
+    """A follow-up claimed after a lost lease, whose attempt had the number ``attempts + 1``."""
 
     lease: Lease
     attempts: int
@@ -37,24 +37,24 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a claim leased, the earliest due first, and what it saw."""
+    """What a claim leased, the earliest due first, and what it found."""
 
     leases: list[Lease]
     lost: list[Lost]
-    """Those of them that were lost."""
+    """Those of them with a lost lease."""
     traced: list[tuple[UUID, str]]
-    """Those of them that were created in a trace: ids, with its ``traceparent``."""
+    """Those of them created in a trace: ids with their ``traceparent``."""
     more: bool
-    """There may be more, as the claim or the window was full."""
+    """Whether there may be more, since the claim or the window was full."""
     cut_short: bool
-    """The claim was full, and the window was not."""
+    """Whether the claim was full, and the window was not."""
     low_water: datetime
-    """All that was due before it had ended, but for what comes in behind."""
+    """Everything due before it has ended, apart from rows that come in with an earlier due date."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a claim looks for: what falls due within ``ahead``, but not what fell due before ``since``.
+    """What a claim looks for: rows that fall due within ``ahead``, but not before ``since``.
 
     It leases up to ``most`` for ``lease``, so that no more than ``window`` are in flight.
     """
@@ -71,10 +71,10 @@ class Look:
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""For what is created for now, or put off by a moment, and committed a little later."""
+"""For rows created for now, or deferred by a moment, whose transaction commits a little later."""
 
 FEW = 6
-"""How many a fair claim looks at in each workspace, however many workspaces there are."""
+"""Rows that a fair claim reads in each workspace, however many workspaces there are."""
 STRIDE = 32
 """Rows that one step of its walk over the workspaces reads. What a workspace has beyond these is jumped over, and
 workspaces that have fewer share a step. So one with a single row that is not due yet costs 0.5 us; with a stride of 1
@@ -85,9 +85,9 @@ _FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL
 _HORIZON = "now() + CAST(:ahead AS interval)"
 _SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
 
-# Whatever was looked at: ``head`` has it in the order in which it is to be taken, by where each row stands; ``looked``
-# says in one row how many of it are leased, when the first falls due, and whether there is more of it. A row that
-# somebody moves meanwhile, by changing it, is passed over like one that somebody holds.
+# ``head`` has the candidate rows in the order in which they are to be taken, by their place in the table. ``looked`` is
+# one row: how many of the candidates are leased, when the first falls due, and whether there are more. A row that is
+# updated meanwhile has moved, and is skipped like a locked one.
 _TAKE = f"""
     taken AS MATERIALIZED (
         SELECT f.place, f.begun_at IS NOT NULL AS lost
@@ -124,9 +124,9 @@ _TAKE = f"""
      ORDER BY due NULLS FIRST, id
 """  # noqa: S608 - no input, only the constants above
 
-# Rows in flight are the first of the index, but for what came in behind with an earlier due date. Looking at
-# no more than :seen_most rows bounds what a tick costs. Where there is more, some that are leased may stand behind it,
-# as a fair claim left them: so nothing is taken then.
+# Rows in flight are first in the index, apart from rows that came in with an earlier due date. Reading :seen_most rows
+# at most bounds the cost of a tick. If there are more, leased ones left by a fair claim may be behind them, so nothing
+# is taken then.
 _IN_ORDER = text(f"""
     WITH head AS MATERIALIZED (
         SELECT f.ctid AS place, {DUE} AS due, {_FREE} AS free
@@ -144,22 +144,23 @@ _IN_ORDER = text(f"""
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
-"""For a fair claim: of a table that it takes for almost empty the planner would rather read and sort all that is
-pending, and that for each workspace, than follow the index that has it in order. Measured right after an insert of
-30,000 rows: 311 ms, and with a thousand workspaces beside more than 10 s."""
+"""For a fair claim. If the planner takes the table for almost empty, it reads and sorts everything pending for each
+workspace instead of following the index that has this order. Measured right after an insert of 30,000 rows: 311 ms, and
+with a thousand other workspaces more than 10 s.
+"""
 
 _KEY = f"(f.workspace_id, {DUE}, f.id)"
-"""Compared as one, and so ordered: one index has it."""
+"""A row comparison in the order of one index."""
 _DUE_ORDER = f"ORDER BY f.workspace_id, {DUE}, f.id"
 _HIGHEST_ID = "'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid"
 
 
 def _read_on(look: str, opening: str, rows: str) -> str:
-    """Return a query that reads on in each workspace of a look, from where it ended, until ``rows`` more are free.
+    """Return a query that continues each workspace's look where it ended, until ``rows`` more are free.
 
-    A look has a row for each: how many are ``leased`` of what it has seen, where the free ones stand (``places``) and
-    when they fall due (``dues``), the last of all, and whether there may be ``more``. Of what is leased nothing else
-    is needed, so that it is only counted. Without any ``rows`` a workspace stays as it was seen.
+    A look has a row for each workspace: how many rows read are ``leased``, the places of the free ones (``places``),
+    their due times (``dues``), the last row read, and whether there may be ``more``. Leased rows are only counted.
+    Where ``rows`` is zero, the workspace's row stays as it was.
     """
     return f"""
         SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
@@ -234,13 +235,13 @@ _WALK = f"""
          WHERE step.last IS NOT NULL
     )"""  # noqa: S608 - no input, only the constants above
 
-# Three looks. First a few rows of each workspace, which is all that most of them have. Then, where there is more and it
-# is wanted, an equal share of the window. And then what the others left of the places for those that have yet more. So
-# many workspaces cost a few rows each, and one that has much beside a thousand that have little fills the window all
-# the same. A row's place is how many of its workspace would be in flight with it; the lowest are taken first, and
-# among these the earliest. What a workspace has in flight behind more free rows than are looked at is not counted:
-# they came in with an earlier due date, or their leases ran out. They are the first to be taken, so that such a claim
-# goes beyond the window once, by its own size at most, and the next one counts all.
+# There are three looks. The first reads a few rows of each workspace, which is all that most workspaces have. Where
+# there are more and they are wanted, the second reads an equal share of the window. The third gives the places that
+# others left to those that have yet more. So many workspaces cost a few rows each, and one with a backlog beside a
+# thousand small ones still fills the window. A row's rank is how many of its workspace would be in flight with it; the
+# lowest ranks are taken first, and among these the earliest due. Leased rows behind more free rows than are read are
+# not counted: the free ones came in with an earlier due date, or their leases ran out. They are taken first, so such a
+# claim exceeds the window once, by its own size at most, and the next one counts all.
 _FAIRLY = text(f"""{_WALK}, workspace AS MATERIALIZED (
         SELECT w.id, f.*
           FROM (SELECT DISTINCT unnest(due_in) AS id FROM walk) w
@@ -299,16 +300,16 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> None:
 
 
 def claim(connection: Connection, look: Look) -> Taken:
-    """Lease what is looked for, the earliest due first; expired leases are taken over.
+    """Lease what is due, the earliest first; expired leases are taken over.
 
-    Where there is ``more``, `claim_fairly` should come next.
+    If there is ``more``, `claim_fairly` should come next.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
     return claim_fairly(connection, look) if rows[0].unseen else _told(connection, rows, look)
 
 
 def claim_fairly(connection: Connection, look: Look) -> Taken:
-    """Lease the same, first for the workspaces with the fewest in flight; of each workspace the earliest due first."""
+    """Lease what is due, first of the workspaces with the fewest in flight, the earliest due first in each."""
     connection.execute(WITHOUT_SORTING)
     return _told(
         connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
@@ -336,7 +337,7 @@ def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:
         leases,
         lost,
         traced,
-        # Of what was taken some may have been changed at that moment, and then has another place, and no lease.
+        # A row that was updated at that moment has another place, and gets no lease.
         more=looked.taken >= min(look.most, room) or looked.unseen,
         cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,

@@ -39,7 +39,7 @@ _FULL = exists(
 )
 _IS_FULL = select(_FULL)
 
-# Built once, since building a statement costs more than running it; and into the table, not the entity: the
+# Built once, since building a statement costs more than running it. It inserts into the table, not the entity: the
 # ORM's own INSERT is made for many rows, and takes 0.15 ms longer for one.
 _TABLE = FollowUp.metadata.tables[FollowUp.__tablename__]
 _GIVEN = ("workspace_id", "chat_id", "message", "due_date", "trigger_chat_message_id", "traceparent")
@@ -84,7 +84,7 @@ _LOCKED_IN_CHAT = _ONE.where(
 
 
 def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
-    """Return the follow-up, or None. ``workspace_id`` None is an operator's view of all workspaces."""
+    """Return the follow-up, or None. Without ``workspace_id`` every workspace is searched, as for operators."""
     query = _ONE if workspace_id is None else _MINE
     return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
 
@@ -109,7 +109,7 @@ _HONEST = text(honest("CAST(:reason AS text)", "follow_ups"))
 
 
 def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finished_at: datetime | None) -> bool:
-    """End a pending follow-up with no attempt in flight; say whether this call did."""
+    """End a pending follow-up with no attempt in flight; return whether this call did."""
     statement = (
         update(FollowUp)
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
@@ -129,9 +129,9 @@ _NEXT_TOKEN: Any = literal_column(NEXT_TOKEN.replace("f.", "follow_ups."))
 
 
 def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, Any]) -> bool:
-    """Write new values of API fields to a pending follow-up with no attempt in flight; say whether it did.
+    """Write new values of API fields to a pending follow-up with no attempt in flight; return whether it did.
 
-    A new due date or chat takes back the lease: the token grows, so that a hint under way finds nothing.
+    A new due date or chat revokes the lease: the token grows, so that a hint under way finds nothing.
     """
     if values.keys() & {"due_date", "chat_id"}:
         values = values | {
@@ -156,7 +156,7 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
 
 
 def name_chat_message_if_unnamed(session: Session, follow_up_id: UUID, chat_message_id: UUID) -> bool:
-    """Fill in the transport's message id of a sent follow-up that has none; say whether it did."""
+    """Fill in the transport's message id of a sent follow-up that has none; return whether it did."""
     statement = (
         update(FollowUp)
         .where(FollowUp.id == follow_up_id, FollowUp.status == Status.SENT, FollowUp.chat_message_id.is_(None))
@@ -173,7 +173,7 @@ def _rows(session: Session, statement: Any) -> int:  # noqa: ANN401 - any UPDATE
 def cancelled_or_asked_to(reason: str) -> str:
     """Return SQL that cancels a row of ``follow_ups``, for ``reason`` (SQL too).
 
-    What is in flight cannot be called back: it keeps the wish, and settle does not try it again.
+    An attempt in flight cannot be recalled: the request is stored, and settle does not retry the follow-up.
     """
     return f"""
            status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
@@ -186,7 +186,7 @@ def cancelled_or_asked_to(reason: str) -> str:
     """
 
 
-# Locked in the order of the chat, as everybody locks them.
+# Locked in the order of the chat, as everywhere.
 _CANCEL_CHAT = text(f"""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -203,7 +203,7 @@ _CANCEL_CHAT = text(f"""
 
 
 def cancel_chat_if_not_begun(session: Session, workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> list[UUID]:
-    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from another try."""
+    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from a retry."""
     final = finish(Status.CANCELLED, code)
     rows = session.execute(
         _CANCEL_CHAT,

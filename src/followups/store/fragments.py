@@ -1,7 +1,7 @@
-"""SQL that several statements share: of a follow-up ``f``, of its chat ``c``, and of a batch ``b`` of leases.
+"""SQL that several statements share: about a follow-up ``f``, its chat ``c``, and a batch ``b`` of leases.
 
-Each is looked up by its key, LATERAL, whatever the planner believes of the table: right after a burst of inserts its
-statistics are wrong, and it would rather read every pending row than a hundred keys.
+Each is looked up by its key, LATERAL, whatever the planner believes about the table: right after a burst of inserts its
+statistics are wrong, and it would rather read every pending row than look up a hundred keys.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from followups.windows import WINDOWED_CHANNELS
 
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
-"""When it falls due: a retry's time, or the due date."""
+"""When it falls due: the time of its retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
 """The same for Python to read: a time that it cannot hold, written by hand, would stop all that is read with it."""
@@ -22,10 +22,11 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 """The channels with a messaging window, as a list."""
 
 OPEN = "f.finished_at IS NULL"
-"""It is pending (a CHECK constraint says the same of the two), for what is looked up by its id: said like this it makes
-no index of what is pending look fit for that. They hold the id last, and one that counts as empty, as it was vacuumed
-while nothing was pending, seems cheaper than the primary key: it is then read to its end for each row. Measured with
-50,000 that came in after: begin and settle of forty took up to 720 ms each, and now 4."""
+"""Whether it is pending (a CHECK constraint makes the two equivalent), for look-ups by id. In this form the planner
+does not use the partial indexes of pending rows. They hold the id last, and one that was vacuumed while nothing was
+pending counts as empty and seems cheaper than the primary key; it is then read to its end for each row. Measured after
+50,000 inserts: begin and settle of forty took up to 720 ms each, and now 4.
+"""
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """The next fencing token: it grows, and is never given twice. A failover or a restore may forget a lease, and the next
@@ -37,13 +38,13 @@ LOOKED_UP = f"""
          WHERE f.id = b.id AND f.lease_token = b.token
            AND {OPEN} AND f.begun_at IS NULL AND f.lease_until > now()
 """  # noqa: S608 - no input, only the constant above
-"""A follow-up whose lease still holds and that has not begun."""
+"""A follow-up whose lease is valid and that has not begun."""
 
 LEASED = f"CROSS JOIN LATERAL ({LOOKED_UP} FOR NO KEY UPDATE SKIP LOCKED) f"
-"""The same, locked; what somebody else holds is passed over."""
+"""The same, locked; rows that another transaction has locked are skipped."""
 
-# OFFSET 0: a plan made while chats counted as empty went through all of them, and locked the batch anew for each; with
-# 1,650 chats a hundred took more than 8 s to begin.
+# OFFSET 0: a plan made while chats counted as empty scanned all of them and locked the batch again for each; with 1,650
+# chats a hundred took more than 8 s to begin.
 CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""

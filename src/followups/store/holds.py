@@ -1,7 +1,7 @@
-"""Holding back what is paused, and what falls outside its workspace's sending hours.
+"""Holds: what is paused, and what falls outside its workspace's sending hours.
 
-What is held leaves the claim's range until the hold ends, uses up no attempt, and is not claimed and refused again
-and again. The order within its chat holds: what waits behind it goes on waiting.
+A held follow-up leaves the claim's range until the hold ends. It uses up no attempt, and is not claimed and refused
+again and again. Order within its chat is kept: those behind it keep waiting.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The next attempt of what is paused: beyond every due date that is near, and every claim."""
+"""The next attempt of a paused follow-up: beyond every claim and every realistic due date."""
 
-# What is sent at its due moment is begun a little before it.
+# Begin comes a little before the due moment at which the message is sent.
 _SENT_AT = f"GREATEST(now(), {DUE})"
 _PAUSE = """
     FROM pauses p
@@ -39,14 +39,15 @@ _CLOSED = f"""
    WHERE h.workspace_id = f.workspace_id AND NOT ({_SENT_AT} >= h.open_from AND {_SENT_AT} < h.open_until)
 """
 
-# Whether there is any pause or any sending hours at all is asked once a statement; while there are none, which is
-# most of the time, a follow-up costs nothing more.
+# Whether there are any pauses or sending hours is asked once a statement; while there are none, which is the usual
+# case, a follow-up costs nothing more.
 HELD_BACK = f"""
     ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)) AND EXISTS (SELECT {_PAUSE})
      OR (SELECT EXISTS (SELECT FROM sending_hours)) AND EXISTS (SELECT {_CLOSED}))
 """  # noqa: S608 - no input, only the constants above
-"""SQL: that follow-up ``f``, in chat ``c``, must not begin now. After sending hours have ended it says so until
-somebody has worked out the next ones (`open_next`)."""
+"""SQL: whether follow-up ``f`` in chat ``c`` must not begin now. Once the stored time of sending is over this is true
+until a worker has computed the next one (`open_next`).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Hours:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What may hold a leased follow-up back. ``window_ends`` is None where its channel has no window."""
+    """What may hold a leased follow-up. ``window_ends`` is None if its channel has no window."""
 
     id: UUID
     now: datetime
@@ -93,7 +94,7 @@ _FIND = text(f"""
 
 
 def find(connection: Connection, leases: Sequence[Lease]) -> list[Finding]:
-    """Return what may hold back each of the leases that still hold; of most there is nothing."""
+    """Return what may hold each of the valid leases; for most there is nothing."""
     parameters = {"ids": [one.id for one in leases], "tokens": [one.token for one in leases], "window": WINDOW}
     return [
         Finding(
@@ -112,7 +113,7 @@ def find(connection: Connection, leases: Sequence[Lease]) -> list[Finding]:
 
 
 def hours_of(row: object) -> Hours:
-    """Return the sending hours of a row of their table."""
+    """Return the sending hours from a row of their table."""
     days = frozenset(day for day in EVERY_DAY if row.days >> day & 1)  # type: ignore[attr-defined]
     hours = SendingHours(row.time_zone, row.opening, row.closing, days)  # type: ignore[attr-defined]
     return Hours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
@@ -120,7 +121,7 @@ def hours_of(row: object) -> Hours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Until when a leased follow-up is held, and for which pause (None: until sending hours open)."""
+    """Until when a leased follow-up is held, and by which pause (None means by sending hours)."""
 
     lease: Lease
     until: datetime
@@ -131,8 +132,8 @@ class Hold:
     hours: SendingHours | None = None
 
 
-# The locks on the pause and on the hours make "it still stands" stay true until this commits: whoever resumes, or
-# sets other hours, comes after, and frees. What is locked or has changed meanwhile is looked at again shortly.
+# The locks on the pause and on the hours keep them in force until this commits: a resume, or a change of the hours,
+# comes after it and releases. Rows that are locked or have changed meanwhile are looked at again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -169,7 +170,7 @@ _HOLD = text(f"""
 
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
-    """Hold leased follow-ups back; return those that now are."""
+    """Hold leased follow-ups; return those now held."""
     parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],
@@ -184,7 +185,7 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     return set(connection.scalars(_HOLD, parameters))
 
 
-# Only of the hours that it was worked out from, and never waiting: many find out at the same moment.
+# Only for the hours it was computed from, and without waiting: many workers find out at the same moment.
 _OPEN_NEXT = text("""
     UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
       FROM (SELECT workspace_id FROM sending_hours
@@ -196,7 +197,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: Hours, span: tuple[datetime, datetime]) -> None:
-    """Let the database compare with this time of sending from now on."""
+    """Store this time of sending for the database to compare with."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 
@@ -229,15 +230,15 @@ BATCH = 1000
 
 
 def free_quiet(connection: Connection, workspace_id: UUID) -> int:
-    """Let up to a thousand that wait for sending hours be looked at again: these have changed. Return how many."""
+    """Release up to a thousand that wait for sending hours, because these have changed; return how many."""
     return connection.execute(_FREE_QUIET, {"workspace_id": workspace_id, "most": BATCH}).rowcount
 
 
 SPREAD = timedelta(seconds=1)
-"""What was held until the same opening comes back within so much of it, in the order of the due dates."""
+"""Follow-ups held until the same opening return spread over this time after it, in the order of their due dates."""
 _LONGEST = timedelta(days=1)
 
 
 def back_at(opening: datetime, due_date: datetime) -> datetime:
-    """Return when one is tried that is held until ``opening``: first due, first out, and nobody at once with all."""
+    """Return when one held until ``opening`` is tried again: the first due first, and not all at once."""
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

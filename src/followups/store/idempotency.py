@@ -1,8 +1,8 @@
-"""Answers by Idempotency-Key: kept for a day, written in the same transaction as what the request did.
+"""Answers by Idempotency-Key: kept for a day, written in the same transaction as the request's changes.
 
-So there is no state between "done" and "remembered" that a crash could leave behind: both are there, or
-neither is. While a request runs it holds an advisory lock on its key, which ends with its transaction,
-however that ends; another request with the key does not wait for it.
+So there is no state between "done" and "remembered" that a crash could leave behind: both exist, or neither. While a
+request runs it holds an advisory lock on its key, which ends with its transaction, however that ends; another request
+with the key does not wait for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ LIFETIME = timedelta(hours=24)
 """How long an answer is repeated."""
 
 SWEPT = 2
-"""Expired answers that go when a new one comes: the table shrinks to a day's worth by itself."""
+"""Expired answers deleted with each new one, so that the table shrinks to a day's worth by itself."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer as it was given: status, `Location` if it had one, and the body's bytes."""
+    """A stored HTTP answer: status, `Location` if it had one, and the body's bytes."""
 
     status: int
     location: str | None
@@ -40,7 +40,7 @@ class Answer:
 
 
 def hash_of(request: bytes) -> bytes:
-    """Return what tells two requests apart."""
+    """Return the hash that distinguishes two requests."""
     return sha256(request).digest()
 
 
@@ -48,10 +48,10 @@ _TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:number)")
 
 
 def recall(session: Session, workspace_id: UUID, key: str, request_hash: bytes) -> Answer | None:
-    """Take the key until the transaction ends, and return the answer it already had, if any.
+    """Lock the key until the transaction ends, and return its stored answer, or None.
 
-    Raises `IdempotencyKeyInUseError` while another request holds the key, and
-    `IdempotencyKeyReusedError` when its answer was to another request.
+    Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the answer
+    belongs to a different request.
     """
     if not session.scalar(_TRY_LOCK, {"number": _lock_number(workspace_id, key)}):
         raise IdempotencyKeyInUseError
@@ -70,7 +70,7 @@ def recall(session: Session, workspace_id: UUID, key: str, request_hash: bytes) 
 
 
 def remember(session: Session, workspace_id: UUID, key: str, request_hash: bytes, answer: Answer) -> None:
-    """Keep the answer for a day; the caller holds the key by `recall`."""
+    """Store the answer for a day; the caller holds the key through `recall`."""
     values = {
         "request_hash": request_hash,
         "status": answer.status,
@@ -79,7 +79,7 @@ def remember(session: Session, workspace_id: UUID, key: str, request_hash: bytes
         "created_at": func.now(),
     }
     statement = insert(IdempotencyKey).values(workspace_id=workspace_id, key=key, **values)
-    # One that stands there has expired, or `recall` would have returned it.
+    # An existing one has expired, or `recall` would have returned it.
     session.execute(
         statement.on_conflict_do_update(index_elements=[IdempotencyKey.workspace_id, IdempotencyKey.key], set_=values)
     )
@@ -99,7 +99,7 @@ def _sweep(session: Session) -> None:
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL names such locks by 64 bits, signed. Two keys that fall on the same number would only
-    # refuse each other while both run.
+    # PostgreSQL names such locks by signed 64-bit numbers. Two keys with the same number only refuse each other while
+    # both run.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

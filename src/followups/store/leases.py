@@ -1,8 +1,8 @@
-"""The statements that move what is leased on: begin, end, release. What leases it is in `followups.store.claims`.
+"""The statements that move leased follow-ups on: begin, end, release. Claims are in `followups.store.claims`.
 
-Each is one guarded, batched statement. The guard is in the SQL: a row that does not come back had been
-taken, ended or claimed anew by somebody else, which is an answer and no accident. Statements here never
-wait behind somebody's open transaction: what it holds is skipped, said so, and tried again.
+Each is one guarded, batched statement. The guard is in the SQL: a row that is not returned had been taken, ended or
+claimed again, which is a normal result. Statements here never wait for another transaction's locks: locked rows are
+skipped, reported, and tried again.
 """
 
 from __future__ import annotations
@@ -29,32 +29,32 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return an array as PostgreSQL reads it; a driver that adapts element by element takes ten times as long."""
+    """Return an array literal for PostgreSQL; a driver that adapts element by element takes ten times as long."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
 def int_array(numbers: Iterable[int]) -> str:
-    """Return the same of whole numbers."""
+    """Return an array literal of integers."""
     return f"{{{','.join(map(str, numbers))}}}"
 
 
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the moment to send.
 
-    Made several times for each follow-up, and a tuple is made in half of the time of a dataclass.
+    It is created several times for each follow-up, and creating a tuple takes half the time of a dataclass.
     """
 
     id: UUID
     token: int
     due: datetime
     losses: int = 0
-    """How many workers were lost with it in flight: it may be what killed them."""
+    """Its lost leases: it may be what kills its workers."""
     lane: int = 0
-    """The number of its workspace (`lane_of`), by which workers share out their slots; 0: nobody told."""
+    """The number of its workspace (`lane_of`), by which workers share their slots; 0 if unknown."""
 
 
 LANES = 2**20
-"""How many numbers there are for workspaces. Two with the same one share its turns: harmless, and seldom."""
+"""How many numbers there are for workspaces. Two with the same number share its turns, which is harmless and rare."""
 
 
 def lane_of(workspace_id: UUID) -> int:
@@ -64,16 +64,16 @@ def lane_of(workspace_id: UUID) -> int:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What begin must know of the settings to look at the world again."""
+    """The settings that begin needs for its checks."""
 
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
-    """How long before the due moment begin may come; the sender waits out the rest."""
+    """How long before the due moment begin may come; the sender waits for the rest."""
 
 
 class Begun(NamedTuple):
-    """A follow-up whose attempt has begun, and all that the transport needs."""
+    """A follow-up whose attempt has begun, with everything that the transport needs."""
 
     lease: Lease
     workspace_id: UUID
@@ -109,8 +109,8 @@ _EARLIER = (
 )
 _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)"
 
-# A row that a caller's open transaction holds is skipped, and tried again: one slow transaction must not
-# hold up everybody else's messages.
+# A row locked by a caller's open transaction is skipped and tried again: one slow transaction must not hold up other
+# messages.
 _BEGIN = text(f"""
     WITH ready AS MATERIALIZED (
         SELECT f.id, c.channel, c.external_id
@@ -132,7 +132,7 @@ _BEGIN = text(f"""
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
-    """Begin those of the leases that still hold and that nothing in the world speaks against."""
+    """Begin the valid leases that have no obstacle."""
     rows = connection.execute(_BEGIN, batch_of(leases) | _world(world)).all()
     if rows:
         marks.written(connection, ((row[1], row[0]) for row in rows))
@@ -141,7 +141,7 @@ def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: Worl
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """Why a lease that still holds was not begun. ``earlier`` is the follow-up of its chat before it."""
+    """Why a valid lease was not begun. ``earlier`` is the follow-up of its chat before it."""
 
     lease: Lease
     chat_removed: bool
@@ -165,7 +165,7 @@ _OBSTACLES = text(f"""
 
 
 def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
-    """Say of each lease that still holds what speaks against beginning it."""
+    """For each valid lease, return what blocks it."""
     rows = connection.execute(_OBSTACLES, batch_of(leases) | _world(world))
     return [
         Obstacle(
@@ -219,7 +219,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Give leases back, so that the next tick may claim them; return how many still held."""
+    """Release leases, so that the next tick may claim them; return how many were still valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 

@@ -1,9 +1,9 @@
 """Pages of follow-ups, newest first.
 
-Each page is read from an index in its order, and no page costs more than the rows up to its end, however
-many follow-ups there are. An index holds that order for one value of a column at a time; so the first
-rows are taken for each value of one filter (and of the workspace), and these few are merged. Without a
-filter all four states are that filter, which saves an index that every write would have to keep.
+Each page is read from an index in its order, and costs no more than the rows up to its end, however many follow-ups
+there are. An index has that order for one value of a column at a time. So the first rows are taken for each value of
+one filter (and of the workspace), and these few are merged. Without a filter all four states are that filter, which
+saves an index that every write would have to maintain.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 MAX_ROWS = 2**62
-"""Beyond it PostgreSQL cannot count; a page there is empty as any after the last."""
+"""Offsets beyond this overflow in PostgreSQL; a page there is empty, like any after the last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which follow-ups are wanted: those with one of the values in each column; no values, any value."""
+    """Which follow-ups to list: those with one of the values in each column; no values means any."""
 
     chat_ids: tuple[UUID, ...] = ()
     chat_message_ids: tuple[UUID, ...] = ()
     statuses: tuple[Status, ...] = ()
     trigger_chat_message_ids: tuple[UUID, ...] = ()
     codes: tuple[ReasonCode, ...] = ()
-    """For operators, as the two below: of reasons by code."""
+    """Reasons by code; like the next two, for operators only."""
     due_after: datetime | None = None
     due_before: datetime | None = None
 
@@ -48,9 +48,9 @@ class Filter:
 def page(
     session: Session, workspace_id: UUID | None, wanted: Filter, *, page_number: int, page_size: int
 ) -> tuple[Sequence[FollowUp], bool]:
-    """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether a next one follows.
+    """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether there is a next one.
 
-    ``workspace_id`` None is an operator's view of all workspaces.
+    Without ``workspace_id`` every workspace is listed, as for operators.
     """
     offset = (page_number - 1) * page_size
     if offset >= MAX_ROWS:
@@ -62,7 +62,7 @@ def page(
 
 
 def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[str, Any]]:
-    """Return the SQL of a page and its parameters, but for ``offset``, ``size`` and ``most`` (their sum)."""
+    """Return the SQL of a page and its parameters, without ``offset``, ``size`` and ``most`` (their sum)."""
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
     if workspace_id is not None:
@@ -75,7 +75,7 @@ def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[s
 
 
 def _narrowing(wanted: Filter) -> dict[str, tuple[str, Any]]:
-    """Return what is looked at row by row, since no index knows it: a condition and its value, by name."""
+    """Return the filters that are checked row by row, since no index has them: conditions and their values, by name."""
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),
         "due_after": ("f.due_date >= :due_after", wanted.due_after),
@@ -91,7 +91,7 @@ def _query(statement: str) -> Executable:
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
-"""The columns to filter by. The first one given leads: it is met by the fewest rows."""
+"""The columns to filter by. The first one given leads, because fewest rows match it."""
 
 
 def _filters(wanted: Filter) -> dict[str, tuple[Any, ...]]:
@@ -101,7 +101,7 @@ def _filters(wanted: Filter) -> dict[str, tuple[Any, ...]]:
         "chat_id": wanted.chat_ids,
         "status": tuple(status.value for status in wanted.statuses),
     }
-    # Each value once: a doubled one would double its rows.
+    # Each value once: a repeated one would repeat its rows.
     named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
     return named or {"status": tuple(status.value for status in Status)}
 

@@ -1,8 +1,8 @@
-"""Order within a chat: a later follow-up waits for the earlier one, and is woken by its end.
+"""Order within a chat: a later follow-up waits for the earlier one, whose end unblocks it.
 
-What waits names the one just before it (``waits_for``) and leaves the claim's index. Each waits for its
-immediate predecessor, so an end wakes one, not all: a hundred thousand behind one stuck chat cost one
-refusal each, once.
+A waiting follow-up names the one just before it (``waits_for``) and leaves the claim's index. Each waits for its
+immediate predecessor, so an end unblocks one, not all: a hundred thousand behind one stuck chat cost one refusal each,
+once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-# The lock makes "it is still pending" stay true until this commits: whoever ends the earlier one comes
-# after, and wakes. Skipped when it is being ended at this moment: the caller tries again shortly.
+# The lock keeps "it is still pending" true until this commits: its end comes after, and unblocks. Skipped if it is
+# being ended right now: the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -67,11 +67,12 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""How many that are due behind a parked one are parked with it, in its chat: one by one, a pile of thousands would
-hold up everybody who falls due after them."""
+"""Due follow-ups behind a parked one, in its chat, that are parked with it: one by one, thousands of them would delay
+everything that falls due after them.
+"""
 
-# Each is locked while it becomes somebody's predecessor, as in `park_if_leased`; what somebody holds is passed
-# over, and what comes behind it waits for the one before it.
+# Each is locked while it becomes another's predecessor, as in `park_if_leased`. Locked rows are skipped, and those
+# behind them wait for the one before.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
@@ -97,9 +98,9 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park what is due behind those that were parked, each behind the one before it; return how many.
+    """Park what is due behind the parked ones, each behind the one before it; return how many.
 
-    Whoever holds a lease of theirs finds it gone; it would have been refused. Call after `park_if_leased`, in its
+    Their leases, if any, become invalid; begin would have refused them. Call it after `park_if_leased`, in its
     transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
@@ -158,13 +159,13 @@ _FIRST = text("""
 
 
 def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
-    """Return the follow-up whose turn it is in the chat; None when nothing is pending there."""
+    """Return the first pending follow-up of the chat, or None."""
     first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
     return first
 
 
 def wake(connection: Connection, ended: Collection[UUID]) -> None:
-    """Let what waited for the ended ones be claimed again. Call after the ends, in their transaction."""
+    """Unblock what waited for the ended ones. Call it after the ends, in their transaction."""
     if ended:
         connection.execute(_WAKE, {"ids": list(ended)})
 
@@ -190,5 +191,5 @@ def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: ti
 
 
 def wake_forgotten(connection: Connection) -> int:
-    """Wake what waits for nothing any more, because somebody held it when its turn came; return how many."""
+    """Unblock what was locked when its predecessor ended; return how many."""
     return connection.execute(_WAKE_FORGOTTEN).rowcount

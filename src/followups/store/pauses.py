@@ -1,4 +1,4 @@
-"""Pauses: what an operator has stopped, and letting it go on."""
+"""Pauses: what an operator has paused, and resuming it."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Follow-ups that are let go on in one transaction."""
+"""Follow-ups released in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a pause is of: a workspace (None: all of them), a channel (None: all of them), or both."""
+    """What a pause applies to: a workspace (None means all), a channel (None means all), or both."""
 
     workspace_id: UUID | None
     channel: str | None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The values of the placeholders."""
+        """The statement's parameters."""
         return {"workspace_id": self.workspace_id, "channel": self.channel}
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A pause that stands, and how many follow-ups have come due and are held by it."""
+    """A pause in force, and how many due follow-ups it holds."""
 
     id: UUID
     workspace: str | None
@@ -61,17 +61,17 @@ _STANDING = text("""
 
 
 def pause(connection: Connection, scope: Scope) -> bool:
-    """Let nothing of this begin any more; say whether that is new."""
+    """Pause this scope; return whether the pause is new."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 
 def resume(connection: Connection, scope: Scope) -> bool:
-    """Lift the pause; say whether there was one. What it holds is freed by `free_forgotten`."""
+    """End the pause; return whether there was one. `free_forgotten` releases what it holds."""
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
 def standing(connection: Connection) -> Sequence[Standing]:
-    """Return the pauses that stand."""
+    """Return the pauses in force."""
     return [Standing(*row) for row in connection.execute(_STANDING)]
 
 
@@ -85,7 +85,7 @@ _OF = text("""
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | None:
-    """Return the first pause that stops this channel of this workspace (``held`` is not counted); None for none."""
+    """Return the first pause on this channel of this workspace (without counting ``held``), or None."""
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
     return Standing(*row) if row else None
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What a limit is of: a workspace and a channel (None: all of them); ``per`` says who shares a bucket."""
+    """What a limit applies to: a workspace and a channel (None means all); ``per`` is what shares a bucket."""
 
     workspace_id: UUID | None
     channel: str | None
@@ -32,13 +32,13 @@ class Scope:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The values of the placeholders."""
+        """The statement's parameters."""
         return {"workspace_id": self.workspace_id, "channel": self.channel, "per": self.per}
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A limit as it stands: ``rate`` tokens a second, ``burst`` tokens in a full bucket."""
+    """A limit in force: ``rate`` tokens a second, ``burst`` tokens in a full bucket."""
 
     id: UUID
     workspace_id: UUID | None
@@ -74,12 +74,12 @@ _OF = text(f"""
 
 
 def put(connection: Connection, scope: Scope, rate: float, burst: int) -> None:
-    """Set a limit, or change the one that stands."""
+    """Set a limit, or change the one that exists."""
     connection.execute(_SET, scope.parameters | {"rate": rate, "burst": burst})
 
 
 def clear(connection: Connection, scope: Scope) -> bool:
-    """Take a limit away; say whether there was one."""
+    """Remove a limit; return whether there was one."""
     return connection.execute(_CLEAR, scope.parameters).rowcount == 1
 
 
@@ -95,22 +95,22 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a leased follow-up belongs, and its place among others. ``left`` is None where it never ends unsent."""
+    """Where a leased follow-up belongs, and its place in the order. ``left`` is None if it never expires."""
 
     id: UUID
     ended: bool
-    """It waits for nothing any more: it was cancelled, or sent by another."""
+    """It was cancelled or sent by another worker, so it waits for nothing."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
     since: datetime
-    """Since when it could have been sent: its due date, or when that was set, if it had passed by then."""
+    """The first moment at which it could be sent: its due date, or when that was set if it had already passed."""
     left: timedelta | None
-    """How long until it ends unsent, since its messaging window or the time for it is over."""
+    """Time left until it expires: the end of its messaging window or of the allowed lateness."""
 
     @property
     def is_over(self) -> bool:
-        """Say whether it has ended, or will as soon as somebody looks at it."""
+        """Return whether it has ended, or begin would end it."""
         return self.ended or (self.left is not None and not self.left)
 
 
@@ -120,7 +120,7 @@ _ENDS = f"""
           CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
-# LATERAL, so that each is looked up by its key whatever the planner believes of the table.
+# LATERAL, so that each is looked up by its key whatever the planner believes about the table.
 _PLACES = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
            GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
@@ -136,7 +136,7 @@ _PLACES = text(f"""
 
 
 def places(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Place]:
-    """Return where each belongs of those leases that still hold, and of those whose follow-up has ended."""
+    """Return the place of each valid lease, and of each lease whose follow-up has ended."""
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [
         Place(
@@ -167,7 +167,7 @@ _PUT_OFF = text(f"""
 
 
 def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Put leased follow-ups off, each for so long, using up no attempt; return those that now are."""
+    """Defer leased follow-ups, each by its delay, without using up an attempt; return those now deferred."""
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     rows = connection.execute(_PUT_OFF, parameters).all()
     if rows:
@@ -194,11 +194,11 @@ _FREE = text(f"""
     UPDATE follow_ups f SET next_attempt_at = NULL FROM put_off WHERE f.id = put_off.id
 """)  # noqa: S608 - no input, only the constant above
 BATCH = 1000
-"""Follow-ups that are freed in one transaction."""
+"""Follow-ups released in one transaction."""
 
 
 def free(connection: Connection, workspace_id: UUID | None, channel: str | None, longest: timedelta) -> int:
-    """Let up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
+    """Have up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
     return connection.execute(_FREE, parameters).rowcount
 

@@ -1,7 +1,7 @@
-"""Follow-ups made from failed ones: which of many are to be repeated, and which have been.
+"""Retries: follow-ups created from failed ones; which of many should be retried, and which have been.
 
-Each names the one that it repeats, and none is repeated twice: an index holds it. So whoever repeats many, and is
-broken off, goes on where it ended.
+Each names the one that it retries, and none is retried twice: a unique index ensures it. So an interrupted bulk retry
+continues where it ended.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """What is to be repeated: failed since then, of a workspace, for one of these reasons; not repeated already."""
+    """What to retry: failures since then, of a workspace, for one of these reasons, not yet retried."""
 
     since: datetime
     until: datetime
@@ -36,7 +36,7 @@ class Failures:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The values of the placeholders."""
+        """The statement's parameters."""
         codes = [code.value for code in self.codes]
         return {"since": self.since, "until": self.until, "workspace_id": self.workspace_id, "codes": codes}
 
@@ -52,7 +52,7 @@ def _failed(failures: Failures) -> str:
 
 
 def count_failed(connection: Connection, failures: Failures) -> int:
-    """Count what is to be repeated."""
+    """Count what would be retried."""
     number: int = connection.execute(text(f"SELECT count(*) {_failed(failures)}"), failures.parameters).scalar_one()
     return number
 
@@ -68,7 +68,7 @@ START = Moment()
 
 
 class Failed(NamedTuple):
-    """One that is to be repeated."""
+    """A failed follow-up to retry."""
 
     id: UUID
     finished_at: datetime
@@ -97,14 +97,14 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 
 
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
-    """Return the last one of the chain of repetitions that begins with this one; itself, when it has not been repeated.
+    """Return the last one of the chain of retries that begins with this one; itself if it has not been retried.
 
-    Whoever is to add to the chain holds the lock of the chat.
+    To add to the chain, a caller must have locked the chat.
     """
     last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
     return last
 
 
 def note(session: Session, follow_up_id: UUID, original: UUID) -> None:
-    """Note of a new follow-up which one it repeats."""
+    """Record which follow-up a new one retries."""
     session.execute(_NOTE, {"id": follow_up_id, "original": original})

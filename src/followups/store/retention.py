@@ -1,7 +1,7 @@
-"""Removing what is old: finished follow-ups with their failed attempts, chat messages, expired idempotency keys.
+"""Pruning: deletes old finished follow-ups with their failed attempts, old chat messages, and expired idempotency keys.
 
-In batches, oldest first, each a short transaction; what somebody holds is passed over. Nothing that is pending is
-ever touched.
+It works in batches, oldest first, each a short transaction; locked rows are skipped. Pending follow-ups are never
+touched.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Rows of one transaction: some twenty milliseconds."""
+"""Rows in one transaction, which takes some twenty milliseconds."""
 
 _OLD = "FROM follow_ups WHERE finished_at < :before AND status <> 'pending'"
 _COUNT = text(f"SELECT count(*) {_OLD}")
@@ -50,14 +50,14 @@ def some_finished(connection: Connection, before: datetime, most: int) -> list[U
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """A row that is about to be deleted, and its failed attempts."""
+    """A row about to be deleted, with its failed attempts."""
 
     row: Any
     failures: Sequence[Any]
 
 
 def pick_finished(connection: Connection, before: datetime) -> list[Picked]:
-    """Lock and return the next batch of what finished before then; it is for the caller to delete it."""
+    """Lock and return the next batch of those finished before then; the caller deletes it."""
     rows = connection.execute(_PICK, {"before": before, "most": BATCH}).all()
     failures: dict[UUID, list[Any]] = {row.id: [] for row in rows}
     for failure in connection.execute(_FAILURES, {"ids": list(failures)}):
@@ -71,7 +71,7 @@ def delete(connection: Connection, ids: Sequence[UUID]) -> int:
 
 
 def delete_finished(connection: Connection, before: datetime) -> int:
-    """Delete the next batch of what finished before then; return how many."""
+    """Delete the next batch of those finished before then; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": BATCH}).rowcount
 
 
@@ -87,12 +87,12 @@ _DELETE_KEYS = text("""
 
 
 def delete_expired_keys(connection: Connection) -> int:
-    """Delete the next batch of answers that are repeated no more; return how many."""
+    """Delete the next batch of expired answers; return how many."""
     return connection.execute(_DELETE_KEYS, {"lifetime": LIFETIME, "most": BATCH}).rowcount
 
 
 class Message(NamedTuple):
-    """Where a look at chat messages ended, in the order of their age."""
+    """Where a scan of chat messages ended, in the order of their age."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)
@@ -100,8 +100,8 @@ class Message(NamedTuple):
 
 OLDEST = Message()
 
-# The last message of each chat stays: a repetition of it must go on being known. These pile up at the old end, so
-# a look goes on where the one before it ended.
+# The last message of each chat stays, so that a repeat of it is recognised. These pile up at the old end, so a scan
+# continues where the one before it ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages
@@ -119,9 +119,9 @@ _DELETE_MESSAGES = text("""
 
 
 def delete_messages(connection: Connection, before: datetime, after: Message) -> tuple[int, Message | None]:
-    """Look at the next batch of chat messages from before then and delete those that no chat needs.
+    """Scan the next batch of chat messages from before then and delete those that no chat needs.
 
-    Returns how many, and where the look ended: None, at the newest of them.
+    Returns how many, and where the scan ended, or None at the newest one.
     """
     place = {"after": after.created_at, "after_id": after.id}
     row = connection.execute(_DELETE_MESSAGES, {"before": before, "most": BATCH} | place).one_or_none()

@@ -23,7 +23,7 @@ _ONE = select(Row).where(Row.workspace_id == bindparam("workspace_id"))
 
 
 def find(session: Session, workspace_id: UUID) -> SendingHours | None:
-    """Return the workspace's hours; None when it sends at every hour."""
+    """Return the workspace's hours, or None if it sends at every hour."""
     row = session.scalar(_ONE, {"workspace_id": workspace_id})
     return hours_of(row).hours if row else None
 
@@ -34,9 +34,9 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 
 
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
-    """Set the workspace's hours. Raises `InvalidRequestError` for a time zone that nobody knows, and for no days.
+    """Set the workspace's hours. Raises `InvalidRequestError` for an unknown time zone or an empty set of days.
 
-    What is held by the hours as they were is to be looked at again: `followups.store.holds.free_quiet`.
+    Follow-ups held by the previous hours must be looked at again: `followups.store.holds.free_quiet`.
     """
     if zone_of(hours.time_zone) is None:
         message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."

@@ -1,4 +1,4 @@
-"""Settle: what became of the attempts in flight, and the record of those that failed."""
+"""Settlement: record what became of attempts in flight, and which failed."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class Settlement(NamedTuple):
     delay: timedelta | None = None
     chat_message_id: UUID | None = None
     accepted_ago: timedelta | None = None
-    """For what was sent: how long before this call the transport accepted it."""
+    """For sent ones: how long before this call the transport accepted it."""
     refunded: bool = False
-    """The attempt does not count: a snooze."""
+    """Whether the attempt does not count, since the transport asked for a later try."""
     yields: bool = True
-    """A cancel that came while it was in flight wins over this."""
+    """Whether a cancel that came during the attempt wins over this."""
     cancel_detail: str = ""
     """What is added to the reason of such a cancel by code: ': ...' or nothing."""
 
 
 class Settled(NamedTuple):
-    """A settled row as it now stands; ``lag`` is the acceptance minus the due date, for what was sent."""
+    """A settled row; ``lag`` is the acceptance minus the due date, for sent ones."""
 
     id: UUID
     status: Status
@@ -96,7 +96,7 @@ _SETTLE = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-# What nearly every attempt comes to, without what only the others need.
+# The usual case, without the columns that only the others need.
 _SETTLE_SENT = text(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
@@ -115,7 +115,7 @@ _SETTLE_SENT = text(f"""
 
 
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Record what became of attempts in flight; what does not come back is held by somebody, or not ours any more."""
+    """Record the outcomes of attempts in flight; rows that are not returned are locked, or leased elsewhere."""
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]
     return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
@@ -170,14 +170,14 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return which of the leases are in flight still: what was not settled only because somebody holds the row."""
+    """Return which leases are still in flight: those not settled only because their rows are locked."""
     parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
     return set(connection.scalars(_IN_FLIGHT, parameters))
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One attempt that did not end in sent. ``duration`` is None when nobody timed it."""
+    """One attempt that did not end in sent. ``duration`` is None if it was not timed."""
 
     follow_up_id: UUID
     number: int

@@ -1,9 +1,9 @@
-"""Counts, lag and throughput, for people who look at the system. No statement here runs for long.
+"""Counts, lag and throughput for people. No statement here runs for long.
 
-What is pending, waiting, overdue and in flight comes exact from small partial indexes. Final rows are
-counted up to `EXACT_UP_TO` a state; a state with more has the planner's estimate, which costs nothing
-however many millions there are. Lag and throughput read what ended in the last minutes, by its index; where
-that is very much, they are given up after `LIMIT`.
+Pending, waiting, overdue and in-flight counts are exact, from small partial indexes. Final rows are counted up to
+`EXACT_UP_TO` for each state; beyond that the planner's estimate is used, at no cost however many millions there are.
+Lag and throughput read what ended in the last minutes, by its index; if that is too much, they are given up after
+`LIMIT`.
 """
 
 from __future__ import annotations
@@ -28,33 +28,33 @@ EXACT_UP_TO = 100_000
 """Rows of one final state that are counted one by one, in some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
-"""How long lag and throughput may be looked for."""
+"""Time limit for lag and throughput."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many follow-ups there are in each state."""
+    """How many follow-ups are in each state."""
 
     pending: int
     waiting: int
     """Pending, behind an earlier one of their chat."""
     paused: int
-    """Pending, come due and held by a pause."""
+    """Pending, due, and paused."""
     quiet: int
-    """Pending, come due and held until sending hours open."""
+    """Pending, due, and waiting for sending hours to open."""
     overdue: int
-    """Pending and past their moment, but for those that wait for another one."""
+    """Pending and past their moment, without those that wait for another one."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
     """By status."""
     estimated: frozenset[str]
-    """Of which final states the number is an estimate."""
+    """Final states whose number is an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What was accepted within ``window``. Lag is accepted minus due date, retries and late orders included."""
+    """What was accepted within ``window``. Lag is accepted minus due date, including retries and late orders."""
 
     window: timedelta
     sent: int
@@ -64,7 +64,7 @@ class Pace:
 
     @property
     def per_minute(self) -> float:
-        """How many were sent in a minute, on the average."""
+        """Follow-ups sent in an average minute."""
         return self.sent / (self.window / timedelta(minutes=1))
 
 
@@ -78,7 +78,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# Through the index of the lists, which begins with the workspace.
+# Uses the index of the lists, which begins with the workspace.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (
@@ -106,7 +106,7 @@ def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        # Before the first ANALYZE there is none; what has been counted is then the least it can be.
+        # There is no estimate before the first ANALYZE; the number counted so far is then the minimum.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,
@@ -126,7 +126,7 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# Nothing is accepted after its end is recorded, so what ended before the window was accepted before it.
+# Acceptance precedes its record, so what ended before the window was accepted before it.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
@@ -145,7 +145,7 @@ _CANCELLED_BY_TIMEOUT = "57014"
 
 
 def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
-    """Measure what was sent within the last ``window``; None when it takes longer than ``limit``.
+    """Measure what was sent within the last ``window``, or return None if that takes longer than ``limit``.
 
     Percentiles are nearest-rank.
     """
@@ -154,7 +154,7 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 
 
 def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
-    """Return how many were sent in each of the last seconds, oldest first; None when it takes too long."""
+    """Return how many were sent in each of the last seconds, oldest first, or None if that takes too long."""
     rows = _within(connection, limit, _PER_SECOND, {"seconds": seconds})
     if rows is None:
         return None
@@ -165,13 +165,13 @@ def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -
 def _within(
     connection: Connection, limit: timedelta, query: TextClause, parameters: Mapping[str, object]
 ) -> Sequence[Row[Any]] | None:
-    """Return the rows; None when they don't come within ``limit``. The transaction goes on either way."""
+    """Return the rows, or None if they take longer than ``limit``. The transaction continues either way."""
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:
         with connection.begin_nested():
             connection.execute(_LIMIT, {"milliseconds": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Not undone by the savepoint's release, only by its rollback or the transaction's end.
+            # Releasing the savepoint does not undo it; only its rollback or the transaction's end does.
             connection.execute(_LIMIT, {"milliseconds": "0"})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
@@ -181,7 +181,7 @@ def _within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return how many attempts all processes have made together, by outcome; up to a second old."""
+    """Return how many attempts all processes have made, by outcome; up to a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in totals.read(connection).items():
         if name == "followups_attempts_total":

@@ -1,7 +1,7 @@
-"""What all processes have counted together: each adds what is new, and any of them can show the sum.
+"""The sums of all processes' counters: each process adds what is new, and any of them can show the sums.
 
-Workers come and go on many hosts, and a scraper finds one web process: a count that lived in a worker would
-be seen by nobody, and would end with it.
+Workers come and go on many hosts, and a scraper finds one web process. A count kept in a worker would never be scraped,
+and would end with it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Sample = tuple[str, str]
 """A sample's name and its labels, as a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""How long a count may be known to its own process alone; so much a crash loses."""
+"""How long a count may exist in its own process only; a crash loses that much."""
 
 log = get_logger(__name__)
 
-# In the order of the key, so that two processes that add to the same rows wait for each other and no more.
+# In the order of the key, so that two processes that add to the same rows only wait for each other.
 _ADD = text("""
     INSERT INTO metric_totals AS t (sample, labels, value)
     SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
@@ -82,7 +82,7 @@ class Totals:
     """Adds this process's counts to the sums, from a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:
-        """Take the database; nothing runs yet."""
+        """Take the engine; nothing runs yet."""
         self._engine = engine
         self._added: dict[Sample, float] = {}
         self._lock = threading.Lock()
@@ -90,18 +90,18 @@ class Totals:
         self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
 
     def start(self) -> None:
-        """Add from now on, once in `INTERVAL`."""
+        """Start adding, once in `INTERVAL`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Add what is left, and stop."""
+        """Add the rest and stop."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
             self._try_to_add()
 
     def add(self) -> None:
-        """Add what has been counted since the last time. Raises what the database raises; then nothing is lost."""
+        """Add what was counted since the last call. Raises database errors; then nothing is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

@@ -1,7 +1,7 @@
-"""What a reason must say: that an attempt, whose outcome nobody knows, may have been accepted after all.
+"""The addition that a reason needs: that an attempt with an unknown outcome may have been accepted after all.
 
-A follow-up with such an attempt is tried again under the same key, and mostly ends as sent. Where it ends
-otherwise (a reply, a refusal, the last attempt), its reason would lie without this.
+A follow-up with such an attempt is tried again under the same key, and mostly ends as sent. If it ends otherwise (a
+reply, a refusal, the last attempt), its reason would be wrong without this.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ SAID = "the outcome of an attempt is unknown"
 
 
 def honest(reason: str, row: str) -> str:
-    """Return SQL for the reason (SQL too) of a row of ``follow_ups`` that ends, with `SAID` where it is owed."""
+    """Return SQL for the reason (SQL too) of an ending row of ``follow_ups``, with `SAID` added where needed."""
     return f"""
         CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'
               AND {reason} NOT LIKE '%the outcome of % is unknown%'

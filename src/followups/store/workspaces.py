@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 MAX_NAME_LENGTH = 200
-"""Characters of a workspace's name, and of an API key's."""
+"""Most characters of a workspace's name, and of an API key's."""
 
 
 def create(session: Session, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace; return it and whether it is new. One that exists stays as it is.
+    """Create the workspace; return it and whether it is new. An existing one stays as it is.
 
     Raises `InvalidRequestError` for a name that is empty, longer than 200 characters or not storable.
     """
@@ -35,9 +35,9 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
 
 
 def find(session: Session, name: str) -> Workspace:
-    """Return the workspace of that name. Raises `WorkspaceNotFoundError`."""
+    """Return the workspace with that name. Raises `WorkspaceNotFoundError`."""
     name = name.strip()
-    # No workspace has such a name, and PostgreSQL or its driver would refuse to look for one.
+    # No workspace can have such a name, and PostgreSQL or its driver would refuse to look for one.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
@@ -50,7 +50,7 @@ def everything(session: Session) -> Sequence[Workspace]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is longer than 200 characters or that cannot be stored or printed."""
+    """Refuse a name that is longer than 200 characters, or cannot be stored or printed."""
     if len(name) > MAX_NAME_LENGTH or not (name or "-").isprintable():
         message = f"A name must have at most {MAX_NAME_LENGTH} characters, all printable."
         raise InvalidRequestError(message, field="name")

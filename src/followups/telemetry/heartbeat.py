@@ -1,14 +1,14 @@
-"""Signs of life: what a worker or a beat writes about itself, and what a supervisor reads, without asking anybody.
+"""Heartbeat files: each worker or beat writes its state, and a supervisor reads it without contacting any process.
 
-Each process keeps one small file in the runtime directory and rewrites it every second. It names the parts that
-must go on (the consumer, the dispatcher, ...), each with the moment by which its next sign is due. Whoever reads
-it needs neither Celery nor a broker, so a look costs an interpreter's start, and an outage of the broker, which no
-restart mends, makes no supervisor restart everything.
+Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the parts that
+must make progress (the consumer, the dispatcher, ...), each with the moment by which its next sign is due. Reading it
+needs neither Celery nor the broker, so a check costs little more than starting an interpreter. And a broker outage,
+which no restart can mend, makes no supervisor restart everything.
 
-- Times are of the monotonic clock, which all processes of a machine share: setting the clock alarms nobody, and a
-  machine that slept does not wake up to dead processes.
-- The writer holds a lock on its file. The kernel lets go of it when the process ends, however it ends, so that a
-  file that was left behind is never taken for somebody who hangs, whoever got its process id since.
+- Times are of the monotonic clock, which all processes of a machine share: setting the wall clock raises no alarm, and
+  a machine that slept does not wake up to processes that count as dead.
+- The writer holds a lock on its file. The kernel releases it when the process ends, however it ends. So a leftover file
+  is never mistaken for a process that hangs, even if its process id has been reused.
 - A process that is stopped, or whose threads no longer run, stops writing: an old file is a sign too.
 """
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTING = "FOLLOWUPS_RUNTIME_DIR"
-"""The environment variable of the setting, read here too: loading all settings takes a third of a second."""
+"""The setting's environment variable, read here directly: loading all settings takes a third of a second."""
 
 INTERVAL = timedelta(seconds=1)
 SILENCE = timedelta(seconds=10)
-"""After this without a word a process counts as stopped; a busy machine delays a thread by a second or two."""
+"""Age of a file from which its process counts as stopped; a busy machine delays a thread by a second or two."""
 
 SIZE = 2048
-"""Bytes of a file. Always as many, in one write, so that no reader finds half of it."""
+"""Bytes of a file. It is always written whole, in one write, so that no reader finds half of it."""
 
 TRIES = 50
 PAUSE = 0.02
-"""Seconds between two tries at a file that somebody else is just looking at, or writing."""
+"""Seconds between two tries at a file that another process is reading or writing."""
 
 
 class HeartbeatError(Exception):
@@ -52,15 +52,16 @@ class HeartbeatError(Exception):
 
 
 def default_directory() -> Path:
-    """Return the runtime directory where none is set: one a user, since another's could be a trap.
+    """Return the default runtime directory: one for each user, since another user's could be a trap.
 
-    Not below ``XDG_RUNTIME_DIR``, which a login has and a service has not: the two would never meet.
+    It is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service, so the two would not find
+    each other's files.
     """
     return Path(tempfile.gettempdir()) / f"followups-{os.getuid()}"
 
 
 def directory_of(configured: str | None) -> Path:
-    """Return the runtime directory by the setting's value; empty is as none."""
+    """Return the runtime directory for the setting's value; an empty value counts as unset."""
     return Path(configured) if configured else default_directory()
 
 
@@ -87,14 +88,14 @@ class Heartbeat:
         self._parts: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.RLock()  # a signal's handler may sign while its thread does
+        self._lock = threading.RLock()  # a signal handler may sign while its own thread is signing
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Write from now on. Raises `HeartbeatError` when the directory can't be used."""
+        """Start writing. Raises `HeartbeatError` if the directory cannot be used."""
         _open_directory(self._path.parent)
         _sweep(self._path.parent)
         try:
@@ -106,13 +107,13 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, look: Callable[[], None]) -> None:
-        """Let ``look`` be called before each writing; it signs for a part that cannot do so itself."""
+        """Call ``look`` before each write; it signs for a part that cannot sign by itself."""
         self._probes.append(look)
 
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
-        """Note that a part went on ``at`` (monotonic seconds; None: now), and does so again ``within`` that time.
+        """Record that a part made progress ``at`` (monotonic seconds, default now) and will again ``within`` that time.
 
-        ``otherwise`` is what is said of it when it does not: "has not asked the broker for work".
+        ``otherwise`` completes the sentence if it does not: "has not asked the broker for work".
         """
         with self._lock:
             if not self._ending:
@@ -127,22 +128,22 @@ class Heartbeat:
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
-        """Expect nothing of any part any more, but that the process ends."""
+        """Expect no more signs from any part, only the end of the process."""
         with self._lock:
             self._ending = True
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
-        """Return what is wrong with this process, as a reader of its file would say it; empty when all is well."""
+        """Return what is wrong with this process, as a reader of its file would see it, or an empty string."""
         return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the parts as they are written."""
+        """Return the parts in the form in which they are written."""
         with self._lock:
             return dict(self._parts)
 
     def stop(self) -> None:
-        """Write no more, and take the file away."""
+        """Stop writing and remove the file."""
         self._stopping.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -155,7 +156,7 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for look in self._probes:
                 look()
-            with suppress(OSError):  # a full disk: the file grows old, and says so
+            with suppress(OSError):  # on a full disk the file grows old, which is a sign in itself
                 self._write()
 
     def _write(self) -> None:
@@ -168,15 +169,15 @@ def _sign(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
 
 
 def _open_locked(path: Path) -> int:
-    """Return the open file, which is this process's as long as it lives. Raises OSError."""
+    """Return the open file, locked for the life of this process. Raises OSError."""
     for _ in range(TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking it, somebody who sweeps may have taken it for a dead one's.
+            # Between opening and locking, another process may have swept the file as a leftover.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
-        except OSError:  # somebody is reading it, or has just taken it away
+        except OSError:  # another process is reading it, or has just removed it
             pass
         os.close(file)
         time.sleep(PAUSE)
@@ -194,10 +195,9 @@ class Life:
 
 
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
-    """Return what the processes of a role on this machine write; of one name only, if one is given.
+    """Return the state of each process of a role on this machine, or of the one called ``name``.
 
-    A name is that of a Celery node, or what stands in it before the ``@``. Nothing is said of processes that have
-    ended.
+    A name is that of a Celery node, or its part before the ``@``. Processes that have ended are left out.
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [
@@ -227,7 +227,7 @@ def _files(directory: Path, role: str) -> list[Path]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """Return what a living process wrote; None when it has ended."""
+    """Return what a running process wrote, or None if it has ended."""
     for _ in range(TRIES):
         try:
             with path.open("rb") as file:
@@ -252,7 +252,7 @@ def _is_held(file: int) -> bool:
 
 
 def _sweep(directory: Path) -> None:
-    """Take away what those left behind that were killed."""
+    """Remove the files of processes that were killed."""
     for path in directory.glob(f"*-{socket.gethostname()}-*.json"):
         with suppress(OSError), path.open("rb") as file:
             if not _is_held(file.fileno()):

@@ -1,7 +1,7 @@
-"""Logs: one line an event, on stderr, for this package and for the libraries alike.
+"""Logs: one line for each event, on stderr, for this package and its libraries alike.
 
-JSON (RFC 8259, one object a line) or, on a terminal, columns in colour. Keys: ``timestamp`` (RFC 3339, UTC),
-``level``, ``logger``, ``event``, then the event's own. Output of commands goes to stdout, and only that.
+The format is JSON (RFC 8259, one object a line) or, on a terminal, coloured columns. Keys: ``timestamp`` (RFC 3339,
+UTC), ``level``, ``logger``, ``event``, then the event's own. Only the output of commands goes to stdout.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 OWN_HANDLERS = ("celery", "celery.task", "celery.redirected", "uvicorn", "uvicorn.access", "uvicorn.error")
-"""Loggers that bring handlers of their own, which would write in another format."""
+"""Loggers with handlers of their own, which would write another format."""
 
 TALKATIVE = ("celery.app.trace", "celery.beat", "celery.worker.strategy", "sqlalchemy", "alembic", "aiohttp.access")
-"""Loggers with several lines for each task, tick or statement; heard from `logging.WARNING` on."""
+"""Loggers with several lines for each task, tick or statement; only their warnings and errors are logged."""
 
 ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 
@@ -43,13 +43,13 @@ SHARED: list[Processor] = [
 
 def _json_line(logger: Lines, method: str, event: EventDict) -> str:
     now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-    bound = structlog.contextvars.get_contextvars()  # by the request, where a process serves some
+    bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve any
     head = {"timestamp": now, "level": method, "logger": logger.name, "event": event["event"]}
     return ENCODER.encode({**head, **bound, **event})
 
 
 class _Configured:
-    """What `configure_logging` was last told, for `Lines`."""
+    """The latest arguments of `configure_logging`, for `Lines`."""
 
     level = logging.INFO
     steps: ClassVar[list[Processor]] = [_json_line]
@@ -58,13 +58,13 @@ class _Configured:
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
     """Send every log line of this process to stderr, in one format, from ``level`` on.
 
-    ``settings_format`` None is console on a terminal and JSON elsewhere. May be called again: the last call counts.
+    Without ``settings_format`` it is console on a terminal and JSON elsewhere. The last call counts.
     """
     on_terminal = sys.stderr.isatty()
     console = settings_format == "console" or (settings_format is None and on_terminal)
     finish: list[Processor] = [
         structlog.processors.StackInfoRenderer(),
-        # The plain traceback, in one string: richer ones show local variables, and so a message's text.
+        # The plain traceback, in one string: richer ones show local variables, and with them message texts.
         structlog.processors.format_exc_info,
         redact,
         _console(colours=on_terminal) if console else render_json,
@@ -81,17 +81,17 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
-    """Return the logger of a module; configured or not, it may be made at import."""
+    """Return the logger of a module; it may be created at import, before logging is configured."""
     return cast("FilteringBoundLogger", structlog.get_logger(name))
 
 
 class Lines:
-    """Lines of a batch of work, one for each follow-up: made as they come, written together by `flush`.
+    """Log lines of a batch of work, one for each follow-up, collected and written together by `flush`.
 
-    A write lets go of the interpreter's lock, and waits for it again; one for each line was a sixth of all that a
-    delivery cost, and structlog's own way to one was half of what was left. Fields must be known to hold no secret,
-    since in JSON they are not looked at: numbers, ids, fixed words. Usable from several threads; a crash loses what
-    was not flushed.
+    A write releases the interpreter's lock and waits to get it back. One write for each line took a sixth of a
+    delivery's processor time, and structlog's own processing half of what was left. In JSON the fields are not
+    redacted, so they must hold no secret: only numbers, ids and fixed words. Usable from several threads; a crash loses
+    unflushed lines.
     """
 
     def __init__(self, name: str) -> None:
@@ -100,7 +100,7 @@ class Lines:
         self._finished: deque[str] = deque()
 
     def info(self, event: str, **fields: object) -> None:
-        """Gather a line."""
+        """Collect a line."""
         if _Configured.level > logging.INFO:
             return
         line: Any = {"event": event, **fields}
@@ -109,7 +109,7 @@ class Lines:
         self._finished.append(line)
 
     def flush(self) -> None:
-        """Write what has been gathered."""
+        """Write all collected lines."""
         finished = []
         with suppress(IndexError):
             while True:
@@ -119,20 +119,20 @@ class Lines:
 
 
 def write(text: str) -> None:
-    """Write finished lines to stderr, or do without: a full disk, or a collector that has gone, ends no work."""
-    with suppress(OSError, ValueError):  # ValueError: it was closed
+    """Write finished lines to stderr, ignoring errors: a full disk or a vanished log collector stops no work."""
+    with suppress(OSError, ValueError):  # ValueError: stderr was closed
         sys.stderr.write(text)
 
 
 class StandardError:
-    """Writes finished lines to the stderr of the moment (tests and daemons replace it)."""
+    """Writes finished lines to the current stderr, which tests and daemons replace."""
 
     def __init__(self, name: str = "") -> None:
         """Take the logger's name."""
         self.name = name
 
     def msg(self, line: str) -> None:
-        """Write a line, in one call, so that lines of several threads don't mix."""
+        """Write a line in one call, so that lines of several threads do not mix."""
         write(line + "\n")
 
     debug = info = warning = error = critical = msg
@@ -150,7 +150,7 @@ class StandardErrorHandler(logging.Handler):
 
 
 def render_json(_logger: object, _method: str, event: EventDict) -> str:
-    """Return the event as a line of JSON, what every line has coming first."""
+    """Return the event as a line of JSON that begins with the keys common to all lines."""
     first = {key: event.pop(key, None) for key in ("timestamp", "level", "logger", "event")}
     return ENCODER.encode({**first, **event})
 
@@ -173,7 +173,7 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # 'debug' is for our own events: a library's may quote what it carries.
+    # 'debug' applies to our own events only: a library's may quote what it carries.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()
@@ -184,5 +184,5 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
 
 
 def _is_ours_or_a_stream(handler: logging.Handler) -> bool:
-    # Handlers of another kind (an error reporter's, a test's) stay.
+    # Handlers of other kinds (an error reporter's, a test's) stay.
     return isinstance(handler, StandardErrorHandler) or type(handler) is logging.StreamHandler

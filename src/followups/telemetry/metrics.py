@@ -1,7 +1,7 @@
-"""What a process counts, by the fixed names of the Prometheus metrics. No ids as labels.
+"""The counters of a process, by the fixed names of the Prometheus metrics. Labels hold no ids.
 
-How many follow-ups are pending, overdue or in flight, and when the last tick ran, is not counted here: the
-database knows, and is asked when somebody scrapes.
+How many follow-ups are pending, overdue or in flight, and when the last tick ran, is not counted here: each scrape asks
+the database.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 COUNTED = CollectorRegistry()
-"""What a process counts of the work; the sums of all processes are in the database (`followups.store.totals`)."""
+"""The counters of a process; the sums over all processes are in the database (`followups.store.totals`)."""
 
 TRANSITIONS = Counter(
     "followups_transitions_total",
@@ -29,7 +29,7 @@ ATTEMPT_DURATION = Histogram(
 LAG = Histogram(
     "followups_lag_seconds",
     "Accepted by the transport minus due date.",
-    # From the millisecond that a healthy system keeps to the day after which a follow-up is too late.
+    # From a millisecond, which a healthy system keeps, to a day, after which a follow-up is too late.
     buckets=(
         0.001,
         0.0025,

@@ -1,4 +1,4 @@
-"""Keeps secrets and messages' texts out of logs: a guard behind the main defence, not logging them at all."""
+"""Keeps secrets and message texts out of logs: a second line of defence behind not logging them at all."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ HIDDEN = "***"
 SECRET_KEYS = frozenset(
     {"api_key", "apikey", "authorization", "body", "cookie", "message", "passwd", "password", "secret", "text"}
 )
-"""Keys whose values are never logged, in lower case and with ``_`` for ``-``: alone, or as the end of a longer one."""
+"""Keys whose values are never logged, in lower case with ``_`` for ``-``; a longer key that ends with one counts too.
+"""
 
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))
 
 PASSWORD_IN_URL = re.compile(r"(://[^\s:/?#@]*:)[^\s/?#]*@")
-"""``://user:`` and the password, which may itself hold an ``@``."""
+"""``://user:`` and the password, which may itself contain an ``@``."""
 
 BEARER = re.compile(r"(?i)\b(bearer\s+)[\w.~+/=-]+")
 
 
 def redact(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Hide secrets in an event, in place (a processor of structlog)."""
+    """Hide secrets in an event, in place (a structlog processor)."""
     for key, value in event.items():
         event[key] = HIDDEN if value is not None and _is_secret(key) else _cleaned(value)
     return event
 
 
-@lru_cache(maxsize=1024)  # programs log few different keys, and each of them at every line
+@lru_cache(maxsize=1024)  # programs log few different keys, each of them in every line
 def _is_secret(key: str) -> bool:
     plain = key.lower().replace("-", "_")
     return plain in SECRET_KEYS or plain.endswith(LONGER)

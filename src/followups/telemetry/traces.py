@@ -1,13 +1,13 @@
 """Traces (OpenTelemetry): from the request that creates a follow-up through claim and attempt to the transport.
 
-Off, and all but free, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
+Tracing is off, at almost no cost, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
 ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) and the extra is installed: ``pip install chat-followups[otel]``. The other
-standard variables hold as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
-``OTEL_SDK_DISABLED``, ...); spans go out as OTLP over HTTP.
+standard variables work as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
+``OTEL_SDK_DISABLED``, ...). Spans are exported as OTLP over HTTP.
 
-Each process makes its provider after the fork, for the exporter's thread would not live through one, and does not
-register it as the global one: libraries that find that would add spans of their own, with texts that we don't
-choose. Attributes are ids and numbers. An exception's words stay out, since they may quote a message.
+Each process creates its provider after the fork, because the exporter's thread would not survive one. The provider is
+not registered globally: libraries that find one add spans of their own, with texts that we do not choose. Attributes
+are ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 FLUSH = 3.0
-"""Seconds at a stop for what is not exported yet: a collector that is away must not hold up a drain."""
+"""Seconds to export the rest at a stop: an unreachable collector must not hold up a drain."""
 
 log = get_logger(__name__)
 
 
 class Note(Protocol):
-    """Says what came of it: attributes, and whether that is a failure."""
+    """Records the result of a span: its attributes, and whether it failed."""
 
     def __call__(self, attributes: Attributes, *, failed: bool = False) -> None:
         """Add to the span."""
 
 
 class _Off:
-    """What stands for a span while tracing is off."""
+    """Replaces a span while tracing is off."""
 
     def __enter__(self) -> Note:
         return _ignore
@@ -61,14 +61,14 @@ def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
 
 
 NOTHING = _Off()
-"""The span of what is not traced."""
+"""The span of anything that is not traced."""
 
 
 class Tracing:
     """A process's spans."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """Take where they go."""
+        """Take the exporter."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415 - extra
 
         self._provider = provider
@@ -76,14 +76,14 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def context_of(self, headers: Mapping[str, str]) -> Context:
-        """Return the context that W3C's headers name; an empty one where they name none."""
+        """Return the context in W3C trace headers, or an empty one if there are none."""
         from opentelemetry.context import Context  # noqa: PLC0415 - the extra's
 
         return self._propagator.extract(headers, Context())
 
     @contextmanager
     def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
-        """Make a span, current in the block, below ``parent``; without one it begins a trace."""
+        """Start a span below ``parent``, current within the block; without a parent it starts a trace."""
         from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415 - the extra's
 
         with self._tracer.start_as_current_span(
@@ -105,13 +105,13 @@ class Tracing:
             yield note
 
     def past(self, name: str, parent: Context, attributes: Attributes, seconds: float) -> None:
-        """Make a span of what has just ended, and took so many seconds."""
+        """Record a span that has just ended and took so many seconds."""
         now = time.time_ns()
         span = self._tracer.start_span(name, parent, attributes=attributes, start_time=now - int(seconds * 1e9))
         span.end(now)
 
     def stop(self) -> None:
-        """Export what is left, for no longer than `FLUSH`."""
+        """Export the rest, for `FLUSH` seconds at most."""
         thread = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         thread.start()
         thread.join(FLUSH)
@@ -121,16 +121,16 @@ _tracing: Tracing | None = None
 
 
 def is_wanted() -> bool:
-    """Say whether the environment asks for traces."""
+    """Return whether the environment asks for traces."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     none = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
     return any(os.environ.get(name) for name in ENDPOINTS) and not disabled and not none
 
 
 def start(service: str) -> None:
-    """Trace from now on, if that is wanted, as ``service`` unless ``OTEL_SERVICE_NAME`` says otherwise.
+    """Start tracing if the environment asks for it, as ``service`` unless ``OTEL_SERVICE_NAME`` is set.
 
-    Call it in each process, after a fork. Without the extra it is left at a warning.
+    Call it in each process, after a fork. Without the extra, only a warning is logged.
     """
     global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
     if not is_wanted():
@@ -150,7 +150,7 @@ def start(service: str) -> None:
 
 
 def stop() -> None:
-    """Trace no more."""
+    """Stop tracing."""
     global _tracing
     tracing, _tracing = _tracing, None
     if tracing:
@@ -158,9 +158,9 @@ def stop() -> None:
 
 
 def current_traceparent() -> str | None:
-    """Return the current span as W3C's ``traceparent``; None where there is none.
+    """Return the current span as a W3C ``traceparent``, or None if there is none.
 
-    The span may be a caller's own, of whatever provider: `followups.schedule` is called from other programs too.
+    The span may be the caller's, of any provider, since `followups.schedule` is called from other programs too.
     """
     api = sys.modules.get("opentelemetry.trace")
     if api is None:
@@ -172,7 +172,7 @@ def current_traceparent() -> str | None:
 
 
 def request(method: str, headers: Iterable[tuple[bytes, bytes]]) -> AbstractContextManager[Note]:
-    """Return the span of a request, below the one that its headers name."""
+    """Return the span of a request, below the one in its headers."""
     if _tracing is None:
         return NOTHING
     given = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
@@ -180,14 +180,14 @@ def request(method: str, headers: Iterable[tuple[bytes, bytes]]) -> AbstractCont
 
 
 def attempt(traceparent: str | None, attributes: Callable[[], Attributes]) -> AbstractContextManager[Note]:
-    """Return the span of a call of the transport, in the trace in which the follow-up was created."""
+    """Return the span of an attempt, in the trace in which the follow-up was created."""
     if _tracing is None:
         return NOTHING
     return _tracing.span("attempt", "CLIENT", _context(_tracing, traceparent), attributes())
 
 
 def claimed(follow_ups: Iterable[tuple[object, str]], seconds: float) -> None:
-    """Tell of a claim in the trace of each follow-up (id, traceparent) that it took."""
+    """Record a claim in the trace of each follow-up (id, traceparent) that it leased."""
     if _tracing is not None:
         for follow_up_id, traceparent in follow_ups:
             attributes = {"followups.follow_up_id": str(follow_up_id)}

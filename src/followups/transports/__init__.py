@@ -1,7 +1,7 @@
-"""What delivers a message into a chat: the port, and the transports behind it.
+"""What delivers a message into a chat: the port, and the transports that implement it.
 
-``http`` posts to an endpoint, ``matrix`` speaks to a homeserver, ``sandbox`` plays the chat in the same
-process; `load_transport` makes the one that the settings name.
+``http`` posts to an endpoint, ``matrix`` speaks to a homeserver, ``sandbox`` simulates the chat in the same process;
+`load_transport` creates the one that the settings name.
 """
 
 from __future__ import annotations

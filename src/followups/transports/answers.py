@@ -1,14 +1,4 @@
-"""What an HTTP answer means: the contract's table of answers. Pure.
-
-============================================ =========================================================
-answer                                       outcome
-============================================ =========================================================
-2xx                                          `Sent`, with the receiver's id of the message if it gave one
-429; 503 with a Retry-After that can be read `Snoozed`: uses up no attempt
-408, 425, other 5xx                          `Retry`, not before Retry-After
-anything else                                `Rejected`, with the first 200 characters of the body
-============================================ =========================================================
-"""
+"""The meaning of an HTTP answer, by the table of answers in deploy/ENDPOINT.md. Pure."""
 
 from __future__ import annotations
 
@@ -28,7 +18,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 EXCERPT_LENGTH = 200
-"""Characters of a refusal's body that its reason keeps (contract, section 2)."""
+"""Characters of a refusal's body that are kept in the reason."""
 
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
@@ -40,27 +30,27 @@ Document = dict[str, object]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An HTTP answer whose head has arrived. Header names are looked up in lower case."""
+    """An HTTP answer whose head has arrived. Header names are in lower case."""
 
     status: int
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes = b""
     flaw: str = ""
-    """Why the body is not complete ('' when it is); the status counts all the same."""
+    """Why the body is incomplete, or an empty string; the status counts all the same."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """What one kind of receiver writes into the JSON object of its answers."""
+    """How one kind of receiver writes the JSON object of its answers."""
 
     message_id: Callable[[Document], UUID | None]
-    """The id of the message from a 2xx; raises `ValueError`, in words without the value, for an odd one."""
+    """The message's id from a 2xx answer. Raises `ValueError` for an invalid one, without quoting it."""
     wish: Callable[[Document], timedelta | None]
-    """How long to stay away, from a 429 that has no Retry-After."""
+    """The delay that a 429 without Retry-After asks for."""
 
 
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
-    """Return what ``answer`` means; ``now`` (aware) is needed where Retry-After is a date and Date is missing."""
+    """Return the outcome of ``answer``; ``now`` (aware) is used if Retry-After is a date and Date is missing."""
     status, detail = answer.status, f"HTTP {answer.status}"
     if status // 100 == 2:  # noqa: PLR2004 - 2xx
         return _sent(answer, dialect)
@@ -76,10 +66,10 @@ def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) ->
 
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
-    """Return what Retry-After asks for, clamped to 1 s..24 h; None when there is none, or garbage.
+    """Return the delay in Retry-After, clamped to 1 s..24 h, or None if it is missing or invalid.
 
-    Seconds (a fraction is understood too) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the
-    answer's own Date where there is one, so that the two hosts' clocks need not agree.
+    It is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the answer's
+    own Date if there is one, so that the two hosts' clocks need not agree.
 
     >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
     datetime.timedelta(seconds=120)
@@ -94,7 +84,7 @@ def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
 
 
 def excerpt(body: bytes) -> str:
-    r"""Return the first 200 characters of a body, without NUL and the other control characters.
+    r"""Return the first 200 characters of a body, without NUL and other control characters.
 
     >>> excerpt(b"not\x00 allowed")
     'not allowed'
@@ -111,7 +101,7 @@ def _http_date(value: str) -> datetime | None:
 
 
 def _sent(answer: Answer, dialect: Dialect) -> Sent:
-    # Accepted is accepted: whatever is odd about the body costs the id, never the outcome.
+    # An accepted message is sent: an odd body costs its id, never the outcome.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)
     try:
@@ -131,7 +121,7 @@ def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
 def _document(body: bytes) -> Document:
     try:
         document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())  # json.loads looks for other encodings first
-    except (ValueError, RecursionError):  # RecursionError: nested thousands deep
+    except (ValueError, RecursionError):  # RecursionError: nested thousands of levels deep
         document = ...
     if document is ...:
         message = "the body of the answer is not JSON"

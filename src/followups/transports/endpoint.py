@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def required_url(settings: Settings, meaning: str) -> str:
     """Return ``FOLLOWUPS_TRANSPORT_URL``; ``meaning`` completes "set it to ...".
 
-    Raises `TransportConfigurationError` when it is missing or is no URL with a host.
+    Raises `TransportConfigurationError` if it is missing or is no URL with a host.
     """
     url = settings.transport_url
     if url is None:

@@ -1,4 +1,4 @@
-"""The transport ``http``: a POST of one JSON object, signed by Standard Webhooks (contract, section 4)."""
+"""The transport ``http``: a POST of one JSON object, signed by Standard Webhooks (deploy/ENDPOINT.md)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HttpTransport:
     name = "http"
 
     def __init__(self, settings: Settings) -> None:
-        """Check URL and secret; raise `TransportConfigurationError` when they are missing or wrong."""
+        """Check URL and secret. Raises `TransportConfigurationError` if they are missing or invalid."""
         self._url = required_url(settings, "the endpoint that takes the messages, https://host/path")
         secret = settings.transport_secret
         self._signer = Signer(secret.get_secret_value()) if secret else None
@@ -34,7 +34,7 @@ class HttpTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Post once; the answer, or the lack of one, is the outcome."""
+        """Post once; the answer, or its absence, is the outcome."""
         body = _body(delivery)
         call = Call(self._url, self._headers(str(delivery.follow_up_id), delivery.made_at, body), body)
         return await self._client.deliver(call, DIALECT)

@@ -1,8 +1,8 @@
 """The transport ``matrix``: ``m.room.message`` through the client-server API of a homeserver.
 
-``PUT .../rooms/{roomId}/send/m.room.message/{txnId}`` (Matrix specification v1.11, client-server API,
-"Sending events to a room"). The follow-up's id is the transaction id, by which the homeserver
-deduplicates; the chat's external id is the room id.
+``PUT .../rooms/{roomId}/send/m.room.message/{txnId}`` (Matrix specification v1.11, client-server API, "Sending events
+to a room"). The follow-up's id is the transaction id, by which the homeserver deduplicates; the chat's external id is
+the room id.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 EVENT_NAMESPACE = uuid5(NAMESPACE_URL, "https://matrix.to/")
-"""Event ids (``$...``) are no UUIDs: a chat message's id is ``uuid5(EVENT_NAMESPACE, event_id)``, so that
-whoever knows the event can compute it."""
+"""Event ids (``$...``) are not UUIDs, so a chat message's id is ``uuid5(EVENT_NAMESPACE, event_id)``, which can be
+computed from the event.
+"""
 
 
 class MatrixTransport:
-    """Writes each message into the Matrix room that the chat's external id names; the port's `Transport`."""
+    """Writes each message into the Matrix room named by the chat's external id; the port's `Transport`."""
 
     name = "matrix"
 
     def __init__(self, settings: Settings) -> None:
-        """Check URL and access token; raise `TransportConfigurationError` when they are missing or wrong."""
+        """Check URL and access token. Raises `TransportConfigurationError` if they are missing or invalid."""
         url = required_url(settings, "the homeserver's base URL, https://host")
         if "@" in url or "?" in url or "#" in url:
             message = "FOLLOWUPS_TRANSPORT_URL should be the homeserver's base URL alone: no user, query or fragment."
@@ -81,7 +82,7 @@ def _event(document: Document) -> UUID | None:
 
 
 def _wish(document: Document) -> timedelta | None:
-    # Deprecated in favour of Retry-After since v1.10 of the specification; most homeservers still write it.
+    # Deprecated in favour of Retry-After since v1.10 of the specification; most homeservers still send it.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:
         return None

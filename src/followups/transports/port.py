@@ -1,8 +1,8 @@
-"""The port: what the dispatcher asks of a transport, and the five answers there are.
+"""The port: what the dispatcher requires of a transport, and the five possible outcomes.
 
-A transport delivers one message into one chat. It never raises for what the other side does: every
-ending is one of the five outcomes, so that nothing is guessed. Third parties register theirs as an
-entry point of the group ``followups.transports``; ``tests/unit/transports`` holds the suite it must pass.
+A transport delivers one message into one chat. It never raises for what the other side does: every ending is one of the
+five outcomes, so that nothing is guessed. Third parties register theirs as an entry point of the group
+``followups.transports``; ``tests/unit/transports`` has the suite that it must pass.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One attempt: what is to be delivered, and where. ``attempt`` counts from 1."""
+    """One attempt: what to deliver, and where. ``attempt`` counts from 1."""
 
     follow_up_id: UUID
     """Also the idempotency key: the same on every attempt."""
@@ -37,7 +37,7 @@ class Delivery:
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The transport accepted the message; ``chat_message_id`` is its name for it, if it gave one."""
+    """The transport accepted the message; ``chat_message_id`` is its id there, if the transport returned one."""
 
     chat_message_id: UUID | None = None
     status_code: int | None = None
@@ -47,7 +47,7 @@ class Sent:
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The transport did not accept it now, and may later. ``after`` is its own wish, if it has one."""
+    """The transport did not accept it now but may later. ``after`` is the delay it asked for, if any."""
 
     detail: str
     after: timedelta | None = None
@@ -56,7 +56,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport asks to come back later (rate limit); this uses up no attempt."""
+    """The transport asks for a later try (rate limiting); this uses up no attempt."""
 
     detail: str
     after: timedelta | None = None
@@ -73,7 +73,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The request went out and no answer came back: it may or may not have been accepted."""
+    """The request left and no answer arrived: the message may or may not have been accepted."""
 
     detail: str
     status_code: int | None = None
@@ -84,22 +84,22 @@ Outcome = Sent | Retry | Snoozed | Rejected | Unknown
 
 @runtime_checkable
 class Transport(Protocol):
-    """What delivers a message into a chat. Made once in each worker process, used from one event loop."""
+    """Delivers messages into chats. One instance for each worker process, used from one event loop."""
 
     name: str
-    """As in the settings and as a label of the metrics."""
+    """The name in the settings and in the metrics' labels."""
 
     def __init__(self, settings: Settings) -> None:
-        """Check the settings; raise `TransportConfigurationError` when they are not enough. No I/O."""
+        """Check the settings, without I/O. Raises `TransportConfigurationError` if they are insufficient."""
 
     async def open(self) -> None:
-        """Open what is kept open (an HTTP session), in the loop that will use it."""
+        """Open what stays open, such as an HTTP session, in the event loop that will use it."""
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Deliver once, within the transport timeout. Raises nothing for what the other side does."""
 
     async def check(self) -> str:
-        """Say in one sentence that the other side can be reached; raise `FollowUpsError` when it can't."""
+        """Return one sentence saying that the other side can be reached. Raises `FollowUpsError` if it cannot."""
 
     async def close(self) -> None:
-        """Let go of what was opened."""
+        """Close what was opened."""

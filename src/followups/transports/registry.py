@@ -1,4 +1,4 @@
-"""Which transport the settings name: found among the entry points of the group ``followups.transports``."""
+"""Finds the configured transport among the entry points of the group ``followups.transports``."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ GROUP = "followups.transports"
 
 
 def available_transports() -> list[str]:
-    """Return the names that ``FOLLOWUPS_TRANSPORT`` can take on this machine, sorted."""
+    """Return the values that ``FOLLOWUPS_TRANSPORT`` can have on this machine, sorted."""
     return sorted(_registered())
 
 
 def load_transport(settings: Settings) -> Transport:
-    """Make the transport that ``FOLLOWUPS_TRANSPORT`` names; nothing is opened yet.
+    """Create the transport that ``FOLLOWUPS_TRANSPORT`` names, without opening it.
 
-    Raises `TransportConfigurationError`, one sentence, when there is none of that name, when a plug-in
-    does not load or is no `Transport`, and when the transport itself refuses the settings.
+    Raises `TransportConfigurationError`, one sentence, if the name is unknown, if a plug-in cannot be loaded or is no
+    `Transport`, and if the transport itself refuses the settings.
     """
     entry_point = _registered().get(settings.transport)
     if entry_point is None:
@@ -45,7 +45,7 @@ def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     try:
         transport = entry_point.load()(settings)
     except FollowUpsError:
-        raise  # the transport's own sentence is better than any of ours
+        raise  # the transport's own sentence says more than one of ours
     except Exception as error:
         message = f"{where} does not load: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error

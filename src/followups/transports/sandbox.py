@@ -1,4 +1,4 @@
-"""The transport ``sandbox``: chats in the same process, for tests and for trying things out."""
+"""The transport ``sandbox``: chats in the same process, for tests and experiments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SandboxTransport:
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver into ``chats``, or into chats of its own, which deduplicate as the settings say."""
+        """Deliver into ``chats``, or into new ones that deduplicate as the settings say."""
         self.chats = chats or SandboxChats(deduplicates=settings.transport_deduplicates)
         self._timeout = settings.transport_timeout.total_seconds()
 
@@ -29,7 +29,7 @@ class SandboxTransport:
         """Open nothing."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver once, and answer as the chat's behaviour says."""
+        """Deliver once, and answer by the chat's behaviour."""
         reply = self.chats.receive(_incoming(delivery), str(delivery.follow_up_id))
         if reply.dropped:
             return Unknown("the connection broke before an answer came")
@@ -40,11 +40,11 @@ class SandboxTransport:
         return outcome_of(Answer(reply.status, reply.headers, reply.body.encode()), DIALECT)
 
     async def check(self) -> str:
-        """Say that there is nothing to reach."""
+        """Report that there is nothing to reach."""
         return "The sandbox runs in this process; it takes every message and delivers none to anybody."
 
     async def close(self) -> None:
-        """Close nothing; the chats can still be looked at."""
+        """Close nothing; the chats stay readable."""
 
 
 def _incoming(delivery: Delivery) -> Incoming:

@@ -1,4 +1,4 @@
-"""How the sandbox answers: behaviours that are set by HTTP, and the replies they make."""
+"""How the sandbox answers: behaviours set over HTTP, and the replies they produce."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ OUTCOMES: dict[Kind, str] = {
     "reject": "rejected",
     "rate_limit": "rate_limited",
 }
-"""What the list of requests calls each kind's result."""
+"""The outcome of each kind in the list of requests."""
 
 DEFAULT_SLOWNESS = 5.0
-"""Seconds that ``slow`` waits before it answers, unless told."""
+"""Seconds before the answer of ``slow``, by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What goes back to the sender: after ``delay`` seconds, unless it is dropped."""
+    """The answer to the sender: after ``delay`` seconds, unless it is dropped."""
 
     status: int
     body: str
@@ -46,18 +46,18 @@ class Reply:
 
     @property
     def headers(self) -> dict[str, str]:
-        """The headers beyond those of every HTTP answer."""
+        """Headers beyond those of every HTTP answer."""
         return {} if self.retry_after is None else {"retry-after": f"{self.retry_after:g}"}
 
 
 class Wire(BaseModel):
-    """What goes over the wire: camelCase, frozen."""
+    """A JSON object of the API: camelCase, immutable."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
 
 
 class Incoming(Wire):
-    """The body of a delivery, as the transport ``http`` sends it (contract, section 4)."""
+    """The body of a delivery, as the transport ``http`` sends it (deploy/ENDPOINT.md)."""
 
     follow_up_id: Annotated[str, Field(min_length=1, max_length=255)]
     chat_id: Annotated[str, Field(min_length=1, max_length=255)]
@@ -71,31 +71,31 @@ class Incoming(Wire):
 class Behaviour(Wire):
     """What happens to the requests of a chat. Statuses are HTTP's, times are seconds.
 
-    ``drop`` accepts and closes the connection without an answer; ``slow`` accepts and answers late;
-    ``fail``, ``reject`` and ``rate_limit`` accept nothing.
+    ``drop`` accepts and closes the connection without an answer; ``slow`` accepts and answers late; ``fail``,
+    ``reject`` and ``rate_limit`` accept nothing.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     kind: Kind = "accept"
     status: Annotated[int, Field(ge=200, le=599)] | None = None
-    """Of the answer; by default 200, 500 (fail), 403 (reject), 429 (rate_limit)."""
+    """Of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Only the next so many requests; None: until it is changed."""
+    """Only for the next so many requests; None means until it is changed."""
     delay: Seconds | None = None
-    """Before the answer; by default 5 for ``slow``, else none."""
+    """Before the answer; by default 5 for ``slow``, otherwise none."""
     retry_after: Seconds | None = None
-    """The answer's Retry-After; by default 1 for ``rate_limit``, else none."""
+    """The answer's Retry-After; by default 1 for ``rate_limit``, otherwise none."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
     """Replaces the body of the answer."""
 
     @property
     def accepts(self) -> bool:
-        """Whether a message that meets this behaviour is written into the chat."""
+        """Whether a message under this behaviour enters the chat."""
         return self.kind in {"accept", "slow", "drop"}
 
     def reply(self, document: dict[str, str]) -> Reply:
-        """Return the answer to one request; ``document`` is its body where this behaviour brings none."""
+        """Return the answer to one request; ``document`` is its body unless the behaviour has one."""
         delay = DEFAULT_SLOWNESS if self.delay is None and self.kind == "slow" else self.delay
         retry_after = 1.0 if self.retry_after is None and self.kind == "rate_limit" else self.retry_after
         return Reply(

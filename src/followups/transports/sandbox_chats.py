@@ -1,4 +1,4 @@
-"""The core of the sandbox: chats that take messages, once per key, and behave as they are told. No I/O."""
+"""The core of the sandbox: chats that accept each key once and behave as configured. No I/O."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KEEP_CHATS = 300
-"""Chats that are kept to be looked at; the counts and the deduplication know all."""
+"""Chats kept for display; counts and deduplication cover all."""
 
 ACCEPT = Behaviour()
 REFUSAL = {"error": "refused by the sandbox"}
@@ -29,14 +29,14 @@ class _Applied:
 
 
 class SandboxChats:
-    """What plays the chat server. Used from one thread.
+    """A simulated chat server. Use it from one thread.
 
-    A behaviour meets every request of its chat, repeated ones too; what it accepts then goes through the
-    deduplication: the same key again is answered as before and is no second message.
+    A behaviour applies to every request of its chat, repeated ones too. What it accepts is then deduplicated: a key
+    seen before is answered as before and adds no second message.
     """
 
     def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
-        """Keep the last ``keep`` requests. Without deduplication a repeated key is a second message."""
+        """Keep the last ``keep`` requests. Without deduplication a repeated key adds a second message."""
         self._deduplicates = deduplicates
         self._keep = keep
         self._default = ACCEPT
@@ -51,7 +51,7 @@ class SandboxChats:
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
 
     def receive(self, incoming: Incoming, key: str, received: Received | None = None) -> Reply:
-        """Take one request and say how it is answered; ``key`` is its idempotency key."""
+        """Receive one request and return its answer; ``key`` is its idempotency key."""
         behaviour = self._next_behaviour(incoming.chat_id)
         known = self.ledger.message_id(key)
         accepted = behaviour.accepts and not (known and self._deduplicates)
@@ -75,14 +75,14 @@ class SandboxChats:
         return reply
 
     def say(self, chat_id: str, role: str, text: str) -> Message:
-        """Let somebody else write into a chat: a ``user``, ``agent`` or ``operator``."""
+        """Add another participant's message to a chat: a ``user``, ``agent`` or ``operator``."""
         message = Message(str(uuid4()), role, text[:KEEP_TEXT], Received.now().wall)
         self._touched(chat_id).say(message)
         return message
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat that has none of its own. ``times`` does not count here."""
+        """The behaviour of every chat that has none of its own. It has no ``times``."""
         return self._default
 
     @default.setter
@@ -91,22 +91,22 @@ class SandboxChats:
         self.changes += 1
 
     def behaviour(self, chat_id: str) -> Behaviour | None:
-        """Return the chat's own behaviour, with what is left of its ``times``; None when it has none."""
+        """Return the chat's own behaviour, with its remaining ``times``, or None if it has none."""
         applied = self._applied.get(chat_id)
         return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
 
     def behave(self, chat_id: str, behaviour: Behaviour) -> None:
-        """Give a chat a behaviour of its own: from now on, or for the next ``times`` requests."""
+        """Give a chat a behaviour of its own, from now on or for the next ``times`` requests."""
         self._applied[chat_id] = _Applied(behaviour, behaviour.times)
         self._touched(chat_id)
 
     def reset(self, chat_id: str) -> None:
-        """Let a chat behave like all others again."""
+        """Remove a chat's own behaviour."""
         self._applied.pop(chat_id, None)
         self._touched(chat_id)
 
     def conversations(self, since: int = 0) -> Iterator[dict[str, object]]:
-        """Yield the chats that changed after ``since``, in JSON form, newest activity first."""
+        """Yield the chats that changed after ``since``, in JSON form, the latest activity first."""
         newest_first = reversed(self._conversations.values())
         for conversation in takewhile(lambda each: each.changed > since, newest_first):
             own = self.behaviour(conversation.chat_id)

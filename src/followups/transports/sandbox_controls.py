@@ -1,4 +1,4 @@
-"""The sandbox's routes: deliveries come in, behaviours are set, what happened is read."""
+"""The sandbox's routes: they receive deliveries, set behaviours and list what happened."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CHATS = web.AppKey("chats", SandboxChats)
 VERIFIER: web.AppKey[Signer | None] = web.AppKey("verifier")
 
 EVERY = 10**12
-"""More requests than there will be."""
+"""More requests than there can be."""
 
 routes = web.RouteTableDef()
 
 
 class Wanted(Wire):
-    """Which requests to list: of one chat, and up to ``limit`` of those behind number ``after``."""
+    """Which requests to list: of one chat, up to ``limit`` of those after number ``after``."""
 
     chat_id: str | None = None
     after: Annotated[int, Field(ge=0, le=EVERY)] = 0
@@ -35,7 +35,7 @@ class Wanted(Wire):
 
 
 class Said(Wire):
-    """What somebody else writes into a chat."""
+    """A message that another participant writes into a chat."""
 
     role: Literal["user", "agent", "operator"] = "user"
     text: Annotated[str, Field(min_length=1, max_length=65_536)]
@@ -43,7 +43,7 @@ class Said(Wire):
 
 @routes.post("/messages")
 async def deliver(request: web.Request) -> web.StreamResponse:
-    """Take a delivery: 200 with the message's id, 400 for what is none, 401 for a wrong signature."""
+    """Receive a delivery: 200 with the message's id, 400 for an invalid one, 401 for a wrong signature."""
     received, chats = Received.now(), request.app[CHATS]
     body = await request.read()
     try:
@@ -69,7 +69,7 @@ async def _answer(request: web.Request, reply: Reply) -> web.StreamResponse:
 
 @routes.get("/sandbox/requests")
 async def requests(request: web.Request) -> web.Response:
-    """List the requests, oldest first; ``?chatId=`` those of one chat, ``?after=&limit=`` a page (by number)."""
+    """List the requests, oldest first; ``?chatId=`` selects a chat, ``?after=&limit=`` a page by number."""
     try:
         wanted = Wanted.model_validate(dict(request.query))
     except ValueError as error:
@@ -81,13 +81,13 @@ async def requests(request: web.Request) -> web.Response:
 
 @routes.get("/sandbox/summary")
 async def summary(request: web.Request) -> web.Response:
-    """Count."""
+    """Return the counts."""
     return _json(request.app[CHATS].ledger.summary())
 
 
 @routes.get("/sandbox/chats")
 async def conversations(request: web.Request) -> web.Response:
-    """Show the conversations that are kept."""
+    """Return the kept conversations."""
     return _json(list(request.app[CHATS].conversations()))
 
 
@@ -100,7 +100,7 @@ async def clear(request: web.Request) -> web.Response:
 
 @routes.post("/sandbox/chats/{chat_id}/messages")
 async def say(request: web.Request) -> web.Response:
-    """Write into a chat as somebody else: 201 with the message."""
+    """Write into a chat as another participant: 201 with the message."""
     try:
         said = Said.model_validate_json(await request.read())
     except ValueError as error:
@@ -111,14 +111,14 @@ async def say(request: web.Request) -> web.Response:
 
 @routes.view("/sandbox/behaviour")
 class DefaultBehaviour(web.View):
-    """How every chat behaves that has no behaviour of its own."""
+    """The behaviour of every chat that has none of its own."""
 
     async def get(self) -> web.Response:
-        """Show it."""
+        """Return it."""
         return _behaviour(self.request.app[CHATS].default)
 
     async def put(self) -> web.Response:
-        """Change it: 200, or 422 for what is no behaviour."""
+        """Change it: 200, or 422 for an invalid behaviour."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
@@ -127,22 +127,22 @@ class DefaultBehaviour(web.View):
         return _behaviour(behaviour)
 
     async def delete(self) -> web.Response:
-        """Accept again."""
+        """Reset it: accept everything again."""
         self.request.app[CHATS].default = ACCEPT
         return web.Response(status=204)
 
 
 @routes.view("/sandbox/chats/{chat_id}/behaviour")
 class ChatBehaviour(web.View):
-    """How one chat behaves."""
+    """The behaviour of one chat."""
 
     async def get(self) -> web.Response:
-        """Show its own behaviour, or else that of every chat."""
+        """Return its own behaviour, or the default one."""
         chats = self.request.app[CHATS]
         return _behaviour(chats.behaviour(self.request.match_info["chat_id"]) or chats.default)
 
     async def put(self) -> web.Response:
-        """Change it: 200, or 422 for what is no behaviour."""
+        """Change it: 200, or 422 for an invalid behaviour."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
@@ -151,7 +151,7 @@ class ChatBehaviour(web.View):
         return _behaviour(behaviour)
 
     async def delete(self) -> web.Response:
-        """Let it behave like all others."""
+        """Remove it; the default applies again."""
         self.request.app[CHATS].reset(self.request.match_info["chat_id"])
         return web.Response(status=204)
 
@@ -165,7 +165,7 @@ def _verify(request: web.Request, body: bytes) -> None:
 def _words(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    # Without the input, which may be the text of a message.
+    # Without the input, which may be a message's text.
     return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors())
 
 

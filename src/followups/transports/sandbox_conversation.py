@@ -11,27 +11,27 @@ if TYPE_CHECKING:
     from followups.transports.sandbox_ledger import Record
 
 KEEP_MESSAGES = 30
-"""Messages of one chat that are kept to be looked at."""
+"""Messages kept for each chat."""
 KEEP_ATTEMPTS = 20
-"""Attempts of one message that are kept to be looked at."""
+"""Attempts kept for each message."""
 KEEP_TEXT = 2_000
-"""Characters of a message that are kept to be looked at."""
+"""Characters kept of each message."""
 
 
 @dataclass(slots=True)
 class Message:
-    """A bubble: a follow-up with its attempts, or somebody's own message without any."""
+    """A message in the chat: a follow-up with its attempts, or a participant's own message without any."""
 
     id: str
     role: str
     """``follow_up``, ``user``, ``agent`` or ``operator``."""
     text: str
     at: float
-    """When it was first seen, Unix time."""
+    """When it first appeared, in Unix time."""
     attempts: list[Record] = field(default_factory=list)
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form; ``lagMs`` is of the first attempt that was accepted."""
+        """Return the JSON form; ``lagMs`` belongs to the first accepted attempt."""
         accepted = next((record for record in self.attempts if record.accepted), None)
         return {
             "id": self.id,
@@ -52,13 +52,13 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """Grows with every change of any chat: the newest activity has the greatest."""
+    """Grows with every change of any chat, so the chat with the latest activity has the greatest value."""
     total: int = 0
-    """Messages ever, also those that are no longer kept."""
+    """Messages ever, including those no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
 
     def attempted(self, record: Record, text: str) -> None:
-        """Show one attempt: at its message's bubble, which the first attempt makes."""
+        """Add one attempt to its message; the first attempt creates the message."""
         message = self.messages.get(record.follow_up_id)
         if message is None:
             message = Message(record.follow_up_id, "follow_up", text[:KEEP_TEXT], record.received.wall)
@@ -66,7 +66,7 @@ class Conversation:
         message.attempts = [*message.attempts, record][-KEEP_ATTEMPTS:]
 
     def say(self, message: Message) -> None:
-        """Add a bubble; the oldest makes room."""
+        """Add a message; the oldest one makes room."""
         self.messages[message.id] = message
         self.total += 1
         if len(self.messages) > KEEP_MESSAGES:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 KEEP_RECORDS = 200_000
-"""Requests that the list keeps by default; the counts go on beyond it."""
+"""Requests listed by default; the counts go on beyond it."""
 KEEP_KEYS = 1_000_000
 """Accepted keys that are remembered; beyond it the oldest is forgotten, as by any receiver that deduplicates."""
 
@@ -20,7 +20,7 @@ QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 class Received(NamedTuple):
-    """When a request arrived, in seconds: by the wall clock (Unix time), and by the monotonic one."""
+    """When a request arrived, in seconds: by the wall clock (Unix time) and by the monotonic clock."""
 
     wall: float
     monotonic: float
@@ -45,9 +45,9 @@ class Record:
     outcome: str
     status: int | None
     accepted: bool
-    """A message was written into the chat by this very request."""
+    """Whether this very request added a message to the chat."""
     duplicate: bool
-    """The key had been accepted before."""
+    """Whether the key had been accepted before."""
 
     @property
     def lag(self) -> float:
@@ -86,11 +86,11 @@ class Ledger:
         self._outcomes: Counter[str] = Counter()
 
     def message_id(self, key: str) -> str | None:
-        """Return the id under which ``key`` was accepted, if it was."""
+        """Return the id under which ``key`` was accepted, or None."""
         return self._message_ids.get(key)
 
     def new_message_id(self, key: str) -> str:
-        """Accept ``key``, once more perhaps, under a new id."""
+        """Accept ``key``, possibly again, under a new id."""
         if key in self._message_ids and key not in self._doubled:
             self._doubled.add(key)
             self._counts["duplicates"] += 1
@@ -112,24 +112,24 @@ class Ledger:
             self._lags.append(record.lag)
 
     def count_invalid(self) -> None:
-        """Count a request that was turned away unread: a wrong signature, a body that is no delivery."""
+        """Count a request that was refused unread: a wrong signature, or a body that is no delivery."""
         self._counts["invalid"] += 1
 
     def records(self) -> list[Record]:
-        """Return the requests that are kept, oldest first."""
+        """Return the kept requests, oldest first."""
         return list(self._records)
 
     def page(self, after: int, limit: int) -> list[tuple[int, Record]]:
-        """Return up to ``limit`` of the requests behind number ``after``, oldest first; the first ever is number 1."""
+        """Return up to ``limit`` requests after number ``after``, oldest first; the first ever is number 1."""
         forgotten = self._counts["requests"] - len(self._records)
         start = max(after - forgotten, 0)
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
 
     def summary(self, latest: int | None = None) -> dict[str, object]:
-        """Return the counts, and the lag of the ``latest`` accepted messages (default: of all that are kept).
+        """Return the counts, and the lag of the ``latest`` accepted messages (default: all that are kept).
 
-        ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had
-        been accepted before, whatever became of them. Lags are milliseconds, None when nothing was accepted.
+        ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
+        before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
         """
         counts = {name: self._counts[name] for name in ("requests", "accepted", "duplicates", "repeats", "invalid")}
         lags = sorted(self._lags if latest is None else islice(reversed(self._lags), latest))
@@ -146,7 +146,7 @@ def timestamp(seconds: float) -> str:
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float | None]:
-    """Return nearest-rank quantiles of ascending values, and the least: it is negative if one came early."""
+    """Return nearest-rank quantiles of ascending values, and the minimum, which is negative if one came early."""
     if not ordered:
         return dict.fromkeys(["min", *QUANTILES])
     ranked = {name: ordered[math.ceil(q * len(ordered)) - 1] for name, q in QUANTILES.items()}

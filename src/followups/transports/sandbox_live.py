@@ -1,4 +1,4 @@
-"""The sandbox's page, and the stream of Server-Sent Events that keeps it live."""
+"""The sandbox's page, and its stream of Server-Sent Events."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 CLOSING = web.AppKey("closing", asyncio.Event)
 
 INTERVAL = 0.2
-"""Seconds between two looks at what changed."""
+"""Seconds between two checks for changes."""
 SHARE = 0.05
-"""Of one core's time that one open page may take: under load it is told less often, not more."""
+"""Share of one core that an open page may take: under load it is updated less often."""
 HEARTBEAT = 10.0
 """Seconds without a change after which a comment is sent, so that a lost connection is noticed."""
 CHATS_SHOWN = 40
-"""Chats that the page shows."""
+"""Chats on the page."""
 LATEST_LAGS = 1_000
-"""Accepted messages whose lag the page sums up."""
+"""Accepted messages in the lag summary of the page."""
 
 routes = web.RouteTableDef()
 
 
 @routes.get("/")
 async def page(_request: web.Request) -> web.Response:
-    """Show the conversations, live."""
+    """Serve the live page."""
     text, policy = _page()
     return web.Response(text=text, content_type="text/html", headers={"content-security-policy": policy})
 
 
 @routes.get("/sandbox/events")
 async def events(request: web.Request) -> web.StreamResponse:
-    """Stream what changes; the first event, and one after ``DELETE /sandbox``, brings everything anew."""
+    """Stream changes; the first event, and the one after ``DELETE /sandbox``, carries everything."""
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
     await response.prepare(request)
@@ -56,7 +56,7 @@ async def events(request: web.Request) -> web.StreamResponse:
 
 
 async def end_streams(app: web.Application) -> None:
-    """Let every stream end, so that the server can stop."""
+    """End every stream, so that the server can stop."""
     app[CLOSING].set()
 
 
@@ -92,7 +92,7 @@ def _state(chats: SandboxChats, since: int) -> str:
 
 @lru_cache(maxsize=1)
 def _page() -> tuple[str, str]:
-    """Return the page and its Content-Security-Policy: this very script, this very style, nothing else."""
+    """Return the page and its Content-Security-Policy, which allows this script and this style only."""
     text = files(__package__).joinpath("sandbox.html").read_text("utf-8")
     script, style = (_hash(text, tag) for tag in ("script", "style"))
     policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src {script}; style-src {style}"

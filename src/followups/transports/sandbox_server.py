@@ -1,21 +1,4 @@
-"""The sandbox over HTTP: the endpoint for the transport ``http``, its controls, and a live page.
-
-============================================= ==================================================================
-``POST /messages``                            a delivery (contract, section 4)
-``GET /``                                     the live page
-``GET /sandbox/requests``                     every request that is kept, oldest first; ``?after=&limit=`` a page
-``GET /sandbox/summary``                      counts, and the lag of what was accepted
-``GET /sandbox/chats``                        the conversations, newest activity first
-``GET /sandbox/events``                       the same, live (Server-Sent Events)
-``GET, PUT, DELETE /sandbox/behaviour``       how every chat behaves that has no behaviour of its own
-``... /sandbox/chats/{chatId}/behaviour``     how one chat behaves
-``POST /sandbox/chats/{chatId}/messages``     somebody else writes: ``{"role": "user", "text": "..."}``
-``DELETE /sandbox``                           forget requests and conversations; behaviours stay
-============================================= ==================================================================
-
-``python -m followups.transports.sandbox_server --port 8080`` runs it. It is no part of a production stack:
-its controls take no key.
-"""
+"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page."""
 
 from __future__ import annotations
 
@@ -40,14 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 BACKLOG = 1024
-"""Connections that may wait to be taken: a burst opens as many as the dispatcher's concurrency."""
+"""Connections that may wait to be accepted: a burst opens as many as the dispatcher's concurrency."""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
     """Return the application over ``chats`` (by default new ones that deduplicate).
 
-    With ``secret`` (Standard Webhooks) a delivery must be signed. Raises `TransportConfigurationError` for a
-    secret that cannot be one.
+    With ``secret`` (Standard Webhooks) a delivery must be signed. Raises `TransportConfigurationError` for an invalid
+    secret.
     """
     app = web.Application()
     app[CHATS] = chats or SandboxChats()
@@ -61,8 +44,8 @@ def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -
 
 @asynccontextmanager
 async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """Serve ``app`` and yield its base URL; port 0 takes a free one. `OSError`: the port is taken."""
-    # A slow answer ends with its connection: nobody waits for it any longer.
+    """Serve ``app`` and yield its base URL; port 0 picks a free one. Raises `OSError` if the port is taken."""
+    # A slow answer ends with its connection: its client has given up.
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.25)
     await runner.setup()
     try:
@@ -74,7 +57,7 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT; one line on stdout says where, once it is ready. Exit codes: 0, 1, 2."""
+    """Run until SIGTERM or SIGINT; one line on stdout names the address once it is ready. Exit codes: 0, 1, 2."""
     options = _parser().parse_args(arguments)
     try:
         asyncio.run(_run(options))

@@ -47,7 +47,7 @@ async def send(post: Post, waiting: asyncio.Queue[tuple[UUID, str]], sent: list[
 
 
 async def settle(sent: list[tuple[UUID, UUID]]) -> None:
-    """Record what was sent, every few milliseconds."""
+    """Record sent follow-ups every few milliseconds."""
     async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
         while True:
             await asyncio.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Celery as most would write it: beat finds what is due, a task for each row, the ORM, requests."""
+"""Celery as most people would write it: beat finds what is due; a task for each row; the ORM; requests."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def find_due() -> None:
 
 @app.task(name="deliver", autoretry_for=(requests.RequestException,), retry_backoff=True)
 def deliver(row_id: str) -> None:
-    """Send one message, and say so in its row."""
+    """Send one message and record it in its row."""
     with Session(engine) as session:
         row = session.get_one(Row, uuid.UUID(row_id))
         if row.status == "sent":

@@ -27,7 +27,7 @@ FIND = """
 
 @dramatiq.actor(max_retries=5)
 def deliver(row_id: str, message: str) -> None:
-    """Send one message, and say so in its row."""
+    """Send one message and record it in its row."""
     answer = http.post(RECEIVER, json={"followUpId": row_id, "message": message}, timeout=30)
     answer.raise_for_status()
     pool.open()  # in the worker's process, after the fork; again is nothing

@@ -17,7 +17,7 @@ sessions: list[aiohttp.ClientSession] = []
 
 @app.task(name="deliver")
 async def deliver(row_id: str, message: str) -> None:
-    """Send one message, and say so in its row."""
+    """Send one message and record it in its row."""
     if not sessions:
         sessions.append(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=100)))
     async with sessions[0].post(RECEIVER, json={"followUpId": row_id, "message": message}) as answer:

@@ -1,9 +1,8 @@
-"""Failpoints: found by Python only where a test puts this directory on PYTHONPATH; nothing of it is in the package.
+"""Failpoints: Python finds this file only if a test puts its directory on PYTHONPATH; the package has none of it.
 
-When `followups.worker` is about to be imported, the steps of dispatching are wrapped. At each point a process
-looks into the directory that FOLLOWUPS_TEST_FAILPOINTS names; a file there arms the point, for one hit, and
-its content says what happens (`faults.failpoints` writes them). FOLLOWUPS_TEST_CLOCK_OFFSET moves the clock of
-the process by so many seconds.
+When `followups.worker` is about to be imported, the steps of dispatching are wrapped. At each failpoint a process looks
+into the directory in FOLLOWUPS_TEST_FAILPOINTS. A file there arms the failpoint for one hit, and its content is the
+action (`faults.failpoints` writes it). FOLLOWUPS_TEST_CLOCK_OFFSET shifts the process's clock by so many seconds.
 """
 
 from __future__ import annotations

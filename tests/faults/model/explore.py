@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Exploration:
-    """What was found. ``trace`` is the shortest way to a broken promise; without one, all were kept."""
+    """The result of an exploration. ``trace`` is the shortest way to a broken promise, or None if all were kept."""
 
     worlds: int
     endings: int
@@ -93,7 +93,7 @@ def _way(came_by: dict[World, tuple[World | None, str]], world: World) -> tuple[
 
 
 def shown(exploration: Exploration, protocol: Protocol, write: Callable[[str], object]) -> None:
-    """Write what was found, for a reader."""
+    """Format the result for a reader."""
     write(f"{protocol}: {exploration.worlds} worlds, {exploration.endings} endings\n")
     if exploration.broken:
         write(f"BROKEN: {exploration.broken}\n" + "".join(f"  {n}. {s}\n" for n, s in enumerate(exploration.trace, 1)))

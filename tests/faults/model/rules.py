@@ -61,7 +61,7 @@ def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) ->
 
 
 def honest(reason: str | None, status: Status, *, unknown: bool) -> str:
-    """Return the reason as the store writes it: it says so where an attempt's outcome is unknown."""
+    """Return the reason as the store writes it, with the addition for an unknown outcome."""
     said = reason or ""
     if status is Status.SENT or not unknown or "unknown" in said:
         return said

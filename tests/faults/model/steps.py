@@ -1,4 +1,4 @@
-"""What may happen next: every step of every actor, and every fault between two steps."""
+"""All possible next steps: every step of every actor, and every fault between two steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """What may happen: in words, as an action (its kind, and on what), and what comes of it (or `Broken`)."""
+    """A possible step: its description, its action (kind and object), and the resulting state (or `Broken`)."""
 
     name: str
     action: tuple[Any, ...]
@@ -126,7 +126,7 @@ def _begun(world: World, job: Job, protocol: Protocol) -> World:
     if (final := end_before_begin(replied=world.replied)) and protocol.guards("silence at begin"):
         return done.with_row(job.row, ended(row, final))
     if job.row == 1 and world.rows[0].pending and protocol.guards("order at begin"):
-        return done.with_row(1, row._replace(leased=False))  # parked, until the end of the first wakes it
+        return done.with_row(1, row._replace(leased=False))  # parked until the end of the first unblocks it
     _check_write(row, job)
     if row.status is Status.CANCELLED:
         break_promise("nothing after its cancel: an attempt begins")

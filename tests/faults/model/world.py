@@ -1,7 +1,7 @@
-"""The states of the model: two follow-ups of one chat, three workers, a broker that forgets and repeats.
+"""The states of the model: two follow-ups of one chat, three workers, and a broker that forgets and repeats.
 
-What is left out, because nothing depends on it: time (a lease may end at any moment, so every order of events
-is there), the claim's batch, and what a second chat would add.
+Left out, because nothing depends on it: time (a lease may end at any moment, so every order of events is included), the
+claim's batch, and a second chat.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What one worker has in its hands: a hint, then an attempt in flight, then its outcome."""
+    """The job of one worker: a hint, then an attempt in flight, then its outcome."""
 
     row: int
     token: int
@@ -66,9 +66,9 @@ class World(NamedTuple):
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> World:
-        """Return the world without the jobs that nobody will ever hear of: refused by every guard, whatever comes.
+        """Return the state without jobs that every guard will refuse from now on.
 
-        Sound where all guards are in place: a token never comes back, and an end is for ever.
+        This is sound with all guards in place: a token never returns, and an end is final.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self
@@ -80,7 +80,7 @@ class World(NamedTuple):
         return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
 
     def with_worker(self, old: Job, new: Job) -> World:
-        """Return the world in which one worker goes on to another job."""
+        """Return the state in which one worker has another job."""
         workers = list(self.workers)
         workers[workers.index(old)] = new
         return self._replace(workers=tuple(sorted(workers)))
@@ -100,7 +100,7 @@ class Protocol:
     """The second follow-up does not exist in the beginning."""
 
     def guards(self, name: str) -> bool:
-        """Say whether a guard is in place."""
+        """Return whether a guard is in place."""
         return name not in self.without
 
 

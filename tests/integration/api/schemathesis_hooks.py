@@ -1,7 +1,7 @@
-"""What schemathesis cannot know from a document: which valid requests the state of things refuses.
+"""What schemathesis cannot know from a document: which valid requests the current state refuses.
 
-`valid_requests_are_accepted` stands in for its `positive_data_acceptance`, and is that check but for the 422
-of these rules; the rules themselves have tests of their own.
+`valid_requests_are_accepted` replaces its `positive_data_acceptance`; it is the same check, except for the 422s of
+these rules, which have tests of their own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ RULES = {"outside-messaging-window", "idempotency-key-reused"}
 """Problems that depend on the chat, or on an earlier request."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
-"""Fields of a change that are valid only together with others, or with what stands there."""
+"""Fields of a change that are valid only together, or with existing values."""
 
 
 @schemathesis.check

@@ -58,7 +58,7 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
 def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
-    """A request keeps the id it brought, unless that is no plain word of up to 128 characters."""
+    """A request keeps its own id, unless that is not a plain word of up to 128 characters."""
     answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered
@@ -73,7 +73,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
 
 
 def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
-    """A stranger's request on the same connection, right behind, is not told to be of the first one's workspace."""
+    """A stranger's request on the same connection is not logged with the previous request's workspace."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex
@@ -89,7 +89,7 @@ def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None
 
 
 def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
-    """A probe that finds all well is told on level debug, one that does not on info."""
+    """A successful probe is logged at level debug, a failing one at info."""
     request_id = logged.client.get("/healthz").headers["x-request-id"]
     assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
     request_id = logged.client.get("/readyz").headers["x-request-id"]

@@ -61,7 +61,7 @@ def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
 
 
 def test_stranger_learns_nothing_else(api: Api) -> None:
-    """A stranger's bad request is 401, too, not 422; nor does a stranger learn what is there."""
+    """A stranger's bad request is 401 too, not 422, and reveals nothing."""
     for path in (FOLLOW_UPS, CHAT_MESSAGES):
         for content in (b"{", b"\xff", b"{}"):
             answer = api.client.post(path, content=content, headers={"authorization": "x"})
@@ -116,7 +116,7 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
 
 
 def test_filters_of_another_workspace(api: Api, other: Api) -> None:
-    """Our things are in none of another's lists, whatever they ask for."""
+    """No filter lists another workspace's follow-ups."""
     mine = api.patch(api.create(), status="sent", chatMessageId=str(uuid4())).json()
     for name, field in (
         ("chatIds", "chatId"),

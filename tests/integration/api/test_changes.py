@@ -36,7 +36,7 @@ class TestChange:
         assert api.read(before) == after
 
     def test_nothing(self, api: Api) -> None:
-        """A change of nothing, or to what is so already, changes nothing: not even `updatedAt`."""
+        """A change without effect changes nothing, not even `updatedAt`."""
         before = api.create()
         same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
         del same["reason"]
@@ -67,7 +67,7 @@ class TestChange:
         ],
     )
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
-        """A final status ends it, with the caller's reason or the code that stands for none; again is no change."""
+        """A final status ends it, with the caller's reason or the default code; repeating it changes nothing."""
         created = api.create()
         ended = api.patch(created, **changes).json()
         assert (ended["status"], ended["reason"]) == (changes["status"], reason)
@@ -108,7 +108,7 @@ class TestChange:
         assert api.read(before) == before
 
     def test_not_there(self, api: Api) -> None:
-        """A follow-up or chat that nobody has is 404."""
+        """An unknown follow-up or chat is 404."""
         nobody = {"id": str(uuid4())}
         for changes in ({}, {"message": "x"}, {"chatMessageId": None}, {"dueDate": in_days(1)}):
             is_problem(api.patch(nobody, **changes), 404, "not-found")
@@ -130,7 +130,7 @@ class TestFinished:
 
     @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
     def test_never_changes(self, api: Api, status: str) -> None:
-        """What has ended refuses every change: 409."""
+        """A finished follow-up refuses every change: 409."""
         created = api.create()
         ended = api.patch(created, status=status).json()
         others = {"sent", "failed", "cancelled", "pending"} - {status}
@@ -146,7 +146,7 @@ class TestFinished:
         assert api.read(created) == ended
 
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
-        """The chat message of a sent follow-up may be filled in while there is none; and of no other."""
+        """The chat message of a sent follow-up can be filled in once; of any other it cannot."""
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")
         api.patch(failed, status="failed")

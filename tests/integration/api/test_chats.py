@@ -1,4 +1,4 @@
-"""What the platform tells about chats, against the running process."""
+"""What the platform reports about chats, against the running process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TestPut:
 
     @pytest.mark.parametrize("channel", ["widget", "waha", "whatsapp", "instagram", "api", "matrix"])
     def test_created_and_updated(self, api: Api, channel: str) -> None:
-        """The first is 201, the next 200, and the last one's values stand."""
+        """The first PUT is 201, the next 200, and the last one's values are kept."""
         path = f"{CHATS}/{uuid4()}"
         created = api.client.put(path, json={"channel": channel, "externalId": "!room:host"})
         assert created.status_code == 201
@@ -34,7 +34,7 @@ class TestPut:
         }
 
     def test_messages_stay(self, api: Api) -> None:
-        """An update forgets nothing of what was written in the chat."""
+        """An update keeps the messages of the chat."""
         chat_id = api.chat("api", "agent")
         api.client.put(f"{CHATS}/{chat_id}", json={"channel": "widget"})
         assert api.create(chat_id)
@@ -55,7 +55,7 @@ class TestPut:
         assert pointers(is_problem(answer, 422, "invalid-request")) == [pointer]
 
     def test_bad_id(self, api: Api) -> None:
-        """An id that is no UUID is 422."""
+        """An id that is not a UUID is 422."""
         answer = api.client.put(f"{CHATS}/abc", json={"channel": "api"})
         assert pointers(is_problem(answer, 422, "invalid-request")) == ["#/chatId"]
 
@@ -78,7 +78,7 @@ class TestRemove:
         is_problem(api.client.delete(f"{CHATS}/{chat_id}"), 404, "not-found")
 
     def test_put_again(self, api: Api) -> None:
-        """A chat that comes back is new, and has no messages."""
+        """A removed chat that is put again is new, without messages."""
         chat_id = api.chat()
         api.client.delete(f"{CHATS}/{chat_id}")
         assert api.client.put(f"{CHATS}/{chat_id}", json={"channel": "api"}).status_code == 201
@@ -97,7 +97,7 @@ class TestMessages:
         ("role", "reason"), [("user", "user_replied"), ("operator", "human_takeover"), ("agent", None)]
     )
     def test_cancels(self, api: Api, role: str, reason: str | None) -> None:
-        """A user's or an operator's message cancels the chat's pending follow-ups, and says which; an agent's none."""
+        """A user's or operator's message cancels the chat's pending follow-ups; an agent's cancels none."""
         chat_id = api.chat()
         created, other = [api.create(chat_id) for _ in range(3)], api.create()
         answer = api.message(chat_id, role)

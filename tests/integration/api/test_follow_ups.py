@@ -30,7 +30,7 @@ class TestCreate:
     """POST creates a pending follow-up, or says why not."""
 
     def test_created(self, api: Api) -> None:
-        """The answer is 201 with exactly the contract's fields, UTC times with Z, and the place of the new one."""
+        """The answer is 201 with exactly the contract's fields, UTC times with Z, and the new one's location."""
         chat_id = str(uuid4())
         agent = api.message(chat_id, "agent").json()
         body = {"chatId": chat_id, "dueDate": "2035-01-01T10:00:00+02:00", "message": "Da? \N{WAVING HAND SIGN}"}
@@ -93,7 +93,7 @@ class TestCreate:
         "raw", [b"", b"{", b"[]", b"null", b'"\xff"', b"\xff", b"[" * 100_000, b'{"message":"\\ud800"}']
     )
     def test_bad_body(self, api: Api, raw: bytes) -> None:
-        """What is no JSON object, or holds what is no text, is 422."""
+        """A body that is not a JSON object, or has an invalid text, is 422."""
         headers = {"content-type": "application/json"}
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 
@@ -123,7 +123,7 @@ class TestCreate:
     def test_sending_hours_and_the_window(self, api: Api) -> None:
         """A due date outside the sending hours is taken, unless they open after the window: then 422 says when."""
         now = datetime.now(UTC)
-        # A day's worth of hours that ends in an hour and opens in 23: past the window of a user who wrote 2 hours ago.
+        # Hours that end within the hour and open in 23: after the window of a user who wrote 2 hours ago.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)
@@ -151,12 +151,12 @@ class TestGet:
     """GET returns one follow-up."""
 
     def test_not_there(self, api: Api) -> None:
-        """An id that nobody has is 404."""
+        """An unknown id is 404."""
         is_problem(api.get(f"{FOLLOW_UPS}/{uuid4()}"), 404, "not-found")
 
     @pytest.mark.parametrize("bad", ["42", "%00", "x" * 1000, "6a1f3f0e4f0e4b398f5b0f6a3f1f7c11", "..%2e", "'--"])
     def test_no_uuid(self, api: Api, bad: str) -> None:
-        """An id that is no UUID is 422."""
+        """An id that is not a UUID is 422."""
         is_problem(api.get(f"{FOLLOW_UPS}/{bad}"), 422, "invalid-request")
 
 

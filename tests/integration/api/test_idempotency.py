@@ -33,7 +33,7 @@ def body_of(api: Api, **more: Any) -> dict[str, Any]:
 
 
 def same(first: httpx.Response, second: httpx.Response) -> bool:
-    """Say whether both are one answer: status, type, place and every byte."""
+    """Return whether both are the same answer: status, type, location and every byte."""
     names = ("content-type", "location")
     return (first.status_code, first.content, [first.headers.get(name) for name in names]) == (
         second.status_code,
@@ -69,7 +69,7 @@ def test_other_body(api: Api) -> None:
 
 
 def test_refusal_is_an_answer(api: Api) -> None:
-    """What the rules refused is refused again, though the chat would allow it now; a body that was invalid is not."""
+    """A refusal by the rules is repeated even if the chat would allow it now; an invalid body's is not."""
     body = body_of(api, chatId=str(uuid4()))
     assert keyed(api, body | {"message": ""}, "key").status_code == 422
     first = keyed(api, body, "key")
@@ -126,7 +126,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
     """A crash before the insert, or between it and the record of the answer, leaves nothing; again creates one."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
-        # Reading goes on, writing (and FOR UPDATE) waits.
+        # Reads continue, writes (and FOR UPDATE) wait.
         connection.execute(f"LOCK TABLE {step} IN EXCLUSIVE MODE")
         first = pool.submit(keyed, api, body, "key")
         pid = wait_until(lambda: blocked(api))

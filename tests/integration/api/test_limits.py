@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """Above its limit a key is told to wait, as a problem; another key is not."""
-    with served(settings.model_copy(update={"rate_limit": 5})) as place:
+    """Above its limit a key gets a problem with a Retry-After; another key does not."""
+    with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
         with client_of(place, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]
         with client_of(place, key_of(world)[1]) as client:
@@ -33,15 +33,18 @@ def test_requests_per_key(settings: Settings, world: World) -> None:
 
 
 def test_no_limit(settings: Settings, world: World) -> None:
-    """A limit of 0 is none."""
-    with served(settings.model_copy(update={"rate_limit": 0})) as place, client_of(place, key_of(world)[1]) as client:
+    """A limit of 0 means none."""
+    with (
+        served(settings.model_copy(update={"api_rate_limit": 0})) as place,
+        client_of(place, key_of(world)[1]) as client,
+    ):
         assert {client.get(FOLLOW_UPS).status_code for _ in range(20)} == {200}
 
 
 def test_error_tells_nothing(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An error that nobody foresaw is 500 without its words; the log has the place, and no words either."""
+    """An unexpected error is 500 without its text; the log has its location, also without the text."""
 
     def broken(*_: object) -> None:
         message = "DETAIL: Failing row contains (secret words)"
@@ -103,7 +106,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
 def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]) -> None:
-    """A client that does not finish its request in time is told so, and its connection is closed."""
+    """A client that does not finish its request in time gets an answer, and its connection is closed."""
     sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
     received = dialogue(impatient, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received
@@ -137,7 +140,7 @@ def refused_now(address: tuple[str, int]) -> bool:
 
 
 def refused(connection: socket.socket) -> bool:
-    """Say whether the connection ends without an answer."""
+    """Return whether the connection ends without an answer."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
@@ -145,7 +148,7 @@ def refused(connection: socket.socket) -> bool:
 
 
 def test_too_many_waiting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request too many is told to come back, and the rest is served."""
+    """A request above the limit is refused with a Retry-After, and the others are served."""
     with served(settings) as place, client_of(place) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get("/healthz")

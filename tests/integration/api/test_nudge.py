@@ -1,4 +1,4 @@
-"""What is due before the next tick asks for one at once, after its commit."""
+"""A follow-up due before the next tick requests one after its commit."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_lone_surrogates(api: Api) -> None:
     ids=["nothing", "same", "unknown chat", "due date", "null"],
 )
 def test_in_flight(api: Api, changes: dict[str, str]) -> None:
-    """Whatever is asked of a follow-up in flight is answered with 409 and when to come back."""
+    """Any change of a follow-up in flight is answered with 409 and a Retry-After."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     answer = api.patch(before, **changes)
@@ -74,7 +74,7 @@ def test_links_lead_to_pages(api: Api) -> None:
     "query", ["pageNumber=1_0", "pageNumber=1.0", "pageNumber=%2B1", "pageSize=1e1", "chatIds[]", "chatIds%5B%5D&x=1"]
 )
 def test_odd_queries(api: Api, query: str) -> None:
-    """A number that is none, or a filter without a value, is a 422, and not a list of everything."""
+    """An invalid number, or a filter without a value, is 422, not a list of everything."""
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 
 

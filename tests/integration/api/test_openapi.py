@@ -95,7 +95,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Generate a client from the document by openapi-python-client; return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
-    # Its hooks format the code, which nobody reads here.
+    # Its hooks would format generated code, which is not read here.
     (directory / "config.yaml").write_text("post_hooks: []\n")
     options = ["--path", "openapi.json", "--output-path", "followups_client", "--meta", "none", "--fail-on-warning"]
     subprocess.run(

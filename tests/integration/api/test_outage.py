@@ -1,4 +1,4 @@
-"""What the process does when the database or the broker is away, or its settings are wrong."""
+"""The process while the database or the broker is unreachable, or its settings are wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """With neither database nor broker the process starts, is up, says what it misses, and refuses politely."""
+    """With neither database nor broker the process starts, is alive, names what is missing, and refuses requests."""
     nobody = f"127.0.0.1:{free_port()}"
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
     with Processes() as processes:
@@ -47,7 +47,7 @@ def test_nothing_reachable() -> None:
 
 
 def test_broker_away(settings: Settings, world: World) -> None:
-    """Without the broker requests are served, quickly; they are counted, and the log says so."""
+    """Without the broker requests are served quickly; this is counted and logged."""
     options = {"FOLLOWUPS_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
     with Processes() as processes:
         api = Api(start(processes, settings.environment() | options)[1], world)
@@ -62,7 +62,7 @@ def test_broker_away(settings: Settings, world: World) -> None:
 
 
 def test_database_restart(settings: Settings) -> None:
-    """While the database restarts requests are 503, and go on afterwards without anybody's help."""
+    """While the database restarts requests are 503; afterwards they succeed without intervention."""
     from followups.database import make_engine  # noqa: PLC0415 - of this test alone
     from followups.schema import migrate  # noqa: PLC0415 - of this test alone
     from world import World  # noqa: PLC0415 - as above

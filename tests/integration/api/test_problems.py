@@ -1,4 +1,4 @@
-"""Errors by RFC 9457, limits of size, and what no error may tell; against the running process."""
+"""Errors by RFC 9457, size limits, and what errors must not reveal; against the running process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_every_error_at_once(api: Api) -> None:
 
 
 def test_body_too_large(api: Api) -> None:
-    """A body above the limit is 413, whether its length is declared or it comes in chunks; the process goes on."""
+    """A body above the limit is 413, whether its length is declared or it is chunked; the process continues."""
     for content in (b"x" * (MEGABYTE + 1), chunks(MEGABYTE + 1)):
         answer = api.client.post(FOLLOW_UPS, content=content)
         is_problem(answer, 413, "request-entity-too-large")
@@ -86,7 +86,7 @@ def test_header_too_long(api: Api, pieces: int) -> None:
 
 
 def test_endless_header(api: Api) -> None:
-    """A header that goes on and on is cut off."""
+    """An endless header is cut off."""
     endless = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 100 * MEGABYTE
     with connect(api) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
         connection.sendall(endless)
@@ -95,7 +95,7 @@ def test_endless_header(api: Api) -> None:
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
 def test_no_http(api: Api, line: bytes) -> None:
-    """What is no HTTP is 400, as a problem too."""
+    """Anything that is not HTTP is 400, as a problem too."""
     with connect(api) as connection:
         connection.sendall(line)
         head, body = received(connection)
@@ -104,7 +104,7 @@ def test_no_http(api: Api, line: bytes) -> None:
 
 
 def test_many_silent_connections(api: Api) -> None:
-    """Clients that open connections and send no more than the beginning of a request keep nobody else waiting."""
+    """Clients that send only the beginning of a request do not delay others."""
     silent = [connect(api) for _ in range(300)]
     try:
         for connection in silent:
@@ -117,7 +117,7 @@ def test_many_silent_connections(api: Api) -> None:
 
 
 def test_client_that_hangs_up(api: Api) -> None:
-    """A client that leaves in the middle of its request does no harm."""
+    """A client that disconnects during its request does no harm."""
     with connect(api) as connection:
         connection.sendall(b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     assert api.get("/healthz").status_code == 200

@@ -1,7 +1,7 @@
 """Reply against create, cancel against deliver, patch against tick: each raced by real, concurrent connections.
 
-One side stops in the middle of its transaction, holding its locks; the other comes; then the first goes on.
-No test sleeps: that the other side waits is seen in PostgreSQL.
+One side stops in the middle of its transaction, holding its locks; the other arrives; then the first continues. No test
+sleeps: PostgreSQL shows that the other side waits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def claim(connection: Connection) -> list[Lease]:
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
-    """Begin; return what has begun."""
+    """Begin, and return the begun ones."""
     world = leases.World(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
     return [one.lease.id for one in leases.begin_if_leased(connection, taken, world)]
 
@@ -54,7 +54,7 @@ def due_now(api: Api) -> tuple[dict[str, object], list[Lease]]:
 
 
 def waits(api: Api) -> bool:
-    """Say whether a request waits for a lock."""
+    """Return whether a request waits for a lock."""
     query = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     return bool(api.world.scalar(query))
 
@@ -177,7 +177,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply that comes while begin is under way waits for it; what has begun is not tried again."""
+        """A reply during begin waits for it; the begun follow-up is not retried."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)

@@ -73,7 +73,7 @@ def test_ready(ticking: Api) -> None:
     ],
 )
 def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> None:
-    """What is not well is named, by 503."""
+    """A failing check is named, with 503."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql(statement)
     try:
@@ -124,7 +124,7 @@ def test_metrics_are_written_as_prometheus_wants_them(api: Api) -> None:
 
 
 def test_gauges(api: Api) -> None:
-    """The gauges tell what waits in the database."""
+    """The gauges show the backlog in the database."""
     chat_id = api.world.chat()
     first = api.world.follow_up(chat_id, due=-HOUR)
     api.world.follow_up(chat_id, due=-HOUR / 2, waits_for=first)
@@ -158,7 +158,7 @@ def test_docs(api: Api) -> None:
 
 
 def test_transitions_are_counted_once(api: Api) -> None:
-    """What a request ended is counted, by status and code; a repeated request counts nothing."""
+    """A transition by a request is counted by status and code; a repeated request counts nothing."""
     before = _cancelled(api)
     chat_id = str(uuid4())
     api.message(chat_id, "agent")

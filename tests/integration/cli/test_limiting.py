@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
-    """A limit stands in the list as it was written; set again it is changed; cleared, it is gone."""
+    """A limit is listed as it was written; setting it again changes it; clearing removes it."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
@@ -63,7 +63,7 @@ def test_of_everything(run: Run) -> None:
     ],
 )
 def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
-    """A rate that is none, and whom there is not, is wrong usage, in one sentence."""
+    """An invalid rate, or an unknown workspace, is wrong usage, in one sentence."""
     ran = run("limit", *arguments)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")
@@ -71,7 +71,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_shown_of_what_waits(run: Run, world: World) -> None:
-    """What waits for its turn says so, and under which limits; what is not put off by one says nothing of it."""
+    """A deferred follow-up names the limits it waits for; others name none."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
     waits, pending = world.follow_up(), world.follow_up()

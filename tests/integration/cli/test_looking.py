@@ -105,7 +105,7 @@ class TestStats:
         assert run("stats", "--json").document["estimated"] == []
 
     def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
-        """When the sent rows cannot be read in time there is no lag, and the transaction goes on."""
+        """If the sent rows cannot be read in time there is no lag, and the transaction continues."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
@@ -113,7 +113,7 @@ class TestStats:
             assert stats.pace(connection, MINUTE) is not None
 
     def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
-        """What a pause or sending hours hold is pending and not overdue, and is counted by what holds it."""
+        """Paused follow-ups, and those outside sending hours, are not overdue; they are counted separately."""
         later = datetime.now(UTC) + 60 * MINUTE
         world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
         world.follow_up(due=-MINUTE, held_until=later, next_attempt_at=later)
@@ -139,7 +139,7 @@ class TestStats:
 
 
 def test_the_dashboard(running: Stack) -> None:
-    """On a terminal --watch draws counts, what is sent, attempts by outcome, workers and ticks, until Ctrl-C."""
+    """On a terminal --watch draws counts, sends, attempts by outcome, workers and ticks, until Ctrl-C."""
     world = type(running.world)(running.world.engine)
     limited = world.chat()
     running.behave(limited, kind="reject", status=403, times=1)
@@ -234,7 +234,7 @@ class TestDoctor:
         assert "hidden" not in ran.stdout + ran.stderr
 
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
-        """A schema that is not the newest, or none, is a failed check that says how to migrate."""
+        """An old schema, or none, is a failed check that says how to migrate."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
         old = {finding.name: finding for finding in checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")

@@ -56,7 +56,7 @@ class TestCancel:
     """`followups cancel --chat` and `--workspace`."""
 
     def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
-        """A dry run says how many there are and names some, in words or JSON, and nothing changes."""
+        """A dry run prints the number and a sample, in words or JSON, and changes nothing."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
         world.follow_up(due=HOUR)
@@ -70,7 +70,7 @@ class TestCancel:
         assert {row.status for row in world.rows()} == {"pending"}
 
     def test_one_chat(self, run: Run, world: World) -> None:
-        """What is pending in the chat is cancelled for the reason given, and nothing else."""
+        """What is pending in the chat is cancelled with the given reason, and nothing else."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
         other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
@@ -104,7 +104,7 @@ class TestCancel:
         assert world.row(waiting).status == "cancelled"
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A row that another transaction holds for long is passed over and counted; the others are cancelled."""
+        """A row that another transaction keeps locked is skipped and counted; the others are cancelled."""
         monkeypatch.setattr(many, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)
         with world.engine.connect() as other:
@@ -134,7 +134,7 @@ class TestCancel:
         ],
     )
     def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
-        """A choice that is none, or of nothing that is there, is wrong usage, in one sentence."""
+        """An invalid or empty selection is wrong usage, in one sentence."""
         ran = run("cancel", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")
@@ -145,7 +145,7 @@ class TestRetry:
     """`followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
-        """Each that failed since then is made anew, due now, with its message and chat; earlier ones are not."""
+        """Each failure since then is retried now, with its message and chat; earlier ones are not."""
         ids = [failed(world) for _ in range(3)]
         early = failed(world, ago=3 * HOUR)
         ran = run("retry", "--failed", "--since", "2h", "--yes")
@@ -157,7 +157,7 @@ class TestRetry:
         assert copies(world, early) == []
 
     def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Done again it makes no second copy, and what was broken off is done by the second run."""
+        """A second run retries nothing twice, and completes an interrupted one."""
         monkeypatch.setattr(many, "RETRIES", 2)
         ids = [failed(world) for _ in range(5)]
         real, calls = scheduling.retry_once, iter(range(100))
@@ -187,7 +187,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in (wanted, other, theirs)] == [1, 0, 0]
 
     def test_what_the_rules_refuse_is_counted(self, run: Run, world: World) -> None:
-        """What may not be sent any more is passed over, and counted by why."""
+        """Follow-ups that the rules refuse are skipped, and counted by reason."""
         failed(world)
         failed(world, chat=world.chat(last_message_role="user"))
         failed(world, chat=world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC) - 2 * DAY))
@@ -199,7 +199,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
-        """What an operator retried by its id is not retried by the bulk form; by its id it can be, again."""
+        """One retried by its id is not retried by the bulk form; by its id it can be retried again."""
         original = failed(world)
         assert run("retry", original).code == 0
         assert run("retry", "--failed", "--since", "2h", "--yes", "--json").document["matched"] == 0
@@ -209,7 +209,7 @@ class TestRetry:
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'") == 2
 
     def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
-        """A dry run says how many there are and names some."""
+        """A dry run prints the number and a sample."""
         original = failed(world)
         ran = run("retry", "--failed", "--since", "2h", "--dry-run")
         assert ran.stdout.splitlines() == ["1 follow-up to retry:", f"  {original}"]
@@ -229,7 +229,7 @@ class TestRetry:
         ],
     )
     def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
-        """A choice that is none, or of nothing that is there, is wrong usage, in one sentence."""
+        """An invalid or empty selection is wrong usage, in one sentence."""
         ran = run("retry", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")

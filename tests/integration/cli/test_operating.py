@@ -127,7 +127,7 @@ class TestRetry:
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_one(self, run: Run, world: World) -> None:
-        """What has not failed is not retried, nor what the user has answered meanwhile."""
+        """A follow-up that has not failed is not retried, nor one that the user has answered meanwhile."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
@@ -142,7 +142,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
 
 
 def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
-    """After a change that is due before the next tick one is asked for; a broker that is away is no failure."""
+    """A change that is due before the next tick requests one; an unreachable broker is no failure."""
     follow_up = world.follow_up(due=HOUR)
     _reschedule_in_a_process(follow_up)
     with redis.Redis.from_url(broker_url) as broker:
@@ -153,7 +153,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 
 @pytest.mark.usefixtures("environment")
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is due after the next tick is left to it."""
+    """A change that is due after the next tick requests none."""
     asked: list[str] = []
     monkeypatch.setattr(nudging, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

@@ -35,7 +35,7 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """A pause stands in the list with what it holds; resuming says how many go on, and what is paused still."""
+    """A pause is listed with what it holds; resuming prints how many continue, and what is still paused."""
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused, as it was.\n"
@@ -60,7 +60,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
 
 
 def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """When a resume was broken off after it took the pause away, the next one frees what is still held."""
+    """If a resume was interrupted after it ended the pause, the next one releases the rest."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()
@@ -118,7 +118,7 @@ def test_it_waits_whichever_its_role(
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
 def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
-    """What names nothing, or nothing that is there, is wrong usage, in one sentence."""
+    """An empty or unknown selection is wrong usage, in one sentence."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")

@@ -41,13 +41,13 @@ def ended(world: World, days: int) -> UUID:
 
 
 def archived(path: Path) -> list[dict[str, Any]]:
-    """Return what an archive holds."""
+    """Return the content of an archive."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def test_deleted(run: Run, world: World) -> None:
-    """What finished before that age is deleted and counted, what is younger or pending is not."""
+    """Older finished follow-ups are deleted and counted; younger or pending ones are not."""
     ended(world, 91)
     kept = {ended(world, 89), world.follow_up(due=-300 * DAY)}
     ran = run("prune", "--older-than", "90d", "--yes")
@@ -57,7 +57,7 @@ def test_deleted(run: Run, world: World) -> None:
 
 
 def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> None:
-    """A dry run says how many there are and names some; no archive is made."""
+    """A dry run prints the number and a sample, and makes no archive."""
     old = ended(world, 91)
     ran = run("prune", "--older-than", "90d", "--dry-run", "--archive", tmp_path / "a.gz")
     assert ran.stdout.splitlines() == ["1 finished follow-up to delete:", f"  {old}"]
@@ -67,7 +67,7 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("texts", [True, False])
 def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
-    """What is deleted stands in the archive, a JSON object a line, for its owner alone; texts only with --message."""
+    """Deleted rows are in the archive, a JSON object a line, readable by its owner only; texts only with --message."""
     monkeypatch.setattr(retention, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     path = tmp_path / "old.jsonl.gz"
@@ -86,7 +86,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the disk is full, what is written is whole, and what is not stays in the database."""
+    """When the disk is full, complete batches are in the archive, and everything else stays in the database."""
     monkeypatch.setattr(retention, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
@@ -116,7 +116,7 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
-    """An age that is none is wrong usage, in one sentence; so is nobody to ask."""
+    """An invalid age is wrong usage, in one sentence; so is a confirmation without a terminal."""
     ended(world, 91)
     ran = run("prune", *options, "--yes")
     assert (ran.code, ran.stdout) == (2, "")

@@ -89,7 +89,7 @@ class TestShow:
     """`followups show`."""
 
     def test_it_tells_everything_but_the_text(self, run: Run, world: World) -> None:
-        """The JSON form adds to the API's fields why it stands where it stands, and each failed attempt."""
+        """The JSON form adds an explanation and each failed attempt to the API's fields."""
         follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
         world.sql(
             "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
@@ -113,7 +113,7 @@ class TestShow:
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
     def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
-        """What is due says that it waits for the transport, which fails for everybody; what is to come does not."""
+        """A due follow-up is explained by the open breaker; one due later is not."""
         due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
 
         async def fail() -> None:
@@ -132,7 +132,7 @@ class TestShow:
     def test_it_tells_the_rest_without_the_broker(
         self, run: Run, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """Where the broker is away, nobody can say whether the transport is left alone; all else is told."""
+        """Without the broker the breaker's state is unknown; everything else is shown."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None

@@ -32,7 +32,7 @@ class TestMigrate:
     """`followups migrate`."""
 
     def test_it_brings_an_older_schema_to_the_newest(self, run: Run, database_url: str, engine: Engine) -> None:
-        """The database gets the newest schema, and the command says which; repeating it changes nothing."""
+        """The database gets the newest schema, which the command names; repeating it changes nothing."""
         downgrade(database_url, "base")
         first = run("migrate")
         current, newest = schema_versions(engine)
@@ -44,7 +44,7 @@ class TestMigrate:
     def test_it_waits_for_a_database_that_is_not_there_yet(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """A database that cannot be reached yet is waited for, and the command says so."""
+        """The command waits for an unreachable database, and says so."""
         socket = tmp_path_factory.mktemp("s") / "s"  # short: a socket's path may have 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
@@ -67,7 +67,7 @@ class TestMigrate:
         assert "waiting" not in ran.stderr
 
     def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """When the database stays unreachable, the command says what it waits for, then fails with a sentence."""
+        """If the database stays unreachable, the command says what it waits for, then fails with a sentence."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
         assert ran.code == 1
@@ -78,7 +78,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
-        """A schema that this version does not know is not touched, and the error says what to install."""
+        """An unknown, newer schema is not touched, and the error says what to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1
@@ -102,7 +102,7 @@ class TestWorkspace:
     """`followups workspace`."""
 
     def test_creating_one_that_exists_changes_nothing(self, run: Run) -> None:
-        """A workspace is created once; the second time the same one comes back."""
+        """Creating an existing workspace returns the existing one."""
         created = run("workspace", "create", "acme", "--json").document
         assert created.keys() == {"id", "name", "createdAt"}
         assert run("workspace", "create", " acme ", "--json").document == created
@@ -191,7 +191,7 @@ class TestHours:
         monkeypatch.setattr(workspace, "ask_for_tick", lambda: None)
 
     def test_set_shown_and_cleared(self, run: Run) -> None:
-        """Hours are set, stand in the list, and can be cleared; without options they are shown."""
+        """Hours can be set, listed and cleared; without options they are shown."""
         run("workspace", "create", "acme")
         assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
         ran = run("workspace", "hours", "acme", *BERLIN, "--days", "mon-fri")
@@ -205,7 +205,7 @@ class TestHours:
         assert "always" in run("workspace", "list").stdout
 
     def test_what_is_held_is_looked_at_again(self, run: Run, world: World) -> None:
-        """With new hours, what was held by the old ones is looked at again at once."""
+        """Follow-ups held by the old hours are checked against the new ones at once."""
         name = str(world.workspace_id)
         later = datetime.now(UTC) + timedelta(hours=9)
         follow_up = world.follow_up(held_until=later, next_attempt_at=later)
@@ -226,7 +226,7 @@ class TestHours:
         ],
     )
     def test_wrong_hours(self, run: Run, options: tuple[str, ...]) -> None:
-        """A time zone, a time or days that are none: wrong usage, in one sentence, and nothing is set."""
+        """An invalid time zone, time or day is wrong usage, in one sentence, and sets nothing."""
         run("workspace", "create", "acme")
         ran = run("workspace", "hours", "acme", *options)
         assert (ran.code, ran.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""What the doctor finds of faults that come and go."""
+"""The doctor's checks for passing problems."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
-    """Return what is found in the database, by name."""
+    """Return the findings about the database, by name."""
     return {finding.name: finding for finding in of_database(settings, engine)}
 
 
@@ -53,7 +53,7 @@ def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, un
 
 
 def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
-    """What is overdue by more than a lease and a tick is too slow, and the advice says where to look."""
+    """Follow-ups overdue by more than a lease and a tick are reported as too slow, with where to look."""
     world.follow_up(due=-timedelta(minutes=2))
     backlog = found(settings, engine)["backlog"]
     assert backlog.detail.startswith("1 pending, 0 in flight, 1 overdue, the oldest by 2 min")
@@ -61,7 +61,7 @@ def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: World) -> None:
-    """Attempts of the last hour that were lost, or got no answer, are told with where to look."""
+    """Lost and unanswered attempts of the last hour are reported, with where to look."""
     follow_up = world.follow_up(due=timedelta(hours=1))
     for outcome, ago in (("lost", "1 min"), ("lost", "2 h"), ("unknown", "1 min"), ("unknown", "2 min")):
         world.sql(
@@ -88,7 +88,7 @@ def test_open_transaction(settings: Settings, engine: Engine, world: World, monk
 
 
 def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host whose clock is off is told so, and that follow-ups don't go by it."""
+    """A host whose clock is off is reported, and that follow-ups do not depend on it."""
     assert world
     monkeypatch.setattr(symptoms, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]
@@ -97,12 +97,12 @@ def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: py
 
 
 def of(settings: Settings, name: str) -> Finding:
-    """Return what is found in the broker under a name."""
+    """Return the finding about the broker under a name."""
     return next(finding for finding in of_broker(settings) if finding.name == name)
 
 
 def test_queues(settings: Settings) -> None:
-    """Hints and ticks that nobody reads are counted; many of them are a failed check."""
+    """Unread hints and ticks are counted; many of them are a failed check."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(symptoms.UNREAD_TICKS + 1))
@@ -112,7 +112,7 @@ def test_queues(settings: Settings) -> None:
 
 
 def test_breaker(settings: Settings) -> None:
-    """That the transport is left alone is told, with what to do; while it recovers there is nothing to do."""
+    """An open breaker is reported, with what to do; during recovery there is nothing to do."""
     assert of(settings, "breaker").detail == "closed: everything that is due may begin"
 
     async def told(*reports: tuple[int, bool]) -> None:
@@ -133,7 +133,7 @@ def test_breaker(settings: Settings) -> None:
 
 
 def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
-    """What is paused, and how much that holds, is told."""
+    """Pauses are reported, with how much they hold."""
     assert found(settings, engine)["pauses"].detail == "nothing is paused"
     with engine.begin() as connection:
         pauses.pause(connection, Scope(world.workspace_id, None))

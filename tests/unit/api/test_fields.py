@@ -45,7 +45,7 @@ def test_times(written: str, meant: datetime) -> None:
     ],
 )  # fmt: skip
 def test_no_times(written: object) -> None:
-    """What is no moment, or none that we can keep, is refused, and never an error of another kind."""
+    """A text that is no moment, or not one we can store, is refused, never with another kind of error."""
     with pytest.raises(ValidationError):
         TIMES.validate_python(written)
 
@@ -67,6 +67,6 @@ def test_any_id(value: UUID) -> None:
 
 @given(st.text())
 def test_no_ids(written: str) -> None:
-    """Any other text is none."""
+    """Any other text is refused."""
     with pytest.raises(ValidationError):
         IDS.validate_python(written)

@@ -26,7 +26,7 @@ SCENARIO = script()
 
 
 def ended(part: Part) -> Standing:
-    """Return how a part stands when it has ended as it must."""
+    """Return the state of a part that has ended as scripted."""
     ending = part.ending
     lag = 2.0 + part.due if ending.status == Status.SENT else None
     reason = f"{ending.code}: why" if ending.code else None
@@ -34,7 +34,7 @@ def ended(part: Part) -> Standing:
 
 
 def pending(part: Part) -> Standing:
-    """Return how a part stands before its moment."""
+    """Return the state of a part before its moment."""
     return Standing(_scheduled(part), Status.PENDING, 0, None, None, None)
 
 
@@ -78,7 +78,7 @@ def test_failures_hold_up_no_other_follow_up() -> None:
     ],
 )
 def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
-    """What ended otherwise than scripted makes the run a failure, and is named."""
+    """A follow-up that ended otherwise than scripted makes the run a failure, and is named."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
     assert not result.ok
@@ -99,7 +99,7 @@ def test_the_json_form_has_the_contract_s_fields() -> None:
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """Lag leaves out what was retried and what was not sent; without any it is null."""
+    """Lag excludes retried and unsent follow-ups; without any it is null."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]
@@ -108,7 +108,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 @given(st.floats(-3, 15), st.integers(1, 60))
 def test_the_rows_are_those_around_now(second: float, count: int) -> None:
-    """As many rows as fit are shown, by due moment; what is late and not ended is among them."""
+    """As many rows as fit are shown, by due moment, including late ones that have not ended."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
     rows = around_now(standings, now, count)

@@ -91,7 +91,7 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_one_sentence_and_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong usage says on stderr, in one line, what is wrong and where to look; nothing is on stdout."""
+    """Wrong usage prints one line on stderr that says what is wrong and where to look; nothing on stdout."""
     assert main(arguments) == 2
     shown, remarks = capsys.readouterr()
     assert not shown
@@ -169,7 +169,7 @@ def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, m
 
 
 def test_a_reader_that_leaves_is_no_accident() -> None:
-    """When whoever reads the output goes away, the command ends without a word."""
+    """If the reader of its output closes it, the command ends silently."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "followups.cli", "--help"]

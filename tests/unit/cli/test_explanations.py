@@ -1,4 +1,4 @@
-"""What an operator is told about a follow-up, in words."""
+"""The explanation of a follow-up, in words, for operators."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_limits_are_named() -> None:
 
 
 def test_somebody_s_own_words_are_left_alone() -> None:
-    """A reason in somebody's own words is not interpreted."""
+    """A caller's own reason is not interpreted."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
         "Somebody cancelled it; the reason is in their own words."
     )
@@ -95,7 +95,7 @@ def test_somebody_s_own_words_are_left_alone() -> None:
     ],
 )
 def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
-    """What is pending says why it was not sent yet, and what comes next."""
+    """A pending follow-up is explained by why it has not been sent yet, and what comes next."""
     assert said in explained(**columns)
 
 
@@ -115,7 +115,7 @@ def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str
     ],
 )
 def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
-    """What was sent says when the transport accepted it, and at which attempt."""
+    """A sent follow-up shows when the transport accepted it, and at which attempt."""
     accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
     assert said in explained(Status.SENT, **accepted | columns)
 

@@ -26,7 +26,7 @@ def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
 
 
 def test_a_second_signal_does_not_wait() -> None:
-    """Who sends a second signal is not made to wait for the next check."""
+    """A second signal does not wait for the next check."""
     with StopSignals():
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

@@ -37,13 +37,13 @@ def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime
     ["", "soon", "+", "+10", "10m", "-10m", "+10x", "+10m ", "+१m", "2030-01-31", "2030-01-31T09:00", "+99999999999d"],
 )
 def test_anything_else_is_wrong_usage(text: str) -> None:
-    """What is no due date, or says not where on earth it is meant, is refused."""
+    """Anything that is not a due date, or has no offset, is refused."""
     with pytest.raises(typer.BadParameter):
         parse_due(text)
 
 
 def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
-    """A time after now that no date can hold is refused when it is resolved."""
+    """A duration that leads beyond the calendar is refused when it is resolved."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 

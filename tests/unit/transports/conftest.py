@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run what is about connections on the event loop of production too: their transports have little in common."""
+    """Run connection tests on production's event loop too: the loops' transports have little in common."""
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
     if item.path.name.startswith("test_http_"):
         factories["uvloop"] = uvloop.new_event_loop

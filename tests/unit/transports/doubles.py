@@ -77,7 +77,7 @@ async def opened(transport: Transport) -> AsyncIterator[Transport]:
 
 @dataclass
 class Request:
-    """What a `ScriptedServer` read."""
+    """A request that a `ScriptedServer` received."""
 
     target: str
     headers: dict[str, str]
@@ -210,7 +210,7 @@ def _matrix_body(body: str) -> bytes:
 
 
 async def fetch(http: ClientSession, method: str, path: str, body: object = None) -> tuple[int, Any]:
-    """Return status and JSON (None where there is no body)."""
+    """Return status and JSON, or None without a body."""
     async with http.request(method, path, json=body) as response:
         text = await response.text()
         return response.status, json.loads(text) if text else None

@@ -120,7 +120,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_no_header_breaks_anything(value: str, date: str) -> None:
-    """Whatever the headers hold, the answer is nothing or a time within the limits."""
+    """Whatever the headers hold, the result is None or a time within the limits."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -128,7 +128,7 @@ def test_no_header_breaks_anything(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
-    """Nor does what is nearly a date."""
+    """So is the result of an almost valid date."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -205,12 +205,12 @@ def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
     ],
 )
 def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id: UUID | None, detail: str) -> None:
-    """A 2xx may name the message; what is odd about its body is said, and changes nothing."""
+    """A 2xx may carry the message's id; an odd body is reported, and changes nothing."""
     assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
 
 
 def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
-    """What is not complete is not believed."""
+    """An incomplete body is not used."""
     answer = Answer(200, body=b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', flaw="it broke off")
     assert outcome_of(answer, HTTP) == Sent(None, 200, "it broke off")
 

@@ -20,7 +20,7 @@ async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
 
 
 async def test_check_names_the_address_that_refuses(free_port: int) -> None:
-    """`check` says what does not answer, without the password, and what to do."""
+    """`check` names the address that does not answer, without the password, and says what to do."""
     url = f"http://user:hunter2@127.0.0.1:{free_port}/messages"
     with pytest.raises(FollowUpsError) as caught:
         await HttpTransport(settings_for(url)).check()
@@ -30,7 +30,7 @@ async def test_check_names_the_address_that_refuses(free_port: int) -> None:
 
 
 async def test_check_names_a_host_that_is_not_found() -> None:
-    """`check` tells a wrong host name from a silent host."""
+    """`check` distinguishes a wrong host name from a silent host."""
     with pytest.raises(FollowUpsError, match=r"http://nowhere\.invalid cannot be reached: the host name was not found"):
         await HttpTransport(settings_for("http://nowhere.invalid")).check()
 

@@ -97,7 +97,7 @@ async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: Rig) 
 
 
 async def test_a_refusal_never_carries_a_nul(rig: Rig) -> None:
-    """What PostgreSQL cannot store does not get into a reason."""
+    """Characters that PostgreSQL cannot store do not enter a reason."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
@@ -120,7 +120,7 @@ async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Rig)
 
 
 async def test_a_lost_answer_costs_one_request_only(rig: Rig) -> None:
-    """A transport never repeats a request by itself: that is for the dispatcher to decide."""
+    """A transport never repeats a request by itself: the dispatcher decides that."""
     await rig.send(a_delivery(), kind="drop")
     assert rig.chats.ledger.summary()["requests"] == 1
 
@@ -153,7 +153,7 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: Rig) -> None:
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )
 async def test_a_strange_answer_is_sent_without_an_id(rig: Rig, body: str) -> None:
-    """Accepted is accepted: a 2xx with a strange body is `Sent`; the detail says what is odd, not what it was."""
+    """A 2xx with a strange body is `Sent`; the detail says what is odd, without quoting it."""
     outcome = await rig.send(a_delivery(), kind="accept", body=body)
     assert isinstance(outcome, Sent)
     assert outcome.chat_message_id is None
@@ -188,7 +188,7 @@ async def test_no_outcome_shows_the_message(rig: Rig, kind: str) -> None:
     ids=["one", "unicode", "longest", "controls", "surrogate"],
 )
 async def test_any_text_arrives(rig: Rig, text: str) -> None:
-    """A text arrives as it is, in full; half a surrogate pair, which is no text, breaks nothing."""
+    """A text arrives unchanged and complete; half a surrogate pair, which is not text, breaks nothing."""
     assert isinstance(await rig.transport.send(a_delivery(message=text)), Sent)
     assert rig.chats.ledger.records()[0].message_length == len(text)
 

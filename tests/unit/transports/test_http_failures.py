@@ -68,7 +68,7 @@ async def test_no_answer_in_time_is_unknown() -> None:
 )
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: bytes, *, deduplicates: bool) -> None:
-    """Without the whole head of an answer nobody knows, and the request is not repeated."""
+    """Without a complete head the outcome is unknown, and the request is not repeated."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(fragment)
@@ -126,7 +126,7 @@ async def test_the_status_decides_when_the_body_is_slow() -> None:
 
 
 async def test_a_slow_refusal_keeps_what_came() -> None:
-    """What has arrived of a refusal's reason is kept."""
+    """The received part of a refusal's reason is kept."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 403 No\r\ncontent-length: 999\r\n\r\nblocked")
@@ -205,7 +205,7 @@ async def test_a_receiver_that_comes_back_is_found() -> None:
 
 
 async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
-    """What a receiver says unasked, between two calls, answers neither; nothing goes out on that connection."""
+    """Unasked bytes between two calls answer neither; nothing is sent on that connection."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         server.writer.write(answer(200, NAMED))
@@ -230,7 +230,7 @@ async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> N
     """Frozen at any step of the way until its time is up, it sends nothing on waking: it may be another's by now."""
     came: list[float] = []
 
-    def listen() -> None:  # in a thread, which does not stand still
+    def listen() -> None:  # in a thread, which is not frozen
         connection, _ = silent.accept()
         with connection:
             connection.settimeout(5)

@@ -1,4 +1,4 @@
-"""What the transport ``http`` sends: body, headers and signature (contract, section 4)."""
+"""What the transport ``http`` sends: body, headers and signature (deploy/ENDPOINT.md)."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def test_the_signature_covers_the_body() -> None:
 
 
 async def test_without_a_secret_nothing_is_signed() -> None:
-    """No secret, no signature; the id is sent all the same."""
+    """Without a secret there is no signature; the id is still sent."""
     request = await requested(a_delivery())
     assert not {"webhook-signature", "webhook-timestamp"} & request.headers.keys()
 
@@ -199,14 +199,14 @@ def test_a_missing_url_says_what_to_set() -> None:
     ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
 )
 def test_an_address_that_is_none_stops_the_start(url: str) -> None:
-    """A URL without a host, or with a port that is none, is refused at once."""
+    """A URL without a host, or with an invalid port, is refused at once."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
         HttpTransport(settings_for(url))
 
 
 @pytest.mark.parametrize("address", ["user:hunter2@host:port", "us%3Aer:hunter2@host", "user:hunter2%E2%82%AC@host"])
 def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
-    """Credentials do not get into an error, nor into a header that cannot hold them: these stop the start."""
+    """Credentials appear neither in an error nor in a header that cannot hold them, which stops the start."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address") as caught:
         HttpTransport(settings_for(f"http://{address}/"))
     assert "hunter2" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""What the transport ``matrix`` sends to a homeserver."""
+"""The requests of the transport ``matrix`` to a homeserver."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
 
 
 async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
-    """Whatever the external id holds, it is one segment of the path."""
+    """The external id is always one segment of the path."""
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
         await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
         target = server.requests[0].target
@@ -67,7 +67,7 @@ def test_a_missing_url_says_what_to_set() -> None:
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
 def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
-    """Credentials, a query or a fragment have no place there, and are not shown."""
+    """A URL with credentials, a query or a fragment is refused, without showing them."""
     with pytest.raises(TransportConfigurationError, match="base URL alone") as caught:
         matrix(url)
     assert "hunter2" not in str(caught.value)
@@ -75,7 +75,7 @@ def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
 def test_a_missing_or_impossible_token_says_what_to_set(secret: str | None) -> None:
-    """Without an access token that can stand in a header the start stops."""
+    """A missing access token, or one that cannot be in a header, stops the start."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)
 

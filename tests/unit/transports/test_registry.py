@@ -1,4 +1,4 @@
-"""Which transport the settings name, and what is said when there is none."""
+"""Which transport the settings select, and the errors if there is none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """What a plug-in may register by mistake."""
+    """A class that a plug-in may register by mistake."""
 
     name = "half"
 
@@ -48,7 +48,7 @@ def test_our_own_are_available() -> None:
 
 
 def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
-    """The sentence names the setting, what it holds, and what it could hold."""
+    """The error names the setting, its value, and the possible values."""
     with pytest.raises(TransportConfigurationError) as caught:
         load_transport(settings_for(transport="pigeon"))
     assert str(caught.value) == (
@@ -85,6 +85,6 @@ def test_a_plug_in_that_is_no_transport_is_told_what_it_lacks(monkeypatch: pytes
 @pytest.mark.parametrize("plug_in", ["followups.transports.http:HttpTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_transports_own_sentence_is_passed_on() -> None:
-    """What a transport says about its settings is not wrapped."""
+    """A transport's own error about its settings is passed on unchanged."""
     with pytest.raises(TransportConfigurationError, match=r"^The transport extra needs FOLLOWUPS_TRANSPORT_URL"):
         load_transport(settings_for(transport="extra"))

@@ -54,7 +54,7 @@ def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
 
 
 def test_a_key_that_was_refused_is_no_repeat() -> None:
-    """Only what was accepted can be repeated."""
+    """Only an accepted key can be repeated."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="fail", times=1))
     for _ in range(2):
@@ -65,7 +65,7 @@ def test_a_key_that_was_refused_is_no_repeat() -> None:
 
 
 def test_a_behaviour_for_n_requests_ends_after_them() -> None:
-    """``times`` counts down, and is shown as what is left."""
+    """``times`` counts down, and shows the remaining number."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="reject", times=2))
     assert [chats.receive(incoming(f"f{n}"), f"f{n}").status for n in range(4)] == [403, 403, 200, 200]
@@ -102,7 +102,7 @@ def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
 def test_a_behaviour_makes_its_reply(
     behaviour: Behaviour, status: int, delay: float, headers: dict[str, str], *, dropped: bool
 ) -> None:
-    """Each kind has its status, delay and headers, unless it is told others."""
+    """Each kind has a default status, delay and headers, which can be overridden."""
     reply = behaviour.reply({})
     assert (reply.status, reply.delay, reply.headers, reply.dropped) == (status, delay, headers, dropped)
 
@@ -126,7 +126,7 @@ def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
 
 
 def test_lag_is_received_minus_due() -> None:
-    """Quantiles are of what was accepted, in milliseconds, by nearest rank; early is negative."""
+    """Quantiles cover accepted messages, in milliseconds, by nearest rank; early is negative."""
     chats = SandboxChats()
     for n in range(100):
         chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))
@@ -163,7 +163,7 @@ def test_a_request_is_listed_with_all_that_is_known() -> None:
 
 
 def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
-    """Attempts of one follow-up share a bubble; what others say stands between."""
+    """Attempts of one follow-up share a message; other participants' messages are in between."""
     chats = SandboxChats()
     chats.say("c1", "user", "hi")
     chats.behave("c1", Behaviour(kind="fail", times=1))
@@ -188,7 +188,7 @@ def test_the_newest_activity_comes_first() -> None:
 
 
 def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
-    """Requests, chats, messages, attempts and texts have limits; counting goes on."""
+    """Requests, chats, messages, attempts and texts are bounded; counts are exact."""
     chats = SandboxChats(keep=10)
     for n in range(KEEP_CHATS + 5):
         chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")
@@ -218,7 +218,7 @@ def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_clearing_forgets_what_happened_and_keeps_the_behaviours() -> None:
-    """After `clear` a key is new again, and a chat still behaves as it was told."""
+    """After `clear` a key is new again, and a chat keeps its behaviour."""
     chats = SandboxChats()
     chats.behave("c2", Behaviour(kind="fail"))
     chats.receive(incoming(), "key")

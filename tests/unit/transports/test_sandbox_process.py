@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_taken_from_the_environment_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """So that a secret need not stand in the list of processes; a wrong one stops the start."""
+    """The secret may come from the environment, to be absent from the process list; a wrong one stops the start."""
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert sandbox_server.main([]) == 1
     assert "FOLLOWUPS_TRANSPORT_SECRET should be base64" in capsys.readouterr().err

@@ -66,7 +66,7 @@ async def test_what_is_no_delivery_is_turned_away(
 
 
 async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxChats) -> None:
-    """With a secret only what is signed with it is read; everything else is a 401."""
+    """With a secret only signed deliveries are read; all others are 401."""
     body, now = json.dumps(BODY), datetime.now(UTC)
     signature = Webhook(SIGNING_SECRET).sign("id", now, body)
     stamp = str(int(now.timestamp()))
@@ -151,7 +151,7 @@ async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession
 
 
 async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
-    """Each has a number, and a page holds what comes behind one."""
+    """Each request has a number, and a page holds those after one."""
     for attempt in (1, 2, 3):
         await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
     _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")
@@ -163,7 +163,7 @@ async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) ->
 
 @pytest.mark.parametrize("body", [{}, {"text": ""}, {"role": "god", "text": "x"}, []])
 async def test_somebody_elses_message_is_checked(http: aiohttp.ClientSession, body: object) -> None:
-    """422 for a role or a text that is none."""
+    """An invalid role or text is 422."""
     assert (await fetch(http, "POST", "/sandbox/chats/c1/messages", body))[0] == 422
 
 

@@ -1,4 +1,4 @@
-"""What the platform tells us about chats: that they are there, that somebody wrote, that they are gone."""
+"""What the platform reports about chats: that they exist, who wrote in them, that they were removed."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authentica
 
 
 def _is_page(work: Work, wanted: listing.Filter, query: FollowUpQuery) -> bool:
-    """Say whether there is a page before this one, which is empty."""
+    """Return whether there is a page before this empty one."""
     rows, _ = listing.page(
         work.session, work.workspace_id, wanted, page_number=query.page_number - 1, page_size=query.page_size
     )
@@ -83,7 +83,7 @@ def create_follow_up(
             try:
                 answer = _create(work, body)
             except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-                # An answer like any other: the same request gets it again, though the chat has changed since.
+                # Stored like any other answer: the same request gets it again, even if the chat has changed since.
                 answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
             idempotency.remember(work.session, work.workspace_id, idempotency_key, request_hash, answer)
     return _response(answer)
@@ -123,10 +123,10 @@ def change_follow_up(
 
 
 def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dict[str, Any]:
-    """Return the changes; null is one only of what has a value, and only the chat message's id can be taken away."""
+    """Return the changes without no-op nulls: only chatMessageId can be set to null."""
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
-        nulls -= {"reason", "finished_at"}  # with a transition: none of the caller's own
+        nulls -= {"reason", "finished_at"}  # with a transition, null means no value from the caller
     kept = {name: value for name, value in given.items() if value is not None}
     if not nulls:
         return kept

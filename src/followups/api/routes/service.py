@@ -1,4 +1,4 @@
-"""For operators, without a key: is it up, is it ready, what does it count."""
+"""Endpoints for operators, without a key: liveness, readiness, metrics."""
 
 from __future__ import annotations
 

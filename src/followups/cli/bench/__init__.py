@@ -1,1 +1,1 @@
-"""``followups bench``: load on the configured stack, apart from what it is used for."""
+"""``followups bench``: put load on the configured servers, isolated from production data."""

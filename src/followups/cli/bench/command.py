@@ -1,4 +1,4 @@
-"""``followups bench``."""
+"""The ``followups bench`` command."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MOST = 1_000_000
-"""Follow-ups in one run at most: it is bounded in count, and in time."""
+"""Most follow-ups in one run; a benchmark is bounded in count and in time."""
 LONGEST = 600.0
 LOOK = 0.2
 LATER = timedelta(days=1)
@@ -45,7 +45,7 @@ class Lag:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured."""
+    """What a benchmark measured."""
 
     count: int
     seconds: float | None
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Everything was sent, once, and not early."""
+        """Whether every follow-up was sent exactly once and none was early."""
         return not (self.unsent or self.duplicates or self.early)
 
 
@@ -78,11 +78,11 @@ def bench(
 ) -> None:
     """Put load on the configured database and broker, and measure throughput, lag and duplicates.
 
-    Nothing of yours is touched and nothing is sent to your chat server: it works in a schema of its own, under
-    broker keys of its own, with a beat and workers of its own, which deliver to a receiver that comes along, on this
-    machine. All of it is removed afterwards. The servers feel the load: think before you do this to a production.
-    First a backlog that falls due at once (throughput), then a steady rate (lag). Exit code 0 when every follow-up was
-    sent, once, and not early.
+    The benchmark uses a schema and broker keys of its own, and starts its own beat and workers. They deliver to a
+    built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
+    servers feel the load, so think twice before you run it against production. The first phase is a backlog that falls
+    due at once (throughput), the second a steady rate (lag). Exit code 0 when every follow-up was sent exactly once and
+    none was early.
     """
     if rate * seconds > MOST:
         message = (
@@ -102,7 +102,7 @@ def bench(
 def _measure(place: Place, signals: StopSignals, count: int, rate: float, seconds: float) -> Result:
     with place.engine.begin() as connection:
         ids = store.fill(connection, place.workspace_id, count, LATER, timedelta(0))
-    time.sleep(1.0)  # what was inserted is seen, and workers are idle
+    time.sleep(1.0)  # let the inserted rows become visible and the workers idle
     with place.engine.begin() as connection:
         store.release(connection, ids)
     backlog = _watch(place, signals, ids, "backlog")
@@ -125,7 +125,7 @@ def _measure(place: Place, signals: StopSignals, count: int, rate: float, second
 
 
 def _watch(place: Place, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
-    """Wait until all have ended, or `LONGEST` is over."""
+    """Wait until every follow-up has ended, for `LONGEST` at most."""
     deadline = time.monotonic() + LONGEST
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=remarks(), transient=True) as progress:

@@ -1,4 +1,4 @@
-"""Where the benchmark plays: the configured servers, but a schema, broker keys and processes of its own."""
+"""The environment of a benchmark: the configured servers, with a schema, broker keys and processes of its own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ READY_WITHIN = timedelta(seconds=60)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What takes part."""
+    """What a benchmark starts."""
 
     workers: int
     delay: float
@@ -46,7 +46,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What runs."""
+    """A prepared benchmark environment."""
 
     engine: Engine
     workspace_id: UUID
@@ -60,14 +60,14 @@ class Place:
             raise EmbeddedError(message)
 
     def requests(self) -> int:
-        """Return how many requests the receiver has had."""
+        """Return how many requests the receiver has received."""
         with urllib.request.urlopen(f"{self._receiver}/count", timeout=10) as answer:  # noqa: S310 - our own loopback URL
             return int(json.load(answer)["requests"])
 
 
 @contextmanager
 def prepared(plan: Plan) -> Iterator[Place]:
-    """Make the schema, start receiver, beat and workers, yield, and take everything away again."""
+    """Create the schema, start receiver, beat and workers, yield, and remove everything again."""
     with ExitStack() as stack:
         name = f"{bench.PREFIX}{secrets.token_hex(6)}"
         connection = stack.enter_context(_connection(get_settings()))
@@ -138,7 +138,7 @@ def _start(processes: Processes, settings: Settings, plan: Plan, port: int) -> N
 
 
 def _forget(settings: Settings) -> None:
-    """Remove the keys that beat and workers have left in the broker."""
+    """Delete the keys that beat and workers left in the broker."""
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as broker:
         for key in broker.scan_iter(match=f"{settings.broker_prefix}*", count=1000):
             broker.delete(key)

@@ -1,10 +1,10 @@
-"""The chat of the benchmarks: answers every request, and notes when it came. As cheap as a server can be.
+"""The receiver of the benchmarks: it answers every request, and records when each arrived, at the least possible cost.
 
     python -m followups.cli.bench.receiver --port 9100
 
-``GET /control?delay=0.05&slow=0.01&slow_delay=5`` forgets everything, and answers from then on after so many
-seconds, a share of the requests after more. ``GET /count`` says how many came, ``GET /times`` when each came
-first, in seconds since 1970.
+``GET /control?delay=0.05&slow=0.01&slow_delay=5`` resets it. From then on it answers after ``delay`` seconds, and a
+share ``slow`` of the requests after ``slow_delay``. ``GET /count`` returns how many requests arrived, ``GET /times``
+when each follow-up first arrived, in seconds since 1970.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d
 
 
 class Record:
-    """What came, and how to answer; shared by all connections."""
+    """The requests received and the way to answer them, shared by all connections."""
 
     def __init__(self) -> None:
-        """Know nothing, and answer at once."""
+        """Start with no requests, answering at once."""
         self.reset()
 
     def reset(self, delay: str = "0", slow: str = "0", slow_delay: str = "5") -> None:
-        """Forget everything."""
+        """Forget all requests."""
         self.times: dict[str, float] = {}
         self.requests = 0
         self.delay = float(delay)
@@ -36,26 +36,26 @@ class Record:
         self.slow_delay = float(slow_delay)
 
     def take(self, follow_up_id: str) -> float:
-        """Note a request; return after how many seconds it is answered."""
+        """Record a request and return the seconds to wait before its answer."""
         self.requests += 1
         self.times.setdefault(follow_up_id, time.time())
         return self.slow_delay if self.every and self.requests % self.every == 0 else self.delay
 
 
 class Connection(asyncio.Protocol):
-    """One connection, kept alive; a request may come in pieces."""
+    """One kept-alive connection; a request may arrive in several pieces."""
 
     def __init__(self, record: Record) -> None:
-        """Take where requests are noted."""
+        """Take the record that requests go to."""
         self._record = record
         self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Store the transport."""
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        """Answer each whole request."""
+        """Answer each complete request."""
         self._buffer += data
         while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
             head = self._buffer[:end].lower()
@@ -94,11 +94,11 @@ class Connection(asyncio.Protocol):
 
 
 async def main() -> None:
-    """Serve until the process is ended."""
+    """Serve until the process is terminated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     record = Record()
-    gc.disable()  # nothing here makes cycles, and a pause would be taken for somebody's lag
+    gc.disable()  # nothing here creates cycles, and a collector's pause would count as lag
     server = await asyncio.get_running_loop().create_server(
         lambda: Connection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
     )

@@ -1,1 +1,1 @@
-"""``followups demo``: a scripted scenario on the real system, and how it is shown."""
+"""``followups demo``: a scripted scenario on the real system, and its presentation."""

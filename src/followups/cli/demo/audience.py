@@ -1,4 +1,4 @@
-"""Who watches the demo: a terminal (a live picture), a pipe (a line for each event), or a program (nothing)."""
+"""The demo's presentations: a live picture on a terminal, a line for each event in a pipe, JSON at the end."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 
 class Audience(Protocol):
-    """What the demo tells."""
+    """What a presentation of the demo can show."""
 
     def watch(self, standings: Sequence[Standing], now: datetime) -> None:
-        """See where everything stands."""
+        """Show the current state of all follow-ups."""
 
     def hear(self, name: str) -> None:
-        """Hear that a user wrote back."""
+        """Show that a user replied."""
 
     def close(self, score: Score) -> None:
-        """See how it ended."""
+        """Show the result."""
 
     def leave(self) -> None:
-        """Give the terminal back; also when the demo was stopped."""
+        """Restore the terminal; called also when the demo was interrupted."""
 
 
 class Terminal:
@@ -45,12 +45,12 @@ class Terminal:
         self._live.start()
 
     def watch(self, standings: Sequence[Standing], now: datetime) -> None:
-        """Draw."""
+        """Draw the picture."""
         size = self._console.size
         self._live.update(Picture(standings, now, self._sandbox, size.width, size.height).render(), refresh=True)
 
     def hear(self, name: str) -> None:
-        """Nothing: the picture shows what it comes to."""
+        """Do nothing: the picture shows the effect."""
 
     def close(self, score: Score) -> None:
         """Print the panel below the last picture."""
@@ -58,12 +58,12 @@ class Terminal:
         self._console.print(closing.panel(score))
 
     def leave(self) -> None:
-        """Leave the last picture where it is."""
+        """Keep the last picture on the screen."""
         self._live.stop()
 
 
 class Pipe:
-    """A line for each thing that happens."""
+    """One line for each event."""
 
     def __init__(self, sandbox: str) -> None:
         """Take the address of the sandbox's page."""
@@ -71,7 +71,7 @@ class Pipe:
         say(f"The sandbox page is at {sandbox}/ while this runs.")
 
     def watch(self, standings: Sequence[Standing], now: datetime) -> None:
-        """Tell what has changed."""
+        """Print what has changed."""
         for each in standings:
             found = (each.status.value, each.attempts if each.trying_again else 0)
             if found != self._known.get(each.scheduled.id, ("pending", 0)):
@@ -81,7 +81,7 @@ class Pipe:
             self._known[each.scheduled.id] = found
 
     def hear(self, name: str) -> None:
-        """Tell it."""
+        """Print the reply."""
         say(f"{name:5} writes back")
 
     def close(self, score: Score) -> None:
@@ -90,21 +90,21 @@ class Pipe:
             say(line)
 
     def leave(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to restore."""
 
 
 class Program:
-    """One JSON object, at the end."""
+    """One JSON object at the end."""
 
     def watch(self, standings: Sequence[Standing], now: datetime) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def hear(self, name: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self, score: Score) -> None:
-        """Print the object."""
+        """Print the JSON object."""
         print_json(score.document())
 
     def leave(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is nothing to restore."""

@@ -1,4 +1,4 @@
-"""The demo's last words: what happened, and what to try next. Pure."""
+"""The demo's summary: what happened, and what to try next. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEXT = (
 
 
 def facts(score: Score) -> list[tuple[str, str]]:
-    """Return what happened: a number, and what it means."""
+    """Return the figures of the run, each with its meaning."""
     lag = score.lag
     return [
         (f"{score.sent} sent", "each at its own moment, through web, beat, broker and worker"),

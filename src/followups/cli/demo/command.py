@@ -1,4 +1,4 @@
-"""``followups demo``."""
+"""The ``followups demo`` command."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 WITHIN = timedelta(seconds=40)
-"""After this what has not ended is given up; the script takes a quarter of it."""
+"""How long the demo may take; the script needs a quarter of it."""
 
 LOOK = timedelta(milliseconds=120)
-"""Between two looks. Each costs the machine a little of what it needs to be on time."""
+"""Interval between two looks. Each look costs processor time that punctual sending needs."""
 
 SHORT = {
     "retry_base": timedelta(seconds=0.8),
     "retry_cap": timedelta(seconds=2),
 }
-"""Settings that differ from the defaults: nobody wants to watch a backoff of an hour."""
+"""Settings that differ from the defaults, so that retries finish within the demo."""
 
 
 @app.command(epilog=examples("followups demo", "followups demo --json"))
 def demo(*, json: Json = False) -> None:
-    """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats, in some twenty seconds.
+    """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats, in about twenty seconds.
 
-    They are sent at their moments, retried, rejected, and cancelled by a reply, all through the REST API.
-    Nothing needs to be installed or set, and nothing is left behind. Exit code 0 only when every follow-up
-    ended as scripted and none arrived twice. Lag: accepted minus due date, by the database, of those that
-    the first attempt delivered (a retried one's lag is its backoff).
+    They are sent on time, retried, rejected, and cancelled by a reply, all through the REST API. Nothing needs to be
+    installed or configured, and nothing is left behind. Exit code 0 only when every follow-up ended as scripted and
+    none arrived twice. Lag is the acceptance minus the due date, by the database's clock, of those that the first
+    attempt delivered (the lag of a retried one is its backoff).
     """
     with StopSignals() as signals, running(plan_of(signals)) as stack:
         result = perform(stack, _audience(stack, json=json))
@@ -65,9 +65,9 @@ def demo(*, json: Json = False) -> None:
 
 
 def plan_of(signals: StopSignals) -> Plan:
-    """Return what the scenario is played on: the defaults, whatever this machine's environment says.
+    """Return what to start for the demo: the default settings, whatever the environment says.
 
-    Everybody should see the same.
+    So everyone sees the same demo.
     """
     defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
     return Plan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
@@ -80,7 +80,7 @@ def _audience(stack: Stack, *, json: bool) -> Audience:
 
 
 def perform(stack: Stack, audience: Audience) -> Score:
-    """Play the scenario before an audience, on a system that runs."""
+    """Play the scenario on a running system and present it."""
     workspace_id, key = stack.create_key("demo", "followups demo")
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     with ExitStack() as cleanup:

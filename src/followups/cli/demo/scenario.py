@@ -1,4 +1,4 @@
-"""The script of the demo: who is written to, when, and how each follow-up must end. Pure."""
+"""The script of the demo: which chats there are, when each follow-up is due, and how it must end. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One follow-up: due ``due`` seconds after the start."""
+    """One follow-up, due ``due`` seconds after the start."""
 
     chat: str
     due: float
@@ -28,24 +28,24 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All parts, by due moment, and what the receiver and the users do."""
+    """All follow-ups by due moment, and how the receiver and the users behave."""
 
     parts: tuple[Part, ...]
     failures: dict[str, int]
-    """How often the receiver answers 500 in a chat before it accepts."""
+    """How many times the receiver answers 500 in a chat before it accepts."""
     refused: frozenset[str]
     """Chats in which the receiver answers 403."""
     replies: dict[str, float]
-    """In which chats the user writes, and when: seconds after the start."""
+    """The chats in which the user replies, and when: seconds after the start."""
 
     @property
     def chats(self) -> list[str]:
-        """The chats, in the order in which they were thought of."""
+        """The chats, in the order of the script."""
         return list(dict.fromkeys(part.chat for part in sorted(self.parts, key=lambda part: NAMES.index(part.chat))))
 
 
 STEADY = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo")
-"""Nothing happens in these chats but that follow-ups arrive on time."""
+"""Chats in which every follow-up simply arrives on time."""
 
 FAILURES = {"Iris": 1, "Juan": 2, "Kim": 2}
 REFUSED = "Max"
@@ -53,12 +53,12 @@ REPLYING = "Lena"
 NAMES = (*STEADY, *FAILURES, REPLYING, REFUSED)
 
 EACH = 6
-"""Follow-ups of a steady chat."""
+"""Follow-ups in each steady chat."""
 DURATION = 9.5
 """Seconds from the first due moment to the last."""
 REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
-"""Its multiples spread evenly and never in step: the due moments look like those of real chats."""
+"""Its multiples are spread evenly and never repeat a step, so the due moments resemble those of real chats."""
 
 SENT = Ending(Status.SENT, attempts=1)
 CANCELLED = Ending(Status.CANCELLED, attempts=0, code=ReasonCode.USER_REPLIED)
@@ -75,7 +75,7 @@ LINES = (
 
 
 def script() -> Scenario:
-    """Return the scenario: the same each time."""
+    """Return the scenario; it is the same each time."""
     steady = [_steady(number) for number in range(len(STEADY) * EACH)]
     flaky = [
         Part(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))

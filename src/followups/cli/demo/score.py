@@ -1,9 +1,9 @@
-"""What became of the follow-ups, and whether it is what the script says. Pure, but for one look at the rows.
+"""What became of the follow-ups, and whether that matches the script. Pure, apart from one query.
 
-Lag is the acceptance minus the due date, both in the database: the dispatcher's own record, which counts
-the receiver's answer too and so is never better than what the receiver saw. Only follow-ups that the first
-attempt delivered count: the lag of a retried one is its backoff, by design, and says nothing of punctuality.
-All were due in the future when they were created.
+Lag is the acceptance minus the due date, both in the database. This is the dispatcher's own record; it includes the
+receiver's answer, so it is never better than what the receiver saw. Only follow-ups delivered by the first attempt
+count, since the lag of a retried one is its backoff and says nothing about punctuality. Every follow-up was created
+before it was due.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where one follow-up stands."""
+    """The current state of one follow-up."""
 
     scheduled: Scheduled
     status: Status
@@ -41,7 +41,7 @@ class Standing:
     reason: str | None
     next_attempt_at: datetime | None
     lag: float | None
-    """Milliseconds; None until it is accepted."""
+    """Milliseconds, or None until it is accepted."""
 
     @property
     def chat(self) -> str:
@@ -55,7 +55,7 @@ class Standing:
 
     @property
     def retried(self) -> bool:
-        """Whether one attempt was not enough."""
+        """Whether it took more than one attempt."""
         return self.attempts > 1
 
     @property
@@ -65,14 +65,14 @@ class Standing:
 
     @property
     def as_scripted(self) -> bool:
-        """Whether it ended as it must."""
+        """Whether it ended as scripted."""
         ending = self.scheduled.part.ending
         ended = (self.status, self.attempts, code_of(self.reason))
         return ended == (ending.status, ending.attempts, ending.code.value if ending.code else "")
 
 
 def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[Standing]:
-    """Return where each follow-up stands now, in the order given."""
+    """Return the current state of each follow-up, in the given order."""
     found, _ = listing.page(session, workspace_id, Filter(), page_number=1, page_size=len(scheduled))
     rows = {row.id: row for row in found}
     return [_standing(each, rows[each.id]) for each in scheduled]
@@ -85,32 +85,32 @@ def _standing(scheduled: Scheduled, row: FollowUp) -> Standing:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The run in numbers."""
+    """The figures of a run."""
 
     sent: int
     failed: int
     cancelled: int
     retried: int
     duplicates: int
-    """Keys that the receiver took more than once."""
+    """Keys that the receiver accepted more than once."""
     lag: Mapping[str, float | None]
     """Milliseconds, by quantile (nearest rank)."""
     problems: tuple[str, ...]
-    """What is not as the script says."""
+    """Differences from the script."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything ended as scripted, and nothing came twice."""
+        """Whether everything ended as scripted and nothing arrived twice."""
         return not self.problems
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form (contract, section 5)."""
+        """Return the JSON form that ``followups demo --json`` prints."""
         counts = {name: getattr(self, name) for name in ("sent", "failed", "cancelled", "retried", "duplicates")}
         return {**counts, "lagMs": dict(self.lag), "ok": self.ok}
 
 
 def score(standings: Sequence[Standing], receipts: Mapping[str, object]) -> Score:
-    """Count, and compare with the script and with what the receiver counted."""
+    """Count the outcomes, and compare them with the script and with the receiver's counts."""
     by_status = {status: sum(each.status == status for each in standings) for status in Status}
     duplicates = int(str(receipts["duplicates"]))
     return Score(

@@ -1,4 +1,4 @@
-"""Playing the scenario: everything through the REST API, as a chat platform would do it."""
+"""Plays the scenario through the REST API, as a chat platform would."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ if TYPE_CHECKING:
     from followups.cli.stack import Stack
 
 LEAST_LEAD = 1.5
-"""Seconds from the creation to the first due moment, at least: every follow-up is due in the future when it
-is created, so that its lag says how punctual the dispatcher is."""
+"""Least seconds between a follow-up's creation and its due moment.
+
+Every follow-up is created before it is due, so that its lag measures the dispatcher's punctuality.
+"""
 
 CALLS_A_CHAT = 3
-"""Requests that open one chat, by whose duration that of all the others is guessed."""
+"""Requests that it takes to open one chat. Their duration predicts that of all other requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """A part of the scenario, as the API knows it."""
+    """A follow-up of the scenario, with its id in the API."""
 
     id: UUID
     part: Part
@@ -33,20 +35,20 @@ class Scheduled:
 
 
 class Stage:
-    """The chats of one run. Used from one thread."""
+    """The chats of one run. Use it from one thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
-        """Open no chat yet."""
+        """Take the API's address and the script; open no chat yet."""
         self._api = Rest(stack.api, key)
         self._sandbox = Rest(stack.sandbox)
         self._scenario = scenario
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)
         self.start = datetime.now(UTC)
-        """The moment from which the scenario counts."""
+        """The moment that the scenario's times count from."""
 
     def open_chats(self) -> timedelta:
-        """Open the chats, let the agent write in each, tell the receiver how to behave; return what a call takes."""
+        """Open the chats with an agent's message in each, configure the receiver; return the seconds of a call."""
         began = time.monotonic()
         for name, chat in self._chats.items():
             self._api.call("PUT", f"/api/v1/chats/{chat}", {"channel": "widget", "externalId": name})
@@ -58,13 +60,13 @@ class Stage:
         return timedelta(seconds=(time.monotonic() - began) / (CALLS_A_CHAT * len(self._chats)))
 
     def schedule(self, call: timedelta) -> list[Scheduled]:
-        """Create every follow-up, due after the last of them is created if a call takes twice ``call`` or less."""
+        """Create every follow-up, all before the first is due if no call takes more than twice ``call``."""
         lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
         self.start = datetime.now(UTC) + lead
         return [self._create(part) for part in self._scenario.parts]
 
     def play(self, now: datetime) -> list[str]:
-        """Let the users write whose moment has come; return their names."""
+        """Send the user messages that are due, and return the names of their chats."""
         due = [name for name, at in self._replies.items() if now >= self.start + timedelta(seconds=at)]
         for name in due:
             del self._replies[name]
@@ -72,7 +74,7 @@ class Stage:
         return due
 
     def receipts(self) -> dict[str, object]:
-        """Return what the receiver counted."""
+        """Return the receiver's counts."""
         counted: dict[str, object] = self._sandbox.call("GET", "/sandbox/summary")
         return counted
 
@@ -88,7 +90,7 @@ class Stage:
         return Scheduled(UUID(created["id"]), part, due)
 
     def _write(self, chat: UUID, role: str, text: str) -> None:
-        # The API takes no text; the sandbox shows it to whoever looks at its page.
+        # The API takes no text; the sandbox shows this one on its page.
         self._sandbox.call("POST", f"/sandbox/chats/{chat}/messages", {"role": role, "text": text})
         message = {"id": str(uuid4()), "chatId": str(chat), "role": role}
         self._api.call("POST", "/api/v1/chat-messages", message)

@@ -1,4 +1,4 @@
-"""The demo's live picture: the chats on the left, the follow-ups around this moment on the right. Pure."""
+"""The demo's live picture: the chats on the left, the current follow-ups on the right. Pure."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from followups.cli.demo.score import Standing
 
 WIDE = 110
-"""Columns from which the messages are shown too."""
+"""Terminal width from which the messages are shown too."""
 FRAME_LINES = 8
-"""Lines around the rows: title, bar, borders, headings, totals, the cursor's own."""
+"""Lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
 LEAST_ROWS = 6
 NARROW = 76
-"""Columns from which there is room for the chats beside the follow-ups."""
+"""Terminal width from which the chats fit beside the follow-ups."""
 CHATS_WIDTH = 22
 STATE_WIDTH = 23
 PAST_SHARE = 0.6
-"""How much of the rows is for what was due, the rest for what comes."""
+"""Share of the rows for what was due already; the rest is for what comes next."""
 
 STYLES = {Status.SENT: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.PENDING: "dim"}
 MARKS = {Status.SENT: "●", Status.FAILED: "✗", Status.CANCELLED: "⊘", Status.PENDING: "○"}
@@ -41,7 +41,7 @@ RETRYING = "↻"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is to be shown."""
+    """What the picture shows."""
 
     standings: Sequence[Standing]
     now: datetime
@@ -91,9 +91,9 @@ class Picture:
 
 
 def around_now(standings: Sequence[Standing], now: datetime, count: int) -> list[Standing]:
-    """Return ``count`` follow-ups in the order of their due moments: those around now, and all that try again.
+    """Return ``count`` follow-ups by due moment: those around now, and all that are being retried.
 
-    When all have ended, those that needed more than one attempt, or were not sent, come before the others.
+    When all have ended, those that took several attempts or were not sent come first.
     """
     if all(each.ended for each in standings):
         ranked = sorted(standings, key=lambda each: each.status == Status.SENT and not each.retried)
@@ -108,7 +108,7 @@ def around_now(standings: Sequence[Standing], now: datetime, count: int) -> list
 
 
 def state_of(standing: Standing, now: datetime) -> str:
-    """Return the state in words, no longer than the narrowest column for it."""
+    """Return the state in words, short enough for the narrowest column."""
     if standing.trying_again and standing.next_attempt_at is not None:
         left = max((standing.next_attempt_at - now).total_seconds(), 0.0)
         return f"{RETRYING} failed, again in {left:.1f}s"
@@ -131,7 +131,7 @@ def _cells(standing: Standing, now: datetime) -> tuple[Text, ...]:
         Text(due, style="" if left > 0 else "dim"),
         Text(state_of(standing, now), style=_style(standing)),
         Text(str(standing.attempts or "-"), style="magenta" if standing.retried else "dim"),
-        # The lag of a retried one is its backoff.
+        # The lag of a retried follow-up is its backoff.
         Text(lag, style="magenta" if standing.retried else "cyan"),
     )
 

@@ -1,4 +1,4 @@
-"""What the API needs: answers by idempotency key, and an index for each filter of its lists."""
+"""Stored answers by idempotency key, and an index for each filter of the lists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop them again."""
     op.drop_index("ix_follow_ups_chat_message", table_name="follow_ups")
     op.drop_index("ix_follow_ups_trigger", table_name="follow_ups")
     op.drop_index("ix_follow_ups_list", table_name="follow_ups")

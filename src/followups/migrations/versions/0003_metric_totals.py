@@ -1,4 +1,4 @@
-"""What all processes have counted together, so that whoever is asked for metrics shows everybody's."""
+"""The sums of all processes' counters, so that any process can answer a scrape for all."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop it again."""
     op.drop_table("metric_totals")

@@ -1,4 +1,4 @@
-"""In which trace a follow-up was created, so that its attempts are part of it."""
+"""The trace in which a follow-up was created, so that its attempts belong to it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ down_revision = "0003"
 
 
 def upgrade() -> None:
-    """Add the column; being nullable and without a default, that rewrites no row."""
+    """Add the column; it is nullable and has no default, so no row is rewritten."""
     op.add_column("follow_ups", sa.Column("traceparent", sa.Text(), nullable=True))
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop it again."""
     op.drop_column("follow_ups", "traceparent")

@@ -1,4 +1,4 @@
-"""What operators control: pauses, sending hours, repetitions; and when to vacuum what is deleted by its age."""
+"""Pauses, sending hours and retries; and when to vacuum tables whose old rows are deleted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CHURNING = ("chat_messages", "failed_attempts", "idempotency_keys")
 
 
 def upgrade() -> None:
-    """Create the tables, add the columns: none of them has a default, so no row is rewritten."""
+    """Create the tables and add the columns; none has a default, so no row is rewritten."""
     op.create_table(
         "pauses",
         sa.Column("id", sa.Uuid(), server_default=sa.text("gen_random_uuid()"), nullable=False),
@@ -57,7 +57,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop them again."""
     for table in CHURNING:
         op.execute(f"ALTER TABLE {table} RESET (autovacuum_vacuum_scale_factor, autovacuum_analyze_scale_factor)")
     for column in ("retry_of", "pause_id", "held_until"):

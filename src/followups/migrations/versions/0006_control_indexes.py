@@ -1,7 +1,7 @@
-"""Indexes for what ended, what is repeated, and what is held; made while everything runs.
+"""Indexes for what has ended, was retried or is held; built while everything runs.
 
-Each is made concurrently: nobody waits while it is built, however large the table is. A build that was broken off
-leaves an index that is kept up and never read, so what there is of that name is dropped first.
+Each is built concurrently, so no other session waits, however large the table. An interrupted build leaves an index
+that is maintained but never read, so an existing one of that name is dropped first.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take them back."""
+    """Drop them again."""
     for name, table, *_ in INDEXES:
         op.drop_index(name, table_name=table)

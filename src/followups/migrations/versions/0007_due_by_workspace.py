@@ -1,4 +1,4 @@
-"""The index by which a backlog is shared between workspaces; made while everything runs, as in 0006."""
+"""The index by which a backlog is shared fairly between workspaces; built while everything runs, as in 0006."""
 
 from __future__ import annotations
 
@@ -25,5 +25,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop it again."""
     op.drop_index(INDEX, table_name="follow_ups")
