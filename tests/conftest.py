@@ -60,7 +60,11 @@ class Servers:
 
     def urls(self) -> tuple[str, str]:
         """Return the URLs, after the servers' start."""
-        from followups.embedded import EmbeddedPostgres, EmbeddedValkey, memory_directory  # noqa: PLC0415 - not for unit tests
+        from followups.embedded import (  # noqa: PLC0415 - not for unit tests
+            EmbeddedPostgres,
+            EmbeddedValkey,
+            memory_directory,
+        )
 
         with self._lock:
             if self._postgres is None:

@@ -1,4 +1,4 @@
-"""Databases as others have set them up: defaults and encodings that are not ours."""
+"""Databases set up by others, with defaults and encodings that are not ours."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ HOSTILE: Mapping[str, str] = {
     "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
-"""Defaults with each of which something of ours would break, or be told wrong."""
+"""Defaults, each of which would break something of ours or make it report a wrong value."""
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
-    """Set the defaults of the database, and of its owner in it, which count more."""
+    """Set the defaults of the database, and those of its owner in it, which take precedence."""
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("SET default_transaction_read_only = off")  # it may be one of them
+        connection.execute("SET default_transaction_read_only = off")  # may be among the defaults
         for name, value in defaults.items():
             setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
             connection.execute(sql.SQL("ALTER DATABASE {} ").format(database) + setting)
@@ -47,7 +47,7 @@ def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
 
 
 def create_database_of_encoding(server_url: str, name: str, encoding: str) -> str:
-    """Create a database that stores its texts in another encoding; return its URL."""
+    """Create a database with another text encoding; return its URL."""
     statement = "CREATE DATABASE {} TEMPLATE template0 ENCODING {} LOCALE_PROVIDER libc LOCALE 'C'"
     with psycopg.connect(server_url, autocommit=True) as connection:
         connection.execute(sql.SQL(statement).format(sql.Identifier(name), sql.Literal(encoding)))
@@ -56,7 +56,7 @@ def create_database_of_encoding(server_url: str, name: str, encoding: str) -> st
 
 @contextmanager
 def read_only(database_url: str) -> Iterator[None]:
-    """Let new sessions of the database be read-only, as those of a standby are."""
+    """Make new sessions of the database read-only, like those of a standby."""
     database = sql.Identifier(make_url(database_url).database or "")
     with psycopg.connect(url_of(database_url, "postgres"), autocommit=True) as connection:
         connection.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(database))
@@ -65,5 +65,5 @@ def read_only(database_url: str) -> Iterator[None]:
 
 
 def whatever_it_is(database_url: str) -> str:
-    """Return the URL of one who wants to be connected to a read-only server too."""
+    """Return the URL for a client that accepts a read-only server too."""
     return f"{database_url}&target_session_attrs=any"

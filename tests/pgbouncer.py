@@ -1,4 +1,4 @@
-"""PgBouncer before a PostgreSQL server, for tests; Debian's package `pgbouncer` brings it."""
+"""PgBouncer in front of a PostgreSQL server, for tests; Debian's package is `pgbouncer`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
-"""Why a test that needs it is skipped."""
+"""The skip reason of tests that need PgBouncer."""
 
 READY_WITHIN = timedelta(seconds=10)
 
@@ -34,8 +34,8 @@ READY_WITHIN = timedelta(seconds=10)
 class PgBouncer:
     """A PgBouncer on a TCP port of the loopback interface, started by ``with`` or `start`.
 
-    It lets every user in without a password, as the user of the server's URL. Every database of the server can be
-    reached by its own name. Nothing of its configuration is relaxed: an unknown startup parameter is refused.
+    Every user is let in without a password, as the user of the server's URL. Every database of the server can be
+    reached by its own name. The configuration is not relaxed: an unknown startup parameter is refused.
     """
 
     def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
@@ -66,13 +66,16 @@ class PgBouncer:
         self.stop()
 
     def url(self, database: str | None = None) -> str:
-        """Return the URL of a database (None: the one of the server's URL) by way of PgBouncer."""
+        """Return the URL of a database through PgBouncer, or of the server URL's database if None."""
         name = database or self._url.database
         url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
         return url.render_as_string(hide_password=False)
 
     def start(self) -> None:
-        """Start it, and wait until it listens. Raises `EmbeddedError`."""
+        """Start PgBouncer, and wait until it listens.
+
+        Raises `EmbeddedError`.
+        """
         self._directory = make_temporary_directory()
         try:
             self._child = Child(self._command(self._directory))
@@ -93,7 +96,7 @@ class PgBouncer:
 
     def _command(self, directory: Path) -> Command:
         run_as = None
-        if os.geteuid() == 0:  # it refuses to run as root, and the embedded server's socket lets in its own user
+        if os.geteuid() == 0:  # PgBouncer refuses root, and the embedded server's socket lets in its own user
             user = pwd.getpwnam(SYSTEM_USER)
             run_as = (user.pw_uid, user.pw_gid)
             let_through(directory / "any")
@@ -125,7 +128,7 @@ class PgBouncer:
 
 @pytest.fixture
 def pgbouncer(database_url: str) -> Iterator[PgBouncer]:
-    """Return a PgBouncer in session mode before the test's own database."""
+    """Return a PgBouncer in session mode in front of the test's own database."""
     if PROGRAM is None:
         pytest.skip(MISSING)
     with PgBouncer(database_url) as running:

@@ -22,12 +22,12 @@ from sqlalchemy.orm import Session
 
 from followups import schedule
 from followups.cli import dashboard, stats
-from followups.cli.demo import closing
+from followups.cli.demo import summary
 from followups.cli.demo.command import perform, plan_of
 from followups.cli.demo.view import Picture
 from followups.cli.rest import Rest
 from followups.cli.signals import StopSignals
-from followups.cli.stack import running
+from followups.cli.system import running
 from followups.database import make_engine
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.cli.demo.score import Score, Standing
-    from followups.cli.stack import Stack
+    from followups.cli.system import Stack
 
 PICTURES = Path(__file__).parents[1] / "deploy" / "pictures"
 DEMO, DASHBOARD = (80, 27), (96, 27)
@@ -83,7 +83,7 @@ class Photographer:
         """Draw as a terminal does at the end."""
         drawn = console(DEMO)
         drawn.print(Picture(*self._last, self._sandbox, *DEMO).render())
-        drawn.print(closing.panel(score))
+        drawn.print(summary.panel(score))
         keep(drawn, "followups demo", "demo.svg")
 
     def leave(self) -> None:

@@ -1,4 +1,4 @@
-"""Redis with a clock that a test sets: the scripts as they are, but that TIME reads a key."""
+"""A settable clock for Redis: the scripts are unchanged, except that TIME reads a key."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import redis
 
-from followups.shared import script
+from followups.flow_control import script
 
 if TYPE_CHECKING:
     import pytest
@@ -18,10 +18,10 @@ MICROSECOND = 1_000_000
 
 
 class ServerClock:
-    """What a server's clock says; it stands still until it is told to go on."""
+    """The time that the server's scripts see, which only changes by `go_on`."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
-        """Let the scripts that these modules load from now on go by this clock."""
+        """Make the scripts that these modules load from now on use this clock."""
         self._client = redis.Redis.from_url(broker_url)
         self._key = f"clock-{uuid4().hex}"
         self._now = int(time.time() * MICROSECOND)
@@ -30,7 +30,7 @@ class ServerClock:
             monkeypatch.setattr(module, "script", self._script)
 
     def go_on(self, seconds: float) -> None:
-        """Let time pass, or, which looks the same but for its size and sign, set the clock."""
+        """Advance the clock, or set it, which differs only in size and sign."""
         self._now += int(seconds * MICROSECOND)
         with self._client.pipeline() as pipeline:
             pipeline.delete(self._key).rpush(self._key, *divmod(self._now, MICROSECOND)).execute()

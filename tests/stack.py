@@ -63,7 +63,7 @@ class Stack:
 
     def sandbox(self, *arguments: str) -> Child:
         """Start the chat that receives the messages."""
-        argv = [sys.executable, "-m", "followups.transports.sandbox_server", "--port", str(self.sandbox_port)]
+        argv = [sys.executable, "-m", "followups.transports.sandbox.server", "--port", str(self.sandbox_port)]
         return self.processes.spawn(
             "sandbox", [*argv, *arguments], ready=answers(f"http://127.0.0.1:{self.sandbox_port}/sandbox/summary")
         )

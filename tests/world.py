@@ -9,13 +9,13 @@ from uuid import UUID, uuid4
 
 from sqlalchemy import Engine, insert, select, text
 
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
 from followups.models import Chat, FailedAttempt, FollowUp, Workspace
 from followups.store.follow_ups import MOST_PENDING
 
 if TYPE_CHECKING:
-    from followups.dispatch.begin import Beginning
+    from followups.delivery.begin import Beginning
     from followups.settings import Settings
 
 
@@ -60,7 +60,7 @@ class World:
         )
 
     def full_chat(self) -> UUID:
-        """Insert a chat with as many pending follow-ups as one may have, due minute by minute from now on."""
+        """Insert a chat with the maximum of pending follow-ups, due a minute apart from now on."""
         chat_id = self.chat()
         self.sql(
             "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"

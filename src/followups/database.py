@@ -35,9 +35,9 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 CONNECT_TIMEOUT = 5
-"""Seconds until an unreachable server is reported, where the URL has no `connect_timeout`."""
+"""Seconds until an unreachable server is reported if the URL has no `connect_timeout`."""
 POOL_MARGIN = 5
-"""Seconds that a caller waits for a connection of the pool beyond the time that making one may take."""
+"""Seconds that a caller waits for a pooled connection beyond the time that connecting may take."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
 """Time limit of a statement on the server; ours take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
@@ -53,19 +53,19 @@ CONNECTION: Mapping[str, str | int] = {
     "keepalives_interval": 3,
     "keepalives_count": 3,
     "tcp_user_timeout": TCP_USER_TIMEOUT,
-    "options": "",  # none, rather than those of PGOPTIONS
-    # While a failover is under way the address may lead to a standby: it would answer every SELECT, from a past that it
-    # has seen, and the session would be kept.
+    "options": "",  # no options, not even those of PGOPTIONS
+    # During a failover the address may lead to a standby. The standby would answer every SELECT from outdated data, and
+    # the pool would keep the session.
     "target_session_attrs": "read-write",
 }
-"""Parameters of libpq where the URL has none."""
+"""Parameters of libpq that apply where the URL sets none."""
 
 NO_CONNECT_TIMEOUT = 130
-"""Seconds for which psycopg waits where the URL's `connect_timeout` is 0, which means no limit."""
+"""Seconds that psycopg waits if the URL's `connect_timeout` is 0, which means no limit."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
-"""What to do about a database of another encoding."""
+"""What to do about a database with another encoding."""
 
 _OURS = "followups.set_up"
 
@@ -73,26 +73,27 @@ RECENTLY = 1.0
 """Seconds after its last use during which a connection needs no test."""
 
 SESSION: Mapping[str, str] = {
-    # A statement must see what was committed before it began: under a snapshot of the whole transaction, a reply that
+    # A statement must see what was committed before it began. Under a snapshot of the whole transaction, a reply that
     # waited for the chat's lock would not see the follow-up that it has to cancel.
     "default_transaction_isolation": "read committed",
-    # What psycopg reads and writes.
+    # The formats that psycopg reads and writes.
     "client_encoding": "UTF8",
     "DateStyle": "ISO, MDY",
     "IntervalStyle": "postgres",
     "TimeZone": "UTC",
     "array_nulls": "on",
     "extra_float_digits": "1",
-    # Statements wait for rows and sessions lie idle in the pool by intention. What takes too long is ended by the
-    # limits of `make_engine`; migrations set a `lock_timeout` of their own.
+    # Statements wait for rows, and sessions stay idle in the pool, by intention. The limits of `make_engine` end what
+    # takes too long; migrations set a `lock_timeout` of their own.
     "lock_timeout": "0",
     "transaction_timeout": "0",
     "idle_session_timeout": "0",
     "plan_cache_mode": "auto",
 }
-"""What every session of ours relies on, whatever the server, the database, the role or the environment says.
+"""Settings of all our sessions, whatever the server, the database, the role or the environment sets.
 
-It is set by one statement, not as `options` of the connection's start: PgBouncer and RDS Proxy refuse those.
+One statement sets them. They are not sent as `options` at connection startup, since PgBouncer and RDS Proxy refuse
+those.
 """
 
 BY_KEY: Mapping[str, str] = {
@@ -108,7 +109,10 @@ READ_ONLY = "25006"
 """SQLSTATE of a change that a read-only server refuses."""
 
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""What libpq says of a server that is not as ``target_session_attrs`` wants it; there is no SQLSTATE for it."""
+"""Messages of libpq about a server that does not match ``target_session_attrs``.
+
+There is no SQLSTATE for this error.
+"""
 
 ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
 """The same for the pipeline, whose statements go by key whatever their batch holds. For a batch of fewer than ten
@@ -118,7 +122,7 @@ plan for each of its limits.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot keep what it is given; its message says what to do."""
+    """The database cannot store every value; the message explains what to do."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -182,8 +186,8 @@ def make_engine(
     """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
 
     Its sessions have the settings of `SESSION` and ``options``. A connection is tested when it is taken from the pool,
-    so that a restarted server costs one reconnect and no failed request. One that is silent for ``statement_timeout``
-    and a margin is given up; with None, for migrations, a statement may take as long as it takes.
+    so that a restarted server costs one reconnect and no failed request. A connection that is silent for
+    ``statement_timeout`` and a margin is given up. Migrations pass None, so that their statements have no time limit.
     """
     url = parse(database_url)
     engine = create_engine(url, **_arguments(url, pool_size, application_name))
@@ -244,7 +248,7 @@ def make_async_engine(
     return engine
 
 
-# A setting that this version of PostgreSQL does not have is passed over.
+# Settings that this version of PostgreSQL does not have are skipped.
 _SET_UP = """
     SELECT current_setting('server_encoding'), set_config(name, value, false)
       FROM unnest(%(names)s::text[], %(values)s::text[]) AS session (name, value)
@@ -255,7 +259,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # A process that is frozen in the middle of a transaction must not hold its row locks for longer either.
+    # A process that is frozen in the middle of a transaction must not keep its row locks for longer either.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}
@@ -278,7 +282,7 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
-    """Take a read-only session for a broken one: it is dropped, and all that its pool had opened before."""
+    """Treat a read-only session as broken: drop it and every connection that its pool opened before."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 
@@ -288,7 +292,7 @@ def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
 
 
 def is_read_committed(connection: Connection) -> bool:
-    """Return whether an engine of this module made the connection and nothing has changed its isolation since."""
+    """Return whether this module's engine made the connection and its isolation is unchanged since."""
     driver = connection.connection.driver_connection
     return _OURS in connection.info and driver is not None and not driver.autocommit and driver.isolation_level is None
 
@@ -325,11 +329,11 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
 
 
 def _connect_timeout(url: URL) -> float:
-    """Return how many seconds making a connection may take."""
+    """Return how many seconds connecting may take."""
     try:
         seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))
     except ValueError:
-        return CONNECT_TIMEOUT  # psycopg refuses it
+        return CONNECT_TIMEOUT  # psycopg rejects the value
     return seconds if seconds > 0 else NO_CONNECT_TIMEOUT
 
 
@@ -355,31 +359,43 @@ def is_passing(error: Exception) -> bool:
 
 
 UNDONE = frozenset({"40001", "40P01"})
-"""SQLSTATEs of a transaction that lost against another one: serialization failure, deadlock. Nothing of it was done."""
+"""SQLSTATEs of a transaction rolled back in a conflict: serialization failure and deadlock.
+
+None of its changes were made.
+"""
 
 
 def is_undone(error: DBAPIError) -> bool:
-    """Return whether the transaction lost against another one and was rolled back: it may be tried again as a whole."""
+    """Return whether the transaction was rolled back in a conflict with another one.
+
+    Such a transaction may be retried as a whole.
+    """
     return getattr(error.orig, "sqlstate", None) in UNDONE
 
 
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
-"""Of a standby, or of a server that was set so. Processes go on by themselves once it takes changes."""
+"""What to do about a standby, or a server that was made read-only.
+
+Processes continue by themselves once the server takes changes.
+"""
 
 
 def is_read_only(error: Exception) -> bool:
-    """Return whether the database takes no changes."""
+    """Return whether the error means that the database takes no changes."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
 
 
 def takes_changes(connection: Connection) -> bool:
-    """Return whether the server takes changes: one that a URL with ``target_session_attrs=any`` leads to may not."""
+    """Return whether the server takes changes.
+
+    A server reached by a URL with ``target_session_attrs=any`` may not.
+    """
     return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
 
 
 def unfit(error: Exception) -> str:
-    """Return why the database cannot be used, and what to do; empty for every other error."""
+    """Return why the database cannot be used and what to do, or an empty string for any other error."""
     cause = error.orig if isinstance(error, DBAPIError) else error
     if is_read_only(error):
         return IS_READ_ONLY
@@ -387,11 +403,14 @@ def unfit(error: Exception) -> str:
 
 
 ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
-"""SQLSTATE of what one row may cause besides bad data and broken constraints: a trigger's refusal, a damaged page."""
+"""Further SQLSTATEs that one row may cause: a trigger's refusal, a damaged page.
+
+One row may also cause the errors for bad data and broken constraints.
+"""
 
 
 def concerns_a_row(error: Exception) -> bool:
-    """Return whether the content of one row may be the cause, so that the same without that row would succeed."""
+    """Return whether one row's content may be the cause, so that the work would succeed without it."""
     if isinstance(error, DataError | IntegrityError):
         return True
     if isinstance(error, DBAPIError):

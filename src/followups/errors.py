@@ -109,7 +109,7 @@ class IdempotencyKeyInUseError(ConflictError):
 
 
 class TransactionError(FollowUpsError):
-    """The session's transaction cannot keep what was promised; use one at READ COMMITTED."""
+    """The session's transaction cannot guarantee the rules of scheduling; use one at READ COMMITTED."""
 
     slug = "transaction"
 

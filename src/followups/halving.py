@@ -1,4 +1,4 @@
-"""A batch of which one may be refused: it is halved until that one stands alone, and the others go on."""
+"""Halving: a failing batch is split until the refused row is alone, so that the others succeed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Halved(Generic[T, R]):
-    """What became of a batch: what the work returned for each part, which were refused, and what was not tried."""
+    """The result of a batch: what the work returned for each part, refused items, and items not tried."""
 
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)
     left: list[T] = field(default_factory=list)
-    """Not done, since the database went away when others had been."""
+    """Items not done, since the database became unreachable after others had been done."""
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
-    """Do the work for all of a batch at once; where a row's content fails it, for each half, down to that row alone.
+    """Do the work for a whole batch, halving the batch while a row's content makes the work fail.
 
-    Raises what the work raises for any other reason, as long as nothing is done yet.
+    The halving ends with that row alone. Raises any other error of the work, as long as nothing is done yet.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]

@@ -52,7 +52,10 @@ deleted since the last vacuum, which by default waits until a fifth of the table
 
 
 def readable(*columns: str) -> str:
-    """Return SQL: that Python can hold these times. One that it cannot, written by hand, fails all that reads it."""
+    """Return the SQL condition under which Python can represent these times.
+
+    Any other time, written by hand, makes everything fail that reads it.
+    """
     named = ", ".join(columns)
     return (
         f"LEAST({named}) >= '0002-01-01 00:00:00+00'::timestamptz"
@@ -93,7 +96,7 @@ class Workspace(Base):
 
 
 class SendingHours(Base):
-    """The hours in which a workspace lets its messages be sent; without a row, always (`followups.quiet_hours`).
+    """The hours in which a workspace lets its messages be sent; without a row, always (`followups.sending_hours`).
 
     This is a table of its own, so that begin reads none of it while no workspace has any.
     """
@@ -101,7 +104,7 @@ class SendingHours(Base):
     __tablename__ = "sending_hours"
     __table_args__ = (
         CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),
-        # PostgreSQL knows 24:00, and Python does not.
+        # PostgreSQL accepts 24:00, and Python does not.
         CheckConstraint(
             f"opening < '24:00:00' AND closing < '24:00:00' AND {readable('open_from', 'open_until')}",
             name="times_are_readable",
@@ -147,7 +150,7 @@ class Pause(Base):
 class RateLimit(Base):
     """How many attempts may begin a second: in total, or of a workspace, a channel, or a channel of a workspace.
 
-    All matching limits apply. The state of their buckets is in Redis (`followups.shared.limiter`).
+    All matching limits apply. The state of their buckets is in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"
@@ -205,7 +208,7 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
-        # Whether another workspace has this external id.
+        # For the check whether another workspace has this external id.
         Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
@@ -347,14 +350,20 @@ class FollowUp(Base):
     trigger_chat_message_id: Mapped[UUID]
 
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """When the due date or the chat was last set. Lateness counts from the later one of this and the due date, so that
-    a due date in the past means at once, not too late."""
+    """When the due date or the chat was last set.
+
+    Lateness counts from the later of this moment and the due date, so that a due date in the past means at once, not
+    too late.
+    """
     next_attempt_at: Mapped[datetime | None]
     """When to try again after a retry or a deferral, or None for the due date."""
     waits_for: Mapped[UUID | None]
     """The earlier follow-up of its chat whose end unblocks it."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The fencing token: it only grows and never repeats; a write under an older one is refused."""
+    """The fencing token, which only grows and never repeats.
+
+    A write with an older token is refused.
+    """
     lease_until: Mapped[datetime | None]
     begun_at: Mapped[datetime | None]
     """When the attempt in flight began, or None."""
@@ -370,13 +379,18 @@ class FollowUp(Base):
     """The W3C traceparent of the trace in which it was created, or None."""
 
     held_until: Mapped[datetime | None]
-    """When the sending hours open, or opened, that it was last held for."""
+    """The opening of the sending hours until which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first moment at which the sending hours let it be sent, or will as they stand; lateness counts from then.
-    What has come to pass stays, whatever becomes of the hours; None: nothing has held it yet."""
+    """The first moment at which the sending hours allow the sending, or None before any hold.
+
+    A moment in the future follows from the current hours. A moment that has passed stays, whatever becomes of the
+    hours. Lateness counts from this moment.
+    """
     limited_until: Mapped[datetime | None]
-    """The next attempt that a rate limit or the breaker gave it; while ``next_attempt_at`` is the same, that is what it
-    waits for."""
+    """The next attempt as set by a rate limit or the breaker.
+
+    While ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
+    """
     pause_id: Mapped[UUID | None]
     """The pause that stops it; its next attempt is then far in the future, out of the claim's range."""
     retry_of: Mapped[UUID | None]
@@ -435,7 +449,10 @@ class MetricTotal(Base):
 
 
 class DispatcherState(Base):
-    """One row: when a dispatcher last ticked. Each claim locks it (`followups.store.ticks`)."""
+    """The single row that records when a dispatcher last ticked.
+
+    Each claim locks the row (`followups.store.last_tick`).
+    """
 
     __tablename__ = "dispatcher_state"
     __table_args__ = (CheckConstraint("id = 1", name="only_one_row"),)
@@ -443,4 +460,4 @@ class DispatcherState(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, server_default="1")
     last_tick_at: Mapped[datetime | None]
     grace_until: Mapped[datetime | None]
-    """Until when leases with an attempt in flight are left to their workers, as ticks had stopped before."""
+    """Until when leases with an attempt in flight are left to their workers, after a gap in the ticks."""

@@ -1,13 +1,13 @@
 """The rules for creating, changing and cancelling follow-ups, for every caller alike.
 
-Each function works in the caller's own transaction and commits nothing: the row is the job, there is
-nothing else to enqueue. The REST API and the command line call these too.
+Each function works in the caller's own transaction and commits nothing. The row is the job, so there is nothing else to
+enqueue. The REST API and the command line call these functions too.
 
-Each locks its chat until the transaction ends. A transaction that works on several chats must go through them in
-ascending order of their ids: `followups.store` has the order of all locks.
+Each function locks its chat until the transaction ends. A transaction that works on several chats must process them in
+ascending order of their ids; `followups.store` documents the order of all locks.
 
-The transaction must be one at READ COMMITTED, PostgreSQL's default: a statement then sees everything that was committed
-before it began, as the rules need. Every other one is refused with a `TransactionError`.
+The transaction must be at READ COMMITTED, PostgreSQL's default. A statement then sees everything that was committed
+before the statement began, as the rules need. Any other transaction is refused with a `TransactionError`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select, text
 
+from followups.channels import Channel, is_open
 from followups.database import is_read_committed
 from followups.errors import (
     AlreadyFinishedError,
@@ -32,11 +33,10 @@ from followups.errors import (
     TransactionError,
 )
 from followups.models import MAX_MESSAGE_LENGTH
-from followups.quiet_hours import opens_at
+from followups.sending_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
-from followups.store import chats, follow_ups, order, repetitions, sending_hours
+from followups.store import chat_order, chats, follow_ups, retries, sending_hours
 from followups.telemetry.logs import get_logger
-from followups.windows import Channel, is_open
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.models import Chat, FollowUp
-    from followups.quiet_hours import SendingHours
+    from followups.sending_hours import SendingHours
     from followups.states import Final
 
 log = get_logger(__name__)
@@ -59,7 +59,7 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
 
     A due date in the past means at once. In one transaction, schedule into several chats in ascending order of their
-    ids (``sorted(chat_ids)``), or it may deadlock with another one that works on the same chats.
+    ids (``sorted(chat_ids)``), or the transaction may deadlock with another one that works on the same chats.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
@@ -86,9 +86,9 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
-    """Cancel a pending follow-up; when this returns and the transaction commits, it is never sent.
+    """Cancel a pending follow-up, which is never sent once the transaction has committed.
 
-    ``reason`` is stored as given; without one it is ``cancelled_by_api``. Repeating it changes nothing. The order of
+    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. The order of
     several chats is that of `schedule`. Raises `FollowUpNotFoundError`, `AlreadyFinishedError`,
     `DeliveryInProgressError` and `TransactionError`.
     """
@@ -101,7 +101,7 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -
 def retry(session: Session, follow_up_id: UUID, *, due_date: datetime | None = None) -> FollowUp:
     """Create a new follow-up from a failed one, which stays as it is. Raises as `schedule`."""
     old = _failed(session, follow_up_id)
-    return _repeat(session, old, repetitions.last_of(session, old.id), due_date)
+    return _repeat(session, old, retries.last_of(session, old.id), due_date)
 
 
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
@@ -110,7 +110,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
     Raises `AlreadyRetriedError` if it has, and otherwise as `schedule`.
     """
     old = _failed(session, follow_up_id)
-    if repetitions.last_of(session, old.id) != old.id:
+    if retries.last_of(session, old.id) != old.id:
         raise AlreadyRetriedError
     return _repeat(session, old, old.id, None)
 
@@ -135,7 +135,7 @@ def _repeat(session: Session, old: FollowUp, last: UUID, due_date: datetime | No
         message=old.message,
         due_date=due_date or session.execute(select(func.now())).scalar_one(),
     )
-    repetitions.note(session, new.id, last)
+    retries.note(session, new.id, last)
     return new
 
 
@@ -144,8 +144,8 @@ def amend(
 ) -> FollowUp:
     """Change fields of a follow-up (names in snake_case), or end it by a final ``status``.
 
-    ``workspace_id`` None is an operator's view. What already stands so is no change. Raises
-    `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
+    A ``workspace_id`` of None gives an operator's view. Fields that already have the requested value are ignored.
+    Raises `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
     `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and
     `TransactionError`.
     """
@@ -168,9 +168,9 @@ def amend(
 def _lock(
     session: Session, follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
 ) -> tuple[FollowUp, Mapping[UUID, Chat]]:
-    """Lock the follow-up's chat and the ``target`` chat, and then the follow-up; return it and the chats.
+    """Lock and return the follow-up and two chats: the follow-up's own and the ``target`` chat.
 
-    Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
+    The chats are locked first. Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
     """
     while True:
         locked = chats.lock_chats_of(session, follow_up_id, workspace_id, target)
@@ -183,7 +183,7 @@ def _lock(
             return found, locked
         if found.chat_id in locked:
             raise DeliveryInProgressError
-        # It was moved into another chat while this waited for the first one.
+        # The follow-up was moved into another chat while this transaction waited for the first one.
 
 
 def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
@@ -195,11 +195,11 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
 
 _ISOLATION = text("SELECT current_setting('transaction_isolation')")
 LOOSEST = frozenset({"read committed", "read uncommitted"})
-"""To PostgreSQL the two are the same."""
+"""Two isolation levels that are the same to PostgreSQL."""
 
 
 def _check_transaction(session: Session) -> None:
-    """Refuse a transaction that ends with each statement, or that looks at what was committed before it began."""
+    """Refuse a transaction that ends with each statement, or reads only what was committed before it."""
     connection = session.connection()
     if is_read_committed(connection):
         return
@@ -237,7 +237,7 @@ def _amend_pending(session: Session, found: FollowUp, fresh: Mapping[str, Any], 
         if not follow_ups.end_if_not_begun(session, found.id, final, fresh.get("finished_at")):
             raise DeliveryInProgressError
     if fresh.keys() & {"due_date", "chat_id", "status"}:
-        order.wake(session.connection(), [found.id])
+        chat_order.wake(session.connection(), [found.id])
 
 
 def final_of(status: Status, reason: str | None) -> Final:
@@ -255,9 +255,10 @@ def trigger_of(chat: Chat) -> UUID:
 
 
 def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
-    """Refuse a due date outside the channel's messaging window; one in the past means now.
+    """Refuse a due date outside the channel's messaging window; a due date in the past means now.
 
-    One outside the workspace's sending hours will be held until they open: that moment must be inside too.
+    A follow-up that is due outside the workspace's sending hours will be held until they open. That moment must be
+    inside the messaging window too.
     """
     channel = Channel(chat.channel)
     if is_open(channel, None, due_date):
@@ -279,9 +280,10 @@ def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
 
 
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
-    """Return when the hours are open, from ``moment`` on; ``moment`` where this host does not know their time zone.
+    """Return when the hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
 
-    A caller's follow-up must not be refused because of that: the worker that begins it checks the hours again.
+    A time zone that this host does not know is no reason to refuse a caller's follow-up: the worker that begins it
+    checks the hours again.
     """
     try:
         return opens_at(hours, moment)
@@ -292,7 +294,7 @@ def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datet
 
 @lru_cache(maxsize=1024)
 def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
-    """Log, once in this process, that these hours cannot be checked."""
+    """Log, once per process, that these sending hours cannot be checked."""
     log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 WAIT = 60.0
-"""Seconds for which a migration waits until another one has ended."""
+"""Seconds for which a migration waits for another one to end."""
 
 PATIENCE = 600.0
 """Seconds for which a migration tries to lock tables that long transactions use."""
@@ -34,10 +34,11 @@ def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: floa
 
 
 def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, patience: float = PATIENCE) -> None:
-    """Bring the database to ``revision``. Several at once do no harm: the second waits, then finds it done.
+    """Migrate the database to ``revision``.
 
-    Raises `FollowUpsError` when another migration holds its lock for ``wait`` seconds, or a long transaction keeps a
-    table locked for ``patience`` seconds.
+    Several migrations at once do no harm: the second waits, and then finds the work done. Raises `FollowUpsError` if
+    another migration keeps its lock for ``wait`` seconds, or if a long transaction keeps a table locked for
+    ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
 

@@ -28,7 +28,11 @@ LEASE_MARGIN = timedelta(seconds=2)
 """How much longer than the transport's timeout a lease must be: for begin, settle and a slow commit."""
 
 LONGEST_LEASE = timedelta(hours=1)
-"""What a dead worker had in flight waits for as long as a lease; no operator means to wait for hours."""
+"""Longest lease that may be set.
+
+The follow-ups that a dead worker had in flight wait for as long as a lease, and no operator wants them to wait for
+hours.
+"""
 
 LEAST_RETENTION = timedelta(days=1)
 """Stored answers to idempotent requests name follow-ups for so long."""
@@ -194,7 +198,8 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
         # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for an answer must not
-        # lose its lease. Hints have no lifetime, and the broker no visibility timeout: what is taken is gone.
+        # lose its lease. Hints do not expire, and the broker has no visibility timeout: a hint that was taken does not
+        # return to its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
                 f"FOLLOWUPS_LEASE ({self.lease.total_seconds():g} s) should be at least "
@@ -269,7 +274,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of 
 
 def _read_files() -> dict[str, str]:
     """Return the settings whose variables with ``_FILE`` are set, without surrounding white space."""
-    found = {}
+    found: dict[str, str] = {}
     for field in FROM_FILES:
         for name in _names(field):
             if not (path := os.environ.get(f"{name}_FILE")):

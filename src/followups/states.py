@@ -2,11 +2,13 @@
 
 Pure: no clock, no database. Every write of ``status`` is a `Final` made by `finish`.
 
-======= ========= =================================================================================== from    to
-codes ======= ========= =================================================================================== pending sent
-(none) pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost,
-failed_by_api pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api ======= =========
-===================================================================================
+======= ========= ===================================================================================
+from    to        codes
+======= ========= ===================================================================================
+pending sent      (none)
+pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost, failed_by_api
+pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api
+======= ========= ===================================================================================
 
 A stored reason is ``code`` or ``code: detail``. A caller's own words (a PATCH, an operator) are stored as given,
 without a code.
@@ -111,7 +113,10 @@ class Final:
     status: Status
     reason: str | None
     code: ReasonCode | None = field(default=None, compare=False)
-    """The code of the reason; None for ``sent``, and for a caller's own words, whatever they begin with."""
+    """The code of the reason, or None for ``sent`` and for a caller's own words.
+
+    A caller's words have no code, whatever they begin with.
+    """
 
 
 def finish(

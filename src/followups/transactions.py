@@ -1,10 +1,10 @@
-"""One transaction whose end is known, even when the answer to its commit is lost.
+"""A transaction whose outcome is known even when the answer to its commit is lost.
 
-A connection that breaks during a commit leaves open whether it was done. For a claim, a begin or a settle that would
-cost a lease: the rows may be ours, and the process would not know. So a statement leaves a question behind that reads
-back what it has written (`ask_if_lost`), and after a lost answer the question is put to the database that is there by
-then. That may be another server than before: a standby that was promoted holds the rows, or it does not. The numbers
-of transactions say nothing there, since it may have given the same number to another one.
+A connection that breaks during a commit leaves the outcome open. For a claim, a begin or a settle that would cost a
+lease, since the rows may be ours without the process knowing. So a statement registers a question (`ask_if_lost`) that
+reads back what the statement has written. After a lost answer, the question is put to the database that is reachable by
+then. That may be another server than before: a standby that was promoted has the rows, or it does not. Transaction ids
+prove nothing there, since the new server may have given the same id to another transaction.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """Whether the database is as the statement left it; None while its transaction may still be under way."""
+    """Whether the database is as the statement left it, or None if its transaction may still be under way."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -42,10 +42,11 @@ _QUESTION = "followups.question"
 
 
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
-    """Do the work in one transaction and commit it; return what the work returned.
+    """Run the work in one transaction and commit it; return what the work returned.
 
-    Raises what the work or the commit raised. When this returns, it was committed. When it raises what the commit
-    raised, it was not, unless the database could not be asked within `PATIENCE`, or the work left no question.
+    Raises what the work or the commit raised. If this function returns, the transaction was committed. If it raises the
+    commit's error, the transaction was not committed, unless the database could not be asked within `PATIENCE`, or the
+    work registered no question.
     """
     with engine.connect() as connection:
         connection.info.pop(_QUESTION, None)  # left by an earlier transaction on the same connection
@@ -60,9 +61,10 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
 
 def ask_if_lost(connection: Connection, question: Question) -> None:
-    """Keep the question that tells whether the transaction under way was committed, for when its answer is lost.
+    """Register the question that finds out whether the current transaction was committed.
 
-    The first one is kept: a transaction is committed as a whole.
+    It is asked if the answer to the commit is lost. Only the first question is kept, since a transaction is committed
+    as a whole.
     """
     connection.info.setdefault(_QUESTION, question)
 

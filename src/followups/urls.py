@@ -1,6 +1,6 @@
-"""The URLs of database and broker, checked before anything connects: a wrong one is an error with a reason.
+"""Database and broker URLs, checked before anything connects; a wrong one is an error with a reason.
 
-No reason holds a part of the URL, since a part may belong to a password that was not escaped.
+No reason contains any part of the URL, since a part may belong to a password that was not escaped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HIGHEST_PORT = 65_535
 _LIBPQS_HOSTS = re.compile(
     r"(?P<before>\w+://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^/?@]*[,%][^/?@]*)(?P<after>.*)", re.DOTALL
 )
-"""What SQLAlchemy does not parse: several hosts, ``host1:5432,host2:5432``, and a socket's path, ``%2Frun``."""
+"""Unparsed by SQLAlchemy: several hosts, ``host1:5432,host2:5432``, and a socket's path, ``%2Frun``."""
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 
@@ -84,7 +84,7 @@ def _check_port(port: str) -> None:
 
 
 def check_broker_url(text: str) -> None:
-    """Raise ValueError with a reason unless redis-py and kombu can parse the URL, and mean the same by it."""
+    """Raise ValueError with a reason unless redis-py and kombu both parse the URL and read it alike."""
     try:
         parts = urlsplit(text)
         port = parts.port

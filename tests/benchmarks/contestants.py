@@ -175,7 +175,7 @@ class AsyncioLoop(Contestant):
 
 @dataclass
 class ClientLoop(Contestant):
-    """The same loop with our own HTTP client: the limit of what the system can reach with it."""
+    """The same loop with our own HTTP client: the most that the system can reach with it."""
 
     name: str = "raw loop on our HTTP client"
 

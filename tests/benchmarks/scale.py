@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Connection, Engine, text
 
 from followups.database import BY_KEY, make_engine
-from followups.dispatch.claim import size_of_claim
+from followups.delivery.claim import size_of_claim
 from followups.embedded import EmbeddedPostgres
 from followups.schema import migrate
 from followups.settings import Settings

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import web
 from deploy.manifests import DEPLOY, documents
-from followups.dispatch.settle import OUTCOME_NAMES
+from followups.delivery.settle import OUTCOME_NAMES
 from followups.states import ReasonCode, Status
 
 if TYPE_CHECKING:

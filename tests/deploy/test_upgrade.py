@@ -170,7 +170,7 @@ _CONSTRAINTS = text("""
 
 
 UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", "follow_ups", "sending_hours")}}
-"""By migration: constraints on what was there before which no code ever broke, since it can read what it writes."""
+"""By migration: constraints on existing columns. No code ever broke them, since it can read what it writes."""
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))

@@ -25,9 +25,9 @@ class Failpoints:
         return {"PYTHONPATH": str(INJECTED), "FOLLOWUPS_TEST_FAILPOINTS": str(self.directory)}
 
     def arm(self, point: str, action: str = "kill", times: int = 1) -> None:
-        """Let the next ``times`` hits of the point, by any process, do this to it.
+        """Arm the next ``times`` hits of the point, by any process, with this action.
 
-        That is ``kill``, ``stop``, ``suspend`` (it stops as on a machine that sleeps), ``raise`` or ``sleep S``.
+        The action is ``kill``, ``stop``, ``suspend`` (stop as on a machine that sleeps), ``raise`` or ``sleep S``.
         """
         for _ in range(times):
             unseen = self.directory / f"new.{next(self._numbers):06}"

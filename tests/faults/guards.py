@@ -17,14 +17,24 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim, claim_fairly, rhythm_of
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim, claim_fairly, rhythm_of
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
-from followups.quiet_hours import SendingHours
+from followups.sending_hours import SendingHours
 from followups.states import ReasonCode, Status, finish
-from followups.store import chats, claims, follow_ups, idempotency, leases, order, rate_limits, sending_hours, ticks
+from followups.store import (
+    chat_order,
+    chats,
+    claims,
+    follow_ups,
+    idempotency,
+    last_tick,
+    leases,
+    rate_limits,
+    sending_hours,
+)
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime
 from stack import wait_until
@@ -36,7 +46,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from followups.dispatch.claim import Claim
+    from followups.delivery.claim import Claim
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
     from followups.transports.port import Outcome
@@ -224,7 +234,7 @@ def token_stays(scene: Scene) -> None:
 
 
 def token_repeats(scene: Scene) -> None:
-    """Claim again after a failover that has forgotten the claim."""
+    """Claim again after a failover that has lost the claim."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)
@@ -245,10 +255,10 @@ def taken_from_its_worker(scene: Scene) -> None:
 def claimed_beside_another(scene: Scene) -> None:
     """Claim while another dispatcher claims."""
     scene.world.follow_up()
-    # Recorded just now, so that neither of the two writes the row.
+    # The tick was recorded just now, so neither of the two writes the row.
     scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
     with scene.engine.begin() as another:
-        ticks.begin(another, rhythm_of(scene.settings))
+        last_tick.begin(another, rhythm_of(scene.settings))
         expect(scene.claim(scene.engine, scene.settings).busy, "one dispatcher claims at a time")
 
 
@@ -370,7 +380,7 @@ def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
 def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
     """Let a leased one wait for an earlier one."""
     with scene.engine.begin() as connection:
-        order.park_if_leased(connection, [(lease, earlier)])
+        chat_order.park_if_leased(connection, [(lease, earlier)])
 
 
 def stale_park(scene: Scene) -> None:
@@ -439,7 +449,7 @@ def forgotten(scene: Scene) -> None:
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
     with scene.engine.begin() as connection:
-        order.wake_forgotten(connection)
+        chat_order.wake_forgotten(connection)
     expect(scene.world.row(later.id).waits_for is None, "what was forgotten is found")
 
 

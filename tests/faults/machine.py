@@ -13,10 +13,10 @@ from faults.model.rules import OUTCOMES
 from faults.model.steps import steps
 from faults.model.world import Job, Protocol, Row
 from faults.model.world import World as Model
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.scheduling import amend
 from followups.states import code_of
 from followups.store import chats
@@ -51,7 +51,7 @@ class Driven:
             world.sql(LATER, id=follow_up)
         self.begun: dict[tuple[int, int], Begun] = {}
         self.tokens: dict[tuple[int, int], int] = {}
-        """The database's token for each row's number and token of the model, whose tokens count from 1."""
+        """The database's token for each pair of a row's number and the model's token, which counts from 1."""
 
     def kinds(self) -> set[str]:
         """Return the kinds of what may happen now."""
@@ -95,7 +95,7 @@ class Driven:
             assert (row.finished_at is None) == expected.pending
 
     def _token(self, number: int, counted: int, found: int) -> int:
-        """Return the database's token for one of the model. A new one is greater than all before it."""
+        """Return the database's token for one of the model, and check that a new one is the greatest yet."""
         if (number, counted) not in self.tokens:
             before = max((token for (row, _), token in self.tokens.items() if row == number), default=-1)
             assert found > before, (found, before)

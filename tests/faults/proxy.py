@@ -68,7 +68,7 @@ class Proxy:
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
-        """Lead to another server from now on. Connections that are open go on leading to the one before."""
+        """Point the address at another server for new connections; open ones keep the server they have."""
         self._url = server_url
 
     def freeze(self) -> None:

@@ -1,4 +1,4 @@
-"""A real streaming replica: a primary, a standby that follows it, and one address that leads to the primary."""
+"""A real streaming replica: a primary, its standby, and one address that points at the primary."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-"""The binaries of Debian's newest package; None where there is none."""
+"""The binaries of Debian's newest PostgreSQL package, or None if there is none."""
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql."
-"""Why a test that needs it is skipped."""
+"""Reason for skipping a test that needs these binaries."""
 
 CONFIGURATION = """
 listen_addresses = ''
@@ -40,7 +40,7 @@ FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
 def ask(server: EmbeddedPostgres, statement: str) -> str:
-    """Execute a statement on a server itself, whatever the address leads to; return the first column of its row."""
+    """Execute a statement on this very server, wherever the address points; return its row's first column."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None
@@ -53,7 +53,7 @@ def _change(server: EmbeddedPostgres, setting: str, value: str) -> None:
 
 
 def socket_of(server: EmbeddedPostgres) -> Path:
-    """Return the directory of a server's socket, which is its host."""
+    """Return the directory of a server's socket, which is the host in its URL."""
     return Path(str(make_url(server.url()).query["host"]))
 
 
@@ -62,10 +62,10 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A server of any version; a new one, or a copy of another one, which it follows until it is promoted."""
+    """A server of any version: a new one, or a copy that follows another one until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Take which server to follow; None: it is a new one."""
+        """Take the binaries and the server to follow, or None for a new server."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 
@@ -99,9 +99,10 @@ class Server(EmbeddedPostgres):
 
 
 class Replicated:
-    """Both servers, and the address. It can be killed and restarted as one server: its standby takes over.
+    """A primary and its standby behind one address, killed and restarted like one server.
 
-    ``synchronous``: what was committed is on the standby too, so that a failover loses nothing. Otherwise it may.
+    On a restart the standby takes over. If ``synchronous``, every commit is on the standby too, so that a failover
+    loses nothing; otherwise it may.
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
@@ -113,7 +114,7 @@ class Replicated:
         self.proxy: Proxy
 
     def __enter__(self) -> Self:
-        """Start both."""
+        """Start both servers."""
         with ExitStack() as starting:
             starting.callback(self._stop)
             self.primary.start()
@@ -124,47 +125,47 @@ class Replicated:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop both."""
+        """Stop both servers."""
         self._running.close()
 
     def url(self, database: str = "postgres") -> str:
-        """Return the URL of a database of the primary, whichever server that is."""
+        """Return the URL of a database on the current primary."""
         return make_url(self.proxy.url).set(database=database).render_as_string(hide_password=False)
 
     def kill(self) -> None:
-        """Kill the primary with SIGKILL, sessions and all."""
+        """Kill the primary with SIGKILL, including its sessions."""
         self.primary.kill()
 
     def restart(self) -> None:
-        """Let the standby take over, and get a new one."""
+        """Fail over to the standby and start a new standby."""
         self.promote()
         self.move()
         self.proxy.cut()
         self.replace_standby()
 
     def promote(self) -> None:
-        """Promote the standby; what was the primary comes back read-only, and the address leads to it still."""
+        """Promote the standby and restart the old primary read-only, with the address still pointing at it."""
         old = self.primary
         self.primary, self.standby = self.standby, old
         _data(old).joinpath("standby.signal").touch()
         with _data(old).joinpath("postgresql.auto.conf").open("a") as configuration:
             configuration.write(f"primary_conninfo = 'host={socket_of(self.primary)} user=postgres'\n")
-        old.restart()  # one that was not killed sends the standby all that it has before it ends
+        old.restart()  # unless it was killed, it sends the standby everything before it ends
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Let the address lead to the primary, as it is now. Connections that are open are kept."""
+        """Point the address at the current primary; open connections are kept."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:
-        """Replace the standby with a new copy of the primary: what was one may have gone another way."""
+        """Replace the standby with a new copy of the primary, since the old one may have diverged."""
         self.standby.stop()
         self.standby = Server(self._binaries, self.primary)
         self.standby.start()
         self._attach()
 
     def detach(self) -> None:
-        """Let the standby hear of nothing any more that is committed."""
+        """Disconnect the standby, so that it receives no further commits."""
         _change(self.standby, "primary_conninfo", "")
         wait_until(lambda: ask(self.primary, FOLLOWERS) == "0")
 

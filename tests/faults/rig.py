@@ -160,10 +160,11 @@ REPLICATED, POOLED = "replicated", "pooled"
 
 
 def chosen_servers() -> frozenset[str]:
-    """Return what stands in FOLLOWUPS_TEST_SERVERS, separated by commas: ``replicated``, ``pooled`` or both.
+    """Return the kinds of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
-    ``replicated`` is a primary with a synchronous standby, which takes over where a test restarts PostgreSQL;
-    ``pooled`` is a PgBouncer before it, in session mode. Nothing is a server without either.
+    The kinds are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over where a
+    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode before it. An empty value means a server
+    without either.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:
@@ -182,9 +183,10 @@ def own_servers(
     kinds: frozenset[str] | None = None,
     binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system on servers that a test may kill; with ``proxied``, behind proxies (PostgreSQL's, broker's).
+    """Return a system on servers that a test may kill, behind proxies if ``proxied``.
 
-    ``kinds`` says which servers (None: `chosen_servers`), ``binaries`` of which PostgreSQL those that are replicated.
+    The proxies are PostgreSQL's and the broker's. ``kinds`` selects the servers (None means `chosen_servers`), and
+    ``binaries`` the PostgreSQL of the replicated ones.
     """
     kinds = chosen_servers() if kinds is None else kinds
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Run the fault tests with many seeds, and write what they found to RESULTS.md.
+"""Run the fault tests with many seeds, and write the results to RESULTS.md.
 
     uv run python tests/faults/run.py --seeds 20          # the short forms, about two minutes a seed
     uv run python tests/faults/run.py --long              # each long form once, some hours
@@ -10,8 +10,8 @@ in session mode. This is for the long forms of faults 1 to 8:
 
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 
-Figures are added to ``--figures FILE`` (a JSON object a line), so that runs can be done apart, and stopped and
-gone on with: the table is written anew from all of them.
+Figures are appended to ``--figures FILE`` (one JSON object per line), so that runs can be made separately, stopped and
+continued. The table is always rewritten from all figures.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Errors that Redis answers: in a failover, on a full disk, beside a script that does not end, under an ACL."""
+"""Error answers of Redis: in a failover, on a full disk, beside an endless script, under an ACL."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BACK_WITHIN = 10.0
 
 @contextmanager
 def readonly(server: redis.Redis) -> Iterator[None]:
-    """Make the server a replica: who waits in a read is told UNBLOCKED, and every write READONLY."""
+    """Make the server a replica: blocked reads get UNBLOCKED, and every write gets READONLY."""
     server.execute_command("REPLICAOF", "127.0.0.1", "1")
     yield
     server.execute_command("REPLICAOF", "NO", "ONE")
@@ -36,10 +36,10 @@ def readonly(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def misconf(server: redis.Redis) -> Iterator[None]:
-    """Let the server's snapshots fail, as on a full disk: every write is answered with MISCONF."""
-    Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)  # what cannot be replaced by a file
+    """Make the server's snapshots fail, as on a full disk: every write gets MISCONF."""
+    Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)  # a directory, which no file can replace
     server.config_set("save", "3600 1")
-    with suppress(redis.ResponseError):  # one runs already
+    with suppress(redis.ResponseError):  # one is already running
         server.bgsave()
     wait_until(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err")
     yield
@@ -48,7 +48,7 @@ def misconf(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def busy(server: redis.Redis) -> Iterator[None]:
-    """Let a script run without end: everything is answered with BUSY."""
+    """Run an endless script: every command gets BUSY."""
     server.config_set("busy-reply-threshold", 1)
     endless = threading.Thread(target=run_endless_script, args=(server,), daemon=True)
     endless.start()
@@ -59,13 +59,13 @@ def busy(server: redis.Redis) -> Iterator[None]:
 
 
 def run_endless_script(server: redis.Redis) -> None:
-    """Run it until it is killed."""
+    """Run an endless script until it is killed."""
     with suppress(redis.RedisError):
         server.eval("while true do end", 0)
 
 
 def answers_busy(server: redis.Redis) -> bool:
-    """Return whether a script is in the way."""
+    """Return whether a script blocks the server."""
     try:
         server.ping()
     except redis.ResponseError:
@@ -75,7 +75,7 @@ def answers_busy(server: redis.Redis) -> bool:
 
 @contextmanager
 def noperm(server: redis.Redis) -> Iterator[None]:
-    """Take the permission to read the queues away."""
+    """Revoke the permission to read the queues."""
     server.execute_command("ACL", "SETUSER", "default", "-brpop")
     yield
     server.execute_command("ACL", "SETUSER", "default", "+brpop")
@@ -83,7 +83,7 @@ def noperm(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def oom(server: redis.Redis) -> Iterator[None]:
-    """Let the server's memory be full: every write that adds something is answered with OOM."""
+    """Make the server's memory count as full: every write that adds something gets OOM."""
     server.config_set("maxmemory", 1)
     yield
     server.config_set("maxmemory", 0)
@@ -99,7 +99,10 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 
 
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
-    """Let the broker answer each of these errors for a while; all processes live, and work on when it is over."""
+    """Make the broker answer each of these errors for a while.
+
+    All processes stay alive, and work again when it is over.
+    """
     assert rig.valkey
     workers = rig.start(workers=2)
     api = rig.web()
@@ -130,27 +133,27 @@ def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Call
 
 
 def create(api: web.Api) -> None:
-    """Create a follow-up that is due at once, by the API."""
+    """Create a follow-up that is due at once, through the API."""
     chat = api.world.chat()
     body = {"chatId": str(chat), "message": "Hello?", "dueDate": web.in_days(0)}
     assert api.client.post(web.FOLLOW_UPS, json=body).status_code == 201
 
 
 def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
-    """No process ends with an error of Redis' own, nothing is lost, and consumption goes on within seconds."""
+    """No process ends because of a Redis error, nothing is lost, and consumption resumes within seconds."""
     names = breakable.rng.sample(list(ERRORS), len(ERRORS))
     answering_errors(breakable, figures, names, lambda: 1 + breakable.rng.random())
 
 
 @pytest.mark.faults_long
 def test_errors_for_long(breakable: Rig, figures: Figures) -> None:
-    """So it is with many, each for up to twenty seconds."""
+    """The same is true of many errors, each for up to twenty seconds."""
     names = [breakable.rng.choice(list(ERRORS)) for _ in range(25)]
     answering_errors(breakable, figures, names, lambda: 20 * breakable.rng.random())
 
 
 def test_stopped_in_the_middle(breakable: Rig) -> None:
-    """A worker that is told to stop while the broker refuses its reads drains and ends in order."""
+    """A worker that is stopped while the broker refuses its reads drains and exits cleanly."""
     assert breakable.valkey
     (worker,) = breakable.start()
     with redis.Redis.from_url(breakable.valkey.url(), socket_timeout=5) as server, noperm(server):

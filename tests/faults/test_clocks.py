@@ -20,14 +20,14 @@ MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
 def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
-    """Let one worker's clock be so far ahead, another's behind, and a beat's of each kind."""
-    rig.options["FOLLOWUPS_LEASE"] = "30"  # a hint that is dropped costs one
+    """Run with one worker and one beat whose clocks are ahead by ``off``, and one of each behind."""
+    rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint costs one lease
     rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
     ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))
     injected = rig.failpoints.environment()
     rig.beat(**injected | ahead)
     rig.beat(**injected | behind)
-    rig.sandbox("--secret", SECRET)  # which takes no signature that is minutes old, or of minutes to come
+    rig.sandbox("--secret", SECRET)  # refuses signatures that are minutes old, or minutes ahead
     workers = [rig.worker(harmed=True, **ahead), rig.worker(harmed=True, **behind)]
     with Load(rig, 60, seconds, spread=2.0) as load:
         load.wait()
@@ -54,7 +54,7 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
 
 
 def is_off(worker: Child, by: timedelta) -> int:
-    """Return by a process's log whether it is so far ahead (1) or behind (-1)."""
+    """Return 1 if the log shows the process's clock ahead by that much, or -1 if behind."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
     return round(off / by)
@@ -66,7 +66,7 @@ def test_clocks_off(rig: Rig, figures: Figures) -> None:
 
 
 def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
-    """So it is with clocks that are hours off: no host drops what another one has sent, as too old by its own clock."""
+    """With clocks hours off, too, no host drops another's message as too old by its own clock."""
     clocks_off(rig, figures, seconds=2.5, off=HOURS)
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import pytest
 from celery import Celery
 
-from followups.dispatch.claim import claim
-from followups.dispatch.publish import batches
-from followups.worker_queues import DELIVER, DISPATCH
+from followups.delivery.claim import claim
+from followups.delivery.hints import batches
+from followups.worker.queues import DELIVER, DISPATCH
 from stack import wait_until
 
 if TYPE_CHECKING:

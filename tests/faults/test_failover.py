@@ -1,4 +1,4 @@
-"""Failover to a real streaming replica: late, never lost and never twice, and no process says that all is well."""
+"""Failover to a real replica: late, never lost and never twice, and no process reports itself well."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from conftest import brisk_settings
 from faults.replica import INSTALLED, MISSING, Replicated, ask, socket_of
 from faults.rig import REPLICATED, Load, own_servers
 from followups.database import BY_KEY, make_engine, takes_changes
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
 from followups.embedded import postgres as embedded
 from followups.schema import migrate
 from stack import wait_until
@@ -43,15 +43,18 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BACK_WITHIN = 10.0
-"""Seconds from the moment at which the address leads to the new primary until requests and sends go on."""
+"""Seconds from moving the address to the new primary until requests and sends continue."""
 
 NOTICED_WITHIN = 30.0
-"""Seconds until a process must have noticed, on a machine busy with other tests."""
+"""Seconds within which a process must notice, on a machine busy with other tests."""
 
 
 @pytest.fixture
 def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system whose PostgreSQL (by default the newest) has a standby, behind an address that can be moved."""
+    """Return a system whose PostgreSQL has a standby, behind an address that can be moved.
+
+    By default it is the newest PostgreSQL.
+    """
     binaries = getattr(request, "param", embedded.BINARIES) or pytest.skip(MISSING)
     with own_servers(dice, kinds=frozenset({REPLICATED}), binaries=binaries) as (rig, _):
         yield rig
@@ -59,7 +62,7 @@ def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[
 
 @dataclass
 class Clients:
-    """Requests that change something, one after the other, and when each that succeeded did."""
+    """Change requests, one after the other, and the times at which they succeeded."""
 
     api: web.Api
     chat: UUID
@@ -67,7 +70,7 @@ class Clients:
     refused: list[int] = field(default_factory=list)
 
     def run(self, stopping: threading.Event) -> None:
-        """Go on until told to stop."""
+        """Send requests until stopped."""
         while not stopping.wait(0.05):
             try:
                 status = self.api.message(str(self.chat), "agent").status_code
@@ -80,7 +83,7 @@ class Clients:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """Call from a thread of their own."""
+        """Send requests from a separate thread."""
         stopping = threading.Event()
         thread = threading.Thread(target=self.run, args=(stopping,))
         thread.start()
@@ -92,7 +95,7 @@ class Clients:
 
 
 def command(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command where the system's processes run."""
+    """Run a command in the environment of the system's processes."""
     environment = os.environ | rig.environment()
     return subprocess.run(
         [COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -100,7 +103,7 @@ def command(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def everything_says_read_only(rig: Rig, clients: Clients) -> None:
-    """Check what each that is asked says while the address leads to a server that takes no changes."""
+    """Check what each component reports while the address points at a read-only server."""
 
     def worker_says() -> bool:
         ran = command(rig, "health", "worker")
@@ -119,12 +122,13 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # A worker whose sessions may be on any server reads the database's time there, and is well for a moment.
+    # A worker whose sessions may be on any server reads the database's time there, and reports itself well for a
+    # moment.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 
 def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float]:
-    """Fail over; return the seconds from the address' move to the first request and to the first send."""
+    """Fail over; return the seconds from moving the address to the first request and to the first send."""
     postgres = rig.postgres
     assert isinstance(postgres, Replicated)
     if killed:
@@ -145,7 +149,7 @@ def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float
 def failovers(
     rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float, workers: int = 2
 ) -> None:
-    """Fail over so often under load, and check that all goes on each time."""
+    """Fail over ``times`` times under load, and check that everything continues each time."""
     started = rig.start(workers, beats=workers)
     clients = Clients(rig.web(), rig.world.chat())
     took = []
@@ -173,26 +177,26 @@ def failovers(
 
 @pytest.mark.parametrize("replicated", [embedded.BINARIES, INSTALLED], indirect=True, ids=["embedded", "installed"])
 def test_failover(replicated: Rig, figures: Figures) -> None:
-    """Requests and sends go on after a failover, and what is asked meanwhile says that the database is read-only."""
+    """Requests and sends continue after a failover, and meanwhile the database is reported as read-only."""
     failovers(replicated, figures, times=1, between=(0.5, 1.0), rate=40, workers=1)
 
 
 @pytest.mark.faults_long
 def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
-    """So they do after many, of a primary that was stopped, or killed."""
+    """The same is true of many failovers, of a primary that was stopped or killed."""
     failovers(replicated, figures, times=12, between=(2, 15), rate=60)
 
 
 @pytest.mark.faults_long
 def test_failovers_where_any_server_will_do(replicated: Rig, figures: Figures) -> None:
-    """So they do where the URL asks for sessions on whatever server the address leads to."""
+    """The same is true if the URL accepts sessions on whatever server the address points at."""
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
     failovers(replicated, figures, times=6, between=(2, 15), rate=60)
 
 
 def test_several_hosts_in_the_url() -> None:
-    """Where the URL names both servers, sessions are opened on the one that takes changes, after a failover too."""
+    """If the URL names both servers, sessions are opened on the writable one, also after a failover."""
     with Replicated() as postgres:
         hosts = f"{socket_of(postgres.primary)},{socket_of(postgres.standby)}"
         engine = make_engine(f"postgresql://postgres@/postgres?host={hosts}")
@@ -209,7 +213,7 @@ def test_what_an_asynchronous_failover_took_back_is_not_believed(
 ) -> None:
     """A begin whose answer was lost, and which the new primary never saw, counts as failed at once.
 
-    Neither is it waited for, nor is another transaction that the new primary gave the same number taken for it.
+    The begin is not waited for, and another transaction with the same id on the new primary is not mistaken for it.
     """
     with Replicated(synchronous=False) as postgres:
         migrate(postgres.url())

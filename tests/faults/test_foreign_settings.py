@@ -1,4 +1,4 @@
-"""A server with defaults that others have set: every promise is kept; one that cannot keep them is refused."""
+"""Foreign server defaults: every promise is kept, and a server that cannot keep them is refused."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 WORDS = "Noch da? \N{WAVING HAND SIGN}"
-"""With a character that no single-byte encoding has."""
+"""Text with a character that no single-byte encoding has."""
 
 ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}
 
 
 def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
-    """Let a reply and a create of one chat arrive at the same moment, in so many chats; return the answers' counts."""
+    """Send a reply and a create at the same moment, in ``pairs`` chats; return the counts of the answers."""
     chats = [api.chat() for _ in range(pairs)]
 
     def act(one: tuple[str, str]) -> tuple[str, int]:
@@ -54,7 +54,7 @@ def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
 
 
 def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
-    """Let replies and creates of one chat meet, then send under load, on a database whose defaults are hostile."""
+    """Make replies and creates of a chat meet, then send under load, on a database with hostile defaults."""
     set_defaults(rig.settings.database_url.get_secret_value(), HOSTILE)
     rig.options |= ENVIRONMENT
     api = rig.web()
@@ -78,31 +78,34 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
 
 
 def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
-    """A stricter isolation, other notations and encodings of server, role and environment change no outcome."""
+    """Stricter isolation and other notations and encodings change no outcome.
+
+    The defaults are those of the server, the role and the environment.
+    """
     on_foreign_defaults(rig, figures, pairs=40, rate=100, seconds=2)
 
 
 @pytest.fixture
 def pooled(pgbouncer: PgBouncer, settings: Settings, engine: Engine, dice: random.Random) -> Iterator[Rig]:
-    """Return a system that reaches its database by way of PgBouncer."""
+    """Return a system that reaches its database through PgBouncer."""
     by_way = settings.model_copy(update={"database_url": type(settings.database_url)(pgbouncer.url())})
     with running(by_way, engine, dice) as rig:
         yield rig
 
 
 def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None:
-    """So it is by way of PgBouncer in session mode, which gives the sessions of one client to the next."""
+    """The same is true behind PgBouncer in session mode, which passes one client's sessions to the next."""
     on_foreign_defaults(pooled, figures, pairs=20, rate=100, seconds=2)
 
 
 @pytest.mark.faults_long
 def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
-    """So it is under load for minutes, with hundreds of replies."""
+    """The same is true under load for minutes, with hundreds of replies."""
     on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
 
 
 def test_read_only_default(rig: Rig, figures: Figures) -> None:
-    """While sessions are read-only by default nothing is sent and nothing is lost; afterwards all of it is sent."""
+    """While sessions are read-only by default nothing is sent; afterwards everything is, without loss."""
     url = rig.settings.database_url.get_secret_value()
     ids = rig.bulk(50)
     set_defaults(url, {"default_transaction_read_only": "on"})
@@ -122,7 +125,7 @@ def test_read_only_default(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_foreign_encoding(rig: Rig, figures: Figures, postgres_url: str, encoding: str) -> None:
-    """A database that cannot store every text is refused by every process, which says why and what to do."""
+    """Every process refuses a database that cannot store every text, and reports why and what to do."""
     name = f"test_{uuid4().hex}"
     rig.options["FOLLOWUPS_DATABASE_URL"] = create_database_of_encoding(postgres_url, name, encoding)
     try:

@@ -85,7 +85,7 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
-    """Frozen within its claim, a dispatcher keeps the others from claiming for seconds; PostgreSQL ends its session."""
+    """A dispatcher frozen in its claim blocks the others for seconds, until PostgreSQL ends its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("claim.before_commit", "stop")
@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """A machine that slept past a lease makes no call when it wakes, though its monotonic clock stood still."""
+    """A machine suspended past a lease makes no call after resuming, though its monotonic clock stopped."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

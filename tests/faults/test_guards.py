@@ -13,8 +13,8 @@ from sqlalchemy.exc import IntegrityError
 
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
-from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.send import send
+from followups.delivery.clock import DatabaseClock
+from followups.delivery.send import send
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
 from followups.store.leases import Begun
 from followups.transports.port import Sent

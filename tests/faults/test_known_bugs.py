@@ -27,10 +27,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.errors import AlreadyFinishedError
 from followups.models import FollowUp
 from followups.scheduling import amend

@@ -1,4 +1,4 @@
-"""Cancel and schedule in one transaction, beside replies into the same chats: no deadlock that a reply loses."""
+"""Cancel and schedule in one transaction, beside replies to the chats: no reply is lost to a deadlock."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 CLIENTS = 4
 """Threads of each side."""
 DELAY = 0.01
-"""Seconds at most before each side begins, and between a cancel and the schedule after it."""
+"""Most seconds before each side begins, and between a cancel and the following schedule."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
-    """Cancel a follow-up and schedule another one in its chat, in one transaction; return what came of it."""
+    """Cancel a follow-up and schedule another in its chat, in one transaction; return the outcome."""
     before, between = delays
     time.sleep(before)
     try:
@@ -54,7 +54,7 @@ def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float
 
 
 def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Replace the follow-up of each chat while a reply comes, and a worker sends what is due."""
+    """Replace the follow-up of each chat while a reply arrives and a worker sends due follow-ups."""
     rig.start(workers=1)
     api = rig.web()
     ids = rig.held(pairs)
@@ -82,11 +82,11 @@ def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
-    """A caller may cancel and schedule in one transaction while the user replies: neither of the two is lost."""
+    """A caller may cancel and schedule in one transaction while the user replies: neither is lost."""
     replace_beside_replies(rig, figures, pairs=150)
 
 
 @pytest.mark.faults_long
 def test_replace_beside_many_replies(rig: Rig, figures: Figures) -> None:
-    """So it is with five thousand."""
+    """The same is true of five thousand chats."""
     replace_beside_replies(rig, figures, pairs=5_000)

@@ -1,4 +1,4 @@
-"""Migrations beside transactions that do not end: others go on, and the operator is told what to end."""
+"""Migrations beside transactions that do not end: others continue, and an error shows what to end."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from world import World
 
 LONGEST_WAIT = 3.0
-"""Seconds that a migration may delay any other transaction."""
+"""Seconds by which a migration may delay any other transaction."""
 
 REVISIONS = [one.revision for one in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
 OLD = REVISIONS[:-1]
@@ -42,7 +42,7 @@ SHORT = (
 
 
 class Others(threading.Thread):
-    """Other transactions: short ones, one after the other, that read the tables that a migration changes."""
+    """Other transactions: short ones, in sequence, that read the tables that a migration changes."""
 
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
@@ -71,7 +71,7 @@ class Others(threading.Thread):
 
 
 def attempt(url: str, errors: list[Exception], patience: float) -> None:
-    """Migrate, and keep the error."""
+    """Migrate and collect the error."""
     try:
         migrate(url, patience=patience)
     except FollowUpsError as error:
@@ -79,7 +79,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float) -> Others:
-    """Migrate beside a transaction that holds its locks until the migration gives up; return what others saw."""
+    """Migrate beside a transaction that keeps its locks until the migration gives up; return the `Others`."""
     others = Others(url)
     others.start()
     errors: list[Any] = []
@@ -100,7 +100,7 @@ def beside(url: str, holder: str, patience: float) -> Others:
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """Migrate from each of these versions beside its holder; then, when that has ended, to the newest."""
+    """Migrate from each version beside its blocking transaction, and to the newest once that has ended."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0
@@ -118,12 +118,12 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """From each old version, beside an idle reader: others wait less than 3 s, and an error says what to end."""
+    """From each old version beside an idle reader, others wait under 3 s, and an error names what to end."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 
 def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures) -> None:
-    """An index that is made concurrently waits for a writer's end no longer than the migration may."""
+    """An index that is built concurrently waits for a writer's end no longer than the migration may."""
     from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
 
 
@@ -131,7 +131,7 @@ def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures
 def test_beside_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
-    """So it is with 50,000 rows, beside readers and writers, with many tries."""
+    """The same is true of 50,000 rows, beside readers and writers, with many tries."""
     many_rows()
     cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
     from_old_versions(world, engine, figures, cases, patience=20)
@@ -139,7 +139,7 @@ def test_beside_readers_and_writers_for_long(
 
 @pytest.fixture
 def many_rows(world: World) -> Callable[[], None]:
-    """Return what fills the database."""
+    """Return a function that fills the database."""
 
     def fill() -> None:
         chat = world.chat()

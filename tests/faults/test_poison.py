@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from faults.rig import rows_of
-from followups.dispatch.claim import MAX_LOSSES
-from followups.dispatch.line import SUSPECTS
+from followups.delivery.claim import MAX_LOSSES
+from followups.delivery.due_queue import SUSPECTS
 from stack import wait_until
 
 if TYPE_CHECKING:

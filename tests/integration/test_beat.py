@@ -9,8 +9,8 @@ import pytest
 import time_machine
 from celery import Celery
 
-from followups import liveness
-from followups.beat import Scheduler
+from followups.worker import liveness
+from followups.worker.schedule import Scheduler
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("step", [-timedelta(hours=1), timedelta(hours=1)])
 def test_clock_is_set(step: timedelta, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ticks go on at their interval when the host's clock is set, back as well as forward."""
+    """Ticks continue at their interval when the host's clock is set back or forward."""
     environment = settings.environment() | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

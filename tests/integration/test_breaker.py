@@ -13,12 +13,12 @@ import pytest
 import redis
 
 from followups.database import ONCE_PLANNED, make_async_engine
-from followups.dispatch import breaker
-from followups.dispatch.breaker import CLOSED, Breaker, News, Reading, Run
-from followups.dispatch.claim import claim
-from followups.dispatch.pipeline import Pipeline
-from followups.shared import breaker as shared
-from followups.shared.breaker import Pace, RedisBreaker, read
+from followups.delivery import breaker
+from followups.delivery.breaker import CLOSED, Breaker, News, Reading, Run
+from followups.delivery.claim import claim
+from followups.delivery.pipeline import Pipeline
+from followups.flow_control import breaker as shared
+from followups.flow_control.breaker import Pace, RedisBreaker, read
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from server_clock import ServerClock
@@ -165,12 +165,15 @@ def test_probes_that_never_end(own: Settings) -> None:
 
 
 async def held(store: RedisBreaker) -> frozenset[int]:
-    """Return which lanes are held."""
+    """Return the lanes that the breaker holds."""
     return (await store.report(News(), 0)).held
 
 
 def test_who_is_held(own: Settings) -> None:
-    """Held are the workspaces whose last attempts failed; one that has succeeded is let go when it opens anew."""
+    """The breaker holds the workspaces whose last attempts failed.
+
+    A workspace that has succeeded is released when the breaker opens again.
+    """
 
     async def script(store: RedisBreaker) -> None:
         await told(store, ids(FAILURES - 1), 0, succeeded=False, lane=OTHER)
@@ -188,7 +191,10 @@ def test_who_is_held(own: Settings) -> None:
 
 
 def test_few_in_a_row_hold_nobody(own: Settings) -> None:
-    """A workspace is held from its fifth failure in a row, before it opens or after; a success ends the row."""
+    """A workspace is held from its fifth failure in a row; a success ends the row.
+
+    Failures before the breaker opens count like those after.
+    """
 
     async def script(store: RedisBreaker) -> None:
         (one,) = ids(1)
@@ -204,7 +210,7 @@ def test_few_in_a_row_hold_nobody(own: Settings) -> None:
 
 
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
-    """Where few attempts are allowed, fewer in a row are enough."""
+    """If few attempts are allowed, fewer failures in a row are enough to hold a workspace."""
 
     async def script(store: RedisBreaker) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
@@ -214,7 +220,7 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
 
 
 def test_it_is_not_open_for_nobody(own: Settings) -> None:
-    """Where nobody is held, nobody's success could close it: it stays closed, or closes."""
+    """A breaker that holds no workspace stays closed or closes, since no success could close it."""
 
     async def script(store: RedisBreaker) -> None:
         for lane, one in enumerate(ids(FAILURES * 2)):
@@ -242,7 +248,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """When the clock of Redis is set, back or forward, the transport is still probed within the longest pause."""
+    """If the clock of Redis is set back or forward, a probe still follows within the longest pause."""
 
     async def script(store: RedisBreaker) -> None:
         await opened(store)
@@ -257,14 +263,14 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
         clock.go_on(QUICK.longest_pause)
         await told(store, [], 10, succeeded=False)
         clock.go_on(QUICK.longest_pause)
-        assert (await told(store, [], 10, succeeded=False)).permits == 2  # the first ones' outcomes did not come
+        assert (await told(store, [], 10, succeeded=False)).permits == 2  # the first probes' outcomes never came
 
     run(own, script)
 
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
-    """A step of the clock makes it come back neither all at once nor later."""
+    """A step of the clock neither ends the recovery at once nor delays it."""
     pace = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: RedisBreaker) -> None:
@@ -380,7 +386,7 @@ def test_burns_no_attempts(
 def test_a_receiver_that_refuses_everybody_is_left_alone(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
-    """A secret that has expired costs the follow-ups that tell of it, and no more."""
+    """An expired secret costs only the follow-ups attempted before the breaker opens."""
     transport = Failing(Rejected(f"HTTP {status}", status))
     for _ in range(100):
         world.follow_up()
@@ -450,7 +456,7 @@ def test_holds_up_nobody_else(world: World, engine: Engine, own: Settings, start
 def test_few_failures_hold_up_nobody(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """A workspace of which some fail now and then goes on while another's all fail."""
+    """A workspace with occasional failures continues while all attempts of another one fail."""
     theirs = World(engine)
     transport = Failing(Retry("HTTP 500"))
     transport.well = theirs.workspace_id

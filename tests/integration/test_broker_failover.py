@@ -1,4 +1,4 @@
-"""A broker that became a replica under its clients: none of them keeps its connection, which may lead elsewhere now."""
+"""Broker failover: clients drop their connections to a broker that has become a replica."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from uuid import uuid4
 import pytest
 import redis
 
-from followups.api.rate_limit import RateLimit
-from followups.broker import App
-from followups.dispatch.breaker import News
-from followups.dispatch.limits import Bucket, Request
+from followups.api.key_rate_limit import RateLimit
+from followups.delivery.breaker import News
+from followups.delivery.rate_limiting import Bucket, Request
 from followups.embedded import EmbeddedValkey
+from followups.flow_control.breaker import RedisBreaker
+from followups.flow_control.limiter import RedisLimiter
 from followups.settings import Settings, load_settings
-from followups.shared.breaker import RedisBreaker
-from followups.shared.limiter import RedisLimiter
+from followups.worker.broker import App
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -29,36 +29,36 @@ MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def place() -> Iterator[tuple[Settings, redis.Redis]]:
-    """Return settings for a Valkey of the test's own, and a client of it."""
+    """Return settings for the test's own Valkey, and a client to control it."""
     with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
         yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
 
 
 def connections(admin: redis.Redis) -> set[str]:
-    """Return the ids of all connections but this one."""
+    """Return the ids of all connections but the admin client's own."""
     return {client["id"] for client in admin.client_list()} - {str(admin.client_id())}
 
 
 def check(admin: redis.Redis, use: Callable[[], None]) -> None:
-    """Use a client before and after the change, and see that the connection of before has been closed."""
+    """Check that a client's connection is closed after its broker has become a replica."""
     use()
     before = connections(admin)
     assert before
     admin.execute_command("REPLICAOF", "127.0.0.1", "1")
-    with suppress(Exception):  # each of them tells it in its own way
+    with suppress(Exception):  # each client reports the failure differently
         use()
     wait_until(lambda: not before & connections(admin), 5)
 
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
-    """The API's rate limit lets requests through, uncounted, and connects anew."""
+    """The API's rate limit lets requests through, uncounted, and reconnects."""
     limit = RateLimit(place[0])
     check(place[1], lambda: limit.check(uuid4()))
     limit.close()
 
 
 def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
-    """What sends hints and nudges connects anew, though it does not try again by itself."""
+    """Publishers of hints and nudges reconnect, although they do not retry by themselves."""
     app = App("test", place[0].broker_url.get_secret_value())
     check(place[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()
@@ -67,7 +67,7 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
 async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
-    """Limiter and breaker connect anew."""
+    """The limiter and the breaker reconnect."""
     settings, admin = place
     client: RedisLimiter | RedisBreaker = (
         RedisLimiter(settings) if kind == "limiter" else RedisBreaker(settings, "http")

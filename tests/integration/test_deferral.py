@@ -1,4 +1,4 @@
-"""What the breaker holds gives its places in flight back, so that others are claimed, and goes out in the end."""
+"""Deferral: follow-ups held by the breaker leave the window to others, and are sent in the end."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.database import ONCE_PLANNED, make_async_engine
-from followups.dispatch.claim import claim
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.limits import LONGEST
-from followups.dispatch.pipeline import Pipeline
-from followups.dispatch.publish import leases_of
-from followups.shared.breaker import Pace, RedisBreaker, read
+from followups.delivery.claim import claim
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.hints import leases_of
+from followups.delivery.pipeline import Pipeline
+from followups.delivery.rate_limiting import LONGEST
+from followups.flow_control.breaker import Pace, RedisBreaker, read
 from followups.store import rate_limits
 from followups.store.leases import lane_of
 from followups.transports.port import Retry, Sent
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.publish import Hint
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
 
@@ -49,7 +49,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with a small window, leases that outlive the test, and keys of its own in the broker."""
+    """Return settings with a small window, leases that outlive the test, and broker keys of its own."""
     changes = {
         "breaker_failures": 5,
         "broker_prefix": f"test-{uuid4().hex}:",
@@ -63,7 +63,7 @@ def own(settings: Settings) -> Settings:
 
 
 class Chat:
-    """A transport that takes the messages of some workspaces, and those of the others when it is told to be well."""
+    """A transport that accepts the messages of the workspaces in `well`, and fails all others."""
 
     name = "http"
 
@@ -88,7 +88,7 @@ class Chat:
 
 @contextmanager
 def worker(own: Settings, engine: Engine, chat: Chat, pace: Pace) -> Iterator[None]:
-    """Run what a worker process consists of, with ticks; it is drained in the end."""
+    """Run the components of a worker process, with ticks, and drain the pipeline at the end."""
     pipeline: Pipeline
 
     def submit(hint: Hint) -> None:
@@ -119,7 +119,7 @@ def worker(own: Settings, engine: Engine, chat: Chat, pace: Pace) -> Iterator[No
 
 
 def deferred(world: World) -> list[Any]:
-    """Return what is deferred, by its due date."""
+    """Return the deferred follow-ups in the order of their due dates."""
     query = "SELECT * FROM follow_ups WHERE limited_until > now() ORDER BY due_date"
     with world.engine.connect() as connection:
         return list(connection.execute(text(query)))
@@ -132,7 +132,7 @@ def is_open(own: Settings) -> bool:
 
 
 def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
-    """While a workspace with more due than the window is held, another's are claimed and sent as ever."""
+    """While a workspace with more due than the window is held, another's are claimed and sent."""
     theirs = World(engine)
     chat = Chat(theirs)
     world.burst([-SECOND] * OVERDUE)
@@ -145,7 +145,7 @@ def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> No
 
 
 def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -> None:
-    """But for a few to probe with, what is held has no lease, used up no attempt, and can be cancelled."""
+    """Apart from a few probes, held follow-ups have no lease, use no attempt, and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
@@ -163,7 +163,7 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
 
 
 def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
-    """When the transport is back, what was deferred is sent long before it would have come back, the earliest first."""
+    """Once the transport recovers, deferred follow-ups are sent long before their time, earliest first."""
     chat = Chat()
     world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     own = own.model_copy(update={"concurrency": 1})
@@ -176,7 +176,7 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
-    """What another transaction has locked keeps its lease, and is deferred when it is free."""
+    """A follow-up locked by another transaction keeps its lease, and is deferred once unlocked."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: is_open(own))
@@ -187,15 +187,15 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
 
 
 class TestFreeing:
-    """What was deferred falls due again: of the lanes that are told, the first deferred first."""
+    """The release of the deferred follow-ups of given workspaces, first deferred first."""
 
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
-        """Free what some workspaces have deferred."""
+        """Release up to `most` deferred follow-ups of these workspaces, and return how many were released."""
         with engine.begin() as connection:
             return rate_limits.free_lanes(connection, [lane_of(one.workspace_id) for one in worlds], LONGEST, most)
 
     def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
-        """Return follow-ups that were claimed, and deferred for so many seconds."""
+        """Claim follow-ups, defer each for its number of seconds, and return their ids."""
         ids = world.burst([-SECOND] * len(seconds))
         leases = [lease for lease in claim(engine, settings).leases if lease.id in ids]
         with engine.begin() as connection:
@@ -204,7 +204,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Of several workspaces those that were deferred first are freed, up to the number asked for."""
+        """The first deferred follow-ups of all given workspaces are released, up to the given number."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)
@@ -216,7 +216,7 @@ class TestFreeing:
         assert self.free(engine, 3, world, other) == 0
 
     def test_nothing_else(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A retry keeps its time, and what another transaction has locked is passed over."""
+        """A retry keeps its time, and a row locked by another transaction is skipped."""
         retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
         locked, other = self.deferred(world, engine, settings, 10, 20)
         with engine.connect() as connection:

@@ -12,14 +12,14 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch import dispatcher
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import MAX_LOSSES, claim
-from followups.dispatch.send import Attempt, checked
-from followups.dispatch.settle import settle
+from followups.delivery import dispatcher
+from followups.delivery.begin import begin
+from followups.delivery.claim import MAX_LOSSES, claim
+from followups.delivery.send import Attempt, checked
+from followups.delivery.settle import settle
 from followups.errors import AlreadyFinishedError, DeliveryInProgressError, InvalidRequestError
 from followups.scheduling import amend
-from followups.store import chats, claims, leases, order
+from followups.store import chat_order, chats, claims, leases
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
 from stack import wait_until
@@ -27,7 +27,7 @@ from stack import wait_until
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from followups.dispatch.publish import Hint
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.store.leases import Begun, Lease
     from followups.transports.port import Outcome
@@ -383,7 +383,7 @@ class TestOrder:
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
         with engine.begin() as connection:  # as begin does, which had looked before the change
-            assert order.park_if_leased(connection, [(lease, first)]) == set()
+            assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 
 class TestSettle:
@@ -522,7 +522,7 @@ class TestSettle:
         assert world.row(first).status == "sent"
         assert claim(engine, settings).leases == ()
         with engine.begin() as connection:
-            assert order.wake_forgotten(connection) == 1
+            assert chat_order.wake_forgotten(connection) == 1
         assert one_begun(engine, settings).lease.id == second
 
     def test_what_waits_rightly_is_not_woken(self, world: World, engine: Engine, settings: Settings) -> None:
@@ -532,7 +532,7 @@ class TestSettle:
         world.follow_up(chat, -SECOND)
         begin(engine, settings, claim(engine, settings).leases)
         with engine.begin() as connection:
-            assert order.wake_forgotten(connection) == 0
+            assert chat_order.wake_forgotten(connection) == 0
 
 
 class TestCancelAgainstDeliver:

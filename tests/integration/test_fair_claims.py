@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
-from followups.dispatch import claim as claiming
-from followups.dispatch import dispatcher, pace
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim, claim_fairly
-from followups.dispatch.publish import leases_of
+from followups.delivery import claim as claiming
+from followups.delivery import claim_interval, dispatcher
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim, claim_fairly
+from followups.delivery.hints import leases_of
 from followups.store import claims
 from followups.store.leases import lane_of
 from stack import wait_until
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.claim import Claim
-    from followups.dispatch.publish import Hint
+    from followups.delivery.claim import Claim
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
 
 SECOND = timedelta(seconds=1)
@@ -252,7 +252,7 @@ def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where all that may be in flight comes free in time, however little that is, no pause grows longer."""
-    monkeypatch.setattr(pace, "LONGEST", 60.0)
+    monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:
         world.sql(

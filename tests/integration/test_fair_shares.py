@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from followups.dispatch import claim as claiming
-from followups.dispatch.claim import claim_fairly, size_of_claim
+from followups.delivery import claim as claiming
+from followups.delivery.claim import claim_fairly, size_of_claim
 from followups.store import claims
 from followups.store.leases import lane_of
 from world import World

@@ -1,4 +1,4 @@
-"""What waits for nothing any more: a tick finds it."""
+"""Forgotten follow-ups, which wait for something that no longer exists: a tick finds them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch import dispatcher
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.publish import leases_of
+from followups.delivery import dispatcher
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.hints import leases_of
 from followups.store import pauses
 from followups.store.pauses import Scope
 from stack import wait_until
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.publish import Hint
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
     from world import World
 
@@ -35,7 +35,7 @@ STATES = "SELECT max(last_tick_at) FROM dispatcher_state"
 
 
 def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) -> UUID:
-    """Return one that another transaction locked when a caller cancelled the earlier one of its chat."""
+    """Return a follow-up that was locked when the earlier one of its chat was cancelled."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     leases = claim(world.engine, settings).leases
@@ -48,7 +48,7 @@ def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) 
 
 
 def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID:
-    """Return one that is held by a pause whose row was deleted by hand."""
+    """Return a follow-up that is held by a pause whose row was deleted by hand."""
     follow_up = world.follow_up()
     with world.engine.begin() as connection:
         pauses.pause(connection, Scope(world.workspace_id, None))
@@ -61,7 +61,7 @@ def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID
 def test_the_next_tick_finds_it(
     world: World, engine: Engine, settings: Settings, forget: Callable[[World, Settings], UUID]
 ) -> None:
-    """While looking for it costs little, one tick or two are enough, however long a lease is."""
+    """A cheap search finds a forgotten follow-up within a tick or two, however long a lease is."""
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
     ticking = Dispatcher(patient, engine, hints.append)
@@ -79,7 +79,7 @@ def test_the_next_tick_finds_it(
 
 
 def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where looking takes long it is done seldom, and claims go on."""
+    """An expensive search runs rarely, and claims continue."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 

@@ -11,10 +11,10 @@ from uuid import UUID, uuid4
 import pytest
 from redis.asyncio import Redis
 
-from followups.dispatch.limits import LONGEST, Answer, Bucket, Request
+from followups.delivery.rate_limiting import LONGEST, Answer, Bucket, Request
+from followups.flow_control import limiter as shared
+from followups.flow_control.limiter import RedisLimiter
 from followups.settings import Settings, load_settings
-from followups.shared import limiter as shared
-from followups.shared.limiter import RedisLimiter
 from followups.telemetry import metrics
 from server_clock import ServerClock
 
@@ -243,7 +243,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
-    """When the clock of Redis is set, back or forward, tokens go on coming in at their rate, up to a burst."""
+    """If the clock of Redis is set back or forward, tokens still arrive at their rate, up to a burst."""
     limiter = RedisLimiter(place_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]
@@ -255,7 +255,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
         gone.append(answer.waits.count(GO))
         clock.go_on(1)
     await limiter.close()
-    assert 3 <= sum(gone) <= 5  # three came in, and after a step forward the bucket was full
+    assert 3 <= sum(gone) <= 5  # three tokens came in, and after a step forward the bucket was full
     assert max(gone) <= limit.burst
 
 
@@ -263,7 +263,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
 async def test_who_does_not_come_back_when_the_clock_is_set(
     clock: ServerClock, place_settings: Settings, step: timedelta
 ) -> None:
-    """Who waited when the clock was set, and was cancelled, holds up the next no longer than the longest wait."""
+    """A cancelled request delays the next by at most the longest wait, even if the clock is set."""
     limiter = RedisLimiter(place_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)

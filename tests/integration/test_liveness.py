@@ -7,12 +7,12 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from followups import liveness
 from followups.database import ONCE_PLANNED, make_async_engine
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.pipeline import Pipeline
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.pipeline import Pipeline
 from followups.telemetry.heartbeat import Heartbeat
-from followups.transports.sandbox import SandboxTransport
+from followups.transports.sandbox.transport import SandboxTransport
+from followups.worker import liveness
 from stack import wait_until
 
 if TYPE_CHECKING:

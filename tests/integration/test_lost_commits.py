@@ -1,4 +1,4 @@
-"""Each step of a delivery goes on as if nothing had been, whether its commit was done, was not, or takes its time."""
+"""Lost commits: each delivery step continues, whether its commit succeeded, failed, or is slow."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from commits import break_once
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
-from followups.store.totals import Totals, read
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
+from followups.store.metric_totals import Totals, read
 from followups.telemetry import metrics
 from followups.transports.port import Retry, Sent
 from world import begun, claim_and_begin
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.begin import Beginning
+    from followups.delivery.begin import Beginning
     from followups.settings import Settings
     from followups.store.leases import Lease
     from followups.transports.port import Outcome
@@ -41,42 +41,42 @@ class Place:
     """Some follow-ups, and the steps of their delivery."""
 
     def __init__(self, world: World, settings: Settings) -> None:
-        """Let some fall due."""
+        """Create some follow-ups that are due."""
         self.world, self.settings = world, settings
         self.ids = {world.follow_up() for _ in range(NUMBER)}
 
     def leases(self) -> list[Lease]:
-        """Claim them."""
+        """Claim the follow-ups and return their leases."""
         leases = claim(self.world.engine, self.settings).leases
         assert {lease.id for lease in leases} == self.ids
         return list(leases)
 
     def attempts(self, outcome: Outcome) -> list[Attempt]:
-        """Claim and begin them, and let all of them come to this."""
+        """Claim and begin the follow-ups; return their attempts, each with this outcome."""
         beginning = claim_and_begin(self.world.engine, self.settings)
         assert begun(beginning) == self.ids
         return [Attempt(one, outcome, timedelta(0), time.monotonic(), datetime.now(UTC)) for one in beginning.begun]
 
     def rows(self) -> dict[UUID, tuple[Any, ...]]:
-        """Return what the database holds of them."""
+        """Return the follow-ups' rows in the database, by id."""
         columns = ("status", "reason", "lease_token", "lease_until", "begun_at", "attempts", "next_attempt_at")
         rows = map(self.world.row, self.ids)
         return {row.id: tuple(getattr(row, name) for name in columns) for row in rows}
 
 
 def claiming(place: Place) -> Callable[[], set[UUID]]:
-    """Return the claim."""
+    """Return a function that claims the follow-ups."""
     return lambda: {lease.id for lease in claim(place.world.engine, place.settings).leases}
 
 
 def beginning(place: Place) -> Callable[[], set[UUID]]:
-    """Return the begin."""
+    """Return a function that begins the claimed follow-ups."""
     leases = place.leases()
     return lambda: begun(begin(place.world.engine, place.settings, leases))
 
 
 def ending(place: Place) -> Callable[[], set[UUID]]:
-    """Return a begin that ends all of them, since their users have replied."""
+    """Return a function whose begin ends all follow-ups, since their users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 
@@ -87,7 +87,7 @@ def ending(place: Place) -> Callable[[], set[UUID]]:
 
 
 def settling(place: Place, outcome: Outcome) -> Callable[[], set[UUID]]:
-    """Return the settle."""
+    """Return a function that settles the attempts with this outcome."""
     attempts = place.attempts(outcome)
     return lambda: {one.id for one in settle(place.world.engine, place.settings, attempts).settled}
 
@@ -109,7 +109,7 @@ def place(world: World, settings: Settings) -> Place:
 
 @pytest.mark.parametrize("name", STEPS)
 def test_an_answer_is_lost_after_the_commit(place: Place, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was committed counts as done."""
+    """A step whose commit succeeded counts as done, even if the answer is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
     before = place.rows()
@@ -119,7 +119,7 @@ def test_an_answer_is_lost_after_the_commit(place: Place, name: str, monkeypatch
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_commit_is_lost(place: Place, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was not committed counts as failed at once, and can be done again."""
+    """A step whose commit never arrived fails at once, and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
     break_once(monkeypatch, lambda _: None)
@@ -134,7 +134,7 @@ def test_a_commit_is_lost(place: Place, name: str, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
 def test_a_commit_takes_its_time(place: Place, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """While the server may still be at it, neither is believed; then the database tells."""
+    """While the server may still be committing, no result is assumed; then the database decides."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()
@@ -160,7 +160,7 @@ def test_a_commit_takes_its_time(place: Place, name: str, monkeypatch: pytest.Mo
 
 
 def test_taken_over_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another worker began meanwhile, after the same hint, is not taken for one's own."""
+    """A worker does not take an attempt that another began from the same hint for its own."""
     leases = place.leases()
     engine = place.world.engine
 
@@ -175,7 +175,7 @@ def test_taken_over_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """Counts are added once, whether the answer was lost after the commit or before it."""
+    """Counts are added once, whether the answer is lost before or after the commit."""
     totals = Totals(engine)
     totals.add()
     with engine.connect() as connection:

@@ -11,10 +11,10 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch import hold
-from followups.dispatch.claim import claim
+from followups.delivery import holds
+from followups.delivery.claim import claim
 from followups.scheduling import amend
-from followups.store import leases, order, pauses
+from followups.store import chat_order, leases, pauses
 from followups.store.pauses import Scope
 from world import begun, claim_and_begin
 
@@ -106,7 +106,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     resume(world, scope)
     assert begun(claim_and_begin(engine, settings)) == {first}
     with engine.begin() as connection:
-        assert order.wake_forgotten(connection) == 0
+        assert chat_order.wake_forgotten(connection) == 0
     assert world.row(second).waits_for == first
 
 
@@ -160,7 +160,7 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
     freed: list[int] = []
     with engine.connect() as holding:
         obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
-        assert hold.hold_back(holding, settings, obstacles).held == {follow_up}
+        assert holds.hold_back(holding, settings, obstacles).held == {follow_up}
         resuming = threading.Thread(target=lambda: freed.append(resume(world, scope)))
         resuming.start()
         resuming.join(0.3)
@@ -183,7 +183,7 @@ def test_many_are_freed_in_batches(
 
 
 def test_a_pause_that_was_deleted_by_hand(world: World, engine: Engine, settings: Settings) -> None:
-    """What a pause held whose row is gone goes on; what the pauses hold that stand beside it stays held."""
+    """A follow-up whose pause was deleted by hand is released; other pauses still hold theirs."""
     worlds = [world, *(type(world)(engine) for _ in range(4))]
     ids = [one.follow_up() for one in worlds]
     for one in worlds:

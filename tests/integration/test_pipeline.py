@@ -18,12 +18,12 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from followups.database import ONCE_PLANNED, make_async_engine
-from followups.dispatch import pipeline as pipeline_module
-from followups.dispatch.claim import claim
-from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.line import SUSPECTS
-from followups.dispatch.pipeline import Pipeline
-from followups.dispatch.send import send
+from followups.delivery import pipeline as pipeline_module
+from followups.delivery.claim import claim
+from followups.delivery.clock import DatabaseClock
+from followups.delivery.due_queue import SUSPECTS
+from followups.delivery.pipeline import Pipeline
+from followups.delivery.send import send
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime
@@ -117,7 +117,7 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
 def test_the_next_of_a_chat_is_locked(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """When another transaction locks the next one of a chat at its turn, it goes out as soon as that has ended."""
+    """A chat's next follow-up that another transaction locks is sent once it is unlocked."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}

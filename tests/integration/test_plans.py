@@ -16,12 +16,12 @@ import pytest
 from sqlalchemy import event, text
 
 from followups.database import BY_KEY, ONCE_PLANNED, make_engine
-from followups.dispatch import dispatcher
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim, claim_fairly
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery import dispatcher
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim, claim_fairly
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.store import claims, leases, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime
@@ -185,7 +185,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
 def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
-    """Workspaces in which nothing is due are not searched one by one: beside 300 of them a claim needs few scans."""
+    """Beside 300 idle workspaces a fair claim needs few scans: it does not search them one by one."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
     with engine.begin() as connection:

@@ -16,7 +16,7 @@ FLOOD = "from followups import worker; [worker.ask_for_tick() for _ in range(wor
 
 
 def test_bounded(settings: Settings) -> None:
-    """However many ticks are asked for, no more wait than serve: they fill no broker."""
+    """However many ticks are requested, the queue is bounded and cannot fill the broker."""
     ran = subprocess.run(
         [sys.executable, "-c", FLOOD],
         env=os.environ | settings.environment(),

@@ -14,10 +14,10 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from followups.database import ONCE_PLANNED, make_async_engine
-from followups.dispatch import pipeline as pipeline_module
-from followups.dispatch.claim import claim
-from followups.dispatch.pipeline import Pipeline
-from followups.shared.limiter import RedisLimiter
+from followups.delivery import pipeline as pipeline_module
+from followups.delivery.claim import claim
+from followups.delivery.pipeline import Pipeline
+from followups.flow_control.limiter import RedisLimiter
 from followups.store import pauses, rate_limits
 from followups.store.rate_limits import Scope
 from followups.transports.port import Retry, Sent
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.limits import Answer, Request
+    from followups.delivery.rate_limiting import Answer, Request
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
     from world import World
@@ -158,7 +158,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """One whose place under a limit cannot be read does not hold up the others, which are counted as ever."""
+    """A follow-up whose place under a limit is unreadable delays no others; they count as usual."""
     limit(world, 1000, burst=10)
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))

@@ -1,4 +1,4 @@
-"""A database that takes no changes: sessions that were opened on it are dropped, and its name is said."""
+"""Read-only databases: sessions opened on one are dropped, and errors call it read-only."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
 
 
 def fill(engine: Engine) -> None:
-    """Let the pool hold as many open sessions as it may, all of which have been used."""
+    """Fill the pool with open sessions, each of which has been used."""
     with ExitStack() as stack:
         for _ in range(SESSIONS):
             stack.enter_context(engine.connect()).execute(text("SELECT 1"))
 
 
 def write(engine: Engine) -> None:
-    """Change something."""
+    """Update a row."""
     with engine.begin() as connection:
         connection.execute(WRITE)
 
@@ -39,7 +39,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
     world: World,
     database_url: str,
 ) -> None:
-    """The first refused write drops its session and all others of the pool, so that the next one is done."""
+    """The first refused write drops all sessions of the pool, so that the next write succeeds."""
     assert world
     engine = make_engine(whatever_it_is(database_url), pool_size=SESSIONS)
     with read_only(database_url):
@@ -54,7 +54,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 
 
 async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
-    """The same holds for the sessions of a worker's event loop, though they were used a moment ago."""
+    """A worker's event loop drops its sessions, too, even if they were used a moment ago."""
     assert world
     engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
     with read_only(database_url):
@@ -68,7 +68,7 @@ async def test_so_are_those_of_an_event_loop(world: World, database_url: str) ->
 
 
 async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> None:
-    """Unless the URL asks for it, a session on a server that takes no changes is refused, even to one that reads."""
+    """A session on a read-only server is refused, even for reading, unless the URL permits it."""
     engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
 
     def look(engine: Engine) -> None:
@@ -89,7 +89,7 @@ async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> 
 
 
 def test_another_failure_is_not_a_read_only_database(engine: Engine) -> None:
-    """A refused statement, and a server that is away, are not taken for a read-only one."""
+    """A refused statement or an unreachable server is not mistaken for a read-only database."""
     with engine.connect() as connection, pytest.raises(DBAPIError) as refused:
         connection.execute(text("SELECT 1 / 0"))
     assert not is_read_only(refused.value)

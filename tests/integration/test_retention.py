@@ -9,9 +9,9 @@ from uuid import UUID, uuid4
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from followups.dispatch import tidying
-from followups.dispatch.tidying import LOCK, Tidier
-from followups.store import chats, retention
+from followups.delivery import pruner
+from followups.delivery.pruner import LOCK, Tidier
+from followups.store import chats, pruning
 from followups.store.chats import Role
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
 
 def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything goes, however many batches it takes, kept messages in between notwithstanding."""
-    monkeypatch.setattr(retention, "BATCH", 3)
+    monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
@@ -108,12 +108,12 @@ def test_a_run_goes_on_where_the_last_one_ended(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When its time is up a run ends between two batches, and the next one does the rest."""
-    monkeypatch.setattr(retention, "BATCH", 3)
-    monkeypatch.setattr(tidying, "BUDGET", timedelta(milliseconds=100))
+    monkeypatch.setattr(pruning, "BATCH", 3)
+    monkeypatch.setattr(pruner, "BUDGET", timedelta(milliseconds=100))
     for _ in range(5):
         ended(world, 31 * DAY)
     one = tidier(engine, settings)
-    monkeypatch.setattr(tidying, "LEAST_PAUSE", 0.2)
+    monkeypatch.setattr(pruner, "LEAST_PAUSE", 0.2)
     assert one.tidy() == {"idempotency_keys": 0, "follow_ups": 3, "chat_messages": 0}
     assert one.tidy()["follow_ups"] == 2
 

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups import scheduling
+from followups.channels import Channel
 from followups.errors import (
     AlreadyFinishedError,
     ChatNotFoundError,
@@ -30,7 +31,6 @@ from followups.states import Status
 from followups.store import chats
 from followups.store.chats import Role
 from followups.store.follow_ups import MOST_PENDING
-from followups.windows import Channel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,10 +168,10 @@ class TestSchedule:
 
 
 class TestFullChat:
-    """What may be pending in one chat is bounded, so that a reply can cancel it in one transaction."""
+    """The limit of pending follow-ups in a chat, which lets a reply cancel all in one transaction."""
 
     def test_one_more_is_refused(self, caller: Caller) -> None:
-        """A create and a move into a full chat are refused; when one has ended there is room again."""
+        """A create or a move into a full chat is refused until one of its follow-ups has ended."""
         full, created = caller.world.full_chat(), caller.schedule(caller.world.chat())
         with pytest.raises(TooManyPendingError):
             caller.schedule(full)
@@ -187,7 +187,7 @@ class TestFullChat:
         assert scheduling.amend(caller.session, created.id, {"chat_id": full}).chat_id == full
 
     def test_a_reply_cancels_all(self, caller: Caller) -> None:
-        """A reply into a full chat cancels all of it."""
+        """A reply in a full chat cancels all its follow-ups."""
         assert len(caller.receive(caller.world.full_chat(), Role.USER).cancelled) == MOST_PENDING
 
 
@@ -311,9 +311,9 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # a reply in whole seconds, in the second of our message
+            (0.3, 0.0, True),  # a reply stamped in whole seconds, within the second of our message
             (0.0, 0.0, True),
-            (0.0, 0.5, True),  # our message in whole seconds
+            (0.0, 0.5, True),  # our message is stamped in whole seconds
             (0.999999, 0.0, True),
             (0.3, -1.0, False),
             (0.0, -1.0, False),
@@ -323,7 +323,7 @@ class TestChats:
     def test_reply_within_the_second_of_our_message(
         self, caller: Caller, ours: float, reply: float, *, cancels: bool
     ) -> None:
-        """A message stamped in whole seconds counts as written at the end of that second, so that a reply cancels."""
+        """A timestamp in whole seconds counts as the end of that second, so that a reply cancels."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
         created = caller.schedule(chat_id)
@@ -333,14 +333,14 @@ class TestChats:
 
     @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
     def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
-        """After an agent's answer that is not older than the user's message there is something to follow up."""
+        """An agent's answer that is not older than the user's message can be followed up."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.USER, second)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))
         assert caller.schedule(chat_id)
 
     def test_answer_at_once(self, caller: Caller) -> None:
-        """An agent's answer that comes at once is later than the user's message, which cannot lie in the future."""
+        """An agent's immediate answer is later than the user's message, which is never in the future."""
         chat_id = uuid4()
         now = caller.session.execute(text("SELECT now()")).scalar_one()
         caller.receive(chat_id, Role.USER, now.replace(microsecond=0))
@@ -349,7 +349,7 @@ class TestChats:
         assert caller.schedule(chat_id)
 
     def test_late_message_opens_the_window(self, caller: Caller) -> None:
-        """A user's message that becomes known after the agent's answer cancels nothing; its time opens the window."""
+        """A user's message that arrives after the agent's answer cancels nothing; its time opens the window."""
         chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
         with pytest.raises(OutsideMessagingWindowError):
             caller.schedule(chat_id, soon(0.5))

@@ -116,7 +116,7 @@ def test_what_must_never_be_otherwise(world: World, change: str) -> None:
     ],
 )
 def test_times_that_cannot_be_read(world: World, table: str, column: str, moment: str) -> None:
-    """The database refuses a time that Python cannot hold: it would fail all that reads it."""
+    """The database refuses a time that Python cannot represent, since no reader could load it."""
     world.follow_up()
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
@@ -125,14 +125,14 @@ def test_times_that_cannot_be_read(world: World, table: str, column: str, moment
 
 @pytest.mark.parametrize("column", ["opening", "closing"])
 def test_24_o_clock(world: World, column: str) -> None:
-    """The database refuses sending hours that end, or begin, at 24:00, which Python cannot hold."""
+    """The database refuses sending hours that begin or end at 24:00, which Python cannot represent."""
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
         world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - a constant above
 
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
-    """Where rows break a constraint already, it is left out, and the others are added; the rows stay as they are."""
+    """A migration omits a constraint that existing rows break, adds the others, and keeps the rows."""
     downgrade(database_url, "0008")
     world.sql(HOURS, id=world.workspace_id)
     world.sql("UPDATE sending_hours SET closing = '24:00'")

@@ -12,13 +12,13 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch import hold
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.holds import hold_back
 from followups.errors import InvalidRequestError, OutsideMessagingWindowError
-from followups.quiet_hours import EVERY_DAY, SendingHours, opens_at
 from followups.scheduling import amend
-from followups.store import holds, leases, order, sending_hours
+from followups.sending_hours import EVERY_DAY, SendingHours, opens_at
+from followups.store import chat_order, holds, leases, sending_hours
 from followups.store.holds import SPREAD
 from world import begun, claim_and_begin
 
@@ -55,7 +55,7 @@ def put(world: World, hours: SendingHours) -> None:
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set other hours, or none, and let all that is held be looked at again, as the command does."""
+    """Set or clear the hours, and release held follow-ups to be checked again, as the command does."""
     with Session(world.engine) as session, session.begin():
         if hours:
             sending_hours.put(session, world.workspace_id, hours)
@@ -142,7 +142,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     assert begun(claim_and_begin(engine, settings)) == {first}
     assert world.row(second).waits_for == first
     with engine.begin() as connection:
-        assert order.wake_forgotten(connection) == 0
+        assert chat_order.wake_forgotten(connection) == 0
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
@@ -160,7 +160,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
 
     with engine.connect() as holding:
         obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
-        assert hold.hold_back(holding, settings, obstacles).held == {follow_up}
+        assert hold_back(holding, settings, obstacles).held == {follow_up}
         clearing = threading.Thread(target=clear)
         clearing.start()
         clearing.join(0.3)
@@ -183,7 +183,7 @@ def test_changed_before_it_is_held(world: World, engine: Engine, settings: Setti
 
 
 class TestLateness:
-    """MAX_LATENESS counts from the first moment at which the hours let it be sent."""
+    """MAX_LATENESS, counted from the first moment at which the hours allow sending."""
 
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
@@ -213,7 +213,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """What hours held, and others allow, is sent at once; lateness counts from the moment at which they did."""
+        """Held follow-ups that new hours allow are sent at once; lateness counts from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}
@@ -225,7 +225,7 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == ids
 
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What other hours go on holding is sendable when these open; what had been sendable before stays so."""
+        """Held follow-ups become sendable when the new hours open; earlier sendable times are kept."""
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)
         claim_and_begin(engine, settings)
@@ -241,7 +241,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What was sendable, and was not accepted while the hours were open, is no less late after each closing."""
+        """Lateness does not restart after each closing for a follow-up that was already sendable."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
@@ -257,7 +257,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """With a new due date lateness starts anew; in another chat it does not."""
+        """A new due date restarts lateness; a move to another chat does not."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)
@@ -302,7 +302,10 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """A create is not refused since this host lacks a time zone: the window alone counts, and one line says so."""
+        """A create is accepted if this host lacks the time zone; only the messaging window counts.
+
+        One log line reports the unreadable hours.
+        """
         put(world, CLOSED)
         world.sql("UPDATE sending_hours SET time_zone = 'Atlantis/Capital'")
         due = datetime.now(UTC) + HOUR
@@ -343,7 +346,10 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
 
 
 def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
-    """Where this machine's hours are open, and the database's open later, it is held until then: nothing loops."""
+    """If only this machine's hours are open, a follow-up is held until the database's hours open.
+
+    It is not checked again and again meanwhile.
+    """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
     follow_up = world.follow_up()
@@ -362,6 +368,6 @@ def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
 
 
 def test_hours_that_are_never_open_are_refused(world: World) -> None:
-    """Hours of no day are refused where they are set."""
+    """Hours without any day are refused when they are set."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="These hours are never open"):
         sending_hours.put(session, world.workspace_id, SendingHours("UTC", time(8), time(20), frozenset()))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(engine: Engine, *names: str) -> dict[str, str]:
-    """Return what a session of the engine has for these settings (none: for all of `SESSION`)."""
+    """Return a session's values of these settings, or of all in `SESSION` if none is named."""
     query = text("SELECT name, current_setting(name, true) FROM unnest(CAST(:names AS text[])) AS wanted (name)")
     with engine.connect() as connection:
         rows = connection.execute(query, {"names": list(names or SESSION)})
@@ -41,12 +41,12 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 
 
 class TestSettings:
-    """What sessions rely on is set by themselves."""
+    """The settings that every session makes for itself."""
 
     def test_whatever_server_database_role_and_environment_say(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Defaults of the role in its database, of the URL and of the environment change nothing of it."""
+        """Defaults of the role in its database, the URL and the environment do not change these settings."""
         set_defaults(database_url, HOSTILE)
         for name, value in {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}.items():
             monkeypatch.setenv(name, value)
@@ -66,7 +66,7 @@ class TestSettings:
         engine.dispose()
 
     async def test_values(self, database_url: str) -> None:
-        """Times, intervals, numbers, texts and arrays come back as they went, on a server with defaults of others."""
+        """Times, intervals, numbers, texts and arrays are read as written, whatever the server's defaults."""
         set_defaults(database_url, HOSTILE)
         values: dict[str, object] = {
             "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),
@@ -93,7 +93,7 @@ class TestSettings:
         await in_a_loop.dispose()
 
     async def test_of_an_event_loop(self, database_url: str) -> None:
-        """The same holds for the sessions of a loop, with the options of the pipeline beside them."""
+        """Sessions of an event loop have the same settings, plus the options of the pipeline."""
         set_defaults(database_url, HOSTILE)
         engine = make_async_engine(database_url, pool_size=1, options=ONCE_PLANNED)
         found = await in_loop(engine, settings_of)
@@ -102,7 +102,7 @@ class TestSettings:
         await engine.dispose()
 
     def test_limits(self, database_url: str) -> None:
-        """A statement and an idle transaction may take as long as the engine says, or as long as they take."""
+        """The engine's limit, or none, applies to statements and idle transactions."""
         set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
         for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
             engine = make_engine(database_url, pool_size=1, statement_timeout=limit)
@@ -112,7 +112,7 @@ class TestSettings:
             engine.dispose()
 
     async def test_through_pgbouncer(self, database_url: str, pgbouncer: PgBouncer) -> None:
-        """PgBouncer in session mode, which refuses `options` at the start, gives sessions that are set up alike."""
+        """Sessions through PgBouncer in session mode, which refuses startup `options`, are set up alike."""
         set_defaults(database_url, HOSTILE)
         engine = make_engine(pgbouncer.url(), pool_size=1, options=BY_KEY)
         found = settings_of(engine, *SESSION, *BY_KEY)
@@ -124,7 +124,7 @@ class TestSettings:
 
 
 class TestEncoding:
-    """A database must be able to store every text."""
+    """The encoding of a database, which must be able to store every text."""
 
     @pytest.fixture(params=["LATIN1", "SQL_ASCII"])
     def other(self, postgres_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
@@ -136,7 +136,7 @@ class TestEncoding:
             drop_database(postgres_url, name)
 
     async def test_another_encoding_is_refused(self, other: str) -> None:
-        """Every connection to a database of another encoding is refused, with a sentence that says what to do."""
+        """Every connection to a database of another encoding is refused, with advice in the error."""
         engine, in_a_loop = make_engine(other), make_async_engine(other)
         refused = "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: make one with ENCODING 'UTF8'"
         with pytest.raises(NotSupportedError, match=refused):
@@ -148,10 +148,10 @@ class TestEncoding:
 
 
 class TestConnectionParameters:
-    """What the URL says counts more than our defaults."""
+    """Connection parameters: those in the URL take precedence over our defaults."""
 
     def test_of_the_url(self, database_url: str) -> None:
-        """Limits of the URL are kept, and a caller waits for the pool longer than making a connection may take."""
+        """The URL's limits are kept, and the pool's timeout is longer than the connection's."""
         engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
         with engine.connect() as connection:
             driver = connection.connection.driver_connection
@@ -164,16 +164,16 @@ class TestConnectionParameters:
 
     @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
     def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
-        """A URL without a limit has ours, and one that asks for none waits as long as the driver."""
+        """A URL without a limit gets ours; one that asks for none waits as long as the driver."""
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds
         engine.dispose()
 
     @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
     async def test_a_pooler_that_is_full(self, database_url: str) -> None:
-        """A server that falls silent once it has let a connection in counts as unreachable after the same time."""
+        """A server that accepts a connection but stays silent is unreachable after the same timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
-            other.execute("SELECT 1")  # it has the only session until it closes
+            other.execute("SELECT 1")  # occupies the pooler's only session until it is closed
             url = f"{pooler.url()}?connect_timeout=2"
             engine, in_a_loop = make_engine(url, statement_timeout=None), make_async_engine(url)
             with pytest.raises(OperationalError, match="the server was silent for 2 s"):
@@ -207,7 +207,10 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
-        """Nothing is scheduled or cancelled by a transaction that would look at what was; the error says what to do."""
+        """`schedule` and `cancel` refuse any other isolation level, and the error says what to do.
+
+        Such a transaction would read an old snapshot.
+        """
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base.execution_options(isolation_level=level)) as session:
             for ask in (
@@ -221,7 +224,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
     def test_the_isolation_that_is_needed(self, base: Engine, world: World, database_url: str, level: Any) -> None:
-        """With READ COMMITTED, whatever the default is, both are done by the caller's commit."""
+        """At READ COMMITTED, `schedule` and `cancel` take effect with the commit, whatever the default is."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base) as session:
@@ -232,7 +235,7 @@ class TestCallersOwnSession:
         assert {row.id: row.status for row in world.rows()} == {planned: "cancelled", scheduled: "pending"}
 
     def test_a_default_of_the_server(self, world: World, database_url: str) -> None:
-        """A stricter level that comes from the server's defaults is refused as well."""
+        """A stricter isolation level is also refused if it comes from the server's defaults."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
         with Session(engine) as session, pytest.raises(TransactionError, match="SERIALIZABLE"):
@@ -241,6 +244,6 @@ class TestCallersOwnSession:
 
 
 def schedule(session: Session, world: World, chat_id: UUID) -> FollowUp:
-    """Schedule for tomorrow."""
+    """Schedule a follow-up for tomorrow."""
     due = datetime.now(UTC) + timedelta(days=1)
     return followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat_id, message="?", due_date=due)

@@ -1,4 +1,4 @@
-"""A human operator's message stops what was scheduled before it, and nothing that is scheduled after it."""
+"""Human takeover: an operator's message cancels follow-ups scheduled before it, not after it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def schedule(session: Session, world: World, chat_id: UUID) -> UUID:
 
 
 def write(session: Session, world: World, chat_id: UUID, at: datetime | None = None) -> None:
-    """Let an operator write in the chat."""
+    """Receive an operator's message in the chat."""
     chats.receive(
         session,
         world.workspace_id,
@@ -52,7 +52,7 @@ def write(session: Session, world: World, chat_id: UUID, at: datetime | None = N
 
 
 def test_scheduled_before(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """Begin cancels what was scheduled before the operator's message and is still pending."""
+    """Begin cancels pending follow-ups that were scheduled before the operator's message."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     beginning = claim_and_begin(engine, settings)
     assert begun(beginning) == set()
@@ -60,7 +60,7 @@ def test_scheduled_before(world: World, engine: Engine, settings: Settings, take
 
 
 def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A pause does not hold it."""
+    """A follow-up from before the operator's message is cancelled even if it is paused."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=world.workspace_id)
     claim_and_begin(engine, settings)
@@ -69,7 +69,7 @@ def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Set
 
 @pytest.mark.parametrize("late", [timedelta(0), timedelta(seconds=40)])
 def test_scheduled_after(world: World, engine: Engine, settings: Settings, late: timedelta) -> None:
-    """A follow-up that is scheduled after an operator's message is sent, also if the message became known late."""
+    """A follow-up scheduled after an operator's message is sent, even if the message arrived late."""
     chat_id = world.chat(last_message_at=text("now() - interval '1 h'"))
     with Session(engine) as session, session.begin():
         before = schedule(session, world, chat_id)
@@ -82,7 +82,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 
 
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
-    """So is one that was scheduled by a transaction that began before the message came."""
+    """A transaction that began before the message may schedule after it: the follow-up is sent."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         session.execute(text("SELECT now()"))
@@ -93,7 +93,7 @@ def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine
 
 
 def test_moved_and_renamed_after(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """So is one that was moved into the chat after the message, and one whose trigger was changed."""
+    """A follow-up moved into the chat after the message is sent, and so is one with a new trigger."""
     moved = world.follow_up(scheduled_at=text("now() - interval '2 min'"))
     other = world.chat(last_message_role="operator")
     with Session(engine) as session, session.begin():
@@ -104,7 +104,7 @@ def test_moved_and_renamed_after(world: World, engine: Engine, settings: Setting
 
 
 def test_an_agent_goes_on(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that was scheduled after an operator's message is sent though an agent has written since."""
+    """A follow-up scheduled after an operator's message is sent even if an agent has written since."""
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         write(session, world, chat_id)

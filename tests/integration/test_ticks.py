@@ -1,4 +1,4 @@
-"""Ticks on PostgreSQL: one dispatcher claims at a time, and after a gap between ticks workers settle first."""
+"""Ticks on PostgreSQL: one dispatcher claims at a time; after a gap workers settle first."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import text
 
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim, rhythm_of
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
-from followups.store import ticks
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim, rhythm_of
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
+from followups.store import last_tick
 from followups.transports.port import Retry, Sent
 from followups.uptime import uptime
 from stack import wait_until
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.publish import Hint
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.store.leases import Begun
     from followups.transports.port import Outcome
@@ -36,7 +36,7 @@ TICK_ROW = "SELECT FROM dispatcher_state FOR NO KEY UPDATE"
 
 
 def pass_time(world: World, by: timedelta) -> None:
-    """Move all that the database knows into the past: as an outage does, or its clock when it is set forward."""
+    """Shift all stored times into the past, as an outage or a clock that is set forward does."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - :by, grace_until = grace_until - :by", by=by)
     world.sql("UPDATE follow_ups SET lease_until = lease_until - :by, begun_at = begun_at - :by", by=by)
 
@@ -53,16 +53,16 @@ def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
 
 
 def claimed(engine: Engine, settings: Settings) -> list[UUID]:
-    """Claim, and return what was leased."""
+    """Claim, and return the ids of the leased follow-ups."""
     return [lease.id for lease in claim(engine, settings).leases]
 
 
 class TestGap:
-    """After a gap between the ticks of all dispatchers, a worker that knows an outcome records it first."""
+    """A gap between the ticks of all dispatchers, after which workers record known outcomes first."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
-        """What was accepted before an outage longer than a lease is sent, though a tick came before its result."""
+        """An attempt accepted before an outage longer than a lease ends as sent, though a tick came first."""
         settings = settings.model_copy(update={"transport_deduplicates": deduplicates})
         follow_up = world.follow_up()
         begun = in_flight(engine, settings)
@@ -73,7 +73,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A worker that does not come back is taken for lost when the grace is over."""
+        """A worker that does not return counts as lost when the grace is over."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)
@@ -84,21 +84,24 @@ class TestGap:
         assert world.row(follow_up).losses == 1
 
     def test_ticks_went_on(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While any dispatcher ticks, a lease that ends in flight is taken over at once."""
+        """While any dispatcher ticks, a lease that expires in flight is taken over at once."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)
         assert claimed(engine, settings) == [follow_up]
 
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What was leased and not begun is claimed by the first tick after a gap: nothing of it can be known."""
+        """A leased follow-up that has not begun is claimed by the first tick after a gap.
+
+        It cannot have an outcome that a worker knows.
+        """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]
         pass_time(world, settings.lease * 2)
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What is left to its worker counts as in flight still."""
+        """An attempt left to its worker during the grace still counts as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)
@@ -107,7 +110,7 @@ class TestGap:
         assert claimed(engine, one) == []
 
     def test_clock_set_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A database whose clock was set back records ticks anew, and no grace of the other time holds."""
+        """After the database's clock is set back, ticks are recorded and an earlier grace is void."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, -timedelta(hours=1))
@@ -120,7 +123,7 @@ class TestGap:
     def test_gap_within_a_grace(
         self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
     ) -> None:
-        """Ticks that are late again and again keep nothing from being taken over; another outage gives a new grace."""
+        """Repeated late ticks do not extend a grace; only another outage gives a new one."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)
@@ -131,7 +134,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up] * over
 
     def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Where ticks are rarer than leases are long, the dispatcher comes back by itself when the grace is over."""
+        """With ticks rarer than leases, the dispatcher claims again by itself when the grace is over."""
         rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
         follow_up = world.follow_up()
         in_flight(engine, rare)
@@ -157,17 +160,20 @@ class TestGap:
     ],
 )
 def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
-    """A gap is longer than two intervals and a second, or half a lease; the grace is a call or a connection's time."""
+    """A gap is longer than two intervals and a second, or than half a lease.
+
+    The grace is the time of a call or of a connection.
+    """
     defaults = {"lease": MINUTE, "tick_interval": timedelta(seconds=1), "transport_timeout": timedelta(seconds=10)}
     rhythm = rhythm_of(settings.model_copy(update=defaults | changed))
     assert (rhythm.longest_gap, rhythm.grace) == (timedelta(seconds=gap), timedelta(seconds=grace))
 
 
 class TestOneAtATime:
-    """Dispatchers count what is in flight one after the other."""
+    """Exclusive claims: dispatchers count follow-ups in flight one at a time."""
 
     def test_window_of_several(self, world: World, engine: Engine, settings: Settings) -> None:
-        """However many dispatchers claim at the same moment, no more are in flight than MAX_IN_FLIGHT."""
+        """However many dispatchers claim at once, at most MAX_IN_FLIGHT follow-ups are in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 100})
         world.burst([-MINUTE] * 300)
         for round_ in range(5):
@@ -187,7 +193,7 @@ class TestOneAtATime:
             world.sql("UPDATE follow_ups SET lease_until = NULL")
 
     def test_busy(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While another dispatcher claims, a claim looks at nothing, says so and does not wait."""
+        """A claim beside another dispatcher's reports busy at once and looks at no follow-ups."""
         follow_up = world.follow_up()
         with engine.begin() as another:
             another.execute(text(TICK_ROW))
@@ -196,7 +202,7 @@ class TestOneAtATime:
         assert claimed(engine, settings) == [follow_up]
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A dispatcher that found another one claiming claims after it, without another tick."""
+        """A dispatcher that finds another one claiming claims afterwards, without another tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []
@@ -211,17 +217,17 @@ class TestOneAtATime:
         dispatcher.stop()
 
     def test_frozen(self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-        """PostgreSQL ends the session of a dispatcher that is frozen within its claim, so that others may claim."""
-        monkeypatch.setattr(ticks, "FROZEN_AFTER", "50ms")
+        """PostgreSQL ends the session of a dispatcher frozen in its claim, so that others can claim."""
+        monkeypatch.setattr(last_tick, "FROZEN_AFTER", "50ms")
         follow_up = world.follow_up()
         with engine.connect() as frozen:
-            assert ticks.begin(frozen, rhythm_of(settings))
+            assert last_tick.begin(frozen, rhythm_of(settings))
             assert claim(engine, settings).busy
             wait_until(lambda: claimed(engine, settings) == [follow_up])
             frozen.invalidate()
 
     def test_row_deleted(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Ticks go on when an operator has deleted the row in which they are recorded."""
+        """Ticks continue after an operator has deleted the row that records them."""
         world.follow_up()
         world.sql("DELETE FROM dispatcher_state")
         hints: list[Hint] = []
@@ -233,10 +239,10 @@ class TestOneAtATime:
 
 
 class TestToken:
-    """A token is given once, also where the database forgets that it was."""
+    """Lease tokens, each given once even if the database forgets that it was."""
 
     def test_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
-        """After a failover that lost a claim, the result of its attempt is not taken for the next attempt's."""
+        """If a failover loses a claim, its attempt's result is not taken for the next attempt's."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")
@@ -247,7 +253,7 @@ class TestToken:
         assert world.row(follow_up).status == "sent"
 
     def test_unblocked_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
-        """The same holds for a lease that a follow-up was given by the end of the one before it in its chat."""
+        """If a failover loses an unblocked follow-up's lease, its next lease has a greater token."""
         chat = world.chat()
         earlier = world.follow_up(chat, -MINUTE)
         later = world.follow_up(chat, waits_for=earlier)
@@ -259,7 +265,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A token is a whole number that every reader of JSON keeps exactly, and grows whatever stood before it."""
+        """A token is an integer that every JSON reader keeps exactly, and grows from any earlier value."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.store.totals import Totals, counted, read
+from followups.store.metric_totals import Totals, counted, read
 from followups.telemetry import metrics
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from followups.store.totals import Sample
+    from followups.store.metric_totals import Sample
 
 CLAIMED = ("followups_claimed_total", "{}")
 

@@ -46,14 +46,14 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transaction that wrote nothing leaves nothing to ask for: its failed commit is an error."""
+    """If a transaction wrote nothing, its failed commit is an error: there is nothing to check."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
 
 
 def test_nothing_is_asked_without_need(engine: Engine) -> None:
-    """A transaction whose commit is answered costs no exchange beyond its own statements."""
+    """A transaction whose commit is answered needs no round trip beyond its own statements."""
     said: list[str] = []
     event.listen(engine, "before_cursor_execute", lambda *arguments: said.append(arguments[2]))
     transact(engine, insert_workspace)
@@ -63,7 +63,7 @@ def test_nothing_is_asked_without_need(engine: Engine) -> None:
 def test_the_question_of_a_transaction_that_failed_is_forgotten(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a transaction would have asked before it failed is not asked for the next one on its connection."""
+    """The check that a failed transaction registered is not run for the next one on its connection."""
 
     def ask_and_fail(connection: Connection) -> None:
         ask_if_lost(connection, lambda _: False)

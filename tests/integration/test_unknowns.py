@@ -10,13 +10,13 @@ import pytest
 from sqlalchemy.orm import Session
 
 import followups
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.scheduling import final_of
 from followups.states import Status
-from followups.store import cancelling, chats
+from followups.store import bulk_cancel, chats
 from followups.transports.port import Rejected, Retry, Sent, Unknown
 from followups.uptime import uptime
 
@@ -75,18 +75,18 @@ def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
 
 @pytest.mark.parametrize("words", ["user_replied by phone", "cancelled_by_api: on behalf of Jo", "too_late"])
 def test_words_that_begin_as_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
-    """A caller's own words are stored as given though they begin as one of our codes does."""
+    """A caller's own words are stored as given, even if they begin like one of our codes."""
     follow_up, _ = doubtful
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, follow_up, reason=words).reason == words
 
 
-def cancel_chat(world: World, chat_id: UUID, words: str | None) -> cancelling.Cancelled:
-    """Cancel all that is pending in a chat, as an operator does."""
+def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.Cancelled:
+    """Cancel all pending follow-ups of a chat, as an operator does."""
     with world.engine.begin() as connection:
-        chosen = cancelling.Pending(world.workspace_id, chat_id, cancelling.now(connection))
+        chosen = bulk_cancel.Pending(world.workspace_id, chat_id, bulk_cancel.now(connection))
         final = final_of(Status.CANCELLED, words)
-        return cancelling.cancel_if_not_begun(connection, chosen, final, cancelling.Place())
+        return bulk_cancel.cancel_if_not_begun(connection, chosen, final, bulk_cancel.Place())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> cancelling.Ca
     ],
 )
 def test_cancel_of_many(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
-    """So it is when an operator cancels all of a chat."""
+    """An operator's cancel of a whole chat stores the same reasons as a single cancel."""
     follow_up, chat_id = doubtful
     cancel_chat(world, chat_id, words)
     assert world.row(follow_up).reason == reason
@@ -114,7 +114,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """Words of a cancel that came while an attempt was in flight are stored as given, whatever its outcome."""
+    """Words of a cancel during an attempt are stored as given, whatever the attempt's outcome."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
@@ -126,7 +126,7 @@ def test_cancel_while_in_flight(world: World, settings: Settings, words: str | N
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """So are they when the worker is lost with that attempt."""
+    """Words of a cancel during an attempt are stored as given, even if its worker is lost."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     begin(world.engine, settings, claim(world.engine, settings).leases)

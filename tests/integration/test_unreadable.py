@@ -1,4 +1,4 @@
-"""One row that cannot be read or written, set by other hands than ours: the others go on without it."""
+"""Unreadable and unwritable rows made by other programs: the other rows continue without them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
 
-from followups.dispatch.begin import REFUSED_PAUSE, begin
-from followups.dispatch.claim import claim, claim_fairly
-from followups.dispatch.dispatcher import Dispatcher
-from followups.dispatch.publish import leases_of
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import settle
+from followups.delivery.begin import REFUSED_PAUSE, begin
+from followups.delivery.claim import claim, claim_fairly
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.hints import leases_of
+from followups.delivery.send import Attempt
+from followups.delivery.settle import settle
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 from world import begun, claim_and_begin
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.dispatch.claim import Claim
-    from followups.dispatch.publish import Hint
+    from followups.delivery.claim import Claim
+    from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.store.leases import Begun
     from followups.transports.port import Outcome
@@ -36,7 +36,7 @@ SECOND = timedelta(seconds=1)
 
 
 def unchecked(world: World, table: str) -> None:
-    """Take the constraint away that keeps such times out: rows may have broken it before it was there."""
+    """Drop the constraint on readable times, as if the table's rows were older than it."""
     world.sql(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
@@ -47,7 +47,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """Let the workspace have hours that Python cannot read, closed at this moment."""
+    """Give the workspace sending hours that Python cannot read and that are closed now."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -57,7 +57,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Let the user's last message of every chat come at the end of all times, where hours are closed."""
+    """Set the last user message of every chat to the end of time, outside sending hours."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",
@@ -71,12 +71,12 @@ def endless_window(world: World) -> None:
 
 
 def as_many_attempts_as_there_can_be(world: World) -> None:
-    """Let the next attempt be one more than can be counted."""
+    """Set the attempts to the greatest number that can be counted."""
     world.sql("UPDATE follow_ups SET attempts = 2147483647 WHERE workspace_id = :id", id=world.workspace_id)
 
 
 def refused_by_a_trigger(world: World) -> None:
-    """Let a trigger of others refuse that an attempt begins."""
+    """Create a trigger, as another program might, that refuses the begin of an attempt."""
     world.sql(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
@@ -89,7 +89,7 @@ def refused_by_a_trigger(world: World) -> None:
 def test_one_that_cannot_begin(
     world: World, engine: Engine, settings: Settings, spoil: Callable[[World], None]
 ) -> None:
-    """The others begin; it stays pending, is logged, and is deferred for a minute."""
+    """A follow-up that cannot begin stays pending, is logged and deferred for a minute; others begin."""
     others = type(world)(engine)
     bad, good = world.follow_up(), {others.follow_up() for _ in range(9)}
     spoil(world)
@@ -106,7 +106,7 @@ def test_one_that_cannot_begin(
 
 
 def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """What cannot be written at all comes back when its lease has ended; the others begin."""
+    """A row that cannot be written at all returns when its lease has expired; the others begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
@@ -118,7 +118,7 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
 
 @pytest.mark.parametrize("window", [100, 6])
 def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
-    """The next claims pass over it, in order or shared out; it stays pending, and is logged."""
+    """Ordered and fair claims skip a row that cannot be written; it stays pending and is logged."""
     others = type(world)(engine)
     bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
     more = {world.follow_up() for _ in range(9)} if window < 10 else set()
@@ -146,14 +146,14 @@ def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Sett
 def test_a_time_before_all_times(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """A next attempt that Python cannot hold stops no claim: it is long due, and begins."""
+    """A next attempt before Python's calendar counts as due: it begins, and stops no claim."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids
 
 
 def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Engine, settings: Settings) -> None:
-    """The earlier one of its chat is settled, and the next one goes out at once."""
+    """A chat's next follow-up with such a time is sent at once when the earlier one is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)
@@ -165,18 +165,18 @@ def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Eng
 
 
 def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None:
-    """A lost attempt that was never counted stops no claim."""
+    """A lost attempt that was never counted does not stop a claim."""
     lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"), attempts=0)
     claimed = claim(engine, settings)
     assert ([lease.id for lease in claimed.leases], world.row(lost).attempts) == ([lost], 0)
 
 
 class TestRecords:
-    """Failed attempts whose ids are used already, as a logical replication leaves them."""
+    """Failed attempts whose ids are already used, as after logical replication."""
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:
-        """Let the next ids be used."""
+        """Reset the sequence to ids that are already used."""
         one = world.follow_up(due=timedelta(days=1))
         for number in range(9):
             world.sql(
@@ -187,7 +187,10 @@ class TestRecords:
         world.sql("ALTER SEQUENCE failed_attempts_id_seq RESTART")
 
     def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
-        """The results are settled; what cannot be recorded is logged, and the next one is recorded again."""
+        """All results are settled, and a failed attempt that cannot be recorded is logged.
+
+        The next failed attempt is recorded again.
+        """
         ids = [world.follow_up() for _ in range(4)]
         attempts = [attempt(one, Retry("busy")) for one in claim_and_begin(engine, settings).begun]
         with capture_logs() as logs:
@@ -199,7 +202,7 @@ class TestRecords:
         assert refused
 
     def test_a_claim(self, world: World, engine: Engine, settings: Settings) -> None:
-        """What was lost is claimed again."""
+        """A lost lease is claimed again, even if its failed attempt cannot be recorded."""
         lost = world.follow_up(begun_at=text("now()"), lease_until=text("now() - interval '1 s'"))
         with capture_logs() as logs:
             assert [lease.id for lease in claim(engine, settings).leases] == [lost]

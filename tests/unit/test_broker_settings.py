@@ -1,4 +1,4 @@
-"""Which broker Celery connects to: that of the settings, whatever else the environment says."""
+"""Celery's broker: always the one in the settings, whatever else the environment says."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ELSEWHERE = "redis://elsewhere.example:6380/9"
 
 ASK = """
 import json
-from followups.worker import app, dispatch_due
+from followups.worker.celery_app import app, dispatch_due
 connections = app.connection(), app.connection_for_read(), app.connection_for_write()
 with app.producer_pool.acquire(block=False) as producer:
     asked = [*(each.as_uri() for each in connections), producer.__connection__.as_uri()]
@@ -37,7 +37,7 @@ VARIABLES = {
 
 
 def test_no_other_variable_decides(tmp_path: Path) -> None:
-    """Consumers and producers connect to FOLLOWUPS_BROKER_URL, and store no results, whatever else is set."""
+    """Celery connects only to FOLLOWUPS_BROKER_URL and stores no results, whatever else is set."""
     (tmp_path / "elsewhere.py").write_text("task_always_eager = True\n")
     environment = os.environ | {
         "FOLLOWUPS_BROKER_URL": OURS,

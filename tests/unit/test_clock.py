@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.dispatch.clock import DatabaseClock
+from followups.delivery.clock import DatabaseClock
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

@@ -1,12 +1,12 @@
-"""How long a worker's consumer waits between two connections to the broker."""
+"""The pauses of a worker's consumer between two connections to the broker."""
 
 from __future__ import annotations
 
-from followups.broker import LASTS, LONGEST_PAUSE, Consumer
+from followups.worker.broker import LASTS, LONGEST_PAUSE, Consumer
 
 
 def test_pauses_grow_until_a_connection_lasts() -> None:
-    """The first connection is made at once; those after connections that did not last wait longer, up to a limit."""
+    """The first connection is made at once; after short-lived ones the pauses grow, up to a limit."""
     consumer = Consumer()
     assert consumer.pause() == 0
     pauses = []

@@ -1,4 +1,4 @@
-"""A batch of which one may be refused."""
+"""A batch in which single rows may be refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AWAY = OperationalError("", None, ValueError("away"))
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_the_others_go_on(bad: list[bool]) -> None:
-    """Each one that is good is done once, in its order; each that is bad stands alone; no step is done for nothing."""
+    """Each good row is done once, in order; each bad row is isolated; no step is wasted."""
     steps = 0
 
     def work(part: Sequence[int]) -> list[int]:
@@ -39,7 +39,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, ValueError("no such column"))])
 def test_what_is_no_rows_fault(error: Exception) -> None:
-    """When the database is away, or the statement is wrong, nothing is halved: the error is the caller's."""
+    """If the database is unreachable or the statement is wrong, the error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ def test_what_is_no_rows_fault(error: Exception) -> None:
 
 
 def test_away_in_the_middle() -> None:
-    """What was done before the database went away is told, with what is left."""
+    """If the database becomes unreachable, the completed rows are returned with the remaining ones."""
 
     def work(part: Sequence[int]) -> list[int]:
         if 3 in part:
@@ -65,7 +65,7 @@ def test_away_in_the_middle() -> None:
 
 
 def test_a_fault_of_our_own() -> None:
-    """Where a row's content fails our own code, that row stands alone as well."""
+    """A row whose content fails our own code is isolated as well."""
 
     def work(part: Sequence[int]) -> float:
         return sum(1 / one for one in part)

@@ -71,7 +71,7 @@ def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Pa
 
 
 def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process that gets nothing done is well, and says why and for how long, until it gets something done."""
+    """A process that waits is healthy, and reports the reason and duration until it makes progress."""
     assert living.stdout
     (life,) = look(tmp_path, "worker")
     assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.dispatch import lanes
-from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.line import Line
+from followups.delivery import fair_queue
+from followups.delivery.clock import DatabaseClock
+from followups.delivery.due_queue import Line
 from followups.store.leases import Lease
 from followups.uptime import uptime
 
@@ -91,7 +91,7 @@ def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) ->
     line.add(overdue(QUIET, 1))
     line.leave(line.take(1)[0])
     line.add(overdue(NOISY, *range(50)))
-    monkeypatch.setattr(lanes, "LATELY", 0.0)
+    monkeypatch.setattr(fair_queue, "LATELY", 0.0)
     assert len(line.take(16)) == 16
 
 
@@ -164,17 +164,20 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_shedding() -> None:
-    """Of some lanes no more than so many stay: an equal share of each, its earliest, and what one does not need."""
+    """Shedding keeps a given number in some workspace queues, in equal shares, earliest first.
+
+    The other queues share what one of them does not need.
+    """
     line = line_of()
     line.add(overdue(NOISY, *range(30)) + overdue(QUIET, 5) + overdue(3, *range(20)) + overdue(4, *range(9)))
-    lanes = frozenset({NOISY, QUIET, 3})
+    held = frozenset({NOISY, QUIET, 3})
     taken_first = line.take(0)
-    shed = [hinted.lease for hinted in line.shed(lanes, 9)]
+    shed = [hinted.lease for hinted in line.shed(held, 9)]
     assert taken_first == []
     assert Counter(lease.lane for lease in shed) == {NOISY: 26, 3: 16}
     assert [lease.due for lease in shed] == sorted(lease.due for lease in shed)
-    assert line.count(lanes) == 9
-    assert line.shed(lanes, 9) == []
+    assert line.count(held) == 9
+    assert line.shed(held, 9) == []
     left = [hinted.lease for hinted in line.take(99)]
     assert Counter(lease.lane for lease in left) == {NOISY: 4, QUIET: 1, 3: 4, 4: 9}
     for lane in (NOISY, 3):
@@ -182,7 +185,7 @@ def test_shedding() -> None:
 
 
 def test_a_lane_that_is_shed_has_no_turn() -> None:
-    """Where there are more lanes than may stay, some have nothing left, and come in again like new ones."""
+    """With more workspace queues than may stay, some are emptied and later return like new ones."""
     line = line_of()
     line.add([lease for lane in range(1, 6) for lease in overdue(lane, 1)])
     line.take(0)

@@ -1,4 +1,4 @@
-"""From when on lateness counts: the first moment at which the sending hours let a follow-up be sent."""
+"""The start of lateness: the first moment at which the sending hours let a follow-up be sent."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.dispatch.hold import UNREADABLE, closed_until, decide, sendable_from
-from followups.quiet_hours import SendingHours, opens_at, span_of
+from followups.delivery.holds import UNREADABLE, closed_until, decide, sendable_from
+from followups.sending_hours import SendingHours, opens_at, span_of
 from followups.store.holds import Finding, Hold, Hours
 from followups.store.leases import Lease, Obstacle
 
@@ -32,14 +32,14 @@ MORNING = SendingHours("UTC", time(8), time(11))
 
 
 def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Finding:
-    """Return what is found of a follow-up that is looked at now, with the time of sending that the database knows."""
+    """Return the finding for a follow-up that is checked now, with this recorded time of sending."""
     span = span_of(hours, now) if hours else None
     standing = Hours(uuid4(), hours, *span) if hours and span else None
     return Finding(uuid4(), now, now, wanted, wanted, known, None, None, standing)
 
 
 def blocked(finding: Finding, max_lateness: timedelta) -> Obstacle:
-    """Return what begin says of it: too late or not, by what is recorded."""
+    """Return begin's obstacle for a finding: too late or not, by the recorded time."""
     late = finding.now >= (finding.sendable_from or finding.wanted_from) + max_lateness
     return Obstacle(
         Lease(finding.id, 1, finding.now),
@@ -53,7 +53,7 @@ def blocked(finding: Finding, max_lateness: timedelta) -> Obstacle:
 
 @given(HOURS, MOMENTS, GAPS)
 def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """Whenever it is looked at, and however often, lateness counts from the first opening at or after the due date."""
+    """Lateness counts from the first opening at or after the due date, however often it is checked."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))
@@ -63,7 +63,7 @@ def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: l
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """Under hours that change it is never before the due date, and what has come to pass stays."""
+    """If hours change, lateness never starts before the due date, and a start in the past is kept."""
     now, known = wanted, None
     for hours, gap in changes:
         finding = found(hours, wanted, now, known)
@@ -79,7 +79,7 @@ def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted
 
 @given(HOURS, MOMENTS, st.timedeltas(HOUR, timedelta(days=4)), GAPS)
 def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
-    """It is too late exactly from the allowed lateness after that moment on: never sooner, and not held again then."""
+    """A follow-up is too late exactly after the allowed lateness: never sooner, nor held again then."""
     now, known = wanted, None
     for gap in gaps:
         finding = found(hours, wanted, now, known)
@@ -96,7 +96,7 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 
 @given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
 def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
-    """A machine whose time zones say otherwise does not look again and again: it waits until that time begins."""
+    """A machine with other time zones waits for the database's opening, without checking repeatedly."""
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off
     standing = Hours(uuid4(), hours, opening, opening + 5 * HOUR)
@@ -106,7 +106,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
-    """A machine that cannot read the hours leaves what is recorded, and looks again after a minute."""
+    """A machine that cannot read the hours keeps the recorded time, and checks again in a minute."""
     hours = Hours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     finding = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(finding) == known
@@ -114,7 +114,7 @@ def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> 
 
 
 def test_sending_hours_go_before_a_pause() -> None:
-    """What is paused, and outside the sending hours as well, is held until these open; then the pause holds it."""
+    """A paused follow-up outside sending hours is held until they open; then the pause holds it."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
     held = decide(blocked(outside, HOUR), outside, HOUR)

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from followups.cli.rates import default_burst, parse_rate, shown
-from followups.dispatch.limits import Limits, loosened
+from followups.delivery.rate_limiting import Limits, loosened
 from followups.store.rate_limits import Limit, Place
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)

@@ -7,9 +7,9 @@ from uuid import uuid4
 
 import pytest
 
-from followups.dispatch.begin import LEAD
-from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.line import AGAIN, LONGEST_AGAIN, Line
+from followups.delivery.begin import LEAD
+from followups.delivery.clock import DatabaseClock
+from followups.delivery.due_queue import AGAIN, LONGEST_AGAIN, Line
 from followups.store.leases import Lease
 from followups.uptime import uptime
 
@@ -32,7 +32,7 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
 
 
 def test_what_cannot_begin_again_and_again() -> None:
-    """What cannot begin at this moment is left alone for longer each time, up to a bound."""
+    """A follow-up that cannot begin yet is deferred for longer each time, up to a bound."""
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)
     clock.observe(NOON, 0.0, 0.0)

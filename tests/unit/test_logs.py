@@ -69,7 +69,7 @@ def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Off a terminal an event is one JSON object on stderr, with a UTC time; stdout stays empty."""
     configure_logging(None, "info")
-    get_logger("followups.dispatch").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
+    get_logger("followups.delivery").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -78,7 +78,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
     assert RFC_3339_UTC.match(line.pop("timestamp"))
     assert line == {
         "level": "info",
-        "logger": "followups.dispatch",
+        "logger": "followups.delivery",
         "event": "attempt",
         "outcome": "sent",
         "note": "two\nlines \N{SNOWMAN}",

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.dispatch.claim import size_of_claim
-from followups.dispatch.pace import LONGEST, SHORTEST, Pace, until_half_is_free
+from followups.delivery.claim import size_of_claim
+from followups.delivery.claim_interval import LONGEST, SHORTEST, Pace, until_half_is_free
 
 
 @pytest.mark.parametrize(

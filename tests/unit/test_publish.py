@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.dispatch.publish import batches, leases_of
+from followups.delivery.hints import batches, leases_of
 from followups.store.leases import LANES, Lease, lane_of
 
 leases = st.builds(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.quiet_hours import DAYS, SendingHours, opens_at, read_days, span_of, written_days, zone_of
+from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, span_of, written_days, zone_of
 
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)

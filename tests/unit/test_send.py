@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import pytest
 
-from followups.dispatch.clock import DatabaseClock
-from followups.dispatch.send import GRACE, Attempt, send
+from followups.delivery.clock import DatabaseClock
+from followups.delivery.send import GRACE, Attempt, send
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Outcome, Sent, Unknown
 from followups.uptime import uptime

@@ -1,4 +1,4 @@
-"""The clock by which leases are judged."""
+"""The clock that measures leases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KERNELS = Path("/proc/uptime")
 
 
 def test_never_back() -> None:
-    """It goes on, and never back."""
+    """The clock advances, and never goes back."""
     first = uptime()
     time.sleep(0.001)
     assert uptime() > first
@@ -21,7 +21,7 @@ def test_never_back() -> None:
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
 def test_counts_sleep() -> None:
-    """It is the kernel's uptime, in which the time counts for which the machine was suspended."""
+    """The clock is the kernel's uptime, which includes the time that the machine was suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])
     assert before - 0.01 <= told <= uptime()

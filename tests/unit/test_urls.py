@@ -1,4 +1,4 @@
-"""URLs of database and broker: which can be read, and what is said of the others."""
+"""URLs of database and broker: which are accepted, and how the others are refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_hosts_of_a_database(text: str, host: str, port: str) -> None:
 
 
 def test_what_stands_beside_the_hosts_stays() -> None:
-    """User, password, database and parameters are those of the URL, with several hosts too."""
+    """User, password, database and parameters of the URL are kept, also with several hosts."""
     url = database_url("postgresql://me:s%40crs@one,two:1/chats?target_session_attrs=read-write&sslmode=disable")
     assert (url.username, url.password, url.database) == ("me", "s@crs", "chats")
     assert (url.query["target_session_attrs"], url.query["sslmode"]) == ("read-write", "disable")
@@ -55,7 +55,7 @@ def test_what_stands_beside_the_hosts_stays() -> None:
     ],
 )
 def test_a_database_url_that_cannot_be_read(text: str) -> None:
-    """One sentence says what is wrong, and shows nothing of the URL."""
+    """An invalid database URL is refused in one sentence that shows nothing of the URL."""
     with pytest.raises(
         SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a URL that can be read: .*\.$"
     ) as raised:
@@ -79,7 +79,7 @@ def test_a_database_url_that_cannot_be_read(text: str) -> None:
     ],
 )
 def test_a_broker_url_that_cannot_be_read(text: str) -> None:
-    """So it is with the broker's."""
+    """An invalid broker URL is refused in one sentence that shows nothing of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a URL that can be read: .*\.$") as raised:
         load_settings(database_url=DATABASE, broker_url=text)
     assert not [word for word in ("pa55", "broker", "zero", "long") if word in str(raised.value)]
@@ -89,6 +89,6 @@ def test_a_broker_url_that_cannot_be_read(text: str) -> None:
     "text", ["redis://broker", "rediss://me:p%40ss@[::1]:6380/15?ssl_cert_reqs=none", "redis://h/?db=3", "redis://h:1/"]
 )
 def test_broker_urls(text: str) -> None:
-    """What redis-py and kombu can read is taken as it is."""
+    """A URL that redis-py and kombu can read is accepted unchanged."""
     check_broker_url(text)
     assert load_settings(database_url=DATABASE, broker_url=text).broker_url.get_secret_value() == text

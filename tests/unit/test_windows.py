@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.windows import WINDOW, WINDOWED_CHANNELS, Channel, is_open
+from followups.channels import WINDOW, WINDOWED_CHANNELS, Channel, is_open
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)

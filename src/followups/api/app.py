@@ -15,17 +15,17 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from followups.api import documentation, openapi, problems
-from followups.api.access import Access
-from followups.api.caller import KnownKeys, LastUse, Services
+from followups.api.access_log import Access
+from followups.api.authentication import KnownKeys, LastUse, Services
 from followups.api.gate import Gate
-from followups.api.health import Health
+from followups.api.key_rate_limit import RateLimit
 from followups.api.metrics import Exposition
-from followups.api.rate_limit import RateLimit
+from followups.api.readiness import Health
 from followups.api.routes import chats, follow_ups, service
 from followups.database import make_engine, make_sessions
 from followups.errors import FollowUpsError, SettingsError
 from followups.settings import load_settings
-from followups.store.totals import Totals
+from followups.store.metric_totals import Totals
 from followups.telemetry import traces
 from followups.telemetry.logs import configure_logging
 
@@ -100,7 +100,7 @@ def app_from_environment() -> FastAPI:
         sys.stderr.write(f"followups: {error}\n")
         raise SystemExit(2) from None
     configure_logging(settings.log_format, settings.log_level)
-    from followups.worker import nudge  # noqa: PLC0415 - Celery; loaded now, or the first create would wait for it
+    from followups.worker.celery_app import nudge  # noqa: PLC0415 - Celery; loaded now, or the first create would wait for it
 
     return create_app(settings, nudge)
 
@@ -176,6 +176,6 @@ def _methods(request: Request) -> list[str]:
 
 
 def _nudge_workers() -> None:
-    from followups.worker import nudge  # noqa: PLC0415 - Celery is wanted only when something is due soon
+    from followups.worker.celery_app import nudge  # noqa: PLC0415 - Celery is wanted only when something is due soon
 
     nudge()

@@ -1,4 +1,4 @@
-"""The interactive documentation, ``/docs``: Swagger UI from the wheel that carries it, under a content policy."""
+"""The interactive documentation at ``/docs``: Swagger UI from a wheel, under a content policy."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
-"""Of the static files, which change with the package only."""
+"""Cache headers of the static files, which change only with the package."""
 
 # Swagger UI sets styles on its elements, and draws icons from data URLs.
 POLICY = (
@@ -18,7 +18,7 @@ POLICY = (
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-# Relative addresses, so that it works under any path prefix.
+# Addresses are relative, so that the page works under any path prefix.
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
@@ -39,23 +39,23 @@ router = APIRouter(include_in_schema=False)
 
 @router.get("/docs")
 async def page() -> Response:
-    """Return the page."""
+    """Return the page of the interactive documentation."""
     return HTMLResponse(PAGE, headers={"content-security-policy": POLICY, "referrer-policy": "no-referrer"})
 
 
 @router.get("/docs/start.js")
 async def start() -> Response:
-    """Return the script that starts Swagger UI; the policy allows none inside the page."""
+    """Return the script that starts Swagger UI, since the policy allows no inline scripts."""
     return Response(START, media_type="text/javascript", headers=CACHED)
 
 
 @router.get("/docs/swagger-ui-bundle.js")
 async def script() -> Response:
-    """Return Swagger UI."""
+    """Return Swagger UI's script."""
     return FileResponse(STATIC / "swagger-ui-bundle.js", headers=CACHED)
 
 
 @router.get("/docs/swagger-ui.css")
 async def style() -> Response:
-    """Return its style sheet."""
+    """Return Swagger UI's style sheet."""
     return FileResponse(STATIC / "swagger-ui.css", headers=CACHED)

@@ -1,7 +1,7 @@
-"""The gate: checks the key, reads the body within its limits, and turns every error into an answer.
+"""The gate: checks the key, reads the body within its limits, and turns every error into a response.
 
-A stranger's body is not read: the key comes first. The body is complete before anything else sees the request, so a
-slow client occupies a socket and nothing more: no thread and no database connection.
+The key is checked first, so the body of an unauthenticated request is never read. The body is complete before any other
+component sees the request. A slow client therefore occupies one socket, but no thread and no database connection.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING
 
 from followups.api import problems
-from followups.api.caller import admit
+from followups.api.authentication import admit
 from followups.errors import UnauthorizedError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KEYED = "/api/"
-"""What begins so needs a key."""
+"""Path prefix of the requests that need a key."""
 
 MAX_HEADER_SIZE = 32 * 1024
 """Most bytes of a request line and its headers together."""
@@ -31,7 +31,7 @@ BODY_WITHIN = 20.0
 """Seconds for the whole body to arrive: 1 MiB at 52 kB/s."""
 
 MAX_BUFFERED = 32 * 1024 * 1024
-"""Bytes of all bodies that are in memory at once, complete or not."""
+"""Maximum bytes of all bodies in memory at once, complete or not."""
 
 MAX_WAITING = 256
 """Requests served or waiting at once. Further ones are refused at once, with a Retry-After."""
@@ -83,14 +83,14 @@ class Gate:
             held.release()
 
     def reserve(self, size: int) -> bool:
-        """Reserve memory for a part of a body; return whether there is room."""
+        """Reserve memory for a part of a body, and return whether there was room."""
         if self._buffered + size > MAX_BUFFERED:
             return False
         self._buffered += size
         return True
 
     def release(self, size: int) -> None:
-        """Give memory back."""
+        """Release reserved memory."""
         self._buffered -= size
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,14 +105,17 @@ class Gate:
 
 
 class _Held:
-    """The memory that one request's body takes."""
+    """The memory reserved for one request's body."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self.size = 0
 
     def add(self, size: int) -> None:
-        """Take more of it. Raises `Refusal` for a body that is too large, and where all bodies together are."""
+        """Reserve more memory for the body.
+
+        Raises `Refusal` if this body is too large, or if all bodies together are.
+        """
         if self.size + size > MAX_BODY_SIZE:
             raise Refusal(_TOO_LARGE)
         if not self._gate.reserve(size):
@@ -120,7 +123,7 @@ class _Held:
         self.size += size
 
     def release(self) -> None:
-        """Give all of it back."""
+        """Release all memory of the body."""
         self._gate.release(self.size)
 
 
@@ -146,7 +149,7 @@ def _check_head(scope: Scope) -> None:
     headers = dict(scope["headers"])
     if (
         b"content-length" in headers and b"transfer-encoding" in headers
-    ):  # RFC 9112, 6.1: a request smuggled past a proxy
+    ):  # RFC 9112, 6.1: this may be a request smuggled past a proxy
         raise Refusal(_TWO_LENGTHS)
     if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:  # the server has checked that it is a number
         raise Refusal(_TOO_LARGE)

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.store import backlog, ticks, totals
+from followups.store import backlog, last_tick, metric_totals
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.store.totals import Totals
+    from followups.store.metric_totals import Totals
 
 log = get_logger(__name__)
 
@@ -73,7 +73,7 @@ class BacklogCollector(Collector):
             try:
                 with self._engine.connect() as connection:
                     self._kept = backlog.measure(connection, window=self._window)
-                    self._last_tick = ticks.last_tick(connection)
+                    self._last_tick = last_tick.last_tick(connection)
             except SQLAlchemyError as error:
                 log.warning("database_unreachable", step="metrics", error=type(error).__name__)
                 self._kept = None
@@ -99,7 +99,7 @@ class Exposition:
             self._totals.add()
             with self._engine.connect() as connection:
                 # Metrics without labels are shown from the start, as zero.
-                samples = dict.fromkeys(totals.counted(), 0.0) | totals.read(connection)
+                samples = dict.fromkeys(metric_totals.counted(), 0.0) | metric_totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)
             samples = {}
@@ -114,7 +114,7 @@ class Exposition:
         return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
 
 
-def _families(samples: Mapping[totals.Sample, float]) -> Iterator[Metric]:
+def _families(samples: Mapping[metric_totals.Sample, float]) -> Iterator[Metric]:
     """Group the samples under the name, type and help of their metric."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}

@@ -34,10 +34,10 @@ log = get_logger(__name__)
 MEDIA_TYPE = "application/problem+json"
 
 MAX_ERRORS = 20
-"""Errors reported for one request."""
+"""Maximum number of errors reported for one request."""
 
 MAX_POINTER_LENGTH = 200
-"""Characters of a pointer: an unknown field's name is as long as its client likes."""
+"""Maximum length of a pointer in characters, since a client may send a field name of any length."""
 
 RETRY_AFTER_OUTAGE = 5
 """Seconds after which a client should try again if the database is unreachable."""

@@ -11,12 +11,15 @@ from pydantic.alias_generators import to_camel
 
 from followups.api import examples
 from followups.api.fields import MAX_PAGE_SIZE, Digits, ExternalId, Id, Message, Reason, Time
+from followups.channels import Channel
 from followups.states import Status
 from followups.store.chats import Role
-from followups.windows import Channel
 
 MAX_FIELDS = 100
-"""Fields of a request's body. Each wrong one costs an error, so their number is checked before any of them."""
+"""Maximum number of fields in a request's body.
+
+Each invalid field costs an error, so the number is checked before any field is.
+"""
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
@@ -52,7 +55,7 @@ class FollowUp(Answer):
 
 
 class Body(BaseModel):
-    """What every request's body shares: a bounded number of fields."""
+    """The base of every request's body, with a bounded number of fields."""
 
     @model_validator(mode="before")
     @classmethod
@@ -99,7 +102,10 @@ _MANY = "One value or many: repeated, or with `[]` after the name. None: no filt
 
 
 class FollowUpQuery(BaseModel):
-    """Which follow-ups to list, and which page of them. An unknown parameter is refused: it would filter nothing."""
+    """The filters and the page of a list of follow-ups.
+
+    An unknown parameter is refused, since it would filter nothing.
+    """
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid")
 

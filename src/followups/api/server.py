@@ -10,7 +10,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from followups.api import problems
-from followups.api.access import SECURITY_HEADERS
+from followups.api.access_log import SECURITY_HEADERS
 from followups.api.gate import MAX_HEADER_SIZE, TOO_LONG_A_HEADER
 
 if TYPE_CHECKING:
@@ -22,7 +22,10 @@ HEADER_WITHIN = 10.0
 """Seconds for the headers to arrive."""
 
 MAX_CONNECTIONS = 2_000
-"""Open connections. Beyond it the one that is idle for the longest makes room; without any, the new one is closed."""
+"""Maximum number of open connections.
+
+Beyond it, the connection that has been idle longest is closed, or the new one if none is idle.
+"""
 
 KEEP_ALIVE = 65
 """Seconds an idle connection is kept: longer than a load balancer's usual minute, so that the balancer closes first."""
@@ -36,10 +39,10 @@ class LimitedProtocol(H11Protocol):
 
     _header_due: asyncio.TimerHandle | None = None
     idle_since = 0.0
-    """When it was made, or its last answer was complete; on the loop's clock."""
+    """When the connection was made or its last response completed, on the loop's clock."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Make room where there are too many connections, and start the header timer."""
+        """Make room if there are too many connections, and start the header timer."""
         if len(self.connections) >= MAX_CONNECTIONS and not self._close_idlest():
             transport.abort()
             return
@@ -48,12 +51,12 @@ class LimitedProtocol(H11Protocol):
         self._expect_header()
 
     def on_response_complete(self) -> None:
-        """Note since when it is idle."""
+        """Record when the connection became idle."""
         super().on_response_complete()
         self.idle_since = self.loop.time()
 
     def _close_idlest(self) -> bool:
-        """Close the connection that waits for a request for the longest; return whether there was one."""
+        """Close the connection that has been idle longest, and return whether there was one."""
         idle = [
             one for one in self.connections if isinstance(one, LimitedProtocol) and one.conn.their_state is h11.IDLE
         ]
@@ -116,7 +119,7 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         app,
         host=host,
         port=port,
-        http=LimitedProtocol,  # h11, and limits; by itself uvicorn would take httptools where it is installed
+        http=LimitedProtocol,  # h11, with limits; by default uvicorn would use httptools if that is installed
         ws="none",
         lifespan="on",
         log_config=None,  # our own: one format for every line

@@ -46,7 +46,7 @@ def broker_client(settings: Settings, patience: timedelta) -> redis.Redis:
 
 
 def place_of(database_url: str) -> str:
-    """Return where a database is, for people: its name and host, without user and password.
+    """Return the name and host of a database for display, without user and password.
 
     >>> place_of("postgresql://me:secret@db.example:5433/chats")
     "'chats' at db.example:5433"

@@ -49,7 +49,7 @@ class Workers:
         self._stop.set()
 
     def _run(self) -> None:
-        from followups.cli import processes  # noqa: PLC0415 - loads much that only this thread needs
+        from followups.cli.doctor import processes  # noqa: PLC0415 - loads much that only this thread needs
 
         while not self._stop.is_set():
             found = processes.of_the_broker()

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
 from followups.cli.times import rfc3339
-from followups.quiet_hours import DAYS
+from followups.sending_hours import DAYS
 
 if TYPE_CHECKING:
     from followups.models import ApiKey, FailedAttempt, FollowUp, Workspace
-    from followups.quiet_hours import SendingHours
+    from followups.sending_hours import SendingHours
     from followups.store.pauses import Standing
     from followups.store.rate_limits import Limit
 

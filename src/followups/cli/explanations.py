@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from followups.cli.rates import shown
 from followups.cli.times import readable, span
-from followups.quiet_hours import opens_at
+from followups.sending_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
 from followups.store.leases import lane_of
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
+    from followups.flow_control.breaker import Shown
     from followups.models import FollowUp
-    from followups.quiet_hours import SendingHours
+    from followups.sending_hours import SendingHours
     from followups.settings import Settings
-    from followups.shared.breaker import Shown
     from followups.store.pauses import Standing
     from followups.store.rate_limits import Limit
 

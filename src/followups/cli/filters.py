@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from followups.channels import Channel
 from followups.errors import WorkspaceNotFoundError
 from followups.states import ReasonCode
 from followups.store import workspaces
-from followups.windows import Channel
 
 if TYPE_CHECKING:
     from uuid import UUID

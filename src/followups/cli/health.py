@@ -27,10 +27,10 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Say whether a process of this machine is alive: exit code 0 when it is, 1 when it should be restarted.
+    """Check whether a process on this machine is alive: exit code 0 if so, 1 if it should be restarted.
 
-    A process that waits for a database or a broker that is away is alive: no restart mends that. It says so. See
-    `doctor`.
+    A process that waits for an unreachable database or broker is alive, since no restart would help. The output shows
+    what it waits for. See `doctor`.
     """
 
 
@@ -39,9 +39,9 @@ Name = Annotated[str, typer.Option("--name", "-n", help="Only the one of this no
 
 @app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))
 def worker(*, name: Name = "") -> None:
-    """Every worker of this machine consumes, ticks and sends, or says what it waits for.
+    """Check that every worker on this machine consumes, ticks and sends, or show what it waits for.
 
-    It notices a worker that answers `celery inspect ping` but takes nothing from its queues.
+    This detects a worker that answers `celery inspect ping` but takes nothing from its queues.
     """
     _judge("worker", name, "celery -A followups.worker worker")
 

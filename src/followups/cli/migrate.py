@@ -10,7 +10,7 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import OperationalError
 
 from followups import schema
-from followups.cli import runner
+from followups.cli import honcho_release
 from followups.cli.connection import engine, place_of
 from followups.cli.examples import examples
 from followups.cli.failures import reason_of
@@ -58,9 +58,9 @@ def migrate(
             raise FollowUpsError(message) from error
         after = schema.schema_versions(made)[0]
     say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
-    if runner.is_started_with_others():
+    if honcho_release.is_started_with_others():
         remark("Staying, because honcho stops every process as soon as one ends.")
-        runner.stay()
+        honcho_release.stay()
 
 
 def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) -> Versions:

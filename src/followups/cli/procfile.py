@@ -15,7 +15,7 @@ COMMANDS = {
         " --without-mingle --without-gossip"
     ),
     "beat": "celery -A followups.worker --quiet beat --loglevel=warning",
-    # Flower shows and stops tasks, so on any other address it requires a password (`followups.flower_guard`).
+    # Flower shows and stops tasks, so on any other address it requires a password (`followups.worker.flower`).
     "flower": (
         "celery -A followups.worker flower --loglevel=warning"
         " --address=${FLOWER_ADDRESS:-127.0.0.1} --port=${FLOWER_PORT:-5555}"

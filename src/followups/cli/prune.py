@@ -20,8 +20,8 @@ from followups.cli.documents import failure_document
 from followups.cli.examples import examples
 from followups.cli.output import Json  # noqa: TC001 - likewise
 from followups.cli.times import parse_age
-from followups.store import cancelling, retention, workspaces
-from followups.store.retention import OLDEST, Message
+from followups.store import bulk_cancel, pruning, workspaces
+from followups.store.pruning import OLDEST, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from followups.store.retention import Picked
+    from followups.store.pruning import Picked
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -66,16 +66,16 @@ def prune(
     """
     with connection.engine() as engine, ExitStack() as stack:
         with engine.connect() as opened:
-            before = _moment(cancelling.now(opened), older_than)
-            number = retention.count_finished(opened, before)
-            sample = [str(one) for one in retention.some_finished(opened, before, bulk.SAMPLE)]
+            before = _moment(bulk_cancel.now(opened), older_than)
+            number = pruning.count_finished(opened, before)
+            sample = [str(one) for one in pruning.some_finished(opened, before, bulk.SAMPLE)]
         if archive is not None and archive.exists():
             error = f"{archive} is there already; name a new file."
             raise typer.BadParameter(error, param_hint="--archive")
         plan = bulk.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
 
         def batches() -> Iterator[dict[str, int]]:
-            remove = _remover(engine, archive, stack, message=message) if archive else retention.delete_finished
+            remove = _remover(engine, archive, stack, message=message) if archive else pruning.delete_finished
             return _delete(engine, before, remove)
 
         bulk.carry_out(plan, batches, dry_run=dry_run, yes=yes, json=json)
@@ -100,12 +100,12 @@ def _delete(
     place: Message | None = OLDEST
     while place is not None:
         with engine.begin() as opened:
-            number, place = retention.delete_messages(opened, before, place)
+            number, place = pruning.delete_messages(opened, before, place)
         yield {"chatMessages": number}
     number = 1
     while number:
         with engine.begin() as opened:
-            number = retention.delete_expired_keys(opened)
+            number = pruning.delete_expired_keys(opened)
         yield {"idempotencyKeys": number}
 
 
@@ -120,10 +120,10 @@ def _remover(
     file = stack.enter_context(os.fdopen(descriptor, "wb"))
 
     def move(opened: Connection, before: datetime) -> int:
-        picked = retention.pick_finished(opened, before)
+        picked = pruning.pick_finished(opened, before)
         if picked:
             _write(file, [_document(each, names, message=message) for each in picked])
-        return retention.delete(opened, [each.row.id for each in picked])
+        return pruning.delete(opened, [each.row.id for each in picked])
 
     return move
 

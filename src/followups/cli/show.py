@@ -20,19 +20,19 @@ from followups.cli.explanations import Circumstances, explain, lag_of, stopped
 from followups.cli.output import Json, console, print_json
 from followups.cli.times import readable, rfc3339, span
 from followups.errors import FollowUpNotFoundError
+from followups.flow_control.breaker import read
 from followups.models import Chat, Workspace
 from followups.settings import get_settings
-from followups.shared.breaker import read
 from followups.states import Status
-from followups.store import follow_ups, order, pauses, rate_limits, repetitions, sending_hours, ticks
+from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy.orm import Session
 
+    from followups.flow_control.breaker import Shown
     from followups.models import FailedAttempt, FollowUp
-    from followups.shared.breaker import Shown
     from followups.store.pauses import Standing
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -106,13 +106,13 @@ def _find(session: Session, follow_up_id: UUID) -> Found:
 
 def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstances:
     connection = session.connection()
-    last = repetitions.last_of(session, follow_up.id)
+    last = retries.last_of(session, follow_up.id)
     return Circumstances(
         pause=pauses.of(connection, follow_up.workspace_id, channel),
         hours=sending_hours.find(session, follow_up.workspace_id),
         limits=rate_limits.of(connection, follow_up.workspace_id, channel),
         breaker=_breaker() if follow_up.status == Status.PENDING else None,
-        tick_age=ticks.last_tick_age(connection),
+        tick_age=last_tick.last_tick_age(connection),
         retried_as=last if last != follow_up.id else None,
     )
 
@@ -128,7 +128,7 @@ def _breaker() -> Shown | None:
 
 def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
     """Explain the chat's first pending follow-up, which all others of the chat wait for."""
-    first = order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
+    first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     if first is None or first == follow_up.id:
         return ""
     found = follow_ups.find(session, first, None)

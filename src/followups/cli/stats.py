@@ -18,15 +18,15 @@ from followups.cli.examples import examples
 from followups.cli.output import Json, console, print_json
 from followups.cli.times import readable, rfc3339, span
 from followups.settings import get_settings
-from followups.store import stats as store
-from followups.store import ticks
+from followups.store import last_tick
+from followups.store import overview as store
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from sqlalchemy import Engine
 
-    from followups.store.stats import Counts, Pace
+    from followups.store.overview import Counts, Pace
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -80,7 +80,7 @@ def _measure(engine: Engine, window: timedelta) -> Stats:
     with engine.begin() as opened:
         at = opened.execute(select(func.now())).scalar_one()
         counts = store.count(opened, window=get_settings().max_in_flight)
-        return Stats(at, counts, store.pace(opened, window), store.attempts(opened), ticks.last_tick_age(opened))
+        return Stats(at, counts, store.pace(opened, window), store.attempts(opened), last_tick.last_tick_age(opened))
 
 
 def look_at(engine: Engine, window: timedelta) -> Stats:

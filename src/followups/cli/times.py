@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import typer
 
-from followups.quiet_hours import read_days
+from followups.sending_hours import read_days
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)

@@ -15,12 +15,12 @@ import typer
 from followups.cli.examples import examples
 from followups.cli.output import remark, say
 from followups.cli.signals import StopSignals
-from followups.cli.stack import LOOPBACK, Plan, running
+from followups.cli.system import LOOPBACK, Plan, running
 from followups.cli.welcome import Addresses, welcome
 from followups.errors import FollowUpsError
 
 if TYPE_CHECKING:
-    from followups.cli.stack import Stack
+    from followups.cli.system import Stack
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

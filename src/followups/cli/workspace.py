@@ -11,10 +11,10 @@ from sqlalchemy.orm import Session
 from followups.cli import connection
 from followups.cli.documents import hours_document, workspace_document
 from followups.cli.examples import examples
-from followups.cli.nudging import ask_for_tick
+from followups.cli.nudge import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.times import parse_clock, parse_days, readable
-from followups.quiet_hours import EVERY_DAY, SendingHours
+from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
 
 if TYPE_CHECKING:
@@ -83,14 +83,15 @@ def hours(  # noqa: PLR0913 - one for each option
     always: Annotated[bool, typer.Option("--always", help="Send at every hour again.")] = False,
     json: Json = False,
 ) -> None:
-    """Show, set or clear the hours at which the workspace's messages may be sent.
+    """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    What falls due outside is held until the hours open, uses up no attempt, and goes out within a second of then,
-    the first due first; lateness (FOLLOWUPS_MAX_LATENESS) counts from the first opening. Where the channel's messaging
-    window would end before that, it fails as window_closed at once, and the API refuses such a due date beforehand.
+    A follow-up that falls due outside the sending hours is held until they open. It uses up no attempt and is sent
+    within a second of the opening, earliest due first. Lateness (FOLLOWUPS_MAX_LATENESS) counts from the first opening.
+    If the channel's messaging window would end before the opening, the follow-up fails at once as window_closed, and
+    the API refuses such a due date beforehand.
 
-    Hours go by the clock on the wall of the time zone. A --to that is not later than --from is of the day after;
-    --days are those on which the hours begin. What is held already is looked at again by the new hours.
+    The hours are local times in the time zone. If --to is not later than --from, it is on the next day; --days are the
+    days on which the hours begin. Follow-ups that are already held are checked again under the new hours.
     """
     given = (time_zone, opening, closing)
     wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None

@@ -19,17 +19,20 @@ LOCK = 0x666F6C6C6F777570
 """Key of the advisory lock that keeps two migrations apart ("followup" in ASCII)."""
 
 ASK_AGAIN = 0.2
-"""Seconds between two tries at the lock of another migration."""
+"""Seconds between two tries for the lock while another migration has it."""
 
 LOCK_TIMEOUT = "2s"
-"""How long a change of a table waits for its lock. All other transactions on the table queue behind it meanwhile, so
-that a migration delays each of them by less than three seconds."""
+"""How long a change of a table waits for its lock.
+
+All other transactions on the table queue behind the change meanwhile, so that a migration delays each of them by less
+than three seconds.
+"""
 
 GIVE_WAY = 1.0
 """Seconds for which those others go first, until the next try."""
 
-# The key is no parameter: PostgreSQL keeps the snapshot of a statement with parameters until the next one, and an index
-# that is made concurrently would wait for it.
+# The key is no bind parameter: PostgreSQL keeps the snapshot of a statement with parameters until the next statement,
+# and an index that is created concurrently would wait for that snapshot.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since
@@ -40,17 +43,18 @@ _HOLDER = text("""
 
 
 def _bound_locks(connection: Connection) -> None:
-    # Set anew in each transaction, whatever the one before it has set. An index that is made concurrently is made
-    # outside of one, and may wait for as long as the whole migration: no query waits behind it.
+    # Set in each transaction, whatever the one before has set. An index that is created concurrently is created outside
+    # a transaction, and may wait for as long as the whole migration: no query waits behind it.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
 
 def _lock(connection: Connection, wait: float) -> None:
-    """Keep other migrations away until the transaction ends. Raises `FollowUpsError` after ``wait`` seconds.
+    """Exclude other migrations until the transaction ends.
 
-    A transaction's lock, not a session's: behind a pooler the session outlives its client, and would keep the lock.
-    It is tried again and again: while a statement waited for it, an index made concurrently would wait for that.
+    Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction, not to the session: behind a
+    pooler the session outlives its client and would keep the lock. This function polls the lock, since an index that is
+    created concurrently would wait for any statement that waits for the lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):
@@ -72,7 +76,7 @@ def _who_migrates(connection: Connection, wait: float) -> str:
 
 
 def _migrate(engine: Engine, patience: float) -> None:
-    """Migrate; raise `FollowUpsError` when a lock is not to be had for ``patience`` seconds."""
+    """Migrate, or raise `FollowUpsError` if a lock is unavailable for ``patience`` seconds."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -102,7 +106,7 @@ def run() -> None:
     attributes = context.config.attributes
     url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
     patience = attributes.get("patience", PATIENCE)
-    # A large table takes as long as it takes; a lock does not.
+    # The change of a large table has no time limit, but waiting for a lock has one.
     options = {"lock_timeout": f"{max(patience, 1):.0f}s"}
     engine = make_engine(url, statement_timeout=None, options=options)
     event.listen(engine, "begin", _bound_locks)

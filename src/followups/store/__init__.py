@@ -1,15 +1,16 @@
 """Every SQL statement of the system, by noun.
 
-**The order of locks.** A transaction that waits for row locks takes them in this order, so that no two of ours
-deadlock:
+**The order of locks.** A transaction that waits for row locks takes them in this order, so that no two of our
+transactions deadlock:
 
 1. chats, in ascending order of their ids (`followups.store.chats.lock_chat`, `followups.store.chats.lock_chats_of`);
+
 2. the pending follow-ups of these chats, in the order of their due dates, then ids.
 
-Everything that creates, changes or cancels a follow-up for a caller locks its chat first; so does a chat message, and
-the removal of a chat. A transaction that works on several chats locks them in ascending order of their ids.
+Every operation that creates, changes or cancels a follow-up for a caller locks the follow-up's chat first. So do a chat
+message and the removal of a chat. A transaction that works on several chats locks them in ascending order of their ids.
 
-The dispatcher's statements lock no chat, and never wait for a follow-up: they skip what is locked (``SKIP LOCKED``)
-and try it again. So do cancelling in bulk, freeing what is held, and pruning. No caller's change locks a follow-up in
-flight, since its settlement must not be delayed; a reply does for the moment in which it asks for a cancel.
+The dispatcher's statements lock no chat, and never wait for a follow-up: they skip locked rows (``SKIP LOCKED``) and
+try them again. So do the bulk cancel, the release of what is held, and pruning. No caller's change locks a follow-up in
+flight, since its settlement must not be delayed. A reply does lock it, for the moment in which it requests a cancel.
 """

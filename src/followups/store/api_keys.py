@@ -112,7 +112,7 @@ def record_use(session: Session, key_id: UUID) -> bool:
 
 
 def hash_of(key: str) -> bytes | None:
-    """Return what is stored of a key, or None if it is malformed: no key looks like that."""
+    """Return the stored hash of a key, or None if the key is malformed."""
     if len(key) != _LENGTH or not key.startswith(PREFIX) or not key.isascii():
         return None
     return sha256(key.encode()).digest()

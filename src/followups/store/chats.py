@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.windows import Channel
+    from followups.channels import Channel
 
 
 class Role(StrEnum):
@@ -78,9 +78,10 @@ _LOCK_OF_MINE = _LOCK_OF.where(FollowUp.workspace_id == bindparam("workspace_id"
 def lock_chats_of(
     session: Session, follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None
 ) -> dict[UUID, Chat]:
-    """Return the follow-up's chat and the ``target`` chat, locked until the transaction ends; removed chats too.
+    """Lock and return the follow-up's chat and the ``target`` chat, including removed chats.
 
-    A chat that does not exist is left out. ``workspace_id`` None is an operator's view of all workspaces.
+    The chats stay locked until the transaction ends. A chat that does not exist is left out. A ``workspace_id`` of None
+    gives an operator's view of all workspaces.
     """
     query = _LOCK_OF if workspace_id is None else _LOCK_OF_MINE
     parameters = {"follow_up_id": follow_up_id, "workspace_id": workspace_id, "target": target}
@@ -97,7 +98,8 @@ _ANEW: dict[str, object] = {
 """What a removed chat forgets when it comes back."""
 
 
-# Two that take the same one at once come one after the other; the second sees what the first has committed.
+# Two transactions that take the same external id at once run one after the other; the second sees what the first has
+# committed.
 _LOCK_EXTERNAL_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
 _TAKEN = text("""
     SELECT EXISTS (SELECT FROM chats
@@ -106,9 +108,10 @@ _TAKEN = text("""
 
 
 def take_external_id(session: Session, workspace_id: UUID, external_id: str) -> None:
-    """Keep this external id for the workspace until the transaction ends, by when one of its chats has it.
+    """Reserve an external id for the workspace until the transaction ends.
 
-    Raises `ExternalChatTakenError` where a chat of another workspace has it; a removed chat has none.
+    By then one of the workspace's chats has the id. Raises `ExternalChatTakenError` if a chat of another workspace has
+    it; a removed chat has no external id.
     """
     parameters = {"workspace_id": workspace_id, "external_id": external_id}
     session.execute(_LOCK_EXTERNAL_ID, parameters)
@@ -151,9 +154,9 @@ _ENSURE = text("""
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
 
-# The host that wrote the message may have a clock that runs ahead: a time to come counts as now, or
-# every later reply would look like an old one and stop nothing. An agent's message is kept by its own time: a reply in
-# its second, stamped more exactly than it, is later.
+# The clock of the host that wrote the message may run ahead. A time in the future counts as now; otherwise every later
+# reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply in the same second
+# with a more exact time is later.
 _ADVANCE = text("""
     UPDATE chats
        SET last_message_id = :id, last_message_role = :role,
@@ -170,9 +173,10 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return when a message counts as written: at the end of its second, where it is stamped in whole seconds.
+    """Return when a message counts as written: a time in whole seconds counts as the end of its second.
 
-    Several channels stamp so, and a reply within the second of our own message must not look older than that.
+    Several channels send times in whole seconds, and a reply within the second of our own message must not look older
+    than that message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'
@@ -183,11 +187,11 @@ def counts_as(created_at: datetime) -> datetime:
 def receive(
     session: Session, workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
 ) -> Received:
-    """Record a chat message; one of a user or an operator cancels the chat's pending follow-ups.
+    """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
     An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
-    user's opens the messaging window by its own time. A message that is known already changes nothing at all. Raises
-    `ChatNotFoundError` for a removed chat.
+    user's message still opens the messaging window by its own time. A message that is already known changes nothing at
+    all. Raises `ChatNotFoundError` for a removed chat.
     """
     if known := session.get(ChatMessage, (workspace_id, message_id)):
         return _known(known)

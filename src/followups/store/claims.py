@@ -65,9 +65,9 @@ class Look:
     most: int
     since: datetime | None = None
     without: tuple[UUID, ...] = ()
-    """Follow-ups that are passed over, since their rows cannot be written."""
+    """Follow-ups to skip, since their rows cannot be written."""
     in_grace: bool = False
-    """Ended leases with an attempt in flight are left to their workers (`followups.store.ticks`)."""
+    """Whether lost leases are left to their workers for now (`followups.store.last_tick`)."""
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
@@ -76,9 +76,10 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Rows that a fair claim reads in each workspace, however many workspaces there are."""
 STRIDE = 32
-"""Rows that one step of its walk over the workspaces reads. What a workspace has beyond these is jumped over, and
-workspaces that have fewer share a step. So one with a single row that is not due yet costs 0.5 us; with a stride of 1
-it costs 2.4 us. One without pending rows costs nothing."""
+"""Rows read in one step of the walk over the workspaces. A workspace's rows beyond these are skipped, and workspaces
+with fewer rows share a step. So a workspace with a single row that is not due yet costs 0.5 us (2.4 us with a stride of
+1), and one without pending rows costs nothing.
+"""
 
 _PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
 _FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL OR NOT CAST(:in_grace AS boolean))"
@@ -214,8 +215,8 @@ _SHARE = """CASE
 END"""
 _REST = "CASE WHEN seen.more AND rest.missing > 0 THEN ceil(rest.missing::numeric / rest.many)::bigint ELSE 0 END"
 
-# The workspaces in which something is due. The index of what is pending has them in order, so each step begins behind
-# the workspace at which the last one ended.
+# The workspaces in which a follow-up is due. The index of pending follow-ups is ordered by workspace, so each step
+# starts after the last workspace of the step before.
 _WALK = f"""
     WITH RECURSIVE walk AS (
         SELECT '00000000-0000-0000-0000-000000000000'::uuid AS last, '{{}}'::uuid[] AS due_in
@@ -274,7 +275,7 @@ _FAIRLY = text(f"""{_WALK}, workspace AS MATERIALIZED (
 """)  # noqa: S608 - no input, only the constants above
 
 
-# The same without the lease: what such a claim would take, by name.
+# The same query without the lease: the ids of the follow-ups that such a claim would take.
 _NAMED = f"""
     {_TAKE.partition(", claimed AS")[0]}
     SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place
@@ -287,7 +288,7 @@ _TRY = text("""
 
 
 def candidates(connection: Connection, look: Look) -> list[UUID]:
-    """Return what a claim would lease, in its order; it stays locked until the transaction ends."""
+    """Return the ids that a claim would lease, in its order, and lock their rows for this transaction."""
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look)
     in_order = connection.scalars(_CANDIDATES, parameters | {"seen_most": look.window + look.most}).all()
@@ -295,7 +296,10 @@ def candidates(connection: Connection, look: Look) -> list[UUID]:
 
 
 def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> None:
-    """Write to the rows as a claim does; the caller takes it back. Raises what a row's content makes it raise."""
+    """Write to the rows as a claim does, for a caller that rolls back.
+
+    Raises whatever error the content of a row causes.
+    """
     connection.execute(_TRY, {"ids": uuid_array(ids)})
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""Pending follow-ups of one chat at most: a reply cancels all of them in one transaction, in half a second."""
+"""Most pending follow-ups of a chat. A reply cancels all of them in one transaction, in half a second."""
 
-# In the order of an index, so that nothing but the chat's pending follow-ups is read.
+# In the order of an index, so that only the chat's pending follow-ups are read.
 _FULL = exists(
     select(FollowUp.id)
     .where(
@@ -58,7 +58,10 @@ def insert_unless_full(
     due_date: datetime,
     trigger_chat_message_id: UUID,
 ) -> FollowUp | None:
-    """Insert a pending follow-up and return it; None if the chat is full. The caller holds the chat's lock."""
+    """Insert a pending follow-up and return it, or None if the chat is full.
+
+    The caller has locked the chat.
+    """
     values: dict[str, Any] = {
         "workspace_id": workspace_id,
         "chat_id": chat_id,
@@ -72,7 +75,7 @@ def insert_unless_full(
 
 
 def is_full(session: Session, workspace_id: UUID, chat_id: UUID) -> bool:
-    """Return whether the chat has `MOST_PENDING` pending follow-ups; the caller holds the chat's lock."""
+    """Return whether the chat has `MOST_PENDING` pending follow-ups. The caller has locked the chat."""
     return bool(session.scalar(_IS_FULL, {"workspace_id": workspace_id, "chat_id": chat_id}))
 
 
@@ -90,10 +93,10 @@ def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> Fol
 
 
 def find_and_lock_if_not_begun(session: Session, follow_up_id: UUID, chat_ids: Collection[UUID]) -> FollowUp | None:
-    """Return the follow-up as it is now, locked until the transaction ends; None if it is in flight or in another chat.
+    """Return the current follow-up, locked, or None if it is in flight or in another chat.
 
-    The caller holds the locks of these chats. A follow-up in flight is never locked: its settlement must not wait for
-    a caller's transaction.
+    The lock lasts until the transaction ends. The caller has locked these chats. A follow-up in flight is never locked,
+    since its settlement must not wait for a caller's transaction.
     """
     return session.scalar(_LOCKED_IN_CHAT, {"id": follow_up_id, "chat_ids": list(chat_ids)})
 
@@ -145,7 +148,7 @@ def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, 
     if "due_date" in values:
         values = values | {"scheduled_at": func.now(), "sendable_from": None}
     if "chat_id" in values:
-        # Later than the last message of its new chat, which this transaction may have waited for.
+        # This must be later than the last message of the new chat, for which this transaction may have waited.
         values = values | {"scheduled_at": func.clock_timestamp()}
     statement = (
         update(FollowUp)

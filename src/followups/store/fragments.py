@@ -6,17 +6,20 @@ statistics are wrong, and it would rather read every pending row than look up a 
 
 from __future__ import annotations
 
-from followups.windows import WINDOWED_CHANNELS
+from followups.channels import WINDOWED_CHANNELS
 
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """When it falls due: the time of its retry, or its due date."""
 
 DUE_READ = f"LEAST(GREATEST({DUE}, timestamptz '0002-01-01'), timestamptz '9998-12-31')"
-"""The same for Python to read: a time that it cannot hold, written by hand, would stop all that is read with it."""
+"""The due time within Python's range. A time beyond that range, written by hand, would make the whole result
+unreadable.
+"""
 
 LATENESS_FROM = "COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))"
-"""From when on its lateness counts. What sending hours never held has no ``sendable_from``; what a process of an older
-version held has only ``held_until``."""
+"""When lateness starts to count. A follow-up that sending hours never held has no ``sendable_from``; one held by a
+process of an older version has only ``held_until``.
+"""
 
 WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNELS))
 """The channels with a messaging window, as a list."""
@@ -29,9 +32,10 @@ pending counts as empty and seems cheaper than the primary key; it is then read 
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
-"""The next fencing token: it grows, and is never given twice. A failover or a restore may forget a lease, and the next
-one must not have its token; so it is the database's time in microseconds, below 2^53 until the year 2255, which JSON
-readers keep exactly."""
+"""The next fencing token: it grows, and none is issued twice. A failover or a restore may lose a lease, and the next
+lease must not get the same token. So the token is the database's time in microseconds; until the year 2255 it is below
+2^53, which JSON readers keep exactly.
+"""
 
 LOOKED_UP = f"""
         SELECT f.* FROM follow_ups f

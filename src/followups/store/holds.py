@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.quiet_hours import EVERY_DAY, SendingHours
+from followups.channels import WINDOW
+from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
-from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,9 +70,9 @@ class Finding:
     """When it would be sent: now, or at its due moment."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or when that was set, if it had passed by then."""
+    """The due date, or the time at which it was set if it was already past then."""
     sendable_from: datetime | None
-    """The first moment at which sending hours let it be sent, or were to, as far as it is recorded."""
+    """First moment at which sending hours allowed (or were to allow) the send, or None if not recorded."""
     window_ends: datetime | None
     pause_id: UUID | None
     hours: Hours | None
@@ -127,7 +127,7 @@ class Hold:
     until: datetime
     next_attempt_at: datetime
     sendable_from: datetime | None = None
-    """From when on its lateness counts; None leaves that as it is recorded."""
+    """When lateness starts to count, or None to keep the recorded time."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 
@@ -208,8 +208,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# What was sendable once stays so. Anything else is sendable from the opening of the hours that stand now, or at once if
-# they are open or if there are none any more.
+# A `sendable_from` in the past is kept. Any other becomes the opening of the current sending hours, or now if they are
+# open or there are none any more.
 _FREE_QUIET = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups

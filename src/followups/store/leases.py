@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
+from followups.channels import WINDOW
 from followups.store import marks
 from followups.store.fragments import CHAT, DUE, DUE_READ, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED
 from followups.store.holds import HELD_BACK
 from followups.store.unknowns import honest
-from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,8 +89,8 @@ class Begun(NamedTuple):
 
 
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
-# Follow-ups may be scheduled after an operator's message. Such a follow-up has the message as its trigger. If a change
-# gave it another trigger, or moved it into the chat, it was still scheduled later than the message.
+# A follow-up may be scheduled after an operator's message, which is then its trigger. If a change gave the follow-up
+# another trigger, or moved it into the chat, it was still scheduled later than the message.
 _TAKEN_OVER = (
     "COALESCE(c.last_message_role = 'operator' AND f.trigger_chat_message_id <> c.last_message_id"
     " AND f.scheduled_at < c.last_message_at, false)"
@@ -234,7 +234,7 @@ _DEFER = text(f"""
 
 
 def defer_if_not_begun(connection: Connection, leases: Sequence[Lease], delay: timedelta) -> int:
-    """Defer leased follow-ups, using up no attempt; return how many still held."""
+    """Defer leased follow-ups without using up an attempt; return how many leases were still valid."""
     return connection.execute(_DEFER, batch_of(leases) | {"delay": delay}).rowcount
 
 

@@ -1,7 +1,7 @@
-"""What a statement leaves in the rows that it writes, read back when the answer to its commit is lost.
+"""Marks that a statement leaves in its rows, read back when the answer to its commit is lost.
 
-A lease is known by its token. Everything else is known by its moment: a row has it to the microsecond, and no two
-transactions write the same row at the same one.
+A lease is recognised by its token, everything else by its time: a row stores the time to the microsecond, and no two
+transactions write the same row in the same microsecond.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""Rows that are read back at most: a transaction is committed as a whole, and some may have gone on since."""
+"""Most rows that are read back. Not all are needed, since a transaction is committed as a whole; one is not enough,
+since it may have changed since.
+"""
 
-# A row that is locked may be so by the very transaction that is asked about: its backend has not ended yet, though the
-# connection has. The lock is also what makes the latest version of the row count, and what a standby refuses.
+# A row may still be locked by the very transaction in question, whose backend has not ended yet although the connection
+# has. FOR SHARE also reads the latest version of the row, and a standby refuses it.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token
@@ -38,17 +40,17 @@ _WRITTEN = text(f"""
 
 
 def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
-    """Let a lost commit be known by the tokens that these rows were leased with."""
+    """Register the tokens that these rows were leased with, to check a lost commit."""
     ask_if_lost(connection, partial(_stand, _LEASED, list(islice(tokens, SAMPLE))))
 
 
 def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) -> None:
-    """Let a lost commit be known by the moments at which these rows were begun or finished, or are tried again."""
+    """Register the begin, finish or retry times of these rows, to check a lost commit."""
     ask_if_lost(connection, partial(_stand, _WRITTEN, list(islice(moments, SAMPLE))))
 
 
 def _stand(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
-    """Return whether any of the rows stands as it was left; None while all of them are locked."""
+    """Return whether any of the rows is as it was written, or None while all of them are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))
     return any(found) if found else None

@@ -91,8 +91,8 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | N
 
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
-# One step through the index for each pause that holds anything, however much. Those that do not stand were lifted, or
-# their row was deleted by hand.
+# One index step for each pause that holds anything, however much it holds. A pause is not in force if it was lifted, or
+# if its row was deleted by hand.
 _NOT_STANDING = f"""
     WITH RECURSIVE holding AS (
         (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)
@@ -128,17 +128,17 @@ _FORGET = text("""
 
 
 def count_forgotten(connection: Connection) -> int:
-    """Return how many are held by pauses that stand no more."""
+    """Return how many follow-ups are held by pauses that are no longer in force."""
     number: int = connection.execute(_COUNT_FORGOTTEN).scalar_one()
     return number
 
 
 def free_forgotten(connection: Connection) -> int:
-    """Free up to a thousand of each pause that stands no more; return how many.
+    """Release up to a thousand follow-ups of each pause no longer in force; return how many.
 
     A lifted pause that holds nothing more is deleted.
 
-    Whoever resumes calls this until there are no more; whoever was interrupted at that leaves it to the dispatcher.
+    A resume calls this until nothing is left. If the resume is interrupted, the dispatcher releases the rest.
     """
     freed = connection.execute(_FREE_FORGOTTEN, {"most": BATCH}).rowcount
     if not freed:
@@ -146,8 +146,8 @@ def free_forgotten(connection: Connection) -> int:
     return freed
 
 
-# Every transaction holds the lock of its own virtual id from its beginning to its end. Any role sees these locks and
-# the names of applications. In pg_stat_activity a role sees the beginnings of its own transactions only.
+# Every transaction keeps its own virtual id locked from its beginning to its end. Every role can see these locks and
+# the application names, whereas pg_stat_activity shows a role only when its own transactions began.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
      WHERE l.locktype = 'virtualxid' AND l.mode = 'ExclusiveLock'
@@ -160,11 +160,11 @@ _STILL_OPEN = text("""
 
 
 def workers_transactions(connection: Connection) -> list[str]:
-    """Return the open transactions of workers: one that began before a pause may not have seen it."""
+    """Return the open transactions of workers. One that began before a pause may not have seen it."""
     return list(connection.scalars(_WORKERS_OPEN))
 
 
 def still_open(connection: Connection, transactions: Sequence[str]) -> int:
-    """Return how many of the workers' transactions are open still."""
+    """Return how many of these worker transactions are still open."""
     number: int = connection.execute(_STILL_OPEN, {"transactions": list(transactions)}).scalar_one()
     return number

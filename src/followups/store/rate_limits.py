@@ -1,4 +1,4 @@
-"""Rate limits: what an operator has set, whom they concern, and putting off what they, or the breaker, refuse."""
+"""Rate limits set by operators, what they apply to, and deferring what they or the breaker refuse."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.channels import WINDOW
 from followups.store import marks
 from followups.store.fragments import CHAT, DUE, LATENESS_FROM, LEASED, WINDOWED
 from followups.store.leases import batch_of, int_array
-from followups.windows import WINDOW
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -203,8 +203,8 @@ def free(connection: Connection, workspace_id: UUID | None, channel: str | None,
     return connection.execute(_FREE, parameters).rowcount
 
 
-# The lane of a workspace is the last bits of its id, as in `followups.store.leases.lane_of`. Each workspace is looked
-# at by itself, since almost all that falls due within some minutes may be another's.
+# The key of a workspace queue is the last bits of the workspace's id, as in `followups.store.leases.lane_of`. Each
+# workspace is searched separately, since almost everything that falls due within some minutes may belong to another.
 _FREE_LANES = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at
@@ -230,6 +230,9 @@ _FREE_LANES = text(f"""
 
 
 def free_lanes(connection: Connection, lanes: Iterable[int], longest: timedelta, most: int) -> int:
-    """Let up to ``most`` of what these lanes have put off fall due now, the first put off first; return how many."""
+    """Make up to ``most`` deferred follow-ups of these workspace queues due now; return how many.
+
+    The first deferred are the first to become due.
+    """
     parameters = {"lanes": int_array(lanes), "longest": longest, "most": most}
     return connection.execute(_FREE_LANES, parameters).rowcount

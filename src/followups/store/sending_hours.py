@@ -9,7 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import InvalidRequestError
 from followups.models import SendingHours as Row
-from followups.quiet_hours import span_of, zone_of
+from followups.sending_hours import span_of, zone_of
 from followups.store.holds import columns_of, hours_of
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.quiet_hours import SendingHours
+    from followups.sending_hours import SendingHours
 
 _ONE = select(Row).where(Row.workspace_id == bindparam("workspace_id"))
 

@@ -40,7 +40,7 @@ class Settlement(NamedTuple):
     yields: bool = True
     """Whether a cancel that came during the attempt wins over this."""
     cancel_detail: str = ""
-    """What is added to the reason of such a cancel by code: ': ...' or nothing."""
+    """Text appended to such a cancel's reason if that is a code: ': ...' or an empty string."""
 
 
 class Settled(NamedTuple):
@@ -60,7 +60,7 @@ _WISH = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
-"""The reason of such a cancel; an operator's own words are stored as given."""
+"""The reason of a cancel requested during the attempt; an operator's own words are stored as given."""
 
 _STILL_OURS = f"""
          CROSS JOIN LATERAL (

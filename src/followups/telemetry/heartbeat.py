@@ -120,11 +120,11 @@ class Heartbeat:
                 self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
 
     def wait(self, why: str, since: float = 0.0) -> None:
-        """Note that the process gets nothing done since then (monotonic seconds), and why; empty: it does."""
+        """Record why the process gets no work done since then (monotonic seconds); an empty reason clears it."""
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return what this process waits for, and for how long, as a reader of its file would say it."""
+        """Return why this process gets no work done, and for how long, as a reader of its file sees it."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
@@ -186,7 +186,7 @@ def _open_locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """What one process's file says. ``trouble`` is empty when all is well, ``waits`` when it gets its work done."""
+    """The content of one process's file. ``trouble`` is empty if all is well, ``waits`` if work gets done."""
 
     name: str
     pid: int
@@ -217,7 +217,7 @@ def _trouble(document: dict[str, Any], now: float) -> str:
 
 
 def _waits(document: dict[str, Any], now: float) -> str:
-    # A process of an older version writes nothing of it.
+    # A process of an older version does not write this field.
     waits = document.get("waits")
     return f"{waits['why']}, for {now - waits['since']:.0f} s" if waits else ""
 

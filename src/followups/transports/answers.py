@@ -1,4 +1,14 @@
-"""The meaning of an HTTP answer, by the table of answers in deploy/ENDPOINT.md. Pure."""
+"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions.
+
+============================================ =========================================================
+answer                                       outcome
+============================================ =========================================================
+2xx                                          `Sent`, with the receiver's id of the message if it gave one
+429; 503 with a valid Retry-After            `Snoozed`: uses up no attempt
+408, 425, other 5xx                          `Retry`, not before Retry-After
+anything else                                `Rejected`, with the first 200 characters of the body
+============================================ =========================================================
+"""
 
 from __future__ import annotations
 
@@ -120,7 +130,8 @@ def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())  # json.loads looks for other encodings first
+        # json.loads would look for other encodings first
+        document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError):  # RecursionError: nested thousands of levels deep
         document = ...
     if document is ...:

@@ -1,7 +1,7 @@
-"""libcurl's multi handle on an event loop, by its socket interface: without threads, without polling.
+"""libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
-pycurl has such a driver of its own, `AsyncCurlMulti`. It adds a watcher to the event loop for every call and removes it
-again: a call took 40 us of processor time, and takes 24 us with one epoll for all sockets.
+pycurl has such a driver of its own, `AsyncCurlMulti`. It adds a watcher to the event loop for every call and removes
+that watcher again, and a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CLOSED = -1
-"""In place of libcurl's code: the transfer was ended by `CurlLoop.close`."""
+"""Used in place of libcurl's code for a transfer that was ended by `CurlLoop.close`."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -28,10 +28,10 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 
 
 class CurlLoop:
-    """The transfers of a process, on the running event loop, and the connections that they leave for the next ones."""
+    """The transfers of a process on the running event loop, and the connections kept for the next ones."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
-        """Watch in the running loop; ``options`` are those of the multi handle."""
+        """Register with the running loop; ``options`` are those of the multi handle."""
         self._loop = asyncio.get_running_loop()
         self._multi = pycurl.CurlMulti()
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._watch)
@@ -42,7 +42,7 @@ class CurlLoop:
         self._watched: set[int] = set()
         self._kick: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._wanted = 0.0  # when libcurl wants to be called, by the loop's clock
+        self._wanted = 0.0  # when to call libcurl next, by the loop's clock
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
         self._loop.add_reader(self._sockets.fileno(), self._go_on)
 
@@ -52,7 +52,10 @@ class CurlLoop:
         return not self._running
 
     async def perform(self, curl: pycurl.Curl) -> int:
-        """Perform a transfer, and return libcurl's code of how it ended; cancelled, it ends with its connection."""
+        """Perform a transfer and return libcurl's result code.
+
+        A cancelled transfer ends together with its connection.
+        """
         ended: asyncio.Future[int] = self._loop.create_future()
         self._running[curl] = ended
         try:
@@ -76,13 +79,13 @@ class CurlLoop:
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
         if wanted is None:
-            # It stays registered, for the next transfer: most go on within a moment.
+            # The socket stays registered for the next transfer, which usually follows within a moment.
             self._watched.discard(socket)
             return
         self._watched.add(socket)
         try:
             self._sockets.modify(socket, wanted)
-        except FileNotFoundError:  # a new one, perhaps of a number that another one had before
+        except FileNotFoundError:  # a new socket, perhaps with a number that was used before
             self._sockets.register(socket, wanted)
 
     def _go_on(self) -> None:
@@ -97,8 +100,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl may not be called from one of its callbacks. It changes its mind with every transfer: a timer that
-        # comes too early is left alone, and set anew when it ends.
+        # libcurl must not be called from one of its callbacks. It sets another time with every transfer, so a timer
+        # that would fire too early is left running, and is set again when it fires.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

@@ -1,4 +1,4 @@
-"""The endpoint that a transport delivers to: its address, and how it is reached (TLS, proxy, time)."""
+"""The endpoint that a transport delivers to: its address and how to reach it (TLS, proxy, timeout)."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ def _is_well_formed(url: str) -> bool:
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # RFC 7617: the first colon ends the name. What is not Latin-1 each server reads in its own way.
+    # RFC 7617: the first colon ends the user name. Servers disagree about how to read characters beyond Latin-1.
     return ":" not in user and max(user + password, default="") <= "\xff"
 
 
 def connection_options(settings: Settings) -> dict[int, object]:
-    """Return libcurl's options for every connection to the endpoint: time, protocols, TLS, proxy.
+    """Return libcurl's options for every connection to the endpoint: timeout, protocols, TLS, proxy.
 
-    Raises `TransportConfigurationError` where a certificate cannot be read.
+    Raises `TransportConfigurationError` if a certificate cannot be read.
     """
     milliseconds = max(1, round(settings.transport_timeout / timedelta(milliseconds=1)))
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
-        pycurl.PROXY: "",  # none of the environment's
+        pycurl.PROXY: "",  # ignore the environment's proxies
     }
     if (settings.transport_url or "").startswith("https:"):
         options |= _trusted() | _client_certificate(settings) | _proxy()
@@ -69,9 +69,10 @@ def connection_options(settings: Settings) -> dict[int, object]:
 
 
 def _trusted() -> dict[int, object]:
-    """Return the authorities that are trusted: the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``.
+    """Return libcurl's options for the trusted certificate authorities.
 
-    The libcurl of the wheel knows those of one distribution only, and does not read these variables.
+    These are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the wheel knows the
+    authorities of one distribution only, and does not read these variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
@@ -81,7 +82,7 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # A directory beside a file would keep libcurl from reading the file once for all connections.
+    # With a directory in addition to a file, libcurl would no longer read the file only once for all connections.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options
@@ -103,6 +104,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # For https alone, where the proxy sees the host's name and nothing else.
+    # For https only, where the proxy sees nothing but the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

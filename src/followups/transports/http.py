@@ -30,7 +30,7 @@ class HttpTransport:
         self._client = HttpClient(settings)
 
     async def open(self) -> None:
-        """Be ready to connect, in the running loop."""
+        """Prepare to connect in the running loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:

@@ -1,7 +1,7 @@
-"""HTTP calls through libcurl, and what comes of each: what the transports over HTTP share.
+"""HTTP calls through libcurl and their outcomes, shared by the transports over HTTP.
 
-The line between "try again" and "unknown" is whether anything of the request can have left this process
-(`http_exchange`): an error before that is a `Retry`, one after it, without an answer's head, is `Unknown`.
+The line between "try again" and "unknown" is whether any part of the request can have left this process
+(`http_exchange`). An error before that is a `Retry`; an error after it, without the head of an answer, is `Unknown`.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds an idle connection is kept: less than the 4 or 5 s after which most servers hang up by default, since a
-request on a connection that is just being closed has an unknown outcome."""
+"""Seconds for which an idle connection is kept. By default most servers hang up later, after 4 or 5 s. A request on a
+connection that is just being closed has an unknown outcome.
+"""
 
 HEADERS = {
     "user-agent": "followups",
@@ -40,7 +41,7 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Of every request. libcurl would ask for permission (Expect) before it sends a body of a MiB."""
+"""Headers of every request. By default libcurl would ask for permission (Expect) before it sends a body of a MiB."""
 
 # UTF-8, not \u escapes: these treble most alphabets, and receivers limit the size of a body.
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -82,9 +83,9 @@ class HttpClient:
     """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``, over as many connections as it may make calls at once."""
 
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
-        """Keep the limits, and the headers that every request is to carry; nothing is opened.
+        """Store the limits and the headers that every request carries; open nothing.
 
-        Raises `TransportConfigurationError` where certificates cannot be read.
+        Raises `TransportConfigurationError` if certificates cannot be read.
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
@@ -98,7 +99,7 @@ class HttpClient:
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
-            pycurl.ENCODING: "gzip, deflate",  # not asked for; understood where a server compresses all the same
+            pycurl.ENCODING: "gzip, deflate",  # not requested, but understood if a server compresses anyway
             pycurl.PATH_AS_IS: True,
             pycurl.MAXAGE_CONN: KEEPALIVE,
             pycurl.FORBID_REUSE: not kept,
@@ -117,14 +118,14 @@ class HttpClient:
         self._is_open = True
 
     async def close(self) -> None:
-        """Close the connections; a call in flight ends. Again is harmless."""
+        """Close the connections and end the calls in flight; closing again is harmless."""
         self._is_open = False
         self._close_connections()
 
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
-        """Make the call and return what its answer, or the lack of one, means. Raises for no answer at all.
+        """Make the call and return the outcome that its answer, or the lack of one, means.
 
-        `RuntimeError`: the transport was not opened.
+        No answer makes this raise. Raises `RuntimeError` if the transport was not opened.
         """
         curls = self._connections()
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
@@ -140,9 +141,9 @@ class HttpClient:
             self._used = uptime()
 
     async def check(self) -> str:
-        """Connect to the endpoint as a call does, send nothing, and say so in one sentence.
+        """Connect to the endpoint as a call does, send nothing, and report success in one sentence.
 
-        Raises `FollowUpsError`, naming the address without its password, when that does not work.
+        Raises `FollowUpsError`, which names the address without its password, if the connection fails.
         """
         shown = hide_password(self._endpoint)
         curl, curls = pycurl.Curl(), CurlLoop({})
@@ -173,8 +174,8 @@ class HttpClient:
         reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer came ({reason})")
 
-    # The connections, which are made anew after some seconds without a call: libcurl closes an idle one only when the
-    # next call comes.
+    # The connections. They are replaced after some seconds without a call, since libcurl closes an idle one only when
+    # the next call comes.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:
@@ -212,7 +213,10 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 
 
 def _reason(curl: pycurl.Curl, code: int) -> str:
-    """Return in a few words why there was no connection or no answer; no address, and nothing of an answer."""
+    """Return a short reason why there was no connection or no answer.
+
+    The reason contains no address, and nothing of an answer.
+    """
     if code in _REASONS:
         return _REASONS[code]
     if code in _TLS:

@@ -1,9 +1,9 @@
-"""One HTTP request and its answer: what libcurl asks for on the way, and what it brings.
+"""One HTTP request and its answer: what libcurl asks for, and what it receives.
 
-What may be repeated is decided here. libcurl asks for the body only when the connection stands, and before it sends the
-first byte: as long as it has not asked, nothing has left. It is given the body once. For a second try on another
-connection, which libcurl makes by itself where a kept connection ends without an answer and where HTTP/2 refuses a
-stream, it would have to rewind the body; it cannot, and gives up (CURLE_SEND_FAIL_REWIND).
+This module decides which calls may be repeated. libcurl asks for the body only once the connection is established, and
+before it sends the first byte: as long as libcurl has not asked, nothing has left. libcurl gets the body only once. By
+itself it tries again on another connection if a kept connection ends without an answer, or if HTTP/2 refuses a stream.
+For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND).
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not come in time"
 
 TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
-"""libcurl's codes of an answer that went beyond our limit, and beyond libcurl's own for a line (CURLE_TOO_LARGE)."""
+"""libcurl's codes for an answer over our limit, or over its own limit for a line (CURLE_TOO_LARGE)."""
 
 _STOP = -1
-"""What a callback returns to end the transfer and its connection."""
+"""Return value with which a callback ends the transfer and its connection."""
 _GO_ON: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
 
 
 class Sockets:
-    """The sockets of the connections that there are, by their own addresses: libcurl names a connection by these."""
+    """The sockets of open connections by their local addresses, by which libcurl names a connection."""
 
     def __init__(self, *, speak_first: bool) -> None:
-        """``speak_first``: the other side may say something on a new connection, as it does below TLS."""
+        """Allow the receiver to send first on a new connection if ``speak_first``, as it does below TLS."""
         self._speak_first = speak_first
         self._known: dict[tuple[str, int], select.poll] = {}
 
     def clear(self) -> None:
-        """Forget them all."""
+        """Forget all sockets."""
         self._known.clear()
 
     def is_in_order(self, address: tuple[str, int], opened: Sequence[int]) -> bool:
-        """Return whether a request may go out on the connection of this address.
+        """Return whether a request may be sent on the connection with this local address.
 
-        ``opened`` are the sockets of a new one, or none. libcurl looks at a kept connection no more than once a second.
-        In between it would take what came on it unasked for the answer to the next request.
+        ``opened`` are the sockets of a new connection, or none. libcurl checks a kept connection at most once a second.
+        In between, libcurl would take unsolicited data on the connection for the answer to the next request.
         """
         for each in opened:
             if _port(each) == address[1]:
@@ -78,7 +78,7 @@ def _port(number: int) -> int:
 
 
 class Exchange:
-    """One exchange at a time, over an easy handle that keeps its options for the next one."""
+    """One exchange at a time, over an easy handle that keeps its options for the next exchange."""
 
     __slots__ = (
         "_at",
@@ -116,7 +116,7 @@ class Exchange:
             self.curl.setopt(option, value)
 
     def prepare(self, url: str, headers: Sequence[bytes], body: bytes, until: float) -> None:
-        """Set what is to be sent, not after ``until`` (an `uptime`)."""
+        """Set the request, which must not be sent after ``until`` (an `uptime`)."""
         if url != self._url:
             self._url = url
             self.curl.setopt(pycurl.URL, url)
@@ -130,28 +130,28 @@ class Exchange:
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def answer(self, code: int) -> Answer:
-        """Return the answer, whose head has come, and whose body ended with this code of libcurl."""
+        """Return the answer, whose head has arrived; ``code`` is libcurl's result for its body."""
         status = self.curl.getinfo(pycurl.RESPONSE_CODE)
         headers = {} if status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(status, headers, b"".join(self._parts), _flaw(code))
 
-    # What libcurl calls, in this order.
+    # libcurl's callbacks, in the order in which it calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
         self._opened.append(socket)
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # A process that was frozen while it connected would send before it sees that its time is up, perhaps after the
-        # follow-up was cancelled, or sent by another. And a connection that has ended already would take the request,
-        # and leave open what became of it.
+        # Without these checks, a process frozen while connecting would send before noticing that its time is up,
+        # perhaps after the follow-up was cancelled, or sent by another process. And a request on a connection that has
+        # already ended would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT
         if not self._sockets.is_in_order((own_ip, own_port), self._opened):
             self.stale = not self._opened
             return _ABORT
-        self._head.clear()  # of a proxy's answer
+        self._head.clear()  # the head of a proxy's answer
         self._room = HEAD_LIMIT
         self.answered = False
         return _GO_ON
@@ -166,7 +166,7 @@ class Exchange:
         self._room -= len(line)
         if self._room < 0:
             return _STOP
-        if self.answered:  # a trailer is no header
+        if self.answered:  # a trailer is not a header
             return None
         if line in {b"\r\n", b"\n"}:
             return self._end_head()
@@ -176,7 +176,7 @@ class Exchange:
     def _end_head(self) -> int | None:
         status = int(self._head[0].split(None, 2)[1])
         if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
-            self._head.clear()  # another one follows
+            self._head.clear()  # another head follows
             return None
         self.answered = True
         self._room = BODY_LIMIT

@@ -43,7 +43,7 @@ class MatrixTransport:
         self._client = HttpClient(settings, "PUT", {"authorization": f"Bearer {_token(settings)}"})
 
     async def open(self) -> None:
-        """Be ready to connect, in the running loop."""
+        """Prepare to connect in the running loop."""
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:

@@ -32,7 +32,7 @@ class Delivery:
     due_date: datetime
     attempt: int
     made_at: datetime | None = None
-    """When the call is made, by the database's clock, which receivers compare with theirs; a host's may be off."""
+    """Time of the call by the database's clock; a host's may be off, and receivers compare it with theirs."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,29 +23,29 @@ INVALID = (
 )
 
 SHORTEST, LONGEST = 24, 64
-"""Bytes of a secret (the specification, "Symmetric signatures")."""
+"""Shortest and longest secret in bytes (the specification, "Symmetric signatures")."""
 
 
 class Signer:
-    """Signs with each of the secrets, and accepts what one of them has signed: so one is replaced by another."""
+    """Signs with every secret and accepts a signature by any of them, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
-        """Take secrets separated by white space, each base64, with or without ``whsec_``, padded or not.
+        """Take secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
 
-        Raises `TransportConfigurationError`. A secret that is not base64 is refused rather than taken as raw bytes:
-        the libraries on the receiving side disagree about what it means (some skip the characters they don't know,
-        some stop), so that every signature would be wrong at some of them.
+        Raises `TransportConfigurationError`. A secret that is not base64 is refused rather than taken as raw bytes. The
+        libraries on the receiving side disagree about its meaning (some skip the characters they don't know, some
+        stop), so that every signature would be wrong for some of them.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:
             raise TransportConfigurationError(INVALID)
 
     def sign(self, key: str, moment: datetime, body: str) -> str:
-        """Return the value of ``webhook-signature``: a signature by each secret, separated by spaces."""
+        """Return the value of ``webhook-signature``: one signature per secret, separated by spaces."""
         return " ".join([webhook.sign(key, moment, body) for webhook in self._webhooks])
 
     def verify(self, body: bytes, headers: dict[str, str]) -> None:
-        """Raise `WebhookVerificationError` where no secret has signed the body."""
+        """Raise `WebhookVerificationError` unless one of the secrets has signed the body."""
         for webhook in self._webhooks[1:]:
             with suppress(WebhookVerificationError, ValueError):
                 webhook.verify(body, headers, json_parse=False)

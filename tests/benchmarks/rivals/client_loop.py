@@ -1,4 +1,4 @@
-"""The limit with the system's own HTTP client: the same loop in place of all the rest."""
+"""The upper limit with the system's own HTTP client: the same loop in place of everything else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def main() -> None:
-    """Send by the client that the transports share."""
+    """Send with the client that the transports share."""
     client = HttpClient(load_settings(concurrency=IN_FLIGHT))
     await client.open()
 

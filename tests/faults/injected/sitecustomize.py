@@ -61,7 +61,7 @@ def _act(action: str) -> None:
 
 
 def _suspend() -> None:
-    """Stop as a suspended machine does: Python's monotonic clock stands still meanwhile, that of the uptime goes on."""
+    """Stop like a suspended machine: Python's monotonic clock stops, and the uptime clock keeps running."""
     counts_on = time.monotonic
     asleep = counts_on()
     os.kill(os.getpid(), signal.SIGSTOP)
@@ -142,10 +142,10 @@ def install() -> None:
     """Wrap the steps."""
     import psycopg  # noqa: PLC0415 - not in every process that Python starts here
 
-    from followups.dispatch import dispatcher, limits, pipeline  # noqa: PLC0415 - as above
+    from followups.delivery import dispatcher, pipeline, rate_limiting  # noqa: PLC0415 - as above
 
     dispatcher.claim = around("claim", dispatcher.claim)
-    limits.begin = around("begin", limits.begin)
+    rate_limiting.begin = around("begin", rate_limiting.begin)
     pipeline.settle = around("settle", pipeline.settle)
     pipeline.send = around_send(pipeline.send)
     psycopg.Connection.commit = around_commit(psycopg.Connection.commit)  # type: ignore[method-assign]

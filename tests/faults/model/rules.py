@@ -8,10 +8,10 @@ from functools import cache
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from followups.dispatch.begin import verdict
-from followups.dispatch.claim import after_loss
-from followups.dispatch.send import Attempt
-from followups.dispatch.settle import decide
+from followups.delivery.begin import verdict
+from followups.delivery.claim import after_loss
+from followups.delivery.send import Attempt
+from followups.delivery.settle import decide
 from followups.retry import RetryPolicy
 from followups.states import Status
 from followups.store.leases import Begun, Lease, Obstacle
@@ -38,7 +38,7 @@ OUTCOMES: dict[str, Outcome] = {
 
 @cache
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
-    """Return what an attempt comes to, by `followups.dispatch.settle.decide`."""
+    """Return what an attempt comes to, by `followups.delivery.settle.decide`."""
     begun = Begun(LEASE, ID, ID, "api", None, ID, "Still there?", NOW, attempt, 0)
     made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
     second = timedelta(seconds=1)
@@ -48,7 +48,7 @@ def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: 
 
 @cache
 def end_before_begin(*, replied: bool) -> Final | None:
-    """Return how a follow-up ends that must not be begun, by `followups.dispatch.begin.verdict`."""
+    """Return how a follow-up ends that must not be begun, by `followups.delivery.begin.verdict`."""
     return verdict(
         Obstacle(LEASE, chat_removed=False, silence_broken=replied, window_closed=False, too_late=False, earlier=None)
     )
@@ -56,7 +56,7 @@ def end_before_begin(*, replied: bool) -> Final | None:
 
 @cache
 def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) -> Final | None:
-    """Return how one ends whose worker was lost in flight, by `followups.dispatch.claim.after_loss`."""
+    """Return how one ends whose worker was lost in flight, by `followups.delivery.claim.after_loss`."""
     return after_loss(losses, cancel_requested or None, deduplicates=deduplicates)
 
 

@@ -36,7 +36,10 @@ def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
 
 
 def test_one_line_a_request(stack: Stack, logged: Api) -> None:
-    """A request has one line: id, method, path, status, duration, client, workspace, the key's id; no query, no key."""
+    """A request logs one line, without query and key.
+
+    The line has id, method, path, status, duration, client, workspace and the key's id.
+    """
     answer = logged.get(FOLLOW_UPS, statuses="pending")
     request_id = answer.headers["x-request-id"]
     (line,) = lines(stack, "request", request_id=request_id)
@@ -44,7 +47,7 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
     assert line.pop("timestamp")
     assert line == {
         "level": "info",
-        "logger": "followups.api.access",
+        "logger": "followups.api.access_log",
         "client": "127.0.0.1",
         "key_id": str(stack.world.scalar("SELECT id FROM api_keys")),
         "event": "request",

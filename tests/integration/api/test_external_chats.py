@@ -1,4 +1,4 @@
-"""With the transport ``matrix`` a room belongs to one workspace: its id alone decides where a message goes."""
+"""A ``matrix`` room belongs to one workspace, since the room's id alone decides where a message goes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def matrix_url(web_settings: Settings) -> Iterator[str]:
 
 @pytest.fixture
 def pair(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
-    """Return clients of two workspaces."""
+    """Return API clients of two workspaces."""
     one, other = (Api(matrix_url, World(web_engine)) for _ in range(2))
     with one.client, other.client:
         yield one, other
 
 
 def put(api: Api, room: str | None, chat: object = None) -> int:
-    """Put a chat into a room; return the status."""
+    """Put a chat into a room; return the response status."""
     answer = api.client.put(f"{CHATS}/{chat or uuid4()}", json={"channel": "matrix", "externalId": room})
     if answer.status_code == 409:
         is_problem(answer, 409, "external-chat-taken")
@@ -44,7 +44,7 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 
 
 def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
-    """The second workspace is refused, by another chat, a new one, or the same one moved; the first goes on."""
+    """A second workspace is refused a taken room for any chat, new or moved; the first keeps using it."""
     one, other = pair
     room, elsewhere, chat, theirs = f"!{uuid4()}:host", f"!{uuid4()}:host", uuid4(), uuid4()
     assert put(one, room, chat) == 201
@@ -57,7 +57,7 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
 
 
 def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
-    """What a workspace has removed another one may have; the first does not get it back."""
+    """The room of a removed chat is free for another workspace, and the first does not get it back."""
     one, other = pair
     room, chat = f"!{uuid4()}:host", uuid4()
     assert put(one, room, chat) == 201
@@ -67,12 +67,12 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
 
 
 def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
-    """No external id is nobody's."""
+    """Chats without an external id take no room, so that any workspace may have them."""
     assert [put(each, None) for each in pair] == [201, 201]
 
 
 def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
-    """However two workspaces ask for a room at the same moment, one of them gets it."""
+    """If two workspaces ask for a room at the same moment, exactly one of them gets it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             room = f"!{uuid4()}:host"
@@ -80,6 +80,6 @@ def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
 
 
 def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
-    """The body names the workspace, so that two of them may call their chats alike."""
+    """The delivery's body names the workspace, so that two workspaces may use the same external id."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import pytest
 from sqlalchemy.orm import Session
 
-from followups.quiet_hours import SendingHours
+from followups.sending_hours import SendingHours
 from followups.store import sending_hours
 from web import FOLLOW_UPS, in_days, is_problem, pointers
 

@@ -1,4 +1,4 @@
-"""The front door: what one client may take from the others, and what a stranger gets before the key is known."""
+"""The API's front door: limits on each client, and what is answered before a key has been checked."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ HOSTILE = {"host": "attacker.example", "x-forwarded-host": "attacker.example", "
 
 
 def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
-    """Send bytes on a connection of their own; return all that is answered until it is closed, or silent."""
+    """Send bytes on a new connection; return everything received until it is closed or silent."""
     url = urlsplit(str(api.client.base_url))
     assert url.hostname
     with socket.create_connection((url.hostname, url.port or 80), timeout=wait) as connection:
@@ -48,7 +48,7 @@ def test_head(api: Api, path: str) -> None:
 
 
 def test_head_of_one(api: Api) -> None:
-    """A follow-up answers HEAD too; a path without a GET does not, and names what it takes."""
+    """HEAD works for a single follow-up; a path without GET answers 405 and lists its methods."""
     assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
     refused = api.client.head(CHAT_MESSAGES)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
@@ -60,20 +60,20 @@ def test_head_of_one(api: Api) -> None:
     [("GET", "/healthz"), ("GET", FOLLOW_UPS), ("GET", "/nothing"), ("PUT", FOLLOW_UPS), ("GET", "/docs")],
 )
 def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
-    """No answer is sniffed or kept, whatever its status."""
+    """Every response forbids content sniffing and caching, whatever its status."""
     headers = api.client.request(method, path).headers
     assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
 
 
 def test_headers_of_what_is_no_http(api: Api) -> None:
-    """The server's own answer to bad HTTP has them too."""
+    """The server's own response to malformed HTTP forbids content sniffing and caching, too."""
     answer = raw(api, b"nonsense\r\n\r\n").lower()
     assert b"x-content-type-options: nosniff" in answer
     assert b"cache-control: no-store" in answer
 
 
 def test_documentation(api: Api) -> None:
-    """The documentation loads nothing from elsewhere, runs no script of its own page, and its files may be kept."""
+    """The documentation loads only its own files, which are cacheable, and has no inline script."""
     page = api.client.get("/docs")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -89,7 +89,7 @@ def test_documentation(api: Api) -> None:
 
 
 def test_links_repeat_nothing_of_a_client(api: Api) -> None:
-    """Links are relative references: no host or scheme that a client or a proxy names, and only known filters."""
+    """Pagination links are relative, ignore client and proxy headers, and repeat only known filters."""
     chat = api.chat()
     for _ in range(3):
         api.create(chat)
@@ -102,13 +102,16 @@ def test_links_repeat_nothing_of_a_client(api: Api) -> None:
 
 @pytest.mark.parametrize("query", ["statuses[0]=pending", "chatIds[0]=x", "chatId=x", "limit=5", "pagenumber=2"])
 def test_unknown_parameter(api: Api, query: str) -> None:
-    """A parameter that does not exist is 422 and named: a filter that is silently ignored would list everything."""
+    """An unknown query parameter is refused with 422 and named.
+
+    A filter that is silently ignored would list everything.
+    """
     problem = is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
     assert pointers(problem) == [f"#/{query.partition('=')[0]}"]
 
 
 def test_few_errors_are_told(api: Api) -> None:
-    """However many fields are wrong, at most 20 errors come back, in 20 kB."""
+    """A response lists at most 20 errors, in 20 kB, however many fields are wrong."""
     path = f"{FOLLOW_UPS}/{api.create()['id']}"
     for body in ({f"unknown{number}": 1 for number in range(80)}, {f"unknown{number}": 1 for number in range(50_000)}):
         answer = api.client.patch(path, json=body)
@@ -120,7 +123,7 @@ def test_few_errors_are_told(api: Api) -> None:
 
 
 def test_a_compressed_body(api: Api) -> None:
-    """A compressed body is 415, which says why; an uncompressed one may say so."""
+    """A compressed body is refused with 415 and the reason; `Content-Encoding: identity` is accepted."""
     body = gzip.compress(json.dumps({"role": "agent"}).encode())
     problem = is_problem(
         api.client.post(CHAT_MESSAGES, content=body, headers={"content-encoding": "gzip"}),
@@ -137,7 +140,7 @@ def test_a_compressed_body(api: Api) -> None:
 
 
 def test_two_lengths(api: Api) -> None:
-    """A request with both Content-Length and Transfer-Encoding is 400, once, and its connection is closed."""
+    """A request with both Content-Length and Transfer-Encoding gets one 400, and its connection closes."""
     request = (
         b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
         b"0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -148,7 +151,7 @@ def test_two_lengths(api: Api) -> None:
 
 
 def test_a_stranger_s_body_is_not_read(api: Api) -> None:
-    """Without a good key the answer comes before the body, and the connection is closed."""
+    """Without a valid key, the answer comes before the body is read, and the connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
         answer = raw(api, request)
@@ -157,7 +160,7 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
 
 
 def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
-    """A key that was good a moment ago counts no more once it is revoked, with a good body or a bad one."""
+    """A key is refused as soon as it is revoked, whether the body is valid or not."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET revoked_at = now()")
     assert api.get(FOLLOW_UPS).status_code == 401
@@ -165,7 +168,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bodies beyond the memory for all of them are refused with 503; it is given back, and then they are served."""
+    """Request bodies above the shared memory budget get 503 until memory is free again."""
     monkeypatch.setattr(gate, "MAX_BUFFERED", 300_000)
     with served(settings) as (host, port), client_of((host, port), key_of(world)[1]) as client:
         head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\ncontent-length: 250000\r\n"
@@ -183,7 +186,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
 
 
 def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond the limit a new connection is served, and the one that was idle for the longest is closed."""
+    """Above the limit a new connection is served, and the one that was idle for longest is closed."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 

@@ -114,12 +114,13 @@ def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]
 
 
 def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
-    """A connection too many is closed at once where none is idle; those that are open are served."""
+    """If none is idle, a connection above the limit is closed at once; the open ones are served."""
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
     try:
         for connection in open_ones:
-            connection.sendall(post.replace(b"KEY", key_of(world)[1].encode()))  # whose body is waited for
+            # the server waits for the rest of the body
+            connection.sendall(post.replace(b"KEY", key_of(world)[1].encode()))
         wait_until(lambda: refused_now(narrow), within=5)
         for connection in open_ones:
             connection.sendall(b"}")

@@ -1,4 +1,4 @@
-"""The order of locks: a chat before its follow-ups. A transaction that a deadlock took back is tried once more."""
+"""Lock order: a chat before its follow-ups; a transaction that loses a deadlock is retried once."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ FIRST: dict[str, Callable[[Session, UUID], Any]] = {
 
 @pytest.mark.parametrize("change", FIRST)
 def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: str) -> None:
-    """A reply waits for a transaction that changes a follow-up and schedules another, and then cancels what is left."""
+    """A reply waits for a transaction that changes and schedules follow-ups, then cancels the rest."""
     created = api.create()
     chat_id = created["chatId"]
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -68,7 +68,7 @@ def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: s
 
 
 def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
-    """A follow-up that moves into another chat holds both chats: a reply into either waits for it."""
+    """Moving a follow-up into another chat locks both chats: a reply in either waits for the move."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -80,7 +80,7 @@ def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
-    """A cancel that waits while its follow-up moves into another chat holds that chat too before it cancels."""
+    """A cancel that waits for a move also locks the new chat before it cancels the follow-up."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})
@@ -95,7 +95,7 @@ def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
 
 
 def test_finished_in_a_removed_chat(api: Api) -> None:
-    """What has ended is found though its chat was removed: repeating its cancel is no change."""
+    """Cancelling a cancelled follow-up again changes nothing, even if its chat was removed."""
     created = api.create()
     assert api.patch(created, status="cancelled").status_code == 200
     assert api.client.delete(f"/api/v1/chats/{created['chatId']}").status_code == 204
@@ -103,7 +103,10 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 
 
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
-    """Send a request that waits for a follow-up, and then lock its chat: the request's transaction is taken back."""
+    """Make a request lose a deadlock, and return its answer.
+
+    Another transaction locks the follow-up that the request then waits for, and after that the request's chat.
+    """
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": created["id"]})
         answer = in_background(pool, api, request)
@@ -113,7 +116,7 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 
 
 def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A reply that loses a deadlock against another program's transaction is tried once more, and cancels."""
+    """A reply that loses a deadlock to another program is retried once and cancels the follow-up."""
     created = api.create()
     answer = deadlocked(api, engine, lambda: api.message(created["chatId"], "user"), created)
     assert (answer.status_code, answer.json()["cancelledFollowUpIds"]) == (201, [created["id"]])
@@ -121,11 +124,11 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A create with an Idempotency-Key that loses a deadlock creates once, and its answer is repeated."""
+    """A create with an Idempotency-Key that loses a deadlock creates once; its answer is replayed."""
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
-        # The request holds the chat and waits to keep its answer; this one waits for the chat.
+        # The request has locked the chat and waits to store its answer; this transaction waits for the chat.
         connection.execute(text("LOCK TABLE idempotency_keys IN SHARE ROW EXCLUSIVE MODE"))
         answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body, **{"idempotency-key": key}))
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

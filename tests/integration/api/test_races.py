@@ -16,9 +16,9 @@ import pytest
 from sqlalchemy.orm import Session
 
 from followups import scheduling
+from followups.channels import Channel
 from followups.states import Status
 from followups.store import chats, claims, leases
-from followups.windows import Channel
 from stack import wait_until
 from web import FOLLOW_UPS, in_days, is_problem
 

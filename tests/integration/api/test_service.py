@@ -40,7 +40,7 @@ def ticking(api: Api) -> Iterator[Api]:
 
 
 def _answered(api: Api, status: int) -> Any:
-    """Return the answer of `/readyz`, which may be a second old, if it has this status."""
+    """Return the answer of `/readyz`, which may be a second old, or None if its status differs."""
     answer = api.client.get("/readyz", headers={"authorization": ""})
     return answer.json() if answer.status_code == status else None
 

@@ -56,7 +56,7 @@ def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def unprivileged_url(database_url: str) -> Iterator[str]:
-    """Return a URL by which one acts as a role that sees no activity of other roles."""
+    """Return a URL whose role cannot see the activity of other roles."""
     url = make_url(database_url)
     role = f"role_of_{url.database}"
     with psycopg.connect(database_url, autocommit=True) as connection:

@@ -1,10 +1,10 @@
-"""What the doctor finds in the tables themselves."""
+"""The doctor's checks of the tables themselves."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.cli.integrity import of_tables
+from followups.cli.doctor.integrity import of_tables
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def test_all_well(world: World, engine: Engine) -> None:
-    """Where every constraint stands and every id is free, there is nothing to say."""
+    """If every constraint is valid and every id is free, there are no findings."""
     assert world
     assert list(of_tables(engine)) == []
 
 
 def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
-    """A row that cannot be read is named, with what to do; when it is corrected, the advice brings the guard back."""
+    """An unreadable row is reported; once it is corrected, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")
@@ -36,7 +36,7 @@ def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
-    """A constraint that rows may break still is named like one that is missing."""
+    """A constraint that was never validated is reported like a missing one."""
     name = "ck_follow_ups_due_date_is_readable"
     world.sql(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"
@@ -45,7 +45,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
 
 
 def test_ids_that_are_used(world: World, engine: Engine) -> None:
-    """A sequence that is behind its table is named, and the advice sets it right."""
+    """A sequence that is behind its table is reported, and the advised SQL corrects it."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
     for _ in range(3):

@@ -20,8 +20,9 @@ from uuid import uuid4
 import pytest
 from rich.console import Console
 
-from followups.cli import checks, dashboard
-from followups.store import stats
+from followups.cli import dashboard
+from followups.cli.doctor import checks
+from followups.store import overview
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,11 +95,11 @@ class TestStats:
         """A final state with more rows than are counted has the planner's estimate; every other number stays exact."""
         fill(world)
         with engine.begin() as connection:
-            unknown = stats.count(connection, window=WINDOW, exact_up_to=10)
+            unknown = overview.count(connection, window=WINDOW, exact_up_to=10)
         assert unknown.final == {"sent": 11, "failed": 1, "cancelled": 0}  # at least: never analysed
         world.sql("ANALYZE follow_ups")
         with engine.begin() as connection:
-            counts = stats.count(connection, window=WINDOW, exact_up_to=10)
+            counts = overview.count(connection, window=WINDOW, exact_up_to=10)
         assert counts.estimated == {"sent"}
         assert (counts.pending, counts.final["failed"]) == (4, 1)
         assert abs(counts.final["sent"] - 100) <= 1
@@ -109,8 +110,8 @@ class TestStats:
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
-            assert stats.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
-            assert stats.pace(connection, MINUTE) is not None
+            assert overview.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
+            assert overview.pace(connection, MINUTE) is not None
 
     def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
         """Paused follow-ups, and those outside sending hours, are not overdue; they are counted separately."""

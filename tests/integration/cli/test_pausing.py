@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 
-from followups.cli import pausing
+from followups.cli import pause
 from followups.database import make_engine
-from followups.dispatch.begin import begin
-from followups.dispatch.claim import claim
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
 from followups.store import leases
 from stack import wait_until
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask no broker for a tick."""
-    monkeypatch.setattr(pausing, "ask_for_tick", lambda: None)
+    monkeypatch.setattr(pause, "ask_for_tick", lambda: None)
 
 
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
@@ -73,7 +73,7 @@ def test_it_waits_for_what_is_beginning(
     run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pause returns when no worker has a transaction open that may not have seen it, or says that one has."""
-    monkeypatch.setattr(pausing, "UNDER_WAY", 0.3)
+    monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()
     worker = make_engine(url, application_name="followups-worker")
     with worker.connect() as connection:
@@ -88,7 +88,7 @@ def test_it_waits_for_what_is_beginning(
 
 @pytest.fixture
 def worker(settings: Settings) -> Iterator[Engine]:
-    """Return an engine as a worker has it."""
+    """Return an engine like a worker's."""
     engine = make_engine(settings.database_url.get_secret_value(), application_name="followups-worker")
     yield engine
     engine.dispose()
@@ -97,9 +97,9 @@ def worker(settings: Settings) -> Iterator[Engine]:
 def test_it_waits_whichever_its_role(
     run: Run, world: World, worker: Engine, settings: Settings, unprivileged_url: str, environment: pytest.MonkeyPatch
 ) -> None:
-    """It waits for what is beginning though its role may not see what other roles' sessions do."""
+    """`pause` waits for attempts that are beginning, even if its role cannot see other sessions."""
     environment.setenv("FOLLOWUPS_DATABASE_URL", unprivileged_url)
-    environment.setattr(pausing, "UNDER_WAY", 60.0)
+    environment.setattr(pause, "UNDER_WAY", 60.0)
     world.follow_up()
     (lease,) = claim(worker, settings).leases
     rules = leases.World(settings.lease, settings.max_lateness, early=timedelta(seconds=1))

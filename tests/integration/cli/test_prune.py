@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from followups.cli import prune
-from followups.store import retention
+from followups.store import pruning
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -68,7 +68,7 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 @pytest.mark.parametrize("texts", [True, False])
 def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
     """Deleted rows are in the archive, a JSON object a line, readable by its owner only; texts only with --message."""
-    monkeypatch.setattr(retention, "BATCH", 2)
+    monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     path = tmp_path / "old.jsonl.gz"
     options = ["--message"] if texts else []
@@ -87,7 +87,7 @@ def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the disk is full, complete batches are in the archive, and everything else stays in the database."""
-    monkeypatch.setattr(retention, "BATCH", 2)
+    monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
 

@@ -1,4 +1,4 @@
-"""What is said of a database that takes no changes."""
+"""How a read-only database is reported."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from followups.api.health import Health
-from followups.cli import checks, main, symptoms
+from followups.api.readiness import Health
+from followups.cli import main
+from followups.cli.doctor import checks, symptoms
 from followups.database import make_engine
 from foreign import read_only, whatever_it_is
 
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("any_server", [False, True])
 def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
-    """Readiness and doctor call it read-only, whether a session is refused or opened; no one asks for more workers."""
+    """Readiness and doctor call the database read-only, whether it refuses the session or opens it.
+
+    No finding asks for more workers.
+    """
     world.follow_up(due=-timedelta(hours=1))
     url = whatever_it_is(database_url) if any_server else database_url
     engine = make_engine(url)
@@ -41,7 +45,7 @@ def test_a_command_says_so(
     capsys: pytest.CaptureFixture[str],
     database_url: str,
 ) -> None:
-    """A command that changes something, or only looks, says in one sentence that the database is read-only."""
+    """A command reports in one sentence that the database is read-only, even if it changes nothing."""
     for url in (database_url, whatever_it_is(database_url)):
         environment.setenv("FOLLOWUPS_DATABASE_URL", url)
         with read_only(database_url):

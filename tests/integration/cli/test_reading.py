@@ -8,10 +8,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
-from followups.dispatch.begin import begin
-from followups.dispatch.breaker import News, Run
-from followups.dispatch.claim import claim
-from followups.shared.breaker import RedisBreaker
+from followups.delivery.begin import begin
+from followups.delivery.breaker import News, Run
+from followups.delivery.claim import claim
+from followups.flow_control.breaker import RedisBreaker
 from followups.store import pauses
 from followups.store.leases import lane_of
 from followups.store.pauses import Scope

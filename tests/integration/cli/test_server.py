@@ -1,4 +1,4 @@
-"""What the doctor finds of the server's settings, and of a pooler before it."""
+"""The doctor's checks of the server's settings, and of a pooler in front of it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from uuid import uuid4
 
 import pytest
 
-from followups.cli import checks
-from followups.cli.server import durability, of_server
+from followups.cli.doctor import checks
+from followups.cli.doctor.server import durability, of_server
 from followups.database import make_engine
 from followups.embedded.postgres import drop_database
 from foreign import HOSTILE, create_database_of_encoding, set_defaults
 from pgbouncer import MISSING, PROGRAM, PgBouncer
 
 if TYPE_CHECKING:
-    from followups.cli.checks import Finding
+    from followups.cli.doctor.checks import Finding
     from followups.settings import Settings
 
 
 def found(settings: Settings, url: str) -> dict[str, Finding]:
-    """Return what is found at a URL of the database, by name."""
+    """Return the findings at a URL of the database, by name."""
     engine = make_engine(url, pool_size=1)
     here = settings.model_copy(update={"database_url": type(settings.database_url)(url)})
     findings = {finding.name: finding for finding in of_server(here, engine)}
@@ -29,12 +29,12 @@ def found(settings: Settings, url: str) -> dict[str, Finding]:
 
 
 def test_usual_settings(settings: Settings, database_url: str) -> None:
-    """Of a server with PostgreSQL's own defaults there is nothing to tell."""
+    """A server with PostgreSQL's own defaults has no findings."""
     assert found(settings, database_url) == {}
 
 
 def test_defaults_of_others(settings: Settings, database_url: str) -> None:
-    """A stricter isolation is shown, and a commit that may be forgotten is a failed check that says what to do."""
+    """A stricter default isolation is shown; asynchronous commit is a failed check with advice."""
     set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
     findings = found(settings, database_url)
     assert findings.keys() == {"isolation", "durability"}
@@ -57,14 +57,17 @@ def test_defaults_of_others(settings: Settings, database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """What a crash of one machine cannot forget is well: without synchronous standbys, local is as good as on."""
+    """A commit that survives a crash of one machine passes the check.
+
+    Without synchronous standbys, local is as good as on.
+    """
     assert [not finding.ok for finding in durability(commit, standbys)] == [True] * forgets
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 @pytest.mark.parametrize(("mode", "names"), [("session", set()), ("transaction", {"pooler"})])
 def test_poolers(settings: Settings, database_url: str, mode: str, names: set[str]) -> None:
-    """A pooler that changes sessions between transactions is a failed check, and one that keeps them is well."""
+    """A pooler that changes sessions between transactions fails the check; one that keeps them passes."""
     with PgBouncer(database_url, pool_mode=mode) as pooler:
         findings = found(settings, pooler.url())
     assert findings.keys() == names
@@ -73,7 +76,7 @@ def test_poolers(settings: Settings, database_url: str, mode: str, names: set[st
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
-    """A database that cannot store every text is a failed check that says what to do, and nothing else is asked."""
+    """A database that cannot store every text is a failed check with advice, and no others follow."""
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)
     (finding,) = checks.databases(settings, engine)

@@ -86,7 +86,7 @@ class TestMigrate:
         assert ran.stderr.count("\n") == 1
 
     def test_a_lock_that_was_left_behind_is_named(self, run: Run, database_url: str) -> None:
-        """A lock that no migration holds any more is waited for no longer than asked; the error names its backend."""
+        """The wait for a lock left behind ends after the given time; the error names its backend."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
             pid = connection.info.backend_pid

@@ -10,11 +10,11 @@ from uuid import uuid4
 import redis
 from sqlalchemy import text
 
-from followups.cli import symptoms
-from followups.cli.symptoms import of_broker, of_database
+from followups.cli.doctor import symptoms
+from followups.cli.doctor.symptoms import of_broker, of_database
 from followups.database import make_engine
-from followups.dispatch.breaker import News, Run
-from followups.shared.breaker import RedisBreaker
+from followups.delivery.breaker import News, Run
+from followups.flow_control.breaker import RedisBreaker
 from followups.store import pauses
 from followups.store.pauses import Scope
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import pytest
     from sqlalchemy import Engine
 
-    from followups.cli.checks import Finding
+    from followups.cli.doctor.checks import Finding
     from followups.settings import Settings
     from world import World
 
@@ -42,7 +42,7 @@ def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
-    """A role that sees nothing of other roles' transactions is told so, and what would show them."""
+    """If other roles' transactions are hidden, the finding names the grant that would show them."""
     unprivileged = make_engine(unprivileged_url)
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from followups.cli.demo import closing
-from followups.cli.demo.audience import Pipe
+from followups.cli.demo import summary
+from followups.cli.demo.play import Scheduled
+from followups.cli.demo.presentation import Pipe
 from followups.cli.demo.scenario import FAILURES, REPLY_AT, REPLYING, Part, script
 from followups.cli.demo.score import Standing, lags, score
-from followups.cli.demo.stage import Scheduled
 from followups.cli.demo.view import Picture, around_now
 from followups.states import Status
 
@@ -158,11 +158,11 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
     """The summary gives every number and the next command; a failed run gives its problems instead."""
-    Console(width=80).print(closing.panel(score(ALL_ENDED, RECEIPTS)))
+    Console(width=80).print(summary.panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):
         assert word in said
     failed = score([replace(ALL_ENDED[0], status=Status.PENDING), *ALL_ENDED[1:]], RECEIPTS)
-    Console(width=80).print(closing.panel(failed))
+    Console(width=80).print(summary.panel(failed))
     assert "Not as scripted" in capsys.readouterr().out
-    assert "Not all as scripted." in closing.lines(failed)
+    assert "Not all as scripted." in summary.lines(failed)

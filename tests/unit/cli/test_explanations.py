@@ -9,10 +9,10 @@ from uuid import UUID
 import pytest
 
 from followups.cli.explanations import ENDINGS, Circumstances, explain
+from followups.flow_control.breaker import Shown
 from followups.models import FollowUp
-from followups.quiet_hours import SendingHours
+from followups.sending_hours import SendingHours
 from followups.settings import load_settings
-from followups.shared.breaker import Shown
 from followups.states import ReasonCode, Status
 from followups.store.pauses import Standing
 from followups.store.rate_limits import Limit

@@ -14,13 +14,13 @@ from aiohttp import ClientSession, web
 
 from followups.settings import Settings, load_settings
 from followups.transports.port import Delivery, Transport
-from followups.transports.sandbox_behaviour import Incoming
+from followups.transports.sandbox.behaviour import Incoming
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from followups.transports.sandbox_chats import SandboxChats
+    from followups.transports.sandbox.chats import SandboxChats
 
 MESSAGE = "the text that nobody but the receiver may see"
 TOKEN = "syt_token"  # noqa: S105 - of a homeserver that lives for one test
@@ -131,7 +131,7 @@ async def listening(
     secure: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
 ) -> AsyncIterator[str]:
-    """Serve each connection on a free port, over TLS where there is a certificate, and yield the URL."""
+    """Serve connections on a free port, over TLS if there is a certificate, and yield the URL."""
     tasks: set[asyncio.Task[None]] = set()
 
     async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

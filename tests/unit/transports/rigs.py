@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from followups.transports.http import HttpTransport
 from followups.transports.matrix import MatrixTransport
-from followups.transports.sandbox import SandboxTransport
-from followups.transports.sandbox_behaviour import Behaviour
-from followups.transports.sandbox_chats import SandboxChats
-from followups.transports.sandbox_server import build_app, serving
+from followups.transports.sandbox.behaviour import Behaviour
+from followups.transports.sandbox.chats import SandboxChats
+from followups.transports.sandbox.server import build_app, serving
+from followups.transports.sandbox.transport import SandboxTransport
 from unit.transports.doubles import SIGNING_SECRET, TOKEN, homeserver, opened, settings_for
 
 if TYPE_CHECKING:

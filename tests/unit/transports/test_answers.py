@@ -57,7 +57,7 @@ def test_429_is_a_rate_limit_in_any_case() -> None:
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
 def test_what_is_final_keeps_what_was_said(status: int) -> None:
-    """401 and 403, as 410 and a redirect, are refusals, wherever they point to."""
+    """401 and 403, like 410 and redirects, are refusals, wherever a redirect points."""
     answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
     assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
 

@@ -110,7 +110,7 @@ async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) 
 
 
 async def test_line_breaks_behind_an_answer_are_nothing() -> None:
-    """Line breaks behind an answer, of a sloppy receiver, are no answer: neither this call's nor the next one's."""
+    """Line breaks that a sloppy receiver adds after an answer belong to neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -200,7 +200,7 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
 
 
 async def test_nobody_waits_for_a_connection_longer_than_there_is_time() -> None:
-    """Waiting for another call's end is within the timeout, and nothing has left; the place is free afterwards."""
+    """A call that waits for a connection times out without sending; its slot is free afterwards."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(1)
@@ -242,7 +242,7 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
-    """However far the call has come when the receiver hangs up: what the receiver got nothing of is tried again."""
+    """A call is retried if the receiver hangs up before it got anything, at any stage of the call."""
     received: list[bytes] = []
 
     def hang_up() -> None:  # in a thread, which does not stand still
@@ -314,7 +314,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 def test_a_loop_that_ends_without_closing_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """A process whose event loop ends in the middle of a call has no connection left, nor anything else open."""
+    """A process whose event loop ends during a call leaves no connection open, nor anything else."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
@@ -335,7 +335,7 @@ def test_a_loop_that_ends_without_closing_leaves_nothing_open(
 
 
 async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() -> None:
-    """Whatever is under way when a worker is told to stop is answered; closing comes after it, and breaks nothing."""
+    """Calls in flight when a worker stops are answered; closing follows and breaks none of them."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Other people's endpoints: private authorities, client certificates, proxies, address families, short keep-alive."""
+"""Foreign endpoints: private CAs, client certificates, proxies, address families, keep-alive."""
 
 from __future__ import annotations
 
@@ -32,43 +32,43 @@ OK = answer(200)
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let nothing of the machine's own environment decide."""
+    """Remove the proxy and certificate variables of the machine's own environment."""
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Return an authority that no system knows."""
+    """Return a certificate authority that no system knows."""
     return trustme.CA()
 
 
 @pytest.fixture
 def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trust the authority, by SSL_CERT_FILE."""
+    """Trust the certificate authority through SSL_CERT_FILE."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
 
 
 def certified(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
-    """Return a server's side of TLS, with a certificate for this name."""
+    """Return a server's TLS context with a certificate for this name."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert(name).configure_cert(context)
     return context
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:
-    """Send once to ``url``."""
+    """Send once to ``url``, and return the outcome."""
     async with opened(HttpTransport(settings_for(url, **settings))) as transport:
         return await transport.send(a_delivery())
 
 
-# Authorities.
+# Certificate authorities.
 
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA) -> None:
-    """SSL_CERT_FILE names the authorities that are trusted; `check` goes by it too."""
+    """SSL_CERT_FILE names the trusted authorities, for `check` as well."""
     async with scripted(OK, certified(authority)) as server:
         assert await outcome_at(server.url) == Sent(None, 200)
         assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()
@@ -87,7 +87,7 @@ async def test_a_private_authority_is_trusted_by_its_directory(
 
 
 async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> None:
-    """A certificate of an authority that the system does not know: nothing goes out, and `check` says why."""
+    """If the system does not know a certificate's authority, nothing is sent and `check` reports why."""
     async with scripted(OK, certified(authority)) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Retry)
@@ -100,7 +100,7 @@ async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> Non
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.CA) -> None:
-    """The certificate must be the endpoint's; the reason shows no host's name."""
+    """The certificate must match the endpoint; the reason shows no host name."""
     async with scripted(OK, certified(authority, "elsewhere.example")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Retry)
@@ -111,7 +111,7 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong path is said at once; an address without TLS needs none."""
+    """A wrong path to authorities is refused at the start, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
         HttpTransport(settings_for("https://host"))
@@ -122,7 +122,7 @@ def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: p
 
 
 def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Return a server's side of TLS that asks for a certificate of the authority."""
+    """Return a server's TLS context that asks for a certificate of the authority."""
     context = certified(authority)
     context.verify_mode = ssl.CERT_REQUIRED
     context.maximum_version = version
@@ -136,7 +136,7 @@ def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
 async def test_a_client_certificate_is_shown(
     authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, apart: bool
 ) -> None:
-    """An endpoint that asks for a certificate gets it, whether its key is in the same file or in one of its own."""
+    """The client certificate is sent on request, with its key in the same file or in its own."""
     ours = authority.issue_cert("worker.example")
     ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
@@ -155,7 +155,7 @@ async def test_a_client_certificate_is_shown(
     ("version", "outcome"),
     [
         (ssl.TLSVersion.TLSv1_2, Retry),
-        # With TLS 1.3 the server refuses when the client has sent its request already.
+        # With TLS 1.3 the server refuses only after the client has sent its request.
         (ssl.TLSVersion.TLSv1_3, Unknown),
     ],
 )
@@ -170,7 +170,7 @@ async def test_without_the_certificate_nothing_is_accepted(
 
 @pytest.mark.parametrize("content", ["", "no certificate", None])
 def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_path: Path) -> None:
-    """Files that are missing, or hold something else, are named at once."""
+    """A missing or invalid certificate file is refused at the start, and named."""
     file = tmp_path / "cert.pem"
     if content is not None:
         file.write_text(content)
@@ -179,7 +179,7 @@ def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_pat
 
 
 def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp_path: Path) -> None:
-    """Certificate and key belong together."""
+    """A key that does not belong to the certificate stops the start."""
     one, other = authority.issue_cert("one.example"), authority.issue_cert("other.example")
     one.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     other.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -193,7 +193,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 
 @dataclass
 class Proxy:
-    """A proxy for CONNECT: what it was asked, and what passed through it; or an answer that it gives instead."""
+    """A CONNECT proxy that records its targets and traffic, or gives a fixed refusal instead."""
 
     refusal: bytes = b""
     url: str = ""
@@ -236,7 +236,7 @@ async def proxy_that(refusal: bytes = b"") -> AsyncIterator[Proxy]:
 async def test_https_goes_through_the_proxy_which_reads_nothing(
     authority: trustme.CA, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HTTPS_PROXY is asked for a tunnel to the endpoint; connections through it are kept, and it reads no text."""
+    """HTTPS_PROXY tunnels kept connections to the endpoint, and the proxy reads no text."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
         monkeypatch.setenv(name, proxy.url)
         async with opened(HttpTransport(settings_for(server.url))) as transport:
@@ -261,7 +261,7 @@ async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkey
 
 
 async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain http endpoint is in the same network: what is sent to it no proxy reads."""
+    """A plain HTTP endpoint, which is in the same network, is reached without the proxy."""
     async with proxy_that() as proxy, scripted(OK) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at(server.url) == Sent(None, 200)
@@ -270,20 +270,20 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("status", [403, 407, 502, 503])
 async def test_a_proxy_that_refuses_is_no_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a proxy says is not the endpoint's word: nothing has left, whatever the status."""
+    """A proxy's refusal is not the endpoint's answer: nothing was sent, whatever the status."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
 
 
 async def test_a_proxy_that_is_away_is_tried_again(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has left."""
+    """An unreachable proxy is retried, since nothing was sent."""
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port}")
     assert await outcome_at("https://127.0.0.1:9") == Retry("no connection: Connection refused")
 
 
 async def test_a_proxy_that_hangs_up_or_says_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has left while there is no tunnel."""
+    """A proxy that fails before its tunnel exists is retried, since nothing was sent."""
     for refusal in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\nno TLS"):
         async with proxy_that(refusal) as proxy:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
@@ -310,7 +310,7 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
     host: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host that has IPv4 and IPv6 addresses is reached where only one of them listens, in either order."""
+    """A host with IPv4 and IPv6 addresses is reached if only one of them listens, in either order."""
     async with scripted(OK, host=host) as server:
         port = server.url.rpartition(":")[2]
         options = http_client.connection_options
@@ -330,9 +330,9 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 
 @pytest.mark.parametrize("kept", [0.1, 1, 4])
 async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
-    """Where the server has hung up after so many seconds, the next call gets another connection.
+    """If the server has closed an idle connection, the next call gets another one.
 
-    Where it hangs up at that very moment the outcome may be unknown. Nothing arrives twice.
+    If the server closes the connection at that very moment, the outcome may be unknown. Nothing arrives twice.
     """
     bodies: list[bytes] = []
     ends: asyncio.Queue[None] = asyncio.Queue()

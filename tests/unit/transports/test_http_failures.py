@@ -164,7 +164,7 @@ async def test_64_kib_are_read() -> None:
 
 
 async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
-    """Compression was not asked for; a server that compresses all the same is understood."""
+    """Compression is not requested, but a compressed answer is understood."""
     async with scripted(answer(200, gzip.compress(NAMED), content_encoding="gzip")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Sent)
@@ -173,13 +173,13 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
 
 
 async def test_a_compressed_answer_that_is_none_is_sent() -> None:
-    """Accepted is accepted, and the detail says what is odd."""
+    """A message counts as sent even if the answer cannot be decompressed, which the detail mentions."""
     async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 
 
 async def test_a_compressed_answer_is_bounded_as_it_is_inflated() -> None:
-    """A few KiB that inflate to many MiB are read no further than 64 KiB of these."""
+    """Of a few compressed KiB that inflate to many MiB, no more than 64 KiB are read."""
     async with scripted(answer(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 

@@ -221,7 +221,7 @@ WRONG = [
 
 @pytest.mark.parametrize("secret", WRONG)
 def test_a_secret_that_is_none_is_refused(secret: str) -> None:
-    """A secret that receivers would read differently, too short or too long, stops the start, and is not shown."""
+    """A secret that is too short, too long or ambiguous stops the start, and is not shown."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))
     assert len(secret) < 7 or secret not in str(caught.value)

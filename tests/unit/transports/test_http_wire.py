@@ -138,13 +138,13 @@ async def test_an_endless_head_is_given_up(start: bytes) -> None:
     [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
 async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
-    """Trailers and chunks without an end are given up, and the status counts."""
+    """Endless trailers and chunks are abandoned, and the status counts."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
 
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """An extension of a chunk without an end is read and thrown away until the timeout, and the status counts."""
+    """An endless chunk extension is read and discarded until the timeout, and the status counts."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
     assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 

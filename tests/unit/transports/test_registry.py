@@ -10,7 +10,7 @@ from followups.errors import TransportConfigurationError
 from followups.transports import available_transports, load_transport, registry
 from followups.transports.http import HttpTransport
 from followups.transports.matrix import MatrixTransport
-from followups.transports.sandbox import SandboxTransport
+from followups.transports.sandbox.transport import SandboxTransport
 from unit.transports.doubles import TOKEN, settings_for
 
 
@@ -56,7 +56,7 @@ def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
     )
 
 
-@pytest.mark.parametrize("plug_in", ["followups.transports.sandbox:SandboxTransport"], indirect=True)
+@pytest.mark.parametrize("plug_in", ["followups.transports.sandbox.transport:SandboxTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_is_found_by_its_name() -> None:
     """An entry point of another package is as good as ours."""

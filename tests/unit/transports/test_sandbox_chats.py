@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from followups.transports import sandbox_ledger
-from followups.transports.sandbox_behaviour import Behaviour, Incoming
-from followups.transports.sandbox_chats import KEEP_CHATS, SandboxChats
-from followups.transports.sandbox_conversation import KEEP_ATTEMPTS, KEEP_MESSAGES, KEEP_TEXT
-from followups.transports.sandbox_ledger import Received
+from followups.transports.sandbox import ledger
+from followups.transports.sandbox.behaviour import Behaviour, Incoming
+from followups.transports.sandbox.chats import KEEP_CHATS, SandboxChats
+from followups.transports.sandbox.conversation import KEEP_ATTEMPTS, KEEP_MESSAGES, KEEP_TEXT
+from followups.transports.sandbox.ledger import Received
 
 DUE = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -210,7 +210,7 @@ def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
 
 def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deduplication remembers a number of keys, as any receiver's does."""
-    monkeypatch.setattr(sandbox_ledger, "KEEP_KEYS", 2)
+    monkeypatch.setattr(ledger, "KEEP_KEYS", 2)
     chats = SandboxChats()
     for key in ("a", "b", "c", "c", "a"):
         chats.receive(incoming(key), key)

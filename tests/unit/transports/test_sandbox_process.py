@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from followups.transports import sandbox_server
+from followups.transports.sandbox import server
 from unit.transports.doubles import BODY, fetch
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
     """The process prints one line when it is ready, and ends cleanly on SIGTERM whatever is going on."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "followups.transports.sandbox_server", "--port", "0", "--no-dedup",
+        sys.executable, "-m", "followups.transports.sandbox.server", "--port", "0", "--no-dedup",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout
@@ -44,7 +44,7 @@ async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
 def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, and one sentence on stderr."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        assert sandbox_server.main(["--port", str(taken.getsockname()[1])]) == 1
+        assert server.main(["--port", str(taken.getsockname()[1])]) == 1
     said = capsys.readouterr()
     assert said.err.startswith("The sandbox cannot start: ")
     assert (said.err.count("\n"), said.out) == (1, "")
@@ -55,5 +55,5 @@ def test_a_secret_is_taken_from_the_environment_too(
 ) -> None:
     """The secret may come from the environment, to be absent from the process list; a wrong one stops the start."""
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
-    assert sandbox_server.main([]) == 1
+    assert server.main([]) == 1
     assert "FOLLOWUPS_TRANSPORT_SECRET should be base64" in capsys.readouterr().err

@@ -13,10 +13,10 @@ import pytest
 from standardwebhooks import Webhook
 
 from followups.errors import TransportConfigurationError
-from followups.transports import sandbox_live
-from followups.transports.sandbox_behaviour import Behaviour
-from followups.transports.sandbox_chats import SandboxChats
-from followups.transports.sandbox_server import build_app, serving
+from followups.transports.sandbox import live
+from followups.transports.sandbox.behaviour import Behaviour
+from followups.transports.sandbox.chats import SandboxChats
+from followups.transports.sandbox.server import build_app, serving
 from unit.transports.doubles import BODY, SIGNING_SECRET, fetch
 
 if TYPE_CHECKING:
@@ -193,8 +193,8 @@ async def test_the_stream_brings_everything_then_what_changes(
     http: aiohttp.ClientSession, chats: SandboxChats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First a snapshot, then updates with the chats that changed, and a snapshot again after clearing."""
-    monkeypatch.setattr(sandbox_live, "INTERVAL", 0.01)
-    monkeypatch.setattr(sandbox_live, "SHARE", 1.0)
+    monkeypatch.setattr(live, "INTERVAL", 0.01)
+    monkeypatch.setattr(live, "SHARE", 1.0)
     chats.say("c1", "user", "one")
     stream = events(http)
     name, state = await anext(stream)
@@ -213,9 +213,9 @@ async def test_the_stream_brings_everything_then_what_changes(
 
 async def test_an_idle_stream_shows_that_it_lives(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
     """A comment is sent now and then, so that a lost connection is noticed."""
-    monkeypatch.setattr(sandbox_live, "INTERVAL", 0.01)
-    monkeypatch.setattr(sandbox_live, "SHARE", 1.0)
-    monkeypatch.setattr(sandbox_live, "HEARTBEAT", 0.02)
+    monkeypatch.setattr(live, "INTERVAL", 0.01)
+    monkeypatch.setattr(live, "SHARE", 1.0)
+    monkeypatch.setattr(live, "HEARTBEAT", 0.02)
     async with http.get("/sandbox/events") as response:
         lines = [(await response.content.readline()).decode() for _ in range(5)]
     assert lines[3:] == [": still here\n", "\n"]

@@ -8,10 +8,10 @@ from fastapi import APIRouter, Header, Query
 from fastapi.responses import Response
 
 from followups import scheduling
-from followups.api import answers, documents, problems
-from followups.api.caller import Authenticated, AuthenticatedRoute, Work
+from followups.api import json_responses, problems, response_docs
+from followups.api.authentication import Authenticated, AuthenticatedRoute, Work
 from followups.api.fields import Id, IdempotencyKey  # noqa: TC001 - FastAPI reads the annotations
-from followups.api.pages import ListRoute, link_header
+from followups.api.pagination import ListRoute, link_header
 from followups.api.schemas import FollowUp, FollowUpChanges, FollowUpQuery, NewFollowUp
 from followups.errors import (
     AlreadyFinishedError,
@@ -33,7 +33,7 @@ lists = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=Lis
 router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=AuthenticatedRoute)
 
 
-@lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=documents.LIST)
+@lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=response_docs.LIST)
 def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
     """List follow-ups, newest first."""
     wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
@@ -43,7 +43,7 @@ def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authentica
         )
         has_previous = query.page_number > 1 and (bool(rows) or _is_page(work, wanted, query))
     links = link_header(query, has_next=has_next, has_previous=has_previous)
-    return answers.answer(answers.many(FollowUp, rows), 200, links)
+    return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
 
 
 def _is_page(work: Work, wanted: listing.Filter, query: FollowUpQuery) -> bool:
@@ -54,17 +54,19 @@ def _is_page(work: Work, wanted: listing.Filter, query: FollowUpQuery) -> bool:
     return bool(rows)
 
 
-@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=documents.GET)
+@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=response_docs.GET)
 def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - the parameter's name in the document
     """Return one follow-up."""
     with caller.transaction() as work:
         found = follow_ups.find(work.session, id, work.workspace_id)
     if found is None:
         raise FollowUpNotFoundError
-    return answers.answer(answers.one(FollowUp, found))
+    return json_responses.answer(json_responses.one(FollowUp, found))
 
 
-@router.post("", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=documents.CREATE)
+@router.post(
+    "", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=response_docs.CREATE
+)
 def create_follow_up(
     body: NewFollowUp,
     caller: Authenticated,
@@ -98,16 +100,16 @@ def _create(work: Work, body: NewFollowUp) -> idempotency.Answer:
         due_date=body.due_date,
     )
     work.report(created)
-    return idempotency.Answer(201, f"{PATH}/{created.id}", answers.one(FollowUp, created))
+    return idempotency.Answer(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
 
 
 def _response(answer: idempotency.Answer) -> Response:
-    media_type = answers.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
+    media_type = json_responses.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
     headers = {"location": answer.location} if answer.location else None
     return Response(answer.body, answer.status, headers, media_type)
 
 
-@router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=documents.CHANGE)
+@router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=response_docs.CHANGE)
 def change_follow_up(
     id: Id,  # noqa: A002 - the parameter's name in the document
     body: FollowUpChanges,
@@ -119,7 +121,7 @@ def change_follow_up(
         changes = _without_nulls(work, id, given)
         changed = scheduling.amend(work.session, id, changes, workspace_id=work.workspace_id)
         work.report(changed, changes.get("finished_at"))
-    return answers.answer(answers.one(FollowUp, changed))
+    return json_responses.answer(json_responses.one(FollowUp, changed))
 
 
 def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dict[str, Any]:

@@ -8,37 +8,37 @@ from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
-from followups.api import answers, documents
+from followups.api import json_responses, response_docs
 from followups.api.problems import ProblemAnswer
 from followups.api.schemas import Health, Readiness
 
 if TYPE_CHECKING:
-    from followups.api.health import Health as Checks
     from followups.api.metrics import Exposition
+    from followups.api.readiness import Health as Checks
 
 router = APIRouter(tags=["Service"])
 
 
-@router.get("/healthz", operation_id="health", response_model=Health, responses=documents.HEALTH)
+@router.get("/healthz", operation_id="health", response_model=Health, responses=response_docs.HEALTH)
 async def health() -> Response:
     """Say that the process is up; this touches nothing."""
-    return answers.answer(b'{"status":"up"}')
+    return json_responses.answer(b'{"status":"up"}')
 
 
-@router.get("/readyz", operation_id="readiness", response_model=Readiness, responses=documents.READINESS)
+@router.get("/readyz", operation_id="readiness", response_model=Readiness, responses=response_docs.READINESS)
 def readiness(request: Request) -> Response:
     """Check the database, its migrations, the age of the last tick, and the broker."""
     health: Checks = request.app.state.health
     checks = health.checks()
     failing = [f"{name} ({check.detail})" for name, check in checks.items() if not check.ok]
     if not failing:
-        return answers.answer(Readiness(status="ready", checks=checks).model_dump_json().encode())
+        return json_responses.answer(Readiness(status="ready", checks=checks).model_dump_json().encode())
     told = {name: check.model_dump() for name, check in checks.items()}
     detail = f"Not ready: {', '.join(failing)}."
     return ProblemAnswer(503, "not-ready", detail, {"retry-after": "5"}, {"checks": told}).response()
 
 
-@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=documents.METRICS)
+@router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=response_docs.METRICS)
 def metrics(request: Request) -> Response:
     """Show what all processes count, and what waits in the database, in Prometheus' text format."""
     exposition: Exposition = request.app.state.exposition

@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from followups.cli.bench.place import Place, Plan, prepared
+from followups.cli.bench.environment import Place, Plan, prepared
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, print_json, remark, remarks, say
 from followups.cli.signals import StopSignals
-from followups.store import bench as store
+from followups.store import bench_schema as store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from followups.store.bench import Outcome
+    from followups.store.bench_schema import Outcome
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

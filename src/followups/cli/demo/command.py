@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 import typer
 from sqlalchemy.orm import Session
 
-from followups.cli.demo.audience import Pipe, Program, Terminal
+from followups.cli.demo.play import Stage
+from followups.cli.demo.presentation import Pipe, Program, Terminal
 from followups.cli.demo.scenario import script
 from followups.cli.demo.score import look, score
-from followups.cli.demo.stage import Stage
 from followups.cli.examples import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, console, remark
 from followups.cli.signals import StopSignals
-from followups.cli.stack import Plan, running
+from followups.cli.system import Plan, running
 from followups.database import make_engine
 from followups.embedded import free_port
 from followups.settings import Settings
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.cli.demo.audience import Audience
+    from followups.cli.demo.play import Scheduled
+    from followups.cli.demo.presentation import Audience
     from followups.cli.demo.score import Score, Standing
-    from followups.cli.demo.stage import Scheduled
-    from followups.cli.stack import Stack
+    from followups.cli.system import Stack
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

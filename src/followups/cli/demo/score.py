@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.cli.demo.stage import Scheduled
+    from followups.cli.demo.play import Scheduled
     from followups.models import FollowUp
 
 MILLISECOND = timedelta(milliseconds=1)

@@ -1,7 +1,8 @@
-"""From when on lateness counts where sending hours held a follow-up, and constraints that keep unreadable times out.
+"""The start of lateness after a hold by sending hours, and constraints against unreadable times.
 
-A constraint is left out where rows break it already: under it, whatever changes such a row would fail, the claim of all
-that is due included. ``followups doctor`` names the rows, and the statement that adds the constraint.
+A constraint is left out if rows violate it already: with the constraint, every change of such a row would fail,
+including the claim of everything that is due. ``followups doctor`` names the rows, and the statement that adds the
+constraint.
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ CHECKS = {
 
 
 def upgrade() -> None:
-    """Add the column, which has no default, so that no row is rewritten; then the constraints, each in two short steps.
+    """Add the column, then the constraints, each in two short steps.
 
-    A constraint reads the rows while other transactions read and write them.
+    The column has no default, so no row is rewritten. A constraint reads the rows while other transactions read and
+    write them.
     """
     op.execute("ALTER TABLE follow_ups ADD COLUMN IF NOT EXISTS sendable_from timestamptz")
     with op.get_context().autocommit_block():
         for table, check in CHECKS.items():
             name = f"ck_{table}_times_are_readable"
-            op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")  # of a run that was broken off
+            op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")  # left by an interrupted run
             if not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {table} WHERE NOT ({check}))")):  # noqa: S608
                 op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
                 op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")

@@ -1,4 +1,7 @@
-"""Until when leases with an attempt in flight are left to their workers, after ticks had stopped."""
+"""The end of the grace period in which leases with an attempt in flight are left to their workers.
+
+The grace period follows a gap in the ticks.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Index of the chats' external ids: whether another workspace has one is asked where it belongs to one workspace."""
+"""Index of the chats' external ids, for the check whether another workspace has the same id.
+
+The check is made where each external id belongs to one workspace only.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ NAME = "ix_chats_external_id"
 
 
 def upgrade() -> None:
-    """Create it concurrently, outside a transaction; one that was broken off is dropped first."""
+    """Create the index concurrently, outside a transaction.
+
+    An index left by an interrupted run is dropped first.
+    """
     with op.get_context().autocommit_block():
         op.drop_index(NAME, table_name="chats", if_exists=True, postgresql_concurrently=True)
         op.create_index(

@@ -1,0 +1,141 @@
+"""The access log: one line for each request, and the request's id bound to every line in between.
+
+This is the outermost middleware, so that refused requests have their line too. The query and the body are left out,
+because they may hold anything that a client writes. Successful probes and scrapes are logged at level debug.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from starlette.datastructures import MutableHeaders
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from followups.telemetry import traces
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from contextlib import AbstractContextManager
+
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+HEADER = "x-request-id"
+
+SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
+"""A request id that is accepted from a client or a proxy; any other is replaced by a new one."""
+
+LONGEST_PATH = 200
+"""Most characters of a path in a log line; ours have 80."""
+
+FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+
+SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
+"""Headers of every response.
+
+Responses that may be cached, which are the static files, set that header themselves. No other response may be cached.
+"""
+
+KEY = "followups.seen"
+"""The key of a request's `Seen` in its scope."""
+
+log = get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Seen:
+    """What is known about a request. ``status`` is None if the client disconnected before the answer."""
+
+    request_id: str
+    status: int | None = None
+    workspace_id: str | None = None
+    key_id: str | None = None
+
+
+class Access:
+    """ASGI middleware around everything."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        """Take the application to wrap."""
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the request with its id bound, and log it once it has been answered."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        seen = Seen(request_id_of(scope["headers"]))
+        inner = {**scope, KEY: seen}
+        if scope["method"] == "HEAD":  # served as GET; the server leaves out the body
+            inner["method"] = "GET"
+        # Clear it first: on a kept-alive connection a request's task is created by the one before it, with its context.
+        clear_contextvars()
+        bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
+
+        async def answer(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                seen.status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers[HEADER] = seen.request_id
+                headers.update(SECURITY_HEADERS)
+                headers.setdefault("cache-control", "no-store")
+            await send(message)
+
+        try:
+            with _span(scope) as note:
+                if traceparent := traces.current_traceparent():
+                    bind_contextvars(trace_id=traceparent.split("-")[1])
+                await self._app(inner, receive, answer)
+                note(_attributes(inner, seen), failed=seen.status is None or seen.status >= FAILED)
+        finally:
+            _tell(seen, scope, time.perf_counter() - started)
+            clear_contextvars()
+
+
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """Return the id in the request's headers, or a new one.
+
+    >>> request_id_of([(b"x-request-id", b"abc-1")])
+    'abc-1'
+    >>> len(request_id_of([(b"x-request-id", b"<script>")]))
+    32
+    """
+    given = next((value for name, value in headers if name == HEADER.encode()), b"")
+    return given.decode() if SAFE_ID.fullmatch(given) else uuid4().hex
+
+
+def _span(scope: Scope) -> AbstractContextManager[traces.Note]:
+    return traces.NOTHING if scope["path"] in PROBES else traces.request(scope["method"], scope["headers"])
+
+
+def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
+    found = {
+        "http.response.status_code": seen.status,
+        "http.route": getattr(scope.get("route"), "path", None),
+        "followups.workspace_id": seen.workspace_id,
+        "followups.request_id": seen.request_id,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
+    failed = seen.status is not None and seen.status >= FAILED
+    if scope["path"] in PROBES:  # requested every few seconds; the answer of a failing one says what is wrong
+        tell = log.debug if seen.status == HTTPStatus.OK else log.info
+    else:
+        tell = log.warning if failed else log.info
+    tell(
+        "request",
+        status=seen.status,
+        duration_ms=round(seconds * 1000, 2),
+        client=(scope.get("client") or (None,))[0],
+        workspace_id=seen.workspace_id,
+        key_id=seen.key_id,
+    )

@@ -1,0 +1,136 @@
+"""The API's rate limit: requests for each API key and minute, counted in Redis for all web processes together.
+
+It keeps one key's burst from slowing the others; no promise depends on it. If Redis is unreachable, requests are
+allowed, which is counted and logged, and Redis is not asked for a while, because asking costs a timeout.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from limits import RateLimitItemPerMinute
+from limits.storage import RedisStorage
+from limits.strategies import SlidingWindowCounterRateLimiter
+from prometheus_client import Counter
+from redis import RedisError
+from redis.backoff import NoBackoff
+from redis.exceptions import ReadOnlyError
+from redis.retry import Retry
+
+from followups.errors import TooManyRequestsError
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from followups.settings import Settings
+
+log = get_logger(__name__)
+
+TIMEOUT = timedelta(milliseconds=200)
+"""How long Redis may take to answer; it takes a tenth of a millisecond."""
+
+PAUSE = timedelta(seconds=5)
+"""How long Redis is not asked after a failure."""
+
+UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let through uncounted, because Redis was away.")
+
+
+AHEAD_FOR = timedelta(seconds=1)
+"""How long requests that were counted ahead stay valid."""
+
+SHARE_AHEAD = 600
+"""At most a 600th of the limit, a tenth of a second's worth, is counted ahead at once."""
+
+
+@dataclass(slots=True)
+class Allowance:
+    """Requests of one key that this process has counted in Redis and not yet received."""
+
+    size: int
+    left: int
+    until: float
+
+
+class RateLimit:
+    """A sliding window for each key.
+
+    For a busy key, requests are counted ahead, twice as many each time: asking Redis for every single one took a tenth
+    of a create. For an idle key, or a small limit, every request is counted as it arrives.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Take the settings; connect to nothing yet."""
+        self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
+        self._off = settings.api_rate_limit == 0
+        self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
+        self._storage = RedisStorage(
+            settings.broker_url.get_secret_value(),
+            key_prefix=f"{settings.broker_prefix}rate",
+            socket_timeout=TIMEOUT.total_seconds(),
+            socket_connect_timeout=TIMEOUT.total_seconds(),
+            retry=Retry(NoBackoff(), 0),  # type: ignore[arg-type] # redis-py takes it
+            # This does not cause a retry: it closes the connection that received the error, since after a failover the
+            # address leads to another server.
+            retry_on_error=[ReadOnlyError],  # type: ignore[arg-type] # as above
+        )
+        self._limiter = SlidingWindowCounterRateLimiter(self._storage)
+        self._allowances: dict[UUID, Allowance] = {}
+        self._ask_again_at = 0.0
+        self._lock = threading.Lock()
+
+    def check(self, key_id: UUID) -> None:
+        """Count a request of the key. Raises `TooManyRequestsError` above the limit."""
+        if self._off:
+            return
+        size = self._spend(key_id)
+        if not size:
+            return
+        if time.monotonic() < self._ask_again_at:
+            UNLIMITED.inc()
+            return
+        try:
+            wait = self._count(key_id, size)
+        except (RedisError, OSError) as error:
+            self._pause(error)
+            return
+        if wait is not None:
+            raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._storage.storage.close()
+
+    def _spend(self, key_id: UUID) -> int:
+        """Use one request counted ahead, or return how many to count now if there is none."""
+        with self._lock:
+            held = self._allowances.get(key_id)
+            if held is None or time.monotonic() >= held.until:
+                return 1
+            if held.left:
+                held.left -= 1
+                return 0
+            return min(2 * held.size, self._most_ahead)
+
+    def _count(self, key_id: UUID, size: int) -> float | None:
+        """Count so many requests, or only one; return None if allowed, otherwise the seconds until one is."""
+        name = str(key_id)
+        for cost in (size, 1) if size > 1 else (1,):
+            if self._limiter.hit(self._item, name, cost=cost):
+                with self._lock:
+                    until = time.monotonic() + AHEAD_FOR.total_seconds()
+                    self._allowances[key_id] = Allowance(cost, cost - 1, until)
+                return None
+        return self._limiter.get_window_stats(self._item, name).reset_time - time.time()
+
+    def _pause(self, error: Exception) -> None:
+        UNLIMITED.inc()
+        with self._lock:
+            first = time.monotonic() >= self._ask_again_at
+            self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
+        if first:
+            log.warning("rate_limit_unavailable", error=type(error).__name__, pause_s=PAUSE.total_seconds())

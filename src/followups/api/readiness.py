@@ -1,0 +1,115 @@
+"""Readiness: the named checks of everything this service needs."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from redis import Redis, RedisError
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.api.schemas import Check
+from followups.database import IS_READ_ONLY, takes_changes, unfit
+from followups.schema import alembic_config, is_ready
+from followups.store import last_tick
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+TIMEOUT = timedelta(seconds=1)
+"""How long to wait for the broker."""
+
+KEPT = 1.0
+"""Seconds for which one result answers every probe, so that many probes cost no more than one."""
+
+STALE_TICKS = 5
+STALE_AT_LEAST = timedelta(seconds=10)
+"""The last tick is stale after five intervals, but not before ten seconds: a restart of beat is no outage."""
+
+
+class Health:
+    """The checks of one process."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        """Take what is checked; connect to nothing yet."""
+        self._engine = engine
+        self._lock = threading.Lock()
+        self._latest: tuple[float, dict[str, Check]] | None = None
+        self._stale = max(STALE_AT_LEAST, STALE_TICKS * settings.tick_interval)
+        self._broker = Redis.from_url(
+            settings.broker_url.get_secret_value(),
+            socket_timeout=TIMEOUT.total_seconds(),
+            socket_connect_timeout=TIMEOUT.total_seconds(),
+            retry=Retry(NoBackoff(), 0),
+        )
+
+    def checks(self) -> dict[str, Check]:
+        """Return the result of every check, at most `KEPT` seconds old.
+
+        More frequent calls get the same result.
+        """
+        with self._lock:
+            if self._latest is None or time.monotonic() - self._latest[0] > KEPT:
+                self._latest = time.monotonic(), self._database() | {"broker": self._check_broker()}
+            return self._latest[1]
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._broker.close()
+
+    def _database(self) -> dict[str, Check]:
+        unknown = Check(ok=False, detail="unknown: the database cannot be asked")
+        checks = {"database": unknown, "migrations": unknown, "tick": unknown}
+        try:
+            with self._engine.connect() as connection:
+                writable = takes_changes(connection)
+                checks["database"] = Check(ok=writable, detail="answers" if writable else IS_READ_ONLY)
+                checks["migrations"] = _migrations(connection)
+                if checks["migrations"].ok:
+                    checks["tick"] = self._tick(connection)
+                else:
+                    checks["tick"] = Check(ok=False, detail="unknown: the database is not migrated")
+        except SQLAlchemyError as error:
+            checks["database"] = Check(ok=False, detail=unfit(error) or f"does not answer ({type(error).__name__})")
+        return checks
+
+    def _tick(self, connection: Connection) -> Check:
+        age = last_tick.last_tick_age(connection)
+        if age is None:
+            return Check(ok=False, detail="none yet: start beat and a worker")
+        if age > self._stale:
+            return Check(ok=False, detail=f"none for {age.total_seconds():.0f} s: start beat and a worker")
+        return Check(ok=True, detail=f"{age.total_seconds():.1f} s ago")
+
+    def _check_broker(self) -> Check:
+        try:
+            self._broker.ping()
+        except (RedisError, OSError) as error:
+            return Check(ok=False, detail=f"does not answer ({type(error).__name__})")
+        return Check(ok=True, detail="answers")
+
+
+def _migrations(connection: Connection) -> Check:
+    found, newest = MigrationContext.configure(connection).get_current_revision(), _newest_revision()
+    if found == newest:
+        return Check(ok=True, detail=str(found))
+    if _is_ready(found):
+        return Check(ok=True, detail=f"at {found}, newer than {newest}: replace this process by the newer version")
+    return Check(ok=False, detail=f"at {found or 'none'}, wants {newest}: run followups migrate")
+
+
+_is_ready = lru_cache(maxsize=8)(is_ready)
+
+
+@lru_cache(maxsize=1)
+def _newest_revision() -> str | None:
+    return ScriptDirectory.from_config(alembic_config()).get_current_head()

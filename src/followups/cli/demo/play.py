@@ -1,0 +1,99 @@
+"""Plays the scenario through the REST API, as a chat platform would."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+from followups.cli.rest import Rest
+from followups.cli.times import rfc3339
+
+if TYPE_CHECKING:
+    from followups.cli.demo.scenario import Part, Scenario
+    from followups.cli.system import Stack
+
+LEAST_LEAD = 1.5
+"""Least seconds between a follow-up's creation and its due moment.
+
+Every follow-up is created before it is due, so that its lag measures the dispatcher's punctuality.
+"""
+
+CALLS_A_CHAT = 3
+"""Requests that it takes to open one chat. Their duration predicts that of all other requests."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A follow-up of the scenario, with its id in the API."""
+
+    id: UUID
+    part: Part
+    due: datetime
+
+
+class Stage:
+    """The chats of one run. Use it from one thread."""
+
+    def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
+        """Take the API's address and the script; open no chat yet."""
+        self._api = Rest(stack.api, key)
+        self._sandbox = Rest(stack.sandbox)
+        self._scenario = scenario
+        self._chats = {name: uuid4() for name in scenario.chats}
+        self._replies = dict(scenario.replies)
+        self.start = datetime.now(UTC)
+        """The moment that the scenario's times count from."""
+
+    def open_chats(self) -> timedelta:
+        """Open the chats with an agent's message in each, configure the receiver; return the seconds of a call."""
+        began = time.monotonic()
+        for name, chat in self._chats.items():
+            self._api.call("PUT", f"/api/v1/chats/{chat}", {"channel": "widget", "externalId": name})
+            self._write(chat, "agent", f"Hello {name}, how can I help you?")
+        for name, times in self._scenario.failures.items():
+            self._behave(name, {"kind": "fail", "times": times})
+        for name in self._scenario.refused:
+            self._behave(name, {"kind": "reject"})
+        return timedelta(seconds=(time.monotonic() - began) / (CALLS_A_CHAT * len(self._chats)))
+
+    def schedule(self, call: timedelta) -> list[Scheduled]:
+        """Create every follow-up, all before the first is due if no call takes more than twice ``call``."""
+        lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
+        self.start = datetime.now(UTC) + lead
+        return [self._create(part) for part in self._scenario.parts]
+
+    def play(self, now: datetime) -> list[str]:
+        """Send the user messages that are due, and return the names of their chats."""
+        due = [name for name, at in self._replies.items() if now >= self.start + timedelta(seconds=at)]
+        for name in due:
+            del self._replies[name]
+            self._write(self._chats[name], "user", "Yes, I am back. Thank you!")
+        return due
+
+    def receipts(self) -> dict[str, object]:
+        """Return the receiver's counts."""
+        counted: dict[str, object] = self._sandbox.call("GET", "/sandbox/summary")
+        return counted
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._api.close()
+        self._sandbox.close()
+
+    def _create(self, part: Part) -> Scheduled:
+        due = self.start + timedelta(seconds=part.due)
+        document = {"chatId": str(self._chats[part.chat]), "dueDate": rfc3339(due), "message": part.message}
+        created = self._api.call("POST", "/api/v1/chat-message-follow-ups", document)
+        return Scheduled(UUID(created["id"]), part, due)
+
+    def _write(self, chat: UUID, role: str, text: str) -> None:
+        # The API takes no text; the sandbox shows this one on its page.
+        self._sandbox.call("POST", f"/sandbox/chats/{chat}/messages", {"role": role, "text": text})
+        message = {"id": str(uuid4()), "chatId": str(chat), "role": role}
+        self._api.call("POST", "/api/v1/chat-messages", message)
+
+    def _behave(self, name: str, behaviour: dict[str, object]) -> None:
+        self._sandbox.call("PUT", f"/sandbox/chats/{self._chats[name]}/behaviour", behaviour)

@@ -1,0 +1,141 @@
+"""``followups limit``: rate limits for deliveries."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sqlalchemy.orm import Session
+
+from followups.cli import connection
+from followups.cli.documents import limit_document
+from followups.cli.examples import examples
+from followups.cli.explanations import limited
+from followups.cli.filters import OneChannel, Workspace, workspace_id_of
+from followups.cli.output import Json, print_json, print_table, say
+from followups.cli.rates import MOST, default_burst, parse_rate, shown
+from followups.cli.times import readable
+from followups.store import rate_limits
+from followups.store.rate_limits import Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from followups.channels import Channel
+    from followups.store.rate_limits import Limit
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="markdown",
+    epilog=examples("followups limit set 50/s --workspace acme", "followups limit list"),
+)
+
+
+class Each(StrEnum):
+    """What gets a token bucket of its own."""
+
+    WORKSPACE = "workspace"
+    CHAT = "chat"
+
+
+Rate = Annotated[
+    float, typer.Argument(parser=parse_rate, metavar="RATE", show_default=False, help="As in 50/s, 20/min or 1000/h.")
+]
+Apart = Annotated[
+    Each | None, typer.Option("--each", help="So many for each of them; else for all together.", show_default=False)
+]
+Burst = Annotated[
+    int | None,
+    typer.Option("--burst", min=1, max=MOST, help="So many may go at once.", show_default="one second's worth"),
+]
+
+
+@app.callback()
+def group() -> None:
+    """Limit how many follow-ups are sent each second: of a workspace, on a channel, into each chat, or in total.
+
+    All matching limits apply. Follow-ups over a limit wait, the earliest due first. Waiting uses up no attempt, and a
+    waiting follow-up can be cancelled or rescheduled. Past FOLLOWUPS_MAX_LATENESS, or its messaging window, it fails as
+    too_late or window_closed.
+    """
+
+
+@app.command(
+    "set",
+    epilog=examples(
+        "followups limit set 50/s --workspace acme",
+        "followups limit set 20/min --workspace acme --channel whatsapp --burst 5",
+        "followups limit set 1000/h --each workspace",
+        "followups limit set 1/min --each chat",
+    ),
+)
+def set_(
+    rate: Rate,
+    *,
+    workspace: Workspace = None,
+    channel: OneChannel = None,
+    each: Apart = None,
+    burst: Burst = None,
+    json: Json = False,
+) -> None:
+    """Set a limit, or change the one with the same options. Workers apply it within seconds."""
+    at_once = burst or default_burst(rate)
+    with connection.engine() as engine:
+        with Session(engine) as session, session.begin():
+            scope = _scope(session, workspace, channel, each)
+            rate_limits.put(session.connection(), scope, rate, at_once)
+        with engine.connect() as opened:
+            standing = rate_limits.standing(opened)
+    if json:
+        print_json([limit_document(limit) for limit in standing])
+    else:
+        say(f"{_named(workspace, channel, each)}: {shown(rate)}, {at_once:,} at once.")
+
+
+@app.command(
+    epilog=examples("followups limit clear --workspace acme", "followups limit clear --each chat --channel whatsapp")
+)
+def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apart = None, json: Json = False) -> None:
+    """Remove the limit with exactly these options. Waiting follow-ups continue within seconds."""
+    with connection.engine() as engine:
+        with Session(engine) as session, session.begin():
+            was_set = rate_limits.clear(session.connection(), _scope(session, workspace, channel, each))
+        with engine.connect() as opened:
+            standing = rate_limits.standing(opened)
+    if json:
+        print_json({"cleared": was_set, "limits": [limit_document(limit) for limit in standing]})
+    else:
+        say(f"{_named(workspace, channel, each)}: {'no limit any more' if was_set else 'there was no limit'}.")
+
+
+@app.command("list", epilog=examples("followups limit list", "followups limit list --json"))
+def list_(*, json: Json = False) -> None:
+    """List the limits, the widest first."""
+    with connection.session() as session:
+        standing = rate_limits.standing(session.connection())
+    if json:
+        print_json([limit_document(limit) for limit in standing])
+        return
+    print_table(
+        ("WORKSPACE", "CHANNEL", "EACH", "RATE", "BURST", "SINCE"), _rows(standing), empty="Nothing is limited."
+    )
+
+
+def _scope(session: Session, workspace: str | None, channel: Channel | None, each: Each | None) -> Scope:
+    if workspace is not None and each is Each.WORKSPACE:
+        message = "--each workspace goes without --workspace, which is one already."
+        raise typer.BadParameter(message)
+    return Scope(workspace_id_of(session, workspace), channel and channel.value, each.value if each else "all")
+
+
+def _rows(standing: Sequence[Limit]) -> Iterator[tuple[str, ...]]:
+    for limit in standing:
+        each = "-" if limit.per == "all" else limit.per
+        place = (limit.workspace or "all", limit.channel or "all", each)
+        yield (*place, shown(limit.rate), f"{limit.burst:,}", readable(limit.since))
+
+
+def _named(workspace: str | None, channel: str | None, each: Each | None) -> str:
+    named = limited(workspace, channel, each.value if each else "all")
+    return f"{named[0].upper()}{named[1:]}"

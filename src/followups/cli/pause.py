@@ -1,0 +1,155 @@
+"""``followups pause`` and ``followups resume``."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from sqlalchemy.orm import Session
+
+from followups.cli import bulk, connection
+from followups.cli.documents import pause_document
+from followups.cli.examples import examples
+from followups.cli.filters import OneChannel, Workspace, workspace_id_of
+from followups.cli.nudge import ask_for_tick
+from followups.cli.output import Json, print_json, print_table, remark, say
+from followups.cli.times import readable
+from followups.store import pauses
+from followups.store.pauses import Scope
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from sqlalchemy import Engine
+
+    from followups.channels import Channel
+    from followups.store.pauses import Standing
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+UNDER_WAY = 10.0
+"""Most seconds to wait for transactions that began attempts before they could see the pause."""
+LOOK = 0.02
+
+
+@app.command(
+    epilog=examples(
+        "followups pause --workspace acme",
+        "followups pause --workspace acme --channel whatsapp",
+        "followups pause --channel whatsapp",
+        "followups pause --list",
+    )
+)
+def pause(
+    *,
+    workspace: Workspace = None,
+    channel: OneChannel = None,
+    list_: Annotated[bool, typer.Option("--list", help="Show what is paused, and how much each pause holds.")] = False,
+    json: Json = False,
+) -> None:
+    """Stop a workspace, a channel, or a channel of a workspace from sending, until it is resumed.
+
+    Attempts that began earlier run to their end; when this command returns, no new one begins. Follow-ups that come due
+    are paused: this uses up no attempt, they can be cancelled and rescheduled, and later ones of their chat wait. On
+    resuming, those past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or window_closed. Pausing
+    again changes nothing.
+    """
+    if list_:
+        _list(json=json)
+        return
+    with connection.engine() as engine:
+        with Session(engine) as session, session.begin():
+            scope = _scope(session, workspace, channel)
+            new = pauses.pause(session.connection(), scope)
+        _wait_for_begins(engine)
+        with engine.connect() as opened:
+            standing = pauses.standing(opened)
+    if json:
+        print_json([pause_document(each) for each in standing])
+    else:
+        say(f"{_named(workspace, channel)} is paused" + ("." if new else ", as it was."))
+
+
+@app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
+def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
+    """End the pause with exactly these options. What is due goes out at once, the earliest due first.
+
+    If interrupted, run the command again; otherwise the rest continues by itself within a lease.
+    """
+    with connection.engine() as engine:
+        with Session(engine) as session, session.begin():
+            scope = _scope(session, workspace, channel)
+            was_paused = pauses.resume(session.connection(), scope)
+        with engine.connect() as opened:
+            number = pauses.count_forgotten(opened)
+        freed = _free(engine, number)
+        with engine.connect() as opened:
+            standing = pauses.standing(opened)
+    ask_for_tick()
+    if json:
+        print_json({"resumed": was_paused, "freed": freed, "paused": [pause_document(each) for each in standing]})
+        return
+    if was_paused or freed:
+        say(f"{_named(workspace, channel)} goes on; {freed:,} that were held go on with it.")
+    else:
+        say(f"{_named(workspace, channel)} was not paused.")
+    for each in standing:
+        remark(f"Still paused: {_named(each.workspace, each.channel)}")
+
+
+def _scope(session: Session, workspace: str | None, channel: Channel | None) -> Scope:
+    if workspace is None and channel is None:
+        message = "name what is meant by --workspace, by --channel, or by both."
+        raise typer.BadParameter(message)
+    return Scope(workspace_id_of(session, workspace), channel and channel.value)
+
+
+def _wait_for_begins(engine: Engine) -> None:
+    end = time.monotonic() + UNDER_WAY
+    with engine.connect() as opened:
+        transactions = pauses.workers_transactions(opened)
+        while pauses.still_open(opened, transactions):
+            if time.monotonic() > end:
+                remark("A worker has had a transaction open for long; what it has begun goes on.")
+                return
+            time.sleep(LOOK)
+
+
+def _free(engine: Engine, number: int) -> int:
+    def batches() -> Iterator[int]:
+        while True:
+            with engine.begin() as opened:
+                freed = pauses.free_forgotten(opened)
+            if not freed:
+                return
+            yield freed
+
+    plan = bulk.Plan(verb="resume", done="resumed", number=number, sample=())
+    freed = 0
+    with bulk.progress(plan) as bar:
+        task = bar.add_task("Resume", total=number)
+        for batch in batches():
+            freed += batch
+            bar.advance(task, batch)
+    return freed
+
+
+def _list(*, json: bool) -> None:
+    with connection.session() as session:
+        standing = pauses.standing(session.connection())
+    if json:
+        print_json([pause_document(each) for each in standing])
+        return
+    print_table(("WORKSPACE", "CHANNEL", "SINCE", "HELD"), _rows(standing), empty="Nothing is paused.")
+
+
+def _rows(standing: Sequence[Standing]) -> Iterator[tuple[str, ...]]:
+    for each in standing:
+        yield (each.workspace or "all", each.channel or "all", readable(each.since), f"{each.held:,}")
+
+
+def _named(workspace: str | None, channel: str | None) -> str:
+    if workspace is None:
+        return f"Channel {channel}, of every workspace,"
+    return f"Workspace {workspace}" + (f", channel {channel}," if channel else "")

@@ -1,0 +1,191 @@
+"""Claim: lease what falls due before the next tick, and recover lost leases."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from followups.database import CONNECT_TIMEOUT
+from followups.delivery import events
+from followups.delivery.send import GRACE
+from followups.halving import halve
+from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
+from followups.store import chat_order, claims, last_tick, leases, settlement
+from followups.store.last_tick import Rhythm
+from followups.transactions import transact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+    from followups.states import Final
+    from followups.store.claims import Lost
+    from followups.store.leases import Lease
+
+    Take = Callable[[Connection, claims.Look], claims.Taken]
+
+MAX_LOSSES = 3
+"""Lost leases after which a follow-up counts as a poison pill."""
+
+AHEAD_TICKS = 2
+"""Tick intervals that a claim looks ahead: one late tick must not make anything late."""
+
+CLAIM_SIZE = 1000
+"""Rows that a claim may always take."""
+LARGEST_CLAIM = 10_000
+"""Most rows of one claim: it takes a tenth of a second or two, and the first are sent while the rest is claimed."""
+
+
+SETTLE_MARGIN = timedelta(seconds=2)
+"""Time to record an outcome once the database answers.
+
+It covers the longest pause between two tries, and the statement.
+"""
+
+
+def rhythm_of(settings: Settings) -> Rhythm:
+    """Return the longest harmless gap between ticks, and the grace period that follows a longer one.
+
+    Leases may end unseen during a longer gap, and the grace period gives their workers time to record the outcomes.
+    After an outage a worker must connect to record what it knows. After the database's clock was set forward, calls
+    that have just begun must end. With the default settings the grace is 13 s, after a gap of more than 3 s.
+    """
+    known_within = max(settings.transport_timeout + GRACE, timedelta(seconds=CONNECT_TIMEOUT))
+    # If the tick interval is longer than a lease, a lease can end unseen between any two ticks.
+    longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
+    return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
+
+
+def size_of_claim(window: int) -> int:
+    """Return the most rows of one claim: half of what may be in flight, but at least `CLAIM_SIZE`.
+
+    Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
+    half meanwhile.
+    """
+    return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The result of one claim: leases to publish, and follow-ups it ended because they must not be tried again."""
+
+    leases: tuple[Lease, ...]
+    ended: tuple[tuple[UUID, Final], ...]
+    lost: int
+    """Lost leases: those that ran out with an attempt in flight."""
+    more: bool
+    """Whether more may be due: this claim, or the window of what may be in flight, was full."""
+    cut_short: bool
+    """Whether another claim now would find more: this one was full, and the window was not."""
+    low_water: datetime | None
+    """Where the next claim may start, apart from rows that come in with an earlier due date."""
+    in_grace: bool = False
+    """Whether ended leases with an attempt in flight were left to their workers.
+
+    Another claim takes these leases over shortly.
+    """
+    busy: bool = False
+    """Whether another dispatcher was claiming, so that this claim looked at nothing."""
+    traced: tuple[tuple[UUID, str], ...] = ()
+    """Ids of claimed follow-ups, with the traces in which they were created."""
+
+
+def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
+    """Claim due follow-ups in one transaction, or with ``since`` only those that fell due after it.
+
+    The follow-ups in ``without`` are passed over.
+    """
+    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim))
+
+
+def claim_fairly(
+    engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
+) -> Claim:
+    """Claim what is due, starting with the workspaces that have the fewest in flight; used after a claim left some."""
+    return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
+
+
+def unclaimable(engine: Engine, settings: Settings) -> tuple[UUID, ...]:
+    """Return and log the due follow-ups that cannot be leased because their rows cannot be written."""
+    with engine.connect() as connection:
+        ids = claims.candidates(connection, _look(settings, None, ()))
+
+    def try_to_lease(part: Sequence[UUID]) -> None:
+        with engine.connect() as connection:  # the transaction ends without a commit
+            claims.try_to_lease(connection, part)
+
+    refused = halve(ids, try_to_lease).refused if ids else []
+    for follow_up_id, error in refused:
+        events.refused("claim", follow_up_id, error)
+    return tuple(follow_up_id for follow_up_id, _ in refused)
+
+
+def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.Look:
+    return claims.Look(
+        ahead=settings.tick_interval * AHEAD_TICKS,
+        lease=settings.lease,
+        window=settings.max_in_flight,
+        most=size_of_claim(settings.max_in_flight),
+        since=since,
+        without=without,
+    )
+
+
+def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connection) -> Claim:
+    tick = last_tick.begin(connection, rhythm_of(settings))
+    if tick is None:
+        return Claim((), (), 0, more=False, cut_short=False, low_water=look.since, busy=True)
+    taken = take(connection, replace(look, in_grace=tick.in_grace))
+    ended = _end_lost(connection, taken.lost, deduplicates=settings.transport_deduplicates) if taken.lost else {}
+    return Claim(
+        leases=tuple(lease for lease in taken.leases if lease.id not in ended),
+        ended=tuple(ended.items()),
+        lost=len(taken.lost),
+        more=taken.more,
+        cut_short=taken.cut_short,
+        low_water=taken.low_water,
+        in_grace=tick.in_grace,
+        traced=tuple(taken.traced),
+    )
+
+
+def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -> dict[UUID, Final]:
+    failures = [
+        settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
+        for one in lost
+    ]
+    for failure, error in settlement.record_failures(connection, failures):
+        events.refused("record", failure.follow_up_id, error)
+    finals = [
+        (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost
+    ]
+    ends = [(lease, final) for lease, final in finals if final]
+    ended = leases.end_if_not_begun(connection, ends) if ends else set()
+    chat_order.wake(connection, ended)
+    return {lease.id: final for lease, final in ends if lease.id in ended}
+
+
+def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
+    """Return how a follow-up ends after its ``losses``-th lost lease, or None if it is tried again.
+
+    >>> after_loss(1, None, deduplicates=True) is None
+    True
+    >>> after_loss(1, None, deduplicates=False).reason
+    'outcome_unknown: the worker was lost with the attempt in flight'
+    """
+    if not deduplicates:
+        return finish(Status.FAILED, ReasonCode.OUTCOME_UNKNOWN, "the worker was lost with the attempt in flight")
+    if cancel_requested:
+        if cancel_requested not in CANCEL_CODES:
+            return finish(Status.CANCELLED, words=cancel_requested)
+        detail = "the outcome of the attempt in flight is unknown"
+        return finish(Status.CANCELLED, ReasonCode(cancel_requested), detail)
+    if losses >= MAX_LOSSES:
+        return finish(Status.FAILED, ReasonCode.WORKER_LOST, f"{losses} workers were lost with it in flight")
+    return None

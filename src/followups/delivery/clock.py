@@ -1,0 +1,73 @@
+"""The database's clock as a worker knows it; no host's clock decides anything."""
+
+from __future__ import annotations
+
+from collections import deque
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.uptime import uptime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+
+SAMPLES = 12
+"""Samples kept: with one every few seconds, the drift between the two clocks stays below a millisecond."""
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_NOW = text("SELECT clock_timestamp()")
+
+
+class DatabaseClock:
+    """The offset between this machine's uptime and the database's clock, never ahead of that clock.
+
+    A sample means that the database's time was ``told`` at some moment between ``asked`` and ``answered``. Taking
+    ``told`` for the time at ``answered`` errs at most by the time that the answer travelled, and only to the late side,
+    so nothing is sent early. The quickest answer errs least, so the largest offset of the last samples counts.
+    """
+
+    def __init__(self, seconds: Callable[[], float] = uptime) -> None:
+        """Start without a sample; ``seconds`` reads a clock that is never set."""
+        self._seconds = seconds
+        self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
+        self._offset: float | None = None
+
+    def observe(self, told: datetime, asked: float, answered: float) -> None:
+        """Record a sample: the database's time, and the uptime before and after the query."""
+        seconds = (told - _EPOCH).total_seconds()
+        lowest, highest = seconds - answered, seconds - asked
+        if self._offset is not None and self._offset > highest:
+            self._samples.clear()  # the database's clock was set back
+        self._samples.append((lowest, highest))
+        self._offset = max(low for low, _ in self._samples)
+
+    def ask(self, engine: Engine, times: int = 1) -> None:
+        """Sample the database's clock ``times`` times."""
+        with engine.connect() as connection:
+            for _ in range(times):
+                asked = self._seconds()
+                told = connection.execute(_NOW).scalar_one()
+                self.observe(told, asked, self._seconds())
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a sample."""
+        return self._offset is not None
+
+    def now(self) -> datetime:
+        """Return the database's time. Raises RuntimeError before the first sample."""
+        return _EPOCH + timedelta(seconds=self._seconds() + self._known_offset())
+
+    def until(self, moment: datetime) -> float:
+        """Return the seconds until ``moment``; negative if it has passed."""
+        return (moment - _EPOCH).total_seconds() - (self._seconds() + self._known_offset())
+
+    def _known_offset(self) -> float:
+        if self._offset is None:
+            message = "the database's clock has not been asked yet"
+            raise RuntimeError(message)
+        return self._offset

@@ -1,0 +1,165 @@
+"""Deferral: follow-ups that the breaker holds leave the in-flight window, so that others are claimed.
+
+Each worker keeps a few leases of the held workspaces as probes, and defers the other follow-ups in their rows. A
+deferral uses up no attempt, and a cancel still reaches the follow-up. When a worker has no such leases left, or the
+transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer held, all of them
+do. Otherwise they fall due by themselves after some minutes, one by one, since the workers may have forgotten them.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from math import inf
+from typing import TYPE_CHECKING
+
+from followups.delivery import events
+from followups.delivery.due_queue import AGAIN
+from followups.delivery.rate_limiting import LONGEST
+from followups.store import rate_limits
+from followups.transactions import in_loop, transact
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from followups.delivery.breaker import Breaker
+    from followups.delivery.due_queue import Line
+    from followups.delivery.fair_queue import Hinted
+    from followups.settings import Settings
+    from followups.store.leases import Lease
+
+SHARE = 32
+"""Divisor of the window: a worker requests one 32nd of it at once, but at most one per slot.
+
+The worker keeps at most twice as many leases.
+"""
+DEFER_SIZE = 500
+"""Maximum number of rows in one statement."""
+BUSY = 0.5
+"""Duration of a portion relative to the pause after it, which is therefore twice as long.
+
+Without the pause, the begins of other workers would wait for the database.
+"""
+SOONEST = LONGEST / 2
+SPREAD = 10_000
+"""Number of simultaneous deferrals by one worker that fill two thirds of `SOONEST` to `LONGEST`."""
+COMING = 0.25
+"""Seconds that released follow-ups may take to reach a worker; more are released only after that."""
+BACKOFF = 1.0
+"""Seconds before a database that does not answer is tried again; no pause is longer."""
+
+
+class Returns:
+    """Times at which deferred follow-ups fall due again, in the order of deferral and never all at once.
+
+    The first are 15 ms apart. The more follow-ups are deferred, the smaller the gaps, so that none waits longer than
+    `LONGEST`, however many there are.
+
+    >>> returns = Returns()
+    >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
+    [150.015, 150.03, 150.045]
+    >>> [round(returns.next(now=0.0)) for _ in range(20_000)][9_999::10_000]
+    [245, 280]
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing deferred."""
+        self._last = -inf
+
+    def next(self, now: float) -> float:
+        """Return in how many seconds the next one falls due; ``now`` is on the monotonic clock."""
+        ahead = max(SOONEST.total_seconds(), self._last - now)
+        ahead += (LONGEST.total_seconds() - ahead) / SPREAD
+        self._last = now + ahead
+        return ahead
+
+
+class Deferral:
+    """Keeps a few held follow-ups in the due queue, and defers the rest in their rows.
+
+    An instance belongs to one event loop.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: AsyncEngine, line: Line, breaker: Breaker, nudge: Callable[[], None]
+    ) -> None:
+        """``nudge`` is called when a deferred follow-up falls due."""
+        self._engine = engine
+        self._line = line
+        self._breaker = breaker
+        self._nudge = nudge
+        self._most = max(1, min(settings.concurrency, settings.max_in_flight // SHARE))
+        self._returns = Returns()
+        self._free_again_at = -inf
+        self._excess: list[Hinted] = []
+        """Leases that were taken out of the due queue and are not deferred yet."""
+        self._held: frozenset[int] = frozenset()
+        self._released: frozenset[int] = frozenset()
+        """Workspaces that are no longer held, but not completely released yet."""
+
+    async def balance(self) -> float | None:
+        """Defer a portion of the due queue's excess, and release deferred follow-ups.
+
+        Follow-ups are released if the due queue has room for them, or if their workspace is no longer held. Returns
+        after how many seconds to call this again, or None if there is nothing more to do for now.
+        """
+        held = self._breaker.left_alone
+        self._released = (self._released | self._held) - held
+        self._held = held
+        for one in self._excess:
+            if one.lease.lane not in held:
+                self._line.put_off(one, timedelta(0))
+        self._excess = [one for one in self._excess if one.lease.lane in held] + self._line.shed(held, self._most * 2)
+        started = time.monotonic()
+        try:
+            await self._defer()
+            if self._has_room(held):
+                self._free_again_at = time.monotonic() + COMING
+                await self._free(held, self._most)
+            if self._released and not await self._free(self._released, rate_limits.BATCH):
+                self._released = frozenset()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
+            events.failed("defer", error, self._engine.sync_engine)
+            return BACKOFF
+        if not self._excess and not self._released:
+            return None
+        return min((time.monotonic() - started) / BUSY, BACKOFF)
+
+    def clear(self) -> list[Lease]:
+        """Return and forget the leases that were to be deferred."""
+        leases = [one.lease for one in self._excess]
+        self._excess.clear()
+        return leases
+
+    def _has_room(self, held: frozenset[int]) -> bool:
+        few = self._most // 2 if self._breaker.recovers else 0
+        return bool(held) and self._line.count(held) <= few and time.monotonic() >= self._free_again_at
+
+    async def _defer(self) -> None:
+        now, portion = time.monotonic(), self._excess[:DEFER_SIZE]
+        if not portion:
+            return
+        waits = [(one.lease, timedelta(seconds=self._returns.next(now))) for one in portion]
+        deferred = await in_loop(self._engine, _defer, waits)
+        del self._excess[: len(portion)]
+        for one in portion:
+            if one.lease.id not in deferred:  # its row is locked, or another worker has the lease by now
+                self._line.put_off(one, AGAIN)
+
+    async def _free(self, lanes: frozenset[int], most: int) -> int:
+        freed = await in_loop(self._engine, _free, lanes, most)
+        if freed:
+            self._nudge()
+        return freed
+
+
+def _defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+    return transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))
+
+
+def _free(engine: Engine, lanes: frozenset[int], most: int) -> int:
+    return transact(engine, lambda connection: rate_limits.free_lanes(connection, lanes, LONGEST, most))

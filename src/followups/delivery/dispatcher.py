@@ -1,0 +1,235 @@
+"""The dispatcher runs ticks: claim and publish until nothing more is due, or the next tick takes over."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.database import concerns_a_row
+from followups.delivery import events
+from followups.delivery.claim import claim, claim_fairly, unclaimable
+from followups.delivery.claim_interval import Pace
+from followups.delivery.hints import batches
+from followups.store import chat_order, last_tick, leases, pauses, planner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.delivery.claim import Claim
+    from followups.delivery.hints import Hint
+    from followups.settings import Settings
+
+SLOW = 1.0
+"""Seconds of a claim from which the planner's statistics must be wrong: a claim takes milliseconds."""
+MANY = 100
+"""Rows of a claim from which the statistics are checked."""
+NEXT_STATISTICS = 60.0
+"""Seconds between two such checks."""
+
+QUICK = 0.01
+"""Seconds of a claim up to which every claim looks at everything pending."""
+LOOKING_SHARE = 0.1
+"""Largest share of the dispatcher's time for looking at everything pending, when that is slow."""
+
+FORGOTTEN_SHARE = 0.01
+"""Largest share of the dispatcher's time for looking at blocked and paused follow-ups.
+
+Once per lease time, the look happens at any cost.
+"""
+
+PASSED_OVER = 60.0
+"""Seconds for which claims pass over rows that cannot be written, before they are tried again."""
+
+BACKOFF = 0.05
+LONGEST_BACKOFF = 4.0
+"""Longest pause in seconds between two tries while the database is unreachable; pauses double."""
+AFTER_ANOTHER = 0.01
+"""Seconds until the next try while another dispatcher claims; each further pause doubles.
+
+A claim takes some milliseconds.
+"""
+LONGEST_AFTER_ANOTHER = 0.1
+IN_GRACE = 0.5
+"""Seconds between two claims while ended leases are left to their workers.
+
+These claims take the leases over without waiting for a tick.
+"""
+
+
+class Dispatcher:
+    """One thread in each worker process. Ticks and nudges that arrive during a tick are merged into it."""
+
+    def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
+        """``publish`` sends one hint to the broker, and raises if it cannot."""
+        self._settings = settings
+        self._engine = engine
+        self._publish = publish
+        self._wanted = threading.Event()
+        self._stopping = threading.Event()
+        self._backoff = BACKOFF
+        self._in_grace = False
+        self._busy_pause = AFTER_ANOTHER
+        self._next_look = 0.0
+        self._since: datetime | None = None
+        self._next_statistics = 0.0
+        self._refreshing: threading.Thread | None = None
+        self._next_whole = 0.0
+        self._looked_at_all = True
+        self._left_some = False
+        self._without: tuple[UUID, ...] = ()
+        self._without_until = 0.0
+        self._pace = Pace(settings.max_in_flight)
+        self.busy_since: float | None = None
+        """Monotonic seconds, or None while there is nothing to do."""
+        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread, which waits for the first tick."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+        return self._thread.is_alive()
+
+    def tick(self) -> None:
+        """Request a tick. Returns at once."""
+        self._wanted.set()
+
+    def claim_no_more(self) -> None:
+        """Claim nothing after the current claim. It takes no lock, so a signal handler may call it."""
+        self._stopping.set()
+
+    def stop(self) -> None:
+        """Stop claiming, and wait until the current claim is published. Nothing uses the engine after that."""
+        self.claim_no_more()
+        self._wanted.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        if self._refreshing is not None:
+            self._refreshing.join()
+
+    def _run(self) -> None:
+        while True:
+            self.busy_since = None
+            self._wanted.wait(self._until_next_look())
+            self._wanted.clear()
+            if self._stopping.is_set():
+                return
+            self.busy_since = time.monotonic()
+            try:
+                self._drain_due()
+                self._backoff = BACKOFF
+                events.succeeded()
+            except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
+                events.failed("claim", error, self._engine)
+                self._pass_over(error)
+                self._stopping.wait(self._backoff)
+                self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
+
+    def _pass_over(self, error: Exception) -> None:
+        """Exclude the rows that made a claim fail from the next claims, for a while."""
+        if concerns_a_row(error):
+            with suppress(SQLAlchemyError):
+                self._without = unclaimable(self._engine, self._settings)
+                self._without_until = time.monotonic() + PASSED_OVER
+
+    def _until_next_look(self) -> float | None:
+        """Return in how many seconds to claim unprompted, or None if only a tick starts the next claim."""
+        if self._in_grace:
+            return IN_GRACE
+        # The tick may be for a row that came in below the low-water mark.
+        return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
+
+    def _drain_due(self) -> None:
+        deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
+        self._pace.begin()
+        self._wake_forgotten()
+        while not self._stopping.wait(max(0.0, self._pace.next - time.monotonic())):
+            if not self._claim_and_publish() or time.monotonic() >= deadline:
+                return
+
+    def _wake_forgotten(self) -> None:
+        """Unblock follow-ups that no longer wait for anything, at each tick while that costs little."""
+        started = time.monotonic()
+        if started < self._next_look:
+            return
+        with self._engine.begin() as connection:
+            last_tick.ensure_recordable(connection)
+            chat_order.wake_forgotten(connection)
+            pauses.free_forgotten(connection)
+        took = time.monotonic() - started
+        self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
+
+    def _claim_and_publish(self) -> bool:
+        """Return whether there may be more to claim."""
+        claimed, took = self._claim()
+        if claimed.busy:
+            self._stopping.wait(self._busy_pause)
+            self._busy_pause = min(self._busy_pause * 2, LONGEST_AFTER_ANOTHER)
+            return True
+        self._busy_pause = AFTER_ANOTHER
+        size = self._settings.batch_size
+        for number, hint in enumerate(batches(claimed.leases, size)):
+            try:
+                self._publish(hint)
+            except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
+                events.broker_unreachable("publish", error)
+                # Release unpublished leases at once, instead of letting them run out.
+                with self._engine.begin() as connection:
+                    leases.release_if_not_begun(connection, claimed.leases[number * size :])
+                return False
+        self._refresh_statistics(took, len(claimed.leases))
+        return claimed.more
+
+    def _refresh_statistics(self, took: float, leased: int) -> None:
+        """Update the planner's statistics in a thread when they must be wrong, while claims go on."""
+        if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
+            self._next_statistics = time.monotonic() + NEXT_STATISTICS
+            refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
+            refreshing.start()
+            self._refreshing = refreshing
+
+    def _refresh(self, took: float, leased: int) -> None:
+        try:
+            if took > SLOW or planner.counts_as_less_than(self._engine, leased):
+                planner.refresh(self._engine)
+                if not planner.counts_as_less_than(self._engine, leased):  # otherwise another session has done it
+                    events.statistics_refreshed(took)
+        except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
+            events.failed("statistics", error, self._engine)
+
+    def _claim(self) -> tuple[Claim, float]:
+        """Claim from the low-water mark on, and now and then from the beginning, where earlier rows may have come in.
+
+        If a claim leaves some, the next ones start with the workspaces that have the fewest in flight. While a snapshot
+        is held open, the index entries of everything sent since stay in front of the pending ones: reading past 36,000
+        of them took 34 ms.
+        """
+        started = time.monotonic()
+        look_at_all = started >= self._next_whole
+        take = claim_fairly if self._left_some else claim
+        if self._without and started >= self._without_until:
+            self._without = ()
+        claimed = take(self._engine, self._settings, None if look_at_all else self._since, self._without)
+        took = time.monotonic() - started
+        if claimed.busy:
+            return claimed, took
+        self._looked_at_all = look_at_all
+        self._in_grace = claimed.in_grace
+        taken = len(claimed.leases) + len(claimed.ended)
+        self._pace.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
+        self._left_some = claimed.more
+        self._since = claimed.low_water
+        if self._looked_at_all and took > QUICK:
+            self._next_whole = started + took / LOOKING_SHARE
+        events.claimed(claimed, took)
+        return claimed, took

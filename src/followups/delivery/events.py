@@ -1,0 +1,201 @@
+"""The dispatcher's log lines and counters: one canonical line for each attempt and each transition."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError
+
+from followups.database import is_passing, is_read_only, unfit
+from followups.delivery.send import OUTCOME_NAMES
+from followups.states import FINAL, code_of
+from followups.telemetry import metrics, traces
+from followups.telemetry.logs import Lines, get_logger
+from followups.transports.port import Sent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.delivery.claim import Claim
+    from followups.delivery.send import Attempt
+    from followups.delivery.settle import Settling
+    from followups.states import Final
+    from followups.store.leases import Begun
+
+log = get_logger(__name__)
+lines = Lines(__name__)
+
+# There are few label values, and looking up a counter takes longer than counting.
+_attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Outage:
+    """A time in which this process makes no progress: since when (monotonic seconds), and why."""
+
+    since: float
+    why: str
+
+
+_outages: list[Outage] = []
+"""The current outage, if there is one; steps in several threads begin and end it."""
+
+
+def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
+    """Log and count one call of the transport. The text of its answer is left out: it may quote the message."""
+    begun = attempt.begun
+    outcome = OUTCOME_NAMES[type(attempt.outcome)]
+    seconds = attempt.duration.total_seconds()
+    # What was odd about an accepted answer, in the transport's own words, never in the answer's.
+    odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
+    lag = (attempt.answered_at - begun.due_date).total_seconds()
+    _attempts(transport, outcome).inc()
+    metrics.ATTEMPT_DURATION.observe(seconds)
+    lines.info(
+        "attempt",
+        follow_up_id=str(begun.lease.id),
+        chat_id=str(begun.chat_id),
+        workspace_id=str(begun.workspace_id),
+        attempt=begun.attempt,
+        outcome=outcome,
+        status_code=attempt.outcome.status_code,
+        duration_ms=round(seconds * 1000, 2),
+        lag_ms=round(lag * 1000, 2),
+        task_id=task_id,
+        **odd,
+    )
+
+
+def abandoned(begun: Begun) -> None:
+    """Log an attempt that was not made because this process had been frozen past its lease."""
+    metrics.STALE_WRITES.inc()
+    log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.attempt)
+
+
+def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
+    """Log follow-ups that ended without an attempt."""
+    for follow_up_id, final in ends:
+        _transition(follow_up_id, final.status, final.reason)
+    lines.flush()
+
+
+def settled(settling: Settling) -> None:
+    """Log the results of a batch of attempts."""
+    if settling.stale:
+        metrics.STALE_WRITES.inc(settling.stale)
+        log.warning("stale_writes", count=settling.stale)
+    for one in settling.settled:
+        if one.lag is not None:
+            metrics.LAG.observe(max(one.lag.total_seconds(), 0.0))
+        if one.status in FINAL:
+            _transition(one.id, one.status, one.reason)
+    lines.flush()
+
+
+def claimed(claim: Claim, seconds: float) -> None:
+    """Count a tick, and log it if it claimed something."""
+    metrics.TICK_DURATION.observe(seconds)
+    if claim.traced:
+        traces.claimed(claim.traced, seconds)
+    ended(claim.ended)
+    if claim.lost:
+        metrics.LEASES_EXPIRED.inc(claim.lost)
+        log.warning("leases_expired", count=claim.lost)
+    if claim.leases:
+        metrics.CLAIMED.inc(len(claim.leases))
+        log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))
+
+
+def statistics_refreshed(seconds: float) -> None:
+    """Log that the table was analyzed after a slow or large claim."""
+    log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
+
+
+def count_limited(number: int) -> None:
+    """Count follow-ups deferred by a rate limit."""
+    metrics.LIMITED.inc(number)
+
+
+def limited(number: int) -> None:
+    """Log how many were deferred since the last such line; one line for each batch would be too many."""
+    log.info("limited", count=number)
+
+
+def failed(step: str, error: Exception, engine: Engine) -> None:
+    """Log that a step failed and will be retried.
+
+    The database is unreachable or unfit, or there is a bug to fix.
+    """
+    why = f"its {step} fails (see its log)"
+    if is_passing(error):
+        why = "the database is read-only" if is_read_only(error) else "the database is away"
+        # Without its text, since a server's detail may quote a row.
+        database = engine.url.render_as_string(hide_password=True)
+        log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
+    elif reason := unfit(error):
+        log.error("database_refused", step=step, reason=reason)
+    elif isinstance(error, DBAPIError):
+        diagnosis = getattr(error.orig, "diag", None)
+        constraint = getattr(diagnosis, "constraint_name", None)
+        sqlstate = getattr(error.orig, "sqlstate", None)
+        kind = type(error.orig).__name__
+        log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
+    else:
+        log.error("step_failed", step=step, exc_info=error)
+    known = outage()
+    _outages[:] = [Outage(known.since if known else time.monotonic(), why)]
+
+
+def succeeded() -> None:
+    """Record that a step succeeded, which ends the outage, whatever failed before."""
+    _outages.clear()
+
+
+def outage() -> Outage | None:
+    """Return why this process makes no progress, or None if no step has failed since the last success."""
+    return next(iter(tuple(_outages)), None)
+
+
+def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
+    """Log that one row's content made a step fail; the other rows continue without it."""
+    diagnosis = getattr(getattr(error, "orig", None), "diag", None)
+    kind = type(getattr(error, "orig", error)).__name__
+    constraint = getattr(diagnosis, "constraint_name", None)
+    log.error("row_refused", step=step, follow_up_id=str(follow_up_id), error=kind, constraint=constraint)
+
+
+def clock_off(ahead: float) -> None:
+    """Log that this host's clock is far from the database's, which affects only the times in logs."""
+    log.warning("clock_off", ahead_s=round(ahead, 1))
+
+
+def broker_unreachable(step: str, error: Exception) -> None:
+    """Log that the broker is unreachable: nothing is lost, but follow-ups may be late."""
+    log.warning("broker_unreachable", step=step, error=type(error).__name__)
+
+
+def breaker_changed(transport: str, state: str) -> None:
+    """Log that the breaker opened, probes, recovers or closed."""
+    if state == "open":
+        metrics.BREAKER_OPENED.labels(transport=transport).inc()
+        log.warning("breaker", transport=transport, state=state)
+    else:
+        log.info("breaker", transport=transport, state=state)
+
+
+def breaker_unavailable(error: Exception, pause: float) -> None:
+    """Log that the breaker's state is unknown; deliveries go on."""
+    metrics.BREAKER_UNAVAILABLE.inc()
+    log.warning("breaker_unavailable", error=type(error).__name__, pause_s=pause)
+
+
+def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
+    code = code_of(reason)
+    _transitions(status, code).inc()
+    lines.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)

@@ -1,0 +1,131 @@
+"""Holds: what is paused or outside sending hours is deferred without using up an attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.sending_hours import opens_at, span_of
+from followups.states import Final, ReasonCode, Status, finish
+from followups.store import holds
+from followups.store.holds import NEVER, Hold, back_at
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.settings import Settings
+    from followups.store.holds import Finding, Hours
+    from followups.store.leases import Obstacle
+
+UNREADABLE = timedelta(minutes=1)
+"""After how long hours in a time zone unknown to this machine are looked at again."""
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """The result for leases that could not begin: held, or to be ended. Those in neither have another obstacle."""
+
+    held: frozenset[UUID] = frozenset()
+    ends: dict[UUID, Final] = field(default_factory=dict)
+
+
+def hold_back(connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]) -> Holding:
+    """Hold the leases whose only obstacle is a pause or sending hours."""
+    findings = {one.id: one for one in holds.find(connection, [obstacle.lease for obstacle in obstacles])}
+    if not findings:
+        return Holding()
+    _open_next(connection, findings.values())
+    decided = [
+        (obstacle.lease.id, decide(obstacle, finding, settings.max_lateness))
+        for obstacle in obstacles
+        if (finding := findings.get(obstacle.lease.id))
+    ]
+    wanted = [one for _, one in decided if isinstance(one, Hold)]
+    held = holds.hold_if_leased(connection, wanted) if wanted else set()
+    if held:
+        paused = sum(one.pause_id is not None for one in wanted if one.lease.id in held)
+        log.info("held", paused=paused, outside_hours=len(held) - paused)
+    return Holding(frozenset(held), {id_: one for id_, one in decided if isinstance(one, Final)})
+
+
+def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hold | Final | None:
+    """Return the hold of a leased follow-up, its end if the hold would be too long, or None for neither.
+
+    Sending hours take precedence over a pause, so that lateness never counts while they are closed. This function is
+    pure.
+    """
+    if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
+        return None
+    opening = closed_until(finding)
+    since = sendable_from(finding)
+    if obstacle.too_late and (since is None or finding.now >= since + max_lateness):
+        return None
+    until = opening or (since if obstacle.too_late else None)
+    if until is None or finding.hours is None:
+        # Behind an earlier one of its chat it waits for that one, as always.
+        paused = finding.pause_id and not obstacle.earlier
+        return Hold(obstacle.lease, NEVER, NEVER, since, finding.pause_id) if paused else None
+    if finding.window_ends is not None and until >= finding.window_ends:
+        return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED, "it ends before the workspace's sending hours open")
+    return Hold(obstacle.lease, until, back_at(until, finding.due_date), since, hours=finding.hours.hours)
+
+
+def closed_until(finding: Finding) -> datetime | None:
+    """Return when closed sending hours open, or None if they are open at the time of sending or not set.
+
+    The opening that the database has stored decides until it ends, whatever this machine's time zone data says. This
+    function is pure.
+    """
+    hours, moment = finding.hours, finding.sent_at
+    if hours is None:
+        return None
+    if finding.now < hours.open_until and moment < hours.open_until:
+        return hours.open_from if moment < hours.open_from else None
+    try:
+        opening = opens_at(hours.hours, moment)
+    except LookupError:
+        return moment + UNREADABLE
+    return opening if opening > moment else None
+
+
+def sendable_from(finding: Finding) -> datetime | None:
+    """Return the first moment at which the sending hours allow the sending, or None if that is unknown.
+
+    The moment may be in the future. Once it has passed, it stays as recorded, so that lateness continues to count
+    whenever the hours close. This function is pure.
+    """
+    first = finding.sendable_from
+    if first is None:
+        try:
+            first = opens_at(finding.hours.hours, finding.wanted_from) if finding.hours else finding.wanted_from
+        except LookupError:
+            return None
+    return first if first <= finding.now else closed_until(finding) or finding.sent_at
+
+
+def _open_next(connection: Connection, findings: Iterable[Finding]) -> None:
+    """Compute the next time of sending where the stored one is over."""
+    stale: dict[UUID, tuple[Hours, datetime]] = {}
+    for finding in findings:
+        if finding.hours and finding.now >= finding.hours.open_until:
+            stale[finding.hours.workspace_id] = (finding.hours, finding.now)
+    for hours, now in stale.values():
+        if span := _span(hours, now):
+            holds.open_next(connection, hours, span)
+        else:
+            log.error("sending_hours_unreadable", workspace_id=str(hours.workspace_id), hours=str(hours.hours))
+
+
+def _span(hours: Hours, now: datetime) -> tuple[datetime, datetime] | None:
+    try:
+        return span_of(hours.hours, now)
+    except LookupError:
+        return None

@@ -1,0 +1,123 @@
+"""The pruner deletes what is old, once an hour, in small batches beside all other work."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.delivery import events
+from followups.store import pruning
+from followups.store.bulk_cancel import now
+from followups.store.pruning import OLDEST
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from datetime import datetime
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+BUDGET = timedelta(minutes=2)
+"""How long one run may delete rows of one kind; the next run continues."""
+
+LOCK = 0x7469_6479
+"""Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""
+
+LEAST_PAUSE = 0.01
+
+log = get_logger(__name__)
+
+
+class Tidier:
+    """A thread in a worker process while there is something to prune. A call while it runs does nothing."""
+
+    def __init__(self, settings: Settings, engine: Engine) -> None:
+        """Take what it needs; nothing runs yet."""
+        self._settings = settings
+        self._engine = engine
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._message = OLDEST
+        """Where the last scan of chat messages ended."""
+
+    def start(self) -> None:
+        """Prune once, in a thread. Returns at once."""
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._run, name="tidier", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Stop after the current batch."""
+        self._stopping.set()
+        if self._thread and self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            self.tidy()
+        except Exception as error:  # noqa: BLE001 - the next run tries again, whatever it was
+            events.failed("tidy", error, self._engine)
+
+    def tidy(self) -> dict[str, int]:
+        """Delete what is old until nothing is left or the time is up; return the number of each kind."""
+        started = time.monotonic()
+        removed: dict[str, int] = {}
+        with self._engine.connect() as connection, _alone(connection) as alone:
+            if not alone:
+                return removed
+            for name, step in self._steps(connection).items():
+                removed[name] = self._repeat(connection, step)
+        if any(removed.values()):
+            log.info("removed_old", **removed, duration_ms=round((time.monotonic() - started) * 1000, 2))
+        return removed
+
+    def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
+        """Return for each kind a function that deletes one batch and returns its size, or None at the end."""
+        steps: dict[str, Callable[[Connection], int | None]] = {
+            "idempotency_keys": lambda opened: pruning.delete_expired_keys(opened) or None
+        }
+        if self._settings.retention:
+            before = now(connection) - self._settings.retention
+            connection.rollback()
+            steps["follow_ups"] = lambda opened: pruning.delete_finished(opened, before) or None
+            steps["chat_messages"] = lambda opened: self._messages(opened, before)
+        return steps
+
+    def _messages(self, connection: Connection, before: datetime) -> int | None:
+        number, ended = pruning.delete_messages(connection, before, self._message)
+        self._message = ended or OLDEST
+        return number if ended else None
+
+    def _repeat(self, connection: Connection, step: Callable[[Connection], int | None]) -> int:
+        total, deadline = 0, time.monotonic() + BUDGET.total_seconds()
+        while not self._stopping.is_set() and time.monotonic() < deadline:
+            began = time.monotonic()
+            with connection.begin():
+                number = step(connection)
+            if number is None:
+                break
+            total += number
+            # Pause for as long as the batch took: half of the disk's capacity is left for deliveries.
+            self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
+        return total
+
+
+@contextmanager
+def _alone(connection: Connection) -> Iterator[bool]:
+    """Return whether no other worker prunes, and keep others from it meanwhile."""
+    alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
+    connection.commit()
+    try:
+        yield alone
+    finally:
+        if alone and not connection.invalidated:
+            connection.rollback()
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK})
+            connection.commit()

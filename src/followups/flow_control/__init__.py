@@ -1,0 +1,45 @@
+"""State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
+
+No promise depends on it. If Redis is unreachable, deliveries go on without it, which is counted and logged, and Redis
+is not asked for a while, because asking costs a timeout. Each is a Lua script beside this file; Redis runs one script
+at a time.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ReadOnlyError
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+TIMEOUT = timedelta(milliseconds=200)
+"""How long Redis may take to answer; a batch of a hundred takes about a millisecond."""
+
+PAUSE = timedelta(seconds=5)
+"""How long Redis is not asked after a failure."""
+
+
+def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
+    """Return a client for one event loop, not yet connected."""
+    return Redis.from_url(
+        settings.broker_url.get_secret_value(),
+        socket_timeout=timeout.total_seconds(),
+        socket_connect_timeout=timeout.total_seconds(),
+        retry=Retry(NoBackoff(), 0),
+        # This does not cause a retry: it closes the connection that received the error, since after a failover the
+        # address leads to another server.
+        retry_on_error=[ReadOnlyError],
+        decode_responses=True,
+    )
+
+
+def script(name: str) -> str:
+    """Return the text of a Lua script."""
+    return files("followups.flow_control").joinpath(name).read_text(encoding="utf-8")

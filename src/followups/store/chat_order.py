@@ -1,0 +1,195 @@
+"""Order within a chat: a later follow-up waits for the earlier one, whose end unblocks it.
+
+A waiting follow-up names the one just before it (``waits_for``) and leaves the claim's index. Each waits for its
+immediate predecessor, so an end unblocks one, not all: a hundred thousand behind one stuck chat cost one refusal each,
+once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
+from followups.store.leases import Lease, lane_of, uuid_array
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from datetime import timedelta
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+# The lock keeps "it is still pending" true until this commits: its end comes after, and unblocks. Skipped if it is
+# being ended right now: the caller tries again shortly.
+_LOCK_EARLIER = text(f"""
+    SELECT f.id FROM follow_ups f
+     WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
+     ORDER BY f.id
+       FOR SHARE SKIP LOCKED
+""")  # noqa: S608 - no input, only the constant above
+
+_PARK = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id, b.earlier
+          FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
+               AS b(id, token, earlier)
+         CROSS JOIN LATERAL (
+             SELECT f.* FROM follow_ups f
+              WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NULL
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+          -- It was before this one when looked for; now that it is locked, it must still be.
+          JOIN follow_ups e ON e.id = b.earlier AND e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id
+           AND (e.due_date, e.id) < (f.due_date, f.id)
+    )
+    UPDATE follow_ups f SET waits_for = held.earlier, lease_until = NULL
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id
+""")  # noqa: S608 - no input, only the constant above
+
+
+def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
+    """Make each leased follow-up wait for the earlier one it is paired with; return those that now wait."""
+    pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
+    held = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
+    if not held:
+        return set()
+    parameters = {
+        "ids": [lease.id for lease, _ in held],
+        "tokens": [lease.token for lease, _ in held],
+        "earlier": [earlier for _, earlier in held],
+    }
+    return set(connection.scalars(_PARK, parameters))
+
+
+PILE = 1000
+"""Due follow-ups behind a parked one, in its chat, that are parked with it: one by one, thousands of them would delay
+everything that falls due after them.
+"""
+
+# Each is locked while it becomes another's predecessor, as in `park_if_leased`. Locked rows are skipped, and those
+# behind them wait for the one before.
+_PARK_PILE = text("""
+    WITH chat AS MATERIALIZED (
+        SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
+          FROM follow_ups WHERE id = ANY(CAST(:ids AS uuid[]))
+         ORDER BY workspace_id, chat_id, due_date DESC, id DESC
+    ), held AS MATERIALIZED (
+        SELECT f.* FROM chat
+         CROSS JOIN LATERAL (
+             SELECT f.id, f.workspace_id, f.chat_id, f.due_date FROM follow_ups f
+              WHERE f.workspace_id = chat.workspace_id AND f.chat_id = chat.chat_id AND f.status = 'pending'
+                AND (f.due_date, f.id) >= (chat.due_date, chat.id) AND f.due_date <= now()
+              ORDER BY f.due_date, f.id
+              LIMIT :most
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f
+    ), pile AS MATERIALIZED (
+        SELECT id, lag(id) OVER (PARTITION BY workspace_id, chat_id ORDER BY due_date, id) AS earlier FROM held
+    )
+    UPDATE follow_ups f SET waits_for = pile.earlier, lease_until = NULL
+      FROM pile
+     WHERE f.id = pile.id AND pile.earlier IS NOT NULL AND f.waits_for IS NULL AND f.begun_at IS NULL
+""")
+
+
+def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
+    """Park what is due behind the parked ones, each behind the one before it; return how many.
+
+    Their leases, if any, become invalid; begin would have refused them. Call it after `park_if_leased`, in its
+    transaction.
+    """
+    return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
+
+
+# A waiting follow-up is pending, by a constraint. Repeating that here would let the planner walk the index of all
+# pending follow-ups instead of the few waiting ones. Locked rows are left to `wake_forgotten`.
+_WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
+
+_WAKE = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
+""")  # noqa: S608 - no input, only the constant above
+
+_UNBLOCK_AND_LEASE = text(f"""
+    WITH waiting AS MATERIALIZED (
+        SELECT w.id, w.waits_for, f.id AS unlocked
+          FROM (SELECT f.id, f.waits_for FROM follow_ups f WHERE {_WAITING}) w
+          LEFT JOIN LATERAL (
+             SELECT f.id FROM follow_ups f WHERE f.id = w.id AND f.waits_for = w.waits_for
+                FOR NO KEY UPDATE SKIP LOCKED
+         ) f ON true
+    ), woken AS (
+        UPDATE follow_ups f
+           SET waits_for = NULL, lease_token = {NEXT_TOKEN}, lease_until = now() + CAST(:lease AS interval)
+          FROM waiting
+         WHERE f.id = waiting.unlocked
+        RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id
+    )
+    SELECT NULL AS blocked, woken.* FROM woken
+     UNION ALL
+    SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting WHERE waiting.unlocked IS NULL
+""")  # noqa: S608 - no input, only the constant above
+
+_WAKE_FORGOTTEN = text("""
+    WITH held AS MATERIALIZED (
+        SELECT f.id FROM follow_ups f
+         WHERE f.waits_for IS NOT NULL AND NOT EXISTS (
+               SELECT FROM follow_ups e
+                WHERE e.id = f.waits_for AND e.status = 'pending' AND e.workspace_id = f.workspace_id
+                  AND e.chat_id = f.chat_id AND (e.due_date, e.id) < (f.due_date, f.id))
+         LIMIT 1000
+           FOR NO KEY UPDATE OF f SKIP LOCKED
+    )
+    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
+""")
+
+
+_FIRST = text("""
+    SELECT id FROM follow_ups
+     WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+     ORDER BY due_date, id LIMIT 1
+""")
+
+
+def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
+    """Return the first pending follow-up of the chat, or None."""
+    first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
+    return first
+
+
+def wake(connection: Connection, ended: Collection[UUID]) -> None:
+    """Unblock what waited for the ended ones. Call it after the ends, in their transaction."""
+    if ended:
+        connection.execute(_WAKE, {"ids": list(ended)})
+
+
+@dataclass(frozen=True, slots=True)
+class Unblocked:
+    """Follow-ups unblocked by the ends of others: leases that the caller sends at once."""
+
+    leases: tuple[Lease, ...] = ()
+    locked: tuple[UUID, ...] = ()
+    """Ended follow-ups whose successor is locked by another transaction and is to be unblocked shortly."""
+
+
+def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: timedelta) -> Unblocked:
+    """Unblock the follow-ups that waited for the ended ones and lease them to the caller."""
+    if not ended:
+        return Unblocked()
+    rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
+    return Unblocked(
+        tuple(Lease(r.id, r.lease_token, r.due, r.losses, lane_of(r.workspace_id)) for r in rows if not r.blocked),
+        tuple(row.blocked for row in rows if row.blocked),
+    )
+
+
+def wake_forgotten(connection: Connection) -> int:
+    """Unblock what was locked when its predecessor ended; return how many."""
+    return connection.execute(_WAKE_FORGOTTEN).rowcount

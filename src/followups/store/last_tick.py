@@ -1,0 +1,97 @@
+"""Ticks: one dispatcher claims at a time, and each claim checks whether any has ticked recently.
+
+Both are kept in one row of the database, since a dispatcher knows nothing of the other dispatchers' ticks. And the
+window of what may be in flight is only kept if no two dispatchers count it at the same time.
+
+A long gap between ticks means an outage, or a database clock that was set forward. Either way leases have expired
+without a tick that could see it, while their workers may be alive and know the outcomes. So for a grace period, leases
+with an attempt in flight are left to their workers, which record the outcomes meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from sqlalchemy import Connection
+
+FROZEN_AFTER = "3s"
+"""How long a dispatcher may pause within its claim before PostgreSQL ends its session. A frozen one would keep all
+others from claiming.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Rhythm:
+    """The longest normal gap between two ticks, and the grace period after a longer one."""
+
+    longest_gap: timedelta
+    grace: timedelta
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """A tick in progress; no other dispatcher's tick overlaps it until its transaction ends."""
+
+    in_grace: bool
+    """Whether leases with an attempt in flight are not taken over yet."""
+
+
+# Recorded at most five times a second, since each record leaves a dead row behind. A recorded time too far in the
+# future means that the clock was set back since, but not if two transactions only began a moment apart in the other
+# order. A gap that is shorter than a grace period, and began within one, starts no new one: on a starved machine, where
+# every tick is late, nothing would ever be taken over.
+_BEGIN = text("""
+    WITH state AS MATERIALIZED (
+        SELECT id, last_tick_at,
+               last_tick_at < now() - CAST(:longest_gap AS interval)
+                   AND (grace_until IS NULL OR grace_until <= last_tick_at
+                        OR last_tick_at < now() - CAST(:grace AS interval)) AS gap,
+               grace_until > now() AND grace_until <= now() + CAST(:grace AS interval) AS in_grace,
+               set_config('idle_in_transaction_session_timeout', :frozen_after, true)
+          FROM dispatcher_state
+           FOR NO KEY UPDATE SKIP LOCKED
+    ), recorded AS (
+        UPDATE dispatcher_state d
+           SET last_tick_at = now(),
+               grace_until = CASE WHEN state.gap THEN now() + CAST(:grace AS interval) ELSE d.grace_until END
+          FROM state
+         WHERE d.id = state.id
+           AND (state.last_tick_at IS NULL
+                OR state.last_tick_at NOT BETWEEN now() - interval '200 ms' AND now() + interval '1 s')
+    )
+    SELECT COALESCE(gap OR in_grace, false) AS in_grace FROM state
+""")
+_INSERT = text("INSERT INTO dispatcher_state DEFAULT VALUES ON CONFLICT DO NOTHING")
+_AGE = text("SELECT GREATEST(now(), last_tick_at) - last_tick_at FROM dispatcher_state")
+_LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatcher_state")
+
+
+def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
+    """Record a tick and keep other dispatchers from claiming until the end of the transaction.
+
+    Returns None if another dispatcher is claiming: then this one must not claim, and tries again shortly.
+    """
+    row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()
+    return Tick(row.in_grace) if row else None
+
+
+def ensure_recordable(connection: Connection) -> None:
+    """Insert the row that records ticks if an operator has deleted it; without it nothing is claimed."""
+    connection.execute(_INSERT)
+
+
+def last_tick_age(connection: Connection) -> timedelta | None:
+    """Return how long ago the last tick ran, or None if none ever did."""
+    age: timedelta | None = connection.scalar(_AGE)
+    return age
+
+
+def last_tick(connection: Connection) -> float:
+    """Return when the last tick ran, in seconds since 1970, or 0 if none ever did."""
+    return float(connection.scalar(_LAST) or 0)

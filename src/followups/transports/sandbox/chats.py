@@ -1,0 +1,132 @@
+"""The core of the sandbox: chats that accept each key once and behave as configured. No I/O."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from followups.transports.sandbox.behaviour import OUTCOMES, Behaviour, Incoming, Reply
+from followups.transports.sandbox.conversation import KEEP_TEXT, Conversation, Message
+from followups.transports.sandbox.ledger import KEEP_RECORDS, Ledger, Received, Record
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+KEEP_CHATS = 300
+"""Chats kept for display; counts and deduplication cover all."""
+
+ACCEPT = Behaviour()
+REFUSAL = {"error": "refused by the sandbox"}
+
+
+@dataclass(slots=True)
+class _Applied:
+    behaviour: Behaviour
+    left: int | None
+
+
+class SandboxChats:
+    """A simulated chat server. Use it from one thread.
+
+    A behaviour applies to every request of its chat, repeated ones too. What it accepts is then deduplicated: a key
+    seen before is answered as before and adds no second message.
+    """
+
+    def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
+        """Keep the last ``keep`` requests. Without deduplication a repeated key adds a second message."""
+        self._deduplicates = deduplicates
+        self._keep = keep
+        self._default = ACCEPT
+        self._applied: dict[str, _Applied] = {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget every request and conversation; behaviours stay."""
+        self.ledger = Ledger(self._keep)
+        self.changes = 0
+        self.cleared = uuid4()
+        self._conversations: OrderedDict[str, Conversation] = OrderedDict()
+
+    def receive(self, incoming: Incoming, key: str, received: Received | None = None) -> Reply:
+        """Receive one request and return its answer; ``key`` is its idempotency key."""
+        behaviour = self._next_behaviour(incoming.chat_id)
+        known = self.ledger.message_id(key)
+        accepted = behaviour.accepts and not (known and self._deduplicates)
+        message_id = self.ledger.new_message_id(key) if accepted else known
+        reply = behaviour.reply({"chatMessageId": message_id} if behaviour.accepts and message_id else REFUSAL)
+        record = Record(
+            follow_up_id=incoming.follow_up_id,
+            chat_id=incoming.chat_id,
+            idempotency_key=key,
+            attempt=incoming.attempt,
+            due=incoming.due_date.timestamp(),
+            received=received or Received.now(),
+            message_length=len(incoming.message),
+            outcome=OUTCOMES[behaviour.kind],
+            status=None if reply.dropped else reply.status,
+            accepted=accepted,
+            duplicate=known is not None,
+        )
+        self.ledger.add(record)
+        self._touched(incoming.chat_id).attempted(record, incoming.message)
+        return reply
+
+    def say(self, chat_id: str, role: str, text: str) -> Message:
+        """Add another participant's message to a chat: a ``user``, ``agent`` or ``operator``."""
+        message = Message(str(uuid4()), role, text[:KEEP_TEXT], Received.now().wall)
+        self._touched(chat_id).say(message)
+        return message
+
+    @property
+    def default(self) -> Behaviour:
+        """The behaviour of every chat that has none of its own. It has no ``times``."""
+        return self._default
+
+    @default.setter
+    def default(self, behaviour: Behaviour) -> None:
+        self._default = behaviour
+        self.changes += 1
+
+    def behaviour(self, chat_id: str) -> Behaviour | None:
+        """Return the chat's own behaviour, with its remaining ``times``, or None if it has none."""
+        applied = self._applied.get(chat_id)
+        return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
+
+    def behave(self, chat_id: str, behaviour: Behaviour) -> None:
+        """Give a chat a behaviour of its own, from now on or for the next ``times`` requests."""
+        self._applied[chat_id] = _Applied(behaviour, behaviour.times)
+        self._touched(chat_id)
+
+    def reset(self, chat_id: str) -> None:
+        """Remove a chat's own behaviour."""
+        self._applied.pop(chat_id, None)
+        self._touched(chat_id)
+
+    def conversations(self, since: int = 0) -> Iterator[dict[str, object]]:
+        """Yield the chats that changed after ``since``, in JSON form, the latest activity first."""
+        newest_first = reversed(self._conversations.values())
+        for conversation in takewhile(lambda each: each.changed > since, newest_first):
+            own = self.behaviour(conversation.chat_id)
+            yield {**conversation.document(), "behaviour": own and own.model_dump(mode="json", by_alias=True)}
+
+    def _next_behaviour(self, chat_id: str) -> Behaviour:
+        applied = self._applied.get(chat_id)
+        if applied is None:
+            return self._default
+        if applied.left is not None:
+            applied.left -= 1
+            if not applied.left:
+                del self._applied[chat_id]
+        return applied.behaviour
+
+    def _touched(self, chat_id: str) -> Conversation:
+        conversation = self._conversations.pop(chat_id, None) or Conversation(chat_id)
+        self._conversations[chat_id] = conversation
+        if len(self._conversations) > KEEP_CHATS:
+            self._conversations.popitem(last=False)
+        self.changes += 1
+        conversation.changed = self.changes
+        return conversation

@@ -1,0 +1,265 @@
+"""Celery's broker connection: kombu's Redis transport, made to survive bad entries and Redis errors.
+
+kombu 5.7 raises an exception out of the consumer for an entry that is not JSON, or is JSON of another shape, and for an
+error that Redis returns to a read (READONLY, MISCONF, NOPERM). The exception would end the worker: one LPUSH, or a
+failover of Redis, would stop every worker.
+
+A worker also shuts down in order while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the
+consumer's own loop. It retries that without end, logs nothing, and ignores SIGTERM meanwhile.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from celery import Celery
+from celery.app import amqp
+from celery.loaders.app import AppLoader
+from celery.worker import state
+from kombu.connection import Connection as KombuConnection
+from kombu.transport import TRANSPORT_ALIASES
+from kombu.transport import redis as kombu_redis
+from redis.exceptions import NoPermissionError, RedisError
+
+from followups.telemetry.logs import get_logger
+from followups.worker.queues import CLUSTER
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+log = get_logger(__name__)
+
+# Under the name of the one it extends, so that logs and banners go on saying redis://.
+TRANSPORT_ALIASES.update(redis="followups.worker.broker:Transport", rediss="followups.worker.broker:Transport")
+
+LONGEST_PAUSE = 3.0
+"""Maximum seconds between two tries to reach the broker.
+
+Celery's own pauses grow to thirty seconds.
+"""
+
+FIRST_PAUSE = 0.25
+"""Seconds before reconnecting after a connection that did not last; each further pause doubles."""
+
+LASTS = 5.0
+"""Seconds after which a connection whose reads are answered counts as good.
+
+One read may be answered and another refused: an ACL may allow the queues and forbid the subscriptions.
+"""
+
+
+class Loader(AppLoader):
+    """A loader that reads no configuration from a module named by an environment variable."""
+
+    def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's own
+        """Return an empty configuration."""
+        return {}
+
+
+class Connection(KombuConnection):
+    """A connection that retries within seconds, however long the broker was unreachable."""
+
+    def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
+        """Connect, and retry until that succeeds."""
+        pauses = {"interval_start": 1, "interval_step": 1, "interval_max": LONGEST_PAUSE}
+        return super().ensure_connection(*arguments, **(pauses | named))
+
+
+class AMQP(amqp.AMQP):
+    """Celery's AMQP layer with our `Connection`."""
+
+    Connection = Connection
+
+
+class App(Celery):
+    """A Celery app that uses the settings' broker and ignores CELERY_BROKER_URL and similar variables."""
+
+    amqp_cls = AMQP
+    backend_cls = "disabled"
+
+    def __init__(self, name: str, url: str) -> None:
+        """Take the broker's URL without connecting yet."""
+        self._url = url
+        super().__init__(name, broker=url, loader=Loader)
+
+    def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
+        """Return a connection for a consumer."""
+        return super().connection_for_read(self._url, **named)
+
+    def connection_for_write(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
+        """Return a connection for a producer."""
+        return super().connection_for_write(self._url, **named)
+
+
+class Consumer:
+    """The latest activity of this process's consumer: the proof that it consumes.
+
+    It asks the broker for work (BRPOP) all the time and gets an answer within a second, be it "nothing". Celery's
+    ``ping`` is answered on another connection, also by a worker that has stopped consuming. Times are monotonic
+    seconds.
+    """
+
+    def __init__(self) -> None:
+        """Start without any activity."""
+        self.thread: threading.Thread | None = None
+        """The thread in which the consumer runs, or None in a process that consumes nothing."""
+        self.answered_at = 0.0
+        self.connecting_at = 0.0
+        self.connected_at = 0.0
+        self.refused = 0
+        """Number of connections in a row that were made and did not last."""
+        self.queues: frozenset[str] = frozenset()
+        """The queues that it asked for."""
+
+    def answered(self, queues: Iterable[str]) -> None:
+        """Record an answer of the broker."""
+        self.answered_at = time.monotonic()
+        if self.answered_at - self.connected_at > LASTS:
+            self.refused = 0
+        self.queues = frozenset(queues)
+
+    def connects(self) -> None:
+        """Record a try to reach the broker."""
+        self.connecting_at = time.monotonic()
+
+    def connected(self) -> None:
+        """Record a new connection, which counts as refused until a read is answered some seconds later."""
+        self.connected_at = time.monotonic()
+        self.refused += 1
+
+    def pause(self) -> float:
+        """Return how many seconds to wait before the next connection."""
+        return min(FIRST_PAUSE * 2 ** min(self.refused - 1, 10), LONGEST_PAUSE) if self.refused else 0.0
+
+
+CONSUMER = Consumer()
+
+
+class Channel(kombu_redis.Channel):
+    """A channel that drops unreadable entries, and its connections if the server refuses a message."""
+
+    def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
+        try:
+            super()._put(*arguments, **named)
+        except RedisError:
+            # After a failover the old server is read-only, and the broker's address may already lead to another one.
+            self._disconnect_pools()
+            raise
+
+    def _brpop_read(self, **options: Any) -> Any:  # noqa: ANN401 - kombu's own
+        self.connection.delivering = False
+        try:
+            read = super()._brpop_read(**options)
+        except self.connection.Empty:
+            CONSUMER.answered(self.active_queues)
+            raise
+        except (*self.connection_errors, RedisError) as error:
+            _report("read", error)
+            raise
+        except Exception as error:  # whatever a hostile document makes a decoder raise
+            if self.connection.delivering:
+                raise  # the entry was decoded; the error is the consumer's
+            log.warning("broker_message_dropped", error=type(error).__name__)
+            read = True
+        CONSUMER.answered(self.active_queues)
+        return read
+
+
+class Transport(kombu_redis.Transport):
+    """A transport that drops entries without the shape of a message.
+
+    It treats every error of Redis as an error of the connection.
+    """
+
+    Channel = Channel
+    connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
+    """Errors after which Celery makes a new connection.
+
+    An error that Redis returns may be temporary, and a failover may replace the server.
+    """
+    Empty = queue.Empty
+    delivering = False
+    """Whether an entry was decoded and passed to the consumer."""
+    _stopping = False
+    """Whether shutdown has begun: connections made after it belong to the drain."""
+
+    def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
+        """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread after SIGTERM."""
+        if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
+            Transport._stopping = True
+            state.maybe_shutdown()
+        if not _is_consumers_thread():
+            return super().establish_connection()
+        CONSUMER.connects()
+        time.sleep(CONSUMER.pause())
+        try:
+            connection = super().establish_connection()
+        except self.connection_errors as error:
+            _report("connect", error)
+            raise
+        CONSUMER.connected()
+        _refuse_cluster(self._avail_channels[-1].client)
+        return connection
+
+    def _deliver(self, message: Any, source: str) -> None:  # noqa: ANN401 - whatever JSON holds
+        if not is_message(message):
+            log.warning("broker_message_dropped", queue=source, error="not a message")
+            return
+        self.delivering = True
+        super()._deliver(message, source)
+
+
+def _report(step: str, error: Exception) -> None:
+    if _is_consumers_thread():  # other threads report what they could not send
+        log.warning("broker_unreachable", step=step, error=type(error).__name__, code=code_of(error))
+
+
+def code_of(error: Exception) -> str:
+    """Return the code of an error that Redis returned, or an empty string for any other error.
+
+    >>> code_of(RedisError("MISCONF Redis is configured to save RDB snapshots")), code_of(OSError("No route"))
+    ('MISCONF', '')
+    """
+    first = str(error).partition(" ")[0]
+    return first if isinstance(error, RedisError) and first.isalpha() and first.isupper() else ""
+
+
+def _refuse_cluster(client: Any) -> None:  # noqa: ANN401 - of a class that kombu makes
+    """End the process with an error message if the broker is a cluster, which can never work."""
+    try:
+        clustered = client.info("cluster").get("cluster_enabled")
+    except NoPermissionError:
+        return
+    if clustered:
+        sys.stderr.write(f"followups: {CLUSTER}\n")
+        raise SystemExit(2)
+
+
+def _is_consumers_thread() -> bool:
+    return CONSUMER.thread is threading.current_thread()
+
+
+def is_message(message: object) -> bool:
+    """Return whether a decoded entry has the shape of kombu's virtual messages.
+
+    >>> is_message({"body": "e30="}), is_message([])
+    (False, False)
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("body"), str):
+        return False
+    properties = message.get("properties")
+    return isinstance(message.get("headers"), dict) and isinstance(properties, dict) and _is_addressed(properties)
+
+
+def _is_addressed(properties: Mapping[str, Any]) -> bool:
+    delivery = properties.get("delivery_info")
+    return (
+        isinstance(properties.get("delivery_tag"), str)
+        and isinstance(delivery, dict)
+        and isinstance(delivery.get("exchange"), str)
+        and isinstance(delivery.get("routing_key"), str)
+    )

@@ -1,0 +1,384 @@
+"""The Celery app: a tick that claims and publishes, and a task that begins, sends and settles.
+
+``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as usual. The broker carries hints only: no
+result, no ETA and no retry lives in it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from celery import Task, signals
+from celery.schedules import crontab
+from kombu.entity import Queue
+
+from followups.database import BY_KEY, ONCE_PLANNED, make_async_engine, make_engine
+from followups.delivery import events
+from followups.delivery.dispatcher import Dispatcher
+from followups.delivery.hints import leases_of
+from followups.delivery.pipeline import CONNECTIONS, Pipeline
+from followups.delivery.pruner import Tidier
+from followups.delivery.send import GRACE
+from followups.errors import SettingsError
+from followups.flow_control.breaker import RedisBreaker
+from followups.flow_control.limiter import RedisLimiter
+from followups.settings import Settings, get_settings
+from followups.store import leases as lease_store
+from followups.store.metric_totals import Totals
+from followups.telemetry import traces
+from followups.telemetry.logs import get_logger
+from followups.transports.registry import load_transport
+from followups.worker import celery_logs, liveness
+from followups.worker.broker import CONSUMER, App
+from followups.worker.queues import DELIVER, DISPATCH
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from celery import Celery
+
+    from followups.delivery.hints import Hint
+
+log = get_logger(__name__)
+
+UNREAD = 1000
+"""Unread messages in the tick queue at which no more are added. So beat and nudges cannot fill the broker while no
+worker runs. Ticks do not expire: Celery would compare the clocks of two hosts, and a host whose clock is an hour ahead
+would drop all of them. The dispatcher folds all waiting ticks into one.
+"""
+
+TIDY_MINUTE = 17
+"""Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
+
+STATEMENT_TIMEOUT = timedelta(seconds=10)
+"""Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since whatever waits
+behind a hanging one could not be begun in time.
+"""
+
+BROKER_SILENCE = timedelta(seconds=5)
+"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. Never longer than
+half a lease: by then a delayed hint's follow-ups have been leased again.
+"""
+
+SWITCH_INTERVAL = 0.0005
+"""Seconds that one thread may keep the interpreter from another. With Python's own 0.005 a follow-up that is due would
+wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
+"""
+
+DRAIN_MARGIN = timedelta(seconds=5)
+"""Time to settle what was in flight at the order to stop."""
+
+
+@contextmanager
+def _exit_when_wrong() -> Iterator[None]:
+    """End with one sentence and exit code 2 if settings are invalid; Celery would print a stack trace, or continue."""
+    try:
+        yield
+    except SettingsError as error:
+        sys.stderr.write(f"followups: {error}\n")
+        raise SystemExit(2) from None
+
+
+def broker_silence(settings: Settings) -> timedelta:
+    """Return how long the broker may be silent."""
+    return min(BROKER_SILENCE, settings.lease / 2)
+
+
+def drain_limit(settings: Settings) -> timedelta:
+    """Return how long a stopping worker waits for what is in flight and for settling it."""
+    return settings.transport_timeout + GRACE + DRAIN_MARGIN
+
+
+def make_app(settings: Settings) -> Celery:
+    """Return the Celery app, configured for hints: small, idempotent, worthless once read."""
+    app = App("followups", settings.broker_url.get_secret_value())
+    silence = broker_silence(settings).total_seconds()
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_store_errors_even_if_ignored=False,
+        # The lease recovers what a crash loses; late acknowledgement would add redelivery and no safety.
+        task_acks_late=False,
+        task_queues=[Queue(DISPATCH), Queue(DELIVER)],
+        task_default_queue=DISPATCH,
+        task_create_missing_queues=False,
+        task_routes={
+            "followups.dispatch_due": {"queue": DISPATCH},
+            "followups.remove_old": {"queue": DISPATCH},
+            "followups.deliver": {"queue": DELIVER},
+        },
+        # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once. So they need no pool,
+        # and a full deliver queue does not delay a tick. For more cores, run more worker processes.
+        worker_pool="solo",
+        worker_prefetch_multiplier=1,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=True,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            # A message that was taken is gone. Otherwise kombu keeps a copy in Redis until its acknowledgement; an
+            # acknowledgement lost because Redis hesitated would count as prefetched for ever, and the worker would stop
+            # consuming.
+            "ack_emulation": False,
+            "global_keyprefix": settings.broker_prefix,
+            "socket_timeout": silence,
+            "socket_connect_timeout": silence,
+            "socket_keepalive": True,
+            # Detects a consumer's half-open connection, after twice as long and a second at most.
+            "health_check_interval": silence,
+            # kombu retries by itself, and redis-py's own retries would multiply with those: a publish to a silent
+            # broker took 51 s with them, and takes 26 s without.
+            "retry_on_timeout": False,
+        },
+        # Two seconds in all for a publish while the broker is unreachable; then the leases are released.
+        task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
+        beat_scheduler="followups.worker.schedule:Scheduler",
+        beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
+        beat_schedule={
+            "dispatch-due": {
+                "task": "followups.dispatch_due",
+                "schedule": settings.tick_interval,
+            },
+            # By the clock: a beat that is restarted now and then would never complete an hour.
+            "remove-old": {
+                "task": "followups.remove_old",
+                "schedule": crontab(minute=str(TIDY_MINUTE)),
+            },
+        },
+        timezone="UTC",
+    )
+    return app
+
+
+with _exit_when_wrong():
+    settings = get_settings()
+app = make_app(settings)
+celery_logs.install(settings)
+
+
+class Process:
+    """The parts of one worker process, created after the fork on first use."""
+
+    def __init__(self) -> None:
+        """Create the parts; connect to nothing yet."""
+        traces.start("followups-worker")
+        url = settings.database_url.get_secret_value()
+        connection: Any = {
+            "application_name": "followups-worker",
+            "statement_timeout": min(STATEMENT_TIMEOUT, settings.lease / 2),
+        }
+        self.engine = make_engine(url, pool_size=4, options=BY_KEY, **connection)
+        in_loop = make_async_engine(url, pool_size=CONNECTIONS, options=ONCE_PLANNED, **connection)
+        self.dispatcher = Dispatcher(settings, self.engine, publish)
+        transport = load_transport(settings)
+        shared = (RedisLimiter(settings), RedisBreaker(settings, settings.transport))
+        self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
+        self.totals = Totals(self.engine)
+        self.tidier = Tidier(settings, self.engine)
+        self.draining = False
+
+    def start(self) -> None:
+        """Start the parts; each waits for the database by itself."""
+        self.dispatcher.start()
+        self.pipeline.start()
+        self.totals.start()
+
+    def stop(self) -> None:
+        """Drain: stop claiming, settle what is in flight, release the rest."""
+        self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
+        self.dispatcher.stop()
+        self.tidier.stop()
+        unsettled = self.pipeline.drain(drain_limit(settings))
+        if unsettled:
+            log.error("drained_in_part", unsettled=unsettled)
+        self.totals.stop()
+        self.engine.dispose()
+        traces.stop()
+
+
+_processes: dict[int, Process] = {}
+"""By process id: a forked child gets its own."""
+_making = threading.Lock()
+
+
+def current_process() -> Process:
+    """Return this process's parts, with the pipeline running."""
+    with _making:
+        process = _processes.get(os.getpid())
+        if process is None:
+            process = _processes[os.getpid()] = Process()
+            process.start()
+            _collect_seldom()
+            sys.setswitchinterval(SWITCH_INTERVAL)
+        return process
+
+
+def _collect_seldom() -> None:
+    # Everything loaded so far stays, so the collector need not scan it; what deliveries allocate is freed by reference
+    # counting, without cycles. The default thresholds took a fifth of the worker's time under load.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+class Bounded(Task):
+    """A task that is not sent while its queue has enough unread messages."""
+
+    def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
+        """Send the task over the connection that checked the queue, or return None if it is not sent."""
+        with self.app.producer_or_acquire(producer) as acquired:
+            if unread(acquired, DISPATCH) >= UNREAD:
+                return None
+            return super().apply_async(args, kwargs, producer=acquired, **options)
+
+
+def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
+    """Return how many messages wait in a queue, or 0 if the broker cannot be asked."""
+    connection = producer.connection
+    try:
+        return int(producer.channel.queue_declare(queue).message_count)
+    except (*connection.connection_errors, *connection.channel_errors):
+        return 0  # a lost connection is replaced when the message is sent
+
+
+@app.task(name="followups.dispatch_due", base=Bounded)
+def dispatch_due(*_: object, **__: object) -> None:
+    """Tick: claim what falls due before the next one, and publish it in batches."""
+    current_process().dispatcher.tick()
+
+
+@app.task(name="followups.remove_old", base=Bounded)
+def remove_old(*_: object, **__: object) -> None:
+    """Prune in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
+    current_process().tidier.start()
+
+
+@app.task(name="followups.deliver", bind=True)
+def deliver(task: Any, hint: object = None, lanes: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
+    """Deliver a batch: begin, send and settle each follow-up of the hint at its moment."""
+    try:
+        leases = leases_of(hint, lanes)
+    except ValueError as error:
+        log.warning("hint_dropped", error=str(error), task_id=task.request.id)
+        return
+    process = current_process()
+    if process.draining:
+        with process.engine.begin() as connection:
+            lease_store.release_if_not_begun(connection, leases)
+        return
+    process.pipeline.submit(leases, task.request.id or "")
+
+
+def publish(hint: Hint) -> None:
+    """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
+    # For Flower's display; Celery's default is the hint itself, shortened, and takes longer to make.
+    count = len(hint.entries)
+    shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
+    # Like a tick, a hint does not expire. A late hint names leases that have ended, which begin refuses.
+    deliver.apply_async(args=hint, argsrepr=shown)
+
+
+class Nudger:
+    """Asks for a tick soon: returns at once, never raises, and limits how often it asks."""
+
+    INTERVAL = 0.01
+    """Least seconds between two nudges of one process."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        """``ask`` sends one; it may be slow, and it may raise."""
+        self._ask = ask
+        self._wanted = threading.Event()
+        self._started = threading.Lock()
+        self._pid = 0
+
+    def __call__(self) -> None:
+        """Ask for a tick; without a broker, beat's next tick does the same."""
+        with self._started:
+            if self._pid != os.getpid():
+                self._pid = os.getpid()
+                threading.Thread(target=self._run, name="nudger", daemon=True).start()
+        self._wanted.set()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            try:
+                self._ask()
+            except Exception as error:  # noqa: BLE001 - a lost nudge costs a tick, nothing more
+                events.broker_unreachable("nudge", error)
+            pause.wait(self.INTERVAL)
+
+
+def ask_for_tick() -> None:
+    """Send one tick to the broker now. Raises what its client raises if the broker is unreachable."""
+    dispatch_due.apply_async(retry=False)
+
+
+nudge = Nudger(ask_for_tick)
+
+
+@signals.celeryd_init.connect
+def _check_transport(**_: object) -> None:
+    with _exit_when_wrong():
+        load_transport(settings)
+
+
+@signals.celeryd_init.connect
+def _show_life(sender: str = "", **_: object) -> None:
+    CONSUMER.thread = threading.current_thread()
+    if heart := liveness.start(settings.runtime_dir, "worker", sender):
+        liveness.watch_consumer(heart, broker_silence(settings), lambda: app.amqp.queues.consume_from)
+
+
+@signals.worker_ready.connect
+@signals.worker_process_init.connect
+def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
+    # Connect now, so that the first follow-up need not wait. The parent of forked children delivers nothing.
+    pool = getattr(sender, "pool", None)
+    if type(pool).__module__ == "celery.concurrency.prefork":
+        return
+    try:
+        process = current_process()
+    except Exception as error:
+        # Celery logs an exception from a signal handler and continues, which would leave a worker that looks alive and
+        # sends nothing.
+        log.critical("worker_cannot_start", exc_info=error)
+        raise SystemExit(1) from None
+    if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
+        liveness.watch_work(heart, process.dispatcher, process.pipeline)
+
+
+@signals.beat_init.connect
+def _stop_beat_in_order(**_: object) -> None:
+    # Celery's own handler closes the producer inside the signal handler. If that interrupts a publish, the two wait for
+    # the same lock for ever: with ten ticks a second, two of about thirty beats never ended. An exception instead makes
+    # the publish release its locks, and beat closes the producer after it.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+
+
+@signals.worker_shutting_down.connect
+def _stop_beginning(**_: object) -> None:
+    liveness.drain(drain_limit(settings) + DRAIN_MARGIN)
+    if process := _processes.get(os.getpid()):
+        process.draining = True
+        process.dispatcher.claim_no_more()
+
+
+@signals.worker_shutdown.connect
+@signals.worker_process_shutdown.connect
+def _drain(**_: object) -> None:
+    if process := _processes.get(os.getpid()):
+        process.stop()
+    liveness.stop()

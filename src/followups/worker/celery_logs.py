@@ -1,0 +1,37 @@
+"""Celery's log lines in our format, and the task's id in every line that a task causes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from celery import signals
+from structlog.contextvars import bind_contextvars, clear_contextvars
+
+from followups.telemetry.logs import configure_logging
+from followups.worker import flower
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+
+def install(settings: Settings) -> None:
+    """Connect to Celery's signals, so that worker, beat and Flower log by the settings."""
+
+    def configure(**_: object) -> None:
+        configure_logging(settings.log_format, settings.log_level)
+
+    # Twice for a worker: Celery's warnings from before it sets up logging have our format too.
+    signals.celeryd_init.connect(configure, weak=False)
+    signals.setup_logging.connect(configure, weak=False)
+    signals.task_prerun.connect(_name_task)
+    signals.task_postrun.connect(_forget_task)
+    flower.install(configure)
+
+
+def _name_task(task_id: str = "", task: Any = None, **_: object) -> None:  # noqa: ANN401 - Celery's task
+    clear_contextvars()
+    bind_contextvars(task_id=task_id, task=getattr(task, "name", None))
+
+
+def _forget_task(**_: object) -> None:
+    clear_contextvars()

@@ -1,0 +1,139 @@
+"""What a worker and a beat sign for in their heartbeats, and how long each part may go without a sign.
+
+A worker that consumes nothing must be noticed. A canary in the shared queues would be taken by any of the workers, and
+a canary in a queue of its own would leave keys in the broker for each worker that was killed. There is a better proof
+that costs nothing. The consumer asks the broker for work without end, and the broker answers each time within a second,
+if only with "nothing" (`followups.worker.broker.Consumer`). An idle worker among fifty therefore signs as often as a
+busy one. The components behind the consumer sign for themselves: the pipeline's event loop by turning, and the
+dispatcher's thread by being idle, or busy for no longer than a tick can take.
+
+While the broker or the database is unreachable, or the database is read-only, all of them keep retrying, which is a
+sign of life too. Liveness concerns only what a restart fixes. During an outage, a restart would lose what was accepted
+and is not recorded yet. Such a worker is therefore alive, and its sign shows what it waits for. `/readyz` and
+`followups doctor` show what is unreachable.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from celery.worker.control import inspect_command
+
+from followups.delivery import events
+from followups.telemetry.heartbeat import Heartbeat, HeartbeatError, directory_of
+from followups.telemetry.logs import get_logger
+from followups.worker.broker import CONSUMER
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from followups.delivery.dispatcher import Dispatcher
+    from followups.delivery.pipeline import Pipeline
+
+STARTING = timedelta(seconds=90)
+"""Until a worker consumes: it imports its code and connects."""
+
+CONNECTING = timedelta(seconds=45)
+"""Longest time between two tries to reach the broker.
+
+A pause takes 3 s at most, and a try up to ten. The rest is a margin for a busy machine.
+"""
+
+CONSUMING = timedelta(seconds=5)
+"""Between two answers, longer than a half-open connection takes to be noticed; a healthy broker answers within a
+second.
+"""
+
+TURNING = timedelta(seconds=20)
+"""Between two turns of the event loop: a turn takes milliseconds, on a starved machine perhaps seconds."""
+
+TICKING = timedelta(seconds=90)
+"""For one tick: it ends within an interval and a few statements, each of which is given up after 20 s at most."""
+
+log = get_logger(__name__)
+
+_hearts: dict[int, Heartbeat | None] = {}
+"""By process id, since a forked child has its own. None if it could not be written, which was logged once."""
+
+
+def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
+    """Start this process's heartbeat. If it cannot be written, log a warning and return None: delivery goes on."""
+    if os.getpid() in _hearts:
+        return _hearts[os.getpid()]
+    heart = Heartbeat(directory_of(runtime_dir), role, name)
+    try:
+        heart.start()
+    except HeartbeatError as error:
+        log.warning("no_heartbeat", error=str(error), advice="set FOLLOWUPS_RUNTIME_DIR to a directory of its own")
+        _hearts[os.getpid()] = None
+    else:
+        _hearts[os.getpid()] = heart
+    return _hearts[os.getpid()]
+
+
+def current() -> Heartbeat | None:
+    """Return this process's heartbeat, or None."""
+    return _hearts.get(os.getpid())
+
+
+def stop() -> None:
+    """End this process's heartbeat."""
+    if heart := _hearts.pop(os.getpid(), None):
+        heart.stop()
+
+
+def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
+    """Sign for the consumer. ``wanted`` returns its queues; ``silence`` is how long the broker may be silent."""
+    heart.sign("consumer", STARTING, "has not begun to consume")
+    heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
+
+
+def _sign_for_consumer(heart: Heartbeat, within: timedelta, wanted: Callable[[], Collection[str]]) -> None:
+    answered, connecting = CONSUMER.answered_at, CONSUMER.connecting_at
+    if connecting > answered:
+        heart.sign("consumer", CONNECTING, "has not tried to reach the broker", at=connecting)
+    elif answered and CONSUMER.queues >= set(wanted()):
+        heart.sign("consumer", within, "has not asked the broker for work", at=answered)
+
+
+@inspect_command()
+def signs_of_life(_state: object) -> dict[str, str]:
+    """Return this worker's state, for ``celery inspect signs_of_life`` and a doctor on another machine."""
+    heart = current()
+    return {"trouble": heart.trouble() if heart else "", "waits": heart.waits() if heart else ""}
+
+
+def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
+    """Sign for the dispatcher and the pipeline."""
+    heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
+    heart.probe(partial(_sign_for_pipeline, heart, pipeline))
+    heart.probe(partial(_sign_for_outage, heart))
+    _sign_for_dispatcher(heart, dispatcher)
+    heart.sign("pipeline", TURNING, _STUCK)
+
+
+def _sign_for_dispatcher(heart: Heartbeat, dispatcher: Dispatcher) -> None:
+    if dispatcher.is_alive:
+        heart.sign("dispatcher", TICKING, "has been busy with one tick", at=dispatcher.busy_since or time.monotonic())
+
+
+_STUCK = "has sent and recorded nothing: its event loop has been stuck"
+
+
+def _sign_for_pipeline(heart: Heartbeat, pipeline: Pipeline) -> None:
+    pipeline.ask(partial(heart.sign, "pipeline", TURNING, _STUCK))
+
+
+def _sign_for_outage(heart: Heartbeat) -> None:
+    found = events.outage()
+    heart.wait(found.why, found.since) if found else heart.wait("")
+
+
+def drain(within: timedelta) -> None:
+    """Expect no more signs from the parts, only the end of the process."""
+    if heart := current():
+        heart.end(within, "has been stopping")
