@@ -203,7 +203,8 @@ class TestDoctor:
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
         assert (ran.returncode, report["ok"]) == (0, True)
         names = ["timeouts", "database", "migrations", "ticks", "backlog", "attempts", "pauses", "transactions"]
-        names += ["clock", "broker", "broker memory", "queues", "breaker", "transport", "workers", "processes"]
+        names += ["clock", "broker", "broker memory", "broker permissions", "queues", "breaker", "transport"]
+        names += ["workers", "processes"]
         assert [check["name"] for check in report["checks"]] == names
         assert [report["settings"][name] for name in SIGNED] == ["***"]
         assert "c2VjcmV0" not in ran.stdout
@@ -219,7 +220,7 @@ class TestDoctor:
             "transport",
             "workers",
         ]
-        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 16 checks failed."):
+        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 17 checks failed."):
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
