@@ -159,9 +159,12 @@ def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
     sha = "0" * 40
     return (
         *((name, key) for name in ("DEL", "GET", "HGETALL", "LLEN", "PTTL", "SCARD", "SMEMBERS", "ZCARD")),
-        *((name, key, "x") for name in ("HGET", "HMGET", "LPUSH", "SADD", "SET", "SREM", "ZRANK", "ZREM", "ZSCORE")),
+        *(
+            (name, key, "x")
+            for name in ("HDEL", "HGET", "HMGET", "LPUSH", "SADD", "SET", "SREM", "ZRANK", "ZREM", "ZSCORE")
+        ),
         *((name, key, "1") for name in ("BRPOP", "EXPIRE", "PEXPIRE")),
-        *((name, key, "0", "1") for name in ("HSET", "ZADD", "ZCOUNT", "ZRANGEBYSCORE")),
+        *((name, key, "0", "1") for name in ("HINCRBY", "HSET", "ZADD", "ZCOUNT", "ZRANGEBYSCORE")),
         ("SUNIONSTORE", key, key),
         ("EVALSHA", sha, "1", key),
         ("SCRIPT", "LOAD", "return 1"),
