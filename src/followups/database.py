@@ -197,9 +197,10 @@ def make_engine(
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
         connection = BoundedConnection.connect(*arguments, **{**named, "autocommit": True})
         with _closed_if_refused(connection):
-            connection.patience = _connect_timeout(url)
+            connection.patience = connect_timeout(url)
             _check_encoding(connection.execute(_SET_UP, session).fetchone())
             connection.autocommit = False
+            connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.patience = patience
         return connection
 
@@ -233,9 +234,10 @@ def make_async_engine(
     async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
         connection = await BoundedAsyncConnection.connect(*arguments, **{**named, "autocommit": True})
         with _closed_if_refused(connection):
-            connection.patience = _connect_timeout(url)
+            connection.patience = connect_timeout(url)
             _check_encoding(await (await connection.execute(_SET_UP, session)).fetchone())
             await connection.set_autocommit(False)
+            await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         connection.patience = patience
         return connection
 
@@ -294,7 +296,9 @@ def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
 def is_read_committed(connection: Connection) -> bool:
     """Return whether this module's engine made the connection and its isolation is unchanged since."""
     driver = connection.connection.driver_connection
-    return _OURS in connection.info and driver is not None and not driver.autocommit and driver.isolation_level is None
+    if _OURS not in connection.info or driver is None or driver.autocommit:
+        return False
+    return driver.isolation_level in {None, psycopg.IsolationLevel.READ_COMMITTED}
 
 
 def _test_what_lay_idle(engine: Engine) -> None:
@@ -321,14 +325,14 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
         "max_overflow": 0,
         "pool_pre_ping": True,
         # How many seconds a caller waits for a connection before it gets an error.
-        "pool_timeout": _connect_timeout(url) + POOL_MARGIN,
+        "pool_timeout": connect_timeout(url) + POOL_MARGIN,
         # Statement parameters hold message texts, which must never be in an error or a log.
         "hide_parameters": True,
         "connect_args": {**defaults, "application_name": application_name},
     }
 
 
-def _connect_timeout(url: URL) -> float:
+def connect_timeout(url: URL) -> float:
     """Return how many seconds connecting may take."""
     try:
         seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))

@@ -12,6 +12,7 @@ before the statement began, as the rules need. Any other transaction is refused 
 
 from __future__ import annotations
 
+from datetime import UTC
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -318,9 +319,16 @@ def check_time(time: datetime, field: str) -> None:
     if time.utcoffset() is None:
         message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
         raise InvalidRequestError(message, field=field)
-    if not FIRST_YEAR <= time.year <= LAST_YEAR:
+    if not all(FIRST_YEAR <= year <= LAST_YEAR for year in (time.year, _year_in_utc(time))):
         message = f"The {field.replace('_', ' ')} must lie in the years {FIRST_YEAR} to {LAST_YEAR}."
         raise InvalidRequestError(message, field=field)
+
+
+def _year_in_utc(time: datetime) -> int:
+    try:
+        return time.astimezone(UTC).year
+    except OverflowError:
+        return LAST_YEAR + 1
 
 
 def _check_changes(changes: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HIGHEST_PORT = 65_535
 
 _LIBPQS_HOSTS = re.compile(
-    r"(?P<before>\w+://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^/?@]*[,%][^/?@]*)(?P<after>.*)", re.DOTALL
+    r"(?P<before>\w+://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^/?@]*[,%][^/?@]*)(?P<after>(?:[/?].*)?)", re.DOTALL
 )
 """Unparsed by SQLAlchemy: several hosts, ``host1:5432,host2:5432``, and a socket's path, ``%2Frun``."""
 

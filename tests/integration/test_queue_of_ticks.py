@@ -12,7 +12,30 @@ import redis
 if TYPE_CHECKING:
     from followups.settings import Settings
 
-FLOOD = "from followups import worker; [worker.ask_for_tick() for _ in range(worker.UNREAD + 20)]; print(worker.UNREAD)"
+FLOOD = """
+from followups.worker import celery_app
+for _ in range(celery_app.UNREAD + 20):
+    celery_app.ask_for_tick()
+print(celery_app.UNREAD)
+"""
+LOST = """
+from followups.worker import celery_app
+with celery_app.app.producer_pool.acquire() as producer:
+    producer.publish("", routing_key="dispatch", declare=[])
+    producer.channel.close()
+    celery_app.dispatch_due.apply_async(producer=producer)
+"""
+
+
+def test_a_connection_that_was_lost(settings: Settings) -> None:
+    """A tick is sent although the producer's channel was closed: beat keeps its producer for ever."""
+    environment = os.environ | settings.environment()
+    ran = subprocess.run(
+        [sys.executable, "-c", LOST], env=environment, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
+        assert client.llen(f"{settings.broker_prefix}dispatch") == 2
 
 
 def test_bounded(settings: Settings) -> None:

@@ -122,6 +122,21 @@ class TestSettings:
         assert (await in_loop(in_a_loop, settings_of))["default_transaction_isolation"] == "read committed"
         await in_a_loop.dispose()
 
+    @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+    def test_isolation_behind_transaction_pooling(self, database_url: str) -> None:
+        """Each transaction begins at READ COMMITTED, even in a server's session that was set up for another client."""
+        set_defaults(database_url, {"default_transaction_isolation": "repeatable read"})
+        with PgBouncer(database_url, pool_mode="transaction") as pooler:
+            first, second = make_engine(pooler.url(), pool_size=1), make_engine(pooler.url(), pool_size=1)
+            with second.connect() as connection:
+                connection.execute(text("SELECT 1"))
+            with first.connect() as busy:
+                busy.execute(text("SELECT 1"))  # keeps the session that was set up
+                with second.connect() as connection:
+                    assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
+            first.dispose()
+            second.dispose()
+
 
 class TestEncoding:
     """The encoding of a database, which must be able to store every text."""

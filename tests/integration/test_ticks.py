@@ -8,7 +8,8 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 import pytest
-from sqlalchemy import text
+from pydantic import SecretStr
+from sqlalchemy import make_url, text
 
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, rhythm_of
@@ -167,6 +168,13 @@ def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, g
     defaults = {"lease": MINUTE, "tick_interval": timedelta(seconds=1), "transport_timeout": timedelta(seconds=10)}
     rhythm = rhythm_of(settings.model_copy(update=defaults | changed))
     assert (rhythm.longest_gap, rhythm.grace) == (timedelta(seconds=gap), timedelta(seconds=grace))
+
+
+def test_a_slow_connection(settings: Settings) -> None:
+    """The grace is at least the time that connecting may take by the database's URL."""
+    url = make_url(settings.database_url.get_secret_value()).update_query_dict({"connect_timeout": "60"})
+    slow = SecretStr(url.render_as_string(hide_password=False))
+    assert rhythm_of(settings.model_copy(update={"database_url": slow})).grace > MINUTE
 
 
 class TestOneAtATime:

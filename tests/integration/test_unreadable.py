@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from structlog.testing import capture_logs
 
+from followups.delivery import begin as begin_module
 from followups.delivery.begin import REFUSED_PAUSE, begin
 from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.dispatcher import Dispatcher
@@ -33,6 +35,20 @@ if TYPE_CHECKING:
     from world import World
 
 SECOND = timedelta(seconds=1)
+
+
+def test_what_has_begun_is_kept(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The begun ones of a batch are returned even if the one that is refused cannot be deferred either."""
+    world.follow_up(attempts=2**31 - 1)
+    others = {type(world)(engine).follow_up() for _ in range(9)}
+
+    def fail(*_: object) -> None:
+        raise PoolTimeoutError
+
+    monkeypatch.setattr(begin_module.leases, "defer_if_not_begun", fail)
+    assert begun(begin(engine, settings, claim(engine, settings).leases)) == others
 
 
 def unchecked(world: World, table: str) -> None:

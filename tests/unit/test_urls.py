@@ -41,6 +41,13 @@ def test_what_stands_beside_the_hosts_stays() -> None:
     assert (url.query["target_session_attrs"], url.query["sslmode"]) == ("read-write", "disable")
 
 
+@pytest.mark.parametrize("hosts", ["one:5432", "one", "one:5432,two:5433"])
+def test_escaped_characters(hosts: str) -> None:
+    """Escaped characters of a name and a password are read as they are, with one host and with several."""
+    url = database_url(f"postgresql://a%40pp:p%40s%2Fs%25%3A%2C,w@{hosts}/chats")
+    assert (url.username, url.password, url.database) == ("a@pp", "p@s/s%:,,w", "chats")
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -50,6 +57,7 @@ def test_what_stands_beside_the_hosts_stays() -> None:
         "postgresql://app:pa55@one:1:2,two/chats",
         "postgresql://app:pa55@/chats?host=one:a&host=two:b",
         "postgresql://app:p@pa55@db/chats",
+        "postgresql://app:p@pa,55@db/chats",
         "postgresql://app:pa55@db/chats?no_such_parameter=1",
         "postgresql://app:pa55@db/chats?port=word",
     ],

@@ -52,10 +52,16 @@ def _rfc3339(value: object) -> object:
 
 
 def _in_utc(value: datetime) -> datetime:
-    if not FIRST_YEAR <= value.year <= LAST_YEAR:
-        message = f"should lie in the years {FIRST_YEAR} to {LAST_YEAR}"
-        raise ValueError(message)
-    return value.astimezone(UTC)
+    year = value.year
+    try:
+        value = value.astimezone(UTC)
+    except OverflowError:
+        pass  # at the edge of the calendar, and so outside those years
+    else:
+        if min(year, value.year) >= FIRST_YEAR and max(year, value.year) <= LAST_YEAR:
+            return value
+    message = f"should lie in the years {FIRST_YEAR} to {LAST_YEAR}"
+    raise ValueError(message)
 
 
 def _storable(value: str) -> str:

@@ -8,8 +8,6 @@ from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import DBAPIError
-
 from followups.delivery import events, holds
 from followups.halving import halve
 from followups.states import ReasonCode, Status, finish
@@ -81,7 +79,7 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginni
 def _defer(engine: Engine, lease: Lease) -> None:
     try:
         transact(engine, lambda connection: leases.defer_if_not_begun(connection, [lease], REFUSED_PAUSE))
-    except DBAPIError as error:  # then it is claimed again when its lease has ended
+    except Exception as error:  # noqa: BLE001 - its lease ends then; what has begun must be sent whatever happens here
         events.refused("defer", lease.id, error)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
-from followups.database import CONNECT_TIMEOUT
+from followups.database import connect_timeout
 from followups.delivery import events
 from followups.delivery.send import GRACE
 from followups.halving import halve
@@ -15,6 +15,7 @@ from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import chat_order, claims, last_tick, leases, settlement
 from followups.store.last_tick import Rhythm
 from followups.transactions import transact
+from followups.urls import database_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,10 +57,16 @@ def rhythm_of(settings: Settings) -> Rhythm:
     After an outage a worker must connect to record what it knows. After the database's clock was set forward, calls
     that have just begun must end. With the default settings the grace is 13 s, after a gap of more than 3 s.
     """
-    known_within = max(settings.transport_timeout + GRACE, timedelta(seconds=CONNECT_TIMEOUT))
+    known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
     # If the tick interval is longer than a lease, a lease can end unseen between any two ticks.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
+
+
+@lru_cache(maxsize=8)
+def _connecting(url: str) -> timedelta:
+    """Return how long connecting to the database may take."""
+    return timedelta(seconds=connect_timeout(database_url(url)))
 
 
 def size_of_claim(window: int) -> int:

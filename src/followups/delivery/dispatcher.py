@@ -128,7 +128,7 @@ class Dispatcher:
             try:
                 self._drain_due()
                 self._backoff = BACKOFF
-                events.succeeded()
+                events.succeeded("claim")
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 events.failed("claim", error, self._engine)
                 self._pass_over(error)

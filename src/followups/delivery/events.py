@@ -43,8 +43,11 @@ class Outage:
     why: str
 
 
-_outages: list[Outage] = []
-"""The current outage, if there is one; steps in several threads begin and end it."""
+_outages: dict[str, Outage] = {}
+"""The current outages by step; several threads begin and end them."""
+
+WRITING = frozenset({"claim", "begin", "settle", "release"})
+"""Steps that write: one that succeeds ends every outage. Others succeed on a read-only server too."""
 
 
 def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
@@ -148,18 +151,21 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
         log.error("step_failed", step=step, error=kind, sqlstate=sqlstate, constraint=constraint)
     else:
         log.error("step_failed", step=step, exc_info=error)
-    known = outage()
-    _outages[:] = [Outage(known.since if known else time.monotonic(), why)]
+    known = _outages.get(step)
+    _outages[step] = Outage(known.since if known else time.monotonic(), why)
 
 
-def succeeded() -> None:
-    """Record that a step succeeded, which ends the outage, whatever failed before."""
-    _outages.clear()
+def succeeded(step: str) -> None:
+    """Record that a step succeeded, which ends its outage, and every other one if the step writes."""
+    if step in WRITING:
+        _outages.clear()
+    else:
+        _outages.pop(step, None)
 
 
 def outage() -> Outage | None:
-    """Return why this process makes no progress, or None if no step has failed since the last success."""
-    return next(iter(tuple(_outages)), None)
+    """Return since when and why this process makes no progress, or None if no step has failed since its success."""
+    return min(tuple(_outages.values()), key=lambda one: one.since, default=None)
 
 
 def refused(step: str, follow_up_id: UUID, error: Exception) -> None:

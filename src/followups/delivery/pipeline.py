@@ -234,7 +234,7 @@ class Pipeline:
                 backoff = min(backoff * 2, LONGEST_BACKOFF)
                 continue
             backoff = BACKOFF
-            events.succeeded()
+            events.succeeded("begin")
             self._follow_up(beginning, {hinted.lease.id: hinted for hinted in batch}, started)
 
     async def _gather(self) -> None:
@@ -345,7 +345,7 @@ class Pipeline:
                     return
                 await asyncio.sleep(backoff.total_seconds())
                 backoff = min(backoff * 2, SETTLE_BACKOFF)
-        events.succeeded()
+        events.succeeded("settle")
         events.settled(settling)
         self._line.let_go({a.begun.lease.id for a in batch} - {a.begun.lease.id for a in settling.held})
         self._settle_later(settling.held, AGAIN)
@@ -417,7 +417,7 @@ class Pipeline:
             except (DBAPIError, PoolTimeoutError) as error:
                 events.failed(step, error, self._engine.sync_engine)
             else:
-                events.succeeded()
+                events.succeeded(step)
                 return
             if step in {"clock", "limits"} and self._draining:
                 return

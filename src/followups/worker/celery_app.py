@@ -243,9 +243,11 @@ class Bounded(Task):
 
 def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
     """Return how many messages wait in a queue, or 0 if the broker cannot be asked."""
-    connection = producer.connection
+    connection, channel = producer.connection, producer.channel
+    if channel.closed:
+        return 0  # it was closed with its connection; publishing replaces both
     try:
-        return int(producer.channel.queue_declare(queue).message_count)
+        return int(channel.queue_declare(queue).message_count)
     except (*connection.connection_errors, *connection.channel_errors):
         return 0  # a lost connection is replaced when the message is sent
 

@@ -13,6 +13,8 @@ from sqlalchemy import text
 revision = "0009"
 down_revision = "0008"
 
+LOCK_TIMEOUT = "2s"
+
 
 def _readable(*columns: str) -> str:
     named = ", ".join(columns)
@@ -43,10 +45,16 @@ def upgrade() -> None:
     with op.get_context().autocommit_block():
         for table, check in CHECKS.items():
             name = f"ck_{table}_times_are_readable"
-            op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}")  # left by an interrupted run
+            _alter(f"{table} DROP CONSTRAINT IF EXISTS {name}")  # left by an interrupted run
             if not op.get_bind().scalar(text(f"SELECT EXISTS (SELECT FROM {table} WHERE NOT ({check}))")):  # noqa: S608
-                op.execute(f"ALTER TABLE {table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
+                _alter(f"{table} ADD CONSTRAINT {name} CHECK ({check}) NOT VALID")
                 op.execute(f"ALTER TABLE {table} VALIDATE CONSTRAINT {name}")
+
+
+def _alter(change: str) -> None:
+    # Outside a transaction of the migration's own, so the limit for its lock is set here, as `env` sets it elsewhere:
+    # while it waits, every other access to the table waits behind it.
+    op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 
 def downgrade() -> None:
