@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import select
+import threading
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -63,12 +64,15 @@ class CurlLoop:
                 self._multi.remove_handle(curl)
 
     def close(self) -> None:
-        """End every transfer, and close every connection."""
+        """End every transfer, and have every connection closed; returns at once."""
         for curl in tuple(self._running):
             self._end(curl, CLOSED)
         self._loop.remove_reader(self._sockets.fileno())
-        self._multi.close()
         self._sockets.close()
+        for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
+            self._multi.setopt(callback, None)
+        # libcurl waits for its threads that look up host names: where the name server is silent, up to half a minute.
+        threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         for timer in (self._kick, self._timer):
             if timer is not None:
                 timer.cancel()
