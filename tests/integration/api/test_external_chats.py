@@ -67,7 +67,7 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
 
 
 def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
-    """No external id is nobody's."""
+    """A chat without an external id takes none from another workspace."""
     assert [put(each, None) for each in pair] == [201, 201]
 
 

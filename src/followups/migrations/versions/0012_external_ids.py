@@ -14,7 +14,7 @@ NAME = "ix_chats_external_id"
 def upgrade() -> None:
     """Create it concurrently, outside a transaction; one that was broken off is dropped first."""
     with op.get_context().autocommit_block():
-        op.execute("SET lock_timeout = 0")  # it waits for open transactions, and nobody waits for it
+        op.execute("SET lock_timeout = 0")  # it waits for open transactions, and nothing waits for it
         op.drop_index(NAME, table_name="chats", if_exists=True, postgresql_concurrently=True)
         op.create_index(
             NAME,
