@@ -383,7 +383,7 @@ def test_burns_no_attempts(
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_receiver_that_refuses_everybody_is_left_alone(
+def test_a_receiver_that_refuses_every_message_is_left_alone(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
     """An expired secret costs only the follow-ups attempted before the breaker opens."""

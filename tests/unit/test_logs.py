@@ -10,15 +10,22 @@ import os
 import re
 import sys
 import warnings
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 import structlog
+from followups.dispatch import report
+from followups.dispatch.send import Attempt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from followups.store.leases import Begun, Lease
 from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
 from followups.telemetry.redaction import HIDDEN, clean, redact
+from followups.transports.answers import Answer, outcome_of
+from followups.transports.http import DIALECT
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -254,3 +261,20 @@ def test_what_is_no_secret_stays() -> None:
 def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
     """The password of a URL and the token after 'Bearer' are hidden in any text."""
     assert clean(text) == cleaned
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"ok": false, "why": "secret"}', b"<!doctype html><title>secret</title>", b'{"chatMessageId": "secret"}']
+)
+def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    """The line of an attempt whose 2xx has a strange body says what was odd, and nothing of what stood there."""
+    configure_logging("json", "info")
+    now = datetime.now(UTC)
+    begun = Begun(Lease(uuid4(), 1, now), uuid4(), uuid4(), "api", None, uuid4(), "text", now, 1, 0)
+    outcome = outcome_of(Answer(200, body=body), DIALECT)
+    report.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http", "task")
+    report.lines.flush()
+    (line,) = _lines(capsys)
+    assert (line["event"], line["outcome"], line["status_code"]) == ("attempt", "sent", 200)
+    assert line["odd"]
+    assert "secret" not in json.dumps(line)

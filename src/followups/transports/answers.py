@@ -15,10 +15,11 @@ from __future__ import annotations
 import json
 import re
 from codecs import BOM_UTF8
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 from followups.retry import MAX_RETRY_AFTER, clamp_retry_after
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed
@@ -38,12 +39,11 @@ _DECODER = json.JSONDecoder()
 Document = dict[str, object]
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """An HTTP answer whose head has arrived. Header names are in lower case."""
 
     status: int
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
     flaw: str = ""
     """Why the body is incomplete, or an empty string; the status counts all the same."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import math
 import select
+import threading
 from typing import TYPE_CHECKING
 
 import pycurl
@@ -44,6 +45,7 @@ class CurlLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = 0.0  # when to call libcurl next, by the loop's clock
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
+        self._looks_up = False  # a host name, perhaps, for a transfer that has ended meanwhile
         self._loop.add_reader(self._sockets.fileno(), self._go_on)
 
     @property
@@ -63,15 +65,21 @@ class CurlLoop:
             return await ended
         finally:
             if self._running.pop(curl, None):
-                self._multi.remove_handle(curl)
+                self._remove(curl, CLOSED)
 
     def close(self) -> None:
         """End every transfer, and close every connection."""
         for curl in tuple(self._running):
             self._end(curl, CLOSED)
         self._loop.remove_reader(self._sockets.fileno())
-        self._multi.close()
         self._sockets.close()
+        for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
+            self._multi.setopt(callback, None)
+        if self._looks_up:
+            # libcurl waits for its threads that look up host names: up to half a minute for a silent name server.
+            threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
+        else:
+            self._multi.close()
         for timer in (self._kick, self._timer):
             if timer is not None:
                 timer.cancel()
@@ -138,6 +146,11 @@ class CurlLoop:
 
     def _end(self, curl: pycurl.Curl, code: int) -> None:
         ended = self._running.pop(curl)
-        self._multi.remove_handle(curl)
+        self._remove(curl, code)
         if not ended.done():
             ended.set_result(code)
+
+    def _remove(self, curl: pycurl.Curl, code: int) -> None:
+        self._multi.remove_handle(curl)
+        if code != pycurl.E_OK and not curl.getinfo(pycurl.NAMELOOKUP_TIME):
+            self._looks_up = True

@@ -35,8 +35,9 @@ class HttpTransport:
 
     async def send(self, delivery: Delivery) -> Outcome:
         """Post once; the answer, or its absence, is the outcome."""
-        body = _body(delivery)
-        call = Call(self._url, self._headers(str(delivery.follow_up_id), delivery.made_at, body), body)
+        key = str(delivery.follow_up_id)
+        body = _body(delivery, key)
+        call = Call(self._url, self._headers(key, delivery.made_at, body), body)
         return await self._client.deliver(call, DIALECT)
 
     async def check(self) -> str:
@@ -58,9 +59,9 @@ class HttpTransport:
         return headers
 
 
-def _body(delivery: Delivery) -> bytes:
+def _body(delivery: Delivery, key: str) -> bytes:
     document = {
-        "followUpId": str(delivery.follow_up_id),
+        "followUpId": key,
         "workspaceId": str(delivery.workspace_id),
         "channel": delivery.channel,
         "chatId": str(delivery.chat_id),

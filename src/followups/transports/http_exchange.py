@@ -88,6 +88,7 @@ class Exchange:
         "_parts",
         "_room",
         "_sockets",
+        "_status",
         "_until",
         "_url",
         "answered",
@@ -131,9 +132,8 @@ class Exchange:
 
     def answer(self, code: int) -> Answer:
         """Return the answer, whose head has arrived; ``code`` is libcurl's result for its body."""
-        status = self.curl.getinfo(pycurl.RESPONSE_CODE)
-        headers = {} if status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
-        return Answer(status, headers, b"".join(self._parts), _flaw(code))
+        headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
+        return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 
     # libcurl's callbacks, in the order in which it calls them.
 
@@ -174,7 +174,7 @@ class Exchange:
         return None
 
     def _end_head(self) -> int | None:
-        status = int(self._head[0].split(None, 2)[1])
+        self._status = status = int(self._head[0].split(None, 2)[1])
         if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
             self._head.clear()  # another head follows
             return None

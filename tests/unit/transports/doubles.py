@@ -133,6 +133,7 @@ async def listening(
 ) -> AsyncIterator[str]:
     """Serve connections on a free port, over TLS if there is a certificate, and yield the URL."""
     tasks: set[asyncio.Task[None]] = set()
+    writers: list[asyncio.StreamWriter] = []
 
     async def served(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -141,6 +142,7 @@ async def listening(
             writer.close()
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
         tasks.add(asyncio.create_task(served(reader, writer)))
 
     server = await asyncio.start_server(connected, host, 0, ssl=secure)
@@ -152,6 +154,9 @@ async def listening(
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            writer.transport.abort()
+        await asyncio.sleep(0.05 if secure else 0)  # several turns, in which the ends of all connections are read
 
 
 @asynccontextmanager

@@ -199,7 +199,7 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
         assert server.connections == 2
 
 
-async def test_nobody_waits_for_a_connection_longer_than_there_is_time() -> None:
+async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
     """A call that waits for a connection times out without sending; its slot is free afterwards."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:

@@ -6,13 +6,19 @@ import asyncio
 import contextlib
 import gzip
 import socket
+import ssl
 import time
+from typing import TYPE_CHECKING
 
 import pytest
+import trustme
 
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
 from unit.transports.doubles import MESSAGE, Request, a_delivery, answer, opened, scripted, settings_for
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
@@ -88,6 +94,51 @@ async def test_a_reset_connection_is_unknown() -> None:
 
     async with scripted(reset) as server:
         assert isinstance(await outcome_at(server.url), Unknown)
+
+
+@pytest.fixture(params=["plain", "tls"])
+def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext | None:
+    """Return a server's side of TLS that is trusted, or none."""
+    if request.param == "plain":
+        return None
+    authority, made = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(made)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return made
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fresh"])
+@pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
+@pytest.mark.parametrize(
+    ("said", "outcome"),
+    [
+        (b"", Unknown),
+        (b"HTTP/1.1 200 OK\r\ncontent-", Unknown),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", Unknown),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n{", Sent),
+        (b"HTTP/1.1 500 No\r\ncontent-length: 999\r\n\r\n{", Retry),
+    ],
+    ids=["nothing", "headers", "informational", "body", "body of an error"],
+)
+async def test_however_a_connection_breaks_the_request_went_out_once(
+    said: bytes, outcome: type, context: ssl.SSLContext | None, *, kept: bool, reset: bool
+) -> None:
+    """Wherever a fresh or a kept connection breaks off: the outcome is by what came, and nothing is sent again."""
+
+    async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
+        writer.write(said)
+        await asyncio.sleep(0.02)
+        if reset:
+            writer.transport.abort()
+
+    async with scripted(answer(200), context) as server:
+        async with opened(HttpTransport(settings_for(server.url))) as transport:
+            if kept:
+                assert await transport.send(a_delivery()) == Sent(None, 200)
+            server.answer = break_off
+            assert isinstance(await transport.send(a_delivery()), outcome)
+        assert (server.connections, len(server.requests)) == (1, 1 + kept)
 
 
 @pytest.mark.parametrize(
