@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.halving import halve_within
+from followups.store import marks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
@@ -192,6 +193,8 @@ def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: ti
     if not ended:
         return Unblocked()
     rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
+    if unblocked := [(row.id, row.lease_token) for row in rows if not row.blocked]:
+        marks.leased(connection, unblocked)
     return Unblocked(
         tuple(Lease(r.id, r.lease_token, r.due, r.losses, lane_of(r.workspace_id)) for r in rows if not r.blocked),
         tuple(row.blocked for row in rows if row.blocked),
