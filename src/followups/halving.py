@@ -10,6 +10,8 @@ from followups.database import concerns_a_row
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from sqlalchemy import Connection
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -46,4 +48,28 @@ def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
             else:
                 middle = len(part) // 2
                 parts += [part[middle:], part[:middle]]
+    return halved
+
+
+def halve_within(
+    connection: Connection,
+    batch: Sequence[T],
+    work: Callable[[Sequence[T]], R],
+    refused: Callable[[T, Exception], None] | None = None,
+) -> Halved[T, R]:
+    """Do the work within the connection's transaction, each part under a savepoint.
+
+    ``refused`` is called for each refused item, which costs none of the others.
+    """
+
+    def under_savepoint(part: Sequence[T]) -> R:
+        with connection.begin_nested():
+            return work(part)
+
+    halved = halve(batch, under_savepoint) if batch else Halved[T, R]()
+    if halved.left:  # the transaction is lost, and this raises why
+        halved.done.append(work(halved.left))
+    if refused:
+        for item, error in halved.refused:
+            refused(item, error)
     return halved

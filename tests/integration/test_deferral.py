@@ -162,6 +162,15 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
     assert world.row(rows[0].id).reason == "over"
 
 
+def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
+    """While a workspace is held, each worker keeps less than a hundredth of the window, however many slots it has."""
+    window = 1024
+    world.burst([-SECOND] * OVERDUE)
+    with worker(own.model_copy(update={"concurrency": 100, "max_in_flight": window}), engine, Chat(), FOR_LONG):
+        wait_until(lambda: len(deferred(world)) > OVERDUE * 0.4)
+        wait_until(lambda: world.scalar(LEASED) < window / 100)
+
+
 def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
     """Once the transport recovers, deferred follow-ups are sent long before their time, earliest first."""
     chat = Chat()

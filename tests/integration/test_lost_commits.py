@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
@@ -16,8 +17,10 @@ from followups.delivery.begin import begin
 from followups.delivery.claim import claim
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
+from followups.store import chat_order
 from followups.store.metric_totals import Totals, read
 from followups.telemetry import metrics
+from followups.transactions import transact
 from followups.transports.port import Retry, Sent
 from world import begun, claim_and_begin
 
@@ -86,6 +89,23 @@ def ending(place: Place) -> Callable[[], set[UUID]]:
     return lambda: ended(begin(place.world.engine, place.settings, leases))
 
 
+def unblocking(place: Place) -> Callable[[], set[UUID]]:
+    """Return a function that unblocks the follow-ups, once those that they waited for have ended."""
+    world = place.world
+    world.sql(
+        "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"
+        " finished_at) SELECT workspace_id, chat_id, message, due_date - interval '1 s', trigger_chat_message_id,"
+        " 'failed', 'x', now() FROM follow_ups"
+    )
+    world.sql(
+        "UPDATE follow_ups f SET waits_for = e.id FROM follow_ups e"
+        " WHERE f.status = 'pending' AND e.status = 'failed' AND e.chat_id = f.chat_id"
+    )
+    ended = list(world.scalar("SELECT array_agg(id) FROM follow_ups WHERE status = 'failed'"))
+    work = partial(chat_order.unblock_writable, ended=ended, lease=timedelta(minutes=1))
+    return lambda: {lease.id for lease in transact(world.engine, work).leases}
+
+
 def settling(place: Place, outcome: Outcome) -> Callable[[], set[UUID]]:
     """Return a function that settles the attempts with this outcome."""
     attempts = place.attempts(outcome)
@@ -97,6 +117,7 @@ STEPS = {
     "begin": beginning,
     "ended by begin": ending,
     "sent": lambda place: settling(place, Sent()),
+    "unblocked": unblocking,
     "tried again": lambda place: settling(place, Retry("busy")),
 }
 

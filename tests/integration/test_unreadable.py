@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.orm import Session
 from structlog.testing import capture_logs
 
+import followups
 from followups.delivery import begin as begin_module
 from followups.delivery.begin import REFUSED_PAUSE, begin
 from followups.delivery.claim import claim, claim_fairly
@@ -18,12 +22,15 @@ from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
+from followups.store import chats
+from followups.store.chats import Role
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+    from uuid import UUID
 
     from sqlalchemy import Engine
 
@@ -130,6 +137,167 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
         assert begun(begin(engine, settings, leases)) == {good}
     assert [line["step"] for line in logs if line["event"] == "row_refused"] == ["begin", "defer"]
     assert world.row(bad).lease_until is not None
+
+
+def unwritable(world: World, follow_up_id: UUID) -> None:
+    """Add a constraint that the row breaks at every write."""
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{follow_up_id}') NOT VALID")
+
+
+def lost_twice(world: World, chat: UUID | None = None) -> UUID:
+    """Insert a follow-up in flight whose lease has run out for the third time."""
+    return world.follow_up(
+        chat,
+        -2 * SECOND,
+        begun_at=text("now() - interval '1 min'"),
+        lease_until=text("now() - interval '1 s'"),
+        losses=2,
+    )
+
+
+def blocked_for_nothing(world: World) -> UUID:
+    """Insert a follow-up that still waits for one that has ended."""
+    chat = world.chat()
+    first = world.follow_up(chat, -2 * SECOND)
+    second = world.follow_up(chat, -SECOND, waits_for=first)
+    world.sql("UPDATE follow_ups SET status = 'failed', reason = 'x', finished_at = now() WHERE id = :id", id=first)
+    return second
+
+
+def paused_by_nothing(world: World) -> UUID:
+    """Insert a follow-up held by a pause that is no longer in force."""
+    return world.follow_up(due=-SECOND, pause_id=uuid4(), next_attempt_at=text("timestamptz '9998-12-31'"))
+
+
+def behind_a_third_loss(world: World) -> UUID:
+    """Insert a follow-up that waits for one whose third lease is lost."""
+    chat = world.chat()
+    return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
+
+
+@contextmanager
+def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUID]]]:
+    """Run a dispatcher; each call of the function ticks, and returns what has been claimed so far."""
+    hints: list[Hint] = []
+    dispatcher = Dispatcher(settings, engine, hints.append)
+    dispatcher.start()
+
+    def claimed() -> set[UUID]:
+        dispatcher.tick()
+        return {lease.id for hint in hints for lease in leases_of(*hint)}
+
+    try:
+        yield claimed
+    finally:
+        dispatcher.stop()
+
+
+@pytest.mark.parametrize("insert", [blocked_for_nothing, paused_by_nothing, behind_a_third_loss])
+def test_one_that_cannot_be_released(
+    world: World, engine: Engine, settings: Settings, insert: Callable[[World], UUID]
+) -> None:
+    """A blocked or paused follow-up that cannot be released is logged; others like it are released and claimed."""
+    others = type(world)(engine)
+    bad = insert(world)
+    good = {insert(others) for _ in range(3)} | {others.follow_up(due=-SECOND)}
+    unwritable(world, bad)
+    with capture_logs() as logs, ticking(settings, engine) as claimed:
+        wait_until(lambda: good <= claimed())
+        wait_until(lambda: claimed() and any(line["event"] == "row_refused" for line in logs))
+    refused = {(line["step"], line["follow_up_id"]) for line in logs if line["event"] == "row_refused"}
+    assert refused == {("unblock", str(bad))}
+    assert world.row(bad).lease_until is None
+
+
+def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
+    """A follow-up with three lost leases whose end cannot be written is never sent again; others are claimed."""
+    others = type(world)(engine)
+    bad, good = lost_twice(world), {others.follow_up() for _ in range(3)}
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR status = 'pending') NOT VALID")
+    with ticking(settings, engine) as claimed:
+        wait_until(lambda: good <= claimed())
+        assert bad not in claimed()
+    assert (world.row(bad).losses, world.row(bad).begun_at is None) == (2, False)
+
+
+def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Settings) -> None:
+    """Rows that cannot be written stop no claim, even if there are more of them than the window."""
+    others = type(world)(engine)
+    world.burst([-10 * SECOND] * 30)
+    world.sql("UPDATE follow_ups SET attempts = 99")
+    world.sql("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
+    good = {others.follow_up(due=-SECOND) for _ in range(5)}
+    with ticking(settings.model_copy(update={"max_in_flight": 10}), engine) as claimed:
+        wait_until(lambda: good <= claimed())
+
+
+def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> None:
+    """A fair claim passes over a row that cannot be written, even if an ordered claim would not take it."""
+    others = type(world)(engine)
+    world.burst([-10 * SECOND] * 25)
+    with ticking(settings.model_copy(update={"max_in_flight": 10, "lease": timedelta(minutes=5)}), engine) as claimed:
+        wait_until(lambda: len(claimed()) == 10)
+        unwritable(world, others.follow_up(due=-SECOND))
+        world.sql(
+            "UPDATE follow_ups SET status = 'sent', finished_at = now(), lease_until = NULL WHERE lease_until > now()"
+        )
+        wait_until(lambda: len(claimed()) == 20)
+
+
+def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
+    """An accepted follow-up is settled even if the next one of its chat cannot be unblocked; others are unblocked."""
+    pairs = []
+    for _ in range(4):
+        chat = world.chat()
+        first = world.follow_up(chat, -2 * SECOND)
+        pairs.append((first, world.follow_up(chat, -SECOND, waits_for=first)))
+    attempts = [attempt(one, Sent()) for one in claim_and_begin(engine, settings).begun]
+    unwritable(world, pairs[0][1])
+    settling = settle(engine, settings, attempts)
+    assert {one.id for one in settling.settled} == {first for first, _ in pairs}
+    assert {row.status for row in world.rows(*(first for first, _ in pairs))} == {"sent"}
+    assert {lease.id for lease in settling.woken} == {second for _, second in pairs[1:]}
+
+
+def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, settings: Settings) -> None:
+    """A follow-up that begin ends has ended, even if the next one of its chat cannot be unblocked."""
+    chat = world.chat(removed_at=text("now()"))
+    first = world.follow_up(chat, -2 * SECOND)
+    unwritable(world, world.follow_up(chat, -SECOND, waits_for=first))
+    assert [one for one, _ in claim_and_begin(engine, settings).ended] == [first]
+
+
+def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Settings) -> None:
+    """A follow-up waits for the earlier one of its chat, even if one behind it cannot be written."""
+    chat = world.chat()
+    first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
+    second = world.follow_up(chat, -2 * SECOND)
+    unwritable(world, world.follow_up(chat, -SECOND, next_attempt_at=text("now() + interval '1 h'")))
+    claim_and_begin(engine, settings)
+    assert world.row(second).waits_for == first
+
+
+def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
+    """A reply is recorded, and cancels the chat's follow-ups apart from one that cannot be written."""
+    chat = world.chat()
+    good = world.follow_up(chat, -SECOND)
+    unwritable(world, world.follow_up(chat, timedelta(hours=1)))
+    with Session(engine) as session, session.begin():
+        received = chats.receive(
+            session, world.workspace_id, message_id=uuid4(), chat_id=chat, role=Role.USER, created_at=None
+        )
+    assert received.cancelled == (good,)
+    assert claim_and_begin(engine, settings).begun == ()
+
+
+def test_a_cancel(world: World, engine: Engine) -> None:
+    """A follow-up is cancelled, even if the next one of its chat cannot be unblocked."""
+    chat = world.chat()
+    first = world.follow_up(chat)
+    unwritable(world, world.follow_up(chat, waits_for=first))
+    with Session(engine) as session, session.begin():
+        followups.cancel(session, first)
+    assert world.row(first).status == "cancelled"
 
 
 @pytest.mark.parametrize("window", [100, 6])

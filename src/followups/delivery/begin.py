@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from followups.delivery import events, holds
-from followups.halving import halve
+from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
 from followups.store import chat_order, leases
 from followups.store.leases import World
@@ -104,8 +104,9 @@ def _explain_missing(
     waiting = [(o.lease, o.earlier) for o in obstacles if o.earlier and o.lease.id not in judged]
     parked = chat_order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
-        chat_order.park_pile(connection, parked)
-    unblocked = chat_order.unblock_and_lease(connection, ended, settings.lease)
+        # If a row behind them cannot be written, those that can be are parked one by one.
+        halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
+    unblocked = chat_order.unblock_writable(connection, ended, settings.lease)
     return Beginning(
         begun=tuple(begun),
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),

@@ -118,16 +118,18 @@ def claim_fairly(
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
 
-def unclaimable(engine: Engine, settings: Settings) -> tuple[UUID, ...]:
-    """Return and log the due follow-ups that cannot be leased because their rows cannot be written."""
+def unclaimable(
+    engine: Engine, settings: Settings, since: datetime | None, without: tuple[UUID, ...], *, fairly: bool
+) -> tuple[UUID, ...]:
+    """Return and log the follow-ups that make such a claim fail because their rows cannot be written."""
     with engine.connect() as connection:
-        ids = claims.candidates(connection, _look(settings, None, ()))
+        ids = claims.candidates(connection, _look(settings, since, without), fairly=fairly)
 
-    def try_to_lease(part: Sequence[UUID]) -> None:
+    def try_to_claim(part: Sequence[UUID]) -> None:
         with engine.connect() as connection:  # the transaction ends without a commit
-            claims.try_to_lease(connection, part)
+            _end_lost(connection, claims.try_to_lease(connection, part), settings)
 
-    refused = halve(ids, try_to_lease).refused if ids else []
+    refused = halve(ids, try_to_claim).refused if ids else []
     for follow_up_id, error in refused:
         events.refused("claim", follow_up_id, error)
     return tuple(follow_up_id for follow_up_id, _ in refused)
@@ -149,7 +151,8 @@ def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connec
     if tick is None:
         return Claim((), (), 0, more=False, cut_short=False, low_water=look.since, busy=True)
     taken = take(connection, replace(look, in_grace=tick.in_grace))
-    ended = _end_lost(connection, taken.lost, deduplicates=settings.transport_deduplicates) if taken.lost else {}
+    _record_lost(connection, taken.lost)
+    ended = _end_lost(connection, taken.lost, settings)
     return Claim(
         leases=tuple(lease for lease in taken.leases if lease.id not in ended),
         ended=tuple(ended.items()),
@@ -162,13 +165,17 @@ def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connec
     )
 
 
-def _end_lost(connection: Connection, lost: list[Lost], *, deduplicates: bool) -> dict[UUID, Final]:
+def _record_lost(connection: Connection, lost: list[Lost]) -> None:
     failures = [
         settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
         for one in lost
     ]
     for failure, error in settlement.record_failures(connection, failures):
         events.refused("record", failure.follow_up_id, error)
+
+
+def _end_lost(connection: Connection, lost: list[Lost], settings: Settings) -> dict[UUID, Final]:
+    deduplicates = settings.transport_deduplicates
     finals = [
         (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost
     ]

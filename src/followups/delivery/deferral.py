@@ -32,10 +32,16 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from followups.store.leases import Lease
 
-SHARE = 32
-"""Divisor of the window: a worker requests one 32nd of it at once, but at most one per slot.
+SHARE = 1024
+"""Divisor of the window: a worker requests one 1024th of it at once, but at most one per slot.
 
-The worker keeps at most twice as many leases.
+The worker keeps at most twice as many leases, so a hundred workers keep a fifth of the window. All workers together
+need three follow-ups for a probe.
+"""
+SHARE_WHILE_RECOVERING = 128
+"""The same during the seconds in which the rate of begins rises.
+
+With the default window each worker can then release 156 follow-ups a second.
 """
 DEFER_SIZE = 500
 """Maximum number of rows in one statement."""
@@ -92,7 +98,7 @@ class Deferral:
         self._line = line
         self._breaker = breaker
         self._nudge = nudge
-        self._most = max(1, min(settings.concurrency, settings.max_in_flight // SHARE))
+        self._settings = settings
         self._returns = Returns()
         self._free_again_at = -inf
         self._excess: list[Hinted] = []
@@ -100,6 +106,11 @@ class Deferral:
         self._held: frozenset[int] = frozenset()
         self._released: frozenset[int] = frozenset()
         """Workspaces that are no longer held, but not completely released yet."""
+
+    @property
+    def _most(self) -> int:
+        share = SHARE_WHILE_RECOVERING if self._breaker.recovers else SHARE
+        return max(1, min(self._settings.concurrency, self._settings.max_in_flight // share))
 
     async def balance(self) -> float | None:
         """Defer a portion of the due queue's excess, and release deferred follow-ups.

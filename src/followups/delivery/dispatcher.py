@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
+from math import inf
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -79,13 +80,14 @@ class Dispatcher:
         self._busy_pause = AFTER_ANOTHER
         self._next_look = 0.0
         self._since: datetime | None = None
+        self._looked_since: datetime | None = None
         self._next_statistics = 0.0
         self._refreshing: threading.Thread | None = None
         self._next_whole = 0.0
         self._looked_at_all = True
         self._left_some = False
-        self._without: tuple[UUID, ...] = ()
-        self._without_until = 0.0
+        self._passed_over: dict[UUID, float] = {}
+        """Follow-ups that claims pass over, each until a moment of the monotonic clock."""
         self._pace = Pace(settings.max_in_flight)
         self.busy_since: float | None = None
         """Monotonic seconds, or None while there is nothing to do."""
@@ -131,16 +133,28 @@ class Dispatcher:
                 events.succeeded("claim")
             except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
                 events.failed("claim", error, self._engine)
-                self._pass_over(error)
+                if self._pass_over(error):
+                    self._wanted.set()
+                    continue
                 self._stopping.wait(self._backoff)
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
-    def _pass_over(self, error: Exception) -> None:
-        """Exclude the rows that made a claim fail from the next claims, for a while."""
-        if concerns_a_row(error):
-            with suppress(SQLAlchemyError):
-                self._without = unclaimable(self._engine, self._settings)
-                self._without_until = time.monotonic() + PASSED_OVER
+    def _pass_over(self, error: Exception) -> bool:
+        """Exclude the rows that made a claim fail from the next claims, for a while; return whether any were found."""
+        if not concerns_a_row(error):
+            return False
+        with suppress(SQLAlchemyError):
+            found = unclaimable(
+                self._engine, self._settings, self._looked_since, self._without(), fairly=self._left_some
+            )
+            self._passed_over |= dict.fromkeys(found, time.monotonic() + PASSED_OVER)
+            return bool(found)
+        return False
+
+    def _without(self) -> tuple[UUID, ...]:
+        now = time.monotonic()
+        self._passed_over = {one: until for one, until in self._passed_over.items() if until > now}
+        return tuple(self._passed_over)
 
     def _until_next_look(self) -> float | None:
         """Return in how many seconds to claim unprompted, or None if only a tick starts the next claim."""
@@ -158,15 +172,26 @@ class Dispatcher:
                 return
 
     def _wake_forgotten(self) -> None:
-        """Unblock follow-ups that no longer wait for anything, at each tick while that costs little."""
+        """Unblock follow-ups that no longer wait for anything, at each tick while that costs little.
+
+        A failure here stops no claim.
+        """
         started = time.monotonic()
         if started < self._next_look:
             return
         with self._engine.begin() as connection:
             last_tick.ensure_recordable(connection)
-            chat_order.wake_forgotten(connection)
-            pauses.free_forgotten(connection)
-        took = time.monotonic() - started
+        refused: dict[UUID, Exception] = {}
+        for release in (chat_order.wake_forgotten, pauses.free_forgotten):
+            try:
+                with self._engine.begin() as connection:
+                    release(connection, refused.__setitem__)
+            except Exception as error:  # noqa: BLE001 - whatever it was, claims go on
+                events.failed("unblock", error, self._engine)
+        for follow_up_id, cause in refused.items():
+            events.refused("unblock", follow_up_id, cause)
+        # A row that cannot be written is tried again only once per lease time.
+        took = inf if refused else time.monotonic() - started
         self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
@@ -217,9 +242,8 @@ class Dispatcher:
         started = time.monotonic()
         look_at_all = started >= self._next_whole
         take = claim_fairly if self._left_some else claim
-        if self._without and started >= self._without_until:
-            self._without = ()
-        claimed = take(self._engine, self._settings, None if look_at_all else self._since, self._without)
+        self._looked_since = None if look_at_all else self._since
+        claimed = take(self._engine, self._settings, self._looked_since, self._without())
         took = time.monotonic() - started
         if claimed.busy:
             return claimed, took

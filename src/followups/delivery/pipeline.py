@@ -388,7 +388,7 @@ class Pipeline:
             await asyncio.sleep(pause.total_seconds())
             pause = min(pause * 2, LONGEST_AGAIN)
             try:
-                work = partial(chat_order.unblock_and_lease, ended=ended, lease=self._settings.lease)
+                work = partial(chat_order.unblock_writable, ended=ended, lease=self._settings.lease)
                 unblocked = await in_loop(self._engine, transact, work)
             except (DBAPIError, PoolTimeoutError) as error:
                 events.failed("unblock", error, self._engine.sync_engine)

@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
+from followups.database import concerns_a_row
 from followups.delivery import events
 from followups.delivery.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread
@@ -18,7 +19,7 @@ from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection, Engine
@@ -26,7 +27,10 @@ if TYPE_CHECKING:
     from followups.delivery.send import Attempt
     from followups.retry import RetryPolicy
     from followups.settings import Settings
+    from followups.store.chat_order import Unblocked
     from followups.store.leases import Lease
+
+    Unblock = Callable[[Connection, Collection[UUID], timedelta], Unblocked]
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
@@ -52,11 +56,22 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> S
     """Record the outcomes in one transaction, and unblock what waited for those that ended."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
     decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
-    return transact(engine, partial(_record, settings, attempts, decided))
+    record = partial(_record, settings, attempts, decided)
+    try:
+        return transact(engine, partial(record, chat_order.unblock_and_lease))
+    except Exception as error:
+        if not concerns_a_row(error):
+            raise
+        # It may be the next row of a chat, which must not keep the accepted one from being recorded.
+        return transact(engine, partial(record, chat_order.unblock_writable))
 
 
 def _record(
-    settings: Settings, attempts: Sequence[Attempt], decided: Sequence[Settlement], connection: Connection
+    settings: Settings,
+    attempts: Sequence[Attempt],
+    decided: Sequence[Settlement],
+    unblock: Unblock,
+    connection: Connection,
 ) -> Settling:
     settled = settlement.settle_if_in_flight(connection, decided)
     written = {one.id for one in settled}
@@ -64,7 +79,7 @@ def _record(
     for failure, error in settlement.record_failures(connection, failures):
         events.refused("record", failure.follow_up_id, error)
     ended = [one.id for one in settled if one.status in FINAL]
-    unblocked = chat_order.unblock_and_lease(connection, ended, settings.lease)
+    unblocked = unblock(connection, ended, settings.lease)
     missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
     in_flight = settlement.still_in_flight(connection, missing) if missing else set()
     held = tuple(a for a in attempts if a.begun.lease.id in in_flight)

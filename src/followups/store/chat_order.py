@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.halving import halve_within
+from followups.store import marks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from datetime import timedelta
     from uuid import UUID
 
     from sqlalchemy import Connection
+
+    from followups.halving import Halved
+
+    Refused = Callable[[UUID, Exception], None]
 
 # The lock keeps "it is still pending" true until this commits: its end comes after, and unblocks. Skipped if it is
 # being ended right now: the caller tries again shortly.
@@ -110,12 +116,8 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 # pending follow-ups instead of the few waiting ones. Locked rows are left to `wake_forgotten`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
-_WAKE = text(f"""
-    WITH held AS MATERIALIZED (
-        SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED
-    )
-    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
-""")  # noqa: S608 - no input, only the constant above
+_LOCK_WAITING = text(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
+_WAKE = text("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[]))")
 
 _UNBLOCK_AND_LEASE = text(f"""
     WITH waiting AS MATERIALIZED (
@@ -137,17 +139,14 @@ _UNBLOCK_AND_LEASE = text(f"""
     SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting WHERE waiting.unlocked IS NULL
 """)  # noqa: S608 - no input, only the constant above
 
-_WAKE_FORGOTTEN = text("""
-    WITH held AS MATERIALIZED (
-        SELECT f.id FROM follow_ups f
-         WHERE f.waits_for IS NOT NULL AND NOT EXISTS (
-               SELECT FROM follow_ups e
-                WHERE e.id = f.waits_for AND e.status = 'pending' AND e.workspace_id = f.workspace_id
-                  AND e.chat_id = f.chat_id AND (e.due_date, e.id) < (f.due_date, f.id))
-         LIMIT 1000
-           FOR NO KEY UPDATE OF f SKIP LOCKED
-    )
-    UPDATE follow_ups f SET waits_for = NULL FROM held WHERE f.id = held.id
+_LOCK_FORGOTTEN = text("""
+    SELECT f.id FROM follow_ups f
+     WHERE f.waits_for IS NOT NULL AND NOT EXISTS (
+           SELECT FROM follow_ups e
+            WHERE e.id = f.waits_for AND e.status = 'pending' AND e.workspace_id = f.workspace_id
+              AND e.chat_id = f.chat_id AND (e.due_date, e.id) < (f.due_date, f.id))
+     LIMIT 1000
+       FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
 
 
@@ -165,9 +164,19 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 def wake(connection: Connection, ended: Collection[UUID]) -> None:
-    """Unblock what waited for the ended ones. Call it after the ends, in their transaction."""
+    """Unblock what waited for the ended ones. Call it after the ends, in their transaction.
+
+    A row that cannot be written stays blocked, and `wake_forgotten` reports it.
+    """
     if ended:
-        connection.execute(_WAKE, {"ids": list(ended)})
+        _wake(connection, connection.scalars(_LOCK_WAITING, {"ids": uuid_array(ended)}).all())
+
+
+def _wake(connection: Connection, ids: Sequence[UUID], refused: Refused | None = None) -> Halved[UUID, int]:
+    def wake_part(part: Sequence[UUID]) -> int:
+        return connection.execute(_WAKE, {"ids": uuid_array(part)}).rowcount
+
+    return halve_within(connection, ids, wake_part, refused)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +193,29 @@ def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: ti
     if not ended:
         return Unblocked()
     rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
+    if unblocked := [(row.id, row.lease_token) for row in rows if not row.blocked]:
+        marks.leased(connection, unblocked)
     return Unblocked(
         tuple(Lease(r.id, r.lease_token, r.due, r.losses, lane_of(r.workspace_id)) for r in rows if not r.blocked),
         tuple(row.blocked for row in rows if row.blocked),
     )
 
 
-def wake_forgotten(connection: Connection) -> int:
-    """Unblock what was locked when its predecessor ended; return how many."""
-    return connection.execute(_WAKE_FORGOTTEN).rowcount
+def unblock_writable(connection: Connection, ended: Collection[UUID], lease: timedelta) -> Unblocked:
+    """Unblock and lease like `unblock_and_lease`, but under savepoints.
+
+    A row that cannot be written stays blocked, and `wake_forgotten` reports it.
+    """
+    parts = halve_within(connection, list(ended), lambda part: unblock_and_lease(connection, part, lease)).done
+    return Unblocked(
+        tuple(lease for part in parts for lease in part.leases),
+        tuple(ended_one for part in parts for ended_one in part.locked),
+    )
+
+
+def wake_forgotten(connection: Connection, refused: Refused | None = None) -> int:
+    """Unblock what was locked when its predecessor ended; return how many.
+
+    ``refused`` is called for each row that cannot be written.
+    """
+    return sum(_wake(connection, connection.scalars(_LOCK_FORGOTTEN).all(), refused).done)

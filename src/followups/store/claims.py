@@ -81,7 +81,7 @@ with fewer rows share a step. So a workspace with a single row that is not due y
 1), and one without pending rows costs nothing.
 """
 
-_PENDING = "f.status = 'pending' AND f.waits_for IS NULL"
+_PENDING = "f.status = 'pending' AND f.waits_for IS NULL AND f.id <> ALL(CAST(:without AS uuid[]))"
 _FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL OR NOT CAST(:in_grace AS boolean))"
 _HORIZON = "now() + CAST(:ahead AS interval)"
 _SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
@@ -96,7 +96,7 @@ _TAKE = f"""
          CROSS JOIN LATERAL (
              SELECT f.ctid AS place, f.begun_at FROM follow_ups f
               WHERE f.ctid = head.place AND {_PENDING}
-                AND {DUE} <= {_HORIZON} AND ({_FREE}) AND f.id <> ALL(CAST(:without AS uuid[]))
+                AND {DUE} <= {_HORIZON} AND ({_FREE})
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
          WHERE head.free
@@ -281,26 +281,45 @@ _NAMED = f"""
     SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place
 """  # noqa: S608 - no input, only the constants above
 _CANDIDATES, _CANDIDATES_FAIRLY = (text(query.text.replace(_TAKE, _NAMED)) for query in (_IN_ORDER, _FAIRLY))
-_TRY = text("""
-    UPDATE follow_ups f SET lease_token = f.lease_token + 1, lease_until = now(), begun_at = NULL
-     WHERE f.id = ANY(CAST(:ids AS uuid[]))
-""")
+_TRY = text(f"""
+    WITH taken AS MATERIALIZED (
+        SELECT f.id, f.begun_at IS NOT NULL AS lost FROM follow_ups f
+         WHERE f.id = ANY(CAST(:ids AS uuid[]))
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE follow_ups f
+       SET lease_token = {NEXT_TOKEN}, lease_until = now() + interval '1 minute', begun_at = NULL,
+           attempts = GREATEST(f.attempts - taken.lost::int, 0), losses = f.losses + taken.lost::int
+      FROM taken
+     WHERE f.id = taken.id
+    RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.attempts, f.cancel_requested, taken.lost
+""")  # noqa: S608 - no input, only the constants above
 
 
-def candidates(connection: Connection, look: Look) -> list[UUID]:
-    """Return the ids that a claim would lease, in its order, and lock their rows for this transaction."""
+def candidates(connection: Connection, look: Look, *, fairly: bool) -> list[UUID]:
+    """Return the ids that a claim would lease, in its order, and lock their rows for this transaction.
+
+    ``fairly`` is for a claim by `claim_fairly`.
+    """
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look)
-    in_order = connection.scalars(_CANDIDATES, parameters | {"seen_most": look.window + look.most}).all()
-    return list(in_order or connection.scalars(_CANDIDATES_FAIRLY, parameters | {"few": FEW, "stride": STRIDE}))
+    in_order = parameters | {"seen_most": look.window + look.most}
+    if not fairly and (ids := connection.scalars(_CANDIDATES, in_order).all()):
+        return list(ids)
+    return list(connection.scalars(_CANDIDATES_FAIRLY, parameters | {"few": FEW, "stride": STRIDE}))
 
 
-def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> None:
-    """Write to the rows as a claim does, for a caller that rolls back.
+def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
+    """Write to the rows as a claim does, for a caller that rolls back; return those with a lost lease.
 
     Raises whatever error the content of a row causes.
     """
-    connection.execute(_TRY, {"ids": uuid_array(ids)})
+    rows = connection.execute(_TRY, {"ids": uuid_array(ids)})
+    return [
+        Lost(Lease(row.id, row.lease_token, row.due, row.losses), row.attempts, row.cancel_requested)
+        for row in rows
+        if row.lost
+    ]
 
 
 def claim(connection: Connection, look: Look) -> Taken:

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import bindparam, exists, func, literal_column, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 
+from followups.halving import halve_within
 from followups.models import FailedAttempt, FollowUp
 from followups.states import Status, finish
 from followups.store.fragments import NEXT_TOKEN
+from followups.store.leases import uuid_array
 from followups.store.unknowns import honest
 from followups.telemetry.traces import current_traceparent
 
@@ -190,26 +192,31 @@ def cancelled_or_asked_to(reason: str) -> str:
 
 
 # Locked in the order of the chat, as everywhere.
-_CANCEL_CHAT = text(f"""
-    WITH held AS MATERIALIZED (
-        SELECT id FROM follow_ups
-         WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
-         ORDER BY due_date, id
-           FOR NO KEY UPDATE
-    )
+_LOCK_CHATS_PENDING = text("""
+    SELECT id FROM follow_ups
+     WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+     ORDER BY due_date, id
+       FOR NO KEY UPDATE
+""")
+_CANCEL = text(f"""
     UPDATE follow_ups f
        SET {cancelled_or_asked_to(honest("CAST(:reason AS text)", "f"))}
-      FROM held
-     WHERE f.id = held.id
+     WHERE f.id = ANY(CAST(:ids AS uuid[]))
     RETURNING f.id, f.status
 """)  # noqa: S608 - no input, only the constant above
 
 
 def cancel_chat_if_not_begun(session: Session, workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> list[UUID]:
-    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from a retry."""
+    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from a retry.
+
+    One whose row cannot be written stays pending, and begin reports it.
+    """
     final = finish(Status.CANCELLED, code)
-    rows = session.execute(
-        _CANCEL_CHAT,
-        {"workspace_id": workspace_id, "chat_id": chat_id, "status": final.status.value, "reason": final.reason},
-    )
-    return [row.id for row in rows if row.status == Status.CANCELLED]
+    parameters = {"status": final.status.value, "reason": final.reason}
+
+    def cancel(ids: Sequence[UUID]) -> list[UUID]:
+        rows = session.execute(_CANCEL, parameters | {"ids": uuid_array(ids)})
+        return [row.id for row in rows if row.status == Status.CANCELLED]
+
+    ids = session.scalars(_LOCK_CHATS_PENDING, {"workspace_id": workspace_id, "chat_id": chat_id}).all()
+    return [one for part in halve_within(session.connection(), ids, cancel).done for one in part]

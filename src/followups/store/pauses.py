@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.halving import halve_within
+from followups.store.leases import uuid_array
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -109,17 +112,18 @@ _NOT_STANDING = f"""
 _COUNT_FORGOTTEN = text(f"""
     {_NOT_STANDING} SELECT count(*) FROM ended JOIN follow_ups f ON f.pause_id = ended.id AND {_HELD}
 """)  # noqa: S608 - no input, only the constants above
-_FREE_FORGOTTEN = text(f"""
-    {_NOT_STANDING}, held AS MATERIALIZED (
-        SELECT f.id FROM ended
-         CROSS JOIN LATERAL (
-             SELECT f.id FROM follow_ups f WHERE f.pause_id = ended.id AND {_HELD}
-              LIMIT :most
-                FOR NO KEY UPDATE SKIP LOCKED
-         ) f
-    )
-    UPDATE follow_ups f SET next_attempt_at = NULL, pause_id = NULL FROM held WHERE f.id = held.id
+_LOCK_FORGOTTEN = text(f"""
+    {_NOT_STANDING}
+    SELECT f.id FROM ended
+     CROSS JOIN LATERAL (
+         SELECT f.id FROM follow_ups f WHERE f.pause_id = ended.id AND {_HELD}
+          LIMIT :most
+            FOR NO KEY UPDATE SKIP LOCKED
+     ) f
 """)  # noqa: S608 - no input, only the constants above
+_FREE = text("""
+    UPDATE follow_ups f SET next_attempt_at = NULL, pause_id = NULL WHERE f.id = ANY(CAST(:ids AS uuid[]))
+""")
 _FORGET = text("""
     DELETE FROM pauses p
      WHERE p.ended_at IS NOT NULL AND NOT EXISTS (
@@ -133,14 +137,19 @@ def count_forgotten(connection: Connection) -> int:
     return number
 
 
-def free_forgotten(connection: Connection) -> int:
+def free_forgotten(connection: Connection, refused: Callable[[UUID, Exception], None] | None = None) -> int:
     """Release up to a thousand follow-ups of each pause no longer in force; return how many.
 
-    A lifted pause that holds nothing more is deleted.
+    A lifted pause that holds nothing more is deleted. ``refused`` is called for each row that cannot be written.
 
     A resume calls this until nothing is left. If the resume is interrupted, the dispatcher releases the rest.
     """
-    freed = connection.execute(_FREE_FORGOTTEN, {"most": BATCH}).rowcount
+
+    def free(part: Sequence[UUID]) -> int:
+        return connection.execute(_FREE, {"ids": uuid_array(part)}).rowcount
+
+    ids = connection.scalars(_LOCK_FORGOTTEN, {"most": BATCH}).all()
+    freed = sum(halve_within(connection, ids, free, refused).done)
     if not freed:
         connection.execute(_FORGET)
     return freed

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
-from followups.halving import halve
+from followups.halving import halve_within
 from followups.states import CANCEL_CODES, Status
 from followups.store import marks
 from followups.store.fragments import OPEN
@@ -196,17 +197,7 @@ _RECORD = text("""
 
 def record_failures(connection: Connection, failures: Sequence[Failure]) -> list[tuple[Failure, Exception]]:
     """Record failed attempts, each batch under a savepoint; return those that could not be recorded."""
-    if not failures:
-        return []
-
-    def record(part: Sequence[Failure]) -> None:
-        with connection.begin_nested():
-            _record(connection, part)
-
-    halved = halve(failures, record)
-    if halved.left:
-        _record(connection, halved.left)
-    return halved.refused
+    return halve_within(connection, failures, partial(_record, connection)).refused
 
 
 def _record(connection: Connection, failures: Sequence[Failure]) -> None:
