@@ -302,6 +302,8 @@ def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
     if not location:
         return f"{said}"
     name = location[0] if location[0].isupper() else environment_name(location[0])
+    names = next((names for field in Settings.model_fields if name in (names := _names(field))), [])
+    name = next((each for each in names if os.environ.get(each)), name)  # as the operator wrote it
     if detail["type"] == "missing":
         described = next(f.description for n, f in Settings.model_fields.items() if environment_name(n) == name)
         return f"{name} is required: set it to {described}"

@@ -114,6 +114,10 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
             {"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x", "FOLLOWUPS_RATE_LIMIT": "-1"},
             ["FOLLOWUPS_RATE_LIMIT"],
         ),
+        (
+            {"DATABASE_URL": "postgresql://x", "REDIS_URL": "redis://x", "FOLLOWUPS_API_RATE_LIMIT": "-1"},
+            ["FOLLOWUPS_API_RATE_LIMIT"],
+        ),
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy.orm import Session
 from followups import scheduling
 from followups.cli import bulk_commands, change
 from followups.errors import AlreadyRetriedError
+from followups.store import bulk_cancel
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class TestCancel:
 
     def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A whole workspace is cancelled in batches, other workspaces stay as they are; done again it finds nothing."""
-        monkeypatch.setattr(bulk_commands.cancelling, "BATCH", 7)
+        monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)
         others = type(world)(world.engine)
         kept = others.follow_up(due=HOUR)
