@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from functools import partial
 from math import inf
 from typing import TYPE_CHECKING
 
 from followups.delivery import events
 from followups.delivery.due_queue import AGAIN
 from followups.delivery.rate_limiting import LONGEST
+from followups.halving import halve_within
 from followups.store import rate_limits
 from followups.transactions import in_loop, transact
 
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from uuid import UUID
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.delivery.breaker import Breaker
@@ -169,7 +171,11 @@ class Deferral:
 
 
 def _defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    return transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))
+    def defer(connection: Connection) -> set[UUID]:
+        parts = halve_within(connection, waits, partial(rate_limits.put_off_if_leased, connection)).done
+        return set().union(*parts)
+
+    return transact(engine, defer)
 
 
 def _free(engine: Engine, lanes: frozenset[int], most: int) -> int:
