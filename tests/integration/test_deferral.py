@@ -195,6 +195,17 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
         wait_until(lambda: last in {row.id for row in deferred(world)})
 
 
+def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Settings) -> None:
+    """Others are deferred, and released at the end, beside a follow-up whose lease cannot be given up."""
+    *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
+    with worker(own, engine, Chat(), FOR_LONG):
+        wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
+        wait_until(lambda: world.row(last).lease_until is not None)
+        wait_until(lambda: world.scalar(LEASED) <= CONCURRENCY + 1)
+    assert world.scalar(LEASED) == 1
+
+
 class TestFreeing:
     """The release of the deferred follow-ups of given workspaces, first deferred first."""
 

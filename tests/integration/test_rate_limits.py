@@ -22,6 +22,7 @@ from followups.store import pauses, rate_limits
 from followups.store.rate_limits import Scope
 from followups.transports.port import Retry, Sent
 from stack import wait_until
+from world import World
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from followups.delivery.rate_limiting import Answer, Request
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
-    from world import World
 
 PATIENCE = timedelta(seconds=10)
 """How long Valkey may take on a machine that is busy with other tests."""
@@ -334,6 +334,19 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
         wait_until(lambda: receiver.received)
     wait_until(lambda: world.row(second).limited_until)
     assert len(receiver.received) == 1
+
+
+def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
+    """A follow-up over the limit whose row cannot be deferred keeps no others from being deferred, or sent."""
+    limit(world, NONE_COMES_IN)
+    first, bad, third = due_in_turn(world, 3)
+    free = World(world.engine).follow_up()
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
+    receiver = Receiver()
+    bench.start(receiver, lease=timedelta(minutes=10))
+    wait_until(lambda: {first, free} <= set(receiver.received))
+    wait_until(lambda: world.row(third).limited_until)
+    assert bad not in receiver.received
 
 
 def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 
 from followups.delivery import events
 from followups.delivery.due_queue import AGAIN
-from followups.delivery.rate_limiting import LONGEST
+from followups.delivery.rate_limiting import LONGEST, defer
 from followups.store import rate_limits
 from followups.transactions import in_loop, transact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from uuid import UUID
+    from collections.abc import Callable
 
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -155,7 +154,7 @@ class Deferral:
         if not portion:
             return
         waits = [(one.lease, timedelta(seconds=self._returns.next(now))) for one in portion]
-        deferred = await in_loop(self._engine, _defer, waits)
+        deferred = await in_loop(self._engine, defer, waits)
         del self._excess[: len(portion)]
         for one in portion:
             if one.lease.id not in deferred:  # its row is locked, or another worker has the lease by now
@@ -166,10 +165,6 @@ class Deferral:
         if freed:
             self._nudge()
         return freed
-
-
-def _defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    return transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))
 
 
 def _free(engine: Engine, lanes: frozenset[int], most: int) -> int:

@@ -30,6 +30,7 @@ from followups.delivery.due_queue import AGAIN, LONGEST_AGAIN, Line
 from followups.delivery.rate_limiting import Turnstile
 from followups.delivery.send import GRACE, send
 from followups.delivery.settle import settle
+from followups.halving import halve_within
 from followups.store import chat_order
 from followups.store import leases as lease_store
 from followups.telemetry.logs import get_logger
@@ -426,5 +427,5 @@ class Pipeline:
 
 
 def _release(engine: Engine, given: Sequence[Lease]) -> None:
-    with engine.begin() as connection:
-        lease_store.release_if_not_begun(connection, given)
+    with engine.begin() as connection:  # a row that cannot be written keeps its lease until that ends
+        halve_within(connection, given, partial(lease_store.release_if_not_begun, connection))

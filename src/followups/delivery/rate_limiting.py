@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from itertools import chain, product
 from typing import TYPE_CHECKING, Protocol
 
@@ -172,7 +173,7 @@ class Turnstile:
         try:
             shortly = turn.shortly
             if turn.later:
-                done = await in_loop(self._engine, _put_off, turn.later)
+                done = await in_loop(self._engine, defer, turn.later)
                 # Its row is locked, or it is leased by another worker; begin will find out.
                 shortly += tuple((lease, IN_LINE) for lease, _ in turn.later if lease.id not in done)
             beginning = Beginning()
@@ -242,5 +243,7 @@ def _free(engine: Engine, workspace_id: UUID | None, channel: str | None) -> Non
             freed = rate_limits.free(connection, workspace_id, channel, LONGEST)
 
 
-def _put_off(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    return transact(engine, lambda connection: rate_limits.put_off_if_leased(connection, waits))
+def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+    """Defer leased follow-ups, each by its delay; return those now deferred, without rows that cannot be written."""
+    work = rate_limits.put_off_if_leased
+    return set().union(*halve(waits, lambda part: transact(engine, partial(work, waits=part))).done)
