@@ -16,11 +16,11 @@ from uuid import uuid4
 
 import pytest
 import structlog
-from followups.dispatch import report
-from followups.dispatch.send import Attempt
 from hypothesis import given
 from hypothesis import strategies as st
 
+from followups.delivery import events
+from followups.delivery.send import Attempt
 from followups.store.leases import Begun, Lease
 from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
 from followups.telemetry.redaction import HIDDEN, clean, redact
@@ -272,8 +272,8 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
     now = datetime.now(UTC)
     begun = Begun(Lease(uuid4(), 1, now), uuid4(), uuid4(), "api", None, uuid4(), "text", now, 1, 0)
     outcome = outcome_of(Answer(200, body=body), DIALECT)
-    report.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http", "task")
-    report.lines.flush()
+    events.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http", "task")
+    events.lines.flush()
     (line,) = _lines(capsys)
     assert (line["event"], line["outcome"], line["status_code"]) == ("attempt", "sent", 200)
     assert line["odd"]
