@@ -144,6 +144,15 @@ class Rig(Stack):
         wait_until(lambda: self.world.scalar(query) == 0, within, every=0.05)
         return time.monotonic() - started
 
+    def ask_each(self, workers: Sequence[Child]) -> None:
+        """Freeze either of two workers in turn, so that the other one has to read both queues."""
+        for idle, busy in (workers, reversed(workers)):
+            idle.signal(signal.SIGSTOP)
+            self.bulk(1)
+            self.settle_down(within=60)
+            idle.signal(signal.SIGCONT)
+            assert busy.running
+
     def verdict(self, **known: Any) -> Verdict:
         """Check the promises so far."""
         record = Record(frozenset(self.created), self.cancelled, **known)

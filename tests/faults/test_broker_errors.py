@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
 from contextlib import contextmanager, suppress
@@ -118,12 +117,7 @@ def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Call
             wait_until(lambda probe=probe: rig.accepted(probe), within=60)
             back_after[name] = max(back_after.get(name, 0), time.monotonic() - returned)
     rig.settle_down(within=60)
-    for idle, busy_one in (workers, reversed(workers)):
-        idle.signal(signal.SIGSTOP)  # so that the other one has to read both queues
-        rig.bulk(1)
-        rig.settle_down(within=60)
-        idle.signal(signal.SIGCONT)
-        assert busy_one.running
+    rig.ask_each(workers)
     assert all(child.running for child in rig.processes.children)
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(load.ids) + 2 * len(names) + 2}

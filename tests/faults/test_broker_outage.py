@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from typing import TYPE_CHECKING
 
@@ -34,12 +33,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float)
         wait_until(lambda: rig.accepted(probe), within=60)
         back_after = time.monotonic() - returned
     rig.settle_down(within=60)
-    for idle, busy in (workers, reversed(workers)):
-        idle.signal(signal.SIGSTOP)  # so that the other one has to read both queues
-        rig.bulk(1)
-        rig.settle_down(within=60)
-        idle.signal(signal.SIGCONT)
-        assert busy.running
+    rig.ask_each(workers)
     verdict = rig.verdict()
     assert verdict.ended == {"sent": len(load.ids) + 3}
     figures.keep(7, verdict, outages=times, consumption_goes_on_after_s=round(back_after, 2))
