@@ -40,11 +40,18 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim and publish as a tick does, put every message into the queues twice, in any order; return how many."""
+    """Claim and publish as a tick does, put every message into the queues twice, in any order; return how many.
+
+    A frozen worker's open BRPOP still takes one hint from the queue. So this waits until all are due: the claim then
+    makes more hints than there are workers. A worker frozen in a claim keeps others from claiming until PostgreSQL ends
+    its transaction, so this claims until it has leases.
+    """
+    wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})
     app = Celery("followups", broker=settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": settings.broker_prefix}
-    for hint in batches(claim(rig.world.engine, settings).leases, 5):
+    leases = wait_until(lambda: claim(rig.world.engine, settings).leases, within=60)
+    for hint in batches(leases, 5):
         app.send_task("followups.deliver", args=hint, queue=DELIVER)
     app.close()
     total = 0
