@@ -14,7 +14,7 @@ object here: in another system a full-row save brought a sent message back to pe
 from __future__ import annotations
 
 from datetime import datetime, time, timedelta
-from typing import ClassVar
+from typing import Any, ClassVar
 from uuid import UUID, uuid4
 
 from sqlalchemy import (
@@ -37,6 +37,7 @@ from sqlalchemy import (
     func,
     text,
 )
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from followups.states import Status
@@ -93,6 +94,8 @@ class Workspace(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    deletion_began_at: Mapped[datetime | None]
+    """Since when the workspace is being deleted: it takes no new follow-ups and keys."""
 
 
 class SendingHours(Base):
@@ -461,3 +464,39 @@ class DispatcherState(Base):
     last_tick_at: Mapped[datetime | None]
     grace_until: Mapped[datetime | None]
     """Until when leases with an attempt in flight are left to their workers, after a gap in the ticks."""
+
+
+class AuditEvent(Base):
+    """Who did what: one change by hand, or one bulk command, without any text (`followups.store.audit`).
+
+    It has no foreign keys, since it outlives what it is about.
+    """
+
+    __tablename__ = "audit_events"
+    __table_args__ = (
+        CheckConstraint("way IN ('api', 'command', 'console', 'python', 'service')", name="way_is_known"),
+        CheckConstraint("number >= 0", name="number_is_a_count"),
+        # Newest first, everywhere or in a workspace; and the timeline of one follow-up.
+        Index("ix_audit_events_at", "at", "id"),
+        Index("ix_audit_events_workspace", "workspace_id", "at", "id"),
+        Index("ix_audit_events_target", "target_id", postgresql_where=text("target_id IS NOT NULL")),
+        {"postgresql_with": CHURNING},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
+    at: Mapped[datetime] = mapped_column(server_default=func.now())
+    way: Mapped[str]
+    """How the actor came in: the REST API, a command, the console, Python, or the service itself."""
+    actor_id: Mapped[UUID | None]
+    """The API key or the console session; None for an operating-system user."""
+    actor: Mapped[str]
+    """The actor's name at that time."""
+    workspace_id: Mapped[UUID | None]
+    workspace: Mapped[str | None]
+    """The workspace's name at that time. None where the event concerns all workspaces."""
+    action: Mapped[str]
+    target_id: Mapped[UUID | None]
+    """The follow-up, API key, chat or workspace that was changed; None where that has no id."""
+    number: Mapped[int] = mapped_column(BigInteger, server_default="1")
+    """How many were changed."""
+    details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")

@@ -1,0 +1,164 @@
+"""Audit events: who did what by hand or in bulk. Each is recorded in the transaction of the change itself.
+
+No event holds a text: neither a message nor a reason in a caller's own words.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+from sqlalchemy import select, text, tuple_
+
+from followups.models import AuditEvent
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+
+class Way(StrEnum):
+    """How an actor came in."""
+
+    API = "api"
+    COMMAND = "command"
+    CONSOLE = "console"
+    PYTHON = "python"
+    SERVICE = "service"
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """The author of a change: an API key or console session by its id, or an operating-system user by name.
+
+    The name of an API key may be left empty; it is looked up.
+    """
+
+    way: Way
+    id: UUID | None = None
+    name: str = ""
+
+
+SERVICE = Actor(Way.SERVICE, name="followups")
+"""The service itself, for what happens by the clock."""
+
+
+@lru_cache
+def user_of_process(way: Way) -> Actor:
+    """Return the operating-system user of this process as an actor."""
+    uid = os.getuid()
+    try:
+        name = pwd.getpwuid(uid).pw_name
+    except KeyError:  # a container may run under any uid
+        name = f"uid {uid}"
+    return Actor(way, name=name)
+
+
+class Action(StrEnum):
+    """What was done. What is done to one is named in the singular, what one command does to many in the plural."""
+
+    FOLLOW_UP_CHANGED = "follow_up.changed"
+    FOLLOW_UP_ENDED = "follow_up.ended"
+    FOLLOW_UP_RETRIED = "follow_up.retried"
+    FOLLOW_UPS_CANCELLED = "follow_ups.cancelled"
+    FOLLOW_UPS_RETRIED = "follow_ups.retried"
+    FOLLOW_UPS_PRUNED = "follow_ups.pruned"
+    MESSAGES_SHOWN = "messages.shown"
+    CHAT_DELETED = "chat.deleted"
+    WORKSPACE_CREATED = "workspace.created"
+    WORKSPACE_DELETED = "workspace.deleted"
+    API_KEY_CREATED = "api_key.created"
+    API_KEY_REVOKED = "api_key.revoked"
+    API_KEY_EXPIRED = "api_key.expired"
+    CONSOLE_LINK_CREATED = "console_link.created"
+    PAUSE_BEGUN = "pause.begun"
+    PAUSE_ENDED = "pause.ended"
+    RATE_LIMIT_SET = "rate_limit.set"
+    RATE_LIMIT_CLEARED = "rate_limit.cleared"
+    SENDING_HOURS_SET = "sending_hours.set"
+    SENDING_HOURS_CLEARED = "sending_hours.cleared"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change by hand, or one bulk command.
+
+    The batches of a bulk command record the same event, each with its own ``number``: the row adds them up.
+    """
+
+    actor: Actor
+    action: Action
+    workspace_id: UUID | None = None
+    target_id: UUID | None = None
+    number: int = 1
+    details: Mapping[str, object] = field(default_factory=dict)
+    id: UUID = field(default_factory=uuid4)
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The parameters of `RECORD`."""
+        return {
+            "id": self.id,
+            "way": self.actor.way.value,
+            "actor_id": self.actor.id,
+            "actor": self.actor.name,
+            "workspace_id": self.workspace_id,
+            "action": self.action.value,
+            "target_id": self.target_id,
+            "number": self.number,
+            "details": json.dumps(self.details, default=str),
+        }
+
+
+RECORD = text("""
+    INSERT INTO audit_events (id, way, actor_id, actor, workspace_id, workspace, action, target_id, number, details)
+    VALUES (CAST(:id AS uuid), :way, CAST(:actor_id AS uuid),
+            COALESCE(NULLIF(:actor, ''),
+                     (SELECT COALESCE(NULLIF(name, ''), prefix) FROM api_keys WHERE id = CAST(:actor_id AS uuid)), ''),
+            CAST(:workspace_id AS uuid), (SELECT name FROM workspaces WHERE id = CAST(:workspace_id AS uuid)),
+            :action, CAST(:target_id AS uuid), :number, CAST(:details AS jsonb))
+    ON CONFLICT (id) DO UPDATE SET number = audit_events.number + excluded.number
+""")
+"""The statement of `record`, for callers with a connection of another kind."""
+
+
+def record(connection: Connection, event: Event) -> None:
+    """Record the event in the connection's transaction, or add its number to the row that it has already."""
+    connection.execute(RECORD, event.parameters)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which events to return; what is None or empty does not restrict them."""
+
+    workspace_id: UUID | None = None
+    since: datetime | None = None
+    actions: Sequence[Action] = ()
+    target_id: UUID | None = None
+
+
+def newest(
+    session: Session, wanted: Filter, limit: int, before: tuple[datetime, UUID] | None = None
+) -> Sequence[AuditEvent]:
+    """Return the newest events, or the newest ones older than ``before``: the time and id of an event."""
+    query = select(AuditEvent).order_by(AuditEvent.at.desc(), AuditEvent.id.desc()).limit(limit)
+    if wanted.workspace_id:
+        query = query.where(AuditEvent.workspace_id == wanted.workspace_id)
+    if wanted.since:
+        query = query.where(AuditEvent.at >= wanted.since)
+    if wanted.actions:
+        query = query.where(AuditEvent.action.in_([action.value for action in wanted.actions]))
+    if wanted.target_id:
+        query = query.where(AuditEvent.target_id == wanted.target_id)
+    if before:
+        query = query.where(tuple_(AuditEvent.at, AuditEvent.id) < before)
+    return session.scalars(query).all()

@@ -1,0 +1,100 @@
+"""Audit events on PostgreSQL: recorded with the change, added up by a bulk command, read newest first."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from followups.store import api_keys, audit
+from followups.store.audit import Action, Actor, Event, Filter, Way
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Engine
+
+    from followups.models import AuditEvent
+    from world import World
+
+
+def events(engine: Engine, wanted: Filter | None = None, limit: int = 100) -> Sequence[AuditEvent]:
+    """Return the events, newest first."""
+    with Session(engine) as session:
+        return audit.newest(session, wanted or Filter(), limit)
+
+
+def test_names_the_key_and_the_workspace(world: World) -> None:
+    """An API key is named by its name, or by its prefix if it has none; the workspace by its name."""
+    with Session(world.engine) as session, session.begin():
+        named, _ = api_keys.create(session, world.workspace_id, "website")
+        nameless, _ = api_keys.create(session, world.workspace_id)
+        keys = [named.id, nameless.id]
+        expected = {"website", nameless.prefix}
+        for key_id in keys:
+            event = Event(Actor(Way.API, key_id), Action.FOLLOW_UP_CHANGED, world.workspace_id, uuid4())
+            audit.record(session.connection(), event)
+    found = events(world.engine, Filter(actions=[Action.FOLLOW_UP_CHANGED]))
+    assert {each.actor for each in found} == expected
+    assert {each.actor_id for each in found} == set(keys)
+    assert {each.workspace for each in found} == {str(world.workspace_id)}
+    assert {(each.way, each.number) for each in found} == {("api", 1)}
+
+
+def test_rolls_back_with_its_change(world: World) -> None:
+    """What was not done leaves no event."""
+    with world.engine.connect() as connection:
+        audit.record(connection, Event(audit.SERVICE, Action.WORKSPACE_CREATED))
+        connection.rollback()
+    assert events(world.engine) == []
+
+
+def test_batches_add_up(world: World) -> None:
+    """The batches of one command are one event with their sum; one that was rolled back is not in it."""
+    run = uuid4()
+    for number, committed in ((500, True), (70, False), (3, True)):
+        with world.engine.connect() as connection:
+            user = audit.user_of_process(Way.COMMAND)
+            event = Event(user, Action.FOLLOW_UPS_CANCELLED, world.workspace_id, number=number, id=run)
+            audit.record(connection, event)
+            (connection.commit if committed else connection.rollback)()
+    assert [(each.id, each.number, bool(each.actor)) for each in events(world.engine)] == [(run, 503, True)]
+
+
+def test_filters(world: World) -> None:
+    """Events are found by workspace, time, action and target, newest first, page by page."""
+    other, target = uuid4(), uuid4()
+    made = [
+        Event(audit.SERVICE, Action.FOLLOW_UP_ENDED, world.workspace_id, target),
+        Event(audit.SERVICE, Action.FOLLOW_UP_CHANGED, world.workspace_id, target),
+        Event(audit.SERVICE, Action.PAUSE_BEGUN, other, details={"channel": "waha"}),
+    ]
+    for event in made:
+        with world.engine.begin() as connection:
+            audit.record(connection, event)
+    newest_first = [event.id for event in reversed(made)]
+    assert [each.id for each in events(world.engine)] == newest_first
+    assert [each.id for each in events(world.engine, Filter(workspace_id=other))] == newest_first[:1]
+    assert [each.id for each in events(world.engine, Filter(target_id=target))] == newest_first[1:]
+    assert [each.id for each in events(world.engine, Filter(actions=[Action.FOLLOW_UP_ENDED]))] == newest_first[2:]
+    last = events(world.engine, limit=1)[0]
+    assert last.details == {"channel": "waha"}
+    assert last.workspace is None  # there is none with that id
+    assert [each.id for each in events(world.engine, Filter(since=last.at))] == newest_first[:1]
+    assert events(world.engine, Filter(since=last.at + timedelta(seconds=1))) == []
+    with Session(world.engine) as session:
+        assert [each.id for each in audit.newest(session, Filter(), 1, (last.at, last.id))] == newest_first[1:2]
+
+
+@pytest.mark.parametrize("column", ["way = 'magic'", "number = -1"])
+def test_refuses_what_no_event_has(world: World, column: str) -> None:
+    """The table keeps to known ways and to counts."""
+    with world.engine.begin() as connection:
+        audit.record(connection, Event(audit.SERVICE, Action.PAUSE_BEGUN))
+    with pytest.raises(IntegrityError), world.engine.begin() as connection:
+        connection.execute(text(f"UPDATE audit_events SET {column}"))  # noqa: S608 - the parameters above
