@@ -115,7 +115,7 @@ class TransactionError(FollowUpsError):
 
 
 class UnauthorizedError(FollowUpsError):
-    """The API key is missing, malformed, unknown or revoked; send it in the authorization header."""
+    """The API key is missing, malformed, unknown, expired or revoked; send it in the authorization header."""
 
     slug = "unauthorized"
 

@@ -195,6 +195,25 @@ class ApiKey(Base):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    """When it expires, or None if it never does."""
+
+
+class Quota(Base):
+    """The most pending follow-ups, or chats, that a workspace may have; without a row there is no limit."""
+
+    __tablename__ = "quotas"
+    __table_args__ = (
+        CheckConstraint("kind IN ('pending', 'chats')", name="kind_is_known"),
+        CheckConstraint("most >= 0 AND room BETWEEN 0 AND most", name="room_is_within"),
+    )
+
+    workspace_id: Mapped[UUID] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[str] = mapped_column(primary_key=True)
+    most: Mapped[int]
+    room: Mapped[int] = mapped_column(server_default=text("0"))
+    """How many more may be created before they are counted again (`followups.store.quotas`)."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class Chat(Base):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, func, text, update
 from sqlalchemy.orm import Session
 
 from followups.errors import ApiKeyNotFoundError, InvalidRequestError, WorkspaceNotFoundError
+from followups.models import ApiKey
 from followups.store import api_keys, workspaces
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ class TestApiKeys:
         other = api_keys.create(session, workspace.id)[1]
         assert key != other
         assert key.startswith("fup_")
-        assert len(key) == len("fup_") + 43
+        assert len(key) == len("fup_") + 43 + 6
         assert (row.prefix, row.key_hash, row.name) == (key[:12], sha256(key.encode()).digest(), "laptop")
         stored = session.execute(text("SELECT k::text FROM api_keys k")).scalars().all()
         assert not any(key[12:] in each for each in stored)
@@ -84,6 +86,35 @@ class TestApiKeys:
         assert found.now == session.scalar(text("SELECT now()"))
         for wrong in ("", "fup_", key[:-1], f"{key}x", key.upper(), f"fup_{'A' * 43}", f"fup_{'é' * 43}", "\x00" * 47):
             assert api_keys.authenticate(session, wrong) is None
+
+    def test_a_mistyped_key_costs_no_look_up(self, session: Session, engine: Engine) -> None:
+        """A key's checksum reveals a wrong character without a statement; keys without a checksum stay valid."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, key = api_keys.create(session, workspace.id)
+        statements: list[str] = []
+        event.listen(engine, "before_cursor_execute", lambda *given: statements.append(given[2]))
+        for place in range(len(key)):
+            mistyped = key[:place] + ("B" if key[place] == "A" else "A") + key[place + 1 :]
+            assert api_keys.authenticate(session, mistyped) is None
+        assert statements == []
+        old = f"fup_{'A' * 43}"
+        session.execute(update(ApiKey).values(key_hash=sha256(old.encode()).digest()))
+        found = api_keys.authenticate(session, old)
+        assert found is not None
+        assert found.key_id == row.id
+
+    def test_expiry(self, session: Session) -> None:
+        """A key that expires is refused from that moment on; the time must be positive and not absurd."""
+        workspace, _ = workspaces.create(session, "Acme")
+        row, key = api_keys.create(session, workspace.id, expires=timedelta(days=90))
+        assert row.expires_at == row.created_at + timedelta(days=90)
+        assert api_keys.authenticate(session, key) is not None
+        session.execute(update(ApiKey).values(expires_at=func.now()))
+        assert api_keys.authenticate(session, key) is None
+        for wrong in (timedelta(0), timedelta(days=-1), timedelta(days=36_501)):
+            with pytest.raises(InvalidRequestError) as caught:
+                api_keys.create(session, workspace.id, expires=wrong)
+            assert caught.value.field == "expires"
 
     def test_revoke(self, session: Session) -> None:
         """A revoked key is refused; revoking it again changes nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta  # noqa: TC003 - Typer reads the annotations
 from typing import Annotated
 from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
@@ -11,7 +12,7 @@ from followups.cli import connection
 from followups.cli.documents import api_key_document
 from followups.cli.examples import examples
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import readable
+from followups.cli.times import parse_age, readable
 from followups.models import Workspace
 from followups.store import api_keys, workspaces
 
@@ -29,24 +30,34 @@ def group() -> None:
 
 @app.command(
     epilog=examples(
-        "followups api-key create --workspace acme --name website", "KEY=$(followups api-key create --workspace acme)"
+        "followups api-key create --workspace acme --name website",
+        "followups api-key create --workspace acme --expires 90d",
+        "KEY=$(followups api-key create --workspace acme)",
     )
 )
 def create(
     workspace: Annotated[str, typer.Option(help="The workspace's name.", show_default=False)],
     name: Annotated[str, typer.Option(help="What the key is for, to tell keys apart.", show_default=False)] = "",
     *,
+    expires: Annotated[
+        timedelta | None,
+        typer.Option(
+            parser=parse_age, metavar="TIME", help="Refuse the key after this time, as in 90d.", show_default="never"
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Create an API key and print it on stdout. It is shown only once."""
     with connection.session() as session:
-        row, key = api_keys.create(session, workspaces.find(session, workspace).id, name)
+        row, key = api_keys.create(session, workspaces.find(session, workspace).id, name, expires)
     # Print the key after the commit, so that a printed key always works.
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
         return
     say(key)
     remark(f"Keep it now, it cannot be shown again. Send it as the header authorization; its id is {row.id}.")
+    if row.expires_at:
+        remark(f"It expires at {readable(row.expires_at)}.")
 
 
 @app.command("list", epilog=examples("followups api-key list", "followups api-key list --json"))
@@ -58,11 +69,17 @@ def list_(*, json: Json = False) -> None:
         print_json([api_key_document(key, workspace) for key, workspace in found])
         return
     rows = [
-        (key.prefix + "…", workspace, key.name, readable(key.last_used_at), readable(key.revoked_at), str(key.id))
+        (
+            key.prefix + "…",
+            workspace,
+            key.name,
+            *(readable(moment) for moment in (key.last_used_at, key.expires_at, key.revoked_at)),
+            str(key.id),
+        )
         for key, workspace in found
     ]
     empty = "There is no API key yet: followups api-key create --workspace NAME makes one."
-    print_table(("KEY", "WORKSPACE", "NAME", "LAST USED", "REVOKED", "ID"), rows, empty=empty)
+    print_table(("KEY", "WORKSPACE", "NAME", "LAST USED", "EXPIRES", "REVOKED", "ID"), rows, empty=empty)
 
 
 @app.command(epilog=examples("followups api-key revoke 0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"))

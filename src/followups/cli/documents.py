@@ -76,8 +76,11 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 
 
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
-    """Return the JSON form of an API key, with its workspace's name and without the key itself."""
-    return {
+    """Return the JSON form of an API key, with its workspace's name and without the key itself.
+
+    Only a key that expires has an ``expiresAt``, so that the form of all others is what it always was.
+    """
+    document = {
         "id": str(key.id),
         "name": key.name,
         "prefix": key.prefix,
@@ -86,3 +89,4 @@ def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
         "lastUsedAt": rfc3339(key.last_used_at),
         "revokedAt": rfc3339(key.revoked_at),
     }
+    return document | {"expiresAt": rfc3339(key.expires_at)} if key.expires_at else document

@@ -1,19 +1,23 @@
 """API keys. The key itself leaves this process once, when it is created; the database holds its SHA-256.
 
-A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed.
+A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed. A key ends with a
+checksum, so that a mistyped key is refused without a look-up. Keys made before there was one have none, and stay valid.
 """
 
 from __future__ import annotations
 
 import secrets
+from base64 import urlsafe_b64encode
 from dataclasses import dataclass
+from datetime import timedelta
 from hashlib import sha256
 from hmac import compare_digest
 from typing import TYPE_CHECKING, cast
+from zlib import crc32
 
 from sqlalchemy import func, select, text, update
 
-from followups.errors import ApiKeyNotFoundError
+from followups.errors import ApiKeyNotFoundError, InvalidRequestError
 from followups.models import ApiKey, Workspace
 from followups.store.workspaces import check_name
 
@@ -31,20 +35,36 @@ SHOWN_LENGTH = 12
 """Characters of a key that are stored in clear, so that its owner can tell keys apart: 48 of its 256 bits."""
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
+_CHECKSUM_LENGTH = 6
+
+LONGEST_LIFE = timedelta(days=36_500)
+"""The longest time after which a key may expire."""
 
 
-def create(session: Session, workspace_id: UUID, name: str = "") -> tuple[ApiKey, str]:
+def create(
+    session: Session, workspace_id: UUID, name: str = "", expires: timedelta | None = None
+) -> tuple[ApiKey, str]:
     """Create a key for the workspace; return its row and the key, which is never shown again.
 
-    Raises `InvalidRequestError` for a name that is too long or not storable.
+    With ``expires`` the key is refused from that time on. Raises `InvalidRequestError` for a name that is too long or
+    not storable, and for a time that is not positive or longer than a hundred years.
     """
     check_name(name)
+    if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:
+        message = f"A key must expire after more than no time, and within {LONGEST_LIFE.days:,} days."
+        raise InvalidRequestError(message, field="expires")
     key = PREFIX + secrets.token_urlsafe(32)
+    key += _checksum(key)
     row = ApiKey(
-        workspace_id=workspace_id, name=name, prefix=key[:SHOWN_LENGTH], key_hash=sha256(key.encode()).digest()
+        workspace_id=workspace_id,
+        name=name,
+        prefix=key[:SHOWN_LENGTH],
+        key_hash=sha256(key.encode()).digest(),
+        expires_at=None if expires is None else func.now() + expires,
     )
     session.add(row)
     session.flush()
+    session.refresh(row)  # the database computes when it expires
     return row, key
 
 
@@ -78,12 +98,14 @@ class Identity:
 
 
 _BY_HASH = text("""
-    SELECT id, workspace_id, key_hash, now() AS now FROM api_keys WHERE key_hash = :key_hash AND revoked_at IS NULL
+    SELECT id, workspace_id, key_hash, now() AS now
+      FROM api_keys
+     WHERE key_hash = :key_hash AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
 """)
 
 
 def authenticate(session: Session, key: str) -> Identity | None:
-    """Return the owner of a key, or None if the key is malformed, unknown or revoked.
+    """Return the owner of a key, or None if the key is malformed, unknown, expired or revoked.
 
     The look-up is by hash, so its duration tells an attacker nothing about the key; the comparison afterwards takes the
     same time wherever two hashes differ.
@@ -112,7 +134,21 @@ def record_use(session: Session, key_id: UUID) -> bool:
 
 
 def hash_of(key: str) -> bytes | None:
-    """Return the stored hash of a key, or None if the key is malformed."""
-    if len(key) != _LENGTH or not key.startswith(PREFIX) or not key.isascii():
+    """Return the stored hash of a key, or None if the key is malformed or mistyped.
+
+    >>> hash_of("fup_" + "A" * 43 + "wrong!") is None
+    True
+    """
+    if not key.startswith(PREFIX) or not key.isascii():
+        return None
+    if len(key) == _LENGTH + _CHECKSUM_LENGTH:
+        if key[_LENGTH:] != _checksum(key[:_LENGTH]):
+            return None
+    elif len(key) != _LENGTH:
         return None
     return sha256(key.encode()).digest()
+
+
+def _checksum(key: str) -> str:
+    """Return the checksum of a key's first part: its CRC-32 in URL-safe base 64."""
+    return urlsafe_b64encode(crc32(key.encode()).to_bytes(4)).decode().rstrip("=")

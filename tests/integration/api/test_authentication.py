@@ -45,13 +45,15 @@ def document(web_url: str) -> dict[str, Any]:
 
 
 def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
-    """Without a key, or with one that is malformed, unknown or revoked, every endpoint is 401 and does nothing."""
+    """Without a key, or with a malformed, unknown, expired or revoked one, each endpoint is 401 and does nothing."""
     mine = api.create()
     revoked_id, revoked = key_of(api.world)
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, revoked_id)
+    expired_id, expired = key_of(api.world)
+    api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=expired_id)
     unknown = f"fup_{'A' * 43}"
-    keys = ["", "x", "Bearer", unknown, f"Bearer {unknown}", revoked, f"Basic {api.key}", f"{api.key}x"]
+    keys = ["", "x", "Bearer", unknown, f"Bearer {unknown}", revoked, expired, f"Basic {api.key}", f"{api.key}x"]
     for method, path, options in requests_of(document, mine):
         for key in keys:
             answer = api.client.request(method, path, headers={"authorization": key}, **options)
@@ -80,6 +82,13 @@ def test_revoked_at_once(api: Api) -> None:
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)
+    is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
+
+
+def test_expired_at_once(api: Api) -> None:
+    """A key that served a request is refused by the first one after its expiry."""
+    assert api.get(FOLLOW_UPS).status_code == 200
+    api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
 
 

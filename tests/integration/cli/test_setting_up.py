@@ -133,10 +133,10 @@ class TestApiKey:
         """Creating a key prints the key and nothing else on stdout, and every one is another."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
-        assert all(re.fullmatch(r"fup_[\w-]{43}\n", key) for key in keys)
+        assert all(re.fullmatch(r"fup_[\w-]{49}\n", key) for key in keys)
         assert len(set(keys)) == 2
         document = run("api-key", "create", "--workspace", "acme", "--json").document
-        assert re.fullmatch(r"fup_[\w-]{43}", document.pop("key"))
+        assert re.fullmatch(r"fup_[\w-]{49}", document.pop("key"))
         assert document == run("api-key", "list", "--json").document[-1]
 
     def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
@@ -149,6 +149,18 @@ class TestApiKey:
         assert (entry["name"], entry["workspace"], entry["prefix"]) == ("web", "acme", key[:12])
         assert (entry["lastUsedAt"], entry["revokedAt"]) == (None, None)
         assert key not in listed.stdout + run("api-key", "list").stdout
+
+    def test_a_key_may_expire(self, run: Run) -> None:
+        """With --expires a key is refused after that time, which is named; only such a key has an expiresAt."""
+        run("workspace", "create", "acme")
+        ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
+        assert "It expires at " in ran.stderr
+        [entry] = run("api-key", "list", "--json").document
+        created, expires = (datetime.fromisoformat(entry[name]) for name in ("createdAt", "expiresAt"))
+        assert expires - created == timedelta(days=90)
+        assert expires.strftime("%Y-%m-%d %H:%M:%SZ") in run("api-key", "list").stdout
+        for wrong in ("soon", "0d", "101000d", "99999999999d"):
+            assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
         """Revoking says since when; repeating it changes nothing."""
