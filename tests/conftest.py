@@ -36,7 +36,7 @@ TEMPLATE = "template_migrated"
 TEMPLATE_LOCK = 4_071_969
 """PostgreSQL's advisory lock for the one process that makes the template; any number no one else uses."""
 
-pytest_plugins = ["pgbouncer", "stack_fixtures"]
+pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 
 # Hundreds of processes are started; if they could not write bytecode, each would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -12,17 +12,19 @@ import re
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from followups.errors import SettingsError
 from followups.retry import RetryPolicy
-from followups.urls import check_broker_url, database_url
+from followups.urls import broker_url, database_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
 """How much longer than the transport's timeout a lease must be: for begin, settle and a slow commit."""
@@ -50,13 +52,12 @@ def _seconds_or_iso(value: object) -> object:
     return value
 
 
-def _parsed(value: SecretStr, parse: Callable[[str], object]) -> SecretStr:
+def _parsed(value: SecretStr, parse: Callable[[str], T]) -> T:
     try:
-        parse(value.get_secret_value())
+        return parse(value.get_secret_value())
     except ValueError as error:
         message = f"should be a URL that can be read: {error}"
         raise ValueError(message) from None
-    return value
 
 
 Duration = Annotated[timedelta, BeforeValidator(_seconds_or_iso)]
@@ -139,13 +140,19 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level logged")
 
+    @field_validator("database_url", "broker_url", "transport_url", mode="before")
+    @classmethod
+    def _without_white_space(cls, value: object) -> object:
+        return value.strip() if isinstance(value, str) else value
+
     @field_validator("database_url")
     @classmethod
     def _is_postgresql(cls, value: SecretStr) -> SecretStr:
         if not value.get_secret_value().startswith(("postgresql://", "postgres://")):
             message = "should start with postgresql://"
             raise ValueError(message)
-        return _parsed(value, database_url)
+        _parsed(value, database_url)
+        return value
 
     @field_validator("broker_url")
     @classmethod
@@ -153,7 +160,7 @@ class Settings(BaseSettings):
         if not value.get_secret_value().startswith(("redis://", "rediss://")):
             message = "should start with redis:// or rediss://"
             raise ValueError(message)
-        return _parsed(value, check_broker_url)
+        return SecretStr(_parsed(value, broker_url))
 
     @field_validator("transport_url")
     @classmethod

@@ -6,8 +6,9 @@ No reason contains any part of the URL, since a part may belong to a password th
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
-from urllib.parse import parse_qsl, unquote, urlsplit
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -21,10 +22,34 @@ _LIBPQS_HOSTS = re.compile(
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 
-_NUMBERS = ("db", "socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
-"""Parameters of a broker's URL that are numbers."""
+_CHOICES = {
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+}
+_WHOLE_NUMBERS = (
+    *("connect_timeout", "tcp_user_timeout"),
+    *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
+)
+"""Parameters of libpq that it reads only when it connects."""
 
-ESCAPE = "its password holds an @, which should be written as %40"
+_BROKER = re.compile(
+    r"(?:(?P<user>[^@]*)@)?(?P<host>\[[^]]*\]|[^:/?#@]*)(?::(?P<port>[^/?#]*))?"
+    r"(?:/(?P<database>[^?#]*))?(?:\?(?P<query>[^#]*))?",
+    re.DOTALL,
+)
+"""All before the only @ is a name and a password, which may hold any other character."""
+
+_BROKERS_HOST = re.compile(r"\[[0-9a-fA-F:.%a-z]+\]|[^\s,;%\[\]]*")
+
+_NUMBERS = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
+_TUNING = frozenset({"socket_keepalive", "retry_on_timeout", "client_name", "protocol"})
+"""Parameters of a broker's URL that are accepted and ignored: each of our clients sets its own."""
+
+_CERTIFICATE, _CHECK_HOST = "ssl_cert_reqs", "ssl_check_hostname"
+_FILES = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"})
+_TLS = _FILES | {_CERTIFICATE, _CHECK_HOST, "ssl_ca_data", "ssl_ciphers", "ssl_password"}
+
+ESCAPE = "its user, password or a parameter holds an @, which should be written as %40"
 NO_PORT = f"its port should be a number from 1 to {HIGHEST_PORT}"
 
 
@@ -67,8 +92,16 @@ def _check_database(url: URL) -> None:
         options = dialect.create_connect_args(url)[1]
     except Exception:  # noqa: BLE001 - SQLAlchemy's own kinds quote the URL
         raise ValueError(NO_PORT) from None
-    if "@" in str(options.get("host", "")):
+    if "@" in f"{options.get('host', '')}{options.get('dbname', '')}":
         raise ValueError(ESCAPE)
+    for name, values in _CHOICES.items():
+        if options.get(name, values[0]) not in values:
+            message = f"its parameter {name} should be one of {', '.join(values)}"
+            raise ValueError(message)
+    for name in _WHOLE_NUMBERS:
+        if not re.fullmatch(r"-?[0-9]+", str(options.get(name, 0))):
+            message = f"its parameter {name} should be a whole number"
+            raise ValueError(message)
     for port in str(options.get("port") or "").split(","):
         _check_port(port)
     try:
@@ -83,25 +116,84 @@ def _check_port(port: str) -> None:
         raise ValueError(NO_PORT)
 
 
-def check_broker_url(text: str) -> None:
-    """Raise ValueError with a reason unless redis-py and kombu both parse the URL and read it alike."""
-    try:
-        parts = urlsplit(text)
-        port = parts.port
-    except ValueError:
-        raise ValueError(NO_PORT) from None
-    if port == 0:
-        raise ValueError(NO_PORT)
-    name = parts.hostname or ""
-    if parts.netloc.count("@") > 1:
+def broker_url(text: str) -> str:
+    """Return the URL in the one form that redis-py, kombu and Flower read alike. Raises ValueError with a reason.
+
+    kombu verifies no certificate unless the URL says so; redis-py verifies each.
+
+    >>> broker_url("rediss://:p/a?s#s@broker?ssl_cert_reqs=CERT_REQUIRED&db=3")
+    'rediss://:p%2Fa%3Fs%23s@broker/3?ssl_cert_reqs=required'
+    """
+    scheme, _, rest = text.partition("://")
+    if rest.count("@") > 1:
         raise ValueError(ESCAPE)
-    if {",", ";"} & set(name) or parts.fragment:
+    found = _BROKER.fullmatch(rest)
+    if found is None:
+        message = "it should look like redis://user:password@host:6379/0"
+        raise ValueError(message)
+    _check_port(found["port"] or "")
+    if not _BROKERS_HOST.fullmatch(found["host"]):
         message = "it should name one host"
         raise ValueError(message)
-    if not re.fullmatch(r"(/[0-9]*)?", parts.path):
+    parameters = dict(parse_qsl(found["query"] or "", keep_blank_values=True))
+    database = parameters.pop("db", found["database"] or "")
+    if database and not (database.isascii() and database.isdigit()):
         message = "its path should be the number of a database, /0"
         raise ValueError(message)
-    for parameter, value in parse_qsl(parts.query):
-        if parameter in _NUMBERS and not re.fullmatch(r"[0-9]+(\.[0-9]+)?", value):
-            message = f"its parameter {parameter} should be a number"
+    query = urlencode(_tls(scheme, _without_tuning(parameters)), safe="/:")
+    user, colon, password = (found["user"] or "").partition(":")
+    user = f"{_escaped(user)}{colon}{_escaped(password)}@" if found["user"] is not None else ""
+    port = f":{found['port']}" if found["port"] else ""
+    return f"{scheme}://{user}{found['host']}{port}/{database}{'?' if query else ''}{query}"
+
+
+def tls_of(broker: str) -> dict[str, Any]:
+    """Return redis-py's arguments about TLS for a URL that `broker_url` returned, or none without TLS."""
+    parameters: dict[str, Any] = dict(parse_qsl(urlsplit(broker).query))
+    if _CHECK_HOST in parameters:
+        parameters[_CHECK_HOST] = parameters[_CHECK_HOST] == "true"
+    return parameters
+
+
+def _escaped(text: str) -> str:
+    return quote(unquote(text), safe="")
+
+
+def _without_tuning(parameters: dict[str, str]) -> dict[str, str]:
+    for name in _NUMBERS:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?", parameters.pop(name, "0")):
+            message = f"its parameter {name} should be a number"
             raise ValueError(message)
+    return {name: value for name, value in parameters.items() if name not in _TUNING}
+
+
+def _tls(scheme: str, parameters: dict[str, str]) -> dict[str, str]:
+    """Return the parameters about TLS, each in the one spelling that both clients know."""
+    if unknown := parameters.keys() - _TLS:
+        message = f"it has {len(unknown)} unknown parameters; known are db, {', '.join(sorted(_TLS))}"
+        raise ValueError(message)
+    if scheme != "rediss":
+        if parameters:
+            message = "its parameters ssl_... need rediss://"
+            raise ValueError(message)
+        return {}
+    verified = parameters.get(_CERTIFICATE, "required").lower().removeprefix("cert_")
+    if verified not in {"none", "optional", "required"}:
+        message = f"its parameter {_CERTIFICATE} should be required or none"
+        raise ValueError(message)
+    tls = parameters | {_CERTIFICATE: verified}
+    if _CHECK_HOST in tls:
+        tls[_CHECK_HOST] = "false" if tls[_CHECK_HOST].lower() in {"0", "f", "false", "n", "no", "off"} else "true"
+    for name in _FILES & tls.keys():
+        _check_readable(name, tls[name])
+    return tls
+
+
+def _check_readable(parameter: str, path: str) -> None:
+    try:
+        readable = Path(path).is_dir() if parameter == "ssl_ca_path" else bool(Path(path).read_bytes())
+    except OSError:
+        readable = False
+    if not readable:
+        message = f"its parameter {parameter} should name a file that can be read"
+        raise ValueError(message)

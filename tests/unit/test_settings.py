@@ -160,7 +160,7 @@ def test_the_platforms_usual_names_are_read_too(
     monkeypatch.setenv(alias, url)
     assert getattr(load_settings(), field).get_secret_value() != url
     monkeypatch.delenv(environment_name(field))
-    assert getattr(load_settings(), field).get_secret_value() == url
+    assert getattr(load_settings(), field).get_secret_value().startswith(url)
 
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ssl
+
 import pytest
+import redis.connection
+from kombu.utils import url as kombu_url
 
 from followups.errors import SettingsError
 from followups.settings import load_settings
-from followups.urls import check_broker_url, database_url
+from followups.urls import broker_url, database_url, tls_of
 
 DATABASE = "postgresql://app:pa55@db:5432/chats"
 BROKER = "redis://:pa55@broker:6379/0"
@@ -60,6 +64,10 @@ def test_escaped_characters(hosts: str) -> None:
         "postgresql://app:p@pa,55@db/chats",
         "postgresql://app:pa55@db/chats?no_such_parameter=1",
         "postgresql://app:pa55@db/chats?port=word",
+        "postgresql://a/pp:pa55@db/chats",
+        "postgresql://app:pa55@db/chats?connect_timeout=pa55",
+        "postgresql://app:pa55@db/chats?sslmode=pa55",
+        "postgresql://app:pa55@db/chats?target_session_attrs=pa55",
     ],
 )
 def test_a_database_url_that_cannot_be_read(text: str) -> None:
@@ -76,12 +84,20 @@ def test_a_database_url_that_cannot_be_read(text: str) -> None:
     [
         "redis://:pa55@broker:port/0",
         "redis://:pa55@broker:0/0",
+        "redis://:pa55@broker:6379:6379/0",
+        "redis://:pa55@bro ker/0",
         "redis://:pa55@broker:65536",
         "redis://:pa55@broker:6379/zero",
         "redis://:pa55@one:6379,two:6379/0",
         "redis://:pa55@one:6379;redis://two:6379",
         "redis://:p@pa55@broker/0",
-        "redis://:p#pa55@broker/0",
+        "redis://:pa55@broker/0#1",
+        "redis://:pa55@broker/?db=zero",
+        "redis://:pa55@broker/?pa55=1",
+        "redis://:pa55@broker/?ssl_cert_reqs=none",
+        "rediss://:pa55@broker/?ssl_cert_reqs=long",
+        "rediss://:pa55@broker/?ssl_ca_certs=/nowhere/pa55.pem",
+        "rediss://:pa55@broker/?ssl_ca_path=/nowhere/pa55",
         "redis://[::1/0",
         "redis://:pa55@broker?socket_timeout=long",
     ],
@@ -93,10 +109,43 @@ def test_a_broker_url_that_cannot_be_read(text: str) -> None:
     assert not [word for word in ("pa55", "broker", "zero", "long") if word in str(raised.value)]
 
 
-@pytest.mark.parametrize(
-    "text", ["redis://broker", "rediss://me:p%40ss@[::1]:6380/15?ssl_cert_reqs=none", "redis://h/?db=3", "redis://h:1/"]
-)
+@pytest.mark.parametrize("text", ["redis://broker/", "redis://me:p%40ss@[::1]:6380/15", "redis://h:1/3", "redis://@h/"])
 def test_broker_urls(text: str) -> None:
-    """A URL that redis-py and kombu can read is accepted unchanged."""
-    check_broker_url(text)
-    assert load_settings(database_url=DATABASE, broker_url=text).broker_url.get_secret_value() == text
+    """A URL that redis-py and kombu read alike is kept unchanged, but for the white space around it."""
+    assert broker_url(text) == text
+    assert load_settings(database_url=DATABASE, broker_url=f" {text}\n").broker_url.get_secret_value() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("redis://:p/a?s#s:1@broker:1/2", "redis://:p%2Fa%3Fs%23s%3A1@broker:1/2"),
+        ("redis://m%2Fe:100%@broker", "redis://m%2Fe:100%25@broker/"),
+        ("redis://broker/?db=3", "redis://broker/3"),
+        ("redis://broker/2?socket_timeout=5&protocol=3&health_check_interval=30", "redis://broker/2"),
+        ("rediss://broker/2", "rediss://broker/2?ssl_cert_reqs=required"),
+        ("rediss://broker/?ssl_cert_reqs=CERT_NONE", "rediss://broker/?ssl_cert_reqs=none"),
+        ("rediss://broker/?ssl_cert_reqs=optional", "rediss://broker/?ssl_cert_reqs=optional"),
+        (
+            "rediss://broker/?ssl_check_hostname=False",
+            "rediss://broker/?ssl_check_hostname=false&ssl_cert_reqs=required",
+        ),
+    ],
+)
+def test_a_broker_url_is_brought_into_one_form(text: str, read: str) -> None:
+    """Odd characters, parameters about TLS and the database's number are read alike by redis-py and kombu."""
+    assert broker_url(text) == broker_url(read) == read
+    ours, theirs = redis.connection.parse_url(read), kombu_url.parse_url(read)
+    for name, named in {"username": "userid", "password": "password", "host": "hostname", "port": "port"}.items():
+        assert ours.get(name) == theirs[named]
+    assert str(ours.get("db", "")) == (theirs["virtual_host"] or "")
+    verified = {"none": ssl.CERT_NONE, "optional": ssl.CERT_OPTIONAL, "required": ssl.CERT_REQUIRED}
+    tls = theirs.get("ssl", {})
+    assert tls.get("ssl_cert_reqs") == verified.get(ours.get("ssl_cert_reqs"))
+    assert tls.get("ssl_check_hostname") == ours.get("ssl_check_hostname") == tls_of(read).get("ssl_check_hostname")
+
+
+def test_white_space_around_a_database_url() -> None:
+    """White space around a URL is cut off."""
+    read = load_settings(database_url=f"\t{DATABASE} \n", broker_url=BROKER)
+    assert read.database_url.get_secret_value() == DATABASE

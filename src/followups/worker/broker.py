@@ -26,6 +26,7 @@ from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoPermissionError, RedisError
 
 from followups.telemetry.logs import get_logger
+from followups.urls import tls_of
 from followups.worker.queues import CLUSTER
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class App(Celery):
         """Take the broker's URL without connecting yet."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
+        self.conf.broker_use_ssl = tls_of(url)  # for Flower; a connection reads it from the URL
 
     def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
         """Return a connection for a consumer."""

@@ -1,0 +1,160 @@
+"""TLS to the broker: each client verifies the server before it says a word."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+import redis
+import trustme
+
+from followups.api.key_rate_limit import RateLimit
+from followups.api.readiness import Health
+from followups.cli.connection import broker_client
+from followups.flow_control import connect
+from followups.settings import load_settings
+from followups.worker.broker import App
+from redis_server import MISSING, PROGRAM, RedisServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+
+
+class Impostor:
+    """A server with a certificate of its own making, which records every byte that a client says inside TLS."""
+
+    def __init__(self, certificate: trustme.LeafCert) -> None:
+        """Listen; handshakes are made in a thread."""
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        certificate.configure_cert(self._context)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.heard = b""
+        self.called = 0
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop listening."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            self.called += 1
+            with connection:
+                connection.settimeout(2)
+                try:
+                    with self._context.wrap_socket(connection, server_side=True) as secured:
+                        self.heard += secured.recv(1024)
+                except OSError:
+                    continue
+
+
+def ask_as_celery(settings: Settings, _engine: Engine) -> None:
+    """Connect as workers, beat and Flower do."""
+    app = App("test", settings.broker_url.get_secret_value())
+    with app.connection_for_write() as connection:
+        connection.transport.establish_connection()  # which pings
+
+
+def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
+    """Connect as rate limits and breaker do."""
+
+    async def ask() -> None:
+        client = connect(settings, timedelta(seconds=2))
+        try:
+            await client.ping()
+        finally:
+            await client.aclose()
+
+    asyncio.run(ask())
+
+
+def ask_as_api(settings: Settings, _engine: Engine) -> None:
+    """Connect as the rate limit of API keys does."""
+    limit = RateLimit(settings)
+    limit.check(uuid4())
+    if not limit._storage.check():  # noqa: SLF001 - the limit itself lets all pass without Redis
+        raise redis.ConnectionError
+
+
+def ask_as_readiness(settings: Settings, engine: Engine) -> None:
+    """Connect as `/readyz` does."""
+    health = Health(settings, engine)
+    broker = health.checks()["broker"]
+    health.close()
+    if not broker.ok:
+        raise redis.ConnectionError(broker.detail)
+
+
+def ask_as_command(settings: Settings, _engine: Engine) -> None:
+    """Connect as doctor and the other commands do."""
+    with broker_client(settings, timedelta(seconds=2)) as client:
+        client.ping()
+
+
+CLIENTS = [ask_as_celery, ask_as_limiter, ask_as_api, ask_as_readiness, ask_as_command]
+
+
+def at(settings: Settings, url: str) -> Settings:
+    """Return the settings with another broker."""
+    return load_settings(**settings.model_dump() | {"broker_url": url})
+
+
+@pytest.fixture
+def impostor() -> Iterator[Impostor]:
+    """Return a server whose certificate, for the right name, is signed by an unknown authority."""
+    running = Impostor(trustme.CA().issue_cert("localhost"))
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("ask", CLIENTS)
+def test_an_impostor_learns_nothing(
+    ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
+) -> None:
+    """No client says a word, least of all a password, to a server with a certificate from an unknown authority."""
+    trusted = tmp_path / "authority.pem"
+    trustme.CA().cert_pem.write_to_path(trusted)
+    for query in ("", f"?ssl_ca_certs={trusted}", f"?ssl_ca_certs={trusted}&ssl_cert_reqs=CERT_REQUIRED"):
+        url = f"rediss://:pa55@localhost:{impostor.port}/0{query}"
+        with pytest.raises((redis.RedisError, OSError, ssl.SSLError)):
+            ask(at(settings, url), engine)
+    assert impostor.called >= 3
+    assert impostor.heard == b""
+
+
+@pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
+    """Each client connects with the same URL, whose password is not escaped, in either spelling of a parameter."""
+    for query in ("", "&ssl_cert_reqs=CERT_REQUIRED", "&ssl_cert_reqs=required&ssl_check_hostname=True"):
+        for ask in CLIENTS:
+            ask(at(settings, redis_server.url(query)), engine)
+
+
+@pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+def test_a_certificate_for_another_host(settings: Settings, engine: Engine) -> None:
+    """A trusted certificate for another host name is refused, unless the URL says that it need not be checked."""
+    with RedisServer(trustme.CA(), "broker.example") as server:
+        for ask in CLIENTS:
+            with pytest.raises((redis.RedisError, OSError)):
+                ask(at(settings, server.url()), engine)
+            for query in ("&ssl_check_hostname=false", "&ssl_cert_reqs=none", "&ssl_cert_reqs=CERT_NONE"):
+                ask(at(settings, server.url(query)), engine)

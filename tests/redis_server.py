@@ -1,0 +1,107 @@
+"""Redis as Debian packages it, with TLS and users, for tests; the embedded Valkey is built without TLS."""
+
+from __future__ import annotations
+
+import shutil
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from followups.embedded import free_port
+from followups.embedded.child import Child, Command
+from followups.embedded.directories import make_temporary_directory, remove_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Self
+
+    import trustme
+
+PROGRAM = shutil.which("redis-server")
+
+MISSING = "Redis is not installed: apt-get install redis-server."
+"""The skip reason of tests that need it."""
+
+PASSWORD = "s3cret/with?odd#characters"  # noqa: S105 - of a server that lives as long as a test
+
+
+class RedisServer:
+    """A Redis that speaks TLS alone, started by ``with``; its certificate is for ``localhost``."""
+
+    def __init__(self, authority: trustme.CA, name: str = "localhost") -> None:
+        """Take the authority that signs its certificate, and the host name in it."""
+        self._authority, self._name = authority, name
+        self._port = free_port()
+        self._directory: Path | None = None
+        self._child: Child | None = None
+
+    def url(self, query: str = "", user: str = "", password: str = PASSWORD) -> str:
+        """Return its URL, which trusts its authority; ``query`` adds parameters."""
+        return f"rediss://{user}:{password}@localhost:{self._port}/0?ssl_ca_certs={self._file('authority.pem')}{query}"
+
+    def client(self) -> redis.Redis:
+        """Return a client with all permissions."""
+        return redis.Redis(
+            host="localhost", port=self._port, password=PASSWORD, ssl=True, ssl_ca_certs=self._file("authority.pem")
+        )
+
+    def __enter__(self) -> Self:
+        """Start it, and wait until it answers."""
+        self._directory = make_temporary_directory()
+        certificate = self._authority.issue_cert(self._name)
+        self._authority.cert_pem.write_to_path(self._file("authority.pem"))
+        certificate.private_key_and_cert_chain_pem.write_to_path(self._file("server.pem"))
+        settings = {
+            "port": "0",
+            "bind": "127.0.0.1",
+            "tls-port": str(self._port),
+            "tls-cert-file": self._file("server.pem"),
+            "tls-key-file": self._file("server.pem"),
+            "tls-auth-clients": "no",
+            "requirepass": f'"{PASSWORD}"',
+            "save": '""',
+        }
+        lines = "".join(f"{name} {value}\n" for name, value in settings.items())
+        self._child = Child(
+            Command(
+                name="Redis",
+                argv=(PROGRAM or "redis-server", "-"),
+                log=self._directory / "redis.log",
+                directory=self._directory,
+                stdin=lines.encode(),
+            )
+        )
+        self._child.start()
+        self._child.wait_until(self._answers, timedelta(seconds=10))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop it, and remove what was temporary."""
+        if self._child and self._directory:
+            self._child.stop()
+            remove_directory(self._directory)
+
+    def _file(self, name: str) -> str:
+        return str(self._directory and self._directory / name)
+
+    def _answers(self) -> bool:
+        with self.client() as client:
+            client.connection_pool.connection_kwargs["ssl_check_hostname"] = False
+            try:
+                return bool(client.ping())
+            except redis.ConnectionError:
+                return False
+
+
+@pytest.fixture
+def redis_server() -> Iterator[RedisServer]:
+    """Return a Redis of Debian's, with TLS."""
+    import trustme  # noqa: PLC0415 - not for unit tests
+
+    if PROGRAM is None:
+        pytest.skip(MISSING)
+    with RedisServer(trustme.CA()) as running:
+        yield running
