@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from followups.delivery import events
 from followups.delivery.send import Attempt
 from followups.store.leases import Begun, Lease
+from followups.telemetry.escaping import escape
 from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
 from followups.telemetry.redaction import HIDDEN, clean, redact
 from followups.transports.answers import Answer, outcome_of
@@ -278,3 +279,30 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
     assert (line["event"], line["outcome"], line["status_code"]) == ("attempt", "sent", 200)
     assert line["odd"]
     assert "secret" not in json.dumps(line)
+
+
+@pytest.mark.parametrize("text", ["\x1b]8;;http://evil\x07", "a\x9b31m", "left \u202e", "a\nb", "see [/b]"])
+def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever an event holds, its line on the console is one line, and its only controls are our own colours."""
+    for terminal in (io.StringIO(), Terminal()):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        configure_logging("console", "info")
+        get_logger("x").info(text, reason=text, spaced=f"{text} !", inner={"one": [text]})
+        logging.getLogger("foreign").warning("said %s", text)
+        lines = Lines("y")
+        lines.info(text, reason=text)
+        lines.flush()
+        get_logger("x").error(text, exc_info=ValueError(text))
+        written = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
+        assert escape(written, lines=True) == written
+        assert escape(text) in written
+        assert written.count("\n") == 4 + 1 + text.count("\n")  # four events, and the exception
+
+
+def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> None:
+    """C1 and bidirectional controls, which JSON allows as they are, are escaped too; the line means the same."""
+    configure_logging("json", "info")
+    get_logger("x").info("a", reason="\x9b31m \u202e \x7f")
+    line = capsys.readouterr().err
+    assert line.isascii()
+    assert json.loads(line)["reason"] == "\x9b31m \u202e \x7f"

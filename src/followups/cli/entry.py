@@ -7,6 +7,7 @@ import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +15,7 @@ from typer.main import get_command
 
 from followups.cli.catalogue import Catalogue
 from followups.cli.examples import examples
+from followups.telemetry.escaping import escape
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,6 +72,9 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command in ``arguments``, by default this process's own, and return the exit code."""
     options = Options()
+    if isinstance(sys.stdout, TextIOWrapper):
+        # What a terminal's encoding lacks is shown as escapes, as Python does it on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_command(app)
         code = command.main(args=arguments, prog_name="followups", standalone_mode=False, obj=options)
@@ -83,6 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from followups.cli.failures import explain  # noqa: PLC0415 - loads SQLAlchemy, which only an error needs
 
         sentence, code = explain(error)
-        sys.stderr.write(f"followups: {sentence}\n")
+        sys.stderr.write(f"followups: {escape(sentence)}\n")
     # Typer exits with 130 after Ctrl-C; our commands have three exit codes.
     return int(code or 0) if code in {None, 0, FAILED, WRONG_USAGE} else FAILED

@@ -1,6 +1,7 @@
 """Output: results go to stdout, everything else to stderr.
 
-On a terminal a table fits its width; in a pipe it is plain, and no cell is shortened.
+On a terminal a table fits its width; in a pipe it is plain, and no cell is shortened. Texts may be written by others.
+They are shown without markup, with control characters as escapes.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from followups.telemetry.escaping import escape, escape_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,26 +43,33 @@ def _on(stream: Any) -> Console:  # noqa: ANN401 - a text stream; which class de
 
 def print_json(document: object) -> None:
     """Print one JSON document on stdout."""
-    sys.stdout.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    in_utf_8 = (sys.stdout.encoding or "").lower().startswith("utf")
+    said = json.dumps(document, indent=2, ensure_ascii=not in_utf_8)
+    sys.stdout.write(f"{escape_json(said)}\n")
 
 
-def say(sentence: str) -> None:
-    """Print a sentence on stdout and flush: a reader at the end of a pipe may be waiting for it."""
-    sys.stdout.write(f"{sentence}\n")
+def say(sentence: str, *, lines: bool = False) -> None:
+    """Print a sentence, or several ``lines``, on stdout and flush: a reader at the end of a pipe may be waiting."""
+    sys.stdout.write(f"{escape(sentence, lines=lines)}\n")
     sys.stdout.flush()
 
 
 def remark(sentence: str) -> None:
     """Print a remark on stderr."""
-    sys.stderr.write(f"{sentence}\n")
+    sys.stderr.write(f"{escape(sentence)}\n")
 
 
-def print_table(headings: Sequence[str], rows: Iterable[Sequence[Any]], *, empty: str) -> None:
+def cell(text: str, style: str = "", *, lines: bool = False) -> Text:
+    """Return a text for a table, without any markup; with ``lines``, line feeds stay."""
+    return Text(escape(text, lines=lines), style=style)
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
     """Print a table on stdout, or ``empty`` on stderr if it has no rows."""
     target = console()
     table = Table(*headings, box=SIMPLE_HEAD if target.is_terminal else None, pad_edge=target.is_terminal)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     if table.row_count:
         target.print(table)
     else:

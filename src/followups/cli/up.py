@@ -57,7 +57,7 @@ def up(
 
 def _stay(stack: Stack, data: Path | None) -> Never:
     _, key = stack.create_key(WORKSPACE, "followups up")
-    say(welcome(Addresses(stack.api, stack.sandbox, stack.logs, data, stack.settings.environment()), key))
+    say(welcome(Addresses(stack.api, stack.sandbox, stack.logs, data, stack.settings.environment()), key), lines=True)
     while True:
         stack.check()
         time.sleep(LOOK.total_seconds())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import structlog
 from structlog.stdlib import ProcessorFormatter
 
+from followups.telemetry.escaping import escape, escape_json
 from followups.telemetry.redaction import redact
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
         # The plain traceback, in one string: richer ones show local variables, and with them message texts.
         structlog.processors.format_exc_info,
         redact,
-        _console(colours=on_terminal) if console else render_json,
+        *((_escape, _console(colours=on_terminal)) if console else (render_json,)),
     ]
     _Configured.level = LEVELS[level]
     _Configured.steps = [*SHARED, *finish] if console else [_json_line]
@@ -152,7 +153,31 @@ class StandardErrorHandler(logging.Handler):
 def render_json(_logger: object, _method: str, event: EventDict) -> str:
     """Return the event as a line of JSON that begins with the keys common to all lines."""
     first = {key: event.pop(key, None) for key in ("timestamp", "level", "logger", "event")}
-    return ENCODER.encode({**first, **event})
+    return escape_json(ENCODER.encode({**first, **event}))
+
+
+class _Escaped:
+    """A text with escapes, which the console's renderer shows by its `repr`, without escaping the escapes."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return f'"{self._text}"'
+
+
+AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
+"""Keys whose values the console's renderer writes as they are."""
+IN_LINES = frozenset({"exception", "stack"})
+"""The same in several lines."""
+
+
+def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
+    """Show control characters in texts as escapes, in place; for other values, `repr` does."""
+    for key, value in event.items():
+        if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
+            event[key] = shown if key in AS_THEY_ARE | IN_LINES else _Escaped(shown)
+    return event
 
 
 def _console(*, colours: bool) -> Processor:

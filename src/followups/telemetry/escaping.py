@@ -1,0 +1,38 @@
+"""Shows control characters as escapes, so that no text from outside steers the terminal on which it is shown."""
+
+from __future__ import annotations
+
+import re
+
+# Bidirectional marks, embeddings, overrides and isolates, which reorder what follows; separators of lines and
+# paragraphs; and lone surrogates, which no encoding can write.
+_BEYOND_ASCII = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
+_CONTROLS = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}]")
+_BUT_LINE_FEEDS = re.compile(f"[\x00-\x09\x0b-\x1f{_BEYOND_ASCII}]")
+_RAW_IN_JSON = re.compile(f"[{_BEYOND_ASCII}]")
+
+
+def escape(text: str, *, lines: bool = False) -> str:
+    r"""Return the text with control characters as escapes; with ``lines``, line feeds stay.
+
+    >>> print(escape("red \x1b[31m, left\u202e, next\n"))
+    red \x1b[31m, left\u202e, next\n
+    """
+    return (_BUT_LINE_FEEDS if lines else _CONTROLS).sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[0].encode("unicode_escape").decode()
+
+
+def escape_json(document: str) -> str:
+    r"""Return a JSON document with the control characters that JSON leaves as they are escaped; it means the same.
+
+    >>> print(escape_json('"left\u202e"'))
+    "left\u202e"
+    """
+    return document if document.isascii() and "\x7f" not in document else _RAW_IN_JSON.sub(_as_json, document)
+
+
+def _as_json(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"

@@ -1,0 +1,113 @@
+"""Output on any terminal: others' words are shown as words."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import sys
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from followups.cli import main
+from followups.cli.output import cell, console, print_json, print_table, remark, say
+from followups.telemetry.escaping import escape, escape_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+BOLD = re.compile(r"\x1b\[[01]m")
+NASTY = (
+    "see [/b]", "[link=http://evil]here[/link]", "\x1b[2J\x1b]0;title\x07", "\x9b31m", "left \u202e", "\udcff", "a\nb"
+)  # fmt: skip
+TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
+"""Any text at all, lone surrogates too."""
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal in memory."""
+
+    def __init__(self, encoding: str) -> None:
+        super().__init__(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
+
+    def isatty(self) -> bool:
+        return True
+
+    @property
+    def written(self) -> str:
+        """What was written so far, without the bold type of our own headings."""
+        buffer = self.buffer
+        assert isinstance(buffer, io.BytesIO)
+        return BOLD.sub("", buffer.getvalue().decode(self.encoding))
+
+
+@contextmanager
+def terminal(encoding: str) -> Iterator[Terminal]:
+    """Put a terminal in the place of stdout and stderr."""
+    with pytest.MonkeyPatch.context() as patch, Terminal(encoding) as made:
+        patch.setattr(sys, "stdout", made)
+        patch.setattr(sys, "stderr", made)
+        patch.setenv("COLUMNS", "10000")
+        patch.setenv("NO_COLOR", "1")
+        yield made
+
+
+ENCODINGS = st.sampled_from(["utf-8", "ascii", "latin-1"])
+
+
+def table(text: str) -> None:
+    """Print a table with this cell."""
+    print_table(("A", "B"), [(text, "end")], empty="")
+
+
+def line(text: str) -> None:
+    """Print a cell by itself."""
+    console().print(cell(text))
+
+
+WRITERS = st.sampled_from([table, line, say, remark])
+
+
+@given(text=TEXTS)
+def test_escapes_leave_no_control(text: str) -> None:
+    """A text with escapes has no control left, and JSON with escapes means the same as before."""
+    shown = escape(text)
+    assert escape(shown) == shown
+    assert "\x1b" not in shown
+    assert json.loads(escape_json(json.dumps(text, ensure_ascii=False))) == text
+
+
+@given(write=WRITERS, text=TEXTS, encoding=ENCODINGS)
+def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, encoding: str) -> None:
+    """A cell, a sentence and a remark show any text in any encoding: without controls, and without an error."""
+    with terminal(encoding) as made:
+        write(text)
+        assert escape(made.written, lines=True) == made.written
+
+
+@given(write=WRITERS, text=st.sampled_from(NASTY), encoding=ENCODINGS)
+def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str, encoding: str) -> None:
+    """Markup is no markup, and each control is seen as an escape."""
+    with terminal(encoding) as made:
+        write(text)
+        assert escape(text) in made.written
+
+
+@given(text=TEXTS, encoding=ENCODINGS)
+def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
+    """JSON says the same on every terminal, and holds no control but line feeds."""
+    with terminal(encoding) as made:
+        print_json({"text": text})
+        assert json.loads(made.written) == {"text": text}
+        assert escape(made.written, lines=True) == made.written
+
+
+def test_an_error_shows_words_as_words() -> None:
+    """An error repeats what was typed without its controls."""
+    with terminal("ascii") as made:
+        assert main(["list\x1b[31m"]) == 2
+        assert r"No such command 'list\x1b[31m'" in made.written
