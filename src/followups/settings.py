@@ -132,6 +132,9 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("FOLLOWUPS_API_RATE_LIMIT", "FOLLOWUPS_RATE_LIMIT"),
         description="requests that one API key may make in a minute; 0 = no limit",
     )
+    remote_control: bool = Field(
+        default=False, description="workers obey Flower and celery control: they may be stopped and changed"
+    )
     runtime_dir: str | None = Field(
         None, description="directory of the signs of life that followups health reads; default: one in the temporary"
     )

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import signal
 import time
+import zlib
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from celery import Celery
 from sqlalchemy.orm import Session
 
 import followups
+from followups.delivery import hints
+from followups.worker.broker import LONGEST_BODY
+from followups.worker.remote_control import REFUSAL
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -115,11 +122,41 @@ def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
     assert stack.world.row(dropped).reason == "changed our mind"
 
 
+BOMB = base64.b64encode(zlib.compress(b"[" + b" " * 1_000_000)).decode()
+OTHERS: list[dict[str, Any]] = [
+    {"headers": {"compression": "application/x-gzip"}},
+    {"content-type": "application/data", "content-encoding": "zlib_codec"},
+    {"content-type": "application/x-python-serialize"},
+    {"content-encoding": "zlib_codec"},
+    {"body_encoding": "none"},
+    {"body": "x" * (LONGEST_BODY + 1)},
+]
+"""What differs in messages that a worker must not decode."""
+
+
+def message(**other: Any) -> str:
+    """Return a message as kombu sends it, but for what is given."""
+    delivery = {"exchange": "", "routing_key": "deliver"}
+    properties = {"delivery_tag": "x", "delivery_info": delivery, "body_encoding": "base64"}
+    if "body_encoding" in other:
+        properties["body_encoding"] = other.pop("body_encoding")
+    usual = {"body": BOMB, "content-type": "application/json", "content-encoding": "utf-8"}
+    return json.dumps({**usual, "headers": {}, "properties": properties, **other})
+
+
+def celery_app(stack: Stack) -> Celery:
+    """Return an app of a stranger who has the broker's URL."""
+    app = Celery(broker=stack.settings.broker_url.get_secret_value())
+    app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
+    return app
+
+
 def test_malformed_broker_messages(running: Stack) -> None:
     """A malformed or forged message in either queue is logged and dropped; the worker lives on."""
     deep = "[" * 100_000
     foreign = ["not JSON", "[]", "null", '{"body": 1}', '{"body": "e30=", "headers": {}}', b"\x00\xff", "", deep]
     wrong_type = '{"body": {"__type__": "datetime", "__value__": "never"}}'
+    foreign += [message(**other) for other in OTHERS]
     dropped = len(running.log_events("broker_message_dropped"))
     for entry in (*foreign, wrong_type):
         for queue in ("dispatch", "deliver"):
@@ -135,7 +172,8 @@ def test_forged_hints(running: Stack) -> None:
     later = running.world.follow_up(due=timedelta(hours=1))
     app = Celery(broker=running.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
-    foreign: list[list[object]] = [[], [None], ["x"], [[[str(later), "1", 0, 0]]], [[["no id", 1, 0, 0]]]]
+    many = [[str(later), 0, 0, 0]] * (hints.MOST + 1)
+    foreign: list[list[object]] = [[], [None], ["x"], [many], [[[str(later), "1", 0, 0]]], [[["no id", 1, 0, 0]]]]
     forged: list[list[object]] = [*foreign, [[[str(later), 0, 0, 0]]]]
     with app.connection_for_write() as connection:
         for arguments in forged:
@@ -147,6 +185,40 @@ def test_forged_hints(running: Stack) -> None:
     assert running.accepted(follow_up) == [str(follow_up)]
     wait_until(lambda: len(running.log_events("hint_dropped")) == len(foreign))
     assert running.world.row(later).attempts == 0
+
+
+def test_remote_control_only_asks(running: Stack) -> None:
+    """Commands that stop or change a worker are refused with a sentence: any client of the broker can send them."""
+    control = celery_app(running).control
+    commands: dict[str, dict[str, object]] = {
+        "shutdown": {},
+        "cancel_consumer": {"queue": "deliver"},
+        "add_consumer": {"queue": "others"},
+        "rate_limit": {"task_name": "followups.deliver", "rate_limit": "1/h"},
+        "disable_events": {},
+        "pool_restart": {},
+        "revoke": {"task_id": str(uuid4())},
+        "hello": {"from_node": "x", "revoked": {str(uuid4()): 1}},
+        "objgraph": {},
+    }
+    for command, arguments in commands.items():
+        ((answer,),) = [
+            each.values() for each in control.broadcast(command, arguments, reply=True, timeout=10, limit=1)
+        ]
+        assert answer == {"error": REFUSAL}, command
+    assert control.ping(timeout=10, limit=1)
+    follow_up = running.world.follow_up()
+    running.wait_until_done(follow_up)
+    assert running.accepted(follow_up) == [str(follow_up)]
+
+
+def test_remote_control_may_be_allowed(stack: Stack) -> None:
+    """With REMOTE_CONTROL, `celery control shutdown` stops a worker."""
+    stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
+    worker = stack.worker()
+    celery_app(stack).control.shutdown()
+    wait_until(lambda: not worker.running)
+    assert worker.exit_code == 0
 
 
 def test_two_workers_and_two_beats(stack: Stack) -> None:

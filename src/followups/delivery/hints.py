@@ -21,6 +21,9 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
+MOST = 10_000
+"""Maximum number of follow-ups in one hint, which is also the greatest `BATCH_SIZE`."""
+
 
 class Hint(NamedTuple):
     """The content of one message, in JSON types only."""
@@ -46,6 +49,9 @@ def leases_of(entries: object, lanes: object = None) -> list[Lease]:
     """
     try:
         count = len(entries)  # type: ignore[arg-type]
+        if count > MOST:
+            message = f"not a hint: {count} entries"
+            raise ValueError(message)
         numbers = lanes if _are_lanes(lanes, count) else [0] * count
         return [_lease(number, *entry) for entry, number in zip(entries, numbers, strict=True)]  # type: ignore[call-overload]
     except (TypeError, AttributeError, OverflowError) as error:

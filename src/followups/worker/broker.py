@@ -53,6 +53,10 @@ One read may be answered and another refused: an ACL may allow the queues and fo
 """
 
 
+LONGEST_BODY = 4 * 1024 * 1024
+"""Maximum characters of a message's body; a hint with the most follow-ups has one and a half million."""
+
+
 class Loader(AppLoader):
     """A loader that reads no configuration from a module named by an environment variable."""
 
@@ -246,15 +250,22 @@ def _is_consumers_thread() -> bool:
 
 
 def is_message(message: object) -> bool:
-    """Return whether a decoded entry has the shape of kombu's virtual messages.
+    """Return whether a decoded entry has the shape of the messages that our processes send.
+
+    Compressed ones have not: a few kilobytes could fill the memory. Nor have those of another content type, which kombu
+    would decode by any codec of Python's, zlib and bz2 among them.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)
     """
-    if not isinstance(message, dict) or not isinstance(message.get("body"), str):
+    if not isinstance(message, dict) or not isinstance(body := message.get("body"), str) or len(body) > LONGEST_BODY:
         return False
-    properties = message.get("properties")
-    return isinstance(message.get("headers"), dict) and isinstance(properties, dict) and _is_addressed(properties)
+    if message.get("content-type") != "application/json" or message.get("content-encoding") != "utf-8":
+        return False
+    headers, properties = message.get("headers"), message.get("properties")
+    if not isinstance(headers, dict) or headers.get("compression"):
+        return False
+    return isinstance(properties, dict) and properties.get("body_encoding") == "base64" and _is_addressed(properties)
 
 
 def _is_addressed(properties: Mapping[str, Any]) -> bool:

@@ -35,7 +35,7 @@ from followups.store.metric_totals import Totals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
-from followups.worker import celery_logs, liveness
+from followups.worker import celery_logs, liveness, remote_control
 from followups.worker.broker import CONSUMER, App
 from followups.worker.queues import DELIVER, DISPATCH
 
@@ -163,6 +163,8 @@ with _exit_when_wrong():
     settings = get_settings()
 app = make_app(settings)
 celery_logs.install(settings)
+if not settings.remote_control:
+    remote_control.restrict()
 
 
 class Process:
