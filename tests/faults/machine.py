@@ -119,6 +119,7 @@ class Driven:
 
     def _claim(self, number: int) -> None:
         self.world.sql(NOW, id=self.ids[number])
+        self.world.close_gap()
         claim(self.world.engine, self.settings)
 
     def _expire(self, number: int) -> None:
