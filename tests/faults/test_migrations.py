@@ -33,8 +33,8 @@ READER = """
 """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
-INDEXES_ONLY = frozenset({"0010"})
-"""Versions from which only indexes are built, concurrently: an idle reader does not delay that."""
+LAST_IN_CONFLICT = {WRITER: "0010"}
+"""The newest version from which a migration still conflicts with the transaction; without an entry every one does."""
 REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
 
 SHORT = (
@@ -109,7 +109,7 @@ def from_old_versions(
     longest = 0.0
     for version, holder in cases:
         downgrade(url, version)
-        refusals = [] if holder == READER and version in INDEXES_ONLY else [REFUSAL]
+        refusals = [REFUSAL] if version <= LAST_IN_CONFLICT.get(holder, version) else []
         others = beside(url, holder, patience, refusals)
         assert others.done
         longest = max(longest, others.longest)
