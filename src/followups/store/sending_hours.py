@@ -52,6 +52,7 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     session.execute(statement.on_conflict_do_update(index_elements=[Row.workspace_id], set_=values))
 
 
-def clear(session: Session, workspace_id: UUID) -> None:
-    """Let the workspace send at every hour."""
-    session.execute(delete(Row).where(Row.workspace_id == workspace_id))
+def clear(session: Session, workspace_id: UUID) -> bool:
+    """Let the workspace send at every hour; return whether it had sending hours."""
+    statement = delete(Row).where(Row.workspace_id == workspace_id).returning(Row.workspace_id)
+    return session.scalar(statement) is not None
