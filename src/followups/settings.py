@@ -19,7 +19,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from followups.errors import SettingsError
 from followups.retry import RetryPolicy
-from followups.urls import broker_url, database_url
+from followups.urls import HIGHEST_PORT, broker_url, database_url, port_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,6 +135,9 @@ class Settings(BaseSettings):
     remote_control: bool = Field(
         default=False, description="workers obey Flower and celery control: they may be stopped and changed"
     )
+    metrics_port: int | None = Field(
+        None, ge=1, le=HIGHEST_PORT, description="port of web on which /metrics, and nothing else, is; default: PORT"
+    )
     runtime_dir: str | None = Field(
         None, description="directory of the signs of life that followups health reads; default: one in the temporary"
     )
@@ -147,6 +150,11 @@ class Settings(BaseSettings):
     @classmethod
     def _without_white_space(cls, value: object) -> object:
         return value.strip() if isinstance(value, str) else value
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _empty_is_no_port(cls, value: object) -> object:
+        return (port_of(value, "") or None) if isinstance(value, str) else value
 
     @field_validator("database_url")
     @classmethod

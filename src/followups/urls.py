@@ -116,6 +116,15 @@ def _check_port(port: str) -> None:
         raise ValueError(NO_PORT)
 
 
+def port_of(text: str | None, default: str) -> str:
+    """Return a port from the environment, or the default if Kubernetes wrote the variable for a Service of that name.
+
+    >>> port_of("9000", "8000"), port_of("tcp://10.0.0.7:80", "8000"), port_of(None, "8000")
+    ('9000', '8000', '8000')
+    """
+    return default if not text or "://" in text else text
+
+
 def broker_url(text: str) -> str:
     """Return the URL in the one form that redis-py, kombu and Flower read alike. Raises ValueError with a reason.
 

@@ -65,8 +65,12 @@ def test_no_flower_without_a_password(stack: Stack, arguments: list[str], enviro
 
 def test_flower_with_a_password(stack: Stack) -> None:
     """With a password Flower may listen on any address, and requires it; its log does not show it."""
-    url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd")
+    # A Service named "flower" makes Kubernetes set FLOWER_PORT, which is no port of ours.
+    kubernetes = {"FLOWER_PORT": "tcp://10.96.0.7:5555"}
+    url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd", **kubernetes)
     assert status(f"{url}/workers") == 401
+    assert [status(f"{url}/metrics"), status(f"{url}/metrics", "me:pa55w0rd")] == [401, 200]
+    assert status(f"{url}/api/tasks") == 401
     assert status(f"{url}/workers", "me:wrong") == 401
     assert status(f"{url}/workers", "me:pa55w0rd") == 200
     assert "pa55w0rd" not in (stack.processes.logs / "flower.log").read_text()
@@ -79,6 +83,16 @@ def test_flower_by_itself_stays_here(stack: Stack) -> None:
     assert listening(port) == {"0100007F"}  # 127.0.0.1, as the kernel writes it
 
 
+def test_no_api_without_a_password(stack: Stack) -> None:
+    """Flower's API without a password is refused also on the loopback interface, which web pages reach too."""
+    command = [*CELERY, "flower", f"--port={free_port()}"]
+    own = os.environ | stack.environment() | {"FLOWER_UNAUTHENTICATED_API": "true"}
+    ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode == 2
+    (sentence,) = ran.stderr.splitlines()
+    assert sentence.startswith("followups: FLOWER_UNAUTHENTICATED_API would let every program and web page send tasks")
+
+
 def listening(port: int) -> set[str]:
     """Return the IPv4 addresses listening on the port, in the kernel's hexadecimal."""
     with open("/proc/net/tcp", encoding="ascii") as table:  # noqa: PTH123 - not a file of this machine's own
@@ -89,13 +103,15 @@ def listening(port: int) -> set[str]:
 
 def test_what_flower_shows(stack: Stack) -> None:
     """Flower shows ticks and deliveries by name, and of a delivery how many follow-ups it is about, and which."""
-    url = start_flower(stack, FLOWER_UNAUTHENTICATED_API="1")
+    url = start_flower(stack, FLOWER_BASIC_AUTH="me:pa55w0rd")
     stack.start()
     follow_up = stack.world.follow_up()
     stack.wait_until_done(follow_up)
 
     def shown() -> list[dict[str, Any]]:
-        with urllib.request.urlopen(f"{url}/api/tasks", timeout=5) as answer:  # noqa: S310 - our own loopback URL
+        own = {"authorization": f"Basic {base64.b64encode(b'me:pa55w0rd').decode()}"}
+        request = urllib.request.Request(f"{url}/api/tasks", headers=own)  # noqa: S310 - our own loopback URL
+        with urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - as above
             tasks: dict[str, dict[str, Any]] = json.loads(answer.read())
         return list(tasks.values())
 

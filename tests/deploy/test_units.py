@@ -18,7 +18,7 @@ COMMANDS = {
     "followups-web.service": procfile("web"),
     "followups-worker@.service": procfile("worker", HONCHO_PROCESS_NAME="worker.%i"),
     "followups-beat.service": procfile("beat"),
-    "followups-flower.service": procfile("flower", FLOWER_PORT="${FLOWER_PORT}"),
+    "followups-flower.service": procfile("flower"),
     "followups-migrate.service": procfile("release"),
 }
 LASTING = [name for name in COMMANDS if "migrate" not in name]

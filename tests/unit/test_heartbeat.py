@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -32,6 +34,20 @@ heart.start()
 print("started", flush=True)
 time.sleep(60)
 """
+
+
+def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a read-only file system a directory of another user serves, and without one the error names what was tried."""
+
+    def nothing_is_writable() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", nothing_is_writable)
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)  # the directory is another user's
+    heart = Heartbeat(directory_of(str(tmp_path)), "beat", "beat@here")
+    heart.start()
+    heart.stop()
+    assert directory_of(None).name == "followups-12345"
 
 
 @pytest.fixture

@@ -46,6 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "FOLLOWUPS_BATCH_SIZE": 100,
     "FOLLOWUPS_CONCURRENCY": 100,
     "FOLLOWUPS_API_RATE_LIMIT": 60_000,
+    "FOLLOWUPS_METRICS_PORT": None,
+    "FOLLOWUPS_REMOTE_CONTROL": False,
     "FOLLOWUPS_LOG_FORMAT": None,
     "FOLLOWUPS_LOG_LEVEL": "info",
 }
@@ -298,3 +300,10 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
         load_settings()
     monkeypatch.setenv("FOLLOWUPS_RETENTION", "P90D")
     assert load_settings().retention == timedelta(days=90)
+
+
+@pytest.mark.parametrize(("value", "port"), [("9100", 9100), ("", None), ("tcp://10.96.0.7:9100", None)])
+def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
+    """A Service named followups-metrics makes Kubernetes set the variable to a URL, which is no port of ours."""
+    monkeypatch.setenv("FOLLOWUPS_METRICS_PORT", value)
+    assert load_settings().metrics_port == port

@@ -19,6 +19,7 @@ from followups.api.access_log import Access
 from followups.api.authentication import KnownKeys, LastUse, Services
 from followups.api.gate import Gate
 from followups.api.key_rate_limit import RateLimit
+from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
 from followups.api.readiness import Health
 from followups.api.routes import chats, follow_ups, service
@@ -63,6 +64,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         statement_timeout=STATEMENT_TIMEOUT,
     )
     app = _routes()
+    app.state.metrics_port = settings.metrics_port
     app.state.health = Health(settings, engine)
     totals = Totals(engine)
     app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
@@ -120,7 +122,8 @@ class Application(FastAPI):
 
     def build_middleware_stack(self) -> ASGIApp:
         """Put the gate outside Starlette's handler of unexpected errors, which re-raises; the log is outermost."""
-        return Access(Gate(super().build_middleware_stack()))
+        inner = MetricsPort(super().build_middleware_stack(), self.state.metrics_port)
+        return Access(Gate(inner))
 
 
 def _routes() -> FastAPI:

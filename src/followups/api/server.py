@@ -12,9 +12,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from followups.api import problems
 from followups.api.access_log import SECURITY_HEADERS
 from followups.api.gate import MAX_HEADER_SIZE, TOO_LONG_A_HEADER
+from followups.api.listening import plain
 
 if TYPE_CHECKING:
     import asyncio
+    import socket
 
     from fastapi import FastAPI
 
@@ -47,6 +49,7 @@ class LimitedProtocol(H11Protocol):
             transport.abort()
             return
         super().connection_made(transport)
+        self.client = plain(self.client)
         self.idle_since = self.loop.time()
         self._expect_header()
 
@@ -113,12 +116,10 @@ class LimitedProtocol(H11Protocol):
             self._answer(problems.of_status(408, f"The header did not arrive within {HEADER_WITHIN:g} seconds."))
 
 
-def serve(app: FastAPI, host: str, port: int) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def serve(app: FastAPI, sockets: list[socket.socket]) -> None:
+    """Serve on these until SIGTERM or SIGINT."""
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=LimitedProtocol,  # h11, with limits; by default uvicorn would use httptools if that is installed
         ws="none",
         lifespan="on",
@@ -129,4 +130,4 @@ def serve(app: FastAPI, host: str, port: int) -> None:
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
-    uvicorn.Server(config).run()
+    uvicorn.Server(config).run(sockets)

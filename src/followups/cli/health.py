@@ -11,6 +11,7 @@ import typer
 
 from followups.cli.examples import examples
 from followups.telemetry.heartbeat import SETTING, directory_of, look
+from followups.urls import port_of
 
 UNHEALTHY = 1
 WRONG_USAGE = 2
@@ -59,6 +60,7 @@ def web(
     host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
 ) -> None:
     """Check that web answers."""
+    port = port_of(port, WEB_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
     if trouble := trouble_of_web(host, int(port)):

@@ -16,10 +16,7 @@ COMMANDS = {
     ),
     "beat": "celery -A followups.worker --quiet beat --loglevel=warning",
     # Flower shows and stops tasks, so on any other address it requires a password (`followups.worker.flower`).
-    "flower": (
-        "celery -A followups.worker flower --loglevel=warning"
-        " --address=${FLOWER_ADDRESS:-127.0.0.1} --port=${FLOWER_PORT:-5555}"
-    ),
+    "flower": ("celery -A followups.worker flower --loglevel=warning --address=${FLOWER_ADDRESS:-127.0.0.1}"),
     "release": "followups migrate",
 }
 """Shell commands by process type, as every Procfile runner accepts them."""

@@ -57,7 +57,11 @@ def default_directory() -> Path:
     It is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service, so the two would not find
     each other's files.
     """
-    return Path(tempfile.gettempdir()) / f"followups-{os.getuid()}"
+    try:
+        parent = tempfile.gettempdir()
+    except FileNotFoundError:  # nothing is writable, which `_open_directory` reports
+        parent = "/tmp"  # noqa: S108 - `_open_directory` makes it private
+    return Path(parent) / f"followups-{os.getuid()}"
 
 
 def directory_of(configured: str | None) -> Path:

@@ -7,10 +7,13 @@ Flower shows every task and worker, and can stop them; by default it listens on 
 from __future__ import annotations
 
 import ipaddress
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from celery import signals
+
+from followups.urls import port_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,6 +28,11 @@ REFUSAL = (
     "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "
     "or keep it on this machine with --address=127.0.0.1."
 )
+OPEN_API = (
+    "FLOWER_UNAUTHENTICATED_API would let every program and web page send tasks: "
+    "unset it, and set FLOWER_BASIC_AUTH=user:password to use Flower's API."
+)
+PORT = "FLOWER_PORT"
 
 
 def install(configure_logging: Callable[[], None]) -> None:
@@ -37,6 +45,8 @@ def install(configure_logging: Callable[[], None]) -> None:
         return
     from flower.options import options  # noqa: PLC0415 - is there already, or is not wanted
 
+    if not port_of(os.environ.get(PORT), ""):
+        os.environ.pop(PORT, None)
     read: list[bool] = []
     options.add_parse_callback(lambda: read.append(True))
 
@@ -49,15 +59,27 @@ def install(configure_logging: Callable[[], None]) -> None:
 
 
 def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
+    from flower.views import monitor  # noqa: PLC0415 - with Flower itself
+    from tornado.web import authenticated  # noqa: PLC0415 - comes with Flower
+
     if options.tasks_columns == FLOWERS_COLUMNS:
         options.tasks_columns = COLUMNS
-    if options.unix_socket or asks_who(options.basic_auth or [], options.auth):
+    if asks_who(options.basic_auth or [], options.auth):
+        monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages ask by themselves
+        return
+    if os.environ.get("FLOWER_UNAUTHENTICATED_API"):
+        _refuse(OPEN_API)
+    if options.unix_socket:
         return
     if not options.address:
         options.address = LOOPBACK
     if not is_loopback(options.address):
-        sys.stderr.write(f"followups: {REFUSAL.format(address=options.address)}\n")
-        raise SystemExit(2)
+        _refuse(REFUSAL.format(address=options.address))
+
+
+def _refuse(sentence: str) -> NoReturn:
+    sys.stderr.write(f"followups: {sentence}\n")
+    raise SystemExit(2)
 
 
 def asks_who(basic_auth: Sequence[str], auth: str) -> bool:

@@ -1,0 +1,63 @@
+"""Where web listens: on every address by IPv6 and IPv4, and for `/metrics` on a port of its own if one is set."""
+
+from __future__ import annotations
+
+import os
+import socket
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from followups.api import problems
+from followups.errors import FollowUpsError
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+BACKLOG = 2048
+"""Connections that the kernel keeps until they are accepted."""
+
+METRICS = "/metrics"
+MAPPED = "::ffff:"
+"""What stands before an IPv4 address that reached an IPv6 socket."""
+
+
+class ListeningError(FollowUpsError):
+    """The port cannot be listened on."""
+
+    slug = "listening"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address, or on every one if ``host`` is empty. Raises `ListeningError`."""
+    everywhere = not host and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=BACKLOG, dualstack_ipv6=everywhere)
+    except OSError as error:
+        message = f"web cannot listen on port {port}: {os.strerror(error.errno or 0)}; set PORT to a free one"
+        raise ListeningError(message) from error
+
+
+def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
+    """Return a client's address and port, of IPv4 as people write it.
+
+    >>> plain(("::ffff:192.0.2.1", 4000)), plain(("2001:db8::1", 4000))
+    (('192.0.2.1', 4000), ('2001:db8::1', 4000))
+    """
+    return (address[0].removeprefix(MAPPED), address[1]) if address else None
+
+
+class MetricsPort:
+    """ASGI middleware: `/metrics` exists only on its own port, and nothing else does there."""
+
+    def __init__(self, app: ASGIApp, port: int | None) -> None:
+        """Take the application to wrap, and the port, or None if there is none."""
+        self._app, self._port = app, port
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer that there is nothing at this path."""
+        if self._port and scope["type"] == "http" and (scope["path"] == METRICS) != (scope["server"][1] == self._port):
+            nothing = problems.of_status(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
+            await nothing.response()(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
