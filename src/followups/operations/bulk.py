@@ -1,31 +1,33 @@
-"""The bulk forms of ``cancel`` and ``retry``."""
+"""Bulk actions in batches: cancel, retry, prune, and send what a pause has held.
+
+Each generator commits batch by batch and yields the batch's counts by name. Interrupted between two batches, every
+follow-up is either done or untouched; running it again continues with the rest.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import typer
 from sqlalchemy.orm import Session
 
 from followups import scheduling
-from followups.cli import bulk, connection
-from followups.cli.filters import workspace_id_of
 from followups.errors import ChatNotFoundError, ConflictError, OutsideMessagingWindowError
-from followups.states import Status
-from followups.store import bulk_cancel, retries
+from followups.store import bulk_cancel, pauses, pruning, retries
 from followups.store.bulk_cancel import Pending, Place
+from followups.store.pruning import OLDEST, Message
 from followups.store.retries import Failures, Moment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
     from uuid import UUID
 
-    from sqlalchemy import Engine
+    from sqlalchemy import Connection, Engine
 
-    from followups.cli.times import Since
-    from followups.states import Final, ReasonCode
+    from followups.states import Final
+
+    Batches = Iterator[dict[str, int]]
 
 PASSES = 5
 PAUSE = 0.2
@@ -37,55 +39,17 @@ locked several chats would wait for others that do the same.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Manner:
-    """The options that all bulk commands share."""
-
-    dry_run: bool
-    yes: bool
-    json: bool
-
-
-def cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: Manner) -> None:
-    """Cancel everything pending in a workspace or a chat."""
-    if reason is not None:
-        scheduling.check_reason(reason, Status.CANCELLED)
-    final = scheduling.final_of(Status.CANCELLED, reason)
-    with connection.engine() as engine:
-        with Session(engine) as session:
-            chosen = _chosen(session, workspace, chat)
-            opened = session.connection()
-            counts = [bulk_cancel.count_pending(opened, each) for each in chosen]
-            sample = [str(one) for each in chosen for one in bulk_cancel.some_pending(opened, each, bulk.SAMPLE)]
-        in_flight = sum(count.in_flight for count in counts)
-        plan = bulk.Plan(
-            verb="cancel",
-            done="cancelled",
-            number=sum(count.number for count in counts),
-            sample=sample[: bulk.SAMPLE],
-            remark=f"{in_flight:,} of them are in flight: these can only be kept from another try." * bool(in_flight),
-        )
-        _carry_out(plan, lambda: _cancel(engine, chosen, final), manner)
-
-
-def _carry_out(plan: bulk.Plan, batches: bulk.Batches, manner: Manner) -> None:
-    bulk.carry_out(plan, batches, dry_run=manner.dry_run, yes=manner.yes, json=manner.json)
-
-
-def _chosen(session: Session, workspace: str | None, chat: UUID | None) -> list[Pending]:
-    owner = workspace_id_of(session, workspace)
+def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[Pending]:
+    """Return what is pending in a workspace, or in a chat of one workspace or of all; empty for an unknown chat."""
     now = bulk_cancel.now(session.connection())
-    if chat is None and owner is not None:
-        return [Pending(owner, None, now)]
-    found = bulk_cancel.workspaces_of_chat(session.connection(), chat) if chat else []
-    mine = [each for each in found if owner in {None, each}]
-    if not mine:
-        message = f"there is no chat {chat}{f' in {workspace!r}' if workspace else ''}"
-        raise typer.BadParameter(message, param_hint="--chat")
-    return [Pending(each, chat, now) for each in mine]
+    if chat_id is None:
+        return [] if workspace_id is None else [Pending(workspace_id, None, now)]
+    found = bulk_cancel.workspaces_of_chat(session.connection(), chat_id)
+    return [Pending(each, chat_id, now) for each in found if workspace_id in {None, each}]
 
 
-def _cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Iterator[dict[str, int]]:
+def cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Batches:
+    """Cancel what is pending. Those in flight are kept from a retry; those locked for long are counted."""
     for pending in chosen:
         for _ in range(PASSES):
             yield from _cancel_pass(engine, pending, final)
@@ -98,7 +62,7 @@ def _cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Iterator
             yield {"heldByOthers": left}
 
 
-def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Iterator[dict[str, int]]:
+def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Batches:
     place: Place | None = Place()
     while place is not None:
         with engine.begin() as opened:
@@ -107,21 +71,8 @@ def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Iterator[dic
         yield {"cancelled": len(batch.cancelled), "inFlight": batch.in_flight}
 
 
-def retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCode], manner: Manner) -> None:
-    """Create new follow-ups, due now, from those that failed since then and have not been retried."""
-    with connection.engine() as engine:
-        with Session(engine) as session:
-            owner = workspace_id_of(session, workspace)
-            opened = session.connection()
-            now = bulk_cancel.now(opened)
-            failures = Failures(since.resolve(now), now, owner, tuple(codes))
-            number = retries.count_failed(opened, failures)
-            sample = [str(one.id) for one in retries.some_failed(opened, failures, bulk.SAMPLE)]
-        plan = bulk.Plan(verb="retry", done="retried", number=number, sample=sample)
-        _carry_out(plan, lambda: _retry(engine, failures), manner)
-
-
-def _retry(engine: Engine, failures: Failures) -> Iterator[dict[str, int]]:
+def retry(engine: Engine, failures: Failures) -> Batches:
+    """Create a new follow-up, due now, from each that failed and has not been retried."""
     after = Moment()
     while True:
         with engine.connect() as opened:
@@ -147,3 +98,32 @@ def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
             error.slug, "answeredMeanwhile"
         )
     return "retried"
+
+
+def prune(engine: Engine, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
+    """Delete what finished before that: follow-ups by ``remove``, then chat messages and expired idempotency keys."""
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = remove(opened, before)
+        yield {"deleted": number}
+    place: Message | None = OLDEST
+    while place is not None:
+        with engine.begin() as opened:
+            number, place = pruning.delete_messages(opened, before, place)
+        yield {"chatMessages": number}
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = pruning.delete_expired_keys(opened)
+        yield {"idempotencyKeys": number}
+
+
+def release_paused(engine: Engine) -> Batches:
+    """Let follow-ups go on whose pause has ended."""
+    while True:
+        with engine.begin() as opened:
+            released = pauses.free_forgotten(opened)
+        if not released:
+            return
+        yield {"resumed": released}

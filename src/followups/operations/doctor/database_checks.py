@@ -1,25 +1,21 @@
-"""The checks of ``followups doctor`` for passing problems: in the database, in the broker, and by this host's clock.
-
-A finding with advice needs action now; anything else is only mentioned in the detail.
-"""
+"""The checks of the database: version and schema, settings, load, and what recently failed."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-import redis
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.cli.connection import broker_client
-from followups.cli.doctor.checks import PATIENCE, Finding
-from followups.cli.times import span
-from followups.database import takes_changes
-from followups.delivery.breaker import CLOSED
-from followups.flow_control.breaker import read
-from followups.store import backlog, pauses
-from followups.worker.queues import DELIVER, DISPATCH
+from followups import schema
+from followups.database import make_engine
+from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
+from followups.errors import reason_of
+from followups.operations.doctor import Finding
+from followups.operations.wording import span
+from followups.store import counts, last_tick, pauses
+from followups.urls import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,13 +24,12 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
 
+OLDEST_POSTGRESQL = 14
+
 LONG_TRANSACTION = timedelta(minutes=10)
 """Age from which a transaction is reported. Ours take milliseconds; a long one keeps dead rows and slows the claim."""
 
 CLOCK_OFF = timedelta(seconds=1)
-
-UNREAD_TICKS = 100
-"""Ticks in the queue from which it seems that no worker reads it."""
 
 LATEST = 10_000
 """Newest failed attempts to look at; the table may be large."""
@@ -67,6 +62,110 @@ EXPLAINED = {
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
+# The values for a session without settings of its own, since our sessions set some of these.
+_DEFAULTS = text("""
+    SELECT name, reset_val FROM pg_settings
+     WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
+""")
+_BACKEND = text("SELECT pg_backend_pid()")
+
+
+def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check the database, its schema, and the age of its last recorded tick."""
+    place = place_of(settings.database_url.get_secret_value())
+    try:
+        with engine.connect() as connection:
+            yield _version(connection, place) if takes_changes(connection) else _unusable(place, IS_READ_ONLY)
+        current, newest = schema.schema_versions(engine)
+        yield _migrations(current, newest)
+        if current is not None:
+            with engine.connect() as connection:
+                yield _tick(settings, last_tick.last_tick_age(connection))
+    except SQLAlchemyError as error:
+        reason = reason_of(getattr(error, "orig", None) or error)
+        yield _unusable(place, unfit(error) or f"{reason}: start it, or correct FOLLOWUPS_DATABASE_URL")
+
+
+def _unusable(place: str, said: str) -> Finding:
+    detail, _, advice = said.rpartition(": ")
+    return Finding("database", f"{place}: {detail}", f"{advice[:1].upper()}{advice[1:]}.")
+
+
+def _version(connection: Connection, place: str) -> Finding:
+    number = connection.execute(text("SELECT current_setting('server_version_num')::int / 10000")).scalar_one()
+    detail = f"PostgreSQL {number}, {place}"
+    advice = "" if number >= OLDEST_POSTGRESQL else f"Use PostgreSQL {OLDEST_POSTGRESQL} or newer."
+    return Finding("database", detail, advice)
+
+
+def _migrations(current: str | None, newest: str | None) -> Finding:
+    if current == newest:
+        return Finding("migrations", f"{current}, the newest")
+    if schema.is_ready(current):
+        return Finding("migrations", f"{current}, brought by a newer version than this one, which knows {newest}")
+    return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
+
+
+def _tick(settings: Settings, age: timedelta | None) -> Finding:
+    limit = last_tick.stale_after(settings.tick_interval)
+    detail = f"the last tick ran {span(age)} ago" if age is not None else "no tick has ever run"
+    if age is not None and age <= limit:
+        return Finding("ticks", f"{detail} (every {span(settings.tick_interval)})")
+    advice = "Start beat and a worker: honcho start beat worker, or what else runs the Procfile."
+    return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
+
+
+def of_server(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check the settings of the server, the database and the role.
+
+    Yields nothing if the database does not answer.
+    """
+    try:
+        with engine.connect() as connection:
+            defaults: dict[str, str] = {row.name: row.reset_val for row in connection.execute(_DEFAULTS)}
+            yield from isolation(defaults["default_transaction_isolation"])
+            yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
+            yield from _pooling(settings, connection)
+    except SQLAlchemyError:
+        return  # another check has said so
+
+
+def isolation(level: str) -> Iterator[Finding]:
+    """Report a default isolation level other than PostgreSQL's own.
+
+    The default applies to the callers of `followups.schedule`.
+    """
+    if level != "read committed":
+        own = "this service's sessions are READ COMMITTED all the same; a caller of followups.schedule needs it too"
+        yield Finding("isolation", f"default_transaction_isolation is {level}; {own}")
+
+
+def durability(commit: str, standbys: str) -> Iterator[Finding]:
+    """Report a `synchronous_commit` with which a crash or a failover loses acknowledged transactions.
+
+    `local` is enough if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
+    """
+    if commit == "off" or (commit == "local" and standbys):
+        event = "crash" if commit == "off" else "failover"
+        detail = f"synchronous_commit is {commit}: a {event} may forget an acknowledged cancel and repeat a send"
+        yield Finding("durability", detail, "Set synchronous_commit to on for this database, then restart all.")
+
+
+def _pooling(settings: Settings, connection: Connection) -> Iterator[Finding]:
+    """Report a pooler that gives each transaction another session.
+
+    It is detected by two simultaneous connections that have the same session.
+    """
+    first = connection.execute(_BACKEND).scalar_one()
+    connection.commit()
+    other = make_engine(settings.database_url.get_secret_value(), pool_size=1, application_name="followups-cli")
+    try:
+        with other.connect() as second:
+            if second.execute(_BACKEND).scalar_one() == first:
+                detail = "a pooler before the database gives each transaction another session (transaction pooling)"
+                yield Finding("pooler", detail, "Use session pooling (PgBouncer: pool_mode = session).")
+    finally:
+        other.dispose()
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
@@ -78,7 +177,7 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
         with engine.connect() as connection:
             if not takes_changes(connection):
                 return  # reported by another check, and more workers would not help
-            yield _backlog(settings, backlog.measure(connection, window=settings.max_in_flight))
+            yield _backlog(settings, counts.measure_backlog(connection, window=settings.max_in_flight))
             yield _attempts(connection)
             yield _held(connection)
             yield _transactions(connection)
@@ -87,38 +186,7 @@ def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
         return  # reported by another check
 
 
-def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Check for unread messages, and whether the breaker is open."""
-    try:
-        with broker_client(settings, PATIENCE) as client:
-            yield _queues(settings, client)
-            yield _breaker(settings, client)
-    except (redis.RedisError, OSError) as error:
-        yield Finding("queues", type(error).__name__, "See to the broker first.")
-
-
-def _breaker(settings: Settings, client: redis.Redis) -> Finding:
-    shown = read(client, settings)
-    if shown.state == CLOSED:
-        return Finding("breaker", "closed: everything that is due may begin")
-    whom = f"{len(shown.held)} workspace{'' if len(shown.held) == 1 else 's'}"
-    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
-    if shown.state == "recovering":
-        return Finding("breaker", f"{detail}, and takes more from second to second now")
-    advice = "See to the chat server. It is probed every few seconds; what is due waits, and goes out by itself."
-    return Finding("breaker", detail, advice)
-
-
-def _queues(settings: Settings, client: redis.Redis) -> Finding:
-    batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
-    detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
-    # Every hint in the queue stands for a lease, so those beyond MAX_IN_FLIGHT must be stale.
-    if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
-        return Finding("queues", detail, "Nobody reads them: start workers, or restart those that only seem to run.")
-    return Finding("queues", detail)
-
-
-def _backlog(settings: Settings, found: backlog.Backlog) -> Finding:
+def _backlog(settings: Settings, found: counts.Backlog) -> Finding:
     oldest = timedelta(seconds=found.oldest_overdue)
     detail = f"{found.pending} pending, {found.in_flight} in flight, {found.overdue} overdue"
     detail += f", the oldest by {span(oldest)}" if found.overdue else ""
