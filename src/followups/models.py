@@ -470,6 +470,92 @@ class MetricTotal(Base):
     value: Mapped[float] = mapped_column(Double)
 
 
+class ConsoleSession(Base):
+    """A person who has signed in to the console; only the SHA-256 of the cookie's 256 random bits is stored."""
+
+    __tablename__ = "console_sessions"
+    __table_args__ = (
+        CheckConstraint("role IN ('viewer', 'agent', 'admin', 'operator')", name="role_is_known"),
+        CheckConstraint("role <> 'operator' OR workspace_id IS NULL", name="operator_sees_all"),
+        CheckConstraint("chat_id IS NULL OR workspace_id IS NOT NULL", name="chat_has_workspace"),
+        Index(None, "workspace_id", "created_at"),
+        # What pruning deletes.
+        Index(None, "expires_at"),
+        {"postgresql_with": CHURNING},
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
+    token_hash: Mapped[bytes] = mapped_column(unique=True)
+    role: Mapped[str]
+    workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
+    """None means all workspaces."""
+    chat_id: Mapped[UUID | None]
+    """The one chat that the person may see, or None for all chats."""
+    way: Mapped[str]
+    """How the person signed in: key, link or proxy."""
+    name: Mapped[str]
+    """Who it is, as far as is known: the name of the key, of the link's maker, or the one that the proxy told."""
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
+    """The key with which the person signed in; the session ends with it."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+    ended_at: Mapped[datetime | None]
+
+
+class ConsoleLink(Base):
+    """A link that signs in once; only the SHA-256 of its token is stored."""
+
+    __tablename__ = "console_links"
+    __table_args__ = (
+        CheckConstraint("role IN ('viewer', 'agent', 'admin', 'operator')", name="role_is_known"),
+        CheckConstraint("role <> 'operator' OR workspace_id IS NULL", name="operator_sees_all"),
+        CheckConstraint("chat_id IS NULL OR workspace_id IS NOT NULL", name="chat_has_workspace"),
+        Index(None, "expires_at"),
+    )
+
+    token_hash: Mapped[bytes] = mapped_column(primary_key=True)
+    role: Mapped[str]
+    workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
+    chat_id: Mapped[UUID | None]
+    name: Mapped[str]
+    """Who made it."""
+    api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    expires_at: Mapped[datetime]
+    used_at: Mapped[datetime | None]
+
+
+class BulkAction(Base):
+    """Many follow-ups to cancel or retry, carried out by the workers in batches."""
+
+    __tablename__ = "bulk_actions"
+    __table_args__ = (
+        CheckConstraint("kind IN ('cancel', 'retry')", name="kind_is_known"),
+        Index(None, "created_at"),
+        Index("ix_bulk_actions_open", "created_at", "id", postgresql_where=text("finished_at IS NULL")),
+    )
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
+    kind: Mapped[str]
+    chosen: Mapped[dict[str, Any]] = mapped_column(JSONB)
+    """The filter, or the ids that were ticked."""
+    created_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    """Follow-ups that are created later are left alone."""
+    created_by: Mapped[str]
+    expected: Mapped[int] = mapped_column(Integer)
+    """How many matched at the preview, counted up to a limit."""
+    ended_at_time: Mapped[datetime | None]
+    ended_at_id: Mapped[UUID | None]
+    """Where the last batch ended, in the order of the list: newest first."""
+    done: Mapped[int] = mapped_column(Integer, server_default="0")
+    passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
+    """How many were passed over, by the reason."""
+    stopped_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
 class DispatcherState(Base):
     """The single row that records when a dispatcher last ticked.
 

@@ -11,6 +11,7 @@ import os
 import re
 from datetime import timedelta
 from functools import lru_cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
@@ -23,6 +24,7 @@ from followups.urls import HIGHEST_PORT, broker_url, database_url, port_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from ipaddress import IPv4Network, IPv6Network
 
 T = TypeVar("T")
 
@@ -59,6 +61,9 @@ def _parsed(value: SecretStr, parse: Callable[[str], T]) -> T:
         message = f"should be a URL that can be read: {error}"
         raise ValueError(message) from None
 
+
+PUBLIC_URL = re.compile(r"https?://(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?(?:/[\w.~-]+)*", re.ASCII)
+HEADER = re.compile(r"[\w!#$%&'*+.^`|~-]{1,100}", re.ASCII)
 
 Duration = Annotated[timedelta, BeforeValidator(_seconds_or_iso)]
 ZERO = timedelta(0)
@@ -138,6 +143,19 @@ class Settings(BaseSettings):
     metrics_port: int | None = Field(
         None, ge=1, le=HIGHEST_PORT, description="port of web on which /metrics, and nothing else, is; default: PORT"
     )
+    console: bool = Field(default=True, description="the console, at /console of the process web")
+    public_url: str | None = Field(
+        None, description="where people reach this system: origin and path prefix, as in https://chat.example/followups"
+    )
+    console_proxy_header: str | None = Field(
+        None, description="header in which a proxy names the person that it has signed in"
+    )
+    console_proxy_addresses: str | None = Field(
+        None, description="addresses and networks of that proxy, separated by commas; no other is believed"
+    )
+    console_proxy_role: Literal["viewer", "agent", "admin", "operator"] | None = Field(
+        None, description="role of the people whom the proxy has signed in, over all workspaces"
+    )
     runtime_dir: str | None = Field(
         None, description="directory of the signs of life that followups health reads; default: one in the temporary"
     )
@@ -179,6 +197,38 @@ class Settings(BaseSettings):
         if value and not value.startswith(("http://", "https://")):
             message = "should start with http:// or https://"
             raise ValueError(message)
+        return value or None
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        value = (value or "").rstrip("/")
+        if value and not PUBLIC_URL.fullmatch(value):
+            message = "should be an origin and perhaps a path, as in https://chat.example/followups"
+            raise ValueError(message)
+        return value or None
+
+    @field_validator("console_proxy_header")
+    @classmethod
+    def _is_a_header(cls, value: str | None) -> str | None:
+        if value and not HEADER.fullmatch(value):
+            message = "should be the name of a header, as in X-Forwarded-Email"
+            raise ValueError(message)
+        return value.lower() if value else None
+
+    @field_validator("console_proxy_addresses")
+    @classmethod
+    def _are_networks(cls, value: str | None) -> str | None:
+        try:
+            networks_of(value)
+        except ValueError:
+            message = "should be addresses or networks, separated by commas, as in 10.0.0.7,192.168.0.0/24"
+            raise ValueError(message) from None
+        return value or None
+
+    @field_validator("console_proxy_role", mode="before")
+    @classmethod
+    def _empty_is_no_role(cls, value: object) -> object:
         return value or None
 
     @field_validator("transport_client_cert", "transport_client_key")
@@ -227,6 +277,17 @@ class Settings(BaseSettings):
             raise ValueError(message)
         return self
 
+    @model_validator(mode="after")
+    def _whole_proxy(self) -> Self:
+        given = (self.console_proxy_header, self.console_proxy_addresses, self.console_proxy_role)
+        if any(given) and not all(given):
+            message = (
+                "FOLLOWUPS_CONSOLE_PROXY_HEADER, FOLLOWUPS_CONSOLE_PROXY_ADDRESSES and FOLLOWUPS_CONSOLE_PROXY_ROLE"
+                " should be set together"
+            )
+            raise ValueError(message)
+        return self
+
     @property
     def retry_policy(self) -> RetryPolicy:
         """The backoff described by the four retry settings."""
@@ -240,6 +301,15 @@ class Settings(BaseSettings):
     def shown(self) -> dict[str, str]:
         """Return every setting by its environment name, for display; secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
+
+
+def networks_of(addresses: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
+    """Return the networks in a list with commas. Raises `ValueError`.
+
+    >>> [str(network) for network in networks_of("10.0.0.7, 192.168.0.0/24")]
+    ['10.0.0.7/32', '192.168.0.0/24']
+    """
+    return tuple(ip_network(each.strip()) for each in (addresses or "").split(",") if each.strip())
 
 
 def environment_name(field: str) -> str:

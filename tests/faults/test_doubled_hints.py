@@ -9,7 +9,8 @@ import pytest
 from celery import Celery
 
 from followups.delivery.claim import claim
-from followups.delivery.hints import DELIVER, DISPATCH, batches
+from followups.delivery.hints import batches
+from followups.worker.queues import DELIVER, DISPATCH
 from stack import wait_until
 
 if TYPE_CHECKING:

@@ -11,22 +11,24 @@ from typing import TYPE_CHECKING, Any
 import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from followups.api import documentation, openapi, problems
 from followups.api.access_log import Access
 from followups.api.authentication import KnownKeys, LastUse, Services
-from followups.api.gate import Gate
+from followups.api.gate import CONSOLE, Gate
 from followups.api.key_rate_limit import RateLimit
 from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
 from followups.api.readiness import Health
-from followups.api.routes import chats, follow_ups, service
+from followups.api.routes import chats, console_links, follow_ups, service
+from followups.console.application import Console
 from followups.database import make_engine, make_sessions
 from followups.errors import FollowUpsError, SettingsError
 from followups.settings import load_settings
-from followups.store.counter_totals import CounterTotals
+from followups.store.metric_totals import Totals
 from followups.telemetry import traces
 from followups.telemetry.logs import configure_logging
 
@@ -48,7 +50,14 @@ STATEMENT_TIMEOUT = timedelta(seconds=10)
 """Time limit of a request's statements, which take milliseconds; most clients give up earlier."""
 
 
-ROUTERS = (follow_ups.lists, follow_ups.router, chats.router, service.router, documentation.router)
+ROUTERS = (
+    follow_ups.lists,
+    follow_ups.router,
+    chats.router,
+    console_links.router,
+    service.router,
+    documentation.router,
+)
 
 
 def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
@@ -66,7 +75,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     app = _routes()
     app.state.metrics_port = settings.metrics_port
     app.state.health = Health(settings, engine)
-    totals = CounterTotals(engine)
+    totals = Totals(engine)
     app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
     app.state.services = Services(
         sessions=make_sessions(engine),
@@ -78,6 +87,12 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         exclusive_external_ids=settings.transport == "matrix",
     )
 
+    console = Console(settings, nudge or _nudge_workers) if settings.console else None
+    if console:
+        app.state.console = console
+        app.mount(CONSOLE, console)
+        app.add_route(CONSOLE, _to_console)
+
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
@@ -88,6 +103,8 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         traces.stop()
         app.state.services.rate_limit.close()
         app.state.health.close()
+        if console:
+            console.close()
         engine.dispose()
 
     app.router.lifespan_context = lifespan
@@ -176,6 +193,10 @@ def _methods(request: Request) -> list[str]:
         if route.matches(request.scope)[0] is not Match.NONE:
             methods |= getattr(route, "methods", None) or set()
     return sorted(methods | {"HEAD"} if "GET" in methods else methods)
+
+
+async def _to_console(request: Request) -> Response:
+    return RedirectResponse(request.app.state.console.services.base + "/")
 
 
 def _nudge_workers() -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
 
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
@@ -24,7 +25,7 @@ from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
 from followups.api.access_log import KEY
-from followups.database_errors import is_undone
+from followups.database import is_undone
 from followups.delivery.claim import AHEAD_TICKS
 from followups.errors import UnauthorizedError
 from followups.states import Final, Status, finish
@@ -34,7 +35,6 @@ from followups.telemetry.logs import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
     from datetime import datetime
-    from uuid import UUID
 
     from fastapi.responses import Response
     from sqlalchemy.orm import Session, sessionmaker
@@ -156,6 +156,11 @@ class Caller:
     def exclusive_external_ids(self) -> bool:
         """Whether each external id belongs to one workspace only."""
         return self._services.exclusive_external_ids
+
+    @property
+    def key_id(self) -> UUID:
+        """The id of the key, once it has been checked."""
+        return UUID(self._seen.key_id)
 
     @contextmanager
     def transaction(self) -> Iterator[Work]:

@@ -55,6 +55,13 @@ NEW_CHAT_MESSAGE: dict[str, Any] = {
 
 CHAT_MESSAGE = NEW_CHAT_MESSAGE | {"cancelledFollowUpIds": [FOLLOW_UP_ID]}
 
+NEW_CONSOLE_LINK: dict[str, Any] = {"role": "agent", "chatId": CHAT_ID, "expiresIn": "PT10M"}
+
+CONSOLE_LINK: dict[str, Any] = {
+    "url": "https://chat.example/console/login#token=fcl_Vn3sUxg7m2pQ4rT6yZ8bC0dE1fG5hJ9kL-wX_aSoPiU",
+    "expiresAt": "2030-01-30T09:10:00Z",
+}
+
 HEALTH: dict[str, Any] = {"status": "up"}
 
 READINESS: dict[str, Any] = {

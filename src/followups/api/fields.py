@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
@@ -12,6 +12,7 @@ from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, Stri
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.scheduling import FIRST_YEAR, LAST_YEAR
 from followups.states import MAX_REASON_LENGTH, storable
+from followups.store.console_sessions import LONGEST_LINK, SHORTEST_LINK
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
 """Most characters of the transport's own name for a chat."""
@@ -82,6 +83,16 @@ def _digits(value: object) -> object:
 Id = Annotated[UUID, BeforeValidator(_canonical)]
 Time = Annotated[AwareDatetime, BeforeValidator(_rfc3339), AfterValidator(_in_utc)]
 Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)]
+
+
+def _seconds_or_iso(value: object) -> object:
+    """Take a number of seconds, also as a text; ISO 8601 is for pydantic."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+        return int(value)
+    return value
+
+
+LinkLife = Annotated[timedelta, BeforeValidator(_seconds_or_iso), Field(ge=SHORTEST_LINK, le=LONGEST_LINK)]
 
 Digits = Annotated[int, BeforeValidator(_digits)]
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 KEYED = "/api/"
 """Path prefix of the requests that need a key."""
 
+CONSOLE = "/console"
+"""Path of the console, which knows its people by a cookie."""
+
 MAX_HEADER_SIZE = 32 * 1024
 """Most bytes of a request line and its headers together."""
 
@@ -70,6 +73,8 @@ class Gate:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
                 await _admit(scope)
+            elif scope["path"].startswith(CONSOLE) and (console := getattr(scope["app"].state, "console", None)):
+                held.most = await console.body_limit(scope)
             body = await _read_body(receive, held)
             await self._let_in(scope, _replay(body, receive), answer)
         except Refusal as refusal:
@@ -110,13 +115,14 @@ class _Held:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self.size = 0
+        self.most = MAX_BODY_SIZE
 
     def add(self, size: int) -> None:
         """Reserve more memory for the body.
 
         Raises `Refusal` if this body is too large, or if all bodies together are.
         """
-        if self.size + size > MAX_BODY_SIZE:
+        if self.size + size > self.most:
             raise Refusal(_TOO_LARGE)
         if not self._gate.reserve(size):
             raise Refusal(_NO_ROOM)

@@ -10,6 +10,7 @@ from followups.api.schemas import Chat, ChatMessage
 from followups.errors import (
     AlreadyFinishedError,
     ChatNotFoundError,
+    ConsoleOffError,
     DeliveryInProgressError,
     ExternalChatTakenError,
     FollowUpNotFoundError,
@@ -142,6 +143,13 @@ RECEIVE: Responses = {
     201: _json("The message was recorded.", examples.CHAT_MESSAGE),
     404: _error(ChatNotFoundError()),
     422: _invalid("role", "Input should be 'user', 'agent' or 'operator'"),
+    **_WITH_BODY,
+    **_ANYWHERE,
+}
+LINK: Responses = {
+    201: _json("The link; it is shown only once.", examples.CONSOLE_LINK),
+    404: _error(ChatNotFoundError(), ConsoleOffError()),
+    422: _invalid("role", "Input should be 'viewer' or 'agent'"),
     **_WITH_BODY,
     **_ANYWHERE,
 }

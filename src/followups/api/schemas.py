@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from pydantic import AliasGenerator, BaseModel, ConfigDict, Field, model_validator
 from pydantic.alias_generators import to_camel
 
 from followups.api import examples
-from followups.api.fields import MAX_PAGE_SIZE, Digits, ExternalId, Id, Message, Reason, Time
+from followups.api.fields import MAX_PAGE_SIZE, Digits, ExternalId, Id, LinkLife, Message, Reason, Time
 from followups.channels import Channel
 from followups.states import Status
 from followups.store.chats import Role
+from followups.store.console_sessions import LINK
 
 MAX_FIELDS = 100
 """Maximum number of fields in a request's body.
@@ -159,6 +160,27 @@ class ChatMessage(Answer):
     role: Role
     created_at: datetime
     cancelled_follow_up_ids: tuple[UUID, ...]
+
+
+class NewConsoleLink(Body):
+    """A link into the console to make. Unknown fields are ignored."""
+
+    model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CONSOLE_LINK]})
+
+    role: Literal["viewer", "agent"]
+    chat_id: Id | None = Field(None, description="The one chat that the person sees; default: the whole workspace.")
+    expires_in: LinkLife = Field(
+        LINK, description="Until when the link can be used: seconds or ISO 8601, from 10 seconds to 7 days."
+    )
+
+
+class ConsoleLink(Answer):
+    """A link that signs in once."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [examples.CONSOLE_LINK]})
+
+    url: str = Field(description="With the token in its fragment, which browsers send to no server.")
+    expires_at: datetime
 
 
 class Check(BaseModel):

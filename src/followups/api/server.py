@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+PEER = "peer"
+"""Key of the address that is connected to this process in a request's state, whatever its headers say."""
+
 HEADER_WITHIN = 10.0
 """Seconds for the headers to arrive."""
 
@@ -50,6 +53,7 @@ class LimitedProtocol(H11Protocol):
             return
         super().connection_made(transport)
         self.client = plain(self.client)
+        self.app_state = {**self.app_state, PEER: self.client}
         self.idle_since = self.loop.time()
         self._expect_header()
 

@@ -93,6 +93,25 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | N
     return Standing(*row) if row else None
 
 
+_IN_FORCE = text("""
+    SELECT p.id, w.name AS workspace, p.channel, p.created_at AS since,
+           (SELECT count(*) FROM (SELECT FROM follow_ups f
+                                   WHERE f.pause_id = p.id AND f.status = 'pending'
+                                     AND (CAST(:workspace_id AS uuid) IS NULL OR f.workspace_id = :workspace_id)
+                                   LIMIT 10001) AS found) AS held
+      FROM pauses p LEFT JOIN workspaces w ON w.id = p.workspace_id
+     WHERE p.ended_at IS NULL
+       AND (CAST(:workspace_id AS uuid) IS NULL OR p.workspace_id IS NULL OR p.workspace_id = :workspace_id)
+     ORDER BY w.name NULLS FIRST, p.channel NULLS FIRST
+     LIMIT :most
+""")
+
+
+def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[Standing]:
+    """Return the pauses that concern a workspace, or all of them; ``held`` is counted up to 10,001."""
+    return [Standing(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
+
+
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
 # One index step for each pause that holds anything, however much it holds. A pause is not in force if it was lifted, or
 # if its row was deleted by hand.

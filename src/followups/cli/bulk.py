@@ -1,0 +1,124 @@
+"""What all bulk commands share: count, show a sample, confirm, run in batches, report progress."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from followups.cli.output import print_json, remark, remarks, say
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    Batches = Callable[[], Iterator[dict[str, int]]]
+
+SAMPLE = 5
+"""How many of the affected follow-ups are named before the command runs."""
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many there are, name some, and change nothing.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a bulk command will do, and to how many."""
+
+    verb: str
+    """The infinitive, as in "cancel"."""
+    done: str
+    """The participle, as in "3 are cancelled"."""
+    number: int
+    sample: Sequence[str]
+    remark: str = ""
+    """What else the operator should know beforehand."""
+    noun: str = "follow-up"
+
+    @property
+    def counted(self) -> str:
+        """The number with its noun, as in "1 follow-up", "3 follow-ups"."""
+        return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
+
+
+def carry_out(plan: Plan, batches: Batches, *, dry_run: bool, yes: bool, json: bool) -> None:
+    """Run the batches, unless this is a dry run or the operator declines. Each batch yields its counts by name.
+
+    The counts ``plan.done`` and ``passedOver`` advance the progress bar. After Ctrl-C each follow-up is either done or
+    untouched; running the command again continues with the rest.
+    """
+    if dry_run:
+        _announce(plan, json=json, then="Nothing has changed: this was a dry run.")
+        return
+    if plan.number and not yes:
+        _announce(plan, json=False, then="")
+        confirm(plan)
+    totals: dict[str, int] = {plan.done: 0}
+    interrupted = False
+    try:
+        _run(plan, batches(), totals)
+    except KeyboardInterrupt:
+        interrupted = True
+    _conclude(plan, totals, interrupted=interrupted, json=json)
+    if interrupted:
+        raise typer.Exit(1)
+
+
+def confirm(plan: Plan) -> None:
+    """Ask for confirmation. Raises a usage error when stdin is no terminal, and `typer.Exit` when the answer is no."""
+    if not sys.stdin.isatty():
+        message = f"{plan.counted} to {plan.verb}: where nobody can be asked, --yes says that it is meant"
+        raise typer.BadParameter(message, param_hint="--yes")
+    if not typer.confirm(f"{plan.verb.capitalize()} {plan.counted}?", err=True):
+        remark("Nothing has changed.")
+        raise typer.Exit(1)
+
+
+def _announce(plan: Plan, *, json: bool, then: str) -> None:
+    if json:
+        print_json({"dryRun": True, "matched": plan.number, plan.done: 0, "sample": list(plan.sample)})
+        return
+    write = say if then else remark
+    write(f"{plan.counted} to {plan.verb}{':' if plan.sample else '.'}")
+    for line in plan.sample:
+        write(f"  {line}")
+    if plan.number > len(plan.sample) > 0:
+        write(f"  and {plan.number - len(plan.sample):,} more")
+    if plan.remark:
+        write(plan.remark)
+    if then:
+        remark(then)
+
+
+def _run(plan: Plan, batches: Iterator[dict[str, int]], totals: dict[str, int]) -> None:
+    with progress(plan) as bar:
+        task = bar.add_task(plan.verb.capitalize(), total=plan.number)
+        for batch in batches:
+            for name, number in batch.items():
+                totals[name] = totals.get(name, 0) + number
+            bar.advance(task, sum(batch.values()))
+
+
+def progress(plan: Plan) -> Progress:
+    """Return a progress bar on stderr; it shows on a terminal only, and disappears at the end."""
+    target = remarks()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)
+
+
+def _conclude(plan: Plan, totals: dict[str, int], *, interrupted: bool, json: bool) -> None:
+    if json:
+        document: dict[str, Any] = {"dryRun": False, "matched": plan.number, **totals, "interrupted": interrupted}
+        print_json(document)
+        return
+    rest = "".join(f"; {number:,} {_words(name)}" for name, number in totals.items() if name != plan.done and number)
+    say(f"{totals[plan.done]:,} of {plan.counted} {plan.done}{rest}")
+    if interrupted:
+        remark("Broken off. What was done is whole; the same command goes on with the rest.")
+
+
+def _words(name: str) -> str:
+    """Return a count's name as words: ``inFlight`` -> ``in flight``."""
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name)

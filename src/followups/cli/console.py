@@ -1,0 +1,89 @@
+"""``followups console``: links that sign in to the console."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta  # noqa: TC003 - Typer reads the annotations
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from followups.cli import connection
+from followups.cli.examples import examples
+from followups.cli.filters import workspace_id_of
+from followups.cli.output import Json, print_json, remark, say
+from followups.cli.times import parse_age, readable, rfc3339
+from followups.settings import get_settings
+from followups.store import audit, console_sessions
+from followups.store.audit import Action, Event, Way
+from followups.store.console_sessions import LINK, LONGEST_LINK, SHORTEST_LINK, Grant
+
+app = typer.Typer(
+    add_completion=False, rich_markup_mode="markdown", epilog=examples("followups console link --workspace acme")
+)
+
+
+class Role(StrEnum):
+    """What the person may do."""
+
+    VIEWER = "viewer"
+    AGENT = "agent"
+    ADMIN = "admin"
+    OPERATOR = "operator"
+
+
+@app.callback()
+def group() -> None:
+    """Sign people in to the console, which the process `web` serves at /console."""
+
+
+@app.command(
+    epilog=examples(
+        "followups console link",
+        "followups console link --workspace acme",
+        "followups console link --workspace acme --role agent --expires 10m",
+    )
+)
+def link(
+    *,
+    workspace: Annotated[str | None, typer.Option(help="What the person sees.", show_default="all workspaces")] = None,
+    role: Annotated[
+        Role | None,
+        typer.Option(help="What the person may do.", show_default="operator; admin with --workspace"),
+    ] = None,
+    expires: Annotated[
+        timedelta | None,
+        typer.Option(parser=parse_age, metavar="TIME", help="Until when it can be used.", show_default="1h"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Print a link into the console. It works once, so send it to one person only.
+
+    Roles: a viewer sees; an agent also schedules, changes, cancels, sends now and retries; an admin also changes the
+    settings and reads the audit log; an operator may do everything in all workspaces.
+
+    The link's address is FOLLOWUPS_PUBLIC_URL; without it, this machine and $PORT (default 8000).
+    """
+    granted = role or (Role.OPERATOR if workspace is None else Role.ADMIN)
+    if granted is Role.OPERATOR and workspace is not None:
+        message = "an operator sees all workspaces: leave out --workspace, or choose another role"
+        raise typer.BadParameter(message, param_hint="--role")
+    lifetime = LINK if expires is None else expires
+    if not SHORTEST_LINK <= lifetime <= LONGEST_LINK:
+        message = "a link can be used for 10 seconds to 7 days"
+        raise typer.BadParameter(message, param_hint="--expires")
+    actor = audit.user_of_process(Way.COMMAND)
+    with connection.session() as session:
+        workspace_id = workspace_id_of(session, workspace)
+        grant = Grant(granted.value, workspace_id, actor.name)
+        token, expires_at = console_sessions.make_link(session, grant, lifetime)
+        event = Event(actor, Action.CONSOLE_LINK_CREATED, workspace_id, details={"role": granted.value})
+        audit.record(session.connection(), event)
+    address = get_settings().public_url or f"http://127.0.0.1:{os.environ.get('PORT') or 8000}"
+    url = f"{address}/console/login#token={token}"
+    if json:
+        print_json({"url": url, "role": granted.value, "workspace": workspace, "expiresAt": rfc3339(expires_at)})
+        return
+    say(url)
+    remark(f"It works once, until {readable(expires_at)}, for one {granted.value} of {workspace or 'all workspaces'}.")

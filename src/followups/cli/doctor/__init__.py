@@ -1,0 +1,1 @@
+"""``followups doctor``: every check, and what to do about what it finds."""

@@ -1,0 +1,79 @@
+"""The ``followups doctor`` command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from followups.cli import connection
+from followups.cli.doctor import checks, integrity, processes, server, symptoms
+from followups.cli.doctor.checks import Finding
+from followups.cli.examples import examples
+from followups.cli.failures import FAILED
+from followups.cli.output import Json, console, print_json
+from followups.settings import get_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from followups.settings import Settings
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(epilog=examples("followups doctor", "followups doctor --json"))
+def doctor(*, json: Json = False) -> None:
+    """Check everything that follow-ups need to go out, and say what to do about each problem.
+
+    It looks at the settings, database, migrations, ticks (beat and workers together), overdue follow-ups and recent
+    failures, broker, transport, workers, and the processes on this machine. Exit code 1 when any check failed.
+    """
+    settings = get_settings()
+    findings = list(_findings(settings))
+    well = all(finding.ok for finding in findings)
+    if json:
+        print_json({"ok": well, "settings": settings.shown(), "checks": [each.document() for each in findings]})
+    else:
+        _print(settings, findings)
+    if not well:
+        raise typer.Exit(FAILED)
+
+
+def _findings(settings: Settings) -> Iterator[Finding]:
+    yield checks.timeouts(settings)
+    with connection.engine() as engine:
+        yield from checks.databases(settings, engine)
+        yield from server.of_server(settings, engine)
+        yield from symptoms.of_database(settings, engine)
+        yield from integrity.of_tables(engine)
+    reachable = True
+    for finding in checks.broker(settings):
+        reachable = reachable and (finding.ok or finding.name != "broker")
+        yield finding
+    if reachable:
+        yield from symptoms.of_broker(settings)
+    yield checks.transport(settings)
+    yield processes.of_the_broker() if reachable else Finding("workers", "not asked", "See to the broker first.")
+    yield processes.of_this_machine(settings)
+
+
+def _print(settings: Settings, findings: list[Finding]) -> None:
+    target = console()
+    shown = Table.grid(padding=(0, 2))
+    for name, value in settings.shown().items():
+        shown.add_row(Text(name, style="dim"), Text(value))
+    target.print(shown)
+    target.print()
+    table = Table.grid(padding=(0, 2))
+    for finding in findings:
+        mark = Text("ok", style="green") if finding.ok else Text("failed", style="bold red")
+        table.add_row(mark, Text(finding.name, style="bold"), Text(finding.detail))
+        if finding.advice:
+            table.add_row("", "", Text(finding.advice, style="yellow"))
+    target.print(table)
+    failed = sum(not finding.ok for finding in findings)
+    target.print()
+    target.print(f"{failed} of {len(findings)} checks failed." if failed else "All is well.")

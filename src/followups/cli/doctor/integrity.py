@@ -1,0 +1,71 @@
+"""What ``followups doctor`` finds in tables that were changed by other programs or by hand."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import CheckConstraint, text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.cli.doctor.checks import Finding
+from followups.models import Base
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+_VALID = text(
+    "SELECT conname FROM pg_constraint WHERE contype = 'c' AND convalidated AND conrelid = to_regclass(:name)"
+)
+_BEHIND = text("""
+    SELECT COALESCE(max(id), 0) > COALESCE(pg_sequence_last_value(pg_get_serial_sequence('failed_attempts', 'id')), 0)
+      FROM failed_attempts
+""")
+SHOWN = 3
+"""Maximum number of rows that a finding names."""
+
+
+def of_tables(engine: Engine) -> Iterator[Finding]:
+    """Find rows that cannot be read, and ids that are already used.
+
+    Yields nothing if all is well.
+    """
+    try:
+        with engine.connect() as connection:
+            for table, name, condition in _checks():
+                if name not in set(connection.scalars(_VALID, {"name": table})):
+                    yield _unguarded(connection, table, name, condition)
+            if connection.scalar(_BEHIND):
+                yield _behind()
+    except SQLAlchemyError:
+        return  # another check has said so
+
+
+def _checks() -> Iterator[tuple[str, str, str]]:
+    for table in Base.metadata.sorted_tables:
+        for constraint in table.constraints:
+            if isinstance(constraint, CheckConstraint):
+                yield table.name, str(constraint.name), str(constraint.sqltext)
+
+
+def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
+    """Return a finding that names the rows violating a missing constraint, and how to restore it."""
+    keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
+    query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
+    rows = list(connection.scalars(query))
+    detail = f"{table} has no valid constraint {name}"
+    add = (
+        f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS {name}, ADD CONSTRAINT {name} CHECK ({condition}) NOT VALID;"
+        f" ALTER TABLE {table} VALIDATE CONSTRAINT {name}"
+    )
+    if rows:
+        found = f"{detail}; rows that break it: {', '.join(rows)}{' ...' if len(rows) == SHOWN else ''}"
+        return Finding("rows", found, f"Correct these rows, which may never be sent. Then run: {add}")
+    return Finding("rows", detail, f"Run: {add}")
+
+
+def _behind() -> Finding:
+    detail = "the next ids of failed_attempts are used already (a logical replication or a restore leaves them so)"
+    advice = "SELECT setval(pg_get_serial_sequence('failed_attempts', 'id'), max(id)) FROM failed_attempts"
+    return Finding("ids", detail, f"Failed attempts are not recorded. Run: {advice}")

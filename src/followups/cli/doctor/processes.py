@@ -1,0 +1,66 @@
+"""The process checks of ``followups doctor``: workers through the broker; worker, beat and web on this machine."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from followups.cli.doctor.checks import Finding
+from followups.cli.failures import named
+from followups.cli.health import WEB_PORT, trouble_of_web
+from followups.telemetry.heartbeat import directory_of, look
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
+
+
+def of_the_broker() -> Finding:
+    """Ask all workers for their state. A worker that consumes nothing answers too, and its answer shows that."""
+    from followups.worker.celery_app import app  # noqa: PLC0415 - loads Celery, and needs a broker that answers
+
+    try:
+        replies: list[dict[str, dict[str, Any]]] = app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
+    except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
+        return Finding("workers", named(error), "See to the broker first.")
+    # During an upgrade, the answer of an older worker only shows that it is there.
+    answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
+    if not answers:
+        advice = "Start one: honcho start worker, or celery -A followups.worker worker."
+        return Finding("workers", "none answered", advice)
+    detail = f"{len(answers)} answered: {', '.join(sorted(answers))}"
+    troubles = [f"{name} {trouble}" for name, trouble in sorted(answers.items()) if trouble]
+    waiting = sorted(f"{name} cannot work: {why}" for reply in replies for name, why in _waits(reply))
+    return Finding("workers", "; ".join([detail, *troubles, *waiting]), RESTART if troubles else "")
+
+
+def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    return [(name, str(said["waits"])) for name, said in reply.items() if said.get("waits")]
+
+
+def of_this_machine(settings: Settings) -> Finding:
+    """Read the heartbeat files, and ask web. A process that runs elsewhere, or nowhere, is no problem."""
+    directory = directory_of(settings.runtime_dir)
+    lives = {role: look(directory, role) for role in ("worker", "beat")}
+    told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]
+    told.append(f"web {_web()}")
+    troubles = [
+        f"the {role} {life.name} (process {life.pid}) {life.trouble}"
+        for role, found in lives.items()
+        for life in found
+        if life.trouble
+    ]
+    waiting = [f"the worker {life.name} cannot work: {life.waits}" for life in lives["worker"] if life.waits]
+    detail = "; ".join([f"on this machine {', '.join(told)}", *troubles, *waiting])
+    return Finding("processes", detail, RESTART if troubles else "")
+
+
+def _web() -> str:
+    port = 0
+    with suppress(ValueError):
+        port = int(os.environ.get("PORT", WEB_PORT))
+    if not 0 < port < 2**16:
+        return "not asked: PORT is no port"
+    return f"{'not there' if trouble_of_web('127.0.0.1', port) else 'answers'} on port {port}"

@@ -1,0 +1,242 @@
+"""Explain in words why a follow-up is in its state, and what can be done about it. Pure."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from followups.cli.rates import shown
+from followups.cli.times import readable, span
+from followups.sending_hours import opens_at
+from followups.states import ReasonCode, Status, code_of
+from followups.store.leases import lane_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from followups.flow_control.breaker import Shown
+    from followups.models import FollowUp
+    from followups.sending_hours import SendingHours
+    from followups.settings import Settings
+    from followups.store.pauses import Standing
+    from followups.store.rate_limits import Limit
+
+ENDINGS = {
+    ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
+    ReasonCode.HUMAN_TAKEOVER: "A human operator wrote in the chat before it was sent, and has taken over.",
+    ReasonCode.CHAT_REMOVED: "The chat was removed before it was sent.",
+    ReasonCode.CANCELLED_BY_API: "Somebody cancelled it, through the API or with followups cancel, and gave no reason.",
+    ReasonCode.REJECTED: (
+        "The transport refused it for good; correct what it complains about, then followups retry makes a new one."
+    ),
+    ReasonCode.RETRIES_EXHAUSTED: (
+        "Every attempt that FOLLOWUPS_MAX_ATTEMPTS ({max_attempts}) allows has failed; the reason names the last error."
+        " When the transport is well again, followups retry makes a new one."
+    ),
+    ReasonCode.WINDOW_CLOSED: (
+        "The channel allows messages only within 24 hours of the user's last one, and that time had ended."
+    ),
+    ReasonCode.TOO_LATE: (
+        "It could not be sent within FOLLOWUPS_MAX_LATENESS ({max_lateness}) of its due date: were beat, workers,"
+        " database and transport running all that time? followups retry makes a new one."
+    ),
+    ReasonCode.OUTCOME_UNKNOWN: (
+        "An attempt was made, nobody knows whether the message arrived, and the transport cannot recognise a"
+        " repetition. Look into the chat before followups retry."
+    ),
+    ReasonCode.WORKER_LOST: (
+        "The workers that took it died each time; their logs say of what. Look into the chat before followups retry."
+    ),
+    ReasonCode.FAILED_BY_API: "Somebody failed it through the API and gave no reason.",
+}
+"""The meaning of each code, for operators."""
+
+
+@dataclass(frozen=True, slots=True)
+class Circumstances:
+    """Everything else that affects when a follow-up is sent."""
+
+    pause: Standing | None = None
+    """The pause of its workspace or channel."""
+    hours: SendingHours | None = None
+    limits: Sequence[Limit] = ()
+    """The rate limits of its workspace, channel or chat."""
+    breaker: Shown | None = None
+    """Whether the breaker is open, or None if that is unknown."""
+    tick_age: timedelta | None = None
+    """The age of the last tick."""
+    first: str = ""
+    """The explanation for the chat's first pending follow-up, when that is another one."""
+    retried_as: UUID | None = None
+
+
+ALONE = Circumstances()
+STALE_TICK = timedelta(seconds=30)
+"""Age from which the last tick counts as missing, at any tick interval in use; the default is one second."""
+
+
+def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> str:
+    """Return a few sentences: why the follow-up was sent, was not sent, or is not sent yet."""
+    if follow_up.status == Status.SENT:
+        return _sent(follow_up)
+    if follow_up.status == Status.PENDING:
+        return _pending(follow_up, now, around)
+    again = f" It was retried as {around.retried_as}." if around.retried_as else ""
+    code = code_of(follow_up.reason)
+    if code not in ENDINGS:
+        return f"Somebody {follow_up.status} it; the reason is in their own words.{again}"
+    limits = {"max_attempts": settings.max_attempts, "max_lateness": span(settings.max_lateness)}
+    return ENDINGS[ReasonCode(code)].format(**limits) + again
+
+
+def lag_of(follow_up: FollowUp) -> timedelta | None:
+    """Return the acceptance minus the due date, or None if the transport has not accepted it."""
+    return follow_up.accepted_at - follow_up.due_date if follow_up.accepted_at else None
+
+
+def _sent(follow_up: FollowUp) -> str:
+    lag = lag_of(follow_up)
+    if lag is None:
+        return "Somebody else sent it, and said so through the API."
+    when = f"The transport accepted it {span(lag)} {'after' if lag >= timedelta(0) else 'before'} its due date"
+    if follow_up.held_until is not None and follow_up.held_until > follow_up.due_date:
+        when += f" (held until the sending hours opened, {readable(follow_up.held_until)})"
+    if follow_up.attempts > 1:
+        return f"{when}, with attempt {follow_up.attempts}; the failed ones are below."
+    if follow_up.scheduled_at > follow_up.due_date:
+        return f"{when}, which had passed when it was scheduled, on {readable(follow_up.scheduled_at)}."
+    return f"{when}, at the first attempt."
+
+
+def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
+    if follow_up.begun_at is not None:
+        return _in_flight(follow_up, now)
+    if follow_up.pause_id is not None:
+        return _paused(follow_up, now, around)
+    if follow_up.waits_for is not None:
+        said = f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end; then it goes out."
+        return f"{said} {around.first}".strip()
+    moment = follow_up.next_attempt_at or follow_up.due_date
+    if moment > now:
+        return _later(follow_up, moment, now, around)
+    return _due(follow_up, moment, now, around)
+
+
+def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
+    if around.pause is not None:
+        return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
+    if breaker := _holds(around.breaker, follow_up):
+        return _left_alone(breaker)
+    if follow_up.lease_until is not None and follow_up.lease_until > now:
+        return "It is due, and a tick has claimed it; a worker is about to send it."
+    return _overdue(follow_up, now - moment, around)
+
+
+def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
+    """Return the breaker if it holds the workspace of a follow-up, or None if it does not."""
+    return breaker if breaker and lane_of(follow_up.workspace_id) in breaker.held else None
+
+
+def _left_alone(breaker: Shown) -> str:
+    failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for its workspace"
+    if breaker.state == "recovering":
+        return f"It is due, and goes out within seconds: {failed}, and takes more from second to second now."
+    return (
+        f"It is due, and waits without using up attempts: {failed} (the breaker is {breaker.state}). It is probed every"
+        " few seconds, and this goes out when it is back, unless it is too late by then; followups doctor says more."
+    )
+
+
+def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
+    due = f"It fell due {span(now - follow_up.due_date)} ago and is held"
+    if around.pause is None:
+        return f"{due}: the pause that held it has been lifted, and it goes on within a minute or so."
+    return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} lets it go on."
+
+
+def stopped(pause: Standing) -> str:
+    """Return what is paused, as a noun phrase."""
+    return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
+
+
+def _scope(pause: Standing) -> str:
+    if pause.workspace is None:
+        return f"all chats on channel {pause.channel}"
+    return f"workspace {pause.workspace}" + (f" on channel {pause.channel}" if pause.channel else "")
+
+
+def going_on(pause: Standing) -> str:
+    """Return the command that ends a pause."""
+    options = {"--workspace": pause.workspace, "--channel": pause.channel}
+    return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
+
+
+def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
+    wait = span(moment - now)
+    if follow_up.held_until is not None and follow_up.held_until > now:
+        said = f"It fell due outside the workspace's sending hours ({around.hours or 'since changed'})"
+        return f"{said} and is held until they open, in {wait}."
+    if follow_up.limited_until == moment and (breaker := _holds(around.breaker, follow_up)):
+        return _left_alone(breaker)
+    if follow_up.limited_until == moment:
+        said = f"It is due, and waits for its turn under {_limits(around.limits)}; it asks again in {wait}."
+    elif follow_up.next_attempt_at is None:
+        said = f"It is sent in {wait}, unless something cancels it first."
+    else:
+        said = f"It is tried again in {wait}; why it was not accepted yet stands below."
+    return f"{said}{_will_be_held(moment, around)}"
+
+
+def _limits(limits: Sequence[Limit]) -> str:
+    if not limits:
+        return "a rate limit that has been lifted meanwhile"
+    named = [f"{shown(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
+    return f"{'the rate limits' if len(named) > 1 else 'the rate limit'} of {' and '.join(named)}"
+
+
+def limited(workspace: str | None, channel: str | None, per: str) -> str:
+    """Return what a rate limit applies to, as a noun phrase.
+
+    >>> limited("acme", "waha", "chat"), limited(None, None, "all")
+    ('each chat of channel waha of workspace acme', 'everything')
+    """
+    parts = (per != "all" and f"each {per}", channel and f"channel {channel}", workspace and f"workspace {workspace}")
+    return " of ".join(part for part in parts if part) or "everything"
+
+
+def _will_be_held(moment: datetime, around: Circumstances) -> str:
+    if around.pause is not None:
+        return f" But {stopped(around.pause)}: unless that has ended by then, it will be held."
+    opening = _opening(around.hours, moment)
+    if opening is not None:
+        return f" But that is outside the sending hours ({around.hours}): it will be held until {readable(opening)}."
+    return ""
+
+
+def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
+    try:
+        opening = opens_at(hours, moment) if hours else moment
+    except LookupError:
+        return None
+    return opening if opening > moment else None
+
+
+def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> str:
+    overdue = f"It has been due for {span(late)}, and no worker holds it"
+    if around.tick_age is None or around.tick_age > STALE_TICK:
+        ticked = f"the last tick ran {span(around.tick_age)} ago" if around.tick_age else "no tick has ever run"
+        return f"{overdue}: {ticked}, so beat or workers are not running; followups doctor says what to do."
+    behind = f" It was snoozed {follow_up.snoozes} times: the transport limits the rate." if follow_up.snoozes else ""
+    return f"{overdue}: followups doctor says whether workers keep up with what is due before it.{behind}"
+
+
+def _in_flight(follow_up: FollowUp, now: datetime) -> str:
+    wish = ""
+    if follow_up.cancel_requested:
+        wish = f" A cancel ({follow_up.cancel_requested}) came meanwhile: it will not be tried again."
+    if follow_up.lease_until is not None and follow_up.lease_until <= now:
+        return f"Its lease has ended: a tick takes it over, unless its worker records the outcome first.{wish}"
+    return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"

@@ -1,0 +1,167 @@
+"""The whole system embedded on this machine, for ``followups up`` and ``followups demo``."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy.orm import Session
+
+from followups import database, schema
+from followups.cli.procfile import argv, search_path
+from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
+from followups.settings import load_settings
+from followups.store import api_keys, workspaces
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from pathlib import Path
+    from uuid import UUID
+
+    from followups.cli.signals import StopSignals
+    from followups.embedded import Child
+    from followups.settings import Settings
+
+READY_WITHIN = timedelta(seconds=90)
+"""How long a start may take: about five seconds on two idle cores, more on a busy machine."""
+
+GRACE = timedelta(seconds=6)
+"""How long a process may take to end before it is killed; a kill costs a lease and no message."""
+
+POLL = timedelta(milliseconds=50)
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to start, and where progress is reported."""
+
+    port: int
+    """Port of the API."""
+    tell: Callable[[str], None]
+    """Called with the name of whatever is being started."""
+    signals: StopSignals
+    """The stop signals to check."""
+    data: Path | None = None
+    """Directory for PostgreSQL's data and the logs, or None to keep nothing."""
+    overrides: Mapping[str, object] = field(default_factory=dict)
+    """Settings by field; all others come from the environment."""
+    echo: Callable[[str, str], None] | None = None
+    """Called with every (process, line) of the logs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The running system."""
+
+    settings: Settings
+    api: str
+    """The API's base URL, without a path."""
+    sandbox: str
+    """The sandbox's base URL, without a path."""
+    logs: Path
+    _signals: StopSignals
+    _processes: Processes
+    _servers: tuple[EmbeddedPostgres | EmbeddedValkey, ...]
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if a process has ended."""
+        self._signals.check()
+        servers = [server._child() for server in self._servers]  # noqa: SLF001 - they show it to nobody else
+        for child in [*servers, *self._processes.children]:
+            if not child.running:
+                raise EmbeddedError(_obituary(child))
+
+    def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
+        """Create an API key, and its workspace if missing; return the workspace's id and the key."""
+        engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
+        try:
+            with Session(engine) as session, session.begin():
+                owner, _ = workspaces.create(session, workspace)
+                return owner.id, api_keys.create(session, owner.id, name)[1]
+        finally:
+            engine.dispose()
+
+
+def _obituary(child: Child) -> str:
+    code = child.exit_code
+    how = f"with code {code}" if code is None or code >= 0 else f"by signal {-code}"
+    return f"{child.command.name} ended {how}. The end of its log:\n{child.tail()}"
+
+
+@contextmanager
+def running(plan: Plan) -> Iterator[Stack]:
+    """Start everything, yield once the API reports ready, and stop everything. Raises `EmbeddedError`."""
+    with ExitStack() as stack:
+        try:
+            yield _started(plan, stack)
+        finally:
+            plan.signals.quieten()
+            plan.tell("Stopping")
+
+
+def _started(plan: Plan, stack: ExitStack) -> Stack:
+    plan.tell("Starting PostgreSQL and Valkey")
+    postgres = stack.enter_context(EmbeddedPostgres(plan.data and plan.data / "postgres"))
+    plan.signals.check()
+    # The broker's data is not kept: hints from an earlier run are worthless.
+    valkey = stack.enter_context(EmbeddedValkey())
+    logs = plan.data and plan.data / "logs"
+    if logs:
+        logs.mkdir(parents=True, exist_ok=True)
+    processes = stack.enter_context(Processes(logs, plan.echo))
+    sandbox = f"http://{LOOPBACK}:{free_port()}"
+    settings = _settings(plan, postgres.url(), valkey.url(), sandbox)
+    plan.tell("Migrating")
+    schema.migrate(postgres.url())
+    plan.signals.check()
+    plan.tell("Starting sandbox, web, worker and beat")
+    api, servers = f"http://{LOOPBACK}:{plan.port}", (postgres, valkey)
+    started = Stack(settings, api, sandbox, processes.logs, plan.signals, processes, servers)
+    _spawn(processes, started, plan.port)
+    _wait_until_ready(started)
+    return started
+
+
+def _settings(plan: Plan, database_url: str, broker_url: str, sandbox: str) -> Settings:
+    own = {
+        "database_url": database_url,
+        "broker_url": broker_url,
+        "transport": "http",
+        "transport_url": f"{sandbox}/messages",
+        "transport_secret": f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}",
+    }
+    return load_settings(**{"log_format": "console", **plan.overrides, **own})
+
+
+def _spawn(processes: Processes, stack: Stack, port: int) -> None:
+    environment = stack.settings.environment() | {"PATH": search_path(), "PORT": str(port)}
+    sandbox_port = stack.sandbox.rpartition(":")[2]
+    commands = {
+        "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
+        # Loopback only, since this API key and these servers have no further protection.
+        "web": argv("web", "--host", LOOPBACK),
+        "worker": argv("worker"),
+        "beat": argv("beat"),
+    }
+    for name, command in commands.items():
+        processes.spawn(name, command, environment=environment, grace=GRACE)
+
+
+def _wait_until_ready(stack: Stack) -> None:
+    deadline = time.monotonic() + READY_WITHIN.total_seconds()
+    # The sandbox accepts messages; database, migrations, broker and a tick (hence beat and worker) are confirmed.
+    for ready in (answers(f"{stack.sandbox}/sandbox/summary"), answers(f"{stack.api}/readyz")):
+        while not ready():
+            stack.check()
+            if time.monotonic() > deadline:
+                message = f"It was not ready after {READY_WITHIN.total_seconds():g} s; the logs are in {stack.logs}."
+                raise EmbeddedError(message)
+            time.sleep(POLL.total_seconds())

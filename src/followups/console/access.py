@@ -1,0 +1,68 @@
+"""The one place that decides what a session may do: by its role, its workspace, and the action. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from followups.store.console_sessions import Found
+
+
+class Action(StrEnum):
+    """What a route does."""
+
+    PUBLIC = "public"
+    """Nothing that needs a session: signing in, static files."""
+    SEE = "see"
+    CHANGE = "change"
+    """Schedule, change, cancel, send now, retry."""
+    SETTINGS = "settings"
+    AUDIT = "audit"
+    SYSTEM = "system"
+
+
+_VIEWER = frozenset({Action.SEE})
+_AGENT = _VIEWER | {Action.CHANGE}
+_ADMIN = _AGENT | {Action.SETTINGS, Action.AUDIT}
+_OPERATOR = _ADMIN | {Action.SYSTEM}
+ALLOWED = {"viewer": _VIEWER, "agent": _AGENT, "admin": _ADMIN, "operator": _OPERATOR}
+"""The actions of each role."""
+
+WHOLE_WORKSPACE = frozenset({Action.SETTINGS, Action.AUDIT, Action.SYSTEM})
+"""Actions that a session of one chat may not do, whatever its role."""
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """The person who looks: a valid session."""
+
+    session: Found
+
+    def may(self, action: Action) -> bool:
+        """Return whether the role allows the action."""
+        if action in WHOLE_WORKSPACE and self.session.chat_id is not None:
+            return False
+        return action is Action.PUBLIC or action in ALLOWED[self.session.role]
+
+    @property
+    def workspace_id(self) -> UUID | None:
+        """The one workspace that the session sees, or None for all."""
+        return self.session.workspace_id
+
+    @property
+    def chat_id(self) -> UUID | None:
+        """The one chat that the session sees, or None for all of its workspace."""
+        return self.session.chat_id
+
+    @property
+    def sees_texts(self) -> bool:
+        """Whether message texts are shown without being asked for: to the people of the workspace only."""
+        return self.session.workspace_id is not None
+
+    def sees(self, workspace_id: UUID, chat_id: UUID) -> bool:
+        """Return whether a chat, and what belongs to it, exists for this session."""
+        return self.workspace_id in {None, workspace_id} and self.chat_id in {None, chat_id}

@@ -1,0 +1,195 @@
+"""The ASGI application of the console: it finds the route, checks the origin and the session, and decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple, Unpack
+
+import anyio
+import anyio.to_thread
+from sqlalchemy.exc import DBAPIError
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from starlette.routing import compile_path
+from structlog.contextvars import bind_contextvars
+
+from followups.console import identity, language, origins
+from followups.console.access import Action
+from followups.console.assets import HEADERS
+from followups.console.forms import Fields
+from followups.console.pages import ROUTES
+from followups.console.services import PREFIX, Services
+from followups.console.visit import ForbiddenError, Visit
+from followups.database import is_passing, is_undone
+from followups.errors import InvalidRequestError, NotFoundError
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    import re
+    from collections.abc import Callable
+
+    from starlette.responses import Response
+    from starlette.types import Receive, Scope, Send
+
+    from followups.console.pages import Route
+    from followups.settings import Settings
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+THREADS = 6
+"""Requests of the console served at once, apart from the API's."""
+
+STRANGERS_BODY = 16 * 1024
+"""Most bytes of a body without a valid session: the form of the sign-in."""
+
+LONGEST_BODY = 1024 * 1024
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The routes of a path."""
+
+    pattern: re.Pattern[str]
+    by_method: dict[str, Route]
+
+
+class Console:
+    """The console; an ASGI application for the paths under ``/console``."""
+
+    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+        """Take the settings; ``nudge`` asks the workers for a tick."""
+        self.services = Services(settings, nudge)
+        self._limiter = anyio.CapacityLimiter(THREADS)
+        self._table: list[Matched] = []
+        for path in dict.fromkeys(route.path for route in ROUTES):
+            routes = {route.method: route for route in ROUTES if route.path == path}
+            self._table.append(Matched(compile_path(path)[0], routes))
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.services.close()
+
+    async def body_limit(self, scope: Scope) -> int:
+        """Return how many bytes a request's body may have: few without a valid session."""
+        if scope["method"] in {"GET", "HEAD"}:
+            return STRANGERS_BODY
+        known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])
+        return LONGEST_BODY if known else STRANGERS_BODY
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        response = await self._respond(scope, receive)
+        await response(scope, receive, send)
+
+    async def _respond(self, scope: Scope, receive: Receive) -> Response:
+        path = scope["path"].removeprefix(PREFIX) or "/"
+        visit = _visit(self.services, scope, path)
+        matched = next((each for each in self._table if each.pattern.match(path)), None)
+        route = matched.by_method.get(visit.method) if matched else None
+        if matched and route is None:
+            allowed = sorted(matched.by_method)
+            response = visit.page("message.html", HTTPStatus.METHOD_NOT_ALLOWED, title=visit.t("Not possible"))
+            response.headers["allow"] = ", ".join(allowed)
+            return _finished(visit, response)
+        if matched and (found := matched.pattern.match(path)):
+            visit.parameters = found.groupdict()
+        if visit.method != "GET":
+            body = (await receive()).get("body", b"")
+            try:
+                visit.form = Fields(body.decode("ascii", errors="replace"))
+            except InvalidRequestError as error:
+                return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
+        return await self._in_thread(self._serve, visit, route, scope)
+
+    async def _in_thread(self, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
+        return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
+
+    def _serve(self, visit: Visit, route: Route | None, scope: Scope) -> Response:
+        """Return the answer of a route; every request passes through here."""
+        try:
+            return _finished(visit, self._decide(visit, route, scope))
+        except ForbiddenError:
+            told = visit.t("Your role does not allow this.")
+            return _finished(visit, _told(visit, HTTPStatus.FORBIDDEN, told))
+        except NotFoundError:
+            return _finished(visit, _told(visit, HTTPStatus.NOT_FOUND, visit.t("There is nothing at this address.")))
+        except InvalidRequestError as error:
+            return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
+        except DBAPIError as error:
+            if not is_passing(error):
+                raise
+            log.warning("database_unavailable", error=type(error.orig).__name__)
+            told = visit.t("The database cannot be reached at this moment; try again shortly.")
+            response = _told(visit, HTTPStatus.SERVICE_UNAVAILABLE, told)
+            response.headers["retry-after"] = "5"
+            return _finished(visit, response)
+
+    def _decide(self, visit: Visit, route: Route | None, scope: Scope) -> Response:
+        """Check origin, session and role, in this order, and call the route's page."""
+        if visit.method != "GET":
+            public = self.services.settings.public_url
+            own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
+            if refused := origins.refusal(visit.headers, own, configured=public is not None):
+                log.warning("console_origin_refused", own=own)
+                return _told(visit, HTTPStatus.FORBIDDEN, refused)
+        if route is None or route.action is not Action.PUBLIC or route.path == "/login":
+            identity.identify(visit, scope)
+        if route is not None and route.action is Action.PUBLIC:
+            return route.page(visit)
+        if visit.viewer is None:
+            return identity.ask_to_sign_in(visit)
+        bind_contextvars(console_session=str(visit.viewer.session.id))
+        if route is None:
+            raise NotFoundError
+        if not visit.viewer.may(route.action):
+            raise ForbiddenError
+        try:
+            return route.page(visit)
+        except DBAPIError as error:
+            if not is_undone(error):
+                raise
+            return route.page(visit)  # rolled back in a conflict with another transaction; none of its work was done
+
+
+def _told(visit: Visit, status: int, told: str) -> Response:
+    titles = {403: "Not allowed", 404: "Not found", 422: "Not possible", 503: "Not available"}
+    return visit.page("message.html", status, title=visit.t(titles[status]), told=told)
+
+
+def _finished(visit: Visit, response: Response) -> Response:
+    for name, value in HEADERS.items():
+        response.headers.setdefault(name, value)
+    for name, value, options in visit.set_cookies:
+        response.set_cookie(name, value, **options)
+    return response
+
+
+def _cookies(scope: Scope) -> dict[str, str]:
+    return cookie_parser(Headers(scope=scope).get("cookie", ""))
+
+
+def _visit(services: Services, scope: Scope, path: str) -> Visit:
+    headers = Headers(scope=scope)
+    cookies = _cookies(scope)
+    chosen = cookies.get("followups_language", "")
+    try:
+        query = Fields(scope["query_string"].decode("ascii", errors="replace"))
+    except InvalidRequestError:
+        query = Fields("")
+    return Visit(
+        services=services,
+        method=scope["method"],
+        path=path,
+        parameters={},
+        query=query,
+        form=Fields(""),
+        headers=headers,
+        cookies=cookies,
+        client=(scope.get("client") or ("",))[0],
+        scheme=scope["scheme"],
+        language=chosen if chosen in language.LANGUAGES else language.preferred(headers.get("accept-language", "")),
+    )

@@ -1,0 +1,58 @@
+"""Forms as browsers send them, within bounds."""
+
+from __future__ import annotations
+
+from urllib.parse import parse_qsl
+from uuid import UUID
+
+from followups.errors import InvalidRequestError
+
+MAX_FIELDS = 300
+"""Most fields of a form or a query: the ticks of a page, and a dozen others."""
+
+
+class Fields:
+    """The fields of a form or of a query, in their order."""
+
+    def __init__(self, encoded: str) -> None:
+        """Parse the fields. Raises `InvalidRequestError` if there are too many, or if they are not UTF-8."""
+        try:
+            pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
+        except (ValueError, UnicodeDecodeError):
+            message = f"A form must have at most {MAX_FIELDS} fields, in UTF-8."
+            raise InvalidRequestError(message) from None
+        self._values: dict[str, list[str]] = {}
+        for name, value in pairs:
+            self._values.setdefault(name, []).append(value)
+
+    def text(self, name: str, default: str = "") -> str:
+        """Return the last value of a field without surrounding white space."""
+        return self.raw(name, default).strip()
+
+    def raw(self, name: str, default: str = "") -> str:
+        """Return the last value of a field as it was typed, with line ends as a text has them."""
+        return self._values.get(name, [default])[-1].replace("\r\n", "\n")
+
+    def every(self, name: str) -> list[str]:
+        """Return all values of a field."""
+        return self._values.get(name, [])
+
+    def uuid(self, name: str) -> UUID | None:
+        """Return the field as a UUID, or None if it is missing or no UUID."""
+        return uuid_or_none(self.text(name))
+
+    def __contains__(self, name: object) -> bool:
+        """Return whether the field was sent."""
+        return name in self._values
+
+
+def uuid_or_none(text: str) -> UUID | None:
+    """Return the UUID, or None.
+
+    >>> uuid_or_none("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"), uuid_or_none("x")
+    (UUID('0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51'), None)
+    """
+    try:
+        return UUID(text)
+    except ValueError:
+        return None

@@ -1,0 +1,114 @@
+"""Who looks: the session of the cookie, or the person whom a proxy has signed in."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from followups.console.access import Viewer
+from followups.console.zones import Zone
+from followups.store import console_sessions, sending_hours
+from followups.store.console_sessions import LIFETIME, Grant
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from starlette.responses import Response
+    from starlette.types import Scope
+
+    from followups.console.services import Services
+    from followups.console.visit import Visit
+
+LONGEST_NAME = 200
+
+
+def identify(visit: Visit, scope: Scope) -> None:
+    """Find the viewer of this visit, if there is one; a person named by the proxy is signed in."""
+    services = visit.services
+    name = services.cookie_name(scope["scheme"])
+    token = visit.cookies.get(name, "")
+    told = _told_by_proxy(services, visit.headers, scope)
+    with visit.transaction() as session:
+        found = console_sessions.find(session, token) if token else None
+        # A session by the proxy lasts while the proxy names the same person.
+        if found is not None and found.way == "proxy" and found.name != told:
+            console_sessions.end(session, token)
+            found = None
+        if found is None and told:
+            token = console_sessions.begin(
+                session, Grant(services.settings.console_proxy_role or "viewer", None, told), "proxy"
+            )
+            found = console_sessions.find(session, token)
+            keep(visit, token, scope["scheme"])
+        if found is None:
+            return
+        if found.stale:
+            console_sessions.record_use(session, found.id)
+        visit.viewer = Viewer(found)
+        hours = sending_hours.find(session, found.workspace_id) if found.workspace_id else None
+        visit.workspace_zone = Zone(hours.time_zone) if hours and services.is_zone(hours.time_zone) else None
+
+
+def keep(visit: Visit, token: str, scheme: str) -> None:
+    """Have the browser keep the session's token."""
+    secure = visit.services.is_secure(scheme)
+    visit.cookie(
+        visit.services.cookie_name(scheme),
+        token,
+        max_age=int(LIFETIME.total_seconds()),
+        path="/",
+        secure=secure,
+        httponly=True,
+        samesite="lax",
+    )
+
+
+def is_known(services: Services, cookies: Mapping[str, str], scheme: str) -> bool:
+    """Return whether the cookie has a valid session."""
+    token = cookies.get(services.cookie_name(scheme), "")
+    if not token:
+        return False
+    with services.sessions() as session:
+        return console_sessions.find(session, token) is not None
+
+
+def _told_by_proxy(services: Services, headers: Mapping[str, str], scope: Scope) -> str:
+    """Return the person whom a trusted proxy names, or nothing."""
+    header = services.settings.console_proxy_header
+    if header is None:
+        return ""
+    peer = scope.get("state", {}).get("peer")  # the address that is connected, whatever the headers say
+    try:
+        address = ip_address(peer[0]) if peer else None
+    except ValueError:
+        address = None
+    if address is None or not any(address in network for network in services.proxies):
+        return ""
+    return headers.get(header, "").strip()[:LONGEST_NAME]
+
+
+def ask_to_sign_in(visit: Visit) -> Response:
+    """Return the way to the sign-in: a redirect for a page, a refusal for what would change something."""
+    if visit.method == "GET":
+        wanted = {} if visit.path == "/" else {"next": visit.path}
+        return visit.redirect("/login", **wanted)
+    told = visit.t("You are not signed in, or your session has ended. Nothing has changed.")
+    return visit.page("login.html", HTTPStatus.UNAUTHORIZED, told=told, next=_place(visit))
+
+
+def _place(visit: Visit) -> str:
+    """Return the page on which the person was, by the Referer of a form of ours."""
+    path = urlsplit(visit.headers.get("referer", "")).path
+    return path.removeprefix(visit.services.base) if path.startswith(f"{visit.services.base}/") else ""
+
+
+def safe_place(wanted: str) -> str:
+    r"""Return a path under the console to go on to, or ``/`` for anything else.
+
+    >>> safe_place("/follow-ups"), safe_place("//evil.example"), safe_place("https://evil.example"), safe_place("/\\x")
+    ('/follow-ups', '/', '/', '/')
+    """
+    plain = wanted.startswith("/") and not wanted.startswith("//") and "\\" not in wanted and wanted.isprintable()
+    return wanted if plain else "/"

@@ -1,0 +1,58 @@
+"""Whether a request that changes something comes from a page of ours. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+OURS = frozenset({"same-origin", "none"})
+"""Values of Sec-Fetch-Site for a request of our own page, or of the person without any page."""
+
+
+def own_origin(public_url: str | None, scheme: str, host: str) -> str:
+    """Return the origin of the console: the one of FOLLOWUPS_PUBLIC_URL, or the one at which the request arrived.
+
+    >>> own_origin("https://chat.example/followups", "http", "10.0.0.7:8000")
+    'https://chat.example'
+    """
+    if public_url is None:
+        return _plain(f"{scheme}://{host}")
+    return _plain(public_url)
+
+
+def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> str:
+    """Return why the request is refused, or nothing if it is ours.
+
+    >>> refusal({"origin": "http://localhost:8000"}, "http://localhost:8000", configured=False)
+    ''
+    """
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    hint = (
+        f" FOLLOWUPS_PUBLIC_URL says that the console is at {own}; correct it if that is wrong."
+        if configured
+        else f" The request arrived at {own}; behind a proxy, set FOLLOWUPS_PUBLIC_URL to the address that people use."
+    )
+    if site is not None and site not in OURS:
+        return f"The request comes from another site.{hint}"
+    if origin is None and site is None:
+        return f"The request has neither an Origin nor a Sec-Fetch-Site header.{hint}"
+    if origin is not None and _plain(origin) != own:
+        return f"The request comes from another origin.{hint}"
+    return ""
+
+
+def _plain(url: str) -> str:
+    """Return scheme, host and port, without a default port.
+
+    >>> _plain("HTTPS://Chat.Example:443/x"), _plain("http://[::1]:8000")
+    ('https://chat.example', 'http://[::1]:8000')
+    """
+    try:
+        parts = urlsplit(url.lower())
+    except ValueError:  # such as an unclosed bracket
+        return ""
+    host, default = parts.netloc.rpartition("@")[2], {"https": ":443", "http": ":80"}.get(parts.scheme, "")
+    return f"{parts.scheme}://{host.removesuffix(default) if default else host}"

@@ -1,0 +1,71 @@
+"""Signing in by an API key or by the token of a link, and signing out."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from followups.console import identity
+from followups.models import ApiKey
+from followups.store import api_keys, console_sessions
+from followups.store.console_sessions import Grant
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+
+log = get_logger(__name__)
+
+
+def show(visit: Visit) -> Response:
+    """Show the form, also to a person who is signed in, since a link may lead here."""
+    return visit.page("login.html", told="", next=identity.safe_place(visit.query.text("next", "/")))
+
+
+def sign_in(visit: Visit) -> Response:
+    """Begin a session for a valid API key or the token of a link, and go on to the page that was wanted."""
+    wanted = identity.safe_place(visit.form.text("next", "/"))
+    wait = visit.services.tries.wait(visit.client)
+    if wait:
+        told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
+        response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
+        response.headers["retry-after"] = str(math.ceil(wait))
+        return response
+    secret = visit.form.text("secret").rpartition("#token=")[2]
+    with visit.transaction() as session:
+        token = _begin(session, secret)
+        if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
+            console_sessions.end(session, old)
+    if token is None:
+        visit.services.tries.failed(visit.client)
+        log.info("console_sign_in_refused")
+        told = visit.t("That is no valid API key, and no link's token that can still be used.")
+        return visit.page("login.html", HTTPStatus.UNAUTHORIZED, told=told, next=wanted)
+    identity.keep(visit, token, visit.scheme)
+    return visit.go(wanted)
+
+
+def _begin(session: Session, secret: str) -> str | None:
+    """Begin the session that the secret gives, and return its token, or None if the secret is not valid."""
+    if grant := console_sessions.use_link(session, secret):
+        return console_sessions.begin(session, grant, "link")
+    found = api_keys.authenticate(session, secret)
+    if found is None:
+        return None
+    key = session.get_one(ApiKey, found.key_id)
+    named = f"{key.name} ({key.prefix}…)" if key.name else f"{key.prefix}…"
+    return console_sessions.begin(session, Grant("agent", found.workspace_id, named, None, found.key_id), "key")
+
+
+def sign_out(visit: Visit) -> Response:
+    """End the session."""
+    name = visit.services.cookie_name(visit.scheme)
+    if token := visit.cookies.get(name):
+        with visit.transaction() as session:
+            console_sessions.end(session, token)
+    visit.cookie(name, "", max_age=0, path="/", secure=visit.services.is_secure(visit.scheme), httponly=True)
+    return visit.redirect("/login")

@@ -1,0 +1,70 @@
+"""The overview: counts by state, lag, throughput, and what is wrong now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from followups.store import last_tick, numbers, pauses
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from starlette.responses import Response
+
+    from followups.console.services import Services
+    from followups.console.visit import Visit
+    from followups.store.numbers import Numbers
+    from followups.store.pauses import Standing
+
+STALE_TICK = timedelta(seconds=30)
+"""Age from which the last tick counts as missing."""
+
+LATE = timedelta(minutes=1)
+"""Age from which an overdue follow-up is worth a warning."""
+
+MOST_PAUSES = 20
+"""Most pauses shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One look at the database."""
+
+    numbers: Numbers
+    tick_age: timedelta | None
+    pauses: list[Standing]
+
+
+def show(visit: Visit) -> Response:
+    """Show the overview; a session of one chat goes on to its chat."""
+    viewer = visit.person
+    if viewer.chat_id is not None:
+        return visit.redirect(f"/chats/{viewer.chat_id}")
+    services, workspace_id = visit.services, viewer.workspace_id
+    look: Look = services.recent.get(("overview", workspace_id), lambda: _look(services, workspace_id))
+    late = look.numbers.oldest_due is not None and look.numbers.at - look.numbers.oldest_due > LATE
+    return visit.page(
+        "overview.html",
+        look=look,
+        most=numbers.MOST,
+        ticks_missing=look.tick_age is None or look.tick_age > STALE_TICK,
+        late=late,
+        bars=_bars(look.numbers.sent or []),
+    )
+
+
+def _look(services: Services, workspace_id: UUID | None) -> Look:
+    with services.engine.connect() as connection:
+        return Look(
+            numbers.read(connection, workspace_id),
+            last_tick.last_tick_age(connection),
+            pauses.in_force(connection, workspace_id, MOST_PAUSES),
+        )
+
+
+def _bars(sent: list[int]) -> list[tuple[int, float]]:
+    """Return the place and the height of each minute's bar, in a drawing of 600 by 100."""
+    most = max(sent, default=0)
+    return [(10 * minute, 100 * number / most) for minute, number in enumerate(sent) if number]

@@ -1,0 +1,68 @@
+"""What all requests of the console share."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import lru_cache
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from followups.console.recent import Recent
+from followups.console.tries import Tries
+from followups.database import make_engine, make_sessions
+from followups.sending_hours import zone_of
+from followups.settings import networks_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from followups.settings import Settings
+
+CONNECTIONS = 4
+"""Most database connections of the console, apart from the API's."""
+
+STATEMENT_TIMEOUT = timedelta(seconds=5)
+
+SECURE_COOKIE, PLAIN_COOKIE = "__Host-followups", "followups"
+"""The session's cookie over HTTPS, and over plain HTTP, where browsers refuse the prefix."""
+
+PREFIX = "/console"
+
+
+class Services:
+    """Settings, connections, and what the process remembers."""
+
+    def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
+        """Take the settings; connections are made when first used. ``nudge`` asks the workers for a tick."""
+        self.settings = settings
+        self.nudge = nudge
+        self.engine = make_engine(
+            settings.database_url.get_secret_value(),
+            pool_size=CONNECTIONS,
+            application_name="followups-console",
+            statement_timeout=STATEMENT_TIMEOUT,
+        )
+        self.sessions = make_sessions(self.engine)
+        self.tries = Tries()
+        self.recent = Recent()
+        self.base = urlsplit(settings.public_url or "").path + PREFIX
+        self.proxies = networks_of(settings.console_proxy_addresses)
+
+    def is_secure(self, scheme: str) -> bool:
+        """Return whether people reach the console by HTTPS."""
+        public = self.settings.public_url
+        return public.startswith("https://") if public else scheme == "https"
+
+    def cookie_name(self, scheme: str) -> str:
+        """Return the name of the session's cookie."""
+        return SECURE_COOKIE if self.is_secure(scheme) else PLAIN_COOKIE
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def is_zone(name: str) -> bool:
+        """Return whether this machine knows the time zone."""
+        return zone_of(name) is not None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.engine.dispose()

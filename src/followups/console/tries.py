@@ -1,0 +1,64 @@
+"""Limits failed sign-ins: by client, and of all together."""
+
+from __future__ import annotations
+
+import threading
+import time
+from ipaddress import ip_address, ip_network
+
+EACH = 10
+"""Failed sign-ins of one client in `WINDOW`."""
+
+ALL = 600
+"""Failed sign-ins of all clients together in `WINDOW`, in this process."""
+
+WINDOW = 60.0
+"""Seconds."""
+
+CLIENTS = 10_000
+"""Most clients remembered."""
+
+
+class Tries:
+    """Failed sign-ins within the last minute."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._failed: dict[str, list[float]] = {}
+        self._all: list[float] = []
+        self._lock = threading.Lock()
+
+    def wait(self, client: str) -> float:
+        """Return for how many seconds the client may not try, which is 0 if it may."""
+        now = time.monotonic()
+        with self._lock:
+            mine = _recent(self._failed.get(network_of(client), []), now)
+            self._all = _recent(self._all, now)
+            waits = [each[0] + WINDOW - now for each, most in ((mine, EACH), (self._all, ALL)) if len(each) >= most]
+            return max(waits, default=0.0)
+
+    def failed(self, client: str) -> None:
+        """Record a failed sign-in."""
+        now, network = time.monotonic(), network_of(client)
+        with self._lock:
+            self._failed[network] = [*_recent(self._failed.pop(network, []), now), now]
+            self._all.append(now)
+            if len(self._failed) > CLIENTS:
+                del self._failed[next(iter(self._failed))]
+
+
+def _recent(moments: list[float], now: float) -> list[float]:
+    return [each for each in moments if each > now - WINDOW]
+
+
+def network_of(client: str) -> str:
+    """Return what counts as one client: an IPv4 address, or the 64 bits that a host of IPv6 has to itself.
+
+    >>> network_of("10.0.0.7"), network_of("2001:db8::1"), network_of("")
+    ('10.0.0.7', '2001:db8::/64', '')
+    """
+    try:
+        address = ip_address(client)
+    except ValueError:
+        return client
+    return str(address) if address.version == 4 else str(ip_network(f"{address}/64", strict=False))  # noqa: PLR2004 - IPv4

@@ -1,0 +1,80 @@
+"""Times in the zone of the person who looks, and what they type in it. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from followups.errors import InvalidRequestError
+from followups.sending_hours import zone_of
+
+if TYPE_CHECKING:
+    from zoneinfo import ZoneInfo
+
+
+class AmbiguousTimeError(InvalidRequestError):
+    """The clock shows this time twice, because it is set back; choose one of the two."""
+
+    slug = "ambiguous-time"
+
+
+@dataclass(frozen=True, slots=True)
+class Zone:
+    """A time zone by its name."""
+
+    name: str = "UTC"
+
+    @property
+    def info(self) -> ZoneInfo:
+        """The zone, or UTC if this machine does not know it."""
+        found = zone_of(self.name) or zone_of("UTC")
+        if found is None:
+            message = "this machine has no time zones"
+            raise LookupError(message)
+        return found
+
+    def written(self, moment: datetime) -> str:
+        """Return a time for people, to the second.
+
+        >>> Zone("America/Sao_Paulo").written(datetime(2030, 1, 31, 12, tzinfo=UTC))
+        '2030-01-31 09:00:00'
+        """
+        return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
+
+    def typed(self, moment: datetime) -> str:
+        """Return a time as a browser's field takes it, to the second.
+
+        >>> Zone("UTC").typed(datetime(2030, 1, 31, 12, tzinfo=UTC))
+        '2030-01-31T12:00:00'
+        """
+        return moment.astimezone(self.info).strftime("%Y-%m-%dT%H:%M:%S")
+
+    def read(self, text: str, fold: str = "") -> datetime:
+        """Return the moment at which the local clock shows what was typed.
+
+        ``fold`` chooses between the two moments of a repeated hour: "first" or "second". Raises `InvalidRequestError`
+        for what is no time, or one that the clock skips, and `AmbiguousTimeError` for one that it shows twice.
+
+        >>> Zone("Europe/Berlin").read("2030-01-31T09:00").isoformat()
+        '2030-01-31T08:00:00+00:00'
+        """
+        try:
+            local = datetime.fromisoformat(text)
+        except ValueError:
+            message = "The due date is no time; write it as 2030-01-31T09:00."
+            raise InvalidRequestError(message, field="due_date") from None
+        if local.utcoffset() is not None:
+            return local
+        first, second = (local.replace(tzinfo=self.info, fold=each).astimezone(UTC) for each in (0, 1))
+        if first == second:
+            return first
+        if first.astimezone(self.info).replace(tzinfo=None) != local:
+            message = (
+                f"The clocks of {self.name} are set forward and skip {local:%H:%M} on that day; choose another time."
+            )
+            raise InvalidRequestError(message, field="due_date")
+        if fold not in {"first", "second"}:
+            message = f"The clocks of {self.name} are set back and show {local:%H:%M} twice on that day; choose one."
+            raise AmbiguousTimeError(message, field="due_date")
+        return first if fold == "first" else second

@@ -1,0 +1,221 @@
+"""Sessions of the console, and links that sign in once. The database holds hashes of tokens only."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+
+IDLE = timedelta(hours=8)
+"""A session ends when it has not been used for so long."""
+
+LIFETIME = timedelta(hours=24)
+"""A session ends so long after the sign-in, however much it is used."""
+
+SHORTEST_LINK, LONGEST_LINK = timedelta(seconds=10), timedelta(days=7)
+LINK = timedelta(hours=1)
+"""How long a link can be used unless its maker says otherwise."""
+
+PREFIX = "fcl_"
+"""Prefix of a link's token, by which people and secret scanners recognise one."""
+
+TOKEN = re.compile(rf"{PREFIX}[\w-]{{43}}", re.ASCII)
+
+ROLES = ("viewer", "agent", "admin", "operator")
+
+LONGEST_NAME = 200
+PRUNED = 100
+"""Rows that ended long ago and are deleted at each sign-in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a session may do and see, and whose it is."""
+
+    role: str
+    workspace_id: UUID | None
+    """None means all workspaces."""
+    name: str
+    chat_id: UUID | None = None
+    api_key_id: UUID | None = None
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The statement's parameters."""
+        return {
+            "role": self.role,
+            "workspace_id": self.workspace_id,
+            "name": self.name[:LONGEST_NAME],
+            "chat_id": self.chat_id,
+            "api_key_id": self.api_key_id,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A valid session."""
+
+    id: UUID
+    role: str
+    workspace_id: UUID | None
+    workspace: str | None
+    chat_id: UUID | None
+    way: str
+    name: str
+    stale: bool
+    """Whether its use should be recorded."""
+
+
+_INSERT = text("""
+    INSERT INTO console_sessions (token_hash, role, workspace_id, chat_id, way, name, api_key_id, expires_at)
+    VALUES (:token_hash, :role, :workspace_id, :chat_id, :way, :name, :api_key_id, now() + :lifetime)
+    RETURNING id
+""")
+_PRUNE = text("""
+    DELETE FROM console_sessions
+     WHERE id IN (SELECT id FROM console_sessions WHERE expires_at < now() - interval '7 days'
+                   ORDER BY expires_at LIMIT :most FOR UPDATE SKIP LOCKED)
+""")
+_PRUNE_LINKS = text("""
+    DELETE FROM console_links
+     WHERE token_hash IN (SELECT token_hash FROM console_links WHERE expires_at < now() - interval '7 days'
+                           ORDER BY expires_at LIMIT :most FOR UPDATE SKIP LOCKED)
+""")
+
+
+def begin(session: Session, grant: Grant, way: str) -> str:
+    """Create a session and return its token, which is stored nowhere."""
+    token = secrets.token_urlsafe(32)
+    values = {"token_hash": hash_of(token), "way": way, "lifetime": LIFETIME}
+    session.execute(_INSERT, grant.parameters | values)
+    session.execute(_PRUNE, {"most": PRUNED})
+    session.execute(_PRUNE_LINKS, {"most": PRUNED})
+    return token
+
+
+_VALID = """
+       s.ended_at IS NULL AND s.expires_at > now() AND s.seen_at > now() - CAST(:idle AS interval)
+       AND (s.api_key_id IS NULL OR EXISTS (
+            SELECT FROM api_keys k WHERE k.id = s.api_key_id AND k.revoked_at IS NULL
+                                     AND (k.expires_at IS NULL OR k.expires_at > now())))
+"""
+_FIND = text(f"""
+    SELECT s.id, s.role, s.workspace_id, w.name AS workspace, s.chat_id, s.way, s.name,
+           s.seen_at < now() - interval '1 minute' AS stale
+      FROM console_sessions s LEFT JOIN workspaces w ON w.id = s.workspace_id
+     WHERE s.token_hash = :token_hash AND {_VALID}
+""")  # noqa: S608 - no input, only the constant above
+_SEEN = text("UPDATE console_sessions SET seen_at = now() WHERE id = :id AND ended_at IS NULL")
+
+
+def find(session: Session, token: str) -> Found | None:
+    """Return the valid session of this token, or None."""
+    row = session.execute(_FIND, {"token_hash": hash_of(token), "idle": IDLE}).one_or_none()
+    return Found(*row) if row else None
+
+
+def record_use(session: Session, session_id: UUID) -> None:
+    """Record that the session is in use, so that it does not end as idle."""
+    session.execute(_SEEN, {"id": session_id})
+
+
+_END = text("UPDATE console_sessions SET ended_at = now() WHERE token_hash = :token_hash AND ended_at IS NULL")
+_END_BY_ID = text("""
+    UPDATE console_sessions SET ended_at = now()
+     WHERE id = :id AND ended_at IS NULL
+       AND (CAST(:workspace_id AS uuid) IS NULL OR workspace_id = CAST(:workspace_id AS uuid))
+""")
+
+
+def end(session: Session, token: str) -> None:
+    """End the session of this token."""
+    session.execute(_END, {"token_hash": hash_of(token)})
+
+
+def end_one(session: Session, session_id: UUID, workspace_id: UUID | None) -> bool:
+    """End a session, of this workspace if one is given; return whether there was one."""
+    result = session.execute(_END_BY_ID, {"id": session_id, "workspace_id": workspace_id})
+    return bool(result.rowcount)  # type: ignore[attr-defined] # an UPDATE's result has it
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A session as the settings show it."""
+
+    id: UUID
+    name: str
+    way: str
+    role: str
+    created_at: datetime
+    seen_at: datetime
+
+
+_LIST = text(f"""
+    SELECT s.id, s.name, s.way, s.role, s.created_at, s.seen_at FROM console_sessions s
+     WHERE s.workspace_id IS NOT DISTINCT FROM CAST(:workspace_id AS uuid) AND {_VALID}
+     ORDER BY s.created_at DESC LIMIT :most
+""")  # noqa: S608 - no input, only the constant above
+
+
+def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[Listed]:
+    """Return the newest valid sessions of a workspace, or those of all workspaces for None."""
+    rows = session.execute(_LIST, {"workspace_id": workspace_id, "idle": IDLE, "most": most})
+    return [Listed(*row) for row in rows]
+
+
+_INSERT_LINK = text("""
+    INSERT INTO console_links (token_hash, role, workspace_id, chat_id, name, api_key_id, expires_at)
+    VALUES (:token_hash, :role, :workspace_id, :chat_id, :name, :api_key_id, now() + CAST(:lifetime AS interval))
+    RETURNING expires_at
+""")
+_USE_LINK = text("""
+    UPDATE console_links SET used_at = now()
+     WHERE token_hash = :token_hash AND used_at IS NULL AND expires_at > now()
+       AND (api_key_id IS NULL OR EXISTS (
+            SELECT FROM api_keys k WHERE k.id = console_links.api_key_id AND k.revoked_at IS NULL
+                                     AND (k.expires_at IS NULL OR k.expires_at > now())))
+    RETURNING role, workspace_id, name, chat_id, api_key_id
+""")
+
+
+def make_link(session: Session, grant: Grant, lifetime: timedelta) -> tuple[str, datetime]:
+    """Create a link; return its token, which is stored nowhere, and when it expires.
+
+    Raises `InvalidRequestError` for a lifetime that is out of bounds.
+    """
+    if not SHORTEST_LINK <= lifetime <= LONGEST_LINK:
+        message = "A link can be used for 10 seconds to 7 days."
+        raise InvalidRequestError(message, field="expires_in")
+    token = PREFIX + secrets.token_urlsafe(32)
+    values = {"token_hash": hash_of(token), "lifetime": lifetime}
+    expires_at: datetime = session.execute(_INSERT_LINK, grant.parameters | values).scalar_one()
+    return token, expires_at
+
+
+def use_link(session: Session, token: str) -> Grant | None:
+    """Use up a link and return what it grants, or None if it is unknown, expired or used."""
+    if not TOKEN.fullmatch(token):
+        return None
+    row = session.execute(_USE_LINK, {"token_hash": hash_of(token)}).one_or_none()
+    return Grant(*row) if row else None
+
+
+def hash_of(token: str) -> bytes:
+    """Return the stored hash of a token.
+
+    A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed.
+    """
+    return sha256(token.encode(errors="replace")).digest()

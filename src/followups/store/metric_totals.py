@@ -1,0 +1,121 @@
+"""The sums of all processes' counters: each process adds what is new, and any of them can show the sums.
+
+Workers come and go on many hosts, and a scraper finds one web process. A count kept in a worker would never be scraped,
+and would end with it.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.telemetry import metrics
+from followups.telemetry.logs import get_logger
+from followups.transactions import ask_if_lost, transact
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from sqlalchemy import Connection, Engine
+
+Sample = tuple[str, str]
+"""A sample's name and its labels, as a JSON object with sorted keys."""
+
+INTERVAL = timedelta(seconds=1)
+"""How long a count may exist in its own process only; a crash loses that much."""
+
+log = get_logger(__name__)
+
+# In the order of the key, so that two processes that add to the same rows only wait for each other.
+_ADD = text("""
+    INSERT INTO metric_totals AS t (sample, labels, value)
+    SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
+     ORDER BY 1, 2
+    ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
+    RETURNING sample, labels, value
+""")
+# A count only grows, so counts at least as high as ours were committed. If another process has added as much to each of
+# them meanwhile, our part is lost.
+_ADDED = text("""
+    SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
+      FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
+           AS b(sample, labels, value)
+      LEFT JOIN metric_totals t USING (sample, labels)
+""")
+_READ = text("SELECT sample, labels, value FROM metric_totals")
+
+
+def read(connection: Connection) -> dict[Sample, float]:
+    """Return the sums."""
+    return {(row.sample, row.labels): row.value for row in connection.execute(_READ)}
+
+
+def counted() -> dict[Sample, float]:
+    """Return what this process has counted since it started."""
+    return {
+        (sample.name, json.dumps(sample.labels, sort_keys=True)): sample.value
+        for family in metrics.COUNTED.collect()
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def _add(new: Mapping[Sample, float], connection: Connection) -> None:
+    sums = {(row.sample, row.labels): row.value for row in connection.execute(_ADD, _parameters(new))}
+    ask_if_lost(connection, lambda asked: bool(asked.scalar(_ADDED, _parameters(sums))))
+
+
+def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
+    return {
+        "samples": [name for name, _ in values],
+        "labels": [labels for _, labels in values],
+        "values": list(values.values()),
+    }
+
+
+class Totals:
+    """Adds this process's counts to the sums, from a thread of its own."""
+
+    def __init__(self, engine: Engine) -> None:
+        """Take the engine; nothing runs yet."""
+        self._engine = engine
+        self._added: dict[Sample, float] = {}
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
+
+    def start(self) -> None:
+        """Start adding, once in `INTERVAL`."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Add the rest and stop."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+            self._try_to_add()
+
+    def add(self) -> None:
+        """Add what was counted since the last call. Raises database errors; then nothing is lost."""
+        with self._lock:
+            now = counted()
+            new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}
+            if new:
+                transact(self._engine, partial(_add, new))
+                self._added = now
+
+    def _run(self) -> None:
+        while not self._stopping.wait(INTERVAL.total_seconds()):
+            self._try_to_add()
+
+    def _try_to_add(self) -> None:
+        try:
+            self.add()
+        except SQLAlchemyError as error:
+            log.debug("counts_kept_back", error=type(error).__name__)

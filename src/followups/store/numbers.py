@@ -1,0 +1,133 @@
+"""Numbers of one workspace, or of all, for the console's overview. Each is counted up to a limit and within a time.
+
+Every query reads an index in its order. A number that would take longer than `LIMIT` is given up and is None.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.states import Status
+from followups.store.overview import within
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection, TextClause
+
+MOST = 10_000
+"""Up to here numbers are exact; beyond, they are "more than"."""
+
+LIMIT = timedelta(milliseconds=100)
+"""Time limit of one query."""
+
+MINUTES = 60
+"""Minutes of the throughput's chart."""
+
+RECENT = 1_000
+"""Last ends in which failures are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What the overview shows; a number above `MOST` means more than `MOST`, and None that it took too long."""
+
+    at: datetime
+    states: Mapping[str, int | None] = field(default_factory=dict)
+    overdue: int | None = None
+    oldest_due: datetime | None = None
+    paused: int | None = None
+    outside_hours: int | None = None
+    lags: tuple[timedelta, ...] | None = None
+    """p50, p95 and p99 of what was accepted within the last five minutes, or None if there is none or too much."""
+    sent: list[int] | None = None
+    """Sent in each of the last minutes, oldest first."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Failures of the last hour by code, among the last ends."""
+
+
+_DUE = "COALESCE(next_attempt_at, due_date)"
+_MINE = " AND f.workspace_id = CAST(:workspace_id AS uuid)"
+
+
+def _count(condition: str, mine: str) -> TextClause:
+    return text(f"SELECT count(*) FROM (SELECT FROM follow_ups f WHERE {condition}{mine} LIMIT :most) AS found")  # noqa: S608 - no input
+
+
+_STATE = _count("f.status = :status", _MINE)
+_STATE_OF_ALL = text("""
+    SELECT count(*) FROM (
+           SELECT FROM workspaces w
+            CROSS JOIN LATERAL (
+                  SELECT FROM follow_ups f WHERE f.workspace_id = w.id AND f.status = :status LIMIT :most) AS own
+            LIMIT :most) AS found
+""")
+_OVERDUE = f"""
+    SELECT count(*) AS number, min(due) AS oldest FROM (
+           SELECT {_DUE} AS due FROM follow_ups f
+            WHERE f.status = 'pending' AND f.waits_for IS NULL AND {_DUE} <= now(){{mine}}
+            ORDER BY {_DUE}, f.id LIMIT :most) AS found
+"""  # noqa: S608 - no input
+_LAGS = """
+    SELECT percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY f.accepted_at - f.due_date) AS lags
+      FROM follow_ups f
+     WHERE f.finished_at > now() - interval '5 minutes' AND f.status = 'sent'
+       AND f.accepted_at > now() - interval '5 minutes'{mine}
+"""
+_SENT = """
+    SELECT CAST(floor(EXTRACT(EPOCH FROM now() - f.finished_at) / 60) AS int) AS ago, count(*) AS number
+      FROM follow_ups f
+     WHERE f.finished_at > now() - :minutes * interval '1 minute' AND f.finished_at <= now()
+       AND f.status = 'sent'{mine}
+     GROUP BY 1
+"""
+_FAILURES = """
+    SELECT split_part(f.reason, ':', 1) AS code, count(*) AS number
+      FROM (SELECT status, reason, workspace_id FROM follow_ups
+             WHERE finished_at > now() - interval '1 hour' AND finished_at <= now()
+             ORDER BY finished_at DESC LIMIT :recent) f
+     WHERE f.status = 'failed'{mine}
+     GROUP BY 1 ORDER BY 2 DESC LIMIT 5
+"""
+_NOW = text("SELECT now()")
+
+
+def read(connection: Connection, workspace_id: UUID | None) -> Numbers:
+    """Return the numbers of a workspace, or of all for None."""
+    mine = _MINE if workspace_id else ""
+    given = {"workspace_id": workspace_id, "most": MOST + 1, "minutes": MINUTES, "recent": RECENT}
+
+    def rows(query: str | TextClause, **more: object) -> list[object] | None:
+        statement = text(query.replace("{mine}", mine)) if isinstance(query, str) else query
+        found = within(connection, LIMIT, statement, given | more)
+        return None if found is None else list(found)
+
+    def number(query: TextClause, **more: object) -> int | None:
+        found = rows(query, **more)
+        return None if found is None else int(found[0][0])  # type: ignore[index] # a row
+
+    due = rows(_OVERDUE)
+    lags = rows(_LAGS)
+    sent = rows(_SENT)
+    state = _STATE if workspace_id else _STATE_OF_ALL
+    failures = rows(_FAILURES)
+    ago = None if sent is None else {row.ago: row.number for row in sent}  # type: ignore[attr-defined] # rows
+    return Numbers(
+        at=connection.execute(_NOW).scalar_one(),
+        states={each.value: number(state, status=each.value) for each in Status},
+        overdue=due[0].number if due else None,  # type: ignore[attr-defined] # likewise
+        oldest_due=due[0].oldest if due else None,  # type: ignore[attr-defined] # likewise
+        paused=number(_count("f.status = 'pending' AND f.pause_id IS NOT NULL", mine)),
+        outside_hours=number(
+            _count("f.status = 'pending' AND f.held_until IS NOT NULL AND f.held_until > now()", mine)
+        ),
+        lags=tuple(lags[0].lags) if lags and lags[0].lags else None,  # type: ignore[attr-defined] # likewise
+        sent=None if ago is None else [ago.get(minute, 0) for minute in reversed(range(MINUTES))],
+        failures={row.code: row.number for row in failures or ()},  # type: ignore[attr-defined] # likewise
+    )

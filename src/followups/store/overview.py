@@ -1,0 +1,190 @@
+"""Counts, lag and throughput for people. No statement here runs for long.
+
+Pending, waiting, overdue and in-flight counts are exact, from small partial indexes. Final rows are counted up to
+`EXACT_UP_TO` for each state; beyond that the planner's estimate is used, at no cost however many millions there are.
+Lag and throughput read what ended in the last minutes, by its index; if that is too much, they are given up after
+`LIMIT`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+from followups.states import Status
+from followups.store import backlog, metric_totals
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy import Connection, Row, TextClause
+
+EXACT_UP_TO = 100_000
+"""Rows of one final state that are counted one by one, in some 20 ms."""
+
+LIMIT = timedelta(seconds=2)
+"""Time limit for lag and throughput."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many follow-ups are in each state."""
+
+    pending: int
+    waiting: int
+    """Pending, behind an earlier one of their chat."""
+    paused: int
+    """Pending, due, and paused."""
+    quiet: int
+    """Pending, due, and waiting for sending hours to open."""
+    overdue: int
+    """Pending and past their moment, without those that wait for another one."""
+    oldest_overdue: timedelta | None
+    in_flight: int
+    final: Mapping[str, int]
+    """By status."""
+    estimated: frozenset[str]
+    """Final states whose number is an estimate."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What was accepted within ``window``. Lag is accepted minus due date, including retries and late orders."""
+
+    window: timedelta
+    sent: int
+    p50: timedelta | None = None
+    p95: timedelta | None = None
+    p99: timedelta | None = None
+
+    @property
+    def per_minute(self) -> float:
+        """Follow-ups sent in an average minute."""
+        return self.sent / (self.window / timedelta(minutes=1))
+
+
+_DUE = "COALESCE(next_attempt_at, due_date)"
+_PENDING = text(f"""
+    SELECT (SELECT count(*) FROM follow_ups WHERE status = 'pending') AS pending,
+           (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NOT NULL) AS waiting,
+           (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND pause_id IS NOT NULL) AS paused,
+           (SELECT count(*) FROM follow_ups
+             WHERE status = 'pending' AND held_until IS NOT NULL AND held_until > now() AND pause_id IS NULL) AS quiet,
+           (SELECT count(*) FROM follow_ups
+             WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
+""")  # noqa: S608 - no input, only the constant above
+# Uses the index of the lists, which begins with the workspace.
+_COUNT_FINAL = text("""
+    SELECT s.status, (
+           SELECT count(*) FROM (
+               SELECT FROM workspaces w
+                CROSS JOIN LATERAL (
+                      SELECT FROM follow_ups f WHERE f.workspace_id = w.id AND f.status = s.status LIMIT :most) AS own
+                LIMIT :most) AS counted) AS number
+      FROM unnest(CAST(:statuses AS text[])) AS s(status)
+""")
+_ESTIMATE_FINAL = text("""
+    SELECT common.status, CAST(greatest(c.reltuples, 0) * common.fraction AS bigint)
+      FROM pg_class c
+      JOIN pg_stats s ON s.tablename = c.relname AND s.schemaname = CAST(c.relnamespace::regnamespace AS text)
+     CROSS JOIN LATERAL unnest(CAST(CAST(s.most_common_vals AS text) AS text[]), s.most_common_freqs)
+                     AS common(status, fraction)
+     WHERE c.oid = 'follow_ups'::regclass AND s.attname = 'status' AND common.status <> 'pending'
+""")
+
+
+def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO) -> Counts:
+    """Count by state. ``window`` is the most that can be in flight."""
+    pending = connection.execute(_PENDING).one()
+    head = backlog.measure(connection, window=window)
+    final = _count_final(connection, exact_up_to + 1)
+    estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
+    if estimated:
+        estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
+        # There is no estimate before the first ANALYZE; the number counted so far is then the minimum.
+        final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
+    return Counts(
+        pending=pending.pending,
+        waiting=pending.waiting,
+        paused=pending.paused,
+        quiet=pending.quiet,
+        overdue=pending.overdue,
+        oldest_overdue=timedelta(seconds=head.oldest_overdue) if pending.overdue else None,
+        in_flight=head.in_flight,
+        final=final,
+        estimated=estimated,
+    )
+
+
+def _count_final(connection: Connection, most: int) -> dict[str, int]:
+    statuses = [status.value for status in (Status.SENT, Status.FAILED, Status.CANCELLED)]
+    return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
+
+
+# Acceptance precedes its record, so what ended before the window was accepted before it.
+_PACE = text("""
+    SELECT count(*) AS sent,
+           percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
+      FROM follow_ups
+     WHERE finished_at > now() - CAST(:window AS interval) AND status = 'sent'
+       AND accepted_at > now() - CAST(:window AS interval)
+""")
+_PER_SECOND = text("""
+    SELECT CAST(floor(EXTRACT(EPOCH FROM now() - finished_at)) AS int) AS ago, count(*) AS number
+      FROM follow_ups
+     WHERE finished_at > now() - :seconds * interval '1 s' AND finished_at <= now() AND status = 'sent'
+     GROUP BY 1
+""")
+_LIMIT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
+_CANCELLED_BY_TIMEOUT = "57014"
+
+
+def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) -> Pace | None:
+    """Measure what was sent within the last ``window``, or return None if that takes longer than ``limit``.
+
+    Percentiles are nearest-rank.
+    """
+    rows = within(connection, limit, _PACE, {"window": window})
+    return Pace(window, rows[0].sent, *(rows[0].lags or ())) if rows else None
+
+
+def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
+    """Return how many were sent in each of the last seconds, oldest first, or None if that takes too long."""
+    rows = within(connection, limit, _PER_SECOND, {"seconds": seconds})
+    if rows is None:
+        return None
+    numbers = {row.ago: row.number for row in rows}
+    return [numbers.get(ago, 0) for ago in reversed(range(seconds))]
+
+
+def within(
+    connection: Connection, limit: timedelta, query: TextClause, parameters: Mapping[str, object]
+) -> Sequence[Row[Any]] | None:
+    """Return the rows, or None if they take longer than ``limit``. The transaction continues either way."""
+    milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
+    try:
+        with connection.begin_nested():
+            connection.execute(_LIMIT, {"milliseconds": milliseconds})
+            rows = connection.execute(query, parameters).all()
+            # Releasing the savepoint does not undo it; only its rollback or the transaction's end does.
+            connection.execute(_LIMIT, {"milliseconds": "0"})
+    except OperationalError as error:
+        if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
+            raise
+        return None
+    return rows
+
+
+def attempts(connection: Connection) -> dict[str, int]:
+    """Return how many attempts all processes have made, by outcome; up to a second old."""
+    found: dict[str, int] = {}
+    for (name, labels), value in metric_totals.read(connection).items():
+        if name == "followups_attempts_total":
+            outcome = str(json.loads(labels)["outcome"])
+            found[outcome] = found.get(outcome, 0) + int(value)
+    return found

@@ -1,0 +1,332 @@
+"""Signing in by key and by link; how sessions end; what is checked of a request."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+
+from console.person import Person, heading, make_link, words
+from followups.cli import main
+from followups.console import tries
+from followups.settings import load_settings
+from web import Api, key_of, served
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from followups.settings import Settings
+    from world import World
+
+
+def test_an_api_key_gives_an_agent_of_its_workspace_until_it_is_revoked(
+    person: Callable[..., Person], own: World
+) -> None:
+    """The session ends with the key, at once."""
+    key_id, key = key_of(own)
+    one = person()
+    page = one.get("/login")
+    assert heading(page) == "Sign in"
+    assert ">API key<" in page.text
+    answer = one.submit(page, "/login", secret=f" {key} ")
+    assert (answer.status_code, answer.headers["location"]) == (303, "/console/")
+    shown = one.get("/")
+    assert heading(shown) == "Overview"
+    assert "agent" in shown.text
+    own.sql("UPDATE api_keys SET revoked_at = now() WHERE id = :id", id=key_id)
+    assert one.get("/").status_code == 303
+
+
+def test_a_session_is_a_random_token_of_which_only_the_hash_is_stored(
+    person: Callable[..., Person], own: World
+) -> None:
+    """The cookie: HttpOnly, SameSite=Lax, for every path; without Secure and its prefix on plain HTTP."""
+    one = person()
+    answer = one.post("/login", secret=make_link(own.engine, "agent", own.workspace_id))
+    cookie = answer.headers["set-cookie"]
+    token = cookie.partition("=")[2].partition(";")[0]
+    assert cookie.startswith("followups=")
+    assert len(token) == 43
+    assert {"HttpOnly", "SameSite=lax", "Path=/"} <= set(cookie.split("; "))
+    assert "Secure" not in cookie
+    found = own.scalar(f"SELECT count(*) FROM console_sessions WHERE token_hash = '{token}'::bytea")  # noqa: S608 - a test
+    assert found == 0
+
+
+def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
+    """The second use, an expired link and an unknown token are refused alike."""
+    token = make_link(own.engine, "viewer", own.workspace_id)
+    assert person().post("/login", secret=f"http://x/console/login#token={token}").status_code == 303
+    expired = make_link(own.engine, "viewer", own.workspace_id)
+    own.sql("UPDATE console_links SET expires_at = now() - interval '1 s' WHERE used_at IS NULL")
+    for secret in (token, expired, "fcl_" + "A" * 43, "", "x" * 300, "fup_ü"):
+        answer = person().post("/login", secret=secret)
+        assert answer.status_code == 401
+        assert "no valid API key" in words(answer)
+        assert "set-cookie" not in answer.headers
+
+
+@pytest.mark.parametrize("column", ["expires_at", "seen_at"])
+def test_a_session_ends_when_its_time_is_over_and_when_it_is_not_used(
+    column: str, person: Callable[..., Person], own: World
+) -> None:
+    """There is an absolute end and an idle one."""
+    one = person("viewer", own)
+    assert one.get("/").status_code == 200
+    own.sql(
+        f"UPDATE console_sessions SET {column} = now() - interval '9 hours' WHERE workspace_id = :id",  # noqa: S608 - a test
+        id=own.workspace_id,
+    )
+    assert one.get("/").status_code == 303
+
+
+def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own: World) -> None:
+    """A copy of the cookie is worth nothing afterwards."""
+    one = person("viewer", own)
+    kept = dict(one.client.cookies)
+    assert one.post("/logout").status_code == 303
+    one.client.cookies.update(kept)
+    assert one.get("/").status_code == 303
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": ""}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"sec-fetch-site": "same-site"}, 403),
+        ({"sec-fetch-site": "same-origin"}, 303),
+        ({}, 303),
+    ],
+)
+def test_what_changes_something_must_come_from_a_page_of_ours(
+    headers: dict[str, str], status: int, person: Callable[..., Person], own: World
+) -> None:
+    """The refusal names the setting that may be wrong."""
+    one = person("viewer", own)
+    if headers == {"origin": ""}:
+        del one.client.headers["origin"]
+        headers = {}
+    answer = one.client.post("/console/logout", headers=headers)
+    assert answer.status_code == status
+    if status == 403:
+        assert "FOLLOWUPS_PUBLIC_URL" in words(answer)
+        assert "evil" not in answer.text
+        assert one.get("/").status_code == 200
+
+
+def test_failed_attempts_are_limited(
+    person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the limit even a good link has to wait, and is not used up."""
+    monkeypatch.setattr(tries, "EACH", 2)
+    limited = load_settings(**settings_of(person, own))
+    with served(limited) as (host, port):
+        one = Person(f"http://{host}:{port}", own.engine)
+        for _ in range(2):
+            assert one.post("/login", secret="x" * 40).status_code == 401
+        token = make_link(own.engine, "viewer", own.workspace_id)
+        refused = one.post("/login", secret=token)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 0
+        monkeypatch.setattr(tries, "EACH", 100)
+        assert one.post("/login", secret=token).status_code == 303
+        one.client.close()
+
+
+def settings_of(_person: object, own: World) -> dict[str, str]:
+    """Return settings for another server on the same database."""
+    url = own.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    return {"database_url": url, "broker_url": "redis://127.0.0.1:9/0"}
+
+
+def test_every_answer_has_the_security_headers(person: Callable[..., Person], own: World) -> None:
+    """Nothing inline, nothing from elsewhere, nothing kept; static files are kept for ever under hashed names."""
+    one = person("operator")
+    for path in ("/", "/login", "/nothing", "/static/nothing"):
+        answer = one.get(path)
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'")
+        assert "unsafe" not in policy
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["referrer-policy"] == "same-origin"
+        assert answer.headers["cross-origin-opener-policy"] == "same-origin"
+        assert not re.search(r"<script(?! type=\"module\" src=)|<style| style=| on\w+=", answer.text)
+    sheet = re.search(r'href="(/console/static/console-\w{12}\.css)"', one.get("/").text)
+    assert sheet
+    kept = one.client.get(sheet[1])
+    assert kept.status_code == 200
+    assert "immutable" in kept.headers["cache-control"]
+    assert kept.headers["content-type"].startswith("text/css")
+    assert own.workspace_id
+
+
+def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: World) -> None:
+    """Nor does the console read an API key from a header."""
+    one = person("agent", own)
+    assert one.client.get("/api/v1/chat-message-follow-ups").status_code == 401
+    _, key = key_of(own)
+    assert person().client.get("/console/", headers={"authorization": key}).status_code == 303
+
+
+def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
+    """Strangers may send little, people with a session as much as a message needs."""
+    assert person().post("/login", secret="x" * 20_000).status_code == 413
+    assert person("agent", own).post("/nothing", message="x" * 200_000).status_code == 404
+    assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413
+    many = "&".join(f"a{n}=1" for n in range(400))
+    form = {"content-type": "application/x-www-form-urlencoded"}
+    assert person("agent", own).client.post("/console/logout", content=many, headers=form).status_code == 422
+
+
+@pytest.fixture(scope="module")
+def behind_proxy(console_settings: Settings) -> object:
+    """Serve the console as behind a proxy: over HTTPS, under a path prefix, with a header that names the person."""
+    settings = console_settings.model_copy(
+        update={
+            "public_url": "https://chat.example/tools",
+            "console_proxy_header": "x-forwarded-email",
+            "console_proxy_addresses": "127.0.0.1/32",
+            "console_proxy_role": "viewer",
+        }
+    )
+    with served(settings) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behind_proxy: str, own: World) -> None:
+    """FOLLOWUPS_PUBLIC_URL is what links, cookies and origin checks go by."""
+    one = Person(behind_proxy, own.engine)
+    page = one.get("/login")
+    assert 'action="/tools/console/login"' in page.text
+    assert "/tools/console/static/console-" in page.text
+    token = make_link(own.engine, "viewer", own.workspace_id)
+    refused = one.post("/login", secret=token)
+    assert refused.status_code == 403
+    assert "https://chat.example" in words(refused)
+    answer = one.client.post("/console/login", data={"secret": token}, headers={"origin": "https://chat.example"})
+    assert answer.headers["location"] == "/tools/console/"
+    assert answer.headers["set-cookie"].startswith("__Host-followups=")
+    assert "Secure" in answer.headers["set-cookie"].split("; ")
+    one.client.close()
+
+
+def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> None:
+    """The session lasts while the proxy names the same person; its role is the setting's."""
+    one = Person(behind_proxy, own.engine)
+    ann = one.client.get("/console/", headers={"x-forwarded-email": "ann@chat.example"})
+    assert heading(ann) == "Overview"
+    assert "ann@chat.example" in ann.text
+    cookie = {"cookie": ann.headers["set-cookie"].partition(";")[0]}
+    one.client.cookies.clear()
+    assert one.client.get("/console/", headers=cookie | {"x-forwarded-email": "ann@chat.example"}).status_code == 200
+    ben = one.client.get("/console/", headers=cookie | {"x-forwarded-email": "ben@chat.example"})
+    assert "ben@chat.example" in ben.text
+    assert "ann@chat.example" not in ben.text
+    assert one.client.get("/console/", headers=cookie).status_code == 303
+    one.client.close()
+
+
+def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:
+    """From another address it says nothing."""
+    update = {
+        "console_proxy_header": "x-forwarded-email",
+        "console_proxy_addresses": "10.0.0.7",
+        "console_proxy_role": "operator",
+    }
+    with served(console_settings.model_copy(update=update)) as (host, port):
+        one = Person(f"http://{host}:{port}", own.engine)
+        headers = {"x-forwarded-email": "ann@chat.example", "x-forwarded-for": "10.0.0.7"}
+        assert one.client.get("/console/", headers=headers).status_code == 303
+        one.client.close()
+
+
+def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
+    """FOLLOWUPS_CONSOLE=false leaves nothing at the path."""
+    with served(console_settings.model_copy(update={"console": False})) as (host, port):
+        one = Person(f"http://{host}:{port}", None)  # type: ignore[arg-type] # nothing is asked of the database
+        assert one.get("/").status_code == 404
+        assert one.client.get("/console").status_code == 404
+        one.client.close()
+
+
+def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
+    """Brazilian Portuguese by Accept-Language, English by the switch; the choice goes back to the page."""
+    one = person("viewer", own)
+    one.client.headers["accept-language"] = "pt-BR,pt;q=0.9,en;q=0.8"
+    page = one.get("/")
+    assert '<html lang="pt-BR"' in page.text
+    assert heading(page) == "Visão geral"
+    back = one.post("/preferences", language="en", zone="America/Sao_Paulo", next="/")
+    assert back.headers["location"] == "/console/"
+    page = one.get("/")
+    assert heading(page) == "Overview"
+    assert "America/Sao_Paulo" in page.text
+    assert one.post("/preferences", next="https://evil.example/").headers["location"] == "/console/"
+    assert uuid4()
+
+
+def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..., Person], own: World) -> None:
+    """The session is of the key's workspace, in the role that was asked for, and ends with the key."""
+    api = Api(console_url, own)
+    answer = api.post("/api/v1/console-links", {"role": "viewer", "expiresIn": "PT10M"})
+    assert answer.status_code == 201, answer.text
+    link = answer.json()
+    assert link.keys() == {"url", "expiresAt"}
+    assert link["url"].startswith(f"{console_url}/console/login#token=fcl_")
+    one = person()
+    assert one.post("/login", secret=link["url"]).status_code == 303
+    assert str(own.workspace_id) in one.get("/").text
+    own.sql("UPDATE api_keys SET revoked_at = now() WHERE id = :id", id=api.key_id)
+    assert one.get("/").status_code == 303
+    api.client.close()
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"role": "admin"}, 422),
+        ({"role": "operator"}, 422),
+        ({}, 422),
+        ({"role": "agent", "expiresIn": 1}, 422),
+        ({"role": "agent", "expiresIn": "P8D"}, 422),
+        ({"role": "agent", "chatId": str(uuid4())}, 404),
+        ({"role": "agent", "expiresIn": 600}, 201),
+        ({"role": "agent", "expiresIn": "600"}, 201),
+    ],
+)
+def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
+    body: dict[str, object], status: int, console_url: str, own: World
+) -> None:
+    """Bounds of its life, and only chats of the workspace."""
+    api = Api(console_url, own)
+    answer = api.post("/api/v1/console-links", body)
+    assert answer.status_code == status, answer.text
+    api.client.close()
+
+
+def test_the_command_prints_a_link_alone_on_stdout(
+    console_settings: Settings, person: Callable[..., Person], own: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An operator's by default, an admin's with --workspace; a wrong use says so and makes none."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in console_settings.environment().items():
+            patch.setenv(name, value)
+        for arguments, role in (([], "operator"), (["--workspace", str(own.workspace_id)], "admin")):
+            capsys.readouterr()  # the server in this process logs there too
+            assert main(["console", "link", *arguments]) == 0
+            printed = capsys.readouterr().out
+            assert printed.count("\n") == 1
+            one = person()
+            assert one.post("/login", secret=printed.strip()).status_code == 303
+            assert f"· {role} ·" in one.get("/").text
+        assert main(["console", "link", "--role", "operator", "--workspace", str(own.workspace_id)]) == 2
+        assert main(["console", "link", "--workspace", "nothing"]) == 2
+        assert main(["console", "link", "--expires", "30d"]) == 2
+    made = own.scalar("SELECT count(*) FROM audit_events WHERE action = 'console_link.created' AND way = 'command'")
+    assert made >= 2
