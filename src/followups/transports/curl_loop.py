@@ -7,6 +7,7 @@ that watcher again, and a call took 40 us of processor time. With one epoll for 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import select
 import threading
@@ -99,7 +100,8 @@ class CurlLoop:
     def _go_on(self) -> None:
         for socket, events in self._sockets.poll(0):
             if socket not in self._watched:
-                self._sockets.unregister(socket)
+                with contextlib.suppress(OSError):  # closed by libcurl meanwhile, for another socket's event
+                    self._sockets.unregister(socket)
                 continue
             ready = pycurl.CSELECT_IN if events & _IN else 0
             ready |= pycurl.CSELECT_OUT if events & select.EPOLLOUT else 0

@@ -60,7 +60,10 @@ def connection_options(settings: Settings) -> dict[int, object]:
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
-        pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_1_1,
+        # With HTTP/2 an outcome is unknown more often: when a connection breaks, for every call on it.
+        pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
+        if settings.transport_deduplicates
+        else pycurl.CURL_HTTP_VERSION_1_1,
         pycurl.PROXY: "",  # ignore the environment's proxies
     }
     if (settings.transport_url or "").startswith("https:"):

@@ -34,6 +34,9 @@ KEEPALIVE = 3
 connection that is just being closed has an unknown outcome.
 """
 
+STREAMS = 10
+"""Calls on one HTTP/2 connection at once: when it breaks, so many outcomes are unknown."""
+
 HEADERS = {
     "user-agent": "followups",
     "accept": "application/json",
@@ -106,10 +109,15 @@ class HttpClient:
             pycurl.FRESH_CONNECT: not kept,
         }
         limit = settings.concurrency
-        self._of_all = {pycurl.M_MAX_TOTAL_CONNECTIONS: limit, pycurl.M_MAXCONNECTS: limit}
+        self._of_all = {
+            pycurl.M_MAX_TOTAL_CONNECTIONS: limit,
+            pycurl.M_MAXCONNECTS: limit,
+            pycurl.M_MAX_CONCURRENT_STREAMS: STREAMS,
+        }
         self._spare: list[Exchange] = []
         self._is_open = False
         self._curls: CurlLoop | None = None
+        self._retired: list[CurlLoop] = []
         self._sweeping: asyncio.TimerHandle | None = None
         self._used = 0.0
 
@@ -127,18 +135,32 @@ class HttpClient:
 
         No answer makes this raise. Raises `RuntimeError` if the transport was not opened.
         """
-        curls = self._connections()
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(call.url, self._headers + _lines(call.headers), call.body, uptime() + self._timeout)
         try:
-            code = await curls.perform(exchange.curl)
-            while exchange.stale and self._curls is curls:
-                exchange.stale = False
-                code = await curls.perform(exchange.curl)
+            code = await self._perform(exchange)
+            if code == pycurl.E_OPERATION_TIMEDOUT and exchange.asked and not exchange.answered:
+                exchange.distrust()
             return self._outcome(exchange, code, dialect)
         finally:
+            exchange.end()
             self._spare.append(exchange)
             self._used = uptime()
+
+    async def _perform(self, exchange: Exchange) -> int:
+        """Perform the exchange on a connection that is in order, and return libcurl's result code."""
+        refused = set()
+        while True:
+            curls = self._connections()
+            code = await curls.perform(exchange.curl)
+            if exchange.stale is None or not self._is_open:
+                return code
+            if exchange.stale in refused and self._curls is curls:
+                # libcurl closes a connection that is refused, but not if it is one of HTTP/2.
+                self._retired.append(curls)
+                self._curls = None
+            refused.add(exchange.stale)
+            exchange.stale = None
 
     async def check(self) -> str:
         """Connect to the endpoint as a call does, send nothing, and report success in one sentence.
@@ -175,7 +197,7 @@ class HttpClient:
         return Unknown(f"the connection broke before an answer came ({reason})")
 
     # The connections. They are replaced after some seconds without a call, since libcurl closes an idle one only when
-    # the next call comes.
+    # the next call comes; and if libcurl insists on one that is not in order, which serves out the calls it has.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:
@@ -183,6 +205,7 @@ class HttpClient:
             raise RuntimeError(message)
         if self._curls is None:
             self._curls = CurlLoop(self._of_all)
+        if self._sweeping is None:
             self._sweep_after(KEEPALIVE)
         return self._curls
 
@@ -190,17 +213,21 @@ class HttpClient:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
-        curls, self._curls = self._curls, None
-        if curls is not None:
+        for curls in (*self._retired, *([self._curls] if self._curls else [])):
             curls.close()
-            self._sockets.clear()
+        self._retired.clear()
+        self._curls = None
+        self._sockets.clear()
 
     def _sweep_after(self, seconds: float) -> None:
         self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
+        for curls in [each for each in self._retired if each.is_idle]:
+            curls.close()
+            self._retired.remove(curls)
         left = self._used + KEEPALIVE - uptime()
-        if self._curls is None or not self._curls.is_idle:
+        if self._retired or self._curls is None or not self._curls.is_idle:
             self._sweep_after(KEEPALIVE)
         elif left > 0:
             self._sweep_after(left)

@@ -3,13 +3,15 @@
 This module decides which calls may be repeated. libcurl asks for the body only once the connection is established, and
 before it sends the first byte: as long as libcurl has not asked, nothing has left. libcurl gets the body only once. By
 itself it tries again on another connection if a kept connection ends without an answer, or if HTTP/2 refuses a stream.
-For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND).
+For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a
+refused stream (REFUSED_STREAM, GOAWAY) no differently from a lost one, so its outcome is unknown too.
 """
 
 from __future__ import annotations
 
 import select
 import socket
+from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -40,31 +42,53 @@ _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
 
 
+Address = tuple[str, int]
+
+
 class Sockets:
     """The sockets of open connections by their local addresses, by which libcurl names a connection."""
 
     def __init__(self, *, speak_first: bool) -> None:
         """Allow the receiver to send first on a new connection if ``speak_first``, as it does below TLS."""
         self._speak_first = speak_first
-        self._known: dict[tuple[str, int], select.poll] = {}
+        self._known: dict[Address, select.poll] = {}
+        self._calls: Counter[Address] = Counter()
 
     def clear(self) -> None:
         """Forget all sockets."""
         self._known.clear()
 
-    def is_in_order(self, address: tuple[str, int], opened: Sequence[int]) -> bool:
+    def begin(self, address: Address) -> None:
+        """Count a call in flight on this connection; only with HTTP/2 there are several at once."""
+        self._calls[address] += 1
+
+    def end(self, address: Address) -> None:
+        """Count a call in flight no more."""
+        self._calls[address] -= 1
+        if not self._calls[address]:
+            del self._calls[address]
+
+    def distrust(self, address: Address) -> None:
+        """Let no further request be sent on this connection."""
+        self._known.pop(address, None)
+
+    def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
         """Return whether a request may be sent on the connection with this local address.
 
         ``opened`` are the sockets of a new connection, or none. libcurl checks a kept connection at most once a second.
-        In between, libcurl would take unsolicited data on the connection for the answer to the next request.
+        In between, libcurl would take unsolicited data on the connection for the answer to the next request. With
+        HTTP/2 such data may be the announcement of the connection's end.
         """
         for each in opened:
             if _port(each) == address[1]:
                 self._known[address] = poll = select.poll()
-                poll.register(each, select.POLLIN)
+                poll.register(each, select.POLLIN | select.POLLRDHUP)
         if opened and self._speak_first:
             return True
-        return address in self._known and not self._known[address].poll(0)
+        if address not in self._known:
+            return False
+        seen = self._known[address].poll(0)
+        return not seen or (seen[0][1] == select.POLLIN and self._calls[address] > 0)
 
 
 def _port(number: int) -> int:
@@ -81,7 +105,9 @@ class Exchange:
     """One exchange at a time, over an easy handle that keeps its options for the next exchange."""
 
     __slots__ = (
+        "_address",
         "_at",
+        "_began",
         "_body",
         "_head",
         "_opened",
@@ -102,6 +128,9 @@ class Exchange:
         """Set the options; ``sockets`` are those of the multi handle."""
         self._sockets = sockets
         self._url = ""
+        self._address: Address = ("", 0)
+        self._began = False
+        self.stale: Address | None = None
         self._opened: list[int] = []
         self._head: list[bytes] = []
         self._parts: list[bytes] = []
@@ -123,12 +152,23 @@ class Exchange:
             self.curl.setopt(pycurl.URL, url)
         self._body, self._at, self._until = body, 0, until
         self._room = HEAD_LIMIT
-        self.asked = self.answered = self.late = self.stale = False
+        self.asked = self.answered = self.late = False
+        self.stale = None
         self._opened.clear()
         self._head.clear()
         self._parts.clear()
         self.curl.setopt(pycurl.HTTPHEADER, headers)
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
+
+    def end(self) -> None:
+        """Leave the connection to others."""
+        if self._began:
+            self._sockets.end(self._address)
+            self._began = False
+
+    def distrust(self) -> None:
+        """Let no further request be sent on the connection of this one."""
+        self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
         """Return the answer, whose head has arrived; ``code`` is libcurl's result for its body."""
@@ -148,9 +188,13 @@ class Exchange:
         if uptime() > self._until:
             self.late = True
             return _ABORT
-        if not self._sockets.is_in_order((own_ip, own_port), self._opened):
-            self.stale = not self._opened
+        self.end()
+        self._address = own_ip, own_port
+        if not self._sockets.is_in_order(self._address, self._opened):
+            self.stale = None if self._opened else self._address
             return _ABORT
+        self._sockets.begin(self._address)
+        self._began = True
         self._head.clear()  # the head of a proxy's answer
         self._room = HEAD_LIMIT
         self.answered = False

@@ -1,0 +1,353 @@
+"""HTTP/2 where a server offers it: the same outcomes as with HTTP/1.1, and one stream harms no other."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+from h2.errors import ErrorCodes
+
+from followups.transports.http import HttpTransport
+from followups.transports.http_client import STREAMS
+from followups.transports.port import Rejected, Retry, Sent, Unknown
+from unit.transports.doubles import a_delivery, answer, opened, scripted, settings_for
+from unit.transports.http2 import Http2Server, Stream, serving_http2
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from pathlib import Path
+
+    from followups.transports.port import Outcome, Transport
+
+OK = Sent(None, 200)
+MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    """Return a certificate authority that no system knows."""
+    return trustme.CA()
+
+
+@pytest.fixture
+def context(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
+    """Return a server's side of TLS that is trusted."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.pem"))
+    return context
+
+
+async def accept(stream: Stream) -> None:
+    """Answer at once."""
+    stream.answer(200)
+
+
+@pytest.fixture
+async def server(context: ssl.SSLContext) -> AsyncIterator[Http2Server]:
+    """Run a server that accepts everything, until a test says otherwise."""
+    async with serving_http2(accept, context) as server:
+        yield server
+
+
+@pytest.fixture
+async def transport(server: Http2Server) -> AsyncIterator[Transport]:
+    """Open a transport to it."""
+    async with opened(HttpTransport(settings_for(server.url, transport_timeout=10))) as transport:
+        yield transport
+
+
+async def send_at_once(transport: Transport, count: int) -> list[Outcome]:
+    """Send so many at once."""
+    return await asyncio.gather(*[transport.send(a_delivery()) for _ in range(count)])
+
+
+def keys(server: Http2Server) -> list[str]:
+    """Return the keys of all requests that arrived."""
+    return [each.headers["idempotency-key"] for each in server.requests]
+
+
+async def test_calls_share_a_connection(server: Http2Server, transport: Transport) -> None:
+    """Call after call and calls at once use one connection, each with its own answer."""
+
+    async def name(stream: Stream) -> None:
+        await asyncio.sleep(0.02)
+        stream.answer(200, b'{"chatMessageId": "%s"}' % stream.headers["idempotency-key"].encode())
+
+    assert await transport.send(a_delivery()) == OK
+    server.serve = name
+    deliveries = [a_delivery() for _ in range(STREAMS)]
+    outcomes = await asyncio.gather(*[transport.send(each) for each in deliveries])
+    assert outcomes == [Sent(each.follow_up_id, 200) for each in deliveries]
+    assert (len(server.connections), len(server.requests)) == (1, STREAMS + 1)
+    assert server.requests[0].body.startswith(b'{"followUpId":')
+
+
+async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLContext) -> None:
+    """A lost connection of HTTP/2 leaves many outcomes unknown, each of which would be final there."""
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    async with scripted(answer(200), context) as server:
+        settings = settings_for(server.url, transport_deduplicates=False)
+        async with opened(HttpTransport(settings)) as transport:
+            assert await transport.send(a_delivery()) == OK
+
+
+async def refuse(stream: Stream) -> None:
+    """Refuse the request, which the receiver promises not to have read."""
+    stream.reset(ErrorCodes.REFUSED_STREAM)
+
+
+async def demand_http_1(stream: Stream) -> None:
+    """Demand HTTP/1.1."""
+    stream.reset(ErrorCodes.HTTP_1_1_REQUIRED)
+
+
+async def fail(stream: Stream) -> None:
+    """End the stream with an error."""
+    stream.reset(ErrorCodes.INTERNAL_ERROR)
+
+
+async def withdraw(stream: Stream) -> None:
+    """End the stream without an error."""
+    stream.reset(ErrorCodes.NO_ERROR)
+
+
+async def go_away(stream: Stream) -> None:
+    """Take no stream any more, this one included."""
+    stream.connection.h2.close_connection(last_stream_id=stream.id - 1)
+    stream.connection.flush()
+
+
+async def go_away_and_close(stream: Stream) -> None:
+    """Take no stream any more, and end the connection."""
+    await go_away(stream)
+    stream.connection.writer.close()
+
+
+async def close(stream: Stream) -> None:
+    """End the connection."""
+    stream.connection.writer.close()
+
+
+async def abort(stream: Stream) -> None:
+    """Reset the connection."""
+    stream.connection.writer.transport.abort()
+
+
+async def hint_and_fail(stream: Stream) -> None:
+    """Send an informational answer and no other."""
+    stream.connection.h2.send_headers(stream.id, [(":status", "103")])
+    await fail(stream)
+
+
+async def send_garbage(stream: Stream) -> None:
+    """Send what is no frame."""
+    stream.connection.writer.write(b"\xff" * 1000)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["kept", "fresh"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        refuse,
+        demand_http_1,
+        fail,
+        withdraw,
+        go_away,
+        go_away_and_close,
+        close,
+        abort,
+        hint_and_fail,
+        send_garbage,
+    ],
+)
+async def test_however_a_stream_ends_the_request_went_out_once(
+    end: Callable[[Stream], Awaitable[None]], server: Http2Server, transport: Transport, *, kept: bool
+) -> None:
+    """Without an answer the outcome is unknown, nothing is sent again, and the next call is answered."""
+    if kept:
+        assert await transport.send(a_delivery()) == OK
+    server.serve = end
+    assert isinstance(await transport.send(a_delivery()), Unknown)
+    assert len(server.requests) == 1 + kept
+    server.serve = accept
+    assert await transport.send(a_delivery()) == OK
+    assert len(server.requests) == 2 + kept
+
+
+@pytest.mark.parametrize("end", [fail, abort])
+@pytest.mark.parametrize(("status", "outcome"), [(200, Sent), (500, Retry), (403, Rejected)])
+async def test_the_status_decides_when_the_body_breaks_off(
+    end: Callable[[Stream], Awaitable[None]], status: int, outcome: type, server: Http2Server, transport: Transport
+) -> None:
+    """After the head nothing is unknown any more."""
+
+    async def break_off(stream: Stream) -> None:
+        stream.answer(status, b"{", ends=False)
+        await asyncio.sleep(0.02)
+        await end(stream)
+
+    server.serve = break_off
+    assert isinstance(await transport.send(a_delivery()), outcome)
+    assert len(server.requests) == 1
+
+
+async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
+    server: Http2Server, transport: Transport
+) -> None:
+    """All outcomes of the connection are unknown, and only of that one."""
+
+    async def break_first(stream: Stream) -> None:
+        await asyncio.sleep(0.1)
+        if stream.connection is server.connections[0]:
+            await abort(stream)
+        else:
+            stream.answer(200)
+
+    assert await transport.send(a_delivery()) == OK
+    server.serve = break_first
+    outcomes = await send_at_once(transport, 2 * STREAMS)
+    lost = [each for each in outcomes if isinstance(each, Unknown)]
+    assert (len(lost), outcomes.count(OK)) == (STREAMS, STREAMS)
+    assert len(keys(server)) == len(set(keys(server))) == 2 * STREAMS + 1
+
+
+def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]) -> None:
+    """Let the next request be treated so, and the others be accepted a moment later."""
+    first = server.requests[-1].id + 2
+
+    async def serve(stream: Stream) -> None:
+        if stream.id == first:
+            await misbehave(stream)
+        else:
+            await asyncio.sleep(0.2)
+            stream.answer(200)
+
+    server.serve = serve
+
+
+async def answer_at_length(stream: Stream) -> None:
+    """Send a body of more than 64 KiB."""
+    stream.answer(200, b'{"chatMessageId": "%s"}' % MESSAGE_ID.encode(), ends=False)
+    for _ in range(10):
+        if stream.id in stream.connection.resets:
+            return
+        stream.connection.h2.send_data(stream.id, b" " * 16_000)
+        stream.connection.flush()
+        await asyncio.sleep(0.01)
+
+
+async def hint_without_end(stream: Stream) -> None:
+    """Send informational answers until the client stops."""
+    for _ in range(100):
+        if stream.id in stream.connection.resets:
+            return
+        stream.connection.h2.send_headers(stream.id, [(":status", "103"), ("link", "x" * 1000)])
+        stream.connection.flush()
+        await asyncio.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("misbehave", "outcome"),
+    [
+        (answer_at_length, Sent(None, 200, "the body of the answer is longer than 64 KiB")),
+        (hint_without_end, Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")),
+        (fail, Unknown("the connection broke before an answer came (Stream error in the HTTP/2 framing layer)")),
+    ],
+)
+async def test_one_stream_harms_no_other(
+    misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
+) -> None:
+    """A body or a head without an end costs its own call, whose stream ends; the connection goes on."""
+    assert await transport.send(a_delivery()) == OK
+    first_of(server, misbehave)
+    outcomes = await send_at_once(transport, STREAMS)
+    assert outcomes == [outcome, *[OK] * (STREAMS - 1)]
+    server.serve = accept
+    assert await transport.send(a_delivery()) == OK
+    assert len(server.connections) == 1
+
+
+async def stay_silent(_stream: Stream) -> None:
+    """Never answer."""
+
+
+async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server) -> None:
+    """Calls in flight beside a silent one are answered; the next call does not trust the connection any more."""
+    async with opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport:
+        assert await transport.send(a_delivery()) == OK
+        first_of(server, stay_silent)
+        outcomes = await send_at_once(transport, STREAMS)
+        assert outcomes == [Unknown("no answer within 1 s"), *[OK] * (STREAMS - 1)]
+        server.serve = accept
+        for _ in range(3):
+            assert await transport.send(a_delivery()) == OK
+        assert len(server.connections) == 2
+
+
+async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, transport: Transport) -> None:
+    """Cancelling ends one stream."""
+    assert await transport.send(a_delivery()) == OK
+    first_of(server, stay_silent)
+    calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(STREAMS)]
+    await asyncio.sleep(0.1)
+    calls[0].cancel()
+    assert await asyncio.gather(*calls[1:]) == [OK] * (STREAMS - 1)
+    assert server.connections[0].resets == [3]
+    assert len(server.connections) == 1
+
+
+async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
+    """A receiver that hangs up between two calls costs neither of them anything, whatever way it does."""
+    for end in (close, abort, go_away_and_close):
+        assert await transport.send(a_delivery()) == OK
+        await end(server.requests[-1])
+        await asyncio.sleep(0.05)
+        assert await transport.send(a_delivery()) == OK
+    assert len(server.connections) == 4
+
+
+async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, transport: Transport) -> None:
+    """They may announce its end (GOAWAY), so the next call uses another connection."""
+    assert await transport.send(a_delivery()) == OK
+    server.connections[0].h2.close_connection()
+    server.connections[0].flush()
+    await asyncio.sleep(0.05)
+    assert await transport.send(a_delivery()) == OK
+    assert len(server.connections) == 2
+
+
+async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: Transport) -> None:
+    """A connection on which frames come while calls are in flight takes further calls."""
+
+    async def ping_and_answer(stream: Stream) -> None:
+        stream.connection.h2.ping(b"01234567")
+        stream.connection.flush()
+        await asyncio.sleep(0.05)
+        stream.answer(200)
+
+    assert await transport.send(a_delivery()) == OK
+    server.serve = ping_and_answer
+    assert await send_at_once(transport, STREAMS) == [OK] * STREAMS
+    assert len(server.connections) == 1
+
+
+async def test_more_calls_than_the_receiver_takes_at_once_use_more_connections(context: ssl.SSLContext) -> None:
+    """The receiver's limit of streams is kept."""
+
+    async def answer_late(stream: Stream) -> None:
+        await asyncio.sleep(0.2)
+        stream.answer(200)
+
+    async with (
+        serving_http2(accept, context, streams_at_once=2) as server,
+        opened(HttpTransport(settings_for(server.url, transport_timeout=10))) as transport,
+    ):
+        assert await transport.send(a_delivery()) == OK
+        server.serve = answer_late
+        assert await send_at_once(transport, 6) == [OK] * 6
+        assert len(server.connections) == 5
