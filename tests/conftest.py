@@ -230,7 +230,8 @@ def _fresh_settings() -> Iterator[None]:
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
     """Return an engine on the test's own database, as a worker has it."""
-    from followups.database import BY_KEY, make_engine  # noqa: PLC0415 - not for unit tests
+    from followups.database import make_engine  # noqa: PLC0415 - not for unit tests
+    from followups.session_settings import BY_KEY  # noqa: PLC0415 - not for unit tests
 
     engine = make_engine(database_url, options=BY_KEY)
     yield engine

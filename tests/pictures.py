@@ -21,22 +21,24 @@ from rich.console import Console
 from sqlalchemy.orm import Session
 
 from followups import schedule
-from followups.cli import dashboard, stats
-from followups.cli.demo import summary
-from followups.cli.demo.command import perform, plan_of
-from followups.cli.demo.view import Picture
-from followups.cli.rest import Rest
-from followups.cli.signals import StopSignals
-from followups.cli.system import running
+from followups.cli import stats
+from followups.cli.demo import perform, plan_of
+from followups.cli.demo.picture import Picture
+from followups.cli.demo.play import Rest
+from followups.cli.demo.score import summary_panel
 from followups.database import make_engine
+from followups.embedded.stop_signals import StopSignals
+from followups.embedded.system import running
+from followups.operations.statistics import SECONDS as SECONDS_SHOWN
+from followups.operations.statistics import measure_by_second
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sqlalchemy import Engine
 
-    from followups.cli.demo.score import Score, Standing
-    from followups.cli.system import Stack
+    from followups.cli.demo.score import Standing
+    from followups.embedded.system import Stack
 
 PICTURES = Path(__file__).parents[1] / "deploy" / "pictures"
 DEMO, DASHBOARD = (80, 27), (96, 27)
@@ -66,28 +68,14 @@ def keep(drawn: Console, title: str, name: str) -> None:
     (PICTURES / name).write_text(drawn.export_svg(title=title, code_format=code_format, unique_id=Path(name).stem))
 
 
-class Photographer:
-    """Watches the demo, and keeps its end."""
-
-    def __init__(self, sandbox: str) -> None:
-        self._sandbox = sandbox
-
-    def watch(self, standings: Sequence[Standing], now: datetime) -> None:
-        """Remember the last picture."""
-        self._last = standings, now
-
-    def hear(self, name: str) -> None:
-        """Nothing: the picture shows what it comes to."""
-
-    def close(self, score: Score) -> None:
-        """Draw as a terminal does at the end."""
-        drawn = console(DEMO)
-        drawn.print(Picture(*self._last, self._sandbox, *DEMO).render())
-        drawn.print(summary.panel(score))
-        keep(drawn, "followups demo", "demo.svg")
-
-    def leave(self) -> None:
-        """Nothing to give back."""
+def draw_demo(stack: Stack) -> None:
+    """Play the demo, and draw its end as a terminal does."""
+    last: list[Sequence[Standing] | datetime] = []
+    score = perform(stack, lambda standings, now, _: last.__setitem__(slice(None), [standings, now]))
+    drawn = console(DEMO)
+    drawn.print(Picture(*last, stack.sandbox, *DEMO).render())
+    drawn.print(summary_panel(score))
+    keep(drawn, "followups demo", "demo.svg")
 
 
 def due_moments(start: datetime) -> list[datetime]:
@@ -122,11 +110,11 @@ def photograph_dashboard(stack: Stack) -> None:
     """Look again and again for a minute, while it works; draw the last look."""
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     replying = load(stack, engine)
-    workers, attempts = dashboard.Workers(), dashboard.Attempts()
+    workers, attempts = stats.Workers(), stats.Attempts()
     workers.start()
     api = Rest(stack.api, stack.create_key("pictures", "replies")[1])
-    for _ in range(round((LEAD + dashboard.SECONDS) / 2)):
-        look = stats.look_at(engine, timedelta(minutes=5))
+    for _ in range(round((LEAD + SECONDS_SHOWN) / 2)):
+        look = measure_by_second(engine, timedelta(minutes=5))
         attempts.see(look.attempts, time.monotonic())
         if replying:
             api.call(
@@ -138,7 +126,7 @@ def photograph_dashboard(stack: Stack) -> None:
     api.close()
     engine.dispose()
     drawn = console(DASHBOARD)
-    drawn.print(dashboard.view(look, stats.table_of(look), attempts, workers))
+    drawn.print(stats.dashboard(look, attempts, workers))
     keep(drawn, "followups stats --watch", "dashboard.svg")
 
 
@@ -146,7 +134,7 @@ def main() -> None:
     """Make both pictures."""
     with StopSignals() as signals, running(plan_of(signals)) as stack:
         os.environ |= stack.settings.environment()  # the dashboard asks the workers, and reads the settings
-        perform(stack, Photographer(stack.sandbox))
+        draw_demo(stack)
         photograph_dashboard(stack)
 
 

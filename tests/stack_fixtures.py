@@ -9,9 +9,10 @@ from uuid import uuid4
 import pytest
 
 from conftest import brisk_settings, url_of
-from followups.database import BY_KEY, make_engine
+from followups.database import make_engine
 from followups.embedded import Processes
 from followups.embedded.postgres import create_database, drop_database
+from followups.session_settings import BY_KEY
 from stack import Stack
 from world import World
 

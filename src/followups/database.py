@@ -9,19 +9,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
-from sqlalchemy import URL, Connection, Engine, create_engine, event, text
-from sqlalchemy.exc import (
-    DataError,
-    DBAPIError,
-    IntegrityError,
-    InvalidatePoolError,
-    OperationalError,
-    SQLAlchemyError,
-)
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
+from followups.database_errors import READ_ONLY, UnfitDatabaseError
+from followups.session_settings import CONNECT_TIMEOUT, CONNECTION, SESSION
 from followups.urls import database_url as parse
 
 if TYPE_CHECKING:
@@ -34,8 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
-CONNECT_TIMEOUT = 5
-"""Seconds until an unreachable server is reported if the URL has no `connect_timeout`."""
 POOL_MARGIN = 5
 """Seconds that a caller waits for a pooled connection beyond the time that connecting may take."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
@@ -44,22 +36,6 @@ SILENCE_MARGIN = timedelta(seconds=5)
 """How much longer than that a server may be silent before the connection is given up: it is half-open, or the server
 hangs and its own timeout will never be heard of.
 """
-TCP_USER_TIMEOUT = 10_000
-"""Milliseconds without an acknowledgement after which a half-open connection is given up."""
-
-CONNECTION: Mapping[str, str | int] = {
-    "connect_timeout": CONNECT_TIMEOUT,
-    "keepalives_idle": 10,
-    "keepalives_interval": 3,
-    "keepalives_count": 3,
-    "tcp_user_timeout": TCP_USER_TIMEOUT,
-    "options": "",  # no options, not even those of PGOPTIONS
-    # During a failover the address may lead to a standby. The standby would answer every SELECT from outdated data, and
-    # the pool would keep the session.
-    "target_session_attrs": "read-write",
-}
-"""Parameters of libpq that apply where the URL sets none."""
-
 NO_CONNECT_TIMEOUT = 130
 """Seconds that psycopg waits if the URL's `connect_timeout` is 0, which means no limit."""
 
@@ -71,58 +47,6 @@ _OURS = "followups.set_up"
 
 RECENTLY = 1.0
 """Seconds after its last use during which a connection needs no test."""
-
-SESSION: Mapping[str, str] = {
-    # A statement must see what was committed before it began. Under a snapshot of the whole transaction, a reply that
-    # waited for the chat's lock would not see the follow-up that it has to cancel.
-    "default_transaction_isolation": "read committed",
-    # The formats that psycopg reads and writes.
-    "client_encoding": "UTF8",
-    "DateStyle": "ISO, MDY",
-    "IntervalStyle": "postgres",
-    "TimeZone": "UTC",
-    "array_nulls": "on",
-    "extra_float_digits": "1",
-    # Statements wait for rows, and sessions stay idle in the pool, by intention. The limits of `make_engine` end what
-    # takes too long; migrations set a `lock_timeout` of their own.
-    "lock_timeout": "0",
-    "transaction_timeout": "0",
-    "idle_session_timeout": "0",
-    "plan_cache_mode": "auto",
-}
-"""Settings of all our sessions, whatever the server, the database, the role or the environment sets.
-
-One statement sets them. They are not sent as `options` at connection startup, since PgBouncer and RDS Proxy refuse
-those.
-"""
-
-BY_KEY: Mapping[str, str] = {
-    "jit": "off",
-    **{f"enable_{method}": "off" for method in ("seqscan", "bitmapscan", "hashjoin", "mergejoin")},
-}
-"""Planner options for workers. Each of their statements looks up a batch by key or walks an index, and must keep doing
-so when a burst of inserts has made the table's statistics wrong. Measured right after an insert of 20,000 rows: begin
-takes 17 ms a hundred without these, 4 ms with them. JIT is off because compiling would take longer than the statement.
-"""
-
-READ_ONLY = "25006"
-"""SQLSTATE of a change that a read-only server refuses."""
-
-READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""Messages of libpq about a server that does not match ``target_session_attrs``.
-
-There is no SQLSTATE for this error.
-"""
-
-ONCE_PLANNED: Mapping[str, str] = {**BY_KEY, "plan_cache_mode": "force_generic_plan"}
-"""The same for the pipeline, whose statements go by key whatever their batch holds. For a batch of fewer than ten
-PostgreSQL would plan each time: begin then takes 1.1 ms, and 0.5 ms by the cached plan. A claim may need a different
-plan for each of its limits.
-"""
-
-
-class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value; the message explains what to do."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
@@ -345,81 +269,6 @@ def _patience(statement_timeout: timedelta | None) -> float | None:
     if statement_timeout is None:
         return None
     return (statement_timeout + min(SILENCE_MARGIN, statement_timeout)).total_seconds()
-
-
-PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
-"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server during a
-failover, deadlock, out of resources, object in use, operator intervention, system error.
-"""
-
-
-def is_passing(error: Exception) -> bool:
-    """Return whether a retry may help: the database was unreachable, busy, or broke a deadlock."""
-    if isinstance(error, PoolTimeoutError | OperationalError):
-        return True
-    if not isinstance(error, DBAPIError):
-        return False
-    return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
-
-
-UNDONE = frozenset({"40001", "40P01"})
-"""SQLSTATEs of a transaction rolled back in a conflict: serialization failure and deadlock.
-
-None of its changes were made.
-"""
-
-
-def is_undone(error: DBAPIError) -> bool:
-    """Return whether the transaction was rolled back in a conflict with another one.
-
-    Such a transaction may be retried as a whole.
-    """
-    return getattr(error.orig, "sqlstate", None) in UNDONE
-
-
-IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
-"""What to do about a standby, or a server that was made read-only.
-
-Processes continue by themselves once the server takes changes.
-"""
-
-
-def is_read_only(error: Exception) -> bool:
-    """Return whether the error means that the database takes no changes."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
-
-
-def takes_changes(connection: Connection) -> bool:
-    """Return whether the server takes changes.
-
-    A server reached by a URL with ``target_session_attrs=any`` may not.
-    """
-    return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
-
-
-def unfit(error: Exception) -> str:
-    """Return why the database cannot be used and what to do, or an empty string for any other error."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
-    if is_read_only(error):
-        return IS_READ_ONLY
-    return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
-
-
-ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
-"""Further SQLSTATEs that one row may cause: a trigger's refusal, a damaged page.
-
-One row may also cause the errors for bad data and broken constraints.
-"""
-
-
-def concerns_a_row(error: Exception) -> bool:
-    """Return whether one row's content may be the cause, so that the work would succeed without it."""
-    if isinstance(error, DataError | IntegrityError):
-        return True
-    if isinstance(error, DBAPIError):
-        return str(getattr(error.orig, "sqlstate", None)) in ROW_STATES
-    return not isinstance(error, SQLAlchemyError)
 
 
 def make_sessions(engine: Engine) -> sessionmaker[Session]:

@@ -162,3 +162,20 @@ class TransitionError(FollowUpsError):
     """The table of states holds no such transition."""
 
     slug = "transition"
+
+
+def named(error: BaseException) -> str:
+    """Return the error's class name and the first line of its message."""
+    said = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def reason_of(error: BaseException) -> str:
+    r"""Return why a connection failed: the part after the last colon of libpq's first line.
+
+    >>> reason_of(OSError('connection to server at "::1", port 5432 failed: Connection refused\n\tIs it running?'))
+    'connection refused'
+    """
+    first = str(error).strip().partition("\n")[0]
+    reason = first.rpartition("failed: ")[2].removeprefix("FATAL:").strip().rstrip(".")
+    return reason[:1].lower() + reason[1:]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from followups.database import concerns_a_row
+from followups.database_errors import concerns_a_row
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

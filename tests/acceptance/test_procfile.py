@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from followups.cli import main
-from followups.cli.rest import Rest
+from followups.cli.demo.play import Rest
 from followups.embedded import free_port
 from followups.schema import downgrade
 from process_tree import assert_gone, descendants, needs_proc

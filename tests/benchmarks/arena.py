@@ -57,7 +57,7 @@ class Arena:
         self.workspace = self.sql("INSERT INTO workspaces (name) VALUES ('bench') RETURNING id")[0][0]
         self.port = free_port()
         self._common = self._stack.enter_context(Processes())
-        argv = [sys.executable, "-m", "followups.cli.bench.receiver", "--port", str(self.port)]
+        argv = [sys.executable, "-m", "followups.embedded.receiver", "--port", str(self.port)]
         self._common.spawn("receiver", argv, ready=answers(f"http://127.0.0.1:{self.port}/count"))
         self.processes = Processes()
         return self

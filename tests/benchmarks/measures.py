@@ -130,8 +130,9 @@ def others_pending(arena: Arena, count: int) -> None:
 
 def tick(arena: Arena, claims: int = 200) -> Figures:
     """Claim a hundred that are due, time and again; return the median of one claim, in milliseconds."""
-    from followups.database import BY_KEY, make_engine  # noqa: PLC0415 - here alone
+    from followups.database import make_engine  # noqa: PLC0415 - here alone
     from followups.delivery.claim import claim  # noqa: PLC0415
+    from followups.session_settings import BY_KEY  # noqa: PLC0415 - here alone
     from followups.settings import load_settings  # noqa: PLC0415
 
     arena.clear()

@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Connection, Engine, text
 
-from followups.database import BY_KEY, make_engine
+from followups.database import make_engine
 from followups.delivery.claim import size_of_claim
 from followups.embedded import EmbeddedPostgres
 from followups.schema import migrate
+from followups.session_settings import BY_KEY
 from followups.settings import Settings
 from followups.states import ReasonCode, Status, finish
 from followups.store import claims, leases

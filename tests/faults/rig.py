@@ -26,10 +26,11 @@ from faults.failpoints import Failpoints
 from faults.promises import Record, Verdict, check
 from faults.proxy import Proxy
 from faults.replica import Replicated
-from followups.database import BY_KEY, make_engine
+from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, memory_directory
 from followups.embedded import postgres as embedded
 from followups.schema import migrate
+from followups.session_settings import BY_KEY
 from stack import COMMANDS, Stack, wait_until
 from world import World
 

@@ -9,8 +9,7 @@ import pytest
 from celery import Celery
 
 from followups.delivery.claim import claim
-from followups.delivery.hints import batches
-from followups.worker.queues import DELIVER, DISPATCH
+from followups.delivery.hints import DELIVER, DISPATCH, batches
 from stack import wait_until
 
 if TYPE_CHECKING:

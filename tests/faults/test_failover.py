@@ -23,11 +23,13 @@ from commits import break_once
 from conftest import brisk_settings
 from faults.replica import INSTALLED, MISSING, Replicated, ask, socket_of
 from faults.rig import REPLICATED, Load, own_servers
-from followups.database import BY_KEY, make_engine, takes_changes
+from followups.database import make_engine
+from followups.database_errors import takes_changes
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
 from followups.embedded import postgres as embedded
 from followups.schema import migrate
+from followups.session_settings import BY_KEY
 from stack import wait_until
 from world import World, begun
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 import followups
-from followups.database import is_undone
+from followups.database_errors import is_undone
 from followups.errors import AlreadyFinishedError, NothingToFollowUpError
 
 if TYPE_CHECKING:

@@ -12,13 +12,14 @@ from uuid import uuid4
 import pytest
 import redis
 
-from followups.database import ONCE_PLANNED, make_async_engine
+from followups.database import make_async_engine
 from followups.delivery import breaker
 from followups.delivery.breaker import CLOSED, Breaker, News, Reading, Run
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control import breaker as shared
 from followups.flow_control.breaker import Pace, RedisBreaker, read
+from followups.session_settings import ONCE_PLANNED
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from server_clock import ServerClock

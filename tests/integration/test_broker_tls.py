@@ -16,8 +16,8 @@ import trustme
 
 from followups.api.key_rate_limit import RateLimit
 from followups.api.readiness import Health
-from followups.cli.connection import broker_client
 from followups.flow_control import connect
+from followups.operations.doctor.broker_checks import broker_client
 from followups.settings import load_settings
 from followups.worker.broker import App
 from redis_server import MISSING, PROGRAM, RedisServer

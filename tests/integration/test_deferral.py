@@ -15,13 +15,14 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
-from followups.database import ONCE_PLANNED, make_async_engine
+from followups.database import make_async_engine
 from followups.delivery.claim import claim
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.pipeline import Pipeline
 from followups.delivery.rate_limiting import LONGEST
 from followups.flow_control.breaker import Pace, RedisBreaker, read
+from followups.session_settings import ONCE_PLANNED
 from followups.store import rate_limits
 from followups.store.leases import lane_of
 from followups.transports.port import Retry, Sent

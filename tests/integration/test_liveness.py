@@ -7,9 +7,10 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from followups.database import ONCE_PLANNED, make_async_engine
+from followups.database import make_async_engine
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.pipeline import Pipeline
+from followups.session_settings import ONCE_PLANNED
 from followups.telemetry.heartbeat import Heartbeat
 from followups.transports.sandbox.transport import SandboxTransport
 from followups.worker import liveness

@@ -18,7 +18,7 @@ from followups.delivery.claim import claim
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.store import chat_order
-from followups.store.metric_totals import Totals, read
+from followups.store.counter_totals import CounterTotals, read
 from followups.telemetry import metrics
 from followups.transactions import transact
 from followups.transports.port import Retry, Sent
@@ -197,7 +197,7 @@ def test_taken_over_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
     """Counts are added once, whether the answer is lost before or after the commit."""
-    totals = Totals(engine)
+    totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:
         before = read(connection)

@@ -17,13 +17,14 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
-from followups.database import ONCE_PLANNED, make_async_engine
+from followups.database import make_async_engine
 from followups.delivery import pipeline as pipeline_module
 from followups.delivery.claim import claim
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.due_queue import SUSPECTS
 from followups.delivery.pipeline import Pipeline
 from followups.delivery.send import send
+from followups.session_settings import ONCE_PLANNED
 from followups.store.leases import Begun, Lease
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime

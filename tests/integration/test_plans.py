@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import event, text
 
-from followups.database import BY_KEY, ONCE_PLANNED, make_engine
+from followups.database import make_engine
 from followups.delivery import dispatcher
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
+from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.store import claims, leases, rate_limits
 from followups.transports.port import Rejected, Retry, Sent
 from followups.uptime import uptime

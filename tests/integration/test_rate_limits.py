@@ -13,11 +13,12 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import text
 
-from followups.database import ONCE_PLANNED, make_async_engine
+from followups.database import make_async_engine
 from followups.delivery import pipeline as pipeline_module
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control.limiter import RedisLimiter
+from followups.session_settings import ONCE_PLANNED
 from followups.store import pauses, rate_limits
 from followups.store.rate_limits import Scope
 from followups.transports.port import Retry, Sent

@@ -9,7 +9,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, OperationalError
 
-from followups.database import is_passing, is_read_only, make_async_engine, make_engine
+from followups.database import make_async_engine, make_engine
+from followups.database_errors import is_passing, is_read_only
 from followups.transactions import in_loop
 from foreign import read_only, whatever_it_is
 

@@ -15,9 +15,10 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 import followups
-from followups.database import BY_KEY, CONNECT_TIMEOUT, ONCE_PLANNED, SESSION, make_async_engine, make_engine
+from followups.database import make_async_engine, make_engine
 from followups.embedded.postgres import drop_database
 from followups.errors import TransactionError
+from followups.session_settings import BY_KEY, CONNECT_TIMEOUT, ONCE_PLANNED, SESSION
 from followups.transactions import in_loop
 from foreign import HOSTILE, create_database_of_encoding, set_defaults
 from pgbouncer import MISSING, PROGRAM, PgBouncer

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import event, text
 
-from followups.store import backlog
+from followups.store import counts
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -28,7 +28,7 @@ def test_exact(world: World, engine: Engine) -> None:
     world.follow_up(due=HOUR)
     world.follow_up(due=-5 * HOUR, status="sent", finished_at=text("now()"))
     with engine.connect() as connection:
-        found = backlog.measure(connection, window=5000)
+        found = counts.measure_backlog(connection, window=5000)
     assert (found.pending, found.overdue, found.in_flight) == (5, 2, 1)
     assert 7200 <= found.oldest_overdue < 7300
 
@@ -37,12 +37,12 @@ def test_nothing(world: World, engine: Engine) -> None:
     """With no rows every gauge is zero."""
     assert world.scalar("SELECT count(*) FROM follow_ups") == 0
     with engine.connect() as connection:
-        assert backlog.measure(connection, window=5000) == backlog.Backlog(0, 0, 0.0, 0)
+        assert counts.measure_backlog(connection, window=5000) == counts.Backlog(0, 0, 0.0, 0)
 
 
 def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """However few of many rows are overdue, they are found through an index, and the rest is not read."""
-    monkeypatch.setattr(backlog, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=HOUR)
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id)"
@@ -53,7 +53,7 @@ def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest
     statements: list[tuple[str, object]] = []
     event.listen(engine, "before_cursor_execute", lambda *given: statements.append((given[2], given[3])))
     with engine.connect() as connection:
-        assert backlog.measure(connection, window=100).overdue == 4
+        assert counts.measure_backlog(connection, window=100).overdue == 4
         statement, parameters = statements[0]
         plan = connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars().all()  # type: ignore[arg-type]
     assert any("ix_follow_ups_due" in line for line in plan)
@@ -62,7 +62,7 @@ def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest
 
 def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows are estimated from the statistics, within a fifth."""
-    monkeypatch.setattr(backlog, "EXACT_UP_TO", 100)
+    monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=-HOUR)
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id)"
@@ -71,6 +71,6 @@ def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
     )
     world.sql("ANALYZE follow_ups")
     with engine.connect() as connection:
-        found = backlog.measure(connection, window=5000)
+        found = counts.measure_backlog(connection, window=5000)
     assert found.pending == pytest.approx(4001, rel=0.2)
     assert found.overdue == pytest.approx(1001, rel=0.2)

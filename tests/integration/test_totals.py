@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from followups.store.metric_totals import Totals, counted, read
+from followups.store.counter_totals import CounterTotals, counted, read
 from followups.telemetry import metrics
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from followups.store.metric_totals import Sample
+    from followups.store.counter_totals import Sample
 
 CLAIMED = ("followups_claimed_total", "{}")
 
@@ -23,7 +23,7 @@ def sums(engine: Engine) -> dict[Sample, float]:
 
 def test_processes_add_up(engine: Engine) -> None:
     """Each process adds its new counts; the sum is that of all processes."""
-    first, second = Totals(engine), Totals(engine)
+    first, second = CounterTotals(engine), CounterTotals(engine)
     before = counted()[CLAIMED]
     metrics.CLAIMED.inc(3)
     first.add()
@@ -39,7 +39,7 @@ def test_labels_and_histograms(engine: Engine) -> None:
     """Labelled counters and histograms are summed sample by sample."""
     metrics.TRANSITIONS.labels(status="failed", code="rejected").inc()
     metrics.LAG.observe(0.003)
-    Totals(engine).add()
+    CounterTotals(engine).add()
     found = sums(engine)
     assert found["followups_transitions_total", '{"code": "rejected", "status": "failed"}'] >= 1
     assert found["followups_lag_seconds_bucket", '{"le": "0.005"}'] >= 1
@@ -48,7 +48,7 @@ def test_labels_and_histograms(engine: Engine) -> None:
 
 def test_added_at_the_end(engine: Engine) -> None:
     """A process that stops adds the rest."""
-    kept = Totals(engine)
+    kept = CounterTotals(engine)
     kept.start()
     metrics.CLAIMED.inc()
     kept.stop()

@@ -9,8 +9,9 @@ from uuid import UUID
 import pytest
 import typer
 
-from followups.cli.rates import default_burst, parse_rate, shown
+from followups.cli.parse import default_burst, parse_rate
 from followups.delivery.rate_limiting import Limits, loosened
+from followups.operations.wording import rate_in_words
 from followups.store.rate_limits import Limit, Place
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
@@ -80,12 +81,12 @@ def test_no_limits() -> None:
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
 def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
     """A parsed rate is written as it was."""
-    assert shown(parse_rate(text)) == text
+    assert rate_in_words(parse_rate(text)) == text
 
 
 def test_rates_with_fractions() -> None:
     """Half a message a second is thirty a minute; zero, or more than a million a second, is refused."""
-    assert shown(parse_rate("0.5/s")) == "30/min"
+    assert rate_in_words(parse_rate("0.5/s")) == "30/min"
     for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):
             parse_rate(text)

@@ -28,7 +28,7 @@ from followups.console.application import Console
 from followups.database import make_engine, make_sessions
 from followups.errors import FollowUpsError, SettingsError
 from followups.settings import load_settings
-from followups.store.metric_totals import Totals
+from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
 from followups.telemetry.logs import configure_logging
 
@@ -75,7 +75,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     app = _routes()
     app.state.metrics_port = settings.metrics_port
     app.state.health = Health(settings, engine)
-    totals = Totals(engine)
+    totals = CounterTotals(engine)
     app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
     app.state.services = Services(
         sessions=make_sessions(engine),

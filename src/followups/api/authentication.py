@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
 from followups.api.access_log import KEY
-from followups.database import is_undone
+from followups.database_errors import is_undone
 from followups.delivery.claim import AHEAD_TICKS
 from followups.errors import UnauthorizedError
 from followups.states import Final, Status, finish

@@ -13,7 +13,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.store import backlog, last_tick, metric_totals
+from followups.store import counter_totals, counts, last_tick
 from followups.telemetry import metrics
 from followups.telemetry.logs import get_logger
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.store.metric_totals import Totals
+    from followups.store.counter_totals import CounterTotals
 
 log = get_logger(__name__)
 
@@ -30,7 +30,7 @@ KEPT = timedelta(seconds=2)
 """How long an answer of the database is reused, so that several scrapers cost no more than one."""
 
 
-ESTIMATED = f"beyond {backlog.EXACT_UP_TO:,} the planner's estimate."
+ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
 
 
 class BacklogCollector(Collector):
@@ -41,7 +41,7 @@ class BacklogCollector(Collector):
         self._engine = engine
         self._window = window
         self._lock = threading.Lock()
-        self._kept: backlog.Backlog | None = None
+        self._kept: counts.Backlog | None = None
         self._until = 0.0
         self._last_tick = 0.0
 
@@ -66,13 +66,13 @@ class BacklogCollector(Collector):
             self._last_tick,
         )
 
-    def _backlog(self) -> backlog.Backlog | None:
+    def _backlog(self) -> counts.Backlog | None:
         with self._lock:
             if time.monotonic() < self._until:
                 return self._kept
             try:
                 with self._engine.connect() as connection:
-                    self._kept = backlog.measure(connection, window=self._window)
+                    self._kept = counts.measure_backlog(connection, window=self._window)
                     self._last_tick = last_tick.last_tick(connection)
             except SQLAlchemyError as error:
                 log.warning("database_unreachable", step="metrics", error=type(error).__name__)
@@ -84,7 +84,7 @@ class BacklogCollector(Collector):
 class Exposition:
     """The text for Prometheus: the backlog, the sums of all processes' counters, and this process's own state."""
 
-    def __init__(self, engine: Engine, window: int, totals: Totals) -> None:
+    def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:
         """Take the sources of gauges and sums."""
         self._engine = engine
         self._totals = totals
@@ -99,7 +99,7 @@ class Exposition:
             self._totals.add()
             with self._engine.connect() as connection:
                 # Metrics without labels are shown from the start, as zero.
-                samples = dict.fromkeys(metric_totals.counted(), 0.0) | metric_totals.read(connection)
+                samples = dict.fromkeys(counter_totals.counted(), 0.0) | counter_totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)
             samples = {}
@@ -114,7 +114,7 @@ class Exposition:
         return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
 
 
-def _families(samples: Mapping[metric_totals.Sample, float]) -> Iterator[Metric]:
+def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:
     """Group the samples under the name, type and help of their metric."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}

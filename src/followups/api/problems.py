@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from pydantic.alias_generators import to_camel
 
-from followups.database import is_passing, is_read_only
+from followups.database_errors import is_passing, is_read_only
 from followups.errors import (
     ConflictError,
     DeliveryInProgressError,

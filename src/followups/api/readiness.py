@@ -16,7 +16,7 @@ from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups.api.schemas import Check
-from followups.database import IS_READ_ONLY, takes_changes, unfit
+from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
 from followups.schema import alembic_config, is_ready
 from followups.store import last_tick
 
@@ -31,10 +31,6 @@ TIMEOUT = timedelta(seconds=1)
 KEPT = 1.0
 """Seconds for which one result answers every probe, so that many probes cost no more than one."""
 
-STALE_TICKS = 5
-STALE_AT_LEAST = timedelta(seconds=10)
-"""The last tick is stale after five intervals, but not before ten seconds: a restart of beat is no outage."""
-
 
 class Health:
     """The checks of one process."""
@@ -44,7 +40,7 @@ class Health:
         self._engine = engine
         self._lock = threading.Lock()
         self._latest: tuple[float, dict[str, Check]] | None = None
-        self._stale = max(STALE_AT_LEAST, STALE_TICKS * settings.tick_interval)
+        self._stale = last_tick.stale_after(settings.tick_interval)
         self._broker = Redis.from_url(
             settings.broker_url.get_secret_value(),
             socket_timeout=TIMEOUT.total_seconds(),

@@ -9,11 +9,12 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 
 from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import api_key_document
-from followups.cli.examples import examples
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import parse_age, readable
+from followups.cli.parse import parse_age
 from followups.models import Workspace
+from followups.operations.wording import readable
 from followups.store import api_keys, workspaces
 
 app = typer.Typer(

@@ -32,25 +32,23 @@ OPERATE = "Operate"
 
 CATALOGUE = {
     "up": Entry("up", "Run everything on this machine, with a sandbox chat that receives the messages.", TRY),
-    "demo": Entry("demo.command", "Watch follow-ups be sent, retried, rejected and cancelled by a reply.", TRY),
+    "demo": Entry("demo", "Watch follow-ups be sent, retried, rejected and cancelled by a reply.", TRY),
     "migrate": Entry("migrate", "Bring the database to the newest schema.", SET_UP),
     "workspace": Entry("workspace", "Create and list workspaces; set the hours at which one may send.", SET_UP),
     "api-key": Entry("api_key", "Create, list and revoke API keys.", SET_UP),
-    "doctor": Entry("doctor.command", "Check database, broker, transport, beat and workers; say what to do.", SET_UP),
+    "doctor": Entry("doctor", "Check database, broker, transport, beat and workers; say what to do.", SET_UP),
     "openapi": Entry("openapi", "Print the OpenAPI document of the REST API.", SET_UP),
     "list": Entry("list", "List follow-ups, newest first.", OPERATE),
     "show": Entry("show", "Say why one follow-up was sent, was not sent, or is not sent yet.", OPERATE),
-    "cancel": Entry("change", "Cancel a pending follow-up, or all of a chat or workspace.", OPERATE),
-    "reschedule": Entry("change", "Give a pending follow-up another due date.", OPERATE),
-    "retry": Entry("change", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
+    "cancel": Entry("cancel", "Cancel a pending follow-up, or all of a chat or workspace.", OPERATE),
+    "reschedule": Entry("reschedule", "Give a pending follow-up another due date.", OPERATE),
+    "retry": Entry("retry", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
     "pause": Entry("pause", "Let nothing of a workspace or channel begin; --list shows what is paused.", OPERATE),
     "resume": Entry("pause", "Let what is paused go on.", OPERATE),
     "limit": Entry("limit", "Limit how many a second are sent: of a workspace, a channel, each chat.", OPERATE),
     "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
     "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
-    "bench": Entry(
-        "bench.command", "Measure throughput and lag on the configured servers, apart from your data.", SET_UP
-    ),
+    "bench": Entry("bench", "Measure throughput and lag on the configured servers, apart from your data.", SET_UP),
     "console": Entry("console", "Make a link that signs a person in to the console.", SET_UP),
     "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
 }
@@ -87,3 +85,13 @@ def load(name: str) -> TyperCommand | TyperGroup:
     if isinstance(loaded, TyperGroup) and name in loaded.commands:
         return cast("TyperCommand", loaded.commands[name])
     return loaded
+
+
+def examples(*lines: str) -> str:
+    r"""Return the last section of a help text, with each example as a command to type.
+
+    >>> examples("followups up")
+    'Examples:\n\n**$ followups up**'
+    """
+    # Without a blank line in between, the help would join them into one paragraph.
+    return "\n\n".join(["Examples:", *(f"**$ {line}**" for line in lines)])

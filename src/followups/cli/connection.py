@@ -1,25 +1,27 @@
-"""Connections to the database and the broker for the duration of one command."""
+"""The database for the duration of one command, and a tick after it."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from itertools import zip_longest
+import threading
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
-import redis
 from sqlalchemy.orm import Session
 
 from followups.database import make_engine
 from followups.settings import get_settings
-from followups.urls import database_url as parse
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from datetime import timedelta
+    from datetime import datetime
 
     from sqlalchemy import Engine
 
-    from followups.settings import Settings
+    from followups.operations.doctor.process_checks import Replies
+
+PATIENCE = timedelta(seconds=5)
+"""How long a command waits for the broker; without this tick, the next one does the same a little later."""
 
 
 @contextmanager
@@ -39,25 +41,28 @@ def session() -> Iterator[Session]:
         yield opened
 
 
-def broker_client(settings: Settings, patience: timedelta) -> redis.Redis:
-    """Return a client of the broker, to be closed by the caller. It does not retry."""
-    url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
-    return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
+def nudge_if_soon(due: datetime, now: datetime) -> None:
+    """Ask for a tick if ``due`` comes before the next regular one. Errors are ignored, since beat's ticks go on."""
+    if due - now <= get_settings().tick_interval:
+        ask_for_tick()
 
 
-def place_of(database_url: str) -> str:
-    """Return the name and host of a database for display, without user and password.
+def ask_for_tick() -> None:
+    """Send a tick, within `PATIENCE`."""
+    from followups.worker import celery_app  # noqa: PLC0415 - loads Celery, which other commands don't need
 
-    >>> place_of("postgresql://me:secret@db.example:5433/chats")
-    "'chats' at db.example:5433"
-    >>> place_of("postgresql://me@/chats?host=/run/postgresql")
-    "'chats' at /run/postgresql"
-    >>> place_of("postgresql://one:5433,two/chats?target_session_attrs=primary")
-    "'chats' at one:5433,two"
-    """
-    url = parse(database_url)
-    host = url.host or url.query.get("host") or "localhost"
-    hosts = host if isinstance(host, tuple) else host.split(",")
-    ports = str(url.port or url.query.get("port") or "").split(",")
-    named = ",".join(f"{one}:{port}" if port else one for one, port in zip_longest(hosts, ports[: len(hosts)]))
-    return f"'{url.database or ''}' at {named}"
+    def send() -> None:
+        with suppress(Exception):  # the change is committed; the next regular tick finds it
+            celery_app.ask_for_tick()
+
+    # In a thread, since a client of an unreachable broker may block longer than an operator would wait.
+    sender = threading.Thread(target=send, daemon=True)
+    sender.start()
+    sender.join(PATIENCE.total_seconds())
+
+
+def ask_workers() -> Replies:
+    """Return the answers of all workers, after a second. Raises what the broker's client raises."""
+    from followups.worker import celery_app  # noqa: PLC0415 - likewise
+
+    return celery_app.ask_workers()

@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from followups.cli import connection
-from followups.cli.examples import examples
-from followups.cli.filters import workspace_id_of
+from followups.cli.catalogue import examples
+from followups.cli.options import workspace_id_of
 from followups.cli.output import Json, print_json, remark, say
-from followups.cli.times import parse_age, readable, rfc3339
+from followups.cli.parse import parse_age
+from followups.operations.wording import readable, rfc3339
 from followups.settings import get_settings
 from followups.store import audit, console_sessions
 from followups.store.audit import Action, Event, Way

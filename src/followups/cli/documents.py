@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
-from followups.cli.times import rfc3339
+from followups.operations.wording import rfc3339
 from followups.sending_hours import DAYS
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.main import get_command
 
-from followups.cli.catalogue import Catalogue
-from followups.cli.examples import examples
+from followups.cli.catalogue import Catalogue, examples
 from followups.telemetry.escaping import escape
 
 if TYPE_CHECKING:

@@ -7,8 +7,7 @@ from typing import Protocol, runtime_checkable
 import typer
 from sqlalchemy.exc import DBAPIError, OperationalError, SQLAlchemyError
 
-from followups.cli.connection import place_of
-from followups.database import unfit
+from followups.database_errors import unfit
 from followups.errors import (
     AlreadyFinishedError,
     ApiKeyNotFoundError,
@@ -21,8 +20,11 @@ from followups.errors import (
     OutsideMessagingWindowError,
     SettingsError,
     WorkspaceNotFoundError,
+    named,
+    reason_of,
 )
 from followups.settings import get_settings
+from followups.urls import place_of
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -75,12 +77,6 @@ def _ours(error: FollowUpsError) -> tuple[str, int]:
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
 
 
-def named(error: BaseException) -> str:
-    """Return the error's class name and the first line of its message."""
-    said = str(error).strip().partition("\n")[0].rstrip(".")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
-
-
 def _usage(error: UsageError) -> str:
     said = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
@@ -99,14 +95,3 @@ def _database(error: SQLAlchemyError) -> str:
             f"The database {place} cannot be reached: {reason_of(cause)}; start it, or correct FOLLOWUPS_DATABASE_URL."
         )
     return f"The database {place} refused: {reason_of(cause or error)}."
-
-
-def reason_of(error: BaseException) -> str:
-    r"""Return why a connection failed: the part after the last colon of libpq's first line.
-
-    >>> reason_of(OSError('connection to server at "::1", port 5432 failed: Connection refused\n\tIs it running?'))
-    'connection refused'
-    """
-    first = str(error).strip().partition("\n")[0]
-    reason = first.rpartition("failed: ")[2].removeprefix("FATAL:").strip().rstrip(".")
-    return reason[:1].lower() + reason[1:]

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
-from followups.cli.examples import examples
+from followups.cli.catalogue import examples
+from followups.operations.doctor.process_checks import WEB_PORT, trouble_of_web
 from followups.telemetry.heartbeat import SETTING, directory_of, look
 from followups.urls import port_of
 
 UNHEALTHY = 1
 WRONG_USAGE = 2
-WEB_PORT = "8000"
-PATIENCE = 3.0
-"""Seconds to wait for web, which answers within milliseconds from its event loop."""
 
 app = typer.Typer(
     add_completion=False,
@@ -66,23 +63,6 @@ def web(
     if trouble := trouble_of_web(host, int(port)):
         _say(trouble, UNHEALTHY)
     typer.echo(f"Web answers at {host}:{port}.")
-
-
-def trouble_of_web(host: str, port: int) -> str:
-    """Ask web whether it is up; return a sentence if it is not, otherwise an empty string."""
-    place = f"{host}:{port}"
-    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
-    try:
-        connection.request("GET", "/healthz")
-        answer = connection.getresponse()
-        up = b'"up"' in answer.read(1000)
-    except (OSError, http.client.HTTPException) as error:
-        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT."
-    finally:
-        connection.close()
-    if answer.status != http.HTTPStatus.OK or not up:
-        return f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz."
-    return ""
 
 
 def _judge(role: str, name: str, command: str) -> None:

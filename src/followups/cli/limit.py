@@ -9,13 +9,13 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import limit_document
-from followups.cli.examples import examples
-from followups.cli.explanations import limited
-from followups.cli.filters import OneChannel, Workspace, workspace_id_of
+from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, say
-from followups.cli.rates import MOST, default_burst, parse_rate, shown
-from followups.cli.times import readable
+from followups.cli.parse import MOST, default_burst, parse_rate
+from followups.operations.explain import limited
+from followups.operations.wording import rate_in_words, readable
 from followups.store import rate_limits
 from followups.store.rate_limits import Scope
 
@@ -90,7 +90,7 @@ def set_(
     if json:
         print_json([limit_document(limit) for limit in standing])
     else:
-        say(f"{_named(workspace, channel, each)}: {shown(rate)}, {at_once:,} at once.")
+        say(f"{_named(workspace, channel, each)}: {rate_in_words(rate)}, {at_once:,} at once.")
 
 
 @app.command(
@@ -133,7 +133,7 @@ def _rows(standing: Sequence[Limit]) -> Iterator[tuple[str, ...]]:
     for limit in standing:
         each = "-" if limit.per == "all" else limit.per
         place = (limit.workspace or "all", limit.channel or "all", each)
-        yield (*place, shown(limit.rate), f"{limit.burst:,}", readable(limit.since))
+        yield (*place, rate_in_words(limit.rate), f"{limit.burst:,}", readable(limit.since))
 
 
 def _named(workspace: str | None, channel: str | None, each: Each | None) -> str:

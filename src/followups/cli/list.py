@@ -9,11 +9,12 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 
 from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import follow_up_document
-from followups.cli.examples import examples
-from followups.cli.filters import Codes, workspace_id_of
+from followups.cli.options import Codes, workspace_id_of
 from followups.cli.output import Json, console, print_json, print_table, remark
-from followups.cli.times import parse_moment, readable
+from followups.cli.parse import parse_moment
+from followups.operations.wording import readable
 from followups.states import Status  # noqa: TC001 - Typer reads the annotations
 from followups.store import listing
 from followups.store.listing import Filter

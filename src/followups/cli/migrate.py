@@ -1,8 +1,16 @@
-"""``followups migrate``: wait for the database, then upgrade its schema."""
+"""``followups migrate``: wait for the database, then upgrade its schema.
+
+As the Procfile's ``release`` under ``honcho start`` it must not end: honcho stops every process as soon as one ends, so
+a finished release would take web, worker and beat with it. Started together with them, it stays until they are stopped.
+Started alone (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) it ends normally.
+"""
 
 from __future__ import annotations
 
+import os
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,13 +18,13 @@ from alembic.util.exc import CommandError
 from sqlalchemy.exc import OperationalError
 
 from followups import schema
-from followups.cli import honcho_release
-from followups.cli.connection import engine, place_of
-from followups.cli.examples import examples
-from followups.cli.failures import reason_of
+from followups.cli.catalogue import examples
+from followups.cli.connection import engine
 from followups.cli.output import remark, say
-from followups.errors import FollowUpsError
+from followups.embedded.stop_signals import StopSignals
+from followups.errors import FollowUpsError, reason_of
 from followups.settings import get_settings
+from followups.urls import place_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,6 +36,12 @@ Versions = tuple[str | None, str | None]
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 5.0
 """Longest pause between two tries, in seconds; each pause is twice the one before."""
+
+LOOK = 0.2
+"""Seconds between two checks for a stop signal."""
+
+ANCESTORS = 4
+"""Between this process and honcho are a shell and honcho's own child."""
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
 """SQLSTATEs of a server that is up but not ready; any other refusal, such as a wrong password, is final."""
@@ -58,9 +72,9 @@ def migrate(
             raise FollowUpsError(message) from error
         after = schema.schema_versions(made)[0]
     say(f"The schema is {after}" + (", as it was" if before == after else f"; it was {before or 'empty'}"))
-    if honcho_release.is_started_with_others():
+    if _is_started_with_others():
         remark("Staying, because honcho stops every process as soon as one ends.")
-        honcho_release.stay()
+        _stay()
 
 
 def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) -> Versions:
@@ -85,3 +99,27 @@ def _wait_until_reachable(ask: Callable[[], Versions], place: str, wait: float) 
 def _may_pass(error: OperationalError) -> bool:
     said = str(error.orig)
     return "FATAL:" not in said or any(words in said for words in TRANSIENT_REFUSALS)
+
+
+def _is_started_with_others() -> bool:
+    """Return whether honcho started this as `release` in a plain ``honcho start``, which starts every process."""
+    is_release = os.environ.get("HONCHO_PROCESS_NAME", "").startswith("release.")
+    return is_release and "release" not in _words_of_ancestors()
+
+
+def _stay() -> None:
+    """Wait for a stop signal."""
+    with StopSignals() as signals, suppress(KeyboardInterrupt):
+        while True:
+            signals.check()
+            time.sleep(LOOK)
+
+
+def _words_of_ancestors() -> set[str]:
+    words, pid = set[str](), os.getppid()
+    # Without /proc this cannot be known, and most people start everything.
+    with suppress(OSError, IndexError):
+        for _ in range(ANCESTORS):
+            words.update(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))
+            pid = int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    return words

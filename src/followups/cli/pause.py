@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from sqlalchemy.orm import Session
 
-from followups.cli import bulk, connection
+from followups.cli import batches, connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import pause_document
-from followups.cli.examples import examples
-from followups.cli.filters import OneChannel, Workspace, workspace_id_of
-from followups.cli.nudge import ask_for_tick
+from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import readable
+from followups.operations import bulk
+from followups.operations.wording import readable
 from followups.store import pauses
 from followups.store.pauses import Scope
 
@@ -83,10 +83,10 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
             was_paused = pauses.resume(session.connection(), scope)
         with engine.connect() as opened:
             number = pauses.count_forgotten(opened)
-        freed = _free(engine, number)
+        freed = _release(engine, number)
         with engine.connect() as opened:
             standing = pauses.standing(opened)
-    ask_for_tick()
+    connection.ask_for_tick()
     if json:
         print_json({"resumed": was_paused, "freed": freed, "paused": [pause_document(each) for each in standing]})
         return
@@ -116,23 +116,14 @@ def _wait_for_begins(engine: Engine) -> None:
             time.sleep(LOOK)
 
 
-def _free(engine: Engine, number: int) -> int:
-    def batches() -> Iterator[int]:
-        while True:
-            with engine.begin() as opened:
-                freed = pauses.free_forgotten(opened)
-            if not freed:
-                return
-            yield freed
-
-    plan = bulk.Plan(verb="resume", done="resumed", number=number, sample=())
-    freed = 0
-    with bulk.progress(plan) as bar:
+def _release(engine: Engine, number: int) -> int:
+    released = 0
+    with batches.progress(batches.Plan(verb="resume", done="resumed", number=number, sample=())) as bar:
         task = bar.add_task("Resume", total=number)
-        for batch in batches():
-            freed += batch
-            bar.advance(task, batch)
-    return freed
+        for batch in bulk.release_paused(engine):
+            released += batch["resumed"]
+            bar.advance(task, batch["resumed"])
+    return released
 
 
 def _list(*, json: bool) -> None:

@@ -14,14 +14,14 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.api import schemas
-from followups.cli import bulk, connection
-from followups.cli.bulk import DryRun, Yes  # noqa: TC001 - likewise
+from followups.cli import batches, connection
+from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.catalogue import examples
 from followups.cli.documents import failure_document
-from followups.cli.examples import examples
 from followups.cli.output import Json  # noqa: TC001 - likewise
-from followups.cli.times import parse_age
+from followups.cli.parse import parse_age
+from followups.operations import bulk
 from followups.store import bulk_cancel, pruning, workspaces
-from followups.store.pruning import OLDEST, Message
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -68,17 +68,17 @@ def prune(
         with engine.connect() as opened:
             before = _moment(bulk_cancel.now(opened), older_than)
             number = pruning.count_finished(opened, before)
-            sample = [str(one) for one in pruning.some_finished(opened, before, bulk.SAMPLE)]
+            sample = [str(one) for one in pruning.some_finished(opened, before, batches.SAMPLE)]
         if archive is not None and archive.exists():
             error = f"{archive} is there already; name a new file."
             raise typer.BadParameter(error, param_hint="--archive")
-        plan = bulk.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
+        plan = batches.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
 
-        def batches() -> Iterator[dict[str, int]]:
+        def deletions() -> Iterator[dict[str, int]]:
             remove = _remover(engine, archive, stack, message=message) if archive else pruning.delete_finished
-            return _delete(engine, before, remove)
+            return bulk.prune(engine, before, remove)
 
-        bulk.carry_out(plan, batches, dry_run=dry_run, yes=yes, json=json)
+        batches.carry_out(plan, deletions, Manner(dry_run, yes, json))
 
 
 def _moment(now: datetime, age: timedelta) -> datetime:
@@ -87,26 +87,6 @@ def _moment(now: datetime, age: timedelta) -> datetime:
     except OverflowError:
         message = "that is before the beginning of time."
         raise typer.BadParameter(message, param_hint="--older-than") from None
-
-
-def _delete(
-    engine: Engine, before: datetime, remove: Callable[[Connection, datetime], int]
-) -> Iterator[dict[str, int]]:
-    number = 1
-    while number:
-        with engine.begin() as opened:
-            number = remove(opened, before)
-        yield {"deleted": number}
-    place: Message | None = OLDEST
-    while place is not None:
-        with engine.begin() as opened:
-            number, place = pruning.delete_messages(opened, before, place)
-        yield {"chatMessages": number}
-    number = 1
-    while number:
-        with engine.begin() as opened:
-            number = pruning.delete_expired_keys(opened)
-        yield {"idempotencyKeys": number}
 
 
 def _remover(

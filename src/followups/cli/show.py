@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
-import redis
 import typer
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import func, select
 
 from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import failure_document, follow_up_document, hours_document, limit_document
-from followups.cli.examples import examples
-from followups.cli.explanations import Circumstances, explain, lag_of, stopped
 from followups.cli.output import Json, console, print_json
-from followups.cli.times import readable, rfc3339, span
-from followups.errors import FollowUpNotFoundError
-from followups.flow_control.breaker import read
-from followups.models import Chat, Workspace
+from followups.operations.explain import explained, lag_of, stopped
+from followups.operations.wording import readable, rfc3339, span
 from followups.settings import get_settings
-from followups.states import Status
-from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from sqlalchemy.orm import Session
-
-    from followups.flow_control.breaker import Shown
-    from followups.models import FailedAttempt, FollowUp
+    from followups.models import FailedAttempt
+    from followups.operations.explain import Explained
     from followups.store.pauses import Standing
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MILLISECOND = timedelta(milliseconds=1)
-
-PATIENCE = timedelta(seconds=1)
-"""How long to wait for the broker's breaker state; everything else is in the database."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A follow-up with everything that explains it."""
-
-    follow_up: FollowUp
-    workspace: str
-    chat: Chat
-    failures: Sequence[FailedAttempt]
-    now: datetime
-    around: Circumstances
-
-    @property
-    def explanation(self) -> str:
-        """Why it is in its state."""
-        return explain(self.follow_up, get_settings(), self.now, self.around)
 
 
 @app.command(
@@ -78,65 +48,14 @@ def show(
     the result of each attempt; and the next try. Find the ID with followups list --chat.
     """
     with connection.session() as session:
-        found = _find(session, follow_up_id)
+        found = explained(session, follow_up_id)
     if json:
         print_json(_document(found, message=message))
     else:
         _print(found, message=message)
 
 
-def _find(session: Session, follow_up_id: UUID) -> Found:
-    follow_up = follow_ups.find(session, follow_up_id, None)
-    if follow_up is None:
-        raise FollowUpNotFoundError
-    now = session.execute(select(func.now())).scalar_one()
-    chat = session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id))
-    around = _around(session, follow_up, chat.channel)
-    if follow_up.waits_for is not None:
-        around = replace(around, first=_first(session, follow_up, around, now))
-    return Found(
-        follow_up,
-        session.get_one(Workspace, follow_up.workspace_id).name,
-        chat,
-        follow_ups.failures(session, follow_up_id),
-        now,
-        around,
-    )
-
-
-def _around(session: Session, follow_up: FollowUp, channel: str) -> Circumstances:
-    connection = session.connection()
-    last = retries.last_of(session, follow_up.id)
-    return Circumstances(
-        pause=pauses.of(connection, follow_up.workspace_id, channel),
-        hours=sending_hours.find(session, follow_up.workspace_id),
-        limits=rate_limits.of(connection, follow_up.workspace_id, channel),
-        breaker=_breaker() if follow_up.status == Status.PENDING else None,
-        tick_age=last_tick.last_tick_age(connection),
-        retried_as=last if last != follow_up.id else None,
-    )
-
-
-def _breaker() -> Shown | None:
-    settings = get_settings()
-    try:
-        with connection.broker_client(settings, PATIENCE) as client:
-            return read(client, settings)
-    except (redis.RedisError, OSError):
-        return None  # followups doctor reports it
-
-
-def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
-    """Explain the chat's first pending follow-up, which all others of the chat wait for."""
-    first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
-    if first is None or first == follow_up.id:
-        return ""
-    found = follow_ups.find(session, first, None)
-    which = "Of that one" if first == follow_up.waits_for else f"The first of the chat is {first}"
-    return f"{which}: {explain(found, get_settings(), now, around)}" if found else ""
-
-
-def _document(found: Found, *, message: bool) -> dict[str, Any]:
+def _document(found: Explained, *, message: bool) -> dict[str, Any]:
     follow_up, lag = found.follow_up, lag_of(found.follow_up)
     return follow_up_document(follow_up, message=message) | {
         "workspace": found.workspace,
@@ -171,7 +90,7 @@ def _paused_by(pause: Standing | None) -> dict[str, Any] | None:
     return {"workspace": pause.workspace, "channel": pause.channel, "since": rfc3339(pause.since)}
 
 
-def _print(found: Found, *, message: bool) -> None:
+def _print(found: Explained, *, message: bool) -> None:
     target = console()
     grid = Table.grid(padding=(0, 2))
     for name, value in _facts(found):
@@ -186,7 +105,7 @@ def _print(found: Found, *, message: bool) -> None:
         target.print(_failures(found.failures))
 
 
-def _facts(found: Found) -> list[tuple[str, str]]:
+def _facts(found: Explained) -> list[tuple[str, str]]:
     follow_up, lag = found.follow_up, lag_of(found.follow_up)
     facts = {
         "id": str(follow_up.id),
@@ -217,7 +136,7 @@ def _facts(found: Found) -> list[tuple[str, str]]:
     return [(name, value) for name, value in facts.items() if value]
 
 
-def _next_attempt(found: Found) -> str | None:
+def _next_attempt(found: Explained) -> str | None:
     if found.follow_up.pause_id is not None:
         return "when it is resumed"
     moment = found.follow_up.next_attempt_at

@@ -1,50 +1,45 @@
-"""The ``followups stats`` command."""
+"""``followups stats``, and its dashboard."""
 
 from __future__ import annotations
 
 import json as json_module
+import threading
 import time
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Group
+from rich.live import Live
+from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy import func, select
 
-from followups.cli import connection, dashboard
-from followups.cli.examples import examples
+from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.output import Json, console, print_json
-from followups.cli.times import readable, rfc3339, span
-from followups.settings import get_settings
-from followups.store import last_tick
-from followups.store import overview as store
+from followups.operations.doctor import process_checks
+from followups.operations.statistics import measure, measure_by_second
+from followups.operations.wording import readable, rfc3339, span
+from followups.store import counts as store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from rich.console import Console, RenderableType
     from sqlalchemy import Engine
 
-    from followups.store.overview import Counts, Pace
+    from followups.operations.statistics import Stats
+    from followups.store.counts import Counts, Pace
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MILLISECOND = timedelta(milliseconds=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """A snapshot of the system. ``pace`` is None if it could not be measured in time."""
-
-    at: datetime
-    counts: Counts
-    pace: Pace | None
-    attempts: Mapping[str, int]
-    """Attempts ever made, by outcome."""
-    tick_age: timedelta | None
-    per_second: Sequence[int] | None = None
-    """Follow-ups sent in each of the last seconds, for the dashboard."""
+BARS = " ▁▂▃▄▅▆▇█"
+STALE_TICK = timedelta(seconds=30)
+ASK_WORKERS = 5.0
+"""Seconds between two surveys of the workers: each of them has to answer."""
 
 
 @app.command(
@@ -71,23 +66,9 @@ def stats(
         if watch:
             _watch(engine, window, interval, json=json)
         elif json:
-            print_json(_document(_measure(engine, window)))
+            print_json(_document(measure(engine, window)))
         else:
-            console().print(table_of(_measure(engine, window)))
-
-
-def _measure(engine: Engine, window: timedelta) -> Stats:
-    with engine.begin() as opened:
-        at = opened.execute(select(func.now())).scalar_one()
-        counts = store.count(opened, window=get_settings().max_in_flight)
-        return Stats(at, counts, store.pace(opened, window), store.attempts(opened), last_tick.last_tick_age(opened))
-
-
-def look_at(engine: Engine, window: timedelta) -> Stats:
-    """Read everything that the dashboard shows; lag and throughput cover the last ``window``."""
-    look = _measure(engine, window)
-    with engine.begin() as opened:
-        return replace(look, per_second=store.per_second(opened, dashboard.SECONDS))
+            console().print(table_of(measure(engine, window)))
 
 
 def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) -> None:
@@ -96,10 +77,10 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
         if json or not target.is_terminal:
             # One line for each look: a pipe has no screen to redraw.
             while True:
-                look = _measure(engine, window)
+                look = measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
                 time.sleep(interval)
-        dashboard.watch(target, lambda: look_at(engine, window), table_of, interval)
+        _show_dashboard(target, lambda: measure_by_second(engine, window), interval)
     except KeyboardInterrupt:
         return
 
@@ -179,3 +160,115 @@ def table_of(look: Stats) -> Table:
 
 def _line(look: Stats) -> str:
     return f"{readable(look.at)}  " + "  ".join(f"{name} {value}" for name, value, _ in _facts(look))
+
+
+@dataclass
+class Workers:
+    """The workers that answer, surveyed in a thread: an answer takes a second, and importing Celery takes as long."""
+
+    said: str = "asking"
+    ok: bool = True
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def start(self) -> None:
+        """Start surveying."""
+        threading.Thread(target=self._run, name="workers", daemon=True).start()
+
+    def stop(self) -> None:
+        """Stop surveying."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            found = process_checks.workers(connection.ask_workers)
+            self.said, self.ok = found.detail, found.ok
+            self._stop.wait(ASK_WORKERS)
+
+
+@dataclass
+class Attempts:
+    """Outcomes of attempts: since the first look, and per second."""
+
+    first: Mapping[str, int] = field(default_factory=dict)
+    last: Mapping[str, int] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
+    at: float = 0.0
+
+    def see(self, attempts: Mapping[str, int], now: float) -> None:
+        """Record the totals of a moment ``now``, in seconds."""
+        if not self.at:
+            self.first = attempts
+        elif now > self.at:
+            self.rates = {
+                name: (number - self.last.get(name, 0)) / (now - self.at) for name, number in attempts.items()
+            }
+        self.last, self.at = attempts, now
+
+    def table(self) -> Table:
+        """Return a table with a row for each outcome seen so far."""
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="dim")
+        table.add_column(justify="right", style="bold")
+        table.add_column(justify="right")
+        table.add_row(Text("attempts"), Text("since then", style="dim"), Text("a second", style="dim"))
+        for name in sorted(self.last):
+            number = self.last[name] - self.first.get(name, 0)
+            style = "" if name == "sent" or not number else "yellow"
+            table.add_row(name, Text(f"{number:,}", style=style), f"{self.rates.get(name, 0.0):,.1f}")
+        return table
+
+
+def sparkline(numbers: Sequence[int]) -> str:
+    """Return numbers as bars, the highest of them full.
+
+    >>> sparkline([0, 1, 2, 4, 8])
+    ' ▁▂▄█'
+    """
+    highest = max(numbers, default=0)
+    # Every value above zero gets a visible bar.
+    return "".join(BARS[0 if not number else max(1, number * 8 // highest)] for number in numbers)
+
+
+def _show_dashboard(target: Console, look: Callable[[], Stats], interval: float) -> None:
+    """Refresh the screen until Ctrl-C, which is raised."""
+    workers, attempts = Workers(), Attempts()
+    workers.start()
+    try:
+        with Live(console=target, auto_refresh=False) as live:
+            while True:
+                found = look()
+                attempts.see(found.attempts, time.monotonic())
+                live.update(dashboard(found, attempts, workers), refresh=True)
+                time.sleep(interval)
+    finally:
+        workers.stop()
+
+
+def dashboard(look: Stats, attempts: Attempts, workers: Workers) -> RenderableType:
+    """Return the whole screen of ``followups stats --watch``."""
+    top = Table.grid(padding=(0, 1), expand=True)
+    top.add_column(ratio=3)
+    top.add_column(ratio=2)
+    top.add_row(
+        Panel(table_of(look), title="follow-ups", title_align="left"),
+        Panel(Group(attempts.table(), Text(), _processes(look, workers)), title="work", title_align="left"),
+    )
+    return Group(top, Panel(_throughput(look), title="sent a second, the last minute", title_align="left"))
+
+
+def _processes(look: Stats, workers: Workers) -> Table:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column()
+    late = look.tick_age is None or look.tick_age > STALE_TICK
+    age = "never" if look.tick_age is None else f"{span(look.tick_age)} ago"
+    grid.add_row("last tick", Text(age, style="red" if late else ""))
+    grid.add_row("workers", Text(workers.said, style="" if workers.ok else "red"))
+    return grid
+
+
+def _throughput(look: Stats) -> Text:
+    if look.per_second is None:
+        return Text("not measured: it took too long", style="dim")
+    highest = max(look.per_second, default=0)
+    return Text.assemble((sparkline(look.per_second), "cyan"), f"  now {look.per_second[-1]:,}, at most {highest:,}")

@@ -6,23 +6,32 @@ import os
 import socket
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path  # noqa: TC003 - Typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Never
+from uuid import UUID, uuid4
 
 import typer
 
-from followups.cli.examples import examples
+from followups.cli.catalogue import examples
 from followups.cli.output import remark, say
-from followups.cli.signals import StopSignals
-from followups.cli.system import LOOPBACK, Plan, running
-from followups.cli.welcome import Addresses, welcome
+from followups.embedded.stop_signals import StopSignals
+from followups.embedded.system import LOOPBACK, Plan, running
 from followups.errors import FollowUpsError
 
 if TYPE_CHECKING:
-    from followups.cli.system import Stack
+    from collections.abc import Mapping
+
+    from followups.embedded.system import Stack
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL")
+"""Settings that other commands need to reach this system."""
+
+IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
+"""Shell for a time five seconds after it is pasted, in RFC 3339: by GNU date, else by the date of BSD and macOS."""
 
 WORKSPACE = "local"
 HIGHEST_PORT = 65_535
@@ -75,3 +84,52 @@ def _require_free(port: int) -> None:
 
 def _echo(process: str, line: str) -> None:
     remark(f"{process:8}| {line}")
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """The addresses to print."""
+
+    api: str
+    sandbox: str
+    logs: Path
+    data: Path | None
+    environment: Mapping[str, str]
+
+
+def welcome(where: Addresses, key: str) -> str:
+    """Return the text: addresses, the key, a request to paste, and other commands to try."""
+    exports = "\n".join(f"export {name}='{where.environment[name]}'" for name in SHOWN)
+    return f"""
+Ready.
+
+  REST API       {where.api}/api/v1/
+  Documentation  {where.api}/docs
+  Sandbox chat   {where.sandbox}/  (watch the messages arrive there)
+  API key        {key}
+  Logs           {where.logs}
+  Data           {where.data or "temporary; --data DIR keeps it"}
+
+An agent writes in a chat, and a follow-up is due five seconds later. Paste this:
+
+{request(where.api, key, uuid4(), uuid4())}
+
+followups stats --watch, list, show and the others look at it from another terminal, after
+
+{exports}
+
+Ctrl-C stops it all.
+"""
+
+
+def request(api: str, key: str, chat_id: UUID, message_id: UUID) -> str:
+    """Return shell commands that record an agent's message and schedule a follow-up after it."""
+    headers = f"-H 'authorization: Bearer {key}' -H 'content-type: application/json'"
+    return f"""\
+curl -sS {api}/api/v1/chat-messages \\
+  {headers} \\
+  -d '{{"id": "{message_id}", "chatId": "{chat_id}", "role": "agent"}}'
+curl -sS {api}/api/v1/chat-message-follow-ups \\
+  {headers} \\
+  -d '{{"chatId": "{chat_id}", "message": "Hello! Are you still there?",
+       "dueDate": "'"{IN_FIVE_SECONDS}"'"}}'"""

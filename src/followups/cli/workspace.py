@@ -9,11 +9,11 @@ import typer
 from sqlalchemy.orm import Session
 
 from followups.cli import connection
+from followups.cli.catalogue import examples
 from followups.cli.documents import hours_document, workspace_document
-from followups.cli.examples import examples
-from followups.cli.nudge import ask_for_tick
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.cli.times import parse_clock, parse_days, readable
+from followups.cli.parse import parse_clock, parse_days
+from followups.operations.wording import readable
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
 
@@ -128,4 +128,4 @@ def _look_again(engine: Engine, workspace_id: UUID) -> None:
     while freed:
         with engine.begin() as opened:
             freed = holds.free_quiet(opened, workspace_id)
-    ask_for_tick()
+    connection.ask_for_tick()

@@ -21,7 +21,7 @@ from followups.console.forms import Fields
 from followups.console.pages import ROUTES
 from followups.console.services import PREFIX, Services
 from followups.console.visit import ForbiddenError, Visit
-from followups.database import is_passing, is_undone
+from followups.database_errors import is_passing, is_undone
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.telemetry.logs import get_logger
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.database import concerns_a_row
+from followups.database_errors import concerns_a_row
 from followups.delivery import events
 from followups.delivery.claim import claim, claim_fairly, unclaimable
 from followups.delivery.claim_interval import Pace

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
 
-from followups.database import is_passing, is_read_only, unfit
+from followups.database_errors import is_passing, is_read_only, unfit
 from followups.delivery.send import OUTCOME_NAMES
 from followups.states import FINAL, code_of
 from followups.telemetry import metrics, traces

@@ -17,6 +17,17 @@ from followups.store.leases import Lease
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+DISPATCH = "dispatch"
+"""Ticks."""
+DELIVER = "deliver"
+"""Hints: batches of leases."""
+
+CLUSTER = (
+    "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "
+    "point FOLLOWUPS_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no)."
+)
+"""The error for a broker in cluster mode, which can never work."""
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63

@@ -21,7 +21,7 @@ import uvloop
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from followups.database import is_passing
+from followups.database_errors import is_passing
 from followups.delivery import events
 from followups.delivery.breaker import Breaker
 from followups.delivery.clock import DatabaseClock

@@ -7,7 +7,7 @@ from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from followups.database import concerns_a_row
+from followups.database_errors import concerns_a_row
 from followups.delivery import events
 from followups.delivery.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread

@@ -17,7 +17,7 @@ from sqlalchemy import text
 from followups.states import Status
 from followups.store import chat_order
 from followups.store.follow_ups import cancelled_or_asked_to
-from followups.store.unknowns import honest
+from followups.store.fragments import honest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

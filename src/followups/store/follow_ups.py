@@ -10,9 +10,8 @@ from sqlalchemy.dialects.postgresql import insert
 from followups.halving import halve_within
 from followups.models import FailedAttempt, FollowUp
 from followups.states import Status, finish
-from followups.store.fragments import NEXT_TOKEN
+from followups.store.fragments import NEXT_TOKEN, honest
 from followups.store.leases import uuid_array
-from followups.store.unknowns import honest
 from followups.telemetry.traces import current_traceparent
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ statistics are wrong, and it would rather read every pending row than look up a 
 from __future__ import annotations
 
 from followups.channels import WINDOWED_CHANNELS
+from followups.states import MAX_REASON_LENGTH, ReasonCode
 
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """When it falls due: the time of its retry, or its due date."""
@@ -53,3 +54,21 @@ CHAT = """CROSS JOIN LATERAL (
              SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
          ) c"""
 """Its chat."""
+
+OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
+"""Added to a reason. A follow-up with such an attempt is tried again under the same key, and mostly ends as sent. If it
+ends otherwise (a reply, a refusal, the last attempt), its reason would be wrong without this.
+"""
+
+
+def honest(reason: str, row: str) -> str:
+    """Return SQL for the reason (SQL too) of an ending row, with `OUTCOME_UNKNOWN` added if it applies."""
+    return f"""
+        CASE WHEN {reason} IS NOT NULL AND {reason} NOT LIKE '{ReasonCode.OUTCOME_UNKNOWN}%'
+              AND {reason} NOT LIKE '%the outcome of % is unknown%'
+              AND EXISTS (SELECT FROM failed_attempts a
+                           WHERE a.follow_up_id = {row}.id AND a.outcome IN ('unknown', 'lost'))
+             THEN left({reason} || CASE WHEN strpos({reason}, ':') = 0 THEN ': ' ELSE '; ' END || '{OUTCOME_UNKNOWN}',
+                       {MAX_REASON_LENGTH})
+             ELSE {reason} END
+    """

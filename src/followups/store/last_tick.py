@@ -11,19 +11,21 @@ with an attempt in flight are left to their workers, which record the outcomes m
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
 if TYPE_CHECKING:
-    from datetime import timedelta
-
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
 """How long a dispatcher may pause within its claim before PostgreSQL ends its session. A frozen one would keep all
 others from claiming.
 """
+
+STALE_TICKS = 5
+STALE_AT_LEAST = timedelta(seconds=10)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,3 +97,8 @@ def last_tick_age(connection: Connection) -> timedelta | None:
 def last_tick(connection: Connection) -> float:
     """Return when the last tick ran, in seconds since 1970, or 0 if none ever did."""
     return float(connection.scalar(_LAST) or 0)
+
+
+def stale_after(interval: timedelta) -> timedelta:
+    """Return the age from which the last tick is stale. A restart of beat is no outage."""
+    return max(STALE_TICKS * interval, STALE_AT_LEAST)

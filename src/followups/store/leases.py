@@ -14,9 +14,8 @@ from sqlalchemy import text
 
 from followups.channels import WINDOW
 from followups.store import marks
-from followups.store.fragments import CHAT, DUE, DUE_READ, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED
+from followups.store.fragments import CHAT, DUE, DUE_READ, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED, honest
 from followups.store.holds import HELD_BACK
-from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.states import Status
-from followups.store.overview import within
+from followups.store.counts import within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

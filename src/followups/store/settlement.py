@@ -12,9 +12,8 @@ from sqlalchemy import text
 from followups.halving import halve_within
 from followups.states import CANCEL_CODES, Status
 from followups.store import marks
-from followups.store.fragments import OPEN
+from followups.store.fragments import OPEN, honest
 from followups.store.leases import int_array, uuid_array
-from followups.store.unknowns import honest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 COUNTED = CollectorRegistry()
-"""The counters of a process; the sums over all processes are in the database (`followups.store.metric_totals`)."""
+"""The counters of a process; the sums over all processes are in the database (`followups.store.counter_totals`)."""
 
 TRANSITIONS = Counter(
     "followups_transitions_total",

@@ -25,9 +25,9 @@ from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoPermissionError, RedisError
 
+from followups.delivery.hints import CLUSTER
 from followups.telemetry.logs import get_logger
 from followups.urls import tls_of
-from followups.worker.queues import CLUSTER
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

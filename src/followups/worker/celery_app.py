@@ -19,25 +19,25 @@ from celery import Task, signals
 from celery.schedules import crontab
 from kombu.entity import Queue
 
-from followups.database import BY_KEY, ONCE_PLANNED, make_async_engine, make_engine
+from followups.database import make_async_engine, make_engine
 from followups.delivery import events
 from followups.delivery.dispatcher import Dispatcher
-from followups.delivery.hints import leases_of
+from followups.delivery.hints import DELIVER, DISPATCH, leases_of
 from followups.delivery.pipeline import CONNECTIONS, Pipeline
 from followups.delivery.pruner import Tidier
 from followups.delivery.send import GRACE
 from followups.errors import SettingsError
 from followups.flow_control.breaker import RedisBreaker
 from followups.flow_control.limiter import RedisLimiter
+from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.settings import Settings, get_settings
 from followups.store import leases as lease_store
-from followups.store.metric_totals import Totals
+from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
 from followups.worker import celery_logs, liveness, remote_control
 from followups.worker.broker import CONSUMER, App
-from followups.worker.queues import DELIVER, DISPATCH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from celery import Celery
 
     from followups.delivery.hints import Hint
+    from followups.operations.doctor.process_checks import Replies
 
 log = get_logger(__name__)
 
@@ -184,7 +185,7 @@ class Process:
         transport = load_transport(settings)
         shared = (RedisLimiter(settings), RedisBreaker(settings, settings.transport))
         self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
-        self.totals = Totals(self.engine)
+        self.totals = CounterTotals(self.engine)
         self.tidier = Tidier(settings, self.engine)
         self.draining = False
 
@@ -330,6 +331,11 @@ def ask_for_tick() -> None:
 
 
 nudge = Nudger(ask_for_tick)
+
+
+def ask_workers() -> Replies:
+    """Return each worker's own account of its state (`liveness.signs_of_life`), after a second."""
+    return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 
 @signals.celeryd_init.connect

@@ -14,8 +14,8 @@ from followups.delivery.send import Attempt
 from followups.delivery.settle import decide
 from followups.retry import RetryPolicy
 from followups.states import Status
+from followups.store.fragments import OUTCOME_UNKNOWN
 from followups.store.leases import Begun, Lease, Obstacle
-from followups.store.unknowns import SAID
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
@@ -65,4 +65,4 @@ def honest(reason: str | None, status: Status, *, unknown: bool) -> str:
     said = reason or ""
     if status is Status.SENT or not unknown or "unknown" in said:
         return said
-    return f"{said}: {SAID}"
+    return f"{said}: {OUTCOME_UNKNOWN}"

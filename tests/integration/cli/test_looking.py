@@ -20,9 +20,9 @@ from uuid import uuid4
 import pytest
 from rich.console import Console
 
-from followups.cli import dashboard
-from followups.cli.doctor import checks
-from followups.store import overview
+from followups.cli import stats
+from followups.operations.doctor import broker_checks, database_checks
+from followups.store import counts as store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,11 +95,11 @@ class TestStats:
         """A final state with more rows than are counted has the planner's estimate; every other number stays exact."""
         fill(world)
         with engine.begin() as connection:
-            unknown = overview.count(connection, window=WINDOW, exact_up_to=10)
+            unknown = store.count(connection, window=WINDOW, exact_up_to=10)
         assert unknown.final == {"sent": 11, "failed": 1, "cancelled": 0}  # at least: never analysed
         world.sql("ANALYZE follow_ups")
         with engine.begin() as connection:
-            counts = overview.count(connection, window=WINDOW, exact_up_to=10)
+            counts = store.count(connection, window=WINDOW, exact_up_to=10)
         assert counts.estimated == {"sent"}
         assert (counts.pending, counts.final["failed"]) == (4, 1)
         assert abs(counts.final["sent"] - 100) <= 1
@@ -110,8 +110,8 @@ class TestStats:
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
-            assert overview.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
-            assert overview.pace(connection, MINUTE) is not None
+            assert store.pace(connection, MINUTE, timedelta(milliseconds=1)) is None
+            assert store.pace(connection, MINUTE) is not None
 
     def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
         """Paused follow-ups, and those outside sending hours, are not overdue; they are counted separately."""
@@ -173,7 +173,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 def test_attempts_since_the_first_look() -> None:
     """The dashboard counts attempts from its first look on, and how many there are a second by the last two."""
-    attempts = dashboard.Attempts()
+    attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
     attempts.see({"sent": 130, "retry": 3, "rejected": 1}, 16.0)
@@ -238,10 +238,10 @@ class TestDoctor:
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
         """An old schema, or none, is a failed check that says how to migrate."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
-        old = {finding.name: finding for finding in checks.databases(settings, engine)}["migrations"]
+        old = {finding.name: finding for finding in database_checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")
         world.sql("DELETE FROM alembic_version")
-        database, none = checks.databases(settings, engine)
+        database, none = database_checks.databases(settings, engine)
         assert database.ok
         assert (none.detail.partition(";")[0], none.advice) == ("none", "Run followups migrate.")
 
@@ -259,8 +259,8 @@ class TestDoctor:
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, information: dict[str, Any], advice: str
     ) -> None:
         """A broker that is too old, or that may forget what it was given, is a failed check."""
-        monkeypatch.setattr(checks.redis.Redis, "info", lambda _self: information)
-        found = "".join(finding.advice for finding in checks.broker(settings))
+        monkeypatch.setattr(broker_checks.redis.Redis, "info", lambda _self: information)
+        found = "".join(finding.advice for finding in broker_checks.broker(settings))
         assert found.startswith(advice)
         assert bool(found) == bool(advice)
 

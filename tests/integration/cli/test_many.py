@@ -18,8 +18,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from followups import scheduling
-from followups.cli import bulk_commands, change
+from followups.cli import connection
 from followups.errors import AlreadyRetriedError
+from followups.operations import bulk
 from followups.store import bulk_cancel
 from stack import wait_until
 
@@ -37,7 +38,7 @@ DAY = timedelta(days=1)
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask no broker for a tick."""
-    monkeypatch.setattr(change, "ask_for_tick", lambda: None)
+    monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
 def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HOUR, chat: UUID | None = None) -> UUID:
@@ -106,7 +107,7 @@ class TestCancel:
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A row that another transaction keeps locked is skipped and counted; the others are cancelled."""
-        monkeypatch.setattr(bulk_commands, "PAUSE", 0.01)
+        monkeypatch.setattr(bulk, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)
         with world.engine.connect() as other:
             other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
@@ -159,7 +160,7 @@ class TestRetry:
 
     def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         """A second run retries nothing twice, and completes an interrupted one."""
-        monkeypatch.setattr(bulk_commands, "RETRIES", 2)
+        monkeypatch.setattr(bulk, "RETRIES", 2)
         ids = [failed(world) for _ in range(5)]
         real, calls = scheduling.retry_once, iter(range(100))
 
@@ -168,12 +169,12 @@ class TestRetry:
                 raise KeyboardInterrupt
             return real(session, one)
 
-        monkeypatch.setattr(bulk_commands.scheduling, "retry_once", interrupted)
+        monkeypatch.setattr(bulk.scheduling, "retry_once", interrupted)
         broken_off = run("retry", "--failed", "--since", "2h", "--yes")
         assert (broken_off.code, broken_off.stdout) == (1, "3 of 5 follow-ups retried\n")
         assert "the same command goes on with the rest" in broken_off.stderr
         assert sum(len(copies(world, one)) for one in ids) == 3
-        monkeypatch.setattr(bulk_commands.scheduling, "retry_once", real)
+        monkeypatch.setattr(bulk.scheduling, "retry_once", real)
         assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "2 of 2 follow-ups retried\n"
         assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "0 of 0 follow-ups retried\n"
         assert [len(copies(world, one)) for one in ids] == [1] * 5

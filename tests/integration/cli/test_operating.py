@@ -12,7 +12,7 @@ from uuid import UUID
 import pytest
 import redis
 
-from followups.cli import change, nudge
+from followups.cli import connection
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
     """Return the due dates that the commands gave to the nudge, which is not sent."""
     told: list[datetime] = []
-    monkeypatch.setattr(change, "nudge_if_soon", lambda due, _now: told.append(due))
+    monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
 
 
@@ -155,9 +155,9 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """A change that is due after the next tick requests none."""
     asked: list[str] = []
-    monkeypatch.setattr(nudge, "ask_for_tick", lambda: asked.append("tick"))
+    monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)
-    nudge.nudge_if_soon(now + HOUR, now)
+    connection.nudge_if_soon(now + HOUR, now)
     assert asked == []
-    nudge.nudge_if_soon(now - HOUR, now)
+    connection.nudge_if_soon(now - HOUR, now)
     assert asked == ["tick"]

@@ -9,8 +9,8 @@ import pytest
 
 from followups.api.readiness import Health
 from followups.cli import main
-from followups.cli.doctor import checks, symptoms
 from followups.database import make_engine
+from followups.operations.doctor import database_checks
 from foreign import read_only, whatever_it_is
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def test_it_is_called_read_only(settings: Settings, world: World, database_url: 
     health = Health(settings, engine)
     with read_only(database_url):
         check = health.checks()["database"]
-        findings = [*checks.databases(settings, engine), *symptoms.of_database(settings, engine)]
+        findings = [*database_checks.databases(settings, engine), *database_checks.of_database(settings, engine)]
     assert (check.ok, check.detail.partition(":")[0]) == (False, "it is read-only")
     found = {finding.name: finding for finding in findings}
     assert "it is read-only" in found["database"].detail

@@ -7,15 +7,15 @@ from uuid import uuid4
 
 import pytest
 
-from followups.cli.doctor import checks
-from followups.cli.doctor.server import durability, of_server
 from followups.database import make_engine
 from followups.embedded.postgres import drop_database
+from followups.operations.doctor import database_checks
+from followups.operations.doctor.database_checks import durability, of_server
 from foreign import HOSTILE, create_database_of_encoding, set_defaults
 from pgbouncer import MISSING, PROGRAM, PgBouncer
 
 if TYPE_CHECKING:
-    from followups.cli.doctor.checks import Finding
+    from followups.operations.doctor import Finding
     from followups.settings import Settings
 
 
@@ -79,7 +79,7 @@ def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) 
     """A database that cannot store every text is a failed check with advice, and no others follow."""
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)
-    (finding,) = checks.databases(settings, engine)
+    (finding,) = database_checks.databases(settings, engine)
     assert finding.detail.endswith(f": its encoding is {encoding}, which cannot store every text")
     assert finding.advice.startswith("Make one with ENCODING 'UTF8' (from template0), move the data,")
     assert found(settings, url) == {}

@@ -10,11 +10,12 @@ from uuid import uuid4
 import redis
 from sqlalchemy import text
 
-from followups.cli.doctor import symptoms
-from followups.cli.doctor.symptoms import of_broker, of_database
 from followups.database import make_engine
 from followups.delivery.breaker import News, Run
 from followups.flow_control.breaker import RedisBreaker
+from followups.operations.doctor import broker_checks, database_checks
+from followups.operations.doctor.broker_checks import of_broker
+from followups.operations.doctor.database_checks import of_database
 from followups.store import pauses
 from followups.store.pauses import Scope
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import pytest
     from sqlalchemy import Engine
 
-    from followups.cli.doctor.checks import Finding
+    from followups.operations.doctor import Finding
     from followups.settings import Settings
     from world import World
 
@@ -79,7 +80,7 @@ def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: Wo
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A transaction that is open for long is named, with how to end it."""
     assert world
-    monkeypatch.setattr(symptoms, "LONG_TRANSACTION", timedelta(0))
+    monkeypatch.setattr(database_checks, "LONG_TRANSACTION", timedelta(0))
     with engine.connect() as holder:
         pid = holder.scalar(text("SELECT pg_backend_pid()"))
         transactions = found(settings, engine)["transactions"]
@@ -90,7 +91,7 @@ def test_open_transaction(settings: Settings, engine: Engine, world: World, monk
 def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A host whose clock is off is reported, and that follow-ups do not depend on it."""
     assert world
-    monkeypatch.setattr(symptoms, "CLOCK_OFF", timedelta(microseconds=-1))
+    monkeypatch.setattr(database_checks, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]
     assert "follow-ups go by the database's" in clock.detail
     assert clock.advice
@@ -105,7 +106,7 @@ def test_queues(settings: Settings) -> None:
     """Unread hints and ticks are counted; many of them are a failed check."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
-        client.rpush("followups:dispatch", *range(symptoms.UNREAD_TICKS + 1))
+        client.rpush("followups:dispatch", *range(broker_checks.UNREAD_TICKS + 1))
     unread = of(settings, "queues")
     assert unread.detail == "0 batches in deliver, 101 ticks in dispatch"
     assert "start workers" in unread.advice

@@ -13,12 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from followups.cli.demo import summary
-from followups.cli.demo.play import Scheduled
-from followups.cli.demo.presentation import Pipe
-from followups.cli.demo.scenario import FAILURES, REPLY_AT, REPLYING, Part, script
-from followups.cli.demo.score import Standing, lags, score
-from followups.cli.demo.view import Picture, around_now
+from followups.cli.demo import EventLines
+from followups.cli.demo.picture import Picture, around_now
+from followups.cli.demo.scenario import FAILURES, REPLY_AT, REPLYING, Part, Scheduled, script
+from followups.cli.demo.score import Standing, lags, score, summary_lines, summary_panel
 from followups.states import Status
 
 START = datetime(2030, 1, 31, 9, tzinfo=UTC)
@@ -143,14 +141,13 @@ def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -
 
 def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
     """Off a terminal each change is one plain line, said once."""
-    pipe = Pipe("http://x:1")
+    show = EventLines()
     before, after = [pending(part) for part in SCENARIO.parts], ALL_ENDED
-    pipe.watch(before, START)
+    show(before, START, [])
     for _ in range(2):
-        pipe.watch([replace(after[0], scheduled=before[0].scheduled), *before[1:]], START)
-    pipe.hear("Lena")
+        show([replace(after[0], scheduled=before[0].scheduled), *before[1:]], START, [])
+    show(before[1:], START, ["Lena"])
     assert capsys.readouterr().out.splitlines() == [
-        "The sandbox page is at http://x:1/ while this runs.",
         "Ada   due second  0.00  ● sent  lag 2.0 ms",
         "Lena  writes back",
     ]
@@ -158,11 +155,11 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
     """The summary gives every number and the next command; a failed run gives its problems instead."""
-    Console(width=80).print(summary.panel(score(ALL_ENDED, RECEIPTS)))
+    Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):
         assert word in said
     failed = score([replace(ALL_ENDED[0], status=Status.PENDING), *ALL_ENDED[1:]], RECEIPTS)
-    Console(width=80).print(summary.panel(failed))
+    Console(width=80).print(summary_panel(failed))
     assert "Not as scripted" in capsys.readouterr().out
-    assert "Not all as scripted." in summary.lines(failed)
+    assert "Not all as scripted." in summary_lines(failed)

@@ -8,9 +8,9 @@ from uuid import UUID
 
 import pytest
 
-from followups.cli.explanations import ENDINGS, Circumstances, explain
 from followups.flow_control.breaker import Shown
 from followups.models import FollowUp
+from followups.operations.explain import ENDINGS, Circumstances, explain
 from followups.sending_hours import SendingHours
 from followups.settings import load_settings
 from followups.states import ReasonCode, Status

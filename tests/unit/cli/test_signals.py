@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from followups.cli.signals import STOPPING, StopSignals
+from followups.embedded.stop_signals import STOPPING, StopSignals
 
 
 def send(number: signal.Signals) -> None:

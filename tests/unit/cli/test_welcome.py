@@ -11,7 +11,7 @@ from uuid import uuid4
 
 import pytest
 
-from followups.cli.welcome import SHOWN, Addresses, request, welcome
+from followups.cli.up import SHOWN, Addresses, request, welcome
 
 KEY = "fup_a-key"
 

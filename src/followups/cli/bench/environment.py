@@ -15,9 +15,9 @@ import redis
 from sqlalchemy.orm import Session
 
 from followups import schema
-from followups.cli.procfile import argv, search_path
 from followups.database import make_engine
 from followups.embedded import EmbeddedError, Processes, answers, free_port
+from followups.embedded.procfile import argv, search_path
 from followups.settings import get_settings, load_settings
 from followups.store import bench_schema, workspaces
 from followups.urls import database_url as parse
@@ -117,7 +117,7 @@ def _settings(name: str, receiver: str, runtime: str) -> Settings:
 
 
 def _start(processes: Processes, settings: Settings, plan: Plan, port: int) -> None:
-    module = [sys.executable, "-m", "followups.cli.bench.receiver", "--port", str(port)]
+    module = [sys.executable, "-m", "followups.embedded.receiver", "--port", str(port)]
     receiver = f"http://127.0.0.1:{port}"
     processes.spawn("receiver", module, ready=answers(f"{receiver}/count"), within=READY_WITHIN)
     with urllib.request.urlopen(f"{receiver}/control?delay={plan.delay}", timeout=10):  # noqa: S310 - our own loopback URL

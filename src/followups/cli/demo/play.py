@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import time
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
-from followups.cli.rest import Rest
-from followups.cli.times import rfc3339
+from followups.cli.demo.scenario import Scheduled
+from followups.errors import FollowUpsError
+from followups.operations.wording import rfc3339
 
 if TYPE_CHECKING:
     from followups.cli.demo.scenario import Part, Scenario
-    from followups.cli.system import Stack
+    from followups.embedded.system import Stack
+
+TIMEOUT = 30.0
+"""Seconds to wait for an answer."""
+
+FIRST_ERROR = 400
 
 LEAST_LEAD = 1.5
 """Least seconds between a follow-up's creation and its due moment.
@@ -25,13 +33,33 @@ CALLS_A_CHAT = 3
 """Requests that it takes to open one chat. Their duration predicts that of all other requests."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """A follow-up of the scenario, with its id in the API."""
+class Rest:
+    """A client of one host. Use it from one thread."""
 
-    id: UUID
-    part: Part
-    due: datetime
+    def __init__(self, address: str, key: str = "") -> None:
+        """Take ``http://host:port`` and an API key if the host wants one; the first call connects."""
+        self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
+        self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+
+    def close(self) -> None:
+        """Close the connection; the next call opens it again."""
+        self._connection.close()
+
+    def call(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 - any JSON
+        """Send a request and return the answer's JSON. Raises `FollowUpsError` for an error answer or no answer."""
+        body = None if document is None else json.dumps(document)
+        try:
+            self._connection.request(method, path, body, self._headers)
+            answer = self._connection.getresponse()
+            content = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            message = f"{method} {path} got no answer ({type(error).__name__})."
+            raise FollowUpsError(message) from error
+        if answer.status >= FIRST_ERROR:
+            message = f"{method} {path} was answered with {answer.status}: {content.decode(errors='replace')[:300]}"
+            raise FollowUpsError(message)
+        return json.loads(content) if content else None
 
 
 class Stage:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from followups.states import ReasonCode, Status
+
+if TYPE_CHECKING:
+    from datetime import datetime
+    from uuid import UUID
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,15 @@ class Part:
     due: float
     message: str
     ending: Ending
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A follow-up of the scenario, with its id in the API."""
+
+    id: UUID
+    part: Part
+    due: datetime
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """The receiver of the benchmarks: it answers every request, and records when each arrived, at the least possible cost.
 
-    python -m followups.cli.bench.receiver --port 9100
+    python -m followups.embedded.receiver --port 9100
 
 ``GET /control?delay=0.05&slow=0.01&slow_delay=5`` resets it. From then on it answers after ``delay`` seconds, and a
 share ``slow`` of the requests after ``slow_delay``. ``GET /count`` returns how many requests arrived, ``GET /times``

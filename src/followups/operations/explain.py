@@ -1,24 +1,34 @@
-"""Explain in words why a follow-up is in its state, and what can be done about it. Pure."""
+"""Explain in words why a follow-up is in its state, and what can be done about it."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
-from followups.cli.rates import shown
-from followups.cli.times import readable, span
+import redis
+from sqlalchemy import func, select
+
+from followups.errors import FollowUpNotFoundError
+from followups.flow_control.breaker import read
+from followups.models import Chat, Workspace
+from followups.operations.doctor.broker_checks import broker_client
+from followups.operations.wording import rate_in_words, readable, span
 from followups.sending_hours import opens_at
+from followups.settings import get_settings
 from followups.states import ReasonCode, Status, code_of
+from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
 from followups.store.leases import lane_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
+    from sqlalchemy.orm import Session
+
     from followups.flow_control.breaker import Shown
-    from followups.models import FollowUp
+    from followups.models import FailedAttempt, FollowUp
     from followups.sending_hours import SendingHours
     from followups.settings import Settings
     from followups.store.pauses import Standing
@@ -73,7 +83,27 @@ class Circumstances:
     retried_as: UUID | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """A follow-up with everything that explains it."""
+
+    follow_up: FollowUp
+    workspace: str
+    chat: Chat
+    failures: Sequence[FailedAttempt]
+    now: datetime
+    around: Circumstances
+
+    @property
+    def explanation(self) -> str:
+        """Why it is in its state."""
+        return explain(self.follow_up, get_settings(), self.now, self.around)
+
+
 ALONE = Circumstances()
+PATIENCE = timedelta(seconds=1)
+"""How long to wait for the broker's breaker state; everything else is in the database."""
+
 STALE_TICK = timedelta(seconds=30)
 """Age from which the last tick counts as missing, at any tick interval in use; the default is one second."""
 
@@ -193,7 +223,7 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
 def _limits(limits: Sequence[Limit]) -> str:
     if not limits:
         return "a rate limit that has been lifted meanwhile"
-    named = [f"{shown(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
+    named = [f"{rate_in_words(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
     return f"{'the rate limits' if len(named) > 1 else 'the rate limit'} of {' and '.join(named)}"
 
 
@@ -240,3 +270,55 @@ def _in_flight(follow_up: FollowUp, now: datetime) -> str:
     if follow_up.lease_until is not None and follow_up.lease_until <= now:
         return f"Its lease has ended: a tick takes it over, unless its worker records the outcome first.{wish}"
     return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"
+
+
+def explained(session: Session, follow_up_id: UUID) -> Explained:
+    """Return the follow-up with everything that explains it. Raises `FollowUpNotFoundError`."""
+    follow_up = follow_ups.find(session, follow_up_id, None)
+    if follow_up is None:
+        raise FollowUpNotFoundError
+    now = session.execute(select(func.now())).scalar_one()
+    chat = session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id))
+    around = _circumstances(session, follow_up, chat.channel)
+    if follow_up.waits_for is not None:
+        around = replace(around, first=_first(session, follow_up, around, now))
+    return Explained(
+        follow_up,
+        session.get_one(Workspace, follow_up.workspace_id).name,
+        chat,
+        follow_ups.failures(session, follow_up_id),
+        now,
+        around,
+    )
+
+
+def _circumstances(session: Session, follow_up: FollowUp, channel: str) -> Circumstances:
+    connection = session.connection()
+    last = retries.last_of(session, follow_up.id)
+    return Circumstances(
+        pause=pauses.of(connection, follow_up.workspace_id, channel),
+        hours=sending_hours.find(session, follow_up.workspace_id),
+        limits=rate_limits.of(connection, follow_up.workspace_id, channel),
+        breaker=_breaker() if follow_up.status == Status.PENDING else None,
+        tick_age=last_tick.last_tick_age(connection),
+        retried_as=last if last != follow_up.id else None,
+    )
+
+
+def _breaker() -> Shown | None:
+    settings = get_settings()
+    try:
+        with broker_client(settings, PATIENCE) as client:
+            return read(client, settings)
+    except (redis.RedisError, OSError):
+        return None  # followups doctor reports it
+
+
+def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
+    """Explain the chat's first pending follow-up, which all others of the chat wait for."""
+    first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
+    if first is None or first == follow_up.id:
+        return ""
+    found = follow_ups.find(session, first, None)
+    which = "Of that one" if first == follow_up.waits_for else f"The first of the chat is {first}"
+    return f"{which}: {explain(found, get_settings(), now, around)}" if found else ""

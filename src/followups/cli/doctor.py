@@ -9,11 +9,17 @@ from rich.table import Table
 from rich.text import Text
 
 from followups.cli import connection
-from followups.cli.doctor import checks, integrity, processes, server, symptoms
-from followups.cli.doctor.checks import Finding
-from followups.cli.examples import examples
+from followups.cli.catalogue import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, console, print_json
+from followups.operations.doctor import (
+    Finding,
+    broker_checks,
+    database_checks,
+    process_checks,
+    table_checks,
+    transport_checks,
+)
 from followups.settings import get_settings
 
 if TYPE_CHECKING:
@@ -43,21 +49,24 @@ def doctor(*, json: Json = False) -> None:
 
 
 def _findings(settings: Settings) -> Iterator[Finding]:
-    yield checks.timeouts(settings)
+    yield transport_checks.timeouts(settings)
     with connection.engine() as engine:
-        yield from checks.databases(settings, engine)
-        yield from server.of_server(settings, engine)
-        yield from symptoms.of_database(settings, engine)
-        yield from integrity.of_tables(engine)
+        yield from database_checks.databases(settings, engine)
+        yield from database_checks.of_server(settings, engine)
+        yield from database_checks.of_database(settings, engine)
+        yield from table_checks.of_tables(engine)
     reachable = True
-    for finding in checks.broker(settings):
+    for finding in broker_checks.broker(settings):
         reachable = reachable and (finding.ok or finding.name != "broker")
         yield finding
     if reachable:
-        yield from symptoms.of_broker(settings)
-    yield checks.transport(settings)
-    yield processes.of_the_broker() if reachable else Finding("workers", "not asked", "See to the broker first.")
-    yield processes.of_this_machine(settings)
+        yield from broker_checks.of_broker(settings)
+    yield transport_checks.transport(settings)
+    if reachable:
+        yield process_checks.workers(connection.ask_workers)
+    else:
+        yield Finding("workers", "not asked", "See to the broker first.")
+    yield process_checks.of_this_machine(settings)
 
 
 def _print(settings: Settings, findings: list[Finding]) -> None:

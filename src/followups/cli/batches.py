@@ -24,6 +24,15 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
 @dataclass(frozen=True, slots=True)
+class Manner:
+    """The options that all bulk commands share."""
+
+    dry_run: bool
+    yes: bool
+    json: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a bulk command will do, and to how many."""
 
@@ -43,16 +52,16 @@ class Plan:
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
-def carry_out(plan: Plan, batches: Batches, *, dry_run: bool, yes: bool, json: bool) -> None:
+def carry_out(plan: Plan, batches: Batches, manner: Manner) -> None:
     """Run the batches, unless this is a dry run or the operator declines. Each batch yields its counts by name.
 
     The counts ``plan.done`` and ``passedOver`` advance the progress bar. After Ctrl-C each follow-up is either done or
     untouched; running the command again continues with the rest.
     """
-    if dry_run:
-        _announce(plan, json=json, then="Nothing has changed: this was a dry run.")
+    if manner.dry_run:
+        _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")
         return
-    if plan.number and not yes:
+    if plan.number and not manner.yes:
         _announce(plan, json=False, then="")
         confirm(plan)
     totals: dict[str, int] = {plan.done: 0}
@@ -61,7 +70,7 @@ def carry_out(plan: Plan, batches: Batches, *, dry_run: bool, yes: bool, json: b
         _run(plan, batches(), totals)
     except KeyboardInterrupt:
         interrupted = True
-    _conclude(plan, totals, interrupted=interrupted, json=json)
+    _conclude(plan, totals, interrupted=interrupted, json=manner.json)
     if interrupted:
         raise typer.Exit(1)
 

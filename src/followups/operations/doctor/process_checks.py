@@ -1,28 +1,35 @@
-"""The process checks of ``followups doctor``: workers through the broker; worker, beat and web on this machine."""
+"""The checks of processes: workers through the broker; worker, beat and web on this machine."""
 
 from __future__ import annotations
 
+import http.client
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from followups.cli.doctor.checks import Finding
-from followups.cli.failures import named
-from followups.cli.health import WEB_PORT, trouble_of_web
+from followups.errors import named
+from followups.operations.doctor import Finding
 from followups.telemetry.heartbeat import directory_of, look
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from followups.settings import Settings
+
+Replies = list[dict[str, dict[str, Any]]]
+"""Each worker's answer to `followups.worker.liveness.signs_of_life`, by its name."""
 
 RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
 
+WEB_PORT = "8000"
+PATIENCE = 3.0
+"""Seconds to wait for web, which answers within milliseconds from its event loop."""
 
-def of_the_broker() -> Finding:
-    """Ask all workers for their state. A worker that consumes nothing answers too, and its answer shows that."""
-    from followups.worker.celery_app import app  # noqa: PLC0415 - loads Celery, and needs a broker that answers
 
+def workers(ask: Callable[[], Replies]) -> Finding:
+    """Check the state of all workers, which ``ask`` returns; one that consumes nothing answers too."""
     try:
-        replies: list[dict[str, dict[str, Any]]] = app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
+        replies = ask()
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
         return Finding("workers", named(error), "See to the broker first.")
     # During an upgrade, the answer of an older worker only shows that it is there.
@@ -64,3 +71,20 @@ def _web() -> str:
     if not 0 < port < 2**16:
         return "not asked: PORT is no port"
     return f"{'not there' if trouble_of_web('127.0.0.1', port) else 'answers'} on port {port}"
+
+
+def trouble_of_web(host: str, port: int) -> str:
+    """Ask web whether it is up; return a sentence if it is not, otherwise an empty string."""
+    place = f"{host}:{port}"
+    connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
+    try:
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        up = b'"up"' in answer.read(1000)
+    except (OSError, http.client.HTTPException) as error:
+        return f"Web does not answer at {place} ({type(error).__name__}): restart it, or give its PORT."
+    finally:
+        connection.close()
+    if answer.status != http.HTTPStatus.OK or not up:
+        return f"What answers at {place} is not web: HTTP {answer.status} to GET /healthz."
+    return ""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from followups import database, schema
-from followups.cli.procfile import argv, search_path
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
+from followups.embedded.procfile import argv, search_path
 from followups.settings import load_settings
 from followups.store import api_keys, workspaces
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from pathlib import Path
     from uuid import UUID
 
-    from followups.cli.signals import StopSignals
     from followups.embedded import Child
+    from followups.embedded.stop_signals import StopSignals
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from sqlalchemy import CheckConstraint, text
 from sqlalchemy.exc import SQLAlchemyError
 
-from followups.cli.doctor.checks import Finding
 from followups.models import Base
+from followups.operations.doctor import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -1,9 +1,17 @@
-"""Counts, lag and throughput for people. No statement here runs for long.
+"""Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
 Pending, waiting, overdue and in-flight counts are exact, from small partial indexes. Final rows are counted up to
 `EXACT_UP_TO` for each state; beyond that the planner's estimate is used, at no cost however many millions there are.
 Lag and throughput read what ended in the last minutes, by its index; if that is too much, they are given up after
 `LIMIT`.
+
+The backlog is for metrics, which are read every few seconds. Counting ten million pending rows takes seconds, and
+counters kept by a trigger would make every insert and every end write to one shared row. So rows are counted one by one
+up to `BACKLOG_EXACT_UP_TO`, which covers what a healthy system has overdue. Beyond that the numbers are the planner's
+estimates, as exact as the last ANALYZE (which runs after 2 % of the rows have changed), and never below what was
+counted. Measured on two busy cores with half a million rows pending, 36,000 of them overdue: 16 ms (an exact count of
+pending takes 83 ms, and grows with it). Right after 60,000 were sent and not yet vacuumed, it takes 287 ms once and 13
+to 16 ms from then on. The number of rows makes no difference.
 """
 
 from __future__ import annotations
@@ -17,7 +25,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from followups.states import Status
-from followups.store import backlog, metric_totals
+from followups.store import counter_totals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -29,6 +37,63 @@ EXACT_UP_TO = 100_000
 
 LIMIT = timedelta(seconds=2)
 """Time limit for lag and throughput."""
+
+
+BACKLOG_EXACT_UP_TO = 10_000
+"""Rows of the backlog that are counted one by one; beyond that the planner's estimate is used."""
+
+_DUE = "COALESCE(next_attempt_at, due_date)"
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """Counts of follow-ups, exact up to 10,000 and estimated beyond; the oldest's age in seconds, or 0."""
+
+    pending: int
+    overdue: int
+    oldest_overdue: float
+    in_flight: int
+
+
+_PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
+
+# The head of the claim's own index, up to a little after now: nothing begins earlier, so what is in flight is in it
+# too. One that waits for an earlier one of its chat is not overdue; the earlier one is. Ordered, so that the index is
+# read no further than needed: the planner takes a third of all pending rows for overdue, and would rather read the
+# whole table. Read once, since rows sent and not yet vacuumed lie in front.
+_COUNT = text(f"""
+    WITH head AS MATERIALIZED (
+        SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
+         ORDER BY {_DUE}, id LIMIT :head)
+    SELECT (SELECT count(*) FROM (SELECT {_PENDING_ROWS} LIMIT :most) AS p) AS pending,
+           count(*) FILTER (WHERE due <= now()) AS overdue,
+           COALESCE(EXTRACT(EPOCH FROM now() - min(due) FILTER (WHERE due <= now())), 0) AS oldest_overdue,
+           count(begun_at) AS in_flight
+      FROM head
+""")  # noqa: S608 - no input, only the constants above
+
+_ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
+# The planner itself ignores this histogram, because its index is partial, and guesses a third.
+_SHARE_OVERDUE = text("""
+    SELECT avg((bound <= now())::int)
+      FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
+     WHERE schemaname = current_schema() AND tablename = 'ix_follow_ups_due' AND attname = 'coalesce'
+""")
+
+
+def measure_backlog(connection: Connection, *, window: int) -> Backlog:
+    """Count the backlog. ``window`` is the most that can be in flight."""
+    row = connection.execute(
+        _COUNT, {"most": BACKLOG_EXACT_UP_TO + 1, "head": max(BACKLOG_EXACT_UP_TO + 1, window)}
+    ).one()
+    pending, overdue = row.pending, row.overdue
+    if pending > BACKLOG_EXACT_UP_TO:
+        plan = connection.execute(_ESTIMATE_PENDING).scalar_one()
+        pending = max(pending, int(plan[0]["Plan"]["Plan Rows"]))
+    if overdue > BACKLOG_EXACT_UP_TO:
+        share = connection.execute(_SHARE_OVERDUE).scalar_one() or 0  # None: the table was never analyzed
+        overdue = max(overdue, int(share * pending))
+    return Backlog(pending, overdue, float(row.oldest_overdue), row.in_flight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +133,6 @@ class Pace:
         return self.sent / (self.window / timedelta(minutes=1))
 
 
-_DUE = "COALESCE(next_attempt_at, due_date)"
 _PENDING = text(f"""
     SELECT (SELECT count(*) FROM follow_ups WHERE status = 'pending') AS pending,
            (SELECT count(*) FROM follow_ups WHERE status = 'pending' AND waits_for IS NOT NULL) AS waiting,
@@ -101,7 +165,7 @@ _ESTIMATE_FINAL = text("""
 def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO) -> Counts:
     """Count by state. ``window`` is the most that can be in flight."""
     pending = connection.execute(_PENDING).one()
-    head = backlog.measure(connection, window=window)
+    head = measure_backlog(connection, window=window)
     final = _count_final(connection, exact_up_to + 1)
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
@@ -183,7 +247,7 @@ def within(
 def attempts(connection: Connection) -> dict[str, int]:
     """Return how many attempts all processes have made, by outcome; up to a second old."""
     found: dict[str, int] = {}
-    for (name, labels), value in metric_totals.read(connection).items():
+    for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":
             outcome = str(json.loads(labels)["outcome"])
             found[outcome] = found.get(outcome, 0) + int(value)

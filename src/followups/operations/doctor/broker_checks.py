@@ -1,125 +1,50 @@
-"""The checks of ``followups doctor``. Each takes the settings, returns its findings, and never raises."""
+"""The checks of the broker: version, memory, permissions, queues, and the breaker that is kept there."""
 
 from __future__ import annotations
 
-import asyncio
 import re
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import redis
-from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
 
-from followups import schema
-from followups.api.readiness import STALE_AT_LEAST, STALE_TICKS
-from followups.cli.connection import broker_client, place_of
-from followups.cli.failures import named, reason_of
-from followups.cli.times import span
-from followups.database import IS_READ_ONLY, takes_changes, unfit
-from followups.errors import FollowUpsError
-from followups.settings import LEASE_MARGIN, hide_password
-from followups.store import last_tick
-from followups.transports.registry import load_transport
-from followups.worker.queues import CLUSTER
+from followups.delivery.breaker import CLOSED
+from followups.delivery.hints import CLUSTER, DELIVER, DISPATCH
+from followups.errors import named
+from followups.flow_control.breaker import read
+from followups.operations.doctor import Finding
+from followups.operations.wording import span
+from followups.settings import hide_password
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine
-
     from followups.settings import Settings
 
-OLDEST_POSTGRESQL = 14
 OLDEST_REDIS = (6, 2)
 
 PATIENCE = timedelta(seconds=3)
-"""How long to wait for the broker, and for all workers together."""
-
+"""How long to wait for the broker."""
 
 REFUSED = "See to the server: a full disk, full memory, or a script without end; processes go on by themselves then."
 """What to do about errors that the broker returns to every client."""
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What a check found. ``advice`` says what to do; without advice all is well."""
-
-    name: str
-    detail: str
-    advice: str = ""
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is nothing to do."""
-        return not self.advice
-
-    def document(self) -> dict[str, object]:
-        """Return the JSON form."""
-        return {"name": self.name, "ok": self.ok, "detail": self.detail, "advice": self.advice}
+UNREAD_TICKS = 100
+"""Ticks in the queue from which it seems that no worker reads it."""
 
 
-def timeouts(settings: Settings) -> Finding:
-    """Show the sum of the timeouts, which keeps a worker that is waiting for an answer from losing its lease."""
-    detail = (
-        f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
-        f" <= lease {span(settings.lease)}"
-    )
-    return Finding("timeouts", detail)  # the settings refuse any other combination
-
-
-def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Check the database, its schema, and the age of its last recorded tick."""
-    place = place_of(settings.database_url.get_secret_value())
-    try:
-        with engine.connect() as connection:
-            yield _version(connection, place) if takes_changes(connection) else _unusable(place, IS_READ_ONLY)
-        current, newest = schema.schema_versions(engine)
-        yield _migrations(current, newest)
-        if current is not None:
-            with engine.connect() as connection:
-                yield _tick(settings, last_tick.last_tick_age(connection))
-    except SQLAlchemyError as error:
-        reason = reason_of(getattr(error, "orig", None) or error)
-        yield _unusable(place, unfit(error) or f"{reason}: start it, or correct FOLLOWUPS_DATABASE_URL")
-
-
-def _unusable(place: str, said: str) -> Finding:
-    detail, _, advice = said.rpartition(": ")
-    return Finding("database", f"{place}: {detail}", f"{advice[:1].upper()}{advice[1:]}.")
-
-
-def _version(connection: Connection, place: str) -> Finding:
-    number = connection.execute(text("SELECT current_setting('server_version_num')::int / 10000")).scalar_one()
-    detail = f"PostgreSQL {number}, {place}"
-    advice = "" if number >= OLDEST_POSTGRESQL else f"Use PostgreSQL {OLDEST_POSTGRESQL} or newer."
-    return Finding("database", detail, advice)
-
-
-def _migrations(current: str | None, newest: str | None) -> Finding:
-    if current == newest:
-        return Finding("migrations", f"{current}, the newest")
-    if schema.is_ready(current):
-        return Finding("migrations", f"{current}, brought by a newer version than this one, which knows {newest}")
-    return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
-
-
-def _tick(settings: Settings, age: timedelta | None) -> Finding:
-    limit = max(settings.tick_interval * STALE_TICKS, STALE_AT_LEAST)
-    detail = f"the last tick ran {span(age)} ago" if age is not None else "no tick has ever run"
-    if age is not None and age <= limit:
-        return Finding("ticks", f"{detail} (every {span(settings.tick_interval)})")
-    advice = "Start beat and a worker: honcho start beat worker, or what else runs the Procfile."
-    return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
+def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:
+    """Return a client of the broker, to be closed by the caller. It does not retry."""
+    url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
+    return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
     """Check that the broker is reachable and new enough, allows all commands, and evicts nothing."""
     url = settings.broker_url.get_secret_value()
     try:
-        with broker_client(settings, PATIENCE) as client:
+        with broker_client(settings) as client:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
@@ -212,21 +137,32 @@ def _eviction(information: dict[str, Any]) -> Finding:
     return Finding("broker memory", detail, "Set maxmemory-policy to noeviction: an evicted queue costs time.")
 
 
-def transport(settings: Settings) -> Finding:
-    """Ask the transport whether its endpoint can be reached."""
+def of_broker(settings: Settings) -> Iterator[Finding]:
+    """Check for unread messages, and whether the breaker is open."""
     try:
-        detail = asyncio.run(_checked(settings))
-    except FollowUpsError as error:
-        return Finding("transport", f"{settings.transport}: {error}", "Correct the FOLLOWUPS_TRANSPORT settings.")
-    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
-        return Finding("transport", f"{settings.transport}: {named(error)}", "Ask who wrote the transport.")
-    return Finding("transport", f"{settings.transport}: {detail}")
+        with broker_client(settings) as client:
+            yield _queues(settings, client)
+            yield _breaker(settings, client)
+    except (redis.RedisError, OSError) as error:
+        yield Finding("queues", type(error).__name__, "See to the broker first.")
 
 
-async def _checked(settings: Settings) -> str:
-    made = load_transport(settings)
-    await made.open()
-    try:
-        return await made.check()
-    finally:
-        await made.close()
+def _breaker(settings: Settings, client: redis.Redis) -> Finding:
+    shown = read(client, settings)
+    if shown.state == CLOSED:
+        return Finding("breaker", "closed: everything that is due may begin")
+    whom = f"{len(shown.held)} workspace{'' if len(shown.held) == 1 else 's'}"
+    detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
+    if shown.state == "recovering":
+        return Finding("breaker", f"{detail}, and takes more from second to second now")
+    advice = "See to the chat server. It is probed every few seconds; what is due waits, and goes out by itself."
+    return Finding("breaker", detail, advice)
+
+
+def _queues(settings: Settings, client: redis.Redis) -> Finding:
+    batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
+    detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
+    # Every hint in the queue stands for a lease, so those beyond MAX_IN_FLIGHT must be stale.
+    if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
+        return Finding("queues", detail, "Nobody reads them: start workers, or restart those that only seem to run.")
+    return Finding("queues", detail)

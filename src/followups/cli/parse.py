@@ -1,7 +1,8 @@
-"""Times as people write them and as the API shows them."""
+"""Parsers of what an operator types: times, durations, days and rates."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
@@ -9,11 +10,15 @@ from typing import ClassVar
 
 import typer
 
+from followups.operations.wording import SECONDS
 from followups.sending_hours import read_days
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
 PART = re.compile(r"(\d+(?:\.\d+)?)([smhd])", re.ASCII)
+
+
+DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,31 +147,36 @@ def parse_days(text: str) -> frozenset[int]:
         raise typer.BadParameter(message) from None
 
 
-def rfc3339(moment: datetime | None) -> str | None:
-    """Return a time as the API writes it: UTC, RFC 3339, with ``Z``.
+RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
+MOST = 1_000_000
+"""Largest rate, in follow-ups a second, and largest bucket: more than this system can send."""
+LEAST = 0.01 / SECONDS["d"]
+"""Smallest rate, in follow-ups a second. With a lower one a large bucket takes longer to fill than a Redis key can
+live.
+"""
 
-    >>> rfc3339(datetime(2030, 1, 31, 9, tzinfo=UTC))
-    '2030-01-31T09:00:00Z'
+
+def parse_rate(text: str) -> float:
+    """Parse ``50/s``, ``20/min``, ``1000/h`` or ``5/d`` into follow-ups a second. Raises `typer.BadParameter`.
+
+    >>> parse_rate("90/min")
+    1.5
     """
-    return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z" if moment else None
+    found = RATE.fullmatch(text)
+    if not found:
+        message = f"{text!r} is no rate; write it as 50/s, 20/min or 1000/h."
+        raise typer.BadParameter(message)
+    rate = float(found[1]) / SECONDS[found[2]]
+    if not LEAST <= rate <= MOST:
+        message = f"{text!r} should be at least 0.01/d, and at most {MOST}/s; followups pause lets nothing begin."
+        raise typer.BadParameter(message)
+    return rate
 
 
-def readable(moment: datetime | None) -> str:
-    """Return a time for a table, in UTC to the second, or '-' if there is none."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
+def default_burst(rate: float) -> int:
+    """Return the default burst: one second's worth, and at least one.
 
-
-def span(duration: timedelta) -> str:
-    """Return a duration in words, in its two largest units and without its sign.
-
-    >>> span(timedelta(hours=26, minutes=3)), span(timedelta(seconds=-90)), span(timedelta(milliseconds=2.4))
-    ('1 d 2 h', '1 min 30 s', '2.4 ms')
+    >>> default_burst(50), default_burst(1 / 3)
+    (50, 1)
     """
-    duration = abs(duration)
-    if duration < timedelta(seconds=1):
-        return f"{duration / timedelta(milliseconds=1):.3g} ms"
-    seconds = round(duration.total_seconds())
-    parts = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
-    while not parts[0][0]:
-        parts = parts[1:]
-    return " ".join(f"{number} {unit}" for number, unit in parts[:2] if number)
+    return max(1, math.floor(rate))

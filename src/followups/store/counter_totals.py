@@ -79,7 +79,7 @@ def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
     }
 
 
-class Totals:
+class CounterTotals:
     """Adds this process's counts to the sums, from a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:

@@ -1,1 +1,0 @@
-"""``followups doctor``: every check, and what to do about what it finds."""

@@ -1,0 +1,39 @@
+"""``followups reschedule``: another due date for a pending follow-up."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from sqlalchemy import func, select
+
+from followups import scheduling
+from followups.cli import connection
+from followups.cli.catalogue import examples
+from followups.cli.documents import follow_up_document
+from followups.cli.options import EXAMPLE_ID, FollowUpId
+from followups.cli.output import Json, print_json, say
+from followups.cli.parse import DUE_HELP, Due, parse_due
+from followups.operations.wording import readable
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+
+@app.command(
+    epilog=examples(f"followups reschedule {EXAMPLE_ID} --due +10m", f"followups reschedule {EXAMPLE_ID} --due now")
+)
+def reschedule(
+    follow_up_id: FollowUpId,
+    due: Annotated[Due, typer.Option(parser=parse_due, metavar="TIME", help=DUE_HELP, show_default=False)],
+    *,
+    json: Json = False,
+) -> None:
+    """Give a pending follow-up another due date. A date in the past means at once."""
+    with connection.session() as session:
+        now = session.execute(select(func.now())).scalar_one()
+        follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)})
+    connection.nudge_if_soon(follow_up.due_date, now)
+    if json:
+        print_json(follow_up_document(follow_up))
+    else:
+        say(f"{follow_up.id} is due {readable(follow_up.due_date)}")

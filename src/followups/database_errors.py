@@ -1,0 +1,101 @@
+"""What a database error means: it passes by itself, one row causes it, or the database cannot be used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psycopg
+from sqlalchemy import text
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+READ_ONLY = "25006"
+"""SQLSTATE of a change that a read-only server refuses."""
+
+READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
+"""Messages of libpq about a server that does not match ``target_session_attrs``.
+
+There is no SQLSTATE for this error.
+"""
+
+
+class UnfitDatabaseError(psycopg.NotSupportedError):
+    """The database cannot store every value; the message explains what to do."""
+
+
+PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
+"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server during a
+failover, deadlock, out of resources, object in use, operator intervention, system error.
+"""
+
+
+def is_passing(error: Exception) -> bool:
+    """Return whether a retry may help: the database was unreachable, busy, or broke a deadlock."""
+    if isinstance(error, PoolTimeoutError | OperationalError):
+        return True
+    if not isinstance(error, DBAPIError):
+        return False
+    return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
+
+
+UNDONE = frozenset({"40001", "40P01"})
+"""SQLSTATEs of a transaction rolled back in a conflict: serialization failure and deadlock.
+
+None of its changes were made.
+"""
+
+
+def is_undone(error: DBAPIError) -> bool:
+    """Return whether the transaction was rolled back in a conflict with another one.
+
+    Such a transaction may be retried as a whole.
+    """
+    return getattr(error.orig, "sqlstate", None) in UNDONE
+
+
+IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
+"""What to do about a standby, or a server that was made read-only.
+
+Processes continue by themselves once the server takes changes.
+"""
+
+
+def is_read_only(error: Exception) -> bool:
+    """Return whether the error means that the database takes no changes."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
+
+
+def takes_changes(connection: Connection) -> bool:
+    """Return whether the server takes changes.
+
+    A server reached by a URL with ``target_session_attrs=any`` may not.
+    """
+    return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
+
+
+def unfit(error: Exception) -> str:
+    """Return why the database cannot be used and what to do, or an empty string for any other error."""
+    cause = error.orig if isinstance(error, DBAPIError) else error
+    if is_read_only(error):
+        return IS_READ_ONLY
+    return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
+
+
+ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
+"""Further SQLSTATEs that one row may cause: a trigger's refusal, a damaged page.
+
+One row may also cause the errors for bad data and broken constraints.
+"""
+
+
+def concerns_a_row(error: Exception) -> bool:
+    """Return whether one row's content may be the cause, so that the work would succeed without it."""
+    if isinstance(error, DataError | IntegrityError):
+        return True
+    if isinstance(error, DBAPIError):
+        return str(getattr(error.orig, "sqlstate", None)) in ROW_STATES
+    return not isinstance(error, SQLAlchemyError)

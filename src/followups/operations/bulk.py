@@ -1,0 +1,129 @@
+"""Bulk actions in batches: cancel, retry, prune, and send what a pause has held.
+
+Each generator commits batch by batch and yields the batch's counts by name. Interrupted between two batches, every
+follow-up is either done or untouched; running it again continues with the rest.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from sqlalchemy.orm import Session
+
+from followups import scheduling
+from followups.errors import ChatNotFoundError, ConflictError, OutsideMessagingWindowError
+from followups.store import bulk_cancel, pauses, pruning, retries
+from followups.store.bulk_cancel import Pending, Place
+from followups.store.pruning import OLDEST, Message
+from followups.store.retries import Failures, Moment
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from datetime import datetime
+    from uuid import UUID
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.states import Final
+
+    Batches = Iterator[dict[str, int]]
+
+PASSES = 5
+PAUSE = 0.2
+"""Seconds between two tries at a row that another transaction has locked, and the number of tries."""
+
+RETRIES = 500
+"""Follow-ups fetched at once. Each is retried in a transaction of its own: it locks its chat, and a transaction that
+locked several chats would wait for others that do the same.
+"""
+
+
+def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[Pending]:
+    """Return what is pending in a workspace, or in a chat of one workspace or of all; empty for an unknown chat."""
+    now = bulk_cancel.now(session.connection())
+    if chat_id is None:
+        return [] if workspace_id is None else [Pending(workspace_id, None, now)]
+    found = bulk_cancel.workspaces_of_chat(session.connection(), chat_id)
+    return [Pending(each, chat_id, now) for each in found if workspace_id in {None, each}]
+
+
+def cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Batches:
+    """Cancel what is pending. Those in flight are kept from a retry; those locked for long are counted."""
+    for pending in chosen:
+        for _ in range(PASSES):
+            yield from _cancel_pass(engine, pending, final)
+            with engine.connect() as opened:
+                left = bulk_cancel.count_pending(opened, pending).number
+            if not left:
+                break
+            time.sleep(PAUSE)
+        else:
+            yield {"heldByOthers": left}
+
+
+def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Batches:
+    place: Place | None = Place()
+    while place is not None:
+        with engine.begin() as opened:
+            batch = bulk_cancel.cancel_if_not_begun(opened, pending, final, place)
+        place = batch.ended
+        yield {"cancelled": len(batch.cancelled), "inFlight": batch.in_flight}
+
+
+def retry(engine: Engine, failures: Failures) -> Batches:
+    """Create a new follow-up, due now, from each that failed and has not been retried."""
+    after = Moment()
+    while True:
+        with engine.connect() as opened:
+            batch = retries.some_failed(opened, failures, RETRIES, after)
+        if not batch:
+            return
+        for one in batch:
+            yield {_retry_one(engine, one.id): 1}
+        after = Moment(batch[-1].finished_at, batch[-1].id)
+
+
+def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
+    """Retry one follow-up and return the result."""
+    try:
+        with Session(engine) as session, session.begin():
+            scheduling.retry_once(session, follow_up_id)
+    except OutsideMessagingWindowError:
+        return "outsideMessagingWindow"
+    except ChatNotFoundError:
+        return "chatRemoved"
+    except ConflictError as error:
+        return {"already-retried": "alreadyRetried", "too-many-pending": "tooManyPending"}.get(
+            error.slug, "answeredMeanwhile"
+        )
+    return "retried"
+
+
+def prune(engine: Engine, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
+    """Delete what finished before that: follow-ups by ``remove``, then chat messages and expired idempotency keys."""
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = remove(opened, before)
+        yield {"deleted": number}
+    place: Message | None = OLDEST
+    while place is not None:
+        with engine.begin() as opened:
+            number, place = pruning.delete_messages(opened, before, place)
+        yield {"chatMessages": number}
+    number = 1
+    while number:
+        with engine.begin() as opened:
+            number = pruning.delete_expired_keys(opened)
+        yield {"idempotencyKeys": number}
+
+
+def release_paused(engine: Engine) -> Batches:
+    """Let follow-ups go on whose pause has ended."""
+    while True:
+        with engine.begin() as opened:
+            released = pauses.free_forgotten(opened)
+        if not released:
+            return
+        yield {"resumed": released}

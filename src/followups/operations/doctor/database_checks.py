@@ -1,0 +1,236 @@
+"""The checks of the database: version and schema, settings, load, and what recently failed."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups import schema
+from followups.database import make_engine
+from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
+from followups.errors import reason_of
+from followups.operations.doctor import Finding
+from followups.operations.wording import span
+from followups.store import counts, last_tick, pauses
+from followups.urls import place_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+OLDEST_POSTGRESQL = 14
+
+LONG_TRANSACTION = timedelta(minutes=10)
+"""Age from which a transaction is reported. Ours take milliseconds; a long one keeps dead rows and slows the claim."""
+
+CLOCK_OFF = timedelta(seconds=1)
+
+LATEST = 10_000
+"""Newest failed attempts to look at; the table may be large."""
+
+_ATTEMPTS = text(f"""
+    SELECT outcome, count(*) AS number
+      FROM (SELECT outcome, at FROM failed_attempts ORDER BY id DESC LIMIT {LATEST}) AS latest
+     WHERE at > now() - interval '1 hour'
+     GROUP BY outcome ORDER BY outcome
+""")  # noqa: S608 - no input, only the constant above
+_OLDEST_TRANSACTION = text("""
+    SELECT pid, application_name, now() - xact_start AS age FROM pg_stat_activity
+     WHERE datname = current_database() AND xact_start IS NOT NULL AND pid <> pg_backend_pid()
+       AND backend_type = 'client backend'
+     ORDER BY xact_start LIMIT 1
+""")
+_ROLE_WITHOUT_SIGHT = text("""
+    SELECT current_user FROM pg_stat_activity
+     WHERE datname = current_database() AND query = '<insufficient privilege>' LIMIT 1
+""")
+_DEAD = text("""
+    SELECT n_dead_tup AS dead, n_live_tup AS live FROM pg_stat_user_tables WHERE relid = 'follow_ups'::regclass
+""")
+
+EXPLAINED = {
+    "lost": "lost with their workers (look for crashes, and for the kernel's OOM killer)",
+    "unknown": "without an answer (look at the network to the transport, and at its timeout)",
+    "retry": "refused for now",
+    "snoozed": "put off by the transport's rate limit",
+    "rejected": "refused for good",
+}
+"""The meaning of each outcome of a failed attempt."""
+# The values for a session without settings of its own, since our sessions set some of these.
+_DEFAULTS = text("""
+    SELECT name, reset_val FROM pg_settings
+     WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
+""")
+_BACKEND = text("SELECT pg_backend_pid()")
+
+
+def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check the database, its schema, and the age of its last recorded tick."""
+    place = place_of(settings.database_url.get_secret_value())
+    try:
+        with engine.connect() as connection:
+            yield _version(connection, place) if takes_changes(connection) else _unusable(place, IS_READ_ONLY)
+        current, newest = schema.schema_versions(engine)
+        yield _migrations(current, newest)
+        if current is not None:
+            with engine.connect() as connection:
+                yield _tick(settings, last_tick.last_tick_age(connection))
+    except SQLAlchemyError as error:
+        reason = reason_of(getattr(error, "orig", None) or error)
+        yield _unusable(place, unfit(error) or f"{reason}: start it, or correct FOLLOWUPS_DATABASE_URL")
+
+
+def _unusable(place: str, said: str) -> Finding:
+    detail, _, advice = said.rpartition(": ")
+    return Finding("database", f"{place}: {detail}", f"{advice[:1].upper()}{advice[1:]}.")
+
+
+def _version(connection: Connection, place: str) -> Finding:
+    number = connection.execute(text("SELECT current_setting('server_version_num')::int / 10000")).scalar_one()
+    detail = f"PostgreSQL {number}, {place}"
+    advice = "" if number >= OLDEST_POSTGRESQL else f"Use PostgreSQL {OLDEST_POSTGRESQL} or newer."
+    return Finding("database", detail, advice)
+
+
+def _migrations(current: str | None, newest: str | None) -> Finding:
+    if current == newest:
+        return Finding("migrations", f"{current}, the newest")
+    if schema.is_ready(current):
+        return Finding("migrations", f"{current}, brought by a newer version than this one, which knows {newest}")
+    return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
+
+
+def _tick(settings: Settings, age: timedelta | None) -> Finding:
+    limit = last_tick.stale_after(settings.tick_interval)
+    detail = f"the last tick ran {span(age)} ago" if age is not None else "no tick has ever run"
+    if age is not None and age <= limit:
+        return Finding("ticks", f"{detail} (every {span(settings.tick_interval)})")
+    advice = "Start beat and a worker: honcho start beat worker, or what else runs the Procfile."
+    return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
+
+
+def of_server(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check the settings of the server, the database and the role.
+
+    Yields nothing if the database does not answer.
+    """
+    try:
+        with engine.connect() as connection:
+            defaults: dict[str, str] = {row.name: row.reset_val for row in connection.execute(_DEFAULTS)}
+            yield from isolation(defaults["default_transaction_isolation"])
+            yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
+            yield from _pooling(settings, connection)
+    except SQLAlchemyError:
+        return  # another check has said so
+
+
+def isolation(level: str) -> Iterator[Finding]:
+    """Report a default isolation level other than PostgreSQL's own.
+
+    The default applies to the callers of `followups.schedule`.
+    """
+    if level != "read committed":
+        own = "this service's sessions are READ COMMITTED all the same; a caller of followups.schedule needs it too"
+        yield Finding("isolation", f"default_transaction_isolation is {level}; {own}")
+
+
+def durability(commit: str, standbys: str) -> Iterator[Finding]:
+    """Report a `synchronous_commit` with which a crash or a failover loses acknowledged transactions.
+
+    `local` is enough if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
+    """
+    if commit == "off" or (commit == "local" and standbys):
+        event = "crash" if commit == "off" else "failover"
+        detail = f"synchronous_commit is {commit}: a {event} may forget an acknowledged cancel and repeat a send"
+        yield Finding("durability", detail, "Set synchronous_commit to on for this database, then restart all.")
+
+
+def _pooling(settings: Settings, connection: Connection) -> Iterator[Finding]:
+    """Report a pooler that gives each transaction another session.
+
+    It is detected by two simultaneous connections that have the same session.
+    """
+    first = connection.execute(_BACKEND).scalar_one()
+    connection.commit()
+    other = make_engine(settings.database_url.get_secret_value(), pool_size=1, application_name="followups-cli")
+    try:
+        with other.connect() as second:
+            if second.execute(_BACKEND).scalar_one() == first:
+                detail = "a pooler before the database gives each transaction another session (transaction pooling)"
+                yield Finding("pooler", detail, "Use session pooling (PgBouncer: pool_mode = session).")
+    finally:
+        other.dispose()
+
+
+def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
+    """Check what waits, what failed lately, and what slows the database.
+
+    Yields nothing if the database is unreachable or read-only.
+    """
+    try:
+        with engine.connect() as connection:
+            if not takes_changes(connection):
+                return  # reported by another check, and more workers would not help
+            yield _backlog(settings, counts.measure_backlog(connection, window=settings.max_in_flight))
+            yield _attempts(connection)
+            yield _held(connection)
+            yield _transactions(connection)
+            yield _clock(connection)
+    except SQLAlchemyError:
+        return  # reported by another check
+
+
+def _backlog(settings: Settings, found: counts.Backlog) -> Finding:
+    oldest = timedelta(seconds=found.oldest_overdue)
+    detail = f"{found.pending} pending, {found.in_flight} in flight, {found.overdue} overdue"
+    detail += f", the oldest by {span(oldest)}" if found.overdue else ""
+    if oldest <= settings.lease + settings.tick_interval:
+        return Finding("backlog", detail)
+    advice = "Less is sent than falls due: see followups stats and the transport's answers; start more workers."
+    return Finding("backlog", detail, advice)
+
+
+def _attempts(connection: Connection) -> Finding:
+    rows = connection.execute(_ATTEMPTS).all()
+    told = ", ".join(f"{row.number} {EXPLAINED.get(row.outcome, row.outcome)}" for row in rows)
+    return Finding("attempts", f"failed in the last hour: {told or 'none'}")
+
+
+def _held(connection: Connection) -> Finding:
+    standing = pauses.standing(connection)
+    if not standing:
+        return Finding("pauses", "nothing is paused")
+    held = sum(each.held for each in standing)
+    return Finding("pauses", f"{len(standing)}, which hold {held}: followups pause --list")
+
+
+def _transactions(connection: Connection) -> Finding:
+    dead = connection.execute(_DEAD).one()
+    rows = f"{dead.dead} dead rows beside {dead.live}"
+    oldest = connection.execute(_OLDEST_TRANSACTION).one_or_none()
+    if oldest is None or oldest.age < LONG_TRANSACTION:
+        return Finding("transactions", f"none open for long, {rows}{_hidden(connection)}")
+    detail = f"one is open for {span(oldest.age)} (pid {oldest.pid}, {oldest.application_name or 'no name'}), {rows}"
+    return Finding("transactions", detail, f"It keeps dead rows: end it, SELECT pg_terminate_backend({oldest.pid}).")
+
+
+def _hidden(connection: Connection) -> str:
+    role = connection.scalar(_ROLE_WITHOUT_SIGHT)
+    return f"; those of other roles are hidden (GRANT pg_read_all_stats TO {role} shows them)" if role else ""
+
+
+def _clock(connection: Connection) -> Finding:
+    before = datetime.now(UTC)
+    theirs: datetime = connection.execute(text("SELECT clock_timestamp()")).scalar_one()
+    off = before + (datetime.now(UTC) - before) / 2 - theirs
+    if abs(off) <= CLOCK_OFF:
+        return Finding("clock", "this host's agrees with the database's")
+    where = "ahead of" if off > timedelta(0) else "behind"
+    detail = f"this host's is {span(abs(off))} {where} the database's; follow-ups go by the database's"
+    return Finding("clock", detail, "Correct this host's clock: its logs tell wrong times.")

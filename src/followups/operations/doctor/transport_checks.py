@@ -1,0 +1,44 @@
+"""The checks of the transport: whether its endpoint can be reached, and how long a call may take."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from followups.errors import FollowUpsError, named
+from followups.operations.doctor import Finding
+from followups.operations.wording import span
+from followups.settings import LEASE_MARGIN
+from followups.transports.registry import load_transport
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
+
+
+def timeouts(settings: Settings) -> Finding:
+    """Show the sum of the timeouts, which keeps a worker that is waiting for an answer from losing its lease."""
+    detail = (
+        f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
+        f" <= lease {span(settings.lease)}"
+    )
+    return Finding("timeouts", detail)  # the settings refuse any other combination
+
+
+def transport(settings: Settings) -> Finding:
+    """Ask the transport whether its endpoint can be reached."""
+    try:
+        detail = asyncio.run(_checked(settings))
+    except FollowUpsError as error:
+        return Finding("transport", f"{settings.transport}: {error}", "Correct the FOLLOWUPS_TRANSPORT settings.")
+    except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
+        return Finding("transport", f"{settings.transport}: {named(error)}", "Ask who wrote the transport.")
+    return Finding("transport", f"{settings.transport}: {detail}")
+
+
+async def _checked(settings: Settings) -> str:
+    made = load_transport(settings)
+    await made.open()
+    try:
+        return await made.check()
+    finally:
+        await made.close()

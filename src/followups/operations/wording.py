@@ -1,0 +1,52 @@
+"""Times, durations and rates in words. Pure."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+
+SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
+"""The units of a rate: follow-ups a second, a minute, an hour or a day."""
+
+
+def rfc3339(moment: datetime | None) -> str | None:
+    """Return a time as the API writes it: UTC, RFC 3339, with ``Z``.
+
+    >>> rfc3339(datetime(2030, 1, 31, 9, tzinfo=UTC))
+    '2030-01-31T09:00:00Z'
+    """
+    return moment.astimezone(UTC).replace(tzinfo=None).isoformat() + "Z" if moment else None
+
+
+def readable(moment: datetime | None) -> str:
+    """Return a time for a table, in UTC to the second, or '-' if there is none."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
+
+
+def span(duration: timedelta) -> str:
+    """Return a duration in words, in its two largest units and without its sign.
+
+    >>> span(timedelta(hours=26, minutes=3)), span(timedelta(seconds=-90)), span(timedelta(milliseconds=2.4))
+    ('1 d 2 h', '1 min 30 s', '2.4 ms')
+    """
+    duration = abs(duration)
+    if duration < timedelta(seconds=1):
+        return f"{duration / timedelta(milliseconds=1):.3g} ms"
+    seconds = round(duration.total_seconds())
+    parts = [(seconds // 86400, "d"), (seconds // 3600 % 24, "h"), (seconds // 60 % 60, "min"), (seconds % 60, "s")]
+    while not parts[0][0]:
+        parts = parts[1:]
+    return " ".join(f"{number} {unit}" for number, unit in parts[:2] if number)
+
+
+def rate_in_words(rate: float) -> str:
+    """Return a rate in the shortest unit of time in which it is a whole number.
+
+    >>> rate_in_words(20 / 60), rate_in_words(1000 / 3600), rate_in_words(0.5), rate_in_words(1.25)
+    ('20/min', '1000/h', '30/min', '75/min')
+    """
+    for unit, seconds in SECONDS.items():
+        number = rate * seconds
+        if number >= 1 and math.isclose(number, round(number), rel_tol=1e-9):
+            return f"{round(number)}/{unit}"
+    return f"{rate * SECONDS['d']:.6g}/d"
