@@ -13,33 +13,34 @@ import pytest
 from sqlalchemy import make_url
 
 from followups.embedded import free_port
-from followups.embedded.child import Child, Command
-from followups.embedded.directories import let_through, make_temporary_directory, remove_directory
+from followups.embedded.child import Command
+from followups.embedded.directories import let_through
+from followups.embedded.embedded_server import EmbeddedServer
 from followups.embedded.postgres import SYSTEM_USER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
-    from types import TracebackType
-    from typing import Self
 
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
 """The skip reason of tests that need PgBouncer."""
 
-READY_WITHIN = timedelta(seconds=10)
 
-
-class PgBouncer:
-    """A PgBouncer on a TCP port of the loopback interface, started by ``with`` or `start`.
+class PgBouncer(EmbeddedServer):
+    """A PgBouncer on a TCP port of the loopback interface.
 
     Every user is let in without a password, as the user of the server's URL. Every database of the server can be
     reached by its own name. The configuration is not relaxed: an unknown startup parameter is refused.
     """
 
+    name = "PgBouncer"
+    start_within = timedelta(seconds=10)
+
     def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
-        """Take the URL of any database of the server (a socket's directory or a TCP address)."""
+        """Serve the server of this URL of any of its databases (a socket's directory or a TCP address)."""
+        super().__init__()
         self._url = make_url(server_url)
         self._settings = {
             "pool_mode": pool_mode,
@@ -51,19 +52,6 @@ class PgBouncer:
             "server_login_retry": "1",
         }
         self._port = free_port()
-        self._directory: Path | None = None
-        self._child: Child | None = None
-
-    def __enter__(self) -> Self:
-        """Start it."""
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop it."""
-        self.stop()
 
     def url(self, database: str | None = None) -> str:
         """Return the URL of a database through PgBouncer, or of the server URL's database if None."""
@@ -71,30 +59,7 @@ class PgBouncer:
         url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
         return url.render_as_string(hide_password=False)
 
-    def start(self) -> None:
-        """Start PgBouncer, and wait until it listens.
-
-        Raises `EmbeddedError`.
-        """
-        self._directory = make_temporary_directory()
-        try:
-            self._child = Child(self._command(self._directory))
-            self._child.start()
-            self._child.wait_until(self._listens, READY_WITHIN)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        """Stop it, and remove what was temporary."""
-        if self._child:
-            self._child.stop()
-            self._child = None
-        if self._directory:
-            remove_directory(self._directory)
-            self._directory = None
-
-    def _command(self, directory: Path) -> Command:
+    def _prepare(self, directory: Path) -> Command:
         run_as = None
         if os.geteuid() == 0:  # PgBouncer refuses root, and the embedded server's socket lets in its own user
             user = pwd.getpwnam(SYSTEM_USER)
@@ -104,7 +69,7 @@ class PgBouncer:
         file.write_text(self._configuration())
         file.chmod(0o644)
         return Command(
-            name="PgBouncer",
+            name=self.name,
             argv=(PROGRAM or "pgbouncer", str(file)),
             log=directory / "pgbouncer.log",
             run_as=run_as,
@@ -121,7 +86,7 @@ class PgBouncer:
         lines = "".join(f"{name} = {value}\n" for name, value in settings.items())
         return f"[databases]\n* = {place}\n\n[pgbouncer]\n{lines}"
 
-    def _listens(self) -> bool:
+    def _is_ready(self) -> bool:
         with socket.socket() as probe:
             return probe.connect_ex(("127.0.0.1", self._port)) == 0
 

@@ -140,7 +140,7 @@ def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: boo
         own.beat()
         says(own, "worker", 0)
         says(own, "beat", 0)
-        server = valkey._child()  # noqa: SLF001 - to be stopped and resumed
+        server = valkey.child
         server.signal(signal.SIGSTOP if frozen else signal.SIGKILL)
         end = time.monotonic() + 25
         while time.monotonic() < end:

@@ -36,7 +36,7 @@ if (forked := os.fork()) == 0:
     os.close(1)
     time.sleep(600)
 print(forked)
-print(child.pid, valkey._child().pid, postgres._child().pid)
+print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """

@@ -15,13 +15,12 @@ from urllib.parse import quote
 import psycopg
 from psycopg import sql
 
-from followups.embedded.child import Child, Command, EmbeddedError
-from followups.embedded.directories import let_through, make_temporary_directory, remove_directory
+from followups.embedded.child import Command, EmbeddedError
+from followups.embedded.directories import let_through
+from followups.embedded.embedded_server import EmbeddedServer
 
 if TYPE_CHECKING:
     from pathlib import Path
-    from types import TracebackType
-    from typing import Self
 
 with warnings.catch_warnings():
     # The package looks for a runtime directory, which we don't use, and warns if the machine has none.
@@ -66,66 +65,27 @@ TEMPORARY_SETTINGS = {
 }
 
 
-class EmbeddedPostgres:
-    """A PostgreSQL server, started by ``with`` or `start`.
+class EmbeddedPostgres(EmbeddedServer):
+    """A PostgreSQL server, which takes about a second to start with new data.
 
     It listens on a Unix socket in a private temporary directory that only this user (and root) can enter, without a
     password.
     """
 
+    name = "PostgreSQL"
+    start_within = START_WITHIN
+
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Take the directory for kept data, or None to keep none, and the parent of the temporary directory.
+        """Keep data in ``data``, or none; ``parent`` is the parent of the temporary directory.
 
         With an in-memory file system (`memory_directory`) as ``parent``, copying a database is ten times as fast.
         """
+        super().__init__(parent)
         self._kept = data
-        self._parent = parent
-        self._directory: Path | None = None
-        self._server: Child | None = None
-
-    def __enter__(self) -> Self:
-        """Start it."""
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop it."""
-        self.stop()
 
     def url(self, database: str = "postgres") -> str:
         """Return the URL of a database, for psycopg, psql and (as ``postgresql+psycopg://``) SQLAlchemy."""
-        return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self._run() / 'socket'))}"
-
-    def start(self) -> None:
-        """Start it; new data takes about a second. Raises `EmbeddedError`."""
-        self._directory = make_temporary_directory(self._parent)
-        try:
-            self._server = Child(self._prepare(self._directory))
-            self._start(self._server)
-        except BaseException:
-            self.stop()
-            raise
-
-    def stop(self) -> None:
-        """Stop it and remove its temporary files."""
-        if self._server:
-            self._server.stop()
-            self._server = None
-        if self._directory:
-            remove_directory(self._directory)
-            self._directory = None
-
-    def restart(self) -> None:
-        """Stop it if it is running, and start it again with the same data and URL."""
-        server = self._child()
-        server.stop()
-        self._start(server)
-
-    def kill(self) -> None:
-        """Kill the server and its sessions with SIGKILL; `restart` starts it again."""
-        self._child().kill()
+        return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def create_database(self, name: str, template: str | None = None) -> str:
         """Create a database, empty or copied from ``template``, which must have no sessions. Return its URL."""
@@ -136,11 +96,7 @@ class EmbeddedPostgres:
         """Drop a database and end its sessions. Does nothing if it does not exist."""
         drop_database(self.url(), name)
 
-    def _start(self, server: Child) -> None:
-        server.start()
-        server.wait_until(self._accepts_connections, START_WITHIN)
-
-    def _accepts_connections(self) -> bool:
+    def _is_ready(self) -> bool:
         try:
             psycopg.connect(self.url(), connect_timeout=2).close()
         except psycopg.OperationalError:
@@ -157,7 +113,7 @@ class EmbeddedPostgres:
         settings = {"unix_socket_directories": f"'{socket}'", **SETTINGS, **({} if self._kept else TEMPORARY_SETTINGS)}
         (data / "followups.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
         return Command(
-            name="PostgreSQL",
+            name=self.name,
             argv=(str(BINARIES / "postgres"), "-D", str(data)),
             log=data.parent / "postgres.log",
             directory=data,
@@ -165,18 +121,6 @@ class EmbeddedPostgres:
             stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end
             grace=STOP_WITHIN,
         )
-
-    def _run(self) -> Path:
-        if self._directory is None:
-            message = "PostgreSQL was not started."
-            raise EmbeddedError(message)
-        return self._directory
-
-    def _child(self) -> Child:
-        if self._server is None:
-            message = "PostgreSQL was not started."
-            raise EmbeddedError(message)
-        return self._server
 
 
 def create_database(server_url: str, name: str, template: str | None = None) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from followups.embedded import Child
+    from followups.embedded.embedded_server import EmbeddedServer
     from followups.embedded.stop_signals import StopSignals
     from followups.settings import Settings
 
@@ -69,12 +70,12 @@ class Stack:
     logs: Path
     _signals: StopSignals
     _processes: Processes
-    _servers: tuple[EmbeddedPostgres | EmbeddedValkey, ...]
+    _servers: tuple[EmbeddedServer, ...]
 
     def check(self) -> None:
         """Raise KeyboardInterrupt after a stop signal, or `EmbeddedError` if a process has ended."""
         self._signals.check()
-        servers = [server._child() for server in self._servers]  # noqa: SLF001 - they show it to nobody else
+        servers = [server.child for server in self._servers]
         for child in [*servers, *self._processes.children]:
             if not child.running:
                 raise EmbeddedError(_obituary(child))
