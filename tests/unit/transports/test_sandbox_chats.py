@@ -10,8 +10,7 @@ from pydantic import ValidationError
 
 from followups.transports.sandbox import ledger
 from followups.transports.sandbox.behaviour import Behaviour, Incoming
-from followups.transports.sandbox.chats import KEEP_CHATS, SandboxChats
-from followups.transports.sandbox.conversation import KEEP_ATTEMPTS, KEEP_MESSAGES, KEEP_TEXT
+from followups.transports.sandbox.chats import KEEP_ATTEMPTS, KEEP_CHATS, KEEP_MESSAGES, KEEP_TEXT, SandboxChats
 from followups.transports.sandbox.ledger import Received
 
 DUE = datetime(2026, 3, 1, 12, tzinfo=UTC)
