@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from contextlib import contextmanager
@@ -42,6 +43,15 @@ NO_CONNECT_TIMEOUT = 130
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
 """What to do about a database with another encoding."""
+
+CHANGES_SESSIONS = (
+    "a pooler before it gives each transaction another session (transaction pooling): "
+    "use session pooling (pool_mode = session in PgBouncer), or a port without the pooler"
+)
+"""What to do about a pooler that loses our settings, locks and prepared statements."""
+
+POOLER_ROUNDS = 4
+"""How often two connections are asked for their sessions; under load, sessions change at the first time."""
 
 _OURS = "followups.set_up"
 
@@ -117,12 +127,16 @@ def make_engine(
     engine = create_engine(url, **_arguments(url, pool_size, application_name))
     session = _session(options, statement_timeout)
     patience = _patience(statement_timeout)
+    pooler = _Pooler()
 
     def connect(_dialect: object, _record: object, arguments: Sequence[Any], named: Mapping[str, Any]) -> object:
         connection = BoundedConnection.connect(*arguments, **{**named, "autocommit": True})
         with _closed_if_refused(connection):
             connection.patience = connect_timeout(url)
-            _check_encoding(connection.execute(_SET_UP, session).fetchone())
+            row = connection.execute(_SET_UP, session).fetchone()
+            _check_encoding(row)
+            if pooler.is_before(connection, row):
+                pooler.check(connect_timeout(url), arguments, named)
             connection.autocommit = False
             connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.patience = patience
@@ -154,12 +168,16 @@ def make_async_engine(
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)
     patience = _patience(statement_timeout)
+    pooler = _Pooler()
 
     async def connect(*arguments: Any, **named: Any) -> BoundedAsyncConnection:  # noqa: ANN401 - psycopg's own
         connection = await BoundedAsyncConnection.connect(*arguments, **{**named, "autocommit": True})
         with _closed_if_refused(connection):
             connection.patience = connect_timeout(url)
-            _check_encoding(await (await connection.execute(_SET_UP, session)).fetchone())
+            row = await (await connection.execute(_SET_UP, session)).fetchone()
+            _check_encoding(row)
+            if pooler.is_before(connection, row):
+                await asyncio.to_thread(pooler.check, connect_timeout(url), arguments, named)
             await connection.set_autocommit(False)
             await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         connection.patience = patience
@@ -176,7 +194,7 @@ def make_async_engine(
 
 # Settings that this version of PostgreSQL does not have are skipped.
 _SET_UP = """
-    SELECT current_setting('server_encoding'), set_config(name, value, false)
+    SELECT current_setting('server_encoding'), pg_backend_pid(), set_config(name, value, false)
       FROM unnest(%(names)s::text[], %(values)s::text[]) AS session (name, value)
      WHERE current_setting(name, true) IS NOT NULL
 """
@@ -205,6 +223,37 @@ def _check_encoding(row: Sequence[Any] | None) -> None:
     if row and row[0] != ENCODING:
         message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
         raise UnfitDatabaseError(message)
+
+
+class _Pooler:
+    """Whether a pooler before the database gives each transaction another session, found out once for an engine.
+
+    It loses what `_SET_UP` sets, prepared statements and locks.
+    """
+
+    def __init__(self) -> None:
+        """Start without a finding."""
+        self._checked = False
+
+    def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
+        """Return whether a pooler may change sessions: it tells clients a process id that is not the session's."""
+        return not self._checked and row is not None and row[1] != connection.info.backend_pid
+
+    def check(self, patience: float, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
+        """Raise `UnfitDatabaseError` if two connections share sessions, or have not one session each."""
+        try:
+            with (
+                BoundedConnection.connect(*arguments, **{**named, "autocommit": True}) as one,
+                BoundedConnection.connect(*arguments, **{**named, "autocommit": True}) as other,
+            ):
+                one.patience = other.patience = patience
+                pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
+        except psycopg.OperationalError:
+            self._checked = True  # in session mode, a pool that is full keeps new clients waiting
+            return
+        if pids[0] == pids[1] or pids != pids[:2] * POOLER_ROUNDS:
+            raise UnfitDatabaseError(CHANGES_SESSIONS)
+        self._checked = True
 
 
 def _drop_read_only(context: ExceptionContext) -> None:

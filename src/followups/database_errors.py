@@ -23,7 +23,7 @@ There is no SQLSTATE for this error.
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value; the message explains what to do."""
+    """The database cannot store every value, or keeps no session; the message explains what to do."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -123,20 +126,45 @@ class TestSettings:
         assert (await in_loop(in_a_loop, settings_of))["default_transaction_isolation"] == "read committed"
         await in_a_loop.dispose()
 
-    @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
-    def test_isolation_behind_transaction_pooling(self, database_url: str) -> None:
-        """Each transaction begins at READ COMMITTED, even in a server's session that was set up for another client."""
-        set_defaults(database_url, {"default_transaction_isolation": "repeatable read"})
-        with PgBouncer(database_url, pool_mode="transaction") as pooler:
-            first, second = make_engine(pooler.url(), pool_size=1), make_engine(pooler.url(), pool_size=1)
-            with second.connect() as connection:
-                connection.execute(text("SELECT 1"))
-            with first.connect() as busy:
-                busy.execute(text("SELECT 1"))  # keeps the session that was set up
-                with second.connect() as connection:
-                    assert connection.scalar(text("SHOW transaction_isolation")) == "read committed"
-            first.dispose()
-            second.dispose()
+
+@pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+class TestPoolers:
+    """Poolers that give each transaction another session."""
+
+    @pytest.mark.parametrize("busy", [False, True])
+    async def test_transaction_pooling_is_refused(self, database_url: str, *, busy: bool) -> None:
+        """Every connection through a pooler in transaction mode is refused with advice, idle and under load."""
+        with PgBouncer(database_url, pool_mode="transaction") as pooler, ExitStack() as load:
+            if busy:
+                stopping = threading.Event()
+                pool = load.enter_context(ThreadPoolExecutor())
+                load.callback(stopping.set)
+                for _ in range(4):
+                    pool.submit(keep_busy, pooler.url(), stopping)
+            for _ in range(3):
+                engine, in_a_loop = make_engine(pooler.url()), make_async_engine(pooler.url())
+                with pytest.raises(NotSupportedError, match="use session pooling"):
+                    engine.connect()
+                with pytest.raises(NotSupportedError, match="use session pooling"):
+                    await in_loop(in_a_loop, settings_of)
+                engine.dispose()
+                await in_a_loop.dispose()
+
+    def test_a_pool_that_is_full(self, database_url: str) -> None:
+        """In session mode a pool of a single session serves an engine; the check ends within the connect timeout."""
+        with PgBouncer(database_url, pool_size=1) as pooler:
+            engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
+            with engine.connect() as connection:
+                assert connection.scalar(text("SELECT 1")) == 1
+            engine.dispose()
+
+
+def keep_busy(url: str, stopping: threading.Event) -> None:
+    """Run short transactions."""
+    with psycopg.connect(url, prepare_threshold=None) as connection:
+        while not stopping.is_set():
+            connection.execute("SELECT 1")
+            connection.commit()
 
 
 class TestEncoding:

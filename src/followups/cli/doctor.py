@@ -15,6 +15,7 @@ from followups.cli.output import Json, console, print_json
 from followups.operations.doctor import (
     Finding,
     broker_checks,
+    connection_checks,
     database_checks,
     process_checks,
     table_checks,
@@ -52,7 +53,8 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     yield transport_checks.timeouts(settings)
     with connection.engine() as engine:
         yield from database_checks.databases(settings, engine)
-        yield from database_checks.of_server(settings, engine)
+        yield from database_checks.of_server(engine)
+        yield from connection_checks.of_database(engine)
         yield from database_checks.of_database(settings, engine)
         yield from table_checks.of_tables(engine)
     reachable = True
@@ -60,6 +62,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
         reachable = reachable and (finding.ok or finding.name != "broker")
         yield finding
     if reachable:
+        yield from connection_checks.of_broker(settings)
         yield from broker_checks.of_broker(settings)
     yield transport_checks.transport(settings)
     if reachable:

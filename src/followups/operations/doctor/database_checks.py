@@ -9,7 +9,6 @@ from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
 from followups import schema
-from followups.database import make_engine
 from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
 from followups.errors import reason_of
 from followups.operations.doctor import Finding
@@ -67,7 +66,6 @@ _DEFAULTS = text("""
     SELECT name, reset_val FROM pg_settings
      WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
 """)
-_BACKEND = text("SELECT pg_backend_pid()")
 
 
 def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
@@ -115,7 +113,7 @@ def _tick(settings: Settings, age: timedelta | None) -> Finding:
     return Finding("ticks", f"{detail}; one is due every {span(settings.tick_interval)}", advice)
 
 
-def of_server(settings: Settings, engine: Engine) -> Iterator[Finding]:
+def of_server(engine: Engine) -> Iterator[Finding]:
     """Check the settings of the server, the database and the role.
 
     Yields nothing if the database does not answer.
@@ -125,7 +123,6 @@ def of_server(settings: Settings, engine: Engine) -> Iterator[Finding]:
             defaults: dict[str, str] = {row.name: row.reset_val for row in connection.execute(_DEFAULTS)}
             yield from isolation(defaults["default_transaction_isolation"])
             yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
-            yield from _pooling(settings, connection)
     except SQLAlchemyError:
         return  # another check has said so
 
@@ -149,23 +146,6 @@ def durability(commit: str, standbys: str) -> Iterator[Finding]:
         event = "crash" if commit == "off" else "failover"
         detail = f"synchronous_commit is {commit}: a {event} may forget an acknowledged cancel and repeat a send"
         yield Finding("durability", detail, "Set synchronous_commit to on for this database, then restart all.")
-
-
-def _pooling(settings: Settings, connection: Connection) -> Iterator[Finding]:
-    """Report a pooler that gives each transaction another session.
-
-    It is detected by two simultaneous connections that have the same session.
-    """
-    first = connection.execute(_BACKEND).scalar_one()
-    connection.commit()
-    other = make_engine(settings.database_url.get_secret_value(), pool_size=1, application_name="followups-cli")
-    try:
-        with other.connect() as second:
-            if second.execute(_BACKEND).scalar_one() == first:
-                detail = "a pooler before the database gives each transaction another session (transaction pooling)"
-                yield Finding("pooler", detail, "Use session pooling (PgBouncer: pool_mode = session).")
-    finally:
-        other.dispose()
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:

@@ -1,0 +1,73 @@
+"""The checks of the connections to database and broker: in clear or by TLS, and verified or not."""
+
+from __future__ import annotations
+
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import redis
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.operations.doctor import Finding
+from followups.operations.doctor.broker_checks import broker_client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+
+    from followups.settings import Settings
+
+VERIFIED = {"verify-full": "certificate and host name verified", "verify-ca": "certificate verified, host name not"}
+"""What each `sslmode` verifies; the others verify nothing."""
+
+_OF_THE_SERVER = text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pid()")
+
+
+def of_database(engine: Engine) -> Iterator[Finding]:
+    """Show what the connection to the database is.
+
+    Yields nothing if the database does not answer.
+    """
+    try:
+        with engine.connect() as connection:
+            yield Finding("database connection", _database(connection))
+    except SQLAlchemyError:
+        return  # another check has said so
+
+
+def _database(connection: Connection) -> str:
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.Connection):
+        return "of an unknown driver"
+    if driver.info.host.startswith("/"):
+        return "by a Unix socket"
+    if not driver.pgconn.ssl_in_use:
+        return "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"
+    mode = next((each.val or b"" for each in driver.pgconn.info if each.keyword == b"sslmode"), b"").decode()
+    # Behind a pooler the server knows only the pooler's own connection.
+    version = connection.scalar(_OF_THE_SERVER) or "TLS"
+    return f"{version}, {VERIFIED.get(mode, f'not verified (sslmode is {mode}; verify-full verifies)')}"
+
+
+def of_broker(settings: Settings) -> Iterator[Finding]:
+    """Show what the connection to the broker is."""
+    try:
+        with broker_client(settings) as client:
+            connection: Any = client.connection_pool.get_connection()
+            yield Finding("broker connection", _broker(connection))
+            client.connection_pool.release(connection)
+    except (redis.RedisError, OSError):
+        return  # another check has said so
+
+
+def _broker(connection: Any) -> str:  # noqa: ANN401 - redis-py has several classes
+    if not isinstance(connection, redis.SSLConnection):
+        return "without TLS (rediss:// in FOLLOWUPS_BROKER_URL requires and verifies it)"
+    secured: Any = connection._sock  # noqa: SLF001 - redis-py shows it nowhere else
+    version = secured.version()
+    if connection.cert_reqs == ssl.CERT_NONE:
+        return f"{version}, not verified (ssl_cert_reqs is none)"
+    return f"{version}, {VERIFIED['verify-full' if connection.check_hostname else 'verify-ca']}"
