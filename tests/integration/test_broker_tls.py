@@ -17,6 +17,7 @@ import trustme
 from followups.api.key_rate_limit import RateLimit
 from followups.api.readiness import Health
 from followups.flow_control import connect
+from followups.operations.doctor import broker_checks, connection_checks
 from followups.operations.doctor.broker_checks import broker_client
 from followups.settings import load_settings
 from followups.worker.broker import App
@@ -138,6 +139,9 @@ def test_an_impostor_learns_nothing(
         with pytest.raises((redis.RedisError, OSError, ssl.SSLError)):
             ask(at(settings, url), engine)
     assert impostor.called >= 3
+    (finding,) = broker_checks.broker(at(settings, url))
+    assert finding.advice.startswith("See that it is your broker; then let ssl_ca_certs")
+    assert "pa55" not in finding.detail
     assert impostor.heard == b""
 
 
@@ -147,6 +151,29 @@ def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_s
     for query in ("", "&ssl_cert_reqs=CERT_REQUIRED", "&ssl_cert_reqs=required&ssl_check_hostname=True"):
         for ask in CLIENTS:
             ask(at(settings, redis_server.url(query)), engine)
+
+
+def told(settings: Settings) -> str:
+    """Return what doctor says about the connection to the broker."""
+    (finding,) = connection_checks.of_broker(settings)
+    return finding.detail
+
+
+@pytest.mark.skipif(PROGRAM is None, reason=MISSING)
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        ("", "certificate and host name verified"),
+        ("&ssl_check_hostname=false", "certificate verified, host name not"),
+        ("&ssl_cert_reqs=none", "not verified (ssl_cert_reqs is none)"),
+    ],
+)
+def test_doctor_tells_what_the_connection_is(
+    settings: Settings, redis_server: RedisServer, query: str, detail: str
+) -> None:
+    """Doctor shows the version of TLS and what was verified, or that there is no TLS."""
+    assert told(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
+    assert told(settings).startswith("without TLS (rediss://")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)

@@ -202,9 +202,9 @@ class TestDoctor:
         report = json.loads(ran.stdout)
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
         assert (ran.returncode, report["ok"]) == (0, True)
-        names = ["timeouts", "database", "migrations", "ticks", "backlog", "attempts", "pauses", "transactions"]
-        names += ["clock", "broker", "broker memory", "broker permissions", "queues", "breaker", "transport"]
-        names += ["workers", "processes"]
+        names = ["timeouts", "database", "migrations", "ticks", "database connection", "backlog", "attempts", "pauses"]
+        names += ["transactions", "clock", "broker", "broker memory", "broker permissions", "broker connection"]
+        names += ["queues", "breaker", "transport", "workers", "processes"]
         assert [check["name"] for check in report["checks"]] == names
         assert [report["settings"][name] for name in SIGNED] == ["***"]
         assert "c2VjcmV0" not in ran.stdout
@@ -220,7 +220,7 @@ class TestDoctor:
             "transport",
             "workers",
         ]
-        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 17 checks failed."):
+        for said in ("the last tick ran 1 h ago", "honcho start beat worker", "3 of 19 checks failed."):
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,10 @@ OLDEST_REDIS = (6, 2)
 PATIENCE = timedelta(seconds=3)
 """How long to wait for the broker."""
 
+UNVERIFIED = (
+    "See that it is your broker; then let ssl_ca_certs in FOLLOWUPS_BROKER_URL name the file of the authority that "
+    "signed its certificate, and the URL the host name in it."
+)
 REFUSED = "See to the server: a full disk, full memory, or a script without end; processes go on by themselves then."
 """What to do about errors that the broker returns to every client."""
 
@@ -50,7 +54,8 @@ def broker(settings: Settings) -> Iterator[Finding]:
     except (redis.RedisError, ValueError, OSError) as error:
         # The first line of its message names host and port, never the password.
         detail = f"{hide_password(url)}: {named(error)}"
-        yield Finding("broker", detail, "Start it, or correct FOLLOWUPS_BROKER_URL.")
+        unverified = "CERTIFICATE_VERIFY_FAILED" in str(error)
+        yield Finding("broker", detail, UNVERIFIED if unverified else "Start it, or correct FOLLOWUPS_BROKER_URL.")
         return
     if information:
         yield _broker_version(information)

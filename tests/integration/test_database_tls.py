@@ -1,0 +1,112 @@
+"""TLS to the database, on Debian's PostgreSQL; the embedded one is built without TLS."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+from sqlalchemy.exc import OperationalError
+
+from faults.replica import INSTALLED, MISSING, Server
+from followups.database import make_async_engine, make_engine
+from followups.embedded import free_port
+from followups.operations.doctor import connection_checks
+from followups.transactions import in_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from sqlalchemy import Engine
+
+    from followups.embedded.child import Command
+
+pytestmark = pytest.mark.skipif(INSTALLED is None, reason=MISSING)
+
+
+class SecureServer(Server):
+    """A server that speaks TLS on a port of the loopback interface too; its certificate is for ``localhost``."""
+
+    def __init__(self, binaries: Path, authority: trustme.CA) -> None:
+        """Take the binaries and the authority that signs its certificate."""
+        super().__init__(binaries)
+        self._authority, self._port = authority, free_port()
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the URL by its socket."""
+        return f"{super().url(database)}&port={self._port}"
+
+    def secure_url(self, host: str, query: str) -> str:
+        """Return the URL by the loopback interface."""
+        return f"postgresql://postgres@{host}:{self._port}/postgres?{query}"
+
+    def _prepare(self, directory: Path) -> Command:
+        command = super()._prepare(directory)
+        assert command.directory
+        keys = command.directory / "server.pem"
+        self._authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(keys)
+        keys.chmod(0o600)
+        if command.run_as:
+            shutil.chown(keys, *command.run_as)
+        tls = f"ssl = on\nssl_cert_file = '{keys}'\nssl_key_file = '{keys}'\n"
+        with (command.directory / "postgresql.conf").open("a") as file:
+            file.write(f"listen_addresses = '127.0.0.1'\nport = {self._port}\n{tls}")
+        return command
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
+    """Return a server that speaks TLS, and the file of its authority."""
+    assert INSTALLED
+    authority = trustme.CA()
+    trusted = tmp_path_factory.mktemp("tls") / "authority.pem"
+    authority.cert_pem.write_to_path(trusted)
+    with SecureServer(INSTALLED, authority) as server:
+        yield server, str(trusted)
+
+
+def detail(engine: Engine) -> str:
+    """Return what doctor says about the connection."""
+    (finding,) = connection_checks.of_database(engine)
+    return finding.detail
+
+
+@pytest.mark.parametrize(
+    ("query", "said"),
+    [
+        ("sslmode=verify-full&sslrootcert={}", "TLSv1.3, certificate and host name verified"),
+        ("sslmode=verify-ca&sslrootcert={}", "TLSv1.3, certificate verified, host name not"),
+        ("sslmode=require", "TLSv1.3, not verified (sslmode is require; verify-full verifies)"),
+        ("", "TLSv1.3, not verified (sslmode is prefer; verify-full verifies)"),
+        ("sslmode=disable", "without TLS (sslmode=verify-full in FOLLOWUPS_DATABASE_URL requires and verifies it)"),
+    ],
+)
+def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], query: str, said: str) -> None:
+    """Doctor shows the version of TLS and what was verified, or that there is no TLS."""
+    server, trusted = place
+    engine = make_engine(server.secure_url("localhost", query.format(trusted)))
+    assert detail(engine) == said
+    engine.dispose()
+    engine = make_engine(server.url())
+    assert detail(engine) == "by a Unix socket"
+    engine.dispose()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+async def test_an_impostor_is_refused(place: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
+    """With verify-full an unknown authority is refused, and so is a certificate for another name."""
+    server, trusted = place
+    if host == "localhost":
+        trusted = str(tmp_path / "another.pem")
+        trustme.CA().cert_pem.write_to_path(trusted)
+    url = server.secure_url(host, f"sslmode=verify-full&sslrootcert={trusted}")
+    engine, in_a_loop = make_engine(url), make_async_engine(url)
+    refused = "certificate verify failed|does not match host name"
+    with pytest.raises(OperationalError, match=refused):
+        engine.connect()
+    with pytest.raises(OperationalError, match=refused):
+        await in_loop(in_a_loop, lambda made: made.connect())
+    engine.dispose()
+    await in_a_loop.dispose()
