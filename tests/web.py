@@ -19,7 +19,7 @@ import uvicorn
 from sqlalchemy.orm import Session
 
 from followups.api.app import create_app
-from followups.api.server import LimitedProtocol
+from followups.api.server import config_of
 from followups.embedded import answers, free_port
 from followups.store import api_keys
 
@@ -74,8 +74,7 @@ def in_days(days: float) -> str:
 def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
     """Serve the application in a thread of this process, for what a test must reach into; yield where."""
     application = create_app(settings, nudge)
-    config = uvicorn.Config(application, http=LimitedProtocol, log_config=None, lifespan="on", ws="none")
-    running = uvicorn.Server(config)
+    running = uvicorn.Server(config_of(application))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()

@@ -7,7 +7,7 @@ component sees the request. A slow client therefore occupies one socket, but no 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,43 @@ MAX_WAITING = 256
 """Requests served or waiting at once. Further ones are refused at once, with a Retry-After."""
 
 
+WIRE = "followups.wire"
+"""The key of a request's `Wire` in its scope."""
+
+
+class Budget:
+    """The memory that the bodies of all requests share, from their arrival until their answer."""
+
+    def __init__(self) -> None:
+        """Start with nothing taken."""
+        self.taken = 0
+
+
+@dataclass(slots=True)
+class Wire:
+    """A body on its way: the memory it takes, and what the server found wrong with it, if anything."""
+
+    budget: Budget
+    most: int = MAX_BODY_SIZE
+    size: int = 0
+    problem: problems.ProblemAnswer | None = None
+
+    def take(self, size: int) -> problems.ProblemAnswer | None:
+        """Take memory for a part of the body, or return why there is none."""
+        if self.size + size > self.most:
+            return TOO_LARGE
+        if self.budget.taken + size > MAX_BUFFERED:
+            return _NO_ROOM
+        self.budget.taken += size
+        self.size += size
+        return None
+
+    def release(self) -> None:
+        """Release all memory of the body."""
+        self.budget.taken -= self.size
+        self.size = 0
+
+
 class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
     """The request is refused with a problem."""
 
@@ -60,7 +97,6 @@ class Gate:
         """Take the application to wrap."""
         self._app = app
         self._inside = 0
-        self._buffered = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it."""
@@ -68,14 +104,14 @@ class Gate:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
-        held = _Held(self)
+        wire: Wire = scope[WIRE]
         try:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
                 await _admit(scope)
             elif scope["path"].startswith(CONSOLE) and (console := getattr(scope["app"].state, "console", None)):
-                held.most = await console.body_limit(scope)
-            body = await _read_body(receive, held)
+                wire.most = await console.body_limit(scope)
+            body = await _read_body(receive, wire)
             await self._let_in(scope, _replay(body, receive), answer)
         except Refusal as refusal:
             await answer.problem(scope, receive, refusal.problem)  # every refusal is raised before an answer begins
@@ -85,18 +121,7 @@ class Gate:
             if not answer.begun:
                 await answer.problem(scope, receive, problems.of_exception(error))
         finally:
-            held.release()
-
-    def reserve(self, size: int) -> bool:
-        """Reserve memory for a part of a body, and return whether there was room."""
-        if self._buffered + size > MAX_BUFFERED:
-            return False
-        self._buffered += size
-        return True
-
-    def release(self, size: int) -> None:
-        """Release reserved memory."""
-        self._buffered -= size
+            wire.release()
 
     async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._inside >= MAX_WAITING:
@@ -107,30 +132,6 @@ class Gate:
             await self._app(scope, receive, send)
         finally:
             self._inside -= 1
-
-
-class _Held:
-    """The memory reserved for one request's body."""
-
-    def __init__(self, gate: Gate) -> None:
-        self._gate = gate
-        self.size = 0
-        self.most = MAX_BODY_SIZE
-
-    def add(self, size: int) -> None:
-        """Reserve more memory for the body.
-
-        Raises `Refusal` if this body is too large, or if all bodies together are.
-        """
-        if self.size + size > self.most:
-            raise Refusal(_TOO_LARGE)
-        if not self._gate.reserve(size):
-            raise Refusal(_NO_ROOM)
-        self.size += size
-
-    def release(self) -> None:
-        """Release all memory of the body."""
-        self._gate.release(self.size)
 
 
 class _Answer:
@@ -153,12 +154,15 @@ def _check_head(scope: Scope) -> None:
     if len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
     headers = dict(scope["headers"])
-    if (
-        b"content-length" in headers and b"transfer-encoding" in headers
-    ):  # RFC 9112, 6.1: this may be a request smuggled past a proxy
-        raise Refusal(_TWO_LENGTHS)
+    if scope["http_version"] not in {"1.0", "1.1"}:
+        raise Refusal(malformed("The server speaks HTTP/1.1."))
+    hosts = sum(name == b"host" for name, _ in scope["headers"])
+    if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):  # RFC 9112, 3.2
+        raise Refusal(malformed("A request must have one Host header."))
+    if headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
+        raise Refusal(malformed("The only Transfer-Encoding is chunked."))
     if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:  # the server has checked that it is a number
-        raise Refusal(_TOO_LARGE)
+        raise Refusal(TOO_LARGE)
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in {b"", b"identity"}:
         raise Refusal(_COMPRESSED)
@@ -173,7 +177,7 @@ async def _admit(scope: Scope) -> None:
         raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if unread else {})})) from None
 
 
-async def _read_body(receive: Receive, held: _Held) -> bytes:
+async def _read_body(receive: Receive, wire: Wire) -> bytes:
     chunks: list[bytes] = []
     more = True
     try:
@@ -182,9 +186,9 @@ async def _read_body(receive: Receive, held: _Held) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise Gone
-                if chunk := message.get("body", b""):
-                    held.add(len(chunk))
-                    chunks.append(chunk)
+                if wire.problem or wire.size > wire.most:
+                    raise Refusal(wire.problem or TOO_LARGE)
+                chunks.append(message.get("body", b""))
                 more = message.get("more_body", False)
     except TimeoutError:
         raise Refusal(_TOO_SLOW) from None
@@ -204,16 +208,18 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return next_message
 
 
+def malformed(detail: str) -> problems.ProblemAnswer:
+    """Return the problem for a request that is not HTTP/1.1."""
+    return problems.of_status(HTTPStatus.BAD_REQUEST, detail, _CLOSE)
+
+
 # The rest of the body stays unread, so the connection cannot carry another request.
 _CLOSE = {"connection": "close"}
 TOO_LONG_A_HEADER = problems.of_status(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"The header must have at most {MAX_HEADER_SIZE:,} bytes.", _CLOSE
 )
-_TOO_LARGE = problems.of_status(
+TOO_LARGE = problems.of_status(
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"The body must have at most {MAX_BODY_SIZE:,} bytes.", _CLOSE
-)
-_TWO_LENGTHS = problems.of_status(
-    HTTPStatus.BAD_REQUEST, "A request must not have both Content-Length and Transfer-Encoding.", _CLOSE
 )
 _COMPRESSED = problems.of_status(
     HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
