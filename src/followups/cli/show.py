@@ -48,7 +48,7 @@ def show(
     the result of each attempt; and the next try. Find the ID with followups list --chat.
     """
     with connection.session() as session:
-        found = explained(session, follow_up_id)
+        found = explained(session, follow_up_id, get_settings())
     if json:
         print_json(_document(found, message=message))
     else:

@@ -10,12 +10,14 @@ from urllib.parse import urlsplit
 from followups.console.recent import Recent
 from followups.console.tries import Tries
 from followups.database import make_engine, make_sessions
+from followups.operations.explain import breaker_state
 from followups.sending_hours import zone_of
 from followups.settings import networks_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from followups.flow_control.breaker import Shown
     from followups.settings import Settings
 
 CONNECTIONS = 4
@@ -47,6 +49,11 @@ class Services:
         self.recent = Recent()
         self.base = urlsplit(settings.public_url or "").path + PREFIX
         self.proxies = networks_of(settings.console_proxy_addresses)
+
+    def breaker(self) -> Shown | None:
+        """Return the breaker's state, at most a second old, or None if the broker cannot be reached."""
+        shown: Shown | None = self.recent.get("breaker", lambda: breaker_state(self.settings))
+        return shown
 
     def is_secure(self, scheme: str) -> bool:
         """Return whether people reach the console by HTTPS."""

@@ -18,6 +18,7 @@ from followups.console.assets import ASSETS, ENVIRONMENT
 from followups.console.forms import Fields, uuid_or_none
 from followups.console.zones import Zone
 from followups.errors import NotFoundError
+from followups.operations.wording import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
     from followups.console.services import Services
 
 
-MENU = (("/", "Overview", "see"),)
+MENU = (
+    ("/", "Overview", "see"),
+    ("/follow-ups", "Follow-ups", "see"),
+)
+"""The pages of the menu: path, name, and the action that a viewer needs to be allowed."""
 
 
 class ForbiddenError(Exception):
@@ -113,7 +118,7 @@ class Visit:
 
     def span(self, duration: timedelta) -> str:
         """Return a duration in words."""
-        return f"{duration.total_seconds():.3g} s"
+        return span(duration)
 
     def menu(self) -> list[tuple[str, str, str]]:
         """Return the pages that the viewer may see: path, name, action."""

@@ -16,7 +16,6 @@ from followups.models import Chat, Workspace
 from followups.operations.doctor.broker_checks import broker_client
 from followups.operations.wording import rate_in_words, readable, span
 from followups.sending_hours import opens_at
-from followups.settings import get_settings
 from followups.states import ReasonCode, Status, code_of
 from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
 from followups.store.leases import lane_of
@@ -93,11 +92,8 @@ class Explained:
     failures: Sequence[FailedAttempt]
     now: datetime
     around: Circumstances
-
-    @property
-    def explanation(self) -> str:
-        """Why it is in its state."""
-        return explain(self.follow_up, get_settings(), self.now, self.around)
+    explanation: str
+    """Why it is in its state."""
 
 
 ALONE = Circumstances()
@@ -272,16 +268,16 @@ def _in_flight(follow_up: FollowUp, now: datetime) -> str:
     return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"
 
 
-def explained(session: Session, follow_up_id: UUID) -> Explained:
+def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:
     """Return the follow-up with everything that explains it. Raises `FollowUpNotFoundError`."""
     follow_up = follow_ups.find(session, follow_up_id, None)
     if follow_up is None:
         raise FollowUpNotFoundError
     now = session.execute(select(func.now())).scalar_one()
     chat = session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id))
-    around = _circumstances(session, follow_up, chat.channel)
+    around = _circumstances(session, follow_up, chat.channel, settings)
     if follow_up.waits_for is not None:
-        around = replace(around, first=_first(session, follow_up, around, now))
+        around = replace(around, first=_first(session, follow_up, around, now, settings))
     return Explained(
         follow_up,
         session.get_one(Workspace, follow_up.workspace_id).name,
@@ -289,24 +285,25 @@ def explained(session: Session, follow_up_id: UUID) -> Explained:
         follow_ups.failures(session, follow_up_id),
         now,
         around,
+        explain(follow_up, settings, now, around),
     )
 
 
-def _circumstances(session: Session, follow_up: FollowUp, channel: str) -> Circumstances:
+def _circumstances(session: Session, follow_up: FollowUp, channel: str, settings: Settings) -> Circumstances:
     connection = session.connection()
     last = retries.last_of(session, follow_up.id)
     return Circumstances(
         pause=pauses.of(connection, follow_up.workspace_id, channel),
         hours=sending_hours.find(session, follow_up.workspace_id),
         limits=rate_limits.of(connection, follow_up.workspace_id, channel),
-        breaker=_breaker() if follow_up.status == Status.PENDING else None,
+        breaker=breaker_state(settings) if follow_up.status == Status.PENDING else None,
         tick_age=last_tick.last_tick_age(connection),
         retried_as=last if last != follow_up.id else None,
     )
 
 
-def _breaker() -> Shown | None:
-    settings = get_settings()
+def breaker_state(settings: Settings) -> Shown | None:
+    """Return the breaker's state, or None if the broker cannot be reached."""
     try:
         with broker_client(settings, PATIENCE) as client:
             return read(client, settings)
@@ -314,11 +311,11 @@ def _breaker() -> Shown | None:
         return None  # followups doctor reports it
 
 
-def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime) -> str:
+def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime, settings: Settings) -> str:
     """Explain the chat's first pending follow-up, which all others of the chat wait for."""
     first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     if first is None or first == follow_up.id:
         return ""
     found = follow_ups.find(session, first, None)
     which = "Of that one" if first == follow_up.waits_for else f"The first of the chat is {first}"
-    return f"{which}: {explain(found, get_settings(), now, around)}" if found else ""
+    return f"{which}: {explain(found, settings, now, around)}" if found else ""

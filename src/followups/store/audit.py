@@ -66,6 +66,7 @@ def user_of_process(way: Way) -> Actor:
 class Action(StrEnum):
     """What was done. What is done to one is named in the singular, what one command does to many in the plural."""
 
+    FOLLOW_UP_CREATED = "follow_up.created"
     FOLLOW_UP_CHANGED = "follow_up.changed"
     FOLLOW_UP_ENDED = "follow_up.ended"
     FOLLOW_UP_RETRIED = "follow_up.retried"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from followups.console.access import Action
-from followups.console.pages import login, overview, public
+from followups.console.pages import chat, follow_up, follow_ups, login, new, overview, public
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,5 +33,15 @@ ROUTES = (
     Route("POST", "/preferences", Action.PUBLIC, public.prefer),
     Route("GET", "/static/{name}", Action.PUBLIC, public.static),
     Route("GET", "/", Action.SEE, overview.show),
+    Route("GET", "/follow-ups", Action.SEE, follow_ups.show),
+    Route("GET", "/follow-ups/new", Action.CHANGE, new.show),
+    Route("POST", "/follow-ups/new", Action.CHANGE, new.schedule),
+    Route("GET", "/follow-ups/{id}", Action.SEE, follow_up.show),
+    Route("POST", "/follow-ups/{id}", Action.CHANGE, follow_up.save),
+    Route("POST", "/follow-ups/{id}/message", Action.SEE, follow_up.reveal),
+    Route("POST", "/follow-ups/{id}/cancel", Action.CHANGE, follow_up.cancel),
+    Route("POST", "/follow-ups/{id}/send", Action.CHANGE, follow_up.send_now),
+    Route("POST", "/follow-ups/{id}/retry", Action.CHANGE, follow_up.retry),
+    Route("GET", "/chats/{id}", Action.SEE, chat.show),
 )
 """Every route. A test calls each one in every role, and with the ids of another workspace."""

@@ -1,0 +1,57 @@
+"""What saving a due date would lead to, in words, before it is saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from followups.channels import Channel, is_open
+from followups.sending_hours import opens_at
+from followups.store import pauses, sending_hours
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy.orm import Session
+
+    from followups.console.visit import Visit
+    from followups.models import Chat
+
+
+def foreseen(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
+    """Return the consequences of a due date in this chat, the first one naming the moment itself."""
+    t, zone = visit.t, visit.zone
+    said = [
+        t(
+            "{local} in {zone} is {utc} UTC.",
+            local=zone.written(due),
+            zone=zone.name,
+            utc=due.strftime("%Y-%m-%d %H:%M:%S"),
+        )
+    ]
+    moment = due
+    if due <= now:
+        said.append(t("That has passed, so it goes out at once."))
+        moment = now
+    channel = Channel(chat.channel)
+    hours = sending_hours.find(session, chat.workspace_id)
+    if hours is not None:
+        try:
+            opening = opens_at(hours, moment)
+        except LookupError:
+            opening = moment
+        if opening > moment:
+            said.append(
+                t(
+                    "It is outside the sending hours ({hours}): it is held until {opening}.",
+                    hours=hours,
+                    opening=f"{opening.astimezone(zone.info):%A} {zone.written(opening)}",
+                )
+            )
+            moment = opening
+    if not is_open(channel, chat.last_user_message_at, moment):
+        said.append(t("The channel's messaging window has closed by then, so it would fail."))
+    if pause := pauses.of(session.connection(), chat.workspace_id, chat.channel):
+        said.append(
+            t("It is paused since {since}: unless that has ended by then, it is held.", since=zone.written(pause.since))
+        )
+    return said

@@ -1,0 +1,84 @@
+"""One chat: who wrote when, and its follow-ups, past and coming."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import select, text
+
+from followups.channels import WINDOW, WINDOWED_CHANNELS, Channel
+from followups.console import reasons
+from followups.console.forms import uuid_or_none
+from followups.errors import ChatNotFoundError
+from followups.models import Chat, ChatMessage, Workspace
+from followups.states import Status
+from followups.store import browse, bulk_cancel
+from followups.store.browse import Wanted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+
+MESSAGES = 50
+"""Last messages shown."""
+
+FOLLOW_UPS = 25
+"""Last follow-ups shown of each kind."""
+
+NOW = text("SELECT now()")
+
+
+def show(visit: Visit) -> Response:
+    """Show the chat."""
+    with visit.transaction() as session:
+        chat = _own(visit, session)
+        now = session.execute(NOW).scalar_one()
+        messages = session.scalars(
+            select(ChatMessage)
+            .where(ChatMessage.workspace_id == chat.workspace_id, ChatMessage.chat_id == chat.id)
+            .order_by(ChatMessage.created_at.desc())
+            .limit(MESSAGES)
+        ).all()
+        coming = _rows(session, chat, (Status.PENDING,))
+        past = _rows(session, chat, (Status.SENT, Status.FAILED, Status.CANCELLED))
+        sentences = reasons.of_rows(visit.services, session, [*coming, *past], now)
+        workspace = session.get_one(Workspace, chat.workspace_id).name
+        session.expunge_all()
+    windowed = Channel(chat.channel) in WINDOWED_CHANNELS
+    until = chat.last_user_message_at + WINDOW if windowed and chat.last_user_message_at else None
+    return visit.page(
+        "chat.html",
+        chat=chat,
+        workspace=workspace,
+        messages=messages,
+        coming=coming,
+        past=past,
+        sentences=sentences,
+        windowed=windowed,
+        until=until,
+        now=now,
+        most={"messages": MESSAGES, "follow_ups": FOLLOW_UPS},
+    )
+
+
+def _own(visit: Visit, session: Session) -> Chat:
+    """Return the chat of the path. Raises `ChatNotFoundError` for one that the person may not see."""
+    viewer, chat_id = visit.person, visit.id()
+    workspace_id = viewer.workspace_id or uuid_or_none(visit.query.text("workspace"))
+    if workspace_id is None:
+        # A chat's key is its workspace and its id together; most ids belong to one workspace.
+        workspace_id = next(iter(bulk_cancel.workspaces_of_chat(session.connection(), chat_id)), None)
+    chat = session.get(Chat, (workspace_id, chat_id)) if workspace_id else None
+    if chat is None or not viewer.sees(chat.workspace_id, chat.id):
+        raise ChatNotFoundError
+    return chat
+
+
+def _rows(session: Session, chat: Chat, statuses: Sequence[Status]) -> list[browse.Row]:
+    wanted = Wanted(workspace_id=chat.workspace_id, chat_id=chat.id, statuses=tuple(statuses))
+    statement, parameters = browse.page_statement(wanted, None, FOLLOW_UPS - 1)
+    return browse.rows_of(session.connection().execute(statement, parameters).all())

@@ -1,0 +1,294 @@
+"""One follow-up: why it is in its state, what happened to it, and what can be done about it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, select
+
+from followups import scheduling
+from followups.console import actors, consequences
+from followups.console.access import Action as Doing
+from followups.console.zones import AmbiguousTimeError, Zone
+from followups.errors import (
+    AlreadyFinishedError,
+    AlreadyRetriedError,
+    ConflictError,
+    DeliveryInProgressError,
+    FollowUpNotFoundError,
+    InvalidRequestError,
+    NotFoundError,
+)
+from followups.models import MAX_MESSAGE_LENGTH, FollowUp
+from followups.operations.explain import explained
+from followups.states import MAX_REASON_LENGTH, Status
+from followups.store import audit, chats, follow_ups
+from followups.store.audit import Action, Filter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from datetime import datetime, timedelta
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+    from followups.operations.explain import Explained
+
+EVENTS = 100
+"""Most changes by hand in the timeline: the newest."""
+
+
+class ChangedMeanwhileError(ConflictError):
+    """Another person or program has changed it since this page was loaded."""
+
+    slug = "changed-meanwhile"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """One entry of the timeline."""
+
+    at: datetime
+    what: str
+    detail: str = ""
+    code: int | None = None
+    took: timedelta | None = None
+
+
+@dataclass(slots=True)
+class Typed:
+    """What the person has typed into the forms, to be shown again if it could not be saved."""
+
+    message: str | None = None
+    due: str | None = None
+    reason: str = ""
+    ambiguous: bool = False
+    told: str = ""
+    consequences: list[str] = field(default_factory=list)
+    reveal: bool = False
+    """Whether the person, who sees all workspaces, has asked for the message."""
+
+
+def show(visit: Visit) -> Response:
+    """Show the follow-up."""
+    return _page(visit, Typed())
+
+
+def reveal(visit: Visit) -> Response:
+    """Show the message to a person who sees all workspaces, and record that it was asked for."""
+    with visit.transaction() as session:
+        found = _own(visit, session)
+        actors.record(visit, session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
+    return _page(visit, Typed(reveal=True))
+
+
+def save(visit: Visit) -> Response:
+    """Save the message and the due date; with the button "Check", tell what that would lead to."""
+    form = visit.form
+    typed = Typed(form.raw("message") if "message" in form else None, form.text("due"), reveal="message" in form)
+
+    def change(session: Session, found: FollowUp) -> FollowUp:
+        changes = _changes(visit, found, typed)
+        if form.text("do") == "check":
+            now = session.execute(select(func.now())).scalar_one()
+            chat = chats.lock_chat(session, found.workspace_id, found.chat_id)
+            due = changes.get("due_date", found.due_date)
+            typed.consequences = consequences.foreseen(visit, session, chat, due, now)
+            return found
+        before = found.due_date
+        changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
+        if changes:
+            details: dict[str, object] = {"fields": sorted(changes)}
+            if "due_date" in changes:
+                details |= {"from": before.isoformat(), "to": changed.due_date.isoformat()}
+            actors.record(visit, session, Action.FOLLOW_UP_CHANGED, found.workspace_id, found.id, **details)
+        return changed
+
+    return _changed(visit, typed, change)
+
+
+def cancel(visit: Visit) -> Response:
+    """Cancel the follow-up, with the person's reason if there is one."""
+    typed = Typed(reason=visit.form.text("reason"))
+
+    def change(session: Session, found: FollowUp) -> FollowUp:
+        changes: dict[str, Any] = {"status": Status.CANCELLED}
+        if typed.reason:
+            changes["reason"] = typed.reason
+        # Cancelling it again, with other words, would be told as a conflict; it has what was wanted.
+        if found.status == Status.CANCELLED:
+            raise AlreadyFinishedError
+        changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
+        actors.record(visit, session, Action.FOLLOW_UP_ENDED, found.workspace_id, found.id, status="cancelled")
+        return changed
+
+    return _changed(visit, typed, change)
+
+
+def send_now(visit: Visit) -> Response:
+    """Make the follow-up due now."""
+
+    def change(session: Session, found: FollowUp) -> FollowUp:
+        if found.status != Status.PENDING:
+            raise AlreadyFinishedError
+        before = found.due_date
+        now = session.execute(select(func.now())).scalar_one()
+        changed = scheduling.amend(session, found.id, {"due_date": now}, workspace_id=visit.person.workspace_id)
+        details = {"fields": ["due_date"], "from": before.isoformat(), "to": now.isoformat()}
+        actors.record(visit, session, Action.FOLLOW_UP_CHANGED, found.workspace_id, found.id, **details)
+        return changed
+
+    return _changed(visit, Typed(), change)
+
+
+def retry(visit: Visit) -> Response:
+    """Make a new follow-up from a failed one, and go on to it; one that was retried already is not repeated."""
+
+    def change(session: Session, found: FollowUp) -> FollowUp:
+        new = scheduling.retry_once(session, found.id)
+        actors.record(visit, session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, newId=str(new.id))
+        return new
+
+    return _changed(visit, Typed(), change)
+
+
+def _own(visit: Visit, session: Session) -> FollowUp:
+    """Return the follow-up of the path. Raises `FollowUpNotFoundError` for one that the person may not see."""
+    found = follow_ups.find(session, visit.id(), visit.person.workspace_id)
+    if found is None or not visit.person.sees(found.workspace_id, found.chat_id):
+        raise FollowUpNotFoundError
+    return found
+
+
+def _changed(visit: Visit, typed: Typed, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
+    """Make a change in one transaction, and go on to the follow-up; tell on the page what stands against it."""
+    status = HTTPStatus.OK
+    changed: UUID | None = None
+    try:
+        with visit.transaction() as session:
+            found = _own(visit, session)
+            chats.lock_chats_of(session, found.id, found.workspace_id, None)
+            found = _own(visit, session)
+            _check_version(visit, found)
+            result = change(session, found)
+            if not typed.consequences:
+                changed = result.id
+    except DeliveryInProgressError:
+        typed.told = visit.t("It is being delivered at this moment, so nothing has changed. Try again shortly.")
+        status = HTTPStatus.CONFLICT
+    except AlreadyFinishedError:
+        typed.told = visit.t("It has finished meanwhile, and a finished follow-up never changes.")
+        status = HTTPStatus.CONFLICT
+    except AlreadyRetriedError:
+        typed.told = visit.t("It has been retried already.")
+        status = HTTPStatus.CONFLICT
+    except ChangedMeanwhileError:
+        typed.told = visit.t(
+            "It was changed meanwhile. What you typed is below, what is stored is above; save again to replace it."
+        )
+        status = HTTPStatus.CONFLICT
+    except ConflictError as error:
+        typed.told, status = str(error), HTTPStatus.CONFLICT
+    except AmbiguousTimeError as error:
+        typed.told, typed.ambiguous, status = str(error), True, HTTPStatus.UNPROCESSABLE_ENTITY
+    except InvalidRequestError as error:
+        typed.told, status = str(error), HTTPStatus.UNPROCESSABLE_ENTITY
+    if changed is not None:
+        visit.services.nudge()
+        return visit.redirect(f"/follow-ups/{changed}")
+    return _page(visit, typed, status)
+
+
+def _check_version(visit: Visit, found: FollowUp) -> None:
+    """Refuse to save what was typed over another person's change."""
+    given = visit.form.text("version")
+    if given and found.status == Status.PENDING and given != found.updated_at.isoformat():
+        raise ChangedMeanwhileError
+
+
+def _changes(visit: Visit, found: FollowUp, typed: Typed) -> dict[str, Any]:
+    changes: dict[str, Any] = {}
+    if typed.message is not None and typed.message != found.message:
+        changes["message"] = typed.message
+    zone = Zone(visit.form.text("due_zone", visit.zone.name))
+    if typed.due and typed.due != zone.typed(found.due_date):
+        changes["due_date"] = zone.read(typed.due, visit.form.text("fold"))
+    return changes
+
+
+def _page(visit: Visit, typed: Typed, status: int = HTTPStatus.OK) -> Response:
+    with visit.transaction() as session:
+        _own(visit, session)
+        try:
+            found = explained(session, visit.id(), visit.services.settings)
+        except FollowUpNotFoundError as error:
+            raise NotFoundError from error
+        events = audit.newest(session, Filter(target_id=found.follow_up.id), EVENTS)
+        session.expunge_all()
+    one = found.follow_up
+    editable = one.status == Status.PENDING and visit.may(Doing.CHANGE)
+    return visit.page(
+        "follow_up.html",
+        status,
+        found=found,
+        one=one,
+        explanation=found.explanation,
+        typed=typed,
+        due=typed.due if typed.due is not None else visit.zone.typed(one.due_date),
+        message=typed.message if typed.message is not None else one.message,
+        shows_text=visit.person.sees_texts or typed.reveal,
+        timeline=_timeline(visit, found, events),
+        editable=editable,
+        retriable=one.status == Status.FAILED and visit.may(Doing.CHANGE) and found.around.retried_as is None,
+        bounds={"message": MAX_MESSAGE_LENGTH, "reason": MAX_REASON_LENGTH},
+    )
+
+
+def _timeline(visit: Visit, found: Explained, events: Any) -> list[Moment]:  # noqa: ANN401 - rows of the audit log
+    one, t = found.follow_up, visit.t
+    creator = next((event for event in events if event.action == Action.FOLLOW_UP_CREATED), None)
+    who = t("by {actor} ({way})", actor=creator.actor, way=creator.way) if creator else ""
+    moments = [Moment(one.created_at, t("Created"), who)]
+    for event in events:
+        if event is creator:
+            continue
+        detail = t("by {actor} ({way})", actor=event.actor or "–", way=event.way)  # noqa: RUF001 - an empty name
+        moments.append(Moment(event.at, _named(visit, event.action, event.details), detail))
+    moments += [
+        Moment(
+            each.at,
+            t("Attempt {number}: {outcome}", number=each.number, outcome=each.outcome),
+            each.detail,
+            each.status_code,
+            each.duration,
+        )
+        for each in found.failures
+    ]
+    if one.held_until:
+        moments.append(Moment(one.held_until, t("Held until the sending hours opened")))
+    if one.in_flight and one.begun_at:
+        moments.append(Moment(one.begun_at, t("Attempt {number} began", number=one.attempts)))
+    if one.accepted_at:
+        moments.append(Moment(one.accepted_at, t("Accepted by the transport, attempt {number}", number=one.attempts)))
+    if one.finished_at:
+        moments.append(Moment(one.finished_at, t("Ended: {status}", status=t(one.status)), one.reason or ""))
+    return sorted(moments, key=lambda moment: moment.at)
+
+
+def _named(visit: Visit, action: str, details: Mapping[str, Any]) -> str:
+    t = visit.t
+    if action == Action.FOLLOW_UP_CHANGED and "from" in details:
+        zone = visit.zone
+        moved = [zone.read(details[name]) for name in ("from", "to")]
+        return t("Moved from {before} to {after}", before=zone.written(moved[0]), after=zone.written(moved[1]))
+    names = {
+        Action.FOLLOW_UP_CHANGED: t("Changed"),
+        Action.FOLLOW_UP_ENDED: t("Ended by hand"),
+        Action.FOLLOW_UP_RETRIED: t("Retried"),
+        Action.MESSAGES_SHOWN: t("The message was shown"),
+    }
+    return names.get(Action(action), action) if action in set(Action) else action

@@ -1,0 +1,112 @@
+"""Scheduling a new follow-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING
+
+from sqlalchemy import func, select, text
+
+from followups import scheduling
+from followups.console import actors, consequences
+from followups.console.forms import uuid_or_none
+from followups.console.zones import AmbiguousTimeError, Zone
+from followups.errors import ChatNotFoundError, ConflictError, InvalidRequestError, WorkspaceNotFoundError
+from followups.models import MAX_MESSAGE_LENGTH, Chat
+from followups.store import workspaces
+from followups.store.audit import Action
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+
+_BY_EXTERNAL_ID = text("""
+    SELECT id FROM chats
+     WHERE external_id = :external_id AND workspace_id = :workspace_id AND removed_at IS NULL LIMIT 2
+""")
+
+
+@dataclass(slots=True)
+class Typed:
+    """What the person has typed."""
+
+    chat: str = ""
+    message: str = ""
+    due: str = ""
+    workspace: str = ""
+    told: str = ""
+    ambiguous: bool = False
+    consequences: list[str] = field(default_factory=list)
+
+
+def show(visit: Visit) -> Response:
+    """Show the form, with the chat if it is given."""
+    chat = visit.person.chat_id or visit.query.text("chat")
+    return _page(visit, Typed(chat=str(chat), workspace=visit.query.text("workspace")))
+
+
+def schedule(visit: Visit) -> Response:
+    """Schedule the follow-up and go on to it; with the button "Check", tell what the due date would lead to."""
+    form = visit.form
+    typed = Typed(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
+    created: UUID | None = None
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    try:
+        with visit.transaction() as session:
+            chat = _chat(visit, session, typed)
+            due = Zone(form.text("due_zone", visit.zone.name)).read(typed.due, form.text("fold"))
+            now = session.execute(select(func.now())).scalar_one()
+            if form.text("do") == "check":
+                typed.consequences = consequences.foreseen(visit, session, chat, due, now)
+                status = HTTPStatus.OK
+            else:
+                new = scheduling.schedule(
+                    session, workspace_id=chat.workspace_id, chat_id=chat.id, message=typed.message, due_date=due
+                )
+                actors.record(visit, session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
+                created = new.id
+    except (ChatNotFoundError, WorkspaceNotFoundError) as error:
+        typed.told = str(error)
+    except ConflictError as error:
+        typed.told, status = str(error), HTTPStatus.CONFLICT
+    except AmbiguousTimeError as error:
+        typed.told, typed.ambiguous = str(error), True
+    except InvalidRequestError as error:
+        typed.told = str(error)
+    if created is None:
+        return _page(visit, typed, status)
+    visit.services.nudge()
+    return visit.redirect(f"/follow-ups/{created}")
+
+
+def _chat(visit: Visit, session: Session, typed: Typed) -> Chat:
+    """Return the chat by its id or its external id. Raises `ChatNotFoundError` for one that is not the person's."""
+    viewer = visit.person
+    workspace_id = viewer.workspace_id
+    if workspace_id is None:
+        if not typed.workspace:
+            message = visit.t("Name the workspace of the chat.")
+            raise InvalidRequestError(message, field="workspace")
+        workspace_id = workspaces.find(session, typed.workspace).id
+    chat_id = uuid_or_none(typed.chat)
+    if chat_id is None:
+        scheduling.check_text(typed.chat, "chat")
+        given = {"external_id": typed.chat, "workspace_id": workspace_id}
+        found = session.scalars(_BY_EXTERNAL_ID, given).all()
+        if len(found) > 1:
+            message = visit.t("Several chats have this external id; give the chat's own id.")
+            raise InvalidRequestError(message, field="chat")
+        chat_id = found[0] if found else None
+    chat = session.get(Chat, (workspace_id, chat_id)) if chat_id else None
+    if chat is None or chat.removed_at is not None or not viewer.sees(workspace_id, chat.id):
+        raise ChatNotFoundError
+    return chat
+
+
+def _page(visit: Visit, typed: Typed, status: int = HTTPStatus.OK) -> Response:
+    return visit.page("new.html", status, typed=typed, longest=MAX_MESSAGE_LENGTH)

@@ -1,0 +1,215 @@
+"""Pages of follow-ups for the console: newest first, from one place to the next, with what explains each row.
+
+As in `followups.store.listing`, the first rows are taken for each workspace and each value of one column, each from an
+index in its order, and these few are merged. What no index has is checked row by row, so the caller limits the time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from uuid import UUID
+
+from sqlalchemy import text
+
+from followups.models import FollowUp
+from followups.states import ReasonCode, Status
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from sqlalchemy import Connection, TextClause
+
+CHATS = 50
+"""Most chats of one external id that are searched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which follow-ups; None or empty restricts nothing."""
+
+    workspace_id: UUID | None = None
+    statuses: tuple[Status, ...] = ()
+    code: ReasonCode | None = None
+    channel: str | None = None
+    due_after: datetime | None = None
+    due_before: datetime | None = None
+    any_id: UUID | None = None
+    """The id of a follow-up, of its chat, or of a chat message."""
+    external_id: str | None = None
+    chat_id: UUID | None = None
+    ids: tuple[UUID, ...] = ()
+    until: datetime | None = None
+    """Created until then."""
+
+    def document(self) -> dict[str, Any]:
+        """Return it as JSON has it."""
+        given = {name: getattr(self, name) for name in self.__slots__}
+        return {name: _plain(value) for name, value in given.items() if value not in {None, ()}}
+
+    @classmethod
+    def of(cls, document: dict[str, Any]) -> Self:
+        """Return what `document` has made JSON of; its times are given by the caller anew."""
+        known = dict(document)
+        for name in ("workspace_id", "any_id", "chat_id"):
+            if name in known:
+                known[name] = UUID(known[name])
+        known["ids"] = tuple(UUID(each) for each in known.get("ids", ()))
+        known["statuses"] = tuple(Status(each) for each in known.get("statuses", ()))
+        if "code" in known:
+            known["code"] = ReasonCode(known["code"])
+        return cls(**known)
+
+    def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> Wanted:
+        """Return this filter within what a session sees."""
+        return replace(
+            self,
+            workspace_id=workspace_id or self.workspace_id,
+            chat_id=chat_id or self.chat_id,
+        )
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return [str(each) for each in value]
+    return str(value)
+
+
+class Place(NamedTuple):
+    """A row's place in the order: newest first, ties by id."""
+
+    created_at: datetime
+    id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A follow-up with its chat and workspace. The message is not loaded."""
+
+    follow_up: FollowUp
+    channel: str
+    external_id: str | None
+    workspace: str
+    excerpt: str
+
+    @property
+    def place(self) -> Place:
+        """Its place in the order."""
+        return Place(self.follow_up.created_at, self.follow_up.id)
+
+
+EXCERPT = 80
+"""Characters of the message that a list shows to the people of its workspace."""
+
+_COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
+
+
+def _branches(wanted: Wanted) -> tuple[str, ...]:
+    """Return what leads to the rows by an index, one condition for each way."""
+    if wanted.ids:
+        return ("f.id = ANY(CAST(:ids AS uuid[]))",)
+    if wanted.any_id:
+        columns = ("id", "chat_id", "chat_message_id", "trigger_chat_message_id")
+        return tuple(f"f.{column} = :any_id" for column in columns)
+    if wanted.external_id:
+        own = f"c.workspace_id = w.id AND c.external_id = :external_id LIMIT {CHATS}"
+        return (f"f.chat_id IN (SELECT c.id FROM chats c WHERE {own})",)  # noqa: S608 - no input
+    if wanted.chat_id:
+        return ("f.chat_id = :chat_id",)
+    return tuple(f"f.status = '{status}'" for status in wanted.statuses or tuple(Status))
+
+
+_ON_CHANNEL = """EXISTS (
+    SELECT FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id AND c.channel = :channel)"""
+
+
+def _conditions(wanted: Wanted) -> tuple[str, ...]:
+    """Return what is checked row by row."""
+    given = {
+        "f.status = ANY(CAST(:statuses AS text[]))": wanted.statuses,
+        "f.chat_id = :chat_id": wanted.chat_id,
+        "split_part(f.reason, ':', 1) = :code": wanted.code,
+        "f.due_date >= :due_after": wanted.due_after,
+        "f.due_date < :due_before": wanted.due_before,
+        "f.created_at <= :until": wanted.until,
+        _ON_CHANNEL: wanted.channel,
+    }
+    return tuple(condition for condition, value in given.items() if value)
+
+
+def _parameters(wanted: Wanted) -> dict[str, Any]:
+    return {
+        "workspace_id": wanted.workspace_id,
+        "statuses": [status.value for status in wanted.statuses],
+        "code": wanted.code and wanted.code.value,
+        "channel": wanted.channel,
+        "due_after": wanted.due_after,
+        "due_before": wanted.due_before,
+        "any_id": wanted.any_id,
+        "external_id": wanted.external_id,
+        "chat_id": wanted.chat_id,
+        "ids": list(wanted.ids),
+        "until": wanted.until,
+    }
+
+
+@lru_cache(maxsize=256)
+def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool, later: bool) -> str:
+    """Return the SQL of ids in their order, with at most ``:most`` for each branch."""
+    workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
+    place = " AND f.created_at <= :at AND (f.created_at < :at OR f.id > :after)" if later else ""
+    narrowed = "".join(f" AND {condition}" for condition in conditions) + place
+    ways = " UNION ".join(
+        f"""(SELECT f.id, f.created_at FROM follow_ups f
+              WHERE f.workspace_id = w.id AND {branch}{narrowed}
+              ORDER BY f.created_at DESC, f.id LIMIT :most)"""  # noqa: S608 - no input, only the conditions above
+        for branch in branches
+    )
+    return f"SELECT own.id, own.created_at FROM {workspaces} w CROSS JOIN LATERAL ({ways}) own"  # noqa: S608 - likewise
+
+
+def _sql(wanted: Wanted, after: Place | None) -> str:
+    one = wanted.workspace_id is not None
+    return _matching(_branches(wanted), _conditions(wanted), one=one, later=after is not None)
+
+
+def page_statement(wanted: Wanted, after: Place | None, size: int) -> tuple[TextClause, dict[str, Any]]:
+    """Return the statement of a page's rows, one more than ``size``, and its parameters."""
+    columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
+    statement = text(f"""
+        SELECT {columns}, left(f.message, {EXCERPT}) AS excerpt, c.channel, c.external_id, v.name AS workspace
+          FROM ({_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most) page
+          JOIN follow_ups f ON f.id = page.id
+          JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
+          JOIN workspaces v ON v.id = f.workspace_id
+         ORDER BY f.created_at DESC, f.id
+    """)  # noqa: S608 - no input, only the conditions above
+    return statement, _parameters(wanted) | _after(after) | {"most": size + 1}
+
+
+def rows_of(found: Sequence[Any]) -> list[Row]:
+    """Return the rows that `page_statement` has found."""
+    rows = []
+    for row in found:
+        values = {column.name: getattr(row, column.name) for column in _COLUMNS}
+        rows.append(Row(FollowUp(**values), row.channel, row.external_id, row.workspace, row.excerpt))
+    return rows
+
+
+def count_statement(wanted: Wanted, most: int) -> tuple[TextClause, dict[str, Any]]:
+    """Return the statement that counts what matches, up to ``most``."""
+    statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted, None)} LIMIT :most) AS found")  # noqa: S608 - likewise
+    return statement, _parameters(wanted) | {"most": most}
+
+
+def batch(connection: Connection, wanted: Wanted, after: Place | None, size: int) -> list[Place]:
+    """Return the next few that match, in their order."""
+    statement = text(f"{_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most")
+    rows = connection.execute(statement, _parameters(wanted) | _after(after) | {"most": size})
+    return [Place(row.created_at, row.id) for row in rows]
+
+
+def _after(after: Place | None) -> dict[str, Any]:
+    return {"at": after.created_at, "after": after.id} if after else {}

@@ -1,0 +1,214 @@
+"""Scheduling, changing, cancelling, sending now and retrying, by forms."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from console.person import heading, words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from console.person import Person
+    from world import World
+
+HOUR = timedelta(hours=1)
+NOW = text("now()")
+
+
+def events(world: World, target: UUID | str) -> list[str]:
+    """Return the audit events of one follow-up with their actors."""
+    with world.engine.connect() as connection:
+        query = text("SELECT action || ' ' || actor || ' ' || way FROM audit_events WHERE target_id = :id ORDER BY at")
+        return list(connection.scalars(query, {"id": target}))
+
+
+def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: World) -> None:
+    """By the chat's id or its external id; the page of the new one follows."""
+    chat_id = own.chat(external_id="room 7")
+    one = person("agent", own)
+    for chat in (str(chat_id), "room 7"):
+        page = one.get("/follow-ups/new")
+        assert heading(page) == "New follow-up"
+        answer = one.submit(
+            page, "/follow-ups/new", chat=chat, message="Hello\r\nyou", due="2100-01-31T09:00", do="schedule"
+        )
+        assert answer.status_code == 303, words(answer)
+        one_id = answer.headers["location"].rpartition("/")[2]
+        row = own.row(one_id)
+        assert (row.message, row.due_date.isoformat()) == ("Hello\nyou", "2100-01-31T09:00:00+00:00")
+        assert events(own, one_id) == ["follow_up.created test agent console"]
+        assert "by test agent (console)" in words(one.get(f"/follow-ups/{one_id}"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "told"),
+    [
+        ({"chat": str(uuid4())}, 422, "The chat was not found."),
+        ({"chat": ""}, 422, "The chat was not found."),
+        ({"chat": "a\x00"}, 422, "NUL"),
+        ({"message": ""}, 422, "1 to 65,536"),
+        ({"message": "a\x00"}, 422, "NUL"),
+        ({"due": ""}, 422, "is no time"),
+        ({"due": "soon"}, 422, "is no time"),
+        ({"due": "0001-01-01T00:00"}, 422, "years"),
+    ],
+)
+def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
+    fields: dict[str, str], status: int, told: str, person: Callable[..., Person], own: World
+) -> None:
+    """The form comes back with the words in it."""
+    given = {"chat": str(own.chat()), "message": "Take care", "due": "2100-01-31T09:00"} | fields
+    answer = person("agent", own).post("/follow-ups/new", **given)
+    assert answer.status_code == status
+    assert told in words(answer)
+    if "message" not in fields:
+        assert "Take care" in answer.text
+    assert own.scalar(f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{own.workspace_id}'") == 0  # noqa: S608 - a test
+
+
+def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
+    """409, as the API has it."""
+    chat_id = own.chat(last_message_role="user")
+    answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
+    assert answer.status_code == 409
+    assert "Kept" in answer.text
+
+
+def test_the_consequences_are_told_before_saving(person: Callable[..., Person], own: World) -> None:
+    """The moment in UTC, the sending hours, the pause; nothing is stored."""
+    own.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
+        id=own.workspace_id,
+    )
+    own.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=own.workspace_id)
+    one = person("agent", own)
+    fields = {"chat": str(own.chat()), "message": "Hello", "due": "2100-01-30T08:00", "do": "check"}
+    answer = one.submit(one.get("/follow-ups/new"), "/follow-ups/new", **fields)
+    said = words(answer)
+    assert answer.status_code == 200
+    assert "2100-01-30 08:00:00 in America/Sao_Paulo is 2100-01-30 11:00:00 UTC." in said
+    assert "held until Monday 2100-02-01 08:00:00" in said
+    assert "It is paused since" in said
+    assert "Hello" in answer.text
+    assert own.scalar(f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{own.workspace_id}'") == 0  # noqa: S608 - a test
+
+
+def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
+    """Daylight saving time: the gap in spring, the overlap in autumn."""
+    one = person("agent", own)
+    one.post("/preferences", zone="Europe/Berlin", next="/")
+    fields = {"chat": str(own.chat()), "message": "Hello", "do": "schedule"}
+    gap = one.submit(one.get("/follow-ups/new"), "/follow-ups/new", due="2029-03-25T02:30", **fields)
+    assert gap.status_code == 422
+    assert "skip 02:30" in words(gap)
+    twice = one.submit(one.get("/follow-ups/new"), "/follow-ups/new", due="2029-10-28T02:30", **fields)
+    assert twice.status_code == 422
+    assert "Which of the two?" in words(twice)
+    done = one.submit(twice, "/follow-ups/new", fold="second", do="schedule")
+    assert done.status_code == 303
+    assert own.row(done.headers["location"].rpartition("/")[2]).due_date.isoformat() == "2029-10-28T01:30:00+00:00"
+
+
+def test_saving_changes_message_and_due_date(person: Callable[..., Person], own: World) -> None:
+    """The timeline says from when to when, and by whom; a message keeps its line ends and spaces."""
+    one_id = own.follow_up(due_date=text("'2100-01-31T09:00:00Z'"), message="  Old\n\nwords ")
+    one = person("agent", own)
+    page = one.get(f"/follow-ups/{one_id}")
+    same = one.submit(page, f"/follow-ups/{one_id}", do="save")
+    assert same.status_code == 303
+    assert own.row(one_id).message == "  Old\n\nwords "
+    assert events(own, one_id) == []
+    saved = one.submit(page, f"/follow-ups/{one_id}", message="New", due="2100-02-01T10:30", do="save")
+    assert saved.status_code == 303
+    row = own.row(one_id)
+    assert (row.message, row.due_date.isoformat()) == ("New", "2100-02-01T10:30:00+00:00")
+    assert "Moved from 2100-01-31 09:00:00 to 2100-02-01 10:30:00" in words(one.get(f"/follow-ups/{one_id}"))
+
+
+def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World) -> None:
+    """The second one is told, sees what is stored, and has the own words still; saving again replaces."""
+    one_id = own.follow_up(due=HOUR, message="Original")
+    ann, ben = person("agent", own), person("agent", own)
+    pages = [each.get(f"/follow-ups/{one_id}") for each in (ann, ben)]
+    assert ann.submit(pages[0], f"/follow-ups/{one_id}", message="Ann's", do="save").status_code == 303
+    told = ben.submit(pages[1], f"/follow-ups/{one_id}", message="Ben's", do="save")
+    assert told.status_code == 409
+    assert "changed meanwhile" in words(told)
+    assert "Ann&#39;s" in told.text
+    assert "Ben&#39;s" in told.text
+    assert own.row(one_id).message == "Ann's"
+    assert ben.submit(told, f"/follow-ups/{one_id}", do="save").status_code == 303
+    assert own.row(one_id).message == "Ben's"
+
+
+@pytest.mark.parametrize("doing", ["", "/cancel", "/send"])
+def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
+    doing: str, person: Callable[..., Person], own: World
+) -> None:
+    """409 on the page, with what was typed."""
+    one_id = own.follow_up(due=HOUR)
+    one = person("agent", own)
+    page = one.get(f"/follow-ups/{one_id}")
+    typed: dict[str, Any] = {"": {"message": "My words"}, "/cancel": {"reason": "My words"}, "/send": {}}[doing]
+    own.put_in_flight(one_id)
+    in_flight = one.submit(page, f"/follow-ups/{one_id}{doing}", **typed)
+    assert in_flight.status_code == 409
+    assert "being delivered at this moment" in words(in_flight)
+    assert not typed or "My words" in in_flight.text
+    own.sql("UPDATE follow_ups SET status = 'sent', finished_at = now(), begun_at = NULL WHERE id = :id", id=one_id)
+    finished = one.submit(page, f"/follow-ups/{one_id}{doing}", **typed)
+    assert finished.status_code == 409
+    assert "It has finished meanwhile" in words(finished)
+    assert not typed or "My words" in finished.text
+    assert own.row(one_id).status == "sent"
+    assert events(own, one_id) == []
+
+
+def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
+    """With the person's words, or the code without any."""
+    for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
+        one_id = own.follow_up(due=HOUR)
+        one = person("agent", own)
+        answer = one.submit(one.get(f"/follow-ups/{one_id}"), f"/follow-ups/{one_id}/cancel", reason=reason)
+        assert answer.status_code == 303
+        assert (own.row(one_id).status, own.row(one_id).reason) == ("cancelled", stored)
+        assert events(own, one_id) == ["follow_up.ended test agent console"]
+
+
+def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> None:
+    """Also one that waits for its next attempt."""
+    one_id = own.follow_up(due=HOUR)
+    one = person("agent", own)
+    assert one.submit(one.get(f"/follow-ups/{one_id}"), f"/follow-ups/{one_id}/send").status_code == 303
+    assert own.scalar(f"SELECT due_date <= now() AND next_attempt_at IS NULL FROM follow_ups WHERE id = '{one_id}'")  # noqa: S608 - a test
+    assert events(own, one_id) == ["follow_up.changed test agent console"]
+
+
+def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World) -> None:
+    """The page of the new one follows; a repeated click makes no second one."""
+    one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
+    one = person("agent", own)
+    page = one.get(f"/follow-ups/{one_id}")
+    done = one.submit(page, f"/follow-ups/{one_id}/retry")
+    assert done.status_code == 303
+    assert str(own.row(done.headers["location"].rpartition("/")[2]).retry_of) == str(one_id)
+    again = one.submit(page, f"/follow-ups/{one_id}/retry")
+    assert again.status_code == 409
+    assert "retried already" in words(again)
+    assert events(own, one_id) == ["follow_up.retried test agent console"]
+
+
+def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> None:
+    """What the role may not do is not offered."""
+    one_id = own.follow_up(due=HOUR)
+    page = person("viewer", own).get(f"/follow-ups/{one_id}")
+    for button in ("Save", "Cancel follow-up", "Send now", "Retry"):
+        assert button not in words(page)

@@ -1,0 +1,230 @@
+"""Looking at follow-ups: the list with its filters, one follow-up with its timeline, a chat."""
+
+from __future__ import annotations
+
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+
+from console.person import heading, words
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from console.person import Person
+    from world import World
+
+NOW = text("now()")
+HOUR = timedelta(hours=1)
+EVIL = "<script>alert(1)</script> \"'&{{ 7*7 }} \u202eabc"
+
+
+def listed(page: object) -> list[str]:
+    """Return the ids of the rows of a list, in their order."""
+    return re.findall(r'<tr id="row-([\w-]+)"', page.text)  # type: ignore[attr-defined] # an answer
+
+
+def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: object) -> UUID:
+    """Insert a failed follow-up."""
+    return world.follow_up(due=-HOUR, status="failed", reason=reason, finished_at=NOW, **columns)
+
+
+def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
+    """The sentence of `followups show` on every row, also what will happen."""
+    chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
+    ids = {
+        "pending": own.follow_up(chat_id, due=HOUR),
+        "failed": failed(own),
+        "sent": own.follow_up(due=-HOUR, status="sent", finished_at=NOW, accepted_at=NOW),
+        "cancelled": own.follow_up(due=HOUR, status="cancelled", reason="user_replied", finished_at=NOW),
+    }
+    page = person("viewer", own).get("/follow-ups")
+    assert heading(page) == "Follow-ups"
+    assert set(listed(page)) == {str(each) for each in ids.values()}
+    said = words(page)
+    for sentence in ("It is sent in", "refused it for good", "The transport accepted it", "The user wrote in the chat"):
+        assert sentence in said
+    assert "5511987654321" in said
+    assert "Still there?" in said
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ({"state": "failed"}, {"failed"}),
+        ({"state": "pending"}, {"near", "far"}),
+        ({"reason": "rejected"}, {"failed"}),
+        ({"reason": "too_late"}, set()),
+        ({"channel": "whatsapp"}, {"near"}),
+        ({"id": "5511987654321"}, {"near"}),
+        ({"id": "CHAT"}, {"near"}),
+        ({"id": "FAR"}, {"far"}),
+        ({"due_from": "2100-01-01T00:00"}, {"far"}),
+        ({"due_to": "2100-01-01T00:00", "state": "pending"}, {"near"}),
+        ({"id": str(uuid4())}, set()),
+        ({}, {"near", "far", "failed"}),
+    ],
+)
+def test_the_list_is_filtered_by_its_address(
+    query: dict[str, str], expected: set[str], person: Callable[..., Person], own: World, foreign: World
+) -> None:
+    """By state, reason, channel, due range, any id or external chat id; another workspace's are never there."""
+    chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
+    ids = {
+        "near": own.follow_up(chat_id, due=HOUR),
+        "far": own.follow_up(due=100 * 365 * 24 * HOUR),
+        "failed": failed(own),
+    }
+    foreign.follow_up(foreign.chat(channel="whatsapp", external_id="5511987654321"), due=HOUR)
+    names = {"CHAT": str(chat_id), "FAR": str(ids["far"])}
+    query = {name: names.get(value, value) for name, value in query.items()}
+    page = person("viewer", own).get("/follow-ups", **query)
+    assert page.status_code == 200
+    assert set(listed(page)) == {str(ids[name]) for name in expected}
+    everywhere = person("operator").get("/follow-ups", **query, workspace=str(own.workspace_id))
+    assert set(listed(everywhere)) == {str(ids[name]) for name in expected}
+
+
+@pytest.mark.parametrize(
+    "query", [{"state": "x"}, {"reason": "x"}, {"channel": "x"}, {"due_from": "x"}, {"id": "a\x00"}]
+)
+def test_a_filter_that_does_not_exist_is_told(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
+    """The page stays, with what was typed."""
+    assert person("viewer", own).get("/follow-ups", **query).status_code == 422
+
+
+def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], own: World) -> None:
+    """Keyset paging, also where many were created at the same moment; the filter goes along."""
+    own.burst([HOUR] * 60)
+    failed(own)
+    one = person("viewer", own)
+    seen: list[str] = []
+    place = "/follow-ups?state=pending"
+    while place:
+        page = one.get(place)
+        seen += listed(page)
+        found = re.search(r'href="/console(/follow-ups\?[^"]*after=[^"]*)" rel="next"', page.text)
+        place = found[1].replace("&amp;", "&") if found else ""
+    assert len(seen) == len(set(seen)) == 60
+
+
+def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:
+    """Nor does the page of one follow-up show the message, unless it is asked for, which is recorded."""
+    secret = f"secret {uuid4()}"
+    ids = [world.follow_up(due=HOUR, message=secret) for world in (own, foreign)]
+    one = person("operator")
+    page = one.get("/follow-ups", state="pending")
+    assert {str(each) for each in ids} <= set(listed(page))
+    assert secret not in page.text
+    shown = one.get(f"/follow-ups/{ids[0]}")
+    assert secret not in shown.text
+    asked = one.submit(shown, f"/follow-ups/{ids[0]}/message")
+    assert secret in asked.text
+    event = f"SELECT count(*) FROM audit_events WHERE action = 'messages.shown' AND target_id = '{ids[0]}'"  # noqa: S608 - a test
+    assert own.scalar(event) == 1
+    assert secret not in own.scalar("SELECT COALESCE(string_agg(CAST(e AS text), ''), '') FROM audit_events e")
+
+
+def test_what_belongs_to_another_workspace_is_not_there(
+    person: Callable[..., Person], own: World, foreign: World
+) -> None:
+    """404 for every page with its ids, for looking and for changing."""
+    chat_id = foreign.chat()
+    follow_up_id = foreign.follow_up(chat_id, due=HOUR)
+    one = person("admin", own)
+    assert one.get(f"/chats/{chat_id}").status_code == 404
+    assert one.get(f"/follow-ups/{follow_up_id}").status_code == 404
+    for doing in ("", "/cancel", "/send", "/retry", "/message"):
+        assert one.post(f"/follow-ups/{follow_up_id}{doing}", due="2030-01-01T09:00").status_code == 404
+    before = foreign.row(follow_up_id)
+    assert one.post("/follow-ups/new", chat=chat_id, message="x", due="2100-01-01T09:00").status_code == 422
+    assert foreign.row(follow_up_id) == before
+    assert foreign.scalar("SELECT count(*) FROM follow_ups WHERE message = 'x'") == 0
+
+
+def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person], own: World) -> None:
+    """Everything else of the workspace is not there; the overview leads to the chat."""
+    chat_id = own.chat()
+    mine, others = own.follow_up(chat_id, due=HOUR), own.follow_up(due=HOUR)
+    one = person("agent", own, chat_id)
+    assert one.get("/").headers["location"] == f"/console/chats/{chat_id}"
+    assert heading(one.get(f"/chats/{chat_id}")) == "Chat"
+    assert listed(one.get("/follow-ups")) == [str(mine)]
+    assert listed(one.get("/follow-ups", id=str(others))) == []
+    assert one.get(f"/follow-ups/{mine}").status_code == 200
+    assert one.get(f"/follow-ups/{others}").status_code == 404
+    other_chat = own.row(others).chat_id
+    assert one.get(f"/chats/{other_chat}").status_code == 404
+    refused = one.post("/follow-ups/new", chat=other_chat, message="x", due="2100-01-01T09:00")
+    assert refused.status_code == 422
+
+
+def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> None:
+    """Message, reason, external id, the transport's error: escaped everywhere."""
+    chat_id = own.chat(external_id=EVIL)
+    one = person("agent", own)
+    ids = [own.follow_up(chat_id, due=HOUR, message=EVIL), failed(own, reason=f"rejected: {EVIL}", message=EVIL)]
+    own.sql(
+        "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', :detail)",
+        id=ids[1],
+        detail=EVIL,
+    )
+    for path in ("/follow-ups", f"/chats/{chat_id}", *(f"/follow-ups/{each}" for each in ids)):
+        page = one.get(path)
+        assert page.status_code == 200
+        assert "<script>alert" not in page.text
+        assert "&lt;script&gt;" in page.text
+        assert "49" not in words(page).split()
+    found = one.get("/follow-ups", id=EVIL)
+    assert listed(found) == [str(ids[0])]
+    assert "<script>alert" not in found.text
+
+
+def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
+    """Created, attempts with their outcome, code and duration, accepted, ended."""
+    one_id = own.follow_up(due=-HOUR, status="sent", finished_at=NOW, accepted_at=NOW, attempts=2)
+    own.sql(
+        "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
+        " VALUES (:id, 1, 'retry', 'HTTP 503 away', 503, interval '120 ms')",
+        id=one_id,
+    )
+    said = words(person("viewer", own).get(f"/follow-ups/{one_id}")).partition("Timeline")[2]
+    places = [said.index(each) for each in ("Created", "Attempt 1: retry", "HTTP 503", "120 ms", "HTTP 503 away")]
+    assert places == sorted(places)
+    assert "Accepted by the transport, attempt 2" in said
+    assert "Ended: sent" in said
+
+
+def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:
+    """Messages without texts, what is coming and what is past, and the messaging window."""
+    chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
+    own.sql(
+        "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:w, gen_random_uuid(), :c, 'user')",
+        w=own.workspace_id,
+        c=chat_id,
+    )
+    own.follow_up(chat_id, due=HOUR)
+    failed(own, chat_id=chat_id)
+    said = words(person("viewer", own).get(f"/chats/{chat_id}"))
+    for part in ("open until", "Coming pending", "Past failed", "Who wrote when", "user"):
+        assert part in said
+
+
+def test_times_are_in_the_viewers_zone_with_the_workspaces_beside_it(person: Callable[..., Person], own: World) -> None:
+    """Without a choice of the person it is the workspace's own."""
+    own.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 127, now(), now() + interval '1 hour')",
+        id=own.workspace_id,
+    )
+    one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
+    one = person("viewer", own)
+    assert "2100-01-31 09:00:00" in words(one.get(f"/follow-ups/{one_id}"))
+    one.post("/preferences", zone="Europe/Berlin", next="/")
+    said = words(one.get(f"/follow-ups/{one_id}"))
+    assert "2100-01-31 13:00:00 (2100-01-31 09:00:00 America/Sao_Paulo)" in said
