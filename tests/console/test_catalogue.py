@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from followups.console.language import catalogue
+from followups.sending_hours import DAYS
 from followups.states import Status
 from followups.store.console_sessions import ROLES
 
@@ -14,7 +15,7 @@ ROOT = Path(str(files("followups.console")))
 TEXT = re.compile(
     r'\bt\(\s*"((?:[^"\\]|\\.)*)"|\bt\(\s*\'((?:[^\'\\]|\\.)*)\'|^    \("/[\w-]*", "([^"]+)"', re.MULTILINE
 )
-BY_NAME = {*(status.value for status in Status), *ROLES, "user", "Not allowed", "Not found", "Not available"}
+BY_NAME = {*(status.value for status in Status), *ROLES, *DAYS, "user", "Not allowed", "Not found", "Not available"}
 """Texts that are chosen by a value."""
 
 

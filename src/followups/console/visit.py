@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 MENU = (
     ("/", "Overview", "see"),
     ("/follow-ups", "Follow-ups", "see"),
+    ("/settings", "Workspace settings", "settings"),
+    ("/audit", "Audit log", "audit"),
+    ("/system", "System", "system"),
 )
 """The pages of the menu: path, name, and the action that a viewer needs to be allowed."""
 

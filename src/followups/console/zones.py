@@ -42,6 +42,14 @@ class Zone:
         """
         return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
 
+    def day(self, moment: datetime) -> str:
+        """Return a time for people, with its day of the week, to the minute.
+
+        >>> Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC))
+        'Thu 2030-01-31 12:00'
+        """
+        return moment.astimezone(self.info).strftime("%a %Y-%m-%d %H:%M")
+
     def typed(self, moment: datetime) -> str:
         """Return a time as a browser's field takes it, to the second.
 

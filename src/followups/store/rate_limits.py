@@ -88,6 +88,19 @@ def standing(connection: Connection) -> list[Limit]:
     return [Limit(*row) for row in connection.execute(_STANDING)]
 
 
+_CONCERNING = text(f"""
+    {_LIMIT}
+     WHERE (CAST(:workspace_id AS uuid) IS NULL AND l.workspace_id IS NULL)
+        OR (CAST(:workspace_id AS uuid) IS NOT NULL AND (l.workspace_id = :workspace_id OR l.workspace_id IS NULL))
+     ORDER BY w.name NULLS FIRST, l.channel NULLS FIRST, l.per LIMIT :most
+""")
+
+
+def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> list[Limit]:
+    """Return the limits that apply to a workspace, or those of no single one for None."""
+    return [Limit(*row) for row in connection.execute(_CONCERNING, {"workspace_id": workspace_id, "most": most})]
+
+
 def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
     """Return the limits on this channel of this workspace, the slowest first."""
     return [Limit(*row) for row in connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel})]

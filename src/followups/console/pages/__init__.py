@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from followups.console.access import Action
-from followups.console.pages import chat, follow_up, follow_ups, login, new, overview, public
+from followups.console.pages import (
+    audit_log,
+    chat,
+    follow_up,
+    follow_ups,
+    login,
+    new,
+    overview,
+    public,
+    settings,
+    system,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -43,5 +54,17 @@ ROUTES = (
     Route("POST", "/follow-ups/{id}/send", Action.CHANGE, follow_up.send_now),
     Route("POST", "/follow-ups/{id}/retry", Action.CHANGE, follow_up.retry),
     Route("GET", "/chats/{id}", Action.SEE, chat.show),
+    Route("GET", "/settings", Action.SETTINGS, settings.show),
+    Route("POST", "/settings/keys", Action.SETTINGS, settings.create_key),
+    Route("GET", "/settings/keys/{id}", Action.SETTINGS, settings.ask_to_revoke),
+    Route("POST", "/settings/keys/{id}/revoke", Action.SETTINGS, settings.revoke_key),
+    Route("POST", "/settings/hours", Action.SETTINGS, settings.set_hours),
+    Route("POST", "/settings/limits", Action.SETTINGS, settings.set_limit),
+    Route("POST", "/settings/limits/clear", Action.SETTINGS, settings.clear_limit),
+    Route("POST", "/settings/pauses", Action.SETTINGS, settings.pause),
+    Route("POST", "/settings/pauses/resume", Action.SETTINGS, settings.resume),
+    Route("POST", "/settings/sessions/{id}/end", Action.SETTINGS, settings.end_session),
+    Route("GET", "/audit", Action.AUDIT, audit_log.show),
+    Route("GET", "/system", Action.SYSTEM, system.show),
 )
 """Every route. A test calls each one in every role, and with the ids of another workspace."""

@@ -1,0 +1,352 @@
+"""The settings of a workspace: API keys, sending hours, rate limits, pauses, sessions.
+
+People who see all workspaces choose one, or look at the rate limits and pauses that concern all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, time, timedelta
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import func, select
+
+from followups.channels import Channel
+from followups.console import actors
+from followups.console.zones import Zone
+from followups.errors import InvalidRequestError, NotFoundError, WorkspaceNotFoundError
+from followups.models import ApiKey, AuditEvent, Workspace
+from followups.operations import administration, bulk
+from followups.operations.wording import SECONDS, rate_in_words
+from followups.sending_hours import DAYS, SendingHours, span_of
+from followups.store import console_sessions, holds, pauses, rate_limits, sending_hours, workspaces
+from followups.store.audit import Action
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+
+MOST_KEYS = 200
+MOST_SESSIONS = 100
+MOST_PAUSES = 100
+MOST_LIMITS = 100
+
+LIVES = {"": None, "30": timedelta(days=30), "90": timedelta(days=90), "365": timedelta(days=365)}
+"""How long a key may live, by the value of the form's field."""
+
+LEAST_RATE, MOST_RATE = 0.01 / SECONDS["d"], 1_000_000
+PREVIEWED = timedelta(days=7)
+
+
+@dataclass(slots=True)
+class Told:
+    """What the page tells after a change, or after one that was refused."""
+
+    wrong: str = ""
+    done: str = ""
+    key: str = ""
+    """A new key, which is shown this once."""
+    typed: dict[str, str] = field(default_factory=dict)
+    hours: SendingHours | None = None
+    """The hours to preview, which are not saved."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hours:
+    """The sending hours as the form shows them."""
+
+    zone: str
+    opening: str
+    closing: str
+    days: frozenset[int]
+
+
+def show(visit: Visit) -> Response:
+    """Show the settings."""
+    with visit.transaction() as session:
+        return _page(visit, session, _chosen(visit, session), Told())
+
+
+def create_key(visit: Visit) -> Response:
+    """Create a key and show it once."""
+    with visit.transaction() as session:
+        workspace = _required(visit, session)
+        try:
+            life = _life(visit)
+            actor = actors.actor_of(visit)
+            _, key = administration.create_key(session, actor, workspace.id, visit.form.text("name"), life)
+        except InvalidRequestError as error:
+            return _page(visit, session, workspace, Told(str(error), typed={"name": visit.form.text("name")}))
+        return _page(visit, session, workspace, Told(key=key))
+
+
+def _life(visit: Visit) -> timedelta | None:
+    chosen = visit.form.text("expires")
+    if chosen not in LIVES:
+        message = visit.t("Choose when the key expires.")
+        raise InvalidRequestError(message, field="expires")
+    return LIVES[chosen]
+
+
+def ask_to_revoke(visit: Visit) -> Response:
+    """Ask whether the key is to be revoked, and say when it was last used."""
+    with visit.transaction() as session:
+        key = _key(visit, session)
+        workspace = session.get_one(Workspace, key.workspace_id).name
+        session.expunge_all()
+    return visit.page("revoke.html", key=key, workspace=workspace)
+
+
+def revoke_key(visit: Visit) -> Response:
+    """Revoke the key."""
+    with visit.transaction() as session:
+        key = _key(visit, session)
+        administration.revoke_key(session, actors.actor_of(visit), key.id)
+        name = session.get_one(Workspace, key.workspace_id).name
+    return _back(visit, name, "api-keys")
+
+
+def _key(visit: Visit, session: Session) -> ApiKey:
+    key = session.get(ApiKey, visit.id())
+    if key is None or visit.person.workspace_id not in {None, key.workspace_id}:
+        raise NotFoundError
+    return key
+
+
+def set_hours(visit: Visit) -> Response:
+    """Save the sending hours, preview them, or let the workspace send at every hour."""
+    doing = visit.form.text("do")
+    with visit.transaction() as session:
+        workspace = _required(visit, session)
+        actor = actors.actor_of(visit)
+        try:
+            if doing == "always":
+                administration.clear_hours(session, actor, workspace.id)
+            else:
+                hours = _typed_hours(visit)
+                if doing == "preview":
+                    _week(hours, session.execute(select(func.now())).scalar_one())
+                    return _page(visit, session, workspace, Told(hours=hours))
+                administration.set_hours(session, actor, workspace.id, hours)
+        except (InvalidRequestError, LookupError) as error:
+            return _page(visit, session, workspace, Told(str(error), typed=_typed(visit)))
+        workspace_id, name = workspace.id, workspace.name
+    released = 1
+    while released:  # each batch is a short transaction
+        with visit.services.engine.begin() as connection:
+            released = holds.free_quiet(connection, workspace_id)
+    visit.services.nudge()
+    return _back(visit, name, "sending-hours")
+
+
+def _typed(visit: Visit) -> dict[str, str]:
+    return {name: visit.form.text(name) for name in ("time_zone", "from", "to")}
+
+
+def _typed_hours(visit: Visit) -> SendingHours:
+    try:
+        opening, closing = (time.fromisoformat(visit.form.text(name)).replace(second=0) for name in ("from", "to"))
+        days = frozenset(DAYS.index(each) for each in visit.form.every("day"))
+    except ValueError:
+        message = visit.t("Give both times of the day, as in 08:00.")
+        raise InvalidRequestError(message, field="from") from None
+    if not days:
+        message = visit.t("Choose at least one day.")
+        raise InvalidRequestError(message, field="days")
+    if not visit.services.is_zone(visit.form.text("time_zone")):
+        message = visit.t("There is no such time zone; use a name as in America/Sao_Paulo.")
+        raise InvalidRequestError(message, field="time_zone")
+    return SendingHours(visit.form.text("time_zone"), opening, closing, days)
+
+
+def _week(hours: SendingHours, now: datetime) -> list[tuple[datetime, datetime]]:
+    """Return the times of sending of the next week. Raises `LookupError` for hours that are never open."""
+    spans: list[tuple[datetime, datetime]] = []
+    moment = now
+    while moment < now + PREVIEWED:
+        opening, closing = span_of(hours, moment)
+        if opening > now + PREVIEWED:
+            break
+        spans.append((opening, closing))
+        moment = closing
+    return spans
+
+
+def set_limit(visit: Visit) -> Response:
+    """Set a rate limit."""
+    with visit.transaction() as session:
+        workspace = _chosen(visit, session)
+        try:
+            scope = _limit_scope(visit, workspace)
+            rate, burst = _rate(visit)
+            administration.set_limit(session, actors.actor_of(visit), scope, rate, burst)
+        except InvalidRequestError as error:
+            return _page(visit, session, workspace, Told(str(error), typed={"rate": visit.form.text("rate")}))
+        name = workspace.name if workspace else ""
+    return _back(visit, name, "rate-limits")
+
+
+def _rate(visit: Visit) -> tuple[float, int]:
+    """Return the rate, in follow-ups a second, and how many may go at once."""
+    form = visit.form
+    try:
+        rate = float(form.text("rate")) / SECONDS[form.text("per_unit")]
+        burst = int(form.text("burst")) if form.text("burst") else max(1, int(rate))
+    except (ValueError, KeyError, OverflowError):
+        rate, burst = 0.0, 0
+    if not (LEAST_RATE <= rate <= MOST_RATE and 1 <= burst <= MOST_RATE):
+        message = visit.t("A rate is a number above 0, and so is what may go at once.")
+        raise InvalidRequestError(message, field="rate")
+    return rate, burst
+
+
+def clear_limit(visit: Visit) -> Response:
+    """Remove a rate limit."""
+    with visit.transaction() as session:
+        workspace = _chosen(visit, session)
+        administration.clear_limit(session, actors.actor_of(visit), _limit_scope(visit, workspace))
+        name = workspace.name if workspace else ""
+    visit.services.nudge()
+    return _back(visit, name, "rate-limits")
+
+
+def _limit_scope(visit: Visit, workspace: Workspace | None) -> rate_limits.Scope:
+    per = visit.form.text("per", "all")
+    if per not in {"all", "chat", "workspace"} or (workspace and per == "workspace"):
+        message = visit.t("Choose what the limit is for.")
+        raise InvalidRequestError(message, field="per")
+    return rate_limits.Scope(workspace.id if workspace else None, _channel(visit), per)
+
+
+def _channel(visit: Visit) -> str | None:
+    channel = visit.form.text("channel")
+    if channel and channel not in set(Channel):
+        message = visit.t("There is no such channel.")
+        raise InvalidRequestError(message, field="channel")
+    return channel or None
+
+
+def pause(visit: Visit) -> Response:
+    """Pause the workspace or a channel."""
+    with visit.transaction() as session:
+        workspace = _chosen(visit, session)
+        channel = _channel(visit)
+        if workspace is None and channel is None:
+            told = Told(visit.t("Choose a channel, or a workspace first."))
+            return _page(visit, session, workspace, told)
+        scope = pauses.Scope(workspace.id if workspace else None, channel)
+        administration.pause(session, actors.actor_of(visit), scope)
+        name = workspace.name if workspace else ""
+    return _back(visit, name, "pauses")
+
+
+def resume(visit: Visit) -> Response:
+    """End a pause, and let go on what it holds."""
+    with visit.transaction() as session:
+        workspace = _chosen(visit, session)
+        scope = pauses.Scope(workspace.id if workspace else None, _channel(visit))
+        administration.resume(session, actors.actor_of(visit), scope)
+        name = workspace.name if workspace else ""
+    for _ in bulk.release_paused(visit.services.engine):
+        pass  # each batch is a short transaction; an interrupted rest is released by the workers
+    visit.services.nudge()
+    return _back(visit, name, "pauses")
+
+
+def end_session(visit: Visit) -> Response:
+    """End a session of the workspace."""
+    with visit.transaction() as session:
+        workspace = _chosen(visit, session)
+        if not console_sessions.end_one(session, visit.id(), visit.person.workspace_id):
+            raise NotFoundError
+        name = workspace.name if workspace else ""
+    return _back(visit, name, "sessions")
+
+
+def _chosen(visit: Visit, session: Session) -> Workspace | None:
+    """Return the workspace of the session, or the one that an operator has chosen, or None for all."""
+    viewer = visit.person
+    if viewer.workspace_id is not None:
+        return session.get_one(Workspace, viewer.workspace_id)
+    name = visit.form.text("workspace") or visit.query.text("workspace")
+    if not name:
+        return None
+    try:
+        return workspaces.find(session, name)
+    except WorkspaceNotFoundError as error:
+        raise NotFoundError from error
+
+
+def _required(visit: Visit, session: Session) -> Workspace:
+    workspace = _chosen(visit, session)
+    if workspace is None:
+        message = visit.t("Choose a workspace first.")
+        raise InvalidRequestError(message, field="workspace")
+    return workspace
+
+
+def _back(visit: Visit, workspace: str, section: str) -> Response:
+    query = {"workspace": workspace} if visit.person.workspace_id is None else {}
+    response = visit.redirect("/settings", **query)
+    response.headers["location"] += f"#{section}"
+    return response
+
+
+def _page(visit: Visit, session: Session, workspace: Workspace | None, told: Told) -> Response:
+    connection = session.connection()
+    workspace_id = workspace.id if workspace else None
+    now = session.execute(select(func.now())).scalar_one()
+    stored = sending_hours.find(session, workspace_id) if workspace_id else None
+    shown = told.hours or stored
+    week: Sequence[tuple[datetime, datetime]] = ()
+    if shown is not None:
+        try:
+            week = _week(shown, now)
+        except LookupError:
+            week = ()
+    context: dict[str, Any] = {
+        "workspace": workspace.name if workspace else "",
+        "told": told,
+        "keys": _keys(session, workspace_id) if workspace_id else [],
+        "stored": stored,
+        "hours": _shown_hours(shown, told, visit),
+        "week": week,
+        "week_zone": Zone(shown.time_zone) if shown and visit.services.is_zone(shown.time_zone) else None,
+        "limits": rate_limits.concerning(connection, workspace_id, MOST_LIMITS),
+        "pauses": pauses.in_force(connection, workspace_id, MOST_PAUSES),
+        "sessions": console_sessions.of_workspace(session, workspace_id, MOST_SESSIONS),
+        "channels": [each.value for each in Channel],
+        "days": DAYS,
+        "lives": [life for life in LIVES if life],
+        "units": list(SECONDS),
+        "rate": rate_in_words,
+        "now": now,
+    }
+    status = HTTPStatus.UNPROCESSABLE_ENTITY if told.wrong else HTTPStatus.OK
+    return visit.page("settings.html", status, **context)
+
+
+def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> Hours:
+    if told.typed.get("time_zone") is not None:
+        days = frozenset(DAYS.index(each) for each in visit.form.every("day") if each in DAYS)
+        return Hours(told.typed["time_zone"], told.typed["from"], told.typed["to"], days)
+    if shown is None:
+        return Hours(visit.zone.name, "08:00", "20:00", frozenset(range(5)))
+    return Hours(shown.time_zone, f"{shown.opening:%H:%M}", f"{shown.closing:%H:%M}", shown.days)
+
+
+def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, str]]:
+    """Return the newest keys of a workspace, each with the name of its creator as far as it is recorded."""
+    query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
+    keys = session.scalars(query.limit(MOST_KEYS)).all()
+    made = select(AuditEvent.target_id, AuditEvent.actor).where(
+        AuditEvent.target_id.in_([key.id for key in keys]), AuditEvent.action == Action.API_KEY_CREATED.value
+    )
+    creators = {row.target_id: row.actor for row in session.execute(made)}
+    return [(key, creators.get(key.id, "")) for key in keys]

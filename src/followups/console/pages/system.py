@@ -1,0 +1,54 @@
+"""The system, for operators: the doctor's findings, workers, beat, queues, breaker."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from followups.operations.doctor import (
+    Finding,
+    broker_checks,
+    database_checks,
+    process_checks,
+    table_checks,
+    transport_checks,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from starlette.responses import Response
+
+    from followups.console.services import Services
+    from followups.console.visit import Visit
+
+
+def show(visit: Visit) -> Response:
+    """Show the findings; the workers are asked only on request, since they have a second to answer."""
+    services = visit.services
+    asks = "workers" in visit.query
+    findings: list[Finding] = list(services.recent.get(("system", asks), lambda: list(_findings(services, asks=asks))))
+    return visit.page("system.html", findings=findings, asked=asks, failed=sum(not each.ok for each in findings))
+
+
+def _findings(services: Services, *, asks: bool) -> Iterator[Finding]:
+    settings = services.settings
+    yield transport_checks.timeouts(settings)
+    yield from database_checks.databases(settings, services.engine)
+    yield from database_checks.of_server(services.engine)
+    yield from database_checks.of_database(settings, services.engine)
+    yield from table_checks.of_tables(services.engine)
+    reachable = True
+    for finding in broker_checks.broker(settings):
+        reachable = reachable and (finding.ok or finding.name != "broker")
+        yield finding
+    if reachable:
+        yield from broker_checks.of_broker(settings)
+    if asks:
+        yield process_checks.workers(_ask_workers)
+    yield process_checks.of_this_machine(settings)
+
+
+def _ask_workers() -> process_checks.Replies:
+    from followups.worker import celery_app  # noqa: PLC0415 - Celery, which reads the environment when imported
+
+    return celery_app.ask_workers()
