@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import threading
 from datetime import timedelta
 from multiprocessing.connection import Client, Listener
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
@@ -146,6 +148,14 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
         raise answer
     postgres, valkey = answer
     return postgres, valkey
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """Return a directory that every user may pass, as PostgreSQL's user must for root; pytest's own are closed."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o711)
+        yield Path(name)
 
 
 @pytest.fixture(scope="session")

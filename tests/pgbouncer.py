@@ -64,7 +64,7 @@ class PgBouncer(EmbeddedServer):
         if os.geteuid() == 0:  # PgBouncer refuses root, and the embedded server's socket lets in its own user
             user = pwd.getpwnam(SYSTEM_USER)
             run_as = (user.pw_uid, user.pw_gid)
-            let_through(directory / "any")
+            let_through(directory)
         file = directory / "pgbouncer.ini"
         file.write_text(self._configuration())
         file.chmod(0o644)

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -122,9 +123,9 @@ def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
     assert_gone(children)
 
 
-def test_a_process_that_dies_is_named_and_ends_the_rest(tmp_path: Path) -> None:
+def test_a_process_that_dies_is_named_and_ends_the_rest(open_directory: Path) -> None:
     """A process that dies is named with the end of its log, and ends the rest; with --data its data is kept."""
-    with up("--data", str(tmp_path / "kept")) as system:
+    with up("--data", str(open_directory / "kept")) as system:
         system.wait_until_ready()
         children = descendants(system.process.pid)
         [beat] = [pid for pid, command in children.items() if " beat " in command]
@@ -134,7 +135,9 @@ def test_a_process_that_dies_is_named_and_ends_the_rest(tmp_path: Path) -> None:
         assert "followups: beat ended by signal 9. The end of its log:\n" in remarks
         assert "Traceback" not in remarks
         assert_gone(children)
-    with EmbeddedPostgres(tmp_path / "kept" / "postgres") as postgres, psycopg.connect(postgres.url()) as connection:
+    kept = open_directory / "kept"
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (kept, *kept.iterdir())} == {0o700}
+    with EmbeddedPostgres(kept / "postgres") as postgres, psycopg.connect(postgres.url()) as connection:
         assert connection.execute("SELECT name FROM api_keys").fetchall() == [("followups up",)]
 
 

@@ -73,7 +73,7 @@ class Server(EmbeddedPostgres):
         data, socket = directory / "data", directory / "socket"
         data.mkdir(0o700)
         socket.mkdir(0o700)
-        run_as = embedded._give_up_root(data, socket) if os.geteuid() == 0 else None  # noqa: SLF001 - as it does
+        run_as = embedded._give_up_root(directory, data, socket) if os.geteuid() == 0 else None  # noqa: SLF001 - as it does
         if self._primary:
             command = ["pg_basebackup", "--write-recovery-conf", "--checkpoint=fast", "--dbname", self._primary.url()]
         else:

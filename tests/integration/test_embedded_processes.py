@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from followups.embedded import EmbeddedError, Processes, answers, free_port
-from followups.embedded.directories import let_through
+from followups.embedded.directories import closed_above
 from followups.embedded.watchdog import WATCHDOG, is_alive
 
 if TYPE_CHECKING:
@@ -172,13 +171,13 @@ def test_a_killed_watchdog_is_replaced() -> None:
     assert second.poll() == 0 or WATCHDOG._process is second  # noqa: SLF001 - other tests' servers may be guarded
 
 
-def test_others_are_let_through_but_see_nothing(tmp_path: Path) -> None:
-    """For PostgreSQL's own user the directories above its data can be passed, and not listed."""
-    inner = tmp_path / "closed" / "data"
+def test_what_a_user_may_not_enter(open_directory: Path) -> None:
+    """Of the directories above a path, the topmost that a user may not enter is named; its owner may."""
+    inner = open_directory / "closed" / "data"
     inner.mkdir(parents=True)
-    (tmp_path / "closed").chmod(0o700)
-    let_through(inner)
-    assert stat.S_IMODE((tmp_path / "closed").stat().st_mode) == 0o701
+    (open_directory / "closed").chmod(0o700)
+    assert closed_above(inner, -1) == (open_directory / "closed").resolve()
+    assert closed_above(inner, os.getuid()) is None
 
 
 def test_a_free_port_can_be_listened_on() -> None:

@@ -87,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from followups.cli.failures import explain  # noqa: PLC0415 - loads SQLAlchemy, which only an error needs
 
         sentence, code = explain(error)
-        sys.stderr.write(f"followups: {escape(sentence)}\n")
+        quotes_a_log = getattr(error, "slug", "") == "embedded"
+        sys.stderr.write(f"followups: {escape(sentence, lines=quotes_a_log)}\n")
     # Typer exits with 130 after Ctrl-C; our commands have three exit codes.
     return int(code or 0) if code in {None, 0, FAILED, WRONG_USAGE} else FAILED

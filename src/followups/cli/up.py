@@ -16,6 +16,7 @@ import typer
 
 from followups.cli.catalogue import examples
 from followups.cli.output import remark, say
+from followups.embedded.postgres import make_data_directory
 from followups.embedded.stop_signals import StopSignals
 from followups.embedded.system import LOOPBACK, Plan, running
 from followups.errors import FollowUpsError
@@ -56,7 +57,7 @@ def up(
     """
     _require_free(port)
     if data is not None:
-        data.mkdir(parents=True, exist_ok=True)
+        make_data_directory(data)
     # Ctrl-C is the normal way to end it.
     with suppress(KeyboardInterrupt), StopSignals() as signals:
         plan = Plan(port, remark, signals, data=data, echo=_echo if verbose else None)

