@@ -7,6 +7,7 @@ index in its order, and these few are merged. What no index has is checked row b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
@@ -18,7 +19,6 @@ from followups.states import ReasonCode, Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from sqlalchemy import Connection, TextClause
 
@@ -51,7 +51,7 @@ class Wanted:
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
-        """Return what `document` has made JSON of; its times are given by the caller anew."""
+        """Return what `document` has made JSON of."""
         known = dict(document)
         for name in ("workspace_id", "any_id", "chat_id"):
             if name in known:
@@ -60,6 +60,9 @@ class Wanted:
         known["statuses"] = tuple(Status(each) for each in known.get("statuses", ()))
         if "code" in known:
             known["code"] = ReasonCode(known["code"])
+        for name in ("due_after", "due_before", "until"):
+            if name in known:
+                known[name] = datetime.fromisoformat(known[name])
         return cls(**known)
 
     def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> Wanted:
@@ -71,10 +74,15 @@ class Wanted:
         )
 
 
+def replaced(wanted: Wanted, **changes: Any) -> Wanted:  # noqa: ANN401 - values of any of its fields
+    """Return the filter with other values."""
+    return replace(wanted, **changes)
+
+
 def _plain(value: object) -> object:
     if isinstance(value, tuple):
         return [str(each) for each in value]
-    return str(value)
+    return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
 class Place(NamedTuple):

@@ -29,6 +29,7 @@ from followups.delivery.send import GRACE
 from followups.errors import SettingsError
 from followups.flow_control.breaker import RedisBreaker
 from followups.flow_control.limiter import RedisLimiter
+from followups.operations.bulk_actions import BulkRunner
 from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.settings import Settings, get_settings
 from followups.store import leases as lease_store
@@ -187,6 +188,7 @@ class Process:
         self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
         self.totals = CounterTotals(self.engine)
         self.tidier = Tidier(settings, self.engine)
+        self.bulk = BulkRunner(self.engine, self.dispatcher.tick)
         self.draining = False
 
     def start(self) -> None:
@@ -200,6 +202,7 @@ class Process:
         self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
         self.dispatcher.stop()
         self.tidier.stop()
+        self.bulk.stop()
         unsettled = self.pipeline.drain(drain_limit(settings))
         if unsettled:
             log.error("drained_in_part", unsettled=unsettled)
@@ -258,7 +261,9 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
 @app.task(name="followups.dispatch_due", base=Bounded)
 def dispatch_due(*_: object, **__: object) -> None:
     """Tick: claim what falls due before the next one, and publish it in batches."""
-    current_process().dispatcher.tick()
+    process = current_process()
+    process.dispatcher.tick()
+    process.bulk.start()
 
 
 @app.task(name="followups.remove_old", base=Bounded)

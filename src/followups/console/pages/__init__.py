@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from followups.console.access import Action
 from followups.console.pages import (
     audit_log,
+    bulk,
     chat,
     follow_up,
     follow_ups,
@@ -54,6 +55,11 @@ ROUTES = (
     Route("POST", "/follow-ups/{id}/send", Action.CHANGE, follow_up.send_now),
     Route("POST", "/follow-ups/{id}/retry", Action.CHANGE, follow_up.retry),
     Route("GET", "/chats/{id}", Action.SEE, chat.show),
+    Route("GET", "/bulk", Action.SEE, bulk.history),
+    Route("POST", "/bulk/preview", Action.CHANGE, bulk.preview),
+    Route("POST", "/bulk", Action.CHANGE, bulk.start),
+    Route("GET", "/bulk/{id}", Action.SEE, bulk.show),
+    Route("POST", "/bulk/{id}/stop", Action.CHANGE, bulk.stop),
     Route("GET", "/settings", Action.SETTINGS, settings.show),
     Route("POST", "/settings/keys", Action.SETTINGS, settings.create_key),
     Route("GET", "/settings/keys/{id}", Action.SETTINGS, settings.ask_to_revoke),

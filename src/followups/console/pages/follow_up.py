@@ -12,6 +12,7 @@ from followups import scheduling
 from followups.console import actors, consequences
 from followups.console.access import Action as Doing
 from followups.console.zones import AmbiguousTimeError, Zone
+from followups.delivery import events
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
     from followups.console.visit import Visit
     from followups.operations.explain import Explained
+    from followups.states import Final
 
 EVENTS = 100
 """Most changes by hand in the timeline: the newest."""
@@ -124,9 +126,14 @@ def cancel(visit: Visit) -> Response:
             raise AlreadyFinishedError
         changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
         actors.record(visit, session, Action.FOLLOW_UP_ENDED, found.workspace_id, found.id, status="cancelled")
+        ends.append((changed.id, scheduling.final_of(Status.CANCELLED, typed.reason or None)))
         return changed
 
-    return _changed(visit, typed, change)
+    ends: list[tuple[UUID, Final]] = []
+    response = _changed(visit, typed, change)
+    if response.status_code == HTTPStatus.SEE_OTHER:
+        events.ended(ends)
+    return response
 
 
 def send_now(visit: Visit) -> Response:

@@ -1,0 +1,155 @@
+"""Bulk actions: a preview, then a row that the workers carry out; progress, stop, and history."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sqlalchemy import text
+
+from followups.console import reasons
+from followups.console.forms import uuid_or_none
+from followups.console.pages.follow_ups import LIMIT, Asked, wanted_of
+from followups.errors import InvalidRequestError, NotFoundError
+from followups.states import Status
+from followups.store import browse, bulk_actions
+from followups.store.browse import Wanted
+from followups.store.counts import within
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy.orm import Session
+    from starlette.responses import Response
+
+    from followups.console.visit import Visit
+    from followups.models import BulkAction
+
+SAMPLE = 5
+"""Follow-ups that the preview names."""
+
+MOST = 10_000
+"""Up to here the preview counts exactly."""
+
+NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
+"""The state that each kind of action is for."""
+
+NOW = text("SELECT now()")
+
+
+def history(visit: Visit) -> Response:
+    """Show the newest actions."""
+    with visit.transaction() as session:
+        actions = [each for each in bulk_actions.newest(session, visit.person.workspace_id) if _sees(visit, each)]
+        session.expunge_all()
+    return visit.page("bulk_history.html", actions=actions)
+
+
+def preview(visit: Visit) -> Response:
+    """Show how many match, some of them, and who is passed over, before anything is done."""
+    kind, everything = _kind(visit)
+    asked = Asked.of(visit.form)
+    ids = () if everything else _ticked(visit)
+    with visit.transaction() as session:
+        now = session.execute(NOW).scalar_one()
+        wanted = _wanted(visit, session, asked, kind, ids)
+        statement, parameters = browse.count_statement(wanted, MOST + 1)
+        counted = within(session.connection(), LIMIT, statement, parameters)
+        statement, parameters = browse.page_statement(wanted, None, SAMPLE)
+        found = within(session.connection(), LIMIT, statement, parameters)
+        rows = browse.rows_of((found or [])[:SAMPLE])
+        sentences = reasons.of_rows(visit.services, session, rows, now)
+    number = counted[0].number if counted else None
+    return visit.page(
+        "bulk_preview.html",
+        kind=kind,
+        number=number,
+        most=MOST,
+        passed=len(ids) - (number or 0) if ids else 0,
+        rows=rows,
+        sentences=sentences,
+        asked=asked,
+        ids=ids,
+        action_id=uuid4(),
+    )
+
+
+def start(visit: Visit) -> Response:
+    """Create the action and go on to its progress; a repeated request starts nothing new."""
+    kind, everything = _kind(visit)
+    action_id = visit.form.uuid("action_id")
+    if action_id is None:
+        message = visit.t("Ask for a preview first.")
+        raise InvalidRequestError(message, field="action_id")
+    with visit.transaction() as session:
+        wanted = _wanted(visit, session, Asked.of(visit.form), kind, () if everything else _ticked(visit))
+        expected = visit.form.text("expected")
+        bulk_actions.create(
+            session,
+            id=action_id,
+            workspace_id=wanted.workspace_id,
+            kind=kind,
+            chosen=wanted.document(),
+            created_by=visit.person.session.name,
+            expected=min(int(expected), MOST + 1) if expected.isascii() and expected.isdigit() else MOST + 1,
+        )
+    visit.services.nudge()
+    return visit.redirect(f"/bulk/{action_id}")
+
+
+def show(visit: Visit) -> Response:
+    """Show the progress of an action."""
+    with visit.transaction() as session:
+        action = _own(visit, session)
+        session.expunge_all()
+    return visit.page("bulk.html", action=action, most=MOST)
+
+
+def stop(visit: Visit) -> Response:
+    """Have the action stop after its current batch."""
+    with visit.transaction() as session:
+        bulk_actions.stop(session, _own(visit, session).id)
+    visit.services.nudge()
+    return visit.redirect(f"/bulk/{visit.id()}")
+
+
+def _own(visit: Visit, session: Session) -> BulkAction:
+    action = bulk_actions.find(session, visit.id(), visit.person.workspace_id)
+    if action is None or not _sees(visit, action):
+        raise NotFoundError
+    return action
+
+
+def _sees(visit: Visit, action: BulkAction) -> bool:
+    """Return whether a session of one chat sees the action, which has to be of that chat alone."""
+    chat_id = visit.person.chat_id
+    return chat_id is None or action.chosen.get("chat_id") == str(chat_id)
+
+
+def _kind(visit: Visit) -> tuple[str, bool]:
+    """Return what to do, and whether to all that match. Raises `InvalidRequestError`."""
+    kind, _, everything = visit.form.text("do").partition("-")
+    if kind not in NEEDED or everything not in {"", "all"}:
+        message = visit.t("Choose what to do.")
+        raise InvalidRequestError(message, field="do")
+    return kind, everything == "all"
+
+
+def _ticked(visit: Visit) -> tuple[UUID, ...]:
+    ids = tuple(found for each in visit.form.every("tick") if (found := uuid_or_none(each)))
+    if not ids:
+        message = visit.t("Tick at least one follow-up first.")
+        raise InvalidRequestError(message, field="tick")
+    return ids
+
+
+def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> Wanted:
+    """Return what the action is for, within what the person sees."""
+    needed = NEEDED[kind]
+    if ids:
+        return Wanted(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)
+    wanted = wanted_of(visit, session, asked)
+    if wanted.statuses and needed not in wanted.statuses:
+        message = visit.t("Only pending follow-ups can be cancelled, and only failed ones retried.")
+        raise InvalidRequestError(message, field="state")
+    return browse.replaced(wanted, statuses=(needed,))

@@ -1,0 +1,123 @@
+"""Bulk actions of the console: their rows, and the statements of their batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import select, text
+from sqlalchemy.dialects.postgresql import insert
+
+from followups.models import BulkAction
+from followups.states import Status
+from followups.store import chat_order
+from followups.store.follow_ups import cancelled_or_asked_to
+from followups.store.fragments import honest
+from followups.store.leases import uuid_array
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+    from followups.states import Final
+    from followups.store.browse import Place
+
+LISTED = 50
+"""Actions in the history."""
+
+
+def create(session: Session, **columns: Any) -> bool:  # noqa: ANN401 - the row's columns
+    """Create an action; return whether it is new. One with the same id stays as it is."""
+    statement = insert(BulkAction).values(**columns).on_conflict_do_nothing().returning(BulkAction.id)
+    return session.scalar(statement) is not None
+
+
+def find(session: Session, action_id: UUID, workspace_id: UUID | None) -> BulkAction | None:
+    """Return an action, of this workspace if one is given, or None."""
+    found = session.get(BulkAction, action_id)
+    return found if found and workspace_id in {None, found.workspace_id} else None
+
+
+def newest(session: Session, workspace_id: UUID | None) -> Sequence[BulkAction]:
+    """Return the newest actions of a workspace, or of all for None."""
+    query = select(BulkAction).order_by(BulkAction.created_at.desc()).limit(LISTED)
+    if workspace_id is not None:
+        query = query.where(BulkAction.workspace_id == workspace_id)
+    return session.scalars(query).all()
+
+
+_STOP = text("UPDATE bulk_actions SET stopped_at = now() WHERE id = :id AND finished_at IS NULL AND stopped_at IS NULL")
+
+
+def stop(session: Session, action_id: UUID) -> None:
+    """Have an action stop after its current batch; one that has finished stays as it is."""
+    session.execute(_STOP, {"id": action_id})
+
+
+_LOCK_NEXT = (
+    select(BulkAction)
+    .where(BulkAction.finished_at.is_(None))
+    .order_by(BulkAction.created_at, BulkAction.id)
+    .limit(1)
+    .with_for_update(skip_locked=True)
+)
+
+
+def lock_next(session: Session) -> BulkAction | None:
+    """Return the oldest action that is not finished, locked until the transaction ends, or None.
+
+    One that another worker works on is passed over.
+    """
+    return session.scalar(_LOCK_NEXT)
+
+
+_PROGRESS = text("""
+    UPDATE bulk_actions
+       SET done = :done, passed_over = CAST(:passed_over AS jsonb), ended_at_time = :at, ended_at_id = :after,
+           finished_at = CASE WHEN :finished THEN now() END
+     WHERE id = :id
+""")
+
+
+def record_progress(
+    session: Session, action: BulkAction, done: int, passed_over: str, place: Place | None, *, finished: bool
+) -> None:
+    """Record how far an action has come; ``passed_over`` is JSON."""
+    at, after = place or (action.ended_at_time, action.ended_at_id)
+    values = {"id": action.id, "done": done, "passed_over": passed_over, "at": at, "after": after, "finished": finished}
+    session.execute(_PROGRESS, values)
+
+
+_CANCEL = text(f"""
+    WITH held AS MATERIALIZED (
+        SELECT id FROM follow_ups
+         WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'pending'
+         ORDER BY chat_id, due_date, id
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    UPDATE follow_ups f
+       SET {cancelled_or_asked_to(honest("CAST(:reason AS text)", "f"))}
+      FROM held
+     WHERE f.id = held.id
+    RETURNING f.id, f.status
+""")  # noqa: S608 - no input, only the constants above
+_FINISHED = text("""
+    SELECT id FROM follow_ups WHERE id = ANY(CAST(:ids AS uuid[])) AND status <> 'pending'
+""")
+
+
+def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
+    """Cancel these; return those that are cancelled, and how many were passed over, by the reason.
+
+    One in flight is only kept from a retry; locked rows are skipped.
+    """
+    parameters = {"ids": uuid_array(ids), "status": final.status.value, "reason": final.reason}
+    rows = connection.execute(_CANCEL, parameters).all()
+    cancelled = [row.id for row in rows if row.status == Status.CANCELLED]
+    chat_order.wake(connection, cancelled)
+    left = set(ids) - {row.id for row in rows}
+    finished = len(connection.scalars(_FINISHED, {"ids": uuid_array(left)}).all()) if left else 0
+    counts = {"in flight": len(rows) - len(cancelled), "finished": finished, "locked": len(left) - finished}
+    return cancelled, {reason: number for reason, number in counts.items() if number}
