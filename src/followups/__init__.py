@@ -6,6 +6,11 @@ From Python, in the caller's own database transaction (the row is the job; nothi
 
     with Session(engine) as session, session.begin():
         followups.schedule(session, workspace_id=w, chat_id=c, message="Still there?", due_date=due)
+
+Many at once, all or none, take one call::
+
+    planned = [followups.Planned(chat_id, "Still there?", due) for chat_id in chat_ids]
+    followups.schedule_many(session, workspace_id=w, planned=planned)
 """
 
 from __future__ import annotations
@@ -15,17 +20,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from followups.models import FollowUp
-    from followups.scheduling import cancel, schedule
+    from followups.scheduling import cancel, schedule, schedule_many
     from followups.states import ReasonCode, Status
+    from followups.store.follow_ups import Planned
 
-__all__ = ["FollowUp", "ReasonCode", "Status", "cancel", "schedule"]
+__all__ = ["FollowUp", "Planned", "ReasonCode", "Status", "cancel", "schedule", "schedule_many"]
 
 _HOMES = {
     "FollowUp": "followups.models",
+    "Planned": "followups.store.follow_ups",
     "ReasonCode": "followups.states",
     "Status": "followups.states",
     "cancel": "followups.scheduling",
     "schedule": "followups.scheduling",
+    "schedule_many": "followups.scheduling",
 }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import psycopg
 from sqlalchemy import text
-from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, OperationalError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 if TYPE_CHECKING:
@@ -34,11 +34,17 @@ failover, deadlock, out of resources, object in use, operator intervention, syst
 
 def is_passing(error: Exception) -> bool:
     """Return whether a retry may help: the database was unreachable, busy, or broke a deadlock."""
-    if isinstance(error, PoolTimeoutError | OperationalError):
+    cause = _cause(error)
+    if isinstance(error, PoolTimeoutError) or isinstance(cause, psycopg.OperationalError):
         return True
-    if not isinstance(error, DBAPIError):
-        return False
-    return error.connection_invalidated or str(getattr(error.orig, "sqlstate", None))[:2] in PASSING_CLASSES
+    if isinstance(error, DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(cause, psycopg.Error) and str(cause.sqlstate)[:2] in PASSING_CLASSES
+
+
+def _cause(error: Exception) -> BaseException | None:
+    """Return the driver's own error, if it is one: an event loop gets those, a session gets SQLAlchemy's."""
+    return error.orig if isinstance(error, DBAPIError) else error
 
 
 UNDONE = frozenset({"40001", "40P01"})
@@ -48,12 +54,12 @@ None of its changes were made.
 """
 
 
-def is_undone(error: DBAPIError) -> bool:
+def is_undone(error: psycopg.Error | DBAPIError) -> bool:
     """Return whether the transaction was rolled back in a conflict with another one.
 
     Such a transaction may be retried as a whole.
     """
-    return getattr(error.orig, "sqlstate", None) in UNDONE
+    return getattr(_cause(error), "sqlstate", None) in UNDONE
 
 
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
@@ -65,7 +71,7 @@ Processes continue by themselves once the server takes changes.
 
 def is_read_only(error: Exception) -> bool:
     """Return whether the error means that the database takes no changes."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
+    cause = _cause(error)
     return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
 
 
@@ -79,7 +85,7 @@ def takes_changes(connection: Connection) -> bool:
 
 def unfit(error: Exception) -> str:
     """Return why the database cannot be used and what to do, or an empty string for any other error."""
-    cause = error.orig if isinstance(error, DBAPIError) else error
+    cause = _cause(error)
     if is_read_only(error):
         return IS_READ_ONLY
     return str(cause) if isinstance(cause, UnfitDatabaseError) else ""
@@ -94,8 +100,9 @@ One row may also cause the errors for bad data and broken constraints.
 
 def concerns_a_row(error: Exception) -> bool:
     """Return whether one row's content may be the cause, so that the work would succeed without it."""
-    if isinstance(error, DataError | IntegrityError):
+    cause = _cause(error)
+    if isinstance(cause, psycopg.DataError | psycopg.IntegrityError):
         return True
-    if isinstance(error, DBAPIError):
-        return str(getattr(error.orig, "sqlstate", None)) in ROW_STATES
+    if isinstance(cause, psycopg.Error):
+        return cause.sqlstate in ROW_STATES
     return not isinstance(error, SQLAlchemyError)

@@ -8,7 +8,14 @@ that docstring is the message unless a better one is given. ``slug`` is the last
 from __future__ import annotations
 
 import inspect
-from typing import ClassVar
+from itertools import islice
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+MOST_TOLD = 20
+"""Most errors in the message of one that stands for many."""
 
 
 class FollowUpsError(Exception):
@@ -104,6 +111,19 @@ class DeliveryInProgressError(ConflictError):
         """Keep, in seconds, when the outcome should be known."""
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class SomeRefusedError(FollowUpsError):
+    """Some of the follow-ups cannot be scheduled, so none was."""
+
+    slug = "some-refused"
+
+    def __init__(self, refused: Mapping[int, FollowUpsError], total: int) -> None:
+        """Keep the errors of the refused ones, by their index among all."""
+        told = "; ".join(f"[{index}] {error}" for index, error in islice(refused.items(), MOST_TOLD))
+        more = "" if len(refused) <= MOST_TOLD else f"; and {len(refused) - MOST_TOLD:,} more"
+        super().__init__(f"{len(refused):,} of {total:,} follow-ups cannot be scheduled, so none was: {told}{more}")
+        self.refused = refused
 
 
 class IdempotencyKeyInUseError(ConflictError):

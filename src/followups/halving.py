@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from followups.database_errors import concerns_a_row
+from followups.statements import Statement
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from sqlalchemy import Connection
+
+    from followups.statements import Query, Steps
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -73,3 +76,32 @@ def halve_within(
         for item, error in halved.refused:
             refused(item, error)
     return halved
+
+
+_SAVEPOINT = Statement("SAVEPOINT part")
+_UNDO = Statement("ROLLBACK TO SAVEPOINT part")
+
+
+def halving_steps(
+    batch: Sequence[T],
+    query: Callable[[Sequence[T]], Query],
+    refused: Callable[[T, Exception], None] | None = None,
+) -> Steps[list[Any]]:
+    """Run the query for the whole batch, halved as by `halve_within`, as a part of a rule; return all rows."""
+    rows: list[Any] = []
+    parts = [batch] if batch else []
+    while parts:
+        part = parts.pop()
+        yield _SAVEPOINT()
+        try:
+            rows += yield query(part)
+        except Exception as error:
+            if not concerns_a_row(error):
+                raise
+            yield _UNDO()
+            if len(part) > 1:
+                middle = len(part) // 2
+                parts += [part[middle:], part[:middle]]
+            elif refused:
+                refused(part[0], error)
+    return rows

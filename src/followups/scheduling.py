@@ -12,13 +12,13 @@ before the statement began, as the rules need. Any other transaction is refused 
 
 from __future__ import annotations
 
-from datetime import UTC
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from sqlalchemy import func, select, text
 
-from followups.channels import Channel, is_open
+from followups.channels import WINDOWED_CHANNELS
+from followups.checks import check_changes, check_moment, check_planned, final_of, trigger_of
 from followups.database import is_read_committed
 from followups.errors import (
     AlreadyFinishedError,
@@ -27,33 +27,25 @@ from followups.errors import (
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
-    InvalidRequestError,
-    NothingToFollowUpError,
-    OutsideMessagingWindowError,
+    FollowUpsError,
+    SomeRefusedError,
     TooManyPendingError,
     TransactionError,
 )
-from followups.models import MAX_MESSAGE_LENGTH
-from followups.sending_hours import opens_at
-from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
+from followups.statements import Rule, Statement, run
+from followups.states import FINAL, Status
 from followups.store import chat_order, chats, follow_ups, retries, sending_hours
-from followups.telemetry.logs import get_logger
+from followups.store.follow_ups import Planned
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
 
     from followups.models import Chat, FollowUp
-    from followups.sending_hours import SendingHours
-    from followups.states import Final
-
-log = get_logger(__name__)
-
-FIRST_YEAR, LAST_YEAR = 2, 9998
-"""The years allowed: within Python's calendar by a margin, so that a time can be converted to any zone."""
+    from followups.statements import Steps
 
 
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
@@ -68,13 +60,16 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     COMMITTED).
     """
     _check_transaction(session)
-    check_message(message)
-    check_time(due_date, "due_date")
-    chat = chats.lock_chat(session, workspace_id, chat_id)
+    return run(session, scheduling(workspace_id, chat_id, message, due_date))
+
+
+def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> Steps[FollowUp]:
+    """Do what `schedule` does, in whatever runs the rule."""
+    check_planned(Planned(chat_id, message, due_date))
+    chat = yield from chats.lock_chat.steps(workspace_id, chat_id)
     trigger = trigger_of(chat)
-    check_window(session, chat, due_date)
-    created = follow_ups.insert_unless_full(
-        session,
+    yield from check_window.steps(chat, due_date)
+    created = yield from follow_ups.insert_unless_full.steps(
         workspace_id=workspace_id,
         chat_id=chat_id,
         message=message,
@@ -84,6 +79,55 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     if created is None:
         raise TooManyPendingError
     return created
+
+
+def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
+    """Create many follow-ups of a workspace, or none; return them in the order given.
+
+    The rules are those of `schedule`. Each kind of statement runs once, however many there are; a thousand take some
+    100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which has the error of each
+    refused one by its index, and `TransactionError`.
+    """
+    _check_transaction(session)
+    return run(session, _scheduling_many(workspace_id, planned))
+
+
+def _scheduling_many(workspace_id: UUID, planned: Sequence[Planned]) -> Steps[list[FollowUp]]:
+    refused = {index: error for index, one in enumerate(planned) if (error := _refusal(check_planned, one))}
+    valid = [one for index, one in enumerate(planned) if index not in refused]
+    locked = yield from chats.lock_many.steps(workspace_id, {one.chat_id for one in valid})
+    room = yield from follow_ups.room_in.steps(workspace_id, list(locked))
+    now = hours = None
+    if any(chat.channel in WINDOWED_CHANNELS for chat in locked.values()):
+        (row,) = yield _NOW()
+        now, hours = row.now, (yield from sending_hours.find.steps(workspace_id))
+
+    def check(one: Planned) -> None:
+        chat = locked.get(one.chat_id)
+        if chat is None:
+            raise ChatNotFoundError
+        trigger_of(chat)
+        if now and chat.channel in WINDOWED_CHANNELS:
+            check_moment(chat, max(one.due_date, now), hours)
+        room[chat.id] -= 1
+        if room[chat.id] < 0:
+            raise TooManyPendingError
+
+    for index, one in enumerate(planned):
+        if index not in refused and (error := _refusal(check, one)):
+            refused[index] = error
+    if refused:
+        raise SomeRefusedError(dict(sorted(refused.items())), len(planned))
+    new = [(uuid4(), one, trigger_of(locked[one.chat_id])) for one in planned]
+    return (yield from follow_ups.insert_many.steps(workspace_id, new))
+
+
+def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsError | None:
+    try:
+        check(planned)
+    except FollowUpsError as error:
+        return error
+    return None
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
@@ -151,33 +195,35 @@ def amend(
     `TransactionError`.
     """
     _check_transaction(session)
-    _check_changes(changes)
-    found, locked = _lock(session, follow_up_id, changes.get("chat_id"), workspace_id)
+    return run(session, amending(follow_up_id, changes, workspace_id))
+
+
+def amending(follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None) -> Steps[FollowUp]:
+    """Do what `amend` does, in whatever runs the rule."""
+    check_changes(changes)
+    found, locked = yield from _lock(follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
     if found.status in FINAL:
-        _amend_finished(session, found, fresh)
-    else:
-        checks_chat = changes.keys() & {"due_date", "chat_id"}
-        chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
-        _amend_pending(session, found, fresh, chat)
-    session.refresh(found)
-    return found
+        return (yield from _amend_finished(found, fresh))
+    checks_chat = changes.keys() & {"due_date", "chat_id"}
+    chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
+    return (yield from _amend_pending(found, fresh, chat))
 
 
 def _lock(
-    session: Session, follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
-) -> tuple[FollowUp, Mapping[UUID, Chat]]:
+    follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
+) -> Steps[tuple[FollowUp, Mapping[UUID, Chat]]]:
     """Lock and return the follow-up and two chats: the follow-up's own and the ``target`` chat.
 
     The chats are locked first. Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
     """
     while True:
-        locked = chats.lock_chats_of(session, follow_up_id, workspace_id, target)
-        if found := follow_ups.find_and_lock_if_not_begun(session, follow_up_id, locked):
+        locked = yield from chats.lock_chats_of.steps(follow_up_id, workspace_id, target)
+        if found := (yield from follow_ups.find_and_lock_if_not_begun.steps(follow_up_id, locked)):
             return found, locked
-        found = follow_ups.find(session, follow_up_id, workspace_id)
+        found = yield from follow_ups.find.steps(follow_up_id, workspace_id)
         if found is None:
             raise FollowUpNotFoundError
         if found.status in FINAL:
@@ -216,141 +262,43 @@ def _check_transaction(session: Session) -> None:
     raise TransactionError(message)
 
 
-def _amend_finished(session: Session, found: FollowUp, fresh: Mapping[str, Any]) -> None:
+def _amend_finished(found: FollowUp, fresh: Mapping[str, Any]) -> Steps[FollowUp]:
     fills_in = fresh.keys() == {"chat_message_id"} and found.status == Status.SENT and found.chat_message_id is None
-    if not fills_in:
-        raise AlreadyFinishedError
-    follow_ups.name_chat_message_if_unnamed(session, found.id, fresh["chat_message_id"])
+    if fills_in:
+        named = yield from follow_ups.name_chat_message_if_unnamed.steps(found.id, fresh["chat_message_id"])
+        if named:
+            return named
+    raise AlreadyFinishedError
 
 
-def _amend_pending(session: Session, found: FollowUp, fresh: Mapping[str, Any], chat: Chat | None) -> None:
+def _amend_pending(found: FollowUp, fresh: Mapping[str, Any], chat: Chat | None) -> Steps[FollowUp]:
     fields = {name: value for name, value in fresh.items() if name not in {"status", "reason", "finished_at"}}
     if "chat_id" in fields and chat is not None:
         trigger_of(chat)
-        if follow_ups.is_full(session, chat.workspace_id, chat.id):
+        if (yield from follow_ups.is_full.steps(chat.workspace_id, chat.id)):
             raise TooManyPendingError
     if chat is not None:
-        check_window(session, chat, fields.get("due_date", found.due_date))
-    if fields and not follow_ups.change_if_not_begun(session, found.id, fields):
-        raise DeliveryInProgressError
-    if "status" in fresh:
+        yield from check_window.steps(chat, fields.get("due_date", found.due_date))
+    changed: FollowUp | None = found
+    if fields:
+        changed = yield from follow_ups.change_if_not_begun.steps(found.id, fields)
+    if changed and "status" in fresh:
         final = final_of(fresh["status"], fresh.get("reason"))
-        if not follow_ups.end_if_not_begun(session, found.id, final, fresh.get("finished_at")):
-            raise DeliveryInProgressError
+        changed = yield from follow_ups.end_if_not_begun.steps(found.id, final, fresh.get("finished_at"))
+    if changed is None:
+        raise DeliveryInProgressError
     if fresh.keys() & {"due_date", "chat_id", "status"}:
-        chat_order.wake(session.connection(), [found.id])
+        yield from chat_order.wake.steps([found.id])
+    return changed
 
 
-def final_of(status: Status, reason: str | None) -> Final:
-    """Return how a caller's transition ends: with the caller's own reason, or the default code."""
-    if status is Status.SENT:
-        return finish(status)
-    return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
+_NOW = Statement("SELECT now() AS now")
 
 
-def trigger_of(chat: Chat) -> UUID:
-    """Return the chat's last message. Raises `NothingToFollowUpError` if there is none or it is the user's."""
-    if chat.last_message_id is None or chat.last_message_role == chats.Role.USER:
-        raise NothingToFollowUpError
-    return chat.last_message_id
-
-
-def check_window(session: Session, chat: Chat, due_date: datetime) -> None:
-    """Refuse a due date outside the channel's messaging window; a due date in the past means now.
-
-    A follow-up that is due outside the workspace's sending hours will be held until they open. That moment must be
-    inside the messaging window too.
-    """
-    channel = Channel(chat.channel)
-    if is_open(channel, None, due_date):
-        return
-    now = session.execute(select(func.now())).scalar_one()
-    moment = max(due_date, now)
-    if not is_open(channel, chat.last_user_message_at, moment):
-        raise OutsideMessagingWindowError(field="due_date")
-    hours = sending_hours.find(session, chat.workspace_id)
-    if hours is None:
-        return
-    opening = _opening(chat.workspace_id, hours, moment)
-    if not is_open(channel, chat.last_user_message_at, opening):
-        message = (
-            f"The due date is outside the workspace's sending hours ({hours}), which open at"
-            f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
-        )
-        raise OutsideMessagingWindowError(message, field="due_date")
-
-
-def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
-    """Return when the hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
-
-    A time zone that this host does not know is no reason to refuse a caller's follow-up: the worker that begins it
-    checks the hours again.
-    """
-    try:
-        return opens_at(hours, moment)
-    except LookupError:
-        _log_unreadable(workspace_id, hours)
-        return moment
-
-
-@lru_cache(maxsize=1024)
-def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
-    """Log, once per process, that these sending hours cannot be checked."""
-    log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
-
-
-def check_message(message: str) -> None:
-    """Refuse a message that is empty, too long, or not storable in PostgreSQL."""
-    if not 1 <= len(message) <= MAX_MESSAGE_LENGTH:
-        text = f"The message must have 1 to {MAX_MESSAGE_LENGTH:,} characters; this one has {len(message):,}."
-        raise InvalidRequestError(text, field="message")
-    check_text(message, "message")
-
-
-def check_text(text: str, field: str) -> None:
-    """Refuse what cannot be stored as text: a NUL character, a lone surrogate."""
-    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
-        message = f"The {field.replace('_', ' ')} must not contain NUL characters or lone surrogates."
-        raise InvalidRequestError(message, field=field)
-
-
-def check_time(time: datetime, field: str) -> None:
-    """Refuse a time without an offset, or at the edge of the calendar."""
-    if time.utcoffset() is None:
-        message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
-        raise InvalidRequestError(message, field=field)
-    if not all(FIRST_YEAR <= year <= LAST_YEAR for year in (time.year, _year_in_utc(time))):
-        message = f"The {field.replace('_', ' ')} must lie in the years {FIRST_YEAR} to {LAST_YEAR}."
-        raise InvalidRequestError(message, field=field)
-
-
-def _year_in_utc(time: datetime) -> int:
-    try:
-        return time.astimezone(UTC).year
-    except OverflowError:
-        return LAST_YEAR + 1
-
-
-def _check_changes(changes: Mapping[str, Any]) -> None:
-    if "message" in changes:
-        check_message(changes["message"])
-    for field in changes.keys() & {"due_date", "finished_at"}:
-        check_time(changes[field], field)
-    ends = changes.get("status") in FINAL
-    for field in changes.keys() & {"reason", "finished_at"}:
-        if not ends:
-            message = f"A {field.replace('_', ' ')} goes only with a status of sent, failed or cancelled."
-            raise InvalidRequestError(message, field=field)
-    if "reason" in changes:
-        check_reason(changes["reason"], changes["status"])
-
-
-def check_reason(reason: str, status: Status) -> None:
-    """Refuse a reason that is empty, too long, not storable, or not allowed with the status."""
-    if status is Status.SENT:
-        message = "A sent follow-up carries no reason."
-        raise InvalidRequestError(message, field="reason")
-    if not 1 <= len(reason) <= MAX_REASON_LENGTH:
-        message = f"The reason must have 1 to {MAX_REASON_LENGTH:,} characters."
-        raise InvalidRequestError(message, field="reason")
-    check_text(reason, "reason")
+@Rule
+def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
+    """Refuse a due date outside the channel's messaging window, or outside it once the sending hours open."""
+    if chat.channel in WINDOWED_CHANNELS:
+        (row,) = yield _NOW()
+        hours = yield from sending_hours.find.steps(chat.workspace_id)
+        check_moment(chat, max(due_date, row.now), hours)

@@ -1,8 +1,9 @@
-"""Requests a second and p99 of create, list and patch, beside a bare FastAPI endpoint that does one INSERT.
+"""Requests a second, CPU and p99 of the API, beside a bare async FastAPI endpoint that does one INSERT.
 
-``uv run python tests/benchmarks/bench_api.py`` starts PostgreSQL and Valkey, both servers as processes, each
-with the same pool and the same uvicorn, and takes turns between them. Asserts nothing: what matters is the
-ratio of create to the bare one on the same machine, in the same run.
+``uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL and Valkey, and both servers as
+processes: ours, and the bare one on psycopg's own pool, with the same uvicorn. They take turns. Then creates arrive at
+half of their maximal rate, and `schedule_many` creates a thousand at once. Asserts nothing: what matters are the ratios
+to the bare endpoint on the same machine, in the same run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -21,26 +23,32 @@ from uuid import UUID, uuid4
 
 import psutil
 from fastapi import FastAPI
+from psycopg_pool import AsyncConnectionPool
 from pydantic import AwareDatetime, BaseModel
-from sqlalchemy import insert
+from sqlalchemy.orm import Session
 
+import followups
 from followups.api.app import POOL_SIZE
 from followups.api.server import serve
 from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
-from followups.models import FollowUp
 from followups.schema import migrate
 from followups.settings import load_settings
-from web import CHAT_MESSAGES, FOLLOW_UPS, Api, start
+from web import CHAT_MESSAGES, CHATS, FOLLOW_UPS, Api, start
 from world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import AsyncIterator, Callable
+
+    from sqlalchemy import Engine
 
 CONNECTIONS = 16
-ROUNDS = 20
+ROUNDS = int(os.environ.get("ROUNDS", "20"))
 SECONDS = 1.0
 """Of one turn."""
+
+PACED_SECONDS = 10.0
+MANY = 1000
 
 BARE = "/bare"
 
@@ -61,23 +69,36 @@ class BareRow(Bare):
     created_at: datetime
 
 
+BARE_INSERT = """
+    INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id)
+    VALUES (%(workspace_id)s, %(chat_id)s, %(due_date)s, %(message)s, %(chat_id)s)
+    RETURNING id, created_at
+"""
+
+
 def bare_app() -> FastAPI:
     """Return FastAPI with one INSERT: no key, no rules, no limits."""
-    engine = make_engine(os.environ["DATABASE_URL"], pool_size=POOL_SIZE)
-    app = FastAPI()
+    pool = AsyncConnectionPool(os.environ["DATABASE_URL"], min_size=POOL_SIZE, max_size=POOL_SIZE, open=False)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await pool.open(wait=True)
+        yield
+        await pool.close()
+
+    app = FastAPI(lifespan=lifespan)
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:
         return {"status": "up"}
 
     @app.post(BARE, status_code=201)
-    def create(body: Bare) -> BareRow:
-        values = body.model_dump() | {"trigger_chat_message_id": body.chat_id}
-        with engine.begin() as connection:
-            row = connection.execute(
-                insert(FollowUp).values(**values).returning(FollowUp.id, FollowUp.created_at)
-            ).one()
-        return BareRow(id=row.id, created_at=row.created_at, **body.model_dump())
+    async def create(body: Bare) -> BareRow:
+        async with pool.connection() as connection, connection.cursor() as cursor:
+            await cursor.execute(BARE_INSERT, body.model_dump())
+            row = await cursor.fetchone()
+        assert row is not None
+        return BareRow(id=row[0], created_at=row[1], **body.model_dump())
 
     return app
 
@@ -98,22 +119,38 @@ class Load:
     """Seconds of the server's processor time for one request."""
 
 
+@dataclass
+class Connection:
+    """One client's connection."""
+
+    load: Load
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    async def open(cls, load: Load) -> Connection:
+        place = urlsplit(load.url)
+        return cls(load, *await asyncio.open_connection(place.hostname, place.port))
+
+    async def send(self) -> None:
+        """Send one request and read its answer."""
+        self.writer.write(self.load.make())
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+        body = await self.reader.readexactly(length)
+        if not head.startswith(b"HTTP/1.1 " + self.load.expected):
+            raise RuntimeError((head + body).decode())
+
+
 async def send_for(load: Load, end: float) -> int:
     """Send one request after the other on a connection of its own until ``end``; return how many."""
-    place = urlsplit(load.url)
-    reader, writer = await asyncio.open_connection(place.hostname, place.port)
+    connection = await Connection.open(load)
     sent = 0
-    while time.perf_counter() < end:
-        begun = time.perf_counter()
-        writer.write(load.make())
-        head = await reader.readuntil(b"\r\n\r\n")
-        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-        body = await reader.readexactly(length)
+    while (begun := time.perf_counter()) < end:
+        await connection.send()
         load.times.append(time.perf_counter() - begun)
-        if not head.startswith(b"HTTP/1.1 " + load.expected):
-            raise RuntimeError((head + body).decode())
         sent += 1
-    writer.close()
+    connection.writer.close()
     return sent
 
 
@@ -126,6 +163,38 @@ async def turn(load: Load) -> None:
     load.processor.append((after.user + after.system - before.user - before.system) / sum(counts))
 
 
+async def paced(load: Load, rate: float, seconds: float) -> list[float]:
+    """Send at this rate; return how long each answer took from the moment at which its request was due."""
+    times: list[float] = []
+    started = time.perf_counter()
+
+    async def client(number: int) -> None:
+        connection = await Connection.open(load)
+        due = started + number / rate
+        while due < started + seconds:
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            await connection.send()
+            times.append(time.perf_counter() - due)
+            due += CONNECTIONS / rate
+        connection.writer.close()
+
+    await asyncio.gather(*map(client, range(CONNECTIONS)))
+    return sorted(times)
+
+
+def many(engine: Engine, workspace_id: UUID, chat_ids: list[str]) -> float:
+    """Return how many follow-ups a second `schedule_many` creates, a thousand at once."""
+    due = datetime.now(UTC) + timedelta(days=2)
+    planned = [followups.Planned(UUID(chat_ids[number % len(chat_ids)]), "Hello", due) for number in range(MANY)]
+    rates = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        with Session(engine) as session, session.begin():
+            followups.schedule_many(session, workspace_id=workspace_id, planned=planned)
+        rates.append(MANY / (time.perf_counter() - begun))
+    return statistics.median(rates)
+
+
 def request(method: str, path: str, key: str, body: Any = None) -> bytes:
     """Return a request's bytes."""
     content = b"" if body is None else json.dumps(body).encode()
@@ -133,11 +202,18 @@ def request(method: str, path: str, key: str, body: Any = None) -> bytes:
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
-def loads_of(api: Api, server: psutil.Process, bare_url: str, bare_server: psutil.Process) -> list[Load]:
-    """Return the kinds of requests to measure."""
+def chats_of(api: Api) -> list[str]:
+    """Return chats whose last message is the agent's."""
     chats = [str(uuid4()) for _ in range(200)]
     for chat_id in chats:
         api.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
+    return chats
+
+
+def loads_of(
+    api: Api, chats: list[str], server: psutil.Process, bare_url: str, bare_server: psutil.Process
+) -> list[Load]:
+    """Return the kinds of requests to measure."""
     created = [api.create(chat_id)["id"] for chat_id in chats]
     due = (datetime.now(UTC) + timedelta(days=2)).isoformat()
     number = iter(range(10**9))
@@ -160,14 +236,26 @@ def loads_of(api: Api, server: psutil.Process, bare_url: str, bare_server: psuti
     def page() -> bytes:
         return request("GET", f"{FOLLOW_UPS}?statuses=pending", api.key)
 
+    def get() -> bytes:
+        return request("GET", f"{FOLLOW_UPS}/{pick(created)}", api.key)
+
+    def message() -> bytes:
+        return request("POST", CHAT_MESSAGES, api.key, {"id": str(uuid4()), "chatId": pick(chats), "role": "agent"})
+
+    def put() -> bytes:
+        return request("PUT", f"{CHATS}/{pick(chats)}", api.key, {"channel": "api"})
+
     def patch() -> bytes:
         return request("PATCH", f"{FOLLOW_UPS}/{pick(created)}", api.key, {"message": str(next(number))})
 
     return [
         Load("bare INSERT", bare_url, bare, b"201", bare_server),
         Load("create", api.url, create, b"201", server),
+        Load("get", api.url, get, b"200", server),
         Load("list (10)", api.url, page, b"200", server),
         Load("patch", api.url, patch, b"200", server),
+        Load("chat message", api.url, message, b"201", server),
+        Load("put chat", api.url, put, b"200", server),
     ]
 
 
@@ -205,7 +293,8 @@ def main() -> None:
         )
         engine = make_engine(database_url)
         api = Api(url, World(engine))
-        loads = loads_of(api, psutil.Process(web.pid), bare_url, psutil.Process(bare.pid))
+        chats = chats_of(api)
+        loads = loads_of(api, chats, psutil.Process(web.pid), bare_url, psutil.Process(bare.pid))
         for number in range(ROUNDS + 1):
             for load in loads:
                 asyncio.run(turn(load))
@@ -215,6 +304,12 @@ def main() -> None:
                     load.rates.clear()
                     load.processor.clear()
         report(loads)
+        half = statistics.median(loads[1].rates) / 2
+        times = asyncio.run(paced(loads[1], half, PACED_SECONDS))
+        sys.stdout.write(
+            f"creates at {half:.0f}/s, half of the maximum: p99 {times[len(times) * 99 // 100] * 1000:.1f} ms\n"
+        )
+        sys.stdout.write(f"schedule_many of {MANY:,}: {many(engine, api.world.workspace_id, chats):.0f} follow-ups/s\n")
         api.client.close()
         engine.dispose()
 

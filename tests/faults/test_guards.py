@@ -134,7 +134,9 @@ CATALOGUE = {
     "token at end": Guard("held.status", {TOKEN: ""}, guards.stale_end),
     # The lock refuses rows in flight; the UPDATE and a constraint of the table do so too.
     "begun at cancel": Guard(
-        "follow_ups", {BEGUN_ORM: "", "lease_until=": "begun_at=NULL, lease_until="}, guards.cancelled_in_flight
+        "follow_ups",
+        {BEGUN_ORM: "", "lease_until = NULL": "begun_at = NULL, lease_until = NULL"},
+        guards.cancelled_in_flight,
     ),
     "workspace": Guard(
         "FROM follow_ups",

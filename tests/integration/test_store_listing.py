@@ -10,6 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from followups.database import make_engine
+from followups.statements import COLUMNS
 from followups.states import Status
 from followups.store import listing
 from followups.store.listing import Filter
@@ -64,6 +65,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def examined(engine: Engine, workspace_id: UUID | None, wanted: Filter, most: int) -> tuple[set[str], float]:
     """Run a page's query; return how `follow_ups` is read, and how many rows of it were."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
+    statement = statement.replace(COLUMNS, "follow_ups.*")
     parameters |= {"offset": most - 11, "size": 11, "most": most}
     with engine.connect() as connection:
         plan = connection.execute(text(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}"), parameters).scalar_one()

@@ -10,11 +10,11 @@ import pytest
 from sqlalchemy.orm import Session
 
 import followups
+from followups.checks import final_of
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
-from followups.scheduling import final_of
 from followups.states import Status
 from followups.store import bulk_cancel, chats
 from followups.transports.port import Rejected, Retry, Sent, Unknown

@@ -17,7 +17,8 @@ from starlette.routing import Match
 
 from followups.api import documentation, openapi, problems
 from followups.api.access_log import Access
-from followups.api.authentication import KnownKeys, LastUse, Services
+from followups.api.authentication import KnownKeys, LastUse, Services, Shares
+from followups.api.deep_pages import Starts
 from followups.api.gate import CONSOLE, Gate
 from followups.api.key_rate_limit import RateLimit
 from followups.api.listening import MetricsPort
@@ -25,8 +26,9 @@ from followups.api.metrics import Exposition
 from followups.api.readiness import Health
 from followups.api.routes import chats, console_links, follow_ups, service
 from followups.console.application import Console
-from followups.database import make_engine, make_sessions
+from followups.database import make_engine
 from followups.errors import FollowUpsError, SettingsError
+from followups.event_loop import Database
 from followups.settings import load_settings
 from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
@@ -40,11 +42,13 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
 
-POOL_SIZE = 10
-"""Most database connections."""
+NAME = "followups-web"
 
-THREADS = 2 * POOL_SIZE
-"""Requests served at once: more than connections, since part of a request needs no database."""
+POOL_SIZE = 8
+"""Most database connections of requests."""
+
+THREADS = 2
+"""Most threads, and database connections of theirs, which serve the probes and scrapes."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """Time limit of a request's statements, which take milliseconds; most clients give up earlier."""
@@ -66,24 +70,23 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     ``nudge`` is called after a commit that makes something due within the next two ticks; by default it asks the
     workers for a tick.
     """
-    engine = make_engine(
-        settings.database_url.get_secret_value(),
-        pool_size=POOL_SIZE,
-        application_name="followups-web",
-        statement_timeout=STATEMENT_TIMEOUT,
-    )
+    url = settings.database_url.get_secret_value()
+    engine = make_engine(url, pool_size=THREADS, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)
+    database = Database(url, pool_size=POOL_SIZE, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)
     app = _routes()
     app.state.metrics_port = settings.metrics_port
     app.state.health = Health(settings, engine)
     totals = CounterTotals(engine)
     app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
     app.state.services = Services(
-        sessions=make_sessions(engine),
+        database=database,
         rate_limit=RateLimit(settings),
         nudge=nudge or _nudge_workers,
         tick_interval=settings.tick_interval,
         last_use=LastUse(),
         known_keys=KnownKeys(),
+        shares=Shares(),
+        starts=Starts(),
         exclusive_external_ids=settings.transport == "matrix",
     )
 
@@ -97,12 +100,13 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
-        traces.start("followups-web")
+        traces.start(NAME)
         yield
         totals.stop()
         traces.stop()
-        app.state.services.rate_limit.close()
+        await app.state.services.rate_limit.close()
         app.state.health.close()
+        await database.close()
         if console:
             console.close()
         engine.dispose()

@@ -1,52 +1,69 @@
 """Authentication: the API key, and the one transaction in which the request is served.
 
-The key is looked up in the request's own transaction, so that a revocation counts from its commit on and costs no round
-trip of its own. FastAPI's dependencies would each take a thread and run after the body's validation; yet a stranger's
+The key is looked up by the first statement of the request's own transaction, so that a revocation counts from its
+commit on and costs no round trip of its own. FastAPI's dependencies run after the body's validation; yet a stranger's
 bad body must be 401, not 422 (`AuthenticatedRoute`).
 """
 
 from __future__ import annotations
 
-import threading
+import asyncio
 import time
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from weakref import WeakValueDictionary
 
+import psycopg
 from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from structlog.contextvars import bind_contextvars
 
+from followups import event_loop
 from followups.api.access_log import KEY
 from followups.database_errors import is_undone
 from followups.delivery.claim import AHEAD_TICKS
-from followups.errors import UnauthorizedError
+from followups.errors import FollowUpsError, TooManyRequestsError, UnauthorizedError
+from followups.statements import Statement
 from followups.states import Final, Status, finish
 from followups.store import api_keys
 from followups.telemetry.logs import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Sequence
     from datetime import datetime
+    from uuid import UUID
 
     from fastapi.responses import Response
-    from sqlalchemy.orm import Session, sessionmaker
     from starlette.types import Scope
 
     from followups.api.access_log import Seen
+    from followups.api.deep_pages import Starts
     from followups.api.key_rate_limit import RateLimit
+    from followups.event_loop import Connection, Database
     from followups.models import FollowUp
+    from followups.statements import Query, Steps
     from followups.states import ReasonCode
     from followups.store.api_keys import Identity
 
+T = TypeVar("T")
+
 log = get_logger(__name__)
+
+IDENTITY = "followups.identity"
+"""The key of a request's `Identity` in its scope."""
+
+SHARE = 6
+"""Most database connections that one workspace has at once: the pool has 8."""
+
+WAITING_SHARE = 128
+"""Most requests of one workspace served or waiting at once: half of all."""
+
+TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Precision of `last_used_at`."""
@@ -62,20 +79,18 @@ class LastUse:
     def __init__(self) -> None:
         """Start without any."""
         self._recorded: dict[UUID, float] = {}
-        self._lock = threading.Lock()
 
     def is_news(self, key_id: UUID) -> bool:
         """Return whether the key's use should be recorded now, which is once a minute."""
         now = time.monotonic()
-        with self._lock:
-            if now < self._recorded.get(key_id, 0.0):
-                return False
-            self._recorded[key_id] = now + USE_RECORDED_EVERY.total_seconds()
-            return True
+        if now < self._recorded.get(key_id, 0.0):
+            return False
+        self._recorded[key_id] = now + USE_RECORDED_EVERY.total_seconds()
+        return True
 
 
 class KnownKeys:
-    """Hashes of recently validated keys, whose requests are read without asking the database first.
+    """Recently validated keys, whose requests are read without asking the database first.
 
     The transaction of each request checks the key again, so a revocation still takes effect at once. An instance
     belongs to one event loop.
@@ -83,30 +98,76 @@ class KnownKeys:
 
     def __init__(self) -> None:
         """Know of none."""
-        self._until: dict[bytes, float] = {}
+        self._known: dict[bytes, tuple[float, Identity]] = {}
 
-    def has(self, hashed: bytes) -> bool:
-        """Return whether the key was valid within the last `KNOWN_FOR`."""
-        return time.monotonic() < self._until.get(hashed, 0.0)
+    def get(self, hashed: bytes) -> Identity | None:
+        """Return the key's owner if it was valid within the last `KNOWN_FOR`."""
+        until, identity = self._known.get(hashed, (0.0, None))
+        return identity if time.monotonic() < until else None
 
-    def add(self, hashed: bytes) -> None:
+    def add(self, hashed: bytes, identity: Identity) -> None:
         """Remember a valid key, and forget the oldest one if there are too many."""
-        self._until.pop(hashed, None)
-        self._until[hashed] = time.monotonic() + KNOWN_FOR.total_seconds()
-        if len(self._until) > KNOWN_AT_MOST:
-            del self._until[next(iter(self._until))]
+        self._known.pop(hashed, None)
+        self._known[hashed] = time.monotonic() + KNOWN_FOR.total_seconds(), identity
+        if len(self._known) > KNOWN_AT_MOST:
+            del self._known[next(iter(self._known))]
+
+
+class Shares:
+    """What one workspace has at the database at once: at most `SHARE` connections, so that others find one free.
+
+    Further requests of the workspace wait their turn, up to `WAITING_SHARE`.
+    """
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
+
+    def of(self, workspace_id: UUID) -> Turns:
+        """Return the workspace's turns, to be entered."""
+        turns = self._turns.get(workspace_id)
+        if turns is None:
+            turns = self._turns[workspace_id] = Turns()
+        return turns
+
+
+class Turns:
+    """The requests of one workspace, as a context manager for each of them."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._semaphore = asyncio.Semaphore(SHARE)
+        self._inside = 0
+
+    async def __aenter__(self) -> None:
+        """Wait for a turn. Raises `TooManyRequestsError` if too many wait already."""
+        if self._inside >= WAITING_SHARE:
+            raise TooManyRequestsError(TOO_MANY_WAIT)
+        self._inside += 1
+        try:
+            await self._semaphore.acquire()
+        except BaseException:
+            self._inside -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let the next one in."""
+        self._inside -= 1
+        self._semaphore.release()
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
     """What all requests share: `app.state.services`."""
 
-    sessions: sessionmaker[Session]
+    database: Database
     rate_limit: RateLimit
     nudge: Callable[[], None]
     tick_interval: timedelta
     last_use: LastUse
     known_keys: KnownKeys
+    shares: Shares
+    starts: Starts
     exclusive_external_ids: bool
     """Whether each external id belongs to one workspace only.
 
@@ -116,12 +177,12 @@ class Services:
 
 @dataclass(slots=True)
 class Work:
-    """The request's transaction, with its workspace and its start by the database's clock."""
+    """A request's transaction: its workspace, its start by the database's clock, and what it did."""
 
-    session: Session
     workspace_id: UUID
-    now: datetime
-    due_until: datetime
+    ahead: timedelta
+    now: datetime = field(init=False)
+    """Known once the first statement has returned."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
@@ -131,7 +192,7 @@ class Work:
         ``finished_at`` is the caller's own time of the end, or None for now.
         """
         if follow_up.status == Status.PENDING:
-            self.nudges = self.nudges or follow_up.due_date <= self.due_until
+            self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
         # Otherwise it had ended before, and at most its chat message's id was filled in.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
@@ -144,13 +205,15 @@ class Work:
 
 
 class Caller:
-    """The sender of a request."""
+    """The sender of a request, whose key was valid when the request arrived.
+
+    Each transaction checks the key again, in its first statement.
+    """
 
     def __init__(self, request: Request) -> None:
-        """Take the request; its key is not checked yet."""
+        """Take the request."""
         self._services: Services = request.app.state.services
-        self._given = request.headers.get("authorization", "")
-        self._seen: Seen = request.scope[KEY]
+        self._identity: Identity = request.scope[IDENTITY]
 
     @property
     def exclusive_external_ids(self) -> bool:
@@ -159,51 +222,90 @@ class Caller:
 
     @property
     def key_id(self) -> UUID:
-        """The id of the key, once it has been checked."""
-        return UUID(self._seen.key_id)
+        """The id of the key."""
+        return self._identity.key_id
 
-    @contextmanager
-    def transaction(self) -> Iterator[Work]:
-        """Open the transaction, check the key, commit at the end, and then log what was done.
+    @property
+    def starts(self) -> Starts:
+        """Where deep pages of lists began."""
+        return self._services.starts
 
-        Raises `UnauthorizedError` and `TooManyRequestsError`.
+    async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
+        """Run a rule that changes nothing, each of its statements alone. Raises as `change`."""
+        await self._services.rate_limit.check(self._identity.key_id)
+        async with self._services.shares.of(self._identity.workspace_id):
+            async with self._services.database.reading() as connection:
+                _, result = await self._run(connection, rule)
+            await self._record_use()
+        return result
+
+    async def change(self, rule: Callable[[Work], Steps[T]]) -> T:
+        """Run the rule in a transaction, commit it, and then log what was done.
+
+        A transaction that was rolled back in a conflict with another one is run once more, since none of its work was
+        done. Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
-        identity: Identity | None = None
-        try:
-            with self._services.sessions() as session, session.begin():
-                identity = self._identify(session)
-                due_until = identity.now + AHEAD_TICKS * self._services.tick_interval
-                work = Work(session, identity.workspace_id, identity.now, due_until)
-                yield work
-        finally:
-            if identity is not None:
-                self._record_use(identity.key_id)
+        await self._services.rate_limit.check(self._identity.key_id)
+        async with self._services.shares.of(self._identity.workspace_id):
+            try:
+                work, result = await self._transact(rule)
+            except psycopg.Error as error:
+                if not is_undone(error):
+                    raise
+                log.info("request_tried_again", error=type(error).__name__)
+                work, result = await self._transact(rule)
+            await self._record_use()
         if work.nudges:
             self._services.nudge()
         if work.ends:
             _tell(work.ends)
+        return result
 
-    def check(self) -> None:
-        """Check the key and nothing else. Raises as `transaction`."""
-        with self.transaction():
-            pass
+    async def check(self) -> None:
+        """Check the key and nothing else. Raises as `change`."""
+        await self.read(_nothing)
 
-    def _identify(self, session: Session) -> Identity:
-        found = api_keys.authenticate(session, key_in(self._given))
-        if found is None:
+    async def _transact(self, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
+        async with self._services.database.transaction() as connection:
+            return await self._run(connection, rule)
+
+    async def _run(self, connection: Connection, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
+        work = Work(self._identity.workspace_id, AHEAD_TICKS * self._services.tick_interval)
+        steps = rule(work)
+        try:
+            first = next(steps)
+        except FollowUpsError:  # an invalid request, of which a stranger learns nothing
+            await self._ask(connection, _NOTHING())
+            raise
+        except StopIteration as end:  # a result that needs no query
+            await self._ask(connection, _NOTHING())
+            result: T = end.value
+            return work, result
+        rows = await self._ask(connection, first)
+        work.now = rows[0].key_now
+        return work, await event_loop.go_on(connection, steps, rows if rows[0].is_row else ())
+
+    async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
+        """Execute the query together with the look-up of the key."""
+        parameters = {**query.parameters, "this_key": self._identity.key_id}
+        rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
+        if not rows:
             raise UnauthorizedError
-        self._seen.workspace_id, self._seen.key_id = str(found.workspace_id), str(found.key_id)
-        # in this thread's copy of the context, which ends with its work
-        bind_contextvars(workspace_id=self._seen.workspace_id)
-        self._services.rate_limit.check(found.key_id)
-        return found
+        return rows
 
-    def _record_use(self, key_id: UUID) -> None:
-        if not self._services.last_use.is_news(key_id):
-            return
-        # In a transaction of its own: otherwise the key's row would stay locked until the request's end.
-        with suppress(SQLAlchemyError), self._services.sessions() as session, session.begin():
-            api_keys.record_use(session, key_id)
+    async def _record_use(self) -> None:
+        if self._services.last_use.is_news(self._identity.key_id):
+            # In a transaction of its own: otherwise the key's row would stay locked until the request's end.
+            with suppress(psycopg.Error, SQLAlchemyError):
+                async with self._services.database.reading() as connection:
+                    await event_loop.run(connection, api_keys.record_use.steps(self._identity.key_id))
+
+
+_NOTHING = Statement("SELECT 1 AS one")
+
+
+def _nothing(_: Work) -> Steps[None]:
+    yield _NOTHING()
 
 
 def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
@@ -223,24 +325,27 @@ def key_in(given: str) -> str:
 
 
 async def admit(scope: Scope) -> None:
-    """Check that the request has a valid key before its body is read.
+    """Check that the request has a valid key before its body is read, and record its owner in the scope.
 
     Raises `UnauthorizedError` and database errors.
     """
     services: Services = scope["app"].state.services
-    key = key_in(Headers(scope=scope).get("authorization", ""))
+    given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+    key = key_in(given.decode("latin-1"))
     hashed = api_keys.hash_of(key)
     if hashed is None:
         raise UnauthorizedError
-    if not services.known_keys.has(hashed):
-        if not await run_in_threadpool(_is_good, services, key):
+    identity = services.known_keys.get(hashed)
+    if identity is None:
+        async with services.database.reading() as connection:
+            identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
+        if identity is None:
             raise UnauthorizedError
-        services.known_keys.add(hashed)
-
-
-def _is_good(services: Services, key: str) -> bool:
-    with services.sessions() as session:
-        return api_keys.authenticate(session, key) is not None
+        services.known_keys.add(hashed, identity)
+    scope[IDENTITY] = identity
+    seen: Seen = scope[KEY]
+    seen.workspace_id, seen.key_id = str(identity.workspace_id), str(identity.key_id)
+    bind_contextvars(workspace_id=seen.workspace_id)
 
 
 async def _caller(request: Request) -> Caller:
@@ -254,24 +359,14 @@ class AuthenticatedRoute(APIRoute):
     """A route that answers 401 to a stranger, whatever else is wrong with the request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, extended to check the key before it reports an invalid request.
-
-        A request whose transaction was rolled back in a conflict with another one is handled once more, since none of
-        its work was done.
-        """
+        """Return FastAPI's handler, extended to check the key before it reports an invalid request."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:
             try:
-                try:
-                    return await handle(request)
-                except DBAPIError as error:
-                    if not is_undone(error):
-                        raise
-                    log.info("request_tried_again", error=type(error.orig).__name__)
-                    return await handle(request)
+                return await handle(request)
             except (RequestValidationError, HTTPException):
-                await run_in_threadpool(Caller(request).check)
+                await Caller(request).check()
                 raise
 
         return authenticated

@@ -9,8 +9,8 @@ from uuid import UUID
 
 from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, StringConstraints
 
+from followups.checks import FIRST_YEAR, LAST_YEAR
 from followups.models import MAX_MESSAGE_LENGTH
-from followups.scheduling import FIRST_YEAR, LAST_YEAR
 from followups.states import MAX_REASON_LENGTH, storable
 from followups.store.console_sessions import LONGEST_LINK, SHORTEST_LINK
 

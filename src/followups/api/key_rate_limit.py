@@ -6,20 +6,19 @@ allowed, which is counted and logged, and Redis is not asked for a while, becaus
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from limits import RateLimitItemPerMinute
-from limits.storage import RedisStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
+from limits.aio.storage import RedisStorage
+from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from prometheus_client import Counter
 from redis import RedisError
+from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError
-from redis.retry import Retry
 
 from followups.errors import TooManyRequestsError
 from followups.telemetry.logs import get_logger
@@ -60,7 +59,8 @@ class RateLimit:
     """A sliding window for each key.
 
     For a busy key, requests are counted ahead, twice as many each time: asking Redis for every single one took a tenth
-    of a create. For an idle key, or a small limit, every request is counted as it arrives.
+    of a create. For an idle key, or a small limit, every request is counted as it arrives. An instance belongs to one
+    event loop.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -70,6 +70,7 @@ class RateLimit:
         self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
         self._storage = RedisStorage(
             settings.broker_url.get_secret_value(),
+            implementation="redispy",
             key_prefix=f"{settings.broker_prefix}rate",
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
@@ -81,9 +82,8 @@ class RateLimit:
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._allowances: dict[UUID, Allowance] = {}
         self._ask_again_at = 0.0
-        self._lock = threading.Lock()
 
-    def check(self, key_id: UUID) -> None:
+    async def check(self, key_id: UUID) -> None:
         """Count a request of the key. Raises `TooManyRequestsError` above the limit."""
         if self._off:
             return
@@ -94,43 +94,40 @@ class RateLimit:
             UNLIMITED.inc()
             return
         try:
-            wait = self._count(key_id, size)
+            wait = await self._count(key_id, size)
         except (RedisError, OSError) as error:
             self._pause(error)
             return
         if wait is not None:
             raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._storage.storage.close()
+        await self._storage.bridge.get_connection().aclose()  # type: ignore[attr-defined] # of the bridge to redis-py
 
     def _spend(self, key_id: UUID) -> int:
         """Use one request counted ahead, or return how many to count now if there is none."""
-        with self._lock:
-            held = self._allowances.get(key_id)
-            if held is None or time.monotonic() >= held.until:
-                return 1
-            if held.left:
-                held.left -= 1
-                return 0
-            return min(2 * held.size, self._most_ahead)
+        held = self._allowances.get(key_id)
+        if held is None or time.monotonic() >= held.until:
+            return 1
+        if held.left:
+            held.left -= 1
+            return 0
+        return min(2 * held.size, self._most_ahead)
 
-    def _count(self, key_id: UUID, size: int) -> float | None:
+    async def _count(self, key_id: UUID, size: int) -> float | None:
         """Count so many requests, or only one; return None if allowed, otherwise the seconds until one is."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
-            if self._limiter.hit(self._item, name, cost=cost):
-                with self._lock:
-                    until = time.monotonic() + AHEAD_FOR.total_seconds()
-                    self._allowances[key_id] = Allowance(cost, cost - 1, until)
+            if await self._limiter.hit(self._item, name, cost=cost):
+                until = time.monotonic() + AHEAD_FOR.total_seconds()
+                self._allowances[key_id] = Allowance(cost, cost - 1, until)
                 return None
-        return self._limiter.get_window_stats(self._item, name).reset_time - time.time()
+        return (await self._limiter.get_window_stats(self._item, name)).reset_time - time.time()
 
     def _pause(self, error: Exception) -> None:
         UNLIMITED.inc()
-        with self._lock:
-            first = time.monotonic() >= self._ask_again_at
-            self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
+        first = time.monotonic() >= self._ask_again_at
+        self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
         if first:
             log.warning("rate_limit_unavailable", error=type(error).__name__, pause_s=PAUSE.total_seconds())

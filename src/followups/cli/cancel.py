@@ -8,7 +8,7 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 import typer
 from sqlalchemy.orm import Session
 
-from followups import scheduling
+from followups import checks, scheduling
 from followups.cli import batches, connection
 from followups.cli.batches import DryRun, Manner, Yes
 from followups.cli.catalogue import examples
@@ -74,8 +74,8 @@ def cancel(  # noqa: PLR0913 - one for each option
 
 def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None, manner: Manner) -> None:
     if reason is not None:
-        scheduling.check_reason(reason, Status.CANCELLED)
-    final = scheduling.final_of(Status.CANCELLED, reason)
+        checks.check_reason(reason, Status.CANCELLED)
+    final = checks.final_of(Status.CANCELLED, reason)
     with connection.engine() as engine:
         with Session(engine) as session:
             chosen = _chosen(session, workspace, chat)

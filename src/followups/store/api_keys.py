@@ -10,23 +10,26 @@ import secrets
 from base64 import urlsafe_b64encode
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 from zlib import crc32
 
-from sqlalchemy import func, select, text, update
+from sqlalchemy import func, select, update
 
 from followups.errors import ApiKeyNotFoundError, InvalidRequestError
 from followups.models import ApiKey, Workspace
+from followups.statements import Rule, Statement
 from followups.store.workspaces import check_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
+
+    from followups.statements import Steps
 
 PREFIX = "fup_"
 """Prefix of every key, by which people and secret scanners recognise one."""
@@ -90,21 +93,18 @@ def revoke(session: Session, key_id: UUID) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """The key's owner, and the database's now: the moment at which the transaction began."""
+    """A key and its owner, neither of which changes."""
 
     key_id: UUID
     workspace_id: UUID
-    now: datetime
 
 
-_BY_HASH = text("""
-    SELECT id, workspace_id, key_hash, now() AS now
-      FROM api_keys
-     WHERE key_hash = :key_hash AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())
-""")
+_VALID = "k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())"
+_BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE key_hash = :key_hash AND {_VALID}")  # noqa: S608 - no input, only the constant above
 
 
-def authenticate(session: Session, key: str) -> Identity | None:
+@Rule
+def authenticate(key: str) -> Steps[Identity | None]:
     """Return the owner of a key, or None if the key is malformed, unknown, expired or revoked.
 
     The look-up is by hash, so its duration tells an attacker nothing about the key; the comparison afterwards takes the
@@ -113,24 +113,41 @@ def authenticate(session: Session, key: str) -> Identity | None:
     hashed = hash_of(key)
     if hashed is None:
         return None
-    row = session.connection().execute(_BY_HASH, {"key_hash": hashed}).one_or_none()
-    if row is None or not compare_digest(row.key_hash, hashed):
+    rows = yield _BY_HASH(key_hash=hashed)
+    if not rows or not compare_digest(rows[0].key_hash, hashed):
         return None
-    return Identity(row.id, row.workspace_id, row.now)
+    return Identity(rows[0].id, rows[0].workspace_id)
+
+
+@lru_cache(maxsize=256)  # more than there are first statements of a request
+def with_key(select: str) -> str:
+    """Return a SELECT of the driver together with the look-up of the API key ``this_key``, by its id.
+
+    No row means that the key is not valid. Otherwise there is at least one; ``is_row`` is null if the SELECT itself
+    returns none. ``key_now`` is the start of the transaction.
+    """
+    return f"""
+        SELECT k.id AS key_id, now() AS key_now, this.*
+          FROM api_keys k
+          LEFT JOIN LATERAL (SELECT true AS is_row, s.* FROM ({select}) s) this ON true
+         WHERE k.id = %(this_key)s AND {_VALID}
+    """  # noqa: S608 - no input, only statements of ours
 
 
 # Skipped if another process is recording the same.
-_RECORD_USE = text("""
+_RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys
                   WHERE id = :id AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute')
                     FOR NO KEY UPDATE SKIP LOCKED)
+    RETURNING id
 """)
 
 
-def record_use(session: Session, key_id: UUID) -> bool:
+@Rule
+def record_use(key_id: UUID) -> Steps[bool]:
     """Record that the key is in use, at most once a minute and without waiting; return whether this call did."""
-    return cast("int", session.execute(_RECORD_USE, {"id": key_id}).rowcount) == 1  # type: ignore[attr-defined]
+    return bool((yield _RECORD_USE(id=key_id)))
 
 
 def hash_of(key: str) -> bytes | None:

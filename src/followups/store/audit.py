@@ -14,16 +14,18 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from sqlalchemy import select, text, tuple_
+from sqlalchemy import select, tuple_
 
 from followups.models import AuditEvent
+from followups.statements import Rule, Statement
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
-    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
+
+    from followups.statements import Steps
 
 
 class Way(StrEnum):
@@ -106,7 +108,7 @@ class Event:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of `RECORD`."""
+        """The parameters of its statement."""
         return {
             "id": self.id,
             "way": self.actor.way.value,
@@ -120,7 +122,7 @@ class Event:
         }
 
 
-RECORD = text("""
+_RECORD = Statement("""
     INSERT INTO audit_events (id, way, actor_id, actor, workspace_id, workspace, action, target_id, number, details)
     VALUES (CAST(:id AS uuid), :way, CAST(:actor_id AS uuid),
             COALESCE(NULLIF(:actor, ''),
@@ -129,12 +131,12 @@ RECORD = text("""
             :action, CAST(:target_id AS uuid), :number, CAST(:details AS jsonb))
     ON CONFLICT (id) DO UPDATE SET number = audit_events.number + excluded.number
 """)
-"""The statement of `record`, for callers with a connection of another kind."""
 
 
-def record(connection: Connection, event: Event) -> None:
+@Rule
+def record(event: Event) -> Steps[None]:
     """Record the event in the connection's transaction, or add its number to the row that it has already."""
-    connection.execute(RECORD, event.parameters)
+    yield _RECORD(**event.parameters)
 
 
 @dataclass(frozen=True, slots=True)

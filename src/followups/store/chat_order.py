@@ -8,11 +8,12 @@ once.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
-from followups.halving import halve_within
+from followups.halving import halve_within, halving_steps
+from followups.statements import Rule, Statement, run
 from followups.store import marks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
 from followups.store.leases import Lease, lane_of, uuid_array
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from followups.halving import Halved
+    from followups.statements import Steps
 
     Refused = Callable[[UUID, Exception], None]
 
@@ -116,8 +117,8 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 # pending follow-ups instead of the few waiting ones. Locked rows are left to `wake_forgotten`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
-_LOCK_WAITING = text(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
-_WAKE = text("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[]))")
+_LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
+_WAKE = Statement("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[])) RETURNING f.id")
 
 _UNBLOCK_AND_LEASE = text(f"""
     WITH waiting AS MATERIALIZED (
@@ -163,20 +164,19 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
     return first
 
 
-def wake(connection: Connection, ended: Collection[UUID]) -> None:
+@Rule
+def wake(ended: Collection[UUID]) -> Steps[None]:
     """Unblock what waited for the ended ones. Call it after the ends, in their transaction.
 
     A row that cannot be written stays blocked, and `wake_forgotten` reports it.
     """
     if ended:
-        _wake(connection, connection.scalars(_LOCK_WAITING, {"ids": uuid_array(ended)}).all())
+        waiting = yield _LOCK_WAITING(ids=uuid_array(ended))
+        yield from _wake([row.id for row in waiting])
 
 
-def _wake(connection: Connection, ids: Sequence[UUID], refused: Refused | None = None) -> Halved[UUID, int]:
-    def wake_part(part: Sequence[UUID]) -> int:
-        return connection.execute(_WAKE, {"ids": uuid_array(part)}).rowcount
-
-    return halve_within(connection, ids, wake_part, refused)
+def _wake(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[Any]]:
+    return (yield from halving_steps(ids, lambda part: _WAKE(ids=uuid_array(part)), refused))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,4 +218,4 @@ def wake_forgotten(connection: Connection, refused: Refused | None = None) -> in
 
     ``refused`` is called for each row that cannot be written.
     """
-    return sum(_wake(connection, connection.scalars(_LOCK_FORGOTTEN).all(), refused).done)
+    return len(run(connection, _wake(connection.scalars(_LOCK_FORGOTTEN).all(), refused)))

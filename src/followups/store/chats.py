@@ -5,22 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import TYPE_CHECKING
-
-from sqlalchemy import bindparam, func, select, text, update
-from sqlalchemy.dialects.postgresql import insert
+from typing import TYPE_CHECKING, Any
 
 from followups.errors import ChatNotFoundError, ExternalChatTakenError
-from followups.models import Chat, ChatMessage, FollowUp
+from followups.models import Chat
+from followups.statements import Rule, Statement
 from followups.states import ReasonCode
 from followups.store import follow_ups
+from followups.store.leases import uuid_array
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
     from uuid import UUID
 
-    from sqlalchemy.orm import Session
-
     from followups.channels import Channel
+    from followups.statements import Steps
 
 
 class Role(StrEnum):
@@ -46,128 +45,186 @@ class Received:
     cancelled: tuple[UUID, ...]
     new: bool
 
+    @property
+    def cancelled_follow_up_ids(self) -> tuple[UUID, ...]:
+        """The cancelled ones, by the API's name."""
+        return self.cancelled
 
-# Built once: building a statement costs more than running it.
-_LOCK = (
-    select(Chat)
-    .where(Chat.workspace_id == bindparam("workspace_id"), Chat.id == bindparam("chat_id"), Chat.removed_at.is_(None))
-    .with_for_update(key_share=True)
-    .execution_options(populate_existing=True)
+
+_LOCK = Statement(
+    """
+    SELECT {columns} FROM chats
+     WHERE workspace_id = :workspace_id AND id = :chat_id AND removed_at IS NULL
+       FOR NO KEY UPDATE
+    """,
+    Chat,
 )
 
 
-def lock_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> Chat:
+@Rule
+def lock_chat(workspace_id: UUID, chat_id: UUID) -> Steps[Chat]:
     """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`, also for a removed chat."""
-    chat = session.scalar(_LOCK, {"workspace_id": workspace_id, "chat_id": chat_id})
-    if chat is None:
+    chats: Sequence[Chat] = yield _LOCK(workspace_id=workspace_id, chat_id=chat_id)
+    if not chats:
         raise ChatNotFoundError
-    return chat
+    return chats[0]
 
 
-_LOCK_OF = (
-    select(Chat)
-    .join(FollowUp, FollowUp.workspace_id == Chat.workspace_id)
-    .where(FollowUp.id == bindparam("follow_up_id"), Chat.id.in_([FollowUp.chat_id, bindparam("target")]))
-    .order_by(Chat.id)
-    .with_for_update(key_share=True, of=Chat)
-    .execution_options(populate_existing=True)
+_LOCK_MANY = Statement(
+    """
+    SELECT {columns} FROM chats
+     WHERE workspace_id = :workspace_id AND id = ANY(CAST(:ids AS uuid[])) AND removed_at IS NULL
+     ORDER BY id
+       FOR NO KEY UPDATE
+    """,
+    Chat,
 )
-_LOCK_OF_MINE = _LOCK_OF.where(FollowUp.workspace_id == bindparam("workspace_id"))
 
 
-def lock_chats_of(
-    session: Session, follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None
-) -> dict[UUID, Chat]:
+@Rule
+def lock_many(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, Chat]]:
+    """Lock and return those of the chats that exist and are not removed, in ascending order of their ids."""
+    chats: Sequence[Chat] = yield _LOCK_MANY(workspace_id=workspace_id, ids=uuid_array(chat_ids))
+    return {chat.id: chat for chat in chats}
+
+
+_LOCK_OF = Statement(
+    """
+    SELECT {columns}
+      FROM follow_ups f
+      JOIN chats ON chats.workspace_id = f.workspace_id AND chats.id IN (f.chat_id, CAST(:target AS uuid))
+     WHERE f.id = :follow_up_id AND f.workspace_id = COALESCE(CAST(:workspace_id AS uuid), f.workspace_id)
+     ORDER BY chats.id
+       FOR NO KEY UPDATE OF chats
+    """,
+    Chat,
+)
+
+
+@Rule
+def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None) -> Steps[dict[UUID, Chat]]:
     """Lock and return the follow-up's chat and the ``target`` chat, including removed chats.
 
     The chats stay locked until the transaction ends. A chat that does not exist is left out. A ``workspace_id`` of None
     gives an operator's view of all workspaces.
     """
-    query = _LOCK_OF if workspace_id is None else _LOCK_OF_MINE
-    parameters = {"follow_up_id": follow_up_id, "workspace_id": workspace_id, "target": target}
-    return {chat.id: chat for chat in session.scalars(query, parameters)}
-
-
-_ANEW: dict[str, object] = {
-    "removed_at": None,
-    "last_message_id": None,
-    "last_message_role": None,
-    "last_message_at": None,
-    "last_user_message_at": None,
-}
-"""What a removed chat forgets when it comes back."""
+    chats: Sequence[Chat] = yield _LOCK_OF(follow_up_id=follow_up_id, workspace_id=workspace_id, target=target)
+    return {chat.id: chat for chat in chats}
 
 
 # Two transactions that take the same external id at once run one after the other; the second sees what the first has
 # committed.
-_LOCK_EXTERNAL_ID = text("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
-_TAKEN = text("""
-    SELECT EXISTS (SELECT FROM chats
-                    WHERE external_id = :external_id AND workspace_id <> :workspace_id AND removed_at IS NULL)
+_LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
+_TAKEN = Statement("""
+    SELECT id FROM chats
+     WHERE external_id = :external_id AND workspace_id <> :workspace_id AND removed_at IS NULL LIMIT 1
 """)
 
 
-def take_external_id(session: Session, workspace_id: UUID, external_id: str) -> None:
+@Rule
+def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
     By then one of the workspace's chats has the id. Raises `ExternalChatTakenError` if a chat of another workspace has
     it; a removed chat has no external id.
     """
-    parameters = {"workspace_id": workspace_id, "external_id": external_id}
-    session.execute(_LOCK_EXTERNAL_ID, parameters)
-    if session.execute(_TAKEN, parameters).scalar_one():
+    yield _LOCK_EXTERNAL_ID(external_id=external_id)
+    if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):
         raise ExternalChatTakenError
 
 
-def put_chat(
-    session: Session, workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None
-) -> tuple[Chat, bool]:
-    """Create or update the chat; return it and whether it is new. A removed one starts anew."""
-    values: dict[str, object] = {"channel": channel.value, "external_id": external_id}
-    statement = insert(Chat).values(workspace_id=workspace_id, id=chat_id, **values)
-    created = session.scalar(statement.on_conflict_do_nothing().returning(Chat))
-    if created is not None:
-        return created, True
-    # Only under the lock is it certain whether the chat was removed, and what was written in it.
-    this = (Chat.workspace_id == workspace_id, Chat.id == chat_id)
-    removed = session.execute(select(Chat.removed_at).where(*this).with_for_update(key_share=True)).scalar_one()
-    if removed is not None:
-        values |= _ANEW
-    change = update(Chat).where(*this).values(**values, updated_at=func.now()).returning(Chat)
-    options = {"populate_existing": True, "synchronize_session": False}
-    return session.scalars(change, execution_options=options).one(), removed is not None
-
-
-def remove_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> list[UUID]:
-    """Remove the chat and cancel its pending follow-ups; return the cancelled ones. Raises `ChatNotFoundError`."""
-    lock_chat(session, workspace_id, chat_id)
-    session.execute(
-        update(Chat)
-        .where(Chat.workspace_id == workspace_id, Chat.id == chat_id)
-        .values(removed_at=func.now(), updated_at=func.now())
-    )
-    return follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, ReasonCode.CHAT_REMOVED)
-
-
-_ENSURE = text("""
-    INSERT INTO chats (workspace_id, id) VALUES (:workspace_id, :chat_id)
-    ON CONFLICT (workspace_id, id) DO NOTHING
-""")
-
-# The clock of the host that wrote the message may run ahead. A time in the future counts as now; otherwise every later
-# reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply in the same second
-# with a more exact time is later.
-_ADVANCE = text("""
+_LOCK_ANY = Statement(
+    "SELECT {columns} FROM chats WHERE workspace_id = :workspace_id AND id = :chat_id FOR NO KEY UPDATE", Chat
+)
+_INSERT = Statement(
+    """
+    INSERT INTO chats (workspace_id, id, channel, external_id)
+    VALUES (:workspace_id, :chat_id, :channel, CAST(:external_id AS text))
+    ON CONFLICT DO NOTHING
+    RETURNING {columns}
+    """,
+    Chat,
+)
+# A removed chat forgets what was written in it.
+_CHANGE = Statement(
+    """
     UPDATE chats
-       SET last_message_id = :id, last_message_role = :role,
-           last_message_at = LEAST(CASE WHEN :role = 'agent' THEN :at ELSE CAST(:counts_as AS timestamptz) END, now()),
-           updated_at = now()
+       SET channel = :channel, external_id = CAST(:external_id AS text), updated_at = now(), removed_at = NULL,
+           last_message_id = CASE WHEN removed_at IS NULL THEN last_message_id END,
+           last_message_role = CASE WHEN removed_at IS NULL THEN last_message_role END,
+           last_message_at = CASE WHEN removed_at IS NULL THEN last_message_at END,
+           last_user_message_at = CASE WHEN removed_at IS NULL THEN last_user_message_at END
      WHERE workspace_id = :workspace_id AND id = :chat_id
-       AND (last_message_at IS NULL OR last_message_at <= LEAST(CAST(:counts_as AS timestamptz), now()))
+    RETURNING {columns}
+    """,
+    Chat,
+)
+
+
+@Rule
+def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
+    """Create or update the chat; return it and whether it is new. A removed one starts anew."""
+    name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
+    values = name | {"channel": channel.value, "external_id": external_id}
+    # Only under the lock is it certain whether the chat was removed, and what was written in it.
+    locked: Sequence[Chat] = yield _LOCK_ANY(**name)
+    if not locked:
+        if created := (yield _INSERT(**values)):
+            return created[0], True
+        locked = yield _LOCK_ANY(**name)
+    new = locked[0].removed_at is not None
+    changed = yield _CHANGE(**values)
+    return changed[0], new
+
+
+_REMOVE = Statement("""
+    UPDATE chats SET removed_at = now(), updated_at = now() WHERE workspace_id = :workspace_id AND id = :chat_id
 """)
-_OPEN_WINDOW = text("""
-    UPDATE chats SET last_user_message_at = GREATEST(last_user_message_at, LEAST(:at, now())), updated_at = now()
-     WHERE workspace_id = :workspace_id AND id = :chat_id
+
+
+@Rule
+def remove_chat(workspace_id: UUID, chat_id: UUID) -> Steps[list[UUID]]:
+    """Remove the chat and cancel its pending follow-ups; return the cancelled ones. Raises `ChatNotFoundError`."""
+    yield from lock_chat.steps(workspace_id, chat_id)
+    yield _REMOVE(workspace_id=workspace_id, chat_id=chat_id)
+    return (yield from follow_ups.cancel_chat_if_not_begun.steps(workspace_id, chat_id, ReasonCode.CHAT_REMOVED))
+
+
+_ENSURE = Statement("""
+    INSERT INTO chats (workspace_id, id) VALUES (:workspace_id, :chat_id) ON CONFLICT (workspace_id, id) DO NOTHING
+""")
+# The chat of a message that is known already is not locked.
+_KNOWN_OR_LOCK = Statement("""
+    SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
+           m.created_at AS known_created_at, chat.*
+      FROM (SELECT) AS this
+      LEFT JOIN chat_messages m ON m.workspace_id = :workspace_id AND m.id = :message_id
+      LEFT JOIN LATERAL (
+           SELECT id, removed_at, last_message_id, last_message_role, last_message_at, last_user_message_at
+             FROM chats
+            WHERE workspace_id = :workspace_id AND id = :chat_id AND m.id IS NULL
+              FOR NO KEY UPDATE) AS chat ON true
+""")
+_RECORD = Statement("""
+    INSERT INTO chat_messages (workspace_id, id, chat_id, role, created_at)
+    VALUES (:workspace_id, :message_id, :chat_id, :role, :created_at)
+    ON CONFLICT DO NOTHING
+    RETURNING id
+""")
+_RECORD_AND_ADVANCE = Statement("""
+    WITH recorded AS (
+        INSERT INTO chat_messages (workspace_id, id, chat_id, role, created_at)
+        VALUES (:workspace_id, :message_id, :chat_id, :role, :created_at)
+        ON CONFLICT DO NOTHING
+        RETURNING id
+    )
+    UPDATE chats
+       SET last_message_id = CAST(:last_message_id AS uuid), last_message_role = CAST(:last_message_role AS text),
+           last_message_at = CAST(:last_message_at AS timestamptz),
+           last_user_message_at = CAST(:last_user_message_at AS timestamptz), updated_at = now()
+      FROM recorded
+     WHERE chats.workspace_id = :workspace_id AND chats.id = :chat_id
+    RETURNING chats.id
 """)
 _SECOND = timedelta(seconds=1)
 
@@ -184,41 +241,61 @@ def counts_as(created_at: datetime) -> datetime:
     return created_at if created_at.microsecond else created_at + _SECOND - datetime.resolution
 
 
+@Rule
 def receive(
-    session: Session, workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
-) -> Received:
+    workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
+) -> Steps[Received]:
     """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
     An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
     user's message still opens the messaging window by its own time. A message that is already known changes nothing at
     all. Raises `ChatNotFoundError` for a removed chat.
     """
-    if known := session.get(ChatMessage, (workspace_id, message_id)):
+    names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
+    (chat,) = yield _KNOWN_OR_LOCK(**names)
+    if chat.known_id is None and chat.id is None:
+        yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id)
+        (chat,) = yield _KNOWN_OR_LOCK(**names)
+    if chat.known_id is not None:
+        return _known(chat)
+    if chat.removed_at is not None:
+        raise ChatNotFoundError
+    at = created_at or chat.now
+    values = names | {"role": role.value, "created_at": at}
+    is_last, advanced = _advance(chat, message_id, role, at)
+    recorded = yield _RECORD_AND_ADVANCE(**values, **advanced) if advanced else _RECORD(**values)
+    if not recorded:
+        (known,) = yield _KNOWN_OR_LOCK(**names)
         return _known(known)
-    session.execute(_ENSURE, {"workspace_id": workspace_id, "chat_id": chat_id})
-    lock_chat(session, workspace_id, chat_id)
-    values: dict[str, object] = {"workspace_id": workspace_id, "id": message_id, "chat_id": chat_id, "role": role.value}
-    if created_at is not None:
-        values["created_at"] = created_at
-    recorded = session.scalar(insert(ChatMessage).values(values).on_conflict_do_nothing().returning(ChatMessage))
-    if recorded is None:
-        return _known(session.get_one(ChatMessage, (workspace_id, message_id)))
-    advance = {
-        "workspace_id": workspace_id,
-        "chat_id": chat_id,
-        "id": message_id,
-        "role": role.value,
-        "at": recorded.created_at,
-        "counts_as": counts_as(recorded.created_at),
-    }
-    is_last = session.execute(_ADVANCE, advance).rowcount == 1  # type: ignore[attr-defined]
-    if role is Role.USER:
-        session.execute(_OPEN_WINDOW, advance)
     cancelled: list[UUID] = []
     if is_last and (code := CANCELLING.get(role)):
-        cancelled = follow_ups.cancel_chat_if_not_begun(session, workspace_id, chat_id, code)
-    return Received(recorded.id, chat_id, role, recorded.created_at, tuple(cancelled), new=True)
+        cancelled = yield from follow_ups.cancel_chat_if_not_begun.steps(workspace_id, chat_id, code)
+    return Received(message_id, chat_id, role, at, tuple(cancelled), new=True)
 
 
-def _known(message: ChatMessage) -> Received:
-    return Received(message.id, message.chat_id, Role(message.role), message.created_at, (), new=False)
+def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
+    """Return whether the message is the chat's last one, and the chat's new values, if any.
+
+    The clock of the host that wrote the message may run ahead. A time in the future counts as now; otherwise every
+    later reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply in the same
+    second with a more exact time is later.
+    """
+    counted = min(counts_as(at), chat.now)
+    is_last = chat.last_message_at is None or chat.last_message_at <= counted
+    if not is_last and role is not Role.USER:
+        return False, {}
+    values = {
+        "last_message_id": message_id if is_last else chat.last_message_id,
+        "last_message_role": role.value if is_last else chat.last_message_role,
+        "last_message_at": chat.last_message_at,
+        "last_user_message_at": chat.last_user_message_at,
+    }
+    if is_last:
+        values["last_message_at"] = min(at, chat.now) if role is Role.AGENT else counted
+    if role is Role.USER:
+        values["last_user_message_at"] = max(min(at, chat.now), chat.last_user_message_at or min(at, chat.now))
+    return is_last, values
+
+
+def _known(row: Any) -> Received:  # noqa: ANN401 - a row
+    return Received(row.known_id, row.known_chat_id, Role(row.known_role), row.known_created_at, (), new=False)

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.errors import InvalidRequestError
+from followups.statements import Rule, Statement
 
 if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
+
+    from followups.statements import Steps
 
 IDLE = timedelta(hours=8)
 """A session ends when it has not been used for so long."""
@@ -176,7 +179,7 @@ def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list
     return [Listed(*row) for row in rows]
 
 
-_INSERT_LINK = text("""
+_INSERT_LINK = Statement("""
     INSERT INTO console_links (token_hash, role, workspace_id, chat_id, name, api_key_id, expires_at)
     VALUES (:token_hash, :role, :workspace_id, :chat_id, :name, :api_key_id, now() + CAST(:lifetime AS interval))
     RETURNING expires_at
@@ -191,7 +194,8 @@ _USE_LINK = text("""
 """)
 
 
-def make_link(session: Session, grant: Grant, lifetime: timedelta) -> tuple[str, datetime]:
+@Rule
+def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
     """Create a link; return its token, which is stored nowhere, and when it expires.
 
     Raises `InvalidRequestError` for a lifetime that is out of bounds.
@@ -200,9 +204,8 @@ def make_link(session: Session, grant: Grant, lifetime: timedelta) -> tuple[str,
         message = "A link can be used for 10 seconds to 7 days."
         raise InvalidRequestError(message, field="expires_in")
     token = PREFIX + secrets.token_urlsafe(32)
-    values = {"token_hash": hash_of(token), "lifetime": lifetime}
-    expires_at: datetime = session.execute(_INSERT_LINK, grant.parameters | values).scalar_one()
-    return token, expires_at
+    (row,) = yield _INSERT_LINK(**grant.parameters, token_hash=hash_of(token), lifetime=lifetime)
+    return token, row.expires_at
 
 
 def use_link(session: Session, token: str) -> Grant | None:

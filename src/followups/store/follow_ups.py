@@ -2,104 +2,176 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sqlalchemy import bindparam, exists, func, literal_column, select, text, update
-from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy import select
 
-from followups.halving import halve_within
+from followups.halving import halving_steps
 from followups.models import FailedAttempt, FollowUp
+from followups.statements import Rule, Statement
 from followups.states import Status, finish
 from followups.store.fragments import NEXT_TOKEN, honest
 from followups.store.leases import uuid_array
 from followups.telemetry.traces import current_traceparent
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from datetime import datetime
     from uuid import UUID
 
     from sqlalchemy.orm import Session
 
+    from followups.statements import Steps
     from followups.states import Final, ReasonCode
 
 
 MOST_PENDING = 10_000
 """Most pending follow-ups of a chat. A reply cancels all of them in one transaction, in half a second."""
 
+FIELDS = (
+    "id",
+    "created_at",
+    "updated_at",
+    "chat_id",
+    "chat_message_id",
+    "due_date",
+    "finished_at",
+    "message",
+    "reason",
+    "status",
+    "trigger_chat_message_id",
+)
+"""The API's fields, which are all that an event loop reads of a row."""
+
 # In the order of an index, so that only the chat's pending follow-ups are read.
-_FULL = exists(
-    select(FollowUp.id)
-    .where(
-        FollowUp.workspace_id == bindparam("workspace_id"),
-        FollowUp.chat_id == bindparam("chat_id"),
-        FollowUp.status == Status.PENDING,
-    )
-    .order_by(FollowUp.due_date, FollowUp.id)
-    .offset(MOST_PENDING - 1)
-)
-_IS_FULL = select(_FULL)
-
-# Built once, since building a statement costs more than running it. It inserts into the table, not the entity: the
-# ORM's own INSERT is made for many rows, and takes 0.15 ms longer for one.
-_TABLE = FollowUp.metadata.tables[FollowUp.__tablename__]
-_GIVEN = ("workspace_id", "chat_id", "message", "due_date", "trigger_chat_message_id", "traceparent")
-_ROW = select(*(bindparam(name, type_=_TABLE.columns[name].type) for name in _GIVEN)).where(~_FULL)
-_INSERT = select(FollowUp).from_statement(
-    insert(_TABLE).from_select(_GIVEN, _ROW, include_defaults=False).returning(*_TABLE.columns)
+_FULL = f"""EXISTS (
+    SELECT FROM follow_ups
+     WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+     ORDER BY due_date, id OFFSET {MOST_PENDING - 1})"""
+_IS_FULL = Statement(f"SELECT {_FULL} AS is_full")
+_INSERT = Statement(
+    f"""
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
+    SELECT :workspace_id, :chat_id, :message, :due_date, :trigger_chat_message_id, CAST(:traceparent AS text)
+     WHERE NOT {_FULL}
+    RETURNING {{columns}}
+    """,
+    FollowUp,
+    FIELDS,
 )
 
 
+@Rule
 def insert_unless_full(
-    session: Session,
-    *,
-    workspace_id: UUID,
-    chat_id: UUID,
-    message: str,
-    due_date: datetime,
-    trigger_chat_message_id: UUID,
-) -> FollowUp | None:
+    *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, trigger_chat_message_id: UUID
+) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if the chat is full.
 
     The caller has locked the chat.
     """
-    values: dict[str, Any] = {
-        "workspace_id": workspace_id,
-        "chat_id": chat_id,
-        "message": message,
-        "due_date": due_date,
-        "trigger_chat_message_id": trigger_chat_message_id,
-        "traceparent": current_traceparent() or None,
-    }
-    created: FollowUp | None = session.scalar(_INSERT, values)
-    return created
+    created: Sequence[FollowUp] = yield _INSERT(
+        workspace_id=workspace_id,
+        chat_id=chat_id,
+        message=message,
+        due_date=due_date,
+        trigger_chat_message_id=trigger_chat_message_id,
+        traceparent=current_traceparent() or None,
+    )
+    return created[0] if created else None
 
 
-def is_full(session: Session, workspace_id: UUID, chat_id: UUID) -> bool:
+_ROOM = Statement(f"""
+    SELECT chat.id, {MOST_PENDING} - (SELECT count(*) FROM (
+               SELECT FROM follow_ups f
+                WHERE f.workspace_id = :workspace_id AND f.chat_id = chat.id AND f.status = 'pending'
+                ORDER BY f.due_date, f.id LIMIT {MOST_PENDING}) AS pending) AS room
+      FROM unnest(CAST(:chat_ids AS uuid[])) AS chat (id)
+""")  # noqa: S608 - no input, only the constant above
+_INSERT_MANY = Statement(
+    """
+    INSERT INTO follow_ups (id, workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
+    SELECT new.id, :workspace_id, new.chat_id, new.message, new.due_date, new.trigger_id, CAST(:traceparent AS text)
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:chat_ids AS uuid[]), CAST(:messages AS text[]),
+                  CAST(:due_dates AS timestamptz[]), CAST(:trigger_ids AS uuid[]))
+           AS new (id, chat_id, message, due_date, trigger_id)
+    RETURNING {columns}
+    """,
+    FollowUp,
+    FIELDS,
+)
+
+
+class Planned(NamedTuple):
+    """A follow-up to create: what `followups.schedule_many` takes."""
+
+    chat_id: UUID
+    message: str
+    due_date: datetime
+
+
+@Rule
+def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, int]]:
+    """Return how many pending follow-ups each chat still takes. The caller has locked the chats."""
+    rows = yield _ROOM(workspace_id=workspace_id, chat_ids=uuid_array(chat_ids))
+    return {row.id: row.room for row in rows}
+
+
+@Rule
+def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
+    """Insert pending follow-ups, each with its id and its trigger, and return them in the same order.
+
+    The caller has locked the chats, which have room for them.
+    """
+    rows: Sequence[FollowUp] = yield _INSERT_MANY(
+        workspace_id=workspace_id,
+        traceparent=current_traceparent() or None,
+        ids=uuid_array(new_id for new_id, _, _ in new),
+        chat_ids=uuid_array(planned.chat_id for _, planned, _ in new),
+        messages=[planned.message for _, planned, _ in new],
+        due_dates=[planned.due_date for _, planned, _ in new],
+        trigger_ids=uuid_array(trigger_id for _, _, trigger_id in new),
+    )
+    created = {row.id: row for row in rows}
+    return [created[new_id] for new_id, _, _ in new]
+
+
+@Rule
+def is_full(workspace_id: UUID, chat_id: UUID) -> Steps[bool]:
     """Return whether the chat has `MOST_PENDING` pending follow-ups. The caller has locked the chat."""
-    return bool(session.scalar(_IS_FULL, {"workspace_id": workspace_id, "chat_id": chat_id}))
+    (row,) = yield _IS_FULL(workspace_id=workspace_id, chat_id=chat_id)
+    return bool(row.is_full)
 
 
-_ONE = select(FollowUp).where(FollowUp.id == bindparam("id")).execution_options(populate_existing=True)
-_MINE = _ONE.where(FollowUp.workspace_id == bindparam("workspace_id"))
-_LOCKED_IN_CHAT = _ONE.where(
-    FollowUp.begun_at.is_(None), FollowUp.chat_id.in_(bindparam("chat_ids", expanding=True))
-).with_for_update(key_share=True)
+_ONE = "SELECT {columns} FROM follow_ups WHERE follow_ups.id = :id"
+_ANY = Statement(_ONE, FollowUp, FIELDS)
+_MINE = Statement(f"{_ONE} AND follow_ups.workspace_id = :workspace_id", FollowUp, FIELDS)
+_LOCK_IN_CHAT = Statement(
+    f"{_ONE} AND follow_ups.begun_at IS NULL AND follow_ups.chat_id = ANY(CAST(:chat_ids AS uuid[])) FOR NO KEY UPDATE",
+    FollowUp,
+    FIELDS,
+)
 
 
-def find(session: Session, follow_up_id: UUID, workspace_id: UUID | None) -> FollowUp | None:
+@Rule
+def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None]:
     """Return the follow-up, or None. Without ``workspace_id`` every workspace is searched, as for operators."""
-    query = _ONE if workspace_id is None else _MINE
-    return session.scalar(query, {"id": follow_up_id, "workspace_id": workspace_id})
+    if workspace_id is None:
+        found: Sequence[FollowUp] = yield _ANY(id=follow_up_id)
+    else:
+        found = yield _MINE(id=follow_up_id, workspace_id=workspace_id)
+    return found[0] if found else None
 
 
-def find_and_lock_if_not_begun(session: Session, follow_up_id: UUID, chat_ids: Collection[UUID]) -> FollowUp | None:
+@Rule
+def find_and_lock_if_not_begun(follow_up_id: UUID, chat_ids: Collection[UUID]) -> Steps[FollowUp | None]:
     """Return the current follow-up, locked, or None if it is in flight or in another chat.
 
     The lock lasts until the transaction ends. The caller has locked these chats. A follow-up in flight is never locked,
     since its settlement must not wait for a caller's transaction.
     """
-    return session.scalar(_LOCKED_IN_CHAT, {"id": follow_up_id, "chat_ids": list(chat_ids)})
+    found: Sequence[FollowUp] = yield _LOCK_IN_CHAT(id=follow_up_id, chat_ids=list(chat_ids))
+    return found[0] if found else None
 
 
 def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
@@ -108,70 +180,106 @@ def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
     return session.scalars(query).all()
 
 
-_HONEST = text(honest("CAST(:reason AS text)", "follow_ups"))
+_IF_NOT_BEGUN = "follow_ups.status = 'pending' AND follow_ups.begun_at IS NULL"
+_REASON = "CAST(:reason AS text)"
+
+
+def _ending(reason: str) -> Statement:
+    return Statement(
+        f"""
+        UPDATE follow_ups
+           SET status = :status, reason = {reason},
+               finished_at = COALESCE(CAST(:finished_at AS timestamptz), now()), updated_at = now(),
+               lease_until = NULL, waits_for = NULL
+         WHERE follow_ups.id = :id AND {_IF_NOT_BEGUN}
+        RETURNING {{columns}}
+        """,  # noqa: S608 - no input, only the constants above
+        FollowUp,
+        FIELDS,
+    )
+
+
+_END = _ending(_REASON)
+_END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
 """For reasons by code; a caller's own words are stored as given."""
 
 
-def end_if_not_begun(session: Session, follow_up_id: UUID, final: Final, finished_at: datetime | None) -> bool:
-    """End a pending follow-up with no attempt in flight; return whether this call did."""
-    statement = (
-        update(FollowUp)
-        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
-        .values(
-            status=final.status.value,
-            reason=_HONEST.bindparams(reason=final.reason) if final.code else final.reason,
-            finished_at=finished_at or func.now(),
-            updated_at=func.now(),
-            lease_until=None,
-            waits_for=None,
-        )
+@Rule
+def end_if_not_begun(follow_up_id: UUID, final: Final, finished_at: datetime | None) -> Steps[FollowUp | None]:
+    """End a pending follow-up with no attempt in flight; return it, or None if it is in flight or has ended."""
+    end = _END_HONESTLY if final.code else _END
+    ended: Sequence[FollowUp] = yield end(
+        id=follow_up_id, status=final.status.value, reason=final.reason, finished_at=finished_at
     )
-    return _rows(session, statement) == 1
+    return ended[0] if ended else None
 
 
-_NEXT_TOKEN: Any = literal_column(NEXT_TOKEN.replace("f.", "follow_ups."))
+_TYPES = {
+    "chat_id": "uuid",
+    "chat_message_id": "uuid",
+    "due_date": "timestamptz",
+    "message": "text",
+    "trigger_chat_message_id": "uuid",
+}
+"""The fields that may change, and their types."""
+
+_NEXT_TOKEN = NEXT_TOKEN.replace("f.", "follow_ups.")
+_RESCHEDULED = (
+    "next_attempt_at = NULL, waits_for = NULL, held_until = NULL, pause_id = NULL, lease_until = NULL,"
+    f" lease_token = {_NEXT_TOKEN}"
+)
 
 
-def change_if_not_begun(session: Session, follow_up_id: UUID, values: dict[str, Any]) -> bool:
-    """Write new values of API fields to a pending follow-up with no attempt in flight; return whether it did.
+@lru_cache(maxsize=32)  # as many as there are sets of fields
+def _changing(names: frozenset[str]) -> Statement:
+    """Return the statement that changes these fields."""
+    changes = [f"{name} = CAST(:{name} AS {_TYPES[name]})" for name in sorted(names)]
+    if names & {"due_date", "chat_id"}:
+        changes.append(_RESCHEDULED)
+    if "chat_id" in names:
+        # This must be later than the last message of the new chat, for which this transaction may have waited.
+        changes.append("scheduled_at = clock_timestamp()")
+    elif "due_date" in names:
+        changes.append("scheduled_at = now()")
+    if "due_date" in names:
+        changes.append("sendable_from = NULL")
+    return Statement(
+        f"""
+        UPDATE follow_ups SET {", ".join(changes)}, updated_at = now()
+         WHERE follow_ups.id = :id AND {_IF_NOT_BEGUN}
+        RETURNING {{columns}}
+        """,  # noqa: S608 - no input, only the names above
+        FollowUp,
+        FIELDS,
+    )
+
+
+@Rule
+def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
+    """Write new values of API fields to a pending follow-up with no attempt in flight; return it, or None.
 
     A new due date or chat revokes the lease: the token grows, so that a hint under way finds nothing.
     """
-    if values.keys() & {"due_date", "chat_id"}:
-        values = values | {
-            "next_attempt_at": None,
-            "waits_for": None,
-            "held_until": None,
-            "pause_id": None,
-            "lease_until": None,
-            "lease_token": _NEXT_TOKEN,
-        }
-    if "due_date" in values:
-        values = values | {"scheduled_at": func.now(), "sendable_from": None}
-    if "chat_id" in values:
-        # This must be later than the last message of the new chat, for which this transaction may have waited.
-        values = values | {"scheduled_at": func.clock_timestamp()}
-    statement = (
-        update(FollowUp)
-        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.PENDING, FollowUp.begun_at.is_(None))
-        .values(**values, updated_at=func.now())
-    )
-    return _rows(session, statement) == 1
+    changed: Sequence[FollowUp] = yield _changing(frozenset(values))(id=follow_up_id, **values)
+    return changed[0] if changed else None
 
 
-def name_chat_message_if_unnamed(session: Session, follow_up_id: UUID, chat_message_id: UUID) -> bool:
-    """Fill in the transport's message id of a sent follow-up that has none; return whether it did."""
-    statement = (
-        update(FollowUp)
-        .where(FollowUp.id == follow_up_id, FollowUp.status == Status.SENT, FollowUp.chat_message_id.is_(None))
-        .values(chat_message_id=chat_message_id, updated_at=func.now())
-    )
-    return _rows(session, statement) == 1
+_NAME_CHAT_MESSAGE = Statement(
+    """
+    UPDATE follow_ups SET chat_message_id = :chat_message_id, updated_at = now()
+     WHERE follow_ups.id = :id AND follow_ups.status = 'sent' AND follow_ups.chat_message_id IS NULL
+    RETURNING {columns}
+    """,
+    FollowUp,
+    FIELDS,
+)
 
 
-def _rows(session: Session, statement: Any) -> int:  # noqa: ANN401 - any UPDATE
-    result = session.execute(statement, execution_options={"synchronize_session": False})
-    return int(result.rowcount)  # type: ignore[attr-defined]
+@Rule
+def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
+    """Fill in the transport's message id of a sent follow-up that has none; return it, or None if it has one."""
+    named: Sequence[FollowUp] = yield _NAME_CHAT_MESSAGE(id=follow_up_id, chat_message_id=chat_message_id)
+    return named[0] if named else None
 
 
 def cancelled_or_asked_to(reason: str) -> str:
@@ -191,13 +299,13 @@ def cancelled_or_asked_to(reason: str) -> str:
 
 
 # Locked in the order of the chat, as everywhere.
-_LOCK_CHATS_PENDING = text("""
+_LOCK_CHATS_PENDING = Statement("""
     SELECT id FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
      ORDER BY due_date, id
        FOR NO KEY UPDATE
 """)
-_CANCEL = text(f"""
+_CANCEL = Statement(f"""
     UPDATE follow_ups f
        SET {cancelled_or_asked_to(honest("CAST(:reason AS text)", "f"))}
      WHERE f.id = ANY(CAST(:ids AS uuid[]))
@@ -205,17 +313,18 @@ _CANCEL = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def cancel_chat_if_not_begun(session: Session, workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> list[UUID]:
+@Rule
+def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
     """Cancel the chat's pending follow-ups and return them; one in flight is only kept from a retry.
 
     One whose row cannot be written stays pending, and begin reports it.
     """
     final = finish(Status.CANCELLED, code)
-    parameters = {"status": final.status.value, "reason": final.reason}
-
-    def cancel(ids: Sequence[UUID]) -> list[UUID]:
-        rows = session.execute(_CANCEL, parameters | {"ids": uuid_array(ids)})
-        return [row.id for row in rows if row.status == Status.CANCELLED]
-
-    ids = session.scalars(_LOCK_CHATS_PENDING, {"workspace_id": workspace_id, "chat_id": chat_id}).all()
-    return [one for part in halve_within(session.connection(), ids, cancel).done for one in part]
+    pending = yield _LOCK_CHATS_PENDING(workspace_id=workspace_id, chat_id=chat_id)
+    if not pending:
+        return []
+    rows = yield from halving_steps(
+        [row.id for row in pending],
+        lambda ids: _CANCEL(status=final.status.value, reason=final.reason, ids=uuid_array(ids)),
+    )
+    return [row.id for row in rows if row.status == Status.CANCELLED]

@@ -12,16 +12,13 @@ from datetime import timedelta
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
-from sqlalchemy import delete, func, select, text, tuple_
-from sqlalchemy.dialects.postgresql import insert
-
 from followups.errors import IdempotencyKeyInUseError, IdempotencyKeyReusedError
-from followups.models import IdempotencyKey
+from followups.statements import Rule, Statement
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy.orm import Session
+    from followups.statements import Steps
 
 LIFETIME = timedelta(hours=24)
 """How long an answer is repeated."""
@@ -44,58 +41,62 @@ def hash_of(request: bytes) -> bytes:
     return sha256(request).digest()
 
 
-_TRY_LOCK = text("SELECT pg_try_advisory_xact_lock(:number)")
+_TRY_LOCK = Statement("SELECT pg_try_advisory_xact_lock(:number) AS locked")
+_KNOWN = Statement("""
+    SELECT request_hash, status, location, body FROM idempotency_keys
+     WHERE workspace_id = :workspace_id AND key = :key AND created_at > now() - CAST(:lifetime AS interval)
+""")
 
 
-def recall(session: Session, workspace_id: UUID, key: str, request_hash: bytes) -> Answer | None:
+@Rule
+def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[Answer | None]:
     """Lock the key until the transaction ends, and return its stored answer, or None.
 
     Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the answer
     belongs to a different request.
     """
-    if not session.scalar(_TRY_LOCK, {"number": _lock_number(workspace_id, key)}):
+    (row,) = yield _TRY_LOCK(number=_lock_number(workspace_id, key))
+    if not row.locked:
         raise IdempotencyKeyInUseError
-    known = session.execute(
-        select(IdempotencyKey.request_hash, IdempotencyKey.status, IdempotencyKey.location, IdempotencyKey.body).where(
-            IdempotencyKey.workspace_id == workspace_id,
-            IdempotencyKey.key == key,
-            IdempotencyKey.created_at > func.now() - LIFETIME,
-        )
-    ).one_or_none()
-    if known is None:
+    found = yield _KNOWN(workspace_id=workspace_id, key=key, lifetime=LIFETIME)
+    if not found:
         return None
+    (known,) = found
     if known.request_hash != request_hash:
         raise IdempotencyKeyReusedError(field="Idempotency-Key")
     return Answer(known.status, known.location, known.body)
 
 
-def remember(session: Session, workspace_id: UUID, key: str, request_hash: bytes, answer: Answer) -> None:
+# An existing one has expired, or `recall` would have returned it.
+_REMEMBER = Statement("""
+    INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
+    VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())
+    ON CONFLICT (workspace_id, key) DO UPDATE
+       SET request_hash = excluded.request_hash, status = excluded.status, location = excluded.location,
+           body = excluded.body, created_at = excluded.created_at
+""")
+_SWEEP = Statement("""
+    DELETE FROM idempotency_keys
+     WHERE (workspace_id, key) IN (
+           SELECT workspace_id, key FROM idempotency_keys
+            WHERE created_at <= now() - CAST(:lifetime AS interval)
+            ORDER BY created_at LIMIT :most
+              FOR UPDATE SKIP LOCKED)
+""")
+
+
+@Rule
+def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: Answer) -> Steps[None]:
     """Store the answer for a day; the caller holds the key through `recall`."""
-    values = {
-        "request_hash": request_hash,
-        "status": answer.status,
-        "location": answer.location,
-        "body": answer.body,
-        "created_at": func.now(),
-    }
-    statement = insert(IdempotencyKey).values(workspace_id=workspace_id, key=key, **values)
-    # An existing one has expired, or `recall` would have returned it.
-    session.execute(
-        statement.on_conflict_do_update(index_elements=[IdempotencyKey.workspace_id, IdempotencyKey.key], set_=values)
+    yield _REMEMBER(
+        workspace_id=workspace_id,
+        key=key,
+        request_hash=request_hash,
+        status=answer.status,
+        location=answer.location,
+        body=answer.body,
     )
-    _sweep(session)
-
-
-def _sweep(session: Session) -> None:
-    name = tuple_(IdempotencyKey.workspace_id, IdempotencyKey.key)
-    expired = (
-        select(IdempotencyKey.workspace_id, IdempotencyKey.key)
-        .where(IdempotencyKey.created_at <= func.now() - LIFETIME)
-        .order_by(IdempotencyKey.created_at)
-        .limit(SWEPT)
-        .with_for_update(skip_locked=True)
-    )
-    session.execute(delete(IdempotencyKey).where(name.in_(expired)), execution_options={"synchronize_session": False})
+    yield _SWEEP(lifetime=LIFETIME, most=SWEPT)
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:

@@ -12,19 +12,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import select, text
-
 from followups.models import FollowUp
+from followups.statements import Rule, Statement
 from followups.states import Status
+from followups.store import follow_ups
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from datetime import datetime
     from uuid import UUID
 
-    from sqlalchemy import Executable
-    from sqlalchemy.orm import Session
-
+    from followups.statements import Steps
     from followups.states import ReasonCode
 
 MAX_ROWS = 2**62
@@ -45,23 +43,41 @@ class Filter:
     due_before: datetime | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A row of a list by its key, and how many rows are before it."""
+
+    offset: int
+    created_at: datetime
+    id: UUID
+
+
+@Rule
 def page(
-    session: Session, workspace_id: UUID | None, wanted: Filter, *, page_number: int, page_size: int
-) -> tuple[Sequence[FollowUp], bool]:
+    workspace_id: UUID | None, wanted: Filter, *, page_number: int, page_size: int
+) -> Steps[tuple[Sequence[FollowUp], bool]]:
     """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether there is a next one.
 
     Without ``workspace_id`` every workspace is listed, as for operators.
     """
-    offset = (page_number - 1) * page_size
-    if offset >= MAX_ROWS:
-        return [], False
-    statement, parameters = statement_of(workspace_id, wanted)
-    parameters |= {"offset": offset, "size": page_size + 1, "most": offset + page_size + 1}
-    rows = session.scalars(_query(statement), parameters).all()
+    rows = yield from rows_from.steps(workspace_id, wanted, (page_number - 1) * page_size, page_size + 1)
     return rows[:page_size], len(rows) > page_size
 
 
-def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[str, Any]]:
+@Rule
+def rows_from(
+    workspace_id: UUID | None, wanted: Filter, offset: int, size: int, start: Start | None = None
+) -> Steps[Sequence[FollowUp]]:
+    """Return so many rows from the offset on. What is before ``start`` is not read."""
+    if offset >= MAX_ROWS:
+        return []
+    statement, parameters = statement_of(workspace_id, wanted, start)
+    skipped = offset - start.offset if start else offset
+    rows: Sequence[FollowUp] = yield _query(statement)(**parameters, offset=skipped, size=size, most=skipped + size)
+    return rows
+
+
+def statement_of(workspace_id: UUID | None, wanted: Filter, start: Start | None = None) -> tuple[str, dict[str, Any]]:
     """Return the SQL of a page and its parameters, without ``offset``, ``size`` and ``most`` (their sum)."""
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
@@ -71,6 +87,9 @@ def statement_of(workspace_id: UUID | None, wanted: Filter) -> tuple[str, dict[s
     for name, (condition, value) in _narrowing(wanted).items():
         conditions.append(condition)
         parameters[name] = value
+    if start:
+        conditions.append("f.created_at <= :from_at AND (f.created_at < :from_at OR f.id >= :from_id)")
+        parameters |= {"from_at": start.created_at, "from_id": start.id}
     return _statement(leading, tuple(conditions), one_workspace=workspace_id is not None), parameters
 
 
@@ -84,10 +103,9 @@ def _narrowing(wanted: Filter) -> dict[str, tuple[str, Any]]:
     return {name: each for name, each in given.items() if each[1]}
 
 
-@lru_cache(maxsize=128)  # more than there are combinations of filters
-def _query(statement: str) -> Executable:
-    found = select(FollowUp).from_statement(text(statement).columns(*FollowUp.__table__.columns))
-    return found.execution_options(populate_existing=True)
+@lru_cache(maxsize=256)  # more than there are combinations of filters
+def _query(statement: str) -> Statement:
+    return Statement(statement, FollowUp, follow_ups.FIELDS)
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
@@ -110,7 +128,7 @@ def _statement(leading: str, narrowing: tuple[str, ...], *, one_workspace: bool)
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one_workspace else "workspaces"
     conditions = "".join(f" AND {condition}" for condition in narrowing)
     return f"""
-        SELECT f.*
+        SELECT {{columns}}
           FROM (SELECT first.id
                   FROM {workspaces} w
                  CROSS JOIN unnest(CAST(:{leading} AS {_TYPES[leading]}[])) AS v(value)
@@ -122,6 +140,6 @@ def _statement(leading: str, narrowing: tuple[str, ...], *, one_workspace: bool)
                         LIMIT :most) first
                  ORDER BY first.created_at DESC, first.id
                 OFFSET :offset LIMIT :size) page
-          JOIN follow_ups f ON f.id = page.id
-         ORDER BY f.created_at DESC, f.id
+          JOIN follow_ups ON follow_ups.id = page.id
+         ORDER BY follow_ups.created_at DESC, follow_ups.id
     """  # noqa: S608 - no input, only the names above

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import bindparam, delete, func, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import InvalidRequestError
 from followups.models import SendingHours as Row
 from followups.sending_hours import span_of, zone_of
+from followups.statements import Rule, Statement
 from followups.store.holds import columns_of, hours_of
 
 if TYPE_CHECKING:
@@ -18,14 +19,16 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.sending_hours import SendingHours
+    from followups.statements import Steps
 
-_ONE = select(Row).where(Row.workspace_id == bindparam("workspace_id"))
+_ONE = Statement("SELECT {columns} FROM sending_hours WHERE workspace_id = :workspace_id", Row)
 
 
-def find(session: Session, workspace_id: UUID) -> SendingHours | None:
+@Rule
+def find(workspace_id: UUID) -> Steps[SendingHours | None]:
     """Return the workspace's hours, or None if it sends at every hour."""
-    row = session.scalar(_ONE, {"workspace_id": workspace_id})
-    return hours_of(row).hours if row else None
+    rows = yield _ONE(workspace_id=workspace_id)
+    return hours_of(rows[0]).hours if rows else None
 
 
 def everything(session: Session) -> dict[UUID, SendingHours]:

@@ -50,7 +50,7 @@ def test_error_tells_nothing(
         message = "DETAIL: Failing row contains (secret words)"
         raise RuntimeError(message)
 
-    monkeypatch.setattr(follow_ups, "find", broken)
+    monkeypatch.setattr(follow_ups.find, "steps", broken)
     with served(settings) as place, client_of(place, key_of(world)[1]) as client:
         answer = client.get(f"{FOLLOW_UPS}/{uuid4()}")
     is_problem(answer, 500, "internal")

@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Path
 from fastapi.responses import Response
 
 from followups.api import json_responses, response_docs
-from followups.api.authentication import Authenticated, AuthenticatedRoute
+from followups.api.authentication import Authenticated, AuthenticatedRoute, Work
 from followups.api.fields import Id  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.schemas import Chat, ChatMessage, ChatPut, NewChatMessage
 from followups.states import ReasonCode
 from followups.store import chats
 
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from followups.statements import Steps
+
 router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRoute)
 
 
 @router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=response_docs.PUT_CHAT)
-def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, caller: Authenticated) -> Response:
+async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, caller: Authenticated) -> Response:
     """Create or update a chat. One that was removed starts anew."""
-    with caller.transaction() as work:
-        if caller.exclusive_external_ids and body.external_id is not None:
-            chats.take_external_id(work.session, work.workspace_id, body.external_id)
-        chat, new = chats.put_chat(work.session, work.workspace_id, chat_id, body.channel, body.external_id)
+    exclusive = caller.exclusive_external_ids
+    chat, new = await caller.change(lambda work: _put(work.workspace_id, chat_id, body, exclusive=exclusive))
     return json_responses.answer(json_responses.one(Chat, chat), 201 if new else 200)
 
 
+def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -> Steps[tuple[object, bool]]:
+    if exclusive and body.external_id is not None:
+        yield from chats.take_external_id.steps(workspace_id, body.external_id)
+    return (yield from chats.put_chat.steps(workspace_id, chat_id, body.channel, body.external_id))
+
+
 @router.delete("/chats/{chatId}", operation_id="removeChat", status_code=204, responses=response_docs.REMOVE_CHAT)
-def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], caller: Authenticated) -> Response:
+async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], caller: Authenticated) -> Response:
     """Remove a chat; its pending follow-ups become cancelled."""
-    with caller.transaction() as work:
-        cancelled = chats.remove_chat(work.session, work.workspace_id, chat_id)
-        work.cancelled(cancelled, ReasonCode.CHAT_REMOVED)
+    await caller.change(lambda work: _remove(work, chat_id))
     return Response(status_code=204)
+
+
+def _remove(work: Work, chat_id: UUID) -> Steps[None]:
+    cancelled = yield from chats.remove_chat.steps(work.workspace_id, chat_id)
+    work.cancelled(cancelled, ReasonCode.CHAT_REMOVED)
 
 
 @router.post(
@@ -44,18 +55,16 @@ def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], caller: Authentica
     response_model=ChatMessage,
     responses=response_docs.RECEIVE,
 )
-def receive_chat_message(body: NewChatMessage, caller: Authenticated) -> Response:
+async def receive_chat_message(body: NewChatMessage, caller: Authenticated) -> Response:
     """Record that somebody wrote in a chat; a user's or an operator's message cancels its pending follow-ups."""
-    with caller.transaction() as work:
-        received = chats.receive(
-            work.session,
-            work.workspace_id,
-            message_id=body.id,
-            chat_id=body.chat_id,
-            role=body.role,
-            created_at=body.created_at,
-        )
-        if received.cancelled:
-            work.cancelled(received.cancelled, chats.CANCELLING[body.role])
-    message = asdict(received) | {"cancelled_follow_up_ids": received.cancelled}
-    return json_responses.answer(json_responses.one(ChatMessage, message), 201 if received.new else 200)
+    received = await caller.change(lambda work: _receive(work, body))
+    return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
+
+
+def _receive(work: Work, body: NewChatMessage) -> Steps[chats.Received]:
+    received = yield from chats.receive.steps(
+        work.workspace_id, message_id=body.id, chat_id=body.chat_id, role=body.role, created_at=body.created_at
+    )
+    if received.cancelled:
+        work.cancelled(received.cancelled, chats.CANCELLING[body.role])
+    return received

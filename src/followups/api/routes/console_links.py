@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -12,15 +13,16 @@ from followups.api import json_responses, response_docs
 from followups.api.authentication import Authenticated, AuthenticatedRoute
 from followups.api.schemas import ConsoleLink, NewConsoleLink
 from followups.errors import ChatNotFoundError, ConsoleOffError
-from followups.models import ApiKey, Chat
+from followups.statements import Statement
 from followups.store import audit, console_sessions
 from followups.store.audit import Action, Actor, Event, Way
 from followups.store.console_sessions import Grant
 
 if TYPE_CHECKING:
+    from datetime import datetime
     from uuid import UUID
 
-    from sqlalchemy.orm import Session
+    from followups.statements import Steps
 
 HOST = re.compile(r"(?:[\w.-]+|\[[0-9A-Fa-f:.]+\])(?::\d{1,5})?", re.ASCII)
 
@@ -34,31 +36,30 @@ router = APIRouter(prefix="/api/v1", tags=["Console"], route_class=Authenticated
     response_model=ConsoleLink,
     responses=response_docs.LINK,
 )
-def create_console_link(body: NewConsoleLink, caller: Authenticated, request: Request) -> Response:
+async def create_console_link(body: NewConsoleLink, caller: Authenticated, request: Request) -> Response:
     """Make a link that signs a person in to the console once, as viewer or agent of the workspace."""
-    with caller.transaction() as work:
-        if not hasattr(request.app.state, "console"):
-            raise ConsoleOffError
-        if body.chat_id is not None:
-            _require_chat(work.session, work.workspace_id, body.chat_id)
-        grant = Grant(body.role, work.workspace_id, _named(work.session, caller.key_id), body.chat_id, caller.key_id)
-        token, expires_at = console_sessions.make_link(work.session, grant, body.expires_in)
-        details = {"role": body.role, "chatId": body.chat_id}
-        event = Event(Actor(Way.API, caller.key_id), Action.CONSOLE_LINK_CREATED, work.workspace_id, details=details)
-        audit.record(work.session.connection(), event)
+    if not hasattr(request.app.state, "console"):
+        raise ConsoleOffError
+    token, expires_at = await caller.change(lambda work: _make(work.workspace_id, caller.key_id, body))
     link: dict[str, Any] = {"url": f"{_address(request)}/console/login#token={token}", "expires_at": expires_at}
-    return json_responses.answer(json_responses.one(ConsoleLink, link), 201)
+    return json_responses.answer(json_responses.one(ConsoleLink, SimpleNamespace(**link)), 201)
 
 
-def _require_chat(session: Session, workspace_id: UUID, chat_id: UUID) -> None:
-    chat = session.get(Chat, (workspace_id, chat_id))
-    if chat is None or chat.removed_at is not None:
+_NAME = Statement("SELECT COALESCE(NULLIF(name, ''), prefix || '…') AS name FROM api_keys WHERE id = :id")
+
+_CHAT = Statement("SELECT id FROM chats WHERE workspace_id = :workspace_id AND id = :chat_id AND removed_at IS NULL")
+
+
+def _make(workspace_id: UUID, key_id: UUID, body: NewConsoleLink) -> Steps[tuple[str, datetime]]:
+    (key,) = yield _NAME(id=key_id)
+    if body.chat_id is not None and not (yield _CHAT(workspace_id=workspace_id, chat_id=body.chat_id)):
         raise ChatNotFoundError
-
-
-def _named(session: Session, key_id: UUID) -> str:
-    key = session.get_one(ApiKey, key_id)
-    return key.name or f"{key.prefix}…"
+    grant = Grant(body.role, workspace_id, key.name, body.chat_id, key_id)
+    token, expires_at = yield from console_sessions.make_link.steps(grant, body.expires_in)
+    details = {"role": body.role, "chatId": body.chat_id}
+    event = Event(Actor(Way.API, key_id), Action.CONSOLE_LINK_CREATED, workspace_id, details=details)
+    yield from audit.record.steps(event)
+    return token, expires_at
 
 
 def _address(request: Request) -> str:

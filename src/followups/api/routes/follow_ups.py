@@ -24,8 +24,12 @@ from followups.states import FINAL
 from followups.store import follow_ups, idempotency, listing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from typing import Any
     from uuid import UUID
+
+    from followups.api.deep_pages import Starts
+    from followups.statements import Steps
 
 PATH = "/api/v1/chat-message-follow-ups"
 
@@ -34,31 +38,36 @@ router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=Au
 
 
 @lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=response_docs.LIST)
-def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
+async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
     """List follow-ups, newest first."""
     wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
-    with caller.transaction() as work:
-        rows, has_next = listing.page(
-            work.session, work.workspace_id, wanted, page_number=query.page_number, page_size=query.page_size
-        )
-        has_previous = query.page_number > 1 and (bool(rows) or _is_page(work, wanted, query))
+    rows, has_next, has_previous = await caller.read(
+        lambda work: _list(caller.starts, work.workspace_id, wanted, query)
+    )
     links = link_header(query, has_next=has_next, has_previous=has_previous)
     return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
 
 
-def _is_page(work: Work, wanted: listing.Filter, query: FollowUpQuery) -> bool:
-    """Return whether there is a page before this empty one."""
-    rows, _ = listing.page(
-        work.session, work.workspace_id, wanted, page_number=query.page_number - 1, page_size=query.page_size
-    )
-    return bool(rows)
+def _list(
+    starts: Starts, workspace_id: UUID, wanted: listing.Filter, query: FollowUpQuery
+) -> Steps[tuple[Sequence[object], bool, bool]]:
+    """Return a page, and whether there are a next and a previous one."""
+    size, this = query.page_size, (workspace_id, wanted)
+    offset = (query.page_number - 1) * size
+    near = starts.nearest(this, offset)
+    rows = yield from listing.rows_from.steps(workspace_id, wanted, offset, size + 1, near)
+    if not rows and offset:
+        before = yield from listing.rows_from.steps(workspace_id, wanted, offset - size, 1)
+        return rows, False, bool(before)
+    for place in {0, size} & set(range(len(rows))):
+        starts.note(this, listing.Start(offset + place, rows[place].created_at, rows[place].id))
+    return rows[:size], len(rows) > size, offset > 0
 
 
 @router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=response_docs.GET)
-def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - the parameter's name in the document
+async def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - the parameter's name in the document
     """Return one follow-up."""
-    with caller.transaction() as work:
-        found = follow_ups.find(work.session, id, work.workspace_id)
+    found = await caller.read(lambda work: follow_ups.find.steps(id, work.workspace_id))
     if found is None:
         raise FollowUpNotFoundError
     return json_responses.answer(json_responses.one(FollowUp, found))
@@ -67,7 +76,7 @@ def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - th
 @router.post(
     "", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=response_docs.CREATE
 )
-def create_follow_up(
+async def create_follow_up(
     body: NewFollowUp,
     caller: Authenticated,
     idempotency_key: Annotated[IdempotencyKey | None, Header(alias="Idempotency-Key")] = None,
@@ -76,29 +85,26 @@ def create_follow_up(
 
     With an `Idempotency-Key`, a repeated request gets the first one's answer and creates nothing.
     """
-    with caller.transaction() as work:
-        if idempotency_key is None:
-            return _response(_create(work, body))
-        request_hash = idempotency.hash_of(body.model_dump_json().encode())
-        answer = idempotency.recall(work.session, work.workspace_id, idempotency_key, request_hash)
-        if answer is None:
-            try:
-                answer = _create(work, body)
-            except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-                # Stored like any other answer: the same request gets it again, even if the chat has changed since.
-                answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
-            idempotency.remember(work.session, work.workspace_id, idempotency_key, request_hash, answer)
-    return _response(answer)
+    if idempotency_key is None:
+        return _response(await caller.change(lambda work: _create(work, body)))
+    return _response(await caller.change(lambda work: _create_once(work, body, idempotency_key)))
 
 
-def _create(work: Work, body: NewFollowUp) -> idempotency.Answer:
-    created = scheduling.schedule(
-        work.session,
-        workspace_id=work.workspace_id,
-        chat_id=body.chat_id,
-        message=body.message,
-        due_date=body.due_date,
-    )
+def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[idempotency.Answer]:
+    request_hash = idempotency.hash_of(body.model_dump_json().encode())
+    answer = yield from idempotency.recall.steps(work.workspace_id, idempotency_key, request_hash)
+    if answer is None:
+        try:
+            answer = yield from _create(work, body)
+        except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
+            # Stored like any other answer: the same request gets it again, even if the chat has changed since.
+            answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
+        yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, answer)
+    return answer
+
+
+def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer]:
+    created = yield from scheduling.scheduling(work.workspace_id, body.chat_id, body.message, body.due_date)
     work.report(created)
     return idempotency.Answer(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
 
@@ -110,21 +116,25 @@ def _response(answer: idempotency.Answer) -> Response:
 
 
 @router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=response_docs.CHANGE)
-def change_follow_up(
+async def change_follow_up(
     id: Id,  # noqa: A002 - the parameter's name in the document
     body: FollowUpChanges,
     caller: Authenticated,
 ) -> Response:
     """Change fields of a follow-up, reschedule it, or end it by a final status."""
-    given = body.model_dump(exclude_unset=True)
-    with caller.transaction() as work:
-        changes = _without_nulls(work, id, given)
-        changed = scheduling.amend(work.session, id, changes, workspace_id=work.workspace_id)
-        work.report(changed, changes.get("finished_at"))
+    given = {name: getattr(body, name) for name in body.model_fields_set}
+    changed = await caller.change(lambda work: _change(work, id, given))
     return json_responses.answer(json_responses.one(FollowUp, changed))
 
 
-def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dict[str, Any]:
+def _change(work: Work, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[object]:
+    changes = yield from _without_nulls(work.workspace_id, follow_up_id, given)
+    changed = yield from scheduling.amending(follow_up_id, changes, work.workspace_id)
+    work.report(changed, changes.get("finished_at"))
+    return changed
+
+
+def _without_nulls(workspace_id: UUID, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[dict[str, Any]]:
     """Return the changes without no-op nulls: only chatMessageId can be set to null."""
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
@@ -132,7 +142,7 @@ def _without_nulls(work: Work, follow_up_id: UUID, given: dict[str, Any]) -> dic
     kept = {name: value for name, value in given.items() if value is not None}
     if not nulls:
         return kept
-    found = follow_ups.find(work.session, follow_up_id, work.workspace_id)
+    found = yield from follow_ups.find.steps(follow_up_id, workspace_id)
     if found is None:
         raise FollowUpNotFoundError
     taken_away = sorted(name for name in nulls if getattr(found, name) is not None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import func, select, text
 
-from followups import scheduling
+from followups import checks, scheduling
 from followups.console import actors, consequences
 from followups.console.forms import uuid_or_none
 from followups.console.zones import AmbiguousTimeError, Zone
@@ -95,7 +95,7 @@ def _chat(visit: Visit, session: Session, typed: Typed) -> Chat:
         workspace_id = workspaces.find(session, typed.workspace).id
     chat_id = uuid_or_none(typed.chat)
     if chat_id is None:
-        scheduling.check_text(typed.chat, "chat")
+        checks.check_text(typed.chat, "chat")
         given = {"external_id": typed.chat, "workspace_id": workspace_id}
         found = session.scalars(_BY_EXTERNAL_ID, given).all()
         if len(found) > 1:

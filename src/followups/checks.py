@@ -1,0 +1,147 @@
+"""What a caller's values must be, and what a chat allows: pure, for every caller alike."""
+
+from __future__ import annotations
+
+from datetime import UTC
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from followups.channels import Channel, is_open
+from followups.errors import InvalidRequestError, NothingToFollowUpError, OutsideMessagingWindowError
+from followups.models import MAX_MESSAGE_LENGTH
+from followups.sending_hours import opens_at
+from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
+from followups.store.chats import Role
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from datetime import datetime
+    from uuid import UUID
+
+    from followups.models import Chat
+    from followups.sending_hours import SendingHours
+    from followups.states import Final
+    from followups.store.follow_ups import Planned
+
+log = get_logger(__name__)
+
+FIRST_YEAR, LAST_YEAR = 2, 9998
+"""The years allowed: within Python's calendar by a margin, so that a time can be converted to any zone."""
+
+
+def final_of(status: Status, reason: str | None) -> Final:
+    """Return how a caller's transition ends: with the caller's own reason, or the default code."""
+    if status is Status.SENT:
+        return finish(status)
+    return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
+
+
+def trigger_of(chat: Chat) -> UUID:
+    """Return the chat's last message. Raises `NothingToFollowUpError` if there is none or it is the user's."""
+    if chat.last_message_id is None or chat.last_message_role == Role.USER:
+        raise NothingToFollowUpError
+    return chat.last_message_id
+
+
+def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> None:
+    """Refuse a moment outside the channel's messaging window.
+
+    A follow-up that is due outside the workspace's sending hours will be held until they open. That moment must be
+    inside the messaging window too.
+    """
+    channel = Channel(chat.channel)
+    if not is_open(channel, chat.last_user_message_at, moment):
+        raise OutsideMessagingWindowError(field="due_date")
+    if hours is None:
+        return
+    opening = _opening(chat.workspace_id, hours, moment)
+    if not is_open(channel, chat.last_user_message_at, opening):
+        message = (
+            f"The due date is outside the workspace's sending hours ({hours}), which open at"
+            f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
+        )
+        raise OutsideMessagingWindowError(message, field="due_date")
+
+
+def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
+    """Return when the hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
+
+    A time zone that this host does not know is no reason to refuse a caller's follow-up: the worker that begins it
+    checks the hours again.
+    """
+    try:
+        return opens_at(hours, moment)
+    except LookupError:
+        _log_unreadable(workspace_id, hours)
+        return moment
+
+
+@lru_cache(maxsize=1024)
+def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
+    """Log, once per process, that these sending hours cannot be checked."""
+    log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
+
+
+def check_planned(planned: Planned) -> None:
+    """Refuse a message or a due date that is not valid."""
+    check_message(planned.message)
+    check_time(planned.due_date, "due_date")
+
+
+def check_message(message: str) -> None:
+    """Refuse a message that is empty, too long, or not storable in PostgreSQL."""
+    if not 1 <= len(message) <= MAX_MESSAGE_LENGTH:
+        text = f"The message must have 1 to {MAX_MESSAGE_LENGTH:,} characters; this one has {len(message):,}."
+        raise InvalidRequestError(text, field="message")
+    check_text(message, "message")
+
+
+def check_text(text: str, field: str) -> None:
+    """Refuse what cannot be stored as text: a NUL character, a lone surrogate."""
+    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+        message = f"The {field.replace('_', ' ')} must not contain NUL characters or lone surrogates."
+        raise InvalidRequestError(message, field=field)
+
+
+def check_time(time: datetime, field: str) -> None:
+    """Refuse a time without an offset, or at the edge of the calendar."""
+    if time.utcoffset() is None:
+        message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
+        raise InvalidRequestError(message, field=field)
+    if not all(FIRST_YEAR <= year <= LAST_YEAR for year in (time.year, _year_in_utc(time))):
+        message = f"The {field.replace('_', ' ')} must lie in the years {FIRST_YEAR} to {LAST_YEAR}."
+        raise InvalidRequestError(message, field=field)
+
+
+def _year_in_utc(time: datetime) -> int:
+    try:
+        return time.astimezone(UTC).year
+    except OverflowError:
+        return LAST_YEAR + 1
+
+
+def check_changes(changes: Mapping[str, Any]) -> None:
+    """Refuse changes of a follow-up that are not valid, or do not go together."""
+    if "message" in changes:
+        check_message(changes["message"])
+    for field in changes.keys() & {"due_date", "finished_at"}:
+        check_time(changes[field], field)
+    ends = changes.get("status") in FINAL
+    for field in changes.keys() & {"reason", "finished_at"}:
+        if not ends:
+            message = f"A {field.replace('_', ' ')} goes only with a status of sent, failed or cancelled."
+            raise InvalidRequestError(message, field=field)
+    if "reason" in changes:
+        check_reason(changes["reason"], changes["status"])
+
+
+def check_reason(reason: str, status: Status) -> None:
+    """Refuse a reason that is empty, too long, not storable, or not allowed with the status."""
+    if status is Status.SENT:
+        message = "A sent follow-up carries no reason."
+        raise InvalidRequestError(message, field="reason")
+    if not 1 <= len(reason) <= MAX_REASON_LENGTH:
+        message = f"The reason must have 1 to {MAX_REASON_LENGTH:,} characters."
+        raise InvalidRequestError(message, field="reason")
+    check_text(reason, "reason")

@@ -1,0 +1,153 @@
+"""The database of an event loop: rules run by psycopg itself, without a thread and without objects for rows.
+
+The connections are those of `make_async_engine`, with the same settings, limits and tests, in SQLAlchemy's pool. A
+greenlet takes them from it, which costs 0.02 ms. psycopg's own pool would be as cheap, but it lets callers wait while
+it connects again in the background, where ours are told at once. Pipeline mode was measured and left out: its two
+exchanges cost 0.28 ms of CPU where four plain ones cost 0.21.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import psycopg
+from psycopg.rows import namedtuple_row
+from sqlalchemy import event
+from sqlalchemy.util.concurrency import greenlet_spawn
+
+from followups.database import make_async_engine
+from followups.database_errors import READ_ONLY
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from datetime import timedelta
+
+    from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+
+    from followups.statements import Steps
+
+    Connection = psycopg.AsyncConnection[Any]
+
+T = TypeVar("T")
+
+_MADE = "followups.made"
+
+
+class Database:
+    """Connections of one event loop."""
+
+    def __init__(
+        self, database_url: str, *, pool_size: int, application_name: str, statement_timeout: timedelta
+    ) -> None:
+        """Take where to connect, which happens when first needed."""
+        self._engine = make_async_engine(
+            database_url,
+            pool_size=pool_size,
+            application_name=application_name,
+            statement_timeout=statement_timeout,
+        )
+        event.listen(self._engine.sync_engine, "connect", _note_time)
+        self._lost_at = 0.0
+
+    def reading(self) -> Use:
+        """Return a connection to be entered, on which each statement is a transaction of its own."""
+        return Use(self, reads=True)
+
+    def transaction(self) -> Use:
+        """Return a connection to be entered, in a transaction that is committed at the end, or rolled back."""
+        return Use(self, reads=False)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._engine.dispose()
+
+    def take(self) -> PoolProxiedConnection:
+        """Take a connection from the pool, in a greenlet."""
+        pool = self._engine.sync_engine.pool
+        while (pooled := pool.connect()).info[_MADE] <= self._lost_at:
+            pooled.invalidate()
+        return pooled
+
+    def drop_all(self) -> None:
+        """Let no connection that is open now be used again: its server is gone, or takes no changes."""
+        self._lost_at = time.monotonic()
+
+
+class Use:
+    """One use of a connection, as a context manager."""
+
+    def __init__(self, database: Database, *, reads: bool) -> None:
+        """Take where the connection is from, and whether no transaction is wanted."""
+        self._database = database
+        self._reads = reads
+
+    async def __aenter__(self) -> Connection:
+        """Take the connection."""
+        self._pooled = await greenlet_spawn(self._database.take)
+        self._connection = cast("Connection", self._pooled.driver_connection)
+        if self._reads:
+            await self._connection.set_autocommit(True)
+        return self._connection
+
+    async def __aexit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        """End the transaction, and return or close the connection."""
+        try:
+            if error is None or (isinstance(error, Exception) and not self._connection.closed):
+                await self._end(failed=error is not None)
+        except psycopg.Error as lost:
+            error = lost
+            raise
+        finally:
+            await self._give_back(error)
+
+    async def _end(self, *, failed: bool) -> None:
+        if self._reads:
+            await self._connection.set_autocommit(False)
+        elif failed:
+            await self._connection.rollback()
+        else:
+            await self._connection.commit()
+
+    async def _give_back(self, error: BaseException | None) -> None:
+        lost = self._connection.closed or getattr(error, "sqlstate", None) == READ_ONLY
+        if lost and isinstance(error, psycopg.Error):
+            self._database.drop_all()
+        # After a cancelled task, the server may still be working for it.
+        if lost or not (error is None or isinstance(error, Exception)):
+            await greenlet_spawn(self._pooled.invalidate)
+        else:
+            self._pooled.close()  # which exchanges nothing with the server
+
+
+def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
+    record.info[_MADE] = time.monotonic()
+
+
+async def rows_of(connection: Connection, sql: str, parameters: Mapping[str, Any]) -> Sequence[Any]:
+    """Execute the statement and return its rows, if it returns any."""
+    async with connection.cursor(row_factory=namedtuple_row) as cursor:
+        await cursor.execute(sql.encode(), parameters)
+        return () if cursor.rownumber is None else await cursor.fetchall()
+
+
+async def run(connection: Connection, steps: Steps[T]) -> T:
+    """Run the rule on the connection and return its result, as `followups.statements.run` does for a session."""
+    query = next(steps)
+    return await go_on(connection, steps, await rows_of(connection, query.statement.driver_sql, query.parameters))
+
+
+async def go_on(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
+    """Run the rest of the rule, whose first query returned these rows, and return its result."""
+    try:
+        query = steps.send(rows)
+        while True:
+            try:
+                rows = await rows_of(connection, query.statement.driver_sql, query.parameters)
+            except Exception as error:  # noqa: BLE001 - raised in the rule, and from there to the caller
+                query = steps.throw(error)
+            else:
+                query = steps.send(rows)
+    except StopIteration as end:
+        result: T = end.value
+        return result

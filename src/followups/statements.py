@@ -1,0 +1,119 @@
+"""Statements that SQLAlchemy and psycopg both run, and the rules that use them.
+
+A rule is a generator that does no I/O: it yields a query, receives its rows, and decides. So each rule exists once. A
+caller's own session runs it synchronously (`run`); the API runs it on its event loop, by psycopg alone
+(`followups.event_loop`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, update_wrapper
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeAlias, TypeVar
+
+from sqlalchemy import select, text
+from sqlalchemy.dialects.postgresql.psycopg import PGDialect_psycopg
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Executable
+    from sqlalchemy.orm import DeclarativeBase, Session
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+COLUMNS = "{columns}"
+"""Where a statement names the columns of its entity."""
+
+_DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a constructor without annotations
+
+
+class Statement:
+    """One SQL statement with named parameters (``:name``), built and compiled once.
+
+    If it returns rows of an entity, a session loads them as objects, with all columns, and replaces what it knew of
+    them. The driver returns named tuples: of ``fields``, or of all columns.
+    """
+
+    def __init__(
+        self, sql: str, entity: type[DeclarativeBase] | None = None, fields: Sequence[str] | None = None
+    ) -> None:
+        """Take the SQL, in which `COLUMNS` stands for the columns of the entity's table."""
+        self._sql = sql
+        self._entity = entity
+        self._fields = fields
+
+    def __call__(self, **parameters: Any) -> Query:  # noqa: ANN401 - values of any column
+        """Return the statement with its parameters."""
+        return Query(self, parameters)
+
+    def rows(self, session: Session | Connection, parameters: Mapping[str, Any]) -> Sequence[Any]:
+        """Execute the statement in the session's transaction and return its rows, if it returns any."""
+        result = session.execute(self._executable, parameters)
+        if self._entity is not None:
+            return result.scalars().all()
+        return result.all() if result.returns_rows else ()  # type: ignore[attr-defined] # of every cursor's result
+
+    @cached_property
+    def driver_sql(self) -> str:
+        """The statement as psycopg takes it, without a semicolon or a line break at its end."""
+        return str(text(self._with(self._fields)).compile(dialect=_DIALECT)).strip()
+
+    @cached_property
+    def _executable(self) -> Executable:
+        plain = text(self._with(None))
+        if self._entity is None:
+            return plain
+        found = select(self._entity).from_statement(plain.columns(*self._entity.__table__.columns))
+        return found.execution_options(populate_existing=True)
+
+    def _with(self, fields: Sequence[str] | None) -> str:
+        if self._entity is None:
+            return self._sql
+        table = self._entity.__table__
+        names = fields or [column.name for column in table.columns]
+        return self._sql.replace(COLUMNS, ", ".join(f"{self._entity.__tablename__}.{name}" for name in names))
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """A statement and its parameters."""
+
+    statement: Statement
+    parameters: Mapping[str, Any]
+
+
+Steps: TypeAlias = Generator[Query, Sequence[Any], T]
+"""A rule under way: it yields queries, receives their rows, and returns its result."""
+
+
+def run(session: Session | Connection, steps: Steps[T]) -> T:
+    """Run the rule in the session's transaction and return its result.
+
+    An error of a query is raised inside the rule, which may handle it.
+    """
+    try:
+        query = next(steps)
+        while True:
+            try:
+                rows = query.statement.rows(session, query.parameters)
+            except Exception as error:  # noqa: BLE001 - raised in the rule, and from there to the caller
+                query = steps.throw(error)
+            else:
+                query = steps.send(rows)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+class Rule(Generic[P, T]):
+    """A rule that a session runs when it is called; `steps` is for other rules, and for the event loop."""
+
+    def __init__(self, steps: Callable[P, Steps[T]]) -> None:
+        """Take the generator function."""
+        self.steps = steps
+        update_wrapper(self, steps)
+
+    def __call__(self, session: Session | Connection, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run the rule in the session's transaction."""
+        return run(session, self.steps(*args, **kwargs))

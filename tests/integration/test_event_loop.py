@@ -1,0 +1,157 @@
+"""The database of an event loop: the sessions, errors and transactions of the engines, by the driver alone."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+import pytest
+
+from followups import event_loop
+from followups.database_errors import is_passing, is_read_only
+from followups.event_loop import Database
+from followups.session_settings import SESSION
+from followups.statements import Statement
+from followups.store import sending_hours
+from foreign import HOSTILE, read_only, set_defaults, whatever_it_is
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from followups.statements import Steps
+    from world import World
+
+SESSIONS = 3
+NAMES = Statement("""
+    SELECT name, current_setting(name, true) AS value FROM unnest(CAST(:names AS text[])) AS wanted (name)
+""")
+RENAME = Statement("UPDATE workspaces SET name = name || :more RETURNING name")
+
+
+@asynccontextmanager
+async def database(url: str, size: int = SESSIONS, limit: float = 10) -> AsyncIterator[Database]:
+    """Make a database for this loop, and close it at the end."""
+    made = Database(url, pool_size=size, application_name="tests", statement_timeout=timedelta(seconds=limit))
+    yield made
+    await made.close()
+
+
+async def fetch(of: Database, statement: Statement, **parameters: Any) -> Any:
+    """Execute a statement in a transaction of its own; return its rows."""
+
+    def steps() -> Steps[Any]:
+        return (yield statement(**parameters))
+
+    async with of.transaction() as connection:
+        return await event_loop.run(connection, steps())
+
+
+async def fail_after_rename(of: Database) -> None:
+    """Change a row, and then fail."""
+    async with of.transaction() as connection:
+        await event_loop.rows_of(connection, RENAME.driver_sql, {"more": "-"})
+        raise RuntimeError
+
+
+async def fill(of: Database) -> None:
+    """Fill the pool with open sessions, each of which has been used."""
+    together = asyncio.Barrier(SESSIONS)
+
+    async def use() -> None:
+        async with of.reading() as connection:
+            await together.wait()
+            await event_loop.rows_of(connection, "SELECT 1", {})
+
+    await asyncio.gather(*(use() for _ in range(SESSIONS)))
+
+
+async def test_settings(database_url: str) -> None:
+    """Sessions have the settings of all our sessions, whatever the server's defaults."""
+    set_defaults(database_url, HOSTILE)
+    async with database(database_url) as mine:
+        rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])
+    found = {row.name: row.value for row in rows if row.value is not None}
+    own = {"transaction_isolation": "read committed", "statement_timeout": "10s"}
+    assert found == own | {name: value for name, value in SESSION.items() if name in found}
+
+
+async def test_transactions(world: World, database_url: str) -> None:
+    """A transaction is committed at its end, and rolled back after an error; the connection serves the next one."""
+    name = world.scalar("SELECT name FROM workspaces")
+    async with database(database_url, size=1) as mine:
+        await fetch(mine, RENAME, more="+")
+        with pytest.raises(RuntimeError):
+            await fail_after_rename(mine)
+        with pytest.raises(psycopg.errors.DivisionByZero):
+            await fetch(mine, Statement("SELECT 1 / 0"))
+        assert [row.name for row in await fetch(mine, Statement("SELECT name FROM workspaces"))] == [f"{name}+"]
+
+
+async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) -> None:
+    """A reader opens no transaction, so that nothing is left to end."""
+    async with database(database_url, size=1) as mine:
+        async with mine.reading() as connection:
+            await event_loop.rows_of(connection, "SELECT 1", {})
+            assert connection.info.transaction_status == psycopg.pq.TransactionStatus.IDLE
+        async with mine.transaction() as connection:
+            await event_loop.rows_of(connection, "SELECT 1", {})
+            assert connection.info.transaction_status == psycopg.pq.TransactionStatus.INTRANS
+
+
+async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
+    """A task that is cancelled while the server works costs its connection, and none of the next one's time."""
+    async with database(database_url, size=1) as mine:
+        task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
+        sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
+        await asyncio.to_thread(wait_until, lambda: world.scalar(sleeping))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert await fetch(mine, Statement("SELECT 1 AS one"))
+
+
+async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
+    """The first refused write drops all sessions of the pool, so that the next ones succeed."""
+    assert world
+    async with database(whatever_it_is(database_url)) as mine:
+        with read_only(database_url):
+            await fill(mine)
+        with pytest.raises(psycopg.Error) as refused:
+            await fetch(mine, RENAME, more="+")
+        assert is_read_only(refused.value)
+        assert is_passing(refused.value)
+        for _ in range(SESSIONS):
+            await fetch(mine, RENAME, more="+")
+
+
+async def test_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
+    """After the first lost connection the others, which the same server has closed, are opened anew."""
+    async with database(database_url) as mine:
+        await fill(mine)
+        world.scalar("""
+            SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+             WHERE datname = current_database() AND application_name = 'tests'
+        """)
+        with pytest.raises(psycopg.OperationalError) as lost:
+            await fetch(mine, RENAME, more="+")
+        assert is_passing(lost.value)
+        for _ in range(SESSIONS):
+            await fetch(mine, RENAME, more="+")
+
+
+async def test_unreachable() -> None:
+    """A server that cannot be reached is told at once."""
+    async with database("postgresql://nobody@127.0.0.1:9/nothing") as mine:
+        with pytest.raises(psycopg.OperationalError) as unreachable:
+            await fetch(mine, Statement("SELECT 1"))
+        assert is_passing(unreachable.value)
+
+
+async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
+    """A rule gets the same from both: here, no sending hours."""
+    async with database(database_url) as mine, mine.reading() as connection:
+        assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

@@ -1,0 +1,195 @@
+"""`followups.schedule_many`: many follow-ups of a workspace in one transaction, all or none."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.orm import Session
+
+import followups
+from followups.errors import (
+    ChatNotFoundError,
+    InvalidRequestError,
+    NothingToFollowUpError,
+    OutsideMessagingWindowError,
+    SomeRefusedError,
+    TooManyPendingError,
+    TransactionError,
+)
+from followups.store import chats
+from followups.store.chats import Role
+from followups.store.follow_ups import MOST_PENDING
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from followups import FollowUp, Planned
+    from world import World
+
+DUE = datetime.now(UTC) + timedelta(days=1)
+
+
+def schedule_many(world: World, planned: Sequence[Planned]) -> list[FollowUp]:
+    """Schedule them in a transaction of their own."""
+    with Session(world.engine, expire_on_commit=False) as session, session.begin():
+        return followups.schedule_many(session, workspace_id=world.workspace_id, planned=planned)
+
+
+def planned(chat_id: UUID, message: str = "?", due: datetime = DUE) -> Planned:
+    """Return what to schedule."""
+    return followups.Planned(chat_id, message, due)
+
+
+def test_rows_in_the_order_given(world: World) -> None:
+    """Each becomes a pending row, triggered by its chat's last message; several may be in one chat."""
+    one, other = world.chat(), world.chat()
+    created = schedule_many(world, [planned(other, "a"), planned(one, "b"), planned(other, "c")])
+    assert [(row.message, row.chat_id, row.status) for row in created] == [
+        ("a", other, "pending"),
+        ("b", one, "pending"),
+        ("c", other, "pending"),
+    ]
+    alone = followups.schedule
+    with Session(world.engine) as session, session.begin():
+        twin = alone(session, workspace_id=world.workspace_id, chat_id=other, message="a", due_date=DUE)
+        mine = world.row(created[0].id)
+        assert mine.trigger_chat_message_id == twin.trigger_chat_message_id
+        assert (mine.due_date, mine.lease_token, mine.attempts) == (twin.due_date, 0, 0)
+    assert schedule_many(world, []) == []
+
+
+def test_refused_by_index(world: World) -> None:
+    """If some are refused, none is created, and the error has each one's own error by its index."""
+    good, windowed = world.chat(), world.chat()
+    world.sql("UPDATE chats SET channel = 'whatsapp' WHERE id = :id", id=windowed)
+    replied = world.chat()
+    with Session(world.engine) as session, session.begin():
+        chats.receive(session, world.workspace_id, message_id=uuid4(), chat_id=replied, role=Role.USER, created_at=None)
+    with pytest.raises(SomeRefusedError, match="6 of 8 follow-ups cannot be scheduled") as refused:
+        schedule_many(
+            world,
+            [
+                planned(good),
+                planned(uuid4()),
+                planned(replied),
+                planned(windowed),
+                planned(good, ""),
+                planned(good, "\x00"),
+                planned(good, due=datetime(2030, 1, 1)),  # noqa: DTZ001 - that is the point
+                planned(good),
+            ],
+        )
+    assert {index: type(error) for index, error in refused.value.refused.items()} == {
+        1: ChatNotFoundError,
+        2: NothingToFollowUpError,
+        3: OutsideMessagingWindowError,
+        4: InvalidRequestError,
+        5: InvalidRequestError,
+        6: InvalidRequestError,
+    }
+    assert "[1] The chat was not found." in str(refused.value)
+    assert world.rows() == []
+
+
+def test_full_chat(world: World) -> None:
+    """A chat takes no more than its limit, whether the others were there before or are scheduled with it."""
+    full = world.full_chat()
+    with pytest.raises(SomeRefusedError) as refused:
+        schedule_many(world, [planned(world.chat()), planned(full)])
+    assert {index: type(error) for index, error in refused.value.refused.items()} == {1: TooManyPendingError}
+    empty = world.chat()
+    with pytest.raises(SomeRefusedError, match="1 of 10,001") as refused:
+        schedule_many(world, [planned(empty)] * (MOST_PENDING + 1))
+    assert list(refused.value.refused) == [MOST_PENDING]
+
+
+def test_another_workspaces_chat(world: World) -> None:
+    """A chat of another workspace does not exist."""
+    from world import World as Another  # noqa: PLC0415 - the fixture has its name
+
+    with pytest.raises(SomeRefusedError) as refused:
+        schedule_many(world, [planned(Another(world.engine).chat())])
+    assert type(refused.value.refused[0]) is ChatNotFoundError
+
+
+def test_one_statement_a_kind(world: World) -> None:
+    """A thousand follow-ups take no more statements than one, and less than a second."""
+    targets = [world.chat() for _ in range(20)]
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    event.listen(world.engine, "before_cursor_execute", note)
+    counts = []
+    for number in (1, 1000):
+        statements.clear()
+        begun = time.perf_counter()
+        schedule_many(world, [planned(targets[each % 20]) for each in range(number)])
+        counts.append(len(statements))
+    event.remove(world.engine, "before_cursor_execute", note)
+    assert counts[0] == counts[1] <= 4
+    print(f"schedule_many: {1000 / (time.perf_counter() - begun):.0f} follow-ups/s")  # noqa: T201 - the figure
+    assert world.scalar("SELECT count(*) FROM follow_ups") == 1001
+
+
+def test_locks_in_ascending_order(world: World) -> None:
+    """Two transactions that schedule into the same chats in opposite orders do not deadlock."""
+    targets = [world.chat() for _ in range(10)]
+    errors: list[Exception] = []
+
+    def repeat(order: list[UUID]) -> None:
+        try:
+            for _ in range(20):
+                schedule_many(world, [planned(chat_id) for chat_id in order])
+        except Exception as error:  # noqa: BLE001 - shown below
+            errors.append(error)
+
+    threads = [threading.Thread(target=repeat, args=(order,)) for order in (targets, targets[::-1])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+
+
+def test_beside_a_reply(world: World) -> None:
+    """A reply that comes meanwhile waits, and cancels what was scheduled."""
+    chat_id = world.chat()
+    replies: list[chats.Received] = []
+
+    def reply() -> None:
+        with Session(world.engine) as session, session.begin():
+            replies.append(
+                chats.receive(
+                    session, world.workspace_id, message_id=uuid4(), chat_id=chat_id, role=Role.USER, created_at=None
+                )
+            )
+
+    with Session(world.engine) as session:
+        created = followups.schedule_many(session, workspace_id=world.workspace_id, planned=[planned(chat_id)])
+        ids = tuple(row.id for row in created)
+        thread = threading.Thread(target=reply)
+        thread.start()
+        waiting = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
+        wait_until(lambda: world.scalar(waiting))
+        session.commit()
+        thread.join()
+    assert replies[0].cancelled == ids
+
+
+def test_stricter_isolation_is_refused(world: World) -> None:
+    """A transaction at another isolation level is refused, as by `schedule`."""
+    strict = world.engine.execution_options(isolation_level="SERIALIZABLE")
+    with Session(strict) as session, pytest.raises(TransactionError):
+        followups.schedule_many(session, workspace_id=world.workspace_id, planned=[planned(world.chat())])
