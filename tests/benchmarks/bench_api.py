@@ -29,6 +29,7 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.api.app import POOL_SIZE
+from followups.api.listening import listen
 from followups.api.server import serve
 from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
@@ -316,6 +317,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--bare"]:
-        serve(bare_app(), "127.0.0.1", int(sys.argv[2]))
+        serve(bare_app(), [listen("127.0.0.1", int(sys.argv[2]))])
     else:
         main()
