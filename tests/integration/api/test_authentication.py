@@ -23,6 +23,7 @@ def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[st
     bodies: dict[str, dict[str, Any]] = {
         "createFollowUp": {"chatId": mine["chatId"], "dueDate": in_days(1), "message": "?"},
         "changeFollowUp": {"message": "changed"},
+        "createConsoleLink": {"role": "agent", "chatId": mine["chatId"]},
         "putChat": {"channel": "widget", "externalId": "stolen"},
         "receiveChatMessage": {"id": str(uuid4()), "chatId": mine["chatId"], "role": "user"},
     }
@@ -33,7 +34,7 @@ def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[st
                 body = bodies.get(operation["operationId"])
                 place = path.replace("{id}", mine["id"]).replace("{chatId}", mine["chatId"])
                 found.append((method, place, {"json": body} if body else {}))
-    assert len(found) == 7
+    assert len(found) == 8
     return found
 
 
