@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import func, select
 
-from followups import scheduling
+from followups import checks, scheduling
 from followups.console import actors, consequences
 from followups.console.access import Action as Doing
 from followups.console.zones import AmbiguousTimeError, Zone
@@ -126,7 +126,7 @@ def cancel(visit: Visit) -> Response:
             raise AlreadyFinishedError
         changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
         actors.record(visit, session, Action.FOLLOW_UP_ENDED, found.workspace_id, found.id, status="cancelled")
-        ends.append((changed.id, scheduling.final_of(Status.CANCELLED, typed.reason or None)))
+        ends.append((changed.id, checks.final_of(Status.CANCELLED, typed.reason or None)))
         return changed
 
     ends: list[tuple[UUID, Final]] = []
