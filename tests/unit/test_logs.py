@@ -12,7 +12,7 @@ import sys
 import warnings
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
 import structlog
@@ -306,3 +306,17 @@ def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> 
     line = capsys.readouterr().err
     assert line.isascii()
     assert json.loads(line)["reason"] == "\x9b31m \u202e \x7f"
+
+
+@pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u2028", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
+def test_a_collected_line_is_json_whatever_its_fields_hold(value: object, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each field is read back as it was; what JSON has no word for is its text."""
+    configure_logging("json", "info")
+    lines = Lines("y")
+    lines.info("e", field=value)
+    lines.info("e")
+    lines.flush()
+    first, second = _lines(capsys)
+    assert first.pop("timestamp") <= second.pop("timestamp")
+    assert first == {**second, "field": str(value) if isinstance(value, UUID) else value}
+    assert second == {"level": "info", "logger": "y", "event": "e"}

@@ -10,14 +10,17 @@ import json
 import logging
 import os
 import sys
+import time
 from collections import deque
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import structlog
 from structlog.stdlib import ProcessorFormatter
 
+from followups.json_pairs import json_pairs
 from followups.telemetry.escaping import escape, escape_json
 from followups.telemetry.redaction import redact
 
@@ -42,18 +45,29 @@ SHARED: list[Processor] = [
 ]
 
 
-def _json_line(logger: Lines, method: str, event: EventDict) -> str:
-    now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+def _json_line(logger: str, event: EventDict) -> str:
     bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve any
-    head = {"timestamp": now, "level": method, "logger": logger.name, "event": event["event"]}
-    return ENCODER.encode({**head, **bound, **event})
+    if bound:
+        event = {"event": event["event"], **bound, **event}
+    return f'{{"timestamp":"{_now()}","level":"info","logger":"{logger}",{json_pairs(event)}}}'
+
+
+def _now() -> str:
+    seconds, microseconds = divmod(time.time_ns() // 1000, 1_000_000)
+    return f"{_second(seconds)}.{microseconds:06d}Z"
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")
 
 
 class _Configured:
     """The latest arguments of `configure_logging`, for `Lines`."""
 
     level = logging.INFO
-    steps: ClassVar[list[Processor]] = [_json_line]
+    console_steps: ClassVar[list[Processor]] = []
+    """Empty where lines are JSON."""
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
@@ -71,7 +85,7 @@ def configure_logging(settings_format: Literal["json", "console"] | None, level:
         *((_escape, _console(colours=on_terminal)) if console else (render_json,)),
     ]
     _Configured.level = LEVELS[level]
-    _Configured.steps = [*SHARED, *finish] if console else [_json_line]
+    _Configured.console_steps = [*SHARED, *finish] if console else []
     structlog.configure(
         processors=[*SHARED, *finish],
         wrapper_class=structlog.make_filtering_bound_logger(LEVELS[level]),
@@ -105,7 +119,10 @@ class Lines:
         if _Configured.level > logging.INFO:
             return
         line: Any = {"event": event, **fields}
-        for step in _Configured.steps:
+        if not _Configured.console_steps:
+            self._finished.append(_json_line(self.name, line))
+            return
+        for step in _Configured.console_steps:
             line = step(self, "info", line)
         self._finished.append(line)
 

@@ -7,7 +7,6 @@ The line between "try again" and "unknown" is whether any part of the request ca
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 import pycurl
 
 from followups.errors import FollowUpsError
+from followups.json_pairs import json_pairs
 from followups.settings import hide_password
 from followups.transports.answers import Dialect, outcome_of
 from followups.transports.curl_loop import CLOSED, CurlLoop
@@ -46,9 +46,6 @@ HEADERS = {
 }
 """Headers of every request. By default libcurl would ask for permission (Expect) before it sends a body of a MiB."""
 
-# UTF-8, not \u escapes: these treble most alphabets, and receivers limit the size of a body.
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
 _REASONS = {
     CLOSED: "it was closed here",
     pycurl.E_ABORTED_BY_CALLBACK: "it ended, or the receiver spoke, before the request",
@@ -70,7 +67,7 @@ _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
 
 def encode_json(document: Mapping[str, object]) -> bytes:
     """Return JSON in UTF-8, compact; what UTF-8 cannot hold (half a surrogate pair) becomes a question mark."""
-    return _ENCODER.encode(document).encode(errors="replace")
+    return f"{{{json_pairs(document)}}}".encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import select
 import socket
-from collections import Counter
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ class Sockets:
         """Allow the receiver to send first on a new connection if ``speak_first``, as it does below TLS."""
         self._speak_first = speak_first
         self._known: dict[Address, select.poll] = {}
-        self._calls: Counter[Address] = Counter()
+        self._calls: dict[Address, int] = {}
 
     def clear(self) -> None:
         """Forget all sockets."""
@@ -60,13 +59,13 @@ class Sockets:
 
     def begin(self, address: Address) -> None:
         """Count a call in flight on this connection; only with HTTP/2 there are several at once."""
-        self._calls[address] += 1
+        self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
         """Count a call in flight no more."""
-        self._calls[address] -= 1
-        if not self._calls[address]:
-            del self._calls[address]
+        left = self._calls.pop(address) - 1
+        if left:
+            self._calls[address] = left
 
     def distrust(self, address: Address) -> None:
         """Let no further request be sent on this connection."""
@@ -88,7 +87,7 @@ class Sockets:
         if address not in self._known:
             return False
         seen = self._known[address].poll(0)
-        return not seen or (seen[0][1] == select.POLLIN and self._calls[address] > 0)
+        return not seen or (seen[0][1] == select.POLLIN and address in self._calls)
 
 
 def _port(number: int) -> int:

@@ -1,0 +1,23 @@
+"""Flat JSON objects, quickly: the encoder takes 2 us to start on anything but a string."""
+
+from __future__ import annotations
+
+import json
+from types import NoneType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+# UTF-8, not \u escapes: these treble most alphabets, and receivers limit the size of a body.
+_ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
+_QUICK: dict[type, Callable[[Any], str]] = {int: repr, float: repr, NoneType: lambda _: "null"}
+
+
+def json_pairs(document: Mapping[str, object]) -> str:
+    """Return the members of an object, without its braces; whatever JSON has no word for is written as a string.
+
+    >>> json_pairs({"attempt": 1, "outcome": "sent", "code": None})
+    '"attempt":1,"outcome":"sent","code":null'
+    """
+    return ",".join([f'"{name}":{_QUICK.get(type(value), _ENCODER.encode)(value)}' for name, value in document.items()])
