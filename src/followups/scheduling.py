@@ -288,7 +288,7 @@ def _amend_pending(found: FollowUp, fresh: Mapping[str, Any], chat: Chat | None)
     if changed is None:
         raise DeliveryInProgressError
     if fresh.keys() & {"due_date", "chat_id", "status"}:
-        yield from chat_order.wake.steps([found.id])
+        yield from chat_order.unblock.steps([found.id])
     return changed
 
 

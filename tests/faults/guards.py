@@ -46,9 +46,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
+    from followups.delivery.begin import Begun
     from followups.delivery.claim import Claim
     from followups.settings import Settings
-    from followups.store.leases import Begun, Lease
+    from followups.store.leases import Lease
     from followups.transports.port import Outcome
 
 
@@ -405,7 +406,7 @@ def parked_behind_an_end(scene: Scene) -> None:
 def put_off(scene: Scene, lease: Lease) -> None:
     """Put a leased one off, as a rate limit does."""
     with scene.engine.begin() as connection:
-        rate_limits.put_off_if_leased(connection, [(lease, timedelta(minutes=1))])
+        rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 
 
 def stale_put_off(scene: Scene) -> None:
@@ -449,7 +450,7 @@ def forgotten(scene: Scene) -> None:
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
     with scene.engine.begin() as connection:
-        chat_order.wake_forgotten(connection)
+        chat_order.unblock_forgotten(connection)
     expect(scene.world.row(later.id).waits_for is None, "what was forgotten is found")
 
 

@@ -26,8 +26,8 @@ from followups.uptime import uptime
 if TYPE_CHECKING:
     from uuid import UUID
 
+    from followups.delivery.begin import Begun
     from followups.settings import Settings
-    from followups.store.leases import Begun
     from world import World
 
 LATER = "UPDATE follow_ups SET next_attempt_at = now() + interval '1 h' WHERE id = :id AND status = 'pending'"

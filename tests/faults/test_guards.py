@@ -13,11 +13,11 @@ from sqlalchemy.exc import IntegrityError
 
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
+from followups.delivery.begin import Begun
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import send
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
-from followups.store.leases import Begun
-from followups.transports.port import Sent
+from followups.transports.port import Delivery, Sent
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
     from followups.settings import Settings
     from followups.store.leases import Lease
-    from followups.transports.port import Delivery
     from world import World
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
@@ -232,7 +231,8 @@ class Hasty(DatabaseClock):
 
 def begun_of(lease: Lease) -> Begun:
     """Return a lease as an attempt that has begun."""
-    return Begun(lease, uuid4(), uuid4(), "api", None, uuid4(), "Still there?", lease.due, 1, 0)
+    delivery = Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "Still there?", lease.due, 1)
+    return Begun(lease, delivery, 0)
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:

@@ -8,7 +8,7 @@ import pytest
 
 from faults.rig import rows_of
 from followups.delivery.claim import MAX_LOSSES
-from followups.delivery.due_queue import SUSPECTS
+from followups.delivery.slots import POISON_PILLS
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
         neighbours_sent=verdict.ended["sent"],
         neighbours_by_losses={str(losses): count for losses, count in lost},
     )
-    assert sum(count for losses, count in lost if losses > 1) < SUSPECTS
+    assert sum(count for losses, count in lost if losses > 1) < POISON_PILLS
 
 
 def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:

@@ -13,12 +13,10 @@ import pytest
 import redis
 
 from followups.database import make_async_engine
-from followups.delivery import breaker
-from followups.delivery.breaker import CLOSED, Breaker, News, Reading, Run
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
-from followups.flow_control import breaker as shared
-from followups.flow_control.breaker import Pace, RedisBreaker, read
+from followups.flow_control import breaker
+from followups.flow_control.breaker import CLOSED, Breaker, BreakerStore, News, Reading, RecoveryPolicy, Run, read
 from followups.session_settings import ONCE_PLANNED
 from followups.telemetry import metrics
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
@@ -36,9 +34,9 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery, Outcome
 
 FAILURES = 5
-LANE, OTHER = 1, 2
-"""Numbers of workspaces."""
-QUICK = Pace(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
+KEY, OTHER = 1, 2
+"""Keys of workspaces."""
+QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
@@ -53,11 +51,11 @@ def ids(count: int) -> list[UUID]:
     return [uuid4() for _ in range(count)]
 
 
-def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: Pace = QUICK) -> None:
+def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy: RecoveryPolicy = QUICK) -> None:
     """Run a script over the store, and close it."""
 
     async def main() -> None:
-        store = RedisBreaker(own, "http", pace)
+        store = BreakerStore(own, "http", policy)
         try:
             await script(store)
         finally:
@@ -66,15 +64,15 @@ def run(own: Settings, script: Callable[[RedisBreaker], Awaitable[None]], pace: 
     asyncio.run(main())
 
 
-async def told(store: RedisBreaker, failed: list[UUID], wanted: int, *, succeeded: bool, lane: int = LANE) -> Reading:
+async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
     """Report outcomes of one workspace; return the state without the held workspaces, which are checked here."""
-    runs = (Run(lane, len(failed), anew=succeeded),) if failed or succeeded else ()
+    runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
-    assert reading.state != CLOSED or not reading.held
-    return replace(reading, held=frozenset())
+    assert reading.state != CLOSED or not reading.tripped
+    return replace(reading, tripped=frozenset())
 
 
-async def opened(store: RedisBreaker) -> None:
+async def opened(store: BreakerStore) -> None:
     """Open it."""
     assert await told(store, ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
 
@@ -82,14 +80,14 @@ async def opened(store: RedisBreaker) -> None:
 def test_opens_for_many_in_a_row(own: Settings) -> None:
     """Different follow-ups failing in a row open it, whichever workers report them; one that fails often does not."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES * 2):
             assert (await told(store, [one], 0, succeeded=False)).state == CLOSED
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED  # the row starts again
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
-        other = RedisBreaker(own, "http", QUICK)
+        other = BreakerStore(own, "http", QUICK)
         assert await told(other, ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
         await other.close()
         assert await told(store, [], 7, succeeded=False) == Reading("open")
@@ -100,7 +98,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 def test_probes_then_recovers(own: Settings) -> None:
     """After a pause a few may begin; one that fails closes the door again, for longer; one that succeeds opens it."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
         assert await told(store, [], 0, succeeded=False) == Reading("open")  # nothing waits
@@ -119,7 +117,7 @@ def test_probes_then_recovers(own: Settings) -> None:
 def test_comes_back_gently(own: Settings) -> None:
     """While it recovers no more begin than its growing rate allows, and in the end all may begin."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         await told(store, [], 0, succeeded=True)
         started, granted, reading = time.monotonic(), 0, Reading("recovering")
@@ -140,7 +138,7 @@ def test_comes_back_gently(own: Settings) -> None:
 def test_fails_again(own: Settings) -> None:
     """While it recovers fewer in a row leave it alone again than at first."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         await told(store, [], 0, succeeded=True)
         assert (await told(store, ids(2), 10, succeeded=False)).state == "recovering"
@@ -155,7 +153,7 @@ def test_fails_again(own: Settings) -> None:
 def test_probes_that_never_end(own: Settings) -> None:
     """Where the probes' outcomes do not come, because their worker died, others may try."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
         assert (await told(store, [], 10, succeeded=False)).permits == 2
@@ -165,47 +163,47 @@ def test_probes_that_never_end(own: Settings) -> None:
     run(own, script)
 
 
-async def held(store: RedisBreaker) -> frozenset[int]:
-    """Return the lanes that the breaker holds."""
-    return (await store.report(News(), 0)).held
+async def tripped(store: BreakerStore) -> frozenset[int]:
+    """Return the keys that the breaker holds."""
+    return (await store.report(News(), 0)).tripped
 
 
-def test_who_is_held(own: Settings) -> None:
-    """The breaker holds the workspaces whose last attempts failed.
+def test_which_are_tripped(own: Settings) -> None:
+    """The breaker trips for the workspaces whose last attempts failed.
 
     A workspace that has succeeded is released when the breaker opens again.
     """
 
-    async def script(store: RedisBreaker) -> None:
-        await told(store, ids(FAILURES - 1), 0, succeeded=False, lane=OTHER)
+    async def script(store: BreakerStore) -> None:
+        await told(store, ids(FAILURES - 1), 0, succeeded=False, key=OTHER)
         await told(store, ids(1), 0, succeeded=True)
-        await told(store, ids(1), 0, succeeded=False, lane=OTHER)
+        await told(store, ids(1), 0, succeeded=False, key=OTHER)
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert await held(store) == {LANE, OTHER}
-        assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).held == {LANE, OTHER, 3}
-        await told(store, [], 0, succeeded=True, lane=OTHER)
-        assert await held(store) == {LANE, OTHER, 3}  # it recovers gradually, too
+        assert await tripped(store) == {KEY, OTHER}
+        assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).tripped == {KEY, OTHER, 3}
+        await told(store, [], 0, succeeded=True, key=OTHER)
+        assert await tripped(store) == {KEY, OTHER, 3}  # it recovers gradually, too
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert await store.report(News(), 0) == Reading("open", held=frozenset({LANE, 3}))
+        assert await store.report(News(), 0) == Reading("open", tripped=frozenset({KEY, 3}))
 
     run(own, script)
 
 
-def test_few_in_a_row_hold_nobody(own: Settings) -> None:
-    """A workspace is held from its fifth failure in a row; a success ends the row.
+def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
+    """A workspace is tripped from its fifth failure in a row; a success ends the row.
 
     Failures before the breaker opens count like those after.
     """
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES - 1):
-            await told(store, [one], 0, succeeded=False, lane=OTHER)
+            await told(store, [one], 0, succeeded=False, key=OTHER)
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert await held(store) == {LANE}
+        assert await tripped(store) == {KEY}
         for anew in (True, False, False, False):
-            assert (await store.report(News(runs=(Run(OTHER, 1, anew=anew),)), 0)).held == {LANE}
-        assert (await store.report(News(runs=(Run(OTHER, 1, anew=False),)), 0)).held == {LANE, OTHER}
+            assert (await store.report(News(runs=(Run(OTHER, 1, anew=anew),)), 0)).tripped == {KEY}
+        assert (await store.report(News(runs=(Run(OTHER, 1, anew=False),)), 0)).tripped == {KEY, OTHER}
 
     run(own, script)
 
@@ -213,9 +211,9 @@ def test_few_in_a_row_hold_nobody(own: Settings) -> None:
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
     """If few attempts are allowed, fewer failures in a row are enough to hold a workspace."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
-        assert (await store.report(News(runs=(Run(OTHER, 2, anew=False),)), 0)).held == {LANE, OTHER}
+        assert (await store.report(News(runs=(Run(OTHER, 2, anew=False),)), 0)).tripped == {KEY, OTHER}
 
     run(own.model_copy(update={"max_attempts": 3}), script)
 
@@ -223,14 +221,14 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
 def test_it_is_not_open_for_nobody(own: Settings) -> None:
     """A breaker that holds no workspace stays closed or closes, since no success could close it."""
 
-    async def script(store: RedisBreaker) -> None:
-        for lane, one in enumerate(ids(FAILURES * 2)):
-            assert (await told(store, [one], 0, succeeded=False, lane=lane)).state == CLOSED
-        await told(store, [], 0, succeeded=True, lane=3)
+    async def script(store: BreakerStore) -> None:
+        for key, one in enumerate(ids(FAILURES * 2)):
+            assert (await told(store, [one], 0, succeeded=False, key=key)).state == CLOSED
+        await told(store, [], 0, succeeded=True, key=3)
         await opened(store)
         await asyncio.sleep(0.06)
         assert (await told(store, [], 10, succeeded=False)).state == "probing"
-        assert (await store.report(News(runs=(Run(LANE, 0, anew=True),)), 0)).state == "probing"
+        assert (await store.report(News(runs=(Run(KEY, 0, anew=True),)), 0)).state == "probing"
         assert (await store.report(News(failed=tuple(ids(1))), 10)) == Reading(CLOSED, changed=True)
 
     run(own, script)
@@ -239,7 +237,7 @@ def test_it_is_not_open_for_nobody(own: Settings) -> None:
 @pytest.fixture
 def clock(own: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
     """Return the clock of Redis."""
-    clock = ServerClock(own.broker_url.get_secret_value(), monkeypatch, shared)
+    clock = ServerClock(own.broker_url.get_secret_value(), monkeypatch, breaker)
     yield clock
     clock.close()
 
@@ -251,7 +249,7 @@ DAY = 86_400.0
 def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, step: float) -> None:
     """If the clock of Redis is set back or forward, a probe still follows within the longest pause."""
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         clock.go_on(step)
         waited = 0.0
@@ -272,9 +270,9 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
     """A step of the clock neither ends the recovery at once nor delays it."""
-    pace = replace(QUICK, first_rate=10, last_rate=10_000)
+    policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
-    async def script(store: RedisBreaker) -> None:
+    async def script(store: BreakerStore) -> None:
         await opened(store)
         await told(store, [], 0, succeeded=True)
         clock.go_on(1)
@@ -288,7 +286,7 @@ def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, s
             seconds += 1
         assert 6 <= seconds <= 10
 
-    run(own, script, pace)
+    run(own, script, policy)
 
 
 def client(own: Settings) -> redis.Redis:
@@ -302,18 +300,18 @@ def test_what_begins_when_it_has_opened(own: Settings) -> None:
     class Open:
         async def report(self, news: News, wanted: int) -> Reading:
             del news, wanted
-            return Reading("open", held=frozenset({LANE}))
+            return Reading("open", tripped=frozenset({KEY}))
 
         async def close(self) -> None: ...
 
     async def script() -> None:
         door = Breaker(Open(), "http", own.breaker_failures)
         told = asyncio.Event()
-        informing = asyncio.create_task(door.keep_informed(lambda: 0, told.set))
+        informing = asyncio.create_task(door.run(lambda: 0, told.set))
         await told.wait()
-        door.spend([LANE] * 200)
+        door.spend([KEY] * 200)
         assert door.permits == 0
-        assert door.held == {LANE}
+        assert door.tripped == {KEY}
         informing.cancel()
         await asyncio.wait([informing])
 
@@ -349,9 +347,9 @@ def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
     """Return a function that starts a pipeline over a transport with a breaker; it is drained in the end."""
     pipelines: list[Pipeline] = []
 
-    def start(own: Settings, transport: Any, pace: Pace = QUICK) -> Pipeline:
+    def start(own: Settings, transport: Any, policy: RecoveryPolicy = QUICK) -> Pipeline:
         engine = make_async_engine(database_url, options=ONCE_PLANNED)
-        pipeline = Pipeline(own, engine, transport, breaker_store=RedisBreaker(own, "http", pace))
+        pipeline = Pipeline(own, engine, transport, breaker_store=BreakerStore(own, "http", policy))
         pipeline.start()
         pipelines.append(pipeline)
         return pipeline
@@ -362,7 +360,7 @@ def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
 
 
 CONCURRENCY = 8
-SLOWLY = Pace(first_pause=600, longest_pause=600)
+SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 
 
 @pytest.mark.parametrize("outcome", [Retry("HTTP 500", status_code=500), Unknown("no answer within 10 s")])

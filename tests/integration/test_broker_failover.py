@@ -12,11 +12,9 @@ import pytest
 import redis
 
 from followups.api.key_rate_limit import RateLimit
-from followups.delivery.breaker import News
-from followups.delivery.rate_limiting import Bucket, Request
 from followups.embedded import EmbeddedValkey
-from followups.flow_control.breaker import RedisBreaker
-from followups.flow_control.limiter import RedisLimiter
+from followups.flow_control.breaker import BreakerStore, News
+from followups.flow_control.rate_limits import Bucket, Limiter, Request
 from followups.settings import Settings, load_settings
 from followups.worker.broker import App
 from stack import wait_until
@@ -70,12 +68,10 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
     """The limiter and the breaker reconnect."""
     settings, admin = place
-    client: RedisLimiter | RedisBreaker = (
-        RedisLimiter(settings) if kind == "limiter" else RedisBreaker(settings, "http")
-    )
+    client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")
 
     def ask() -> Coroutine[object, object, object]:
-        if isinstance(client, RedisBreaker):
+        if isinstance(client, BreakerStore):
             return client.report(News((uuid4(),)), 0)
         return client.ask([Request(uuid4(), MOMENT, (Bucket("all", 1000, 1000),))], [])
 

@@ -20,11 +20,11 @@ from followups.delivery.claim import claim
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.pipeline import Pipeline
-from followups.delivery.rate_limiting import LONGEST
-from followups.flow_control.breaker import Pace, RedisBreaker, read
+from followups.flow_control.breaker import BreakerStore, RecoveryPolicy, read
+from followups.flow_control.rate_limits import LONGEST
 from followups.session_settings import ONCE_PLANNED
 from followups.store import rate_limits
-from followups.store.leases import lane_of
+from followups.store.leases import key_of
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 from world import World
@@ -43,8 +43,8 @@ SECOND = timedelta(seconds=1)
 CONCURRENCY = 4
 WINDOW = 64
 OVERDUE = 200
-FOR_LONG = Pace(first_pause=600, longest_pause=600)
-QUICK = Pace(first_pause=0.05, longest_pause=0.2, first_rate=20, last_rate=200)
+FOR_LONG = RecoveryPolicy(first_pause=600, longest_pause=600)
+QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, first_rate=20, last_rate=200)
 LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 
@@ -88,7 +88,7 @@ class Chat:
 
 
 @contextmanager
-def worker(own: Settings, engine: Engine, chat: Chat, pace: Pace) -> Iterator[None]:
+def worker(own: Settings, engine: Engine, chat: Chat, policy: RecoveryPolicy) -> Iterator[None]:
     """Run the components of a worker process, with ticks, and drain the pipeline at the end."""
     pipeline: Pipeline
 
@@ -97,7 +97,7 @@ def worker(own: Settings, engine: Engine, chat: Chat, pace: Pace) -> Iterator[No
 
     dispatcher = Dispatcher(own, engine, submit)
     in_loop = make_async_engine(own.database_url.get_secret_value(), options=ONCE_PLANNED)
-    breaker = RedisBreaker(own, "http", pace)
+    breaker = BreakerStore(own, "http", policy)
     pipeline = Pipeline(own, in_loop, chat, nudge=dispatcher.tick, breaker_store=breaker)
     pipeline.start()
     dispatcher.start()
@@ -213,7 +213,9 @@ class TestFreeing:
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
         """Release up to `most` deferred follow-ups of these workspaces, and return how many were released."""
         with engine.begin() as connection:
-            return rate_limits.free_lanes(connection, [lane_of(one.workspace_id) for one in worlds], LONGEST, most)
+            return rate_limits.release_workspaces(
+                connection, [key_of(one.workspace_id) for one in worlds], LONGEST, most
+            )
 
     def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
         """Claim follow-ups, defer each for its number of seconds, and return their ids."""
@@ -221,7 +223,7 @@ class TestFreeing:
         leases = [lease for lease in claim(engine, settings).leases if lease.id in ids]
         with engine.begin() as connection:
             waits = zip(leases, (SECOND * each for each in seconds), strict=True)
-            rate_limits.put_off_if_leased(connection, list(waits))
+            rate_limits.defer_if_leased(connection, list(waits))
         return [lease.id for lease in leases]
 
     def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:

@@ -27,9 +27,10 @@ from stack import wait_until
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
+    from followups.delivery.begin import Begun
     from followups.delivery.hints import Hint
     from followups.settings import Settings
-    from followups.store.leases import Begun, Lease
+    from followups.store.leases import Lease
     from followups.transports.port import Outcome
     from world import World
 
@@ -148,7 +149,7 @@ class TestRecovery:
         follow_up = world.follow_up()
         self.lose(world, engine, settings, follow_up)
         begun = one_begun(engine, settings)
-        assert (begun.attempt, world.row(follow_up).losses) == (1, 1)
+        assert (begun.delivery.attempt, world.row(follow_up).losses) == (1, 1)
         assert [(number, outcome) for number, outcome, _ in world.failures(follow_up)] == [(1, "lost")]
 
     def test_named_where_it_does_not(self, world: World, engine: Engine, settings: Settings) -> None:
@@ -280,9 +281,9 @@ class TestBegin:
             followups.cancel(session, held, reason=None)
             beginning = begin(engine, settings, batch)
             assert [one.lease.id for one in beginning.begun] == [other]
-            assert [lease.id for lease in beginning.again] == [held]
+            assert [lease.id for lease in beginning.locked] == [held]
             session.rollback()
-        assert [one.lease.id for one in begin(engine, settings, beginning.again).begun] == [held]
+        assert [one.lease.id for one in begin(engine, settings, beginning.locked).begun] == [held]
 
 
 class TestOrder:
@@ -297,8 +298,8 @@ class TestOrder:
         assert world.row(second).waits_for == first
         assert claim(engine, settings).leases == ()
         settling = settle(engine, settings, [attempt(beginning.begun[0], Sent())])
-        assert [lease.id for lease in settling.woken] == [second]
-        assert [one.lease.id for one in begin(engine, settings, settling.woken).begun] == [second]
+        assert [lease.id for lease in settling.unblocked] == [second]
+        assert [one.lease.id for one in begin(engine, settings, settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, engine: Engine, settings: Settings) -> None:
         """With one that is refused all that are due behind it are parked, each behind the one before it; not others."""
@@ -314,7 +315,7 @@ class TestOrder:
         while beginning.begun:
             sent += [one.lease.id for one in beginning.begun]
             settling = settle(engine, settings, [attempt(one, Sent()) for one in beginning.begun])
-            beginning = begin(engine, settings, settling.woken)
+            beginning = begin(engine, settings, settling.unblocked)
         assert sent == ids
 
     def test_pile_that_somebody_holds(self, world: World, engine: Engine, settings: Settings) -> None:
@@ -365,7 +366,7 @@ class TestOrder:
         second = world.follow_up(chat, -SECOND)
         early, late = claim(engine, settings).leases
         begin(engine, settings, [late])
-        assert [lease.id for lease in begin(engine, settings, [early]).woken] == [second]
+        assert [lease.id for lease in begin(engine, settings, [early]).unblocked] == [second]
 
     def test_many_behind_one_stuck(self, world: World, engine: Engine, settings: Settings) -> None:
         """Each of many behind a stuck one is refused once, waits for the one before it, and is not scanned again."""
@@ -496,8 +497,8 @@ class TestSettle:
             connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
             settling = settle(engine, settings, results)
             assert [one.id for one in settling.settled] == [other]
-            assert ([one.begun.lease.id for one in settling.held], settling.stale) == ([held], 0)
-        settle(engine, settings, settling.held)
+            assert ([lease.id for lease in settling.locked], settling.stale) == ([held], 0)
+        settle(engine, settings, [one for one in results if one.begun.lease in settling.locked])
         assert world.row(held).status == "sent"
 
     def test_refused_cancel_holds_nothing(self, world: World, engine: Engine, settings: Settings) -> None:
@@ -517,12 +518,12 @@ class TestSettle:
         beginning = begin(engine, settings, claim(engine, settings).leases)
         with Session(engine) as session:
             followups.cancel(session, second, reason=None)
-            assert settle(engine, settings, [attempt(beginning.begun[0], Sent())]).woken == ()
+            assert settle(engine, settings, [attempt(beginning.begun[0], Sent())]).unblocked == ()
             session.rollback()
         assert world.row(first).status == "sent"
         assert claim(engine, settings).leases == ()
         with engine.begin() as connection:
-            assert chat_order.wake_forgotten(connection) == 1
+            assert chat_order.unblock_forgotten(connection) == 1
         assert one_begun(engine, settings).lease.id == second
 
     def test_what_waits_rightly_is_not_woken(self, world: World, engine: Engine, settings: Settings) -> None:
@@ -532,7 +533,7 @@ class TestSettle:
         world.follow_up(chat, -SECOND)
         begin(engine, settings, claim(engine, settings).leases)
         with engine.begin() as connection:
-            assert chat_order.wake_forgotten(connection) == 0
+            assert chat_order.unblock_forgotten(connection) == 0
 
 
 class TestCancelAgainstDeliver:
@@ -635,7 +636,7 @@ def test_losses_are_told_of_what_is_woken(world: World, engine: Engine, settings
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)
     settling = settle(engine, settings, [attempt(one_begun(engine, settings), Sent())])
-    assert [(lease.id, lease.losses) for lease in settling.woken] == [(later, 2)]
+    assert [(lease.id, lease.losses) for lease in settling.unblocked] == [(later, 2)]
 
 
 def test_settle_of_all_kinds_together(world: World, engine: Engine, settings: Settings) -> None:
@@ -670,9 +671,9 @@ def test_settle_of_all_kinds_together(world: World, engine: Engine, settings: Se
         stale: "pending",
         first: "sent",
     }
-    assert [one.begun.lease.id for one in settling.held] == [held]
+    assert [lease.id for lease in settling.locked] == [held]
     assert (len(settling.settled), settling.stale) == (4, 1)
-    assert [lease.id for lease in settling.woken] == [second]
+    assert [lease.id for lease in settling.unblocked] == [second]
     assert [len(world.failures(one)) for one in outcomes] == [1, 0, 1, 0, 0, 0]
 
 

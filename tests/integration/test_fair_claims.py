@@ -16,7 +16,7 @@ from followups.delivery.begin import begin
 from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.hints import leases_of
 from followups.store import claims
-from followups.store.leases import lane_of
+from followups.store.leases import key_of
 from stack import wait_until
 from world import World
 
@@ -48,8 +48,8 @@ def bounded(settings: Settings, window: int) -> Settings:
 
 def shares(claimed: Claim, worlds: list[World]) -> list[int]:
     """Count what each workspace got."""
-    counted = Counter(lease.lane for lease in claimed.leases)
-    return [counted[lane_of(world.workspace_id)] for world in worlds]
+    counted = Counter(lease.key for lease in claimed.leases)
+    return [counted[key_of(world.workspace_id)] for world in worlds]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
-    (lost,) = [id_ for id_, lease in leases.items() if lease.lane == lane_of(quiet.workspace_id)][:1]
+    (lost,) = [id_ for id_, lease in leases.items() if lease.key == key_of(quiet.workspace_id)][:1]
     begin(engine, settings, [leases[lost]])
     quiet.expire(*leases)
     again = claim_fairly(engine, few)
@@ -244,8 +244,8 @@ def test_dispatcher_shares_out_what_it_left(
 
     wait_until(is_full)
     ticking.stop()
-    lanes = Counter(lease.lane for hint in hints for lease in leases_of(*hint))
-    assert [lanes[lane_of(world.workspace_id)] for world in worlds] == [50, 10]
+    keys = Counter(lease.key for hint in hints for lease in leases_of(*hint))
+    assert [keys[key_of(world.workspace_id)] for world in worlds] == [50, 10]
 
 
 def test_a_small_window_that_comes_free_is_filled_at_once(

@@ -12,7 +12,7 @@ import pytest
 from followups.delivery import claim as claiming
 from followups.delivery.claim import claim_fairly, size_of_claim
 from followups.store import claims
-from followups.store.leases import lane_of
+from followups.store.leases import key_of
 from world import World
 
 if TYPE_CHECKING:
@@ -45,8 +45,8 @@ def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyP
         world.sql(LEASE_THE_FIRST, id=world.workspace_id, count=in_flight[-1])
     for _ in range(window // size_of_claim(window) + 1):
         free = min(size_of_claim(window), window - sum(in_flight), sum(due) - sum(in_flight))
-        got = Counter(lease.lane for lease in claim_fairly(engine, few).leases)
-        after = [count + got[lane_of(world.workspace_id)] for count, world in zip(in_flight, worlds, strict=True)]
+        got = Counter(lease.key for lease in claim_fairly(engine, few).leases)
+        after = [count + got[key_of(world.workspace_id)] for count, world in zip(in_flight, worlds, strict=True)]
         assert got.total() == free
         least = min((count for count, all_of_it in zip(after, due, strict=True) if count < all_of_it), default=window)
         assert all(new <= least + 1 for new, old in zip(after, in_flight, strict=True) if new > old)

@@ -11,9 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 from redis.asyncio import Redis
 
-from followups.delivery.rate_limiting import LONGEST, Answer, Bucket, Request
-from followups.flow_control import limiter as shared
-from followups.flow_control.limiter import RedisLimiter
+from followups.flow_control import rate_limits as shared
+from followups.flow_control.rate_limits import LONGEST, Answer, Bucket, Limiter, Request
 from followups.settings import Settings, load_settings
 from followups.telemetry import metrics
 from server_clock import ServerClock
@@ -33,7 +32,7 @@ SLOW = 0.001
 class Place:
     """A limiter on a database of the test's own, with the moments of its grants in microseconds."""
 
-    limiter: RedisLimiter
+    limiter: Limiter
     redis: Redis
     gone: list[int] = field(default_factory=list)
 
@@ -56,7 +55,7 @@ def place_settings(broker_url: str) -> Settings:
 async def place(place_settings: Settings) -> AsyncIterator[Place]:
     """Return a limiter whose buckets are full."""
     client = Redis.from_url(place_settings.broker_url.get_secret_value(), decode_responses=True)
-    place = Place(RedisLimiter(place_settings, PATIENCE), client)
+    place = Place(Limiter(place_settings, PATIENCE), client)
     yield place
     await place.limiter.close()
     await client.aclose()
@@ -99,10 +98,10 @@ async def test_never_faster_than_its_rate(place: Place, rate: float, burst: int)
 async def test_several_at_once(place: Place, place_settings: Settings) -> None:
     """Several workers that ask at once, and give some of it back, are no faster together."""
     limit = bucket(200, 4)
-    others = [RedisLimiter(place_settings, PATIENCE) for _ in range(3)]
+    others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
 
-    async def work(limiter: RedisLimiter, number: int) -> None:
+    async def work(limiter: Limiter, number: int) -> None:
         for since in range(25):
             asked = request(since * 10 + number, limit)
             answer = await limiter.ask([asked], ())
@@ -244,7 +243,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
     """If the clock of Redis is set back or forward, tokens still arrive at their rate, up to a burst."""
-    limiter = RedisLimiter(place_settings, PATIENCE)
+    limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]
     assert (await limiter.ask(waiting[:2], ())).waits == (GO, GO)
@@ -264,7 +263,7 @@ async def test_who_does_not_come_back_when_the_clock_is_set(
     clock: ServerClock, place_settings: Settings, step: timedelta
 ) -> None:
     """A cancelled request delays the next by at most the longest wait, even if the clock is set."""
-    limiter = RedisLimiter(place_settings, PATIENCE)
+    limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     assert (await limiter.ask([request(0, limit)], ())).waits == (GO,)
@@ -314,7 +313,7 @@ async def test_the_line_has_an_end(place: Place) -> None:
 async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
     """If Redis is unreachable all may begin; each is counted, it is logged once, and Redis is not asked for a while."""
     nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
-    limiter = RedisLimiter(nobody)
+    limiter = Limiter(nobody)
     before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way
     limit = bucket(burst=1)
     for _ in range(3):

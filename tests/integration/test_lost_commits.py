@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Beginning
+    from followups.delivery.begin import Step
     from followups.settings import Settings
     from followups.store.leases import Lease
     from followups.transports.port import Outcome
@@ -83,7 +83,7 @@ def ending(place: Place) -> Callable[[], set[UUID]]:
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 
-    def ended(result: Beginning) -> set[UUID]:
+    def ended(result: Step) -> set[UUID]:
         return {row_id for row_id, _ in result.ended}
 
     return lambda: ended(begin(place.world.engine, place.settings, leases))
@@ -103,7 +103,7 @@ def unblocking(place: Place) -> Callable[[], set[UUID]]:
     )
     ended = list(world.scalar("SELECT array_agg(id) FROM follow_ups WHERE status = 'failed'"))
     work = partial(chat_order.unblock_writable, ended=ended, lease=timedelta(minutes=1))
-    return lambda: {lease.id for lease in transact(world.engine, work).leases}
+    return lambda: {lease.id for lease in transact(world.engine, work)[0]}
 
 
 def settling(place: Place, outcome: Outcome) -> Callable[[], set[UUID]]:

@@ -106,7 +106,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     resume(world, scope)
     assert begun(claim_and_begin(engine, settings)) == {first}
     with engine.begin() as connection:
-        assert chat_order.wake_forgotten(connection) == 0
+        assert chat_order.unblock_forgotten(connection) == 0
     assert world.row(second).waits_for == first
 
 

@@ -18,15 +18,16 @@ from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 from followups.database import make_async_engine
-from followups.delivery import pipeline as pipeline_module
+from followups.delivery import due_queue, settle
+from followups.delivery.begin import Begun
 from followups.delivery.claim import claim
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.due_queue import SUSPECTS
 from followups.delivery.pipeline import Pipeline
 from followups.delivery.send import send
+from followups.delivery.slots import POISON_PILLS
 from followups.session_settings import ONCE_PLANNED
-from followups.store.leases import Begun, Lease
-from followups.transports.port import Rejected, Retry, Sent
+from followups.store.leases import Lease
+from followups.transports.port import Delivery, Rejected, Retry, Sent
 from followups.uptime import uptime
 from stack import wait_until
 from world import World
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.settings import Settings
-    from followups.transports.port import Delivery
 
 END_OTHERS = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -300,7 +300,7 @@ def test_drain_while_slots_gather(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Nothing begins once a drain was asked for, though begin was just waiting for more free slots."""
-    monkeypatch.setattr(pipeline_module, "GATHER", timedelta(seconds=1))
+    monkeypatch.setattr(due_queue, "GATHER", timedelta(seconds=1))
     for _ in range(20):
         world.follow_up()
     transport = Scripted(lambda _: Sent(), 0.3)
@@ -323,7 +323,7 @@ def test_drained_without_a_database(
     away = pytest.MonkeyPatch()
 
     def answer(_: Delivery) -> Sent:
-        away.setattr(pipeline_module, "settle", _raise_passing)
+        away.setattr(settle, "settle", _raise_passing)
         return Sent()
 
     transport = Scripted(answer, 0.02)
@@ -346,7 +346,9 @@ def _raise_passing(*_: object) -> None:
     raise OperationalError(statement, {}, Exception())
 
 
-@pytest.mark.parametrize(("count_once", "count_twice", "most"), [(0, 4, 1), (40, 0, SUSPECTS), (20, 2, SUSPECTS)])
+@pytest.mark.parametrize(
+    ("count_once", "count_twice", "most"), [(0, 4, 1), (40, 0, POISON_PILLS), (20, 2, POISON_PILLS)]
+)
 def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a case
     world: World,
     engine: Engine,
@@ -411,9 +413,9 @@ async def test_not_sent_after_its_lease() -> None:
     """A process that was frozen until its lease may be another's makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
-    begun = Begun(
-        Lease(uuid4(), 1, datetime.now(UTC)), uuid4(), uuid4(), "api", None, uuid4(), "x", datetime.now(UTC), 1, 0
-    )
+    now = datetime.now(UTC)
+    lease = Lease(uuid4(), 1, now)
+    begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "x", now, 1), 0)
     transport = Scripted(lambda _: Sent())
     limit = timedelta(seconds=1)
     assert await send(transport, begun, clock, limit, uptime() - 0.001) is None

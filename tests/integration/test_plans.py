@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
+    from followups.delivery.begin import Begun
     from followups.settings import Settings
-    from followups.store.leases import Begun, Lease
+    from followups.store.leases import Lease
 
 DUE = 300
 MOST = 12 * DUE
@@ -139,8 +140,8 @@ class Way:
 
     def limit(self) -> None:
         with self.engine.begin() as connection:
-            places = rate_limits.places(connection, self.leases, self.settings.max_lateness)
-            put_off = rate_limits.put_off_if_leased(connection, [(one, timedelta(minutes=1)) for one in self.leases])
+            places = rate_limits.limitable(connection, self.leases, self.settings.max_lateness)
+            put_off = rate_limits.defer_if_leased(connection, [(one, timedelta(minutes=1)) for one in self.leases])
             connection.rollback()
         assert len(places) == len(put_off) == DUE
 

@@ -14,10 +14,10 @@ from pydantic import SecretStr
 from sqlalchemy import text
 
 from followups.database import make_async_engine
-from followups.delivery import pipeline as pipeline_module
+from followups.delivery import upkeep
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
-from followups.flow_control.limiter import RedisLimiter
+from followups.flow_control.rate_limits import Limiter
 from followups.session_settings import ONCE_PLANNED
 from followups.store import pauses, rate_limits
 from followups.store.rate_limits import Scope
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.rate_limiting import Answer, Request
+    from followups.flow_control.rate_limits import Answer, Request
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
 
@@ -66,7 +66,7 @@ class Receiver:
         return [follow_up for follow_up, _ in self.calls]
 
 
-class Counted(RedisLimiter):
+class Counted(Limiter):
     """A limiter that counts what it is asked, and what it is given back."""
 
     asked = given_back = 0
@@ -121,7 +121,7 @@ class Bench:
 @pytest.fixture
 def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     """Return where pipelines start that look often for limits; they are drained in the end."""
-    monkeypatch.setattr(pipeline_module, "CLOCK_INTERVAL", 0.1)
+    monkeypatch.setattr(upkeep, "INTERVAL", 0.1)
     bench = Bench(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
     yield bench
     bench.stop()

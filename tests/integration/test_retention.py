@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from followups.delivery import pruner
-from followups.delivery.pruner import LOCK, Tidier
+from followups.delivery.pruner import LOCK, Pruner
 from followups.store import chats, pruning
 from followups.store.chats import Role
 
@@ -30,9 +30,9 @@ def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
     return world.follow_up(status="sent", finished_at=datetime.now(UTC) - ago, **columns)
 
 
-def tidier(engine: Engine, settings: Settings, days: int = 30) -> Tidier:
+def pruner_of(engine: Engine, settings: Settings, days: int = 30) -> Pruner:
     """Return a pruner for what is older than so many days."""
-    return Tidier(settings.model_copy(update={"retention": days * DAY}), engine)
+    return Pruner(settings.model_copy(update={"retention": days * DAY}), engine)
 
 
 def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
@@ -58,7 +58,7 @@ def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Set
         world.sql(
             "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')", id=one
         )
-    assert tidier(engine, settings).tidy() == {"idempotency_keys": 0, "follow_ups": 1, "chat_messages": 0}
+    assert pruner_of(engine, settings).prune() == {"idempotency_keys": 0, "follow_ups": 1, "chat_messages": 0}
     assert {row.id for row in world.rows()} == {young, pending}
     assert world.scalar("SELECT count(*) FROM failed_attempts") == 1
 
@@ -74,7 +74,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
             key=key,
             hours=hours,
         )
-    assert Tidier(settings, engine).tidy() == {"idempotency_keys": 1}
+    assert Pruner(settings, engine).prune() == {"idempotency_keys": 1}
     assert world.scalar("SELECT key FROM idempotency_keys") == "young"
     assert len(world.rows()) == 1
 
@@ -86,7 +86,7 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
     receive(world, chat_id, 40 * DAY)
     young = receive(world, chat_id, 5 * DAY)
     last = receive(world, other, 45 * DAY)
-    assert tidier(engine, settings).tidy()["chat_messages"] == 2
+    assert pruner_of(engine, settings).prune()["chat_messages"] == 2
     with engine.connect() as connection:
         assert set(connection.scalars(text("SELECT id FROM chat_messages"))) == {young, last}
 
@@ -99,7 +99,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
         receive(world, uuid4(), 31 * DAY + n * HOUR)  # the last of its chat
         receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the chat's last
-    removed = tidier(engine, settings).tidy()
+    removed = pruner_of(engine, settings).prune()
     assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)
     assert world.scalar("SELECT count(*) FROM chat_messages") == 10
 
@@ -112,10 +112,10 @@ def test_a_run_goes_on_where_the_last_one_ended(
     monkeypatch.setattr(pruner, "BUDGET", timedelta(milliseconds=100))
     for _ in range(5):
         ended(world, 31 * DAY)
-    one = tidier(engine, settings)
+    one = pruner_of(engine, settings)
     monkeypatch.setattr(pruner, "LEAST_PAUSE", 0.2)
-    assert one.tidy() == {"idempotency_keys": 0, "follow_ups": 3, "chat_messages": 0}
-    assert one.tidy()["follow_ups"] == 2
+    assert one.prune() == {"idempotency_keys": 0, "follow_ups": 3, "chat_messages": 0}
+    assert one.prune()["follow_ups"] == 2
 
 
 def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
@@ -123,7 +123,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})
-        assert tidier(engine, settings).tidy()["follow_ups"] == 1
+        assert pruner_of(engine, settings).prune()["follow_ups"] == 1
     assert [row.id for row in world.rows()] == [held]
     assert world.rows(free) == []
 
@@ -133,9 +133,9 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
-        assert tidier(engine, settings).tidy() == {}
+        assert pruner_of(engine, settings).prune() == {}
         other.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": LOCK})
-    assert tidier(engine, settings).tidy()["follow_ups"] == 1
+    assert pruner_of(engine, settings).prune()["follow_ups"] == 1
     assert (
         world.scalar(
             "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND database ="
@@ -148,8 +148,8 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
 def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
     """After a stop it ends with the current batch; a second start while it runs does nothing."""
     ended(world, 31 * DAY)
-    one = tidier(engine, settings)
+    one = pruner_of(engine, settings)
     one.start()
     one.start()
     one.stop()
-    assert one.tidy() == {"idempotency_keys": 0, "follow_ups": 0, "chat_messages": 0}
+    assert one.prune() == {"idempotency_keys": 0, "follow_ups": 0, "chat_messages": 0}

@@ -107,9 +107,9 @@ def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, set
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
     beginning = claim_and_begin(engine, settings)
-    assert [lease.id for lease in beginning.again] == [follow_up]
+    assert [lease.id for lease in beginning.locked] == [follow_up]
     assert world.scalar("SELECT open_from <= now() AND now() < open_until FROM sending_hours")
-    assert begun(begin(engine, settings, beginning.again)) == {follow_up}
+    assert begun(begin(engine, settings, beginning.locked)) == {follow_up}
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
@@ -142,7 +142,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     assert begun(claim_and_begin(engine, settings)) == {first}
     assert world.row(second).waits_for == first
     with engine.begin() as connection:
-        assert chat_order.wake_forgotten(connection) == 0
+        assert chat_order.unblock_forgotten(connection) == 0
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
@@ -354,7 +354,7 @@ def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, set
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
     follow_up = world.follow_up()
     beginning = claim_and_begin(engine, settings)
-    assert (beginning.begun, beginning.again) == ((), ())
+    assert (beginning.begun, beginning.locked) == ((), ())
     assert world.row(follow_up).held_until == world.scalar("SELECT open_from FROM sending_hours")
 
 

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from followups.delivery.begin import Begun
     from followups.delivery.hints import Hint
     from followups.settings import Settings
-    from followups.store.leases import Begun
     from followups.transports.port import Outcome
     from world import World
 
@@ -266,7 +266,7 @@ class TestToken:
         earlier = world.follow_up(chat, -MINUTE)
         later = world.follow_up(chat, waits_for=earlier)
         begun = in_flight(engine, settings)
-        (unblocked,) = settle(engine, settings, [outcome_of(begun, Sent())]).woken
+        (unblocked,) = settle(engine, settings, [outcome_of(begun, Sent())]).unblocked
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=later)
         (again,) = claim(engine, settings).leases
         assert again.id == unblocked.id == later

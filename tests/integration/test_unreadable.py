@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from followups.delivery.begin import Begun
     from followups.delivery.claim import Claim
     from followups.delivery.hints import Hint
     from followups.settings import Settings
-    from followups.store.leases import Begun
     from followups.transports.port import Outcome
     from world import World
 
@@ -119,7 +119,7 @@ def test_one_that_cannot_begin(
     with capture_logs() as logs:
         beginning = claim_and_begin(engine, settings)
     assert begun(beginning) == good
-    assert beginning.again == ()
+    assert beginning.locked == ()
     assert [(line["step"], line["follow_up_id"]) for line in logs if line["event"] == "row_refused"] == [
         ("begin", str(bad))
     ]
@@ -256,7 +256,7 @@ def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, sett
     settling = settle(engine, settings, attempts)
     assert {one.id for one in settling.settled} == {first for first, _ in pairs}
     assert {row.status for row in world.rows(*(first for first, _ in pairs))} == {"sent"}
-    assert {lease.id for lease in settling.woken} == {second for _, second in pairs[1:]}
+    assert {lease.id for lease in settling.unblocked} == {second for _, second in pairs[1:]}
 
 
 def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, settings: Settings) -> None:
@@ -345,7 +345,7 @@ def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Eng
     (one,) = claim_and_begin(engine, settings).begun
     world.sql("UPDATE follow_ups SET next_attempt_at = '-infinity' WHERE id = :id", id=second)
     settling = settle(engine, settings, [attempt(one, Sent())])
-    assert begun(begin(engine, settings, settling.woken)) == {second}
+    assert begun(begin(engine, settings, settling.unblocked)) == {second}
 
 
 def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None:

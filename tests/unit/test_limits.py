@@ -10,9 +10,9 @@ import pytest
 import typer
 
 from followups.cli.parse import default_burst, parse_rate
-from followups.delivery.rate_limiting import Limits, loosened
+from followups.flow_control.rate_limits import Limits, loosened
 from followups.operations.wording import rate_in_words
-from followups.store.rate_limits import Limit, Place
+from followups.store.rate_limits import Limit, Limitable
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 ACME, OTHER = UUID(int=1), UUID(int=2)
@@ -23,12 +23,12 @@ def limit(number: int, workspace: UUID | None = None, channel: str | None = None
     return Limit(UUID(int=number), workspace, channel, per, 10.0, 5, None, NOW)
 
 
-def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Place:
+def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limitable:
     """Return where a follow-up belongs."""
-    return Place(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - it has not ended
+    return Limitable(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - it has not ended
 
 
-def matching(limits: list[Limit], where: Place) -> set[int]:
+def matching(limits: list[Limit], where: Limitable) -> set[int]:
     """Return the numbers of the limits whose buckets are needed."""
     return {int(bucket.key.partition(":")[0], 16) for bucket in Limits(limits).request(where).buckets}
 
@@ -101,6 +101,6 @@ def test_what_is_over_is_not_asked_for() -> None:
     """A follow-up that has ended, or would end at begin, waits for no token."""
     soon = timedelta(microseconds=1)
     fields = (UUID(int=1), False, ACME, ACME, "waha", NOW)
-    assert not Place(*fields, None).is_over
-    assert not Place(*fields, soon).is_over
-    assert Place(*fields, timedelta(0)).is_over
+    assert not Limitable(*fields, None).is_over
+    assert not Limitable(*fields, soon).is_over
+    assert Limitable(*fields, timedelta(0)).is_over

@@ -7,9 +7,9 @@ from uuid import uuid4
 
 import pytest
 
-from followups.delivery.begin import LEAD
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.due_queue import AGAIN, LONGEST_AGAIN, Line
+from followups.delivery.due_queue import AGAIN, LEAD, LONGEST_AGAIN, DueQueue
+from followups.delivery.slots import Slots
 from followups.store.leases import Lease
 from followups.uptime import uptime
 
@@ -23,12 +23,12 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
     """A lease that is due at the first moment there is goes at once; one that is due at the last waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
-    line = Line(clock, timedelta(seconds=60), slots=10)
-    line.add([Lease(uuid4(), 1, due)])
-    delay = line.seconds_to_next()
+    queue = DueQueue(clock, timedelta(seconds=60), Slots(10))
+    queue.add([Lease(uuid4(), 1, due)])
+    delay = queue.seconds_to_next()
     assert delay is not None
-    assert (delay < 0) == line.is_anybodys_moment() == bool(taken)
-    assert len(line.take(10)) == taken
+    assert (delay < 0) == queue.is_due() == bool(taken)
+    assert len(queue.take(10)) == taken
 
 
 def test_what_cannot_begin_again_and_again() -> None:
@@ -36,14 +36,14 @@ def test_what_cannot_begin_again_and_again() -> None:
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)
     clock.observe(NOON, 0.0, 0.0)
-    line = Line(clock, timedelta(days=1), slots=10)
-    line.add([Lease(uuid4(), 1, NOON)])
+    queue = DueQueue(clock, timedelta(days=1), Slots(10))
+    queue.add([Lease(uuid4(), 1, NOON)])
     waits = []
     for _ in range(8):
-        (hinted,) = line.take(1)
-        line.leave(hinted)
-        line.defer_again(hinted)
-        wait = (line.seconds_to_next() or 0.0) + LEAD.total_seconds()
+        (lease,) = queue.take(1)
+        queue.slots.release(lease)
+        queue.defer_refused(lease)
+        wait = (queue.seconds_to_next() or 0.0) + LEAD.total_seconds()
         waits.append(timedelta(seconds=round(wait, 6)))
         seconds += wait
     assert waits == [min(AGAIN * 2**number, LONGEST_AGAIN) for number in range(8)]

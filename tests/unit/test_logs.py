@@ -20,13 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.delivery import events
+from followups.delivery.begin import Begun
 from followups.delivery.send import Attempt
-from followups.store.leases import Begun, Lease
+from followups.store.leases import Lease
 from followups.telemetry.escaping import escape
 from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger
 from followups.telemetry.redaction import HIDDEN, clean, redact
 from followups.transports.answers import Answer, outcome_of
 from followups.transports.http import DIALECT
+from followups.transports.port import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -271,9 +273,10 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
     """The line of an attempt whose 2xx has a strange body says what was odd, and nothing of what stood there."""
     configure_logging("json", "info")
     now = datetime.now(UTC)
-    begun = Begun(Lease(uuid4(), 1, now), uuid4(), uuid4(), "api", None, uuid4(), "text", now, 1, 0)
+    lease = Lease(uuid4(), 1, now, task_id="task")
+    begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "text", now, 1), 0)
     outcome = outcome_of(Answer(200, body=body), DIALECT)
-    events.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http", "task")
+    events.attempted(Attempt(begun, outcome, timedelta(seconds=1), 0.0, now), "http")
     events.lines.flush()
     (line,) = _lines(capsys)
     assert (line["event"], line["outcome"], line["status_code"]) == ("attempt", "sent", 200)

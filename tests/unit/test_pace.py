@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.delivery.claim import size_of_claim
-from followups.delivery.claim_interval import LONGEST, SHORTEST, Pace, until_half_is_free
+from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, until_half_is_free
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ CLAIM = 0.03
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
     """Return how many are sent from a backlog, at ``rate`` while any are in flight, with rotating ticks."""
-    paces = [Pace(window) for _ in range(dispatchers)]
+    paces = [ClaimInterval(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers
     in_flight = total = 0
     for millisecond in range(seconds * 1000):

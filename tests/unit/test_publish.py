@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.delivery.hints import batches, leases_of
-from followups.store.leases import LANES, Lease, lane_of
+from followups.store.leases import KEYS, Lease, key_of
 
 leases = st.builds(
     Lease,
@@ -19,7 +19,7 @@ leases = st.builds(
     st.integers(0, 2**63 - 1),
     st.datetimes(datetime(1, 1, 2), datetime(9999, 12, 30), timezones=st.just(UTC)),  # noqa: DTZ001
     st.integers(0, 9),
-    st.integers(0, LANES - 1),
+    st.integers(0, KEYS - 1),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -35,25 +35,25 @@ def test_round_trip(given_leases: list[Lease], size: int) -> None:
     assert [lease for hint in hints for lease in leases_of(*json.loads(json.dumps(hint)))] == given_leases
 
 
-@pytest.mark.parametrize("lanes", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
-def test_lanes_that_are_none(lanes: object) -> None:
+@pytest.mark.parametrize("keys", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
+def test_keys_that_are_none(keys: object) -> None:
     """A hint without workspace numbers, or with invalid ones, is equivalent; all share one queue."""
-    given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, lane) for lane in (1, 2)]
+    given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, key) for key in (1, 2)]
     (hint,) = batches(given_leases, 2)
-    assert leases_of(hint.entries, lanes) == [lease._replace(lane=0) for lease in given_leases]
+    assert leases_of(hint.entries, keys) == [lease._replace(key=0) for lease in given_leases]
 
 
 @given(st.uuids(version=4))
 def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
     """It takes seven digits at most, and is the same in every process."""
-    assert 0 <= lane_of(workspace_id) == lane_of(UUID(str(workspace_id))) < 10**7
+    assert 0 <= key_of(workspace_id) == key_of(UUID(str(workspace_id))) < 10**7
 
 
 @given(json_values, json_values)
-def test_foreign(value: object, lanes: object) -> None:
+def test_foreign(value: object, keys: object) -> None:
     """Whatever JSON a stranger puts there is either a hint or a ValueError, never another exception."""
     try:
-        leases_of(value, lanes)
+        leases_of(value, keys)
     except ValueError as error:
         assert str(error)  # noqa: PT017 - either way is right
 

@@ -10,20 +10,24 @@ from uuid import uuid4
 
 import pytest
 
+from followups.delivery.begin import Begun
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import GRACE, Attempt, send
-from followups.store.leases import Begun, Lease
-from followups.transports.port import Outcome, Sent, Unknown
+from followups.store.leases import Lease
+from followups.transports.port import Delivery, Outcome, Sent, Unknown
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from followups.transports.port import Delivery, Transport
+    from followups.transports.port import Transport
 
 SOON = timedelta(milliseconds=50) - GRACE
 NOW = datetime.now(UTC)
-BEGUN = Begun(Lease(uuid4(), 1, NOW), uuid4(), uuid4(), "web", None, uuid4(), "Are you still there?", NOW, 1, 0)
+LEASE = Lease(uuid4(), 1, NOW)
+BEGUN = Begun(
+    LEASE, Delivery(LEASE.id, uuid4(), uuid4(), "web", None, uuid4(), "Are you still there?", NOW, 1), snoozes=0
+)
 
 
 class Plugin:

@@ -2,53 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from followups.delivery import events, holds
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
 from followups.store import chat_order, leases
 from followups.store.leases import World
-from followups.transactions import transact
+from followups.transactions import in_loop, transact
+from followups.transports.port import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from followups.flow_control.rate_limits import RateLimits
     from followups.settings import Settings
     from followups.states import Final
-    from followups.store.leases import Begun, Lease, Obstacle
-
-LEAD = timedelta(milliseconds=15)
-"""How long before the due moment begin is called, so that the send itself is on time. From then on a cancel comes too
-late.
-"""
+    from followups.store.leases import Lease, Obstacle
+    from followups.store.settlement import Settled
 
 TOLERANCE = timedelta(milliseconds=100)
 """How early the database accepts a begin: the lead, and the possible error of a worker's clock."""
 
 
+class Begun(NamedTuple):
+    """A follow-up whose attempt has begun, with what to send."""
+
+    lease: Lease
+    delivery: Delivery
+    snoozes: int
+    traceparent: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Beginning:
-    """The result for a batch of leases. Those in no field were stale, are held, or wait in their chat's order."""
+class Step:
+    """What begin or settle made of a batch.
+
+    Those that are nowhere in it were stale, are held, or wait in their chat's order.
+    """
 
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Ended without an attempt."""
-    again: tuple[Lease, ...] = ()
-    """Still leased, to be tried again shortly: another transaction has locked the row."""
-    woken: tuple[Lease, ...] = ()
-    """Unblocked by the ended ones, each the next of its chat; leased to the caller."""
-    locked: tuple[UUID, ...] = ()
-    """Ended follow-ups whose next one in the chat is locked by another transaction."""
-    later: tuple[tuple[Lease, timedelta], ...] = ()
+    settled: tuple[Settled, ...] = ()
+    """Their outcomes are recorded."""
+    stale: int = 0
+    """Outcomes that were not recorded, since another worker had taken over their leases."""
+    locked: tuple[Lease, ...] = ()
+    """To be tried again shortly, since another transaction has locked their rows."""
+    deferred: tuple[tuple[Lease, timedelta], ...] = ()
     """Still leased; each with the time until its turn under a rate limit."""
+    unblocked: tuple[Lease, ...] = ()
+    """Unblocked by those that ended, each the next of its chat; leased to the caller."""
+    blocking: tuple[UUID, ...] = ()
+    """Ended follow-ups whose next one in the chat is locked by another transaction."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)
@@ -58,7 +73,24 @@ Only an operator can repair such a row.
 """
 
 
-def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginning:
+async def begin_within_limits(
+    engine: AsyncEngine, settings: Settings, rate_limits: RateLimits, batch: Sequence[Lease]
+) -> Step:
+    """Begin what may be sent now, and defer what is over a rate limit.
+
+    Raises database errors; then no token is taken.
+    """
+    if not rate_limits:
+        return await in_loop(engine, begin, settings, batch)
+    async with rate_limits.tokens(batch) as (waits, begun):
+        deferred = await rate_limits.defer([(lease, waits[lease.id]) for lease in batch if lease.id in waits])
+        allowed = [lease for lease in batch if lease.id not in waits]
+        step = await in_loop(engine, begin, settings, allowed) if allowed else Step()
+        begun |= {one.lease.id for one in step.begun}
+    return replace(step, deferred=deferred)
+
+
+def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Step:
     """Begin the follow-ups that may be sent, end those that must not be, and hold or park the rest.
 
     All of this is one transaction. A follow-up whose row makes it fail is deferred, and the others begin without it.
@@ -69,11 +101,12 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Beginni
         _defer(engine, lease)
     if len(halved.done) == 1 and not halved.left:
         return halved.done[0]
-    parts = {
+    parts: dict[str, Any] = {
         field.name: tuple(chain.from_iterable(getattr(part, field.name) for part in halved.done))
-        for field in fields(Beginning)
+        for field in fields(Step)
+        if field.name != "stale"
     }
-    return Beginning(**parts | {"again": (*parts["again"], *halved.left)})
+    return Step(**parts | {"locked": (*parts["locked"], *halved.left)})
 
 
 def _defer(engine: Engine, lease: Lease) -> None:
@@ -83,19 +116,23 @@ def _defer(engine: Engine, lease: Lease) -> None:
         events.refused("defer", lease.id, error)
 
 
-def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Beginning:
+def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Step:
     world = World(settings.lease, settings.max_lateness, TOLERANCE)
-    begun = leases.begin_if_leased(connection, batch, world)
+    by_token = {(lease.id, lease.token): lease for lease in batch}
+    begun = tuple(
+        Begun(by_token[id_, token]._replace(due=due), Delivery(id_, *rest), snoozes, traceparent)
+        for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, world)
+    )
     if len(begun) == len(batch):
-        return Beginning(tuple(begun))
+        return Step(begun)
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
     return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
 
 
 def _explain_missing(
-    connection: Connection, settings: Settings, begun: list[Begun], obstacles: list[Obstacle]
-) -> Beginning:
+    connection: Connection, settings: Settings, begun: tuple[Begun, ...], obstacles: list[Obstacle]
+) -> Step:
     holding = holds.hold_back(connection, settings, obstacles)
     obstacles = [obstacle for obstacle in obstacles if obstacle.lease.id not in holding.held]
     verdicts = [(o.lease, final) for o in obstacles if (final := holding.ends.get(o.lease.id) or verdict(o))]
@@ -106,13 +143,13 @@ def _explain_missing(
     if parked:
         # If a row behind them cannot be written, those that can be are parked one by one.
         halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
-    unblocked = chat_order.unblock_writable(connection, ended, settings.lease)
-    return Beginning(
-        begun=tuple(begun),
+    unblocked, blocking = chat_order.unblock_writable(connection, ended, settings.lease)
+    return Step(
+        begun=begun,
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
-        again=tuple(o.lease for o in obstacles if o.lease.id not in ended | parked),
-        woken=unblocked.leases,
-        locked=unblocked.locked,
+        locked=tuple(o.lease for o in obstacles if o.lease.id not in ended | parked),
+        unblocked=tuple(unblocked),
+        blocking=tuple(blocking),
     )
 
 

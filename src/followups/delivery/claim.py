@@ -181,7 +181,7 @@ def _end_lost(connection: Connection, lost: list[Lost], settings: Settings) -> d
     ]
     ends = [(lease, final) for lease, final in finals if final]
     ended = leases.end_if_not_begun(connection, ends) if ends else set()
-    chat_order.wake(connection, ended)
+    chat_order.unblock(connection, ended)
     return {lease.id: final for lease, final in ends if lease.id in ended}
 
 

@@ -26,7 +26,7 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
     return min(max(SHORTEST, min(half, 2 * seconds)), LONGEST)
 
 
-class Pace:
+class ClaimInterval:
     """When a dispatcher claims next. There may be others, each with ticks of its own."""
 
     def __init__(self, window: int) -> None:

@@ -1,13 +1,15 @@
-"""Deferral: follow-ups that the breaker holds leave the in-flight window, so that others are claimed.
+"""Deferral: follow-ups of tripped workspaces leave the in-flight window, so that others are claimed.
 
-Each worker keeps a few leases of the held workspaces as probes, and defers the other follow-ups in their rows. A
+Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in their rows. A
 deferral uses up no attempt, and a cancel still reaches the follow-up. When a worker has no such leases left, or the
-transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer held, all of them
-do. Otherwise they fall due by themselves after some minutes, one by one, since the workers may have forgotten them.
+transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer tripped, all of
+them do. Otherwise they fall due by themselves after some minutes, one by one, since the workers may have forgotten
+them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from datetime import timedelta
 from math import inf
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from followups.delivery import events
 from followups.delivery.due_queue import AGAIN
-from followups.delivery.rate_limiting import LONGEST, defer
+from followups.flow_control.rate_limits import LONGEST, defer
 from followups.store import rate_limits
 from followups.transactions import in_loop, transact
 
@@ -25,9 +27,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from followups.delivery.breaker import Breaker
-    from followups.delivery.due_queue import Line
-    from followups.delivery.fair_queue import Hinted
+    from followups.delivery.due_queue import DueQueue
+    from followups.flow_control.breaker import Breaker
     from followups.settings import Settings
     from followups.store.leases import Lease
 
@@ -84,27 +85,45 @@ class Returns:
 
 
 class Deferral:
-    """Keeps a few held follow-ups in the due queue, and defers the rest in their rows.
+    """Keeps a few leases of tripped workspaces in the due queue, and defers the other follow-ups in their rows.
 
     An instance belongs to one event loop.
     """
 
     def __init__(
-        self, settings: Settings, engine: AsyncEngine, line: Line, breaker: Breaker, nudge: Callable[[], None]
+        self, settings: Settings, engine: AsyncEngine, queue: DueQueue, breaker: Breaker, nudge: Callable[[], None]
     ) -> None:
         """``nudge`` is called when a deferred follow-up falls due."""
         self._engine = engine
-        self._line = line
+        self._queue = queue
         self._breaker = breaker
         self._nudge = nudge
         self._settings = settings
         self._returns = Returns()
-        self._free_again_at = -inf
-        self._excess: list[Hinted] = []
+        self._release_again_at = -inf
+        self._excess: list[Lease] = []
         """Leases that were taken out of the due queue and are not deferred yet."""
-        self._held: frozenset[int] = frozenset()
-        self._released: frozenset[int] = frozenset()
-        """Workspaces that are no longer held, but not completely released yet."""
+        self._tripped: frozenset[int] = frozenset()
+        self._recovered: frozenset[int] = frozenset()
+        """Workspaces that are no longer tripped, and whose deferred follow-ups are not all released yet."""
+        self._wanted = asyncio.Event()
+        self._closed = False
+
+    async def run(self) -> None:
+        """Balance whenever `wake` was called, until `close`."""
+        while not self._closed:
+            self._wanted.clear()
+            pause = await self.balance()
+            await (self._wanted.wait() if pause is None else asyncio.sleep(pause))
+
+    def wake(self) -> None:
+        """Have `run` look again: the queue or the breaker has changed."""
+        self._wanted.set()
+
+    def close(self) -> None:
+        """End `run`."""
+        self._closed = True
+        self._wanted.set()
 
     @property
     def _most(self) -> int:
@@ -114,58 +133,58 @@ class Deferral:
     async def balance(self) -> float | None:
         """Defer a portion of the due queue's excess, and release deferred follow-ups.
 
-        Follow-ups are released if the due queue has room for them, or if their workspace is no longer held. Returns
+        Follow-ups are released if the due queue has room for them, or if their workspace is no longer tripped. Returns
         after how many seconds to call this again, or None if there is nothing more to do for now.
         """
-        held = self._breaker.left_alone
-        self._released = (self._released | self._held) - held
-        self._held = held
-        for one in self._excess:
-            if one.lease.lane not in held:
-                self._line.put_off(one, timedelta(0))
-        self._excess = [one for one in self._excess if one.lease.lane in held] + self._line.shed(held, self._most * 2)
+        tripped = self._breaker.tripped_for_all
+        self._recovered = (self._recovered | self._tripped) - tripped
+        self._tripped = tripped
+        for lease in self._excess:
+            if lease.key not in tripped:
+                self._queue.defer(lease, timedelta(0))
+        excess = [lease for lease in self._excess if lease.key in tripped]
+        self._excess = excess + self._queue.shed(tripped, self._most * 2)
         started = time.monotonic()
         try:
             await self._defer()
-            if self._has_room(held):
-                self._free_again_at = time.monotonic() + COMING
-                await self._free(held, self._most)
-            if self._released and not await self._free(self._released, rate_limits.BATCH):
-                self._released = frozenset()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the pump must go on
+            if self._has_room(tripped):
+                self._release_again_at = time.monotonic() + COMING
+                await self._release(tripped, self._most)
+            if self._recovered and not await self._release(self._recovered, rate_limits.BATCH):
+                self._recovered = frozenset()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on
             events.failed("defer", error, self._engine.sync_engine)
             return BACKOFF
-        if not self._excess and not self._released:
+        if not self._excess and not self._recovered:
             return None
         return min((time.monotonic() - started) / BUSY, BACKOFF)
 
     def clear(self) -> list[Lease]:
         """Return and forget the leases that were to be deferred."""
-        leases = [one.lease for one in self._excess]
-        self._excess.clear()
+        leases, self._excess = self._excess, []
         return leases
 
-    def _has_room(self, held: frozenset[int]) -> bool:
+    def _has_room(self, tripped: frozenset[int]) -> bool:
         few = self._most // 2 if self._breaker.recovers else 0
-        return bool(held) and self._line.count(held) <= few and time.monotonic() >= self._free_again_at
+        return bool(tripped) and self._queue.count(tripped) <= few and time.monotonic() >= self._release_again_at
 
     async def _defer(self) -> None:
         now, portion = time.monotonic(), self._excess[:DEFER_SIZE]
         if not portion:
             return
-        waits = [(one.lease, timedelta(seconds=self._returns.next(now))) for one in portion]
+        waits = [(lease, timedelta(seconds=self._returns.next(now))) for lease in portion]
         deferred = await in_loop(self._engine, defer, waits)
         del self._excess[: len(portion)]
-        for one in portion:
-            if one.lease.id not in deferred:  # its row is locked, or another worker has the lease by now
-                self._line.put_off(one, AGAIN)
+        for lease in portion:
+            if lease.id not in deferred:  # its row is locked, or another worker has the lease by now
+                self._queue.defer(lease, AGAIN)
 
-    async def _free(self, lanes: frozenset[int], most: int) -> int:
-        freed = await in_loop(self._engine, _free, lanes, most)
-        if freed:
+    async def _release(self, keys: frozenset[int], most: int) -> int:
+        released = await in_loop(self._engine, _release, keys, most)
+        if released:
             self._nudge()
-        return freed
+        return released
 
 
-def _free(engine: Engine, lanes: frozenset[int], most: int) -> int:
-    return transact(engine, lambda connection: rate_limits.free_lanes(connection, lanes, LONGEST, most))
+def _release(engine: Engine, keys: frozenset[int], most: int) -> int:
+    return transact(engine, lambda connection: rate_limits.release_workspaces(connection, keys, LONGEST, most))

@@ -13,7 +13,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from followups.database_errors import concerns_a_row
 from followups.delivery import events
 from followups.delivery.claim import claim, claim_fairly, unclaimable
-from followups.delivery.claim_interval import Pace
+from followups.delivery.claim_interval import ClaimInterval
 from followups.delivery.hints import batches
 from followups.store import chat_order, last_tick, leases, pauses, planner
 
@@ -88,7 +88,7 @@ class Dispatcher:
         self._left_some = False
         self._passed_over: dict[UUID, float] = {}
         """Follow-ups that claims pass over, each until a moment of the monotonic clock."""
-        self._pace = Pace(settings.max_in_flight)
+        self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """Monotonic seconds, or None while there is nothing to do."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -165,13 +165,13 @@ class Dispatcher:
 
     def _drain_due(self) -> None:
         deadline = time.monotonic() + self._settings.tick_interval.total_seconds()
-        self._pace.begin()
-        self._wake_forgotten()
-        while not self._stopping.wait(max(0.0, self._pace.next - time.monotonic())):
+        self._interval.begin()
+        self._unblock_forgotten()
+        while not self._stopping.wait(max(0.0, self._interval.next - time.monotonic())):
             if not self._claim_and_publish() or time.monotonic() >= deadline:
                 return
 
-    def _wake_forgotten(self) -> None:
+    def _unblock_forgotten(self) -> None:
         """Unblock follow-ups that no longer wait for anything, at each tick while that costs little.
 
         A failure here stops no claim.
@@ -182,7 +182,7 @@ class Dispatcher:
         with self._engine.begin() as connection:
             last_tick.ensure_recordable(connection)
         refused: dict[UUID, Exception] = {}
-        for release in (chat_order.wake_forgotten, pauses.free_forgotten):
+        for release in (chat_order.unblock_forgotten, pauses.free_forgotten):
             try:
                 with self._engine.begin() as connection:
                     release(connection, refused.__setitem__)
@@ -250,7 +250,7 @@ class Dispatcher:
         self._looked_at_all = look_at_all
         self._in_grace = claimed.in_grace
         taken = len(claimed.leases) + len(claimed.ended)
-        self._pace.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
+        self._interval.note(taken, started, more=claimed.more, cut_short=claimed.cut_short)
         self._left_some = claimed.more
         self._since = claimed.low_water
         if self._looked_at_all and took > QUICK:

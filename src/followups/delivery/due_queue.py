@@ -1,54 +1,61 @@
-"""The due queue: leases ordered by the moment each may begin, in front of the slots. For one event loop; no I/O."""
+"""The due queue: leases by the moment each may begin, then in turns between workspaces. No I/O, for one event loop."""
 
 from __future__ import annotations
 
+import asyncio
 import heapq
 import itertools
-from dataclasses import replace
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from followups.delivery.begin import LEAD
-from followups.delivery.fair_queue import Hinted, Lanes
+from followups.delivery.fair_queue import FairQueue
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from datetime import datetime
-    from uuid import UUID
 
     from followups.delivery.clock import DatabaseClock
+    from followups.delivery.fair_queue import Entry
+    from followups.delivery.slots import Slots
+    from followups.flow_control.breaker import Breaker
     from followups.store.leases import Lease
 
+LEAD = timedelta(milliseconds=15)
+"""How long before the due moment begin is called, so that the send itself is on time. From then on a cancel comes too
+late.
+"""
+BATCH = 200
+"""Most leases taken at once: a larger statement is slow and no cheaper for each row."""
+GATHER = timedelta(milliseconds=5)
+"""How long to wait for more free slots, or for more follow-ups to fall due, while there are few: a statement for five
+rows costs almost as much as one for fifty. It is a third of the lead.
+"""
+ENOUGH_SLOTS = 0.4
+"""Share of free slots that is worth a statement at once."""
 AGAIN = timedelta(milliseconds=50)
 """Delay before the next try to begin or settle a follow-up; for a begin the delay doubles each time."""
 LONGEST_AGAIN = timedelta(milliseconds=800)
 
-SUSPECTS = 16
-"""How many follow-ups with one lost lease may be in flight at once; one with two lost leases goes without any other.
 
-One of them may be a poison pill, which kills its worker together with everything in flight beside it. Of some hundred
-that are lost together, at most 16 are lost again, and none of these for the third time, which would end it.
-"""
-
-
-class Line:
-    """What may begin next: follow-ups whose moment has come, in turns between workspaces.
+class DueQueue:
+    """What may begin next.
 
     A lease that runs out here is dropped without a log line: a tick has taken it over, or will.
     """
 
-    def __init__(self, clock: DatabaseClock, lease: timedelta, slots: int) -> None:
-        """``lease`` is the duration of a lease, ``slots`` how many may be in flight at once."""
+    def __init__(self, clock: DatabaseClock, lease: timedelta, slots: Slots) -> None:
+        """``lease`` is the duration of a lease."""
+        self.slots = slots
+        self.changed = asyncio.Event()
+        """Set when there may be something to take."""
         self._clock = clock
         self._lease = lease.total_seconds()
-        self._heap: list[tuple[datetime, int, Hinted]] = []
+        self._heap: list[Entry] = []
         """Those whose moment is still to come."""
-        self._lanes = Lanes(slots)
+        self._fair = FairQueue(slots)
         self._sequence = itertools.count()
         self._next_look = 0.0
-        self._suspects: dict[UUID, int] = {}
-        """Possible poison pills in flight, with the share of the quota that each takes."""
+        self._closed = False
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
         """Enqueue new leases, with the task that brought them."""
@@ -56,99 +63,112 @@ class Line:
         if now >= self._next_look:
             # Nothing is taken while the breaker is open, and each tick brings expired leases anew.
             self._next_look = now + self._lease
-            self._lanes.drop_expired(now)
-        for lease in leases:
-            ahead = max(self._clock.until(lease.due), 0.0) if known else 0.0
-            self._lanes.see(lease.lane, now)
-            place = (lease.due, next(self._sequence), Hinted(lease, task_id, now + ahead + self._lease))
+            self._fair.drop_expired(now)
+        for new in leases:
+            ahead = max(self._clock.until(new.due), 0.0) if known else 0.0
+            lease = new._replace(task_id=task_id, expires=now + ahead + self._lease)
+            self._fair.note_arrival(lease.key, now)
+            entry = (lease.due, next(self._sequence), lease)
             if known and not ahead:
-                self._lanes.add(place)
+                self._fair.add(entry)
             else:
-                heapq.heappush(self._heap, place)
+                heapq.heappush(self._heap, entry)
+        self.changed.set()
 
-    def put_off(self, hinted: Hinted, delay: timedelta) -> None:
-        """Defer one by a delay."""
-        moment = max(self._clock.now() + delay, hinted.lease.due)
-        heapq.heappush(self._heap, (moment, next(self._sequence), hinted))
+    def defer(self, lease: Lease, delay: timedelta) -> None:
+        """Enqueue a lease again, to be taken after a delay."""
+        moment = max(self._clock.now() + delay, lease.due)
+        heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 
-    def defer_again(self, hinted: Hinted) -> None:
+    def defer_refused(self, lease: Lease) -> None:
         """Defer a follow-up that could not begin at this moment, longer each time."""
-        delay = min(AGAIN * 2**hinted.refusals, LONGEST_AGAIN)
-        self.put_off(replace(hinted, refusals=min(hinted.refusals + 1, 10)), delay)
+        delay = min(AGAIN * 2**lease.refusals, LONGEST_AGAIN)
+        self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
-    def take(self, most: int, held: frozenset[int] = frozenset(), permits: int = 0) -> list[Hinted]:
-        """Take up to ``most`` whose moment has come, each for a slot; of possible poison pills only their quota.
+    async def next_batch(self, breaker: Breaker) -> list[Lease]:
+        """Wait for leases whose moment has come, and for slots, and take them; return none once the queue is closed."""
+        while not self._closed:
+            await self._gather()
+            if self._closed:
+                break
+            if batch := self.take(BATCH, breaker.tripped, breaker.permits):
+                return batch
+            await self._until_changed(breaker.tripped if not breaker.permits else frozenset())
+        return []
 
-        Of ``held`` workspaces it takes no more than there are ``permits``.
+    def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
+        """Take up to ``most`` leases whose moment has come, each with a slot, and of poison pills only their quota.
+
+        Of ``tripped`` workspaces it takes no more than there are ``permits``.
         """
-        horizon, now = self._clock.now() + LEAD, uptime()
-        room = SUSPECTS - sum(self._suspects.values())
-        taken: dict[UUID, Hinted] = {}
-        not_now: list[Hinted] = []
+        horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
+        taken: dict[object, Lease] = {}
+        not_now: list[Lease] = []
         while self._heap and self._heap[0][0] <= horizon:
-            self._lanes.add(heapq.heappop(self._heap))
-        while len(taken) < most and (hinted := self._lanes.next(held if permits <= 0 else frozenset())):
-            if hinted.expires < now:
+            self._fair.add(heapq.heappop(self._heap))
+        while len(taken) < most and (lease := self._fair.next(tripped if permits <= 0 else frozenset())):
+            if lease.expires < now:
                 continue
-            weight = _weight(hinted)
-            if hinted.lease.id in taken or weight > room:
-                not_now.append(hinted)
+            if lease.id in taken or not self.slots.acquire(lease):
+                not_now.append(lease)
                 continue
-            if weight:
-                room -= weight
-                self._suspects[hinted.lease.id] = weight
-            taken[hinted.lease.id] = hinted
-            self._lanes.seat(hinted.lease.lane)
-            permits -= hinted.lease.lane in held
-        for hinted in not_now:
-            self.put_off(hinted, AGAIN)
+            taken[lease.id] = lease
+            permits -= lease.key in tripped
+        for lease in not_now:
+            self.defer(lease, AGAIN)
         return list(taken.values())
 
-    def leave(self, hinted: Hinted) -> None:
-        """Release the slot of one that was taken. Call it once for each."""
-        self._lanes.leave(hinted.lease.lane)
+    def close(self) -> None:
+        """Have `next_batch` return nothing from now on."""
+        self._closed = True
+        self.changed.set()
 
-    def let_go(self, ids: Iterable[UUID]) -> None:
-        """Return the poison pill quota of these: they did not begin, or are settled."""
-        for one in ids:
-            self._suspects.pop(one, None)
-
-    def keeps(self, held: frozenset[int]) -> bool:
-        """Return whether any follow-up of these workspaces waits whose moment has come."""
-        return self._lanes.has_any_of(held)
-
-    def count(self, lanes: frozenset[int]) -> int:
+    def count(self, keys: frozenset[int]) -> int:
         """Return how many leases wait in these workspace queues whose moment has come."""
-        return self._lanes.count(lanes)
+        return self._fair.count(keys)
 
-    def shed(self, lanes: frozenset[int], most: int) -> list[Hinted]:
+    def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Remove and return the leases beyond ``most`` whose moment has come, earliest first.
 
         Only these workspace queues are considered.
         """
-        return self._lanes.shed(lanes, most)
+        return self._fair.shed(keys, most)
 
-    def seconds_to_next(self, held: frozenset[int] = frozenset()) -> float | None:
+    def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
         """Return the seconds until the next moment, negative if it has passed, or None if the queue is empty.
 
-        Those whose moment has come in ``held`` workspaces do not count.
+        Leases of ``tripped`` workspaces whose moment has come do not count.
         """
-        if self._lanes.has_others_than(held):
+        if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
         # A moment at the edge of the calendar, which anyone with access to the broker can write, has no earlier one.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
-    def is_anybodys_moment(self) -> bool:
-        """Return whether any could be taken now."""
-        return bool(self._lanes) or (bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD)
+    def is_due(self) -> bool:
+        """Return whether any lease could be taken now."""
+        return self._fair.has_turn() or (bool(self._heap) and self._heap[0][0] <= self._clock.now() + LEAD)
 
     def clear(self) -> list[Lease]:
         """Empty the queue and return its leases."""
-        leases = [hinted.lease for _, _, hinted in self._heap]
+        leases = [lease for _, _, lease in self._heap]
         self._heap.clear()
-        return leases + self._lanes.clear()
+        return [*leases, *self._fair.clear()]
 
+    async def _gather(self) -> None:
+        """Wait for a batch worth a statement while slots are few, or while nothing is due within begin's lead."""
+        if not self.is_due():
+            return
+        if 0 < self.slots.free < ENOUGH_SLOTS * self.slots.number:
+            await asyncio.sleep(GATHER.total_seconds())
+        elif (delay := self.seconds_to_next()) and (room := delay + GATHER.total_seconds()) > 0:
+            await asyncio.sleep(room)
 
-def _weight(hinted: Hinted) -> int:
-    """Return the share of the poison pill quota that it takes: none, one place, or all."""
-    return SUSPECTS if hinted.lease.losses > 1 else hinted.lease.losses
+    async def _until_changed(self, tripped: frozenset[int]) -> None:
+        self.changed.clear()
+        timer = None
+        delay = self.seconds_to_next(tripped)
+        if delay is not None and self.slots.free:
+            timer = asyncio.get_running_loop().call_later(max(delay, 0.001), self.changed.set)
+        await self.changed.wait()
+        if timer:
+            timer.cancel()

@@ -22,11 +22,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from followups.delivery.begin import Begun, Step
     from followups.delivery.claim import Claim
     from followups.delivery.send import Attempt
-    from followups.delivery.settle import Settling
     from followups.states import Final
-    from followups.store.leases import Begun
 
 log = get_logger(__name__)
 lines = Lines(__name__)
@@ -50,27 +49,27 @@ WRITING = frozenset({"claim", "begin", "settle", "release"})
 """Steps that write: one that succeeds ends every outage. Others succeed on a read-only server too."""
 
 
-def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
+def attempted(attempt: Attempt, transport: str) -> None:
     """Log and count one call of the transport. The text of its answer is left out: it may quote the message."""
-    begun = attempt.begun
+    delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
     # What was odd about an accepted answer, in the transport's own words, never in the answer's.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
-    lag = (attempt.answered_at - begun.due_date).total_seconds()
+    lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()
     metrics.ATTEMPT_DURATION.observe(seconds)
     lines.info(
         "attempt",
-        follow_up_id=str(begun.lease.id),
-        chat_id=str(begun.chat_id),
-        workspace_id=str(begun.workspace_id),
-        attempt=begun.attempt,
+        follow_up_id=str(delivery.follow_up_id),
+        chat_id=str(delivery.chat_id),
+        workspace_id=str(delivery.workspace_id),
+        attempt=delivery.attempt,
         outcome=outcome,
         status_code=attempt.outcome.status_code,
         duration_ms=round(seconds * 1000, 2),
         lag_ms=round(lag * 1000, 2),
-        task_id=task_id,
+        task_id=attempt.begun.lease.task_id,
         **odd,
     )
 
@@ -78,7 +77,7 @@ def attempted(attempt: Attempt, transport: str, task_id: str) -> None:
 def abandoned(begun: Begun) -> None:
     """Log an attempt that was not made because this process had been frozen past its lease."""
     metrics.STALE_WRITES.inc()
-    log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.attempt)
+    log.warning("attempt_abandoned", follow_up_id=str(begun.lease.id), attempt=begun.delivery.attempt)
 
 
 def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
@@ -88,12 +87,12 @@ def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
     lines.flush()
 
 
-def settled(settling: Settling) -> None:
+def settled(step: Step) -> None:
     """Log the results of a batch of attempts."""
-    if settling.stale:
-        metrics.STALE_WRITES.inc(settling.stale)
-        log.warning("stale_writes", count=settling.stale)
-    for one in settling.settled:
+    if step.stale:
+        metrics.STALE_WRITES.inc(step.stale)
+        log.warning("stale_writes", count=step.stale)
+    for one in step.settled:
         if one.lag is not None:
             metrics.LAG.observe(max(one.lag.total_seconds(), 0.0))
         if one.status in FINAL:
@@ -118,16 +117,6 @@ def claimed(claim: Claim, seconds: float) -> None:
 def statistics_refreshed(seconds: float) -> None:
     """Log that the table was analyzed after a slow or large claim."""
     log.warning("statistics_refreshed", claim_ms=round(seconds * 1000, 2))
-
-
-def count_limited(number: int) -> None:
-    """Count follow-ups deferred by a rate limit."""
-    metrics.LIMITED.inc(number)
-
-
-def limited(number: int) -> None:
-    """Log how many were deferred since the last such line; one line for each batch would be too many."""
-    log.info("limited", count=number)
 
 
 def failed(step: str, error: Exception, engine: Engine) -> None:
@@ -184,21 +173,6 @@ def clock_off(ahead: float) -> None:
 def broker_unreachable(step: str, error: Exception) -> None:
     """Log that the broker is unreachable: nothing is lost, but follow-ups may be late."""
     log.warning("broker_unreachable", step=step, error=type(error).__name__)
-
-
-def breaker_changed(transport: str, state: str) -> None:
-    """Log that the breaker opened, probes, recovers or closed."""
-    if state == "open":
-        metrics.BREAKER_OPENED.labels(transport=transport).inc()
-        log.warning("breaker", transport=transport, state=state)
-    else:
-        log.info("breaker", transport=transport, state=state)
-
-
-def breaker_unavailable(error: Exception, pause: float) -> None:
-    """Log that the breaker's state is unknown; deliveries go on."""
-    metrics.BREAKER_UNAVAILABLE.inc()
-    log.warning("breaker_unavailable", error=type(error).__name__, pause_s=pause)
 
 
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:

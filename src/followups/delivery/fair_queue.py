@@ -1,167 +1,123 @@
-"""The fair queue: follow-ups whose moment has come, in a queue for each workspace. No I/O.
+"""The fair queue: leases whose moment has come, in a queue for each workspace. No I/O.
 
-The workspace queues take turns, and the earliest of each goes first. So a workspace with little to send waits for one
-follow-up of each other workspace, not for all of them. While several workspaces are active, none gets all the slots, so
-the others need not wait for its calls, however slow.
+The workspace queues take turns, and the earliest lease of each goes first. So a workspace with little to send waits for
+one follow-up of each other workspace, not for all of them. While several workspaces are active, none gets all the
+slots, so the others need not wait for its calls, however slow.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections import deque
-from dataclasses import dataclass
 from math import inf
 from typing import TYPE_CHECKING
 
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from datetime import datetime
 
+    from followups.delivery.slots import Slots
     from followups.store.leases import Lease
 
-LATELY = 60.0
+    Entry = tuple[datetime, int, Lease]
+    """A lease with its moment, and with a number that decides between equal moments."""
+
+ACTIVE = 60.0
 """Seconds for which a workspace counts as active after its latest follow-up arrived."""
 
 
-@dataclass(frozen=True, slots=True)
-class Hinted:
-    """A lease that waits for its moment and a slot; ``expires`` is an `uptime`."""
+class FairQueue:
+    """The workspace queues, by their keys, and whose turn it is. Empty workspace queues are forgotten."""
 
-    lease: Lease
-    task_id: str
-    expires: float
-    refusals: int = 0
-    """How many times in a row the follow-up could not begin at its moment."""
-
-
-class Lanes:
-    """Whose turn it is, and how many slots each has. Lanes with nothing in them, and without a slot, are forgotten."""
-
-    def __init__(self, slots: int) -> None:
-        """Share out so many ``slots``: one lane gets seven eighths of them while there are others."""
-        self._most = max(1, slots * 7 // 8)
-        self._waiting: dict[int, list[tuple[datetime, int, Hinted]]] = {}
+    def __init__(self, slots: Slots) -> None:
+        """``slots`` counts how many each workspace has."""
+        self._slots = slots
+        self._queues: dict[int, list[Entry]] = {}
         self._turns: deque[int] = deque()
-        """Lanes in which somebody waits, the next first, without those in ``_sated``."""
-        self._sated: set[int] = set()
-        """Lanes in which somebody waits, that must give back a slot first."""
-        self._slots: dict[int, int] = {}
+        """The keys of the workspace queues, the next one first."""
         self._latest: int | None = None
-        """The lane of which something has come last; when, and when something of any other had before."""
-        self._latest_came = self._others_came = -inf
+        """The workspace of the latest arrival; when that was, and when the latest one of any other workspace was."""
+        self._latest_at = self._others_at = -inf
 
-    def __bool__(self) -> bool:
-        """Say whether there is a lane whose turn it may be."""
-        return bool(self._turns)
-
-    def see(self, lane: int, now: float) -> None:
+    def note_arrival(self, key: int, now: float) -> None:
         """Record that a lease of a workspace arrived at ``now``, an `uptime`."""
-        if lane != self._latest:
-            self._latest, self._others_came = lane, self._latest_came
-        self._latest_came = now
+        if key != self._latest:
+            self._latest, self._others_at = key, self._latest_at
+        self._latest_at = now
 
-    def add(self, place: tuple[datetime, int, Hinted]) -> None:
-        """Let one wait for its lane's turn, by its moment and then its number."""
-        lane = place[2].lease.lane
-        if lane in self._waiting:
-            heapq.heappush(self._waiting[lane], place)
+    def add(self, entry: Entry) -> None:
+        """Enqueue a lease in its workspace's queue."""
+        key = entry[2].key
+        if key in self._queues:
+            heapq.heappush(self._queues[key], entry)
         else:
-            self._waiting[lane] = [place]
-            self._turns.append(lane)
+            self._queues[key] = [entry]
+            self._turns.append(key)
 
-    def has_any_of(self, lanes: frozenset[int]) -> bool:
-        """Say whether somebody waits in one of these."""
-        return not lanes.isdisjoint(self._waiting)
+    def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
+        """Return whether any lease may go, apart from those of ``tripped`` workspaces."""
+        return any(key not in tripped and self._may_go(key) for key in self._turns)
 
-    def count(self, lanes: frozenset[int]) -> int:
+    def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:
+        """Remove and return the earliest lease of the workspace whose turn it is, or None if no lease may go."""
+        for _ in range(len(self._turns)):
+            key = self._turns[0]
+            if key in tripped or not self._may_go(key):
+                self._turns.rotate(-1)
+                continue
+            queue = self._queues[key]
+            lease = heapq.heappop(queue)[2]
+            if queue:
+                self._turns.rotate(-1)
+            else:
+                del self._queues[self._turns.popleft()]
+            return lease
+        return None
+
+    def count(self, keys: frozenset[int]) -> int:
         """Return how many leases wait in these workspace queues."""
-        return sum(len(waiting) for lane, waiting in self._waiting.items() if lane in lanes)
+        return sum(len(queue) for key, queue in self._queues.items() if key in keys)
 
-    def shed(self, lanes: frozenset[int], most: int) -> list[Hinted]:
+    def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Remove the leases beyond ``most`` from these workspace queues, and return them, earliest first.
 
         Each queue keeps its earliest leases: an equal share of ``most``, or all that it has.
         """
-        if self.count(lanes) <= most:
+        if self.count(keys) <= most:
             return []
-        shed: list[tuple[datetime, int, Hinted]] = []
-        queues = sorted(lanes & self._waiting.keys(), key=lambda lane: len(self._waiting[lane]))
-        for number, lane in enumerate(queues):
-            waiting = sorted(self._waiting[lane])
-            kept = waiting[: most // (len(queues) - number)]
-            most -= len(kept)
-            shed += waiting[len(kept) :]
-            self._keep(lane, kept)
-        self._turns = deque(lane for lane in self._turns if lane in self._waiting)
-        return [hinted for _, _, hinted in sorted(shed)]
-
-    def has_others_than(self, lanes: frozenset[int]) -> bool:
-        """Say whether there is a lane besides these whose turn it may be."""
-        return any(lane not in lanes for lane in self._turns)
-
-    def next(self, held: frozenset[int] = frozenset()) -> Hinted | None:
-        """Return the earliest of the lane whose turn it is; None when it is nobody's. The turn passes on.
-
-        Lanes that are ``held`` have none.
-        """
-        for _ in range(len(self._turns)):
-            lane = self._turns[0]
-            if lane in held:
-                self._turns.rotate(-1)
-                continue
-            if self._slots.get(lane, 0) >= self._most and self._has_others(lane):
-                self._sated.add(self._turns.popleft())
-                continue
-            waiting = self._waiting[lane]
-            hinted = heapq.heappop(waiting)[2]
-            if waiting:
-                self._turns.rotate(-1)
-            else:
-                del self._waiting[self._turns.popleft()]
-            return hinted
-        return None
-
-    def seat(self, lane: int) -> None:
-        """Give a slot to a lane."""
-        self._slots[lane] = self._slots.get(lane, 0) + 1
-
-    def leave(self, lane: int) -> None:
-        """Take back a slot that was given to a lane."""
-        if self._slots[lane] > 1:
-            self._slots[lane] -= 1
-        else:
-            del self._slots[lane]
-        if lane in self._sated:
-            self._sated.discard(lane)
-            self._turns.append(lane)
+        shed: list[Entry] = []
+        by_length = sorted(keys & self._queues.keys(), key=lambda key: len(self._queues[key]))
+        for number, key in enumerate(by_length):
+            queue = sorted(self._queues[key])
+            share = most // (len(by_length) - number)
+            most -= min(share, len(queue))
+            shed += queue[share:]
+            self._queues[key] = queue[:share]
+        self._forget_empty()
+        return [lease for _, _, lease in sorted(shed)]
 
     def drop_expired(self, now: float) -> None:
         """Drop the leases that have expired at ``now``, an `uptime`."""
-        for lane, waiting in list(self._waiting.items()):
-            left = [place for place in waiting if place[2].expires >= now]
-            heapq.heapify(left)
-            self._keep(lane, left)
-        self._turns = deque(lane for lane in self._turns if lane in self._waiting)
+        for key, queue in self._queues.items():
+            self._queues[key] = [entry for entry in queue if entry[2].expires >= now]
+            heapq.heapify(self._queues[key])
+        self._forget_empty()
 
-    def clear(self) -> list[Lease]:
-        """Send everybody home who waits; return their leases."""
-        leases = [hinted.lease for waiting in self._waiting.values() for _, _, hinted in waiting]
-        self._waiting.clear()
+    def clear(self) -> Iterator[Lease]:
+        """Empty the queue and return its leases."""
+        queues = list(self._queues.values())
+        self._queues.clear()
         self._turns.clear()
-        self._sated.clear()
-        return leases
+        return (lease for queue in queues for _, _, lease in queue)
 
-    def _keep(self, lane: int, waiting: list[tuple[datetime, int, Hinted]]) -> None:
-        """Replace the leases of a workspace queue with a heap of the remaining ones.
+    def _forget_empty(self) -> None:
+        self._queues = {key: queue for key, queue in self._queues.items() if queue}
+        self._turns = deque(key for key in self._turns if key in self._queues)
 
-        The caller removes the turn of a queue that is now empty.
-        """
-        self._waiting[lane] = waiting
-        if not waiting:
-            del self._waiting[lane]
-            self._sated.discard(lane)
-
-    def _has_others(self, lane: int) -> bool:
-        came = self._others_came if lane == self._latest else self._latest_came
-        return uptime() - came < LATELY
+    def _may_go(self, key: int) -> bool:
+        if not self._slots.has_full_share(key):
+            return True
+        others_at = self._others_at if key == self._latest else self._latest_at
+        return uptime() - others_at >= ACTIVE

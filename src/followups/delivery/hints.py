@@ -2,8 +2,8 @@
 
 A hint names follow-ups, the tokens they were leased under, and the moment each is due, so that the worker need not
 query them. It holds no text and proves nothing. It may be lost, doubled or late without harm, because begin reads the
-row. It also carries the numbers of the workspaces, by which a worker gives each its turn. A worker that ignores them,
-or gets none during an upgrade, sends the same.
+row. It also carries the keys of the workspace queues. A worker that ignores them, or gets none during an upgrade, sends
+the same.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Hint(NamedTuple):
 
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
-    lanes: list[int]
-    """The number of each one's workspace."""
+    keys: list[int]
+    """The key of each one's workspace queue."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
@@ -50,11 +50,11 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
         entries = [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]
-        yield Hint(entries, [one.lane for one in batch])
+        yield Hint(entries, [one.key for one in batch])
 
 
-def leases_of(entries: object, lanes: object = None) -> list[Lease]:
-    """Return the leases that a hint names; with invalid lanes, all in the same one.
+def leases_of(entries: object, keys: object = None) -> list[Lease]:
+    """Return the leases that a hint names; with invalid keys, all in the same workspace queue.
 
     Raises ValueError for an invalid hint: anyone with access to the broker can write one.
     """
@@ -63,19 +63,19 @@ def leases_of(entries: object, lanes: object = None) -> list[Lease]:
         if count > MOST:
             message = f"not a hint: {count} entries"
             raise ValueError(message)
-        numbers = lanes if _are_lanes(lanes, count) else [0] * count
-        return [_lease(number, *entry) for entry, number in zip(entries, numbers, strict=True)]  # type: ignore[call-overload]
+        valid = keys if _are_keys(keys, count) else [0] * count
+        return [_lease(key, *entry) for entry, key in zip(entries, valid, strict=True)]  # type: ignore[call-overload]
     except (TypeError, AttributeError, OverflowError) as error:
         message = f"not a hint: {type(error).__name__}"
         raise ValueError(message) from None
 
 
-def _are_lanes(lanes: object, count: int) -> bool:
-    return isinstance(lanes, list) and len(lanes) == count and {type(lane) for lane in lanes} <= {int}
+def _are_keys(keys: object, count: int) -> bool:
+    return isinstance(keys, list) and len(keys) == count and {type(key) for key in keys} <= {int}
 
 
-def _lease(lane: int, follow_up_id: str, token: int, due: int, losses: int) -> Lease:
+def _lease(key: int, follow_up_id: str, token: int, due: int, losses: int) -> Lease:
     if not type(token) is type(due) is type(losses) is int or not (0 <= token < _BIGINT and losses >= 0):
         message = "not a hint: token, due and losses are whole numbers"
         raise ValueError(message)
-    return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses, lane)
+    return Lease(UUID(follow_up_id), token, _EPOCH + due * _MICROSECOND, losses, key)

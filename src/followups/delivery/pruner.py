@@ -35,7 +35,7 @@ LEAST_PAUSE = 0.01
 log = get_logger(__name__)
 
 
-class Tidier:
+class Pruner:
     """A thread in a worker process while there is something to prune. A call while it runs does nothing."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
@@ -50,7 +50,7 @@ class Tidier:
     def start(self) -> None:
         """Prune once, in a thread. Returns at once."""
         if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="tidier", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="pruner", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
@@ -61,11 +61,11 @@ class Tidier:
 
     def _run(self) -> None:
         try:
-            self.tidy()
+            self.prune()
         except Exception as error:  # noqa: BLE001 - the next run tries again, whatever it was
             events.failed("tidy", error, self._engine)
 
-    def tidy(self) -> dict[str, int]:
+    def prune(self) -> dict[str, int]:
         """Delete what is old until nothing is left or the time is up; return the number of each kind."""
         started = time.monotonic()
         removed: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -12,15 +13,15 @@ from uuid import UUID
 from followups.retry import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
 from followups.telemetry import traces
-from followups.transports.port import Delivery, Outcome, Rejected, Retry, Sent, Snoozed, Unknown
+from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from followups.delivery.begin import Begun
     from followups.delivery.clock import DatabaseClock
-    from followups.store.leases import Begun
-    from followups.transports.port import Transport
+    from followups.transports.port import Delivery, Transport
 
 OUTCOME_NAMES: dict[type, str] = {
     Sent: "sent",
@@ -71,7 +72,7 @@ async def send(
     if started > latest:
         return None
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
-        outcome = await _call(transport, _delivery(begun, clock.now()), limit + GRACE)
+        outcome = await _call(transport, replace(begun.delivery, made_at=clock.now()), limit + GRACE)
         answered = uptime()
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
@@ -160,23 +161,8 @@ def _status_code(code: object) -> int | None:
 def _described(begun: Begun, transport: str) -> dict[str, str | int]:
     return {
         "followups.follow_up_id": str(begun.lease.id),
-        "followups.chat_id": str(begun.chat_id),
-        "followups.workspace_id": str(begun.workspace_id),
-        "followups.attempt": begun.attempt,
+        "followups.chat_id": str(begun.delivery.chat_id),
+        "followups.workspace_id": str(begun.delivery.workspace_id),
+        "followups.attempt": begun.delivery.attempt,
         "followups.transport": transport,
     }
-
-
-def _delivery(begun: Begun, made_at: datetime) -> Delivery:
-    return Delivery(
-        follow_up_id=begun.lease.id,
-        workspace_id=begun.workspace_id,
-        chat_id=begun.chat_id,
-        channel=begun.channel,
-        external_chat_id=begun.external_chat_id,
-        trigger_chat_message_id=begun.trigger_chat_message_id,
-        message=begun.message,
-        due_date=begun.due_date,
-        attempt=begun.attempt,
-        made_at=made_at,
-    )

@@ -1,58 +1,164 @@
-"""Settle: decide what each attempt's outcome means (pure), and record a batch of them."""
+"""Settle: decide what each attempt's outcome means (pure), and record the outcomes in batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING
 
-from followups.database_errors import concerns_a_row
+from followups.database_errors import concerns_a_row, is_passing
 from followups.delivery import events
+from followups.delivery.begin import Step
 from followups.delivery.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
 from followups.store import chat_order, settlement
-from followups.store.settlement import Failure, Settled, Settlement
-from followups.transactions import transact
+from followups.store.settlement import Failure, Settlement
+from followups.telemetry.logs import get_logger
+from followups.transactions import in_loop, transact
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Iterable, Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection, Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.delivery.send import Attempt
     from followups.retry import RetryPolicy
     from followups.settings import Settings
-    from followups.store.chat_order import Unblocked
     from followups.store.leases import Lease
 
-    Unblock = Callable[[Connection, Collection[UUID], timedelta], Unblocked]
+    Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
+
+BATCH = 500
+"""Most rows of one statement: a larger one is slow and no cheaper for each row."""
+ENOUGH = 100
+"""Results that are worth a statement at once."""
+GATHER = timedelta(milliseconds=30)
+"""How long to wait for so many. Only the next follow-up of a chat waits for it. Results that are not recorded when the
+process is killed are sent again, under the same key; so it is no longer than a quick call, which a kill leaves open
+too.
+"""
+SHORT_GATHER = timedelta(milliseconds=5)
+"""The same where the receiver cannot deduplicate, and the outcome of results that are not recorded would be unknown."""
+AGAIN = timedelta(milliseconds=50)
+"""Pause before a row that another transaction has locked is tried again."""
+BACKOFF = timedelta(seconds=0.5)
+"""First pause before an unreachable database is tried again; it doubles."""
+LONGEST_BACKOFF = timedelta(seconds=1)
+"""Results must be recorded before a tick takes their leases for lost."""
+
+log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
 """Characters left for a detail beside the addition."""
 
 
-@dataclass(frozen=True, slots=True)
-class Settling:
-    """The result of settling a batch of attempts."""
+class Settler:
+    """Collects the outcomes of attempts, and records them in batches: by size, or after a moment. For one event loop.
 
-    settled: tuple[Settled, ...]
-    stale: int
-    """Results whose lease another worker had taken over; nothing was written."""
-    held: tuple[Attempt, ...]
-    """To be settled shortly: another transaction has locked the row."""
-    woken: tuple[Lease, ...]
-    """Unblocked: each the next of its chat, leased to the caller."""
-    locked: tuple[UUID, ...]
-    """Ended follow-ups whose next one in the chat is locked by another transaction."""
+    What was accepted is recorded at once, not when the slowest call of a batch ends. A result that cannot be recorded
+    yet, because the database is unreachable or its row is locked, is tried again until its lease ends.
+    """
+
+    def __init__(
+        self, settings: Settings, engine: AsyncEngine, settled: Callable[[Step, Sequence[Attempt]], None]
+    ) -> None:
+        """``settled`` is called with what each batch came to, and with the attempts that need no further try."""
+        self._settings = settings
+        self._engine = engine
+        self._settled = settled
+        self._gather = GATHER if settings.transport_deduplicates else SHORT_GATHER
+        self._attempts: list[Attempt] = []
+        self._later: set[asyncio.Task[None]] = set()
+        """Attempts that are added again after a pause."""
+        self._wanted = asyncio.Event()
+        self._recorded = asyncio.Event()
+        self._closed = False
+
+    def __len__(self) -> int:
+        """Return how many outcomes are not recorded."""
+        return len(self._attempts) + len(self._later)
+
+    def add(self, attempt: Attempt) -> None:
+        """Add an attempt to the next batch."""
+        self._attempts.append(attempt)
+        self._wanted.set()
+
+    async def keep_up(self) -> None:
+        """Wait while the database is slower than the transport: accepted results are recorded before others begin."""
+        while len(self._attempts) > self._settings.max_in_flight:
+            self._recorded.clear()
+            await self._recorded.wait()
+
+    async def run(self) -> None:
+        """Record what is added, until `close` has been called and nothing is left."""
+        while not self._closed or self:
+            await self._wanted.wait()
+            self._wanted.clear()
+            if len(self._attempts) < ENOUGH and not self._closed:
+                await asyncio.sleep(self._gather.total_seconds())
+            if batch := self._attempts[:BATCH]:
+                events.lines.flush()
+                await self._record(batch)
+                del self._attempts[: len(batch)]
+                self._recorded.set()
+            if self._attempts:  # these have arrived meanwhile
+                self._wanted.set()
+
+    def close(self) -> None:
+        """End `run` once everything is recorded; nothing is added any more."""
+        self._closed = True
+        self._wanted.set()
+
+    async def _record(self, batch: Sequence[Attempt]) -> None:
+        backoff = BACKOFF
+        while True:
+            try:
+                step = await in_loop(self._engine, settle, self._settings, batch)
+                break
+            except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
+                events.failed("settle", error, self._engine.sync_engine)
+                events.lines.flush()  # of what was sent meanwhile, since an outage may be long
+                if not is_passing(error):
+                    await self._record_apart(batch)
+                    return
+                await asyncio.sleep(backoff.total_seconds())
+                backoff = min(backoff * 2, LONGEST_BACKOFF)
+        events.succeeded("settle")
+        events.settled(step)
+        locked = {lease.id for lease in step.locked}
+        self._settled(step, [attempt for attempt in batch if attempt.begun.lease.id not in locked])
+        self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], AGAIN)
+
+    async def _record_apart(self, batch: Sequence[Attempt]) -> None:
+        """Isolate a result that the database refuses, so that it does not hold up the others."""
+        if len(batch) > 1:
+            for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+                await self._record(half)
+        elif uptime() - batch[0].answered < self._settings.lease.total_seconds():
+            self._add_later(batch, LONGEST_BACKOFF)
+        else:
+            log.error("settle_refused", follow_up_id=str(batch[0].begun.lease.id))
+            self._settled(Step(), batch)
+
+    def _add_later(self, attempts: Iterable[Attempt], delay: timedelta) -> None:
+        for attempt in attempts:
+            task = asyncio.create_task(self._add_after(attempt, delay))
+            self._later.add(task)
+            task.add_done_callback(self._later.discard)
+
+    async def _add_after(self, attempt: Attempt, delay: timedelta) -> None:
+        await asyncio.sleep(delay.total_seconds())
+        self.add(attempt)
 
 
-def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Settling:
+def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Step:
     """Record the outcomes in one transaction, and unblock what waited for those that ended."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
     decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
@@ -72,18 +178,23 @@ def _record(
     decided: Sequence[Settlement],
     unblock: Unblock,
     connection: Connection,
-) -> Settling:
+) -> Step:
     settled = settlement.settle_if_in_flight(connection, decided)
     written = {one.id for one in settled}
     failures = [failure for a in attempts if a.begun.lease.id in written and (failure := failure_of(a))]
     for failure, error in settlement.record_failures(connection, failures):
         events.refused("record", failure.follow_up_id, error)
     ended = [one.id for one in settled if one.status in FINAL]
-    unblocked = unblock(connection, ended, settings.lease)
+    unblocked, blocking = unblock(connection, ended, settings.lease)
     missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
     in_flight = settlement.still_in_flight(connection, missing) if missing else set()
-    held = tuple(a for a in attempts if a.begun.lease.id in in_flight)
-    return Settling(tuple(settled), len(attempts) - len(settled) - len(held), held, unblocked.leases, unblocked.locked)
+    return Step(
+        settled=tuple(settled),
+        stale=len(attempts) - len(settled) - len(in_flight),
+        locked=tuple(lease for lease in missing if lease.id in in_flight),
+        unblocked=tuple(unblocked),
+        blocking=tuple(blocking),
+    )
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
@@ -114,7 +225,7 @@ def _try_again(
     attempt: Attempt, policy: RetryPolicy, detail: str, after: timedelta | None, cancel_detail: str = ""
 ) -> Settlement:
     lease = attempt.begun.lease
-    delay = policy.next_delay(attempt.begun.attempt)
+    delay = policy.next_delay(attempt.begun.delivery.attempt)
     if delay is None:
         final = finish(Status.FAILED, ReasonCode.RETRIES_EXHAUSTED, detail)
         return Settlement(lease, final.status, final.reason, cancel_detail=cancel_detail)
@@ -128,7 +239,7 @@ def failure_of(attempt: Attempt) -> Failure | None:
         return None
     return Failure(
         attempt.begun.lease.id,
-        attempt.begun.attempt,
+        attempt.begun.delivery.attempt,
         OUTCOME_NAMES[type(outcome)],
         outcome.detail,
         outcome.status_code,

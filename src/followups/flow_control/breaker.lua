@@ -1,14 +1,15 @@
--- Adds outcomes to the state of a transport, and says how many of those that are wanted may begin.
--- KEYS: the state, a hash; the set of who failed since the last success; a hash of how many attempts of each lane have
--- failed in a row; and the set of the lanes that are held while it is not closed. All times are milliseconds.
+-- Add outcomes to the state of a transport, and return how many of the wanted follow-ups may begin.
+-- KEYS: the state, a hash; the set of the follow-ups that failed since the last success; a hash of how many attempts of
+-- each workspace have failed in a row; and the set of the workspaces that are tripped while it is not closed. All times
+-- are milliseconds.
 
 local MOST = 2000 -- between two reports: workers report every second, so more is a step of this server's clock
 
-local state, failing, runs, held = unpack(KEYS)
+local state, failing, runs, tripped = unpack(KEYS)
 local threshold, wanted, succeeded = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
 local first_pause, longest_pause, probes = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
 local first_rate, last_rate, fails_again, kept = tonumber(ARGV[7]), tonumber(ARGV[8]), tonumber(ARGV[9]), ARGV[10]
-local in_a_row, failed, lanes = tonumber(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
+local in_a_row, failed, workspaces = tonumber(ARGV[11]), cjson.decode(ARGV[12]), cjson.decode(ARGV[13])
 
 local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at', 'tokens', 'clock', 'seen')
 local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
@@ -23,11 +24,11 @@ if known[7] then now = known[7] + math.min(math.max(seen - known[8], 0), MOST) e
 
 if succeeded then redis.call('DEL', failing) end
 for _, id in ipairs(failed) do redis.call('SADD', failing, id) end
-local newly_held = {}
-for _, one in ipairs(lanes) do
-    local lane, failures, anew = one[1], one[2], one[3]
-    if anew then redis.call('HDEL', runs, lane) end
-    if failures > 0 and redis.call('HINCRBY', runs, lane, failures) >= in_a_row then table.insert(newly_held, lane) end
+local newly_tripped = {}
+for _, one in ipairs(workspaces) do
+    local key, failures, anew = one[1], one[2], one[3]
+    if anew then redis.call('HDEL', runs, key) end
+    if failures > 0 and redis.call('HINCRBY', runs, key, failures) >= in_a_row then table.insert(newly_tripped, key) end
 end
 for _, key in ipairs({failing, runs}) do redis.call('EXPIRE', key, kept) end
 
@@ -36,23 +37,23 @@ local function become(next_name, ...)
     redis.call('HSET', state, 'name', name, ...)
 end
 local function close()
-    redis.call('DEL', state, held)
+    redis.call('DEL', state, tripped)
     name, changed = 'closed', 1
 end
--- Anew each time: what is held stays so only where the last attempt failed. One failure is enough for these.
-local function hold()
-    local all, lanes_to_hold = redis.call('HGETALL', runs), {}
+-- Anew each time: a workspace stays tripped only if its last attempt failed. One failure is enough for these.
+local function trip()
+    local all, keys = redis.call('HGETALL', runs), {}
     for number = 1, #all, 2 do
-        local lane, failures = all[number], tonumber(all[number + 1])
-        if failures >= in_a_row or redis.call('SISMEMBER', held, lane) == 1 then table.insert(lanes_to_hold, lane) end
+        local key, failures = all[number], tonumber(all[number + 1])
+        if failures >= in_a_row or redis.call('SISMEMBER', tripped, key) == 1 then table.insert(keys, key) end
     end
-    redis.call('DEL', held)
-    for _, lane in ipairs(lanes_to_hold) do redis.call('SADD', held, lane) end
-    return #lanes_to_hold > 0
+    redis.call('DEL', tripped)
+    for _, key in ipairs(keys) do redis.call('SADD', tripped, key) end
+    return #keys > 0
 end
 local function open()
-    if not hold() then
-        -- There is nothing to wait for: nobody's success would end it.
+    if not trip() then
+        -- No workspace is tripped, so no success could close it.
         if name ~= 'closed' then close() end
         return
     end
@@ -84,12 +85,12 @@ elseif succeeded then
 elseif name == 'probing' and #failed > 0 then
     open()
 elseif now >= tonumber(known[2]) and wanted > 0 then
-    -- Also when the probes' outcomes do not come: whoever had them may have died.
+    -- Also when the probes' outcomes do not come: their worker may have died.
     become('probing', 'until', now + longest_pause)
     grant(probes)
 end
 if name == 'closed' then return {name, permits, changed, {}} end
 redis.call('HSET', state, 'clock', now, 'seen', seen)
-for _, lane in ipairs(newly_held) do redis.call('SADD', held, lane) end
-for _, key in ipairs({state, held}) do redis.call('EXPIRE', key, kept) end
-return {name, permits, changed, redis.call('SMEMBERS', held)}
+for _, key in ipairs(newly_tripped) do redis.call('SADD', tripped, key) end
+for _, key in ipairs({state, tripped}) do redis.call('EXPIRE', key, kept) end
+return {name, permits, changed, redis.call('SMEMBERS', tripped)}

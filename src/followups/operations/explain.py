@@ -18,7 +18,7 @@ from followups.operations.wording import rate_in_words, readable, span
 from followups.sending_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
 from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
-from followups.store.leases import lane_of
+from followups.store.leases import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -163,7 +163,7 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
 
 def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
     """Return the breaker if it holds the workspace of a follow-up, or None if it does not."""
-    return breaker if breaker and lane_of(follow_up.workspace_id) in breaker.held else None
+    return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 
 def _left_alone(breaker: Shown) -> str:

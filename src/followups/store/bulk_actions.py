@@ -116,7 +116,7 @@ def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Fina
     parameters = {"ids": uuid_array(ids), "status": final.status.value, "reason": final.reason}
     rows = connection.execute(_CANCEL, parameters).all()
     cancelled = [row.id for row in rows if row.status == Status.CANCELLED]
-    chat_order.wake(connection, cancelled)
+    chat_order.unblock(connection, cancelled)
     left = set(ids) - {row.id for row in rows}
     finished = len(connection.scalars(_FINISHED, {"ids": uuid_array(left)}).all()) if left else 0
     counts = {"in flight": len(rows) - len(cancelled), "finished": finished, "locked": len(left) - finished}

@@ -116,7 +116,7 @@ def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, 
     parameters = pending.parameters | place | {"status": final.status.value, "reason": final.reason}
     rows = connection.execute(statement, parameters).all()
     ended = [row.id for row in rows if row.status == Status.CANCELLED]
-    chat_order.wake(connection, ended)
+    chat_order.unblock(connection, ended)
     last = max((Place(row.chat_id, row.due_date, row.id) for row in rows), default=None)
     return Cancelled(ended, len(rows) - len(ended), last)
 

@@ -7,7 +7,6 @@ once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
@@ -16,7 +15,7 @@ from followups.halving import halve_within, halving_steps
 from followups.statements import Rule, Statement, run
 from followups.store import marks
 from followups.store.fragments import DUE_READ, NEXT_TOKEN, OPEN
-from followups.store.leases import Lease, lane_of, uuid_array
+from followups.store.leases import Lease, key_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -114,11 +113,11 @@ def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
 
 
 # A waiting follow-up is pending, by a constraint. Repeating that here would let the planner walk the index of all
-# pending follow-ups instead of the few waiting ones. Locked rows are left to `wake_forgotten`.
+# pending follow-ups instead of the few waiting ones. Locked rows are left to `unblock_forgotten`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
-_WAKE = Statement("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[])) RETURNING f.id")
+_UNBLOCK = Statement("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[])) RETURNING f.id")
 
 _UNBLOCK_AND_LEASE = text(f"""
     WITH waiting AS MATERIALIZED (
@@ -128,14 +127,14 @@ _UNBLOCK_AND_LEASE = text(f"""
              SELECT f.id FROM follow_ups f WHERE f.id = w.id AND f.waits_for = w.waits_for
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f ON true
-    ), woken AS (
+    ), unblocked AS (
         UPDATE follow_ups f
            SET waits_for = NULL, lease_token = {NEXT_TOKEN}, lease_until = now() + CAST(:lease AS interval)
           FROM waiting
          WHERE f.id = waiting.unlocked
         RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id
     )
-    SELECT NULL AS blocked, woken.* FROM woken
+    SELECT NULL AS blocked, unblocked.* FROM unblocked
      UNION ALL
     SELECT waiting.waits_for, waiting.id, NULL, NULL, NULL, NULL FROM waiting WHERE waiting.unlocked IS NULL
 """)  # noqa: S608 - no input, only the constant above
@@ -165,57 +164,50 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 
 @Rule
-def wake(ended: Collection[UUID]) -> Steps[None]:
+def unblock(ended: Collection[UUID]) -> Steps[None]:
     """Unblock what waited for the ended ones. Call it after the ends, in their transaction.
 
-    A row that cannot be written stays blocked, and `wake_forgotten` reports it.
+    A row that cannot be written stays blocked, and `unblock_forgotten` reports it.
     """
     if ended:
         waiting = yield _LOCK_WAITING(ids=uuid_array(ended))
-        yield from _wake([row.id for row in waiting])
+        yield from _unblock([row.id for row in waiting])
 
 
-def _wake(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[Any]]:
-    return (yield from halving_steps(ids, lambda part: _WAKE(ids=uuid_array(part)), refused))
+def _unblock(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[Any]]:
+    return (yield from halving_steps(ids, lambda part: _UNBLOCK(ids=uuid_array(part)), refused))
 
 
-@dataclass(frozen=True, slots=True)
-class Unblocked:
-    """Follow-ups unblocked by the ends of others: leases that the caller sends at once."""
+def unblock_and_lease(
+    connection: Connection, ended: Collection[UUID], lease: timedelta
+) -> tuple[list[Lease], list[UUID]]:
+    """Unblock the follow-ups that waited for the ended ones and lease them to the caller, who sends them at once.
 
-    leases: tuple[Lease, ...] = ()
-    locked: tuple[UUID, ...] = ()
-    """Ended follow-ups whose successor is locked by another transaction and is to be unblocked shortly."""
-
-
-def unblock_and_lease(connection: Connection, ended: Collection[UUID], lease: timedelta) -> Unblocked:
-    """Unblock the follow-ups that waited for the ended ones and lease them to the caller."""
+    Returns the leases, and the ended ones whose next one in the chat is locked by another transaction.
+    """
     if not ended:
-        return Unblocked()
+        return [], []
     rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
-    if unblocked := [(row.id, row.lease_token) for row in rows if not row.blocked]:
-        marks.leased(connection, unblocked)
-    return Unblocked(
-        tuple(Lease(r.id, r.lease_token, r.due, r.losses, lane_of(r.workspace_id)) for r in rows if not r.blocked),
-        tuple(row.blocked for row in rows if row.blocked),
-    )
+    if unblocked := [row for row in rows if not row.blocked]:
+        marks.leased(connection, ((row.id, row.lease_token) for row in unblocked))
+    leases = [Lease(row.id, row.lease_token, row.due, row.losses, key_of(row.workspace_id)) for row in unblocked]
+    return leases, [row.blocked for row in rows if row.blocked]
 
 
-def unblock_writable(connection: Connection, ended: Collection[UUID], lease: timedelta) -> Unblocked:
+def unblock_writable(
+    connection: Connection, ended: Collection[UUID], lease: timedelta
+) -> tuple[list[Lease], list[UUID]]:
     """Unblock and lease like `unblock_and_lease`, but under savepoints.
 
-    A row that cannot be written stays blocked, and `wake_forgotten` reports it.
+    A row that cannot be written stays blocked, and `unblock_forgotten` reports it.
     """
     parts = halve_within(connection, list(ended), lambda part: unblock_and_lease(connection, part, lease)).done
-    return Unblocked(
-        tuple(lease for part in parts for lease in part.leases),
-        tuple(ended_one for part in parts for ended_one in part.locked),
-    )
+    return [lease for leases, _ in parts for lease in leases], [one for _, blocked in parts for one in blocked]
 
 
-def wake_forgotten(connection: Connection, refused: Refused | None = None) -> int:
+def unblock_forgotten(connection: Connection, refused: Refused | None = None) -> int:
     """Unblock what was locked when its predecessor ended; return how many.
 
     ``refused`` is called for each row that cannot be written.
     """
-    return len(run(connection, _wake(connection.scalars(_LOCK_FORGOTTEN).all(), refused)))
+    return len(run(connection, _unblock(connection.scalars(_LOCK_FORGOTTEN).all(), refused)))

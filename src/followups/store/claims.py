@@ -17,7 +17,7 @@ from sqlalchemy import text
 
 from followups.store import marks
 from followups.store.fragments import DUE, DUE_READ, NEXT_TOKEN
-from followups.store.leases import Lease, lane_of, uuid_array
+from followups.store.leases import Lease, key_of, uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -349,7 +349,7 @@ def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:
         marks.leased(connection, ((row.id, row.lease_token) for row in claimed))
     leases, lost, traced = [], [], []
     for id_, token, due, losses, workspace_id, traceparent, was_lost, attempts, cancel_requested, *_ in claimed:
-        lease = Lease(id_, token, due, losses, lane_of(workspace_id))
+        lease = Lease(id_, token, due, losses, key_of(workspace_id))
         leases.append(lease)
         if was_lost:
             lost.append(Lost(lease, attempts, cancel_requested))

@@ -8,7 +8,8 @@ skipped, reported, and tried again.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from math import inf
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
@@ -47,18 +48,24 @@ class Lease(NamedTuple):
     token: int
     due: datetime
     losses: int = 0
-    """Its lost leases: it may be what kills its workers."""
-    lane: int = 0
-    """The number of its workspace (`lane_of`), by which workers share their slots; 0 if unknown."""
+    """Its lost leases: it may be a poison pill."""
+    key: int = 0
+    """The key of its workspace's queue (`key_of`); 0 if unknown."""
+    task_id: str = ""
+    """The task whose hint brought it to its worker."""
+    expires: float = inf
+    """When its worker drops it, an `uptime`: by then another may have it."""
+    refusals: int = 0
+    """How many times in a row the follow-up could not begin at its moment."""
 
 
-LANES = 2**20
-"""How many numbers there are for workspaces. Two with the same number share its turns, which is harmless and rare."""
+KEYS = 2**20
+"""How many keys there are. Two workspaces with the same key share a queue, which is harmless and rare."""
 
 
-def lane_of(workspace_id: UUID) -> int:
-    """Return the number of a workspace: the last bits of its id, which are random."""
-    return workspace_id.int % LANES
+def key_of(workspace_id: UUID) -> int:
+    """Return the key of a workspace's queue: the last bits of its id, which are random."""
+    return workspace_id.int % KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +76,6 @@ class World:
     max_lateness: timedelta
     early: timedelta
     """How long before the due moment begin may come; the sender waits for the rest."""
-
-
-class Begun(NamedTuple):
-    """A follow-up whose attempt has begun, with everything that the transport needs."""
-
-    lease: Lease
-    workspace_id: UUID
-    chat_id: UUID
-    channel: str
-    external_chat_id: str | None
-    trigger_chat_message_id: UUID
-    message: str
-    due_date: datetime
-    attempt: int
-    snoozes: int
-    traceparent: str | None = None
 
 
 _SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
@@ -123,19 +114,19 @@ _BEGIN = text(f"""
        SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
       FROM ready
      WHERE f.id = ready.id
-    RETURNING -- in the order of Lease and Begun
-              f.begun_at, f.id, f.lease_token, {DUE_READ} AS due, f.workspace_id, f.chat_id, ready.channel,
-              ready.external_id, f.trigger_chat_message_id, f.message, f.due_date, f.attempts, f.snoozes,
-              f.traceparent
+    RETURNING f.begun_at, f.lease_token, {DUE_READ} AS due, f.snoozes, f.traceparent,
+              -- in the order of Delivery
+              f.id, f.workspace_id, f.chat_id, ready.channel, ready.external_id, f.trigger_chat_message_id, f.message,
+              f.due_date, f.attempts
 """)  # noqa: S608 - no input, only the constants above
 
 
-def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Begun]:
-    """Begin the valid leases that have no obstacle."""
-    rows = connection.execute(_BEGIN, batch_of(leases) | _world(world)).all()
+def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Any]:
+    """Begin the valid leases that have no obstacle; return what to send."""
+    rows = list(connection.execute(_BEGIN, batch_of(leases) | _world(world)))
     if rows:
-        marks.written(connection, ((row[1], row[0]) for row in rows))
-    return [Begun(Lease(row_id, token, due), *rest) for _, row_id, token, due, *rest in rows]
+        marks.written(connection, ((row.id, row.begun_at) for row in rows))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +143,7 @@ class Obstacle:
 
 
 _OBSTACLES = text(f"""
-    SELECT f.id, f.lease_token, {DUE_READ} AS due, c.removed_at IS NOT NULL AS chat_removed,
+    SELECT f.id, f.lease_token, c.removed_at IS NOT NULL AS chat_removed,
            {_SILENCE_BROKEN} AS silence_broken, {_TAKEN_OVER} AS taken_over, {_WINDOW_CLOSED} AS window_closed,
            {_TOO_LATE} AS too_late, earlier.id AS earlier
       FROM {_BATCH} CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
@@ -165,10 +156,11 @@ _OBSTACLES = text(f"""
 
 def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
     """For each valid lease, return what blocks it."""
+    by_token = {(lease.id, lease.token): lease for lease in leases}
     rows = connection.execute(_OBSTACLES, batch_of(leases) | _world(world))
     return [
         Obstacle(
-            Lease(row.id, row.lease_token, row.due),
+            by_token[row.id, row.lease_token],
             row.chat_removed,
             row.silence_broken,
             row.window_closed,

@@ -107,8 +107,8 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a leased follow-up belongs, and its place in the order. ``left`` is None if it never expires."""
+class Limitable:
+    """What rate limits go by: where a leased follow-up belongs, and its place in the order."""
 
     id: UUID
     ended: bool
@@ -119,7 +119,7 @@ class Place:
     since: datetime
     """The first moment at which it could be sent: its due date, or when that was set if it had already passed."""
     left: timedelta | None
-    """Time left until it expires: the end of its messaging window or of the allowed lateness."""
+    """Time left until its messaging window or the allowed lateness ends, or None if it never expires."""
 
     @property
     def is_over(self) -> bool:
@@ -134,7 +134,7 @@ _ENDS = f"""
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
 # LATERAL, so that each is looked up by its key whatever the planner believes about the table.
-_PLACES = text(f"""
+_LIMITABLE = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
            GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
@@ -148,11 +148,11 @@ _PLACES = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 
-def places(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Place]:
-    """Return the place of each valid lease, and of each lease whose follow-up has ended."""
+def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
+    """Return what limits go by for each valid lease, and for each lease whose follow-up has ended."""
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [
-        Place(
+        Limitable(
             row.id,
             row.ended,
             row.workspace_id,
@@ -161,11 +161,11 @@ def places(connection: Connection, leases: Sequence[Lease], max_lateness: timede
             row.since,
             None if row.ends is None else row.left,
         )
-        for row in connection.execute(_PLACES, parameters)
+        for row in connection.execute(_LIMITABLE, parameters)
     ]
 
 
-_PUT_OFF = text(f"""
+_DEFER = text(f"""
     WITH held AS MATERIALIZED (
         SELECT f.id, GREATEST(now() + b.wait, {DUE}) AS again
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:waits AS interval[])) AS b(id, token, wait)
@@ -179,10 +179,10 @@ _PUT_OFF = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-def put_off_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Defer leased follow-ups, each by its delay, without using up an attempt; return those now deferred."""
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
-    rows = connection.execute(_PUT_OFF, parameters).all()
+    rows = connection.execute(_DEFER, parameters).all()
     if rows:
         marks.written(connection, rows)
     return {row.id for row in rows}
@@ -192,8 +192,8 @@ _DEFERRED = f"""f.status = 'pending' AND f.waits_for IS NULL
            AND {DUE} BETWEEN now() AND now() + CAST(:longest AS interval)
            AND f.limited_until = f.next_attempt_at AND f.lease_until IS NULL"""
 
-_FREE = text(f"""
-    WITH put_off AS MATERIALIZED (
+_RELEASE = text(f"""
+    WITH waiting AS MATERIALIZED (
         SELECT f.id FROM follow_ups f
          WHERE {_DEFERRED}
            AND (CAST(:workspace_id AS uuid) IS NULL OR f.workspace_id = CAST(:workspace_id AS uuid))
@@ -204,21 +204,21 @@ _FREE = text(f"""
          LIMIT :most
            FOR NO KEY UPDATE SKIP LOCKED
     )
-    UPDATE follow_ups f SET next_attempt_at = NULL FROM put_off WHERE f.id = put_off.id
+    UPDATE follow_ups f SET next_attempt_at = NULL FROM waiting WHERE f.id = waiting.id
 """)  # noqa: S608 - no input, only the constant above
 BATCH = 1000
 """Follow-ups released in one transaction."""
 
 
-def free(connection: Connection, workspace_id: UUID | None, channel: str | None, longest: timedelta) -> int:
+def release(connection: Connection, workspace_id: UUID | None, channel: str | None, longest: timedelta) -> int:
     """Have up to a thousand that wait under a limit, for ``longest`` at most, ask again now; return how many."""
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
-    return connection.execute(_FREE, parameters).rowcount
+    return connection.execute(_RELEASE, parameters).rowcount
 
 
-# The key of a workspace queue is the last bits of the workspace's id, as in `followups.store.leases.lane_of`. Each
+# The key of a workspace queue is the last bits of the workspace's id, as in `followups.store.leases.key_of`. Each
 # workspace is searched separately, since almost everything that falls due within some minutes may belong to another.
-_FREE_LANES = text(f"""
+_RELEASE_WORKSPACES = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at
           FROM workspaces w
@@ -228,7 +228,7 @@ _FREE_LANES = text(f"""
               ORDER BY f.workspace_id, {DUE}, f.id
               LIMIT :most
          ) f
-         WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:lanes AS int[]))
+         WHERE ('x' || right(CAST(w.id AS text), 5))::bit(20)::int = ANY(CAST(:keys AS int[]))
          ORDER BY f.next_attempt_at, f.id
          LIMIT :most
     ), mine AS MATERIALIZED (
@@ -242,10 +242,10 @@ _FREE_LANES = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 
-def free_lanes(connection: Connection, lanes: Iterable[int], longest: timedelta, most: int) -> int:
+def release_workspaces(connection: Connection, keys: Iterable[int], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of these workspace queues due now; return how many.
 
     The first deferred are the first to become due.
     """
-    parameters = {"lanes": int_array(lanes), "longest": longest, "most": most}
-    return connection.execute(_FREE_LANES, parameters).rowcount
+    parameters = {"keys": int_array(keys), "longest": longest, "most": most}
+    return connection.execute(_RELEASE_WORKSPACES, parameters).rowcount

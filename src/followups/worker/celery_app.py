@@ -24,11 +24,11 @@ from followups.delivery import events
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import DELIVER, DISPATCH, leases_of
 from followups.delivery.pipeline import CONNECTIONS, Pipeline
-from followups.delivery.pruner import Tidier
+from followups.delivery.pruner import Pruner
 from followups.delivery.send import GRACE
 from followups.errors import SettingsError
-from followups.flow_control.breaker import RedisBreaker
-from followups.flow_control.limiter import RedisLimiter
+from followups.flow_control.breaker import BreakerStore
+from followups.flow_control.rate_limits import Limiter
 from followups.operations.bulk_actions import BulkRunner
 from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.settings import Settings, get_settings
@@ -184,10 +184,10 @@ class Process:
         in_loop = make_async_engine(url, pool_size=CONNECTIONS, options=ONCE_PLANNED, **connection)
         self.dispatcher = Dispatcher(settings, self.engine, publish)
         transport = load_transport(settings)
-        shared = (RedisLimiter(settings), RedisBreaker(settings, settings.transport))
+        shared = (Limiter(settings), BreakerStore(settings, settings.transport))
         self.pipeline = Pipeline(settings, in_loop, transport, nudge, *shared)
         self.totals = CounterTotals(self.engine)
-        self.tidier = Tidier(settings, self.engine)
+        self.pruner = Pruner(settings, self.engine)
         self.bulk = BulkRunner(self.engine, self.dispatcher.tick)
         self.draining = False
 
@@ -201,7 +201,7 @@ class Process:
         """Drain: stop claiming, settle what is in flight, release the rest."""
         self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
         self.dispatcher.stop()
-        self.tidier.stop()
+        self.pruner.stop()
         self.bulk.stop()
         unsettled = self.pipeline.drain(drain_limit(settings))
         if unsettled:
@@ -269,14 +269,14 @@ def dispatch_due(*_: object, **__: object) -> None:
 @app.task(name="followups.remove_old", base=Bounded)
 def remove_old(*_: object, **__: object) -> None:
     """Prune in a thread: finished follow-ups after RETENTION, idempotency keys after a day."""
-    current_process().tidier.start()
+    current_process().pruner.start()
 
 
 @app.task(name="followups.deliver", bind=True)
-def deliver(task: Any, hint: object = None, lanes: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
+def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
     """Deliver a batch: begin, send and settle each follow-up of the hint at its moment."""
     try:
-        leases = leases_of(hint, lanes)
+        leases = leases_of(hint, keys)
     except ValueError as error:
         log.warning("hint_dropped", error=str(error), task_id=task.request.id)
         return

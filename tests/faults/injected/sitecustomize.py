@@ -142,11 +142,11 @@ def install() -> None:
     """Wrap the steps."""
     import psycopg  # noqa: PLC0415 - not in every process that Python starts here
 
-    from followups.delivery import dispatcher, pipeline, rate_limiting  # noqa: PLC0415 - as above
+    from followups.delivery import begin, dispatcher, pipeline, settle  # noqa: PLC0415 - as above
 
     dispatcher.claim = around("claim", dispatcher.claim)
-    rate_limiting.begin = around("begin", rate_limiting.begin)
-    pipeline.settle = around("settle", pipeline.settle)
+    begin.begin = around("begin", begin.begin)
+    settle.settle = around("settle", settle.settle)
     pipeline.send = around_send(pipeline.send)
     psycopg.Connection.commit = around_commit(psycopg.Connection.commit)  # type: ignore[method-assign]
     asynchronous = psycopg.AsyncConnection

@@ -8,15 +8,15 @@ from functools import cache
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from followups.delivery.begin import verdict
+from followups.delivery.begin import Begun, verdict
 from followups.delivery.claim import after_loss
 from followups.delivery.send import Attempt
 from followups.delivery.settle import decide
 from followups.retry import RetryPolicy
 from followups.states import Status
 from followups.store.fragments import OUTCOME_UNKNOWN
-from followups.store.leases import Begun, Lease, Obstacle
-from followups.transports.port import Rejected, Retry, Sent, Snoozed, Unknown
+from followups.store.leases import Lease, Obstacle
+from followups.transports.port import Delivery, Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
     from followups.states import Final
@@ -39,7 +39,7 @@ OUTCOMES: dict[str, Outcome] = {
 @cache
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
     """Return what an attempt comes to, by `followups.delivery.settle.decide`."""
-    begun = Begun(LEASE, ID, ID, "api", None, ID, "Still there?", NOW, attempt, 0)
+    begun = Begun(LEASE, Delivery(ID, ID, ID, "api", None, ID, "Still there?", NOW, attempt), 0)
     made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
     second = timedelta(seconds=1)
     policy = RetryPolicy(max_attempts=most_attempts, base=second, factor=2, cap=second)

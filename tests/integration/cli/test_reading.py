@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from followups.delivery.begin import begin
-from followups.delivery.breaker import News, Run
 from followups.delivery.claim import claim
-from followups.flow_control.breaker import RedisBreaker
+from followups.flow_control.breaker import BreakerStore, News, Run
 from followups.store import pauses
-from followups.store.leases import lane_of
+from followups.store.leases import key_of
 from followups.store.pauses import Scope
 
 if TYPE_CHECKING:
@@ -117,9 +116,9 @@ class TestShow:
         due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
 
         async def fail() -> None:
-            store = RedisBreaker(settings, settings.transport)
+            store = BreakerStore(settings, settings.transport)
             failed = tuple(uuid4() for _ in range(settings.breaker_failures))
-            await store.report(News(failed, runs=(Run(lane_of(world.workspace_id), len(failed), anew=False),)), 0)
+            await store.report(News(failed, runs=(Run(key_of(world.workspace_id), len(failed), anew=False),)), 0)
             await store.close()
 
         assert run("show", due, "--json").document["breaker"] == "closed"

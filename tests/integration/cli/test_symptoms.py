@@ -11,8 +11,7 @@ import redis
 from sqlalchemy import text
 
 from followups.database import make_engine
-from followups.delivery.breaker import News, Run
-from followups.flow_control.breaker import RedisBreaker
+from followups.flow_control.breaker import BreakerStore, News, Run
 from followups.operations.doctor import broker_checks, database_checks
 from followups.operations.doctor.broker_checks import of_broker
 from followups.operations.doctor.database_checks import of_database
@@ -117,7 +116,7 @@ def test_breaker(settings: Settings) -> None:
     assert of(settings, "breaker").detail == "closed: everything that is due may begin"
 
     async def told(*reports: tuple[int, bool]) -> None:
-        store = RedisBreaker(settings, settings.transport)
+        store = BreakerStore(settings, settings.transport)
         for failed, succeeded in reports:
             runs = (Run(1, failed, anew=succeeded),)
             await store.report(News(tuple(uuid4() for _ in range(failed)), succeeded, runs), 0)

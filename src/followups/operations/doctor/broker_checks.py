@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import redis
 
-from followups.delivery.breaker import CLOSED
+from followups.flow_control.breaker import CLOSED
 from followups.delivery.hints import CLUSTER, DELIVER, DISPATCH
 from followups.errors import named
 from followups.flow_control.breaker import read
@@ -156,7 +156,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     shown = read(client, settings)
     if shown.state == CLOSED:
         return Finding("breaker", "closed: everything that is due may begin")
-    whom = f"{len(shown.held)} workspace{'' if len(shown.held) == 1 else 's'}"
+    whom = f"{len(shown.tripped)} workspace{'' if len(shown.tripped) == 1 else 's'}"
     detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
     if shown.state == "recovering":
         return Finding("breaker", f"{detail}, and takes more from second to second now")

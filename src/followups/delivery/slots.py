@@ -1,0 +1,63 @@
+"""Slots: places for calls in flight, in one ledger. No I/O.
+
+A slot is acquired before begin, and released when the call has ended or the follow-up did not begin. A possible poison
+pill also takes a share of a quota, until its outcome is recorded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from uuid import UUID
+
+    from followups.store.leases import Lease
+
+POISON_PILLS = 16
+"""How many follow-ups with one lost lease may be in flight at once; one with two lost leases goes without any other.
+
+One of them may be a poison pill, which kills its worker together with everything in flight beside it. Of some hundred
+that are lost together, at most 16 are lost again, and none of these for the third time, which would end it.
+"""
+
+
+class Slots:
+    """The ledger: how many slots are free, how many each workspace has, and the poison pill quota."""
+
+    def __init__(self, number: int) -> None:
+        """Allow ``number`` calls in flight at once."""
+        self.number = self.free = number
+        self._share = max(1, number * 7 // 8)
+        """Most slots of one workspace while others are active."""
+        self._of_workspace: dict[int, int] = {}
+        self._poison_pills: dict[UUID, int] = {}
+        """Possible poison pills whose outcome is not recorded yet, with the share of the quota that each takes."""
+
+    def acquire(self, lease: Lease) -> bool:
+        """Acquire a slot; return whether the poison pill quota allowed it."""
+        if lease.losses:
+            share = POISON_PILLS if lease.losses > 1 else 1
+            if share > POISON_PILLS - sum(self._poison_pills.values()):
+                return False
+            self._poison_pills[lease.id] = share
+        self.free -= 1
+        self._of_workspace[lease.key] = self._of_workspace.get(lease.key, 0) + 1
+        return True
+
+    def release(self, lease: Lease) -> None:
+        """Release the slot of a lease. Call it once for each."""
+        self.free += 1
+        if self._of_workspace[lease.key] > 1:
+            self._of_workspace[lease.key] -= 1
+        else:
+            del self._of_workspace[lease.key]
+
+    def restore_quota(self, ids: Iterable[UUID]) -> None:
+        """Restore the poison pill quota of these: they did not begin, or their outcome is recorded."""
+        for one in ids:
+            self._poison_pills.pop(one, None)
+
+    def has_full_share(self, key: int) -> bool:
+        """Return whether a workspace has as many slots as it may have while others are active."""
+        return self._of_workspace.get(key, 0) >= self._share

@@ -1,0 +1,83 @@
+"""Upkeep: what a worker reads again every few seconds, the database's clock and the rate limits."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from followups.delivery import events
+from followups.transactions import in_loop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from followups.delivery.clock import DatabaseClock
+    from followups.flow_control.rate_limits import RateLimits
+
+INTERVAL = 5.0
+"""Seconds between two readings."""
+FIRST_SAMPLES = 5
+"""Samples of the clock at the start."""
+CLOCK_OFF = 60.0
+"""Seconds by which this host's clock may differ from the database's without a warning."""
+BACKOFF = timedelta(seconds=0.5)
+"""First pause before an unreachable database is tried again; it doubles up to `LONGEST_BACKOFF`."""
+LONGEST_BACKOFF = timedelta(seconds=4)
+
+
+class Upkeep:
+    """Keeps one worker's clock and limits up to date."""
+
+    def __init__(self, engine: AsyncEngine, clock: DatabaseClock, rate_limits: RateLimits) -> None:
+        """Take what is kept."""
+        self._engine = engine
+        self._clock = clock
+        self._rate_limits = rate_limits
+
+    async def start(self, stopping: Callable[[], bool]) -> bool:
+        """Read both for the first time; return whether that was possible before ``stopping`` returned true."""
+        return await insist(
+            self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping
+        ) and await insist(self._engine, self._rate_limits.read, "limits", stopping)
+
+    async def run(self) -> None:
+        """Read both until cancelled, and log once when this host's clock is far off."""
+        was_off = False
+        while True:
+            ahead = (datetime.now(UTC) - self._clock.now()).total_seconds()
+            is_off = abs(ahead) > CLOCK_OFF
+            if is_off and not was_off:
+                events.clock_off(ahead)
+            was_off = is_off
+            await asyncio.sleep(INTERVAL)
+            await insist(self._engine, self._clock.ask, "clock")
+            await insist(self._engine, self._rate_limits.read, "limits")
+
+
+async def insist(
+    engine: AsyncEngine, work: Callable[[Engine], object], step: str, stopping: Callable[[], bool] = lambda: False
+) -> bool:
+    """Do the work, again and again while the database is unreachable; return whether it was done.
+
+    It is not tried again once ``stopping`` returns true.
+    """
+    backoff = BACKOFF
+    while True:
+        try:
+            await in_loop(engine, work)
+        except (DBAPIError, PoolTimeoutError) as error:
+            events.failed(step, error, engine.sync_engine)
+        else:
+            events.succeeded(step)
+            return True
+        if stopping():
+            return False
+        await asyncio.sleep(backoff.total_seconds())
+        backoff = min(backoff * 2, LONGEST_BACKOFF)

@@ -1,0 +1,300 @@
+"""Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
+
+A `Limiter` keeps the state of each limit for all workers: token buckets and the queues before them, in two scripts
+(``take``, ``give_back``) in Redis. Losing it costs a burst, and the order of the waiting follow-ups. A deferred
+follow-up uses up no attempt and no slot: for a short wait it stays in the due queue, for a longer one in its row.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from itertools import chain, product
+from typing import TYPE_CHECKING
+
+from redis import RedisError
+
+from followups.flow_control import PAUSE, TIMEOUT, connect, script
+from followups.halving import halve
+from followups.store import rate_limits
+from followups.telemetry import metrics
+from followups.telemetry.logs import get_logger
+from followups.transactions import in_loop, transact
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterable, Sequence
+    from uuid import UUID
+
+    from redis.commands.core import AsyncScript
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from followups.settings import Settings
+    from followups.store.leases import Lease
+    from followups.store.rate_limits import Limit, Limitable
+
+    Scope = tuple[UUID | None, str | None]
+    """A workspace and a channel; None means all."""
+
+IN_QUEUE = timedelta(seconds=1)
+"""Up to this wait a follow-up keeps its lease, and stays in its worker's due queue."""
+
+SHORTEST = timedelta(milliseconds=5)
+"""Shortest wait: smaller ones would cost more requests than they are worth."""
+
+LONGEST = timedelta(minutes=5)
+"""Longest wait before a follow-up asks again: many before it may have been cancelled."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+log = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """A token bucket: ``rate`` tokens a second flow in, up to ``burst``; each begin takes one."""
+
+    key: str
+    rate: float
+    burst: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A follow-up that requests a token from each of its buckets. ``since`` and id are its place in the order."""
+
+    id: UUID
+    since: datetime
+    buckets: tuple[Bucket, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How long each has to wait, in the order of the requests; zero means that it may begin."""
+
+    waits: tuple[timedelta, ...]
+    moment: int | None = None
+    """The moment of the answer by the limiter's own clock, or None if nothing was taken."""
+
+
+class Limiter:
+    """The buckets in Redis, for one event loop. It never raises if Redis is unreachable; then all may begin."""
+
+    def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
+        """Take the settings; connect to nothing yet."""
+        self._prefix = f"{settings.broker_prefix}limit:"
+        self._client = connect(settings, timeout)
+        self._take = self._client.register_script(script("take.lua"))
+        self._put_back = self._client.register_script(script("give_back.lua"))
+        self._ask_again_at = 0.0
+
+    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+        """Take tokens for those whose turn it is, in the order given; forget those that have ended."""
+        buckets = _numbered((*requests, *ended))
+        limits = [(bucket.rate, bucket.burst) for bucket in buckets]
+        documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
+        longest = str(LONGEST // MICROSECOND)
+        found = await self._try(self._take, buckets, *map(json.dumps, documents), longest)
+        if found is None:
+            metrics.LIMITER_UNAVAILABLE.inc(len(requests))
+            return Answer((timedelta(0),) * len(requests))
+        moment, *waits = map(int, found)
+        return Answer(tuple(wait * MICROSECOND for wait in waits), moment)
+
+    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+        """Return the tokens taken at ``moment`` for requests that did not begin after all.
+
+        If Redis is unreachable, they are lost.
+        """
+        unused = Counter(bucket for request in requests for bucket in request.buckets)
+        limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]
+        await self._try(self._put_back, unused, str(moment), json.dumps(limits))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.aclose()
+
+    async def _try(self, scripted: AsyncScript, buckets: Iterable[Bucket], *arguments: str) -> list[str] | None:
+        """Return the script's result, or None if Redis is unreachable or was a moment ago."""
+        if time.monotonic() < self._ask_again_at:
+            return None
+        try:
+            answer: list[str] = await scripted([f"{self._prefix}{bucket.key}" for bucket in buckets], arguments)
+        except (RedisError, OSError) as error:
+            self._ask_again_at = time.monotonic() + PAUSE.total_seconds()
+            log.warning("limiter_unavailable", error=type(error).__name__, pause_s=PAUSE.total_seconds())
+            return None
+        return answer
+
+
+def _numbered(requests: Iterable[Request]) -> dict[Bucket, int]:
+    """Return each bucket's number as Lua counts, from 1."""
+    buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
+    return {bucket: number for number, bucket in enumerate(buckets, start=1)}
+
+
+def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
+    # Moments are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
+    return [
+        (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
+        for request in requests
+    ]
+
+
+class Limits:
+    """The current limits, by what they apply to."""
+
+    def __init__(self, limits: Iterable[Limit]) -> None:
+        """Index the limits."""
+        self._of: dict[Scope, list[Limit]] = {}
+        for limit in limits:
+            self._of.setdefault((limit.workspace_id, limit.channel), []).append(limit)
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self._of)
+
+    def request(self, one: Limitable) -> Request:
+        """Return a follow-up's request: a token from each limit that matches it, possibly none."""
+        scopes = product((None, one.workspace_id), (None, one.channel))
+        matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
+        return Request(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))
+
+
+def bucket_of(limit: Limit, one: Limitable) -> Bucket:
+    """Return the bucket of a limit that applies to a follow-up."""
+    sharers = {"all": "", "workspace": one.workspace_id.hex, "chat": f"{one.workspace_id.hex}{one.chat_id.hex}"}
+    return Bucket(f"{limit.id.hex}:{sharers[limit.per]}", limit.rate, limit.burst)
+
+
+def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[Scope]:
+    """Return the workspaces and channels for which a limit was removed or raised."""
+    now = {limit.id: limit for limit in after}
+    return {
+        (limit.workspace_id, limit.channel)
+        for limit in before
+        if limit.id not in now or now[limit.id].rate > limit.rate or now[limit.id].burst > limit.burst
+    }
+
+
+class RateLimits:
+    """One worker's side: reads the limits, and asks the limiter for follow-ups that are about to begin.
+
+    For one event loop.
+    """
+
+    def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
+        """Without a limiter there are no limits. ``lead`` is how long before its moment a follow-up is asked for."""
+        self._settings = settings
+        self._engine = engine
+        self._limiter = limiter
+        self._lead = lead
+        self._standing: list[Limit] = []
+        self._limits = Limits(())
+        self._loosened: set[Scope] = set()
+        """Where a limit was removed or raised, and the follow-ups waiting under it are not released yet."""
+        self._unlogged = 0
+        """How many were deferred since the last log line about it."""
+
+    def read(self, engine: Engine) -> None:
+        """Read the current limits, release those that waited under a removed or raised one, and log how many wait.
+
+        Raises database errors; the next call completes what is left.
+        """
+        if self._limiter is None:
+            return
+        self._log()
+        with engine.connect() as connection:
+            standing = rate_limits.standing(connection)
+        self._loosened |= loosened(self._standing, standing)
+        self._standing, self._limits = standing, Limits(standing)
+        for scope in tuple(self._loosened):
+            _release(engine, *scope)
+            self._loosened.discard(scope)
+
+    def __bool__(self) -> bool:
+        """Return whether there are any limits."""
+        return bool(self._limits)
+
+    @asynccontextmanager
+    async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
+        """Take tokens for those whose turn it is.
+
+        Yields how long each of the others has to wait, and an empty set, to which the block adds those that began. The
+        tokens of the rest are given back.
+        """
+        limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
+        requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
+        ended = [request for request in requests if limitable[request.id].ended]
+        # Begin ends those whose time is over, and finds those leased elsewhere to be stale.
+        asking = [request for request in requests if not limitable[request.id].is_over]
+        if self._limiter is None or (not asking and not ended):
+            yield {}, set()
+            return
+        asking.sort(key=lambda request: (request.since, request.id))
+        answer = await self._limiter.ask(asking, ended)
+        refused = ((one, wait) for one, wait in zip(asking, answer.waits, strict=True) if wait)
+        waits = {one.id: self._within(wait, limitable[one.id]) for one, wait in refused}
+        begun: set[UUID] = set()
+        try:
+            yield waits, begun
+        finally:
+            unused = [request for request in asking if request.id not in waits and request.id not in begun]
+            if unused and answer.moment is not None:
+                await self._limiter.give_back(unused, answer.moment)
+        metrics.LIMITED.inc(len(waits))
+        self._unlogged += len(waits)
+
+    async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
+        """Defer those with a long wait in their rows; return the others, which stay in the due queue for their wait."""
+        long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
+        deferred = await in_loop(self._engine, defer, long) if long else set()
+        # A row that was not deferred is locked, or leased by another worker; begin will find out.
+        return tuple((lease, min(wait, IN_QUEUE)) for lease, wait in waits if lease.id not in deferred)
+
+    async def close(self) -> None:
+        """Close the limiter."""
+        self._log()
+        if self._limiter:
+            await self._limiter.close()
+
+    def _log(self) -> None:
+        if self._unlogged:  # one line for each batch would be too many
+            log.info("limited", count=self._unlogged)
+            self._unlogged = 0
+
+    def _within(self, wait: timedelta, one: Limitable) -> timedelta:
+        """Return for how long one is deferred: not beyond its end, so that it ends on time.
+
+        The due queue releases a little early, so without the lead a follow-up would come before its turn.
+        """
+        wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
+        return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)
+
+
+def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> list[Limitable]:
+    def read(part: Sequence[Lease]) -> list[Limitable]:
+        with engine.connect() as connection:
+            return rate_limits.limitable(connection, part, settings.max_lateness)
+
+    # Rows that cannot be read go to `begin`, which logs them.
+    return list(chain.from_iterable(halve(leases, read).done))
+
+
+def _release(engine: Engine, workspace_id: UUID | None, channel: str | None) -> None:
+    released = 1
+    while released:
+        with engine.begin() as connection:
+            released = rate_limits.release(connection, workspace_id, channel, LONGEST)
+
+
+def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
+    """Defer leased follow-ups, each by its delay; return those now deferred, without rows that cannot be written."""
+    work = rate_limits.defer_if_leased
+    return set().union(*halve(waits, lambda part: transact(engine, partial(work, waits=part))).done)
