@@ -24,7 +24,6 @@ from followups.flow_control.breaker import BreakerStore, RecoveryPolicy, read
 from followups.flow_control.rate_limits import LONGEST
 from followups.session_settings import ONCE_PLANNED
 from followups.store import rate_limits
-from followups.store.leases import key_of
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 from world import World
@@ -213,9 +212,7 @@ class TestFreeing:
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
         """Release up to `most` deferred follow-ups of these workspaces, and return how many were released."""
         with engine.begin() as connection:
-            return rate_limits.release_workspaces(
-                connection, [key_of(one.workspace_id) for one in worlds], LONGEST, most
-            )
+            return rate_limits.release_workspaces(connection, [one.workspace_id for one in worlds], LONGEST, most)
 
     def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
         """Claim follow-ups, defer each for its number of seconds, and return their ids."""

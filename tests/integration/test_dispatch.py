@@ -258,7 +258,7 @@ class TestBegin:
     def test_open_window(self, world: World, engine: Engine, settings: Settings) -> None:
         """Within 24 hours of the user's last message a windowed channel is sent to."""
         world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
-        assert one_begun(engine, settings).channel == "whatsapp"
+        assert one_begun(engine, settings).delivery.channel == "whatsapp"
 
     @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
     def test_lateness(self, world: World, engine: Engine, settings: Settings, scheduled: str, begun: int) -> None:

@@ -22,7 +22,9 @@ from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
-from followups.store import chats
+from followups.flow_control.rate_limits import release_deferred
+from followups.states import Status, finish
+from followups.store import bulk_cancel, chat_order, chats, pauses, rate_limits
 from followups.store.chats import Role
 from followups.transports.port import Retry, Sent
 from stack import wait_until
@@ -30,6 +32,7 @@ from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from types import ModuleType
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -66,7 +69,7 @@ def unchecked(world: World, table: str) -> None:
 def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
     """Return an attempt that has just ended."""
     now = time.monotonic()
-    return Attempt(begun_one, outcome, timedelta(milliseconds=5), now, begun_one.due_date)
+    return Attempt(begun_one, outcome, timedelta(milliseconds=5), now, begun_one.delivery.due_date)
 
 
 def hours_of_24(world: World) -> None:
@@ -207,6 +210,80 @@ def test_one_that_cannot_be_released(
     refused = {(line["step"], line["follow_up_id"]) for line in logs if line["event"] == "row_refused"}
     assert refused == {("unblock", str(bad))}
     assert world.row(bad).lease_until is None
+
+
+@pytest.mark.parametrize(("insert", "store"), [(blocked_for_nothing, chat_order), (paused_by_nothing, pauses)])
+def test_more_than_one_search_finds(
+    world: World,
+    engine: Engine,
+    settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
+    insert: Callable[[World], UUID],
+    store: ModuleType,
+) -> None:
+    """Blocked or paused follow-ups that cannot be released do not hide others, however many they are."""
+    monkeypatch.setattr(store, "BATCH", 2)
+    for _ in range(5):
+        insert(world)
+    world.sql("UPDATE follow_ups SET attempts = 99")
+    world.sql("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
+    others = type(world)(engine)
+    good = {insert(others) for _ in range(5)}
+    with ticking(settings, engine) as claimed:
+        wait_until(lambda: good <= claimed())
+
+
+def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
+    """If hints cannot be published, the leases of the others are released, and claimed again at once."""
+    bad, good = world.follow_up(due=-SECOND), world.follow_up()
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
+    world.sql("UPDATE follow_ups SET lease_until = now() - interval '1 s'")
+    published: list[Hint] = []
+
+    def publish(hint: Hint) -> None:
+        published.append(hint)
+        message = "no broker"
+        raise ConnectionError(message)
+
+    dispatcher = Dispatcher(settings.model_copy(update={"lease": timedelta(minutes=5)}), engine, publish)
+    dispatcher.start()
+    dispatcher.tick()
+    wait_until(lambda: published)
+    dispatcher.stop()
+    assert [world.row(one).lease_until is None for one in (bad, good)] == [False, True]
+
+
+def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
+    """A bulk cancellation cancels the others."""
+    bad, good = world.follow_up(), {world.follow_up() for _ in range(5)}
+    unwritable(world, bad)
+    with engine.begin() as connection:
+        pending = bulk_cancel.Pending(world.workspace_id, None, bulk_cancel.now(connection))
+        final = finish(Status.CANCELLED, words="over")
+        batch = bulk_cancel.cancel_if_not_begun(connection, pending, final, bulk_cancel.Place())
+    assert set(batch.cancelled) == good
+    assert batch.ended is not None
+
+
+@pytest.mark.parametrize("scope", ["limit", "breaker"])
+def test_one_that_stays_deferred(
+    world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
+) -> None:
+    """When a limit is removed or a workspace has recovered, the other deferred follow-ups fall due."""
+    monkeypatch.setattr(rate_limits, "BATCH", 2)
+    ids = world.burst([-SECOND] * 9)
+    leases = claim(engine, settings).leases
+    with engine.begin() as connection:
+        rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1)) for lease in leases])
+    bad, good = leases[:3], leases[3:]
+    for lease in bad:
+        unwritable(world, lease.id)
+    if scope == "limit":
+        release_deferred(engine, (world.workspace_id, None))
+    else:
+        with engine.begin() as connection:
+            rate_limits.release_workspaces(connection, [world.workspace_id], timedelta(minutes=5), len(ids))
+    assert {one for one in ids if world.row(one).next_attempt_at is None} == {lease.id for lease in good}
 
 
 def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:

@@ -118,9 +118,9 @@ def _defer(engine: Engine, lease: Lease) -> None:
 
 def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Step:
     world = World(settings.lease, settings.max_lateness, TOLERANCE)
-    by_token = {(lease.id, lease.token): lease for lease in batch}
+    by_id = {lease.id: lease for lease in batch}
     begun = tuple(
-        Begun(by_token[id_, token]._replace(due=due), Delivery(id_, *rest), snoozes, traceparent)
+        Begun(by_id[id_]._replace(token=token, due=due), Delivery(id_, *rest), snoozes, traceparent)
         for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, world)
     )
     if len(begun) == len(batch):

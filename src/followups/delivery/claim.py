@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from followups.database import connect_timeout
 from followups.delivery import events
 from followups.delivery.send import GRACE
-from followups.halving import halve
+from followups.halving import halve, halve_within
 from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import chat_order, claims, last_tick, leases, settlement
 from followups.store.last_tick import Rhythm
@@ -116,6 +116,12 @@ def claim_fairly(
 ) -> Claim:
     """Claim what is due, starting with the workspaces that have the fewest in flight; used after a claim left some."""
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
+
+
+def release(engine: Engine, batch: Sequence[Lease]) -> None:
+    """Release leases that will not begin. A row that cannot be written keeps its lease until that ends."""
+    with engine.begin() as connection:
+        halve_within(connection, batch, partial(leases.release_if_not_begun, connection))
 
 
 def unclaimable(

@@ -19,10 +19,12 @@ from followups.delivery import events
 from followups.delivery.due_queue import AGAIN
 from followups.flow_control.rate_limits import LONGEST, defer
 from followups.store import rate_limits
+from followups.store.leases import key_of
 from followups.transactions import in_loop, transact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from uuid import UUID
 
     from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -106,6 +108,8 @@ class Deferral:
         self._tripped: frozenset[int] = frozenset()
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, and whose deferred follow-ups are not all released yet."""
+        self._workspaces: dict[int, list[UUID]] = {}
+        """The workspaces of the keys above; looking them up takes long where there are many."""
         self._wanted = asyncio.Event()
         self._closed = False
 
@@ -180,11 +184,22 @@ class Deferral:
                 self._queue.defer(lease, AGAIN)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:
-        released = await in_loop(self._engine, _release, keys, most)
+        if keys - self._workspaces.keys():
+            self._workspaces = await in_loop(self._engine, _workspaces, self._tripped | self._recovered)
+        ids = [one for key in keys for one in self._workspaces[key]]
+        released = await in_loop(self._engine, _release, ids, most)
         if released:
             self._nudge()
         return released
 
 
-def _release(engine: Engine, keys: frozenset[int], most: int) -> int:
-    return transact(engine, lambda connection: rate_limits.release_workspaces(connection, keys, LONGEST, most))
+def _workspaces(engine: Engine, keys: frozenset[int]) -> dict[int, list[UUID]]:
+    found: dict[int, list[UUID]] = {key: [] for key in keys}
+    with engine.connect() as connection:
+        for workspace_id in rate_limits.workspaces_of(connection, keys):
+            found[key_of(workspace_id)].append(workspace_id)
+    return found
+
+
+def _release(engine: Engine, workspace_ids: Sequence[UUID], most: int) -> int:
+    return transact(engine, lambda connection: rate_limits.release_workspaces(connection, workspace_ids, LONGEST, most))

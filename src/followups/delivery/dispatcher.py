@@ -12,10 +12,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from followups.database_errors import concerns_a_row
 from followups.delivery import events
-from followups.delivery.claim import claim, claim_fairly, unclaimable
+from followups.delivery.claim import claim, claim_fairly, release, unclaimable
 from followups.delivery.claim_interval import ClaimInterval
 from followups.delivery.hints import batches
-from followups.store import chat_order, last_tick, leases, pauses, planner
+from followups.store import chat_order, last_tick, pauses, planner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,10 +182,13 @@ class Dispatcher:
         with self._engine.begin() as connection:
             last_tick.ensure_recordable(connection)
         refused: dict[UUID, Exception] = {}
-        for release in (chat_order.unblock_forgotten, pauses.free_forgotten):
+        for unblock in (chat_order.unblock_forgotten, pauses.free_forgotten):
+            known = -1
             try:
-                with self._engine.begin() as connection:
-                    release(connection, refused.__setitem__)
+                while len(refused) > known:  # rows that cannot be written must not hide the others
+                    known = len(refused)
+                    with self._engine.begin() as connection:
+                        unblock(connection, refused.__setitem__, tuple(refused))
             except Exception as error:  # noqa: BLE001 - whatever it was, claims go on
                 events.failed("unblock", error, self._engine)
         for follow_up_id, cause in refused.items():
@@ -209,8 +212,7 @@ class Dispatcher:
             except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
                 events.broker_unreachable("publish", error)
                 # Release unpublished leases at once, instead of letting them run out.
-                with self._engine.begin() as connection:
-                    leases.release_if_not_begun(connection, claimed.leases[number * size :])
+                release(self._engine, claimed.leases[number * size :])
                 return False
         self._refresh_statistics(took, len(claimed.leases))
         return claimed.more

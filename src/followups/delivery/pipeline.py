@@ -22,6 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.delivery import events
 from followups.delivery.begin import begin_within_limits
+from followups.delivery.claim import release
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.deferral import Deferral
 from followups.delivery.due_queue import AGAIN, BATCH, LEAD, LONGEST_AGAIN, DueQueue
@@ -31,9 +32,7 @@ from followups.delivery.slots import Slots
 from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, insist
 from followups.flow_control.breaker import Breaker
 from followups.flow_control.rate_limits import RateLimits
-from followups.halving import halve_within
 from followups.store import chat_order
-from followups.store import leases as lease_store
 from followups.store.leases import key_of
 from followups.telemetry.logs import get_logger
 from followups.transactions import in_loop, transact
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
     from datetime import timedelta
     from uuid import UUID
 
-    from sqlalchemy import Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.delivery.begin import Begun, Step
@@ -281,15 +279,10 @@ class Pipeline:
         """Release the leases of what has not begun."""
         leases = self._queue.clear() + self._deferral.clear()
         if leases:
-            await insist(self._engine, partial(_release_leases, leases=leases), "release")
+            await insist(self._engine, partial(release, batch=leases), "release")
 
     async def _stop(self) -> None:
         await self._transport.close()
         await self._rate_limits.close()
         await self._engine.dispose()
         log.info("drained")
-
-
-def _release_leases(engine: Engine, leases: Sequence[Lease]) -> None:
-    with engine.begin() as connection:  # a row that cannot be written keeps its lease until that ends
-        halve_within(connection, leases, partial(lease_store.release_if_not_begun, connection))

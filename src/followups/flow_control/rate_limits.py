@@ -215,7 +215,7 @@ class RateLimits:
         self._loosened |= loosened(self._standing, standing)
         self._standing, self._limits = standing, Limits(standing)
         for scope in tuple(self._loosened):
-            _release(engine, *scope)
+            release_deferred(engine, scope)
             self._loosened.discard(scope)
 
     def __bool__(self) -> bool:
@@ -287,11 +287,15 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
     return list(chain.from_iterable(halve(leases, read).done))
 
 
-def _release(engine: Engine, workspace_id: UUID | None, channel: str | None) -> None:
-    released = 1
-    while released:
+def release_deferred(engine: Engine, scope: Scope) -> None:
+    """Have all follow-ups that wait under a limit ask again now, without rows that cannot be written."""
+    refused: list[UUID] = []
+    while True:
         with engine.begin() as connection:
-            released = rate_limits.release(connection, workspace_id, channel, LONGEST)
+            halved = rate_limits.release(connection, scope, LONGEST, refused)
+        refused += [follow_up_id for follow_up_id, _ in halved.refused]
+        if not halved.refused and not sum(halved.done):
+            return
 
 
 def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:

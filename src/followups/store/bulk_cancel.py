@@ -9,15 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import text
 
+from followups.halving import halve_within
 from followups.states import Status
 from followups.store import chat_order
 from followups.store.follow_ups import cancelled_or_asked_to
 from followups.store.fragments import honest
+from followups.store.leases import uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,34 +94,42 @@ class Cancelled:
 
 
 @lru_cache
-def _cancel(where: str, *, by_code: bool) -> TextClause:
+def _lock(where: str) -> TextClause:
+    return text(f"""
+        SELECT chat_id, due_date, id FROM follow_ups
+         WHERE {where} AND (chat_id, due_date, id) > (:after_chat, :after_due, :after_id)
+         ORDER BY chat_id, due_date, id
+         LIMIT :most
+           FOR NO KEY UPDATE SKIP LOCKED
+    """)  # noqa: S608 - no input, only the conditions above
+
+
+@lru_cache
+def _cancel(*, by_code: bool) -> TextClause:
     reason = honest("CAST(:reason AS text)", "f") if by_code else "CAST(:reason AS text)"
     return text(f"""
-        WITH held AS MATERIALIZED (
-            SELECT id FROM follow_ups
-             WHERE {where} AND (chat_id, due_date, id) > (:after_chat, :after_due, :after_id)
-             ORDER BY chat_id, due_date, id
-             LIMIT :most
-               FOR NO KEY UPDATE SKIP LOCKED
-        )
-        UPDATE follow_ups f
-           SET {cancelled_or_asked_to(reason)}
-          FROM held
-         WHERE f.id = held.id
-        RETURNING f.id, f.status, f.chat_id, f.due_date
+        UPDATE follow_ups f SET {cancelled_or_asked_to(reason)} WHERE f.id = ANY(CAST(:ids AS uuid[]))
+        RETURNING f.id, f.status
     """)  # noqa: S608 - no input, only the conditions above
 
 
 def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, after: Place) -> Cancelled:
-    """Cancel the next batch. One in flight is only kept from a retry; locked rows are skipped."""
+    """Cancel the next batch. One in flight is only kept from a retry.
+
+    Locked rows are skipped, and so are rows that cannot be written.
+    """
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
-    statement = _cancel(_where(pending), by_code=final.code is not None)
-    parameters = pending.parameters | place | {"status": final.status.value, "reason": final.reason}
-    rows = connection.execute(statement, parameters).all()
-    ended = [row.id for row in rows if row.status == Status.CANCELLED]
+    rows = connection.execute(_lock(_where(pending)), pending.parameters | place).all()
+    parameters = {"status": final.status.value, "reason": final.reason}
+
+    def cancel(ids: Sequence[UUID]) -> Sequence[Any]:
+        statement = _cancel(by_code=final.code is not None)
+        return connection.execute(statement, parameters | {"ids": uuid_array(ids)}).all()
+
+    written = list(chain.from_iterable(halve_within(connection, [row.id for row in rows], cancel).done))
+    ended = [row.id for row in written if row.status == Status.CANCELLED]
     chat_order.unblock(connection, ended)
-    last = max((Place(row.chat_id, row.due_date, row.id) for row in rows), default=None)
-    return Cancelled(ended, len(rows) - len(ended), last)
+    return Cancelled(ended, len(written) - len(ended), max((Place(*row) for row in rows), default=None))
 
 
 # As of now, without what is created while the batches run.

@@ -141,13 +141,15 @@ _UNBLOCK_AND_LEASE = text(f"""
 
 _LOCK_FORGOTTEN = text("""
     SELECT f.id FROM follow_ups f
-     WHERE f.waits_for IS NOT NULL AND NOT EXISTS (
+     WHERE f.id <> ALL(CAST(:without AS uuid[])) AND f.waits_for IS NOT NULL AND NOT EXISTS (
            SELECT FROM follow_ups e
             WHERE e.id = f.waits_for AND e.status = 'pending' AND e.workspace_id = f.workspace_id
               AND e.chat_id = f.chat_id AND (e.due_date, e.id) < (f.due_date, f.id))
-     LIMIT 1000
+     LIMIT :most
        FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
+BATCH = 1000
+"""Forgotten follow-ups that are unblocked in one transaction."""
 
 
 _FIRST = text("""
@@ -205,9 +207,10 @@ def unblock_writable(
     return [lease for leases, _ in parts for lease in leases], [one for _, blocked in parts for one in blocked]
 
 
-def unblock_forgotten(connection: Connection, refused: Refused | None = None) -> int:
-    """Unblock what was locked when its predecessor ended; return how many.
+def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
+    """Unblock up to a thousand that were locked when their predecessors ended; return how many.
 
-    ``refused`` is called for each row that cannot be written.
+    ``refused`` is called for each row that cannot be written; those in ``without`` are passed over.
     """
-    return len(run(connection, _unblock(connection.scalars(_LOCK_FORGOTTEN).all(), refused)))
+    ids = connection.scalars(_LOCK_FORGOTTEN, {"without": uuid_array(without), "most": BATCH}).all()
+    return len(run(connection, _unblock(ids, refused)))

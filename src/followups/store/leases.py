@@ -156,11 +156,11 @@ _OBSTACLES = text(f"""
 
 def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
     """For each valid lease, return what blocks it."""
-    by_token = {(lease.id, lease.token): lease for lease in leases}
+    by_id = {lease.id: lease for lease in leases}
     rows = connection.execute(_OBSTACLES, batch_of(leases) | _world(world))
     return [
         Obstacle(
-            by_token[row.id, row.lease_token],
+            by_id[row.id]._replace(token=row.lease_token),
             row.chat_removed,
             row.silence_broken,
             row.window_closed,

@@ -11,7 +11,7 @@ from followups.halving import halve_within
 from followups.store.leases import uuid_array
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from datetime import datetime
     from uuid import UUID
 
@@ -135,7 +135,8 @@ _LOCK_FORGOTTEN = text(f"""
     {_NOT_STANDING}
     SELECT f.id FROM ended
      CROSS JOIN LATERAL (
-         SELECT f.id FROM follow_ups f WHERE f.pause_id = ended.id AND {_HELD}
+         SELECT f.id FROM follow_ups f
+          WHERE f.pause_id = ended.id AND {_HELD} AND f.id <> ALL(CAST(:without AS uuid[]))
           LIMIT :most
             FOR NO KEY UPDATE SKIP LOCKED
      ) f
@@ -156,10 +157,13 @@ def count_forgotten(connection: Connection) -> int:
     return number
 
 
-def free_forgotten(connection: Connection, refused: Callable[[UUID, Exception], None] | None = None) -> int:
+def free_forgotten(
+    connection: Connection, refused: Callable[[UUID, Exception], None] | None = None, without: Collection[UUID] = ()
+) -> int:
     """Release up to a thousand follow-ups of each pause no longer in force; return how many.
 
-    A lifted pause that holds nothing more is deleted. ``refused`` is called for each row that cannot be written.
+    A lifted pause that holds nothing more is deleted. ``refused`` is called for each row that cannot be
+    written; those in ``without`` are passed over.
 
     A resume calls this until nothing is left. If the resume is interrupted, the dispatcher releases the rest.
     """
@@ -167,7 +171,7 @@ def free_forgotten(connection: Connection, refused: Callable[[UUID, Exception], 
     def free(part: Sequence[UUID]) -> int:
         return connection.execute(_FREE, {"ids": uuid_array(part)}).rowcount
 
-    ids = connection.scalars(_LOCK_FORGOTTEN, {"most": BATCH}).all()
+    ids = connection.scalars(_LOCK_FORGOTTEN, {"most": BATCH, "without": uuid_array(without)}).all()
     freed = sum(halve_within(connection, ids, free, refused).done)
     if not freed:
         connection.execute(_FORGET)

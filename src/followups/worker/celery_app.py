@@ -21,6 +21,7 @@ from kombu.entity import Queue
 
 from followups.database import make_async_engine, make_engine
 from followups.delivery import events
+from followups.delivery.claim import release
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import DELIVER, DISPATCH, leases_of
 from followups.delivery.pipeline import CONNECTIONS, Pipeline
@@ -32,7 +33,6 @@ from followups.flow_control.rate_limits import Limiter
 from followups.operations.bulk_actions import BulkRunner
 from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.settings import Settings, get_settings
-from followups.store import leases as lease_store
 from followups.store.counter_totals import CounterTotals
 from followups.telemetry import traces
 from followups.telemetry.logs import get_logger
@@ -282,8 +282,7 @@ def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **_
         return
     process = current_process()
     if process.draining:
-        with process.engine.begin() as connection:
-            lease_store.release_if_not_begun(connection, leases)
+        release(process.engine, leases)
         return
     process.pipeline.submit(leases, task.request.id or "")
 
