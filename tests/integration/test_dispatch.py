@@ -271,7 +271,7 @@ class TestBegin:
         """A lateness of 0 means that nothing is ever too late."""
         world.follow_up(due=timedelta(days=-400), scheduled_at=text("now() - interval '400 days'"))
         patient = settings.model_copy(update={"max_lateness": timedelta(0)})
-        assert one_begun(engine, patient).attempt == 1
+        assert one_begun(engine, patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, engine: Engine, settings: Settings) -> None:
         """A row locked by a caller's open transaction is tried again, and delays nothing else."""
