@@ -15,7 +15,7 @@ from followups.models import Chat, FailedAttempt, FollowUp, Workspace
 from followups.store.follow_ups import MOST_PENDING
 
 if TYPE_CHECKING:
-    from followups.delivery.begin import Step
+    from followups.delivery.attempts import Step
     from followups.settings import Settings
 
 

@@ -17,9 +17,9 @@ from sqlalchemy import event, text
 from sqlalchemy.orm import Session
 
 import followups
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, claim_fairly, rhythm_of
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.errors import DeliveryInProgressError, IdempotencyKeyInUseError
 from followups.sending_hours import SendingHours
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from followups.delivery.begin import Begun
-    from followups.delivery.claim import Claim
+    from followups.delivery.attempts import Begun
     from followups.settings import Settings
+    from followups.store.claims import Claim
     from followups.store.leases import Lease
     from followups.transports.port import Outcome
 
@@ -70,7 +70,7 @@ class Scene:
     world: World
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
-    take: Callable[[Connection, claims.Look], claims.Taken] = claims.claim
+    take: Callable[[Connection, claims.Look], Claim] = claims.claim
     """The statement of that claim, in a transaction of the caller's."""
 
     @property

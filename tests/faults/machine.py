@@ -13,9 +13,9 @@ from faults.model.rules import OUTCOMES
 from faults.model.steps import steps
 from faults.model.world import Job, Protocol, Row
 from faults.model.world import World as Model
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.scheduling import amend
 from followups.states import code_of
@@ -26,7 +26,7 @@ from followups.uptime import uptime
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from followups.delivery.begin import Begun
+    from followups.delivery.attempts import Begun
     from followups.settings import Settings
     from world import World
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import IntegrityError
 
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
-from followups.delivery.begin import Begun
+from followups.delivery.attempts import Begun
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import send
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN

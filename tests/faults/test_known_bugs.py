@@ -27,9 +27,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 import followups
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.errors import AlreadyFinishedError
 from followups.models import FollowUp

@@ -13,9 +13,10 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.delivery import dispatcher
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import MAX_LOSSES, claim
-from followups.delivery.send import Attempt, checked
+from followups.delivery.send import checked
 from followups.delivery.settle import settle
 from followups.errors import AlreadyFinishedError, DeliveryInProgressError, InvalidRequestError
 from followups.scheduling import amend
@@ -27,7 +28,7 @@ from stack import wait_until
 if TYPE_CHECKING:
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Begun
+    from followups.delivery.attempts import Begun
     from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.store.leases import Lease

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.claim import Claim
     from followups.delivery.hints import Hint
     from followups.settings import Settings
+    from followups.store.claims import Claim
 
 SECOND = timedelta(seconds=1)
 LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
@@ -157,7 +157,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
     again = claim_fairly(engine, few)
     assert {lease.id for lease in again.leases} == set(leases)
     assert all(lease.token > leases[lease.id].token for lease in again.leases)
-    assert again.lost == 1
+    assert len(again.lost) == 1
     assert [number for number, outcome, _ in quiet.failures(lost) if outcome == "lost"] == [1]
     assert noisy.scalar(LEASED) == 6
 

@@ -13,9 +13,9 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from commits import break_once
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.store import chat_order
 from followups.store.counter_totals import CounterTotals, read
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Step
+    from followups.delivery.attempts import Step
     from followups.settings import Settings
     from followups.store.leases import Lease
     from followups.transports.port import Outcome

@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 
 from followups.database import make_async_engine
 from followups.delivery import due_queue, settle
-from followups.delivery.begin import Begun
+from followups.delivery.attempts import Begun
 from followups.delivery.claim import claim
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.pipeline import Pipeline

@@ -17,10 +17,10 @@ from sqlalchemy import event, text
 
 from followups.database import make_engine
 from followups.delivery import dispatcher
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.dispatcher import Dispatcher
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.store import claims, leases, rate_limits
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
-    from followups.delivery.begin import Begun
+    from followups.delivery.attempts import Begun
     from followups.settings import Settings
     from followups.store.leases import Lease
 

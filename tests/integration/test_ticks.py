@@ -11,10 +11,10 @@ import pytest
 from pydantic import SecretStr
 from sqlalchemy import make_url, text
 
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim, rhythm_of
 from followups.delivery.dispatcher import Dispatcher
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.store import last_tick
 from followups.transports.port import Retry, Sent
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Begun
+    from followups.delivery.attempts import Begun
     from followups.delivery.hints import Hint
     from followups.settings import Settings
     from followups.transports.port import Outcome

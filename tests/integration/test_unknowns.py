@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 
 import followups
 from followups.checks import final_of
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.states import Status
 from followups.store import bulk_cancel, chats

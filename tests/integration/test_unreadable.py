@@ -16,11 +16,11 @@ from structlog.testing import capture_logs
 
 import followups
 from followups.delivery import begin as begin_module
+from followups.delivery.attempts import Attempt
 from followups.delivery.begin import REFUSED_PAUSE, begin
 from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
-from followups.delivery.send import Attempt
 from followups.delivery.settle import settle
 from followups.flow_control.rate_limits import release_deferred
 from followups.states import Status, finish
@@ -37,10 +37,10 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Begun
-    from followups.delivery.claim import Claim
+    from followups.delivery.attempts import Begun
     from followups.delivery.hints import Hint
     from followups.settings import Settings
+    from followups.store.claims import Claim
     from followups.transports.port import Outcome
     from world import World
 

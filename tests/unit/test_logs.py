@@ -20,8 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.delivery import events
-from followups.delivery.begin import Begun
-from followups.delivery.send import Attempt
+from followups.delivery.attempts import Attempt, Begun
 from followups.store.leases import Lease
 from followups.telemetry.escaping import escape
 from followups.telemetry.logs import OWN_HANDLERS, TALKATIVE, Lines, configure_logging, get_logger

@@ -10,9 +10,9 @@ from uuid import uuid4
 
 import pytest
 
-from followups.delivery.begin import Begun
+from followups.delivery.attempts import Attempt, Begun
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.send import GRACE, Attempt, send
+from followups.delivery.send import GRACE, send
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Outcome, Sent, Unknown
 from followups.uptime import uptime

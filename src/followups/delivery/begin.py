@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from followups.delivery import events, holds
+from followups.delivery.attempts import Begun, Step
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
 from followups.store import chat_order, leases
@@ -18,7 +19,6 @@ from followups.transports.port import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from uuid import UUID
 
     from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -27,43 +27,9 @@ if TYPE_CHECKING:
     from followups.settings import Settings
     from followups.states import Final
     from followups.store.leases import Lease, Obstacle
-    from followups.store.settlement import Settled
 
 TOLERANCE = timedelta(milliseconds=100)
 """How early the database accepts a begin: the lead, and the possible error of a worker's clock."""
-
-
-class Begun(NamedTuple):
-    """A follow-up whose attempt has begun, with what to send."""
-
-    lease: Lease
-    delivery: Delivery
-    snoozes: int
-    traceparent: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What begin or settle made of a batch.
-
-    Those that are nowhere in it were stale, are held, or wait in their chat's order.
-    """
-
-    begun: tuple[Begun, ...] = ()
-    ended: tuple[tuple[UUID, Final], ...] = ()
-    """Ended without an attempt."""
-    settled: tuple[Settled, ...] = ()
-    """Their outcomes are recorded."""
-    stale: int = 0
-    """Outcomes that were not recorded, since another worker had taken over their leases."""
-    locked: tuple[Lease, ...] = ()
-    """To be tried again shortly, since another transaction has locked their rows."""
-    deferred: tuple[tuple[Lease, timedelta], ...] = ()
-    """Still leased; each with the time until its turn under a rate limit."""
-    unblocked: tuple[Lease, ...] = ()
-    """Unblocked by those that ended, each the next of its chat; leased to the caller."""
-    blocking: tuple[UUID, ...] = ()
-    """Ended follow-ups whose next one in the chat is locked by another transaction."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from followups.delivery.send import GRACE
 from followups.halving import halve, halve_within
 from followups.states import CANCEL_CODES, Final, ReasonCode, Status, finish
 from followups.store import chat_order, claims, last_tick, leases, settlement
+from followups.store.claims import Claim
 from followups.store.last_tick import Rhythm
 from followups.transactions import transact
 from followups.urls import database_url
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from followups.store.claims import Lost
     from followups.store.leases import Lease
 
-    Take = Callable[[Connection, claims.Look], claims.Taken]
+    Take = Callable[[Connection, claims.Look], Claim]
 
 MAX_LOSSES = 3
 """Lost leases after which a follow-up counts as a poison pill."""
@@ -76,31 +77,6 @@ def size_of_claim(window: int) -> int:
     half meanwhile.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The result of one claim: leases to publish, and follow-ups it ended because they must not be tried again."""
-
-    leases: tuple[Lease, ...]
-    ended: tuple[tuple[UUID, Final], ...]
-    lost: int
-    """Lost leases: those that ran out with an attempt in flight."""
-    more: bool
-    """Whether more may be due: this claim, or the window of what may be in flight, was full."""
-    cut_short: bool
-    """Whether another claim now would find more: this one was full, and the window was not."""
-    low_water: datetime | None
-    """Where the next claim may start, apart from rows that come in with an earlier due date."""
-    in_grace: bool = False
-    """Whether ended leases with an attempt in flight were left to their workers.
-
-    Another claim takes these leases over shortly.
-    """
-    busy: bool = False
-    """Whether another dispatcher was claiming, so that this claim looked at nothing."""
-    traced: tuple[tuple[UUID, str], ...] = ()
-    """Ids of claimed follow-ups, with the traces in which they were created."""
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
@@ -155,23 +131,19 @@ def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...])
 def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connection) -> Claim:
     tick = last_tick.begin(connection, rhythm_of(settings))
     if tick is None:
-        return Claim((), (), 0, more=False, cut_short=False, low_water=look.since, busy=True)
-    taken = take(connection, replace(look, in_grace=tick.in_grace))
-    _record_lost(connection, taken.lost)
-    ended = _end_lost(connection, taken.lost, settings)
-    return Claim(
-        leases=tuple(lease for lease in taken.leases if lease.id not in ended),
+        return Claim((), (), (), more=False, cut_short=False, low_water=look.since, busy=True)
+    claimed = take(connection, replace(look, in_grace=tick.in_grace))
+    _record_lost(connection, claimed.lost)
+    ended = _end_lost(connection, claimed.lost, settings)
+    return replace(
+        claimed,
+        leases=tuple(lease for lease in claimed.leases if lease.id not in ended),
         ended=tuple(ended.items()),
-        lost=len(taken.lost),
-        more=taken.more,
-        cut_short=taken.cut_short,
-        low_water=taken.low_water,
         in_grace=tick.in_grace,
-        traced=tuple(taken.traced),
     )
 
 
-def _record_lost(connection: Connection, lost: list[Lost]) -> None:
+def _record_lost(connection: Connection, lost: Sequence[Lost]) -> None:
     failures = [
         settlement.Failure(one.lease.id, one.attempts + 1, "lost", "the worker was lost with the attempt in flight")
         for one in lost
@@ -180,7 +152,7 @@ def _record_lost(connection: Connection, lost: list[Lost]) -> None:
         events.refused("record", failure.follow_up_id, error)
 
 
-def _end_lost(connection: Connection, lost: list[Lost], settings: Settings) -> dict[UUID, Final]:
+def _end_lost(connection: Connection, lost: Sequence[Lost], settings: Settings) -> dict[UUID, Final]:
     deduplicates = settings.transport_deduplicates
     finals = [
         (one.lease, after_loss(one.lease.losses, one.cancel_requested, deduplicates=deduplicates)) for one in lost

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.claim import Claim
     from followups.delivery.hints import Hint
     from followups.settings import Settings
+    from followups.store.claims import Claim
 
 SLOW = 1.0
 """Seconds of a claim from which the planner's statistics must be wrong: a claim takes milliseconds."""

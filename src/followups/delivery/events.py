@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.begin import Begun, Step
-    from followups.delivery.claim import Claim
-    from followups.delivery.send import Attempt
+    from followups.delivery.attempts import Attempt, Begun, Step
     from followups.states import Final
+    from followups.store.claims import Claim
 
 log = get_logger(__name__)
 lines = Lines(__name__)
@@ -107,8 +106,8 @@ def claimed(claim: Claim, seconds: float) -> None:
         traces.claimed(claim.traced, seconds)
     ended(claim.ended)
     if claim.lost:
-        metrics.LEASES_EXPIRED.inc(claim.lost)
-        log.warning("leases_expired", count=claim.lost)
+        metrics.LEASES_EXPIRED.inc(len(claim.lost))
+        log.warning("leases_expired", count=len(claim.lost))
     if claim.leases:
         metrics.CLAIMED.inc(len(claim.leases))
         log.info("tick", claimed=len(claim.leases), more=claim.more, duration_ms=round(seconds * 1000, 2))

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from followups.delivery.begin import Begun, Step
-    from followups.delivery.send import Attempt
+    from followups.delivery.attempts import Attempt, Begun, Step
     from followups.flow_control.breaker import BreakerStore
     from followups.flow_control.rate_limits import Limiter
     from followups.settings import Settings

@@ -7,9 +7,10 @@ import math
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, cast
 from uuid import UUID
 
+from followups.delivery.attempts import Attempt
 from followups.retry import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
 from followups.telemetry import traces
@@ -17,9 +18,7 @@ from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, U
 from followups.uptime import uptime
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
-    from followups.delivery.begin import Begun
+    from followups.delivery.attempts import Begun
     from followups.delivery.clock import DatabaseClock
     from followups.transports.port import Delivery, Transport
 
@@ -44,17 +43,6 @@ on average; spinning until its moment would block everything else in the process
 
 HIGHEST_STATUS_CODE = 1000
 """Highest three-digit status code."""
-
-
-class Attempt(NamedTuple):
-    """One call of the transport and its outcome; ``answered`` is an `uptime`."""
-
-    begun: Begun
-    outcome: Outcome
-    duration: timedelta
-    answered: float
-    answered_at: datetime
-    """The same moment by the database's clock."""
 
 
 async def send(

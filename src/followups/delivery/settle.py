@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from followups.database_errors import concerns_a_row, is_passing
 from followups.delivery import events
-from followups.delivery.begin import Step
+from followups.delivery.attempts import Step
 from followups.delivery.send import OUTCOME_NAMES
 from followups.retry import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from followups.delivery.send import Attempt
+    from followups.delivery.attempts import Attempt
     from followups.retry import RetryPolicy
     from followups.settings import Settings
     from followups.store.leases import Lease

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
+    from followups.states import Final
+
 
 class Lost(NamedTuple):
     """A follow-up claimed after a lost lease, whose attempt had the number ``attempts + 1``."""
@@ -36,20 +38,29 @@ class Lost(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Claim:
     """What a claim leased, the earliest due first, and what it found."""
 
-    leases: list[Lease]
-    lost: list[Lost]
-    """Those of them with a lost lease."""
-    traced: list[tuple[UUID, str]]
+    leases: tuple[Lease, ...]
+    lost: tuple[Lost, ...]
+    """Those of them with a lost lease: it ran out with an attempt in flight."""
+    traced: tuple[tuple[UUID, str], ...]
     """Those of them created in a trace: ids with their ``traceparent``."""
     more: bool
-    """Whether there may be more, since the claim or the window was full."""
+    """Whether more may be due: this claim, or the window of what may be in flight, was full."""
     cut_short: bool
-    """Whether the claim was full, and the window was not."""
-    low_water: datetime
-    """Everything due before it has ended, apart from rows that come in with an earlier due date."""
+    """Whether another claim now would find more: this one was full, and the window was not."""
+    low_water: datetime | None
+    """Where the next claim may start, apart from rows that come in with an earlier due date."""
+    ended: tuple[tuple[UUID, Final], ...] = ()
+    """Those with a lost lease that must not be tried again; they are not among the leases."""
+    in_grace: bool = False
+    """Whether ended leases with an attempt in flight were left to their workers.
+
+    Another claim takes these leases over shortly.
+    """
+    busy: bool = False
+    """Whether another dispatcher was claiming, so that this claim looked at nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,19 +333,19 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
     ]
 
 
-def claim(connection: Connection, look: Look) -> Taken:
+def claim(connection: Connection, look: Look) -> Claim:
     """Lease what is due, the earliest first; expired leases are taken over.
 
     If there is ``more``, `claim_fairly` should come next.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
-    return claim_fairly(connection, look) if rows[0].unseen else _told(connection, rows, look)
+    return claim_fairly(connection, look) if rows[0].unseen else _claim_of(connection, rows, look)
 
 
-def claim_fairly(connection: Connection, look: Look) -> Taken:
+def claim_fairly(connection: Connection, look: Look) -> Claim:
     """Lease what is due, first of the workspaces with the fewest in flight, the earliest due first in each."""
     connection.execute(WITHOUT_SORTING)
-    return _told(
+    return _claim_of(
         connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
     )
 
@@ -343,7 +354,7 @@ def _parameters(look: Look) -> dict[str, object]:
     return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
-def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:
+def _claim_of(connection: Connection, rows: Sequence[Any], look: Look) -> Claim:
     looked, *claimed = rows
     if claimed:
         marks.leased(connection, ((row.id, row.lease_token) for row in claimed))
@@ -356,10 +367,10 @@ def _told(connection: Connection, rows: Sequence[Any], look: Look) -> Taken:
         if traceparent:
             traced.append((id_, traceparent))
     room = max(0, look.window - looked.leased)
-    return Taken(
-        leases,
-        lost,
-        traced,
+    return Claim(
+        tuple(leases),
+        tuple(lost),
+        tuple(traced),
         # A row that was updated at that moment has another place, and gets no lease.
         more=looked.taken >= min(look.most, room) or looked.unseen,
         cut_short=looked.taken == look.most < room,

@@ -8,9 +8,9 @@ from functools import cache
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-from followups.delivery.begin import Begun, verdict
+from followups.delivery.attempts import Attempt, Begun
+from followups.delivery.begin import verdict
 from followups.delivery.claim import after_loss
-from followups.delivery.send import Attempt
 from followups.delivery.settle import decide
 from followups.retry import RetryPolicy
 from followups.states import Status

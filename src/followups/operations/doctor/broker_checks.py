@@ -9,10 +9,9 @@ from urllib.parse import urlsplit
 
 import redis
 
-from followups.flow_control.breaker import CLOSED
 from followups.delivery.hints import CLUSTER, DELIVER, DISPATCH
 from followups.errors import named
-from followups.flow_control.breaker import read
+from followups.flow_control.breaker import CLOSED, read
 from followups.operations.doctor import Finding
 from followups.operations.wording import span
 from followups.settings import hide_password
