@@ -43,7 +43,7 @@ def claim(connection: Connection) -> list[Lease]:
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
     """Begin, and return the begun ones."""
     world = leases.World(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
-    return [one.lease.id for one in leases.begin_if_leased(connection, taken, world)]
+    return [row.id for row in leases.begin_if_leased(connection, taken, world)]
 
 
 def due_now(api: Api) -> tuple[dict[str, object], list[Lease]]:
