@@ -60,7 +60,7 @@ CATALOGUE = {
     "order at begin": Guard(BEGIN, {"e.status = 'pending'": "false"}, guards.later_one_begins),
     "silence at begin": Guard(
         BEGIN,
-        {"NOT COALESCE(c.last_message_role = 'user', false)": "true"},
+        {"COALESCE(c.last_message_role = 'user', false)": "false"},
         guards.begins_in(lambda scene: scene.world.chat(last_message_role="user")),
     ),
     "takeover at begin": Guard(
@@ -72,12 +72,12 @@ CATALOGUE = {
     ),
     "removed chat at begin": Guard(
         BEGIN,
-        {"c.removed_at IS NULL": "true"},
+        {"c.removed_at IS NOT NULL": "false"},
         guards.begins_in(lambda scene: scene.world.chat(removed_at="2020-01-01T00:00:00Z")),
     ),
     "window at begin": Guard(
         BEGIN,
-        {"c.channel IN (": "false AND c.channel IN ("},
+        {"c.channel = ANY(": "false AND c.channel = ANY("},
         guards.begins_in(lambda scene: scene.world.chat(channel="whatsapp")),
     ),
     "lateness at begin": Guard(

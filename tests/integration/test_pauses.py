@@ -14,7 +14,7 @@ import followups
 from followups.delivery import holds
 from followups.delivery.claim import claim
 from followups.scheduling import amend
-from followups.store import chat_order, leases, pauses
+from followups.store import chat_order, leases, obstacles, pauses
 from followups.store.pauses import Scope
 from world import begun, claim_and_begin
 
@@ -159,8 +159,8 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
     (lease,) = claim(engine, settings).leases
     freed: list[int] = []
     with engine.connect() as holding:
-        obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
-        assert holds.hold_back(holding, settings, obstacles).held == {follow_up}
+        found = obstacles.find(holding, [lease], leases.Rules(settings.lease, settings.max_lateness, SECOND))
+        assert holds.hold(holding, settings, found)[0] == {follow_up}
         resuming = threading.Thread(target=lambda: freed.append(resume(world, scope)))
         resuming.start()
         resuming.join(0.3)

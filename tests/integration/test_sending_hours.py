@@ -14,11 +14,11 @@ from sqlalchemy.orm import Session
 import followups
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
-from followups.delivery.holds import hold_back
+from followups.delivery.holds import hold
 from followups.errors import InvalidRequestError, OutsideMessagingWindowError
 from followups.scheduling import amend
 from followups.sending_hours import EVERY_DAY, SendingHours, opens_at
-from followups.store import chat_order, holds, leases, sending_hours
+from followups.store import chat_order, holds, leases, obstacles, sending_hours
 from followups.store.holds import SPREAD
 from world import begun, claim_and_begin
 
@@ -159,8 +159,8 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
             freed.append(holds.free_quiet(connection, world.workspace_id))
 
     with engine.connect() as holding:
-        obstacles = leases.obstacles(holding, [lease], leases.World(settings.lease, settings.max_lateness, SECOND))
-        assert hold_back(holding, settings, obstacles).held == {follow_up}
+        found = obstacles.find(holding, [lease], leases.Rules(settings.lease, settings.max_lateness, SECOND))
+        assert hold(holding, settings, found)[0] == {follow_up}
         clearing = threading.Thread(target=clear)
         clearing.start()
         clearing.join(0.3)

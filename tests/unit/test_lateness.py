@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from followups.delivery.holds import UNREADABLE, closed_until, decide, sendable_from
 from followups.sending_hours import SendingHours, opens_at, span_of
-from followups.store.holds import Finding, Hold, Hours
-from followups.store.leases import Lease, Obstacle
+from followups.store.holds import Hold, Hours
+from followups.store.leases import Lease
+from followups.store.obstacles import Obstacle
 
 MINUTE = timedelta(minutes=1)
 HOUR = timedelta(hours=1)
@@ -31,24 +32,17 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 MORNING = SendingHours("UTC", time(8), time(11))
 
 
-def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Finding:
-    """Return the finding for a follow-up that is checked now, with this recorded time of sending."""
+def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Obstacle:
+    """Return what is found for a follow-up that is checked now, with this recorded time of sending."""
     span = span_of(hours, now) if hours else None
     standing = Hours(uuid4(), hours, *span) if hours and span else None
-    return Finding(uuid4(), now, now, wanted, wanted, known, None, None, standing)
+    return Obstacle(Lease(uuid4(), 1, now), now, now, wanted, wanted, sendable_from=known, hours=standing)
 
 
-def blocked(finding: Finding, max_lateness: timedelta) -> Obstacle:
-    """Return begin's obstacle for a finding: too late or not, by the recorded time."""
-    late = finding.now >= (finding.sendable_from or finding.wanted_from) + max_lateness
-    return Obstacle(
-        Lease(finding.id, 1, finding.now),
-        chat_removed=False,
-        silence_broken=False,
-        window_closed=False,
-        too_late=late,
-        earlier=None,
-    )
+def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
+    """Return it as begin finds it: too late or not, by the recorded time."""
+    late = obstacle.now >= (obstacle.sendable_from or obstacle.wanted_from) + max_lateness
+    return replace(obstacle, too_late=late)
 
 
 @given(HOURS, MOMENTS, GAPS)
@@ -66,14 +60,14 @@ def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted
     """If hours change, lateness never starts before the due date, and a start in the past is kept."""
     now, known = wanted, None
     for hours, gap in changes:
-        finding = found(hours, wanted, now, known)
-        after = sendable_from(finding)
+        obstacle = found(hours, wanted, now, known)
+        after = sendable_from(obstacle)
         assert after is not None
         assert after >= wanted
         if known is not None and known <= now:
             assert after == known
         elif known is not None:
-            assert after == (closed_until(finding) or now)
+            assert after == (closed_until(obstacle) or now)
         now, known = now + gap, after
 
 
@@ -82,15 +76,15 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
     """A follow-up is too late exactly after the allowed lateness: never sooner, nor held again then."""
     now, known = wanted, None
     for gap in gaps:
-        finding = found(hours, wanted, now, known)
-        decided = decide(blocked(finding, most), finding, most)
+        obstacle = found(hours, wanted, now, known)
+        decided = decide(blocked(obstacle, most), most)
         if now >= opens_at(hours, wanted) + most:
             assert decided is None
-            assert blocked(finding, most).too_late
+            assert blocked(obstacle, most).too_late
         elif isinstance(decided, Hold):
             known = decided.sendable_from
         else:
-            assert not blocked(finding, most).too_late
+            assert not blocked(obstacle, most).too_late
         now += gap
 
 
@@ -100,27 +94,27 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off
     standing = Hours(uuid4(), hours, opening, opening + 5 * HOUR)
-    finding = replace(found(None, now, now), hours=standing)
-    assert closed_until(finding) == (opening if off > timedelta(0) else None)
+    obstacle = replace(found(None, now, now), hours=standing)
+    assert closed_until(obstacle) == (opening if off > timedelta(0) else None)
 
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
     """A machine that cannot read the hours keeps the recorded time, and checks again in a minute."""
     hours = Hours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
-    finding = replace(found(None, NOON, NOON, known), hours=hours)
-    assert sendable_from(finding) == known
-    assert closed_until(finding) == NOON + UNREADABLE
+    obstacle = replace(found(None, NOON, NOON, known), hours=hours)
+    assert sendable_from(obstacle) == known
+    assert closed_until(obstacle) == NOON + UNREADABLE
 
 
 def test_sending_hours_go_before_a_pause() -> None:
     """A paused follow-up outside sending hours is held until they open; then the pause holds it."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
-    held = decide(blocked(outside, HOUR), outside, HOUR)
+    held = decide(blocked(outside, HOUR), HOUR)
     assert isinstance(held, Hold)
     assert (held.pause_id, held.until) == (None, NOON + 20 * HOUR)
     opened = replace(found(MORNING, NOON, held.until, held.sendable_from), pause_id=pause)
-    held = decide(blocked(opened, HOUR), opened, HOUR)
+    held = decide(blocked(opened, HOUR), HOUR)
     assert isinstance(held, Hold)
     assert (held.pause_id, held.sendable_from) == (pause, opened.now)

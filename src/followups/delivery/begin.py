@@ -12,8 +12,8 @@ from followups.delivery import events, holds
 from followups.delivery.attempts import Begun, Step
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
-from followups.store import chat_order, leases
-from followups.store.leases import World
+from followups.store import chat_order, leases, obstacles
+from followups.store.leases import Rules
 from followups.transactions import in_loop, transact
 from followups.transports.port import Delivery
 
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from followups.flow_control.rate_limits import RateLimits
     from followups.settings import Settings
     from followups.states import Final
-    from followups.store.leases import Lease, Obstacle
+    from followups.store.leases import Lease
+    from followups.store.obstacles import Obstacle
 
 TOLERANCE = timedelta(milliseconds=100)
 """How early the database accepts a begin: the lead, and the possible error of a worker's clock."""
@@ -83,28 +84,28 @@ def _defer(engine: Engine, lease: Lease) -> None:
 
 
 def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Step:
-    world = World(settings.lease, settings.max_lateness, TOLERANCE)
+    rules = Rules(settings.lease, settings.max_lateness, TOLERANCE)
     by_id = {lease.id: lease for lease in batch}
     begun = tuple(
         Begun(by_id[id_]._replace(token=token, due=due), Delivery(id_, *rest), snoozes, traceparent)
-        for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, world)
+        for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, rules)
     )
     if len(begun) == len(batch):
         return Step(begun)
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
-    return _explain_missing(connection, settings, begun, leases.obstacles(connection, missing, world))
+    return _explain_missing(connection, settings, begun, obstacles.find(connection, missing, rules))
 
 
 def _explain_missing(
-    connection: Connection, settings: Settings, begun: tuple[Begun, ...], obstacles: list[Obstacle]
+    connection: Connection, settings: Settings, begun: tuple[Begun, ...], missing: list[Obstacle]
 ) -> Step:
-    holding = holds.hold_back(connection, settings, obstacles)
-    obstacles = [obstacle for obstacle in obstacles if obstacle.lease.id not in holding.held]
-    verdicts = [(o.lease, final) for o in obstacles if (final := holding.ends.get(o.lease.id) or verdict(o))]
+    held, ends = holds.hold(connection, settings, missing)
+    missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
+    verdicts = [(o.lease, final) for o in missing if (final := ends.get(o.lease.id) or verdict(o))]
     ended = leases.end_if_not_begun(connection, verdicts) if verdicts else set()
     judged = {lease.id for lease, _ in verdicts}
-    waiting = [(o.lease, o.earlier) for o in obstacles if o.earlier and o.lease.id not in judged]
+    waiting = [(o.lease, o.earlier) for o in missing if o.earlier and o.lease.id not in judged]
     parked = chat_order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
         # If a row behind them cannot be written, those that can be are parked one by one.
@@ -113,7 +114,7 @@ def _explain_missing(
     return Step(
         begun=begun,
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
-        locked=tuple(o.lease for o in obstacles if o.lease.id not in ended | parked),
+        locked=tuple(o.lease for o in missing if o.lease.id not in ended | parked),
         unblocked=tuple(unblocked),
         blocking=tuple(blocking),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from followups.settings import Settings
-    from followups.store.holds import Finding, Hours
-    from followups.store.leases import Obstacle
+    from followups.store.holds import Hours
+    from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
 """After how long hours in a time zone unknown to this machine are looked at again."""
@@ -29,34 +28,25 @@ UNREADABLE = timedelta(minutes=1)
 log = get_logger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Holding:
-    """The result for leases that could not begin: held, or to be ended. Those in neither have another obstacle."""
+def hold(
+    connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]
+) -> tuple[set[UUID], dict[UUID, Final]]:
+    """Hold the leases whose only obstacle is a pause or sending hours.
 
-    held: frozenset[UUID] = frozenset()
-    ends: dict[UUID, Final] = field(default_factory=dict)
-
-
-def hold_back(connection: Connection, settings: Settings, obstacles: Sequence[Obstacle]) -> Holding:
-    """Hold the leases whose only obstacle is a pause or sending hours."""
-    findings = {one.id: one for one in holds.find(connection, [obstacle.lease for obstacle in obstacles])}
-    if not findings:
-        return Holding()
-    _open_next(connection, findings.values())
-    decided = [
-        (obstacle.lease.id, decide(obstacle, finding, settings.max_lateness))
-        for obstacle in obstacles
-        if (finding := findings.get(obstacle.lease.id))
-    ]
+    Returns which are held, and how those end whose hold would be too long. The others have another obstacle.
+    """
+    candidates = [one for one in obstacles if one.pause_id or one.hours]
+    _open_next(connection, candidates)
+    decided = [(one.lease.id, decide(one, settings.max_lateness)) for one in candidates]
     wanted = [one for _, one in decided if isinstance(one, Hold)]
     held = holds.hold_if_leased(connection, wanted) if wanted else set()
     if held:
         paused = sum(one.pause_id is not None for one in wanted if one.lease.id in held)
         log.info("held", paused=paused, outside_hours=len(held) - paused)
-    return Holding(frozenset(held), {id_: one for id_, one in decided if isinstance(one, Final)})
+    return held, {id_: one for id_, one in decided if isinstance(one, Final)}
 
 
-def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hold | Final | None:
+def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return the hold of a leased follow-up, its end if the hold would be too long, or None for neither.
 
     Sending hours take precedence over a pause, so that lateness never counts while they are closed. This function is
@@ -64,30 +54,30 @@ def decide(obstacle: Obstacle, finding: Finding, max_lateness: timedelta) -> Hol
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
-    opening = closed_until(finding)
-    since = sendable_from(finding)
-    if obstacle.too_late and (since is None or finding.now >= since + max_lateness):
+    opening = closed_until(obstacle)
+    since = sendable_from(obstacle)
+    if obstacle.too_late and (since is None or obstacle.now >= since + max_lateness):
         return None
     until = opening or (since if obstacle.too_late else None)
-    if until is None or finding.hours is None:
+    if until is None or obstacle.hours is None:
         # Behind an earlier one of its chat it waits for that one, as always.
-        paused = finding.pause_id and not obstacle.earlier
-        return Hold(obstacle.lease, NEVER, NEVER, since, finding.pause_id) if paused else None
-    if finding.window_ends is not None and until >= finding.window_ends:
+        paused = obstacle.pause_id and not obstacle.earlier
+        return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
+    if obstacle.window_ends is not None and until >= obstacle.window_ends:
         return finish(Status.FAILED, ReasonCode.WINDOW_CLOSED, "it ends before the workspace's sending hours open")
-    return Hold(obstacle.lease, until, back_at(until, finding.due_date), since, hours=finding.hours.hours)
+    return Hold(obstacle.lease, until, back_at(until, obstacle.due_date), since, hours=obstacle.hours.hours)
 
 
-def closed_until(finding: Finding) -> datetime | None:
+def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when closed sending hours open, or None if they are open at the time of sending or not set.
 
     The opening that the database has stored decides until it ends, whatever this machine's time zone data says. This
     function is pure.
     """
-    hours, moment = finding.hours, finding.sent_at
+    hours, moment = obstacle.hours, obstacle.sent_at
     if hours is None:
         return None
-    if finding.now < hours.open_until and moment < hours.open_until:
+    if obstacle.now < hours.open_until and moment < hours.open_until:
         return hours.open_from if moment < hours.open_from else None
     try:
         opening = opens_at(hours.hours, moment)
@@ -96,27 +86,27 @@ def closed_until(finding: Finding) -> datetime | None:
     return opening if opening > moment else None
 
 
-def sendable_from(finding: Finding) -> datetime | None:
+def sendable_from(obstacle: Obstacle) -> datetime | None:
     """Return the first moment at which the sending hours allow the sending, or None if that is unknown.
 
     The moment may be in the future. Once it has passed, it stays as recorded, so that lateness continues to count
     whenever the hours close. This function is pure.
     """
-    first = finding.sendable_from
+    first = obstacle.sendable_from
     if first is None:
         try:
-            first = opens_at(finding.hours.hours, finding.wanted_from) if finding.hours else finding.wanted_from
+            first = opens_at(obstacle.hours.hours, obstacle.wanted_from) if obstacle.hours else obstacle.wanted_from
         except LookupError:
             return None
-    return first if first <= finding.now else closed_until(finding) or finding.sent_at
+    return first if first <= obstacle.now else closed_until(obstacle) or obstacle.sent_at
 
 
-def _open_next(connection: Connection, findings: Iterable[Finding]) -> None:
+def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
     """Compute the next time of sending where the stored one is over."""
     stale: dict[UUID, tuple[Hours, datetime]] = {}
-    for finding in findings:
-        if finding.hours and finding.now >= finding.hours.open_until:
-            stale[finding.hours.workspace_id] = (finding.hours, finding.now)
+    for obstacle in obstacles:
+        if obstacle.hours and obstacle.now >= obstacle.hours.open_until:
+            stale[obstacle.hours.workspace_id] = (obstacle.hours, obstacle.now)
     for hours, now in stale.values():
         if span := _span(hours, now):
             holds.open_next(connection, hours, span)

@@ -6,8 +6,17 @@ statistics are wrong, and it would rather read every pending row than look up a 
 
 from __future__ import annotations
 
+import re
+from importlib.resources import files
+
 from followups.channels import WINDOWED_CHANNELS
 from followups.states import MAX_REASON_LENGTH, ReasonCode
+
+
+def read_sql(name: str) -> str:
+    """Return the text of a ``.sql`` file of this package, without its comments, which are for its readers."""
+    return re.sub(r"\s*--.*", "", files("followups.store").joinpath(f"{name}.sql").read_text(encoding="utf-8"))
+
 
 DUE = "COALESCE(f.next_attempt_at, f.due_date)"
 """When it falls due: the time of its retry, or its due date."""

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
-from followups.channels import WINDOW
 from followups.sending_hours import EVERY_DAY, SendingHours
-from followups.store.fragments import CHAT, DUE, LEASED, LOOKED_UP, WINDOWED
+from followups.store.fragments import LEASED
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,28 +26,6 @@ if TYPE_CHECKING:
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 """The next attempt of a paused follow-up: beyond every claim and every realistic due date."""
 
-# Begin comes a little before the due moment at which the message is sent.
-_SENT_AT = f"GREATEST(now(), {DUE})"
-_PAUSE = """
-    FROM pauses p
-   WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
-     AND (p.channel = c.channel OR p.channel IS NULL)
-"""
-_CLOSED = f"""
-    FROM sending_hours h
-   WHERE h.workspace_id = f.workspace_id AND NOT ({_SENT_AT} >= h.open_from AND {_SENT_AT} < h.open_until)
-"""
-
-# Whether there are any pauses or sending hours is asked once a statement; while there are none, which is the usual
-# case, a follow-up costs nothing more.
-HELD_BACK = f"""
-    ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL)) AND EXISTS (SELECT {_PAUSE})
-     OR (SELECT EXISTS (SELECT FROM sending_hours)) AND EXISTS (SELECT {_CLOSED}))
-"""  # noqa: S608 - no input, only the constants above
-"""SQL: whether follow-up ``f`` in chat ``c`` must not begin now. Once the stored time of sending is over this is true
-until a worker has computed the next one (`open_next`).
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Hours:
@@ -58,58 +35,6 @@ class Hours:
     hours: SendingHours
     open_from: datetime
     open_until: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What may hold a leased follow-up. ``window_ends`` is None if its channel has no window."""
-
-    id: UUID
-    now: datetime
-    sent_at: datetime
-    """When it would be sent: now, or at its due moment."""
-    due_date: datetime
-    wanted_from: datetime
-    """The due date, or the time at which it was set if it was already past then."""
-    sendable_from: datetime | None
-    """First moment at which sending hours allowed (or were to allow) the send, or None if not recorded."""
-    window_ends: datetime | None
-    pause_id: UUID | None
-    hours: Hours | None
-
-
-_FIND = text(f"""
-    SELECT f.id, now() AS now, {_SENT_AT} AS sent_at, f.due_date, p.id AS pause_id, h.*,
-           GREATEST(f.due_date, f.scheduled_at) AS wanted_from, f.sendable_from,
-           CASE WHEN c.channel IN ({WINDOWED}) THEN c.last_user_message_at + CAST(:window AS interval) END
-               AS window_ends
-      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
-     CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
-     {CHAT}
-      LEFT JOIN LATERAL (SELECT p.id {_PAUSE} ORDER BY p.created_at LIMIT 1) p ON true
-      LEFT JOIN sending_hours h ON h.workspace_id = f.workspace_id
-     WHERE (SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL) OR EXISTS (SELECT FROM sending_hours))
-       AND (p.id IS NOT NULL OR h.workspace_id IS NOT NULL)
-""")  # noqa: S608 - no input, only the constants above
-
-
-def find(connection: Connection, leases: Sequence[Lease]) -> list[Finding]:
-    """Return what may hold each of the valid leases; for most there is nothing."""
-    parameters = {"ids": [one.id for one in leases], "tokens": [one.token for one in leases], "window": WINDOW}
-    return [
-        Finding(
-            row.id,
-            row.now,
-            row.sent_at,
-            row.due_date,
-            row.wanted_from,
-            row.sendable_from,
-            row.window_ends,
-            row.pause_id,
-            hours_of(row) if row.workspace_id else None,
-        )
-        for row in connection.execute(_FIND, parameters)
-    ]
 
 
 def hours_of(row: object) -> Hours:

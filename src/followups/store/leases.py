@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sqlalchemy import text
 
-from followups.channels import WINDOW
+from followups.channels import WINDOW, WINDOWED_CHANNELS
 from followups.store import marks
-from followups.store.fragments import CHAT, DUE, DUE_READ, LATENESS_FROM, LEASED, LOOKED_UP, WINDOWED, honest
-from followups.store.holds import HELD_BACK
+from followups.store.fragments import LEASED, honest, read_sql
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -59,6 +58,8 @@ class Lease(NamedTuple):
     """How many times in a row the follow-up could not begin at its moment."""
 
 
+WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)
+
 KEYS = 2**20
 """How many keys there are. Two workspaces with the same key share a queue, which is harmless and rare."""
 
@@ -69,107 +70,36 @@ def key_of(workspace_id: UUID) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """The settings that begin needs for its checks."""
+class Rules:
+    """The settings that decide what may begin."""
 
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
     """How long before the due moment begin may come; the sender waits for the rest."""
 
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The statement's parameters."""
+        return {
+            "lease": self.lease,
+            "max_lateness": self.max_lateness,
+            "early": self.early,
+            "window": WINDOW,
+            "windowed": WINDOWED_NAMES,
+        }
 
-_SILENCE_BROKEN = "COALESCE(c.last_message_role = 'user', false)"
-# A follow-up may be scheduled after an operator's message, which is then its trigger. If a change gave the follow-up
-# another trigger, or moved it into the chat, it was still scheduled later than the message.
-_TAKEN_OVER = (
-    "COALESCE(c.last_message_role = 'operator' AND f.trigger_chat_message_id <> c.last_message_id"
-    " AND f.scheduled_at < c.last_message_at, false)"
-)
-_TOO_LATE = (
-    f"(CAST(:max_lateness AS interval) > interval '0' AND now() >= {LATENESS_FROM} + CAST(:max_lateness AS interval))"
-)
-_WINDOW_CLOSED = (
-    f"(c.channel IN ({WINDOWED})"
-    " AND now() >= COALESCE(c.last_user_message_at, '-infinity') + CAST(:window AS interval))"
-)
-_EARLY = f"{DUE} > now() + CAST(:early AS interval)"
-_EARLIER = (
-    "e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'"
-    " AND (e.due_date, e.id) < (f.due_date, f.id)"
-)
+
 _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)"
-
-# A row locked by a caller's open transaction is skipped and tried again: one slow transaction must not hold up other
-# messages.
-_BEGIN = text(f"""
-    WITH ready AS MATERIALIZED (
-        SELECT f.id, c.channel, c.external_id
-          FROM {_BATCH} {LEASED}
-         {CHAT}
-         WHERE c.removed_at IS NULL AND NOT {_SILENCE_BROKEN} AND NOT {_TAKEN_OVER} AND NOT {_WINDOW_CLOSED}
-           AND NOT {_TOO_LATE}
-           AND NOT {_EARLY} AND NOT EXISTS (SELECT FROM follow_ups e WHERE {_EARLIER} OFFSET 0) AND NOT {HELD_BACK}
-    )
-    UPDATE follow_ups f
-       SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
-      FROM ready
-     WHERE f.id = ready.id
-    RETURNING f.begun_at, f.lease_token, {DUE_READ} AS due, f.snoozes, f.traceparent,
-              -- in the order of Delivery
-              f.id, f.workspace_id, f.chat_id, ready.channel, ready.external_id, f.trigger_chat_message_id, f.message,
-              f.due_date, f.attempts
-""")  # noqa: S608 - no input, only the constants above
+_BEGIN = text(read_sql("checks") + read_sql("begin"))
 
 
-def begin_if_leased(connection: Connection, leases: Sequence[Lease], world: World) -> list[Any]:
-    """Begin the valid leases that have no obstacle; return what to send."""
-    rows = list(connection.execute(_BEGIN, batch_of(leases) | _world(world)))
+def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Any]:
+    """Begin the valid leases that nothing keeps from it; return what to send."""
+    rows = list(connection.execute(_BEGIN, batch_of(leases) | rules.parameters))
     if rows:
         marks.written(connection, ((row.id, row.begun_at) for row in rows))
     return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Obstacle:
-    """Why a valid lease was not begun. ``earlier`` is the follow-up of its chat before it."""
-
-    lease: Lease
-    chat_removed: bool
-    silence_broken: bool
-    window_closed: bool
-    too_late: bool
-    earlier: UUID | None
-    taken_over: bool = False
-
-
-_OBSTACLES = text(f"""
-    SELECT f.id, f.lease_token, c.removed_at IS NOT NULL AS chat_removed,
-           {_SILENCE_BROKEN} AS silence_broken, {_TAKEN_OVER} AS taken_over, {_WINDOW_CLOSED} AS window_closed,
-           {_TOO_LATE} AS too_late, earlier.id AS earlier
-      FROM {_BATCH} CROSS JOIN LATERAL ({LOOKED_UP} OFFSET 0) f
-     {CHAT}
-      LEFT JOIN LATERAL (
-          SELECT e.id FROM follow_ups e WHERE {_EARLIER} ORDER BY e.due_date DESC, e.id DESC LIMIT 1
-      ) earlier ON true
-""")  # noqa: S608 - no input, only the constants above
-
-
-def obstacles(connection: Connection, leases: Sequence[Lease], world: World) -> list[Obstacle]:
-    """For each valid lease, return what blocks it."""
-    by_id = {lease.id: lease for lease in leases}
-    rows = connection.execute(_OBSTACLES, batch_of(leases) | _world(world))
-    return [
-        Obstacle(
-            by_id[row.id]._replace(token=row.lease_token),
-            row.chat_removed,
-            row.silence_broken,
-            row.window_closed,
-            row.too_late,
-            row.earlier,
-            row.taken_over,
-        )
-        for row in rows
-    ]
 
 
 _END = text(f"""
@@ -232,7 +162,3 @@ def defer_if_not_begun(connection: Connection, leases: Sequence[Lease], delay: t
 def batch_of(leases: Sequence[Lease]) -> dict[str, object]:
     """Return the parameters of a batch: ids and tokens."""
     return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}
-
-
-def _world(world: World) -> dict[str, object]:
-    return {"lease": world.lease, "max_lateness": world.max_lateness, "early": world.early, "window": WINDOW}

@@ -15,7 +15,8 @@ from followups.delivery.settle import decide
 from followups.retry import RetryPolicy
 from followups.states import Status
 from followups.store.fragments import OUTCOME_UNKNOWN
-from followups.store.leases import Lease, Obstacle
+from followups.store.leases import Lease
+from followups.store.obstacles import Obstacle
 from followups.transports.port import Delivery, Rejected, Retry, Sent, Snoozed, Unknown
 
 if TYPE_CHECKING:
@@ -49,9 +50,7 @@ def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: 
 @cache
 def end_before_begin(*, replied: bool) -> Final | None:
     """Return how a follow-up ends that must not be begun, by `followups.delivery.begin.verdict`."""
-    return verdict(
-        Obstacle(LEASE, chat_removed=False, silence_broken=replied, window_closed=False, too_late=False, earlier=None)
-    )
+    return verdict(Obstacle(LEASE, NOW, NOW, NOW, NOW, silence_broken=replied))
 
 
 @cache

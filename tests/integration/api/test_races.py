@@ -42,7 +42,7 @@ def claim(connection: Connection) -> list[Lease]:
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
     """Begin, and return the begun ones."""
-    world = leases.World(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
+    world = leases.Rules(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
     return [row.id for row in leases.begin_if_leased(connection, taken, world)]
 
 

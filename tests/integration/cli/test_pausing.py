@@ -102,7 +102,7 @@ def test_it_waits_whichever_its_role(
     environment.setattr(pause, "UNDER_WAY", 60.0)
     world.follow_up()
     (lease,) = claim(worker, settings).leases
-    rules = leases.World(settings.lease, settings.max_lateness, early=timedelta(seconds=1))
+    rules = leases.Rules(settings.lease, settings.max_lateness, early=timedelta(seconds=1))
     with ThreadPoolExecutor(1) as pool, worker.connect() as beginning:
         assert leases.begin_if_leased(beginning, [lease], rules)
         pausing_now = pool.submit(run, "pause", "--workspace", world.workspace_id)

@@ -1,0 +1,17 @@
+-- Begin what nothing keeps from it; behind checks.sql, in one statement with it. From here on a cancel comes too late.
+--
+-- :lease   how long the attempt may be in flight before another worker takes it for lost
+UPDATE follow_ups f
+   SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
+  FROM checked
+ WHERE f.id = checked.id
+   AND NOT (chat_removed OR silence_broken OR taken_over OR window_closed OR too_late OR early OR behind_another
+            OR paused OR outside_hours)
+RETURNING f.begun_at, f.lease_token,
+          -- within the years that Python knows: any other, written by hand, would make the whole result unreadable
+          LEAST(GREATEST(COALESCE(f.next_attempt_at, f.due_date), timestamptz '0002-01-01'),
+                timestamptz '9998-12-31') AS due,
+          f.snoozes, f.traceparent,
+          -- in the order of Delivery
+          f.id, f.workspace_id, f.chat_id, checked.channel, checked.external_id, f.trigger_chat_message_id, f.message,
+          f.due_date, f.attempts

@@ -1,0 +1,64 @@
+-- What may keep a leased follow-up from beginning: all of it, a column each. Begin starts those for which every one is
+-- false (begin.sql); for the others obstacles.sql adds the details.
+--
+-- Two things are asked before, because they are no row's: the due queue knows the moment, the free slots and the
+-- breaker, and the rate limits are kept in Redis.
+--
+-- :ids, :tokens   the batch of leases
+-- :window         length of a messaging window
+-- :windowed       the channels that have one
+-- :max_lateness   allowed lateness; 0 means any
+-- :early          how long before its moment a follow-up may begin; the sender waits for the rest
+--
+-- Each row is looked up by its key, LATERAL and with OFFSET 0, whatever the planner believes about the tables: right after
+-- a burst of inserts its statistics are wrong. A plan made while chats counted as empty scanned all of them and locked the
+-- batch again for each; with 1,650 chats a hundred took more than 8 s to begin.
+WITH checked AS MATERIALIZED (
+    SELECT f.id, f.lease_token, f.workspace_id, f.chat_id, f.due_date, f.scheduled_at, f.sendable_from,
+           c.channel, c.external_id, c.last_user_message_at,
+           c.removed_at IS NOT NULL AS chat_removed,
+           COALESCE(c.last_message_role = 'user', false) AS silence_broken,
+           -- A follow-up may be scheduled after an operator's message, which is then its trigger. If a change gave the
+           -- follow-up another trigger, or moved it into the chat, it was still scheduled later than the message.
+           COALESCE(c.last_message_role = 'operator' AND f.trigger_chat_message_id <> c.last_message_id
+                    AND f.scheduled_at < c.last_message_at, false) AS taken_over,
+           (c.channel = ANY(CAST(:windowed AS text[]))
+            AND now() >= COALESCE(c.last_user_message_at, '-infinity') + CAST(:window AS interval)) AS window_closed,
+           -- A follow-up that sending hours never held has no sendable_from; one held by a process of an older version
+           -- has only held_until.
+           (CAST(:max_lateness AS interval) > interval '0'
+            AND now() >= COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))
+                         + CAST(:max_lateness AS interval)) AS too_late,
+           COALESCE(f.next_attempt_at, f.due_date) > now() + CAST(:early AS interval) AS early,
+           -- OFFSET 0: as a join it would read every pending row of the batch's chats.
+           EXISTS (SELECT FROM follow_ups e
+                    WHERE e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'
+                      AND (e.due_date, e.id) < (f.due_date, f.id) OFFSET 0) AS behind_another,
+           -- Whether there are any pauses or sending hours is asked once a statement; while there are none, which is the
+           -- usual case, a follow-up costs nothing more.
+           ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL))
+            AND EXISTS (SELECT FROM pauses p
+                         WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
+                           AND (p.channel = c.channel OR p.channel IS NULL))) AS paused,
+           -- The message is sent at its due moment, a little later than begin. Once the stored time of sending is over,
+           -- this is true until a worker has computed the next one.
+           ((SELECT EXISTS (SELECT FROM sending_hours))
+            AND EXISTS (SELECT FROM sending_hours h
+                         WHERE h.workspace_id = f.workspace_id
+                           AND NOT (GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) >= h.open_from
+                                    AND GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) < h.open_until)))
+               AS outside_hours,
+           GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS sent_at
+      FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
+     -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried again:
+     -- one slow transaction must not hold up other messages. finished_at, not status: see OPEN in fragments.py.
+     CROSS JOIN LATERAL (
+         SELECT f.* FROM follow_ups f
+          WHERE f.id = b.id AND f.lease_token = b.token
+            AND f.finished_at IS NULL AND f.begun_at IS NULL AND f.lease_until > now()
+            FOR NO KEY UPDATE SKIP LOCKED
+     ) f
+     CROSS JOIN LATERAL (
+         SELECT c.* FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id OFFSET 0
+     ) c
+)
