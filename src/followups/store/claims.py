@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.store import marks
-from followups.store.fragments import DUE, DUE_READ, NEXT_TOKEN
+from followups.store.fragments import DUE_READ, NEXT_TOKEN, read_sql
 from followups.store.leases import Lease, key_of, uuid_array
 
 if TYPE_CHECKING:
@@ -92,66 +92,7 @@ with fewer rows share a step. So a workspace with a single row that is not due y
 1), and one without pending rows costs nothing.
 """
 
-_PENDING = "f.status = 'pending' AND f.waits_for IS NULL AND f.id <> ALL(CAST(:without AS uuid[]))"
-_FREE = "f.lease_until IS NULL OR f.lease_until <= now() AND (f.begun_at IS NULL OR NOT CAST(:in_grace AS boolean))"
-_HORIZON = "now() + CAST(:ahead AS interval)"
-_SINCE = "COALESCE(CAST(:since AS timestamptz), '-infinity')"
-
-# ``head`` has the candidate rows in the order in which they are to be taken, by their place in the table. ``looked`` is
-# one row: how many of the candidates are leased, when the first falls due, and whether there are more. A row that is
-# updated meanwhile has moved, and is skipped like a locked one.
-_TAKE = f"""
-    taken AS MATERIALIZED (
-        SELECT f.place, f.begun_at IS NOT NULL AS lost
-          FROM head
-         CROSS JOIN LATERAL (
-             SELECT f.ctid AS place, f.begun_at FROM follow_ups f
-              WHERE f.ctid = head.place AND {_PENDING}
-                AND {DUE} <= {_HORIZON} AND ({_FREE})
-                FOR NO KEY UPDATE SKIP LOCKED
-         ) f
-         WHERE head.free
-         LIMIT LEAST(:most, GREATEST(0, :window - (SELECT leased FROM looked)))
-    ), claimed AS (
-        UPDATE follow_ups f
-           SET lease_token = {NEXT_TOKEN},
-               lease_until = GREATEST(now(), {DUE}) + CAST(:lease AS interval),
-               begun_at = NULL,
-               attempts = GREATEST(f.attempts - taken.lost::int, 0),
-               losses = f.losses + taken.lost::int
-          FROM taken
-         WHERE f.ctid = taken.place
-        RETURNING f.id, f.lease_token, {DUE_READ} AS due, f.losses, f.workspace_id, f.traceparent, taken.lost,
-                  f.attempts, f.cancel_requested
-    )
-    -- the first row says what was looked at
-    SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
-           NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
-           looked.leased, looked.unseen,
-           GREATEST(LEAST(looked.first, now()), timestamptz '0002-01-01') - CAST(:margin AS interval) AS low_water,
-           (SELECT count(*) FROM taken) AS taken
-      FROM looked
-     UNION ALL
-    SELECT claimed.*, NULL, NULL, NULL, NULL FROM claimed
-     ORDER BY due NULLS FIRST, id
-"""  # noqa: S608 - no input, only the constants above
-
-# Rows in flight are first in the index, apart from rows that came in with an earlier due date. Reading :seen_most rows
-# at most bounds the cost of a tick. If there are more, leased ones left by a fair claim may be behind them, so nothing
-# is taken then.
-_IN_ORDER = text(f"""
-    WITH head AS MATERIALIZED (
-        SELECT f.ctid AS place, {DUE} AS due, {_FREE} AS free
-          FROM follow_ups f
-         WHERE {_PENDING} AND {DUE} <= {_HORIZON} AND {DUE} >= {_SINCE}
-         ORDER BY {DUE}, f.id
-         LIMIT :seen_most
-    ), looked AS MATERIALIZED (
-        SELECT CASE WHEN count(*) < :seen_most THEN count(*) FILTER (WHERE NOT free) ELSE :window END AS leased,
-               min(due) AS first, count(*) >= :seen_most AS unseen
-          FROM head
-    ), {_TAKE}
-""")  # noqa: S608 - no input, only the constants above
+_IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))
 
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
@@ -161,137 +102,11 @@ workspace instead of following the index that has this order. Measured right aft
 with a thousand other workspaces more than 10 s.
 """
 
-_KEY = f"(f.workspace_id, {DUE}, f.id)"
-"""A row comparison in the order of one index."""
-_DUE_ORDER = f"ORDER BY f.workspace_id, {DUE}, f.id"
-_HIGHEST_ID = "'ffffffff-ffff-ffff-ffff-ffffffffffff'::uuid"
-
-
-def _read_on(look: str, opening: str, rows: str) -> str:
-    """Return a query that continues each workspace's look where it ended, until ``rows`` more are free.
-
-    A look has a row for each workspace: how many rows read are ``leased``, the places of the free ones (``places``),
-    their due times (``dues``), the last row read, and whether there may be ``more``. Leased rows are only counted.
-    Where ``rows`` is zero, the workspace's row stays as it was.
-    """
-    return f"""
-        SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
-               seen.dues || found.dues AS dues, COALESCE(found.due, seen.due) AS due,
-               COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = wanted.rows AS more
-          FROM {look} seen CROSS JOIN {opening}
-         CROSS JOIN LATERAL (SELECT {rows} AS rows) wanted
-         CROSS JOIN LATERAL (
-             SELECT count(*) AS number, array_agg(f.place) AS places, array_agg(f.due) AS dues,
-                    max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id
-               FROM (
-                   SELECT f.ctid AS place, f.id, {DUE} AS due FROM follow_ups f
-                    WHERE {_PENDING} AND ({_FREE}) AND {_KEY} > (seen.id, seen.due, seen.last_id)
-                      AND (f.workspace_id, {DUE}) <= (seen.id, {_HORIZON})
-                    {_DUE_ORDER}
-                    LIMIT wanted.rows
-               ) f
-         ) found
-         CROSS JOIN LATERAL (
-             SELECT count(*) AS leased
-               FROM (
-                   SELECT FROM follow_ups f
-                    WHERE {_PENDING} AND NOT ({_FREE}) AND {_KEY} > (seen.id, seen.due, seen.last_id)
-                      AND {_KEY} <= (seen.id, CASE WHEN found.number = wanted.rows THEN found.due ELSE {_HORIZON} END,
-                                     CASE WHEN found.number = wanted.rows THEN found.last_id ELSE {_HIGHEST_ID} END)
-                    {_DUE_ORDER}
-                    LIMIT :window
-               ) f
-         ) passed
-         WHERE wanted.rows > 0
-         UNION ALL
-        SELECT seen.* FROM {look} seen CROSS JOIN {opening} WHERE ({rows}) = 0
-    """  # noqa: S608 - no input, only constants
-
-
-def _open_in(look: str) -> str:
-    """Return a query for what a look leaves: free ``places``, how many of them it has not found, ``many`` have more."""
-    return f"""
-        SELECT places, (places - found)::bigint AS missing, many
-          FROM (SELECT LEAST(:most, :window - sum(leased)) AS places, sum(cardinality(places)) AS found,
-                       count(*) FILTER (WHERE more) AS many
-                  FROM {look}) counted
-    """  # noqa: S608 - no input, only constants
-
-
-_SHARE = """CASE
-    WHEN NOT seen.more OR share.places <= 0 THEN 0
-    WHEN share.missing > 0 THEN LEAST(:most, GREATEST(:few, :window / share.many + 1))
-    WHEN 2 * cardinality(seen.places) < :few THEN :few
-    ELSE 0
-END"""
-_REST = "CASE WHEN seen.more AND rest.missing > 0 THEN ceil(rest.missing::numeric / rest.many)::bigint ELSE 0 END"
-
-# The workspaces in which a follow-up is due. The index of pending follow-ups is ordered by workspace, so each step
-# starts after the last workspace of the step before.
-_WALK = f"""
-    WITH RECURSIVE walk AS (
-        SELECT '00000000-0000-0000-0000-000000000000'::uuid AS last, '{{}}'::uuid[] AS due_in
-         UNION ALL
-        SELECT step.*
-          FROM walk
-         CROSS JOIN LATERAL (
-             SELECT (array_agg(f.workspace_id))[count(*)] AS last,
-                    array_agg(f.workspace_id) FILTER (WHERE f.due <= {_HORIZON}) AS due_in
-               FROM (
-                   SELECT f.workspace_id, {DUE} AS due FROM follow_ups f
-                    WHERE {_PENDING} AND f.workspace_id > walk.last AND {DUE} >= {_SINCE}
-                    {_DUE_ORDER}
-                    LIMIT :stride
-               ) f
-         ) step
-         WHERE step.last IS NOT NULL
-    )"""  # noqa: S608 - no input, only the constants above
-
-# There are three looks. The first reads a few rows of each workspace, which is all that most workspaces have. Where
-# there are more and they are wanted, the second reads an equal share of the window. The third gives the places that
-# others left to those that have yet more. So many workspaces cost a few rows each, and one with a backlog beside a
-# thousand small ones still fills the window. A row's rank is how many of its workspace would be in flight with it; the
-# lowest ranks are taken first, and among these the earliest due. Leased rows behind more free rows than are read are
-# not counted: the free ones came in with an earlier due date, or their leases ran out. They are taken first, so such a
-# claim exceeds the window once, by its own size at most, and the next one counts all.
-_FAIRLY = text(f"""{_WALK}, workspace AS MATERIALIZED (
-        SELECT w.id, f.*
-          FROM (SELECT DISTINCT unnest(due_in) AS id FROM walk) w
-         CROSS JOIN LATERAL (
-             SELECT min(f.due) AS first, count(*) FILTER (WHERE NOT f.free) AS leased,
-                    COALESCE(array_agg(f.place) FILTER (WHERE f.free), '{{}}') AS places,
-                    COALESCE(array_agg(f.due) FILTER (WHERE f.free), '{{}}') AS dues,
-                    max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id, count(*) = :few AS more
-               FROM (
-                   SELECT f.ctid AS place, f.id, {DUE} AS due, {_FREE} AS free FROM follow_ups f
-                    WHERE {_PENDING} AND (f.workspace_id, {DUE}) >= (w.id, {_SINCE})
-                      AND (f.workspace_id, {DUE}) <= (w.id, {_HORIZON})
-                    {_DUE_ORDER}
-                    LIMIT :few
-               ) f
-         ) f
-         WHERE f.first IS NOT NULL
-    ), share AS MATERIALIZED ({_open_in("workspace")}
-    ), first_look AS MATERIALIZED ({_read_on("workspace", "share", _SHARE)}
-    ), rest AS MATERIALIZED ({_open_in("first_look")}
-    ), second_look AS MATERIALIZED ({_read_on("first_look", "rest", _REST)}
-    ), head AS MATERIALIZED (
-        SELECT one.place, true AS free
-          FROM second_look CROSS JOIN LATERAL unnest(places, dues) WITH ORDINALITY AS one(place, due, number)
-         ORDER BY leased + number, one.due, one.place
-    ), looked AS MATERIALIZED (
-        SELECT COALESCE(sum(leased), 0) AS leased, min(first) AS first, COALESCE(bool_or(more), false) AS unseen
-          FROM second_look
-    ), {_TAKE}
-""")  # noqa: S608 - no input, only the constants above
-
-
-# The same query without the lease: the ids of the follow-ups that such a claim would take.
-_NAMED = f"""
-    {_TAKE.partition(", claimed AS")[0]}
-    SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place
-"""  # noqa: S608 - no input, only the constants above
-_CANDIDATES, _CANDIDATES_FAIRLY = (text(query.text.replace(_TAKE, _NAMED)) for query in (_IN_ORDER, _FAIRLY))
+_NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
+# The same queries without the lease: the ids of the follow-ups that such a claim would take.
+_CANDIDATES, _CANDIDATES_FAIRLY = (
+    text(query.text.partition(", claimed AS")[0] + _NAME) for query in (_IN_ORDER, _FAIRLY)
+)
 _TRY = text(f"""
     WITH taken AS MATERIALIZED (
         SELECT f.id, f.begun_at IS NOT NULL AS lost FROM follow_ups f
