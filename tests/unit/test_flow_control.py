@@ -1,0 +1,97 @@
+"""The scripts of flow control on fakeredis, without a server; on a real Valkey they are tested in `integration`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import fakeredis
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from followups import flow_control
+from followups.flow_control.breaker import CLOSED, BreakerStore, News, Reading, RecoveryPolicy, Run
+from followups.flow_control.rate_limits import Answer, Bucket, Limiter, Request
+from followups.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+GO = timedelta(0)
+START = datetime(2030, 1, 1, tzinfo=UTC)
+FAILURES = 3
+FAILING, WELL = 1, 2
+"""Keys of workspaces."""
+
+
+@pytest.fixture
+def server() -> fakeredis.FakeServer:
+    """Return a Redis of this test's own."""
+    return fakeredis.FakeServer()
+
+
+@pytest.fixture
+def own(server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Return settings, and have their broker URL lead to that server."""
+
+    class Client(fakeredis.FakeAsyncRedis):
+        @classmethod
+        def from_url(cls, _url: str, **_: object) -> Client:
+            return cls(server=server, decode_responses=True)
+
+    monkeypatch.setattr(flow_control, "Redis", Client)
+    return load_settings(
+        database_url="postgresql://nobody@127.0.0.1:9/none",
+        broker_url="redis://127.0.0.1:9/0",
+        breaker_failures=FAILURES,
+    )
+
+
+def request(since: int, bucket: Bucket) -> Request:
+    """Return a request of a follow-up that has been due since so many seconds after the start."""
+    return Request(uuid4(), START + timedelta(seconds=since), (bucket,))
+
+
+def failed(*, key: int = FAILING, count: int = FAILURES) -> News:
+    """Return the news of so many different follow-ups of a workspace that failed."""
+    ids: tuple[UUID, ...] = tuple(uuid4() for _ in range(count))
+    return News(ids, runs=(Run(key, max(count, 5), anew=False),))
+
+
+async def test_a_bucket_and_its_queue(own: Settings) -> None:
+    """Of those that ask, the bucket's tokens go to the first; a token that is given back goes to the next."""
+    limiter, bucket = Limiter(own), Bucket("all", rate=0.001, burst=2)
+    requests = [request(since, bucket) for since in range(4)]
+    answer = await limiter.ask(requests, ())
+    assert [wait == GO for wait in answer.waits] == [True, True, False, False]
+    assert answer.moment is not None
+    await limiter.give_back(requests[:1], answer.moment)
+    assert [wait == GO for wait in (await limiter.ask(requests[2:], ())).waits] == [True, False]
+
+
+async def test_a_limiter_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
+    """All may begin while Redis is unreachable."""
+    server.connected = False
+    bucket = Bucket("all", rate=0.001, burst=1)
+    assert await Limiter(own).ask([request(0, bucket), request(1, bucket)], ()) == Answer((GO, GO), None)
+
+
+async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
+    """It opens for the workspace whose attempts fail, lets probes begin after its pause, and closes in the end."""
+    policy = RecoveryPolicy(first_pause=0.0, probes=2, first_rate=20, last_rate=20)
+    store = BreakerStore(own, "http", policy)
+    assert await store.report(failed(count=FAILURES - 1), 0) == Reading(CLOSED)
+    await store.report(News(runs=(Run(WELL, 0, anew=True),)), 0)
+    opened = await store.report(failed(count=1), 0)
+    assert opened == Reading("open", 0, changed=True, tripped=frozenset({FAILING}))
+    assert await store.report(News(), 9) == Reading("probing", 2, changed=True, tripped=frozenset({FAILING}))
+    assert (await store.report(News(succeeded=True), 9)).state == "recovering"
+    assert await store.report(News(), 9) == Reading(CLOSED, changed=True)
+
+
+async def test_the_breaker_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
+    """Its store raises while Redis is unreachable."""
+    server.connected = False
+    with pytest.raises(RedisConnectionError):
+        await BreakerStore(own, "http").report(News(), 0)
