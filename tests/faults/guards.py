@@ -183,7 +183,7 @@ def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene]
     return scenario
 
 
-def put_off_begins(scene: Scene) -> None:
+def rescheduled_begins(scene: Scene) -> None:
     """Begin what falls due in an hour."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
@@ -308,7 +308,7 @@ def another_workspaces(scene: Scene) -> None:
         expect(follow_ups.find(session, follow_up, uuid4()) is None, "no workspace sees another's")
 
 
-def nobody_wakes(scene: Scene) -> None:
+def none_is_unblocked(scene: Scene) -> None:
     """End the earlier one of a chat, for which the later one waits."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
@@ -409,7 +409,7 @@ def put_off(scene: Scene, lease: Lease) -> None:
         rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 
 
-def stale_put_off(scene: Scene) -> None:
+def stale_defer(scene: Scene) -> None:
     """Put off by a lease that is another's by now."""
     scene.world.follow_up()
     old = scene.lease()
@@ -418,7 +418,7 @@ def stale_put_off(scene: Scene) -> None:
     expect(scene.world.row(old.id).lease_until is not None, "no stale writer's write is taken")
 
 
-def ended_lease_put_off(scene: Scene) -> None:
+def ended_lease_deferred(scene: Scene) -> None:
     """Put off by a lease that has ended: a tick may be claiming it."""
     scene.world.follow_up()
     lease = scene.lease()
@@ -427,7 +427,7 @@ def ended_lease_put_off(scene: Scene) -> None:
     expect(scene.world.row(lease.id).limited_until is None, "a lease that has ended puts off nothing")
 
 
-def cancelled_put_off(scene: Scene) -> None:
+def cancelled_deferred(scene: Scene) -> None:
     """Defer a follow-up that was cancelled after it was read."""
     scene.world.follow_up()
     lease = scene.lease()
@@ -436,7 +436,7 @@ def cancelled_put_off(scene: Scene) -> None:
     expect(scene.world.row(lease.id).limited_until is None, "final states never change")
 
 
-def put_off_in_flight(scene: Scene) -> None:
+def deferred_in_flight(scene: Scene) -> None:
     """Defer a follow-up that has begun."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 BEGIN, SETTLE, CLAIM = "SET begun_at = now()", "WITH r AS MATERIALIZED", "WITH head AS MATERIALIZED"
 FAIRLY = "first_look AS MATERIALIZED"
-PUT_OFF = "limited_until = held.again"
+DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
@@ -92,7 +92,7 @@ CATALOGUE = {
         BEGIN, {"SELECT EXISTS (SELECT FROM sending_hours)": "SELECT false"}, guards.begins_outside_hours
     ),
     "not early at begin": Guard(
-        BEGIN, {"f.due_date) > now() +": "f.due_date) > 'infinity'::timestamptz +"}, guards.put_off_begins
+        BEGIN, {"f.due_date) > now() +": "f.due_date) > 'infinity'::timestamptz +"}, guards.rescheduled_begins
     ),
     "token at settle": Guard(SETTLE, {TOKEN: ""}, guards.stale_result_settles),
     "pending and begun at settle": Guard(
@@ -129,8 +129,8 @@ CATALOGUE = {
     "shares": Guard(
         FAIRLY, {"ORDER BY leased + number, one.due": "ORDER BY one.due"}, guards.fairly(guards.one_takes_all)
     ),
-    "token at release": Guard("SET lease_until = NULL FROM held", {TOKEN: ""}, guards.stale_release),
-    "token at end": Guard("held.status", {TOKEN: ""}, guards.stale_end),
+    "token at release": Guard("SET lease_until = NULL FROM leased", {TOKEN: ""}, guards.stale_release),
+    "token at end": Guard("leased.status", {TOKEN: ""}, guards.stale_end),
     # The lock refuses rows in flight; the UPDATE and a constraint of the table do so too.
     "begun at cancel": Guard(
         "follow_ups",
@@ -142,20 +142,20 @@ CATALOGUE = {
         {"AND follow_ups.workspace_id = ": "AND follow_ups.workspace_id <> "},
         guards.another_workspaces,
     ),
-    "wake at the end": Guard(
-        "SET waits_for = NULL", {"f.waits_for = ANY": "false AND f.waits_for = ANY"}, guards.nobody_wakes
+    "unblock at the end": Guard(
+        "SET waits_for = NULL", {"f.waits_for = ANY": "false AND f.waits_for = ANY"}, guards.none_is_unblocked
     ),
-    "token at put off": Guard(PUT_OFF, {TOKEN: ""}, guards.stale_put_off),
-    "lease at put off": Guard(PUT_OFF, {"AND f.lease_until > now()": ""}, guards.ended_lease_put_off),
-    "pending and lease at put off": Guard(
-        PUT_OFF, {"f.finished_at IS NULL AND": "", "AND f.lease_until > now()": ""}, guards.cancelled_put_off
+    "token at defer": Guard(DEFER, {TOKEN: ""}, guards.stale_defer),
+    "lease at defer": Guard(DEFER, {"AND f.lease_until > now()": ""}, guards.ended_lease_deferred),
+    "pending and lease at defer": Guard(
+        DEFER, {"f.finished_at IS NULL AND": "", "AND f.lease_until > now()": ""}, guards.cancelled_deferred
     ),
-    "begun at put off": Guard(
-        PUT_OFF,
+    "begun at defer": Guard(
+        DEFER,
         {"AND f.begun_at IS NULL": "", "lease_until = NULL": "lease_until = NULL, begun_at = NULL"},
-        guards.put_off_in_flight,
+        guards.deferred_in_flight,
     ),
-    "token at park": Guard("SET waits_for = held.earlier", {TOKEN: ""}, guards.stale_park),
+    "token at park": Guard("SET waits_for = leased.earlier", {TOKEN: ""}, guards.stale_park),
     "lock of the earlier at park": Guard("FOR SHARE", {"FOR SHARE SKIP LOCKED": ""}, guards.parked_behind_an_end),
     "look for the forgotten": Guard("NOT EXISTS (", {"IS NOT NULL AND NOT": "IS NULL AND NOT"}, guards.forgotten),
     "lock of a key": Guard(

@@ -46,7 +46,7 @@ def resume(world: World, scope: Scope) -> int:
 def free(world: World) -> int:
     """Release what no current pause holds; return how many."""
     with world.engine.begin() as connection:
-        return pauses.free_forgotten(connection)
+        return pauses.release_forgotten(connection)
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:

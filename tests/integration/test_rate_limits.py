@@ -228,7 +228,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
     wait_until(lambda: bench.limiters[0].given_back == 5)
     with world.engine.begin() as connection:
         pauses.resume(connection, scope)
-        pauses.free_forgotten(connection)
+        pauses.release_forgotten(connection)
     wait_until(lambda: set(receiver.received) == set(ids))
 
 

@@ -62,7 +62,7 @@ def replace_hours(world: World, hours: SendingHours | None) -> None:
         else:
             sending_hours.clear(session, world.workspace_id)
     with world.engine.begin() as connection:
-        holds.free_quiet(connection, world.workspace_id)
+        holds.release_held(connection, world.workspace_id)
 
 
 def opening_of(world: World, hours: SendingHours) -> datetime:
@@ -138,7 +138,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
     assert world.row(first).held_until == world.row(second).held_until
     with engine.begin() as connection:
         connection.execute(text("DELETE FROM sending_hours"))
-        assert holds.free_quiet(connection, world.workspace_id) == 2
+        assert holds.release_held(connection, world.workspace_id) == 2
     assert begun(claim_and_begin(engine, settings)) == {first}
     assert world.row(second).waits_for == first
     with engine.begin() as connection:
@@ -156,7 +156,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
         with Session(engine) as session, session.begin():
             sending_hours.clear(session, world.workspace_id)
         with engine.begin() as connection:
-            freed.append(holds.free_quiet(connection, world.workspace_id))
+            freed.append(holds.release_held(connection, world.workspace_id))
 
     with engine.connect() as holding:
         found = obstacles.find(holding, [lease], leases.Rules(settings.lease, settings.max_lateness, SECOND))

@@ -127,5 +127,5 @@ def _look_again(engine: Engine, workspace_id: UUID) -> None:
     freed = 1
     while freed:
         with engine.begin() as opened:
-            freed = holds.free_quiet(opened, workspace_id)
+            freed = holds.release_held(opened, workspace_id)
     connection.ask_for_tick()

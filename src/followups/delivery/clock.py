@@ -25,8 +25,8 @@ _NOW = text("SELECT clock_timestamp()")
 class DatabaseClock:
     """The offset between this machine's uptime and the database's clock, never ahead of that clock.
 
-    A sample means that the database's time was ``told`` at some moment between ``asked`` and ``answered``. Taking
-    ``told`` for the time at ``answered`` errs at most by the time that the answer travelled, and only to the late side,
+    A sample means that the database's time was ``read`` at some moment between ``asked`` and ``answered``. Taking
+    ``read`` for the time at ``answered`` errs at most by the time that the answer travelled, and only to the late side,
     so nothing is sent early. The quickest answer errs least, so the largest offset of the last samples counts.
     """
 
@@ -36,9 +36,9 @@ class DatabaseClock:
         self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
         self._offset: float | None = None
 
-    def observe(self, told: datetime, asked: float, answered: float) -> None:
+    def observe(self, read: datetime, asked: float, answered: float) -> None:
         """Record a sample: the database's time, and the uptime before and after the query."""
-        seconds = (told - _EPOCH).total_seconds()
+        seconds = (read - _EPOCH).total_seconds()
         lowest, highest = seconds - answered, seconds - asked
         if self._offset is not None and self._offset > highest:
             self._samples.clear()  # the database's clock was set back
@@ -50,8 +50,8 @@ class DatabaseClock:
         with engine.connect() as connection:
             for _ in range(times):
                 asked = self._seconds()
-                told = connection.execute(_NOW).scalar_one()
-                self.observe(told, asked, self._seconds())
+                read = connection.execute(_NOW).scalar_one()
+                self.observe(read, asked, self._seconds())
 
     @property
     def known(self) -> bool:

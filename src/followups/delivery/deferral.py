@@ -114,13 +114,13 @@ class Deferral:
         self._closed = False
 
     async def run(self) -> None:
-        """Balance whenever `wake` was called, until `close`."""
+        """Balance whenever `look_again` was called, until `close`."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()
             await (self._wanted.wait() if pause is None else asyncio.sleep(pause))
 
-    def wake(self) -> None:
+    def look_again(self) -> None:
         """Have `run` look again: the queue or the breaker has changed."""
         self._wanted.set()
 

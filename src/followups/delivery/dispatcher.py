@@ -182,7 +182,7 @@ class Dispatcher:
         with self._engine.begin() as connection:
             last_tick.ensure_recordable(connection)
         refused: dict[UUID, Exception] = {}
-        for unblock in (chat_order.unblock_forgotten, pauses.free_forgotten):
+        for unblock in (chat_order.unblock_forgotten, pauses.release_forgotten):
             known = -1
             try:
                 while len(refused) > known:  # rows that cannot be written must not hide the others

@@ -241,7 +241,7 @@ class Pipeline:
 
     def _enqueue(self, leases: Sequence[Lease], task_id: str = "") -> None:
         self._queue.add(leases, task_id)
-        self._deferral.wake()
+        self._deferral.look_again()
 
     def _release(self, leases: Collection[Lease]) -> None:
         """Release the slots of leases that did not begin."""
@@ -255,7 +255,7 @@ class Pipeline:
 
     def _look_again(self) -> None:
         self._queue.changed.set()
-        self._deferral.wake()
+        self._deferral.look_again()
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = self._loop.create_task(work)

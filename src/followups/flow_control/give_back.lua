@@ -1,4 +1,4 @@
--- Puts tokens back that were taken and not used.
+-- Put tokens back that were taken and not used.
 --
 -- KEYS: a bucket each, as in take.lua. ARGV[1]: when they were taken (µs); ARGV[2]: for each bucket {tokens a
 -- second, tokens of a full one, tokens to put back}. What has come in since then is not put back: the bucket might

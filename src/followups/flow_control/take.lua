@@ -1,15 +1,15 @@
--- Takes tokens for a batch, in one step, by this server's clock.
+-- Take tokens for a batch, in one step, by this server's clock.
 --
 -- KEYS: a bucket each. Under KEYS[i] a hash: tokens, and at, when there were so many (µs); with ":line" behind it
--- those that wait, by since when and id; with ":back" the same, by when each is expected to ask again (µs).
+-- those that wait, by their due moment and id; with ":back" the same, by when each is expected to ask again (µs).
 -- ARGV[1]: for each bucket {tokens a second, tokens of a full one}.
 -- ARGV[2]: for each that asks {id, since, {buckets it needs}}; ARGV[3]: the same of those that have ended.
--- ARGV[4]: after how long (µs) who waits asks again at the latest; who does not has been cancelled.
--- Answers the moment (µs), and of each that asks how long it has to wait (µs; 0: its tokens are taken).
+-- ARGV[4]: after how long (µs) one that waits asks again at the latest; one that does not has been cancelled.
+-- Return the moment (µs), and of each that asks how long it has to wait (µs; 0: its tokens are taken).
 
-local EXACT = 1000000      -- who waits longer asks again before its turn, since others in front may give up;
-local EARLY = 1 / 8        -- so much before: of a line in which an eighth gives up, no token is lost
-local SPARE = 500000       -- who is so late has been cancelled, or its worker stands still: others go first
+local EXACT = 1000000      -- one that waits longer asks again before its turn, since others in front may give up;
+local EARLY = 1 / 8        -- by so much: if an eighth of the queue gives up, no token is lost
+local SPARE = 500000       -- one that is so late has been cancelled, or its worker is stopped: others go first
 local MOST_FORGOTTEN = 500 -- in one call, of one bucket
 local MOST_WAITING = 100000
 
@@ -65,7 +65,7 @@ local function before(bucket, id, since)
   return redis.call('ZRANK', bucket.line, id)
 end
 
-local function enter(bucket, id, since, back)
+local function enqueue(bucket, id, since, back)
   if bucket.waiting < MOST_WAITING or redis.call('ZSCORE', bucket.line, id) then
     bucket.waiting = bucket.waiting + redis.call('ZADD', bucket.line, since, id)
     redis.call('ZADD', bucket.back, string.format('%.0f', back), id)
@@ -73,7 +73,7 @@ local function enter(bucket, id, since, back)
   end
 end
 
-local function leave(bucket, id)
+local function dequeue(bucket, id)
   if bucket.waiting > 0 then
     bucket.waiting = bucket.waiting - redis.call('ZREM', bucket.line, id)
     redis.call('ZREM', bucket.back, id)
@@ -95,9 +95,9 @@ local function ask(id, since, needed)
   for _, number in ipairs(needed) do
     local bucket = buckets[number]
     if refused[number] then
-      enter(bucket, id, since, now + wait)
+      enqueue(bucket, id, since, now + wait)
     else
-      leave(bucket, id) -- so that who waits for its chat does not hold up its workspace
+      dequeue(bucket, id) -- so that one that waits for its chat does not delay its workspace
       if wait == 0 then
         bucket.tokens = bucket.tokens - 1
         bucket.taken = bucket.taken + 1
@@ -108,7 +108,7 @@ local function ask(id, since, needed)
 end
 
 for _, gone in ipairs(cjson.decode(ARGV[3])) do
-  for _, number in ipairs(gone[3]) do leave(open(number), gone[1]) end
+  for _, number in ipairs(gone[3]) do dequeue(open(number), gone[1]) end
 end
 local answers = {string.format('%.0f', now)}
 for _, request in ipairs(cjson.decode(ARGV[2])) do

@@ -123,7 +123,7 @@ def release_paused(engine: Engine) -> Batches:
     """Let follow-ups go on whose pause has ended."""
     while True:
         with engine.begin() as opened:
-            released = pauses.free_forgotten(opened)
+            released = pauses.release_forgotten(opened)
         if not released:
             return
         yield {"resumed": released}

@@ -38,7 +38,7 @@ _LOCK_EARLIER = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 _PARK = text(f"""
-    WITH held AS MATERIALIZED (
+    WITH leased AS MATERIALIZED (
         SELECT f.id, b.earlier
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:earlier AS uuid[]))
                AS b(id, token, earlier)
@@ -51,9 +51,9 @@ _PARK = text(f"""
           JOIN follow_ups e ON e.id = b.earlier AND e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id
            AND (e.due_date, e.id) < (f.due_date, f.id)
     )
-    UPDATE follow_ups f SET waits_for = held.earlier, lease_until = NULL
-      FROM held
-     WHERE f.id = held.id
+    UPDATE follow_ups f SET waits_for = leased.earlier, lease_until = NULL
+      FROM leased
+     WHERE f.id = leased.id
     RETURNING f.id
 """)  # noqa: S608 - no input, only the constant above
 
@@ -61,13 +61,13 @@ _PARK = text(f"""
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
     """Make each leased follow-up wait for the earlier one it is paired with; return those that now wait."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
-    held = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
-    if not held:
+    leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
+    if not leased:
         return set()
     parameters = {
-        "ids": [lease.id for lease, _ in held],
-        "tokens": [lease.token for lease, _ in held],
-        "earlier": [earlier for _, earlier in held],
+        "ids": [lease.id for lease, _ in leased],
+        "tokens": [lease.token for lease, _ in leased],
+        "earlier": [earlier for _, earlier in leased],
     }
     return set(connection.scalars(_PARK, parameters))
 
@@ -84,7 +84,7 @@ _PARK_PILE = text("""
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
           FROM follow_ups WHERE id = ANY(CAST(:ids AS uuid[]))
          ORDER BY workspace_id, chat_id, due_date DESC, id DESC
-    ), held AS MATERIALIZED (
+    ), due AS MATERIALIZED (
         SELECT f.* FROM chat
          CROSS JOIN LATERAL (
              SELECT f.id, f.workspace_id, f.chat_id, f.due_date FROM follow_ups f
@@ -95,7 +95,7 @@ _PARK_PILE = text("""
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
     ), pile AS MATERIALIZED (
-        SELECT id, lag(id) OVER (PARTITION BY workspace_id, chat_id ORDER BY due_date, id) AS earlier FROM held
+        SELECT id, lag(id) OVER (PARTITION BY workspace_id, chat_id ORDER BY due_date, id) AS earlier FROM due
     )
     UPDATE follow_ups f SET waits_for = pile.earlier, lease_until = NULL
       FROM pile

@@ -135,7 +135,7 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
 
 # A `sendable_from` in the past is kept. Any other becomes the opening of the current sending hours, or now if they are
 # open or there are none any more.
-_FREE_QUIET = text("""
+_RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
          WHERE workspace_id = :workspace_id AND held_until > now() AND held_until IS NOT NULL AND status = 'pending'
@@ -154,9 +154,9 @@ _FREE_QUIET = text("""
 BATCH = 1000
 
 
-def free_quiet(connection: Connection, workspace_id: UUID) -> int:
+def release_held(connection: Connection, workspace_id: UUID) -> int:
     """Release up to a thousand that wait for sending hours, because these have changed; return how many."""
-    return connection.execute(_FREE_QUIET, {"workspace_id": workspace_id, "most": BATCH}).rowcount
+    return connection.execute(_RELEASE_HELD, {"workspace_id": workspace_id, "most": BATCH}).rowcount
 
 
 SPREAD = timedelta(seconds=1)

@@ -103,17 +103,17 @@ def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rule
 
 
 _END = text(f"""
-    WITH held AS MATERIALIZED (
+    WITH leased AS MATERIALIZED (
         SELECT f.id, b.status, b.reason, b.by_code
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:statuses AS text[]),
                       CAST(:reasons AS text[]), CAST(:by_code AS boolean[])) AS b(id, token, status, reason, by_code)
           {LEASED}
     )
     UPDATE follow_ups f
-       SET status = held.status, finished_at = now(), updated_at = now(), lease_until = NULL,
-           reason = CASE WHEN held.by_code THEN {honest("held.reason", "f")} ELSE held.reason END
-      FROM held
-     WHERE f.id = held.id
+       SET status = leased.status, finished_at = now(), updated_at = now(), lease_until = NULL,
+           reason = CASE WHEN leased.by_code THEN {honest("leased.reason", "f")} ELSE leased.reason END
+      FROM leased
+     WHERE f.id = leased.id
     RETURNING f.id, f.finished_at
 """)  # noqa: S608 - no input, only the constants above
 
@@ -132,10 +132,10 @@ def end_if_not_begun(connection: Connection, ends: Sequence[tuple[Lease, Final]]
 
 
 _RELEASE = text(f"""
-    WITH held AS MATERIALIZED (
+    WITH leased AS MATERIALIZED (
         SELECT f.id FROM {_BATCH} {LEASED}
     )
-    UPDATE follow_ups f SET lease_until = NULL FROM held WHERE f.id = held.id
+    UPDATE follow_ups f SET lease_until = NULL FROM leased WHERE f.id = leased.id
 """)  # noqa: S608 - no input, only the constants above
 
 
@@ -145,12 +145,12 @@ def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int
 
 
 _DEFER = text(f"""
-    WITH held AS MATERIALIZED (
+    WITH leased AS MATERIALIZED (
         SELECT f.id FROM {_BATCH} {LEASED}
     )
     UPDATE follow_ups f SET next_attempt_at = now() + CAST(:delay AS interval), lease_until = NULL
-      FROM held
-     WHERE f.id = held.id
+      FROM leased
+     WHERE f.id = leased.id
 """)  # noqa: S608 - no input, only the constants above
 
 

@@ -1,6 +1,6 @@
 -- Why leases were not begun, with what decides about them; behind checks.sql, in one statement with it, but unlocked.
 --
--- Times are returned within the years that Python knows: any other, written by hand, would make the result unreadable.
+-- Due times are returned within the years that Python knows: any other, written by hand, would make all unreadable.
 SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over, window_closed, too_late,
        earlier.id AS earlier, now() AS now,
        LEAST(GREATEST(checked.sent_at, first), last) AS sent_at,
@@ -8,9 +8,9 @@ SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over
        LEAST(GREATEST(checked.due_date, checked.scheduled_at, first), last) AS wanted_from,
        CASE WHEN checked.sendable_from IS NOT NULL
             THEN LEAST(GREATEST(checked.sendable_from, first), last) END AS sendable_from,
-       CASE WHEN checked.channel = ANY(CAST(:windowed AS text[])) AND checked.last_user_message_at IS NOT NULL
-            THEN LEAST(GREATEST(checked.last_user_message_at + CAST(:window AS interval), first), last) END
-           AS window_ends,
+       -- It matters for what is held only, and is nothing to guess at where it is no time.
+       CASE WHEN checked.channel = ANY(CAST(:windowed AS text[])) AND (p.id IS NOT NULL OR h.workspace_id IS NOT NULL)
+            THEN checked.last_user_message_at + CAST(:window AS interval) END AS window_ends,
        p.id AS pause_id,
        h.workspace_id, h.time_zone, h.opening, h.closing, h.days, h.open_from, h.open_until
   FROM checked

@@ -69,7 +69,7 @@ def pause(connection: Connection, scope: Scope) -> bool:
 
 
 def resume(connection: Connection, scope: Scope) -> bool:
-    """End the pause; return whether there was one. `free_forgotten` releases what it holds."""
+    """End the pause; return whether there was one. `release_forgotten` releases what it holds."""
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
@@ -157,7 +157,7 @@ def count_forgotten(connection: Connection) -> int:
     return number
 
 
-def free_forgotten(
+def release_forgotten(
     connection: Connection, refused: Callable[[UUID, Exception], None] | None = None, without: Collection[UUID] = ()
 ) -> int:
     """Release up to a thousand follow-ups of each pause no longer in force; return how many.

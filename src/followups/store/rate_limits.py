@@ -169,15 +169,15 @@ def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: tim
 
 
 _DEFER = text(f"""
-    WITH held AS MATERIALIZED (
+    WITH leased AS MATERIALIZED (
         SELECT f.id, GREATEST(now() + b.wait, {DUE}) AS again
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:waits AS interval[])) AS b(id, token, wait)
          {LEASED}
     )
     UPDATE follow_ups f
-       SET next_attempt_at = held.again, limited_until = held.again, lease_until = NULL
-      FROM held
-     WHERE f.id = held.id
+       SET next_attempt_at = leased.again, limited_until = leased.again, lease_until = NULL
+      FROM leased
+     WHERE f.id = leased.id
     RETURNING f.id, f.next_attempt_at
 """)  # noqa: S608 - no input, only the constant above
 

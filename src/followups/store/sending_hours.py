@@ -39,7 +39,7 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     """Set the workspace's hours. Raises `InvalidRequestError` for an unknown time zone or an empty set of days.
 
-    Follow-ups held by the previous hours must be looked at again: `followups.store.holds.free_quiet`.
+    Follow-ups held by the previous hours must be looked at again: `followups.store.holds.release_held`.
     """
     if zone_of(hours.time_zone) is None:
         message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."

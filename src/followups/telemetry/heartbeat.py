@@ -70,7 +70,7 @@ def directory_of(configured: str | None) -> Path:
 
 
 def _open_directory(path: Path) -> None:
-    """Make the directory, or see that nobody else can have put it there. Raises `HeartbeatError`."""
+    """Make the directory, or check that no other user can have made it. Raises `HeartbeatError`."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()

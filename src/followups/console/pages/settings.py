@@ -140,7 +140,7 @@ def set_hours(visit: Visit) -> Response:
     released = 1
     while released:  # each batch is a short transaction
         with visit.services.engine.begin() as connection:
-            released = holds.free_quiet(connection, workspace_id)
+            released = holds.release_held(connection, workspace_id)
     visit.services.nudge()
     return _back(visit, name, "sending-hours")
 
