@@ -14,10 +14,12 @@ _ENCODER = json.JSONEncoder(default=str, ensure_ascii=False)
 _QUICK: dict[type, Callable[[Any], str]] = {int: repr, float: repr, NoneType: lambda _: "null"}
 
 
-def json_pairs(document: Mapping[str, object]) -> str:
+def json_pairs(document: Mapping[str, object], comma: str = ", ", colon: str = ": ") -> str:
     """Return the members of an object, without its braces; whatever JSON has no word for is written as a string.
 
     >>> json_pairs({"attempt": 1, "outcome": "sent", "code": None})
-    '"attempt":1,"outcome":"sent","code":null'
+    '"attempt": 1, "outcome": "sent", "code": null'
     """
-    return ",".join([f'"{name}":{_QUICK.get(type(value), _ENCODER.encode)(value)}' for name, value in document.items()])
+    return comma.join(
+        [f'"{name}"{colon}{_QUICK.get(type(value), _ENCODER.encode)(value)}' for name, value in document.items()]
+    )

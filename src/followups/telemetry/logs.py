@@ -49,7 +49,7 @@ def _json_line(logger: str, event: EventDict) -> str:
     bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve any
     if bound:
         event = {"event": event["event"], **bound, **event}
-    return f'{{"timestamp":"{_now()}","level":"info","logger":"{logger}",{json_pairs(event)}}}'
+    return f'{{"timestamp": "{_now()}", "level": "info", "logger": "{logger}", {json_pairs(event)}}}'
 
 
 def _now() -> str:

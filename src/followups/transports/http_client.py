@@ -67,7 +67,7 @@ _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
 
 def encode_json(document: Mapping[str, object]) -> bytes:
     """Return JSON in UTF-8, compact; what UTF-8 cannot hold (half a surrogate pair) becomes a question mark."""
-    return f"{{{json_pairs(document)}}}".encode(errors="replace")
+    return f"{{{json_pairs(document, ',', ':')}}}".encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
