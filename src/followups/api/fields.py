@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Annotated
 from uuid import UUID
 
-from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BeforeValidator, Field, StringConstraints, WithJsonSchema
 
 from followups.checks import FIRST_YEAR, LAST_YEAR
 from followups.models import MAX_MESSAGE_LENGTH
@@ -92,7 +92,20 @@ def _seconds_or_iso(value: object) -> object:
     return value
 
 
-LinkLife = Annotated[timedelta, BeforeValidator(_seconds_or_iso), Field(ge=SHORTEST_LINK, le=LONGEST_LINK)]
+LINK_LIFE = {
+    "anyOf": [
+        {"type": "integer", "minimum": 10, "maximum": 604_800},
+        {"type": "string", "pattern": "^(PT[1-9][0-9]{1,4}S|PT[1-9][0-9]{0,3}M|PT([1-9][0-9]?|1[0-5][0-9])H|P[1-7]D)$"},
+    ]
+}
+"""The lives of a link that need no more than one unit; the server takes all others within its bounds too."""
+
+LinkLife = Annotated[
+    timedelta,
+    BeforeValidator(_seconds_or_iso),
+    Field(ge=SHORTEST_LINK, le=LONGEST_LINK),
+    WithJsonSchema(LINK_LIFE),
+]
 
 Digits = Annotated[int, BeforeValidator(_digits)]
 
