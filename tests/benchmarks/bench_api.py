@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -22,7 +23,10 @@ from urllib.parse import urlsplit
 from uuid import UUID, uuid4
 
 import psutil
+from arena import Arena
+from contestants import Ours
 from fastapi import FastAPI
+from measures import lag, percentile
 from psycopg_pool import AsyncConnectionPool
 from pydantic import AwareDatetime, BaseModel
 from sqlalchemy.orm import Session
@@ -32,8 +36,7 @@ from followups.api.app import POOL_SIZE
 from followups.api.listening import listen
 from followups.api.server import serve
 from followups.database import make_engine
-from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
-from followups.schema import migrate
+from followups.embedded import Processes, answers, free_port
 from followups.settings import load_settings
 from web import CHAT_MESSAGES, CHATS, FOLLOW_UPS, Api, start
 from world import World
@@ -41,6 +44,7 @@ from world import World
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
+    from measures import Figures
     from sqlalchemy import Engine
 
 CONNECTIONS = 16
@@ -272,14 +276,21 @@ def report(loads: list[Load]) -> None:
         sys.stdout.write(f"{load.name:12} {rate:10.0f} {ratio:8.2f} {p50:8.1f} {p99:8.1f} {processor:8.2f}\n")
 
 
+def lag_beside(arena: Arena, load: Load, rate: float) -> Figures:
+    """Return how late follow-ups at 100/s are received while this load arrives at this rate."""
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(asyncio.run, paced(load, rate, PACED_SECONDS + 15))
+        figures = lag(Ours(arena), 100, PACED_SECONDS)
+        loading.result()
+    return figures
+
+
 def main() -> None:
     """Start everything, measure by turns, print."""
-    with EmbeddedPostgres() as postgres, EmbeddedValkey() as valkey, Processes() as processes:
-        database_url = postgres.create_database("bench")
-        migrate(database_url)
+    with Arena() as arena, Processes() as processes:
         settings = load_settings(
-            database_url=database_url,
-            broker_url=valkey.url(),
+            database_url=arena.database,
+            broker_url=arena.broker,
             transport_url="http://127.0.0.1:9/",
             api_rate_limit=10**8,
         )
@@ -289,10 +300,10 @@ def main() -> None:
         bare = processes.spawn(
             "bare",
             [sys.executable, __file__, "--bare", str(port)],
-            environment={"DATABASE_URL": database_url},
+            environment={"DATABASE_URL": arena.database},
             ready=answers(f"{bare_url}/healthz"),
         )
-        engine = make_engine(database_url)
+        engine = make_engine(arena.database)
         api = Api(url, World(engine))
         chats = chats_of(api)
         loads = loads_of(api, chats, psutil.Process(web.pid), bare_url, psutil.Process(bare.pid))
@@ -305,12 +316,13 @@ def main() -> None:
                     load.rates.clear()
                     load.processor.clear()
         report(loads)
-        half = statistics.median(loads[1].rates) / 2
-        times = asyncio.run(paced(loads[1], half, PACED_SECONDS))
-        sys.stdout.write(
-            f"creates at {half:.0f}/s, half of the maximum: p99 {times[len(times) * 99 // 100] * 1000:.1f} ms\n"
-        )
+        create = loads[1]
+        half = statistics.median(create.rates) / 2
+        times = asyncio.run(paced(create, half, PACED_SECONDS))
+        sys.stdout.write(f"creates at {half:.0f}/s, half of the maximum: p99 {percentile(times, 0.99) * 1000:.1f} ms\n")
         sys.stdout.write(f"schedule_many of {MANY:,}: {many(engine, api.world.workspace_id, chats):.0f} follow-ups/s\n")
+        late = lag_beside(arena, create, half)
+        sys.stdout.write(f"delivery at 100/s beside that: p99 {late['p99_ms']:.1f} ms late\n")
         api.client.close()
         engine.dispose()
 
