@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -101,6 +102,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
         traces.start(NAME)
+        gc.freeze()  # what has been imported stays; searching it for garbage took 0.1 s each time
         yield
         totals.stop()
         traces.stop()

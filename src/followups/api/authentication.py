@@ -12,11 +12,10 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakValueDictionary
 
 import psycopg
-from fastapi import Depends, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from sqlalchemy.exc import SQLAlchemyError
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from datetime import datetime
     from uuid import UUID
 
+    from fastapi import Request
     from fastapi.responses import Response
     from starlette.types import Scope
 
@@ -346,13 +346,6 @@ async def admit(scope: Scope) -> None:
     seen: Seen = scope[KEY]
     seen.workspace_id, seen.key_id = str(identity.workspace_id), str(identity.key_id)
     bind_contextvars(workspace_id=seen.workspace_id)
-
-
-async def _caller(request: Request) -> Caller:
-    return Caller(request)
-
-
-Authenticated = Annotated[Caller, Depends(_caller)]
 
 
 class AuthenticatedRoute(APIRoute):

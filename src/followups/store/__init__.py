@@ -3,7 +3,7 @@
 **The order of locks.** A transaction that waits for row locks takes them in this order, so that no two of our
 transactions deadlock:
 
-1. chats, in ascending order of their ids (`followups.store.chats.lock_chat`, `followups.store.chats.lock_chats_of`);
+1. chats, in ascending order of their ids (`lock_chat`, `lock_many` and `lock_chats_of` of `followups.store.chats`);
 
 2. the pending follow-ups of these chats, in the order of their due dates, then ids.
 

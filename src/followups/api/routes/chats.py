@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Path
+from fastapi import APIRouter, Path, Request
 from fastapi.responses import Response
 
 from followups.api import json_responses, response_docs
-from followups.api.authentication import Authenticated, AuthenticatedRoute, Work
+from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.schemas import Chat, ChatMessage, ChatPut, NewChatMessage
 from followups.states import ReasonCode
@@ -23,8 +23,9 @@ router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRo
 
 
 @router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=response_docs.PUT_CHAT)
-async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, caller: Authenticated) -> Response:
+async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, request: Request) -> Response:
     """Create or update a chat. One that was removed starts anew."""
+    caller = Caller(request)
     exclusive = caller.exclusive_external_ids
     chat, new = await caller.change(lambda work: _put(work.workspace_id, chat_id, body, exclusive=exclusive))
     return json_responses.answer(json_responses.one(Chat, chat), 201 if new else 200)
@@ -37,9 +38,9 @@ def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -
 
 
 @router.delete("/chats/{chatId}", operation_id="removeChat", status_code=204, responses=response_docs.REMOVE_CHAT)
-async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], caller: Authenticated) -> Response:
+async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], request: Request) -> Response:
     """Remove a chat; its pending follow-ups become cancelled."""
-    await caller.change(lambda work: _remove(work, chat_id))
+    await Caller(request).change(lambda work: _remove(work, chat_id))
     return Response(status_code=204)
 
 
@@ -55,9 +56,9 @@ def _remove(work: Work, chat_id: UUID) -> Steps[None]:
     response_model=ChatMessage,
     responses=response_docs.RECEIVE,
 )
-async def receive_chat_message(body: NewChatMessage, caller: Authenticated) -> Response:
+async def receive_chat_message(body: NewChatMessage, request: Request) -> Response:
     """Record that somebody wrote in a chat; a user's or an operator's message cancels its pending follow-ups."""
-    received = await caller.change(lambda work: _receive(work, body))
+    received = await Caller(request).change(lambda work: _receive(work, body))
     return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response  # noqa: TC002 - FastAPI reads the annotations
 
 from followups.api import json_responses, response_docs
-from followups.api.authentication import Authenticated, AuthenticatedRoute
+from followups.api.authentication import AuthenticatedRoute, Caller
 from followups.api.schemas import ConsoleLink, NewConsoleLink
 from followups.errors import ChatNotFoundError, ConsoleOffError
 from followups.statements import Statement
@@ -36,10 +36,11 @@ router = APIRouter(prefix="/api/v1", tags=["Console"], route_class=Authenticated
     response_model=ConsoleLink,
     responses=response_docs.LINK,
 )
-async def create_console_link(body: NewConsoleLink, caller: Authenticated, request: Request) -> Response:
+async def create_console_link(body: NewConsoleLink, request: Request) -> Response:
     """Make a link that signs a person in to the console once, as viewer or agent of the workspace."""
     if not hasattr(request.app.state, "console"):
         raise ConsoleOffError
+    caller = Caller(request)
     token, expires_at = await caller.change(lambda work: _make(work.workspace_id, caller.key_id, body))
     link: dict[str, Any] = {"url": f"{_address(request)}/console/login#token={token}", "expires_at": expires_at}
     return json_responses.answer(json_responses.one(ConsoleLink, SimpleNamespace(**link)), 201)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response
 
 from followups import scheduling
 from followups.api import json_responses, problems, response_docs
-from followups.api.authentication import Authenticated, AuthenticatedRoute, Work
+from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id, IdempotencyKey  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.pagination import ListRoute, link_header
 from followups.api.schemas import FollowUp, FollowUpChanges, FollowUpQuery, NewFollowUp
@@ -38,12 +38,12 @@ router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=Au
 
 
 @lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=response_docs.LIST)
-async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], caller: Authenticated) -> Response:
+async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Request) -> Response:
     """List follow-ups, newest first."""
     wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
-    rows, has_next, has_previous = await caller.read(
-        lambda work: _list(caller.starts, work.workspace_id, wanted, query)
-    )
+    caller = Caller(request)
+    starts = caller.starts
+    rows, has_next, has_previous = await caller.read(lambda work: _list(starts, work.workspace_id, wanted, query))
     links = link_header(query, has_next=has_next, has_previous=has_previous)
     return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
 
@@ -64,21 +64,12 @@ def _list(
     return rows[:size], len(rows) > size, offset > 0
 
 
-@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=response_docs.GET)
-async def get_follow_up(id: Id, caller: Authenticated) -> Response:  # noqa: A002 - the parameter's name in the document
-    """Return one follow-up."""
-    found = await caller.read(lambda work: follow_ups.find.steps(id, work.workspace_id))
-    if found is None:
-        raise FollowUpNotFoundError
-    return json_responses.answer(json_responses.one(FollowUp, found))
-
-
 @router.post(
     "", operation_id="createFollowUp", status_code=201, response_model=FollowUp, responses=response_docs.CREATE
 )
 async def create_follow_up(
     body: NewFollowUp,
-    caller: Authenticated,
+    request: Request,
     idempotency_key: Annotated[IdempotencyKey | None, Header(alias="Idempotency-Key")] = None,
 ) -> Response:
     """Create a follow-up, sent into the chat at its due date unless something cancels it first.
@@ -86,8 +77,8 @@ async def create_follow_up(
     With an `Idempotency-Key`, a repeated request gets the first one's answer and creates nothing.
     """
     if idempotency_key is None:
-        return _response(await caller.change(lambda work: _create(work, body)))
-    return _response(await caller.change(lambda work: _create_once(work, body, idempotency_key)))
+        return _response(await Caller(request).change(lambda work: _create(work, body)))
+    return _response(await Caller(request).change(lambda work: _create_once(work, body, idempotency_key)))
 
 
 def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[idempotency.Answer]:
@@ -115,15 +106,24 @@ def _response(answer: idempotency.Answer) -> Response:
     return Response(answer.body, answer.status, headers, media_type)
 
 
+@router.get("/{id}", operation_id="getFollowUp", response_model=FollowUp, responses=response_docs.GET)
+async def get_follow_up(id: Id, request: Request) -> Response:  # noqa: A002 - the parameter's name in the document
+    """Return one follow-up."""
+    found = await Caller(request).read(lambda work: follow_ups.find.steps(id, work.workspace_id))
+    if found is None:
+        raise FollowUpNotFoundError
+    return json_responses.answer(json_responses.one(FollowUp, found))
+
+
 @router.patch("/{id}", operation_id="changeFollowUp", response_model=FollowUp, responses=response_docs.CHANGE)
 async def change_follow_up(
     id: Id,  # noqa: A002 - the parameter's name in the document
     body: FollowUpChanges,
-    caller: Authenticated,
+    request: Request,
 ) -> Response:
     """Change fields of a follow-up, reschedule it, or end it by a final status."""
     given = {name: getattr(body, name) for name in body.model_fields_set}
-    changed = await caller.change(lambda work: _change(work, id, given))
+    changed = await Caller(request).change(lambda work: _change(work, id, given))
     return json_responses.answer(json_responses.one(FollowUp, changed))
 
 
