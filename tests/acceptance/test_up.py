@@ -160,5 +160,5 @@ def test_a_taken_port_is_a_sentence() -> None:
         ran = subprocess.run([COMMAND, "up", "--port", str(port)], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (1, "")
     assert ran.stderr == (
-        f"followups: Port {port} cannot be listened on (address already in use); choose another one with --port.\n"
+        f"followups: Port {port} is not available (address already in use); choose another one with --port.\n"
     )

@@ -140,7 +140,7 @@ class Chat(Answer):
 
 
 class NewChatMessage(Body):
-    """That somebody wrote in a chat. Unknown fields are ignored; a text is neither taken nor stored."""
+    """A message that was written in a chat. Unknown fields are ignored; a text is neither taken nor stored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CHAT_MESSAGE]})
 

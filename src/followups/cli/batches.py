@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLE = 5
 """How many of the affected follow-ups are named before the command runs."""
 
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say how many there are, name some, and change nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show how many there are and name some; change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
 
 
@@ -78,7 +78,7 @@ def carry_out(plan: Plan, batches: Batches, manner: Manner) -> None:
 def confirm(plan: Plan) -> None:
     """Ask for confirmation. Raises a usage error when stdin is no terminal, and `typer.Exit` when the answer is no."""
     if not sys.stdin.isatty():
-        message = f"{plan.counted} to {plan.verb}: where nobody can be asked, --yes says that it is meant"
+        message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"
         raise typer.BadParameter(message, param_hint="--yes")
     if not typer.confirm(f"{plan.verb.capitalize()} {plan.counted}?", err=True):
         remark("Nothing has changed.")
@@ -125,7 +125,7 @@ def _conclude(plan: Plan, totals: dict[str, int], *, interrupted: bool, json: bo
     rest = "".join(f"; {number:,} {_words(name)}" for name, number in totals.items() if name != plan.done and number)
     say(f"{totals[plan.done]:,} of {plan.counted} {plan.done}{rest}")
     if interrupted:
-        remark("Broken off. What was done is whole; the same command goes on with the rest.")
+        remark("Interrupted. Completed items stay completed; run the command again to continue.")
 
 
 def _words(name: str) -> str:

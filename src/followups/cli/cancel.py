@@ -47,7 +47,9 @@ def cancel(  # noqa: PLR0913 - one for each option
         str | None,
         typer.Option(help="All that is pending in this workspace.", show_default=False),
     ] = None,
-    reason: Annotated[str | None, typer.Option(help="Why, in your own words.", show_default="cancelled_by_api")] = None,
+    reason: Annotated[
+        str | None, typer.Option(help="The reason, in your own words.", show_default="cancelled_by_api")
+    ] = None,
     dry_run: DryRun = False,
     yes: Yes = False,
     json: Json = False,
@@ -88,7 +90,7 @@ def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None
             done="cancelled",
             number=sum(count.number for count in counts),
             sample=sample[: batches.SAMPLE],
-            remark=f"{in_flight:,} of them are in flight: these can only be kept from another try." * bool(in_flight),
+            remark=f"{in_flight:,} of them are in flight; those are only kept from a retry." * bool(in_flight),
         )
         batches.carry_out(plan, lambda: bulk.cancel(engine, chosen, final), manner)
 

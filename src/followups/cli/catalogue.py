@@ -34,23 +34,25 @@ CATALOGUE = {
     "up": Entry("up", "Run everything on this machine, with a sandbox chat that receives the messages.", TRY),
     "demo": Entry("demo", "Watch follow-ups be sent, retried, rejected and cancelled by a reply.", TRY),
     "migrate": Entry("migrate", "Bring the database to the newest schema.", SET_UP),
-    "workspace": Entry("workspace", "Create and list workspaces; set the hours at which one may send.", SET_UP),
+    "workspace": Entry("workspace", "Create and list workspaces; set their sending hours.", SET_UP),
     "api-key": Entry("api_key", "Create, list and revoke API keys.", SET_UP),
-    "doctor": Entry("doctor", "Check database, broker, transport, beat and workers; say what to do.", SET_UP),
+    "doctor": Entry("doctor", "Check database, broker, transport, beat and workers, and advise what to do.", SET_UP),
     "openapi": Entry("openapi", "Print the OpenAPI document of the REST API.", SET_UP),
     "list": Entry("list", "List follow-ups, newest first.", OPERATE),
-    "show": Entry("show", "Say why one follow-up was sent, was not sent, or is not sent yet.", OPERATE),
+    "show": Entry("show", "Explain why one follow-up was sent, was not sent, or is not sent yet.", OPERATE),
     "cancel": Entry("cancel", "Cancel a pending follow-up, or all of a chat or workspace.", OPERATE),
     "reschedule": Entry("reschedule", "Give a pending follow-up another due date.", OPERATE),
     "retry": Entry("retry", "Make a new follow-up from a failed one, or from all that failed.", OPERATE),
-    "pause": Entry("pause", "Let nothing of a workspace or channel begin; --list shows what is paused.", OPERATE),
-    "resume": Entry("pause", "Let what is paused go on.", OPERATE),
+    "pause": Entry("pause", "Stop a workspace or channel from sending; --list shows what is paused.", OPERATE),
+    "resume": Entry("pause", "End a pause.", OPERATE),
     "limit": Entry("limit", "Limit how many a second are sent: of a workspace, a channel, each chat.", OPERATE),
-    "prune": Entry("prune", "Delete what finished long ago, into an archive if you like.", OPERATE),
-    "health": Entry("health", "Say whether worker, beat or web is alive, for process supervisors.", OPERATE),
+    "prune": Entry("prune", "Delete follow-ups that finished long ago, into an archive if you like.", OPERATE),
+    "health": Entry("health", "Check whether worker, beat or web is alive, for process supervisors.", OPERATE),
     "bench": Entry("bench", "Measure throughput and lag on the configured servers, apart from your data.", SET_UP),
     "console": Entry("console", "Make a link that signs a person in to the console.", SET_UP),
-    "stats": Entry("stats", "Count by state; oldest overdue, lag and throughput; live with --watch.", OPERATE),
+    "stats": Entry(
+        "stats", "Show counts by state, the oldest overdue, lag and throughput; live with --watch.", OPERATE
+    ),
 }
 """Commands in the order of the help."""
 

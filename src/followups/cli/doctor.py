@@ -68,7 +68,7 @@ def _findings(settings: Settings) -> Iterator[Finding]:
     if reachable:
         yield process_checks.workers(connection.ask_workers)
     else:
-        yield Finding("workers", "not asked", "See to the broker first.")
+        yield Finding("workers", "not asked", "Repair the broker first.")
     yield process_checks.of_this_machine(settings)
 
 

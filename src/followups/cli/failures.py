@@ -56,7 +56,7 @@ class UsageError(Protocol):
 def explain(error: BaseException) -> tuple[str, int]:
     """Return the sentence and the exit code for an error."""
     if isinstance(error, typer.Abort):
-        return "Stopped before it was done.", FAILED
+        return "Stopped before it was complete.", FAILED
     if isinstance(error, UsageError):
         return _usage(error), WRONG_USAGE
     if isinstance(error, FollowUpsError):
@@ -64,8 +64,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, SQLAlchemyError):
         return _database(error), FAILED
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; choose another place, or see to its permissions.", FAILED
-    return f"Something unforeseen happened ({named(error)}); followups --debug COMMAND shows where.", FAILED
+        return f"{error.filename}: {error.strerror}; choose another path, or correct its permissions.", FAILED
+    return f"An unexpected error occurred ({named(error)}); followups --debug COMMAND shows where.", FAILED
 
 
 def _ours(error: FollowUpsError) -> tuple[str, int]:

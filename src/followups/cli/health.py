@@ -32,7 +32,7 @@ def group() -> None:
     """
 
 
-Name = Annotated[str, typer.Option("--name", "-n", help="Only the one of this node name (worker1, worker1@host).")]
+Name = Annotated[str, typer.Option("--name", "-n", help="Only the one with this node name (worker1, worker1@host).")]
 
 
 @app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))

@@ -43,11 +43,12 @@ Rate = Annotated[
     float, typer.Argument(parser=parse_rate, metavar="RATE", show_default=False, help="As in 50/s, 20/min or 1000/h.")
 ]
 Apart = Annotated[
-    Each | None, typer.Option("--each", help="So many for each of them; else for all together.", show_default=False)
+    Each | None,
+    typer.Option("--each", help="A limit for each of them instead of one for all together.", show_default=False),
 ]
 Burst = Annotated[
     int | None,
-    typer.Option("--burst", min=1, max=MOST, help="So many may go at once.", show_default="one second's worth"),
+    typer.Option("--burst", min=1, max=MOST, help="How many may be sent at once.", show_default="one second's worth"),
 ]
 
 

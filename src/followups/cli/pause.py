@@ -45,7 +45,9 @@ def pause(
     *,
     workspace: Workspace = None,
     channel: OneChannel = None,
-    list_: Annotated[bool, typer.Option("--list", help="Show what is paused, and how much each pause holds.")] = False,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show what is paused, and how many follow-ups each pause holds.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Stop a workspace, a channel, or a channel of a workspace from sending, until it is resumed.
@@ -91,7 +93,7 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
         print_json({"resumed": was_paused, "freed": freed, "paused": [pause_document(each) for each in standing]})
         return
     if was_paused or freed:
-        say(f"{_named(workspace, channel)} goes on; {freed:,} that were held go on with it.")
+        say(f"{_named(workspace, channel)} is resumed; held follow-ups that continue: {freed:,}.")
     else:
         say(f"{_named(workspace, channel)} was not paused.")
     for each in standing:
@@ -100,7 +102,7 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
 
 def _scope(session: Session, workspace: str | None, channel: Channel | None) -> Scope:
     if workspace is None and channel is None:
-        message = "name what is meant by --workspace, by --channel, or by both."
+        message = "give --workspace, --channel, or both."
         raise typer.BadParameter(message)
     return Scope(workspace_id_of(session, workspace), channel and channel.value)
 
@@ -111,7 +113,7 @@ def _wait_for_begins(engine: Engine) -> None:
         transactions = pauses.workers_transactions(opened)
         while pauses.still_open(opened, transactions):
             if time.monotonic() > end:
-                remark("A worker has had a transaction open for long; what it has begun goes on.")
+                remark("A worker's transaction has been open for long; what it has begun continues.")
                 return
             time.sleep(LOOK)
 

@@ -46,7 +46,8 @@ ARCHIVE = "Write what is deleted into this new file, a JSON object a line."
 def prune(
     *,
     older_than: Annotated[
-        timedelta, typer.Option(parser=parse_age, metavar="AGE", help="As in 90d: since their end.", show_default=False)
+        timedelta,
+        typer.Option(parser=parse_age, metavar="AGE", help="Time since they finished, as in 90d.", show_default=False),
     ],
     archive: Annotated[
         Path | None, typer.Option(metavar="FILE.jsonl.gz", help=ARCHIVE, dir_okay=False, show_default=False)
@@ -70,7 +71,7 @@ def prune(
             number = pruning.count_finished(opened, before)
             sample = [str(one) for one in pruning.some_finished(opened, before, batches.SAMPLE)]
         if archive is not None and archive.exists():
-            error = f"{archive} is there already; name a new file."
+            error = f"{archive} already exists; name a new file."
             raise typer.BadParameter(error, param_hint="--archive")
         plan = batches.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
 
@@ -85,7 +86,7 @@ def _moment(now: datetime, age: timedelta) -> datetime:
     try:
         return now - age
     except OverflowError:
-        message = "that is before the beginning of time."
+        message = "that is before the first year of the calendar."
         raise typer.BadParameter(message, param_hint="--older-than") from None
 
 

@@ -47,9 +47,9 @@ ASK_WORKERS = 5.0
 )
 def stats(
     *,
-    minutes: Annotated[float, typer.Option(min=0.1, max=10_080, help="For lag and throughput: the last so many.")] = 5,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again and again, until Ctrl-C.")] = False,
-    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two looks of --watch.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0.1, max=10_080, help="Minutes that lag and throughput cover.")] = 5,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two refreshes of --watch.")] = 2,
     json: Json = False,
 ) -> None:
     """Count follow-ups by state, and show how late they were sent and how many a minute.

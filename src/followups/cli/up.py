@@ -79,7 +79,7 @@ def _require_free(port: int) -> None:
             pass
     except OSError as error:
         reason = os.strerror(error.errno or 0).lower()
-        message = f"Port {port} cannot be listened on ({reason}); choose another one with --port."
+        message = f"Port {port} is not available ({reason}); choose another one with --port."
         raise FollowUpsError(message) from None
 
 
@@ -115,11 +115,11 @@ An agent writes in a chat, and a follow-up is due five seconds later. Paste this
 
 {request(where.api, key, uuid4(), uuid4())}
 
-followups stats --watch, list, show and the others look at it from another terminal, after
+To use followups stats --watch, list, show and the others from another terminal, first run
 
 {exports}
 
-Ctrl-C stops it all.
+Ctrl-C stops everything.
 """
 
 

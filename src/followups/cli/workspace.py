@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 FROM = "When they open."
-TO = "When they close; not later than --from: on the day after."
+TO = "When they close; on the next day if not later than --from."
 DAYS = "As in mon-fri or sat,sun."
 
 app = typer.Typer(

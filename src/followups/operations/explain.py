@@ -37,13 +37,13 @@ ENDINGS = {
     ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
     ReasonCode.HUMAN_TAKEOVER: "A human operator wrote in the chat before it was sent, and has taken over.",
     ReasonCode.CHAT_REMOVED: "The chat was removed before it was sent.",
-    ReasonCode.CANCELLED_BY_API: "Somebody cancelled it, through the API or with followups cancel, and gave no reason.",
+    ReasonCode.CANCELLED_BY_API: "It was cancelled through the API or with followups cancel, without a reason.",
     ReasonCode.REJECTED: (
-        "The transport refused it for good; correct what it complains about, then followups retry makes a new one."
+        "The transport refused it for good; correct the cause, then followups retry makes a new one."
     ),
     ReasonCode.RETRIES_EXHAUSTED: (
         "Every attempt that FOLLOWUPS_MAX_ATTEMPTS ({max_attempts}) allows has failed; the reason names the last error."
-        " When the transport is well again, followups retry makes a new one."
+        " When the transport works again, followups retry makes a new one."
     ),
     ReasonCode.WINDOW_CLOSED: (
         "The channel allows messages only within 24 hours of the user's last one, and that time had ended."
@@ -53,13 +53,13 @@ ENDINGS = {
         " database and transport running all that time? followups retry makes a new one."
     ),
     ReasonCode.OUTCOME_UNKNOWN: (
-        "An attempt was made, nobody knows whether the message arrived, and the transport cannot recognise a"
-        " repetition. Look into the chat before followups retry."
+        "An attempt was made, it is unknown whether the message arrived, and the transport does not deduplicate."
+        " Check the chat before followups retry."
     ),
     ReasonCode.WORKER_LOST: (
-        "The workers that took it died each time; their logs say of what. Look into the chat before followups retry."
+        "Each worker that tried to send it died; see the workers' logs. Check the chat before followups retry."
     ),
-    ReasonCode.FAILED_BY_API: "Somebody failed it through the API and gave no reason.",
+    ReasonCode.FAILED_BY_API: "It was failed through the API, without a reason.",
 }
 """The meaning of each code, for operators."""
 
@@ -113,7 +113,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
     again = f" It was retried as {around.retried_as}." if around.retried_as else ""
     code = code_of(follow_up.reason)
     if code not in ENDINGS:
-        return f"Somebody {follow_up.status} it; the reason is in their own words.{again}"
+        return f"It was {follow_up.status} with a reason of the caller's own.{again}"
     limits = {"max_attempts": settings.max_attempts, "max_lateness": span(settings.max_lateness)}
     return ENDINGS[ReasonCode(code)].format(**limits) + again
 
@@ -126,7 +126,7 @@ def lag_of(follow_up: FollowUp) -> timedelta | None:
 def _sent(follow_up: FollowUp) -> str:
     lag = lag_of(follow_up)
     if lag is None:
-        return "Somebody else sent it, and said so through the API."
+        return "It was marked as sent through the API; this service did not send it."
     when = f"The transport accepted it {span(lag)} {'after' if lag >= timedelta(0) else 'before'} its due date"
     if follow_up.held_until is not None and follow_up.held_until > follow_up.due_date:
         when += f" (held until the sending hours opened, {readable(follow_up.held_until)})"
@@ -143,7 +143,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
     if follow_up.pause_id is not None:
         return _paused(follow_up, now, around)
     if follow_up.waits_for is not None:
-        said = f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end; then it goes out."
+        said = f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end."
         return f"{said} {around.first}".strip()
     moment = follow_up.next_attempt_at or follow_up.due_date
     if moment > now:
@@ -153,7 +153,7 @@ def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
 
 def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
     if around.pause is not None:
-        return f"It is due, and will be held when a worker comes to it: {stopped(around.pause)}."
+        return f"It is due, and will be held when a worker begins it: {stopped(around.pause)}."
     if breaker := _holds(around.breaker, follow_up):
         return _left_alone(breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
@@ -169,18 +169,19 @@ def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
 def _left_alone(breaker: Shown) -> str:
     failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for its workspace"
     if breaker.state == "recovering":
-        return f"It is due, and goes out within seconds: {failed}, and takes more from second to second now."
+        return f"It is due, and is sent within seconds: {failed}, and is recovering."
     return (
-        f"It is due, and waits without using up attempts: {failed} (the breaker is {breaker.state}). It is probed every"
-        " few seconds, and this goes out when it is back, unless it is too late by then; followups doctor says more."
+        f"It is due, and waits without using up attempts: {failed} (the breaker is {breaker.state}). The transport is"
+        " probed every few seconds, and this is sent when it works again, unless it is too late by then."
+        " See followups doctor."
     )
 
 
 def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
     due = f"It fell due {span(now - follow_up.due_date)} ago and is held"
     if around.pause is None:
-        return f"{due}: the pause that held it has been lifted, and it goes on within a minute or so."
-    return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} lets it go on."
+        return f"{due}: the pause has ended, and it is sent within a minute or so."
+    return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} ends the pause."
 
 
 def stopped(pause: Standing) -> str:
@@ -208,17 +209,17 @@ def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circums
     if follow_up.limited_until == moment and (breaker := _holds(around.breaker, follow_up)):
         return _left_alone(breaker)
     if follow_up.limited_until == moment:
-        said = f"It is due, and waits for its turn under {_limits(around.limits)}; it asks again in {wait}."
+        said = f"It is due, and waits for {_limits(around.limits)}; it is tried again in {wait}."
     elif follow_up.next_attempt_at is None:
         said = f"It is sent in {wait}, unless something cancels it first."
     else:
-        said = f"It is tried again in {wait}; why it was not accepted yet stands below."
+        said = f"It is tried again in {wait}; the failed attempts are below."
     return f"{said}{_will_be_held(moment, around)}"
 
 
 def _limits(limits: Sequence[Limit]) -> str:
     if not limits:
-        return "a rate limit that has been lifted meanwhile"
+        return "a rate limit that has been removed since"
     named = [f"{rate_in_words(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
     return f"{'the rate limits' if len(named) > 1 else 'the rate limit'} of {' and '.join(named)}"
 
@@ -251,20 +252,20 @@ def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
 
 
 def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> str:
-    overdue = f"It has been due for {span(late)}, and no worker holds it"
+    overdue = f"It has been due for {span(late)}, and no worker has claimed it"
     if around.tick_age is None or around.tick_age > STALE_TICK:
         ticked = f"the last tick ran {span(around.tick_age)} ago" if around.tick_age else "no tick has ever run"
-        return f"{overdue}: {ticked}, so beat or workers are not running; followups doctor says what to do."
+        return f"{overdue}: {ticked}, so beat or the workers are not running. See followups doctor."
     behind = f" It was snoozed {follow_up.snoozes} times: the transport limits the rate." if follow_up.snoozes else ""
-    return f"{overdue}: followups doctor says whether workers keep up with what is due before it.{behind}"
+    return f"{overdue}: earlier follow-ups may be in front of it. See followups doctor.{behind}"
 
 
 def _in_flight(follow_up: FollowUp, now: datetime) -> str:
     wish = ""
     if follow_up.cancel_requested:
-        wish = f" A cancel ({follow_up.cancel_requested}) came meanwhile: it will not be tried again."
+        wish = f" A cancel ({follow_up.cancel_requested}) arrived since: it will not be retried."
     if follow_up.lease_until is not None and follow_up.lease_until <= now:
-        return f"Its lease has ended: a tick takes it over, unless its worker records the outcome first.{wish}"
+        return f"Its lease has expired: a tick takes it over, unless its worker records the outcome first.{wish}"
     return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"
 
 

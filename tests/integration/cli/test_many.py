@@ -172,7 +172,7 @@ class TestRetry:
         monkeypatch.setattr(bulk.scheduling, "retry_once", interrupted)
         broken_off = run("retry", "--failed", "--since", "2h", "--yes")
         assert (broken_off.code, broken_off.stdout) == (1, "3 of 5 follow-ups retried\n")
-        assert "the same command goes on with the rest" in broken_off.stderr
+        assert "run the command again to continue" in broken_off.stderr
         assert sum(len(copies(world, one)) for one in ids) == 3
         monkeypatch.setattr(bulk.scheduling, "retry_once", real)
         assert run("retry", "--failed", "--since", "2h", "--yes").stdout == "2 of 2 follow-ups retried\n"

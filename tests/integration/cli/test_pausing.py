@@ -51,7 +51,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
     assert heading.split() == ["WORKSPACE", "CHANNEL", "SINCE", "HELD"]
     assert (first.split()[:2], second.split()[:2]) == (["all", "waha"], [name, "all"])
     ran = run("resume", "--workspace", name)
-    assert ran.stdout == f"Workspace {name} goes on; 1 that were held go on with it.\n"
+    assert ran.stdout == f"Workspace {name} is resumed; held follow-ups that continue: 1.\n"
     assert "Still paused: Channel waha, of every workspace," in ran.stderr
     assert world.row(follow_up).next_attempt_at is None
     assert run("resume", "--workspace", name).stdout == f"Workspace {name} was not paused.\n"
@@ -81,7 +81,7 @@ def test_it_waits_for_what_is_beginning(
         started = time.monotonic()
         ran = run("pause", "--workspace", world.workspace_id)
         assert time.monotonic() - started >= 0.3
-        assert "what it has begun goes on" in ran.stderr
+        assert "what it has begun continues" in ran.stderr
     worker.dispose()
     assert run("pause", "--workspace", world.workspace_id).stderr == ""
 

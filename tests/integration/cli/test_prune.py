@@ -111,7 +111,7 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
     path.write_text("mine")
     ran = run("prune", "--older-than", "90d", "--archive", path, "--yes")
     assert (ran.code, path.read_text(), len(world.rows())) == (2, "mine", 1)
-    assert "is there already; name a new file" in ran.stderr
+    assert "already exists; name a new file" in ran.stderr
 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])

@@ -113,7 +113,7 @@ def test_queues(settings: Settings) -> None:
 
 def test_breaker(settings: Settings) -> None:
     """An open breaker is reported, with what to do; during recovery there is nothing to do."""
-    assert of(settings, "breaker").detail == "closed: everything that is due may begin"
+    assert of(settings, "breaker").detail == "closed: nothing is deferred"
 
     async def told(*reports: tuple[int, bool]) -> None:
         store = BreakerStore(settings, settings.transport)
@@ -125,7 +125,7 @@ def test_breaker(settings: Settings) -> None:
     asyncio.run(told((settings.breaker_failures, False)))
     left_alone = of(settings, "breaker")
     assert left_alone.detail.startswith("open for ")
-    assert "See to the chat server" in left_alone.advice
+    assert "Repair the chat server" in left_alone.advice
     asyncio.run(told((0, True)))
     recovering = of(settings, "breaker")
     assert recovering.detail.startswith("recovering for ")
@@ -145,4 +145,4 @@ def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
 def test_servers_away(settings: Settings) -> None:
     """A broker that does not answer is one finding, and no error."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
-    assert [finding.advice for finding in of_broker(away)] == ["See to the broker first."]
+    assert [finding.advice for finding in of_broker(away)] == ["Repair the broker first."]

@@ -135,9 +135,9 @@ class RefusedError(Exception):
         (AlreadyFinishedError(), "The follow-up has already finished", 1),
         (DeliveryInProgressError(), "The follow-up is being delivered at this moment; try again shortly.", 1),
         (FollowUpsError(), "The follow-up dispatcher could not do what was asked.", 1),
-        (typer.Abort(), "Stopped before it was done.", 1),
-        (PermissionError(13, "Permission denied", "/data"), "/data: Permission denied; choose another place", 1),
-        (ValueError("odd\nmore"), "Something unforeseen happened (ValueError: odd); followups --debug", 1),
+        (typer.Abort(), "Stopped before it was complete.", 1),
+        (PermissionError(13, "Permission denied", "/data"), "/data: Permission denied; choose another path", 1),
+        (ValueError("odd\nmore"), "An unexpected error occurred (ValueError: odd); followups --debug", 1),
         (
             OperationalError("SELECT secret", {}, Exception('at "h", port 1 failed: Connection refused\n\tReally?')),
             "The database 'chats' at db:1 cannot be reached: connection refused; start it, or correct",

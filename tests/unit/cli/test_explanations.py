@@ -61,10 +61,10 @@ def test_limits_are_named() -> None:
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
 
-def test_somebody_s_own_words_are_left_alone() -> None:
+def test_a_caller_s_own_reason_is_left_alone() -> None:
     """A caller's own reason is not interpreted."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
-        "Somebody cancelled it; the reason is in their own words."
+        "It was cancelled with a reason of the caller's own."
     )
 
 
@@ -74,23 +74,23 @@ def test_somebody_s_own_words_are_left_alone() -> None:
         ({"due": timedelta(minutes=3)}, "It is sent in 3 min, unless something cancels it first."),
         (
             {"due": timedelta(0), "attempts": 1, "next_attempt_at": NOW + timedelta(seconds=4)},
-            "It is tried again in 4 s; why it was not accepted yet stands below.",
+            "It is tried again in 4 s; the failed attempts are below.",
         ),
         ({"waits_for": EARLIER}, f"It waits for the earlier follow-up of its chat, {EARLIER}, to end"),
         ({"lease_until": NOW + timedelta(seconds=9)}, "It is due, and a tick has claimed it"),
-        ({"due": timedelta(minutes=-5)}, "It has been due for 5 min, and no worker holds it: followups doctor"),
-        ({"lease_until": NOW - timedelta(seconds=9)}, "It has been due for 0 ms, and no worker holds it"),
+        ({"due": timedelta(minutes=-5)}, "It has been due for 5 min, and no worker has claimed it: earlier follow-ups may be"),
+        ({"lease_until": NOW - timedelta(seconds=9)}, "It has been due for 0 ms, and no worker has claimed it"),
         (
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9)},
             "An attempt is in flight, and its outcome is not recorded yet.",
         ),
         (
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9), "cancel_requested": "user_replied"},
-            "its outcome is not recorded yet. A cancel (user_replied) came meanwhile: it will not be tried again.",
+            "its outcome is not recorded yet. A cancel (user_replied) arrived since: it will not be retried.",
         ),
         (
             {"begun_at": NOW, "lease_until": NOW},
-            "Its lease has ended: a tick takes it over, unless its worker records the outcome first.",
+            "Its lease has expired: a tick takes it over, unless its worker records the outcome first.",
         ),
     ],
 )
@@ -111,7 +111,7 @@ def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str
             {"attempts": 1, "scheduled_at": NOW + timedelta(milliseconds=1)},
             "2 ms after its due date, which had passed when it was scheduled, on 2030-01-31 09:00:00Z.",
         ),
-        ({"attempts": 0, "accepted_at": None}, "Somebody else sent it, and said so through the API."),
+        ({"attempts": 0, "accepted_at": None}, "It was marked as sent through the API; this service did not send it."),
     ],
 )
 def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
@@ -139,7 +139,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             {"due": -HOUR, "pause_id": EARLIER},
             (
                 "It fell due 1 h ago and is held: workspace acme has been paused since 2030-01-31 09:00:00Z;"
-                " followups resume --workspace acme lets it go on."
+                " followups resume --workspace acme ends the pause."
             ),
         ),
         (
@@ -147,13 +147,13 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             {"due": -HOUR, "pause_id": EARLIER},
             "all chats on channel waha have been paused since 2030-01-31 09:00:00Z; followups resume --channel waha",
         ),
-        (TICKING, {"due": -HOUR, "pause_id": EARLIER}, "the pause that held it has been lifted, and it goes on"),
+        (TICKING, {"due": -HOUR, "pause_id": EARLIER}, "the pause has ended, and it is sent"),
         (
             Circumstances(pause=ACME),
             {"due": HOUR},
             "It is sent in 1 h, unless something cancels it first. But workspace acme has been paused since",
         ),
-        (Circumstances(pause=ACME), {"due": -HOUR}, "It is due, and will be held when a worker comes to it"),
+        (Circumstances(pause=ACME), {"due": -HOUR}, "It is due, and will be held when a worker begins it"),
         (
             Circumstances(hours=BERLIN),
             {"due": -HOUR, "held_until": NOW + 2 * HOUR, "next_attempt_at": NOW + 2 * HOUR},
@@ -173,24 +173,21 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         (
             Circumstances(first="Of that one: it is stuck."),
             {"waits_for": EARLIER},
-            (
-                f"It waits for the earlier follow-up of its chat, {EARLIER}, to end; then it goes out."
-                " Of that one: it is stuck."
-            ),
+            (f"It waits for the earlier follow-up of its chat, {EARLIER}, to end. Of that one: it is stuck."),
         ),
         (
             Circumstances(limits=LIMITS),
             LIMITED,
             (
-                "It is due, and waits for its turn under the rate limits of 20/s for workspace acme"
-                " and 1/min for each chat of channel waha; it asks again in 1 h."
+                "It is due, and waits for the rate limits of 20/s for workspace acme"
+                " and 1/min for each chat of channel waha; it is tried again in 1 h."
             ),
         ),
-        (TICKING, LIMITED, "under a rate limit that has been lifted meanwhile; it asks again in 1 h."),
+        (TICKING, LIMITED, "waits for a rate limit that has been removed since; it is tried again in 1 h."),
         (
             Circumstances(limits=LIMITS),
             LIMITED | {"limited_until": NOW - HOUR},
-            "It is tried again in 1 h; why it was not accepted yet stands below.",
+            "It is tried again in 1 h; the failed attempts are below.",
         ),
         (
             Circumstances(breaker=Shown("open", 180, 4, HELD), tick_age=timedelta(seconds=1)),
@@ -203,14 +200,14 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         (
             Circumstances(breaker=Shown("recovering", 180, 4, HELD)),
             {"due": -HOUR},
-            "It is due, and goes out within seconds",
+            "It is due, and is sent within seconds",
         ),
         (Circumstances(breaker=Shown("open", 180, 4, HELD)), LIMITED, "It is due, and waits without using up attempts"),
         (Circumstances(breaker=Shown("closed", 0, 0)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "It is sent in 1 h"),
-        (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or workers are not running"),
-        (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or workers are not running"),
+        (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or the workers are not running"),
+        (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or the workers are not running"),
         (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
         (
             Circumstances(retried_as=EARLIER),

@@ -57,7 +57,7 @@ def _remove(work: Work, chat_id: UUID) -> Steps[None]:
     responses=response_docs.RECEIVE,
 )
 async def receive_chat_message(body: NewChatMessage, request: Request) -> Response:
-    """Record that somebody wrote in a chat; a user's or an operator's message cancels its pending follow-ups."""
+    """Record a chat message; a user's or an operator's message cancels its pending follow-ups."""
     received = await Caller(request).change(lambda work: _receive(work, body))
     return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
 

@@ -70,8 +70,10 @@ class Result:
 def bench(
     *,
     count: Annotated[int, typer.Option(min=1, max=MOST, help="Follow-ups of the backlog.")] = 10_000,
-    rate: Annotated[float, typer.Option(min=1, max=10_000, help="Then: follow-ups a second that fall due.")] = 100,
-    seconds: Annotated[float, typer.Option(min=1, max=LONGEST, help="For how long.")] = 10,
+    rate: Annotated[
+        float, typer.Option(min=1, max=10_000, help="Second phase: follow-ups a second that fall due.")
+    ] = 100,
+    seconds: Annotated[float, typer.Option(min=1, max=LONGEST, help="Seconds of the second phase.")] = 10,
     workers: Annotated[int, typer.Option(min=1, max=64, help="Worker processes.")] = 1,
     delay: Annotated[float, typer.Option(min=0, max=60, help="Seconds until the receiver answers.")] = 0,
     json: Json = False,

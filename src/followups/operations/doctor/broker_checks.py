@@ -30,7 +30,9 @@ UNVERIFIED = (
     "See that it is your broker; then let ssl_ca_certs in FOLLOWUPS_BROKER_URL name the file of the authority that "
     "signed its certificate, and the URL the host name in it."
 )
-REFUSED = "See to the server: a full disk, full memory, or a script without end; processes go on by themselves then."
+REFUSED = (
+    "Repair the server: its disk or memory may be full, or a script may not end. Processes then continue by themselves."
+)
 """What to do about errors that the broker returns to every client."""
 
 UNREAD_TICKS = 100
@@ -148,18 +150,18 @@ def of_broker(settings: Settings) -> Iterator[Finding]:
             yield _queues(settings, client)
             yield _breaker(settings, client)
     except (redis.RedisError, OSError) as error:
-        yield Finding("queues", type(error).__name__, "See to the broker first.")
+        yield Finding("queues", type(error).__name__, "Repair the broker first.")
 
 
 def _breaker(settings: Settings, client: redis.Redis) -> Finding:
     shown = read(client, settings)
     if shown.state == CLOSED:
-        return Finding("breaker", "closed: everything that is due may begin")
+        return Finding("breaker", "closed: nothing is deferred")
     whom = f"{len(shown.tripped)} workspace{'' if len(shown.tripped) == 1 else 's'}"
     detail = f"{shown.state} for {span(timedelta(seconds=shown.seconds))}: the transport failed for all of {whom}"
     if shown.state == "recovering":
-        return Finding("breaker", f"{detail}, and takes more from second to second now")
-    advice = "See to the chat server. It is probed every few seconds; what is due waits, and goes out by itself."
+        return Finding("breaker", f"{detail}; the rate of sends is growing again")
+    advice = "Repair the chat server. It is probed every few seconds; due follow-ups wait and are then sent."
     return Finding("breaker", detail, advice)
 
 
@@ -168,5 +170,5 @@ def _queues(settings: Settings, client: redis.Redis) -> Finding:
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
     # Every hint in the queue stands for a lease, so those beyond MAX_IN_FLIGHT must be stale.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
-        return Finding("queues", detail, "Nobody reads them: start workers, or restart those that only seem to run.")
+        return Finding("queues", detail, "No worker reads them: start workers, or restart those that hang.")
     return Finding("queues", detail)

@@ -57,7 +57,7 @@ EXPLAINED = {
     "lost": "lost with their workers (look for crashes, and for the kernel's OOM killer)",
     "unknown": "without an answer (look at the network to the transport, and at its timeout)",
     "retry": "refused for now",
-    "snoozed": "put off by the transport's rate limit",
+    "snoozed": "deferred by the transport's rate limit",
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
@@ -100,7 +100,7 @@ def _migrations(current: str | None, newest: str | None) -> Finding:
     if current == newest:
         return Finding("migrations", f"{current}, the newest")
     if schema.is_ready(current):
-        return Finding("migrations", f"{current}, brought by a newer version than this one, which knows {newest}")
+        return Finding("migrations", f"{current}, made by a newer version than this one, which knows {newest}")
     return Finding("migrations", f"{current or 'none'}; the newest is {newest}", "Run followups migrate.")
 
 
@@ -172,7 +172,9 @@ def _backlog(settings: Settings, found: counts.Backlog) -> Finding:
     detail += f", the oldest by {span(oldest)}" if found.overdue else ""
     if oldest <= settings.lease + settings.tick_interval:
         return Finding("backlog", detail)
-    advice = "Less is sent than falls due: see followups stats and the transport's answers; start more workers."
+    advice = (
+        "Fewer follow-ups are sent than fall due: see followups stats and the transport's answers; start more workers."
+    )
     return Finding("backlog", detail, advice)
 
 
@@ -197,7 +199,7 @@ def _transactions(connection: Connection) -> Finding:
     if oldest is None or oldest.age < LONG_TRANSACTION:
         return Finding("transactions", f"none open for long, {rows}{_hidden(connection)}")
     detail = f"one is open for {span(oldest.age)} (pid {oldest.pid}, {oldest.application_name or 'no name'}), {rows}"
-    return Finding("transactions", detail, f"It keeps dead rows: end it, SELECT pg_terminate_backend({oldest.pid}).")
+    return Finding("transactions", detail, f"It keeps dead rows. End it: SELECT pg_terminate_backend({oldest.pid}).")
 
 
 def _hidden(connection: Connection) -> str:
@@ -213,4 +215,4 @@ def _clock(connection: Connection) -> Finding:
         return Finding("clock", "this host's agrees with the database's")
     where = "ahead of" if off > timedelta(0) else "behind"
     detail = f"this host's is {span(abs(off))} {where} the database's; follow-ups go by the database's"
-    return Finding("clock", detail, "Correct this host's clock: its logs tell wrong times.")
+    return Finding("clock", detail, "Correct this host's clock: the times in its logs are wrong.")

@@ -31,7 +31,7 @@ def workers(ask: Callable[[], Replies]) -> Finding:
     try:
         replies = ask()
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
-        return Finding("workers", named(error), "See to the broker first.")
+        return Finding("workers", named(error), "Repair the broker first.")
     # During an upgrade, the answer of an older worker only shows that it is there.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:

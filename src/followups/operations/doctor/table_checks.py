@@ -66,6 +66,6 @@ def _unguarded(connection: Connection, table: str, name: str, condition: str) ->
 
 
 def _behind() -> Finding:
-    detail = "the next ids of failed_attempts are used already (a logical replication or a restore leaves them so)"
+    detail = "the next ids of failed_attempts are already used, as after a logical replication or a restore"
     advice = "SELECT setval(pg_get_serial_sequence('failed_attempts', 'id'), max(id)) FROM failed_attempts"
     return Finding("ids", detail, f"Failed attempts are not recorded. Run: {advice}")

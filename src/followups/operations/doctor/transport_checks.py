@@ -31,7 +31,7 @@ def transport(settings: Settings) -> Finding:
     except FollowUpsError as error:
         return Finding("transport", f"{settings.transport}: {error}", "Correct the FOLLOWUPS_TRANSPORT settings.")
     except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
-        return Finding("transport", f"{settings.transport}: {named(error)}", "Ask who wrote the transport.")
+        return Finding("transport", f"{settings.transport}: {named(error)}", "Report it to the transport's author.")
     return Finding("transport", f"{settings.transport}: {detail}")
 
 

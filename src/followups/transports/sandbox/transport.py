@@ -41,7 +41,7 @@ class SandboxTransport:
 
     async def check(self) -> str:
         """Report that there is nothing to reach."""
-        return "The sandbox runs in this process; it takes every message and delivers none to anybody."
+        return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
         """Close nothing; the chats stay readable."""
