@@ -1,4 +1,4 @@
-"""Commits whose answer is lost."""
+"""Commits whose acknowledgement is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def break_once(monkeypatch: pytest.MonkeyPatch, what: Callable[[psycopg.Connection], None]) -> None:
-    """Let the next commit do this, and then break its connection."""
+    """Run this action at the next commit, then break its connection."""
     commit = psycopg.Connection.commit
 
     def broken(connection: psycopg.Connection) -> None:

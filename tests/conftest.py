@@ -1,4 +1,4 @@
-"""What all tests share: one PostgreSQL and one Valkey for the whole run, started when a test first needs them.
+"""Fixtures that all tests share: one PostgreSQL and one Valkey for the whole run, started on first use.
 
 The controller of pytest-xdist owns them (it outlives its workers, and with ``-n 0`` it is the only process), and passes
 their URLs through a socket. So nothing is started for unit tests, nothing is started twice, and a crashed worker leaves
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from world import World
 
 TEMPLATE = "template_migrated"
-"""The migrated, empty database that each test's own is a copy of."""
+"""The migrated, empty database from which each test's database is copied."""
 
 TEMPLATE_LOCK = 4_071_969
-"""PostgreSQL's advisory lock for the one process that makes the template; any number no one else uses."""
+"""PostgreSQL's advisory lock for the one process that makes the template; any number that nothing else uses."""
 
 pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 
 # Hundreds of processes are started; if they could not write bytecode, each would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A shell that starts something in the background lets it ignore Ctrl-C, and so all that it starts: tests press it.
+# A process started in the background by a shell ignores Ctrl-C, and so do its children; some tests send Ctrl-C.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -51,7 +51,7 @@ SERVERS = pytest.StashKey["Servers"]()
 
 
 class Servers:
-    """PostgreSQL and Valkey, started when first asked for; the answers are `(PostgreSQL's, Valkey's)` URLs."""
+    """PostgreSQL and Valkey, started on first use; a client receives both URLs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -61,7 +61,7 @@ class Servers:
         self._thread: threading.Thread | None = None
 
     def urls(self) -> tuple[str, str]:
-        """Return the URLs, after the servers' start."""
+        """Start the servers if necessary, and return their URLs."""
         from followups.embedded import (  # noqa: PLC0415 - not for unit tests
             EmbeddedPostgres,
             EmbeddedValkey,
@@ -115,7 +115,7 @@ class Node(Protocol):
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Forget the settings of the machine, and have an owner for the servers."""
+    """Remove the machine's own settings, and create the owner of the servers."""
     for name in list(os.environ):
         ours = name.startswith("FOLLOWUPS_") and not name.startswith("FOLLOWUPS_TEST_")
         if ours or name in {"DATABASE_URL", "REDIS_URL"}:
@@ -171,7 +171,7 @@ def url_of(server_url: str, database: str) -> str:
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
-    """Return the name of the migrated template, made by the first process that wants it."""
+    """Return the name of the migrated template, created by the first process that needs it."""
     from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
     from followups.schema import migrate  # noqa: PLC0415 - not for unit tests
 
@@ -232,7 +232,7 @@ def brisk_settings(database_url: str, broker_url: str) -> Settings:
 
 @pytest.fixture(autouse=True)
 def _fresh_settings() -> Iterator[None]:
-    """Let no test see the settings that another one cached."""
+    """Clear cached settings after each test."""
     yield
     get_settings.cache_clear()
 

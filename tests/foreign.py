@@ -1,4 +1,4 @@
-"""Databases set up by others, with defaults and encodings that are not ours."""
+"""Databases with defaults and encodings that differ from ours."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ HOSTILE: Mapping[str, str] = {
     "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
-"""Defaults, each of which would break something of ours or make it report a wrong value."""
+"""Defaults that would each break a statement of ours or make it return a wrong value."""
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:

@@ -19,7 +19,10 @@ OTHER_UNITS = re.compile(
 
 
 def flaws(text: str) -> list[str]:
-    """Return a sentence for each flaw; none for a page as it should be. Raises ValueError for what cannot be read."""
+    """Return a sentence for each flaw, or an empty list for a valid page.
+
+    Raises ValueError for a page that cannot be parsed.
+    """
     families = [family for family in text_string_to_metric_families(text) if family.samples]
     found = [flaw for family in families for flaw in _flaws_of(family)]
     names = [family.name for family in families]

@@ -39,7 +39,7 @@ class PgBouncer(EmbeddedServer):
     start_within = timedelta(seconds=10)
 
     def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
-        """Serve the server of this URL of any of its databases (a socket's directory or a TCP address)."""
+        """Front the server at this URL of any of its databases (a socket's directory or a TCP address)."""
         super().__init__()
         self._url = make_url(server_url)
         self._settings = {

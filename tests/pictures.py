@@ -1,7 +1,7 @@
 """Makes the README's pictures from a run of the real system: `PYTHONPATH=tests uv run python tests/pictures.py`.
 
-It starts everything, embedded, plays the demo, then lets some thousand follow-ups fall due in two minutes and looks
-at them as `followups stats --watch` does; what rich would draw on a terminal becomes deploy/pictures/*.svg.
+It starts the embedded system, plays the demo, then lets some thousand follow-ups fall due in two minutes and watches
+them as `followups stats --watch` does. What rich would draw on a terminal becomes deploy/pictures/*.svg.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ DEMO, DASHBOARD = (80, 27), (96, 27)
 
 CHATS = 150
 SECONDS = 120
-"""For how long follow-ups fall due; the picture is taken in the middle."""
+"""Seconds during which follow-ups fall due; the picture is taken in the middle."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
-"""Follow-ups a second, how much more or fewer, and the seconds from one crest to the next."""
+"""Mean follow-ups a second, the wave's amplitude, and its period in seconds."""
 LEAD = 15.0
-"""Seconds in which all of them are made, before the first is due."""
+"""Seconds for creating all of them, before the first is due."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
 """Chats whose receiver fails twice, refuses, and whose users write back."""
 
@@ -79,7 +79,7 @@ def draw_demo(stack: Stack) -> None:
 
 
 def due_moments(start: datetime) -> list[datetime]:
-    """Return moments that come in waves."""
+    """Return due times whose rate rises and falls in waves."""
     moments, at = [], 0.0
     while at < SECONDS:
         moments.append(start + timedelta(seconds=at))
@@ -107,7 +107,7 @@ def load(stack: Stack, engine: Engine) -> list[UUID]:
 
 
 def photograph_dashboard(stack: Stack) -> None:
-    """Look again and again for a minute, while it works; draw the last look."""
+    """Refresh the dashboard for a minute under load, and draw its last state."""
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     replying = load(stack, engine)
     workers, attempts = stats.Workers(), stats.Attempts()

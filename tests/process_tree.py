@@ -1,4 +1,4 @@
-"""Which processes a process has started, by /proc."""
+"""The processes that a process has started, found in /proc."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="lo
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Return the processes that descend from one, with their command lines, as they are now."""
+    """Return the current descendants of a process, with their command lines."""
     parents, commands = {}, {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -28,5 +28,5 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def assert_gone(processes: dict[int, str]) -> None:
-    """Fail when any of the processes is still there."""
+    """Fail if any of the processes still exists."""
     assert not {pid: command for pid, command in processes.items() if is_alive(pid)}

@@ -32,7 +32,7 @@ class RedisServer:
     """A Redis that speaks TLS alone, started by ``with``; its certificate is for ``localhost``."""
 
     def __init__(self, authority: trustme.CA, name: str = "localhost") -> None:
-        """Take the authority that signs its certificate, and the host name in it."""
+        """Create a certificate for this host name, signed by the authority."""
         self._authority, self._name = authority, name
         self._port = free_port()
         self._directory: Path | None = None

@@ -1,4 +1,4 @@
-"""A settable clock for Redis: the scripts are unchanged, except that TIME reads a key."""
+"""A settable clock for Redis: in the scripts, TIME reads a key instead."""
 
 from __future__ import annotations
 

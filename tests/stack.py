@@ -1,4 +1,4 @@
-"""The system as operators run it, for tests: a sandbox chat, workers and beats as processes of their own."""
+"""The system as operators run it, for tests: a sandbox chat, workers and beats, each in its own process."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""Commands found before the environment's own: a `celery` that starts quickly."""
+"""Directory put first on PATH: its `celery` starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
-"""Requests that the chat is asked for at once: it takes none while it answers."""
+"""Page size for the chat's list of requests: the chat accepts no message while it answers."""
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
@@ -43,7 +43,7 @@ def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02)
 
 @dataclass
 class Stack:
-    """The running processes, and what the chat has received."""
+    """The running processes, and the requests that the chat has received."""
 
     settings: Settings
     world: World
@@ -53,7 +53,7 @@ class Stack:
     """Settings that differ, by their environment names."""
 
     def environment(self) -> dict[str, str]:
-        """Return what the processes read their settings from."""
+        """Return the environment that holds the processes' settings."""
         return (
             self.settings.environment()
             | {"FOLLOWUPS_TRANSPORT_URL": f"http://127.0.0.1:{self.sandbox_port}/messages"}
@@ -81,13 +81,13 @@ class Stack:
 
     def start(self) -> Child:
         """Start one of each; return the worker."""
-        beat = self.beat()  # the slowest to start goes first, and is not waited for
+        beat = self.beat()  # started first because it is slowest; not waited for
         assert beat.running
         self.sandbox()
         return self.worker()
 
     def stop(self, within: float = 20) -> None:
-        """Ask every process to end; fail, and show its log, when one does not."""
+        """Stop every process; if one does not end, fail and show its log."""
         for child in self.processes.children:
             child.ask()
         end = time.monotonic() + within
@@ -97,12 +97,12 @@ class Stack:
             assert child.exit_code is not None, f"did not end within {within} s of SIGTERM:\n{child.tail()}"
 
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
-        """Return the JSON lines of a process's log, but for one that is being written."""
+        """Return the JSON lines of a process's log, without an incomplete last one."""
         lines = (self.processes.logs / f"{name}.log").read_text().rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
     def log_events(self, event: str, name: str = "worker") -> list[dict[str, Any]]:
-        """Return those of one event."""
+        """Return the log lines of one event."""
         return [line for line in self.log(name) if line["event"] == event]
 
     def received(self) -> list[dict[str, Any]]:
@@ -116,7 +116,7 @@ class Stack:
                 return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
-        """Return which of the follow-ups (none: of all) the chat accepted, in its order, each as often as it did."""
+        """Return the ids of the follow-ups that the chat accepted, in order, with repetitions; by default of all."""
         wanted = set(map(str, ids))
         return [
             one["followUpId"]
@@ -134,11 +134,11 @@ class Stack:
         self._call("PUT", path, behaviour)
 
     def pending(self, *ids: UUID) -> int:
-        """Return how many follow-ups (of these) are pending."""
+        """Return how many of these follow-ups are pending, by default of all."""
         return sum(row.status == "pending" for row in self.world.rows(*ids))
 
     def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
-        """Wait until none of these is pending, or nothing at all if none is given."""
+        """Wait until none of these follow-ups is pending, by default of all."""
         wait_until(lambda: self.pending(*ids) == 0, within, every=0.1)
 
     def broker(self) -> redis.Redis:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def stack(settings: Settings, world: World) -> Iterator[Stack]:
-    """Return the system on a database and a broker of the test's own; nothing of it runs yet."""
+    """Return the system on the test's own database and broker, not yet started."""
     with Processes() as processes:
         stack = Stack(settings, world, processes)
         yield stack
@@ -33,7 +33,7 @@ def stack(settings: Settings, world: World) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def running(server_urls: tuple[str, str], template_database: str) -> Iterator[Stack]:
-    """Return the system, running, for tests that look only at chats and follow-ups of their own.
+    """Return a running system for tests that use only their own chats and follow-ups.
 
     It ticks ten times a second, for as long as one of these modules runs.
     """
@@ -41,7 +41,7 @@ def running(server_urls: tuple[str, str], template_database: str) -> Iterator[St
     name = f"running_{uuid4().hex}"
     create_database(postgres, name, template_database)
     engine = make_engine(url_of(postgres, name), options=BY_KEY)
-    # Beside the numbers that single tests use.
+    # Outside the range of numbers that single tests use.
     number = 32 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
     with Processes() as processes:

@@ -1,4 +1,4 @@
-"""The REST API as a process of its own, and a client with a workspace of its own; for tests of every kind."""
+"""The REST API in a process of its own, and a client with its own workspace, for all kinds of tests."""
 
 from __future__ import annotations
 
@@ -59,20 +59,20 @@ def start(processes: Processes, environment: dict[str, str], name: str = "web") 
 
 
 def key_of(world: World) -> tuple[UUID, str]:
-    """Make an API key to the world's workspace; return its id and the key."""
+    """Create an API key for the world's workspace; return its id and the key."""
     with Session(world.engine) as session, session.begin():
         row, key = api_keys.create(session, world.workspace_id)
         return row.id, key
 
 
 def in_days(days: float) -> str:
-    """Return the time so many days from now, as clients write it."""
+    """Return the time that many days from now, as clients write it."""
     return (datetime.now(UTC) + timedelta(days=days)).isoformat()
 
 
 @contextmanager
 def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
-    """Serve the application in a thread of this process, for what a test must reach into; yield where."""
+    """Serve the application in a thread of this process, where a test can reach into it; yield its URL."""
     application = create_app(settings, nudge)
     running = uvicorn.Server(config_of(application))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -116,7 +116,7 @@ class Api:
         return self.client.post(path, json=body, headers=headers)
 
     def chat(self, channel: str = "api", *roles: str) -> str:
-        """Put a chat and let messages of these roles arrive (none: the agent's); return its id."""
+        """Create a chat with messages of these roles, by default one of the agent; return its id."""
         chat_id = str(uuid4())
         assert self.client.put(f"{CHATS}/{chat_id}", json={"channel": channel}).status_code == 201
         for role in roles or ("agent",):
@@ -124,7 +124,7 @@ class Api:
         return chat_id
 
     def message(self, chat_id: str, role: str, **more: Any) -> httpx.Response:
-        """Let a chat message arrive."""
+        """Receive a chat message."""
         return self.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": role} | more)
 
     def create(self, chat_id: str | None = None, due: str | None = None, text: str = "Still there?") -> dict[str, Any]:
@@ -166,5 +166,5 @@ def is_problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]
 
 
 def pointers(problem: dict[str, Any]) -> list[str]:
-    """Return what the problem points at."""
+    """Return the fields that the problem points at."""
     return [error["pointer"] for error in problem["errors"]]

@@ -39,7 +39,7 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built() -> Iterator[Built]:
-    """Build sdist, and wheel from it, and install the wheel with the versions that are installed here."""
+    """Build the sdist and from it the wheel, and install the wheel with the versions installed here."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
@@ -62,7 +62,7 @@ def build(uv: str, directory: Path) -> Built:
 
 
 def call(*command: str) -> None:
-    """Run a command away from this repository's own project; show what it said when it fails."""
+    """Run a command outside this repository's project; show its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

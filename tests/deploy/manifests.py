@@ -1,4 +1,4 @@
-"""The files in deploy/, parsed for tests: documents, their commands, and what they must agree with."""
+"""Parsers for the files in deploy/ and their commands."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = DEPLOY / "systemd"
 KUBERNETES = DEPLOY / "kubernetes"
 PREFIX = "/opt/followups/bin/"
-"""Where the units and the image have the commands."""
+"""Directory of the commands in the units and in the image."""
 
 SETTINGS = {environment_name(name) for name in Settings.model_fields}
 
@@ -46,7 +46,7 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, those of the common drop-in first; repeated ones are all kept."""
+    """Return a unit's assignments by name, including repeated ones; those of the common drop-in come first."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):
@@ -60,7 +60,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 def procfile(process: str, **variables: str) -> list[str]:
-    """Return the words of a Procfile line, its variables taken from here, else their defaults."""
+    """Return the words of a Procfile line with its variables replaced, or with their defaults."""
 
     def value(found: re.Match[str]) -> str:
         return variables.get(found[1], found[2])

@@ -1,4 +1,4 @@
-"""Prometheus itself, asked by tests, and the rules of deploy/ made so quick that a test need not wait for minutes."""
+"""Prometheus for tests, with the rules of deploy/ sped up so that a test need not wait for minutes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHORTER = (
     ("max(followups_oldest_overdue_seconds) > 60", "max(followups_oldest_overdue_seconds) > 4"),
     ("followups:lag_seconds:bucket[10s]))) > 10", "followups:lag_seconds:bucket[10s]))) > 4"),
 )
-"""How late something must be before an alert is on, and how late here: seconds."""
+"""Lateness thresholds of the alerts, in seconds, and their values in tests."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Prometheus:
     url: str
 
     def ask(self, query: str) -> list[Any]:
-        """Return the series that a query gives now."""
+        """Return the series that a query currently gives."""
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", answer
         series: list[Any] = answer["data"]["result"]

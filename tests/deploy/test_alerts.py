@@ -1,4 +1,4 @@
-"""The alerts and the dashboard: what they ask for is really counted, and each alert is caused, silent and explained."""
+"""The alerts and the dashboard: their series exist, and each alert fires, stays silent and is explained."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 
 @pytest.fixture
 def shown(settings: Settings) -> Iterator[set[str]]:
-    """Return the name of every series that a running web process shows or will show."""
+    """Return the name of every series that a web process exposes."""
     with web.served(settings) as (host, port):
         text = httpx.get(f"http://{host}:{port}/metrics", timeout=20).text
     families = text_string_to_metric_families(text)
@@ -55,14 +55,14 @@ def test_prometheus_takes_the_rules() -> None:
 
 
 def test_each_alert_fires_for_its_fault_alone() -> None:
-    """Prometheus itself evaluates every alert over series of its fault, and of a system that is well."""
+    """Prometheus evaluates every alert on series of its fault and of a healthy system."""
     ran = promtool("test", "rules", "alerts.test.yaml")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_is_caused_and_silent(name: str) -> None:
-    """The tests for promtool expect each alert, its silence in good times, and its silence beside the fault."""
+    """The promtool tests cover each alert, when it fires and when it does not."""
     (suite,) = documents(PROMETHEUS / "alerts.test.yaml")
     expected = [
         (one["name"].startswith("All is well"), bool(case.get("exp_alerts")))
@@ -74,14 +74,14 @@ def test_an_alert_is_caused_and_silent(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a document's headings, as its readers make them: no marks, a dash for a space."""
+    """Return the anchors of a document's headings: no punctuation, dashes for spaces."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_says_what_to_do(name: str) -> None:
-    """Each has a severity, words, and an entry of its own in OPERATIONS.md."""
+    """Each alert has a severity, a text, and an entry in OPERATIONS.md."""
     rule = ALERTS[name]
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert rule["annotations"]["summary"]
@@ -92,7 +92,7 @@ def test_an_alert_says_what_to_do(name: str) -> None:
 
 
 def test_no_alert_is_forgotten_or_invented() -> None:
-    """OPERATIONS.md explains the alerts that there are, and no others."""
+    """OPERATIONS.md explains exactly the existing alerts."""
     explained = re.findall(r"^#+ (FollowUps\w+)$", (DEPLOY / "OPERATIONS.md").read_text(), re.MULTILINE)
     assert sorted(explained) == sorted(ALERTS)
 
@@ -106,13 +106,13 @@ def test_what_they_ask_for_is_counted(shown: set[str]) -> None:
 
 
 def test_each_recorded_series_is_used() -> None:
-    """Nothing is recorded that no alert, graph or other series asks for."""
+    """Every recorded series is used by an alert, a graph or another series."""
     for name in RECORDED:
         assert [one for one in EXPRESSIONS if re.search(rf"{name}(?![\w:])", one)]
 
 
 def test_labels_have_values_that_exist() -> None:
-    """States, reasons and outcomes in the queries are those that the system counts."""
+    """The states, reasons and outcomes in the queries exist."""
     known: dict[str, set[str]] = {
         "code": {code.value for code in ReasonCode},
         "status": {status.value for status in Status},

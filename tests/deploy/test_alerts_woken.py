@@ -1,4 +1,4 @@
-"""Real faults, and the alerts that they fire in a Prometheus beside the system; takes some minutes."""
+"""Real faults fire their alerts in a Prometheus beside the system; this takes some minutes."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ pytestmark = pytest.mark.faults_long
 
 
 def the_worker(stack: Stack) -> Child:
-    """Return the worker that runs."""
+    """Return the running worker."""
     (worker,) = (one for one in stack.processes.children if one.command.name.startswith("worker") and one.running)
     return worker
 
 
 def another_worker(stack: Stack) -> None:
-    """Start a worker with a name, and so a log, of its own."""
+    """Start a worker with its own name and log."""
     stack.worker(f"worker-{len(stack.processes.children)}")
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Replace the running worker by one with another setting, once."""
+    """Replace the running worker with one that has other settings, once."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)
@@ -45,14 +45,14 @@ def replaced(stack: Stack, setting: str, value: str) -> None:
 
 
 def chat_that(stack: Stack, kind: str, **more: object) -> UUID:
-    """Return a chat whose receiver behaves so."""
+    """Return a chat whose receiver has this behaviour."""
     chat = stack.world.chat()
     stack.behave(chat, kind=kind, **more)
     return chat
 
 
 def refused(stack: Stack) -> None:
-    """Let the chat server refuse one of three for good."""
+    """Let the chat server reject every third message."""
     chats = [chat_that(stack, "reject"), stack.world.chat(), stack.world.chat()]
     stack.wait_until_done(*map(stack.world.follow_up, chats))
 
@@ -64,13 +64,13 @@ def rate_limited(stack: Stack) -> None:
 
 
 def unanswered(stack: Stack) -> None:
-    """Let the chat server break connections, and remember no keys."""
+    """Let the chat server break connections and not deduplicate."""
     replaced(stack, "FOLLOWUPS_TRANSPORT_DEDUPLICATES", "false")
     stack.wait_until_done(stack.world.follow_up(chat_that(stack, "drop")))
 
 
 def too_slow(stack: Stack) -> None:
-    """Allow one call at once, of a chat server that takes half a second, for a hundred that are due."""
+    """Let a hundred fall due with one slot and a chat server that takes half a second a call."""
     replaced(stack, "FOLLOWUPS_CONCURRENCY", "1")
     if not stack.world.scalar("SELECT count(*) FROM follow_ups"):
         stack.behave(kind="slow", delay=0.4)
@@ -85,7 +85,7 @@ def begun(stack: Stack) -> object:
 
 
 def poison(stack: Stack) -> None:
-    """Kill one worker after the other, each with the same follow-up in flight."""
+    """Kill three workers, each with the same follow-up in flight."""
     follow_up, last = stack.world.follow_up(chat_that(stack, "slow", delay=0.9)), None
     end = time.monotonic() + 60
     while stack.pending(follow_up):
@@ -98,7 +98,7 @@ def poison(stack: Stack) -> None:
 
 
 def frozen(stack: Stack) -> None:
-    """Freeze a worker with an attempt in flight until another has taken over, then resume it."""
+    """Freeze a worker with an attempt in flight until another worker has taken over, then resume it."""
     worker, follow_up = the_worker(stack), stack.world.follow_up(chat_that(stack, "slow", delay=0.9))
     wait_until(lambda: begun(stack))
     worker.signal(signal.SIGSTOP)
@@ -117,7 +117,7 @@ def locked(stack: Stack) -> None:
 
 
 def no_sessions(stack: Stack) -> None:
-    """Let the database take no sessions for a while."""
+    """Let the database refuse sessions for a while."""
     url = make_url(stack.settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
@@ -150,7 +150,7 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
 def test_a_fault_wakes_its_alerts(
     stack: Stack, prometheus: Prometheus, fault: Callable[[Stack], None], woken: set[str], besides: set[str]
 ) -> None:
-    """Silent before; then the alerts of the fault, and none that has nothing to do with it."""
+    """No alert fires before the fault; then exactly the alerts that belong to it."""
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()
     seen: set[str] = set()

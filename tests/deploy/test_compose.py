@@ -1,4 +1,4 @@
-"""The compose file: valid, complete, hardened, and of the same commands as the Procfile."""
+"""The compose file is valid, complete and hardened, and runs the Procfile's commands."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ COMMANDS = {
     "web": procfile("web"),
     "worker": procfile("worker"),
     "beat": procfile("beat"),
-    # In its container it must listen on more than the container's own loopback interface; see its ports.
+    # In its container it must listen on more than the loopback interface; see its ports.
     "flower": [word.replace("127.0.0.1", "0.0.0.0") for word in procfile("flower")],  # noqa: S104
 }
 
 
 def test_it_is_valid() -> None:
-    """It follows the compose specification's schema."""
+    """The compose file follows the specification's schema."""
     check = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     ran = subprocess.run([*check, DEPLOY / "compose.yaml"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
 
 
 def test_docker_compose_takes_it(tmp_path: Path) -> None:
-    """Compose itself resolves it, where it is installed; this needs no engine."""
+    """Compose resolves the file, where it is installed; no engine is needed."""
     docker = shutil.which("docker")
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("docker compose is not installed")
@@ -53,7 +53,7 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_process_may_do_little(name: str) -> None:
-    """Read-only root, no capabilities, no new privileges, and a real init that passes signals on."""
+    """Containers have a read-only root, no capabilities or new privileges, and an init that forwards signals."""
     service: dict[str, Any] = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -64,7 +64,7 @@ def test_a_process_may_do_little(name: str) -> None:
 
 
 def test_what_it_asks_for_is_in_the_example() -> None:
-    """Every variable that has no default has its line in compose.env.example, and every line is asked for."""
+    """Every variable without a default has a line in compose.env.example, and every line is used."""
     text = (DEPLOY / "compose.yaml").read_text()
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
     shown = set(re.findall(r"^(\w+)=", (DEPLOY / "compose.env.example").read_text(), re.MULTILINE))
@@ -74,7 +74,7 @@ def test_what_it_asks_for_is_in_the_example() -> None:
 
 
 def test_flower_stays_on_this_host() -> None:
-    """It stops tasks and workers, so it is published on the loopback interface alone; so is web by default."""
+    """Flower, which can stop workers, is published on the loopback interface only; so is web by default."""
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["flower"]["ports"])
     assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]
 
@@ -90,5 +90,5 @@ def test_nobody_starts_on_an_old_schema() -> None:
 
 
 def test_a_worker_has_time_to_drain() -> None:
-    """Longer than the transport timeout (10 s by default) and what it then needs to settle."""
+    """The stop timeout covers the transport timeout (10 s by default) and settling."""
     assert int(SERVICES["worker"]["stop_grace_period"].removesuffix("s")) >= 10 + 20

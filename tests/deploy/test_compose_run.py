@@ -1,4 +1,4 @@
-"""What the compose file gives Flower, actually started: the command, the variables and the health check."""
+"""Flower started with the compose file's command, variables and health check."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOWER = compose()["services"]["flower"]
 
 
 def test_flower_starts_and_is_healthy(stack: Stack) -> None:
-    """With the password that it is given it may listen to all of its container, and its health check finds it."""
+    """With its password, Flower may listen on all of the container's addresses, and its health check passes."""
     port = str(free_port())
     binaries = Path(sys.executable).parent
     words = [word.replace("5555", port) for word in FLOWER["command"]]

@@ -14,14 +14,14 @@ STAGES = re.split(r"^FROM .*$", RECIPE, flags=re.MULTILINE)[1:]
 
 
 def test_hadolint_finds_nothing() -> None:
-    """The linter for such recipes has nothing to say."""
+    """The linter finds nothing."""
     hadolint = Path(sys.executable).with_name("hadolint")
     ran = subprocess.run([hadolint, DEPLOY / "Containerfile"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
 def test_what_runs_is_not_what_builds() -> None:
-    """The last stage takes the installed files alone: no compiler, no pip of the build, no sources."""
+    """The last stage copies only the installed files: no compiler, build-time pip or sources."""
     assert len(STAGES) == 2
     copied = re.findall(r"^COPY (.*)$", STAGES[-1], re.MULTILINE)
     assert copied == ["--from=build /opt/followups /opt/followups"]
@@ -29,13 +29,13 @@ def test_what_runs_is_not_what_builds() -> None:
 
 
 def test_it_is_not_root() -> None:
-    """The user is a number other than 0, so that Kubernetes can see it (`runAsNonRoot`)."""
+    """The user is a number other than 0, so that Kubernetes can verify it (`runAsNonRoot`)."""
     (user,) = re.findall(r"^USER (\d+):(\d+)$", RECIPE, re.MULTILINE)
     assert all(int(number) >= 1000 for number in user)
 
 
 def test_all_that_is_installed_is_hashed() -> None:
-    """Each pip install is of hashed requirements, or of the wheel that was built here, without its dependencies."""
+    """Each pip install uses hashed requirements, or the locally built wheel without dependencies."""
     installs = re.findall(r"\binstall\b(?:[^&\n\\]|\\\n)*", RECIPE)
     assert len(installs) == 3
     for install in installs:
@@ -43,7 +43,7 @@ def test_all_that_is_installed_is_hashed() -> None:
 
 
 def test_each_file_it_copies_is_let_through() -> None:
-    """Every file that the recipe copies exists and is not excluded by .dockerignore, which admits nothing else."""
+    """Every file that the recipe copies exists and is allowed by .dockerignore, which allows no others."""
     ignored, *let_through = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))
     ]

@@ -1,4 +1,4 @@
-"""The claims of README and deploy/*.md: their links work, and what they name exists."""
+"""README and deploy/*.md: their links work, and everything that they name exists."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from followups.settings import Settings, environment_name
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DEPLOY.glob("*.md")))}
 CODE = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
 OTHERS = {"DATABASE_URL", "REDIS_URL", "FLOWER_ADDRESS", "FLOWER_BASIC_AUTH", "FOLLOWUPS_TEST_SEED", "FLOWER_PORT"}
-"""Variables that are no settings of ours, or go by a second name."""
+"""Variables that are no settings of ours, or second names of settings."""
 OTHER_PROGRAMS = {"createdb", "createuser", "kubectl", "runuser", "cp", "install", "systemctl", "docker build"}
 HOSTS = {"", "127.0.0.1", "localhost", "chat.example", "chat-server", "www.w3.org", "www.textualize.io", "..."}
 """Allowed hosts: this machine, stand-ins, and what a picture says about its format and its maker."""
@@ -32,7 +32,7 @@ def without_code(text: str) -> str:
 
 
 def code(text: str) -> list[str]:
-    """Return everything in code, line by line: the blocks' lines, joined where they continue, and the spans."""
+    """Return all code as lines: those of code blocks, with continuations joined, and inline spans."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
     return [*lines, *(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_code(text)))]
@@ -60,7 +60,7 @@ def options(command: Any) -> set[str]:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_link_leads_somewhere(name: str) -> None:
-    """A relative link names a file that is there, and a heading in it."""
+    """Every relative link names an existing file and heading."""
     path = DOCUMENTS[name]
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", without_code(path.read_text()))
     for target in (one or other for one, other in links):
@@ -73,7 +73,7 @@ def test_each_link_leads_somewhere(name: str) -> None:
 
 @pytest.mark.parametrize("call", CALLS)
 def test_each_command_exists(call: str) -> None:
-    """Every command in the documents is one that there is, with options that it takes."""
+    """Every command in the documents exists and accepts the options shown."""
     _, name, *rest = call.split()
     if name.startswith("-"):
         return
@@ -86,7 +86,7 @@ def test_each_command_exists(call: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The test above is about something."""
+    """The test above finds commands to check."""
     assert {call.split()[1] for call in CALLS} >= {
         "demo",
         "up",
@@ -101,7 +101,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_setting_exists(name: str) -> None:
-    """Every setting that is named is one, with its prefix or without."""
+    """Every setting that is named exists, with its prefix or without."""
     spans = "\n".join(code(DOCUMENTS[name].read_text()))
     assert set(re.findall(r"\bFOLLOWUPS_[A-Z_]+", spans)) <= SETTINGS | OTHERS
     tables = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \|", DOCUMENTS[name].read_text(), re.MULTILINE)
@@ -130,7 +130,7 @@ def test_the_readme_lists_every_setting() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_metric_and_log_line_exists(name: str) -> None:
-    """Every metric is counted somewhere in the code, and every log line that is quoted by its event is written."""
+    """Every metric and every log event that is named occurs in the code."""
     text = DOCUMENTS[name].read_text()
     for metric in set(re.findall(r"\bfollowups_[a-z]+_*[a-z_]*[a-z]", " ".join(code(text)))) - {"followups_b"}:
         assert f'"{metric}"' in CODE
@@ -150,7 +150,7 @@ def test_no_host_and_no_place_of_one_machine_is_named() -> None:
 
 
 def test_the_pictures_are_small_and_whole() -> None:
-    """The README shows each picture that there is; none asks another host for anything."""
+    """The README shows every picture; none loads anything from another host."""
     pictures = sorted((DEPLOY / "pictures").glob("*.svg"))
     assert pictures
     for path in pictures:
@@ -161,12 +161,12 @@ def test_the_pictures_are_small_and_whole() -> None:
 
 
 def test_paths_are_of_this_repository() -> None:
-    """A file of ours that is named in code is there."""
+    """Every file of the project that is named in code exists."""
     for path in DOCUMENTS.values():
         for named in re.findall(r"`((?:src|tests|deploy)/[\w./-]+)`", path.read_text()):
             assert (ROOT / named).exists(), named
 
 
 def test_documents() -> None:
-    """There are the three of them."""
+    """All three pictures exist."""
     assert {Path(name).name for name in DOCUMENTS} >= {"README.md", "OPERATIONS.md", "SCALING.md"}

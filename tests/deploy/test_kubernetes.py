@@ -1,4 +1,4 @@
-"""The Kubernetes manifests: valid, hardened, drained in time, and of the same commands as the Procfile."""
+"""The Kubernetes manifests are valid and hardened, leave time to drain, and run the Procfile's commands."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def container(name: str) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_it_is_valid(name: str, version: str) -> None:
-    """Each object follows Kubernetes' own schema, the oldest version that is meant and the newest that is known."""
+    """Each object follows Kubernetes' schema, in the oldest supported and the newest known version."""
     kubernetes_validate.validate(OBJECTS[name], version, strict=True)
 
 
 def test_kustomize_takes_them() -> None:
-    """They form a valid whole, if kubectl is installed to check it; this needs no cluster."""
+    """The manifests as a whole are accepted by kubectl, where it is installed; no cluster is needed."""
     if not (kubectl := shutil.which("kubectl")):
         pytest.skip("kubectl is not installed")
     ran = subprocess.run([kubectl, "kustomize", KUBERNETES], capture_output=True, text=True, check=False)
@@ -61,7 +61,7 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", PODS)
 def test_a_pod_may_do_little(name: str) -> None:
-    """No root, read-only root file system, no capabilities, no token of the cluster, bounded memory."""
+    """Containers run without root, capabilities or cluster token, on a read-only root, with bounded memory."""
     pod, context = PODS[name], container(name)["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -75,13 +75,13 @@ def test_a_pod_may_do_little(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
 def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
-    """Each may take as long to stop as its work does."""
+    """The grace period is at least as long as the work in progress can take."""
     assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
 
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat"])
 def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
-    """Start and life are probed, pods are on several machines, and a drained machine leaves enough of them."""
+    """Startup and liveness are probed, pods spread over machines, and draining a machine leaves enough of them."""
     assert container(name)["startupProbe"]
     assert container(name)["livenessProbe"]
     assert PODS[name]["topologySpreadConstraints"]
@@ -92,17 +92,17 @@ def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
 
 
 def test_readiness_is_webs_own() -> None:
-    """An outage of what all share must not take every web pod out at once."""
+    """An outage of a shared server must not remove every web pod from service at once."""
     assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
 
 
 def test_two_beats() -> None:
-    """Two do no harm, and one may be away."""
+    """Two beats do no harm, and one may be missing."""
     assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
 
 
 def test_workers_are_scaled_by_what_is_overdue() -> None:
-    """Only the autoscaler sets the number of workers, by the metric that the adapter's rule provides."""
+    """Only the autoscaler sets the number of workers, from the adapter's metric."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]
     name = metric["external"]["metric"]["name"]
@@ -118,6 +118,6 @@ def test_the_window_is_wide_enough_for_the_most_workers() -> None:
 
 
 def test_every_setting_is_known() -> None:
-    """The ConfigMap has existing settings only, and no file has a secret."""
+    """The ConfigMap names only existing settings, and no file contains a secret."""
     assert OBJECTS["ConfigMap/followups"]["data"].keys() <= SETTINGS
     assert not [name for name in OBJECTS if name.startswith("Secret/")]

@@ -1,4 +1,4 @@
-"""Probes run a command that exists, for their own process."""
+"""Each probe runs an existing command for its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command by its location, whose last word is the process."""
+    """Return each probe's command by location; the location's last word is the process."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:
@@ -38,7 +38,7 @@ def test_it_asks_after_its_own_process(place: str, command: list[str]) -> None:
 
 @pytest.mark.parametrize("process", PROCESSES)
 def test_the_command_exists(process: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command line knows it."""
+    """The command line accepts each probe's command."""
     if "health" not in CATALOGUE:
         pytest.skip("this version has no `followups health`")
     assert main(["health", process, "--help"]) == 0

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None:
-    """With some sent and one refused, every query of every panel gives series, and no alert is on before the fault."""
+    """After some sends and one rejection, every panel's query returns series, and no alert fires."""
     stack.wait_until_done(*[stack.world.follow_up() for _ in range(20)])
     wait_until(lambda: prometheus.ask('followups:attempts:total{outcome="sent"} >= 20'), within=30)
     assert prometheus.firing() == set()
@@ -34,7 +34,7 @@ def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None
 
 @pytest.mark.faults_long
 def test_faults_wake_the_alerts(stack: Stack, prometheus: Prometheus) -> None:
-    """A failing chat, stopped workers and a stopped web each fire their own alerts, which end with the fault."""
+    """A failing chat, stopped workers and a stopped web each fire their own alerts, which end when the fault ends."""
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()
     chat_server = {"FollowUpsTransportFailing", "FollowUpsGivenUp"}

@@ -16,7 +16,7 @@ LISTS = ("requirements.txt", "requirements-build.txt")
 
 
 def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:
-    """Return each pinned requirement that counts on this machine, with its hashes, by its package."""
+    """Return each pinned requirement that applies to this machine, with its hashes, by package."""
     text = (DEPLOY / name).read_text().replace("\\\n", " ")
     found = {}
     for line in text.splitlines():
@@ -27,7 +27,7 @@ def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:
 
 
 def pinned(requirement: Requirement) -> Version:
-    """Return the one version that is allowed."""
+    """Return the pinned version."""
     (specifier,) = requirement.specifier
     assert specifier.operator == "=="
     return Version(specifier.version)
@@ -35,7 +35,7 @@ def pinned(requirement: Requirement) -> Version:
 
 @pytest.mark.parametrize("name", LISTS)
 def test_each_is_pinned_and_hashed(name: str) -> None:
-    """One version each, with the SHA-256 of its files; no host, no index, no path."""
+    """Each requirement has one version and the SHA-256 of its files, and no host, index or path."""
     for requirement, hashes in entries(name).values():
         assert pinned(requirement)
         assert requirement.url is None
@@ -45,9 +45,9 @@ def test_each_is_pinned_and_hashed(name: str) -> None:
 
 
 def test_they_cover_what_the_project_needs() -> None:
-    """Every direct dependency is pinned at a version it allows, and so are their own dependencies.
+    """Every direct and indirect dependency is pinned at an allowed version.
 
-    A package's dependencies are known if that very version is installed; another version is not checked.
+    A package's dependencies are only checked if its pinned version is installed.
     """
     have = entries("requirements.txt")
     open_ones = [Requirement(line) for line in pyproject()["project"]["dependencies"]]
@@ -65,7 +65,7 @@ def test_they_cover_what_the_project_needs() -> None:
 
 
 def test_they_cover_what_builds_it() -> None:
-    """So it is with the build backend."""
+    """The same holds for the build backend."""
     have = entries("requirements-build.txt")
     for wanted in map(Requirement, pyproject()["build-system"]["requires"]):
         assert wanted.specifier.contains(pinned(have[canonicalize_name(wanted.name)][0]))

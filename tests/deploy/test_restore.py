@@ -1,4 +1,4 @@
-"""A restored backup: messages sent after it are sent again under the same key, and those before it are not."""
+"""Restoring a backup: messages sent after it are repeated under the same key; earlier ones are not."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
 
 
 def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_path: Path) -> None:
-    """The chat sees the second sending as a repetition; a cancel that came after the backup is forgotten."""
+    """The chat recognises the repetition; a cancel made after the backup is lost."""
     url, engine = restored
     dump = str(tmp_path / "followups.sql")
     before = stack.world.follow_up()

@@ -1,4 +1,4 @@
-"""The systemd units, checked without running systemd: valid, confined, and of the Procfile's commands."""
+"""The systemd units are valid and confined, and run the Procfile's commands; checked without running systemd."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMMANDS = {
 LASTING = [name for name in COMMANDS if "migrate" not in name]
 OLDEST_SYSTEMD = 252
 MOST_EXPOSED = 20
-"""Tenths, of the hundred that systemd gives a service that is in no way confined."""
+"""Highest allowed exposure by systemd's score; an unconfined service has 100."""
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def analyze() -> str:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return a root in which the units, the targets they name, and commands to run are installed."""
+    """Return a root directory with the units, their targets and their commands installed."""
     shutil.copytree(UNITS, tmp_path / "etc/systemd/system")
     system = tmp_path / "usr/lib/systemd/system"
     system.mkdir(parents=True)
@@ -55,20 +55,20 @@ def installed(tmp_path: Path) -> Path:
 
 
 def verify(analyze: str, root: Path, name: str) -> subprocess.CompletedProcess[str]:
-    """Let systemd verify a unit in a root."""
+    """Run systemd's own check of a unit in a root directory."""
     command = [analyze, "verify", "--man=no", "--recursive-errors=no", f"--root={root}", name.replace("@.", "@1.")]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.parametrize("name", [*COMMANDS, "followups.target"])
 def test_systemd_finds_nothing(analyze: str, installed: Path, name: str) -> None:
-    """Each unit is taken by systemd itself, without a warning."""
+    """Each unit is accepted by systemd without a warning."""
     ran = verify(analyze, installed, name)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
 def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
-    """A misspelled assignment and a missing command are found, so that the test above can fail."""
+    """The check finds a misspelled assignment and a missing command, so the test above can fail."""
     unit = installed / "etc/systemd/system/followups-web.service"
     unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
     said = verify(analyze, installed, unit.name).stderr
@@ -78,7 +78,7 @@ def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
-    """The exposure is low by systemd's own measure."""
+    """Each service's exposure is low by systemd's rating."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]
@@ -95,7 +95,7 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_it_is_confined_and_comes_back(name: str) -> None:
-    """The most important confinements, checked on machines without systemd too."""
+    """The units have the most important confinements; this needs no systemd."""
     found = unit(name)
     assert found["Type"] == ["exec"]
     assert found["Restart"] == ["always"]
@@ -111,7 +111,7 @@ def test_it_is_confined_and_comes_back(name: str) -> None:
     [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
 )
 def test_it_has_time_to_drain(name: str, seconds: int) -> None:
-    """Longer than what each takes to stop in order: running requests; calls in flight; a publish."""
+    """Each unit's stop timeout is longer than an orderly stop takes: running requests, calls in flight, a publish."""
     found = unit(name)
     assert int(found["TimeoutStopSec"][-1]) >= seconds
     assert found["KillSignal"] == ["SIGTERM"]
@@ -119,7 +119,7 @@ def test_it_has_time_to_drain(name: str, seconds: int) -> None:
 
 
 def test_the_example_names_settings_that_exist() -> None:
-    """Every line of the environment file is a setting, or the port."""
+    """Every line of the environment file is a setting or the port."""
     names = re.findall(r"^#?([A-Z_]+)=", (UNITS / "followups.env.example").read_text(), re.MULTILINE)
     assert {"FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL"} <= set(names)
     assert set(names) <= SETTINGS | {"PORT"}

@@ -1,4 +1,4 @@
-"""The systemd units' own commands, really started: a follow-up goes through all of them, and SIGTERM ends them."""
+"""The systemd units' commands, actually started: a follow-up passes through all of them, and SIGTERM ends them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ import ctypes, os, sys
 ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-"""Forbids what MemoryDenyWriteExecute= forbids (PR_SET_MDWE; kernels before 6.3 know none), becomes the command."""
+"""Applies MemoryDenyWriteExecute= (PR_SET_MDWE, from Linux 6.3 on), then becomes the command."""
 
 
 def start(stack: Stack, name: str, **variables: str) -> Child:
@@ -42,7 +42,7 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 
 
 def test_the_units_deliver(stack: Stack) -> None:
-    """Migrated, scheduled through web, ticked by beat, sent, seen in Flower; each process ends within its time."""
+    """A follow-up is scheduled through web, ticked by beat, sent, and seen in Flower; each process ends in time."""
     downgrade(stack.settings.database_url.get_secret_value(), "base")
     migrating = start(stack, "followups-migrate.service")
     wait_until(lambda: not migrating.running, within=60)
@@ -57,7 +57,7 @@ def test_the_units_deliver(stack: Stack) -> None:
     }
     stack.sandbox()
     wait_until(answers(f"{url}/readyz"), within=90)
-    api = web.Api(url, World(stack.world.engine))  # the workspace went with the schema
+    api = web.Api(url, World(stack.world.engine))  # the workspace was dropped with the schema
     created = api.create(due=web.in_days(0))
     wait_until(lambda: stack.accepted(created["id"]), within=60)
     api.client.close()
@@ -78,7 +78,7 @@ def shows(url: str, words: str) -> bool:
 
 
 def ended_within(child: Child, seconds: float) -> None:
-    """Ask a process to end, and see it end in order within so many seconds."""
+    """Stop a process, and check that it exits cleanly within that many seconds."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=seconds)

@@ -1,4 +1,4 @@
-"""An upgrade without downtime: the schema first, under load and under the old code, then the code."""
+"""An upgrade without downtime: first the schema, under load and with the old code, then the code."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 RATE = 60.0
-"""Follow-ups a second, while all of it happens."""
+"""Follow-ups a second during the upgrade."""
 
 SCRIPTS = ScriptDirectory.from_config(alembic_config())
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
-"""From the first to the newest."""
+"""Revisions, from the first to the newest."""
 NEWEST = SCRIPTS.get_revision(REVISIONS[-1])
 PREVIOUS = REVISIONS[-2]
 
@@ -48,7 +48,7 @@ def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
     """Return a system whose database has the schema before the newest one."""
     downgrade(settings.database_url.get_secret_value(), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
-        # No process is killed here, so any second attempt would be the upgrade's doing.
+        # No process is killed here, so a second attempt would be caused by the upgrade.
         rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
         yield rig
 
@@ -85,7 +85,7 @@ def migrated(rig: Rig) -> float:
 
 
 def ended(child: Child) -> None:
-    """Ask a process to end, and see it drain."""
+    """Stop a process, and check that it drains."""
     child.ask()
     wait_until(lambda: not child.running, within=60)
     assert child.exit_code in {0, -signal.SIGTERM}, child.tail()
@@ -107,13 +107,13 @@ def sent(rig: Rig) -> int:
 
 
 def more_is_sent(rig: Rig, more: int = 60) -> None:
-    """Wait until so many more have been sent: the system works as it is now."""
+    """Wait until that many more have been sent, which shows that the system works."""
     wanted = sent(rig) + more
     wait_until(lambda: sent(rig) >= wanted, within=60)
 
 
 def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
-    """The old code works under the new schema, beside the new code; nothing is lost, doubled or tried in vain."""
+    """Old and new code work on the new schema at once; nothing is lost or doubled, and no attempt is wasted."""
     beats = [previous.beat(PYTHONPATH=old_code)]
     previous.sandbox()
     workers = [previous.worker(PYTHONPATH=old_code), previous.worker(PYTHONPATH=old_code)]
@@ -133,7 +133,7 @@ def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
 
 
 def test_the_code_before_the_schema(previous: Rig) -> None:
-    """Deployed in the wrong order, the new code may wait for the schema, but loses and doubles nothing."""
+    """Deployed before the schema, the new code may wait for it, but loses and doubles nothing."""
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
         wait_until(lambda: len(load.ids) >= RATE, within=30)
@@ -143,7 +143,7 @@ def test_the_code_before_the_schema(previous: Rig) -> None:
 
 
 def test_a_column_more_under_load(previous: Rig) -> None:
-    """Whatever a migration adds to the busiest tables, the statements that are prepared on them go on working."""
+    """Prepared statements keep working, whatever a migration adds to the busiest tables."""
     migrated(previous)
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
@@ -159,7 +159,7 @@ _COLUMNS = text("""
            OR is_identity = 'YES' AS may_be_left_out
       FROM information_schema.columns WHERE table_schema = 'public'
 """)
-# Constraints, with the columns that they speak of.
+# Constraints, with their columns.
 _CONSTRAINTS = text("""
     SELECT c.conname AS name, c.conrelid::regclass::text AS table_name,
            ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.conrelid AND a.attnum = ANY(c.conkey))
@@ -170,7 +170,7 @@ _CONSTRAINTS = text("""
 
 
 UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", "follow_ups", "sending_hours")}}
-"""By migration: constraints on existing columns. No code ever broke them, since it can read what it writes."""
+"""Constraints on existing columns, by migration. No version of the code violates them."""
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))

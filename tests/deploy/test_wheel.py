@@ -1,4 +1,4 @@
-"""The wheel and the sdist: built, installed into an empty environment, and run from there."""
+"""The wheel and the sdist, built, installed into an empty environment, and run there."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WITHIN = 60
 
 
 def run(built: Built, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed command where nothing is set, and nothing of this repository can be reached."""
+    """Run the installed command without settings, out of this repository's reach."""
     bare = {"PATH": os.defpath, "HOME": str(built.directory), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
     return subprocess.run(
         [built.followups, *arguments],
@@ -43,7 +43,7 @@ def test_it_runs_from_an_empty_environment(built: Built) -> None:
 
 
 def test_it_prints_its_document(built: Built) -> None:
-    """`followups openapi` is complete without a setting."""
+    """`followups openapi` needs no settings."""
     document = json.loads(run(built, "openapi").stdout)
     assert document["openapi"].startswith("3.1")
     assert "/api/v1/chat-message-follow-ups" in document["paths"]
@@ -51,7 +51,7 @@ def test_it_prints_its_document(built: Built) -> None:
 
 
 def test_it_says_what_is_missing(built: Built) -> None:
-    """`followups doctor` without settings names them, in one sentence and without a trace."""
+    """`followups doctor` without settings names the missing ones in one sentence, without a trace."""
     ran = run(built, "doctor")
     assert ran.returncode == 2
     assert "FOLLOWUPS_DATABASE_URL is required" in ran.stderr
@@ -59,7 +59,7 @@ def test_it_says_what_is_missing(built: Built) -> None:
 
 
 def test_it_migrates(built: Built, postgres_url: str) -> None:
-    """The wheel brings its migrations along."""
+    """The wheel contains the migrations."""
     from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for collection
 
     create_database(postgres_url, "test_wheel")
@@ -72,7 +72,7 @@ def test_it_migrates(built: Built, postgres_url: str) -> None:
 
 
 def test_it_plays_the_demo(built: Built) -> None:
-    """At least 50 are sent, 3 retried, 1 rejected, 2 cancelled by a reply, none twice; one JSON object, and code 0.
+    """The demo sends at least 50, retries 3, rejects 1 and cancels 2, doubles none, and prints one JSON object.
 
     Every process was started from the installed wheel.
     """
@@ -84,7 +84,7 @@ def test_it_plays_the_demo(built: Built) -> None:
     lag = result.pop("lagMs")
     assert result == {"sent": 52, "failed": 1, "cancelled": 2, "retried": 3, "duplicates": 0, "ok": True}
     assert 0 <= lag["p50"] <= lag["p95"] <= lag["p99"]
-    assert lag["p50"] < 1000  # how punctual it is, the benchmarks measure; this machine may be busy with other tests
+    assert lag["p50"] < 1000  # benchmarks measure punctuality; this machine may be busy with other tests
     if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):  # else it was not the demo that took the time
         assert took < WITHIN
     assert "Traceback" not in ran.stderr
@@ -110,13 +110,13 @@ def test_metadata(built: Built) -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    """No second version is to be forgotten in the package."""
+    """The package states its version in one place."""
     version = pyproject()["project"]["version"]
     assert not [path for path in (ROOT / "src").rglob("*.py") if f'"{version}"' in path.read_text()]
 
 
 def test_the_sdist_holds_what_runs_it(built: Built) -> None:
-    """It contains the tests, deploy and the Procfile, and nothing from outside the project."""
+    """The sdist contains the tests, deploy and the Procfile, and nothing from outside the project."""
     with tarfile.open(built.sdist) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     tops = {name.partition("/")[0] for name in names}

@@ -1,4 +1,4 @@
-"""What the fault tests share: the seed, the system to break, and the recorder of figures."""
+"""Fixtures of the fault tests: the seed, the system to break, and the recorder of figures."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def seed() -> int:
 
 @pytest.fixture
 def dice(seed: int) -> random.Random:
-    """Return a seeded source of chance, and print its seed."""
+    """Return a seeded random generator, and print its seed."""
     print(f"{SEED}={seed}")  # noqa: T201 - pytest shows it where a test fails
     return random.Random(seed)  # noqa: S311 - not for secrets
 
 
 @pytest.fixture
 def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
-    """Return what takes this test's figures."""
+    """Return the recorder of this test's figures."""
     form = "long" if request.node.get_closest_marker("faults_long") else "short"
     servers = ", ".join(sorted(chosen_servers()))
     return Figures(seed, f"{request.node.name} ({servers})" if servers else request.node.name, form)
@@ -46,7 +46,7 @@ def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
 
 @pytest.fixture
 def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system on a database and broker of its own, in servers that it shares and must not harm."""
+    """Return a system with its own database and broker on shared servers, which must not be harmed."""
     if chosen_servers():
         with own_servers(dice) as (rig, _):
             yield rig

@@ -1,4 +1,4 @@
-"""Arming failpoints, from the test; `injected/sitecustomize.py` is the processes' end.
+"""Arms failpoints from the test; `injected/sitecustomize.py` is the counterpart in the processes.
 
 Points: ``claim``, ``begin`` and ``settle`` each with ``.before``, ``.before_commit``, ``.answer_lost`` (committed, but
 the connection broke before the answer) and ``.committed``; ``send.before`` and ``send.answered``.
@@ -21,7 +21,7 @@ class Failpoints:
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
     def environment(self) -> dict[str, str]:
-        """Return what the processes to be harmed are started with."""
+        """Return the environment of processes that failpoints act on."""
         return {"PYTHONPATH": str(INJECTED), "FOLLOWUPS_TEST_FAILPOINTS": str(self.directory)}
 
     def arm(self, point: str, action: str = "kill", times: int = 1) -> None:

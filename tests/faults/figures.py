@@ -1,4 +1,4 @@
-"""The figure that each fault gives: printed, and kept for the table of results."""
+"""The figures of each fault test, printed and kept for the table of results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from faults.promises import Verdict
 
 KEPT = "FOLLOWUPS_TEST_FIGURES"
-"""Names the file to which each figure is added, a line of JSON each; unset: they are only printed."""
+"""File to which each figure is appended as a line of JSON; if unset, figures are only printed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """Takes the figures of one test."""
+    """Records the figures of one test."""
 
     seed: int
     test: str
@@ -26,7 +26,7 @@ class Figures:
     """``short`` or ``long``."""
 
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
-        """Keep figures of a fault (its number in the table) with what the promises' check said; fail if one broke.
+        """Record figures under a fault's number with the verdict on the promises; fail if one was broken.
 
         Names of figures are words joined by underscores with the unit at the end: ``recovery_s``, ``claim_p99_ms``.
         """

@@ -1,4 +1,4 @@
-"""The database's history: every change of a follow-up, kept by a trigger that only fault tests install."""
+"""The database's history: a trigger that only fault tests install records every change of a follow-up."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _INSTALL = """
 
 
 def install(engine: Engine) -> None:
-    """Keep history from now on."""
+    """Record history from now on."""
     with engine.begin() as connection:
         connection.execute(text(_INSTALL))
 
 
 _REWRITTEN = text("SELECT count(*) FROM history WHERE changed_when_final")
-# No join: the planner options that tests share with workers leave it nothing but a nested loop.
+# No join, since the tests' planner options would make it a nested loop.
 _BEGUN_AFTER_CANCEL = text("""
     SELECT id FROM history
      GROUP BY id HAVING min(number) FILTER (WHERE status = 'cancelled') < max(number) FILTER (WHERE began)
@@ -51,12 +51,12 @@ _BEGUN_AFTER_CANCEL = text("""
 
 
 def rewritten(engine: Engine) -> int:
-    """Count the changes of what had ended."""
+    """Count the changes of finished follow-ups."""
     with engine.connect() as connection:
         return int(connection.execute(_REWRITTEN).scalar_one())
 
 
 def begun_after_cancel(engine: Engine) -> set[UUID]:
-    """Return the follow-ups of which an attempt began after they were cancelled."""
+    """Return the follow-ups whose attempt began after they were cancelled."""
     with engine.connect() as connection:
         return set(connection.scalars(_BEGUN_AFTER_CANCEL))

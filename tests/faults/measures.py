@@ -1,4 +1,4 @@
-"""Measurements that several faults share: the lag of what could be on time, and the duration of a claim."""
+"""Measurements that several fault tests share: lag, and the duration of a claim."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""How long before its due date a follow-up is there at least: some ticks, so that it can be on time."""
+"""Least time between creation and due date: some ticks, so that a follow-up can be on time."""
 
 
 PORTION = 2_000
-"""Rows inserted at once: as long as that takes, the database must answer within its client's patience."""
+"""Rows inserted by one statement, which must end within its client's timeout."""
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
-    """Insert follow-ups that fall due within ``spread`` seconds, none too soon to be on time."""
+    """Insert follow-ups that fall due within ``spread`` seconds, each early enough to be on time."""
     due = [notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)]
     ids = [
         id_ for first in range(0, count, PORTION) for id_ in (world or rig.world).burst(due[first : first + PORTION])
@@ -34,14 +34,14 @@ def punctual(rig: Rig, count: int, spread: float, world: World | None = None, no
 
 
 def lag_p99_ms(rig: Rig, ids: Sequence[UUID]) -> float:
-    """Return how late those of these that were sent were accepted: the 99th percentile, in milliseconds."""
+    """Return the 99th percentile of these follow-ups' lag in milliseconds."""
     query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent'"
     lags = [float(lag) for (lag,) in rows_of(rig, query, ids=list(ids))]
     return round(statistics.quantiles(lags, n=100, method="inclusive")[98] * 1000, 1)
 
 
 def claim_ms(rig: Rig, since: datetime, until: datetime) -> float | None:
-    """Return the median of what a claim took that found something, between two moments; None: there was none."""
+    """Return the median duration of successful claims between two times, or None if there was none."""
     took = [tick["duration_ms"] for tick in rig.events("tick") if since <= _moment(tick) <= until]
     return round(statistics.median(took), 2) if took else None
 

@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Part of a reason that admits an accepted send may precede it; without it, an accepted send must end as sent."""
+"""Part of a reason that allows an earlier accepted send; without it, an accepted send must end as sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a test knows itself: what was promised to clients, and what was delivered without the dispatcher."""
+    """What the test itself knows: acknowledged requests, and messages delivered without the dispatcher."""
 
     created: frozenset[UUID] = frozenset()
     """Follow-ups that the system has accepted."""
     cancelled: Mapping[UUID, float] = field(default_factory=dict)
-    """Acknowledged cancels, by when the acknowledgement had come (monotonic seconds)."""
+    """Acknowledged cancels, with the time of the acknowledgement (monotonic seconds)."""
     sent_by_others: frozenset[UUID] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How often each promise was broken (all of these should be 0), and how things ended."""
+    """How often each promise was broken (all should be 0), and how follow-ups ended."""
 
     lost: int
     doubled: int
@@ -46,9 +46,9 @@ class Verdict:
     misdirected: int
     ended: Counter[str]
     unknown: int
-    """Ended with an outcome that is said to be unknown."""
+    """Follow-ups that ended with an unknown outcome."""
     repeated: int
-    """Requests for what the chat had accepted before, absorbed by their key."""
+    """Requests that the chat recognised by their key as already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the broken promises, with their counts."""
@@ -104,7 +104,7 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count follow-ups that a chat accepted first after a later one of its own."""
+    """Count follow-ups that a chat accepted after a later one of the same chat."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:

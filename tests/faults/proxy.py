@@ -64,7 +64,7 @@ class Proxy:
         return urlunsplit((parts.scheme, host, parts.path, query, ""))
 
     def cut(self) -> None:
-        """Break every connection; new ones are taken."""
+        """Break every connection; accept new ones."""
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
@@ -72,20 +72,20 @@ class Proxy:
         self._url = server_url
 
     def freeze(self) -> None:
-        """Forward nothing any more on the connections that are open now, for good; new ones work."""
+        """Stop forwarding on the currently open connections for good; new ones work."""
         self._call(self._freeze)
 
     def stall(self) -> None:
-        """Forward nothing any more, on open connections and on new ones; break none."""
+        """Stop forwarding on open and new connections, without breaking any."""
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
-        """Forward again, starting with what was held back, and accept connections again."""
+        """Resume forwarding, starting with the data held back, and accept connections again."""
         self._refusing = False
         self._call(self._forwarding.set)
 
     def refuse(self) -> None:
-        """Break every connection, and new ones at once."""
+        """Break every connection, and each new one immediately."""
         self._refusing = True
         self.cut()
 
@@ -105,7 +105,7 @@ class Proxy:
 
     def _freeze(self) -> None:
         self.frozen += len(self._open) // 2
-        self._forwarding.clear()  # for open connections, whose event will never be set
+        self._forwarding.clear()  # open connections keep an event that is never set
         self._forwarding = asyncio.Event()
         self._forwarding.set()
 
@@ -146,7 +146,7 @@ class Proxy:
                 await forwarding.wait()
                 writer.write(data)
                 await writer.drain()
-        # One end is gone, or was cut: so is the other.
+        # If one end is gone, the other is closed.
         writer.transport.abort()
 
     async def _close(self) -> None:

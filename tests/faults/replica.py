@@ -40,7 +40,7 @@ FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
 def ask(server: EmbeddedPostgres, statement: str) -> str:
-    """Execute a statement on this very server, wherever the address points; return its row's first column."""
+    """Execute a statement on this server, wherever the address points; return the first column of its row."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None

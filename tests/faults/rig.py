@@ -1,4 +1,4 @@
-"""The system as operators run it, by the Procfile's commands, to be broken on purpose; `celery` is tests/bin's."""
+"""The system started by the Procfile's commands, to be broken on purpose; `celery` is that of tests/bin."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ PROCFILE = dict(
 
 @dataclass
 class Rig(Stack):
-    """A `Stack` of the Procfile's commands, with failpoints and a record of what was promised."""
+    """A `Stack` of the Procfile's commands, with failpoints and a record of acknowledged requests."""
 
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None
     valkey: EmbeddedValkey | None = None
-    """Servers of its own; None: those of the whole run, not to be harmed."""
+    """Its own servers, or None for those of the whole run, which must not be harmed."""
     created: set[UUID] = field(default_factory=set)
     cancelled: dict[UUID, float] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -65,7 +65,7 @@ class Rig(Stack):
         history.install(self.world.engine)
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Start a line of the Procfile under a name of its own, with ``more`` arguments appended."""
+        """Start a line of the Procfile under its own name, with ``more`` arguments appended."""
         path = os.pathsep.join([str(COMMANDS), str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
         return self.processes.spawn(
@@ -95,7 +95,7 @@ class Rig(Stack):
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
         """Start the chat, beats and workers, all at once; return the workers, all of them consuming."""
-        for _ in range(beats):  # the slowest to start go first
+        for _ in range(beats):  # the slowest to start come first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()
@@ -117,7 +117,7 @@ class Rig(Stack):
         return ids
 
     def held(self, count: int) -> list[UUID]:
-        """Insert follow-ups that fall due at their release, so that their chats can be configured first."""
+        """Insert follow-ups that fall due when released, so that their chats can be configured first."""
         ids = self.world.burst([timedelta(days=1)] * count)
         self.created.update(ids)
         return ids
@@ -132,7 +132,7 @@ class Rig(Stack):
         )
 
     def cancel(self, api: web.Api, follow_up_id: UUID) -> int:
-        """Cancel through the API, keep the acknowledgement, return the status code."""
+        """Cancel through the API; record the acknowledgement and return the status code."""
         code = api.client.patch(f"{web.FOLLOW_UPS}/{follow_up_id}", json={"status": "cancelled"}).status_code
         if code == 200:
             self.cancelled[follow_up_id] = time.monotonic()
@@ -146,7 +146,7 @@ class Rig(Stack):
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze either of two workers in turn, so that the other one has to read both queues."""
+        """Freeze each of two workers in turn, so that the other has to read both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)
@@ -172,9 +172,9 @@ REPLICATED, POOLED = "replicated", "pooled"
 def chosen_servers() -> frozenset[str]:
     """Return the kinds of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
-    The kinds are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over where a
-    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode before it. An empty value means a server
-    without either.
+    The kinds are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over when a
+    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of it. An empty value means a plain
+    server.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:
@@ -215,7 +215,7 @@ def own_servers(
 
 @contextmanager
 def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any) -> Iterator[Rig]:
-    """Return a system of which nothing runs yet; whatever was started is stopped in the end."""
+    """Return a system that is not yet started; everything started is stopped at the end."""
     with Processes() as processes:
         rig = Rig(settings, World(engine), processes, rng=rng, **servers)
         try:
@@ -226,7 +226,7 @@ def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any)
 
 
 class Load:
-    """A steady stream of follow-ups from a thread of its own, until it is stopped or ``seconds`` are over."""
+    """A steady stream of follow-ups from a separate thread, until it is stopped or ``seconds`` have passed."""
 
     def __init__(self, rig: Rig, rate: float, seconds: float, spread: float = 1.0) -> None:
         """Add ``rate`` follow-ups a second, each due within ``spread`` seconds."""
@@ -248,7 +248,7 @@ class Load:
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait until all of it has been added."""
+        """Wait until everything has been added."""
         self._thread.join()
 
     def _run(self) -> None:

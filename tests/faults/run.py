@@ -133,9 +133,9 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 
 
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
-    """Return the results as Markdown. Whatever was not run this time is taken from the ``earlier`` results.
+    """Return the results as Markdown. Tests that were not run are taken from the ``earlier`` results.
 
-    That is each long form by itself, and the short forms if none was run.
+    These are single long forms, and the short forms if none was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")
     kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}

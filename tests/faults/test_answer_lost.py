@@ -26,7 +26,7 @@ def start(rig: Rig) -> None:
 
 
 def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
-    """Lose the answers to so many commits of a step; nothing of it waits for its lease."""
+    """Lose the answers to that many commits of a step; nothing then waits for a lease."""
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)
     rig.bulk(count, spread=1.0)
@@ -42,7 +42,7 @@ def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) 
 
 
 def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
-    """Each is sent once, at once: no attempt counts as lost, and nothing waits for a lease."""
+    """Each is sent once, without delay: no attempt counts as lost, and nothing waits for a lease."""
     start(rig)
     for step in rig.rng.sample(STEPS, len(STEPS)):
         answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))

@@ -1,4 +1,4 @@
-"""Several beats at once, and one that dies: ticks fold into each other, and go on."""
+"""Several beats at once, and one that dies: ticks are folded together and continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
-    """Run so many beats under load; kill one, stop another, start it again."""
+    """Run that many beats under load; kill one, stop another and start it again."""
     rig.start(workers=2, beats=number)
     running = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     with Load(rig, 60, seconds) as load:
@@ -42,11 +42,11 @@ def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_several_beats(number: int, rig: Rig, figures: Figures) -> None:
-    """Two or three beats double no send, and when one is killed the others tick on."""
+    """Two or three beats double no send, and the others keep ticking when one is killed."""
     beats(rig, figures, number, seconds=2.5)
 
 
 @pytest.mark.faults_long
 def test_several_beats_for_long(rig: Rig, figures: Figures) -> None:
-    """So it is for a minute."""
+    """The same holds for a minute."""
     beats(rig, figures, 3, seconds=60)

@@ -25,7 +25,7 @@ IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_
 def both_away(
     proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
 ) -> None:
-    """Cut off the database and the ticks while ``count`` calls are in flight, all of them accepted."""
+    """Cut off the database and the ticks while ``count`` calls are in flight, which the chat accepts."""
     rig, proxies = proxied
     timeout = lease / 2
     rig.options |= {
@@ -65,7 +65,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
             beat.signal(signal.SIGSTOP)
     else:
         broker.stall()
-    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # any tick under way has claimed by then
+    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # any running tick has claimed by then
     database.refuse()
     time.sleep(seconds)
     database.flow()

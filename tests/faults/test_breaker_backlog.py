@@ -1,4 +1,4 @@
-"""A failing workspace with more due than may be in flight is left alone, and others continue."""
+"""A failing workspace with more due than may be in flight is deferred, and others continue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_un
 
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
-    """Fail all chats of one workspace; measure another's burst, and how long the backlog takes afterwards."""
+    """Fail all chats of one workspace; measure another's burst, and the time to clear the backlog afterwards."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60", "FOLLOWUPS_RETRY_BASE": "1"}
     rig.start()
     theirs = World(rig.world.engine)

@@ -1,4 +1,4 @@
-"""Error answers of Redis: in a failover, on a full disk, beside an endless script, under an ACL."""
+"""Redis errors: during a failover, on a full disk, beside an endless script, under an ACL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Seconds, and as much again for a machine busy with other tests; the figure is what it took."""
+"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def noperm(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def oom(server: redis.Redis) -> Iterator[None]:
-    """Make the server's memory count as full: every write that adds something gets OOM."""
+    """Make the server's memory full: every write that needs memory gets OOM."""
     server.config_set("maxmemory", 1)
     yield
     server.config_set("maxmemory", 0)
@@ -100,7 +100,7 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
     """Make the broker answer each of these errors for a while.
 
-    All processes stay alive, and work again when it is over.
+    All processes survive, and work again afterwards.
     """
     assert rig.valkey
     workers = rig.start(workers=2)

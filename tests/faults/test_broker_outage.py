@@ -1,4 +1,4 @@
-"""The broker killed, restarted, wiped: it holds only hints, so this costs time and nothing else."""
+"""The broker killed, restarted or wiped: it holds only hints, so this costs only time."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Seconds, and as much again for a machine busy with other tests; the figure is what it took."""
+"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:
-    """Kill and restart the broker so often, some of them in quick succession; then ask every worker for its part."""
+    """Kill and restart the broker that often, partly in quick succession; then check every worker."""
     assert rig.valkey
     workers = rig.start(workers=2, beats=2)
     with Load(rig, rate, seconds=3600) as load:
@@ -47,7 +47,7 @@ def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """So it does after many."""
+    """The same holds after many kills."""
     outages(breakable, figures, times=20, between=12.0, rate=60)
 
 
@@ -58,12 +58,12 @@ def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
-    """So it does in a burst of 20,000, flushed a hundred times."""
+    """The same holds for a burst of 20,000 that is flushed a hundred times."""
     flushes(rig, figures, count=20_000, spread=20, times=100)
 
 
 def flushes(rig: Rig, figures: Figures, count: int, spread: float, times: int) -> None:
-    """Wipe the broker so often while a burst is on its way."""
+    """Wipe the broker that often during a burst."""
     rig.start(workers=2, beats=2)
     ids = rig.bulk(count, spread)
     held = 0

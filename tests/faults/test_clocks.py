@@ -1,4 +1,4 @@
-"""Hosts whose clocks are minutes off: the database's decides, so nothing is early and nothing late."""
+"""Hosts whose clocks are minutes off: the database's clock decides, so nothing is early or late."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
 def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
-    """Run with one worker and one beat whose clocks are ahead by ``off``, and one of each behind."""
+    """Run one worker and one beat with clocks ahead by ``off``, and one of each behind."""
     rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint costs one lease
     rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
     ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))
@@ -61,16 +61,16 @@ def is_off(worker: Child, by: timedelta) -> int:
 
 
 def test_clocks_off(rig: Rig, figures: Figures) -> None:
-    """With clocks ten minutes ahead and behind, every follow-up goes out at its moment by the database's clock."""
+    """With clocks ten minutes ahead and behind, every follow-up is sent on time by the database's clock."""
     clocks_off(rig, figures, seconds=2.5, off=MINUTES)
 
 
 def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
-    """With clocks hours off, too, no host drops another's message as too old by its own clock."""
+    """Even with clocks hours off, no host drops another's message as too old."""
     clocks_off(rig, figures, seconds=2.5, off=HOURS)
 
 
 @pytest.mark.faults_long
 def test_clocks_off_for_long(rig: Rig, figures: Figures) -> None:
-    """So it is for a minute."""
+    """The same holds for a minute."""
     clocks_off(rig, figures, seconds=60, off=rig.rng.choice([MINUTES, HOURS]))

@@ -1,4 +1,4 @@
-"""PostgreSQL restarted, killed, its sessions ended: late, never lost and never twice."""
+"""PostgreSQL restarted or killed, or its sessions ended: follow-ups are late, never lost or doubled."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Seconds, and as much again for a machine busy with other tests; the figure is what it took."""
+"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
-    """Kill or restart PostgreSQL that often under load, and check that everything continues each time."""
+    """Kill or restart PostgreSQL that often under load, and check each time that everything continues."""
     assert rig.postgres
     workers = rig.start(workers=2, beats=2)
     back_after = []
@@ -37,7 +37,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
             back_after.append(seconds_until_accepted(rig))
     took = rig.settle_down(within=60)
     verdict = rig.verdict()
-    # A client may have been told of a failure although its commit succeeded.
+    # A client may have received an error although its commit succeeded.
     assert verdict.ended.keys() == {"sent"}
     assert verdict.ended["sent"] >= len(load.ids) + times
     assert all(worker.running for worker in workers)
@@ -55,7 +55,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
 
 
 def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
-    """Return how many were accepted in each of at most 30 equal stretches of time, of whole seconds."""
+    """Return how many were accepted in each of at most 30 equal intervals of whole seconds."""
     at = [one["receivedMonotonic"] - since for one in rig.received() if one["accepted"] and not one["duplicate"]]
     stretch = math.ceil((max(at) + 1) / 30)
     counts = Counter(int(each // stretch) for each in at)
@@ -77,7 +77,7 @@ def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """So is one every 5 to 40 seconds."""
+    """The same holds for a restart every 5 to 40 seconds."""
     outages(breakable, figures, times=10, between=(5, 40), rate=60)
 
 
@@ -98,7 +98,7 @@ def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
 
 
 def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
-    """End every session of the workers so often, at any moment, under load."""
+    """End every session of the workers that often, at random times under load."""
     rig.start(workers=2, beats=2)
     ended = 0
     end = text("""
@@ -118,18 +118,18 @@ def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
 
 
 def test_sessions_ended(rig: Rig, figures: Figures) -> None:
-    """Sessions ended by an operator, at any moment, cost a reconnect."""
+    """Sessions that an operator ends cost a reconnect each."""
     sessions_ended(rig, figures, times=8)
 
 
 @pytest.mark.faults_long
 def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
-    """So they do four times a second."""
+    """The same holds for four times a second."""
     sessions_ended(rig, figures, times=400)
 
 
 def test_started_before_its_servers(breakable: Rig) -> None:
-    """A worker and a beat started before their servers say what is missing, wait, and then start."""
+    """A worker and a beat started before their servers log what is missing, wait, and then start."""
     assert breakable.postgres
     assert breakable.valkey
     servers = (breakable.postgres, breakable.valkey)

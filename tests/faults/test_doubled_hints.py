@@ -1,4 +1,4 @@
-"""Every message of the broker doubled and shuffled: hints are only hints."""
+"""Every message of the broker doubled and shuffled: hints prove nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
-    """Freeze the workers while the queue fills, double and shuffle all that is in it, and let them go on."""
+    """Freeze the workers while the queue fills, double and shuffle its messages, and resume the workers."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_BATCH_SIZE": "5"}
     reader, *others = rig.start(workers=3, beats=2)
     hints = 0
@@ -39,9 +39,9 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim and publish as a tick does, put every message into the queues twice, in any order; return how many.
+    """Claim and publish as a tick does, enqueue every message twice in random order, and return the number.
 
-    A frozen worker's open BRPOP still takes one hint from the queue. So this waits until all are due: the claim then
+    A frozen worker's open BRPOP still takes one hint from the queue. So this waits until all are due, when a claim
     makes more hints than there are workers. A worker frozen in a claim keeps others from claiming until PostgreSQL ends
     its transaction, so this claims until it has leases.
     """
@@ -67,11 +67,11 @@ def claimed_and_doubled(rig: Rig) -> int:
 
 
 def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
-    """Each follow-up is sent once, and requested once."""
+    """Each follow-up is sent by exactly one request."""
     doubled(rig, figures, count=100, rounds=2)
 
 
 @pytest.mark.faults_long
 def test_doubled_and_shuffled_often(rig: Rig, figures: Figures) -> None:
-    """So it is in many rounds."""
+    """The same holds over many rounds."""
     doubled(rig, figures, count=900, rounds=20)

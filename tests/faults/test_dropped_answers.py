@@ -1,4 +1,4 @@
-"""The chat takes a message, and its answer is lost: sent again under the same key, or said to be unknown."""
+"""The chat accepts a message and its answer is lost: it is sent again under the same key, or named unknown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
     """Drop the first answer to every third follow-up."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
-    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}  # no answer is late, but for those
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}  # only the dropped answers are late
     rig.beat()
     rig.sandbox(*() if deduplicates else ("--no-dedup",))
     rig.worker()
@@ -37,7 +37,7 @@ def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> No
 
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """With a chat that deduplicates all are sent once; with one that does not, the outcome is named unknown."""
+    """A chat that deduplicates has each message once; with one that does not, the outcome is named unknown."""
     dropped(rig, figures, 90, deduplicates=deduplicates)
 
 

@@ -1,4 +1,4 @@
-"""Faults of every kind, drawn by lot, on top of each other: what one alone does not show, two together may."""
+"""Random combinations of faults: two together may show what one alone does not."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from web import Api
 
 KINDS = ("fail", "rate_limit", "drop", "slow")
-"""How the chat may behave for a moment."""
+"""Behaviours that the chat may have for a moment."""
 
 
 class Disorder:
-    """Does harm, one kind after the other, and mends what must be mended for the test to end."""
+    """Causes faults, and repairs those that would keep the test from ending."""
 
     def __init__(self, rig: Rig, api: Api) -> None:
         self._rig, self._api = rig, api
@@ -42,7 +42,7 @@ class Disorder:
         self.workers = [self._rig.worker(ready=False) for _ in range(2)]
 
     def strike(self) -> None:
-        """Cause one of the faults, and resume processes that were frozen long enough."""
+        """Cause a fault, and resume processes that were frozen long enough."""
         kinds: list[Callable[[], None]] = [
             *(self.kill_worker, self.freeze_worker, self.kill_beat, self.flush_broker, self.restart_broker),
             *(self.restart_database, self.misbehave, self.cancel_some, self.cancel_some, self.reply),
@@ -93,14 +93,14 @@ class Disorder:
         self._rig.valkey.restart()
 
     def restart_database(self) -> None:
-        """Restart PostgreSQL, in order or not."""
+        """Restart PostgreSQL, cleanly or by a kill."""
         assert self._rig.postgres
         if self._rig.rng.random() < 0.5:
             self._rig.postgres.kill()
         self._rig.postgres.restart()
 
     def misbehave(self) -> None:
-        """Let the chat fail, refuse, drop or delay for a moment."""
+        """Make the chat fail, reject, drop or delay for a moment."""
         kind = self._rig.rng.choice(KINDS)
         more = {"retry_after": 1} if kind == "rate_limit" else {"delay": 0.7} if kind == "slow" else {}
         self._rig.behave(kind=kind, **more)
@@ -108,14 +108,14 @@ class Disorder:
         self._rig.behave(kind="accept")
 
     def cancel_some(self) -> None:
-        """Cancel some that are pending, by the API."""
+        """Cancel some pending follow-ups through the API."""
         query = "SELECT id FROM follow_ups WHERE status = 'pending' ORDER BY random() LIMIT 5"
         for (follow_up_id,) in rows_of(self._rig, query):
             with suppress(httpx.TransportError):
                 self._rig.cancel(self._api, follow_up_id)
 
     def reply(self) -> None:
-        """Let a user write into a chat for which something is pending."""
+        """Receive a user's message in a chat with a pending follow-up."""
         query = "SELECT chat_id FROM follow_ups WHERE status = 'pending' ORDER BY random() LIMIT 1"
         for (chat_id,) in rows_of(self._rig, query):
             with suppress(httpx.TransportError):
@@ -123,7 +123,7 @@ class Disorder:
 
 
 def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Draw faults by lot under load for so long; then let everything come to rest, and check every promise."""
+    """Cause random faults under load for that long, then let everything finish and check every promise."""
     rig.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "500"}
     api = rig.web()
     disorder = Disorder(rig, api)
@@ -131,7 +131,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
     end = time.monotonic() + seconds
     with api.client, Load(rig, rate, seconds, spread=2.0) as load:
         while time.monotonic() < end:
-            with suppress(Exception):  # the database may be unreachable for this query too
+            with suppress(Exception):  # the database may be unreachable here too
                 rig.bulk(6, spread=1.0, per_chat=3)
             disorder.strike()
             time.sleep(rig.rng.uniform(0.1, 1.0))
@@ -148,11 +148,11 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def test_everything_at_once(breakable: Rig, figures: Figures) -> None:
-    """Some ten faults within as many seconds: every promise is kept."""
+    """Ten faults within ten seconds break no promise."""
     everything(breakable, figures, seconds=8, rate=40)
 
 
 @pytest.mark.faults_long
 def test_everything_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """So it is after hundreds of them."""
+    """The same holds after hundreds of them."""
     everything(breakable, figures, seconds=600, rate=40)

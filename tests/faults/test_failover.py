@@ -1,4 +1,4 @@
-"""Failover to a real replica: late, never lost and never twice, and no process reports itself well."""
+"""Failover to a real replica: nothing is lost or doubled, and no process reports itself healthy meanwhile."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[
 
 @dataclass
 class Clients:
-    """Change requests, one after the other, and the times at which they succeeded."""
+    """Sends change requests one after the other, and records when they succeeded."""
 
     api: web.Api
     chat: UUID
@@ -124,8 +124,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # A worker whose sessions may be on any server reads the database's time there, and reports itself well for a
-    # moment.
+    # A worker whose sessions may be on any server can read the time there, and briefly reports itself healthy.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 

@@ -1,4 +1,4 @@
-"""A worker frozen past its lease and resumed writes nothing, and sends nothing twice."""
+"""A worker that is frozen past its lease and resumed writes nothing and sends nothing twice."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ POINTS = ("begin.committed", "send.before", "send.answered", "settle.before")
 def frozen_at(
     rig: Rig, figures: Figures, point: str, workers: Sequence[Child], count: int, longer: float = 0.0
 ) -> None:
-    """Freeze the first of two workers at the step until its lease is over, and resume it."""
+    """Freeze one of two workers at the step until its lease has expired, then resume it."""
     frozen, other = workers
     name = frozen.command.name
-    time.sleep(0.5)  # refusals of earlier steps have been counted by now
+    time.sleep(0.5)  # earlier refusals have been counted by now
     before = refused(rig, name)
-    other.signal(signal.SIGSTOP)  # so that it is the first that comes to the step
+    other.signal(signal.SIGSTOP)  # so that it reaches the step first
     rig.failpoints.arm(point, "stop")
     rig.bulk(count, spread=0.5)
     wait_until(lambda: rig.failpoints.taken(point))

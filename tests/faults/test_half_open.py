@@ -1,4 +1,4 @@
-"""Connections on which nothing arrives any more while the network keeps acknowledging.
+"""Half-open connections: nothing arrives, while the network keeps acknowledging.
 
 Neither TCP's keepalives nor its user timeout detect this; only a limit of our own does.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""Seconds for a machine busy with other tests; the figure is what it took."""
+"""Limit in seconds on a machine busy with other tests; the figure records the actual time."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
 """The log events of a worker that has noticed the broker's silence."""
@@ -41,12 +41,12 @@ by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
 
 def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
-    """Return the one in front of this server."""
+    """Return the proxy in front of this server."""
     return proxies[["database", "broker"].index(server)]
 
 
 def working(rig: Rig) -> list[Child]:
-    """Start workers and beat, let every connection be used, and leave some work for after the blow."""
+    """Start workers and beat, use every connection, and leave some work for after the fault."""
     workers = rig.start(workers=2)
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
@@ -67,7 +67,7 @@ def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -
 
 
 def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: float) -> None:
-    """Check that everything works again, and that nothing was broken meanwhile."""
+    """Check that everything works again, and that every promise was kept."""
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
     verdict = rig.verdict()
@@ -77,7 +77,7 @@ def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: fl
 
 
 def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: float) -> None:
-    """Let the open connections be dead for ever, and see when it is noticed, and when all is sent over new ones."""
+    """Make the open connections half-open for good; measure when that is noticed and when everything is sent."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)
@@ -93,7 +93,7 @@ def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: flo
 
 @by_server
 def test_dead_connections(server: str, proxied: Proxied, figures: Figures) -> None:
-    """Worker and beat detect it, reconnect, and everything that fell due meanwhile is sent."""
+    """Worker and beat detect it and reconnect, and everything that fell due in between is sent."""
     dead_connections(proxied, figures, server, limit=5.0)
 
 
@@ -128,20 +128,20 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
 
 @by_server
 def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
-    """A server that is silent altogether, and then speaks again, costs the time of its silence and some seconds."""
+    """A server that is silent for a while costs the time of its silence and some seconds."""
     stalled(proxied, figures, server, seconds=4.0)
 
 
 @pytest.mark.faults_long
 @by_server
 def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
-    """So it does for a minute, with the default settings."""
+    """The same holds for a minute, with the default settings."""
     proxied[0].options |= DEFAULTS
     stalled(proxied, figures, server, seconds=60.0)
 
 
 def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float, float]) -> None:
-    """Order everything to stop while the broker is silent, and see that it ends; go on with others afterwards."""
+    """Stop everything while the broker is silent, check that it ends, and continue with new processes."""
     rig, (_, broker) = proxied
     workers = working(rig)
     broker.stall()
@@ -163,13 +163,13 @@ def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float,
 
 
 def test_stopped_while_the_broker_is_silent(proxied: Proxied, figures: Figures) -> None:
-    """SIGTERM drains workers that wait for a silent broker, as it does any other, and ends them."""
+    """SIGTERM drains and ends workers even while they wait for a silent broker."""
     stopped_in_silence(proxied, figures, silence=(0, 5))
 
 
 @pytest.mark.faults_long
 def test_stopped_while_the_broker_is_silent_for_long(proxied: Proxied, figures: Figures) -> None:
-    """So it does with the default settings, within what orchestrators wait before they kill."""
+    """The same holds with the default settings, within an orchestrator's grace period."""
     proxied[0].options |= DEFAULTS
     stopped_in_silence(proxied, figures, silence=(0, 40))
 
@@ -202,7 +202,7 @@ def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_web_with_a_stalled_database(proxied: Proxied, figures: Figures) -> None:
-    """Requests are answered with 503 after the limit, not never; when the database speaks again, with 200 at once."""
+    """A silent database makes requests fail with 503 after a limit; once it answers, they succeed immediately."""
     rig, (database, _) = proxied
     api = rig.web()
     with api.client:

@@ -21,7 +21,7 @@ PATIENCE = 1.5
 
 
 def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: int) -> None:
-    """Let the broker hesitate under load, so that some commands time out and others don't."""
+    """Delay the broker under load, so that some commands time out and others don't."""
     rig, (_, broker) = proxied
     (worker,) = rig.start()
     with Load(rig, 50, seconds=times * 3.0, spread=0.5) as load:
@@ -49,5 +49,5 @@ def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> N
 
 @pytest.mark.faults_long
 def test_hesitating_for_long(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """So it does after many hesitations."""
+    """The same holds after many hesitations."""
     hesitating(proxied, figures, times=40)

@@ -1,4 +1,4 @@
-"""A worker killed at each step: another delivers what it had within a lease and a tick, once by key.
+"""A worker killed at each step: another delivers its follow-ups within a lease and a tick, each once by key.
 
 The worker is one process (Celery's solo pool, fixed in its settings), so there is no child to kill separately.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 SLACK = 10.0
-"""Seconds beyond a lease and a tick, for a machine busy with other tests; the figure is what it took."""
+"""Seconds beyond a lease and a tick, for a busy machine; the figure records the actual time."""
 
 POINTS = (
     "claim.before_commit",
@@ -31,7 +31,7 @@ POINTS = (
     "settle.committed",
 )
 BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
-"""Steps whose neighbours show the same; the long form has them too."""
+"""Steps that add little to their neighbours; only the long form has them."""
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
@@ -53,7 +53,7 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
         rig.bulk(100, spread=0.5)
         time.sleep(rig.rng.random() * 0.3)
         rig.failpoints.arm(point)
-        # When the burst was over before, something comes to be killed for.
+        # If the burst ended early, add work during which to kill.
         wait_until(lambda point=point: rig.failpoints.taken(point) or not rig.bulk(3, 0.2), within=30, every=0.25)
         wait_until(lambda workers=workers: any(not worker.running for worker in workers))
         recovered(rig, figures, point, time.monotonic())
@@ -61,9 +61,9 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 
 
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
-    """A worker killed with many calls in flight: each is noted as lost, and made again by another under its key."""
+    """A worker is killed with many calls in flight: each is recorded as lost and repeated under its key."""
     doomed, other = rig.start(workers=2)
-    other.signal(signal.SIGSTOP)  # so that the other worker has everything
+    other.signal(signal.SIGSTOP)  # so that the other worker has all the work
     rig.behave(kind="slow", delay=0.3)
     rig.bulk(200, spread=0.3)
     wait_until(lambda: len(rig.received()) > rig.rng.randrange(20, 100))

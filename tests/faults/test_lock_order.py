@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CLIENTS = 4
 """Threads of each side."""
 DELAY = 0.01
-"""Most seconds before each side begins, and between a cancel and the following schedule."""
+"""Longest pause, in seconds, before each side begins and between cancel and schedule."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:

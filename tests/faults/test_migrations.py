@@ -1,4 +1,4 @@
-"""Migrations beside transactions that do not end: others continue, and an error shows what to end."""
+"""Migrations beside transactions that do not end: other transactions continue, and an error names the blocker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {WRITER: "0010"}
-"""The newest version from which a migration still conflicts with the transaction; without an entry every one does."""
+"""The newest version whose migration conflicts with the transaction; without an entry, all do."""
 REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
 
 SHORT = (
@@ -84,7 +84,7 @@ def attempt(url: str, errors: list[Exception], patience: float) -> None:
 
 
 def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Others:
-    """Migrate beside a transaction that keeps its locks until the migration has ended so; return the `Others`."""
+    """Migrate while a transaction keeps its locks until the migration fails; return the `Others`."""
     others = Others(url, holder)
     others.start()
     errors: list[Any] = []
@@ -103,7 +103,7 @@ def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Other
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """Migrate from each version beside its blocking transaction, and to the newest once that has ended."""
+    """Migrate from each version beside a blocking transaction, then to the newest once that has ended."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0
@@ -128,12 +128,12 @@ def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, v
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_beside_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """Each table alone may be the one that is in use: the others wait under 3 s whichever step meets its reader."""
+    """Whichever table is in use, and whichever step meets its reader, other transactions wait under 3 s."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 
 def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures) -> None:
-    """An index that is built concurrently waits for a writer's end no longer than the migration may."""
+    """A concurrent index build waits for a writer no longer than the migration's limit."""
     from_old_versions(world, engine, figures, [("0005", WRITER)], patience=1)
 
 
@@ -141,7 +141,7 @@ def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures
 def test_beside_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
-    """The same is true of 50,000 rows, beside readers and writers, with many tries."""
+    """The same holds for 50,000 rows, beside readers and writers, with many tries."""
     many_rows()
     cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
     from_old_versions(world, engine, figures, cases, patience=20)

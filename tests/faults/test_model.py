@@ -11,7 +11,7 @@ from faults.model.world import Protocol
 
 
 def test_complete_protocol() -> None:
-    """With every guard in place no order of events breaks a promise, and everything can end."""
+    """With every guard in place, no order of events breaks a promise, and every follow-up can end."""
     for deduplicates in (True, False):
         for creates_late in (True, False):
             completely(Protocol(deduplicates=deduplicates, creates_late=creates_late))
@@ -20,12 +20,12 @@ def test_complete_protocol() -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_complete_protocol_with_three_claims(deduplicates: bool) -> None:  # noqa: FBT001 - a parameter of a test
-    """The same with a third claim of each."""
+    """The same with three claims of each follow-up."""
     completely(Protocol(deduplicates=deduplicates, most_claims=3))
 
 
 def completely(protocol: Protocol) -> None:
-    """Explore, and check that nothing is broken."""
+    """Explore the model, and check that no promise is broken."""
     found = explore(protocol)
     shown(found, protocol, sys.stdout.write)
     assert not found.broken
@@ -42,14 +42,14 @@ def completely(protocol: Protocol) -> None:
         ({"begun at cancel"}, True, "no lie"),
         ({"chat lock"}, True, "a reply stops what is not in flight"),
         ({"order at begin"}, True, "order within a chat"),
-        # Either one of each of these pairs is enough; the store has both.
+        # One guard of each pair is enough; the store has both.
         ({"pending at begin", "lease at begin"}, True, "nothing after its cancel"),
         ({"pending at settle", "begun at settle"}, True, "final states never change"),
     ],
     ids=lambda value: " and ".join(sorted(value)) if isinstance(value, set) else "",
 )
 def test_without_a_guard(without: set[str], deduplicates: bool, promise: str) -> None:  # noqa: FBT001 - as above
-    """Each guard's removal is caught, by the promise that rests on it."""
+    """Removing a guard breaks the promise that depends on it."""
     protocol = Protocol(deduplicates=deduplicates, without=frozenset(without), creates_late="chat lock" in without)
     found = explore(protocol)
     shown(found, protocol, sys.stdout.write)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timedelta = NOTICE) -> list[UUID]:
-    """Add ``each`` to every one of the others."""
+    """Add ``each`` follow-ups to every other workspace."""
     return [id_ for world in worlds for id_ in punctual(rig, each, spread, world, notice)]
 
 
@@ -54,7 +54,7 @@ def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: flo
 
 
 def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
-    """All of the others' are sent beside a neighbour with a hundred times the load."""
+    """Every other workspace's follow-ups are sent beside a neighbour with a hundred times the load."""
     neighbour(rig, figures, each=15, spread=2.0, seconds=1.5)
 
 
@@ -65,14 +65,14 @@ def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
 
 
 class Seen(NamedTuple):
-    """How it went for the others beside a backlog."""
+    """The results of the other workspaces beside a backlog."""
 
     verdict: Verdict
     alone: list[UUID]
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """How much of the backlog was still pending when the last of the others' had been sent."""
+    """The share of the backlog still pending when the others' last follow-up was sent."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
@@ -98,7 +98,7 @@ def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0)
 
 
 def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
-    """Keep the figures of a backlog, and check that everything was sent."""
+    """Record the figures of a backlog, and check that everything was sent."""
     figures.keep(
         19,
         seen.verdict,
@@ -121,6 +121,6 @@ def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_backlog_of_a_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """So it is for a minute, with fifty thousand overdue at once, and settings as they are by default."""
+    """The same holds for a minute, with fifty thousand overdue at once and default settings."""
     seen = backlog(rig, overdue=50_000, each=300, spread=60.0)
     keep_backlog(rig, figures, seen)

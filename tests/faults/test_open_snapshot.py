@@ -24,9 +24,9 @@ DEAD = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'"
 
 @contextmanager
 def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
-    """Hold a transaction open that sees the database as it is now; yield what counts the sent in its eyes.
+    """Hold a snapshot open; yield a function that counts the sent follow-ups it sees.
 
-    It is a stranger's, a dump's or a report's: ours end by themselves when they do nothing for long.
+    It stands for a dump or a report, since our own idle transactions are ended.
     """
     with psycopg.connect(rig.settings.database_url.get_secret_value()) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -40,7 +40,7 @@ def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
 
 
 def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
-    """Measure claims, and the lag, at the start and the end of a load during which a snapshot is open."""
+    """Measure claims and lag at the start and the end of a load, with a snapshot open throughout."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     with snapshot(rig) as sent_then:
@@ -49,8 +49,8 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
             load.wait()
         rig.settle_down(within=60)
         ended = datetime.now(UTC)
-        dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)  # counted some time later
-        assert sent_then() == 0  # it was open all the time
+        dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)  # counted a little later
+        assert sent_then() == 0  # it was open throughout
     part = (ended - began) / 6
     some = len(load.ids) // 6
     verdict = rig.verdict()

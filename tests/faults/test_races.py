@@ -1,4 +1,4 @@
-"""Cancel against deliver, reply against create: whichever wins, both sides see the same result."""
+"""Races of cancel and deliver, and of reply and create: both sides see the same result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Seconds before and after the due moment in which a cancel is aimed: begin comes 15 ms before it."""
+"""Seconds around the due time at which cancels are aimed; begin comes 15 ms before it."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:
@@ -50,7 +50,7 @@ def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float
 
 
 def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Let a user's reply and a create of one chat arrive at the same moment, and then whatever is due be sent."""
+    """Send a user's reply and a create of one chat at the same time, then deliver what is due."""
     api = rig.web()
     chats = [str(uuid4()) for _ in range(pairs)]
     for chat_id in chats:
@@ -82,22 +82,22 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_cancel_against_deliver(rig: Rig, figures: Figures) -> None:
-    """A cancel that answers 200 is final and nothing is sent; one that answers 409 came too late, and it is sent."""
+    """After a cancel answered with 200 nothing is sent; after a 409 the message is sent."""
     cancel_against_deliver(rig, figures, pairs=200, spread=4.0)
 
 
 def test_reply_against_create(rig: Rig, figures: Figures) -> None:
-    """A follow-up cannot slip in behind the reply that should have stopped it."""
+    """A follow-up cannot be created behind the reply that should have stopped it."""
     reply_against_create(rig, figures, pairs=100)
 
 
 @pytest.mark.faults_long
 def test_many_cancels_against_deliver(rig: Rig, figures: Figures) -> None:
-    """So it is with ten thousand."""
+    """The same holds for ten thousand."""
     cancel_against_deliver(rig, figures, pairs=10_000, spread=150.0)
 
 
 @pytest.mark.faults_long
 def test_many_replies_against_create(rig: Rig, figures: Figures) -> None:
-    """So it is with ten thousand."""
+    """The same holds for ten thousand."""
     reply_against_create(rig, figures, pairs=10_000)

@@ -1,4 +1,4 @@
-"""Rate limits with real workers, while Redis is wiped: every promise is kept, and so is the rate."""
+"""Rate limits with real workers while Redis is wiped: every promise and the rate are kept."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""Follow-ups begun without asking Redis: a machine that stalls for a moment looks like an unreachable Redis."""
+"""Follow-ups that began without asking Redis: a stalled machine looks like an unreachable Redis."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:
-    """A Redis that is wiped lets another burst go each time; nothing is lost, doubled, tried twice or faster."""
+    """Each wipe of Redis allows another burst; nothing is lost, doubled or retried, and the rate holds."""
     with rig.world.engine.begin() as connection:
         rate_limits.put(connection, Scope(rig.world.workspace_id, None, "all"), RATE, BURST)
     rig.start(workers=2)

@@ -1,4 +1,4 @@
-"""A receiver that fails, asks for patience, or is away: its chats are tried again, and not all at once."""
+"""A receiver that fails, limits the rate, or is unreachable: its chats are retried, but not all at once."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""So that a slow machine does not look like a failing receiver, and no attempts run out during an outage."""
+"""Settings with which a slow machine does not look like a failing receiver, and attempts outlast an outage."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
-"""Seconds: requests are counted in windows as long as these."""
+"""Lengths of the windows in which requests are counted, in seconds."""
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
-    """Return how many were sent by each number of attempts."""
+    """Return how many were sent, by number of attempts."""
     query = "SELECT attempts, count(*) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent' GROUP BY 1 ORDER BY 1"
     return dict(tuple(row) for row in rows_of(rig, query, ids=list(ids)))
 
 
 def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
-    """Return the most requests within any tenth of a second, and any second, after a moment, beside the means."""
+    """Return the peak number of requests in a tenth of a second and in a second after a time, and the means."""
     times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
     found: dict[str, float] = {}
     for name, window in WINDOWS.items():
@@ -73,13 +73,13 @@ def some_fail(rig: Rig, figures: Figures, count: int) -> None:
 
 
 def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
-    """Answer everything with 429 and Retry-After 1 for some seconds, then take everything."""
+    """Answer everything with 429 and Retry-After 1 for some seconds, then accept everything."""
     rig.options |= PATIENT
     rig.start()
     rig.behave(kind="rate_limit", retry_after=1)
     rig.bulk(count, spread=0.5)
     time.sleep(seconds)
-    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each came back at least once or so
+    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each was retried about once
     calm = time.monotonic()
     rig.behave(kind="accept")
     rig.settle_down(within=60 + count / 50)
@@ -96,7 +96,7 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         **herd(requests, calm),
     )
     assert used == 0
-    assert least_pause(refused) > 0.95  # the receiver's own wish, measured at its end
+    assert least_pause(refused) > 0.95  # the receiver's own Retry-After, measured by the receiver
 
 
 def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
@@ -114,7 +114,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
     sandbox = next(child for child in rig.processes.children if child.command.name == "sandbox")
     with Load(rig, rate, seconds + 2, spread=0.5) as load:
         time.sleep(0.5 + rig.rng.random() / 2)
-        rig.behave(kind="fail", status=500)  # from here on it takes nothing, so that what it took is known
+        rig.behave(kind="fail", status=500)  # it accepts nothing from here on, so the set of accepted ones is known
         before = rig.received()
         sandbox.stop()
         time.sleep(seconds)
@@ -176,7 +176,7 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
 
 
 def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage costs a few follow-ups an attempt, and none its last one."""
+    """Check that an outage uses up one attempt of a few follow-ups, and no last attempt."""
     failed = away(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
@@ -190,12 +190,12 @@ def test_some_fail(rig: Rig, figures: Figures) -> None:
 
 
 def test_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """While the receiver asks for patience nothing arrives earlier than it asked, and no attempt is used up."""
+    """While the receiver limits the rate, no retry comes earlier than it asked, and no attempt is used up."""
     storm(rig, figures, count=200, seconds=1)
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """A receiver that was away gets everything when it is back, each once, and not all in one moment."""
+    """A receiver that was unreachable receives everything once it is back, each once, and not all in one burst."""
     outage(rig, figures, rate=60, seconds=2)
 
 
@@ -214,7 +214,7 @@ AS_THEY_COME = {
     "FOLLOWUPS_MAX_ATTEMPTS": "8",
     "FOLLOWUPS_BREAKER_FAILURES": "50",
 }
-"""The settings that matter, by default."""
+"""The defaults of the settings that matter here."""
 
 
 @pytest.mark.faults_long

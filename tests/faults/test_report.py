@@ -1,4 +1,4 @@
-"""The page of results: results not run again stay, with their date and what they broke."""
+"""The page of results keeps results that were not run again, with their date and broken promises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_what_an_earlier_run_broke_is_still_said() -> None:
 
 
 def test_each_row_has_the_date_of_its_run() -> None:
-    """The date of a row is when the test ran, not when the page was written, and stays when it is taken over."""
+    """A row's date is when its test ran, and stays when the row is kept."""
     first = report(run("one", "long"), "")
     assert "| recovery s 1.5 | 2026-01-31 09:00 |" in first
     second = report([*run("two", "long", at="2026-02-01 10:00"), *run("three", "short")], first)

@@ -1,4 +1,4 @@
-"""Every process stopped and replaced under load, one after the other, as an upgrade does."""
+"""Every process is stopped and replaced under load, one after the other, as in an upgrade."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def rolled(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
-    """Replace workers, beats and web under load from below and through the API."""
+    """Replace workers, beats and web under load, inserted directly and through the API."""
     workers = rig.start(workers=2)
     beats = [rig.beat(), rig.beat()]
     rig.behave(kind="slow", delay=0.1)
@@ -46,23 +46,23 @@ def rolled(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
 
 
 def ended(child: Child) -> float:
-    """Ask a process to end; return the seconds that it took."""
+    """Stop a process; return the seconds that it took."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=60)
-    # uvicorn, once it has shut down in order, ends by the signal that it was asked with.
+    # uvicorn ends by the signal it received, after an orderly shutdown.
     assert child.exit_code in {0, -signal.SIGTERM}, child.tail()
     return time.monotonic() - asked
 
 
 def test_rolling_restart(rig: Rig, figures: Figures) -> None:
-    """Nothing is lost, doubled or attempted in vain, and each worker drains within seconds."""
+    """Nothing is lost or doubled, no attempt is wasted, and each worker drains within seconds."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     rolled(rig, figures, rounds=1, rate=60)
 
 
 @pytest.mark.faults_long
 def test_rolling_restarts(rig: Rig, figures: Figures) -> None:
-    """So it is with ten upgrades in a row."""
+    """The same holds for ten upgrades in a row."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     rolled(rig, figures, rounds=10, rate=60)

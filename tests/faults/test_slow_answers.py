@@ -1,4 +1,4 @@
-"""A receiver of which one chat in a hundred answers late: the other ninety-nine do not wait for it."""
+"""One chat in a hundred answers late: the other ninety-nine do not wait for it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
-    """Release these; return the seconds until 99 % of them were received, and until the last was recorded."""
+    """Release these follow-ups; return the seconds until 99 % were received and until the last was recorded."""
     released = time.monotonic()
     rig.release(ids)
     rig.settle_down(within=120 + len(ids) / 50)
@@ -30,7 +30,7 @@ def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
 
 
 def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
-    """Deliver ``count`` with all chats quick, and as many with 1 % of them slow."""
+    """Deliver ``count`` with all chats fast, then as many with 1 % of them slow."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "30", "FOLLOWUPS_LEASE": "60"}
     rig.start()
     quick, _ = received_within(rig, rig.held(count))

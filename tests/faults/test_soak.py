@@ -1,4 +1,4 @@
-"""Load for long: memory, lag and dead tuples stay flat while some chats fail, callers cancel and users reply."""
+"""Long load: memory, lag and dead tuples stay flat while some chats fail, callers cancel and users reply."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ STEP = 0.25
 AHEAD = 5.0
 """Seconds until the last of an insert falls due."""
 ROOM_MB = 32.0
-"""How much a process may have grown at the end, besides a quarter of its median: memory that allocators keep."""
+"""How much a process may grow, besides a quarter of its median: memory that allocators keep."""
 
-# Those only that could be on time: due some ticks after they were created, and taken at the first attempt. By
-# the index of lists, so that looking costs the same at the end as at the beginning.
+# Only those that could be on time: due some ticks after their creation, and accepted at the first attempt. By the index
+# of lists, so that a sample costs the same at the end as at the beginning.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups
@@ -53,7 +53,7 @@ class Samples:
         self._since = self.rig.world.scalar("SELECT now()")
 
     def take(self) -> None:
-        """Look once; the lag is that since the last look."""
+        """Take a sample; its lag covers the time since the previous one."""
         for child in self.rig.processes.children:
             self.values[f"{child.command.name.partition('.')[0]}_rss_mb"].append(resident_mb(child.pid))
         parameters = {"workspace": self.rig.world.workspace_id, "since": self._since}
@@ -66,7 +66,7 @@ class Samples:
             self.values["broker_mb"].append(broker.info("memory")["used_memory"] / 2**20)
 
     def summary(self) -> dict[str, list[float]]:
-        """Return the first, the median and the last of each."""
+        """Return the first, median and last value of each."""
         return {
             f"first_median_last_{name}": [round(float(v), 2) for v in (each[0], statistics.median(each), each[-1])]
             for name, each in self.values.items()
@@ -107,7 +107,7 @@ def chat_of(rig: Rig, follow_up_id: UUID) -> UUID:
 
 
 def start(rig: Rig) -> Api:
-    """Start one of each, and wait until something was sent: a worker that logs warnings only never says "ready"."""
+    """Start one of each and wait for a send, since a worker that logs only warnings never logs "ready"."""
     rig.options |= {
         "FOLLOWUPS_LOG_LEVEL": "warning",
         "FOLLOWUPS_TRANSPORT_TIMEOUT": "10",
@@ -123,7 +123,7 @@ def start(rig: Rig) -> Api:
 
 
 def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Add ``rate`` follow-ups a second for ``seconds``, and look at everything thirty seconds apart, or oftener."""
+    """Add ``rate`` follow-ups a second for ``seconds``, and sample at least every thirty seconds."""
     api = start(rig)
     samples = Samples(rig)
     started = time.monotonic()
@@ -135,7 +135,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add, disturb and look, in steps; where the machine is late, catch up."""
+    """Add, disturb and sample in steps, catching up if the machine is late."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP
@@ -149,7 +149,7 @@ def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) ->
 
 
 def finish(rig: Rig, figures: Figures, samples: Samples, **more: Any) -> None:
-    """Check that the load was what it should be, and keep the figures."""
+    """Check that the load was as intended, and record the figures."""
     failed = rig.world.scalar("SELECT count(*) FROM failed_attempts")
     verdict = rig.verdict()
     figures.keep(20, verdict, failed_attempts=failed, **more, **samples.summary())
@@ -169,5 +169,5 @@ def test_load(rig: Rig, figures: Figures) -> None:
 @needs_proc
 @pytest.mark.faults_long
 def test_load_for_long(rig: Rig, figures: Figures) -> None:
-    """An hour of load keeps every promise, and no process of ours grows."""
+    """An hour of load keeps every promise, and no process grows."""
     soak(rig, figures, seconds=float(os.environ.get(SECONDS, "3600")), rate=40)

@@ -1,4 +1,4 @@
-"""The real store on PostgreSQL against the model, in orders of events that Hypothesis thinks of."""
+"""The real store on PostgreSQL against the model, in orders of events that Hypothesis generates."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
 
         @invariant()
         def agree(self) -> None:
-            """Hold the database against what the model says."""
+            """Compare the database with the model."""
             if self.driven:
                 self.driven.compare()
 
         @precondition(lambda self: self.driven)
         @rule(data=strategies.data(), number=strategies.integers(0, 1))
         def change(self, data: Any, number: int) -> None:
-            """Ask for a new message or due date: refused in flight and after the end, done otherwise."""
+            """Change the message or the due date, which is refused in flight and after the end."""
             driven = self.driven
             assert driven
             if number >= len(driven.ids):
@@ -80,7 +80,7 @@ def _rule_of(kind: str) -> Any:
 
 
 def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
-    """Run so many examples of up to forty steps, by the seed."""
+    """Run that many examples of up to forty steps, by the seed."""
     how = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=40,
@@ -93,11 +93,11 @@ def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
 
 
 def test_store_against_model(world: World, settings: Settings, seed: int) -> None:
-    """Whatever happens in whatever order, the store does what the model says."""
+    """In any order of events, the store does what the model predicts."""
     drive(world, settings, seed, examples=25)
 
 
 @pytest.mark.faults_long
 def test_store_against_model_for_long(world: World, settings: Settings, seed: int) -> None:
-    """So it does in a thousand examples."""
+    """The same holds in a thousand examples."""
     drive(world, settings, seed, examples=1000)

@@ -1,4 +1,4 @@
-"""Thousands behind two chats whose first is stuck: they wait aside, and neither claims nor others are slower."""
+"""Thousands wait behind the stuck first ones of two chats: neither claims nor other chats slow down."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PILE = """
 
 
 def stuck_chats(rig: Rig) -> list[UUID]:
-    """Return two chats that take nothing for an hour: one asks for patience, one fails."""
+    """Return two chats that accept nothing for an hour: one limits the rate, the other fails."""
     chats = [rig.world.chat(), rig.world.chat()]
     rig.behave(chats[0], kind="rate_limit", retry_after=3600)
     rig.behave(chats[1], kind="fail", retry_after=3600)
@@ -37,7 +37,7 @@ def stuck_chats(rig: Rig) -> list[UUID]:
 
 
 def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
-    """Insert ``count`` follow-ups into the two chats, all of them due, to be seen at once."""
+    """Insert ``count`` due follow-ups into the two chats in one transaction."""
     with rig.world.engine.begin() as connection:
         for first in range(1, count + 1, PORTION):
             numbers = {"first": first, "last": min(first + PORTION - 1, count)}
@@ -46,7 +46,7 @@ def pile_up(rig: Rig, chats: list[UUID], count: int) -> None:
 
 
 def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
-    """Deliver follow-ups of other chats; return their lag, and what claims took meanwhile."""
+    """Deliver follow-ups of other chats; return their lag, and the duration of claims during that time."""
     since = datetime.now(UTC)
     ids = punctual(rig, count, spread)
     rig.wait_until_done(*ids, within=120)
@@ -54,7 +54,7 @@ def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
 
 
 def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
-    """Measure others before, while ``count`` pile up, and once they wait; then let the users reply."""
+    """Measure other chats before, while ``count`` accumulate, and while they wait; then let the users reply."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     api, chats, each = rig.web(), stuck_chats(rig), round(100 * spread)
@@ -76,7 +76,10 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     figures.keep(17, verdict, behind=count, all_aside_after_s=round(aside, 1), **named)
     assert verdict.ended == {"sent": 3 * each, "cancelled": count}
     refused = rows_of(rig, "SELECT outcome, count(*) FROM failed_attempts GROUP BY 1 ORDER BY 1")
-    assert [tuple(row) for row in refused] == [("retry", 1), ("snoozed", 1)]  # the first of each, once; none behind it
+    assert [tuple(row) for row in refused] == [
+        ("retry", 1),
+        ("snoozed", 1),
+    ]  # the first of each chat once, and none behind it
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:

@@ -1,4 +1,4 @@
-"""TLS to the broker: each client verifies the server before it says a word."""
+"""TLS to the broker: each client verifies the server before it sends anything."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Impostor:
-    """A server with a certificate of its own making, which records every byte that a client says inside TLS."""
+    """A server with a self-made certificate, which records every byte that a client sends inside TLS."""
 
     def __init__(self, certificate: trustme.LeafCert) -> None:
         """Listen; handshakes are made in a thread."""
@@ -131,7 +131,7 @@ def impostor() -> Iterator[Impostor]:
 def test_an_impostor_learns_nothing(
     ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
 ) -> None:
-    """No client says a word, least of all a password, to a server with a certificate from an unknown authority."""
+    """No client sends anything, not even a password, to a server with a certificate from an unknown authority."""
     trusted = tmp_path / "authority.pem"
     trustme.CA().cert_pem.write_to_path(trusted)
     for query in ("", f"?ssl_ca_certs={trusted}", f"?ssl_ca_certs={trusted}&ssl_cert_reqs=CERT_REQUIRED"):
@@ -178,7 +178,7 @@ def test_doctor_tells_what_the_connection_is(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_a_certificate_for_another_host(settings: Settings, engine: Engine) -> None:
-    """A trusted certificate for another host name is refused, unless the URL says that it need not be checked."""
+    """A trusted certificate for another host name is refused unless the URL disables the check."""
     with RedisServer(trustme.CA(), "broker.example") as server:
         for ask in CLIENTS:
             with pytest.raises((redis.RedisError, OSError)):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOON = timedelta(seconds=20)
-"""Far more than it takes: the machine may be busy."""
+"""Far longer than needed, since the machine may be busy."""
 
 OWNER = """
 import os, sys, time
@@ -39,7 +39,7 @@ print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""Starts one of each, forks, and, on request, ends without stopping any."""
+"""Program that starts one of each, forks, and ends on request without stopping any."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
@@ -53,7 +53,7 @@ class TestProcesses:
     """Processes."""
 
     def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
-        """A process counts as started when its check passes, and its output is in a log of its own."""
+        """A process counts as started when its check passes, and its output is in its own log."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:
@@ -68,7 +68,7 @@ class TestProcesses:
         assert "GET / HTTP/1.1" in (tmp_path / "web.log").read_text()
 
     def test_an_early_death_shows_the_end_of_the_log(self) -> None:
-        """A process that ends before it is ready is an error with its exit code and last words."""
+        """A process that ends before it is ready raises an error with its exit code and the end of its log."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"(?s)beat ended with code 3\..*no broker"):
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
@@ -80,7 +80,7 @@ class TestProcesses:
             assert not processes.children[0].running
 
     def test_a_missing_program_is_an_error_in_one_sentence(self) -> None:
-        """A program that is not there is named in the error."""
+        """A missing program is named in the error."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"flower could not be started.*no-such"):
             processes.spawn("flower", ["no-such-program"])
 
@@ -125,9 +125,9 @@ class TestProcesses:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
-    """However the owner ends (a signal, SIGKILL, a return), its servers, processes and directories go soon after.
+    """Servers, processes and directories disappear soon after their owner ends by a signal, SIGKILL or a return.
 
-    Also when something that it forked lives on.
+    They also disappear if a forked child of the owner survives.
     """
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

@@ -1,4 +1,4 @@
-"""Forgotten follow-ups, which wait for something that no longer exists: a tick finds them."""
+"""Forgotten follow-ups wait for something that no longer exists; a tick finds them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_next_tick_finds_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cheap search finds a forgotten follow-up within a tick or two, however long a lease is."""
-    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # on a busy machine one search may look expensive
+    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # one search may look expensive on a busy machine
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
     ticking = Dispatcher(patient, engine, hints.append)

@@ -1,4 +1,4 @@
-"""What a worker signs for: a stuck part does not sign, however well the others are."""
+"""The worker's signs of life: a stuck part gives none, however healthy the others are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline signs when its loop turns, the dispatcher when idle; stuck, their last sign grows old."""
+    """The pipeline signs while its loop turns and the dispatcher while idle; when stuck, their last sign ages."""
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
     pipeline = Pipeline(settings, make_async_engine(database_url, options=ONCE_PLANNED), SandboxTransport(settings))

@@ -1,4 +1,4 @@
-"""The rules for follow-ups and chats on PostgreSQL, as a caller in Python meets them, in its own transaction."""
+"""The rules for follow-ups and chats on PostgreSQL, in a Python caller's own transaction."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ NOW = text("now()")
 
 
 def soon(days: float = 1) -> datetime:
-    """Return the time so many days from now."""
+    """Return the time that many days from now."""
     return datetime.now(UTC) + days * DAY
 
 
@@ -65,7 +65,7 @@ class Caller:
         )
 
     def receive(self, chat_id: UUID, role: Role, at: datetime | None = None, message_id: UUID | None = None) -> Any:
-        """Let a chat message arrive."""
+        """Receive a chat message."""
         return chats.receive(
             self.session,
             self.world.workspace_id,
@@ -91,7 +91,7 @@ class TestSchedule:
     """A row is the job; nothing else is enqueued."""
 
     def test_row(self, caller: Caller) -> None:
-        """The row is pending, triggered by the chat's last message, and there only after the caller's commit."""
+        """The row is pending, triggered by the chat's last message, and visible only after the caller's commit."""
         chat_id, last = caller.world.chat(), uuid4()
         caller.receive(chat_id, Role.AGENT, message_id=last)
         created = caller.schedule(chat_id, message="Still there?")
@@ -112,7 +112,7 @@ class TestSchedule:
         assert caller.schedule(caller.world.chat()).traceparent is None
 
     def test_rollback(self, caller: Caller) -> None:
-        """The caller's rollback takes everything back."""
+        """The caller's rollback undoes everything."""
         created = caller.schedule(caller.world.chat()).id
         caller.session.rollback()
         assert caller.world.scalar("SELECT count(*) FROM follow_ups") == 0
@@ -136,7 +136,7 @@ class TestSchedule:
         assert caught.value.field == field
 
     def test_chat(self, caller: Caller) -> None:
-        """A chat that is unknown, removed, another workspace's, empty, or the user's turn, refuses."""
+        """A chat that is unknown, removed, empty, another workspace's, or the user's turn refuses a follow-up."""
         from world import World  # noqa: PLC0415 - of this test alone
 
         removed, empty = (
@@ -207,10 +207,10 @@ def test_no_row_joins_two_workspaces(world: World) -> None:
 
 
 class TestAmend:
-    """Changes of follow-ups, by operators (who see all workspaces) and by the API."""
+    """Changes of follow-ups by operators, who see all workspaces, and by the API."""
 
     def test_operator(self, caller: Caller) -> None:
-        """Without a workspace every follow-up is seen; with another one it is not there."""
+        """Without a workspace every follow-up is visible; from another workspace none is."""
         created = caller.schedule(caller.world.chat())
         assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
         for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):
@@ -245,7 +245,7 @@ class TestAmend:
         assert caller.world.row(follow_up).lease_until is None
 
     def test_in_flight(self, caller: Caller) -> None:
-        """A begun follow-up refuses, even after its lease has run out: its outcome is not known yet."""
+        """A begun follow-up cannot be cancelled, even after its lease has expired, since its outcome is unknown."""
         follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
         with pytest.raises(DeliveryInProgressError) as caught:
             scheduling.cancel(caller.session, follow_up)
@@ -253,10 +253,10 @@ class TestAmend:
 
 
 class TestRetry:
-    """An operator's second try of what failed."""
+    """Retries of failed follow-ups by an operator."""
 
     def test_new_one(self, caller: Caller) -> None:
-        """A retry makes a new follow-up, due now or when it says; the failed one stays as it is."""
+        """A retry creates a new follow-up, due now or at a given time; the failed one stays as it is."""
         chat_id = caller.world.chat()
         failed = caller.world.follow_up(chat_id, status="failed", reason="too_late", finished_at=NOW, message="Hey")
         before, due = caller.world.row(failed), soon(2)
@@ -293,7 +293,7 @@ class TestChats:
         assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
 
     def test_last_message(self, caller: Caller) -> None:
-        """The latest message is the last, the user's latest opens the window, and an older one changes neither."""
+        """The latest message counts as last, the user's latest opens the window, and an older one changes neither."""
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))
         agent = caller.receive(chat_id, Role.AGENT, soon(-1))
@@ -302,7 +302,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_moment(self, caller: Caller) -> None:
-        """Of two messages of the same moment the one that came later is the last."""
+        """Of two messages with the same time, the one that arrived later is the last."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)
@@ -364,7 +364,7 @@ class TestChats:
         assert (chat.last_user_message_at, created.status) == (late, "pending")
 
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
-        """A message that is known is known, though its chat was removed; a new one finds no chat."""
+        """Repeating a known message has no effect even if its chat was removed; a new one finds no chat."""
         chat_id = uuid4()
         first = caller.receive(chat_id, Role.AGENT)
         chats.remove_chat(caller.session, caller.world.workspace_id, chat_id)

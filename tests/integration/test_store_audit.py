@@ -47,7 +47,7 @@ def test_names_the_key_and_the_workspace(world: World) -> None:
 
 
 def test_rolls_back_with_its_change(world: World) -> None:
-    """What was not done leaves no event."""
+    """An action that was rolled back leaves no event."""
     with world.engine.connect() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.WORKSPACE_CREATED))
         connection.rollback()
@@ -93,7 +93,7 @@ def test_filters(world: World) -> None:
 
 @pytest.mark.parametrize("column", ["way = 'magic'", "number = -1"])
 def test_refuses_what_no_event_has(world: World, column: str) -> None:
-    """The table keeps to known ways and to counts."""
+    """The table refuses unknown ways and negative counts."""
     with world.engine.begin() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.PAUSE_BEGUN))
     with pytest.raises(IntegrityError), world.engine.begin() as connection:

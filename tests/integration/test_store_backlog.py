@@ -1,4 +1,4 @@
-"""The gauges of what waits, on PostgreSQL."""
+"""The backlog's gauges on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_exact(world: World, engine: Engine) -> None:
-    """Few rows are counted: pending, overdue (but for those that wait for another), in flight, and the oldest's age."""
+    """A small table is counted exactly: pending, overdue unless waiting for another, in flight, oldest age."""
     chat_id = world.chat()
     first = world.follow_up(chat_id, due=-2 * HOUR, begun_at=text("now()"), lease_until=text("now()"))
     world.follow_up(chat_id, due=-3 * HOUR, waits_for=first)
@@ -41,7 +41,7 @@ def test_nothing(world: World, engine: Engine) -> None:
 
 
 def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However few of many rows are overdue, they are found through an index, and the rest is not read."""
+    """Few overdue rows among many are found through an index, without reading the rest."""
     monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=HOUR)
     world.sql(

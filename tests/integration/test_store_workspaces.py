@@ -32,7 +32,7 @@ class TestWorkspaces:
     """Tenants, by name."""
 
     def test_created_once(self, session: Session) -> None:
-        """One that exists stays as it is; names are compared without the space around them."""
+        """An existing workspace stays as it is; names are compared without surrounding space."""
         first, new = workspaces.create(session, " Acme ")
         again, new_again = workspaces.create(session, "Acme")
         assert (first.name, first.id, new, new_again) == ("Acme", again.id, True, False)
@@ -48,16 +48,16 @@ class TestWorkspaces:
 
     @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
     def test_not_found(self, session: Session, name: str) -> None:
-        """An unknown name is not found, whatever it is."""
+        """An unknown name is not found, whatever characters it has."""
         with pytest.raises(WorkspaceNotFoundError):
             workspaces.find(session, name)
 
 
 class TestApiKeys:
-    """Keys: shown once, stored as a hash."""
+    """API keys are shown once and stored as a hash."""
 
     def test_made(self, session: Session) -> None:
-        """A key is recognisable and has 256 random bits; the row holds its hash and its beginning only."""
+        """A key is recognisable and has 256 random bits; the row holds only its hash and its prefix."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, "laptop")
         other = api_keys.create(session, workspace.id)[1]
@@ -77,7 +77,7 @@ class TestApiKeys:
             api_keys.create(session, workspace.id, "a\x00")
 
     def test_authenticate(self, session: Session) -> None:
-        """A key leads to its workspace; anything else to nothing."""
+        """A key identifies its workspace; anything else identifies none."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         found = api_keys.authenticate(session, key)
@@ -103,7 +103,7 @@ class TestApiKeys:
         assert found.key_id == row.id
 
     def test_expiry(self, session: Session) -> None:
-        """A key that expires is refused from that moment on; the time must be positive and not absurd."""
+        """A key is refused from its expiry on; the lifetime must be positive and within reason."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, expires=timedelta(days=90))
         assert row.expires_at == row.created_at + timedelta(days=90)
@@ -127,7 +127,7 @@ class TestApiKeys:
             api_keys.revoke(session, uuid4())
 
     def test_use_is_recorded_once_a_minute(self, session: Session, engine: Engine) -> None:
-        """A use is recorded when the last one is a minute old, and never waits for another process that records."""
+        """A use is recorded at most once a minute, without waiting for another process that records one."""
         workspace, _ = workspaces.create(session, "Acme")
         row, _ = api_keys.create(session, workspace.id)
         session.commit()

@@ -1,4 +1,4 @@
-"""The counts of all processes, summed in the database."""
+"""The sums of all processes' counters in the database."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_processes_add_up(engine: Engine) -> None:
     metrics.CLAIMED.inc(3)
     first.add()
     first.add()
-    second.add()  # as another process with the same counts
+    second.add()  # as if another process had the same counts
     assert sums(engine)[CLAIMED] == 2 * (before + 3)
     metrics.CLAIMED.inc(4)
     first.add()

@@ -1,4 +1,4 @@
-"""Every world that can come about, each looked at once; the way to the first one that breaks a promise."""
+"""Explores every reachable state once, and finds the shortest way to one that breaks a promise."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Exploration:
 
     worlds: int
     endings: int
-    """Worlds in which both follow-ups have ended."""
+    """States in which both follow-ups have ended."""
     broken: str = ""
     trace: tuple[str, ...] = ()
 
 
 def explore(protocol: Protocol) -> Exploration:
-    """Look at every world, nearest first."""
+    """Explore every state, nearest first."""
     start = World((Row(), Row(exists=not protocol.creates_late)))
     came_by: dict[World, tuple[World | None, str]] = {start: (None, "")}
     onward: dict[World, list[World]] = {}
@@ -53,7 +53,7 @@ def explore(protocol: Protocol) -> Exploration:
 
 
 def _check(world: World) -> None:
-    """Raise `Broken` for a world that must not be."""
+    """Raise `Broken` for a forbidden state."""
     for row, accepted in zip(world.rows, world.accepted, strict=True):
         if row.status is Status.SENT and not accepted:
             break_promise("no lie: sent, and never accepted")
@@ -64,7 +64,7 @@ def _check(world: World) -> None:
 
 
 def _at_the_horizon(onward: dict[World, list[World]], protocol: Protocol) -> set[World]:
-    """Return worlds where only another claim would help, and the model looks no further."""
+    """Return states that only a claim beyond the limit could leave."""
     return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
 
 

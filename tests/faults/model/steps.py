@@ -1,4 +1,4 @@
-"""All possible next steps: every step of every actor, and every fault between two steps."""
+"""All possible next steps: those of every actor, and every fault between two of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NAMES = ("first", "second")
 
 
 def steps(world: World, protocol: Protocol) -> Iterator[Step]:
-    """Give everything that may happen in this world."""
+    """Yield every step that may happen in this state."""
     for number, row in enumerate(world.rows):
         if row.pending:
             yield from _of_row(world, number, row, protocol)

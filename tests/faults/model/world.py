@@ -1,7 +1,7 @@
-"""The states of the model: two follow-ups of one chat, three workers, and a broker that forgets and repeats.
+"""The states of the model: two follow-ups of one chat, three workers, and a broker that loses and repeats hints.
 
-Left out, because nothing depends on it: time (a lease may end at any moment, so every order of events is included), the
-claim's batch, and a second chat.
+It leaves out time (a lease may end at any moment, so every order of events is included), the claim's batch, and a
+second chat, since nothing depends on them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Row(NamedTuple):
     losses: int = 0
     cancel_requested: str = ""
     unknown: bool = False
-    """An attempt's outcome is not known, and recorded so."""
+    """An attempt's outcome is recorded as unknown."""
     exists: bool = True
 
     @property
     def pending(self) -> bool:
-        """Whether it was created, and has not ended."""
+        """Whether it exists and has not ended."""
         return self.exists and self.status is Status.PENDING
 
 
@@ -56,19 +56,19 @@ class World(NamedTuple):
     rows: tuple[Row, Row]
     workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
     accepted: tuple[int, int] = (0, 0)
-    """How often the chat has taken the message of each."""
+    """How often the chat has accepted the message of each."""
     replied: bool = False
     may_create: bool = False
-    """The creation of the second has looked at the chat, and found that it may (without the chat's lock)."""
+    """The creation of the second has checked the chat without its lock, and may proceed."""
 
     def with_row(self, number: int, row: Row) -> World:
-        """Return the world with this row changed."""
+        """Return the state with this row changed."""
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> World:
         """Return the state without jobs that every guard will refuse from now on.
 
-        This is sound with all guards in place: a token never returns, and an end is final.
+        With all guards in place this is sound, since tokens are never reused and ends are final.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self
@@ -88,16 +88,15 @@ class World(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """Which transport, which guards: all of them, or all but some; and how far to look."""
+    """The transport, the guards in place, and how far to explore."""
 
     deduplicates: bool = True
     without: frozenset[str] = frozenset()
     most_claims: int = 2
-    """Claims of each follow-up: a first worker, and one that takes over from it; what a third adds is looked at in the
-    long form."""
+    """Claims of each follow-up: by a first worker, and by one that takes over. The long form explores a third."""
     most_attempts: int = 2
     creates_late: bool = False
-    """The second follow-up does not exist in the beginning."""
+    """Whether the second follow-up does not exist at the start."""
 
     def guards(self, name: str) -> bool:
         """Return whether a guard is in place."""
@@ -109,5 +108,5 @@ class Broken(Exception):  # noqa: N818 - a broken promise, named as such
 
 
 def break_promise(name: str) -> None:
-    """Say that a promise is broken."""
+    """Raise `Broken` for a promise."""
     raise Broken(name)

@@ -78,7 +78,10 @@ def test_a_caller_s_own_reason_is_left_alone() -> None:
         ),
         ({"waits_for": EARLIER}, f"It waits for the earlier follow-up of its chat, {EARLIER}, to end"),
         ({"lease_until": NOW + timedelta(seconds=9)}, "It is due, and a tick has claimed it"),
-        ({"due": timedelta(minutes=-5)}, "It has been due for 5 min, and no worker has claimed it: earlier follow-ups may be"),
+        (
+            {"due": timedelta(minutes=-5)},
+            "It has been due for 5 min, and no worker has claimed it: earlier follow-ups may be",
+        ),
         ({"lease_until": NOW - timedelta(seconds=9)}, "It has been due for 0 ms, and no worker has claimed it"),
         (
             {"begun_at": NOW, "lease_until": NOW + timedelta(seconds=9)},
@@ -207,7 +210,11 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
         (Circumstances(breaker=Shown("open", 180, 4)), {"due": -HOUR}, "no tick has ever run"),
         (Circumstances(breaker=Shown("open", 180, 4, HELD)), {"due": HOUR}, "It is sent in 1 h"),
         (Circumstances(), {"due": -HOUR}, "no tick has ever run, so beat or the workers are not running"),
-        (Circumstances(tick_age=HOUR), {"due": -HOUR}, "the last tick ran 1 h ago, so beat or the workers are not running"),
+        (
+            Circumstances(tick_age=HOUR),
+            {"due": -HOUR},
+            "the last tick ran 1 h ago, so beat or the workers are not running",
+        ),
         (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
         (
             Circumstances(retried_as=EARLIER),
