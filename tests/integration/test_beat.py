@@ -1,4 +1,4 @@
-"""Beat's scheduler on a host whose clock is set."""
+"""Beat's scheduler on a host whose clock is changed."""
 
 from __future__ import annotations
 

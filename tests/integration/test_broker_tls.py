@@ -154,7 +154,7 @@ def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_s
 
 
 def told(settings: Settings) -> str:
-    """Return what doctor says about the connection to the broker."""
+    """Return doctor's finding about the connection to the broker."""
     (finding,) = connection_checks.of_broker(settings)
     return finding.detail
 

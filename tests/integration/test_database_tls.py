@@ -1,4 +1,4 @@
-"""TLS to the database, on Debian's PostgreSQL; the embedded one is built without TLS."""
+"""TLS to the database, on Debian's PostgreSQL, since the embedded one is built without TLS."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServ
 
 
 def detail(engine: Engine) -> str:
-    """Return what doctor says about the connection."""
+    """Return doctor's finding about the connection."""
     (finding,) = connection_checks.of_database(engine)
     return finding.detail
 

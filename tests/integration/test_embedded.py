@@ -48,7 +48,7 @@ class TestPostgres:
     """EmbeddedPostgres."""
 
     def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
-        """Its URL serves psycopg and, with the driver named, SQLAlchemy; the settings are those of a fast server."""
+        """Its URL serves psycopg and, with the driver's name, SQLAlchemy; the settings are for speed."""
         with psycopg.connect(postgres.url()) as connection:
             assert connection.info.server_version >= 180000
             for name, value in {"fsync": "off", "synchronous_commit": "on", "jit": "off", "TimeZone": "UTC"}.items():
@@ -59,7 +59,7 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
-        """The only way in is a socket in a directory closed to other users: there is no TCP port."""
+        """It listens only on a socket in a directory closed to other users, not on a TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
@@ -97,7 +97,7 @@ class TestPostgres:
             assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
 
     def test_nothing_is_left_of_a_temporary_one(self) -> None:
-        """When its block ends, also by an exception, the processes and the directory are gone."""
+        """When its block ends, even by an exception, the processes and the directory are gone."""
         server = EmbeddedPostgres()
         seen: list[Path] = []
 
@@ -116,7 +116,7 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
-        """Data in a given directory is written durably and found by the next server; a second one now is refused."""
+        """Data in a given directory is durable and used by the next server; a second server at once is refused."""
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700
             with psycopg.connect(server.url()) as connection:
@@ -143,7 +143,7 @@ class TestPostgres:
         assert stat.S_IMODE(closed.stat().st_mode) == 0o700
 
     def test_data_of_another_version_is_refused(self, open_directory: Path) -> None:
-        """Data that another major version made is not touched; the error names both versions."""
+        """Data made by another major version is not touched; the error names both versions."""
         (open_directory / "data").mkdir()
         (open_directory / "data" / "PG_VERSION").write_text("16\n")
         with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
@@ -164,7 +164,7 @@ class TestValkey:
     """EmbeddedValkey."""
 
     def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
-        """Its URL is served, for every logical database; without the password nothing is."""
+        """Its URL works for every logical database, but not without the password."""
         with redis.Redis.from_url(valkey.url(63)) as client:
             assert client.ping()
         address = make_url(valkey.url())
@@ -179,7 +179,7 @@ class TestValkey:
     def test_it_comes_back_empty_at_the_same_url(
         self, valkey: EmbeddedValkey, end: Callable[[EmbeddedValkey], None]
     ) -> None:
-        """A temporary server has forgotten everything after a restart or a kill, and has the same URL."""
+        """A temporary server is empty after a restart or a kill, and keeps its URL."""
         url = valkey.url()
         with redis.Redis.from_url(url) as client:
             client.set("key", "value")
@@ -191,7 +191,7 @@ class TestValkey:
             assert client.dbsize() == 0
 
     def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
-        """With a data directory, also one with a space in its name, the data outlives the server."""
+        """With a data directory, even one with a space in its name, the data survives the server."""
         kept = tmp_path / "kept here"
         with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
             client.set("key", "value")

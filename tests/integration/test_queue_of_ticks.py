@@ -1,4 +1,4 @@
-"""The queue of ticks while no worker reads it."""
+"""The tick queue while no worker reads it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with celery_app.app.producer_pool.acquire() as producer:
 
 
 def test_a_connection_that_was_lost(settings: Settings) -> None:
-    """A tick is sent although the producer's channel was closed: beat keeps its producer for ever."""
+    """A tick is sent even if the producer's channel was closed, since beat keeps its producer."""
     environment = os.environ | settings.environment()
     ran = subprocess.run(
         [sys.executable, "-c", LOST], env=environment, capture_output=True, text=True, check=False, timeout=60
@@ -39,7 +39,7 @@ def test_a_connection_that_was_lost(settings: Settings) -> None:
 
 
 def test_bounded(settings: Settings) -> None:
-    """However many ticks are requested, the queue is bounded and cannot fill the broker."""
+    """However many ticks are requested, the queue stays bounded."""
     ran = subprocess.run(
         [sys.executable, "-c", FLOOD],
         env=os.environ | settings.environment(),

@@ -1,4 +1,4 @@
-"""The schema: what the migrations make is what the models say, and can be taken back."""
+"""The schema: migrations produce what the models declare, and can be reverted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOURS = """
 
 @pytest.fixture
 def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
-    """Return an engine on a database without any table."""
+    """Return an engine on an empty database."""
     name = f"{database_url.rpartition('/')[2].partition('?')[0]}_empty"
     create_database(postgres_url, name)
     engine = make_engine(database_url.replace(name.removesuffix("_empty"), name))
@@ -61,13 +61,13 @@ def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES, OPTIONS])
 def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, query: str) -> None:
-    """Tables made by the migrations equal those made from the models: columns, constraints, indexes, options."""
+    """Tables from the migrations equal those from the models in columns, constraints, indexes and options."""
     Base.metadata.create_all(empty_engine)
     assert described(engine, query) == described(empty_engine, query)
 
 
 def test_down_and_up_again(empty_engine: Engine) -> None:
-    """Every migration can be taken back, and made again; doing it twice changes nothing."""
+    """Every migration can be reverted and repeated; running one twice changes nothing."""
     url = empty_engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
     migrate(url)
     tables = described(empty_engine, CONSTRAINTS)
@@ -152,7 +152,7 @@ def test_chat_of_another_workspace(world: World) -> None:
 
 
 def test_row_with_the_contracts_columns_alone(world: World) -> None:
-    """A row inserted with nothing but the published columns is a job like any other."""
+    """A row inserted with only the published columns is a valid job."""
     chat = world.chat()
     with world.engine.begin() as connection:
         table = Base.metadata.tables["follow_ups"]
@@ -162,7 +162,7 @@ def test_row_with_the_contracts_columns_alone(world: World) -> None:
 
 
 def test_a_migration_may_take_long(empty_engine: Engine) -> None:
-    """Nothing ends a statement of a migration, nor gives up a server that is silent meanwhile; elsewhere both do."""
+    """Statements of a migration have no time limit, and a silent server is not given up; elsewhere both apply."""
     limits: list[tuple[str, float | None]] = []
 
     def look(connection: BoundedConnection, _record: object) -> None:
@@ -182,7 +182,7 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
 
 
 def test_a_migration_gives_way(empty_engine: Engine) -> None:
-    """A migration that waits behind a long transaction lets other statements pass, and completes afterwards."""
+    """A migration that waits for a long transaction lets other statements run, and completes afterwards."""
     url = empty_engine.url.render_as_string(hide_password=False)
     migrate(url, "0003")
     migration = threading.Thread(target=migrate, args=(url,))
@@ -191,7 +191,7 @@ def test_a_migration_gives_way(empty_engine: Engine) -> None:
         migration.start()
         wait_until(lambda: _waiting_for_locks(other))
         other.execute(text("SET lock_timeout = '20s'"))
-        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which gives up its place
+        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which gives up its lock
         other.rollback()
         assert migration.is_alive()
     migration.join(30)

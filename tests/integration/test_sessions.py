@@ -1,4 +1,4 @@
-"""Sessions on servers whose defaults others have set."""
+"""Sessions on servers with foreign defaults."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 
 
 class TestSettings:
-    """The settings that every session makes for itself."""
+    """The settings that every session sets."""
 
     def test_whatever_server_database_role_and_environment_say(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +59,7 @@ class TestSettings:
         engine = make_engine(f"{database_url}&options={own}", pool_size=1)
         found = settings_of(engine)
         assert found == {name: value for name, value in SESSION.items() if name in found}
-        assert found.keys() >= SESSION.keys() - {"transaction_timeout"}  # which older servers do not have
+        assert found.keys() >= SESSION.keys() - {"transaction_timeout"}  # older servers lack it
         other = settings_of(engine, "transaction_isolation", "search_path", "transaction_read_only", "application_name")
         assert other == {
             "transaction_isolation": "read committed",
@@ -70,7 +70,7 @@ class TestSettings:
         engine.dispose()
 
     async def test_values(self, database_url: str) -> None:
-        """Times, intervals, numbers, texts and arrays are read as written, whatever the server's defaults."""
+        """Times, intervals, numbers, texts and arrays read back as written, whatever the server's defaults."""
         set_defaults(database_url, HOSTILE)
         values: dict[str, object] = {
             "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),
@@ -241,7 +241,7 @@ class TestCallersOwnSession:
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
-        """Return an engine that the caller has made, or one of ours."""
+        """Return an engine created by a caller, or one of ours."""
         if request.param == "ours":
             yield world.engine
             return

@@ -1,4 +1,4 @@
-"""Pages of follow-ups: that each filter's query walks an index, however many rows there are."""
+"""Pages of follow-ups: each filter's query reads an index, however many rows there are."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def examined(engine: Engine, workspace_id: UUID | None, wanted: Filter, most: int) -> tuple[set[str], float]:
-    """Run a page's query; return how `follow_ups` is read, and how many rows of it were."""
+    """Run a page's query; return how `follow_ups` is read, and how many of its rows."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
     statement = statement.replace(COLUMNS, "follow_ups.*")
     parameters |= {"offset": most - 11, "size": 11, "most": most}
@@ -78,7 +78,7 @@ INDEX_SCANS = {"Index Scan", "Index Only Scan"}
 
 
 def test_every_list_walks_an_index(filled: Engine) -> None:
-    """Every filter, alone or with others, reads follow-ups through an index, and about as many as the page has."""
+    """Every combination of filters reads follow-ups through an index, and about as many as the page has."""
     largest = "SELECT workspace_id FROM follow_ups GROUP BY 1 ORDER BY count(*) DESC LIMIT 1"
     with filled.connect() as connection:
         row = connection.execute(text("SELECT * FROM follow_ups WHERE status = 'sent' LIMIT 1")).one()
@@ -87,20 +87,20 @@ def test_every_list_walks_an_index(filled: Engine) -> None:
         for wanted in filters_of(row):
             ways, rows = examined(filled, workspace_id, wanted, 11)
             assert ways <= INDEX_SCANS, (wanted, ways)
-            # A page and one more, from each of four states at most, and then the page itself.
+            # At most a page and one row from each of four states, and then the page itself.
             assert rows <= 5 * 11 + 4, (wanted, rows)
         # A late page reads the rows up to its end, and no message of those before it.
         ways, rows = examined(filled, workspace_id, Filter(statuses=(Status.SENT,)), 10_011)
         assert ways <= INDEX_SCANS
         assert rows <= 10_011 + 11
-    # An operator's list takes the first of each workspace, not everything.
+    # An operator's list reads the first rows of each workspace, not everything.
     ways, rows = examined(filled, None, Filter(statuses=(Status.SENT,)), 11)
     assert ways <= INDEX_SCANS
     assert rows <= (WORKSPACES + 1) * 11
 
 
 def filters_of(row: Any) -> list[Filter]:
-    """Return every kind of filter that this row meets, and some that few meet."""
+    """Return every kind of filter that matches this row, and some that match few rows."""
     chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
     strangers = tuple(uuid4() for _ in range(20))
     return [
@@ -119,7 +119,7 @@ def filters_of(row: Any) -> list[Filter]:
 
 
 def test_pages_hold_everything_once(database_url: str) -> None:
-    """The pages of a mixed list, one after another, are all follow-ups in order; an operator sees all workspaces."""
+    """The pages of a list together are all follow-ups in order; an operator sees all workspaces."""
     engine = make_engine(database_url)
     worlds = [World(engine), World(engine)]
     rows = [

@@ -1,4 +1,4 @@
-"""A transaction's end is known, even when the answer to its commit is lost."""
+"""A transaction's outcome is known even when the answer to its commit is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def insert_workspace(connection: Connection) -> str:
-    """Insert one, and return its name."""
+    """Insert a row, and return its name."""
     name = "acme"
     connection.execute(text("INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), :name)"), {"name": name})
     ask_if_lost(connection, lambda asked: asked.scalar(text("SELECT count(*) > 0 FROM workspaces WHERE name = 'acme'")))
@@ -31,7 +31,7 @@ def insert_workspace(connection: Connection) -> str:
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that was done counts as done, though its answer was lost."""
+    """A commit that succeeded counts as done although its answer was lost."""
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
@@ -86,7 +86,7 @@ def test_refused(world: World, engine: Engine) -> None:
 
 
 def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the database stays unreachable, the error is raised after the patience."""
+    """If the database stays unreachable, the error is raised after `PATIENCE`."""
 
     def gone(*_: object, **__: object) -> None:
         message = "no route to host"
@@ -103,7 +103,7 @@ def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.M
 
 
 def server_process(engine: Engine) -> int:
-    """Return the number of the server's process that answers."""
+    """Return the server process's id."""
     with engine.connect() as connection:
         return connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
 

@@ -1,4 +1,4 @@
-"""Celery's broker: always the one in the settings, whatever else the environment says."""
+"""Celery's broker is always that of the settings, whatever else the environment contains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The database's clock, as a worker knows it."""
+"""A worker's estimate of the database's clock."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Monotonic:
 
 
 def moment(seconds: float) -> datetime:
-    """Return the moment so many seconds after 1970."""
+    """Return the time that many seconds after 1970."""
     return EPOCH + timedelta(seconds=seconds)
 
 
@@ -39,7 +39,7 @@ def test_unasked() -> None:
     st.floats(-1e6, 1e9),
 )
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
-    """However long question and answer take, the clock is never ahead of the database, so nothing is sent early."""
+    """However long a round trip takes, the clock is never ahead of the database's, so nothing is sent early."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     for there, back, pause in samples:
@@ -53,7 +53,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_answer_counts() -> None:
-    """A slow answer does not worsen what a quick one established."""
+    """A slow answer does not worsen the estimate of a quick one."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

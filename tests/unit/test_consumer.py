@@ -1,4 +1,4 @@
-"""The pauses of a worker's consumer between two connections to the broker."""
+"""The consumer's pauses between connections to the broker."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def test_pauses_grow_until_a_connection_lasts() -> None:
     pauses = []
     for _ in range(2000):
         consumer.connected()
-        consumer.answered([])  # a read of the queues, while another is refused
+        consumer.answered([])  # a read of the queues while another is refused
         pauses.append(consumer.pause())
     assert pauses[:4] == [0.25, 0.5, 1, 2]
     assert pauses[-1] == LONGEST_PAUSE

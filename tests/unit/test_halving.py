@@ -20,7 +20,7 @@ AWAY = OperationalError("", None, ValueError("away"))
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_the_others_go_on(bad: list[bool]) -> None:
-    """Each good row is done once, in order; each bad row is isolated; no step is wasted."""
+    """Each good row is processed once, in order, and each bad row is isolated, with the fewest steps."""
     steps = 0
 
     def work(part: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Heartbeats: what is written, what is read, and how cheap a check is."""
+"""Heartbeats: their files, the check of them, and its cost."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process is well until one of its parts is late with its sign, and nothing is left of it when it is killed."""
+    """A process is healthy until a part's sign is late; a killed process leaves no trace."""
     (life,) = look(tmp_path, "worker")
     assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
     assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
@@ -75,7 +75,7 @@ def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path
 
 
 def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A start takes away the files of processes that have ended, and no others."""
+    """A start removes the files of processes that have ended, and no others."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")
@@ -99,7 +99,7 @@ def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> 
 
 
 def test_probes_sign_for_others(tmp_path: Path) -> None:
-    """A probe is asked before each writing; once the process is to end, nothing else is expected of it."""
+    """A probe runs before each write; once the process is stopping, only its end is expected."""
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.probe(lambda: heart.sign("loop", SECOND, "is stuck"))
     heart.start()
@@ -112,7 +112,7 @@ def test_probes_sign_for_others(tmp_path: Path) -> None:
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The setting names the directory; without one it is the user's own in the temporary directory."""
+    """The directory is that of the setting, by default the user's own in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"
@@ -123,7 +123,7 @@ def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_trap_is_not_used(tmp_path: Path) -> None:
-    """A link, or a file, where the directory should be is refused in one sentence."""
+    """A link or file in place of the directory is refused in one sentence."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "file").touch()

@@ -11,12 +11,12 @@ import followups
 
 
 def test_everything_offered_is_there() -> None:
-    """Every name in ``__all__`` can be had from the package."""
+    """Every name in ``__all__`` can be imported from the package."""
     assert all(getattr(followups, name).__name__ == name for name in followups.__all__)
 
 
 def test_nothing_else_is() -> None:
-    """A name it does not have is an AttributeError, as of any module."""
+    """An unknown name is an AttributeError, as for any module."""
     with pytest.raises(AttributeError, match="no attribute 'send'"):
         _ = followups.send  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Sending hours: every moment of sending is one at which the clock on the wall allows it."""
+"""Sending hours: messages are sent only when the local clock is within the hours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# With clocks that are set by an hour, by half an hour, at midnight, never; with a day left out; and odd offsets.
+# Zones with changes by an hour, by half an hour, at midnight or never, with a skipped day, and odd offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
     "Pacific/Kiritimati", "Africa/Casablanca",
@@ -51,14 +51,14 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
 
 
 def is_shown_twice(zone: str, moment: datetime) -> bool:
-    """Return whether the clock shows this time twice, or did within a day of it (its hours may begin then)."""
+    """Return whether the local time occurs twice, or one within a day before it, when its hours may begin."""
     zone_info = ZoneInfo(zone)
     return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1
 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
-    """From the opening on and until right before the closing, the clock shows a time of sending."""
+    """From the opening until just before the closing, the local time is within the hours."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
     assert moment < closing
@@ -71,7 +71,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
-    """Until the opening the clock shows no time of sending, but for the hours in which it is set."""
+    """Until the opening the local time is outside the hours, except when the clock is changed."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):
@@ -82,7 +82,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
-    """At the opening it is open: asked again then, the answer is that moment; and a later moment opens no earlier."""
+    """The opening is itself within the hours, and a later time never opens earlier."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening
@@ -110,13 +110,13 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
     ],
 )
 def test_moments_in_berlin(opening: str, closing: str, moment: str, expected: str) -> None:
-    """Hours go by the clock on the wall, over nights and over the days on which clocks are set."""
+    """Hours follow the local clock, across midnight and daylight-saving changes."""
     hours = SendingHours(BERLIN, time.fromisoformat(opening), time.fromisoformat(closing))
     assert opens_at(hours, datetime.fromisoformat(moment)) == datetime.fromisoformat(expected)
 
 
 def test_days() -> None:
-    """On other days it does not open; a night belongs to the day on which it begins."""
+    """Hours open only on their days; a night belongs to the day on which it begins."""
     weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
     saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
     assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)
@@ -142,7 +142,7 @@ def test_what_are_no_days(text: str) -> None:
     "name", ["", "Nowhere", "Europe", "../etc/passwd", "/etc/localtime", "a\x00", "\ud800", "x" * 300]
 )
 def test_what_is_no_time_zone(name: str) -> None:
-    """A name that is not in the time zone database is no zone, whatever it is."""
+    """A name that is not in the time zone database is refused."""
     assert zone_of(name) is None
     with pytest.raises(LookupError):
         opens_at(SendingHours(name, time(8), time(20)), datetime(2030, 1, 31, tzinfo=UTC))

@@ -1,4 +1,4 @@
-"""The retry policy: how long the delay is, and when there is none."""
+"""The retry policy: the delays, and when there is no further try."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ fractions = st.floats(0.0, 1.0, exclude_max=True)
 
 @given(policies, attempts, fractions)
 def test_the_delay_is_between_zero_and_the_ceiling(policy: RetryPolicy, attempt: int, fraction: float) -> None:
-    """Whatever the jitter, the delay is neither negative nor above the ceiling of its attempt, nor the cap."""
+    """Whatever the jitter, the delay is between zero and the attempt's ceiling, and at most the cap."""
     assert ZERO <= policy.jittered(attempt, lambda: fraction) <= policy.ceiling(attempt) <= policy.cap
 
 
@@ -39,12 +39,12 @@ def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
 
 @given(policies, attempts)
 def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None:
-    """There is a next try exactly while attempts are left."""
+    """There is a next try if and only if attempts are left."""
     assert (policy.next_delay(attempt) is None) == (attempt >= policy.max_attempts)
 
 
 def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
-    """The ceiling is base times factor to the power of the earlier attempts, and the cap at most."""
+    """The ceiling is base times factor to the power of the earlier attempts, and at most the cap."""
     policy = RetryPolicy(timedelta(seconds=5), 2.0, HOUR, max_attempts=1000)
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3, 10, 11, 12)] == [
         5,
@@ -64,7 +64,7 @@ def test_a_slow_growth_goes_on() -> None:
 
 
 def test_the_jitter_is_full() -> None:
-    """The delay is the ceiling times the jitter's fraction, from nothing on, and differs from call to call."""
+    """The delay is the ceiling times a random fraction from zero up, and differs from call to call."""
     policy = RetryPolicy(timedelta(seconds=8), 2.0, HOUR, max_attempts=8)
     assert policy.next_delay(2, lambda: 0.0) == ZERO
     assert policy.next_delay(2, lambda: 0.25) == timedelta(seconds=4)
@@ -73,7 +73,7 @@ def test_the_jitter_is_full() -> None:
 
 @given(st.timedeltas(timedelta(days=-400), timedelta(days=400)))
 def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
-    """The transport's requested delay is clamped to one second..one day, and kept in between."""
+    """The transport's requested delay is clamped to between one second and one day."""
     kept = clamp_retry_after(wished)
     assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
     assert kept == wished or not MIN_RETRY_AFTER <= wished <= MAX_RETRY_AFTER

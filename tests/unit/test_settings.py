@@ -1,4 +1,4 @@
-"""The settings: names, defaults, limits, what is displayed, and the errors for wrong ones."""
+"""The settings: names, defaults, limits, display, and errors."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _by_name(settings: Settings) -> dict[str, Any]:
 
 
 def test_every_published_name_has_its_default() -> None:
-    """With the two URLs set, every published setting is there with its default."""
+    """With the two URLs set, every published setting has its default."""
     read = _by_name(load_settings())
     assert read["FOLLOWUPS_DATABASE_URL"] == SecretStr(DATABASE_URL)
     assert read["FOLLOWUPS_BROKER_URL"] == SecretStr(BROKER_URL)
@@ -105,7 +105,7 @@ def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A missing file, and a variable beside its file, stop the start with the name and without the value."""
+    """A missing file, or a variable given beside its file, stops the start with the name but not the value."""
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:
         load_settings()
@@ -167,7 +167,7 @@ def test_the_platforms_usual_names_are_read_too(
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])
 def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """Without a required URL the start stops with its name and what to set it to."""
+    """Without a required URL the start stops with its name and an example."""
     monkeypatch.delenv(environment_name(field))
     with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
         load_settings()
@@ -204,7 +204,7 @@ def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) 
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """A wrong value is an error of one sentence that begins with the variable and shows no password."""
+    """An invalid value is an error in one sentence that begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()
@@ -253,12 +253,12 @@ def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
 
 
 def test_a_url_without_a_password_stays_as_it_is() -> None:
-    """Nothing but the query is taken from a URL without credentials."""
+    """Only the query is hidden in a URL without credentials."""
     assert hide_password("redis://broker:6379/0?ssl=1") == "redis://broker:6379/0"
 
 
 def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment that settings give to another process reads back as the same settings."""
+    """The environment made for another process reads back as the same settings."""
     settings = load_settings(transport_url="http://127.0.0.1:9/", transport_deduplicates=False, log_format="console")
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -267,14 +267,14 @@ def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch
 
 @given(st.timedeltas(timedelta(0), timedelta(days=36_500)))
 def test_durations_pass_unrounded(max_lateness: timedelta) -> None:
-    """Any duration, to the microsecond, is the same after it went through the environment."""
+    """Any duration survives the environment to the microsecond."""
     text = load_settings(max_lateness=max_lateness).environment()["FOLLOWUPS_MAX_LATENESS"]
     assert "e" not in text
     assert load_settings(max_lateness=text).max_lateness == max_lateness
 
 
 def test_the_retry_policy_comes_from_the_settings() -> None:
-    """The four retry settings make the policy."""
+    """The four retry settings define the policy."""
     policy = load_settings(retry_base=1, retry_factor=3, retry_cap=10, max_attempts=5).retry_policy
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3)] == [1, 3, 9]
     assert (policy.cap, policy.max_attempts) == (timedelta(seconds=10), 5)
@@ -292,7 +292,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A bare 90 that was meant as days is refused with the meaning of the number, and nothing is deleted."""
+    """A bare 90, meant as days, is refused with an explanation, and nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)

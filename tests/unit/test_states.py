@@ -48,7 +48,7 @@ def _allowed(current: Status, to: Status, code: ReasonCode | None) -> bool:
 
 @pytest.mark.parametrize(("current", "to", "code"), ALL_TRIPLES)
 def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Status, code: ReasonCode | None) -> None:
-    """Of all (from, to, code), exactly those of the contract are possible; every other one is refused."""
+    """Exactly the transitions of the contract are possible; every other one is refused."""
     if _allowed(current, to, code):
         assert finish(to, code, current=current) == Final(to, code)
     else:
@@ -66,7 +66,7 @@ def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Sta
 def test_whatever_is_asked_ends_well_or_is_refused(
     current: Status, to: Status, code: ReasonCode | None, detail: str, words: str
 ) -> None:
-    """Nothing leaves a final state, nothing becomes pending; sent never has a reason, the others always have."""
+    """No transition leaves a final state or leads to pending; only sent has no reason."""
     try:
         final = finish(to, code, detail, words=words, current=current)
     except FollowUpsError:
@@ -79,7 +79,7 @@ def test_whatever_is_asked_ends_well_or_is_refused(
 
 
 def test_the_three_final_states_are_final() -> None:
-    """Sent, failed and cancelled lead nowhere; pending leads to each of them."""
+    """Sent, failed and cancelled have no transitions; pending has one to each of them."""
     assert frozenset({Status.SENT, Status.FAILED, Status.CANCELLED}) == FINAL
     assert set(TRANSITIONS) == set(Status)
     assert set(TRANSITIONS[Status.PENDING]) == FINAL
@@ -104,7 +104,7 @@ def test_the_documented_table_is_the_code() -> None:
 
 @given(code=st.sampled_from(ReasonCode), detail=st.text(st.characters(), max_size=3 * MAX_REASON_LENGTH))
 def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail: str) -> None:
-    """Whatever the detail, the reason splits at the colon into its code, is bounded, and fits into PostgreSQL."""
+    """Whatever the detail, the reason begins with its code and a colon, is bounded, and can be stored."""
     reason = explain(code, detail)
     assert code_of(reason) == code
     assert reason == code or reason.startswith(f"{code.value}: ")
@@ -114,7 +114,7 @@ def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail
 
 
 def test_what_postgresql_cannot_store_is_replaced() -> None:
-    """NUL characters and halves of surrogate pairs, which JSON can carry, don't reach the table."""
+    """NUL characters and lone surrogates, which JSON can carry, don't reach the table."""
     assert explain(ReasonCode.REJECTED, "a\x00b\ud800c") == "rejected: a\N{REPLACEMENT CHARACTER}b?c"
 
 
@@ -129,7 +129,7 @@ def test_what_postgresql_cannot_store_is_replaced() -> None:
     ],
 )
 def test_the_code_of_a_stored_reason(reason: str | None, code: str) -> None:
-    """No reason has no code, and a caller's own words count as 'other'."""
+    """A missing reason has no code, and a caller's own reason counts as 'other'."""
     assert code_of(reason) == code
 
 

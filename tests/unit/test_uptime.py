@@ -13,7 +13,7 @@ KERNELS = Path("/proc/uptime")
 
 
 def test_never_back() -> None:
-    """The clock advances, and never goes back."""
+    """The clock advances and never goes back."""
     first = uptime()
     time.sleep(0.001)
     assert uptime() > first

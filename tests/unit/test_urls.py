@@ -1,4 +1,4 @@
-"""URLs of database and broker: which are accepted, and how the others are refused."""
+"""URLs of database and broker: which are accepted, and the errors for others."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_hosts_of_a_database(text: str, host: str, port: str) -> None:
 
 
 def test_what_stands_beside_the_hosts_stays() -> None:
-    """User, password, database and parameters of the URL are kept, also with several hosts."""
+    """User, password, database and parameters of the URL are kept, even with several hosts."""
     url = database_url("postgresql://me:s%40crs@one,two:1/chats?target_session_attrs=read-write&sslmode=disable")
     assert (url.username, url.password, url.database) == ("me", "s@crs", "chats")
     assert (url.query["target_session_attrs"], url.query["sslmode"]) == ("read-write", "disable")
@@ -47,7 +47,7 @@ def test_what_stands_beside_the_hosts_stays() -> None:
 
 @pytest.mark.parametrize("hosts", ["one:5432", "one", "one:5432,two:5433"])
 def test_escaped_characters(hosts: str) -> None:
-    """Escaped characters of a name and a password are read as they are, with one host and with several."""
+    """Escaped characters in a name or password are decoded, with one host and with several."""
     url = database_url(f"postgresql://a%40pp:p%40s%2Fs%25%3A%2C,w@{hosts}/chats")
     assert (url.username, url.password, url.database) == ("a@pp", "p@s/s%:,,w", "chats")
 
@@ -146,6 +146,6 @@ def test_a_broker_url_is_brought_into_one_form(text: str, read: str) -> None:
 
 
 def test_white_space_around_a_database_url() -> None:
-    """White space around a URL is cut off."""
+    """Surrounding white space is removed from a URL."""
     read = load_settings(database_url=f"\t{DATABASE} \n", broker_url=BROKER)
     assert read.database_url.get_secret_value() == DATABASE

@@ -1,4 +1,4 @@
-"""The messaging windows: until when a channel lets a business write into a chat."""
+"""The messaging windows, in which a channel lets a business write into a chat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_the_channels_are_the_contract_s() -> None:
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel) -> None:
-    """A message may go until, and not at, 24 hours after the user's last one."""
+    """A message may be sent until, but not at, 24 hours after the user's last one."""
     assert is_open(channel, NOON, NOON)
     assert is_open(channel, NOON, NOON + WINDOW - MICROSECOND)
     assert not is_open(channel, NOON, NOON + WINDOW)
@@ -31,7 +31,7 @@ def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_without_a_user_s_message_there_is_no_window(channel: Channel) -> None:
-    """Where the user never wrote, nothing may be sent."""
+    """If the user never wrote, nothing may be sent."""
     assert not is_open(channel, None, NOON)
 
 
@@ -41,5 +41,5 @@ def test_without_a_user_s_message_there_is_no_window(channel: Channel) -> None:
     at=st.datetimes(timezones=st.just(UTC)),
 )
 def test_other_channels_are_always_open(channel: Channel, last: datetime | None, at: datetime) -> None:
-    """A channel without a window takes a message at any time, whatever the user did."""
+    """A channel without a window accepts a message at any time."""
     assert is_open(channel, last, at)

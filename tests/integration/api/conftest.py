@@ -1,4 +1,4 @@
-"""One web process in each process of the run, for all tests that share its settings; a workspace for each test."""
+"""One web process in each test process, for all tests with its settings; a workspace for each test."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def web_engine(web_settings: Settings) -> Iterator[Engine]:
 
 @pytest.fixture
 def api(web_url: str, web_engine: Engine) -> Iterator[Api]:
-    """Return a client with a workspace of its own."""
+    """Return a client with its own workspace."""
     api = Api(web_url, World(web_engine))
     with api.client:
         yield api

@@ -1,4 +1,4 @@
-"""What schemathesis cannot know from a document: which valid requests the current state refuses.
+"""Hooks for schemathesis: which valid requests the current state refuses, which the document cannot tell.
 
 `valid_requests_are_accepted` replaces its `positive_data_acceptance`; it is the same check, except for the 422s of
 these rules, which have tests of their own.
@@ -27,7 +27,7 @@ def valid_requests_are_accepted(
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}
         if all("should lie in the years" in error["detail"] for error in problem["errors"]):
-            return None  # RFC 3339 knows more years than a clock does
+            return None  # RFC 3339 has more years than a datetime
         is_change = case.method.upper() == "PATCH" and pointers <= TOGETHER
         if is_change or problem["type"].rpartition("/")[2] in RULES:
             return None

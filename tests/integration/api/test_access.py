@@ -1,4 +1,4 @@
-"""The log of web: one line a request, and the request's id in every line and answer."""
+"""The access log: one line a request, and the request's id in every line and answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def logged(stack: Stack) -> Iterator[Api]:
-    """Return a client of a web process whose log is the test's own; it logs everything."""
+    """Return a client of a web process with its own log at the lowest level."""
     _, url = start(stack.processes, stack.environment() | {"FOLLOWUPS_LOG_LEVEL": "debug"})
     api = Api(url, stack.world)
     with api.client:
@@ -61,7 +61,7 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
 def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
-    """A request keeps its own id, unless that is not a plain word of up to 128 characters."""
+    """A request keeps its own id if that is a plain word of up to 128 characters."""
     answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered
@@ -76,7 +76,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
 
 
 def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
-    """A stranger's request on the same connection is not logged with the previous request's workspace."""
+    """A request without a key is not logged with the workspace of the connection's previous request."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex
@@ -101,7 +101,7 @@ def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
 
 
 def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
-    """A body that is too long, and a path that leads nowhere, are logged like any other request."""
+    """A request with too long a body or an unknown path is logged like any other."""
     answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
     (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
     assert (line["status"], line["workspace_id"]) == (413, None)

@@ -1,4 +1,4 @@
-"""API keys, and that no workspace reaches another's things."""
+"""API keys, and the isolation of workspaces."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[st
 
 @pytest.fixture
 def document(web_url: str) -> dict[str, Any]:
-    """Return the running process's document."""
+    """Return the running process's OpenAPI document."""
     found: dict[str, Any] = httpx.get(f"{web_url}/openapi.json", verify=False).json()  # noqa: S501 - no TLS
     return found
 
@@ -64,7 +64,7 @@ def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
 
 
 def test_stranger_learns_nothing_else(api: Api) -> None:
-    """A stranger's bad request is 401 too, not 422, and reveals nothing."""
+    """An invalid request without a key is 401, not 422, and reveals nothing."""
     for path in (FOLLOW_UPS, CHAT_MESSAGES):
         for content in (b"{", b"\xff", b"{}"):
             answer = api.client.post(path, content=content, headers={"authorization": "x"})
@@ -74,7 +74,7 @@ def test_stranger_learns_nothing_else(api: Api) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "Bearer {}", "bearer {}", "BEARER  {}"])
 def test_forms(api: Api, form: str) -> None:
-    """The key is taken raw or as a bearer token."""
+    """The key is accepted raw or as a bearer token."""
     assert api.client.get(FOLLOW_UPS, headers={"authorization": form.format(api.key)}).status_code == 200
 
 
@@ -94,7 +94,7 @@ def test_expired_at_once(api: Api) -> None:
 
 
 def test_last_use(api: Api) -> None:
-    """The use of a key is recorded, once a minute and not with each request."""
+    """The use of a key is recorded once a minute, not with each request."""
 
     def last_used() -> object:
         return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - our own
@@ -108,7 +108,7 @@ def test_last_use(api: Api) -> None:
 
 
 def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> None:
-    """With another workspace's key, every endpoint treats our ids as if they did not exist, and leaves them be."""
+    """With another workspace's key, every endpoint treats our ids as unknown and changes nothing."""
     mine = api.create()
     unknown = {"id": str(uuid4()), "chatId": str(uuid4())}
     about_mine, about_nothing = requests_of(document, mine), requests_of(document, unknown)
@@ -120,7 +120,7 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
             assert answer.json() == expected.json()
         assert mine["message"] not in answer.text
         assert mine["id"] not in answer.text
-        for each in (mine, unknown):  # the other's own chat by that id, if this made one
+        for each in (mine, unknown):  # the other workspace's own chat with that id, if one was created
             other.client.delete(f"{CHATS}/{each['chatId']}")
     assert api.read(mine) == mine
 

@@ -36,7 +36,7 @@ class TestChange:
         assert api.read(before) == after
 
     def test_nothing(self, api: Api) -> None:
-        """A change without effect changes nothing, not even `updatedAt`."""
+        """A change without effect leaves even `updatedAt` as it was."""
         before = api.create()
         same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
         del same["reason"]
@@ -44,7 +44,7 @@ class TestChange:
             assert api.patch(before, **changes).json() == before
 
     def test_new_due_date_takes_the_lease_back(self, api: Api) -> None:
-        """A reschedule makes every earlier hint stale."""
+        """A reschedule invalidates every earlier hint."""
         before = api.create()
         api.world.sql(
             "UPDATE follow_ups SET lease_token = 7, lease_until = now() + interval '1 min', next_attempt_at = now()"
@@ -76,7 +76,7 @@ class TestChange:
         assert (again.status_code, again.json()) == (200, ended)
 
     def test_finished_at(self, api: Api) -> None:
-        """The time of the end may be the caller's."""
+        """The caller may give the time of the end."""
         ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
         assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
 
@@ -115,11 +115,11 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=str(uuid4())), 404, "not-found")
 
     def test_chat_of_the_user(self, api: Api) -> None:
-        """It cannot move into a chat whose user wrote last."""
+        """A follow-up cannot move into a chat whose user wrote last."""
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
-        """A new due date must lie in the window, too."""
+        """A new due date must also be within the messaging window."""
         created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
         is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
         assert api.patch(created, dueDate=in_days(0.6)).status_code == 200
@@ -156,7 +156,7 @@ class TestFinished:
         is_problem(api.patch(failed, chatMessageId=name), 409, "already-finished")
 
     def test_in_flight(self, api: Api) -> None:
-        """While an attempt is in flight every change is 409, says when to come again, and changes nothing."""
+        """While an attempt is in flight, every change is refused with 409 and Retry-After."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         for changes in ({"message": "x"}, {"dueDate": in_days(1)}, {"status": "cancelled"}):

@@ -20,7 +20,7 @@ class TestPut:
 
     @pytest.mark.parametrize("channel", ["widget", "waha", "whatsapp", "instagram", "api", "matrix"])
     def test_created_and_updated(self, api: Api, channel: str) -> None:
-        """The first PUT is 201, the next 200, and the last one's values are kept."""
+        """The first PUT is 201 and the next 200, whose values replace the first's."""
         path = f"{CHATS}/{uuid4()}"
         created = api.client.put(path, json={"channel": channel, "externalId": "!room:host"})
         assert created.status_code == 201
@@ -50,7 +50,7 @@ class TestPut:
         ],
     )
     def test_bad_body(self, api: Api, body: dict[str, Any], pointer: str) -> None:
-        """A body that is not as documented is 422."""
+        """An invalid body is 422."""
         answer = api.client.put(f"{CHATS}/{uuid4()}", json=body)
         assert pointers(is_problem(answer, 422, "invalid-request")) == [pointer]
 
@@ -64,7 +64,7 @@ class TestRemove:
     """DELETE removes a chat."""
 
     def test_removed(self, api: Api) -> None:
-        """Its pending follow-ups become cancelled, and later requests for it answer 404."""
+        """Removing a chat cancels its pending follow-ups; later requests for it are 404."""
         chat_id = api.chat()
         created = api.create(chat_id)
         answer = api.client.delete(f"{CHATS}/{chat_id}")
@@ -78,7 +78,7 @@ class TestRemove:
         is_problem(api.client.delete(f"{CHATS}/{chat_id}"), 404, "not-found")
 
     def test_put_again(self, api: Api) -> None:
-        """A removed chat that is put again is new, without messages."""
+        """A removed chat that is created again has no messages."""
         chat_id = api.chat()
         api.client.delete(f"{CHATS}/{chat_id}")
         assert api.client.put(f"{CHATS}/{chat_id}", json={"channel": "api"}).status_code == 201
@@ -86,7 +86,7 @@ class TestRemove:
         is_problem(api.post(FOLLOW_UPS, body), 409, "nothing-to-follow-up")
 
     def test_unknown(self, api: Api) -> None:
-        """A chat that is not there is 404."""
+        """An unknown chat is 404."""
         is_problem(api.client.delete(f"{CHATS}/{uuid4()}"), 404, "not-found")
 
 
@@ -108,7 +108,7 @@ class TestMessages:
         assert api.read(other) == other
 
     def test_answer(self, api: Api) -> None:
-        """The answer has exactly the contract's fields; the chat is made when it is not there; a text is not taken."""
+        """The answer has exactly the contract's fields; an unknown chat is created; a text is ignored."""
         body = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "agent", "createdAt": "2030-01-01T01:00:00+01:00"}
         answer = api.post(CHAT_MESSAGES, body | {"text": "secret"})
         assert answer.status_code == 201
@@ -116,7 +116,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_again(self, api: Api) -> None:
-        """The same id again is 200 and has no effect, whatever else it says now."""
+        """A repeated id is 200 and has no effect, whatever the other fields are."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")
@@ -136,14 +136,14 @@ class TestMessages:
         assert api.read(created) == created
 
     def test_clock_ahead(self, api: Api) -> None:
-        """A message from a clock that runs ahead does not make the replies after it look old."""
+        """A message with a time in the future does not make later replies look old."""
         chat_id = str(uuid4())
         api.message(chat_id, "agent", createdAt=in_days(1))
         created = api.create(chat_id)
         assert api.message(chat_id, "user").json()["cancelledFollowUpIds"] == [created["id"]]
 
     def test_in_flight(self, api: Api) -> None:
-        """One in flight is not cancelled by the reply, but remembers not to be tried again."""
+        """A reply does not cancel a follow-up in flight, but keeps it from being retried."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []
@@ -156,7 +156,7 @@ class TestMessages:
         [("id", "x"), ("chatId", None), ("role", "bot"), ("createdAt", "2030-01-01T00:00:00"), ("createdAt", 1)],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """A field that is not as documented is 422."""
+        """An invalid field is 422."""
         body: dict[str, object] = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "user"}
         answer = api.post(CHAT_MESSAGES, body | {field: value})
         assert pointers(is_problem(answer, 422, "invalid-request")) == [f"#/{field}"]

@@ -36,7 +36,7 @@ def pair(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
 
 
 def put(api: Api, room: str | None, chat: object = None) -> int:
-    """Put a chat into a room; return the response status."""
+    """Assign a chat to a room; return the response status."""
     answer = api.client.put(f"{CHATS}/{chat or uuid4()}", json={"channel": "matrix", "externalId": room})
     if answer.status_code == 409:
         is_problem(answer, 409, "external-chat-taken")

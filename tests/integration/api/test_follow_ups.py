@@ -27,10 +27,10 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
 class TestCreate:
-    """POST creates a pending follow-up, or says why not."""
+    """POST creates a pending follow-up, or explains why not."""
 
     def test_created(self, api: Api) -> None:
-        """The answer is 201 with exactly the contract's fields, UTC times with Z, and the new one's location."""
+        """The answer is 201 with exactly the contract's fields, UTC times with Z, and the new follow-up's location."""
         chat_id = str(uuid4())
         agent = api.message(chat_id, "agent").json()
         body = {"chatId": chat_id, "dueDate": "2035-01-01T10:00:00+02:00", "message": "Da? \N{WAVING HAND SIGN}"}
@@ -49,7 +49,7 @@ class TestCreate:
         assert api.get(answer.headers["location"]).json() == created
 
     def test_unknown_chat(self, api: Api) -> None:
-        """A chat that is not there is 404, in the contract's words."""
+        """An unknown chat is 404, with the contract's text."""
         answer = api.post(FOLLOW_UPS, {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"})
         assert is_problem(answer, 404, "not-found")["detail"] == "The chat was not found."
 
@@ -85,7 +85,7 @@ class TestCreate:
         ],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """A field that is not as documented is 422, and the problem points at it alone."""
+        """An invalid field is 422, and the problem points at it alone."""
         body: dict[str, Any] = {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"} | {field: value}
         assert pointers(is_problem(api.post(FOLLOW_UPS, body), 422, "invalid-request")) == [f"#/{field}"]
 
@@ -107,13 +107,13 @@ class TestCreate:
         assert api.create(due="2001-02-03T04:05:06.789Z")["dueDate"] == "2001-02-03T04:05:06.789000Z"
 
     def test_unknown_fields_are_ignored(self, api: Api) -> None:
-        """A client that says more than is asked is served."""
+        """Unknown fields in a body are ignored."""
         body = {"chatId": api.chat(), "dueDate": in_days(1), "message": "?", "priority": 1}
         assert api.post(FOLLOW_UPS, body).status_code == 201
 
     @pytest.mark.parametrize("channel", ["whatsapp", "instagram"])
     def test_messaging_window(self, api: Api, channel: str) -> None:
-        """Where there is a window, a due date is allowed within 24 hours of the user's last message, and not after."""
+        """On a windowed channel, a due date is allowed only within 24 hours of the user's last message."""
         chat_id = api.chat(channel, "user", "agent")
         assert api.create(chat_id, in_days(0.99))
         body = {"chatId": chat_id, "dueDate": in_days(1.01), "message": "?"}
@@ -121,9 +121,9 @@ class TestCreate:
         assert pointers(problem) == ["#/dueDate"]
 
     def test_sending_hours_and_the_window(self, api: Api) -> None:
-        """A due date outside the sending hours is taken, unless they open after the window: then 422 says when."""
+        """A due date outside the sending hours is accepted unless they open after the window, which is a 422."""
         now = datetime.now(UTC)
-        # Hours that end within the hour and open in 23: after the window of a user who wrote 2 hours ago.
+        # Hours that end within the hour and open again in 23 hours, after the window of a user who wrote 2 hours ago.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)
@@ -142,7 +142,7 @@ class TestCreate:
         is_problem(api.patch(inside, dueDate=outside), 422, "outside-messaging-window")
 
     def test_no_window_without_a_user(self, api: Api) -> None:
-        """A windowed chat whose user never wrote allows nothing, not even at once."""
+        """A windowed chat whose user never wrote allows no due date, not even now."""
         body = {"chatId": api.chat("whatsapp"), "dueDate": "2001-01-01T00:00:00Z", "message": "?"}
         is_problem(api.post(FOLLOW_UPS, body), 422, "outside-messaging-window")
 

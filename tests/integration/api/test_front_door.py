@@ -1,4 +1,4 @@
-"""The API's front door: limits on each client, and what is answered before a key has been checked."""
+"""The API before authentication: limits on each client, and the answers to requests without a valid key."""
 
 from __future__ import annotations
 
@@ -180,7 +180,9 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
             with socket.create_connection((host, port)) as slow:
                 slow.sendall(head.encode() + b" " * 200_000)
                 answer = client.post(CHAT_MESSAGES, content=b" " * 200_000)
-                return answer if answer.status_code == 503 else None  # else the slow one was refused, or had not come
+                return (
+                    answer if answer.status_code == 503 else None
+                )  # otherwise the slow one was refused or had not arrived
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")

@@ -33,7 +33,7 @@ def body_of(api: Api, **more: Any) -> dict[str, Any]:
 
 
 def same(first: httpx.Response, second: httpx.Response) -> bool:
-    """Return whether both are the same answer: status, type, location and every byte."""
+    """Return whether two answers are equal in status, type, location and body."""
     names = ("content-type", "location")
     return (first.status_code, first.content, [first.headers.get(name) for name in names]) == (
         second.status_code,
@@ -43,7 +43,7 @@ def same(first: httpx.Response, second: httpx.Response) -> bool:
 
 
 def test_again(api: Api) -> None:
-    """The same key and body get the first answer, byte for byte, and create nothing; though it was cancelled since."""
+    """The same key and body get the first answer, byte for byte, even if the follow-up was cancelled since."""
     body, key = body_of(api), str(uuid4())
     first = keyed(api, body, key)
     assert first.status_code == 201
@@ -53,7 +53,7 @@ def test_again(api: Api) -> None:
 
 
 def test_same_body_otherwise_written(api: Api) -> None:
-    """Bodies are compared by what they say."""
+    """Bodies are compared by content, not by bytes."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)
@@ -69,7 +69,7 @@ def test_other_body(api: Api) -> None:
 
 
 def test_refusal_is_an_answer(api: Api) -> None:
-    """A refusal by the rules is repeated even if the chat would allow it now; an invalid body's is not."""
+    """A refusal by the rules is repeated even if the chat allows it now; that of an invalid body is not."""
     body = body_of(api, chatId=str(uuid4()))
     assert keyed(api, body | {"message": ""}, "key").status_code == 422
     first = keyed(api, body, "key")
@@ -80,13 +80,13 @@ def test_refusal_is_an_answer(api: Api) -> None:
 
 
 def test_other_workspace(api: Api, other: Api) -> None:
-    """Another workspace's same key is another key."""
+    """The same key in another workspace is independent."""
     keyed(api, body_of(api), "key")
     assert keyed(other, body_of(other), "key").status_code == 201
 
 
 def test_forgotten_after_a_day(api: Api) -> None:
-    """After 24 hours the key is free, and expired answers are swept away as new ones come."""
+    """After 24 hours the key is free, and expired answers are deleted as new ones are stored."""
     body = body_of(api)
     for key in "abc":
         keyed(api, body, key)
@@ -107,7 +107,7 @@ def test_bad_key(api: Api, key: str) -> None:
 
 
 def test_still_running(api: Api, web_settings: Settings) -> None:
-    """While the first request runs, a second with its key is 409 at once; then it gets the first's answer."""
+    """While the first request runs, a second with its key gets 409; afterwards it gets the first's answer."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
         connection.execute("SELECT FROM chats WHERE id = %s FOR UPDATE", [body["chatId"]])
@@ -123,7 +123,7 @@ def test_still_running(api: Api, web_settings: Settings) -> None:
 
 @pytest.mark.parametrize("step", ["chats", "idempotency_keys"])
 def test_crash(api: Api, web_settings: Settings, step: str) -> None:
-    """A crash before the insert, or between it and the record of the answer, leaves nothing; again creates one."""
+    """A crash before or after the insert leaves nothing, and a repetition creates one follow-up."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
         # Reads continue, writes (and FOR UPDATE) wait.
@@ -141,7 +141,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 
 
 def test_many_at_once(api: Api) -> None:
-    """Of many requests with one key at the same moment, one creates; the others get its answer or 409."""
+    """Of many concurrent requests with one key, one creates; the others get its answer or 409."""
     body, together = body_of(api), threading.Barrier(8)
 
     def send(_: int) -> httpx.Response:
@@ -156,7 +156,7 @@ def test_many_at_once(api: Api) -> None:
 
 
 def blocked(api: Api) -> int | None:
-    """Return the server's process that serves a request and waits for a lock."""
+    """Return the id of the server process that serves a request and waits for a lock."""
     query = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         " AND application_name = 'followups-web'"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """Above its limit a key gets a problem with a Retry-After; another key does not."""
+    """Above its rate limit a key gets a problem with Retry-After; another key does not."""
     with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
         with client_of(place, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]
@@ -33,7 +33,7 @@ def test_requests_per_key(settings: Settings, world: World) -> None:
 
 
 def test_no_limit(settings: Settings, world: World) -> None:
-    """A limit of 0 means none."""
+    """A limit of 0 means no limit."""
     with (
         served(settings.model_copy(update={"api_rate_limit": 0})) as place,
         client_of(place, key_of(world)[1]) as client,
@@ -63,7 +63,7 @@ def test_error_tells_nothing(
 
 @pytest.fixture
 def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve the application with short times for clients; return where."""
+    """Serve the application with short client timeouts; return its address."""
     monkeypatch.setattr(server, "HEADER_WITHIN", 0.1)
     monkeypatch.setattr(gate, "BODY_WITHIN", 0.1)
     with served(settings) as place:
@@ -72,14 +72,14 @@ def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
 
 @pytest.fixture
 def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve the application to three connections at once; return where."""
+    """Serve the application to at most three connections; return its address."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as place:
         yield place
 
 
 def dialogue(place: tuple[str, int], *sent: bytes) -> bytes:
-    """Send each piece after the answer to the one before; return everything received until the end."""
+    """Send each piece after the answer to the previous one; return everything received."""
     with socket.create_connection(place, timeout=5) as connection:
         received = b""
         for piece in sent:
@@ -106,7 +106,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
 def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]) -> None:
-    """A client that does not finish its request in time gets an answer, and its connection is closed."""
+    """A client that does not complete its request in time gets an answer, and its connection is closed."""
     sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
     received = dialogue(impatient, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received

@@ -1,4 +1,4 @@
-"""Where web listens: IPv6 and IPv4, and metrics on a port of their own."""
+"""Where web listens: IPv6 and IPv4, and a separate port for metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KUBERNETES = {"PORT": "tcp://10.96.0.7:80"}
-"""What Kubernetes sets for a Service with an empty prefix, and for others of unlucky names."""
+"""Variables that Kubernetes sets for Services with unlucky names."""
 ARGV = [sys.executable, "-m", "followups.api"]
 
 
@@ -40,7 +40,7 @@ def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
 
 
 def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
-    """Web answers by IPv6 and by IPv4; `/metrics` exists on its own port only, and nothing else does there."""
+    """Web answers on IPv6 and IPv4; its metrics port serves only `/metrics`, which no other port has."""
     child, port, metrics = web
     hosts = ["127.0.0.1", "[::1]"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
     for host in hosts:
@@ -57,7 +57,7 @@ def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
 
 
 def test_health_with_the_port_of_a_service(web: tuple[Child, int, int]) -> None:
-    """A PORT that Kubernetes set is no port: the default applies, and an option wins."""
+    """A PORT set by Kubernetes is ignored: the default applies, unless an option is given."""
     command = [sys.executable, "-m", "followups.cli", "health", "web"]
     for more, said in (([], "8000"), (["--port", str(web[1])], str(web[1]))):
         ran = subprocess.run(

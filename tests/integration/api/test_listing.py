@@ -24,7 +24,7 @@ def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
 
 
 def test_newest_first_ties_by_id(api: Api) -> None:
-    """The newest comes first; of the same moment, the smaller id."""
+    """The newest come first; ties are ordered by id."""
     older = created_at_once(api, 3)
     newer = created_at_once(api, 3)
     assert api.ids() == newer + older
@@ -38,7 +38,7 @@ def test_empty(api: Api) -> None:
 
 @pytest.mark.parametrize("brackets", ["", "[]", "%5B%5D", "%5b%5D"])
 def test_filters(api: Api, brackets: str) -> None:
-    """Each filter takes one value or many, repeated, with or without [] after the name; all must be met."""
+    """Each filter accepts several values, repeated, with or without [] after the name; all filters must match."""
     created = [api.patch(api.create(), chatMessageId=str(uuid4())).json() for _ in range(3)]
     first, second = created[:2]
     api.patch(second, status="cancelled")
@@ -105,5 +105,5 @@ def test_after_the_last_page(api: Api, page: int) -> None:
     ],
 )
 def test_bad_value(api: Api, query: str, pointer: str) -> None:
-    """A bad value is 422, and the problem points at it."""
+    """An invalid value is refused with 422, and the problem points at it."""
     assert pointers(is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")) == [pointer]

@@ -105,7 +105,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
     """Make a request lose a deadlock, and return its answer.
 
-    Another transaction locks the follow-up that the request then waits for, and after that the request's chat.
+    Another transaction locks the follow-up that the request waits for, and then the request's chat.
     """
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
         connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": created["id"]})

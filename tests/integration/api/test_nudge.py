@@ -15,7 +15,7 @@ SOON = 0.1 / 86_400
 
 
 def test_nudge(settings: Settings, world: World) -> None:
-    """A create or a reschedule for now, or an end that others may have waited for, nudges; nothing else does."""
+    """A create or reschedule for now, or an end that may unblock others, requests a tick; nothing else does."""
     nudges: list[int] = []
 
     def nudge() -> None:
@@ -29,7 +29,7 @@ def test_nudge(settings: Settings, world: World) -> None:
             api.message(later["chatId"], "agent")
             assert nudges == []
             api.create(due=in_days(-1))
-            assert nudges == [2]  # the row was there already
+            assert nudges == [2]  # the row existed already
             api.patch(later, dueDate=in_days(SOON))
             assert nudges == [2, 2]
             api.patch(later, status="cancelled")

@@ -40,7 +40,7 @@ def test_in_flight(api: Api, changes: dict[str, str]) -> None:
 
 
 def test_in_flight_in_a_removed_chat(api: Api) -> None:
-    """A follow-up in flight whose chat was removed is in flight, and not unknown."""
+    """A follow-up in flight whose chat was removed answers 409, not 404."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     assert api.client.delete(f"/api/v1/chats/{before['chatId']}").status_code == 204
@@ -48,7 +48,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
 
 
 def test_null_on_a_finished_one(api: Api) -> None:
-    """Taking away a value of a finished follow-up is a change of it."""
+    """Clearing a field of a finished follow-up counts as a change."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
     for name in ("chatMessageId", "finishedAt"):
@@ -56,14 +56,14 @@ def test_null_on_a_finished_one(api: Api) -> None:
 
 
 def test_chat_message_id_can_be_taken_away(api: Api) -> None:
-    """The chat message's id of a pending follow-up can be set, and taken away again."""
+    """The chat message's id of a pending follow-up can be set and cleared."""
     before = api.create()
     api.patch(before, chatMessageId=str(uuid4()))
     assert api.patch(before, chatMessageId=None).json()["chatMessageId"] is None
 
 
 def test_links_lead_to_pages(api: Api) -> None:
-    """The page before an empty one is linked only where there is one."""
+    """The page before an empty page is linked only if it exists."""
     for _ in range(2):
         api.create()
     assert 'rel="prev"' in api.get(FOLLOW_UPS, pageNumber=3, pageSize=1).headers["link"]
@@ -79,7 +79,7 @@ def test_odd_queries(api: Api, query: str) -> None:
 
 
 def test_message_of_a_chat_stays_known(api: Api) -> None:
-    """A repeated message is answered as before, its chat's removal notwithstanding."""
+    """A repeated message is answered as before, even after its chat was removed."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}
     assert [api.post(CHAT_MESSAGES, body).status_code for _ in range(2)] == [201, 200]

@@ -1,4 +1,4 @@
-"""The OpenAPI document, judged by other people's tools against the running process."""
+"""The OpenAPI document, checked with third-party tools against the running process."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_valid() -> None:
 
 
 def test_complete() -> None:
-    """Every answer has a schema and an example, every error is a problem, every endpoint of the API wants a key."""
+    """Every answer has a schema and an example, every error is a problem, and every endpoint requires a key."""
     for path, operations in openapi_document()["paths"].items():
         for operation in operations.values():
             assert operation["security"] == ([{"apiKey": []}, {"bearer": []}] if path.startswith("/api/") else [])
@@ -64,7 +64,7 @@ def test_served(api: Api) -> None:
 
 
 def test_schemathesis(settings: Settings, world: World, tmp_path: Path) -> None:
-    """Schemathesis finds nothing, with every check it has, stateful ones too, from a fixed seed."""
+    """Schemathesis finds no error with all its checks, including stateful ones, from a fixed seed."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '1 hour'")
     with Processes() as processes:
         api = Api(start(processes, settings.environment())[1], world)
@@ -95,7 +95,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     """Generate a client from the document by openapi-python-client; return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
-    # Its hooks would format generated code, which is not read here.
+    # Its hooks would format the generated code, which is not needed.
     (directory / "config.yaml").write_text("post_hooks: []\n")
     options = ["--path", "openapi.json", "--output-path", "followups_client", "--meta", "none", "--fail-on-warning"]
     subprocess.run(
@@ -117,7 +117,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_generated_client(api: Api, generated: ModuleType) -> None:
-    """A generated client creates, lists, reschedules, and sees a reply cancel; errors come as problems."""
+    """A generated client creates, lists and reschedules, sees a reply cancel, and receives errors as problems."""
 
     def part(name: str) -> Any:
         return importlib.import_module(f"{generated.__name__}.{name}")

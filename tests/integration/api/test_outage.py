@@ -26,7 +26,7 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """With neither database nor broker the process starts, is alive, names what is missing, and refuses requests."""
+    """Without database and broker the process starts, is alive, names what is missing, and refuses requests."""
     nobody = f"127.0.0.1:{free_port()}"
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
     with Processes() as processes:
@@ -62,7 +62,7 @@ def test_broker_away(settings: Settings, world: World) -> None:
 
 
 def test_database_restart(settings: Settings) -> None:
-    """While the database restarts requests are 503; afterwards they succeed without intervention."""
+    """During a restart of the database requests get 503; afterwards they succeed without intervention."""
     from followups.database import make_engine  # noqa: PLC0415 - of this test alone
     from followups.schema import migrate  # noqa: PLC0415 - of this test alone
     from world import World  # noqa: PLC0415 - as above
@@ -84,7 +84,7 @@ def test_database_restart(settings: Settings) -> None:
 
 
 def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
-    """SIGTERM lets a running request end with its answer, and then ends the process."""
+    """SIGTERM lets a running request complete, and then ends the process."""
     with Processes() as processes:
         child, url = start(processes, settings.environment())
         api = Api(url, world)
@@ -100,7 +100,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
             connection.rollback()
             assert answer.result().status_code == 201
         wait_until(lambda: child.exit_code is not None)
-        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn raises it again when all is done
+        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn raises the signal again at the end
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:
-    """A wrong setting ends the start with code 2 and one sentence that names it."""
+    """An invalid setting stops the start with code 2 and one sentence that names it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     kept["PATH"] = str(Path(sys.executable).parent)
     run = subprocess.run(command("web"), env=kept | variables, capture_output=True, text=True, check=False, timeout=60)

@@ -1,4 +1,4 @@
-"""Errors by RFC 9457, size limits, and what errors must not reveal; against the running process."""
+"""Errors by RFC 9457 and size limits, against the running process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ID = "6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11"
 
 @pytest.mark.parametrize("path", ["/", "/api/v1/nothing", f"{FOLLOW_UPS}/", f"{FOLLOW_UPS}/{ID}/x", "/docs/x", "/%00"])
 def test_unknown_path(api: Api, path: str) -> None:
-    """A path where nothing is, is 404."""
+    """An unknown path is 404."""
     is_problem(api.get(path), 404, "not-found")
 
 
@@ -39,14 +39,14 @@ def test_unknown_path(api: Api, path: str) -> None:
     ],
 )
 def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> None:
-    """A method that a path does not know is 405, with all that it does know."""
+    """An unsupported method is 405, with the supported ones."""
     answer = api.client.request(method, path)
     is_problem(answer, 405, "method-not-allowed")
     assert answer.headers["allow"] == allowed
 
 
 def test_every_error_at_once(api: Api) -> None:
-    """A 422 points at everything that is wrong, not at the first only."""
+    """A 422 points at every wrong field, not only the first."""
     problem = is_problem(api.post(FOLLOW_UPS, {"chatId": 1, "dueDate": "soon"}), 422, "invalid-request")
     assert sorted(pointers(problem)) == ["#/chatId", "#/dueDate", "#/message"]
     assert all(error["detail"] for error in problem["errors"])
@@ -62,7 +62,7 @@ def test_body_too_large(api: Api) -> None:
 
 
 def chunks(size: int) -> Iterator[bytes]:
-    """Yield so many bytes in pieces."""
+    """Yield that many bytes in pieces."""
     for _ in range(0, size, 65_536):
         yield b"x" * 65_536
 
@@ -130,7 +130,7 @@ def connect(api: Api) -> socket.socket:
 
 
 def received(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Return head and body of what comes until the process closes the connection."""
+    """Return head and body of everything received until the process closes the connection."""
     data = b""
     while piece := connection.recv(65_536):
         data += piece

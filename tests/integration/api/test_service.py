@@ -61,7 +61,7 @@ def test_healthz(api: Api) -> None:
 
 
 def test_ready(ticking: Api) -> None:
-    """With everything well, each check is named."""
+    """If all checks pass, each is named."""
     answer = wait_until(lambda: _answered(ticking, HTTPStatus.OK), within=5)
     assert answer["status"] == "ready"
     checks = answer["checks"]
@@ -94,7 +94,7 @@ def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> Non
 
 
 def test_ready_on_a_newer_schema(ticking: Api) -> None:
-    """A schema that a newer version has brought leaves the old processes ready: they go on during an upgrade."""
+    """Old processes stay ready on a newer schema, so that they continue during an upgrade."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql("UPDATE alembic_version SET version_num = '9999'")
     try:
@@ -107,7 +107,7 @@ def test_ready_on_a_newer_schema(ticking: Api) -> None:
 
 
 def test_metrics(api: Api) -> None:
-    """Every metric of the contract is there, and none has an id as a label."""
+    """Every metric of the contract exists, and none has an id as a label."""
     api.patch(api.create(), status="cancelled")
     families = {family.name: family for family in text_string_to_metric_families(api.get("/metrics").text)}
     assert families.keys() >= NAMES
@@ -151,13 +151,13 @@ def test_gauges(api: Api) -> None:
             and found["followups_in_flight"] >= 1
         )
 
-    # Kept for two seconds, and the database is shared with other tests' rows.
+    # Gauges are cached for two seconds, and other tests share the database.
     assert wait_until(told)
     api.world.sql("DELETE FROM follow_ups WHERE workspace_id = :id", id=api.world.workspace_id)
 
 
 def test_docs(api: Api) -> None:
-    """The document has a page for people."""
+    """The API document has a readable page."""
     answer = api.get("/docs")
     assert answer.status_code == 200
     assert "swagger-ui" in answer.text
@@ -178,7 +178,7 @@ def test_transitions_are_counted_once(api: Api) -> None:
 
 
 def test_naming_the_chat_message_is_no_transition(api: Api) -> None:
-    """A sent follow-up that gets its chat message's id later was sent once."""
+    """Adding the chat message's id to a sent follow-up counts no second send."""
     sent = {"status": "sent", "code": ""}
     before, created = _ended(api, sent), api.create()
     api.patch(created, status="sent", finishedAt="2020-01-01T00:00:00Z")

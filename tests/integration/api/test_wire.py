@@ -1,4 +1,4 @@
-"""HTTP/1.1 as sent: what the server accepts on a connection, and how long it waits for a client."""
+"""HTTP/1.1 on the wire: what the server accepts, and how long it waits for a client."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 def address_of(api: Api) -> tuple[str, int]:
-    """Return where the API listens."""
+    """Return the API's address."""
     url = urlsplit(api.url)
     assert url.hostname
     return url.hostname, url.port or 80
@@ -34,7 +34,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
     """Send the bytes and return the statuses of the answers, as h11 reads them.
 
     ``methods`` are those of the requests, in their order, after which the last one is repeated. After ``most`` answers
-    the server must send nothing else, at least for a moment. Every ``KEY`` is replaced by the key.
+    the server must send nothing else for a moment. Every ``KEY`` is replaced by the key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:
@@ -116,7 +116,7 @@ def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
 
 
 def test_answers_without_a_body(api: Api) -> None:
-    """What follows an answer without a body is the next answer."""
+    """After an answer without a body comes the next answer."""
     chat = api.chat()
     removal = f"DELETE /api/v1/chats/{chat} HTTP/1.1\r\nhost: a\r\nauthorization: KEY\r\n\r\n".encode()
     sent = HEALTH.replace(b"GET", b"HEAD") + removal + HEALTH
@@ -135,7 +135,7 @@ def test_a_trailer_is_no_header(api: Api) -> None:
 
 
 def test_pipelined_requests_are_few(api: Api) -> None:
-    """A connection may have some requests wait for the one before them; after those it ends with 400."""
+    """A connection may pipeline some requests; more end it with 400."""
     statuses = answers(address_of(api), HEALTH * 2_000, ["GET"], most=server.MAX_PIPELINED)
     assert statuses[-1] == 400
     assert statuses[:-1] == [200] * len(statuses[:-1])
@@ -144,7 +144,7 @@ def test_pipelined_requests_are_few(api: Api) -> None:
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ", HEALTH + b"GET /"])
 def test_an_endless_head(api: Api, start: bytes) -> None:
-    """A head that does not end gets 431 once it is too long."""
+    """An endless head gets 431 once it is too long."""
     with socket.create_connection(address_of(api), timeout=10) as connection:
         received = b""
         try:
@@ -155,7 +155,7 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
                 received += piece
         except ConnectionError:
             pass
-    assert b" 431 " in received or not received  # the answer can be lost to what was still on its way
+    assert b" 431 " in received or not received  # the answer can be lost if data was still on its way
 
 
 def test_what_a_body_takes_on_the_wire_is_counted(api: Api) -> None:
@@ -166,7 +166,7 @@ def test_what_a_body_takes_on_the_wire_is_counted(api: Api) -> None:
 
 @pytest.fixture
 def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve with little patience for clients that do not read."""
+    """Serve with short timeouts for clients that do not read."""
     monkeypatch.setattr(server, "READ_WITHIN", 0.5)
     with served(settings) as address:
         yield address
@@ -225,7 +225,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 
 
 def test_unread_connections_make_room(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where no connection is idle, one whose client does not read makes room for a new one."""
+    """If no connection is idle, one whose client does not read is closed for a new one."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:

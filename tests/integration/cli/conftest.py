@@ -1,4 +1,4 @@
-"""The command line on a database of the test's own."""
+"""The command line on the test's own database."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Ran:
 
 @pytest.fixture
 def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Let commands find the test's settings in the environment; return what can change it."""
+    """Put the test's settings into the environment; return the monkeypatch."""
     monkeypatch.setenv("FOLLOWUPS_RUNTIME_DIR", str(tmp_path))
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -43,7 +43,7 @@ def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.fixture
 def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
-    """Return what runs a command with the test's settings."""
+    """Return a function that runs a command with the test's settings."""
     del environment
 
     def run_command(*arguments: object) -> Ran:

@@ -1,4 +1,4 @@
-"""The doctor's checks of the tables themselves."""
+"""The doctor's checks of the tables."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
 
 
 def test_ids_that_are_used(world: World, engine: Engine) -> None:
-    """A sequence that is behind its table is reported, and the advised SQL corrects it."""
+    """A sequence behind its table is reported, and the advised SQL corrects it."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
     for _ in range(3):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
-    """A limit is listed as it was written; setting it again changes it; clearing removes it."""
+    """A limit is listed as entered; setting it again changes it; clearing removes it."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
@@ -39,7 +39,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
 
 
 def test_of_everything(run: Run) -> None:
-    """Without options everything is limited, all of it together or each workspace for itself."""
+    """Without options everything is limited, together or for each workspace."""
     assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
     assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
     assert [one["each"] for one in run("limit", "list", "--json").document] == [None, "workspace"]

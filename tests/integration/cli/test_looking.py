@@ -47,7 +47,7 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 
 
 def fill(world: World) -> None:
-    """Insert two overdue (one of them in flight), one that waits, one for later, and 100 sent 1..100 ms late."""
+    """Insert two overdue (one in flight), one waiting, one due later, and 100 sent 1..100 ms late."""
     overdue = world.follow_up(due=-MINUTE)
     world.follow_up(due=-MINUTE, waits_for=overdue)
     later = datetime.now(UTC) + MINUTE
@@ -72,7 +72,7 @@ class TestStats:
         assert 60 <= found["oldestOverdueSeconds"] < 120
 
     def test_lag_and_throughput(self, run: Run, world: World) -> None:
-        """Lag is by nearest-rank percentiles, throughput by the minute, both over what the window accepted."""
+        """Lag is given in nearest-rank percentiles and throughput a minute, over the messages of the window."""
         fill(world)
         found = run("stats", "--minutes", 10, "--json").document
         assert found["lagMs"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
@@ -82,7 +82,7 @@ class TestStats:
         assert (nothing["sentInWindow"], nothing["lagMs"]["p99"]) == (0, None)
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
-        """For people there is a line for each number, without colour in a pipe."""
+        """Without --json each number has a line, without colour in a pipe."""
         assert "pending         0" in run("stats").stdout
         fill(world)
         shown = run("stats").stdout
@@ -92,7 +92,7 @@ class TestStats:
         assert "\x1b" not in shown
 
     def test_a_state_with_many_rows_is_estimated(self, run: Run, world: World, engine: Engine) -> None:
-        """A final state with more rows than are counted has the planner's estimate; every other number stays exact."""
+        """A final state with many rows has the planner's estimate; every other number stays exact."""
         fill(world)
         with engine.begin() as connection:
             unknown = store.count(connection, window=WINDOW, exact_up_to=10)
@@ -106,7 +106,7 @@ class TestStats:
         assert run("stats", "--json").document["estimated"] == []
 
     def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
-        """If the sent rows cannot be read in time there is no lag, and the transaction continues."""
+        """If the sent rows cannot be read in time, no lag is given, and the transaction continues."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
@@ -126,7 +126,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe --watch prints a line for each look, JSON with --json, until Ctrl-C, which is no failure."""
+        """In a pipe, --watch prints a line for each sample, or JSON, until Ctrl-C, which is no failure."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
@@ -156,7 +156,7 @@ def test_the_dashboard(running: Stack) -> None:
     shown, told = "", False
     with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as watching:
         os.close(theirs)
-        with suppress(OSError):  # the other end has gone
+        with suppress(OSError):  # the other end is closed
             while True:
                 shown += os.read(ours, 65536).decode(errors="replace")
                 if "1 answered" in shown and not told:
@@ -172,7 +172,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_look() -> None:
-    """The dashboard counts attempts from its first look on, and how many there are a second by the last two."""
+    """The dashboard counts attempts from its first sample, and their rate from the last two."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
@@ -185,7 +185,7 @@ def test_attempts_since_the_first_look() -> None:
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the doctor as a process of its own: the worker's module reads its settings once."""
+    """Run doctor in its own process, since the worker's module reads its settings once."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
@@ -197,7 +197,7 @@ class TestDoctor:
 
     @pytest.mark.xdist_group("running")
     def test_a_system_that_runs_is_well(self, running: Stack) -> None:
-        """With everything running every check is ok, the exit code 0, and no secret is shown."""
+        """On a running system every check passes, the exit code is 0, and no secret is shown."""
         ran = doctor("--json", **running.environment(), **SIGNED)
         report = json.loads(ran.stdout)
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
@@ -211,7 +211,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("environment")
     def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
-        """Without workers, beat and receiver the exit code is 1, and each failed check says what to do."""
+        """Without workers, beat and receiver the exit code is 1, and each failed check gives advice."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
         assert ran.returncode == 1
@@ -224,7 +224,7 @@ class TestDoctor:
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """An unreachable database and broker are named without their passwords; what needs them is not asked."""
+        """An unreachable database and broker are named without passwords; checks that need them are skipped."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
         ran = run("doctor", "--json")
@@ -236,7 +236,7 @@ class TestDoctor:
         assert "hidden" not in ran.stdout + ran.stderr
 
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
-        """An old schema, or none, is a failed check that says how to migrate."""
+        """An old or missing schema fails a check that advises to migrate."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
         old = {finding.name: finding for finding in database_checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")
@@ -258,14 +258,14 @@ class TestDoctor:
     def test_brokers(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, information: dict[str, Any], advice: str
     ) -> None:
-        """A broker that is too old, or that may forget what it was given, is a failed check."""
+        """A broker that is too old, or may evict keys, fails a check."""
         monkeypatch.setattr(broker_checks.redis.Redis, "info", lambda _self: information)
         found = "".join(finding.advice for finding in broker_checks.broker(settings))
         assert found.startswith(advice)
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """With settings that cannot be, nothing is checked: exit code 2 and a sentence that names them."""
+        """With invalid settings nothing is checked: exit code 2 and a sentence that names them."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

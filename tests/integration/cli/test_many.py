@@ -42,13 +42,13 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HOUR, chat: UUID | None = None) -> UUID:
-    """Insert one that failed so long ago."""
+    """Insert a follow-up that failed that long ago."""
     ended = datetime.now(UTC) - ago
     return world.follow_up(chat, -DAY, status="failed", reason=reason, finished_at=ended, message="Hello")
 
 
 def copies(world: World, original: UUID) -> list[Any]:
-    """Return the rows that repeat this one."""
+    """Return the retries of this follow-up."""
     with world.engine.connect() as connection:
         query = text("SELECT * FROM follow_ups WHERE retry_of = :id")
         return list(connection.execute(query, {"id": original}))
@@ -72,7 +72,7 @@ class TestCancel:
         assert {row.status for row in world.rows()} == {"pending"}
 
     def test_one_chat(self, run: Run, world: World) -> None:
-        """What is pending in the chat is cancelled with the given reason, and nothing else."""
+        """Only the chat's pending follow-ups are cancelled, with the given reason."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
         other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
@@ -82,7 +82,7 @@ class TestCancel:
         assert (world.row(other).status, world.row(ended).status) == ("pending", "failed")
 
     def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A whole workspace is cancelled in batches, other workspaces stay as they are; done again it finds nothing."""
+        """A workspace is cancelled in batches, others stay as they are; a second run finds nothing."""
         monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)
         others = type(world)(world.engine)
@@ -95,7 +95,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
-        """One in flight is not cancelled, but its reason to be is kept, and is said."""
+        """A follow-up in flight is not cancelled, but the request is kept and reported."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)
@@ -116,7 +116,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_nobody_to_ask(self, run: Run, world: World) -> None:
-        """Without a terminal and without --yes nothing is done: wrong usage, in one sentence."""
+        """Without a terminal and --yes nothing is done: wrong usage, in one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")
@@ -180,7 +180,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in ids] == [1] * 5
 
     def test_filters(self, run: Run, world: World) -> None:
-        """Only the workspace and the reason codes that are named are retried."""
+        """Only the given workspace and reason codes are retried."""
         wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
         others = type(world)(world.engine)
         theirs = failed(others, "retries_exhausted")
@@ -201,7 +201,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
-        """One retried by its id is not retried by the bulk form; by its id it can be retried again."""
+        """The bulk form skips a follow-up that was retried by id; by id it can be retried again."""
         original = failed(world)
         assert run("retry", original).code == 0
         assert run("retry", "--failed", "--since", "2h", "--yes", "--json").document["matched"] == 0
@@ -239,7 +239,7 @@ class TestRetry:
 
 
 def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
-    """The list can be cut down by reason code and by due date, with the other filters."""
+    """The list can be filtered by reason code and due date, with the other filters."""
     exhausted, rejected = failed(world, "retries_exhausted: HTTP 500"), failed(world)
     soon, later = world.follow_up(due=HOUR), world.follow_up(due=2 * DAY)
 
@@ -258,7 +258,7 @@ def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
 
 
 def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
-    """A bulk cancel that is killed has cancelled whole follow-ups, and called again it does the rest."""
+    """A killed bulk cancel has cancelled whole follow-ups; running it again completes it."""
     del environment
     with world.engine.begin() as connection:
         connection.execute(
@@ -284,13 +284,13 @@ def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
 
 
 def typed(command: list[str], answer: bytes) -> tuple[int, str]:
-    """Run a command on a terminal of its own, type the answer to its question; return its code and what it showed."""
+    """Run a command on a terminal, answer its question, and return its exit code and output."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "followups.cli", *command]
     with subprocess.Popen(argv, env=dict(os.environ), stdin=theirs, stdout=theirs, stderr=theirs) as running:
         os.close(theirs)
         shown, answered = b"", False
-        with suppress(OSError):  # the other end has gone
+        with suppress(OSError):  # the other end is closed
             while True:
                 shown += os.read(ours, 4096)
                 if b"[y/N]" in shown and not answered:
@@ -301,7 +301,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 
 
 def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
-    """On a terminal the count and some ids are shown and a question is asked; a no changes nothing, a yes does it."""
+    """On a terminal the count, some ids and a question are shown; no changes nothing, yes runs it."""
     del environment
     follow_up = world.follow_up(due=HOUR)
     command = ["cancel", "--workspace", str(world.workspace_id)]

@@ -33,7 +33,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return the due dates that the commands gave to the nudge, which is not sent."""
+    """Return the due dates passed to the nudge, which is not sent."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
@@ -43,7 +43,7 @@ class TestCancel:
     """`followups cancel`."""
 
     def test_the_reason_is_stored_as_given(self, run: Run, world: World) -> None:
-        """A pending follow-up is cancelled for the reason given; repeating it changes nothing."""
+        """A pending follow-up is cancelled with the given reason; repeating it changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", follow_up, "--reason", "the customer called")
         assert (ran.code, ran.stdout) == (0, f"{follow_up} is cancelled: the customer called\n")
@@ -53,13 +53,13 @@ class TestCancel:
         assert world.row(follow_up) == row
 
     def test_without_a_reason_the_code_stands_for_it(self, run: Run, world: World) -> None:
-        """Without a reason it is cancelled_by_api, as in the API."""
+        """Without a reason it is cancelled as cancelled_by_api, as in the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
     def test_what_cannot_be_cancelled_stays_as_it_is(self, run: Run, world: World) -> None:
-        """A finished one, and one that is being delivered, stay as they are; the error says why."""
+        """A finished or in-flight follow-up stays as it is, and the error explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
@@ -81,7 +81,7 @@ class TestReschedule:
     """`followups reschedule`."""
 
     def test_a_moment(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """A due date with an offset is taken as it is."""
+        """A due date with an offset is used as given."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
         ran = run("reschedule", follow_up, "--due", "2031-01-31T10:00:00+01:00")
@@ -91,7 +91,7 @@ class TestReschedule:
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
     def test_so_long_after_now(self, run: Run, world: World, text: str, seconds: int) -> None:
-        """Now, and a time after now, count from the database's clock."""
+        """`now` and relative times count from the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
         assert list(run("reschedule", follow_up, "--due", text, "--json").document) == FIELDS
@@ -99,7 +99,7 @@ class TestReschedule:
         assert before <= world.row(follow_up).due_date - timedelta(seconds=seconds) <= after
 
     def test_outside_the_window_is_refused(self, run: Run, world: World) -> None:
-        """A due date outside the channel's messaging window is refused, with what to do."""
+        """A due date outside the channel's messaging window is refused with advice."""
         chat = world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC))
         ran = run("reschedule", world.follow_up(chat, HOUR), "--due", "+25h")
         assert ran.code == 1
@@ -110,7 +110,7 @@ class TestRetry:
     """`followups retry`."""
 
     def test_a_new_one_is_made(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """A failed follow-up stays as it is; a new one of the same message and chat is due now, and its id printed."""
+        """A failed follow-up stays as it is; a new one with its message and chat is due now, and its id is printed."""
         failed = world.follow_up(**FAILED, message="Hello")
         before = world.row(failed)
         ran = run("retry", failed)
@@ -121,13 +121,13 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_later(self, run: Run, world: World) -> None:
-        """The new one can be due later."""
+        """The new follow-up can be due later."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_one(self, run: Run, world: World) -> None:
-        """A follow-up that has not failed is not retried, nor one that the user has answered meanwhile."""
+        """A follow-up is not retried unless it failed, or if the user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
@@ -136,7 +136,7 @@ class TestRetry:
 
 
 def _reschedule_in_a_process(follow_up: UUID) -> None:
-    # The worker's module reads its settings once in a process, and this process has many.
+    # The worker's module reads its settings once, and this process has many.
     command = [sys.executable, "-m", "followups.cli", "reschedule", str(follow_up), "--due", "now"]
     subprocess.run(command, check=True, capture_output=True, env=dict(os.environ), timeout=120)
 

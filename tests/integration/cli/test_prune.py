@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def ended(world: World, days: int) -> UUID:
-    """Insert one that failed so many days ago, after one attempt."""
+    """Insert a follow-up that failed that many days ago, after one attempt."""
     one = world.follow_up(
         status="failed", reason="rejected: no", finished_at=datetime.now(UTC) - days * DAY, message="Hällo"
     )
@@ -57,7 +57,7 @@ def test_deleted(run: Run, world: World) -> None:
 
 
 def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> None:
-    """A dry run prints the number and a sample, and makes no archive."""
+    """A dry run prints the number and a sample, and creates no archive."""
     old = ended(world, 91)
     ran = run("prune", "--older-than", "90d", "--dry-run", "--archive", tmp_path / "a.gz")
     assert ran.stdout.splitlines() == ["1 finished follow-up to delete:", f"  {old}"]
@@ -67,7 +67,7 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("texts", [True, False])
 def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
-    """Deleted rows are in the archive, a JSON object a line, readable by its owner only; texts only with --message."""
+    """Deleted rows are archived as a JSON object a line, readable by the owner; texts only with --message."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     path = tmp_path / "old.jsonl.gz"
@@ -86,7 +86,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When the disk is full, complete batches are in the archive, and everything else stays in the database."""
+    """If the disk fills up, complete batches are in the archive and the rest stays in the database."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
@@ -105,7 +105,7 @@ def test_nothing_is_deleted_that_is_not_archived(
 
 
 def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) -> None:
-    """A file that is there already is left alone: wrong usage, and nothing is deleted."""
+    """An existing file is wrong usage, and nothing is deleted."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"
     path.write_text("mine")
@@ -116,7 +116,7 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
-    """An invalid age is wrong usage, in one sentence; so is a confirmation without a terminal."""
+    """An invalid age, or a missing confirmation without a terminal, is wrong usage, in one sentence."""
     ended(world, 91)
     ran = run("prune", *options, "--yes")
     assert (ran.code, ran.stdout) == (2, "")

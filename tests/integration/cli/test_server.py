@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def found(url: str) -> dict[str, Finding]:
-    """Return the findings at a URL of the database, by name."""
+    """Return the findings about the database at a URL, by name."""
     engine = make_engine(url, pool_size=1)
     findings = {finding.name: finding for finding in of_server(engine)}
     engine.dispose()
@@ -56,9 +56,9 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """A commit that survives a crash of one machine passes the check.
+    """Commits that survive the crash of one machine pass the check.
 
-    Without synchronous standbys, local is as good as on.
+    Without synchronous standbys, `local` is as safe as `on`.
     """
     assert [not finding.ok for finding in durability(commit, standbys)] == [True] * forgets
 

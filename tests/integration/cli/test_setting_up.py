@@ -32,7 +32,7 @@ class TestMigrate:
     """`followups migrate`."""
 
     def test_it_brings_an_older_schema_to_the_newest(self, run: Run, database_url: str, engine: Engine) -> None:
-        """The database gets the newest schema, which the command names; repeating it changes nothing."""
+        """The command upgrades to the newest schema and names it; repeating it changes nothing."""
         downgrade(database_url, "base")
         first = run("migrate")
         current, newest = schema_versions(engine)
@@ -44,8 +44,8 @@ class TestMigrate:
     def test_it_waits_for_a_database_that_is_not_there_yet(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """The command waits for an unreachable database, and says so."""
-        socket = tmp_path_factory.mktemp("s") / "s"  # short: a socket's path may have 107 bytes
+        """The command reports that it waits for an unreachable database."""
+        socket = tmp_path_factory.mktemp("s") / "s"  # short, since a socket's path may have 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         appears = threading.Timer(0.5, socket.symlink_to, [make_url(database_url).query["host"]])
@@ -58,7 +58,7 @@ class TestMigrate:
     def test_what_will_not_pass_is_not_waited_for(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch
     ) -> None:
-        """A server that answers and refuses is not asked again: the error comes at once."""
+        """If the server refuses the connection for good, the error is immediate."""
         url = make_url(database_url).set(database="nowhere")
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         ran = run("migrate")
@@ -67,7 +67,7 @@ class TestMigrate:
         assert "waiting" not in ran.stderr
 
     def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """If the database stays unreachable, the command says what it waits for, then fails with a sentence."""
+        """If the database stays unreachable, the command reports what it waits for, then fails with a sentence."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
         assert ran.code == 1
@@ -86,7 +86,7 @@ class TestMigrate:
         assert ran.stderr.count("\n") == 1
 
     def test_a_lock_that_was_left_behind_is_named(self, run: Run, database_url: str) -> None:
-        """The wait for a lock left behind ends after the given time; the error names its backend."""
+        """The wait for a stale lock ends after the given time; the error names its backend."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
             pid = connection.info.backend_pid
@@ -109,7 +109,7 @@ class TestWorkspace:
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_are_for_people_too(self, run: Run) -> None:
-        """Without --json the result is a line, the hint goes to stderr, and a list is a table."""
+        """Without --json the result is a line, a list is a table, and hints go to stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
@@ -119,7 +119,7 @@ class TestWorkspace:
         assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
 
     def test_a_bad_name_is_wrong_usage(self, run: Run) -> None:
-        """An empty name, and one that is too long, are wrong usage."""
+        """An empty or too long name is wrong usage."""
         for name in (" ", "x" * 201, "a\x00b"):
             ran = run("workspace", "create", name)
             assert (ran.code, ran.stdout) == (2, "")
@@ -130,7 +130,7 @@ class TestApiKey:
     """`followups api-key`."""
 
     def test_the_key_stands_alone_on_stdout(self, run: Run) -> None:
-        """Creating a key prints the key and nothing else on stdout, and every one is another."""
+        """Creating a key prints only the key on stdout, and each key is different."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
         assert all(re.fullmatch(r"fup_[\w-]{49}\n", key) for key in keys)
@@ -140,7 +140,7 @@ class TestApiKey:
         assert document == run("api-key", "list", "--json").document[-1]
 
     def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
-        """The list names prefix, workspace and times of each key; the key itself is nowhere."""
+        """The list shows prefix, workspace and times of each key, but not the key."""
         run("workspace", "create", "acme")
         key = run("api-key", "create", "--workspace", "acme", "--name", "web").stdout.strip()
         listed = run("api-key", "list", "--json")
@@ -151,7 +151,7 @@ class TestApiKey:
         assert key not in listed.stdout + run("api-key", "list").stdout
 
     def test_a_key_may_expire(self, run: Run) -> None:
-        """With --expires a key is refused after that time, which is named; only such a key has an expiresAt."""
+        """With --expires a key is refused after that time; only such a key has an expiresAt."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
         assert "It expires at " in ran.stderr
@@ -163,7 +163,7 @@ class TestApiKey:
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
-        """Revoking says since when; repeating it changes nothing."""
+        """Revoking prints the time; repeating it changes nothing."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
         key_id = run("api-key", "list", "--json").document[0]["id"]
@@ -176,7 +176,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace and an unknown key are wrong usage, with a sentence that says where to look."""
+        """An unknown workspace or key is wrong usage, with a sentence that advises where to look."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"

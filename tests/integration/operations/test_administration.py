@@ -59,7 +59,7 @@ def test_every_change_is_recorded(world: World) -> None:
 
 
 def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
-    """The events have the fate of their changes."""
+    """Events are committed or rolled back with their changes."""
     with Session(world.engine) as session:
         for change in CHANGES.values():
             change(session, world.workspace_id)

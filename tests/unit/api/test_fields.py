@@ -31,7 +31,7 @@ TIMES, IDS = TypeAdapter(Time), TypeAdapter(Id)
     ],
 )
 def test_times(written: str, meant: datetime) -> None:
-    """A time by RFC 3339 is read, and kept in UTC."""
+    """An RFC 3339 time is parsed and kept in UTC."""
     assert TIMES.validate_python(written) == meant
     assert TIMES.validate_python(written).tzinfo is UTC
 
@@ -46,14 +46,14 @@ def test_times(written: str, meant: datetime) -> None:
     ],
 )  # fmt: skip
 def test_no_times(written: object) -> None:
-    """A text that is no moment, or not one we can store, is refused, never with another kind of error."""
+    """An invalid or unstorable time is refused with a validation error."""
     with pytest.raises(ValidationError):
         TIMES.validate_python(written)
 
 
 @given(st.datetimes(timezones=st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))))
 def test_any_time(time: datetime) -> None:
-    """Every moment is read as the same moment, unless it lies outside of the years 2 to 9998."""
+    """Every time in the years 2 to 9998 is parsed unchanged."""
     try:
         assert TIMES.validate_python(time.isoformat()) == time
     except ValidationError:
@@ -62,7 +62,7 @@ def test_any_time(time: datetime) -> None:
 
 @given(st.uuids())
 def test_any_id(value: UUID) -> None:
-    """Every UUID is an id, in either case."""
+    """Every UUID is an id, in upper or lower case."""
     assert IDS.validate_python(str(value)) == IDS.validate_python(str(value).upper()) == value
 
 

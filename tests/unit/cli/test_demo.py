@@ -76,7 +76,7 @@ def test_failures_hold_up_no_other_follow_up() -> None:
     ],
 )
 def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
-    """A follow-up that ended otherwise than scripted makes the run a failure, and is named."""
+    """A follow-up that did not end as scripted fails the run, and is named."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
     assert not result.ok
@@ -85,7 +85,7 @@ def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, o
 
 @pytest.mark.parametrize("receipts", [{"accepted": 52, "duplicates": 1}, {"accepted": 51, "duplicates": 0}])
 def test_the_receiver_s_count_decides(receipts: dict[str, object]) -> None:
-    """A message that the receiver took twice, or never, makes the run a failure."""
+    """A message that the receiver accepted twice or never fails the run."""
     assert not score(ALL_ENDED, receipts).ok
 
 
@@ -140,7 +140,7 @@ def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -
 
 
 def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Off a terminal each change is one plain line, said once."""
+    """Off a terminal each change is printed once, as a plain line."""
     show = EventLines()
     before, after = [pending(part) for part in SCENARIO.parts], ALL_ENDED
     show(before, START, [])

@@ -24,7 +24,7 @@ SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h"
 
 TICKING = Circumstances(tick_age=timedelta(seconds=1))
 BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
-"""It is ten there, by ``NOW``."""
+"""By ``NOW`` it is ten o'clock there."""
 
 
 def explained(
@@ -42,7 +42,7 @@ def explained(
 
 
 def test_every_code_is_explained() -> None:
-    """There is an explanation for every reason code of the contract, each a different one."""
+    """Every reason code of the contract has its own explanation."""
     assert set(ENDINGS) == set(ReasonCode)
     assert len(set(ENDINGS.values())) == len(ENDINGS)
 
@@ -56,7 +56,7 @@ def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
 
 
 def test_limits_are_named() -> None:
-    """Where a limit ended it, the setting and its value are named."""
+    """If a limit ended it, the setting and its value are named."""
     assert "FOLLOWUPS_MAX_ATTEMPTS (3)" in explained(Status.FAILED, reason="retries_exhausted: HTTP 500")
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
@@ -229,5 +229,5 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
     ],
 )
 def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
-    """A pause, sending hours, the order of the chat, and processes that do not run are named, with what ends them."""
+    """A pause, sending hours, the chat's order and missing processes are named, with what ends them."""
     assert said in explained(around=around, **columns)

@@ -1,4 +1,4 @@
-"""Output on any terminal: others' words are shown as words."""
+"""Output on any terminal: text from elsewhere is shown as text."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Terminal(io.TextIOWrapper):
 
 @contextmanager
 def terminal(encoding: str) -> Iterator[Terminal]:
-    """Put a terminal in the place of stdout and stderr."""
+    """Replace stdout and stderr with a terminal."""
     with pytest.MonkeyPatch.context() as patch, Terminal(encoding) as made:
         patch.setattr(sys, "stdout", made)
         patch.setattr(sys, "stderr", made)
@@ -91,7 +91,7 @@ def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, enco
 
 @given(write=WRITERS, text=st.sampled_from(NASTY), encoding=ENCODINGS)
 def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str, encoding: str) -> None:
-    """Markup is no markup, and each control is seen as an escape."""
+    """Markup has no effect, and each control character is shown as an escape."""
     with terminal(encoding) as made:
         write(text)
         assert escape(text) in made.written
@@ -99,7 +99,7 @@ def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str
 
 @given(text=TEXTS, encoding=ENCODINGS)
 def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
-    """JSON says the same on every terminal, and holds no control but line feeds."""
+    """JSON means the same on every terminal, and contains no control character but line feeds."""
     with terminal(encoding) as made:
         print_json({"text": text})
         assert json.loads(made.written) == {"text": text}
@@ -107,7 +107,7 @@ def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
 
 
 def test_an_error_shows_words_as_words() -> None:
-    """An error repeats what was typed without its controls."""
+    """An error repeats the input without control characters."""
     with terminal("ascii") as made:
         assert main(["list\x1b[31m"]) == 2
         assert r"No such command 'list\x1b[31m'" in made.written

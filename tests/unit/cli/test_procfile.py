@@ -1,4 +1,4 @@
-"""The Procfile, and the command lines that `up` and `demo` share with it."""
+"""The Procfile and the commands that `up` and `demo` share with it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_flower_stays_on_this_machine() -> None:
 
 
 def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is expanded by the shell as under a Procfile runner, and takes more arguments as they are."""
+    """A line is expanded by the shell, as under a Procfile runner; further arguments are passed unchanged."""
     monkeypatch.setitem(COMMANDS, "probe", "printf '%s|' ${NAME:-unnamed}")
     monkeypatch.delenv("NAME", raising=False)
     ran = subprocess.run(argv("probe", "a b", "$c"), capture_output=True, text=True, check=True)

@@ -29,7 +29,7 @@ NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
     ],
 )
 def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime) -> None:
-    """A due date is now, a time after now in s, m, h and d, or ISO 8601 with an offset; the past is allowed."""
+    """A due date is now, a time after now in s, m, h and d, or ISO 8601 with an offset, even in the past."""
     assert parse_due(text).resolve(NOW) == moment
 
 
@@ -59,7 +59,7 @@ def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
 
 
 def test_other_offsets_and_no_time_at_all() -> None:
-    """A time of another offset is shown in UTC; none is null in JSON and a dash in a table."""
+    """A time with another offset is shown in UTC; a missing one is null in JSON and a dash in a table."""
     berlin = datetime(2030, 1, 31, 10, tzinfo=timezone(timedelta(hours=1)))
     assert rfc3339(berlin) == "2030-01-31T09:00:00Z"
     assert readable(berlin) == "2030-01-31 09:00:00Z"
@@ -82,5 +82,5 @@ def test_other_offsets_and_no_time_at_all() -> None:
     ],
 )
 def test_a_duration_is_said_with_its_two_largest_units(seconds: float, words: str) -> None:
-    """A duration is said with its two largest units, milliseconds below a second, and without its sign."""
+    """A duration is shown in its two largest units, or in milliseconds below a second, without its sign."""
     assert span(timedelta(seconds=seconds)) == words

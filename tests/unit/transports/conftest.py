@@ -1,4 +1,4 @@
-"""Other sides that cannot be reached: each gives the address. And the event loops that HTTP is tested on."""
+"""Unreachable endpoints; each fixture returns the address. Also the event loops for tests of HTTP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the transports share: settings, deliveries, a scripted server, a homeserver."""
+"""Helpers of the transports' tests: settings, deliveries, a scripted server, a homeserver."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Request:
 
 @dataclass
 class ScriptedServer:
-    """An HTTP server that answers with the very bytes that a test gives it."""
+    """An HTTP server that answers with the bytes that a test provides."""
 
     answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]] = b""
     requests: list[Request] = field(default_factory=list)
@@ -179,7 +179,7 @@ def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
 
 
 def homeserver(chats: SandboxChats) -> web.Application:
-    """Return as much of a Matrix homeserver as sending needs, over ``chats``."""
+    """Return the part of a Matrix homeserver that sending needs, over ``chats``."""
 
     async def put(request: web.Request) -> web.StreamResponse:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -206,7 +206,7 @@ def homeserver(chats: SandboxChats) -> web.Application:
 
 
 def _matrix_body(body: str) -> bytes:
-    """Translate the sandbox's own answer; whatever a test made it answer instead stays as it is."""
+    """Translate the sandbox's own answer; a test's own answer stays as it is."""
     try:
         message_id = UUID(json.loads(body)["chatMessageId"])
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):

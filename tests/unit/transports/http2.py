@@ -1,4 +1,4 @@
-"""An HTTP/2 server over TLS that does to each stream what a test wants."""
+"""An HTTP/2 server over TLS whose streams a test controls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stream:
-    """One request, whole, and the means to answer it."""
+    """A complete request, and the means to answer it."""
 
     connection: Connection
     id: int
@@ -53,13 +53,13 @@ class Connection:
     resets: list[int] = field(default_factory=list)
 
     def flush(self) -> None:
-        """Send what h2 has to send."""
+        """Send the data that h2 has queued."""
         self.writer.write(self.h2.data_to_send())
 
 
 @dataclass
 class Http2Server:
-    """A server that gives each request, once it has arrived whole, to ``serve``."""
+    """A server that passes each complete request to ``serve``."""
 
     serve: Callable[[Stream], Awaitable[None]]
     streams_at_once: int = 100

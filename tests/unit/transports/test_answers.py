@@ -1,4 +1,4 @@
-"""The table of answers, pure: which status means what, and what Retry-After asks for."""
+"""The table of answers: the outcome of each status, and the delay that Retry-After requests."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ def test_503_is_a_rate_limit_only_with_a_retry_after_that_can_be_read() -> None:
 
 
 def test_429_is_a_rate_limit_in_any_case() -> None:
-    """429 is `Snoozed` also when it does not say for how long."""
+    """429 is `Snoozed` even without a Retry-After."""
     assert outcome_of(Answer(429, {"retry-after": "soon"}), HTTP) == Snoozed("HTTP 429", None, 429)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
 def test_what_is_final_keeps_what_was_said(status: int) -> None:
-    """401 and 403, like 410 and redirects, are refusals, wherever a redirect points."""
+    """401, 403, 410 and redirects are refusals, wherever a redirect points."""
     answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
     assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
 
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
 def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> None:
-    """A Retry-After postpones the next try of any failure that is tried again."""
+    """A Retry-After delays the next try after any failure that is retried."""
     assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
         f"HTTP {status}", timedelta(seconds=60), status
     )
@@ -72,7 +72,7 @@ def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> N
 
 @pytest.mark.parametrize("status", [301, 400, 404])
 def test_retry_after_changes_no_refusal(status: int) -> None:
-    """A refusal stays one, whatever its headers say."""
+    """A refusal stays a refusal, whatever its headers."""
     assert isinstance(outcome_of(Answer(status, {"retry-after": "60"}), HTTP), Rejected)
 
 
@@ -106,12 +106,12 @@ def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
     ["", "soon", "-5", "+5", "1e3", "inf", "nan", "0x10", "5s", "\u0665", "32 Mar 2026", "Sun, 99 Foo 2026 1:2:3"],
 )
 def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
-    """Garbage is as if there were no Retry-After."""
+    """An invalid Retry-After is ignored."""
     assert retry_after({"retry-after": value}, NOW) is None
 
 
 def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
-    """With a Date header the clocks of the two hosts need not agree."""
+    """With a Date header the hosts' clocks need not agree."""
     headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
     assert retry_after(headers, datetime(2020, 1, 1, tzinfo=UTC)) == timedelta(seconds=10)
     assert retry_after(headers | {"date": "yesterday"}, NOW) == timedelta(seconds=30)
@@ -128,7 +128,7 @@ def test_no_header_breaks_anything(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
-    """So is the result of an almost valid date."""
+    """The same holds for an almost valid date."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -205,7 +205,7 @@ def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
     ],
 )
 def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id: UUID | None, detail: str) -> None:
-    """A 2xx may carry the message's id; an odd body is reported, and changes nothing."""
+    """A 2xx may carry the message's id; an invalid body is reported and changes nothing."""
     assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
 
 
@@ -216,7 +216,7 @@ def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
 
 
 def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
-    """The chat message's id is made from the event id, always the same."""
+    """The chat message's id is derived from the event id."""
     outcome = outcome_of(Answer(200, body=b'{"event_id": "$abc"}'), MATRIX)
     assert outcome == Sent(uuid5(EVENT_NAMESPACE, "$abc"), 200)
     assert outcome == Sent(UUID("37b34226-6556-52a4-80bc-84c22a7f6ff5"), 200)
@@ -238,6 +238,6 @@ def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
     ],
 )
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
-    """M_LIMIT_EXCEEDED says for how long in a header, or, older, in its body; the header wins."""
+    """M_LIMIT_EXCEEDED gives the delay in a header or, formerly, in its body; the header wins."""
     after = None if seconds is None else timedelta(seconds=seconds)
     assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

@@ -1,4 +1,4 @@
-"""`check`: the other side can be reached, or why not, in one sentence and without sending anything."""
+"""`check` reports whether the other side can be reached, in one sentence and without sending anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unit.transports.doubles import answer, scripted, settings_for
 
 
 async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
-    """`check` connects, hangs up, and says both."""
+    """`check` connects, hangs up, and reports it."""
     async with scripted(answer(200)) as server:
         said = await HttpTransport(settings_for(f"{server.url}/messages?token=secret")).check()
         assert said == f"{server.url}/messages accepts connections over TCP; no message was sent."

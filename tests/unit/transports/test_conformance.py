@@ -1,4 +1,4 @@
-"""The suite that every transport passes: the five outcomes, whatever the other side does.
+"""The conformance suite for every transport: the five outcomes, whatever the other side does.
 
 A plug-in's author runs it by adding a `Rig` for the plug-in: the transport, and the chats behind it.
 """
@@ -25,14 +25,14 @@ TIMEOUT = 0.25
 
 @pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """Every transport in turn, open, with time enough for any machine."""
+    """Each transport, open, with a timeout long enough for any machine."""
     async with RIGS[request.param](10.0) as made:
         yield made
 
 
 @pytest.fixture(params=RIGS)
 async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """Every transport in turn, open, with a short timeout."""
+    """Each transport, open, with a short timeout."""
     async with RIGS[request.param](TIMEOUT) as made:
         yield made
 
@@ -44,7 +44,7 @@ async def test_it_is_a_transport_with_a_name(rig: Rig) -> None:
 
 
 async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: Rig) -> None:
-    """An accepted message is `Sent`, and carries a UUID that names it."""
+    """An accepted message is `Sent` with a UUID."""
     outcome = await rig.transport.send(a_delivery())
     assert isinstance(outcome, Sent)
     assert isinstance(outcome.chat_message_id, UUID)
@@ -59,7 +59,7 @@ async def test_the_same_follow_up_twice_is_one_message(rig: Rig) -> None:
 
 
 async def test_two_follow_ups_of_a_chat_are_two_messages(rig: Rig) -> None:
-    """Another follow-up is another message, also with the same text in the same chat."""
+    """Another follow-up is another message, even with the same text in the same chat."""
     first = a_delivery()
     outcomes = [await rig.transport.send(each) for each in (first, a_delivery(chat_id=first.chat_id))]
     assert outcomes[0] != outcomes[1]
@@ -76,7 +76,7 @@ async def test_a_passing_failure_is_tried_again(rig: Rig, status: int) -> None:
 
 
 async def test_a_failure_may_say_when_to_come_back(rig: Rig) -> None:
-    """The Retry-After of a failure is the wish of the `Retry`."""
+    """The Retry-After of a failure becomes the `Retry`'s requested delay."""
     outcome = await rig.send(a_delivery(), kind="fail", status=500, retry_after=7)
     assert outcome == Retry("HTTP 500", timedelta(seconds=7), 500)
 
@@ -90,14 +90,14 @@ async def test_a_rate_limit_uses_up_no_attempt(rig: Rig, status: int) -> None:
 
 
 async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: Rig) -> None:
-    """A refusal is `Rejected`, with the status and the beginning of what the receiver said."""
+    """A refusal is `Rejected`, with the status and the beginning of the receiver's answer."""
     reason = "blocked \u00e9 " * 100
     outcome = await rig.send(a_delivery(), kind="reject", body=reason)
     assert outcome == Rejected(f"HTTP 403 {reason[:200]}", 403)
 
 
 async def test_a_refusal_never_carries_a_nul(rig: Rig) -> None:
-    """Characters that PostgreSQL cannot store do not enter a reason."""
+    """Characters that PostgreSQL cannot store are removed from a reason."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
@@ -110,7 +110,7 @@ async def test_whatever_is_no_passing_failure_is_final(rig: Rig, status: int) ->
 
 
 async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Rig) -> None:
-    """A connection that breaks before the answer is `Unknown`; the same key again brings the truth."""
+    """A connection that breaks before the answer is `Unknown`; repeating the key reveals the outcome."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
     assert isinstance(outcome, Unknown)
@@ -153,7 +153,7 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: Rig) -> None:
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )
 async def test_a_strange_answer_is_sent_without_an_id(rig: Rig, body: str) -> None:
-    """A 2xx with a strange body is `Sent`; the detail says what is odd, without quoting it."""
+    """A 2xx with an invalid body is `Sent`; the detail describes the flaw without quoting the body."""
     outcome = await rig.send(a_delivery(), kind="accept", body=body)
     assert isinstance(outcome, Sent)
     assert outcome.chat_message_id is None
@@ -164,12 +164,12 @@ async def test_a_strange_answer_is_sent_without_an_id(rig: Rig, body: str) -> No
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
 async def test_every_2xx_is_sent(rig: Rig, status: int) -> None:
-    """Any 2xx without a body is `Sent` without an id, and nothing is odd about it."""
+    """Any 2xx without a body is `Sent` without an id and without a detail."""
     assert await rig.send(a_delivery(), kind="accept", status=status, body="") == Sent(None, status, "")
 
 
 async def test_every_status_is_an_outcome(rig: Rig) -> None:
-    """Whatever status comes back, `send` returns one of the five outcomes and names the status."""
+    """For every status, `send` returns one of the five outcomes with the status."""
     for status in range(200, 600):
         outcome = await rig.send(a_delivery(), kind="fail", status=status, body="")
         assert isinstance(outcome, Sent | Retry | Snoozed | Rejected)
@@ -188,13 +188,13 @@ async def test_no_outcome_shows_the_message(rig: Rig, kind: str) -> None:
     ids=["one", "unicode", "longest", "controls", "surrogate"],
 )
 async def test_any_text_arrives(rig: Rig, text: str) -> None:
-    """A text arrives unchanged and complete; half a surrogate pair, which is not text, breaks nothing."""
+    """A text arrives unchanged and complete; a lone surrogate causes no error."""
     assert isinstance(await rig.transport.send(a_delivery(message=text)), Sent)
     assert rig.chats.ledger.records()[0].message_length == len(text)
 
 
 async def test_many_at_once(rig: Rig) -> None:
-    """As many calls at once as the settings allow, and more, each get their own answer."""
+    """Concurrent calls, even more than the settings allow, each get their own answer."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 
@@ -219,7 +219,7 @@ async def test_a_cancelled_call_is_cancelled(rig: Rig) -> None:
 
 
 async def test_check_says_one_sentence_and_sends_nothing(rig: Rig) -> None:
-    """`check` finds the other side without delivering anything."""
+    """`check` reaches the other side without delivering anything."""
     assert (await rig.transport.check()).endswith(".")
     assert rig.chats.ledger.summary()["requests"] == 0
 

@@ -1,4 +1,4 @@
-"""The connections of the transport ``http`` between two calls: which are used again, and which are not."""
+"""Reuse of the transport ``http``'s connections between two calls."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OK = answer(200)
 
 
 class ThreadedServer:
-    """A server that answers every request, of one segment, from threads: the test's own event loop may stand still."""
+    """A server that answers one-segment requests from threads, so that the test may block its event loop."""
 
     def __init__(self) -> None:
         self.connections: list[socket.socket] = []
@@ -50,7 +50,7 @@ class ThreadedServer:
                 connection.sendall(OK)
 
     def hang_up(self) -> None:
-        """End the connections there are; with SO_LINGER 0 by a reset."""
+        """End the open connections, by a reset if SO_LINGER is 0."""
         for one in self.connections:
             one.shutdown(socket.SHUT_RD)  # wakes the thread that reads
             one.close()
@@ -73,7 +73,7 @@ def threaded() -> Iterator[ThreadedServer]:
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
-    """A receiver that hangs up between two calls costs neither of them anything."""
+    """A receiver that hangs up between two calls affects neither of them."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -83,7 +83,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
 
 
 async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) -> None:
-    """What the event loop had no time to read counts too: no request goes out on a connection that has ended."""
+    """No request is sent on a closed connection, even if the event loop had no time to notice."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].shutdown(socket.SHUT_WR)
@@ -92,7 +92,7 @@ async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) ->
 
 
 async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(threaded: ThreadedServer) -> None:
-    """An unasked answer is none to the call that begins while it waits to be read."""
+    """An unrequested answer that waits to be read does not answer the next call."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].sendall(OTHER)
@@ -102,7 +102,7 @@ async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(t
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
 async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) -> None:
-    """Bytes behind an answer, a second one or garbage, end the connection; each call gets its own answer."""
+    """Bytes after an answer end the connection; each call gets its own answer."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -130,7 +130,7 @@ async def test_line_breaks_behind_an_answer_are_nothing() -> None:
     ],
 )
 async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
-    """``connection: close`` and HTTP/1.0 end a connection, the rest leaves it open."""
+    """``connection: close`` and HTTP/1.0 end a connection; all else leaves it open."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(2):
             assert isinstance(await transport.send(a_delivery()), Sent)
@@ -150,7 +150,7 @@ async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None
 
 
 async def test_a_cancelled_call_closes_its_connection() -> None:
-    """The answer to a call that was cancelled is nobody's."""
+    """The answer to a cancelled call is discarded."""
     hung_up = asyncio.Event()
 
     async def late(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -172,7 +172,7 @@ async def test_a_cancelled_call_closes_its_connection() -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicates: bool) -> None:
-    """Calls beyond the limit wait until another one ends, and then have their turn."""
+    """Calls beyond the limit wait until another one ends."""
     open_now, most = 0, 0
 
     async def count(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -191,7 +191,7 @@ async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicat
 
 
 async def test_calls_that_wait_share_the_connections_there_are() -> None:
-    """An idle connection is used before a new one is made, by those that waited too."""
+    """An idle connection is used before a new one is opened, even by calls that waited."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, concurrency=2))) as transport:
         for _ in range(3):
             outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(8)])
@@ -200,7 +200,7 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
 
 
 async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
-    """A call that waits for a connection times out without sending; its slot is free afterwards."""
+    """A call that times out while waiting for a connection sends nothing and frees its slot."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(1)
@@ -218,7 +218,7 @@ async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is idle for longer than it is kept is closed without waiting for a call, and none gets it."""
+    """A connection that is idle for too long is closed without waiting for a call, and not used."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
     ends: asyncio.Queue[float] = asyncio.Queue()
 
@@ -242,7 +242,7 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
-    """A call is retried if the receiver hangs up before it got anything, at any stage of the call."""
+    """A call is retried if the receiver hangs up before it received anything, at any stage."""
     received: list[bytes] = []
 
     def hang_up() -> None:  # in a thread, which does not stand still
@@ -290,7 +290,7 @@ async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None
 
 
 async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
-    """A receiver that answers before it has read all would take the rest for the next request."""
+    """A receiver that answers early would read the rest of the request as the next one."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peers.append(writer)
@@ -314,7 +314,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 def test_a_loop_that_ends_without_closing_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """A process whose event loop ends during a call leaves no connection open, nor anything else."""
+    """A process whose event loop ends during a call leaves nothing open."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
@@ -335,7 +335,7 @@ def test_a_loop_that_ends_without_closing_leaves_nothing_open(
 
 
 async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() -> None:
-    """Calls in flight when a worker stops are answered; closing follows and breaks none of them."""
+    """Calls in flight when a worker stops are answered before the connections are closed."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(0.1)

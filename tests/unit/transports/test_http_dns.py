@@ -1,4 +1,4 @@
-"""A name server that never answers: calls to other hosts go on, and closing waits for nothing."""
+"""A name server that never answers delays neither calls to other hosts nor closing."""
 
 from __future__ import annotations
 

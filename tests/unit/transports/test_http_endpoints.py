@@ -332,7 +332,7 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
     """If the server has closed an idle connection, the next call gets another one.
 
-    If the server closes the connection at that very moment, the outcome may be unknown. Nothing arrives twice.
+    If the server closes the connection at the same moment, the outcome may be unknown. Nothing arrives twice.
     """
     bodies: list[bytes] = []
     ends: asyncio.Queue[None] = asyncio.Queue()

@@ -1,4 +1,4 @@
-"""How the transport ``http`` fails: before the request went out it can be tried again, after that nobody knows."""
+"""Failures of the transport ``http``: before the request is sent it is retried; after that the outcome is unknown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:
-    """Send once to ``url``, within 10 s or what the settings say."""
+    """Send once to ``url``, within 10 s or the settings' timeout."""
     async with opened(HttpTransport(settings_for(url, **({"transport_timeout": 10} | settings)))) as transport:
         return await transport.send(a_delivery())
 
@@ -36,31 +36,31 @@ async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
 
 
 async def test_a_refused_connection_is_tried_again(free_port: int) -> None:
-    """Nobody listens: nothing went out."""
+    """If nothing listens, nothing was sent."""
     assert await outcome_at(f"http://127.0.0.1:{free_port}") == Retry("no connection: Connection refused")
 
 
 async def test_an_unknown_host_is_tried_again() -> None:
-    """A host name that is not found may be found later."""
+    """An unknown host name is retried."""
     assert await outcome_at("http://nowhere.invalid") == Retry("no connection: the host name was not found (DNS)")
 
 
 async def test_a_failed_tls_handshake_is_tried_again(no_tls: str) -> None:
-    """The other side does not speak TLS: nothing went out."""
+    """If the other side does not speak TLS, nothing was sent."""
     outcome = await outcome_at(no_tls)
     assert isinstance(outcome, Retry)
     assert outcome.detail == "no connection: TLS failed (wrong version number)"
 
 
 async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
-    """The timeout passes while connecting (here: in a TLS handshake that gets no answer): nothing went out."""
+    """If the timeout passes while connecting (here in an unanswered TLS handshake), nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")
 
 
 async def test_no_answer_in_time_is_unknown() -> None:
-    """The request went out and the timeout passes: it may have been accepted."""
+    """If the timeout passes after the request was sent, it may have been accepted."""
     async with scripted(stay_silent) as server:
         began = time.monotonic()
         assert await outcome_at(server.url, transport_timeout=0.2) == Unknown("no answer within 0.2 s")
@@ -87,7 +87,7 @@ async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: by
 
 
 async def test_a_reset_connection_is_unknown() -> None:
-    """A connection that is reset after the request went out is like one that breaks."""
+    """A connection reset after the request was sent counts as broken."""
 
     async def reset(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.transport.abort()
@@ -124,7 +124,7 @@ def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 async def test_however_a_connection_breaks_the_request_went_out_once(
     said: bytes, outcome: type, context: ssl.SSLContext | None, *, kept: bool, reset: bool
 ) -> None:
-    """Wherever a fresh or a kept connection breaks off: the outcome is by what came, and nothing is sent again."""
+    """Wherever a new or kept connection breaks, the outcome follows from what was received; nothing is repeated."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(said)
@@ -151,7 +151,7 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
     ],
 )
 async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome: type) -> None:
-    """After the status line nothing is unknown any more; an incomplete body gives no id."""
+    """After the status line the outcome is known; an incomplete body gives no id."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(head)
@@ -165,7 +165,7 @@ async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome:
 
 
 async def test_the_status_decides_when_the_body_is_slow() -> None:
-    """The timeout is for all of a call; when it passes in the body of a 200, the message was sent."""
+    """The timeout covers the whole call; if it passes in the body of a 200, the message was sent."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED)
@@ -188,7 +188,7 @@ async def test_a_slow_refusal_keeps_what_came() -> None:
 
 
 async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
-    """Beyond 64 KiB reading stops and the connection is dropped; the status decides."""
+    """After 64 KiB reading stops and the connection is dropped; the status decides."""
     written = 0
 
     async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -207,7 +207,7 @@ async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
 
 
 async def test_64_kib_are_read() -> None:
-    """The limit itself is within the limit."""
+    """A body of exactly the limit is read."""
     async with scripted(answer(200, NAMED.ljust(65_536))) as server:
         outcome = await outcome_at(server.url)
     assert isinstance(outcome, Sent)
@@ -242,7 +242,7 @@ async def test_an_informational_answer_is_no_answer_yet() -> None:
 
 
 async def test_a_receiver_that_comes_back_is_found() -> None:
-    """After a broken connection the next call works: nothing of it sticks."""
+    """After a broken connection the next call works."""
     broken = True
 
     async def once(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -256,7 +256,7 @@ async def test_a_receiver_that_comes_back_is_found() -> None:
 
 
 async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
-    """Unasked bytes between two calls answer neither; nothing is sent on that connection."""
+    """Unrequested bytes between two calls answer neither; the connection is not used again."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         server.writer.write(answer(200, NAMED))
@@ -278,7 +278,7 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
-    """Frozen at any step of the way until its time is up, it sends nothing on waking: it may be another's by now."""
+    """A call frozen at any step until its time is up sends nothing afterwards, since another worker may have it."""
     came: list[float] = []
 
     def listen() -> None:  # in a thread, which is not frozen

@@ -1,4 +1,4 @@
-"""What the transport ``http`` sends: body, headers and signature (deploy/ENDPOINT.md)."""
+"""The requests of the transport ``http``: body, headers and signature (deploy/ENDPOINT.md)."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ async def test_a_whole_second_is_written_like_any_other_time() -> None:
 
 
 async def test_a_chat_without_an_external_id_has_null() -> None:
-    """The field is always there."""
+    """The field is always present."""
     request = await requested(a_delivery(external_chat_id=None))
     assert json.loads(request.body)["externalChatId"] is None
 
 
 async def test_the_text_is_utf_8() -> None:
-    """Letters are sent as they are, so that a body is not larger than it must be."""
+    """Non-ASCII letters are sent unescaped, so that bodies stay small."""
     request = await requested(
         a_delivery(message="\u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435")
     )
@@ -101,7 +101,7 @@ async def test_credentials_in_the_url_become_basic_authentication() -> None:
 
 
 SHORT, LONG = (base64.b64encode(bytes(range(size))).decode() for size in (25, 64))
-"""With and without padding; the longest that there is."""
+"""With and without padding, and of the greatest length."""
 
 
 @pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SHORT, LONG])
@@ -146,7 +146,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY and its kind redirect nothing."""
+    """HTTP_PROXY and the like have no effect."""
     async with scripted(OK) as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -155,7 +155,7 @@ async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.M
 
 
 async def test_cookies_are_not_kept() -> None:
-    """One chat's answer never colours another one's request."""
+    """Cookies of one chat's answer are not sent with another's request."""
     async with (
         scripted(answer(200, set_cookie="session=1")) as server,
         opened(HttpTransport(settings_for(server.url))) as transport,
@@ -183,13 +183,13 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
 
 
 async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
-    """`send` without `open` raises, since it is nothing that the other side did."""
+    """`send` without `open` raises, since it is a programming error."""
     with pytest.raises(RuntimeError, match="open"):
         await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """Without a URL the start stops with a sentence that names the setting."""
+    """A missing URL stops the start with a sentence that names the setting."""
     with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
         HttpTransport(settings_for(None))
 

@@ -62,7 +62,7 @@ async def transport(server: Http2Server) -> AsyncIterator[Transport]:
 
 
 async def send_at_once(transport: Transport, count: int) -> list[Outcome]:
-    """Send so many at once."""
+    """Send that many at once."""
     return await asyncio.gather(*[transport.send(a_delivery()) for _ in range(count)])
 
 
@@ -72,7 +72,7 @@ def keys(server: Http2Server) -> list[str]:
 
 
 async def test_calls_share_a_connection(server: Http2Server, transport: Transport) -> None:
-    """Call after call and calls at once use one connection, each with its own answer."""
+    """Sequential and concurrent calls use one connection, each with its own answer."""
 
     async def name(stream: Stream) -> None:
         await asyncio.sleep(0.02)
@@ -117,13 +117,13 @@ async def withdraw(stream: Stream) -> None:
 
 
 async def go_away(stream: Stream) -> None:
-    """Take no stream any more, this one included."""
+    """Refuse all further streams, including this one."""
     stream.connection.h2.close_connection(last_stream_id=stream.id - 1)
     stream.connection.flush()
 
 
 async def go_away_and_close(stream: Stream) -> None:
-    """Take no stream any more, and end the connection."""
+    """Refuse all further streams, and end the connection."""
     await go_away(stream)
     stream.connection.writer.close()
 
@@ -145,7 +145,7 @@ async def hint_and_fail(stream: Stream) -> None:
 
 
 async def send_garbage(stream: Stream) -> None:
-    """Send what is no frame."""
+    """Send an invalid frame."""
     stream.connection.writer.write(b"\xff" * 1000)
 
 
@@ -184,7 +184,7 @@ async def test_however_a_stream_ends_the_request_went_out_once(
 async def test_the_status_decides_when_the_body_breaks_off(
     end: Callable[[Stream], Awaitable[None]], status: int, outcome: type, server: Http2Server, transport: Transport
 ) -> None:
-    """After the head nothing is unknown any more."""
+    """After the head the outcome is known."""
 
     async def break_off(stream: Stream) -> None:
         stream.answer(status, b"{", ends=False)
@@ -217,7 +217,7 @@ async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
 
 
 def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]) -> None:
-    """Let the next request be treated so, and the others be accepted a moment later."""
+    """Treat the next request this way, and accept the others a moment later."""
     first = server.requests[-1].id + 2
 
     async def serve(stream: Stream) -> None:
@@ -262,7 +262,7 @@ async def hint_without_end(stream: Stream) -> None:
 async def test_one_stream_harms_no_other(
     misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
 ) -> None:
-    """A body or a head without an end costs its own call, whose stream ends; the connection goes on."""
+    """An endless body or head ends only its own stream; the connection continues."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, misbehave)
     outcomes = await send_at_once(transport, STREAMS)
@@ -302,7 +302,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
-    """A receiver that hangs up between two calls costs neither of them anything, whatever way it does."""
+    """A receiver that hangs up between two calls affects neither of them, however it does so."""
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK
         await end(server.requests[-1])

@@ -1,4 +1,4 @@
-"""Answers as they come over the wire of the transport ``http``: in pieces, sloppy, endless, unasked."""
+"""Answers to the transport ``http`` on the wire: in pieces, malformed, endless, unrequested."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def in_pieces(answer: bytes, size: int) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
-    """Write an answer in so many bytes at a time, each read on its own."""
+    """Write an answer in pieces of that many bytes."""
 
     async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
         with contextlib.suppress(ConnectionError):
@@ -39,7 +39,7 @@ def in_pieces(answer: bytes, size: int) -> Callable[[asyncio.StreamWriter, Reque
 
 
 def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
-    """Write an answer that goes on and on."""
+    """Write an endless answer."""
 
     async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(start)
@@ -60,7 +60,7 @@ async def outcome_of(
 
 
 def names(outcome: Outcome) -> bool:
-    """Return whether it is sent, with the very id."""
+    """Return whether the outcome is `Sent` with the expected id."""
     return isinstance(outcome, Sent) and str(outcome.chat_message_id) == MESSAGE_ID
 
 
@@ -75,7 +75,7 @@ def names(outcome: Outcome) -> bool:
     ids=["content-length", "informational first", "chunked"],
 )
 async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
-    """Where the segments of an answer end means nothing."""
+    """The segments of an answer may end anywhere."""
     assert names(await outcome_of(in_pieces(reply, size)))
 
 
@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
-    """What other clients put up with costs no receiver its answer, the second on a connection neither."""
+    """Flaws that other clients tolerate are accepted, also in a connection's second answer."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
@@ -111,7 +111,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
 async def test_a_head_that_is_too_long_is_none(size: int) -> None:
-    """A head of more than 64 KiB is no answer, whether it comes at once or in pieces."""
+    """A head of more than 64 KiB is no answer, whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
     expected = Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected
@@ -150,7 +150,7 @@ async def test_an_endless_chunk_size_costs_the_timeout() -> None:
 
 
 async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
-    """The status counts also where garbage follows it in the same segment."""
+    """The status counts even if garbage follows it in the same segment."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
     assert outcome.detail.startswith("the body of the answer broke off")
@@ -176,14 +176,14 @@ async def test_an_answer_that_has_no_body_is_complete_with_its_head(status: int)
 
 
 async def test_a_trailer_is_no_header() -> None:
-    """What stands behind the body asks for nothing."""
+    """Bytes after the body have no effect."""
     reply = b"HTTP/1.1 503 No\r\ntransfer-encoding: chunked\r\n\r\n0\r\nretry-after: 7\r\n\r\n"
     outcome = await outcome_of(reply)
     assert outcome.after is None  # type: ignore[union-attr]
 
 
 async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Over TLS too call after call uses the same connection, until the receiver hangs up."""
+    """Over TLS, too, successive calls use one connection until the receiver hangs up."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)

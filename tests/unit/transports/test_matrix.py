@@ -32,7 +32,7 @@ async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
 
 
 async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
-    """The external id is always one segment of the path."""
+    """The external id always stays one segment of the path."""
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
         await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
         target = server.requests[0].target
@@ -43,7 +43,7 @@ async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
 
 @pytest.mark.parametrize("room", [None, "", "#alias:example.org", "..", "49301234567"])
 async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None) -> None:
-    """Without a room id there is nowhere to send to, now or later."""
+    """Without a room id a follow-up is rejected."""
     async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
         outcome = await transport.send(a_delivery(external_chat_id=room))
         assert outcome == Rejected("the chat's external id is no Matrix room id (these start with !)")
@@ -51,7 +51,7 @@ async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None
 
 
 async def test_a_wrong_token_is_a_refusal() -> None:
-    """M_UNKNOWN_TOKEN is final, and said."""
+    """M_UNKNOWN_TOKEN is a rejection that names the code."""
     async with (
         scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
         opened(matrix(server.url)) as transport,

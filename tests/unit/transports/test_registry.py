@@ -1,4 +1,4 @@
-"""Which transport the settings select, and the errors if there is none."""
+"""The transport that the settings select, and the errors for a wrong one."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
 @pytest.mark.parametrize("plug_in", ["followups.transports.sandbox.transport:SandboxTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_is_found_by_its_name() -> None:
-    """An entry point of another package is as good as ours."""
+    """An entry point of another package works like ours."""
     assert isinstance(load_transport(settings_for(transport="extra")), SandboxTransport)
 
 

@@ -24,17 +24,17 @@ def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> I
 
 
 def late(milliseconds: float) -> Received:
-    """Return the moment so long after the due date."""
+    """Return the time that long after the due date."""
     return Received((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
 
 
 def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:
-    """Return the bubbles of a chat."""
+    """Return the messages of a chat."""
     return next(chat["messages"] for chat in chats.conversations() if chat["chatId"] == chat_id)
 
 
 def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
-    """The same key again is one message, the same id, and one repeat."""
+    """Repeating a key adds no message, returns the same id, and counts one repeat."""
     chats = SandboxChats()
     first, second = (chats.receive(incoming(), "key") for _ in range(2))
     assert first == second
@@ -74,7 +74,7 @@ def test_a_behaviour_for_n_requests_ends_after_them() -> None:
 
 
 def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
-    """A chat's own behaviour goes before that of all."""
+    """A chat's own behaviour takes precedence over the default."""
     chats = SandboxChats()
     chats.default = Behaviour(kind="fail", status=502)
     chats.behave("c1", Behaviour(kind="accept"))
@@ -136,7 +136,7 @@ def test_lag_is_received_minus_due() -> None:
 
 
 def test_nothing_accepted_has_no_lag() -> None:
-    """No number is made up."""
+    """Without accepted messages the quantiles are None."""
     assert set(SandboxChats().ledger.summary()["lagMs"].values()) == {None}
 
 

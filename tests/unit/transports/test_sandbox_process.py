@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
-    """The process prints one line when it is ready, and ends cleanly on SIGTERM whatever is going on."""
+    """The process prints one line when it is ready, and ends cleanly on SIGTERM at any time."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "followups.transports.sandbox.server", "--port", "0", "--no-dedup",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_taken_from_the_environment_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The secret may come from the environment, to be absent from the process list; a wrong one stops the start."""
+    """The secret may come from the environment, which the process list does not show; an invalid one ends it."""
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert server.main([]) == 1
     assert "FOLLOWUPS_TRANSPORT_SECRET should be base64" in capsys.readouterr().err

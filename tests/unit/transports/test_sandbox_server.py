@@ -58,7 +58,7 @@ async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientS
 async def test_what_is_no_delivery_is_turned_away(
     http: aiohttp.ClientSession, chats: SandboxChats, body: object
 ) -> None:
-    """A body that breaks the contract is a 400 that names the field and not the text."""
+    """An invalid body is a 400 that names the field, but not the text."""
     status, answer = await fetch(http, "POST", "/messages", body)
     assert status == 400
     assert "hello" not in answer["error"]
@@ -86,7 +86,7 @@ async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxCha
 
 
 async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> None:
-    """Bytes that are not UTF-8 cannot be verified, and do no harm."""
+    """Bytes that are not UTF-8 are refused as unverifiable."""
     headers = {"webhook-id": "id", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     async with client(chats, SIGNING_SECRET) as http, http.post("/messages", data=b"\xff", headers=headers) as response:
         assert response.status in {400, 401}
@@ -117,7 +117,7 @@ async def test_behaviours_are_set_read_and_reset(http: aiohttp.ClientSession, ch
 
 @pytest.mark.parametrize("path", ["/sandbox/behaviour", "/sandbox/chats/c1/behaviour"])
 async def test_a_behaviour_that_is_none_is_refused(http: aiohttp.ClientSession, path: str) -> None:
-    """422, and the field is named."""
+    """An invalid behaviour is a 422 that names the field."""
     status, answer = await fetch(http, "PUT", path, {"kind": "explode"})
     assert (status, answer["error"].partition(":")[0]) == (422, "kind")
 
@@ -151,7 +151,7 @@ async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession
 
 
 async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
-    """Each request has a number, and a page holds those after one."""
+    """Each request has a number, and a page starts after a given one."""
     for attempt in (1, 2, 3):
         await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
     _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")
@@ -168,7 +168,7 @@ async def test_somebody_elses_message_is_checked(http: aiohttp.ClientSession, bo
 
 
 async def test_the_page_is_one_file_that_loads_nothing(http: aiohttp.ClientSession) -> None:
-    """No address but its own, no markup from data, and a policy that lets nothing else run."""
+    """The page loads only from its own address, escapes data, and has a policy that blocks everything else."""
     async with http.get("/") as response:
         text, policy = await response.text(), response.headers["content-security-policy"]
         assert response.content_type == "text/html"
