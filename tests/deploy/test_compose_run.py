@@ -21,9 +21,9 @@ def test_flower_starts_and_is_healthy(stack: Stack) -> None:
     """With its password, Flower may listen on all of the container's addresses, and its health check passes."""
     port = str(free_port())
     binaries = Path(sys.executable).parent
-    words = [word.replace("5555", port) for word in FLOWER["command"]]
+    words = FLOWER["command"]
     assert FLOWER["environment"]["FLOWER_BASIC_AUTH"].startswith("${FLOWER_BASIC_AUTH:?")
-    own = stack.environment() | {"FLOWER_BASIC_AUTH": "me:pa55w0rd"}
+    own = stack.environment() | {"FLOWER_BASIC_AUTH": "me:pa55w0rd", "FLOWER_PORT": port}
     child = stack.processes.spawn("flower", [str(binaries / words[0]), *words[1:]], environment=own)
     check = [str(binaries / "python"), *(word.replace("5555", port) for word in FLOWER["healthcheck"]["test"][2:])]
 
