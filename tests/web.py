@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
-import uvicorn
 from sqlalchemy.orm import Session
 
 from followups.api.app import create_app
-from followups.api.server import config_of
+from followups.api.server import Server, config_of
 from followups.embedded import answers, free_port
 from followups.store import api_keys
 
@@ -74,7 +73,7 @@ def in_days(days: float) -> str:
 def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
     """Serve the application in a thread of this process, where a test can reach into it; yield its URL."""
     application = create_app(settings, nudge)
-    running = uvicorn.Server(config_of(application))
+    running = Server(config_of(application))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=running.run, args=([listener],))
         thread.start()

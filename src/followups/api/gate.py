@@ -24,6 +24,9 @@ KEYED = "/api/"
 CONSOLE = "/console"
 """Path of the console, which knows its people by a cookie."""
 
+STREAM = f"{CONSOLE}/stream"
+"""Path of the console's server-sent events, which take no place of another request."""
+
 MAX_HEADER_SIZE = 32 * 1024
 """Most bytes of a request line and its headers together."""
 
@@ -112,7 +115,10 @@ class Gate:
             elif scope["path"].startswith(CONSOLE) and (console := getattr(scope["app"].state, "console", None)):
                 wire.most = await console.body_limit(scope)
             body = await _read_body(receive, wire)
-            await self._let_in(scope, _replay(body, receive), answer)
+            if scope["path"] == STREAM:  # open for as long as a page; the console bounds their number
+                await self._app(scope, _replay(body, receive), answer)
+            else:
+                await self._let_in(scope, _replay(body, receive), answer)
         except Refusal as refusal:
             await answer.problem(scope, receive, refusal.problem)  # every refusal is raised before an answer begins
         except Gone:

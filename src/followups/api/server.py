@@ -310,6 +310,16 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
     )
 
 
+class Server(uvicorn.Server):
+    """uvicorn's server, which ends open streams before it waits for running requests."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End the console's streams, then everything else."""
+        if console := getattr(getattr(self.config.app, "state", None), "console", None):
+            console.end_streams()
+        await super().shutdown(sockets)
+
+
 def serve(app: ASGIApp, sockets: list[socket.socket]) -> None:
     """Serve on these until SIGTERM or SIGINT."""
-    uvicorn.Server(config_of(app)).run(sockets)
+    Server(config_of(app)).run(sockets)

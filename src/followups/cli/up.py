@@ -67,7 +67,9 @@ def up(
 
 def _stay(stack: Stack, data: Path | None) -> Never:
     _, key = stack.create_key(WORKSPACE, "followups up")
-    say(welcome(Addresses(stack.api, stack.sandbox, stack.logs, data, stack.settings.environment()), key), lines=True)
+    console = stack.create_console_link() if stack.settings.console else "switched off (FOLLOWUPS_CONSOLE)"
+    addresses = Addresses(stack.api, console, stack.sandbox, stack.logs, data, stack.settings.environment())
+    say(welcome(addresses, key), lines=True)
     while True:
         stack.check()
         time.sleep(LOOK.total_seconds())
@@ -92,6 +94,8 @@ class Addresses:
     """The addresses to print."""
 
     api: str
+    console: str
+    """A link that signs in once, as operator."""
     sandbox: str
     logs: Path
     data: Path | None
@@ -106,6 +110,7 @@ Ready.
 
   REST API       {where.api}/api/v1/
   Documentation  {where.api}/docs
+  Console        {where.console}
   Sandbox chat   {where.sandbox}/  (watch the messages arrive there)
   API key        {key}
   Logs           {where.logs}

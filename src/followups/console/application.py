@@ -11,6 +11,7 @@ import anyio.to_thread
 from sqlalchemy.exc import DBAPIError
 from starlette.datastructures import Headers
 from starlette.requests import cookie_parser
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import compile_path
 from structlog.contextvars import bind_contextvars
 
@@ -18,6 +19,7 @@ from followups.console import identity, language, origins
 from followups.console.access import Action
 from followups.console.assets import HEADERS
 from followups.console.forms import Fields
+from followups.console.live import Live, Stream
 from followups.console.pages import ROUTES
 from followups.console.services import PREFIX, Services
 from followups.console.visit import ForbiddenError, Visit
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     import re
     from collections.abc import Callable
 
-    from starlette.responses import Response
     from starlette.types import Receive, Scope, Send
 
     from followups.console.pages import Route
@@ -43,6 +44,9 @@ THREADS = 6
 
 STRANGERS_BODY = 16 * 1024
 """Most bytes of a body without a valid session: the form of the sign-in."""
+
+STREAM = f"{PREFIX}/stream"
+"""Path of the server-sent events."""
 
 LONGEST_BODY = 1024 * 1024
 
@@ -64,6 +68,7 @@ class Console:
         """Take the settings; ``nudge`` asks the workers for a tick."""
         self.services = Services(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
+        self._live = Live(self.services.engine, self._in_thread)
         self._table: list[Matched] = []
         for path in dict.fromkeys(route.path for route in ROUTES):
             routes = {route.method: route for route in ROUTES if route.path == path}
@@ -80,9 +85,14 @@ class Console:
         known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])
         return LONGEST_BODY if known else STRANGERS_BODY
 
+    def end_streams(self) -> None:
+        """End the open streams within a second, since the process is to end. A signal handler may call it."""
+        self._live.end()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
-        response = await self._respond(scope, receive)
+        streams = scope["path"] == STREAM and scope["method"] == "GET"
+        response = await (self._stream(scope) if streams else self._respond(scope, receive))
         await response(scope, receive, send)
 
     async def _respond(self, scope: Scope, receive: Receive) -> Response:
@@ -104,6 +114,25 @@ class Console:
             except InvalidRequestError as error:
                 return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
         return await self._in_thread(self._serve, visit, route, scope)
+
+    async def _stream(self, scope: Scope) -> Response:
+        """Return a stream of nudges for a person with a session."""
+        visit = _visit(self.services, scope, STREAM.removeprefix(PREFIX))
+        await self._in_thread(identity.identify, visit, scope)
+        viewer = visit.viewer
+        if viewer is None:
+            return _finished(visit, Response(status_code=HTTPStatus.UNAUTHORIZED))
+        if not self._live.has_room(viewer.session.id, viewer.workspace_id):
+            return _finished(visit, Response(status_code=HTTPStatus.TOO_MANY_REQUESTS, headers={"retry-after": "30"}))
+
+        async def still_valid() -> bool:
+            return await self._in_thread(identity.is_known, self.services, visit.cookies, visit.scheme)
+
+        stream = Stream(viewer.session.id, viewer.workspace_id, visit.query.uuid("follow_up"))
+        # A proxy that kept the events until there are many would keep them for ever.
+        headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
+        events = self._live.events(stream, still_valid)
+        return _finished(visit, StreamingResponse(events, media_type="text/event-stream", headers=headers))
 
     async def _in_thread(self, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)

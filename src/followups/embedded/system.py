@@ -18,7 +18,7 @@ from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, 
 from followups.embedded.postgres import make_data_directory
 from followups.embedded.procfile import argv, search_path
 from followups.settings import load_settings
-from followups.store import api_keys, workspaces
+from followups.store import api_keys, console_sessions, workspaces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -80,6 +80,17 @@ class Stack:
         for child in [*servers, *self._processes.children]:
             if not child.running:
                 raise EmbeddedError(_obituary(child))
+
+    def create_console_link(self) -> str:
+        """Create a link that signs in to the console as operator, once."""
+        grant = console_sessions.Grant("operator", None, "this machine")
+        engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
+        try:
+            with Session(engine) as session, session.begin():
+                token, _ = console_sessions.make_link(session, grant, console_sessions.LONGEST_LINK)
+        finally:
+            engine.dispose()
+        return f"{self.settings.public_url or self.api}/console/login#token={token}"
 
     def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
         """Create an API key, and its workspace if missing; return the workspace's id and the key."""

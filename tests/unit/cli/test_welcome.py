@@ -36,8 +36,18 @@ def test_the_request_can_be_pasted() -> None:
 def test_everything_that_is_needed_is_there() -> None:
     """The text has every address, the key, and the settings for the other commands, in lines to paste."""
     environment = {name: f"{name.lower()}-value" for name in SHOWN}
-    said = welcome(Addresses("http://h:1", "http://h:2", Path("/logs"), None, environment), KEY)
-    for words in ("http://h:1/docs", "http://h:2/", f"API key        {KEY}", "/logs", "temporary", "Ctrl-C"):
+    said = welcome(
+        Addresses("http://h:1", "http://h:1/console/login#token=t", "http://h:2", Path("/logs"), None, environment), KEY
+    )
+    for words in (
+        "http://h:1/docs",
+        "http://h:1/console/login#token=t",
+        "http://h:2/",
+        f"API key        {KEY}",
+        "/logs",
+        "temporary",
+        "Ctrl-C",
+    ):
         assert words in said
     for name, value in environment.items():
         assert f"\nexport {name}='{value}'\n" in said

@@ -81,7 +81,8 @@ def _present(stack: Stack, *, json: bool) -> Score:
     elif console().is_terminal:
         result = _draw(stack)
     else:
-        say(f"The sandbox page is at {stack.sandbox}/ while this runs.")
+        say(f"The sandbox page is at {stack.sandbox}/ while this runs; the console, as operator, once, at")
+        say(stack.create_console_link())
         result = perform(stack, EventLines())
         for line in summary_lines(result):
             say(line)
@@ -90,6 +91,7 @@ def _present(stack: Stack, *, json: bool) -> Score:
 
 def _draw(stack: Stack) -> Score:
     target = console()
+    target.print(f"Console, as operator, once: {stack.create_console_link()}", soft_wrap=True, highlight=False)
     with Live(console=target, auto_refresh=False, vertical_overflow="crop") as live:
 
         def show(standings: Sequence[Standing], now: datetime, _: Sequence[str]) -> None:

@@ -222,7 +222,8 @@ def _changes(visit: Visit, found: FollowUp, typed: Typed) -> dict[str, Any]:
     if typed.message is not None and typed.message != found.message:
         changes["message"] = typed.message
     zone = Zone(visit.form.text("due_zone", visit.zone.name))
-    if typed.due and typed.due != zone.typed(found.due_date):
+    # Browsers leave out seconds that are zero.
+    if typed.due and typed.due not in {zone.typed(found.due_date), zone.typed(found.due_date).removesuffix(":00")}:
         changes["due_date"] = zone.read(typed.due, visit.form.text("fold"))
     return changes
 

@@ -1,10 +1,15 @@
 // Makes the pages live. Everything works without it.
 
 const base = document.documentElement.dataset.base;
+const LEAST_PAUSE = 1500; // milliseconds between two refreshes
+const LONGEST_PAUSE = 30000; // a refresh without any nudge
 
 signInByLink();
+addEventListener("hashchange", signInByLink);
 keepZone();
 guardDoubleSubmit();
+offerCopies();
+goLive();
 
 function signInByLink() {
   const form = document.getElementById("sign-in");
@@ -23,9 +28,150 @@ function keepZone() {
 
 function guardDoubleSubmit() {
   document.addEventListener("submit", (event) => {
-    const form = event.target;
-    if (form.dataset.sent) event.preventDefault();
-    form.dataset.sent = "yes";
+    if (event.target.dataset.sent) event.preventDefault();
+    event.target.dataset.sent = "yes";
   });
-  addEventListener("pageshow", () => document.querySelectorAll("form[data-sent]").forEach((form) => delete form.dataset.sent));
+  addEventListener("pageshow", () => {
+    for (const form of document.querySelectorAll("form[data-sent]")) delete form.dataset.sent;
+  });
+}
+
+function offerCopies() {
+  for (const button of document.querySelectorAll("[data-copy]")) {
+    button.hidden = !navigator.clipboard;
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent);
+      button.textContent += " ✓";
+    });
+  }
+}
+
+function goLive() {
+  const live = document.getElementById("live");
+  if (!live || !document.querySelector("[data-region]")) return;
+  const status = live.querySelector("[role=status]");
+  const pause = live.querySelector("button");
+  let source = null;
+  let paused = false;
+  let due = 0;
+  let timer = null;
+
+  live.hidden = false;
+  pause.addEventListener("click", () => {
+    paused = !paused;
+    pause.textContent = paused ? pause.dataset.resume : pause.dataset.pause;
+    status.textContent = paused ? live.dataset.paused : live.dataset.live;
+    if (paused) close();
+    else open();
+  });
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) close();
+    else if (!paused) open();
+  });
+  addEventListener("pagehide", close);
+  if (!document.hidden) open();
+
+  function open() {
+    close();
+    const followUp = location.pathname.match(/\/follow-ups\/([0-9a-f-]{36})$/);
+    source = new EventSource(`${base}/stream${followUp ? `?follow_up=${followUp[1]}` : ""}`);
+    source.addEventListener("open", () => {
+      status.textContent = live.dataset.live;
+      schedule(0);
+    });
+    source.addEventListener("change", () => schedule(LEAST_PAUSE));
+    source.addEventListener("signed-out", () => stop(live.dataset.out));
+    source.addEventListener("error", () => {
+      if (!status.dataset.stale) say(live.dataset.stale.replace("{time}", new Date().toLocaleTimeString()));
+      status.dataset.stale = "yes";
+      // The browser gives up after an answer that is an error; it is tried again later.
+      if (source && source.readyState === EventSource.CLOSED) setTimeout(() => !paused && !document.hidden && open(), 5000);
+    });
+  }
+
+  function close() {
+    if (source) source.close();
+    source = null;
+    clearTimeout(timer);
+    timer = null;
+  }
+
+  function stop(why) {
+    paused = true;
+    close();
+    say(why);
+    pause.hidden = true;
+  }
+
+  function say(words) {
+    status.textContent = words;
+  }
+
+  function schedule(wait) {
+    const at = Math.max(Date.now() + wait, due);
+    clearTimeout(timer);
+    timer = setTimeout(refresh, at - Date.now());
+  }
+
+  async function refresh() {
+    due = Date.now() + LEAST_PAUSE;
+    try {
+      const answer = await fetch(location.href, { headers: { accept: "text/html" }, redirect: "manual" });
+      if (answer.type === "opaqueredirect" || answer.status === 401) return stop(live.dataset.out);
+      if (!answer.ok) throw new Error(answer.status);
+      if (paused) return; // since the request began
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      for (const region of document.querySelectorAll("[data-region]")) {
+        const fresh = page.querySelector(`[data-region="${region.dataset.region}"]`);
+        if (fresh) replace(region, fresh);
+      }
+      delete status.dataset.stale;
+      say(live.dataset.live);
+    } catch {
+      if (paused) return;
+      if (!status.dataset.stale) say(live.dataset.stale.replace("{time}", new Date().toLocaleTimeString()));
+      status.dataset.stale = "yes";
+    }
+    if (source) schedule(LONGEST_PAUSE);
+  }
+
+  function replace(region, fresh) {
+    if ("rows" in region.dataset) return replaceRows(region, fresh);
+    if (!isBusy(region) && region.innerHTML !== fresh.innerHTML) region.replaceChildren(...fresh.childNodes);
+  }
+
+  // Rows are changed where they are; new ones are offered, so that nothing moves under the pointer.
+  function replaceRows(region, fresh) {
+    const rows = [...fresh.querySelectorAll("tbody tr[id]")];
+    const known = rows.filter((row) => document.getElementById(row.id));
+    for (const row of known) {
+      const old = document.getElementById(row.id);
+      if (!isBusy(old) && old.innerHTML !== row.innerHTML) old.replaceChildren(...row.childNodes);
+    }
+    const number = rows.length - known.length;
+    let offer = region.querySelector("button[data-offer]");
+    if (!number || new URLSearchParams(location.search).has("after")) {
+      if (offer) offer.remove();
+      return;
+    }
+    if (!offer) {
+      offer = document.createElement("button");
+      offer.type = "button";
+      offer.dataset.offer = "yes";
+      offer.className = "quiet";
+      offer.addEventListener("click", () => location.reload());
+      region.prepend(offer);
+    }
+    offer.textContent = live.dataset.new.replace("{number}", number);
+  }
+
+  function isBusy(region) {
+    const selection = getSelection();
+    if (region.contains(document.activeElement) && document.activeElement !== document.body) return true;
+    if (selection && !selection.isCollapsed && region.contains(selection.anchorNode)) return true;
+    for (const field of region.querySelectorAll("input, textarea, select")) {
+      if (field.type === "checkbox" || field.type === "radio" ? field.checked !== field.defaultChecked : field.value !== field.defaultValue && field.tagName !== "SELECT") return true;
+    }
+    return Boolean(region.querySelector("dialog[open], details[open]"));
+  }
 }

@@ -1,0 +1,117 @@
+"""Nudges for pages that are open: server-sent events that say that something has changed, and nothing else.
+
+The page then gets its regions again, by the same route and the same rules as before. One query a second serves all
+viewers of this process, and none is made without viewers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from followups.store import changes
+from followups.telemetry.logs import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+EVERY = 1.0
+"""Seconds between two looks at the database."""
+
+STEP = 0.25
+"""Seconds between two looks at whether the process ends: it has to close its streams within a second."""
+
+CHECKED_EVERY = 15.0
+"""Seconds after which a stream checks its session again, and sends a sign of life."""
+
+BY_SESSION, BY_WORKSPACE, ALL = 6, 100, 500
+"""Most open streams of one session, of one workspace, and of this process."""
+
+log = get_logger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """One open page."""
+
+    session_id: UUID
+    workspace_id: UUID | None
+    follow_up_id: UUID | None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def topics(self) -> tuple[tuple[str, UUID | None], ...]:
+        """What the page shows: its workspace, or all, and one follow-up if it is the page of one."""
+        own = (("workspace", self.workspace_id),)
+        return (*own, ("follow_up", self.follow_up_id)) if self.follow_up_id else own
+
+
+class Live:
+    """The open streams of this process. It belongs to one event loop, but for `end`."""
+
+    def __init__(
+        self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]
+    ) -> None:
+        """``in_thread`` runs a function in a thread of the console's."""
+        self._engine = engine
+        self._in_thread = in_thread
+        self._streams: set[Stream] = set()
+        self._looking: asyncio.Task[None] | None = None
+        self._ending = False
+
+    def end(self) -> None:
+        """End all streams within a second, and refuse new ones. A signal handler may call it."""
+        self._ending = True
+
+    def has_room(self, session_id: UUID, workspace_id: UUID | None) -> bool:
+        """Return whether a session may open another stream."""
+        mine = sum(each.session_id == session_id for each in self._streams)
+        ours = sum(each.workspace_id == workspace_id for each in self._streams)
+        return not self._ending and mine < BY_SESSION and ours < BY_WORKSPACE and len(self._streams) < ALL
+
+    async def events(self, stream: Stream, still_valid: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
+        """Yield the stream's bytes until the client goes, the session ends, or the process does."""
+        self._streams.add(stream)
+        if self._looking is None or self._looking.done():
+            self._looking = asyncio.create_task(self._look())
+        try:
+            yield b"retry: 3000\nevent: open\ndata: 1\n\n"
+            checked = time.monotonic()
+            while not self._ending:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(stream.changed.wait(), STEP)
+                if stream.changed.is_set():
+                    stream.changed.clear()
+                    yield b"event: change\ndata: 1\n\n"
+                if time.monotonic() - checked > CHECKED_EVERY:
+                    if not await still_valid():
+                        yield b"event: signed-out\ndata: 1\n\n"
+                        return
+                    checked = time.monotonic()
+                    yield b": alive\n\n"
+        finally:
+            self._streams.discard(stream)
+
+    async def _look(self) -> None:
+        """Look at the database while there are streams, and wake those for which something has changed."""
+        before: changes.Seen = {}
+        while self._streams and not self._ending:
+            topics = {topic for stream in self._streams for topic in stream.topics}
+            try:
+                now = await self._in_thread(lambda wanted=topics: changes.look(self._engine, wanted))  # type: ignore[misc] # mypy: a lambda's default
+            except SQLAlchemyError as error:
+                log.warning("console_look_failed", error=type(error).__name__)
+                now = before
+            for stream in self._streams:
+                if any(topic in before and before[topic] != now.get(topic) for topic in stream.topics):
+                    stream.changed.set()
+            before = now
+            await asyncio.sleep(EVERY)

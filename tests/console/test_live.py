@@ -1,0 +1,150 @@
+"""Streams of nudges: for whom, how many, and when they end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+from console.person import Person
+from followups.console import live
+from web import served
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from followups.settings import Settings
+    from world import World
+
+HOUR = timedelta(hours=1)
+
+
+class Listening:
+    """An open stream, read in a thread."""
+
+    def __init__(self, one: Person, path: str = "/console/stream") -> None:
+        self.events: list[str] = []
+        self.ended = threading.Event()
+        self.status = 0
+        self._open = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(one, path), daemon=True)
+        self._thread.start()
+        assert self._open.wait(10)
+
+    def _read(self, one: Person, path: str) -> None:
+        cookies = dict(one.client.cookies)
+        try:
+            with httpx.stream("GET", f"{one.url}{path}", cookies=cookies, timeout=20) as answer:
+                self.status = answer.status_code
+                self._open.set()
+                for line in answer.iter_lines():
+                    if line.startswith("event: "):
+                        self.events.append(line.removeprefix("event: "))
+        except httpx.HTTPError:
+            pass
+        finally:
+            self._open.set()
+            self.ended.set()
+
+    def wait_for(self, event: str, within: float = 8.0) -> bool:
+        """Return whether the event came in time."""
+        end = time.monotonic() + within
+        while time.monotonic() < end:
+            if event in self.events:
+                return True
+            time.sleep(0.05)
+        return False
+
+
+@pytest.fixture
+def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
+    """Serve the application for one test, so that its end ends the streams; return a way to get a person."""
+    people: list[Person] = []
+    with served(console_settings) as (host, port):
+
+        def one(role: str = "viewer", world: World | None = own) -> Person:
+            people.append(Person(f"http://{host}:{port}", own.engine))
+            return people[-1].signed_in(role, world and world.workspace_id)
+
+        yield one
+        for each in people:
+            each.client.close()
+
+
+def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
+    """A new follow-up of the workspace; a change of the one follow-up that is open."""
+    one_id = own.follow_up(due=HOUR)
+    ours = Listening(come())
+    single = Listening(come(), f"/console/stream?follow_up={one_id}")
+    theirs = Listening(come(world=foreign))
+    operator = Listening(come("operator", None))
+    time.sleep(2 * live.EVERY)
+    for each in (ours, single, theirs, operator):
+        each.events.clear()
+    own.sql("UPDATE follow_ups SET updated_at = now() + interval '1 s' WHERE id = :id", id=one_id)
+    assert single.wait_for("change")
+    own.follow_up(due=HOUR)
+    assert ours.wait_for("change")
+    assert operator.wait_for("change")
+    assert theirs.events == []
+
+
+def test_streams_need_a_session_and_are_bounded(
+    come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
+) -> None:
+    """A stranger gets none, and a session only so many; the rest of the console goes on."""
+    monkeypatch.setattr(live, "BY_SESSION", 2)
+    assert person().get("/stream").status_code == 401
+    one = come()
+    opened = [Listening(one) for _ in range(3)]
+    assert sorted(each.status for each in opened) == [200, 200, 429]
+    assert one.get("/").status_code == 200
+
+
+def test_a_stream_ends_with_its_session(
+    come: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The page is told that the person is signed out."""
+    monkeypatch.setattr(live, "CHECKED_EVERY", 0.2)
+    one = come()
+    listening = Listening(one)
+    own.sql("UPDATE console_sessions SET ended_at = now() WHERE workspace_id = :id", id=own.workspace_id)
+    assert listening.wait_for("signed-out")
+    assert listening.ended.wait(5)
+
+
+def test_streams_end_within_a_second_when_the_process_ends(console_settings: Settings, own: World) -> None:
+    """Nothing waits for a page that is open."""
+    with served(console_settings) as (host, port):
+        one = Person(f"http://{host}:{port}", own.engine).signed_in("viewer", own.workspace_id)
+        listening = Listening(one)
+        assert listening.wait_for("open")
+        one.client.close()
+        begun = time.monotonic()
+    assert listening.ended.wait(5)
+    assert time.monotonic() - begun < 3  # a second, and what a busy machine adds
+
+
+def test_nothing_is_asked_of_the_database_without_viewers(
+    come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One look a second for all viewers, none without any."""
+    looks: list[float] = []
+    looked = live.changes.look
+
+    def counted(*given: object) -> object:
+        looks.append(time.monotonic())
+        return looked(*given)  # type: ignore[arg-type] # passed on
+
+    monkeypatch.setattr(live.changes, "look", counted)
+    time.sleep(1.2)
+    assert looks == []
+    people = [come() for _ in range(3)]
+    opened = [Listening(each) for each in people]
+    time.sleep(2.5)
+    assert 2 <= len(looks) <= 4
+    assert all("open" in each.events for each in opened)
