@@ -62,6 +62,10 @@ class ConsoleOffError(NotFoundError):
     """The console is switched off (FOLLOWUPS_CONSOLE)."""
 
 
+class WorkspaceBeingDeletedError(WorkspaceNotFoundError):
+    """The workspace is being deleted; if that was interrupted, followups workspace delete goes on."""
+
+
 class ApiKeyNotFoundError(NotFoundError):
     """The API key was not found."""
 

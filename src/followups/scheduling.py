@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pydantic.alias_generators import to_camel
 from sqlalchemy import func, select, text
 
 from followups.channels import WINDOWED_CHANNELS
@@ -34,7 +35,8 @@ from followups.errors import (
 )
 from followups.statements import Rule, Statement, run
 from followups.states import FINAL, Status
-from followups.store import chat_order, chats, follow_ups, retries, sending_hours
+from followups.store import audit, chat_order, chats, follow_ups, retries, sending_hours
+from followups.store.audit import Action, Event, Way, user_of_process
 from followups.store.follow_ups import Planned
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 
     from followups.models import Chat, FollowUp
     from followups.statements import Steps
+    from followups.store.audit import Actor
 
 
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
@@ -130,27 +133,34 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
     return None
 
 
-def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None) -> FollowUp:
+def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
     """Cancel a pending follow-up, which is never sent once the transaction has committed.
 
     ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. The order of
-    several chats is that of `schedule`. Raises `FollowUpNotFoundError`, `AlreadyFinishedError`,
-    `DeliveryInProgressError` and `TransactionError`.
+    several chats is that of `schedule`. The audit log names the ``actor``, by default the user of this process.
+
+    Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
     changes: dict[str, Any] = {"status": Status.CANCELLED}
     if reason is not None:
         changes["reason"] = reason
-    return amend(session, follow_up_id, changes)
+    return amend(session, follow_up_id, changes, actor=actor)
 
 
-def retry(session: Session, follow_up_id: UUID, *, due_date: datetime | None = None) -> FollowUp:
+def retry(
+    session: Session, follow_up_id: UUID, *, due_date: datetime | None = None, actor: Actor | None = None
+) -> FollowUp:
     """Create a new follow-up from a failed one, which stays as it is. Raises as `schedule`."""
     old = _failed(session, follow_up_id)
-    return _repeat(session, old, retries.last_of(session, old.id), due_date)
+    new = _repeat(session, old, retries.last_of(session, old.id), due_date)
+    details = {"retriedAs": str(new.id)}
+    by = actor or user_of_process(Way.PYTHON)
+    audit.record(session.connection(), Event(by, Action.FOLLOW_UP_RETRIED, old.workspace_id, old.id, details=details))
+    return new
 
 
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Create a new follow-up, due now, from a failed one that has not been retried yet.
+    """Create a new follow-up, due now, from a failed one that has not been retried yet; the caller records the event.
 
     Raises `AlreadyRetriedError` if it has, and otherwise as `schedule`.
     """
@@ -185,31 +195,58 @@ def _repeat(session: Session, old: FollowUp, last: UUID, due_date: datetime | No
 
 
 def amend(
-    session: Session, follow_up_id: UUID, changes: Mapping[str, Any], *, workspace_id: UUID | None = None
+    session: Session,
+    follow_up_id: UUID,
+    changes: Mapping[str, Any],
+    *,
+    workspace_id: UUID | None = None,
+    actor: Actor | None = None,
 ) -> FollowUp:
     """Change fields of a follow-up (names in snake_case), or end it by a final ``status``.
 
-    A ``workspace_id`` of None gives an operator's view. Fields that already have the requested value are ignored.
+    A ``workspace_id`` of None gives an operator's view. Fields that already have the requested value are ignored. The
+    audit log names the ``actor``, by default the user of this process.
+
     Raises `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
     `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and
     `TransactionError`.
     """
     _check_transaction(session)
-    return run(session, amending(follow_up_id, changes, workspace_id))
+    by = actor or user_of_process(Way.PYTHON)
+    return run(session, amending(follow_up_id, changes, workspace_id, by))
 
 
-def amending(follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None) -> Steps[FollowUp]:
+def amending(
+    follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None, actor: Actor
+) -> Steps[FollowUp]:
     """Do what `amend` does, in whatever runs the rule."""
     check_changes(changes)
     found, locked = yield from _lock(follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
+    # An event loop does not read the workspace, which its caller has named.
+    event = _event(actor, workspace_id or found.workspace_id, found, fresh)
     if found.status in FINAL:
-        return (yield from _amend_finished(found, fresh))
-    checks_chat = changes.keys() & {"due_date", "chat_id"}
-    chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
-    return (yield from _amend_pending(found, fresh, chat))
+        changed = yield from _amend_finished(found, fresh)
+    else:
+        checks_chat = changes.keys() & {"due_date", "chat_id"}
+        chat = _present(locked, changes.get("chat_id", found.chat_id)) if checks_chat else None
+        changed = yield from _amend_pending(found, fresh, chat)
+    yield from audit.record.steps(event)
+    return changed
+
+
+def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
+    """Return the event of a change: which fields, and the due dates before and after, but no text."""
+    details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
+    action = Action.FOLLOW_UP_CHANGED
+    if "due_date" in fresh:
+        details |= {"from": found.due_date.isoformat(), "to": fresh["due_date"].isoformat()}
+    if "status" in fresh:
+        action = Action.FOLLOW_UP_ENDED
+        details |= {"status": fresh["status"].value}
+    return Event(actor, action, workspace_id, found.id, details=details)
 
 
 def _lock(

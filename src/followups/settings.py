@@ -121,6 +121,11 @@ class Settings(BaseSettings):
         le=timedelta(days=36_500),
         description="finished follow-ups are deleted so long after their end, at least a day; 0 = they are kept",
     )
+    audit_retention: Duration = Field(
+        timedelta(days=365),
+        le=timedelta(days=36_500),
+        description="audit events are deleted so long after they happened, at least a day; 0 = they are kept",
+    )
     max_in_flight: int = Field(5000, ge=1, le=1_000_000, description="claimed and unfinished, in all")
     batch_size: int = Field(100, ge=1, le=10_000, description="follow-ups in one deliver task at most")
     concurrency: int = Field(100, ge=1, le=10_000, description="transport calls at once in one worker process")
@@ -254,7 +259,7 @@ class Settings(BaseSettings):
     def _empty_is_none(cls, value: SecretStr | None) -> SecretStr | None:
         return value if value and value.get_secret_value() else None
 
-    @field_validator("retention")
+    @field_validator("retention", "audit_retention")
     @classmethod
     def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
         # A bare number means seconds, so 90 that was meant as 90 days must not delete everything older than 90 seconds.

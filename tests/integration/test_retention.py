@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from followups.delivery import pruner
 from followups.delivery.pruner import LOCK, Pruner
-from followups.store import chats, pruning
+from followups.store import api_keys, audit, chats, pruning
+from followups.store.audit import Action, Event
 from followups.store.chats import Role
 
 if TYPE_CHECKING:
@@ -58,7 +59,12 @@ def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Set
         world.sql(
             "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')", id=one
         )
-    assert pruner_of(engine, settings).prune() == {"idempotency_keys": 0, "follow_ups": 1, "chat_messages": 0}
+    assert pruner_of(engine, settings).prune() == {
+        "idempotency_keys": 0,
+        "audit_events": 0,
+        "follow_ups": 1,
+        "chat_messages": 0,
+    }
     assert {row.id for row in world.rows()} == {young, pending}
     assert world.scalar("SELECT count(*) FROM failed_attempts") == 1
 
@@ -74,7 +80,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
             key=key,
             hours=hours,
         )
-    assert Pruner(settings, engine).prune() == {"idempotency_keys": 1}
+    assert Pruner(settings, engine).prune() == {"idempotency_keys": 1, "audit_events": 0}
     assert world.scalar("SELECT key FROM idempotency_keys") == "young"
     assert len(world.rows()) == 1
 
@@ -114,7 +120,7 @@ def test_a_run_goes_on_where_the_last_one_ended(
         ended(world, 31 * DAY)
     one = pruner_of(engine, settings)
     monkeypatch.setattr(pruner, "LEAST_PAUSE", 0.2)
-    assert one.prune() == {"idempotency_keys": 0, "follow_ups": 3, "chat_messages": 0}
+    assert one.prune() == {"idempotency_keys": 0, "audit_events": 0, "follow_ups": 3, "chat_messages": 0}
     assert one.prune()["follow_ups"] == 2
 
 
@@ -152,4 +158,43 @@ def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> Non
     one.start()
     one.start()
     one.stop()
-    assert one.prune() == {"idempotency_keys": 0, "follow_ups": 0, "chat_messages": 0}
+    assert one.prune() == {"idempotency_keys": 0, "audit_events": 0, "follow_ups": 0, "chat_messages": 0}
+
+
+def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine, settings: Settings) -> None:
+    """An event goes after its time, whatever becomes of follow-ups; with 0 it stays."""
+    ended(world, 3000 * DAY)
+    for days in (31, 29):
+        event = Event(audit.SERVICE, Action.PAUSE_BEGUN, number=days)
+        with engine.begin() as connection:
+            audit.record(connection, event)
+        world.sql(
+            "UPDATE audit_events SET at = now() - :days * interval '1 day' WHERE id = :id", days=days, id=event.id
+        )
+    kept = settings.model_copy(update={"audit_retention": 0 * DAY})
+    assert Pruner(kept, engine).prune() == {"idempotency_keys": 0}
+    brief = settings.model_copy(update={"audit_retention": 30 * DAY})
+    assert Pruner(brief, engine).prune() == {"idempotency_keys": 0, "audit_events": 1}
+    assert world.scalar("SELECT number FROM audit_events") == 29
+    assert len(world.rows()) == 1
+
+
+def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
+    """An expired key becomes an event at the time of its expiry; a revoked one and one with time left do not."""
+    with Session(engine) as session, session.begin():
+        expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))
+        api_keys.revoke(session, revoked)
+    world.sql("UPDATE api_keys SET expires_at = now() - interval '1 day' WHERE id = :id", id=expired)
+    world.sql("UPDATE api_keys SET expires_at = now() - interval '1 day', revoked_at = now() - interval '2 days'"
+              " WHERE id = :id", id=revoked)  # fmt: skip
+    for _ in range(2):
+        Pruner(settings, engine).prune()
+    with Session(engine) as session:
+        [event] = audit.newest(session, audit.Filter(), 10)
+    assert (event.action, event.way, event.target_id, event.workspace_id) == (
+        "api_key.expired",
+        "service",
+        expired,
+        world.workspace_id,
+    )
+    assert event.at == world.scalar("SELECT min(expires_at) FROM api_keys WHERE revoked_at IS NULL")

@@ -180,6 +180,7 @@ class Work:
     """A request's transaction: its workspace, its start by the database's clock, and what it did."""
 
     workspace_id: UUID
+    key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
     """Known once the first statement has returned."""
@@ -270,7 +271,7 @@ class Caller:
             return await self._run(connection, rule)
 
     async def _run(self, connection: Connection, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
-        work = Work(self._identity.workspace_id, AHEAD_TICKS * self._services.tick_interval)
+        work = Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
         steps = rule(work)
         try:
             first = next(steps)

@@ -14,6 +14,7 @@ from followups.cli.documents import api_key_document
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.parse import parse_age
 from followups.models import Workspace
+from followups.operations import administration
 from followups.operations.wording import readable
 from followups.store import api_keys, workspaces
 
@@ -50,7 +51,9 @@ def create(
 ) -> None:
     """Create an API key and print it on stdout. It is shown only once."""
     with connection.session() as session:
-        row, key = api_keys.create(session, workspaces.find(session, workspace).id, name, expires)
+        row, key = administration.create_key(
+            session, connection.actor(), workspaces.find(session, workspace).id, name, expires
+        )
     # Print the key after the commit, so that a printed key always works.
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
@@ -91,7 +94,7 @@ def revoke(
 ) -> None:
     """Revoke an API key: it is refused from now on. Revoking a revoked key changes nothing."""
     with connection.session() as session:
-        row = api_keys.revoke(session, key_id)
+        row = administration.revoke_key(session, connection.actor(), key_id)
         workspace = session.get_one(Workspace, row.workspace_id).name
     if json:
         print_json(api_key_document(row, workspace))

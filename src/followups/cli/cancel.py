@@ -67,7 +67,7 @@ def cancel(  # noqa: PLR0913 - one for each option
         return
     refuse_bulk_options(dry_run=dry_run)
     with connection.session() as session:
-        follow_up = scheduling.cancel(session, follow_up_id, reason=reason)
+        follow_up = scheduling.cancel(session, follow_up_id, reason=reason, actor=connection.actor())
     if json:
         print_json(follow_up_document(follow_up))
     else:
@@ -92,7 +92,7 @@ def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None
             sample=sample[: batches.SAMPLE],
             remark=f"{in_flight:,} of them are in flight; those are only kept from a retry." * bool(in_flight),
         )
-        batches.carry_out(plan, lambda: bulk.cancel(engine, chosen, final), manner)
+        batches.carry_out(plan, lambda: bulk.cancel(engine, connection.actor(), chosen, final), manner)
 
 
 def _chosen(session: Session, workspace: str | None, chat: UUID | None) -> list[Pending]:

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from followups.database import make_engine
 from followups.settings import get_settings
+from followups.store.audit import Actor, Way, user_of_process
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,11 @@ def session() -> Iterator[Session]:
     """Yield a session. Its transaction is committed at the end of the block, and its objects stay readable."""
     with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
         yield opened
+
+
+def actor() -> Actor:
+    """Return the operating-system user, who runs this command, as the actor of its changes."""
+    return user_of_process(Way.COMMAND)
 
 
 def nudge_if_soon(due: datetime, now: datetime) -> None:

@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from followups.cli import connection
 from followups.cli.catalogue import examples
 from followups.cli.failures import FAILED
-from followups.cli.output import Json, console, print_json
+from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import (
     Finding,
     broker_checks,
@@ -76,15 +75,15 @@ def _print(settings: Settings, findings: list[Finding]) -> None:
     target = console()
     shown = Table.grid(padding=(0, 2))
     for name, value in settings.shown().items():
-        shown.add_row(Text(name, style="dim"), Text(value))
+        shown.add_row(cell(name, "dim"), cell(value))
     target.print(shown)
     target.print()
     table = Table.grid(padding=(0, 2))
     for finding in findings:
-        mark = Text("ok", style="green") if finding.ok else Text("failed", style="bold red")
-        table.add_row(mark, Text(finding.name, style="bold"), Text(finding.detail))
+        mark = cell("ok", "green") if finding.ok else cell("failed", "bold red")
+        table.add_row(mark, cell(finding.name, "bold"), cell(finding.detail))
         if finding.advice:
-            table.add_row("", "", Text(finding.advice, style="yellow"))
+            table.add_row("", "", cell(finding.advice, "yellow"))
     target.print(table)
     failed = sum(not finding.ok for finding in findings)
     target.print()

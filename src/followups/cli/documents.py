@@ -10,7 +10,7 @@ from followups.operations.wording import rfc3339
 from followups.sending_hours import DAYS
 
 if TYPE_CHECKING:
-    from followups.models import ApiKey, FailedAttempt, FollowUp, Workspace
+    from followups.models import ApiKey, AuditEvent, FailedAttempt, FollowUp, Workspace
     from followups.sending_hours import SendingHours
     from followups.store.pauses import Standing
     from followups.store.rate_limits import Limit
@@ -90,3 +90,20 @@ def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
         "revokedAt": rfc3339(key.revoked_at),
     }
     return document | {"expiresAt": rfc3339(key.expires_at)} if key.expires_at else document
+
+
+def event_document(event: AuditEvent) -> dict[str, Any]:
+    """Return the JSON form of an audit event."""
+    return {
+        "id": str(event.id),
+        "at": rfc3339(event.at),
+        "way": event.way,
+        "actorId": event.actor_id and str(event.actor_id),
+        "actor": event.actor,
+        "workspaceId": event.workspace_id and str(event.workspace_id),
+        "workspace": event.workspace,
+        "action": event.action,
+        "targetId": event.target_id and str(event.target_id),
+        "number": event.number,
+        "details": event.details,
+    }

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from followups.cli.catalogue import examples
+from followups.cli.output import remark, say
 from followups.operations.doctor.process_checks import WEB_PORT, trouble_of_web
 from followups.telemetry.heartbeat import SETTING, directory_of, look
 from followups.urls import port_of
@@ -62,7 +62,7 @@ def web(
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)
     if trouble := trouble_of_web(host, int(port)):
         _say(trouble, UNHEALTHY)
-    typer.echo(f"Web answers at {host}:{port}.")
+    say(f"Web answers at {host}:{port}.")
 
 
 def _judge(role: str, name: str, command: str) -> None:
@@ -75,12 +75,12 @@ def _judge(role: str, name: str, command: str) -> None:
         if life.trouble:
             _say(f"The {role} {life.name} (process {life.pid}) {life.trouble}: restart it.", UNHEALTHY)
     names = ", ".join(life.name for life in lives)
-    typer.echo(f"{len(lives)} {role}{'s' if len(lives) > 1 else ''} of this machine alive: {names}.")
+    say(f"{len(lives)} {role}{'s' if len(lives) > 1 else ''} of this machine alive: {names}.")
     for life in lives:
         if life.waits:
-            typer.echo(f"The {role} {life.name} cannot work: {life.waits}. See followups doctor.")
+            say(f"The {role} {life.name} cannot work: {life.waits}. See followups doctor.")
 
 
 def _say(sentence: str, code: int) -> NoReturn:
-    sys.stderr.write(f"followups: {sentence}\n")
+    remark(f"followups: {sentence}")
     raise typer.Exit(code)

@@ -14,6 +14,7 @@ from followups.cli.documents import limit_document
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, say
 from followups.cli.parse import MOST, default_burst, parse_rate
+from followups.operations import administration
 from followups.operations.explain import limited
 from followups.operations.wording import rate_in_words, readable
 from followups.store import rate_limits
@@ -85,7 +86,7 @@ def set_(
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             scope = _scope(session, workspace, channel, each)
-            rate_limits.put(session.connection(), scope, rate, at_once)
+            administration.set_limit(session, connection.actor(), scope, rate, at_once)
         with engine.connect() as opened:
             standing = rate_limits.standing(opened)
     if json:
@@ -101,7 +102,7 @@ def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apar
     """Remove the limit with exactly these options. Waiting follow-ups continue within seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
-            was_set = rate_limits.clear(session.connection(), _scope(session, workspace, channel, each))
+            was_set = administration.clear_limit(session, connection.actor(), _scope(session, workspace, channel, each))
         with engine.connect() as opened:
             standing = rate_limits.standing(opened)
     if json:

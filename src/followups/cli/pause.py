@@ -13,7 +13,7 @@ from followups.cli.catalogue import examples
 from followups.cli.documents import pause_document
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark, say
-from followups.operations import bulk
+from followups.operations import administration, bulk
 from followups.operations.wording import readable
 from followups.store import pauses
 from followups.store.pauses import Scope
@@ -63,7 +63,7 @@ def pause(
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             scope = _scope(session, workspace, channel)
-            new = pauses.pause(session.connection(), scope)
+            new = administration.pause(session, connection.actor(), scope)
         _wait_for_begins(engine)
         with engine.connect() as opened:
             standing = pauses.standing(opened)
@@ -82,7 +82,7 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             scope = _scope(session, workspace, channel)
-            was_paused = pauses.resume(session.connection(), scope)
+            was_paused = administration.resume(session, connection.actor(), scope)
         with engine.connect() as opened:
             number = pauses.count_forgotten(opened)
         freed = _release(engine, number)

@@ -77,7 +77,7 @@ def prune(
 
         def deletions() -> Iterator[dict[str, int]]:
             remove = _remover(engine, archive, stack, message=message) if archive else pruning.delete_finished
-            return bulk.prune(engine, before, remove)
+            return bulk.prune(engine, connection.actor(), before, remove)
 
         batches.carry_out(plan, deletions, Manner(dry_run, yes, json))
 

@@ -31,7 +31,7 @@ def reschedule(
     """Give a pending follow-up another due date. A date in the past means at once."""
     with connection.session() as session:
         now = session.execute(select(func.now())).scalar_one()
-        follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)})
+        follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)}, actor=connection.actor())
     connection.nudge_if_soon(follow_up.due_date, now)
     if json:
         print_json(follow_up_document(follow_up))

@@ -82,7 +82,9 @@ def retry(  # noqa: PLR0913 - one for each option
     refuse_bulk_options(dry_run=dry_run, since=since, workspace=workspace, reason=reason)
     with connection.session() as session:
         now = session.execute(select(func.now())).scalar_one()
-        follow_up = scheduling.retry(session, follow_up_id, due_date=(due or Due.NOW).resolve(now))
+        follow_up = scheduling.retry(
+            session, follow_up_id, due_date=(due or Due.NOW).resolve(now), actor=connection.actor()
+        )
     connection.nudge_if_soon(follow_up.due_date, now)
     if json:
         print_json(follow_up_document(follow_up))
@@ -101,4 +103,4 @@ def _retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCo
             number = retries.count_failed(opened, failures)
             sample = [str(one.id) for one in retries.some_failed(opened, failures, batches.SAMPLE)]
         plan = batches.Plan(verb="retry", done="retried", number=number, sample=sample)
-        batches.carry_out(plan, lambda: bulk.retry(engine, failures), manner)
+        batches.carry_out(plan, lambda: bulk.retry(engine, connection.actor(), failures), manner)

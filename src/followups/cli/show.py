@@ -8,12 +8,12 @@ from uuid import UUID  # noqa: TC003 - Typer reads the annotations
 
 import typer
 from rich.table import Table
-from rich.text import Text
 
 from followups.cli import connection
 from followups.cli.catalogue import examples
-from followups.cli.documents import failure_document, follow_up_document, hours_document, limit_document
-from followups.cli.output import Json, console, print_json
+from followups.cli.documents import event_document, failure_document, follow_up_document, hours_document, limit_document
+from followups.cli.output import Json, cell, console, print_json
+from followups.operations.audit import actor_of, details_of
 from followups.operations.explain import explained, lag_of, stopped
 from followups.operations.wording import readable, rfc3339, span
 from followups.settings import get_settings
@@ -21,7 +21,7 @@ from followups.settings import get_settings
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from followups.models import FailedAttempt
+    from followups.models import AuditEvent, FailedAttempt
     from followups.operations.explain import Explained
     from followups.store.pauses import Standing
 
@@ -45,7 +45,7 @@ def show(
     """Explain why a follow-up was sent, was not sent, or is not sent yet, with all that is known about it.
 
     This shows its state and the reason; pauses, sending hours, rate limits, an open breaker and the order of its chat;
-    the result of each attempt; and the next try. Find the ID with followups list --chat.
+    the result of each attempt; who changed it by hand; and the next try. Find the ID with followups list --chat.
     """
     with connection.session() as session:
         found = explained(session, follow_up_id, get_settings())
@@ -81,6 +81,7 @@ def _document(found: Explained, *, message: bool) -> dict[str, Any]:
         "lostLeases": follow_up.losses,
         "snoozes": follow_up.snoozes,
         "failedAttempts": [failure_document(failure) for failure in found.failures],
+        "changes": [event_document(event) for event in found.events],
     }
 
 
@@ -94,15 +95,18 @@ def _print(found: Explained, *, message: bool) -> None:
     target = console()
     grid = Table.grid(padding=(0, 2))
     for name, value in _facts(found):
-        grid.add_row(Text(name, style="dim"), Text(value))
+        grid.add_row(cell(name, "dim"), cell(value))
     if message:
-        grid.add_row(Text("message", style="dim"), Text(found.follow_up.message))
+        grid.add_row(cell("message", "dim"), cell(found.follow_up.message, lines=True))
     target.print(grid)
     target.print()
-    target.print(Text(found.explanation, style="bold"))
+    target.print(cell(found.explanation, "bold"))
     if found.failures:
         target.print()
         target.print(_failures(found.failures))
+    if found.events:
+        target.print()
+        target.print(_changes(found.events))
 
 
 def _facts(found: Explained) -> list[tuple[str, str]]:
@@ -152,5 +156,15 @@ def _failures(failures: Sequence[FailedAttempt]) -> Table:
     table = Table("ATTEMPT", "AT", "OUTCOME", "TOOK", "DETAIL", box=None, pad_edge=False)
     for failure in failures:
         took = "-" if failure.duration is None else span(failure.duration)
-        table.add_row(str(failure.number), readable(failure.at), failure.outcome, took, Text(failure.detail))
+        row = (str(failure.number), readable(failure.at), failure.outcome, took, failure.detail)
+        table.add_row(*map(cell, row))
+    return table
+
+
+def _changes(events: Sequence[AuditEvent]) -> Table:
+    """Return a table of the changes by hand, oldest first."""
+    table = Table("CHANGED", "BY", "ACTION", "DETAILS", box=None, pad_edge=False)
+    for event in events:
+        row = (readable(event.at), actor_of(event), event.action, details_of(event.details))
+        table.add_row(*map(cell, row))
     return table

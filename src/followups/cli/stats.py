@@ -18,7 +18,7 @@ from rich.text import Text
 
 from followups.cli import connection
 from followups.cli.catalogue import examples
-from followups.cli.output import Json, console, print_json
+from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import process_checks
 from followups.operations.statistics import measure, measure_by_second
 from followups.operations.wording import readable, rfc3339, span
@@ -263,7 +263,7 @@ def _processes(look: Stats, workers: Workers) -> Table:
     late = look.tick_age is None or look.tick_age > STALE_TICK
     age = "never" if look.tick_age is None else f"{span(look.tick_age)} ago"
     grid.add_row("last tick", Text(age, style="red" if late else ""))
-    grid.add_row("workers", Text(workers.said, style="" if workers.ok else "red"))
+    grid.add_row("workers", cell(workers.said, "" if workers.ok else "red"))
     return grid
 
 

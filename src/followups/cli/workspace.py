@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from datetime import time  # noqa: TC003 - Typer reads the annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from sqlalchemy.orm import Session
 
-from followups.cli import connection
+from followups.cli import connection, deletion
+from followups.cli.batches import DryRun, Manner, Yes
 from followups.cli.catalogue import examples
 from followups.cli.documents import hours_document, workspace_document
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.parse import parse_clock, parse_days
+from followups.operations import administration
 from followups.operations.wording import readable
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
+from followups.store.deletion import Whole
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy import Engine
+
+    from followups.models import Workspace
 
 FROM = "When they open."
 TO = "When they close; on the next day if not later than --from."
@@ -35,7 +41,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create and list workspaces, and set their sending hours."""
+    """Create, list and delete workspaces, and set their sending hours."""
 
 
 @app.command(epilog=examples("followups workspace create acme", "followups workspace create acme --json"))
@@ -44,12 +50,12 @@ def create(
 ) -> None:
     """Create a workspace. Creating one that exists changes nothing."""
     with connection.session() as session:
-        workspace, new = workspaces.create(session, name)
+        workspace, new = administration.create_workspace(session, connection.actor(), name)
     if json:
         print_json(workspace_document(workspace))
         return
     say(f"{workspace.name} ({workspace.id})" if new else f"{workspace.name} ({workspace.id}) exists already")
-    remark(f"Next: followups api-key create --workspace '{workspace.name}'")
+    remark(f"Next: followups api-key create --workspace {shlex.quote(workspace.name)}")
 
 
 @app.command("list", epilog=examples("followups workspace list", "followups workspace list --json"))
@@ -61,9 +67,30 @@ def list_(*, json: Json = False) -> None:
     if json:
         print_json([workspace_document(each) | {"sendingHours": hours_document(hours.get(each.id))} for each in found])
         return
-    rows = [(each.name, str(each.id), readable(each.created_at), str(hours.get(each.id, "always"))) for each in found]
+    rows = [(each.name, str(each.id), readable(each.created_at), _sends(each, hours.get(each.id))) for each in found]
     empty = "There is no workspace yet: followups workspace create NAME makes one."
     print_table(("NAME", "ID", "CREATED", "SENDS"), rows, empty=empty)
+
+
+@app.command(epilog=examples("followups workspace delete acme", "followups workspace delete acme --dry-run"))
+def delete(
+    name: Annotated[str, typer.Argument(help="The workspace.", show_default=False)],
+    *,
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Delete a workspace with all that it has: follow-ups, chats, API keys, pauses, limits, hours.
+
+    From the beginning on it takes no new follow-ups, and its keys are refused. What is pending is cancelled as
+    chat_removed, and what is in flight ends first; nothing is sent afterwards. The command asks for the workspace's
+    name, unless --yes is given. If interrupted, run it again to go on. One audit event stays. Archives of followups
+    prune, logs and backups are not touched.
+    """
+    with connection.session() as session:
+        found = workspaces.find(session, name, to_delete=True)
+    whole = Whole(found.id)
+    deletion.carry_out(whole, f"workspace {found.name}", found.name, Manner(dry_run, yes, json))
 
 
 @app.command(
@@ -102,9 +129,9 @@ def hours(  # noqa: PLR0913 - one for each option
         with Session(engine) as session, session.begin():
             workspace = workspaces.find(session, name)
             if wanted:
-                sending_hours.put(session, workspace.id, wanted)
+                administration.set_hours(session, connection.actor(), workspace.id, wanted)
             elif always:
-                sending_hours.clear(session, workspace.id)
+                administration.clear_hours(session, connection.actor(), workspace.id)
             stands = sending_hours.find(session, workspace.id)
             session.expunge_all()
         if wanted or always:
@@ -113,6 +140,12 @@ def hours(  # noqa: PLR0913 - one for each option
         print_json(workspace_document(workspace) | {"sendingHours": hours_document(stands)})
     else:
         say(f"{workspace.name} sends {stands or 'at every hour'}")
+
+
+def _sends(workspace: Workspace, hours: SendingHours | None) -> str:
+    if workspace.deletion_began_at is not None:
+        return f"never: being deleted since {readable(workspace.deletion_began_at)}"
+    return str(hours or "always")
 
 
 def _wanted(time_zone: str | None, opening: time | None, closing: time | None, days: str | None) -> SendingHours:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.delivery import events
-from followups.store import pruning
+from followups.store import audit, pruning
 from followups.store.bulk_cancel import now
 from followups.store.pruning import OLDEST
 from followups.telemetry.logs import get_logger
@@ -72,20 +72,30 @@ class Pruner:
         with self._engine.connect() as connection, _alone(connection) as alone:
             if not alone:
                 return removed
+            self._record_expired_keys(connection)
             for name, step in self._steps(connection).items():
                 removed[name] = self._repeat(connection, step)
         if any(removed.values()):
             log.info("removed_old", **removed, duration_ms=round((time.monotonic() - started) * 1000, 2))
         return removed
 
+    def _record_expired_keys(self, connection: Connection) -> None:
+        kept = self._settings.audit_retention
+        with connection.begin():
+            audit.record_expired_keys(connection, now(connection) - kept if kept else OLDEST.created_at)
+
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
         """Return for each kind a function that deletes one batch and returns its size, or None at the end."""
         steps: dict[str, Callable[[Connection], int | None]] = {
             "idempotency_keys": lambda opened: pruning.delete_expired_keys(opened) or None
         }
+        moment = now(connection)
+        connection.rollback()
+        if self._settings.audit_retention:
+            oldest = moment - self._settings.audit_retention
+            steps["audit_events"] = lambda opened: audit.delete_old(opened, oldest, pruning.BATCH) or None
         if self._settings.retention:
-            before = now(connection) - self._settings.retention
-            connection.rollback()
+            before = moment - self._settings.retention
             steps["follow_ups"] = lambda opened: pruning.delete_finished(opened, before) or None
             steps["chat_messages"] = lambda opened: self._messages(opened, before)
         return steps

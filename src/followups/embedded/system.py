@@ -17,8 +17,10 @@ from followups import database, schema
 from followups.embedded import EmbeddedError, EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
 from followups.embedded.postgres import make_data_directory
 from followups.embedded.procfile import argv, search_path
+from followups.operations import administration
 from followups.settings import load_settings
-from followups.store import api_keys, console_sessions, workspaces
+from followups.store import console_sessions
+from followups.store.audit import Way, user_of_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -95,10 +97,11 @@ class Stack:
     def create_key(self, workspace: str, name: str) -> tuple[UUID, str]:
         """Create an API key, and its workspace if missing; return the workspace's id and the key."""
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
+        actor = user_of_process(Way.COMMAND)
         try:
             with Session(engine) as session, session.begin():
-                owner, _ = workspaces.create(session, workspace)
-                return owner.id, api_keys.create(session, owner.id, name)[1]
+                owner, _ = administration.create_workspace(session, actor, workspace)
+                return owner.id, administration.create_key(session, actor, owner.id, name)[1]
         finally:
             engine.dispose()
 

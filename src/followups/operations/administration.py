@@ -34,7 +34,8 @@ def create_key(
 ) -> tuple[ApiKey, str]:
     """Create an API key; return its row and the key. Raises as `followups.store.api_keys.create`."""
     row, key = api_keys.create(session, workspace_id, name, expires)
-    _record(session, Event(actor, Action.API_KEY_CREATED, workspace_id, row.id, details={"prefix": row.prefix}))
+    details = {"prefix": row.prefix, "expiresAt": row.expires_at and row.expires_at.isoformat()}
+    _record(session, Event(actor, Action.API_KEY_CREATED, workspace_id, row.id, details=details))
     return row, key
 
 

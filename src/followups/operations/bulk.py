@@ -7,13 +7,15 @@ follow-up is either done or untouched; running it again continues with the rest.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
 from followups import scheduling
 from followups.errors import ChatNotFoundError, ConflictError, OutsideMessagingWindowError
-from followups.store import bulk_cancel, pauses, pruning, retries
+from followups.store import audit, bulk_cancel, pauses, pruning, retries
+from followups.store.audit import Action, Event
 from followups.store.bulk_cancel import Pending, Place
 from followups.store.pruning import OLDEST, Message
 from followups.store.retries import Failures, Moment
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
     from followups.states import Final
+    from followups.store.audit import Actor
 
     Batches = Iterator[dict[str, int]]
 
@@ -48,11 +51,13 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
     return [Pending(each, chat_id, now) for each in found if workspace_id in {None, each}]
 
 
-def cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Batches:
+def cancel(engine: Engine, actor: Actor, chosen: Sequence[Pending], final: Final) -> Batches:
     """Cancel what is pending. Those in flight are kept from a retry; those locked for long are counted."""
     for pending in chosen:
+        details = {"code": final.code and final.code.value}
+        event = Event(actor, Action.FOLLOW_UPS_CANCELLED, pending.workspace_id, pending.chat_id, details=details)
         for _ in range(PASSES):
-            yield from _cancel_pass(engine, pending, final)
+            yield from _cancel_pass(engine, pending, final, event)
             with engine.connect() as opened:
                 left = bulk_cancel.count_pending(opened, pending).number
             if not left:
@@ -62,33 +67,38 @@ def cancel(engine: Engine, chosen: Sequence[Pending], final: Final) -> Batches:
             yield {"heldByOthers": left}
 
 
-def _cancel_pass(engine: Engine, pending: Pending, final: Final) -> Batches:
+def _cancel_pass(engine: Engine, pending: Pending, final: Final, event: Event) -> Batches:
     place: Place | None = Place()
     while place is not None:
         with engine.begin() as opened:
             batch = bulk_cancel.cancel_if_not_begun(opened, pending, final, place)
+            if number := len(batch.cancelled) + batch.in_flight:
+                audit.record(opened, replace(event, number=number))
         place = batch.ended
         yield {"cancelled": len(batch.cancelled), "inFlight": batch.in_flight}
 
 
-def retry(engine: Engine, failures: Failures) -> Batches:
+def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
     """Create a new follow-up, due now, from each that failed and has not been retried."""
     after = Moment()
+    events: dict[UUID, Event] = {}  # by workspace
     while True:
         with engine.connect() as opened:
             batch = retries.some_failed(opened, failures, RETRIES, after)
         if not batch:
             return
         for one in batch:
-            yield {_retry_one(engine, one.id): 1}
+            yield {_retry_one(engine, actor, one.id, events): 1}
         after = Moment(batch[-1].finished_at, batch[-1].id)
 
 
-def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
+def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UUID, Event]) -> str:
     """Retry one follow-up and return the result."""
     try:
         with Session(engine) as session, session.begin():
-            scheduling.retry_once(session, follow_up_id)
+            new = scheduling.retry_once(session, follow_up_id)
+            event = Event(actor, Action.FOLLOW_UPS_RETRIED, new.workspace_id)
+            audit.record(session.connection(), events.setdefault(new.workspace_id, event))
     except OutsideMessagingWindowError:
         return "outsideMessagingWindow"
     except ChatNotFoundError:
@@ -100,12 +110,15 @@ def _retry_one(engine: Engine, follow_up_id: UUID) -> str:
     return "retried"
 
 
-def prune(engine: Engine, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
+def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
     """Delete what finished before that: follow-ups by ``remove``, then chat messages and expired idempotency keys."""
+    event = Event(actor, Action.FOLLOW_UPS_PRUNED, details={"before": before.isoformat()})
     number = 1
     while number:
         with engine.begin() as opened:
             number = remove(opened, before)
+            if number:
+                audit.record(opened, replace(event, number=number))
         yield {"deleted": number}
     place: Message | None = OLDEST
     while place is not None:

@@ -17,7 +17,7 @@ from followups.operations.doctor.broker_checks import broker_client
 from followups.operations.wording import rate_in_words, readable, span
 from followups.sending_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
-from followups.store import chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
+from followups.store import audit, chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
 from followups.store.leases import key_of
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.flow_control.breaker import Shown
-    from followups.models import FailedAttempt, FollowUp
+    from followups.models import AuditEvent, FailedAttempt, FollowUp
     from followups.sending_hours import SendingHours
     from followups.settings import Settings
     from followups.store.pauses import Standing
@@ -64,6 +64,10 @@ ENDINGS = {
 """The meaning of each code, for operators."""
 
 
+MOST_EVENTS = 100
+"""Most changes by hand that are shown with a follow-up: the newest."""
+
+
 @dataclass(frozen=True, slots=True)
 class Circumstances:
     """Everything else that affects when a follow-up is sent."""
@@ -90,6 +94,8 @@ class Explained:
     workspace: str
     chat: Chat
     failures: Sequence[FailedAttempt]
+    events: Sequence[AuditEvent]
+    """Its changes by hand, oldest first."""
     now: datetime
     around: Circumstances
     explanation: str
@@ -284,6 +290,7 @@ def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Expla
         session.get_one(Workspace, follow_up.workspace_id).name,
         chat,
         follow_ups.failures(session, follow_up_id),
+        audit.newest(session, audit.Filter(target_id=follow_up_id), MOST_EVENTS)[::-1],
         now,
         around,
         explain(follow_up, settings, now, around),

@@ -21,6 +21,7 @@ from sqlalchemy import func, select, update
 from followups.errors import ApiKeyNotFoundError, InvalidRequestError
 from followups.models import ApiKey, Workspace
 from followups.statements import Rule, Statement
+from followups.store import workspaces
 from followups.store.workspaces import check_name
 
 if TYPE_CHECKING:
@@ -50,12 +51,14 @@ def create(
     """Create a key for the workspace; return its row and the key, which is never shown again.
 
     With ``expires`` the key is refused from that time on. Raises `InvalidRequestError` for a name that is too long or
-    not storable, and for a time that is not positive or longer than a hundred years.
+    not storable, and for a time that is not positive or longer than a hundred years; `WorkspaceNotFoundError`, also for
+    a workspace that is being deleted.
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:
         message = f"A key must expire after more than no time, and within {LONGEST_LIFE.days:,} days."
         raise InvalidRequestError(message, field="expires")
+    workspaces.keep(session, workspace_id)
     key = PREFIX + secrets.token_urlsafe(32)
     key += _checksum(key)
     row = ApiKey(

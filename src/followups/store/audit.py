@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import select, text, tuple_
 
 from followups.models import AuditEvent
 from followups.statements import Rule, Statement
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import datetime
 
+    from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
     from followups.statements import Steps
@@ -76,6 +77,7 @@ class Action(StrEnum):
     FOLLOW_UPS_RETRIED = "follow_ups.retried"
     FOLLOW_UPS_PRUNED = "follow_ups.pruned"
     MESSAGES_SHOWN = "messages.shown"
+    CHAT_REMOVED = "chat.removed"
     CHAT_DELETED = "chat.deleted"
     WORKSPACE_CREATED = "workspace.created"
     WORKSPACE_DELETED = "workspace.deleted"
@@ -144,6 +146,8 @@ class Filter:
     """Which events to return; what is None or empty does not restrict them."""
 
     workspace_id: UUID | None = None
+    workspace: str | None = None
+    """The workspace's name, which deleted ones had too."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None
@@ -156,6 +160,8 @@ def newest(
     query = select(AuditEvent).order_by(AuditEvent.at.desc(), AuditEvent.id.desc()).limit(limit)
     if wanted.workspace_id:
         query = query.where(AuditEvent.workspace_id == wanted.workspace_id)
+    if wanted.workspace is not None:
+        query = query.where(AuditEvent.workspace == wanted.workspace.strip())
     if wanted.since:
         query = query.where(AuditEvent.at >= wanted.since)
     if wanted.actions:
@@ -165,3 +171,34 @@ def newest(
     if before:
         query = query.where(tuple_(AuditEvent.at, AuditEvent.id) < before)
     return session.scalars(query).all()
+
+
+_DELETE_OLD = text("""
+    WITH old AS MATERIALIZED (
+        SELECT id FROM audit_events WHERE at < :before ORDER BY at, id LIMIT :most FOR UPDATE SKIP LOCKED
+    )
+    DELETE FROM audit_events a USING old WHERE a.id = old.id
+""")
+
+
+def delete_old(connection: Connection, before: datetime, most: int) -> int:
+    """Delete the oldest events from before then, up to ``most``; return how many."""
+    return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
+
+
+# The event of an expiry has the id of its key, so that it is recorded once.
+_EXPIRED = text("""
+    INSERT INTO audit_events (id, at, way, actor, workspace_id, workspace, action, target_id, details)
+    SELECT k.id, k.expires_at, :way, :actor, k.workspace_id, w.name, :action, k.id,
+           jsonb_build_object('prefix', k.prefix)
+      FROM api_keys k JOIN workspaces w ON w.id = k.workspace_id
+     WHERE k.expires_at <= now() AND k.expires_at >= CAST(:since AS timestamptz)
+       AND (k.revoked_at IS NULL OR k.revoked_at > k.expires_at)
+    ON CONFLICT DO NOTHING
+""")
+
+
+def record_expired_keys(connection: Connection, since: datetime) -> int:
+    """Record which API keys have expired since then, each once; return how many are new."""
+    parameters = {"way": SERVICE.way.value, "actor": SERVICE.name, "action": Action.API_KEY_EXPIRED.value}
+    return connection.execute(_EXPIRED, parameters | {"since": since}).rowcount

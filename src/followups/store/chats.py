@@ -55,6 +55,7 @@ _LOCK = Statement(
     """
     SELECT {columns} FROM chats
      WHERE workspace_id = :workspace_id AND id = :chat_id AND removed_at IS NULL
+       AND NOT EXISTS (SELECT FROM workspaces w WHERE w.id = chats.workspace_id AND w.deletion_began_at IS NOT NULL)
        FOR NO KEY UPDATE
     """,
     Chat,
@@ -63,7 +64,10 @@ _LOCK = Statement(
 
 @Rule
 def lock_chat(workspace_id: UUID, chat_id: UUID) -> Steps[Chat]:
-    """Return the chat, locked until the transaction ends. Raises `ChatNotFoundError`, also for a removed chat."""
+    """Return the chat, locked until the transaction ends.
+
+    Raises `ChatNotFoundError`, also for a removed chat, and in a workspace that is being deleted.
+    """
     chats: Sequence[Chat] = yield _LOCK(workspace_id=workspace_id, chat_id=chat_id)
     if not chats:
         raise ChatNotFoundError
@@ -74,6 +78,7 @@ _LOCK_MANY = Statement(
     """
     SELECT {columns} FROM chats
      WHERE workspace_id = :workspace_id AND id = ANY(CAST(:ids AS uuid[])) AND removed_at IS NULL
+       AND NOT EXISTS (SELECT FROM workspaces w WHERE w.id = chats.workspace_id AND w.deletion_began_at IS NOT NULL)
      ORDER BY id
        FOR NO KEY UPDATE
     """,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.dialects.postgresql import insert
 
-from followups.errors import InvalidRequestError, WorkspaceNotFoundError
+from followups.errors import InvalidRequestError, WorkspaceBeingDeletedError, WorkspaceNotFoundError
 from followups.models import Workspace
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from uuid import UUID
 
     from sqlalchemy.orm import Session
 
@@ -22,7 +23,8 @@ MAX_NAME_LENGTH = 200
 def create(session: Session, name: str) -> tuple[Workspace, bool]:
     """Create the workspace; return it and whether it is new. An existing one stays as it is.
 
-    Raises `InvalidRequestError` for a name that is empty, longer than 200 characters or not storable.
+    Raises `InvalidRequestError` for a name that is empty, longer than 200 characters or not storable, and
+    `WorkspaceBeingDeletedError`.
     """
     name = name.strip()
     if not name:
@@ -34,14 +36,32 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
     return (created, True) if created else (find(session, name), False)
 
 
-def find(session: Session, name: str) -> Workspace:
-    """Return the workspace with that name. Raises `WorkspaceNotFoundError`."""
+def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
+    """Return the workspace with that name.
+
+    Raises `WorkspaceNotFoundError`, and `WorkspaceBeingDeletedError` unless the caller wants it ``to_delete`` it.
+    """
     name = name.strip()
     # No workspace can have such a name, and PostgreSQL or its driver would refuse to look for one.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
+    if found.deletion_began_at is not None and not to_delete:
+        raise WorkspaceBeingDeletedError
     return found
+
+
+_LOCK = (
+    select(Workspace.id)
+    .where(Workspace.id == bindparam("id"), Workspace.deletion_began_at.is_(None))
+    .with_for_update(read=True, key_share=True)
+)
+
+
+def keep(session: Session, workspace_id: UUID) -> None:
+    """Keep the workspace from being deleted until the transaction ends. Raises `WorkspaceNotFoundError`."""
+    if session.scalar(_LOCK, {"id": workspace_id}) is None:
+        raise WorkspaceNotFoundError
 
 
 def everything(session: Session) -> Sequence[Workspace]:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
+from sqlalchemy import text
 
 from web import in_days, is_problem, pointers
 
@@ -174,3 +175,31 @@ class TestFinished:
         )
         api.patch(first, status="cancelled")
         assert api.world.row(UUID(second["id"])).waits_for is None
+
+
+def test_changes_are_recorded_with_their_key(api: Api) -> None:
+    """Each change that changes something is an audit event of the API key, without texts; a create is none."""
+    follow_up = api.create()
+    for changes in ({"message": "Ann's secret"}, {"message": "Ann's secret"}, {"status": "cancelled", "reason": "Ann"}):
+        assert api.patch(follow_up, **changes).status_code == 200
+    assert api.patch(follow_up, message="again").status_code == 409
+    with api.world.engine.connect() as connection:
+        query = text("SELECT * FROM audit_events WHERE workspace_id = :id ORDER BY at")
+        changed, ended = connection.execute(query, {"id": api.world.workspace_id}).all()
+    assert (changed.way, changed.actor_id, changed.target_id) == ("api", api.key_id, UUID(follow_up["id"]))
+    assert (changed.action, changed.details) == ("follow_up.changed", {"fields": ["message"]})
+    assert (ended.action, ended.details) == ("follow_up.ended", {"fields": ["reason", "status"], "status": "cancelled"})
+
+
+def test_a_removed_chat_is_recorded_with_what_it_cancelled(api: Api) -> None:
+    """The removal of a chat is one event with the number of cancelled follow-ups; of an empty chat it is none."""
+    chat_id, empty = api.chat("api", "agent"), api.chat("api", "agent")
+    for _ in range(2):
+        api.create(chat_id)
+    for one in (chat_id, empty):
+        assert api.client.delete(f"/api/v1/chats/{one}").status_code == 204
+    with api.world.engine.connect() as connection:
+        query = text("SELECT * FROM audit_events WHERE workspace_id = :id")
+        event = connection.execute(query, {"id": api.world.workspace_id}).one()
+    assert (event.action, event.number, str(event.target_id)) == ("chat.removed", 2, chat_id)
+    assert event.actor_id == api.key_id

@@ -13,6 +13,7 @@ import pytest
 import redis
 
 from followups.cli import connection
+from followups.cli.connection import nudge_if_soon
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -157,7 +158,7 @@ def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> Non
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)
-    connection.nudge_if_soon(now + HOUR, now)
+    nudge_if_soon(now + HOUR, now)
     assert asked == []
-    connection.nudge_if_soon(now - HOUR, now)
+    nudge_if_soon(now - HOUR, now)
     assert asked == ["tick"]

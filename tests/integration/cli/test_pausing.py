@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from sqlalchemy import text
 
-from followups.cli import pause
+from followups.cli import connection, pause
 from followups.database import make_engine
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask no broker for a tick."""
-    monkeypatch.setattr(pause, "ask_for_tick", lambda: None)
+    monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:

@@ -13,7 +13,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
-from followups.cli import main, workspace
+from followups.cli import connection, main
 from followups.schema import downgrade, schema_versions
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class TestWorkspace:
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
-        assert created.stderr == "Next: followups api-key create --workspace 'acme'\n"
+        assert created.stderr == "Next: followups api-key create --workspace acme\n"
         assert "exists already" in run("workspace", "create", "acme").stdout
         headings = ["NAME", "ID", "CREATED", "SENDS"]
         assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
@@ -200,7 +200,7 @@ class TestHours:
     @pytest.fixture(autouse=True)
     def _no_tick(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Ask no broker for a tick."""
-        monkeypatch.setattr(workspace, "ask_for_tick", lambda: None)
+        monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
     def test_set_shown_and_cleared(self, run: Run) -> None:
         """Hours can be set, listed and cleared; without options they are shown."""

@@ -24,7 +24,8 @@ from followups.errors import (
 )
 
 GROUPS = {
-    "workspace": ("create", "list"),
+    "workspace": ("create", "list", "hours", "delete"),
+    "chat": ("delete",),
     "api-key": ("create", "list", "revoke"),
     "health": ("worker", "beat", "web"),
     "limit": ("set", "clear", "list"),

@@ -12,7 +12,8 @@ from followups.api.authentication import AuthenticatedRoute, Caller, Work
 from followups.api.fields import Id  # noqa: TC001 - FastAPI reads the annotations
 from followups.api.schemas import Chat, ChatMessage, ChatPut, NewChatMessage
 from followups.states import ReasonCode
-from followups.store import chats
+from followups.store import audit, chats
+from followups.store.audit import Action, Actor, Event, Way
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -47,6 +48,10 @@ async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], request: Req
 def _remove(work: Work, chat_id: UUID) -> Steps[None]:
     cancelled = yield from chats.remove_chat.steps(work.workspace_id, chat_id)
     work.cancelled(cancelled, ReasonCode.CHAT_REMOVED)
+    if cancelled:
+        actor = Actor(Way.API, work.key_id)
+        event = Event(actor, Action.CHAT_REMOVED, work.workspace_id, chat_id, number=len(cancelled))
+        yield from audit.record.steps(event)
 
 
 @router.post(

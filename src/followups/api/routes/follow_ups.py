@@ -22,6 +22,7 @@ from followups.errors import (
 )
 from followups.states import FINAL
 from followups.store import follow_ups, idempotency, listing
+from followups.store.audit import Actor, Way
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -129,7 +130,7 @@ async def change_follow_up(
 
 def _change(work: Work, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[object]:
     changes = yield from _without_nulls(work.workspace_id, follow_up_id, given)
-    changed = yield from scheduling.amending(follow_up_id, changes, work.workspace_id)
+    changed = yield from scheduling.amending(follow_up_id, changes, work.workspace_id, Actor(Way.API, work.key_id))
     work.report(changed, changes.get("finished_at"))
     return changed
 

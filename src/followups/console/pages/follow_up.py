@@ -101,14 +101,7 @@ def save(visit: Visit) -> Response:
             due = changes.get("due_date", found.due_date)
             typed.consequences = consequences.foreseen(visit, session, chat, due, now)
             return found
-        before = found.due_date
-        changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
-        if changes:
-            details: dict[str, object] = {"fields": sorted(changes)}
-            if "due_date" in changes:
-                details |= {"from": before.isoformat(), "to": changed.due_date.isoformat()}
-            actors.record(visit, session, Action.FOLLOW_UP_CHANGED, found.workspace_id, found.id, **details)
-        return changed
+        return _amend(visit, session, found, changes)
 
     return _changed(visit, typed, change)
 
@@ -124,8 +117,7 @@ def cancel(visit: Visit) -> Response:
         # Cancelling it again, with other words, would be told as a conflict; it has what was wanted.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
-        changed = scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id)
-        actors.record(visit, session, Action.FOLLOW_UP_ENDED, found.workspace_id, found.id, status="cancelled")
+        changed = _amend(visit, session, found, changes)
         ends.append((changed.id, checks.final_of(Status.CANCELLED, typed.reason or None)))
         return changed
 
@@ -142,12 +134,7 @@ def send_now(visit: Visit) -> Response:
     def change(session: Session, found: FollowUp) -> FollowUp:
         if found.status != Status.PENDING:
             raise AlreadyFinishedError
-        before = found.due_date
-        now = session.execute(select(func.now())).scalar_one()
-        changed = scheduling.amend(session, found.id, {"due_date": now}, workspace_id=visit.person.workspace_id)
-        details = {"fields": ["due_date"], "from": before.isoformat(), "to": now.isoformat()}
-        actors.record(visit, session, Action.FOLLOW_UP_CHANGED, found.workspace_id, found.id, **details)
-        return changed
+        return _amend(visit, session, found, {"due_date": session.execute(select(func.now())).scalar_one()})
 
     return _changed(visit, Typed(), change)
 
@@ -157,10 +144,15 @@ def retry(visit: Visit) -> Response:
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         new = scheduling.retry_once(session, found.id)
-        actors.record(visit, session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, newId=str(new.id))
+        actors.record(visit, session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, retriedAs=str(new.id))
         return new
 
     return _changed(visit, Typed(), change)
+
+
+def _amend(visit: Visit, session: Session, found: FollowUp, changes: dict[str, Any]) -> FollowUp:
+    actor = actors.actor_of(visit)
+    return scheduling.amend(session, found.id, changes, workspace_id=visit.person.workspace_id, actor=actor)
 
 
 def _own(visit: Visit, session: Session) -> FollowUp:

@@ -1,0 +1,83 @@
+"""The ``followups audit`` command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+from uuid import UUID  # noqa: TC003 - Typer reads the annotations
+
+import typer
+from sqlalchemy import func, select
+
+from followups.cli import connection
+from followups.cli.catalogue import examples
+from followups.cli.documents import event_document
+from followups.cli.options import EXAMPLE_ID, workspace_id_of
+from followups.cli.output import Json, print_json, print_table, remark
+from followups.cli.parse import Since, parse_since
+from followups.operations.audit import actor_of, details_of
+from followups.operations.wording import readable
+from followups.store import audit as store
+from followups.store.audit import Action, Filter
+
+if TYPE_CHECKING:
+    from followups.models import AuditEvent
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+
+MAX_LIMIT = 1000
+SINCE = "2h (ago), or 2030-01-31T09:00:00Z (with an offset)."
+HEADINGS = ("AT", "BY", "WORKSPACE", "ACTION", "TARGET", "NUMBER", "DETAILS")
+
+
+@app.command(
+    epilog=examples(
+        "followups audit --workspace acme --since 7d",
+        "followups audit --action api_key.created --action api_key.revoked",
+        f"followups audit --follow-up {EXAMPLE_ID} --json",
+    )
+)
+def audit(
+    *,
+    workspace: Annotated[
+        str | None, typer.Option(help="Only of this workspace, or of one that was deleted.", show_default="all")
+    ] = None,
+    since: Annotated[
+        Since | None, typer.Option(parser=parse_since, metavar="TIME", help=SINCE, show_default="ever")
+    ] = None,
+    action: Annotated[list[Action] | None, typer.Option(help="Only this; may be repeated.", show_default="all")] = None,
+    follow_up: Annotated[UUID | None, typer.Option(help="Only of this follow-up.", show_default=False)] = None,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
+    json: Json = False,
+) -> None:
+    """Show who did what and when, newest first.
+
+    Recorded are API keys that were created, revoked or have expired; pauses, rate limits and sending hours; bulk
+    commands; deleted chats and workspaces; and each change of a follow-up after its creation by PATCH, a command or
+    followups.cancel. Replies and deliveries are not. Each event stands in the transaction of its change, without any
+    text. FOLLOWUPS_AUDIT_RETENTION says how long events are kept.
+    """
+    with connection.session() as session:
+        moment = since.resolve(session.execute(select(func.now())).scalar_one()) if since else None
+        wanted = Filter(workspace=workspace, since=moment, actions=tuple(action or ()), target_id=follow_up)
+        found = store.newest(session, wanted, limit + 1)
+        if not found:
+            workspace_id_of(session, workspace)
+    shown = found[:limit]
+    if json:
+        print_json([event_document(event) for event in shown])
+        return
+    print_table(HEADINGS, map(_row, shown), empty="There is no such event.")
+    if len(found) > limit:
+        remark("There are more: --limit shows more at once, --since only the newest.")
+
+
+def _row(event: AuditEvent) -> list[str]:
+    return [
+        readable(event.at),
+        actor_of(event),
+        event.workspace or "-",
+        event.action,
+        str(event.target_id or "-"),
+        f"{event.number:,}",
+        details_of(event.details),
+    ]

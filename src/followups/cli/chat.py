@@ -1,0 +1,49 @@
+"""``followups chat delete``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+from uuid import UUID  # noqa: TC003 - Typer reads the annotations
+
+import typer
+
+from followups.cli import connection, deletion
+from followups.cli.batches import DryRun, Manner, Yes
+from followups.cli.catalogue import examples
+from followups.cli.options import EXAMPLE_CHAT
+from followups.cli.output import Json  # noqa: TC001 - likewise
+from followups.errors import ChatNotFoundError
+from followups.models import Chat
+from followups.store import workspaces
+from followups.store.deletion import Whole
+
+EXAMPLE = f"followups chat delete {EXAMPLE_CHAT} --workspace acme"
+
+app = typer.Typer(add_completion=False, rich_markup_mode="markdown", epilog=examples(EXAMPLE))
+
+
+@app.callback()
+def group() -> None:
+    """Delete a chat with everything in it."""
+
+
+@app.command(epilog=examples(EXAMPLE, f"{EXAMPLE} --dry-run"))
+def delete(
+    chat_id: Annotated[UUID, typer.Argument(metavar="ID", help="The chat.", show_default=False)],
+    *,
+    workspace: Annotated[str, typer.Option(help="Its workspace.", show_default=False)],
+    dry_run: DryRun = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Delete a chat: its follow-ups with their texts, what is known of its messages, and answers kept for repetition.
+
+    What is pending is cancelled as chat_removed, and what is in flight ends first; nothing is sent afterwards. The
+    command asks for the chat's ID, unless --yes is given. If interrupted, run it again to go on. One audit event stays.
+    Archives of followups prune, logs and backups are not touched. A chat that the platform names again starts anew.
+    """
+    with connection.session() as session:
+        owner = workspaces.find(session, workspace).id
+        if session.get(Chat, (owner, chat_id)) is None:
+            raise ChatNotFoundError
+    deletion.carry_out(Whole(owner, chat_id), f"chat {chat_id}", str(chat_id), Manner(dry_run, yes, json))

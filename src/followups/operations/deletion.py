@@ -1,0 +1,113 @@
+"""Deletion of a workspace or a chat: end what is pending, wait for what is in flight, delete everything.
+
+An interrupted deletion goes on when it is run again. One audit event stays, which counts the deleted follow-ups.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from followups.errors import FollowUpsError
+from followups.store import audit, deletion
+from followups.store.audit import Action, Event
+from followups.store.bulk_cancel import Place
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+
+    from sqlalchemy import Engine
+
+    from followups.store.audit import Actor
+    from followups.store.deletion import Whole
+
+    Batches = Iterator[dict[str, int]]
+
+PAUSE = 0.2
+"""Seconds between two passes while something is in flight, or locked by another transaction."""
+
+NAMES = {
+    "follow_ups": "deleted",
+    "chat_messages": "chatMessages",
+    "idempotency_keys": "idempotencyKeys",
+    "chats": "chats",
+    "audit_events": "auditEvents",
+}
+"""The names of the counts."""
+
+
+def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> Batches:
+    """Delete the workspace or chat in batches; yield the counts of each.
+
+    From the first batch on nothing more of it is scheduled. Raises `FollowUpsError` if what is in flight or locked does
+    not end within ``patience``.
+    """
+    event = _event(actor, whole)
+    with Session(engine) as session, session.begin():
+        audit.record(session.connection(), event)
+        deletion.begin(session, whole)
+    deadline = time.monotonic() + patience.total_seconds()
+    while True:
+        for counts in _pass(engine, whole, event):
+            if any(counts.values()):
+                deadline = time.monotonic() + patience.total_seconds()
+            yield counts
+        if _complete(engine, whole):
+            return
+        if time.monotonic() > deadline:
+            raise FollowUpsError(_what_is_left(engine, whole))
+        time.sleep(PAUSE)
+
+
+def _event(actor: Actor, whole: Whole) -> Event:
+    if whole.chat_id is not None:
+        return Event(actor, Action.CHAT_DELETED, whole.workspace_id, whole.chat_id, number=0, id=uuid4())
+    # Its id is the workspace's, so that it is one event however often the deletion is interrupted.
+    return Event(
+        actor, Action.WORKSPACE_DELETED, whole.workspace_id, whole.workspace_id, number=0, id=whole.workspace_id
+    )
+
+
+def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
+    place: Place | None = Place()
+    while place is not None:
+        with engine.begin() as opened:
+            batch = deletion.cancel(opened, whole, place)
+        place = batch.ended
+        yield {"cancelled": len(batch.cancelled)}
+    with engine.begin() as opened:
+        deletion.end_lost(opened, whole)
+    for table, condition in deletion.conditions(whole).items():
+        number = 1
+        while number:
+            with engine.begin() as opened:
+                number = deletion.delete_batch(opened, whole, table, condition)
+                if table == "follow_ups":
+                    audit.record(opened, replace(event, number=number))
+            yield {NAMES[table]: number}
+
+
+def _complete(engine: Engine, whole: Whole) -> bool:
+    """Delete the workspace or chat itself, unless something still refers to it; return whether it is gone."""
+    try:
+        with engine.begin() as opened:
+            deletion.complete(opened, whole)
+    except IntegrityError:
+        return False
+    return True
+
+
+def _what_is_left(engine: Engine, whole: Whole) -> str:
+    with engine.connect() as opened:
+        in_flight, number = deletion.left(opened, whole)
+    if in_flight:
+        why = f"{in_flight} of its follow-ups are still being delivered"
+    else:
+        why = f"other transactions have locked {number} of its follow-ups, or its chats"
+    return f"It is not deleted yet, since {why}: run the command again to go on."

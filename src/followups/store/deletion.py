@@ -1,0 +1,170 @@
+"""Deletion of a workspace, or of a chat, with everything that belongs to it.
+
+It works in batches, each a short transaction that skips locked rows. Pending follow-ups are ended before they are
+deleted, and a workspace is paused meanwhile.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.errors import ChatNotFoundError
+from followups.models import Base
+from followups.states import ReasonCode, Status, finish
+from followups.store import bulk_cancel, chats, pauses
+from followups.store.bulk_cancel import Pending, Place
+from followups.store.fragments import NEXT_TOKEN
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+BATCH = 1000
+"""Rows deleted in one transaction, which takes some twenty milliseconds."""
+
+REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What is to be deleted: a workspace, or one chat in it."""
+
+    workspace_id: UUID
+    chat_id: UUID | None = None
+
+    @property
+    def parameters(self) -> dict[str, object]:
+        """The statements' parameters."""
+        return {"workspace_id": self.workspace_id, "chat_id": self.chat_id}
+
+    @property
+    def rows(self) -> str:
+        """The condition for the rows that belong to it."""
+        return "workspace_id = :workspace_id" + (" AND chat_id = :chat_id" if self.chat_id else "")
+
+
+IN_BATCHES = ("follow_ups", "chat_messages", "idempotency_keys", "chats", "audit_events")
+"""Tables from which many rows may have to be deleted."""
+
+_AT_ONCE = [
+    table
+    for table in reversed(Base.metadata.sorted_tables)  # each before those that it refers to
+    if "workspace_id" in table.columns and table.name not in IN_BATCHES
+]
+
+_LOCK_WORKSPACE = text("SELECT FROM workspaces WHERE id = :workspace_id FOR UPDATE")
+_MARK = text("UPDATE workspaces SET deletion_began_at = COALESCE(deletion_began_at, now()) WHERE id = :workspace_id")
+_DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
+
+
+def begin(session: Session, whole: Whole) -> None:
+    """Let nothing more of it be scheduled and sent; repeating this changes nothing.
+
+    A workspace loses its keys, and is paused until it is deleted. A chat is removed.
+    """
+    if whole.chat_id is not None:
+        with suppress(ChatNotFoundError):  # it was removed before
+            chats.remove_chat(session, whole.workspace_id, whole.chat_id)
+        return
+    # A new key may be under way in another transaction: the lock waits for its end.
+    for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
+        session.execute(statement, whole.parameters)
+    pauses.pause(session.connection(), pauses.Scope(whole.workspace_id, None))
+
+
+def cancel(connection: Connection, whole: Whole, after: Place) -> bulk_cancel.Cancelled:
+    """Cancel the next batch of pending follow-ups; one in flight is only kept from a retry."""
+    pending = Pending(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
+    return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
+
+
+def end_lost(connection: Connection, whole: Whole) -> int:
+    """End follow-ups in flight whose lease has run out, as a tick would if one ran; return how many."""
+    statement = text(f"""
+        WITH lost AS MATERIALIZED (
+            SELECT id FROM follow_ups
+             WHERE {whole.rows} AND status = 'pending' AND begun_at IS NOT NULL AND lease_until <= now()
+               FOR NO KEY UPDATE SKIP LOCKED
+        )
+        UPDATE follow_ups f
+           SET status = :status, reason = :reason, finished_at = now(), updated_at = now(),
+               begun_at = NULL, lease_until = NULL, lease_token = {NEXT_TOKEN}, waits_for = NULL
+          FROM lost
+         WHERE f.id = lost.id
+    """)  # noqa: S608 - no input, only the constants above
+    final = {"status": REMOVED.status.value, "reason": REMOVED.reason}
+    return connection.execute(statement, whole.parameters | final).rowcount
+
+
+def conditions(whole: Whole) -> dict[str, str]:
+    """Return the tables whose rows are deleted in batches, in this order, each with its condition."""
+    found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
+    of_workspace = "workspace_id = :workspace_id"
+    if whole.chat_id is not None:
+        # The answer to a request that created a follow-up names the chat, and holds the message.
+        names_chat = "position(convert_to(CAST(:chat_id AS text), 'UTF8') IN body) > 0"
+        return found | {"idempotency_keys": f"{of_workspace} AND {names_chat}"}
+    empty = " AND ".join(
+        f"NOT EXISTS (SELECT FROM {table} o WHERE o.workspace_id = chats.workspace_id AND o.chat_id = chats.id)"
+        for table in found
+    )
+    return found | {
+        "idempotency_keys": of_workspace,
+        "chats": f"{of_workspace} AND {empty}",
+        "audit_events": f"{of_workspace} AND id <> :workspace_id",
+    }
+
+
+_EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id = gone.id)"
+
+
+def delete_batch(connection: Connection, whole: Whole, table: str, condition: str) -> int:
+    """Delete the next batch of a table's rows; return how many. Events go with the follow-ups that they are about.
+
+    Rows are deleted by their places. A row that was changed meanwhile has another place, and is left to the next batch.
+    """
+    returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
+    statement = text(f"""
+        WITH gone AS (
+            DELETE FROM {table}
+             WHERE ctid = ANY(ARRAY(SELECT ctid FROM {table} WHERE {condition} LIMIT :most FOR UPDATE SKIP LOCKED))
+            RETURNING {returned}
+        ){events}
+        SELECT count(*) FROM gone
+    """)  # noqa: S608 - no input, only the constants above
+    number: int = connection.execute(statement, whole.parameters | {"most": BATCH}).scalar_one()
+    return number
+
+
+_CHAT = text("DELETE FROM chats WHERE workspace_id = :workspace_id AND id = :chat_id")
+_WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
+
+
+def complete(connection: Connection, whole: Whole) -> None:
+    """Delete the workspace or chat itself. Raises `IntegrityError` while a follow-up or a message refers to it."""
+    for table in _AT_ONCE:
+        if whole.chat_id is None or "chat_id" in table.columns:
+            connection.execute(text(f"DELETE FROM {table.name} WHERE {whole.rows}"), whole.parameters)  # noqa: S608 - no input
+    connection.execute(_WORKSPACE if whole.chat_id is None else _CHAT, whole.parameters)
+
+
+def left(connection: Connection, whole: Whole) -> tuple[int, int]:
+    """Return how many follow-ups are in flight, and how many there are, counting to a thousand."""
+    statement = text(f"""
+        SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {whole.rows} LIMIT 1000) counted
+    """)  # noqa: S608 - no input
+    in_flight, number = connection.execute(statement, whole.parameters).one()
+    return in_flight, number
+
+
+def count(connection: Connection, whole: Whole) -> int:
+    """Return how many follow-ups there are."""
+    statement = text(f"SELECT count(*) FROM follow_ups WHERE {whole.rows}")  # noqa: S608 - no input
+    number: int = connection.execute(statement, whole.parameters).scalar_one()
+    return number

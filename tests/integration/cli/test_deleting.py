@@ -1,0 +1,87 @@
+"""`workspace delete` and `chat delete`."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+
+from followups.cli import deletion
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from world import World
+
+    Run = Callable[..., Any]
+
+HOUR = timedelta(hours=1)
+
+
+def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
+    """The workspace is gone with all that it had; the audit log says who deleted it and how much it held."""
+    name = str(world.workspace_id)
+    world.follow_up(due=HOUR)
+    run("api-key", "create", "--workspace", name)
+    assert run("workspace", "delete", name, "--dry-run", "--json").document["matched"] == 1
+    ran = run("workspace", "delete", name, "--yes")
+    assert (ran.code, ran.stdout.split(";")[0]) == (0, "1 of 1 follow-up deleted")
+    assert run("workspace", "list", "--json").document == []
+    [event] = run("audit", "--workspace", name, "--json").document
+    assert (event["action"], event["workspace"], event["number"]) == ("workspace.deleted", name, 1)
+    assert run("workspace", "delete", name, "--yes").code == 2
+
+
+def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
+    """A chat of the named workspace is deleted; a chat or workspace that does not exist is an error."""
+    name, chat = str(world.workspace_id), world.chat()
+    gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
+    document = run("chat", "delete", chat, "--workspace", name, "--yes", "--json").document
+    assert (document["matched"], document["deleted"], document["interrupted"]) == (1, 1, False)
+    assert [row.id for row in world.rows()] == [kept]
+    assert gone != kept
+    assert run("chat", "delete", chat, "--workspace", name, "--yes").code == 2
+    assert run("chat", "delete", uuid4(), "--workspace", "nowhere", "--yes").code == 2
+
+
+def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an attempt in flight that does not end, the command fails after a while and says how to go on."""
+    monkeypatch.setattr(deletion, "PATIENCE", timedelta(seconds=-3))
+    world.put_in_flight(world.follow_up())
+    ran = run("workspace", "delete", world.workspace_id, "--yes")
+    assert ran.code == 1
+    assert "1 of its follow-ups are still being delivered" in ran.stderr
+    listed = run("workspace", "list").stdout
+    assert "being deleted since" in listed
+    assert run("pause", "--workspace", world.workspace_id).code == 2
+    assert "is being deleted" in run("workspace", "create", world.workspace_id).stderr
+
+
+def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
+    """Where no name can be asked for, nothing is done."""
+    ran = run("workspace", "delete", world.workspace_id)
+    assert ran.code == 2
+    assert "--yes" in ran.stderr
+    assert run("workspace", "list", "--json").document
+
+
+@pytest.mark.parametrize(("typed", "code"), [("{name}", 0), ("y", 1), ("", 1)])
+def test_it_asks_for_the_name(run: Run, world: World, typed: str, code: int) -> None:
+    """On a terminal the name must be typed; anything else changes nothing."""
+    name = str(world.workspace_id)
+    main, terminal = pty.openpty()
+    command = [sys.executable, "-m", "followups.cli", "workspace", "delete", name]
+    with subprocess.Popen(command, stdin=terminal, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as asked:
+        os.write(main, f"{typed.format(name=name)}\n".encode())
+        _, remarks = asked.communicate(timeout=60)
+    os.close(terminal)
+    os.close(main)
+    assert f"Type {name} to delete it" in remarks
+    assert asked.returncode == code
+    assert len(run("workspace", "list", "--json").document) == code
