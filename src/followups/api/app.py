@@ -18,7 +18,7 @@ from starlette.routing import Match
 
 from followups.api import documentation, openapi, problems
 from followups.api.access_log import Access
-from followups.api.authentication import KnownKeys, LastUse, Services, Shares
+from followups.api.authentication import KnownKeys, LastUse, Services
 from followups.api.deep_pages import Starts
 from followups.api.gate import CONSOLE, Gate
 from followups.api.key_rate_limit import RateLimit
@@ -26,6 +26,7 @@ from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
 from followups.api.readiness import Health
 from followups.api.routes import chats, console_links, follow_ups, service
+from followups.api.shares import Shares
 from followups.console.application import Console
 from followups.database import make_engine
 from followups.errors import FollowUpsError, SettingsError

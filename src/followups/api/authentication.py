@@ -7,13 +7,11 @@ bad body must be 401, not 422 (`AuthenticatedRoute`).
 
 from __future__ import annotations
 
-import asyncio
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
-from weakref import WeakValueDictionary
 
 import psycopg
 from fastapi.exceptions import RequestValidationError
@@ -26,7 +24,7 @@ from followups import event_loop
 from followups.api.access_log import KEY
 from followups.database_errors import is_undone
 from followups.delivery.claim import AHEAD_TICKS
-from followups.errors import FollowUpsError, TooManyRequestsError, UnauthorizedError
+from followups.errors import FollowUpsError, UnauthorizedError
 from followups.statements import Statement
 from followups.states import Final, Status, finish
 from followups.store import api_keys
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from followups.api.access_log import Seen
     from followups.api.deep_pages import Starts
     from followups.api.key_rate_limit import RateLimit
+    from followups.api.shares import Shares
     from followups.event_loop import Connection, Database
     from followups.models import FollowUp
     from followups.statements import Query, Steps
@@ -56,14 +55,6 @@ log = get_logger(__name__)
 
 IDENTITY = "followups.identity"
 """The key of a request's `Identity` in its scope."""
-
-SHARE = 6
-"""Most database connections that one workspace has at once: the pool has 8."""
-
-WAITING_SHARE = 128
-"""Most requests of one workspace served or waiting at once: half of all."""
-
-TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Precision of `last_used_at`."""
@@ -111,49 +102,6 @@ class KnownKeys:
         self._known[hashed] = time.monotonic() + KNOWN_FOR.total_seconds(), identity
         if len(self._known) > KNOWN_AT_MOST:
             del self._known[next(iter(self._known))]
-
-
-class Shares:
-    """What one workspace has at the database at once: at most `SHARE` connections, so that others find one free.
-
-    Further requests of the workspace wait their turn, up to `WAITING_SHARE`.
-    """
-
-    def __init__(self) -> None:
-        """Start without any."""
-        self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
-
-    def of(self, workspace_id: UUID) -> Turns:
-        """Return the workspace's turns, to be entered."""
-        turns = self._turns.get(workspace_id)
-        if turns is None:
-            turns = self._turns[workspace_id] = Turns()
-        return turns
-
-
-class Turns:
-    """The requests of one workspace, as a context manager for each of them."""
-
-    def __init__(self) -> None:
-        """Start without any."""
-        self._semaphore = asyncio.Semaphore(SHARE)
-        self._inside = 0
-
-    async def __aenter__(self) -> None:
-        """Wait for a turn. Raises `TooManyRequestsError` if too many wait already."""
-        if self._inside >= WAITING_SHARE:
-            raise TooManyRequestsError(TOO_MANY_WAIT)
-        self._inside += 1
-        try:
-            await self._semaphore.acquire()
-        except BaseException:
-            self._inside -= 1
-            raise
-
-    async def __aexit__(self, *_: object) -> None:
-        """Let the next one in."""
-        self._inside -= 1
-        self._semaphore.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +163,7 @@ class Caller:
         """Take the request."""
         self._services: Services = request.app.state.services
         self._identity: Identity = request.scope[IDENTITY]
+        self._is_valid = False
 
     @property
     def exclusive_external_ids(self) -> bool:
@@ -235,10 +184,11 @@ class Caller:
         """Run a rule that changes nothing, each of its statements alone. Raises as `change`."""
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):
-            async with self._services.database.reading() as connection:
-                _, result = await self._run(connection, rule)
-            await self._record_use()
-        return result
+            try:
+                async with self._services.database.reading() as connection:
+                    return (await self._run(connection, rule))[1]
+            finally:
+                await self._record_use()
 
     async def change(self, rule: Callable[[Work], Steps[T]]) -> T:
         """Run the rule in a transaction, commit it, and then log what was done.
@@ -255,7 +205,8 @@ class Caller:
                     raise
                 log.info("request_tried_again", error=type(error).__name__)
                 work, result = await self._transact(rule)
-            await self._record_use()
+            finally:
+                await self._record_use()
         if work.nudges:
             self._services.nudge()
         if work.ends:
@@ -292,10 +243,11 @@ class Caller:
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:
             raise UnauthorizedError
+        self._is_valid = True
         return rows
 
     async def _record_use(self) -> None:
-        if self._services.last_use.is_news(self._identity.key_id):
+        if self._is_valid and self._services.last_use.is_news(self._identity.key_id):
             # In a transaction of its own: otherwise the key's row would stay locked until the request's end.
             with suppress(psycopg.Error, SQLAlchemyError):
                 async with self._services.database.reading() as connection:

@@ -13,7 +13,7 @@ from uuid import uuid4
 import pytest
 from sqlalchemy import text
 
-from followups.api import authentication, deep_pages
+from followups.api import deep_pages, shares
 from followups.api.deep_pages import Starts
 from followups.store.listing import Start
 from stack import wait_until
@@ -46,9 +46,9 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
     with ThreadPoolExecutor(12) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})
         answers = [pool.submit(one.message, chat_id, "agent") for _ in range(12)]
-        wait_until(lambda: one.world.scalar(WAITING) == authentication.SHARE)
+        wait_until(lambda: one.world.scalar(WAITING) == shares.SHARE)
         assert other.get(FOLLOW_UPS).status_code == 200
-        assert one.world.scalar(WAITING) == authentication.SHARE
+        assert one.world.scalar(WAITING) == shares.SHARE
         connection.rollback()
         assert {answer.result().status_code for answer in answers} == {201}
 
@@ -56,7 +56,7 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
 def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond its share of those that wait, a workspace's request is refused with a Retry-After; another's is not."""
     one, other = pair
-    monkeypatch.setattr(authentication, "WAITING_SHARE", 1)
+    monkeypatch.setattr(shares, "WAITING_SHARE", 1)
     chat_id = one.chat()
     with ThreadPoolExecutor(1) as pool, one.world.engine.connect() as connection:
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -1,0 +1,60 @@
+"""What one workspace has at the database at once, so that the others find a connection."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
+
+from followups.errors import TooManyRequestsError
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+SHARE = 6
+"""Most database connections that one workspace has at once: the pool has 8."""
+
+WAITING_SHARE = 128
+"""Most requests of one workspace served or waiting at once: half of all."""
+
+TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
+
+
+class Shares:
+    """The turns of each workspace: `SHARE` of its requests are served at once, and up to `WAITING_SHARE` wait."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
+
+    def of(self, workspace_id: UUID) -> Turns:
+        """Return the workspace's turns, to be entered."""
+        turns = self._turns.get(workspace_id)
+        if turns is None:
+            turns = self._turns[workspace_id] = Turns()
+        return turns
+
+
+class Turns:
+    """The requests of one workspace, as a context manager for each of them."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._semaphore = asyncio.Semaphore(SHARE)
+        self._inside = 0
+
+    async def __aenter__(self) -> None:
+        """Wait for a turn. Raises `TooManyRequestsError` if too many wait already."""
+        if self._inside >= WAITING_SHARE:
+            raise TooManyRequestsError(TOO_MANY_WAIT)
+        self._inside += 1
+        try:
+            await self._semaphore.acquire()
+        except BaseException:
+            self._inside -= 1
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let the next one in."""
+        self._inside -= 1
+        self._semaphore.release()
