@@ -30,11 +30,9 @@ def _optional_without_default(schema: dict[str, Any]) -> None:
 
 
 class Answer(BaseModel):
-    """What every answer's model shares: read from rows, all fields present."""
+    """What every answer's model shares: all fields are present, by their names outside."""
 
-    model_config = ConfigDict(
-        alias_generator=AliasGenerator(serialization_alias=to_camel), from_attributes=True, serialize_by_alias=True
-    )
+    model_config = ConfigDict(alias_generator=AliasGenerator(serialization_alias=to_camel))
 
 
 class FollowUp(Answer):
