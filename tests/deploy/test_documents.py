@@ -145,7 +145,7 @@ def test_each_metric_and_log_line_exists(name: str) -> None:
 def test_no_host_and_no_place_of_one_machine_is_named() -> None:
     """Addresses are this machine's or stand-ins, and no path leads into a home directory."""
     committed = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Procfile", *DEPLOY.rglob("*")]
-    for path in (path for path in committed if path.is_file() and path.name != ".env"):
+    for path in (path for path in committed if path.is_file() and path.name != ".env" and path.suffix != ".png"):
         text = path.read_text()
         urls = re.findall(r"\bhttps?://[^\s\"'`<>)|,;]+", text)
         hosts = {(urlsplit(url).hostname or "") for url in urls}
@@ -157,6 +157,9 @@ def test_the_pictures_are_small_and_whole() -> None:
     """The README shows every picture; none loads anything from another host."""
     pictures = sorted((DEPLOY / "pictures").glob("*.svg"))
     assert pictures
+    for path in (DEPLOY / "pictures").glob("*.png"):
+        assert path.stat().st_size < 100_000
+        assert f"(deploy/pictures/{path.name})" in (ROOT / "README.md").read_text()
     for path in pictures:
         text = path.read_text()
         assert len(text) < 100_000
