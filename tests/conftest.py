@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.embedded import EmbeddedPostgres, EmbeddedValkey
+    from steps import Steps
     from world import World
 
 TEMPLATE = "template_migrated"
@@ -254,3 +255,11 @@ def world(engine: Engine) -> World:
     from world import World  # noqa: PLC0415 - not for unit tests
 
     return World(engine)
+
+
+@pytest.fixture
+def steps(engine: Engine, settings: Settings) -> Steps:
+    """Return the steps of a delivery on the test's own database."""
+    from steps import Steps  # noqa: PLC0415 - not for unit tests
+
+    return Steps(engine, settings)

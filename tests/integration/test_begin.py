@@ -1,0 +1,124 @@
+"""Begin on PostgreSQL: what is checked again right before an attempt."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+import followups
+from followups.scheduling import amend
+from followups.store import leases
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+    from steps import Steps
+    from world import World
+
+
+class TestBegin:
+    """Begin looks at the world again."""
+
+    def test_once(self, world: World, steps: Steps) -> None:
+        """A hint that is delivered twice begins one attempt."""
+        world.follow_up()
+        lease = steps.lease()
+        assert len(steps.begin([lease, lease]).begun) == 1
+        assert steps.begin([lease]).begun == ()
+
+    def test_old_token(self, world: World, steps: Steps) -> None:
+        """A hint under an older token begins nothing."""
+        follow_up = world.follow_up()
+        old = steps.lease()
+        world.expire(follow_up)
+        steps.lease()
+        assert steps.begin([old]).begun == ()
+        assert world.row(follow_up).begun_at is None
+
+    def test_forged(self, world: World, steps: Steps) -> None:
+        """A forged hint, for a follow-up that is not leased or does not exist, begins nothing."""
+        follow_up = world.follow_up(due=timedelta(hours=1))
+        forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
+        assert steps.begin(forged).begun == ()
+
+    def test_expired_lease(self, world: World, steps: Steps) -> None:
+        """A lease that expired in the due queue is not begun."""
+        follow_up = world.follow_up()
+        lease = steps.lease()
+        world.expire(follow_up)
+        assert steps.begin([lease]).begun == ()
+
+    def test_cancelled_in_the_queue(self, world: World, steps: Steps, engine: Engine) -> None:
+        """A follow-up cancelled while its batch waits is never begun."""
+        follow_up = world.follow_up()
+        lease = steps.lease()
+        with Session(engine) as session, session.begin():
+            followups.cancel(session, follow_up, reason="the customer called")
+        assert steps.begin([lease]).begun == ()
+        assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", "the customer called")
+
+    def test_rescheduled_in_the_queue(self, world: World, steps: Steps, engine: Engine) -> None:
+        """A follow-up rescheduled while its batch waits is not begun under the old hint."""
+        follow_up = world.follow_up()
+        lease = steps.lease()
+        with Session(engine) as session, session.begin():
+            amend(session, follow_up, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
+        assert steps.begin([lease]).begun == ()
+        assert world.row(follow_up).status == "pending"
+
+    @pytest.mark.parametrize(
+        ("columns", "status", "code"),
+        [
+            ({"removed_at": text("now()")}, "cancelled", "chat_removed"),
+            ({"last_message_role": "user"}, "cancelled", "user_replied"),
+            ({"channel": "whatsapp"}, "failed", "window_closed"),
+            (
+                {"channel": "instagram", "last_user_message_at": text("now() - interval '24 h'")},
+                "failed",
+                "window_closed",
+            ),
+        ],
+    )
+    def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
+        """A removed chat, a broken silence or a closed window ends the follow-up right before it would be sent."""
+        follow_up = world.follow_up(world.chat(**columns))
+        beginning = steps.begin([steps.lease()])
+        assert beginning.begun == ()
+        assert [(one, final.status, final.reason) for one, final in beginning.ended] == [(follow_up, status, code)]
+        assert (world.row(follow_up).status, world.row(follow_up).reason) == (status, code)
+
+    def test_open_window(self, world: World, steps: Steps) -> None:
+        """Within 24 hours of the user's last message a windowed channel is sent to."""
+        world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
+        assert steps.begun().delivery.channel == "whatsapp"
+
+    @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
+    def test_lateness(self, world: World, steps: Steps, scheduled: str, begun: int) -> None:
+        """Lateness counts from the due date, or from when it was set: a due date in the past means at once."""
+        follow_up = world.follow_up(due=timedelta(days=-1), scheduled_at=text(scheduled))
+        assert len(steps.begin([steps.lease()]).begun) == begun
+        assert world.row(follow_up).reason == (None if begun else "too_late")
+
+    def test_no_limit_of_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
+        """A lateness of 0 means that nothing is ever too late."""
+        world.follow_up(due=timedelta(days=-400), scheduled_at=text("now() - interval '400 days'"))
+        patient = settings.model_copy(update={"max_lateness": timedelta(0)})
+        assert steps.begun(patient).delivery.attempt == 1
+
+    def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
+        """A row locked by a caller's open transaction is tried again, and delays nothing else."""
+        held, other = world.follow_up(), world.follow_up()
+        batch = steps.claim().leases
+        with Session(engine) as session:
+            followups.cancel(session, held, reason=None)
+            beginning = steps.begin(batch)
+            assert [one.lease.id for one in beginning.begun] == [other]
+            assert [lease.id for lease in beginning.locked] == [held]
+            session.rollback()
+        assert [one.lease.id for one in steps.begin(beginning.locked).begun] == [held]

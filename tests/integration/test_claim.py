@@ -1,0 +1,197 @@
+"""Claim on PostgreSQL: what is leased, lost leases, and the low-water mark."""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.delivery import dispatcher
+from followups.delivery.claim import MAX_LOSSES
+from followups.store import claims
+from stack import wait_until
+from steps import reply
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    import pytest
+    from sqlalchemy import Engine
+
+    from followups.delivery.hints import Hint
+    from followups.settings import Settings
+    from steps import Steps
+    from world import World
+
+SECOND = timedelta(seconds=1)
+
+
+class TestClaim:
+    """Claim leases what is due, and nothing else."""
+
+    def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
+        """A tick claims what falls due within two intervals, by due date, and nothing later."""
+        second = world.follow_up(due=settings.tick_interval)
+        first = world.follow_up(due=-SECOND)
+        world.follow_up(due=settings.tick_interval * 20)
+        assert [lease.id for lease in steps.claim().leases] == [first, second]
+
+    def test_leased_is_not_claimed_again(self, world: World, steps: Steps) -> None:
+        """A leased follow-up is not claimed until the lease ends; then it gets a greater token at no cost."""
+        follow_up = world.follow_up()
+        lease = steps.lease()
+        assert steps.claim().leases == ()
+        world.expire(follow_up)
+        assert steps.lease().token > lease.token
+        row = world.row(follow_up)
+        assert (row.attempts, row.losses, row.snoozes) == (0, 0, 0)
+
+    def test_window_bounds_what_is_in_flight(self, world: World, steps: Steps, settings: Settings) -> None:
+        """Ticks claim no more than MAX_IN_FLIGHT in total, and report that there is more."""
+        bounded = settings.model_copy(update={"max_in_flight": 3})
+        for _ in range(5):
+            world.follow_up()
+        first, second = steps.claim(bounded), steps.claim(bounded)
+        assert (len(first.leases), first.more) == (3, True)
+        assert (len(second.leases), second.more) == (0, True)
+
+    def test_two_at_once_share(self, world: World, steps: Steps) -> None:
+        """Claims that run at once never lease the same follow-up twice."""
+        for _ in range(40):
+            world.follow_up()
+        taken: list[UUID] = []
+        start = threading.Barrier(4)
+
+        def run() -> None:
+            start.wait()
+            taken.extend(lease.id for lease in steps.claim().leases)
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        taken.extend(lease.id for lease in steps.claim().leases)
+        assert len(taken) == len(set(taken)) == 40
+
+    def test_earliest_first(self, world: World, steps: Steps) -> None:
+        """A claim takes the earliest first, whatever the order they were inserted in."""
+        due = [timedelta(seconds=-n) for n in (1, 5, 3)]
+        ids = [world.follow_up(due=one) for one in due]
+        assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
+
+    def test_window_with_earlier_ones_behind(self, world: World, steps: Steps, settings: Settings) -> None:
+        """Rows that come in with an earlier due date count together with those in flight."""
+        bounded = settings.model_copy(update={"max_in_flight": 3})
+        for group in range(1, 3):
+            for _ in range(3):
+                world.follow_up(due=-group * SECOND)
+            steps.claim(bounded)
+        assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
+
+    def test_locked_by_another_transaction(self, world: World, steps: Steps, engine: Engine, settings: Settings) -> None:
+        """Locked rows are skipped, and hide no others."""
+        bounded = settings.model_copy(update={"max_in_flight": 2})
+        held, free = world.follow_up(due=-SECOND), world.follow_up()
+        with engine.connect() as connection:
+            connection.execute(text("SELECT FROM follow_ups WHERE id = :id FOR UPDATE"), {"id": held})
+            assert [lease.id for lease in steps.claim(bounded).leases] == [free]
+
+
+class TestRecovery:
+    """A lease that ended in flight means an unknown outcome."""
+
+    def lose(self, world: World, steps: Steps, follow_up: UUID, settings: Settings | None = None) -> None:
+        steps.begun(settings)
+        world.expire(follow_up)
+
+    def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
+        """A lost attempt is made again under the same number: it counts as a loss, not as an attempt."""
+        follow_up = world.follow_up()
+        self.lose(world, steps, follow_up)
+        begun = steps.begun()
+        assert (begun.delivery.attempt, world.row(follow_up).losses) == (1, 1)
+        assert [(number, outcome) for number, outcome, _ in world.failures(follow_up)] == [(1, "lost")]
+
+    def test_named_where_it_does_not(self, world: World, steps: Steps, settings: Settings) -> None:
+        """Where the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not made again."""
+        plain = settings.model_copy(update={"transport_deduplicates": False})
+        follow_up = world.follow_up()
+        self.lose(world, steps, follow_up, plain)
+        assert steps.claim(plain).leases == ()
+        row = world.row(follow_up)
+        assert (row.status, row.reason.partition(":")[0]) == ("failed", "outcome_unknown")
+
+    def test_poison(self, world: World, steps: Steps) -> None:
+        """A follow-up that loses its third worker is quarantined as worker_lost."""
+        follow_up = world.follow_up()
+        for _ in range(MAX_LOSSES):
+            self.lose(world, steps, follow_up)
+        assert steps.claim().leases == ()
+        row = world.row(follow_up)
+        assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
+
+    def test_reply_meanwhile(self, world: World, steps: Steps) -> None:
+        """A reply to a follow-up in flight keeps it from being sent again after its worker was lost."""
+        chat = world.chat()
+        follow_up = world.follow_up(chat)
+        steps.begun()
+        assert reply(world, chat) == ()
+        world.expire(follow_up)
+        assert steps.claim().leases == ()
+        row = world.row(follow_up)
+        assert (row.status, row.reason.partition(":")[0]) == ("cancelled", "user_replied")
+
+
+def test_losses_are_carried(world: World, steps: Steps) -> None:
+    """A lease carries the number of lost leases, so that its last try happens alone."""
+    follow_up = world.follow_up()
+    told = []
+    for _ in range(MAX_LOSSES):
+        lease = steps.lease()
+        told.append(lease.losses)
+        steps.begin([lease])
+        world.expire(follow_up)
+    assert told == [0, 1, 2]
+
+
+class TestLowWater:
+    """The low-water mark: rows that a claim need not read again."""
+
+    def test_mark(self, world: World, steps: Steps) -> None:
+        """It stays behind the first that has not ended, leased or not, and behind now."""
+        world.follow_up(due=-timedelta(minutes=5))
+        for _ in range(2):  # free, then leased
+            low = steps.claim().low_water
+            assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
+
+    def test_nothing_is_due(self, steps: Steps) -> None:
+        """Without anything due it is a margin before now, for late commits."""
+        low = steps.claim().low_water
+        assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
+
+    def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
+        """A claim from the mark on passes it over; one from the beginning takes it."""
+        low = steps.claim().low_water
+        world.follow_up(due=-timedelta(minutes=5))
+        assert not steps.claim(low).leases
+        assert len(steps.claim().leases) == 1
+
+    def test_dispatcher_looks_behind(
+        self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where looking at all is slow, one tick is enough to have what came in behind the mark claimed, too."""
+        monkeypatch.setattr(dispatcher, "QUICK", 0.0)
+        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # a second or so between two such looks
+        hints: list[Hint] = []
+        ticking = dispatcher.Dispatcher(settings, engine, hints.append)
+        ticking.start()
+        ticking.tick()
+        wait_until(lambda: world.scalar("SELECT last_tick_at FROM dispatcher_state"))
+        world.follow_up(due=-timedelta(minutes=5))
+        ticking.tick()
+        wait_until(lambda: hints)
+        ticking.stop()
+        assert len(hints) == 1

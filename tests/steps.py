@@ -1,0 +1,75 @@
+"""Claim, begin and settle as a worker does them, one step at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from sqlalchemy.orm import Session
+
+from followups.delivery.attempts import Attempt
+from followups.delivery.begin import begin
+from followups.delivery.claim import claim
+from followups.delivery.send import checked
+from followups.delivery.settle import settle
+from followups.store import chats
+from followups.uptime import uptime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from uuid import UUID
+
+    from sqlalchemy import Engine
+
+    from followups.delivery.attempts import Begun, Step
+    from followups.delivery.claim import Claim
+    from followups.settings import Settings
+    from followups.store.leases import Lease
+    from followups.transports.port import Outcome
+    from world import World
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of a delivery with a worker's engine; each may have settings of its own."""
+
+    engine: Engine
+    settings: Settings
+
+    def claim(self, settings: Settings | None = None) -> Claim:
+        """Claim what is due."""
+        return claim(self.engine, settings or self.settings)
+
+    def lease(self, settings: Settings | None = None) -> Lease:
+        """Claim, and return the only lease."""
+        (lease,) = self.claim(settings).leases
+        return lease
+
+    def begin(self, leases: Sequence[Lease], settings: Settings | None = None) -> Step:
+        """Begin what was claimed."""
+        return begin(self.engine, settings or self.settings, leases)
+
+    def begun(self, settings: Settings | None = None) -> Begun:
+        """Claim and begin, and return the only attempt in flight."""
+        (begun,) = self.begin(self.claim(settings).leases, settings).begun
+        return begun
+
+    def settle(self, attempts: Sequence[Attempt], settings: Settings | None = None) -> Step:
+        """Settle attempts."""
+        return settle(self.engine, settings or self.settings, attempts)
+
+
+def attempt(begun: Begun, outcome: Outcome) -> Attempt:
+    """Return the attempt as the transport would return it."""
+    return Attempt(begun, checked(outcome), timedelta(milliseconds=1), uptime(), datetime.now(UTC))
+
+
+def reply(world: World, chat_id: UUID, role: chats.Role = chats.Role.USER) -> tuple[UUID, ...]:
+    """Let a chat message arrive; return what it cancelled."""
+    with Session(world.engine) as session, session.begin():
+        received = chats.receive(
+            session, world.workspace_id, message_id=uuid4(), chat_id=chat_id, role=role, created_at=None
+        )
+    return received.cancelled
