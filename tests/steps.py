@@ -67,7 +67,7 @@ def attempt(begun: Begun, outcome: Outcome) -> Attempt:
 
 
 def reply(world: World, chat_id: UUID, role: chats.Role = chats.Role.USER) -> tuple[UUID, ...]:
-    """Let a chat message arrive; return what it cancelled."""
+    """Receive a chat message; return the ids of the follow-ups that it cancelled."""
     with Session(world.engine) as session, session.begin():
         received = chats.receive(
             session, world.workspace_id, message_id=uuid4(), chat_id=chat_id, role=role, created_at=None

@@ -37,6 +37,7 @@ from followups.scheduling import amend
 from followups.store import chats
 from followups.transports.port import Retry, Sent
 from stack import wait_until
+from steps import reply
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -87,15 +88,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
     (begun,) = begin(engine, settings, [one for one in hints if one.id == tried]).begun
     settle(engine, settings, [Attempt(begun, Retry("HTTP 500"), timedelta(0), time.monotonic(), datetime.now(UTC))])
     for chat_id in (chat, world.row(tried).chat_id):
-        with Session(engine) as session, session.begin():
-            chats.receive(
-                session,
-                world.workspace_id,
-                message_id=uuid4(),
-                chat_id=chat_id,
-                role=chats.Role.OPERATOR,
-                created_at=None,
-            )
+        reply(world, chat_id, chats.Role.OPERATOR)
     assert not begin(engine, settings, hints).begun
     assert {world.row(one).reason for one in (leased, tried)} == {"human_takeover"}
 

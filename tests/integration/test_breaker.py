@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -433,49 +433,63 @@ def test_all_are_sent_when_it_is_back(
     wait_until(lambda: read(client(own), own).state == CLOSED)
 
 
-def test_holds_up_nobody_else(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> None:
-    """A workspace whose chats all fail, many more than open it, does not delay another's."""
-    theirs = World(engine)
-    transport = Failing(Retry("HTTP 500"))
-    transport.well = theirs.workspace_id
+@dataclass
+class OpenedBreaker:
+    """A pipeline whose breaker one failing workspace has opened, and another workspace."""
+
+    engine: Engine
+    settings: Settings
+    transport: Failing
+    pipeline: Pipeline
+    other: World
+
+    def deliver(self) -> UUID:
+        """Submit a follow-up of the other workspace, and return its id."""
+        follow_up = self.other.follow_up()
+        self.pipeline.submit(claim(self.engine, self.settings).leases)
+        return follow_up
+
+    @property
+    def state(self) -> str:
+        """The breaker's state."""
+        return read(client(self.settings), self.settings).state
+
+
+@pytest.fixture
+def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
+    """Return a pipeline whose breaker a hundred failing chats of one workspace have opened."""
+    other, transport = World(engine), Failing(Retry("HTTP 500"))
+    transport.well = other.workspace_id
     for _ in range(100):
         world.follow_up()
-    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1)})
-    pipeline = started(own, transport, SLOWLY)
-    pipeline.submit(claim(engine, own).leases)
-    wait_until(lambda: read(client(own), own).state == "open")
+    settings = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1)})
+    running = OpenedBreaker(engine, settings, transport, started(settings, transport, SLOWLY), other)
+    running.pipeline.submit(claim(engine, settings).leases)
+    wait_until(lambda: running.state == "open")
+    return running
+
+
+def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
+    """A workspace whose chats all fail, many more than open it, does not delay another's."""
     for _ in range(3):
-        quick = theirs.follow_up()
-        pipeline.submit(claim(engine, own).leases)
-        wait_until(lambda quick=quick: [row.status for row in theirs.rows(quick)] == ["sent"])
-    assert read(client(own), own).state == "open"  # that says nothing of the others
-    assert transport.calls <= FAILURES + 2 * CONCURRENCY + 3
+        quick = opened_breaker.deliver()
+        wait_until(lambda quick=quick: [row.status for row in opened_breaker.other.rows(quick)] == ["sent"])
+    assert opened_breaker.state == "open"  # another workspace's success does not close it
+    assert opened_breaker.transport.calls <= FAILURES + 2 * CONCURRENCY + 3
 
 
-def test_few_failures_hold_up_nobody(
-    world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
-) -> None:
+def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
     """A workspace with occasional failures continues while all attempts of another one fail."""
-    theirs = World(engine)
-    transport = Failing(Retry("HTTP 500"))
-    transport.well = theirs.workspace_id
-    for _ in range(30):
-        world.follow_up()
-    own = own.model_copy(update={"concurrency": CONCURRENCY, "retry_base": timedelta(hours=1)})
-    pipeline = started(own, transport, SLOWLY)
-    pipeline.submit(claim(engine, own).leases)
-    wait_until(lambda: read(client(own), own).state == "open")
 
     def settled(follow_up: UUID, status: str) -> bool:
-        row = theirs.row(follow_up)
+        row = opened_breaker.other.row(follow_up)
         return (row.status, row.attempts, row.begun_at) == (status, 1, None)
 
-    for well, status in ((None, "pending"), (theirs.workspace_id, "sent")) * 3:
-        transport.well = well
-        one = theirs.follow_up()
-        pipeline.submit(claim(engine, own).leases)
+    for well, status in ((None, "pending"), (opened_breaker.other.workspace_id, "sent")) * 3:
+        opened_breaker.transport.well = well
+        one = opened_breaker.deliver()
         wait_until(lambda one=one, status=status: settled(one, status))
-    assert read(client(own), own).state == "open"
+    assert opened_breaker.state == "open"
 
 
 def test_deliveries_go_on_without_redis(

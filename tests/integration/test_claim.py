@@ -91,7 +91,7 @@ class TestClaim:
             steps.claim(bounded)
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
 
-    def test_locked_by_another_transaction(self, world: World, steps: Steps, engine: Engine, settings: Settings) -> None:
+    def test_locked_rows(self, world: World, steps: Steps, engine: Engine, settings: Settings) -> None:
         """Locked rows are skipped, and hide no others."""
         bounded = settings.model_copy(update={"max_in_flight": 2})
         held, free = world.follow_up(due=-SECOND), world.follow_up()

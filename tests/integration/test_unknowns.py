@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
-from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy.orm import Session
@@ -16,11 +15,14 @@ from followups.delivery.begin import begin
 from followups.delivery.claim import claim
 from followups.delivery.settle import settle
 from followups.states import Status
-from followups.store import bulk_cancel, chats
+from followups.store import bulk_cancel
 from followups.transports.port import Rejected, Retry, Sent, Unknown
 from followups.uptime import uptime
+from steps import reply
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy import Engine
 
     from followups.settings import Settings
@@ -51,15 +53,7 @@ def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
 def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
     """A reply before the next attempt cancels it, and the reason mentions the unknown outcome."""
     follow_up, chat_id = doubtful
-    with Session(world.engine) as session, session.begin():
-        chats.receive(
-            session,
-            world.workspace_id,
-            message_id=uuid4(),
-            chat_id=chat_id,
-            role=chats.Role.USER,
-            created_at=None,
-        )
+    reply(world, chat_id)
     assert world.row(follow_up).reason == f"user_replied: {SAID}"
 
 
