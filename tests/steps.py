@@ -38,9 +38,9 @@ class Steps:
     engine: Engine
     settings: Settings
 
-    def claim(self, settings: Settings | None = None) -> Claim:
-        """Claim what is due."""
-        return claim(self.engine, settings or self.settings)
+    def claim(self, settings: Settings | None = None, since: datetime | None = None) -> Claim:
+        """Claim what is due, or with ``since`` only what fell due after it."""
+        return claim(self.engine, settings or self.settings, since)
 
     def lease(self, settings: Settings | None = None) -> Lease:
         """Claim, and return the only lease."""

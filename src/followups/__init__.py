@@ -7,7 +7,7 @@ From Python, in the caller's own database transaction (the row is the job; nothi
     with Session(engine) as session, session.begin():
         followups.schedule(session, workspace_id=w, chat_id=c, message="Still there?", due_date=due)
 
-Many at once, all or none, take one call::
+One call schedules many, all or none::
 
     planned = [followups.Planned(chat_id, "Still there?", due) for chat_id in chat_ids]
     followups.schedule_many(session, workspace_id=w, planned=planned)

@@ -122,7 +122,7 @@ def _year_in_utc(time: datetime) -> int:
 
 
 def check_changes(changes: Mapping[str, Any]) -> None:
-    """Refuse changes of a follow-up that are not valid, or do not go together."""
+    """Refuse invalid or contradictory changes of a follow-up."""
     if "message" in changes:
         check_message(changes["message"])
     for field in changes.keys() & {"due_date", "finished_at"}:

@@ -62,7 +62,7 @@ RECENTLY = 1.0
 class BoundedConnection(psycopg.Connection[Any]):
     """A connection that gives up on a server that has fallen silent.
 
-    libpq has no limit of its own, and TCP notices nothing while a machine in between acknowledges.
+    libpq has no such limit, and TCP detects nothing while a machine in between acknowledges.
     """
 
     patience: float | None = None
@@ -156,7 +156,7 @@ def make_async_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
-    """Return the same for one event loop; its work runs through `followups.transactions.in_loop`.
+    """Return an equal engine for one event loop; its work runs through `followups.transactions.in_loop`.
 
     It tests only connections that were idle for `RECENTLY`: they are taken many times a second, and a test takes as
     long as a statement.
@@ -306,7 +306,7 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
 
 
 def connect_timeout(url: URL) -> float:
-    """Return how many seconds connecting may take."""
+    """Return the time limit of connecting, in seconds."""
     try:
         seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))
     except ValueError:

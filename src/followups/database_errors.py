@@ -50,7 +50,7 @@ def _cause(error: Exception) -> BaseException | None:
 UNDONE = frozenset({"40001", "40P01"})
 """SQLSTATEs of a transaction rolled back in a conflict: serialization failure and deadlock.
 
-None of its changes were made.
+None of its changes was made.
 """
 
 
@@ -65,18 +65,18 @@ def is_undone(error: psycopg.Error | DBAPIError) -> bool:
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
 """What to do about a standby, or a server that was made read-only.
 
-Processes continue by themselves once the server takes changes.
+Processes continue by themselves once the server is writable.
 """
 
 
 def is_read_only(error: Exception) -> bool:
-    """Return whether the error means that the database takes no changes."""
+    """Return whether the error means that the database is read-only."""
     cause = _cause(error)
     return getattr(cause, "sqlstate", None) == READ_ONLY or any(said in str(cause) for said in READ_ONLY_SESSION)
 
 
 def takes_changes(connection: Connection) -> bool:
-    """Return whether the server takes changes.
+    """Return whether the server is writable.
 
     A server reached by a URL with ``target_session_attrs=any`` may not.
     """

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 MOST_TOLD = 20
-"""Most errors in the message of one that stands for many."""
+"""Maximum number of errors listed in the message of a combined error."""
 
 
 class FollowUpsError(Exception):
-    """The follow-up dispatcher could not do what was asked."""
+    """The follow-up dispatcher could not carry out the request."""
 
     slug: ClassVar[str] = "error"
 
     def __init__(self, message: str | None = None) -> None:
-        """Take the message, or the docstring of the class where there is none."""
+        """Use the message, or the class's docstring if there is none."""
         super().__init__(message or inspect.cleandoc(type(self).__doc__ or ""))
 
 
@@ -63,7 +63,7 @@ class ConsoleOffError(NotFoundError):
 
 
 class WorkspaceBeingDeletedError(WorkspaceNotFoundError):
-    """The workspace is being deleted; if that was interrupted, followups workspace delete goes on."""
+    """The workspace is being deleted; if that was interrupted, followups workspace delete completes it."""
 
 
 class ApiKeyNotFoundError(NotFoundError):

@@ -40,7 +40,7 @@ class Database:
     def __init__(
         self, database_url: str, *, pool_size: int, application_name: str, statement_timeout: timedelta
     ) -> None:
-        """Take where to connect, which happens when first needed."""
+        """Store where to connect; the first use connects."""
         self._engine = make_async_engine(
             database_url,
             pool_size=pool_size,
@@ -51,7 +51,7 @@ class Database:
         self._lost_at = 0.0
 
     def reading(self) -> Use:
-        """Return a connection to be entered, on which each statement is a transaction of its own."""
+        """Return a context manager for a connection in autocommit mode."""
         return Use(self, reads=True)
 
     def transaction(self) -> Use:
@@ -70,7 +70,7 @@ class Database:
         return pooled
 
     def drop_all(self) -> None:
-        """Let no connection that is open now be used again: its server is gone, or takes no changes."""
+        """Discard all open connections: their server is gone, or read-only."""
         self._lost_at = time.monotonic()
 
 
@@ -78,7 +78,7 @@ class Use:
     """One use of a connection, as a context manager."""
 
     def __init__(self, database: Database, *, reads: bool) -> None:
-        """Take where the connection is from, and whether no transaction is wanted."""
+        """Store the pool, and whether the connection is in autocommit mode."""
         self._database = database
         self._reads = reads
 

@@ -32,7 +32,7 @@ class Halved(Generic[T, R]):
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
     """Do the work for a whole batch, halving the batch while a row's content makes the work fail.
 
-    The halving ends with that row alone. Raises any other error of the work, as long as nothing is done yet.
+    The halving ends with that row alone. Raises any other error of the work if nothing is done yet.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]
@@ -62,7 +62,7 @@ def halve_within(
 ) -> Halved[T, R]:
     """Do the work within the connection's transaction, each part under a savepoint.
 
-    ``refused`` is called for each refused item, which costs none of the others.
+    ``refused`` is called for each refused item; the others succeed.
     """
 
     def under_savepoint(part: Sequence[T]) -> R:

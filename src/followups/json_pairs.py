@@ -15,7 +15,7 @@ _QUICK: dict[type, Callable[[Any], str]] = {int: repr, float: repr, NoneType: la
 
 
 def json_pairs(document: Mapping[str, object], comma: str = ", ", colon: str = ": ") -> str:
-    """Return the members of an object, without its braces; whatever JSON has no word for is written as a string.
+    """Return an object's members without its braces; values that JSON cannot express are written as strings.
 
     >>> json_pairs({"attempt": 1, "outcome": "sent", "code": None})
     '"attempt": 1, "outcome": "sent", "code": null'

@@ -95,13 +95,13 @@ class Workspace(Base):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     deletion_began_at: Mapped[datetime | None]
-    """Since when the workspace is being deleted: it takes no new follow-ups and keys."""
+    """When its deletion began; since then it accepts no new follow-ups and keys."""
 
 
 class SendingHours(Base):
     """The hours in which a workspace lets its messages be sent; without a row, always (`followups.sending_hours`).
 
-    This is a table of its own, so that begin reads none of it while no workspace has any.
+    It is a separate table, so that begin reads nothing while no workspace has any.
     """
 
     __tablename__ = "sending_hours"
@@ -300,8 +300,8 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's path: what is due, oldest first. Follow-ups that wait for an earlier one of their chat are not in
-        # it, so they are not scanned, claimed and refused again and again.
+        # The claim's index: due follow-ups, oldest first. Follow-ups that wait for an earlier one of their chat are not
+        # in it, so they are not scanned, claimed and refused again and again.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
@@ -341,7 +341,7 @@ class FollowUp(Base):
         # its right edge, and those of one settlement share their key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # What is paused, and what waits for sending hours; empty otherwise.
+        # Paused follow-ups and those that wait for sending hours; otherwise empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",
@@ -405,8 +405,8 @@ class FollowUp(Base):
     sendable_from: Mapped[datetime | None]
     """The first moment at which the sending hours allow the sending, or None before any hold.
 
-    A moment in the future follows from the current hours. A moment that has passed stays, whatever becomes of the
-    hours. Lateness counts from this moment.
+    A moment in the future follows from the current hours. A time in the past stays, even if the hours change. Lateness
+    counts from this moment.
     """
     limited_until: Mapped[datetime | None]
     """The next attempt as set by a rate limit or the breaker.
@@ -494,7 +494,7 @@ class ConsoleSession(Base):
     way: Mapped[str]
     """How the person signed in: key, link or proxy."""
     name: Mapped[str]
-    """Who it is, as far as is known: the name of the key, of the link's maker, or the one that the proxy told."""
+    """Who it is, if known: the name of the key or of the link's creator, or the name from the proxy."""
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     """The key with which the person signed in; the session ends with it."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
@@ -568,13 +568,13 @@ class DispatcherState(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, server_default="1")
     last_tick_at: Mapped[datetime | None]
     grace_until: Mapped[datetime | None]
-    """Until when leases with an attempt in flight are left to their workers, after a gap in the ticks."""
+    """The end of the grace period after a gap in the ticks, in which leases in flight are left to their workers."""
 
 
 class AuditEvent(Base):
     """Who did what: one change by hand, or one bulk command, without any text (`followups.store.audit`).
 
-    It has no foreign keys, since it outlives what it is about.
+    It has no foreign keys, since it outlives its target.
     """
 
     __tablename__ = "audit_events"
@@ -591,7 +591,7 @@ class AuditEvent(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     way: Mapped[str]
-    """How the actor came in: the REST API, a command, the console, Python, or the service itself."""
+    """The actor's way in: the REST API, a command, the console, Python, or the service itself."""
     actor_id: Mapped[UUID | None]
     """The API key or the console session; None for an operating-system user."""
     actor: Mapped[str]

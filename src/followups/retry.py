@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 MIN_RETRY_AFTER = timedelta(seconds=1)
 MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
-"""Largest extra delay, as a fraction of what the transport asked for: what it refused together returns spread out."""
+"""Largest extra delay, as a fraction of the requested one, so that follow-ups refused together return spread out."""
 
 
 @dataclass(frozen=True, slots=True)

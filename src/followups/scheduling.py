@@ -67,7 +67,7 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
 
 def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> Steps[FollowUp]:
-    """Do what `schedule` does, in whatever runs the rule."""
+    """Apply the rule of `schedule`, for synchronous and asynchronous callers."""
     check_planned(Planned(chat_id, message, due_date))
     chat = yield from chats.lock_chat.steps(workspace_id, chat_id)
     trigger = trigger_of(chat)
@@ -171,7 +171,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
 
 
 def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Return the follow-up with its chat locked, so that what it was retried as does not change."""
+    """Return the follow-up with its chat locked, so that its retries do not change."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
@@ -219,7 +219,7 @@ def amend(
 def amending(
     follow_up_id: UUID, changes: Mapping[str, Any], workspace_id: UUID | None, actor: Actor
 ) -> Steps[FollowUp]:
-    """Do what `amend` does, in whatever runs the rule."""
+    """Apply the rule of `amend`, for synchronous and asynchronous callers."""
     check_changes(changes)
     found, locked = yield from _lock(follow_up_id, changes.get("chat_id"), workspace_id)
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
@@ -279,11 +279,11 @@ def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
 
 _ISOLATION = text("SELECT current_setting('transaction_isolation')")
 LOOSEST = frozenset({"read committed", "read uncommitted"})
-"""Two isolation levels that are the same to PostgreSQL."""
+"""Two isolation levels that PostgreSQL treats alike."""
 
 
 def _check_transaction(session: Session) -> None:
-    """Refuse a transaction that ends with each statement, or reads only what was committed before it."""
+    """Refuse autocommit, and isolation levels that read one snapshot for the whole transaction."""
     connection = session.connection()
     if is_read_committed(connection):
         return

@@ -31,14 +31,14 @@ _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a construct
 class Statement:
     """One SQL statement with named parameters (``:name``), built and compiled once.
 
-    If it returns rows of an entity, a session loads them as objects, with all columns, and replaces what it knew of
-    them. The driver returns named tuples: of ``fields``, or of all columns.
+    If it returns rows of an entity, a session loads them as objects with all columns, and refreshes known ones. The
+    driver returns named tuples: of ``fields``, or of all columns.
     """
 
     def __init__(
         self, sql: str, entity: type[DeclarativeBase] | None = None, fields: Sequence[str] | None = None
     ) -> None:
-        """Take the SQL, in which `COLUMNS` stands for the columns of the entity's table."""
+        """Use this SQL, with `COLUMNS` replaced by the columns of the entity's table."""
         self._sql = sql
         self._entity = entity
         self._fields = fields
@@ -56,7 +56,7 @@ class Statement:
 
     @cached_property
     def driver_sql(self) -> str:
-        """The statement as psycopg takes it, without a semicolon or a line break at its end."""
+        """The statement in psycopg's form, without a trailing semicolon or line break."""
         return str(text(self._with(self._fields)).compile(dialect=_DIALECT)).strip()
 
     @cached_property

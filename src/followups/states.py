@@ -31,7 +31,7 @@ class Status(StrEnum):
     PENDING = "pending"
     """Accepted and not ended. Entered by schedule or retry; left by settle, cancel or recovery.
 
-    A leased or in-flight follow-up is pending too: the lease is no state of its own.
+    A leased or in-flight follow-up is still pending: the lease is not a separate state.
     """
     SENT = "sent"
     """The transport accepted it. Entered by settle (or by PATCH, if it was sent by other means)."""
@@ -115,7 +115,7 @@ class Final:
     code: ReasonCode | None = field(default=None, compare=False)
     """The code of the reason, or None for ``sent`` and for a caller's own words.
 
-    A caller's words have no code, whatever they begin with.
+    A caller's own reason has no code, whatever it begins with.
     """
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """Whether the database is as the statement left it, or None if its transaction may still be under way."""
+    """Whether the database contains the statement's changes, or None if its transaction may still be running."""
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")

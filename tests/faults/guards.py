@@ -271,7 +271,7 @@ def ended_is_claimed(scene: Scene) -> None:
 
 
 def stale_release(scene: Scene) -> None:
-    """Give back a lease that is another's by now."""
+    """Release a lease that another worker has by now."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -281,7 +281,7 @@ def stale_release(scene: Scene) -> None:
 
 
 def stale_end(scene: Scene) -> None:
-    """End by a lease that is another's by now."""
+    """End by a lease that another worker has by now."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -385,7 +385,7 @@ def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
 
 
 def stale_park(scene: Scene) -> None:
-    """Park by a lease that is another's by now."""
+    """Park by a lease that another worker has by now."""
     earlier, old = two_in_a_chat(scene)
     scene.leased_anew(old)
     park(scene, old, earlier)
@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park behind one that is being ended by a transaction that has already looked for waiting ones."""
+    """Park behind a follow-up whose ending transaction has already looked for waiting ones."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)
@@ -404,13 +404,13 @@ def parked_behind_an_end(scene: Scene) -> None:
 
 
 def put_off(scene: Scene, lease: Lease) -> None:
-    """Put a leased one off, as a rate limit does."""
+    """Defer a leased follow-up, as a rate limit does."""
     with scene.engine.begin() as connection:
         rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 
 
 def stale_defer(scene: Scene) -> None:
-    """Put off by a lease that is another's by now."""
+    """Defer by a lease that another worker has by now."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -419,7 +419,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Put off by a lease that has ended: a tick may be claiming it."""
+    """Defer by an expired lease, which a tick may be claiming."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)

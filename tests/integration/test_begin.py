@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class TestBegin:
-    """Begin looks at the world again."""
+    """Begin checks everything again."""
 
     def test_once(self, world: World, steps: Steps) -> None:
         """A hint that is delivered twice begins one attempt."""

@@ -47,7 +47,7 @@ def own(settings: Settings) -> Settings:
 
 
 def ids(count: int) -> list[UUID]:
-    """Return so many follow-ups' ids."""
+    """Return that many ids of follow-ups."""
     return [uuid4() for _ in range(count)]
 
 
@@ -327,7 +327,7 @@ class Failing:
         self.outcome = outcome
         self.calls = 0
         self.well: UUID | None = None
-        """The workspace whose messages it takes."""
+        """The workspace whose messages it accepts."""
 
     async def open(self) -> None: ...
 
@@ -402,7 +402,7 @@ def test_a_receiver_that_refuses_every_message_is_left_alone(
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """A transport that takes, refuses, or asks for patience is not away."""
+    """A transport that accepts, rejects or limits the rate is not failing."""
     transport = Failing(outcome)
     for _ in range(30):
         world.follow_up()

@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 
 
 class TestOrder:
-    """In a chat, one follows the other."""
+    """Follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
         """The later of two is parked, not claimed again, and leased to the worker that settles the earlier one."""
@@ -42,7 +42,7 @@ class TestOrder:
         assert [one.lease.id for one in steps.begin(settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, steps: Steps, settings: Settings) -> None:
-        """With one that is refused all that are due behind it are parked, each behind the one before it; not others."""
+        """When one is refused, all due ones behind it are parked, each behind the one before it."""
         chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
         ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
         ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)
@@ -59,7 +59,7 @@ class TestOrder:
         assert sent == ids
 
     def test_locked_row_of_a_pile(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A locked row of a pile is skipped; those behind it still wait."""
+        """A locked row among several waiting ones is skipped; those behind it still wait."""
         chat = world.chat()
         first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
         batch = steps.claim().leases[:2]

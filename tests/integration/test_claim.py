@@ -92,7 +92,7 @@ class TestClaim:
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
 
     def test_locked_rows(self, world: World, steps: Steps, engine: Engine, settings: Settings) -> None:
-        """Locked rows are skipped, and hide no others."""
+        """Locked rows are skipped, without hiding others."""
         bounded = settings.model_copy(update={"max_in_flight": 2})
         held, free = world.follow_up(due=-SECOND), world.follow_up()
         with engine.connect() as connection:
@@ -161,28 +161,28 @@ class TestLowWater:
     """The low-water mark: rows that a claim need not read again."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """It stays behind the first that has not ended, leased or not, and behind now."""
+        """The mark stays before the first unfinished follow-up, leased or not, and before now."""
         world.follow_up(due=-timedelta(minutes=5))
         for _ in range(2):  # free, then leased
             low = steps.claim().low_water
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """Without anything due it is a margin before now, for late commits."""
+        """Without anything due, the mark is a margin before now, for late commits."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
-        """A claim from the mark on passes it over; one from the beginning takes it."""
+        """A claim from the mark on misses it; one from the beginning takes it."""
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))
-        assert not steps.claim(low).leases
+        assert not steps.claim(since=low).leases
         assert len(steps.claim().leases) == 1
 
     def test_dispatcher_looks_behind(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Where looking at all is slow, one tick is enough to have what came in behind the mark claimed, too."""
+        """If full claims are slow, one tick is enough to claim a row inserted before the mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # a second or so between two such looks
         hints: list[Hint] = []

@@ -58,7 +58,7 @@ class SecureServer(Server):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
-    """Return a server that speaks TLS, and the file of its authority."""
+    """Return a TLS server, and the file with its certificate authority."""
     assert INSTALLED
     authority = trustme.CA()
     trusted = tmp_path_factory.mktemp("tls") / "authority.pem"

@@ -192,7 +192,7 @@ def test_at_once(engine: Engine, settings: Settings) -> None:
 
 
 def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
-    """Locked rows are skipped, and hide no others."""
+    """Locked rows are skipped, without hiding others."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
         held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"

@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: what is paused does not begin, is out of the claim's way, and returns."""
+"""Pauses on PostgreSQL: paused follow-ups do not begin, do not slow claims, and are released."""
 
 from __future__ import annotations
 

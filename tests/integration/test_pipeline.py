@@ -359,7 +359,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
     count_twice: int,
     most: int,
 ) -> None:
-    """One with two lost leases goes without another such one, one with one lost lease with a few; others continue."""
+    """A follow-up with two lost leases is sent alone, one with one beside few such others; the rest continue."""
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
     others = [world.follow_up() for _ in range(8)]

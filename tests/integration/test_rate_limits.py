@@ -216,7 +216,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 
 
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
-    """A paused follow-up has used up nothing of the limit when it continues."""
+    """A paused follow-up has taken no token when it continues."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.Scope(world.workspace_id, None)
     with world.engine.begin() as connection:

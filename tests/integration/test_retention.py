@@ -27,17 +27,17 @@ HOUR = timedelta(hours=1)
 
 
 def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
-    """Insert one that was sent so long ago."""
+    """Insert a follow-up that was sent that long ago."""
     return world.follow_up(status="sent", finished_at=datetime.now(UTC) - ago, **columns)
 
 
 def pruner_of(engine: Engine, settings: Settings, days: int = 30) -> Pruner:
-    """Return a pruner for what is older than so many days."""
+    """Return a pruner for rows older than that many days."""
     return Pruner(settings.model_copy(update={"retention": days * DAY}), engine)
 
 
 def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
-    """Let a message arrive that was written so long ago."""
+    """Receive a message that was written that long ago."""
     message_id = uuid4()
     with Session(world.engine) as session, session.begin():
         chats.receive(
@@ -52,7 +52,7 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
 
 
 def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Settings) -> None:
-    """A finished follow-up goes after its time, with its failed attempts; younger and pending ones stay."""
+    """A finished follow-up is deleted after its time, with its failed attempts; younger and pending ones stay."""
     old, young = ended(world, 31 * DAY), ended(world, 29 * DAY)
     pending = world.follow_up(due=-300 * DAY)
     for one in (old, young):
@@ -70,7 +70,7 @@ def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Set
 
 
 def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: Engine, settings: Settings) -> None:
-    """By default every follow-up is kept; an idempotency key goes after its day, and not before."""
+    """By default every follow-up is kept; an idempotency key is deleted after a day."""
     ended(world, 3000 * DAY)
     for key, hours in (("old", 25), ("young", 23)):
         world.sql(
@@ -86,7 +86,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
 
 
 def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages go, but for the last one of a chat, which a repetition is known by."""
+    """Old chat messages are deleted, except a chat's last one, by which a repetition is recognised."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)
@@ -98,7 +98,7 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
 
 
 def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything goes, however many batches it takes, kept messages in between notwithstanding."""
+    """Everything old is deleted, however many batches it takes and despite kept messages in between."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):
@@ -113,7 +113,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
 def test_a_run_goes_on_where_the_last_one_ended(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When its time is up a run ends between two batches, and the next one does the rest."""
+    """When its time is up, a run ends between two batches, and the next one completes the work."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     monkeypatch.setattr(pruner, "BUDGET", timedelta(milliseconds=100))
     for _ in range(5):

@@ -30,7 +30,7 @@ SECOND = timedelta(seconds=1)
 
 
 class TestSettle:
-    """Settle records once, under the lease, what the transport said."""
+    """Settle records the outcome once, under the lease."""
 
     def test_sent(self, world: World, steps: Steps) -> None:
         """An accepted message is sent: its id, when it was accepted, no reason, no lease."""
@@ -42,7 +42,7 @@ class TestSettle:
         assert row.due_date <= row.accepted_at <= row.finished_at + SECOND
 
     def test_rejected(self, world: World, steps: Steps) -> None:
-        """A refusal for good ends it as rejected, with the transport's words."""
+        """A rejection ends it as rejected, with the transport's detail."""
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Rejected("HTTP 403 no\x00way", 403))])
         assert world.row(follow_up).reason == "rejected: HTTP 403 no\N{REPLACEMENT CHARACTER}way"
@@ -65,7 +65,7 @@ class TestSettle:
         assert world.row(follow_up).reason == "retries_exhausted: HTTP 502"
 
     def test_snooze_uses_up_no_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A rate limit puts it off and leaves the number of the next attempt as it was."""
+        """A rate limit defers it and leaves the number of the next attempt as it was."""
         follow_up = world.follow_up(attempts=settings.max_attempts - 1)
         steps.settle([attempt(steps.begun(), Snoozed("HTTP 429", SECOND))])
         row = world.row(follow_up)
@@ -88,7 +88,7 @@ class TestSettle:
         assert (row.status, row.reason) == (status, None if deduplicates else "outcome_unknown: timeout")
 
     def test_stale_writer(self, world: World, steps: Steps) -> None:
-        """A worker that was frozen past its lease settles nothing, and is counted."""
+        """A worker frozen past its lease settles nothing, and its outcome counts as stale."""
         follow_up = world.follow_up()
         frozen = steps.begun()
         world.expire(follow_up)
@@ -167,7 +167,7 @@ class TestSettle:
         assert steps.begun().lease.id == second
 
     def test_what_waits_rightly_stays_blocked(self, world: World, steps: Steps, engine: Engine) -> None:
-        """Looking for the forgotten leaves alone what waits for an earlier one that is pending."""
+        """The search for forgotten follow-ups skips those that wait for a pending one."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
         world.follow_up(chat, -SECOND)
@@ -252,14 +252,14 @@ def test_lag_of_a_result_that_waited(world: World, steps: Steps) -> None:
 
 @pytest.mark.parametrize("due", [datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)])
 def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> None:
-    """A due date that cannot be read in every time zone is refused in words."""
+    """A due date that some time zone cannot represent is refused with an explanation."""
     chat = world.chat()
     with Session(engine) as session, pytest.raises(InvalidRequestError, match="years 2 to 9998"):
         followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat, message="Hello?", due_date=due)
 
 
 def test_settle_of_all_kinds_together(world: World, steps: Steps, engine: Engine) -> None:
-    """In one batch each result comes to its own, whatever the others are."""
+    """In one batch each result reaches its own follow-up, whatever the others are."""
     chat = world.chat()
     sent, again, refused, stale, held = (world.follow_up(due=-SECOND * n) for n in range(6, 1, -1))
     first = world.follow_up(chat, -SECOND)

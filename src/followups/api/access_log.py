@@ -1,7 +1,7 @@
 """The access log: one line for each request, and the request's id bound to every line in between.
 
-This is the outermost middleware, so that refused requests have their line too. The query and the body are left out,
-because they may hold anything that a client writes. Successful probes and scrapes are logged at level debug.
+This is the outermost middleware, so that refused requests have their line too. The query and the body are omitted,
+since they may contain anything from a client. Successful probes and scrapes are logged at level debug.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Access:
     """ASGI middleware around everything."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Take the application to wrap."""
+        """Wrap the application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -127,7 +127,7 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
 
 def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    if scope["path"] in PROBES:  # requested every few seconds; the answer of a failing one says what is wrong
+    if scope["path"] in PROBES:  # requested every few seconds; a failing one's answer explains the failure
         tell = log.debug if seen.status == HTTPStatus.OK else log.info
     else:
         tell = log.warning if failed else log.info

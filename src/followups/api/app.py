@@ -103,7 +103,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
         traces.start(NAME)
-        gc.freeze()  # what has been imported stays; searching it for garbage took 0.1 s each time
+        gc.freeze()  # imported modules stay, and collecting over them took 0.1 s each time
         yield
         totals.stop()
         traces.stop()
@@ -186,7 +186,7 @@ async def _tell_exception(_: Request, error: Exception) -> Response:
 
 async def _tell_status(request: Request, error: Exception) -> Response:
     status: int = error.status_code  # type: ignore[attr-defined] # as above
-    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's answer to a body that is no JSON, such as one of invalid UTF-8
+    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's answer to a body that is not JSON, such as invalid UTF-8
         return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()
     if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the methods of one route only
         return problems.of_status(status, headers={"allow": ", ".join(_methods(request))}).response()

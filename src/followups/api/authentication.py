@@ -145,7 +145,7 @@ class Work:
         # Otherwise it had ended before, and at most its chat message's id was filled in.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # a later one of its chat may have waited for it
+            self.nudges = True  # a later follow-up of its chat may have waited for it
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
         """Record that this transaction cancelled these."""
@@ -191,10 +191,10 @@ class Caller:
                 await self._record_use()
 
     async def change(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run the rule in a transaction, commit it, and then log what was done.
+        """Run the rule in a transaction, commit it, and then log its changes.
 
-        A transaction that was rolled back in a conflict with another one is run once more, since none of its work was
-        done. Raises `UnauthorizedError` and `TooManyRequestsError`.
+        A transaction that was rolled back in a conflict is run once more, since none of its work was done. Raises
+        `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):
@@ -302,7 +302,7 @@ async def admit(scope: Scope) -> None:
 
 
 class AuthenticatedRoute(APIRoute):
-    """A route that answers 401 to a stranger, whatever else is wrong with the request."""
+    """A route that answers 401 without a valid key, whatever else is wrong with the request."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Return FastAPI's handler, extended to check the key before it reports an invalid request."""

@@ -14,7 +14,7 @@ DEEP = 1_000
 """Rows before a deep page. The beginning of any other is counted each time, since that takes a few milliseconds."""
 
 KNOWN_FOR = 60.0
-"""Seconds for which a deep page begins at the same row, wherever that is in the list by then."""
+"""Seconds for which a deep page begins at the same row, even if rows were added before it."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
 """Most lists, and beginnings in each, that are remembered."""

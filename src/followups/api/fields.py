@@ -86,7 +86,7 @@ Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)
 
 
 def _seconds_or_iso(value: object) -> object:
-    """Take a number of seconds, also as a text; ISO 8601 is for pydantic."""
+    """Parse a number of seconds, also in a string; pydantic parses ISO 8601."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         return int(value)
     return value

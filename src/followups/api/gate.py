@@ -65,7 +65,7 @@ class Wire:
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:
-        """Take memory for a part of the body, or return why there is none."""
+        """Reserve memory for a part of the body, or return why there is none."""
         if self.size + size > self.most:
             return TOO_LARGE
         if self.budget.taken + size > MAX_BUFFERED:
@@ -84,7 +84,7 @@ class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
     """The request is refused with a problem."""
 
     def __init__(self, problem: problems.ProblemAnswer) -> None:
-        """Take the problem to answer with."""
+        """Store the problem to answer with."""
         super().__init__(problem.detail)
         self.problem = problem
 
@@ -97,7 +97,7 @@ class Gate:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp) -> None:
-        """Take the application to wrap."""
+        """Wrap the application."""
         self._app = app
         self._inside = 0
 

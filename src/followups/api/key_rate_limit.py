@@ -64,7 +64,7 @@ class RateLimit:
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Take the settings; connect to nothing yet."""
+        """Store the settings; the first use connects."""
         self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
         self._off = settings.api_rate_limit == 0
         self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
@@ -116,7 +116,7 @@ class RateLimit:
         return min(2 * held.size, self._most_ahead)
 
     async def _count(self, key_id: UUID, size: int) -> float | None:
-        """Count so many requests, or only one; return None if allowed, otherwise the seconds until one is."""
+        """Count one or more requests; return None if allowed, otherwise the seconds until one is."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
             if await self._limiter.hit(self._item, name, cost=cost):

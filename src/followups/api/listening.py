@@ -1,4 +1,4 @@
-"""Where web listens: on every address by IPv6 and IPv4, and for `/metrics` on a port of its own if one is set."""
+"""Web's sockets: every address by IPv6 and IPv4, and a separate port for `/metrics` if one is set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BACKLOG = 2048
 
 METRICS = "/metrics"
 MAPPED = "::ffff:"
-"""What stands before an IPv4 address that reached an IPv6 socket."""
+"""Prefix of an IPv4 address on an IPv6 socket."""
 
 
 class ListeningError(FollowUpsError):
@@ -48,10 +48,10 @@ def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
 
 
 class MetricsPort:
-    """ASGI middleware: `/metrics` exists only on its own port, and nothing else does there."""
+    """ASGI middleware: `/metrics` exists only on its own port, which serves nothing else."""
 
     def __init__(self, app: ASGIApp, port: int | None) -> None:
-        """Take the application to wrap, and the port, or None if there is none."""
+        """Wrap the application; ``port`` is None if there is none."""
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

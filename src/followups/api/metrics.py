@@ -37,7 +37,7 @@ class BacklogCollector(Collector):
     """Queries the database when scraped. If that fails, these gauges are missing and the rest is shown."""
 
     def __init__(self, engine: Engine, window: int) -> None:
-        """Take the engine, and the most that can be in flight."""
+        """Store the engine, and the most that can be in flight."""
         self._engine = engine
         self._window = window
         self._lock = threading.Lock()
@@ -85,7 +85,7 @@ class Exposition:
     """The text for Prometheus: the backlog, the sums of all processes' counters, and this process's own state."""
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:
-        """Take the sources of gauges and sums."""
+        """Store the sources of gauges and sums."""
         self._engine = engine
         self._totals = totals
         self._waiting = CollectorRegistry()

@@ -36,7 +36,7 @@ class Health:
     """The checks of one process."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Take what is checked; connect to nothing yet."""
+        """Store what is checked; the first use connects."""
         self._engine = engine
         self._lock = threading.Lock()
         self._latest: tuple[float, dict[str, Check]] | None = None
@@ -51,7 +51,7 @@ class Health:
     def checks(self) -> dict[str, Check]:
         """Return the result of every check, at most `KEPT` seconds old.
 
-        More frequent calls get the same result.
+        More frequent calls return the same result.
         """
         with self._lock:
             if self._latest is None or time.monotonic() - self._latest[0] > KEPT:

@@ -76,7 +76,7 @@ class NewFollowUp(Body):
 
 
 class FollowUpChanges(Body):
-    """The fields to change; what is left out stays. Unknown fields are refused, lest a misspelt one be lost.
+    """The fields to change; omitted ones stay. Unknown fields are refused, lest a misspelt one be lost.
 
     Null for a field that is null already is no change.
     """
@@ -117,7 +117,7 @@ class FollowUpQuery(BaseModel):
 
 
 class ChatPut(Body):
-    """Where a chat lives. Unknown fields are ignored; an `externalId` left out is none."""
+    """Where a chat lives. Unknown fields are ignored; omitting `externalId` means none."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.CHAT_PUT]})
 
@@ -149,7 +149,7 @@ class NewChatMessage(Body):
 
 
 class ChatMessage(Answer):
-    """A chat message as recorded, and what it cancelled (nothing, when it was known already)."""
+    """A recorded chat message, and the follow-ups that it cancelled (none if it was known already)."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT_MESSAGE]})
 

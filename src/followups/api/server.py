@@ -44,7 +44,7 @@ or the new one if there is neither.
 
 READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
-"""A client must read at least so many bytes of its answer, or the rest of it, within so many seconds."""
+"""A client must read at least that many bytes of its answer, or the rest of it, within that many seconds."""
 
 MAX_UNSENT = 32 * 1024 * 1024
 """Most bytes of answers that wait for their clients to read. Beyond it, the longest waiting connection is closed."""
@@ -106,7 +106,7 @@ class LimitedProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which has no limits of its own and answers in plain text."""
 
     def __init__(self, crowd: Crowd, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
-        """Take the server's other connections."""
+        """Store the server's other connections."""
         super().__init__(*given, **named)
         self._crowd = crowd
         self._part = Part.BETWEEN
@@ -120,7 +120,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._unsent = sys.maxsize
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
-        """Make room if there are too many connections, and start the header timer."""
+        """Close another connection if there are too many, and start the header timer."""
         if len(self.connections) >= MAX_CONNECTIONS and not self._crowd.make_room():
             transport.abort()
             return
@@ -203,7 +203,7 @@ class LimitedProtocol(HttpToolsProtocol):
             self._crowd.idle[self] = None
 
     def pause_writing(self) -> None:
-        """Note that the client does not read as fast as it is answered."""
+        """Record that the client reads more slowly than it is answered."""
         super().pause_writing()
         self._crowd.unread[self] = None
         self._expect_reading()

@@ -53,8 +53,8 @@ def audit(
 
     Recorded are API keys that were created, revoked or have expired; pauses, rate limits and sending hours; bulk
     commands; deleted chats and workspaces; and each change of a follow-up after its creation by PATCH, a command or
-    followups.cancel. Replies and deliveries are not. Each event stands in the transaction of its change, without any
-    text. FOLLOWUPS_AUDIT_RETENTION says how long events are kept.
+    followups.cancel. Replies and deliveries are not. Each event is recorded in the transaction of its change, without
+    any text. FOLLOWUPS_AUDIT_RETENTION says how long events are kept.
     """
     with connection.session() as session:
         moment = since.resolve(session.execute(select(func.now())).scalar_one()) if since else None

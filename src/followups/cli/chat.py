@@ -36,11 +36,12 @@ def delete(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Delete a chat: its follow-ups with their texts, what is known of its messages, and answers kept for repetition.
+    """Delete a chat: its follow-ups with their texts, its message records, and answers stored for repetition.
 
-    What is pending is cancelled as chat_removed, and what is in flight ends first; nothing is sent afterwards. The
-    command asks for the chat's ID, unless --yes is given. If interrupted, run it again to go on. One audit event stays.
-    Archives of followups prune, logs and backups are not touched. A chat that the platform names again starts anew.
+    Pending follow-ups are cancelled as chat_removed, attempts in flight end first, and nothing is sent afterwards. The
+    command asks for the chat's ID, unless --yes is given. If interrupted, run it again to continue. One audit event
+    stays. Archives of followups prune, logs and backups are not touched. A chat that the platform names again starts
+    anew.
     """
     with connection.session() as session:
         owner = workspaces.find(session, workspace).id

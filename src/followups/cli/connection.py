@@ -48,7 +48,7 @@ def actor() -> Actor:
 
 
 def nudge_if_soon(due: datetime, now: datetime) -> None:
-    """Ask for a tick if ``due`` comes before the next regular one. Errors are ignored, since beat's ticks go on."""
+    """Ask for a tick if ``due`` comes before the next regular one. Errors are ignored, since beat's ticks continue."""
     if due - now <= get_settings().tick_interval:
         ask_for_tick()
 

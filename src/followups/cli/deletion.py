@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from followups.store.deletion import Whole
 
 PATIENCE = timedelta(seconds=15)
-"""How much longer than a lease to wait for what is in flight."""
+"""How much longer than a lease to wait for attempts in flight."""
 
 
 def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:

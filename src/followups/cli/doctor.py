@@ -32,7 +32,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(epilog=examples("followups doctor", "followups doctor --json"))
 def doctor(*, json: Json = False) -> None:
-    """Check everything that follow-ups need to go out, and say what to do about each problem.
+    """Check everything that sending needs, and advise what to do about each problem.
 
     It looks at the settings, database, migrations, ticks (beat and workers together), overdue follow-ups and recent
     failures, broker, transport, workers, and the processes on this machine. Exit code 1 when any check failed.

@@ -1,4 +1,4 @@
-"""The root command and the end of every run: exit code 0 done, 1 failed, 2 wrong usage; errors go to stderr."""
+"""The root command, and the exit codes: 0 done, 1 failed, 2 wrong usage. Errors go to stderr."""
 
 from __future__ import annotations
 

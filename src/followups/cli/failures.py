@@ -72,7 +72,7 @@ def _ours(error: FollowUpsError) -> tuple[str, int]:
     advice = ADVICE.get(type(error))
     sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
     wrong_usage = isinstance(error, SettingsError | InvalidRequestError | NotFoundError)
-    # The command was well-formed; what it asked for is refused.
+    # The command was well-formed, but its request is refused.
     refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
 

@@ -34,7 +34,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """What gets a token bucket of its own."""
+    """What gets its own token bucket."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"

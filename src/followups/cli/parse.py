@@ -151,8 +151,8 @@ RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
 """Largest rate, in follow-ups a second, and largest bucket: more than this system can send."""
 LEAST = 0.01 / SECONDS["d"]
-"""Smallest rate, in follow-ups a second. With a lower one a large bucket takes longer to fill than a Redis key can
-live.
+"""Smallest rate, in follow-ups a second. With a lower rate, a large bucket would take longer to fill than a Redis key
+can live.
 """
 
 

@@ -52,8 +52,8 @@ def pause(
 ) -> None:
     """Stop a workspace, a channel, or a channel of a workspace from sending, until it is resumed.
 
-    Attempts that began earlier run to their end; when this command returns, no new one begins. Follow-ups that come due
-    are paused: this uses up no attempt, they can be cancelled and rescheduled, and later ones of their chat wait. On
+    Attempts that began earlier run to their end; when this command returns, no new one begins. Follow-ups that fall due
+    are paused: they use up no attempt, can be cancelled and rescheduled, and block later ones of their chat. On
     resuming, those past FOLLOWUPS_MAX_LATENESS or their messaging window fail as too_late or window_closed. Pausing
     again changes nothing.
     """
@@ -75,7 +75,7 @@ def pause(
 
 @app.command(epilog=examples("followups resume --workspace acme", "followups resume --channel whatsapp"))
 def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Json = False) -> None:
-    """End the pause with exactly these options. What is due goes out at once, the earliest due first.
+    """End the pause with exactly these options. Due follow-ups are sent at once, earliest first.
 
     If interrupted, run the command again; otherwise the rest continues by itself within a lease.
     """

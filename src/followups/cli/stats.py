@@ -59,7 +59,7 @@ def stats(
     marked with a tilde.
 
     With --watch on a terminal it becomes a dashboard, which adds the sends per second, the outcomes of attempts, the
-    workers that answer, and the age of the last tick. In a pipe it prints one line for each look.
+    workers that answer, and the age of the last tick. In a pipe it prints one line for each sample.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:
@@ -75,7 +75,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
     target = console()
     try:
         if json or not target.is_terminal:
-            # One line for each look: a pipe has no screen to redraw.
+            # One line for each sample: a pipe has no screen to redraw.
             while True:
                 look = measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
@@ -187,7 +187,7 @@ class Workers:
 
 @dataclass
 class Attempts:
-    """Outcomes of attempts: since the first look, and per second."""
+    """Outcomes of attempts: since the first sample, and per second."""
 
     first: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)

@@ -82,10 +82,10 @@ def delete(
 ) -> None:
     """Delete a workspace with all that it has: follow-ups, chats, API keys, pauses, limits, hours.
 
-    From the beginning on it takes no new follow-ups, and its keys are refused. What is pending is cancelled as
-    chat_removed, and what is in flight ends first; nothing is sent afterwards. The command asks for the workspace's
-    name, unless --yes is given. If interrupted, run it again to go on. One audit event stays. Archives of followups
-    prune, logs and backups are not touched.
+    From the start of the deletion it accepts no new follow-ups, and its keys are refused. Pending follow-ups are
+    cancelled as chat_removed, attempts in flight end first, and nothing is sent afterwards. The command asks for the
+    workspace's name, unless --yes is given. If interrupted, run it again to continue. One audit event stays. Archives
+    of followups prune, logs and backups are not touched.
     """
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
@@ -156,7 +156,7 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 
 
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
-    """Have waiting follow-ups checked against the new hours, in batches that block nothing else."""
+    """Release waiting follow-ups to be checked against the new hours, in batches that block nothing else."""
     freed = 1
     while freed:
         with engine.begin() as opened:

@@ -43,7 +43,7 @@ Only an operator can repair such a row.
 async def begin_within_limits(
     engine: AsyncEngine, settings: Settings, rate_limits: RateLimits, batch: Sequence[Lease]
 ) -> Step:
-    """Begin what may be sent now, and defer what is over a rate limit.
+    """Begin follow-ups that may be sent now, and defer those over a rate limit.
 
     Raises database errors; then no token is taken.
     """

@@ -39,9 +39,9 @@ AHEAD_TICKS = 2
 """Tick intervals that a claim looks ahead: one late tick must not make anything late."""
 
 CLAIM_SIZE = 1000
-"""Rows that a claim may always take."""
+"""Rows that a claim may take in any case."""
 LARGEST_CLAIM = 10_000
-"""Most rows of one claim: it takes a tenth of a second or two, and the first are sent while the rest is claimed."""
+"""Maximum rows of one claim, which takes up to 0.2 s; the first are sent while the rest is claimed."""
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
@@ -66,7 +66,7 @@ def rhythm_of(settings: Settings) -> Rhythm:
 
 @lru_cache(maxsize=8)
 def _connecting(url: str) -> timedelta:
-    """Return how long connecting to the database may take."""
+    """Return the time limit of connecting to the database."""
     return timedelta(seconds=connect_timeout(database_url(url)))
 
 
@@ -74,7 +74,7 @@ def size_of_claim(window: int) -> int:
     """Return the most rows of one claim: half of what may be in flight, but at least `CLAIM_SIZE`.
 
     Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
-    half meanwhile.
+    half in the meantime.
     """
     return min(window, max(CLAIM_SIZE, window // 2), LARGEST_CLAIM)
 

@@ -55,7 +55,7 @@ class DatabaseClock:
 
     @property
     def known(self) -> bool:
-        """Whether there is a sample."""
+        """Whether any sample was taken."""
         return self._offset is not None
 
     def now(self) -> datetime:

@@ -121,7 +121,7 @@ class Deferral:
             await (self._wanted.wait() if pause is None else asyncio.sleep(pause))
 
     def look_again(self) -> None:
-        """Have `run` look again: the queue or the breaker has changed."""
+        """Wake `run`: the queue or the breaker has changed."""
         self._wanted.set()
 
     def close(self) -> None:

@@ -36,7 +36,7 @@ NEXT_STATISTICS = 60.0
 """Seconds between two such checks."""
 
 QUICK = 0.01
-"""Seconds of a claim up to which every claim looks at everything pending."""
+"""Duration of a claim, in seconds, up to which every claim reads from the beginning."""
 LOOKING_SHARE = 0.1
 """Largest share of the dispatcher's time for looking at everything pending, when that is slow."""
 
@@ -218,7 +218,7 @@ class Dispatcher:
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics in a thread when they must be wrong, while claims go on."""
+        """Update the planner's statistics in a thread when they must be wrong; claims continue."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
@@ -235,7 +235,7 @@ class Dispatcher:
             events.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
-        """Claim from the low-water mark on, and now and then from the beginning, where earlier rows may have come in.
+        """Claim from the low-water mark on, and occasionally from the beginning, for rows inserted before the mark.
 
         If a claim leaves some, the next ones start with the workspaces that have the fewest in flight. While a snapshot
         is held open, the index entries of everything sent since stay in front of the pending ones: reading past 36,000

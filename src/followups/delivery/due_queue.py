@@ -47,7 +47,7 @@ class DueQueue:
         """``lease`` is the duration of a lease."""
         self.slots = slots
         self.changed = asyncio.Event()
-        """Set when there may be something to take."""
+        """Set when there may be leases to take."""
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[Entry] = []
@@ -86,7 +86,7 @@ class DueQueue:
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
     async def next_batch(self, breaker: Breaker) -> list[Lease]:
-        """Wait for leases whose moment has come, and for slots, and take them; return none once the queue is closed."""
+        """Wait for due leases and free slots, and take them; return none once the queue is closed."""
         while not self._closed:
             await self._gather()
             if self._closed:
@@ -97,9 +97,9 @@ class DueQueue:
         return []
 
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
-        """Take up to ``most`` leases whose moment has come, each with a slot, and of poison pills only their quota.
+        """Take up to ``most`` due leases, each with a slot, and poison pills only within their quota.
 
-        Of ``tripped`` workspaces it takes no more than there are ``permits``.
+        Of ``tripped`` workspaces it takes no more leases than ``permits``.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
         taken: dict[object, Lease] = {}
@@ -137,7 +137,7 @@ class DueQueue:
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
         """Return the seconds until the next moment, negative if it has passed, or None if the queue is empty.
 
-        Leases of ``tripped`` workspaces whose moment has come do not count.
+        Due leases of ``tripped`` workspaces do not count.
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()

@@ -60,7 +60,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
         return None
     until = opening or (since if obstacle.too_late else None)
     if until is None or obstacle.hours is None:
-        # Behind an earlier one of its chat it waits for that one, as always.
+        # Behind an earlier one of its chat, it waits for that one as usual.
         paused = obstacle.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
     if obstacle.window_ends is not None and until >= obstacle.window_ends:

@@ -101,12 +101,12 @@ class Pipeline:
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Have the event loop call ``answer``, as a proof that it turns. After its end nothing is called."""
+        """Have the event loop call ``answer``, as a proof that it turns. After its end no callback runs."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)
 
     def stop_beginning(self) -> None:
-        """Stop beginning; what is in flight goes on. Returns at once."""
+        """Stop beginning; attempts in flight continue. Returns at once."""
         self.ask(self._close)
 
     def drain(self, limit: timedelta) -> int:
@@ -136,7 +136,7 @@ class Pipeline:
     # In the event loop.
 
     async def run(self) -> None:
-        """Deliver until drained: take leases whose moment has come, begin them, send each, and settle the outcomes."""
+        """Deliver until drained: take due leases, begin them, send each, and settle the outcomes."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
             # A loop that dies ends the others too: a worker that only seems to work is worse than none.

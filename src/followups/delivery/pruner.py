@@ -1,4 +1,4 @@
-"""The pruner deletes what is old, once an hour, in small batches beside all other work."""
+"""The pruner deletes old rows once an hour, in small batches beside all other work."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Pruner:
     """A thread in a worker process while there is something to prune. A call while it runs does nothing."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Take what it needs; nothing runs yet."""
+        """Store the settings and the engine; nothing runs yet."""
         self._settings = settings
         self._engine = engine
         self._stopping = threading.Event()
@@ -66,7 +66,7 @@ class Pruner:
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete what is old until nothing is left or the time is up; return the number of each kind."""
+        """Delete old rows until none is left or the time is up; return the number of each kind."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:
@@ -114,14 +114,14 @@ class Pruner:
             if number is None:
                 break
             total += number
-            # Pause for as long as the batch took: half of the disk's capacity is left for deliveries.
+            # Pause for as long as the batch took, which leaves half of the disk's capacity for deliveries.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Return whether no other worker prunes, and keep others from it meanwhile."""
+    """Return whether no other worker prunes, and lock others out until it is done."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

@@ -32,8 +32,8 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How much longer than the transport's own timeout a hanging call may take; less than the settings' margin between
-timeout and lease.
+"""How much longer than the transport's own timeout a hanging call may take. This is less than the settings' margin
+between timeout and lease.
 """
 
 TIMER = 0.001
@@ -77,13 +77,13 @@ async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> O
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
             raise
-        # A plug-in may raise anything, SystemExit too, so what it did is unknown. The error's text may hold the
+        # A plug-in may raise anything, even SystemExit, so the outcome is unknown. The error's text may hold the
         # message, so only its class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
 
 
 def checked(outcome: object) -> Outcome:
-    """Return a valid outcome, whatever a plug-in returned: nothing else reaches the database.
+    """Return the plug-in's outcome if it is valid, otherwise `Unknown`, so that only outcomes reach the database.
 
     >>> checked("sent")
     Unknown(detail='the transport gave no outcome but str', status_code=None)

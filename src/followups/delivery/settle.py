@@ -39,8 +39,8 @@ BATCH = 500
 ENOUGH = 100
 """Results that are worth a statement at once."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait for so many. Only the next follow-up of a chat waits for it. Results that are not recorded when the
-process is killed are sent again, under the same key; so it is no longer than a quick call, which a kill leaves open
+"""How long to wait for that many. Only the next follow-up of a chat waits for it. Results that are not recorded when
+the process is killed are sent again, under the same key; so it is no longer than a quick call, which a kill leaves open
 too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
@@ -69,7 +69,7 @@ class Settler:
     def __init__(
         self, settings: Settings, engine: AsyncEngine, settled: Callable[[Step, Sequence[Attempt]], None]
     ) -> None:
-        """``settled`` is called with what each batch came to, and with the attempts that need no further try."""
+        """``settled`` is called with each batch's result and the attempts that need no further try."""
         self._settings = settings
         self._engine = engine
         self._settled = settled
@@ -97,7 +97,7 @@ class Settler:
             await self._recorded.wait()
 
     async def run(self) -> None:
-        """Record what is added, until `close` has been called and nothing is left."""
+        """Record added attempts until `close` was called and nothing is left."""
         while not self._closed or self:
             await self._wanted.wait()
             self._wanted.clear()
@@ -124,7 +124,7 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                events.lines.flush()  # of what was sent meanwhile, since an outage may be long
+                events.lines.flush()  # of follow-ups sent in the meantime, since an outage may be long
                 if not is_passing(error):
                     await self._record_apart(batch)
                     return
@@ -159,7 +159,7 @@ class Settler:
 
 
 def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Step:
-    """Record the outcomes in one transaction, and unblock what waited for those that ended."""
+    """Record the outcomes in one transaction, and unblock the next follow-ups of their chats."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
     decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
     record = partial(_record, settings, attempts, decided)
@@ -198,7 +198,7 @@ def _record(
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
-    """Return the settlement of one attempt, by its outcome alone. Pure, apart from clock and jitter."""
+    """Return the settlement of one attempt, by its outcome alone. Pure, except for clock and jitter."""
     lease = attempt.begun.lease
     match attempt.outcome:
         case Sent(chat_message_id):

@@ -59,7 +59,7 @@ class Child:
     """A running command. It can be started again after a stop or a kill."""
 
     def __init__(self, command: Command) -> None:
-        """Take the command without starting it."""
+        """Store the command; `start` runs it."""
         self.command = command
         self._process: subprocess.Popen[bytes] | None = None
         self._forks = -1  # the read end of a pipe that the process and all its descendants keep open

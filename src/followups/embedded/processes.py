@@ -23,7 +23,7 @@ class Processes:
     """Our own commands (worker, beat, web, ...), started one by one and stopped together."""
 
     def __init__(self, logs: Path | None = None, echo: Callable[[str, str], None] | None = None) -> None:
-        """Take the directory for logs, or None for a temporary one, and a callback for each (name, line)."""
+        """Write logs to ``logs``, or to a temporary directory, and pass each (name, line) to ``echo``."""
         self.logs = logs or make_temporary_directory()
         self._temporary = logs is None
         self._echo = echo

@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
     """One kept-alive connection; a request may arrive in several pieces."""
 
     def __init__(self, record: Record) -> None:
-        """Take the record that requests go to."""
+        """Store the record of requests."""
         self._record = record
         self._buffer = b""
 

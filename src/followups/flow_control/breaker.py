@@ -131,7 +131,7 @@ class BreakerStore:
     """The state of one transport, shared by all workers: a script in Redis. For one event loop."""
 
     def __init__(self, settings: Settings, transport: str, policy: RecoveryPolicy = RecoveryPolicy()) -> None:
-        """Take the settings; connect to nothing yet."""
+        """Store the settings; the first use connects."""
         self._redis = connect(settings)
         self._script = self._redis.register_script(script("breaker.lua"))
         name = _key(settings, transport)

@@ -87,7 +87,7 @@ class Limiter:
     """The buckets in Redis, for one event loop. It never raises if Redis is unreachable; then all may begin."""
 
     def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
-        """Take the settings; connect to nothing yet."""
+        """Store the settings; the first use connects."""
         self._prefix = f"{settings.broker_prefix}limit:"
         self._client = connect(settings, timeout)
         self._take = self._client.register_script(script("take.lua"))

@@ -93,7 +93,7 @@ def set_hours(session: Session, actor: Actor, workspace_id: UUID, hours: Sending
 
 
 def clear_hours(session: Session, actor: Actor, workspace_id: UUID) -> bool:
-    """Let the workspace send at every hour; return whether it had sending hours."""
+    """Remove the workspace's sending hours; return whether it had any."""
     had_hours = sending_hours.clear(session, workspace_id)
     if had_hours:
         _record(session, Event(actor, Action.SENDING_HOURS_CLEARED, workspace_id, workspace_id))

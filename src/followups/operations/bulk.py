@@ -133,7 +133,7 @@ def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Conn
 
 
 def release_paused(engine: Engine) -> Batches:
-    """Let follow-ups go on whose pause has ended."""
+    """Release follow-ups whose pause has ended."""
     while True:
         with engine.begin() as opened:
             released = pauses.release_forgotten(opened)

@@ -59,7 +59,7 @@ _PARK = text(f"""
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
-    """Make each leased follow-up wait for the earlier one it is paired with; return those that now wait."""
+    """Park each leased follow-up behind the earlier one it is paired with; return those that now wait."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
     leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
     if not leased:

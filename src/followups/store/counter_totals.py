@@ -83,7 +83,7 @@ class CounterTotals:
     """Adds this process's counts to the sums, from a thread of its own."""
 
     def __init__(self, engine: Engine) -> None:
-        """Take the engine; nothing runs yet."""
+        """Store the engine; nothing runs yet."""
         self._engine = engine
         self._added: dict[Sample, float] = {}
         self._lock = threading.Lock()

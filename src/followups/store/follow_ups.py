@@ -230,7 +230,7 @@ _RESCHEDULED = (
 )
 
 
-@lru_cache(maxsize=32)  # as many as there are sets of fields
+@lru_cache(maxsize=32)  # one statement for each set of fields
 def _changing(names: frozenset[str]) -> Statement:
     """Return the statement that changes these fields."""
     changes = [f"{name} = CAST(:{name} AS {_TYPES[name]})" for name in sorted(names)]

@@ -95,7 +95,7 @@ _BEGIN = text(read_sql("checks") + read_sql("begin"))
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Any]:
-    """Begin the valid leases that nothing keeps from it; return what to send."""
+    """Begin the valid leases without an obstacle; return the attempts to send."""
     rows = list(connection.execute(_BEGIN, batch_of(leases) | rules.parameters))
     if rows:
         marks.written(connection, ((row.id, row.begun_at) for row in rows))

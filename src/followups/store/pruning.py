@@ -100,8 +100,8 @@ class Message(NamedTuple):
 
 OLDEST = Message()
 
-# The last message of each chat stays, so that a repeat of it is recognised. These pile up at the old end, so a scan
-# continues where the one before it ended.
+# The last message of each chat stays, so that a repeat of it is recognised. These accumulate among the oldest rows, so
+# a scan continues where the previous one ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages

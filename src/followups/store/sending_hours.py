@@ -56,6 +56,6 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
 
 
 def clear(session: Session, workspace_id: UUID) -> bool:
-    """Let the workspace send at every hour; return whether it had sending hours."""
+    """Remove the workspace's sending hours; return whether it had any."""
     statement = delete(Row).where(Row.workspace_id == workspace_id).returning(Row.workspace_id)
     return session.scalar(statement) is not None

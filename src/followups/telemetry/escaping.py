@@ -26,7 +26,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def escape_json(document: str) -> str:
-    r"""Return a JSON document with the control characters that JSON leaves as they are escaped; it means the same.
+    r"""Return an equivalent JSON document in which also the control characters that JSON permits are escaped.
 
     >>> print(escape_json('"left\u202e"'))
     "left\u202e"

@@ -70,7 +70,7 @@ def directory_of(configured: str | None) -> Path:
 
 
 def _open_directory(path: Path) -> None:
-    """Make the directory, or check that no other user can have made it. Raises `HeartbeatError`."""
+    """Create the directory, or check that no other user can have created it. Raises `HeartbeatError`."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -86,7 +86,7 @@ class Heartbeat:
     """What one process writes. `sign` may be called from any thread."""
 
     def __init__(self, directory: Path, role: str, name: str) -> None:
-        """Take the process's role (``worker``, ``beat``) and the name by which people know it."""
+        """Store the process's role (``worker``, ``beat``) and its name for operators."""
         self._path = directory / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
         self._about = {"role": role, "name": name, "pid": os.getpid()}
         self._parts: dict[str, dict[str, Any]] = {}
@@ -138,7 +138,7 @@ class Heartbeat:
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}
 
     def trouble(self) -> str:
-        """Return what is wrong with this process, as a reader of its file would see it, or an empty string."""
+        """Return this process's trouble as a reader of its file would see it, or an empty string."""
         return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
 
     def parts(self) -> dict[str, dict[str, Any]]:
@@ -201,7 +201,7 @@ class Life:
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
     """Return the state of each process of a role on this machine, or of the one called ``name``.
 
-    A name is that of a Celery node, or its part before the ``@``. Processes that have ended are left out.
+    A name is that of a Celery node, or its part before the ``@``. Ended processes are omitted.
     """
     documents = [document for path in _files(directory, role) if (document := _read(path)) is not None]
     return [

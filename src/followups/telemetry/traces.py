@@ -51,7 +51,7 @@ def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
 
 
 NOTHING = nullcontext(_ignore)
-"""The span of anything that is not traced. It takes 0.4 us; OpenTelemetry's own, which does nothing either without an
+"""The span for anything not traced. It takes 0.4 us; OpenTelemetry's own, which does nothing either without an
 SDK, takes 5.6, and its API comes with the extra only.
 """
 
@@ -97,7 +97,7 @@ class Tracing:
             yield note
 
     def past(self, name: str, parent: Context, attributes: Attributes, seconds: float) -> None:
-        """Record a span that has just ended and took so many seconds."""
+        """Record a span that has just ended and lasted that many seconds."""
         now = time.time_ns()
         span = self._tracer.start_span(name, parent, attributes=attributes, start_time=now - int(seconds * 1e9))
         span.end(now)

@@ -100,7 +100,7 @@ class CurlLoop:
     def _go_on(self) -> None:
         for socket, events in self._sockets.poll(0):
             if socket not in self._watched:
-                with contextlib.suppress(OSError):  # closed by libcurl meanwhile, for another socket's event
+                with contextlib.suppress(OSError):  # closed by libcurl in the meantime, by another socket's event
                     self._sockets.unregister(socket)
                 continue
             ready = pycurl.CSELECT_IN if events & _IN else 0

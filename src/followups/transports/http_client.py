@@ -128,7 +128,7 @@ class HttpClient:
         self._close_connections()
 
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
-        """Make the call and return the outcome that its answer, or the lack of one, means.
+        """Make the call and return its outcome.
 
         No answer makes this raise. Raises `RuntimeError` if the transport was not opened.
         """

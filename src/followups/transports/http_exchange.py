@@ -68,7 +68,7 @@ class Sockets:
             self._calls[address] = left
 
     def distrust(self, address: Address) -> None:
-        """Let no further request be sent on this connection."""
+        """Send no further request on this connection."""
         self._known.pop(address, None)
 
     def is_in_order(self, address: Address, opened: Sequence[int]) -> bool:
@@ -166,7 +166,7 @@ class Exchange:
             self._began = False
 
     def distrust(self) -> None:
-        """Let no further request be sent on the connection of this one."""
+        """Send no further request on this one's connection."""
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:

@@ -30,7 +30,7 @@ class Signer:
     """Signs with every secret and accepts a signature by any of them, so that secrets can be replaced."""
 
     def __init__(self, secrets: str) -> None:
-        """Take secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
+        """Parse secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
 
         Raises `TransportConfigurationError`. A secret that is not base64 is refused rather than taken as raw bytes. The
         libraries on the receiving side disagree about its meaning (some skip the characters they don't know, some

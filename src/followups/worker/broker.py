@@ -5,7 +5,7 @@ error that Redis returns to a read (READONLY, MISCONF, NOPERM). The exception wo
 failover of Redis, would stop every worker.
 
 A worker also shuts down in order while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the
-consumer's own loop. It retries that without end, logs nothing, and ignores SIGTERM meanwhile.
+consumer's own loop. It retries that endlessly, logs nothing, and ignores SIGTERM while it does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Under the name of the one it extends, so that logs and banners go on saying redis://.
+# Registered under the extended transport's name, so that logs and banners still show redis://.
 TRANSPORT_ALIASES.update(redis="followups.worker.broker:Transport", rediss="followups.worker.broker:Transport")
 
 LONGEST_PAUSE = 3.0
@@ -87,7 +87,7 @@ class App(Celery):
     backend_cls = "disabled"
 
     def __init__(self, name: str, url: str) -> None:
-        """Take the broker's URL without connecting yet."""
+        """Store the broker's URL; the first use connects."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
         self.conf.broker_use_ssl = tls_of(url)  # for Flower; a connection reads it from the URL
@@ -166,7 +166,7 @@ class Channel(kombu_redis.Channel):
         except (*self.connection_errors, RedisError) as error:
             _report("read", error)
             raise
-        except Exception as error:  # whatever a hostile document makes a decoder raise
+        except Exception as error:  # any error that a hostile document causes in a decoder
             if self.connection.delivering:
                 raise  # the entry was decoded; the error is the consumer's
             log.warning("broker_message_dropped", error=type(error).__name__)
@@ -220,7 +220,7 @@ class Transport(kombu_redis.Transport):
 
 
 def _report(step: str, error: Exception) -> None:
-    if _is_consumers_thread():  # other threads report what they could not send
+    if _is_consumers_thread():  # other threads report their own failures
         log.warning("broker_unreachable", step=step, error=type(error).__name__, code=code_of(error))
 
 

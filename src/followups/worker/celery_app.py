@@ -60,8 +60,8 @@ TIDY_MINUTE = 17
 """Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since whatever waits
-behind a hanging one could not be begun in time.
+"""Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since follow-ups behind
+a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
@@ -75,7 +75,7 @@ wait several times, at each of its exchanges, for the claim of the next thousand
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
-"""Time to settle what was in flight at the order to stop."""
+"""Time to settle the attempts in flight when the worker is stopped."""
 
 
 @contextmanager
@@ -94,7 +94,7 @@ def broker_silence(settings: Settings) -> timedelta:
 
 
 def drain_limit(settings: Settings) -> timedelta:
-    """Return how long a stopping worker waits for what is in flight and for settling it."""
+    """Return how long a stopping worker waits for attempts in flight and their settling."""
     return settings.transport_timeout + GRACE + DRAIN_MARGIN
 
 
@@ -198,7 +198,7 @@ class Process:
         self.totals.start()
 
     def stop(self) -> None:
-        """Drain: stop claiming, settle what is in flight, release the rest."""
+        """Drain: stop claiming, settle the attempts in flight, release the rest."""
         self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
         self.dispatcher.stop()
         self.pruner.stop()
@@ -330,7 +330,7 @@ class Nudger:
 
 
 def ask_for_tick() -> None:
-    """Send one tick to the broker now. Raises what its client raises if the broker is unreachable."""
+    """Send one tick to the broker now. Raises the client's error if the broker is unreachable."""
     dispatch_due.apply_async(retry=False)
 
 

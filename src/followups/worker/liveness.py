@@ -1,4 +1,4 @@
-"""What a worker and a beat sign for in their heartbeats, and how long each part may go without a sign.
+"""The parts that sign a worker's and a beat's heartbeat, and how long each may go without a sign.
 
 A worker that consumes nothing must be noticed. A canary in the shared queues would be taken by any of the workers, and
 a canary in a queue of its own would leave keys in the broker for each worker that was killed. There is a better proof
@@ -61,7 +61,7 @@ _hearts: dict[int, Heartbeat | None] = {}
 
 
 def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
-    """Start this process's heartbeat. If it cannot be written, log a warning and return None: delivery goes on."""
+    """Start this process's heartbeat. If it cannot be written, log a warning and return None: delivery continues."""
     if os.getpid() in _hearts:
         return _hearts[os.getpid()]
     heart = Heartbeat(directory_of(runtime_dir), role, name)

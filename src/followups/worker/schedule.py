@@ -32,7 +32,7 @@ class Scheduler(CelerysScheduler):
     _booted_at: float | None = None
     """When this host booted, by its own clock.
 
-    The value is lower than at the previous look if the clock was set back since.
+    The value decreases if the clock was set back since the previous check.
     """
 
     def tick(self, *arguments: Any, **named: Any) -> float:  # noqa: ANN401 - Celery's own

@@ -1,4 +1,4 @@
-"""The upper limit with the system's own HTTP client: the same loop in place of everything else."""
+"""The upper limit with the system's own HTTP client in a bare loop."""
 
 from __future__ import annotations
 

@@ -147,7 +147,7 @@ class TestFinished:
         assert api.read(created) == ended
 
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
-        """The chat message of a sent follow-up can be filled in once; of any other it cannot."""
+        """The chat message of a sent follow-up can be filled in once, that of any other not at all."""
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")
         api.patch(failed, status="failed")

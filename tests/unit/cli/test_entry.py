@@ -135,7 +135,7 @@ class RefusedError(Exception):
         (FollowUpNotFoundError(), "The follow-up was not found; followups list shows which there are.", 2),
         (AlreadyFinishedError(), "The follow-up has already finished", 1),
         (DeliveryInProgressError(), "The follow-up is being delivered at this moment; try again shortly.", 1),
-        (FollowUpsError(), "The follow-up dispatcher could not do what was asked.", 1),
+        (FollowUpsError(), "The follow-up dispatcher could not carry out the request.", 1),
         (typer.Abort(), "Stopped before it was complete.", 1),
         (PermissionError(13, "Permission denied", "/data"), "/data: Permission denied; choose another path", 1),
         (ValueError("odd\nmore"), "An unexpected error occurred (ValueError: odd); followups --debug", 1),

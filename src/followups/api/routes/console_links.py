@@ -37,7 +37,7 @@ router = APIRouter(prefix="/api/v1", tags=["Console"], route_class=Authenticated
     responses=response_docs.LINK,
 )
 async def create_console_link(body: NewConsoleLink, request: Request) -> Response:
-    """Make a link that signs a person in to the console once, as viewer or agent of the workspace."""
+    """Create a link that signs a person in to the console once, as viewer or agent of the workspace."""
     if not hasattr(request.app.state, "console"):
         raise ConsoleOffError
     caller = Caller(request)

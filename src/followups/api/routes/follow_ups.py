@@ -89,7 +89,7 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
         try:
             answer = yield from _create(work, body)
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-            # Stored like any other answer: the same request gets it again, even if the chat has changed since.
+            # Stored like any other answer, so that the same request gets it again even if the chat has changed.
             answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
         yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, answer)
     return answer

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from followups.embedded.system import Stack
 
 Show = Callable[[Sequence[Standing], datetime, Sequence[str]], None]
-"""Called at each look with the state of all follow-ups, the time, and the chats whose users have just replied."""
+"""Called repeatedly with the state of all follow-ups, the time, and the chats whose users have just replied."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

@@ -37,7 +37,7 @@ class Rest:
     """A client of one host. Use it from one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Take ``http://host:port`` and an API key if the host wants one; the first call connects."""
+        """Store ``http://host:port`` and an API key if the host needs one; the first call connects."""
         self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
@@ -66,7 +66,7 @@ class Stage:
     """The chats of one run. Use it from one thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
-        """Take the API's address and the script; open no chat yet."""
+        """Store the API's address and the script; no chat is opened yet."""
         self._api = Rest(stack.api, key)
         self._sandbox = Rest(stack.sandbox)
         self._scenario = scenario

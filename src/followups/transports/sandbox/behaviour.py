@@ -81,7 +81,7 @@ class Behaviour(Wire):
     status: Annotated[int, Field(ge=200, le=599)] | None = None
     """Of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Only for the next so many requests; None means until it is changed."""
+    """Only for that many requests; None means until it is changed."""
     delay: Seconds | None = None
     """Before the answer; by default 5 for ``slow``, otherwise none."""
     retry_after: Seconds | None = None

@@ -62,7 +62,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """Grows with every change of any chat, so the chat with the latest activity has the greatest value."""
+    """Increases with every change of any chat, so the latest active chat has the greatest value."""
     total: int = 0
     """Messages ever, including those no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)

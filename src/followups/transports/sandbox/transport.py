@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class SandboxTransport:
-    """Delivers into `SandboxChats` without a network, by the same table of answers; the port's `Transport`."""
+    """A `Transport` that delivers into `SandboxChats` without a network, by the same table of answers."""
 
     name = "sandbox"
 
