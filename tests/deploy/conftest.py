@@ -35,6 +35,8 @@ class Built:
     wheel: Path
     sdist: Path
     followups: Path
+    bare: Path
+    """The command of an environment without the extras."""
 
 
 @pytest.fixture(scope="session")
@@ -55,10 +57,14 @@ def build(uv: str, directory: Path) -> Built:
     constraints = directory / "constraints.txt"
     pins = sorted(f"{one.metadata['Name']}=={one.version}\n" for one in distributions())
     constraints.write_text("".join(pin for pin in pins if not pin.startswith("chat-followups")))
-    call(uv, "venv", "--quiet", "--python", sys.executable, str(directory / "venv"))
-    python = directory / "venv" / "bin" / "python"
-    call(uv, "pip", "install", "--quiet", "--python", str(python), "--constraint", str(constraints), str(wheel))
-    return Built(directory, wheel, sdist, python.with_name("followups"))
+    commands = []
+    for name, extras in (("venv", "[embedded,flower]"), ("bare", "")):
+        call(uv, "venv", "--quiet", "--python", sys.executable, str(directory / name))
+        python = directory / name / "bin" / "python"
+        pinned = ["--python", str(python), "--constraint", str(constraints)]
+        call(uv, "pip", "install", "--quiet", *pinned, f"chat-followups{extras} @ {wheel.as_uri()}")
+        commands.append(python.with_name("followups"))
+    return Built(directory, wheel, sdist, *commands)
 
 
 def call(*command: str) -> None:

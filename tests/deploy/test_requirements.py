@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from deploy.manifests import DEPLOY, pyproject
 
-LISTS = ("requirements.txt", "requirements-build.txt")
+LISTS = ("requirements.txt", "requirements-flower.txt", "requirements-build.txt")
 
 
 def entries(name: str) -> dict[str, tuple[Requirement, list[str]]]:

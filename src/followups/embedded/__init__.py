@@ -8,11 +8,16 @@ processes and removes the temporary directories.
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from followups.embedded.child import Child, Command, EmbeddedError
 from followups.embedded.directories import memory_directory
-from followups.embedded.postgres import EmbeddedPostgres
 from followups.embedded.processes import Processes, answers, free_port
-from followups.embedded.valkey import EmbeddedValkey
+
+if TYPE_CHECKING:
+    from followups.embedded.postgres import EmbeddedPostgres
+    from followups.embedded.valkey import EmbeddedValkey
 
 __all__ = [
     "Child",
@@ -25,3 +30,14 @@ __all__ = [
     "free_port",
     "memory_directory",
 ]
+
+SERVERS = {"EmbeddedPostgres": "followups.embedded.postgres", "EmbeddedValkey": "followups.embedded.valkey"}
+"""What needs packages that only the extra `embedded` installs; the rest works without them."""
+
+
+def __getattr__(name: str) -> object:
+    """Import a server lazily."""
+    if name not in SERVERS:
+        message = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(message)
+    return getattr(import_module(SERVERS[name]), name)
