@@ -169,7 +169,9 @@ def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bo
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     place = " AND f.created_at <= :at AND (f.created_at < :at OR f.id > :after)" if later else ""
     narrowed = "".join(f" AND {condition}" for condition in conditions) + place
-    ways = " UNION ".join(
+    # Several ids of one follow-up may be the same; states differ, so their rows need no comparison.
+    union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
+    ways = union.join(
         f"""(SELECT f.id, f.created_at FROM follow_ups f
               WHERE f.workspace_id = w.id AND {branch}{narrowed}
               ORDER BY f.created_at DESC, f.id LIMIT :most)"""  # noqa: S608 - no input, only the conditions above

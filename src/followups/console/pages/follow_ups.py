@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SIZE = 25
 """Rows on a page."""
 
-LIMIT = timedelta(seconds=1)
+LIMIT = timedelta(seconds=2)
 """Time limit of a search."""
 
 LONGEST_EXTERNAL_ID = 1_000
