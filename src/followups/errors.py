@@ -182,6 +182,12 @@ class OutsideMessagingWindowError(InvalidRequestError):
     slug = "outside-messaging-window"
 
 
+class QuotaExceededError(InvalidRequestError):
+    """The workspace has as many pending follow-ups or chats as it may have."""
+
+    slug = "quota-exceeded"
+
+
 class TransitionError(FollowUpsError):
     """The table of states holds no such transition."""
 

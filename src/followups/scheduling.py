@@ -35,9 +35,10 @@ from followups.errors import (
 )
 from followups.statements import Rule, Statement, run
 from followups.states import FINAL, Status
-from followups.store import audit, chat_order, chats, follow_ups, retries, sending_hours
+from followups.store import audit, chat_order, chats, follow_ups, quotas, retries, sending_hours
 from followups.store.audit import Action, Event, Way, user_of_process
 from followups.store.follow_ups import Planned
+from followups.store.quotas import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -59,8 +60,8 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
     `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
-    `OutsideMessagingWindowError`, `TooManyPendingError` and `TransactionError` (AUTOCOMMIT, or stricter than READ
-    COMMITTED).
+    `OutsideMessagingWindowError`, `TooManyPendingError`, `QuotaExceededError` and `TransactionError` (AUTOCOMMIT, or
+    stricter than READ COMMITTED).
     """
     _check_transaction(session)
     return run(session, scheduling(workspace_id, chat_id, message, due_date))
@@ -89,7 +90,7 @@ def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Pla
 
     The rules are those of `schedule`. Each kind of statement runs once, however many there are; a thousand take some
     100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which has the error of each
-    refused one by its index, and `TransactionError`.
+    refused one by its index, `QuotaExceededError` and `TransactionError`.
     """
     _check_transaction(session)
     return run(session, _scheduling_many(workspace_id, planned))
@@ -121,6 +122,7 @@ def _scheduling_many(workspace_id: UUID, planned: Sequence[Planned]) -> Steps[li
             refused[index] = error
     if refused:
         raise SomeRefusedError(dict(sorted(refused.items())), len(planned))
+    yield from quotas.take.steps(workspace_id, Kind.PENDING, len(planned))
     new = [(uuid4(), one, trigger_of(locked[one.chat_id])) for one in planned]
     return (yield from follow_ups.insert_many.steps(workspace_id, new))
 

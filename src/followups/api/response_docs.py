@@ -19,6 +19,7 @@ from followups.errors import (
     IdempotencyKeyReusedError,
     NothingToFollowUpError,
     OutsideMessagingWindowError,
+    QuotaExceededError,
     TooManyPendingError,
     TooManyRequestsError,
     UnauthorizedError,
@@ -108,6 +109,7 @@ CREATE: Responses = {
         *_BAD_DATE,
         OutsideMessagingWindowError(field="due_date"),
         IdempotencyKeyReusedError(field="Idempotency-Key"),
+        QuotaExceededError(),
     ),
     **_WITH_BODY,
     **_ANYWHERE,
@@ -124,7 +126,9 @@ PUT_CHAT: Responses = {
     200: _json("The chat was updated.", examples.CHAT),
     201: _json("The chat was created.", examples.CHAT, model=Chat),
     409: _error(ExternalChatTakenError()),
-    422: _invalid("channel", "Input should be 'widget', 'waha', 'whatsapp', 'instagram', 'api' or 'matrix'"),
+    422: _invalid(
+        "channel", "Input should be 'widget', 'waha', 'whatsapp', 'instagram', 'api' or 'matrix'", QuotaExceededError()
+    ),
     **_WITH_BODY,
     **_ANYWHERE,
 }
@@ -142,7 +146,7 @@ RECEIVE: Responses = {
     ),
     201: _json("The message was recorded.", examples.CHAT_MESSAGE),
     404: _error(ChatNotFoundError()),
-    422: _invalid("role", "Input should be 'user', 'agent' or 'operator'"),
+    422: _invalid("role", "Input should be 'user', 'agent' or 'operator'", QuotaExceededError()),
     **_WITH_BODY,
     **_ANYWHERE,
 }

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from followups.models import ApiKey, AuditEvent, FailedAttempt, FollowUp, Workspace
     from followups.sending_hours import SendingHours
     from followups.store.pauses import Standing
+    from followups.store.quotas import Quota
     from followups.store.rate_limits import Limit
 
 MILLISECOND = timedelta(milliseconds=1)
@@ -61,6 +62,11 @@ def limit_document(limit: Limit) -> dict[str, Any]:
         "burst": limit.burst,
         "since": rfc3339(limit.since),
     }
+
+
+def quota_document(quota: Quota) -> dict[str, Any]:
+    """Return the JSON form of a quota."""
+    return {"workspace": quota.workspace, "of": quota.kind.value, "most": quota.most, "now": quota.used}
 
 
 def failure_document(failure: FailedAttempt) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``followups limit``: rate limits for deliveries."""
+"""``followups limit``: rate limits for deliveries, and quotas of what a workspace may have."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from sqlalchemy.orm import Session
 
 from followups.cli import connection
 from followups.cli.catalogue import examples
-from followups.cli.documents import limit_document
+from followups.cli.documents import limit_document, quota_document
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, say
-from followups.cli.parse import MOST, default_burst, parse_rate
+from followups.cli.parse import MOST, default_burst, parse_quota, parse_rate
 from followups.operations import administration
 from followups.operations.explain import limited
 from followups.operations.wording import rate_in_words, readable
-from followups.store import rate_limits
+from followups.store import quotas, rate_limits
+from followups.store.audit import Way, user_of_process
+from followups.store.quotas import Kind
 from followups.store.rate_limits import Scope
 
 if TYPE_CHECKING:
@@ -122,6 +124,48 @@ def list_(*, json: Json = False) -> None:
     print_table(
         ("WORKSPACE", "CHANNEL", "EACH", "RATE", "BURST", "SINCE"), _rows(standing), empty="Nothing is limited."
     )
+
+
+PendingQuota = Annotated[
+    int | None,
+    typer.Option("--pending", parser=parse_quota, metavar="N", show_default=False, help="At most N; or none."),
+]
+ChatQuota = Annotated[
+    int | None,
+    typer.Option("--chats", parser=parse_quota, metavar="N", show_default=False, help="At most N; or none."),
+]
+
+
+@app.command(
+    epilog=examples(
+        "followups limit quota --workspace acme --pending 100000 --chats 20000",
+        "followups limit quota --workspace acme --chats none",
+        "followups limit quota --json",
+    )
+)
+def quota(
+    *, workspace: Workspace = None, pending: PendingQuota = None, chats: ChatQuota = None, json: Json = False
+) -> None:
+    """Show quotas, or set how many pending follow-ups and chats a workspace may have.
+
+    What would exceed a quota is refused with 422, by `followups.schedule` with QuotaExceededError. What a workspace has
+    already stays, also beyond a new quota. By default there is none.
+    """
+    with connection.session() as session:
+        workspace_id = workspace_id_of(session, workspace)
+        for kind, most in ((Kind.PENDING, pending), (Kind.CHATS, chats)):
+            if most is None:
+                continue
+            if workspace_id is None:
+                message = "is needed to set a quota."
+                raise typer.BadParameter(message, param_hint="--workspace")
+            administration.set_quota(session, user_of_process(Way.COMMAND), workspace_id, kind, most)
+        found = quotas.standing(session.connection(), workspace_id)
+    if json:
+        print_json([quota_document(each) for each in found])
+        return
+    rows = [(each.workspace, quotas.NAMES[each.kind], f"{each.most:,}", f"{each.used:,}") for each in found]
+    print_table(("WORKSPACE", "OF", "AT MOST", "NOW"), rows, empty="There is no quota.")
 
 
 def _scope(session: Session, workspace: str | None, channel: Channel | None, each: Each | None) -> Scope:

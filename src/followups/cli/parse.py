@@ -180,3 +180,23 @@ def default_burst(rate: float) -> int:
     (50, 1)
     """
     return max(1, math.floor(rate))
+
+
+MOST_ROWS = 2**31 - 1
+NO_QUOTA = -1
+"""What `parse_quota` returns for ``none``."""
+
+
+def parse_quota(text: str) -> int:
+    """Parse a number of rows, or ``none``. Raises `typer.BadParameter`.
+
+    >>> parse_quota("100,000"), parse_quota("none")
+    (100000, -1)
+    """
+    if text == "none":
+        return NO_QUOTA
+    number = text.replace(",", "").replace("_", "")
+    if number.isascii() and number.isdigit() and int(number) <= MOST_ROWS:
+        return int(number)
+    message = f"{text!r} is no number from 0 to {MOST_ROWS:,}, and not none."
+    raise typer.BadParameter(message)

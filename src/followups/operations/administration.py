@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import func, select
 
 from followups.sending_hours import DAYS
-from followups.store import api_keys, audit, pauses, rate_limits, sending_hours, workspaces
+from followups.store import api_keys, audit, pauses, quotas, rate_limits, sending_hours, workspaces
 from followups.store.audit import Action, Event
 
 if TYPE_CHECKING:
@@ -78,6 +78,16 @@ def clear_limit(session: Session, actor: Actor, scope: rate_limits.Scope) -> boo
         details = {"channel": scope.channel, "per": scope.per}
         _record(session, Event(actor, Action.RATE_LIMIT_CLEARED, scope.workspace_id, details=details))
     return was_set
+
+
+def set_quota(session: Session, actor: Actor, workspace_id: UUID, kind: quotas.Kind, most: int) -> None:
+    """Set or change a quota, or remove it if ``most`` is negative."""
+    connection, details = session.connection(), {"of": kind.value}
+    if most >= 0:
+        quotas.put(connection, workspace_id, kind, most)
+        _record(session, Event(actor, Action.QUOTA_SET, workspace_id, details=details | {"most": most}))
+    elif quotas.clear(connection, workspace_id, kind):
+        _record(session, Event(actor, Action.QUOTA_CLEARED, workspace_id, details=details))
 
 
 def set_hours(session: Session, actor: Actor, workspace_id: UUID, hours: SendingHours) -> None:

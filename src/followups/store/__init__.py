@@ -5,7 +5,9 @@ transactions deadlock:
 
 1. chats, in ascending order of their ids (`lock_chat`, `lock_many` and `lock_chats_of` of `followups.store.chats`);
 
-2. the pending follow-ups of these chats, in the order of their due dates, then ids.
+2. the pending follow-ups of these chats, in the order of their due dates, then ids;
+
+3. the workspace's quotas (`followups.store.quotas.take`), before its new chat or follow-up is inserted.
 
 Every operation that creates, changes or cancels a follow-up for a caller locks the follow-up's chat first. So do a chat
 message and the removal of a chat. A transaction that works on several chats locks them in ascending order of their ids.

@@ -89,6 +89,8 @@ class Action(StrEnum):
     PAUSE_ENDED = "pause.ended"
     RATE_LIMIT_SET = "rate_limit.set"
     RATE_LIMIT_CLEARED = "rate_limit.cleared"
+    QUOTA_SET = "quota.set"
+    QUOTA_CLEARED = "quota.cleared"
     SENDING_HOURS_SET = "sending_hours.set"
     SENDING_HOURS_CLEARED = "sending_hours.cleared"
 

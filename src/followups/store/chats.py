@@ -11,8 +11,9 @@ from followups.errors import ChatNotFoundError, ExternalChatTakenError
 from followups.models import Chat
 from followups.statements import Rule, Statement
 from followups.states import ReasonCode
-from followups.store import follow_ups
+from followups.store import follow_ups, quotas
 from followups.store.leases import uuid_array
+from followups.store.quotas import Kind
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -138,15 +139,16 @@ def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
         raise ExternalChatTakenError
 
 
+_WITHIN_QUOTA = quotas.unless_limited(Kind.CHATS)
 _LOCK_ANY = Statement(
     "SELECT {columns} FROM chats WHERE workspace_id = :workspace_id AND id = :chat_id FOR NO KEY UPDATE", Chat
 )
 _INSERT = Statement(
-    """
+    f"""
     INSERT INTO chats (workspace_id, id, channel, external_id)
-    VALUES (:workspace_id, :chat_id, :channel, CAST(:external_id AS text))
+    SELECT :workspace_id, :chat_id, :channel, CAST(:external_id AS text) WHERE {_WITHIN_QUOTA}
     ON CONFLICT DO NOTHING
-    RETURNING {columns}
+    RETURNING {{columns}}
     """,
     Chat,
 )
@@ -174,10 +176,17 @@ def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: s
     # Only under the lock is it certain whether the chat was removed, and what was written in it.
     locked: Sequence[Chat] = yield _LOCK_ANY(**name)
     if not locked:
-        if created := (yield _INSERT(**values)):
+        if created := (yield _INSERT(**values, within_quota=False)):
+            return created[0], True
+        locked = yield _LOCK_ANY(**name)
+    if not locked:  # the workspace has a quota
+        yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
+        if created := (yield _INSERT(**values, within_quota=True)):
             return created[0], True
         locked = yield _LOCK_ANY(**name)
     new = locked[0].removed_at is not None
+    if new:
+        yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
     changed = yield _CHANGE(**values)
     return changed[0], new
 
@@ -195,8 +204,9 @@ def remove_chat(workspace_id: UUID, chat_id: UUID) -> Steps[list[UUID]]:
     return (yield from follow_ups.cancel_chat_if_not_begun.steps(workspace_id, chat_id, ReasonCode.CHAT_REMOVED))
 
 
-_ENSURE = Statement("""
-    INSERT INTO chats (workspace_id, id) VALUES (:workspace_id, :chat_id) ON CONFLICT (workspace_id, id) DO NOTHING
+_ENSURE = Statement(f"""
+    INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
+    ON CONFLICT (workspace_id, id) DO NOTHING
 """)
 # The chat of a message that is known already is not locked.
 _KNOWN_OR_LOCK = Statement("""
@@ -259,7 +269,11 @@ def receive(
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)
     if chat.known_id is None and chat.id is None:
-        yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id)
+        yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=False)
+        (chat,) = yield _KNOWN_OR_LOCK(**names)
+    if chat.known_id is None and chat.id is None:  # the workspace has a quota
+        yield from quotas.take.steps(workspace_id, Kind.CHATS, 1)
+        yield _ENSURE(workspace_id=workspace_id, chat_id=chat_id, within_quota=True)
         (chat,) = yield _KNOWN_OR_LOCK(**names)
     if chat.known_id is not None:
         return _known(chat)

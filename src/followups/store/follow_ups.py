@@ -11,8 +11,10 @@ from followups.halving import halving_steps
 from followups.models import FailedAttempt, FollowUp
 from followups.statements import Rule, Statement
 from followups.states import Status, finish
+from followups.store import quotas
 from followups.store.fragments import NEXT_TOKEN, honest
 from followups.store.leases import uuid_array
+from followups.store.quotas import Kind
 from followups.telemetry.traces import current_traceparent
 
 if TYPE_CHECKING:
@@ -54,7 +56,7 @@ _INSERT = Statement(
     f"""
     INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
     SELECT :workspace_id, :chat_id, :message, :due_date, :trigger_chat_message_id, CAST(:traceparent AS text)
-     WHERE NOT {_FULL}
+     WHERE NOT {_FULL} AND {quotas.unless_limited(Kind.PENDING)}
     RETURNING {{columns}}
     """,
     FollowUp,
@@ -68,16 +70,20 @@ def insert_unless_full(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if the chat is full.
 
-    The caller has locked the chat.
+    The caller has locked the chat. Raises `QuotaExceededError`.
     """
-    created: Sequence[FollowUp] = yield _INSERT(
-        workspace_id=workspace_id,
-        chat_id=chat_id,
-        message=message,
-        due_date=due_date,
-        trigger_chat_message_id=trigger_chat_message_id,
-        traceparent=current_traceparent() or None,
-    )
+    values = {
+        "workspace_id": workspace_id,
+        "chat_id": chat_id,
+        "message": message,
+        "due_date": due_date,
+        "trigger_chat_message_id": trigger_chat_message_id,
+        "traceparent": current_traceparent() or None,
+    }
+    created: Sequence[FollowUp] = yield _INSERT(**values, within_quota=False)
+    if not created:  # the chat is full, or the workspace has a quota
+        yield from quotas.take.steps(workspace_id, Kind.PENDING, 1)
+        created = yield _INSERT(**values, within_quota=True)
     return created[0] if created else None
 
 

@@ -1,4 +1,4 @@
-"""`limit set`, `limit clear` and `limit list`."""
+"""`limit set`, `limit clear`, `limit list` and `limit quota`."""
 
 from __future__ import annotations
 
@@ -86,3 +86,21 @@ def test_shown_of_what_waits(run: Run, world: World) -> None:
     assert [(one["each"], one["rate"]) for one in document["rateLimits"]] == [("chat", 1 / 60), (None, 50.0)]
     assert document["limitedUntil"] == document["nextAttemptAt"]
     assert "rate limit" not in run("show", pending, "--json").document["explanation"]
+
+
+def test_quotas(run: Run, world: World) -> None:
+    """A quota is set, shown with what is used of it, changed and removed, which leaves a trace; the rest is refused."""
+    name = str(world.workspace_id)
+    world.follow_up()
+    assert run("limit", "quota").stderr == "There is no quota.\n"
+    ran = run("limit", "quota", "--workspace", name, "--pending", "100,000", "--chats", "7", "--json")
+    assert ran.document == [
+        {"workspace": name, "of": "chats", "most": 7, "now": 1},
+        {"workspace": name, "of": "pending", "most": 100_000, "now": 1},
+    ]
+    ran = run("limit", "quota", "--workspace", name, "--chats", "none", "--pending", "0")
+    assert ran.stdout.splitlines()[-1].split() == [name, "pending", "follow-ups", "0", "0"]
+    events = world.scalar("SELECT string_agg(action, ' ' ORDER BY at) FROM audit_events")
+    assert sorted(events.split()) == ["quota.cleared", "quota.set", "quota.set", "quota.set"]
+    for wrong in (("--pending", "5"), ("--workspace", name, "--pending", "-1"), ("--workspace", "x", "--chats", "1")):
+        assert run("limit", "quota", *wrong).code == 2

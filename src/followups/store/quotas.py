@@ -1,0 +1,120 @@
+"""Quotas: the most pending follow-ups, and the most chats, that a workspace may have; by default there is none.
+
+Where there is no quota, a create costs nothing: its own INSERT finds that there is none. Where there is one, its row is
+locked until the transaction ends, after the chat's, so that two creates cannot both take the last place.
+
+The row keeps how much room was left when the rows were last counted. Each create takes of it, and only when it is used
+up are they counted again. What ends in between makes room that is found then.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from sqlalchemy import text
+
+from followups.errors import QuotaExceededError
+from followups.statements import Rule, Statement
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from followups.statements import Steps
+
+
+class Kind(StrEnum):
+    """What is limited."""
+
+    PENDING = "pending"
+    CHATS = "chats"
+
+
+NAMES = {Kind.PENDING: "pending follow-ups", Kind.CHATS: "chats"}
+
+
+def unless_limited(kind: Kind) -> str:
+    """Return the SQL condition of an INSERT that no quota forbids; ``within_quota`` is whether room has been taken."""
+    return f"""(CAST(:within_quota AS boolean)
+            OR NOT EXISTS (SELECT FROM quotas WHERE workspace_id = :workspace_id AND kind = '{kind.value}'))"""
+
+
+_ROWS = {
+    Kind.PENDING: "SELECT FROM follow_ups WHERE workspace_id = :workspace_id AND status = 'pending'",
+    Kind.CHATS: "SELECT FROM chats WHERE workspace_id = :workspace_id AND removed_at IS NULL",
+}
+_LOCK = Statement("""
+    SELECT most, room FROM quotas WHERE workspace_id = :workspace_id AND kind = :kind FOR NO KEY UPDATE
+""")
+_COUNT = {
+    kind: Statement(f"SELECT count(*) AS number FROM ({rows} LIMIT :most) AS counted")  # noqa: S608 - a constant above
+    for kind, rows in _ROWS.items()
+}
+_KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspace_id AND kind = :kind")
+
+
+@Rule
+def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
+    """Take room for so many new ones until the transaction ends. Raises `QuotaExceededError` if there is none.
+
+    The caller has locked the chats. Without a quota nothing happens.
+    """
+    found = yield _LOCK(workspace_id=workspace_id, kind=kind.value)
+    if not found:
+        return
+    most, room = found[0]
+    if room < number:
+        # This statement begins after the lock, and so sees what those before it have committed.
+        (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
+        room = most - counted.number
+    if room < number:
+        message = f"The workspace may have at most {most:,} {NAMES[kind]}; there is room for {room:,} more."
+        raise QuotaExceededError(message)
+    yield _KEEP(workspace_id=workspace_id, kind=kind.value, room=room - number)
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """A quota in force, and how much of it is used, counted up to the quota itself."""
+
+    workspace: str
+    kind: Kind
+    most: int
+    used: int
+
+
+_SET = text("""
+    INSERT INTO quotas (workspace_id, kind, most) VALUES (:workspace_id, :kind, :most)
+    ON CONFLICT (workspace_id, kind) DO UPDATE SET most = excluded.most, room = 0
+""")
+_CLEAR = text("DELETE FROM quotas WHERE workspace_id = :workspace_id AND kind = :kind")
+_STANDING = text(
+    f"""
+    SELECT w.name, q.kind, q.most, CASE q.kind
+           WHEN 'pending' THEN (SELECT count(*) FROM ({_ROWS[Kind.PENDING]} LIMIT q.most) AS counted)
+           ELSE (SELECT count(*) FROM ({_ROWS[Kind.CHATS]} LIMIT q.most) AS counted) END AS used
+      FROM quotas q
+      JOIN workspaces w ON w.id = q.workspace_id
+     WHERE q.workspace_id = COALESCE(CAST(:only AS uuid), q.workspace_id)
+     ORDER BY w.name, q.kind
+""".replace(":workspace_id", "q.workspace_id")  # noqa: S608 - no input, only the constants above
+)
+
+
+def put(connection: Connection, workspace_id: UUID, kind: Kind, most: int) -> None:
+    """Set a quota, or change the one that exists. What exceeds it already stays."""
+    connection.execute(_SET, {"workspace_id": workspace_id, "kind": kind.value, "most": most})
+
+
+def clear(connection: Connection, workspace_id: UUID, kind: Kind) -> bool:
+    """Remove a quota; return whether there was one."""
+    return connection.execute(_CLEAR, {"workspace_id": workspace_id, "kind": kind.value}).rowcount == 1
+
+
+def standing(connection: Connection, workspace_id: UUID | None = None) -> list[Quota]:
+    """Return the quotas of a workspace, or of all."""
+    rows = connection.execute(_STANDING, {"only": workspace_id})
+    return [Quota(row.name, Kind(row.kind), row.most, row.used) for row in rows]
