@@ -183,6 +183,10 @@ class Caller:
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
         """Run a rule that changes nothing, each of its statements alone. Raises as `change`."""
         await self._services.rate_limit.check(self._identity.key_id)
+        return await self.read_more(rule)
+
+    async def read_more(self, rule: Callable[[Work], Steps[T]]) -> T:
+        """Run another such rule for a request that has been counted already."""
         async with self._services.shares.of(self._identity.workspace_id):
             try:
                 async with self._services.database.reading() as connection:

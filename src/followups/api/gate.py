@@ -16,6 +16,8 @@ from followups.api.authentication import admit
 from followups.errors import UnauthorizedError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KEYED = "/api/"
@@ -129,15 +131,21 @@ class Gate:
         finally:
             wire.release()
 
-    async def _let_in(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _let_in(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
         if self._inside >= MAX_WAITING:
             detail = "Too many requests are waiting; try again shortly."
             raise Refusal(problems.of_status(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"retry-after": "1"}))
         self._inside += 1
+        answer.at_start = self._let_out
         try:
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, answer)
         finally:
-            self._inside -= 1
+            if not answer.begun:
+                self._let_out()
+
+    def _let_out(self) -> None:
+        """Count a request no longer: a client that reads slowly takes no place from the others."""
+        self._inside -= 1
 
 
 class _Answer:
@@ -146,9 +154,13 @@ class _Answer:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
+        self.at_start: Callable[[], None] | None = None
 
     async def __call__(self, message: Message) -> None:
-        self.begun = True
+        if not self.begun:
+            self.begun = True
+            if self.at_start:
+                self.at_start()
         await self._send(message)
 
     async def problem(self, scope: Scope, receive: Receive, problem: problems.ProblemAnswer) -> None:

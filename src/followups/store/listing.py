@@ -13,9 +13,10 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from followups.models import FollowUp
-from followups.statements import Rule, Statement
+from followups.statements import COLUMNS, Rule, Statement
 from followups.states import Status
 from followups.store import follow_ups
+from followups.store.leases import uuid_array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     from followups.statements import Steps
     from followups.states import ReasonCode
+
+PIECE = 256 * 1024
+"""Bytes of messages that are read at once: at least the longest one."""
 
 MAX_ROWS = 2**62
 """Offsets beyond this overflow in PostgreSQL; a page there is empty, like any after the last."""
@@ -77,6 +81,33 @@ def rows_from(
     return rows
 
 
+@Rule
+def pieces_from(
+    workspace_id: UUID, wanted: Filter, offset: int, size: int, start: Start | None = None
+) -> Steps[Sequence[Any]]:
+    """Return rows as `rows_from`, with as many messages as `PIECE` allows; each later ``message`` is None.
+
+    So the memory of a request is bounded, whatever the page holds. ``message_size`` is the message's size in bytes.
+    """
+    if offset >= MAX_ROWS:
+        return []
+    statement, parameters = statement_of(workspace_id, wanted, start)
+    skipped = offset - start.offset if start else offset
+    parameters |= {"offset": skipped, "size": size, "most": skipped + size, "piece": PIECE}
+    return (yield _query_of_pieces(statement)(**parameters))
+
+
+_MESSAGES = Statement("""
+    SELECT id, message FROM follow_ups WHERE id = ANY(CAST(:ids AS uuid[])) AND workspace_id = :workspace_id
+""")
+
+
+@Rule
+def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
+    """Return the messages of those of the workspace's follow-ups that exist."""
+    return {row.id: row.message for row in (yield _MESSAGES(workspace_id=workspace_id, ids=uuid_array(ids)))}
+
+
 def statement_of(workspace_id: UUID | None, wanted: Filter, start: Start | None = None) -> tuple[str, dict[str, Any]]:
     """Return the SQL of a page and its parameters, without ``offset``, ``size`` and ``most`` (their sum)."""
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
@@ -106,6 +137,20 @@ def _narrowing(wanted: Filter) -> dict[str, tuple[str, Any]]:
 @lru_cache(maxsize=256)  # more than there are combinations of filters
 def _query(statement: str) -> Statement:
     return Statement(statement, FollowUp, follow_ups.FIELDS)
+
+
+@lru_cache(maxsize=256)  # as above
+def _query_of_pieces(statement: str) -> Statement:
+    others = ", ".join(name for name in follow_ups.FIELDS if name != "message")
+    columns = ", ".join(f"follow_ups.{name}" for name in follow_ups.FIELDS)
+    return Statement(f"""
+        WITH page AS MATERIALIZED ({statement.replace(COLUMNS, columns)})
+        SELECT {others}, octet_length(message) AS message_size,
+               CASE WHEN sum(octet_length(message)) OVER so_far <= :piece THEN message END AS message
+          FROM page
+        WINDOW so_far AS (ORDER BY created_at DESC, id ROWS UNBOUNDED PRECEDING)
+         ORDER BY created_at DESC, id
+    """)  # noqa: S608 - no input, only the statement above
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import Response
+from fastapi.responses import Response, StreamingResponse
+from pydantic_core import to_json
 
 from followups import scheduling
 from followups.api import json_responses, problems, response_docs
@@ -19,13 +22,14 @@ from followups.errors import (
     FollowUpNotFoundError,
     InvalidRequestError,
     NothingToFollowUpError,
+    QuotaExceededError,
 )
 from followups.states import FINAL
 from followups.store import follow_ups, idempotency, listing
 from followups.store.audit import Actor, Way
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
     from typing import Any
     from uuid import UUID
 
@@ -46,17 +50,46 @@ async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Req
     starts = caller.starts
     rows, has_next, has_previous = await caller.read(lambda work: _list(starts, work.workspace_id, wanted, query))
     links = link_header(query, has_next=has_next, has_previous=has_previous)
-    return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
+    if all(row.message is not None for row in rows):
+        return json_responses.answer(json_responses.many(FollowUp, rows), 200, links)
+    return StreamingResponse(_in_pieces(caller, rows), 200, links, json_responses.MEDIA_TYPE)
+
+
+async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes]:
+    """Yield the JSON array of a page. Messages are read when the client has read those before them."""
+    before = b"["
+    for piece in _pieces(rows):
+        missing = [row.id for row in piece if row.message is None]
+        if missing:
+            texts = await caller.read_more(lambda work, ids=missing: listing.messages.steps(work.workspace_id, ids))  # type: ignore[misc]
+            piece = [row._replace(message=texts[row.id]) for row in piece if row.id in texts]  # noqa: PLW2901
+        for row in piece:
+            yield before + json_responses.one(FollowUp, row)
+            before = b","
+    yield b"]" if before == b"," else b"[]"
+
+
+def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
+    """Yield the rows in groups whose messages have at most `listing.PIECE` bytes."""
+    piece: list[Any] = []
+    size = 0
+    for row in rows:
+        if piece and (size + row.message_size > listing.PIECE or (row.message is None) != (piece[0].message is None)):
+            yield piece
+            piece, size = [], 0
+        piece.append(row)
+        size += row.message_size
+    yield piece
 
 
 def _list(
     starts: Starts, workspace_id: UUID, wanted: listing.Filter, query: FollowUpQuery
-) -> Steps[tuple[Sequence[object], bool, bool]]:
+) -> Steps[tuple[Sequence[Any], bool, bool]]:
     """Return a page, and whether there are a next and a previous one."""
     size, this = query.page_size, (workspace_id, wanted)
     offset = (query.page_number - 1) * size
     near = starts.nearest(this, offset)
-    rows = yield from listing.rows_from.steps(workspace_id, wanted, offset, size + 1, near)
+    rows = yield from listing.pieces_from.steps(workspace_id, wanted, offset, size + 1, near)
     if not rows and offset:
         before = yield from listing.rows_from.steps(workspace_id, wanted, offset - size, 1)
         return rows, False, bool(before)
@@ -88,11 +121,25 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
     if answer is None:
         try:
             answer = yield from _create(work, body)
+        except QuotaExceededError:  # there may be room a moment later
+            raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
             # Stored like any other answer, so that the same request gets it again even if the chat has changed.
             answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
-        yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, answer)
-    return answer
+        stored = _with_message(answer, "")
+        yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, stored)
+    return _with_message(answer, body.message)
+
+
+def _with_message(answer: idempotency.Answer, message: str) -> idempotency.Answer:
+    """Return the answer to a create with this message in it.
+
+    It is stored without one, so that no text stays there after it has left its row. The request that repeats it has the
+    same message.
+    """
+    if not answer.location:
+        return answer
+    return replace(answer, body=to_json(json.loads(answer.body) | {"message": message}))
 
 
 def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer]:

@@ -1,0 +1,243 @@
+"""What one client can take from the others: the web process under floods, with the figure of each printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import pytest
+
+from followups.api import server
+from followups.embedded import Processes
+from web import FOLLOW_UPS, Api, start
+from world import World
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Engine
+
+    from followups.settings import Settings
+
+MIB = 1024 * 1024
+HEALTH = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
+POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
+
+
+@dataclass
+class Flood:
+    """What a flood cost: CPU and memory of the process, and what others waited for an answer."""
+
+    cpu: float = 0.0
+    memory: float = 0.0
+    """The most by which the process grew, in MiB."""
+    waits: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
+    """For each wait, the time for which the process's event loop was at work meanwhile.
+
+    The rest of a wait is what the machine did for other processes, of which a test is not the judge.
+    """
+
+    def held_up_less(self, limit: float) -> bool:
+        """Return whether 95 % of the others were held up by the flood for less than the limit."""
+        return p95(self.busy) < limit
+
+    def __str__(self) -> str:
+        waits = f"others' p95 {p95(self.busy) * 1000:.0f} ms of the loop, {p95(self.waits) * 1000:.0f} ms by the clock"
+        return f"CPU {self.cpu:.2f} s, memory {self.memory:+.0f} MiB, {waits}"
+
+
+def p95(waits: list[float]) -> float:
+    """Return the 95th percentile."""
+    return sorted(waits)[len(waits) * 95 // 100]
+
+
+def address_of(url: str) -> tuple[str, int]:
+    """Return the host and port of a URL."""
+    parts = urlsplit(url)
+    assert parts.hostname
+    return parts.hostname, parts.port or 80
+
+
+@dataclass
+class Web:
+    """A web process of this file's own."""
+
+    pid: int
+    api: Api
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        return address_of(self.api.url)
+
+    @property
+    def key(self) -> bytes:
+        """The header with a key."""
+        return f"authorization: {self.api.key}\r\n".encode()
+
+    def connect(self) -> socket.socket:
+        """Return a new connection."""
+        return socket.create_connection(self.address, timeout=20)
+
+    def cpu(self) -> float:
+        """Return the seconds of CPU that the process has used."""
+        fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def memory(self) -> float:
+        """Return its resident memory in MiB."""
+        lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+
+    @contextmanager
+    def flooded(self, what: str) -> Iterator[Flood]:
+        """Yield what the block costs; it is filled in at the block's end."""
+        flood, over = Flood(), threading.Event()
+        cpu, memory, peak = self.cpu(), self.memory(), [0.0]
+
+        def observe() -> None:
+            while not over.wait(0.01):
+                self.wait(flood)
+                peak[0] = max(peak[0], self.memory())
+
+        observer = threading.Thread(target=observe)
+        observer.start()
+        try:
+            yield flood
+        finally:
+            over.set()
+            observer.join()
+        self.wait(flood)
+        flood.cpu, flood.memory = self.cpu() - cpu, max(*peak, self.memory()) - memory
+        print(f"{what}: {flood}")  # noqa: T201 - the figure
+
+    def wait(self, flood: Flood) -> None:
+        """Ask as another client, on a new connection, and record how long that took."""
+        started, busy = time.perf_counter(), self.loop_time()
+        with self.connect() as connection:
+            connection.sendall(HEALTH)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        flood.waits.append(time.perf_counter() - started)
+        flood.busy.append(self.loop_time() - busy)
+
+    def loop_time(self) -> float:
+        """Return the seconds of CPU that the thread of the event loop has used."""
+        return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
+
+
+@pytest.fixture(scope="module")
+def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
+    """Start a web process."""
+    with Processes() as processes:
+        child, url = start(processes, web_settings.environment())
+        api = Api(url, World(web_engine))
+        with api.client:
+            web = Web(child.pid, api)
+            api.get(FOLLOW_UPS)  # what is loaded at the first request is no growth
+            yield web
+
+
+def answered(connection: socket.socket) -> bytes:
+    """Return the start of the answer, or nothing if the connection was closed."""
+    with suppress(OSError):
+        return connection.recv(4096)[:12]
+    return b""
+
+
+@pytest.mark.parametrize("has_key", [False, True])
+def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
+    """A body in a million chunks of one byte is refused long before its end."""
+    with web.flooded(f"a million chunks, {'with' if has_key else 'without'} a key") as flood, web.connect() as client:
+        client.sendall(POST + (web.key if has_key else b"") + b"transfer-encoding: chunked\r\n\r\n")
+        with suppress(ConnectionError):
+            for _ in range(100):
+                client.sendall(b"1\r\nx\r\n" * 10_000)
+        answer = answered(client)
+    assert answer in {b"", b"HTTP/1.1 413" if has_key else b"HTTP/1.1 401"}
+    assert flood.cpu < 1.5
+    assert flood.held_up_less(0.2)
+
+
+@pytest.mark.parametrize("has_key", [False, True])
+def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
+    """A body of 1 MiB with 80,000 unknown fields does not hold up the others; a stranger's is not read."""
+    body = json.dumps({f"unknown{number}": 1 for number in range(60_000)}).encode()[: MIB - 1] + b"}"
+    head = f"PATCH {FOLLOW_UPS}/{uuid4()} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n".encode()
+    with web.flooded(f"many unknown fields, {'with' if has_key else 'without'} a key") as flood:
+        for _ in range(5):
+            with web.connect() as client, suppress(ConnectionError):
+                client.sendall(head + (web.key if has_key else b"") + b"\r\n" + body)
+                received = client.recv(MIB)
+                assert len(received) < 20_000
+    assert flood.held_up_less(0.15 if not has_key else 0.5)
+
+
+def test_bodies_that_do_not_end(web: Web) -> None:
+    """300 bodies of 1 MiB less a byte, and then silence, share the memory of all bodies."""
+    with ExitStack() as clients, web.flooded("300 bodies that do not end") as flood:
+        for _ in range(300):
+            client = clients.enter_context(web.connect())
+            with suppress(OSError):
+                client.sendall(POST + web.key + b"content-length: 1048576\r\n\r\n" + b" " * (MIB - 1))
+    assert flood.memory < 64
+    assert flood.held_up_less(0.5)
+
+
+def test_clients_that_do_not_read(web: Web) -> None:
+    """15 clients ask for a page of 26 MB and do not read."""
+    chat = web.api.world.chat()
+    web.api.world.sql(
+        "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"
+        " SELECT :workspace_id, :chat_id, repeat(:text, 65536), now() + n * interval '1 day', gen_random_uuid()"
+        " FROM generate_series(1, 100) AS n",
+        workspace_id=web.api.world.workspace_id,
+        chat_id=chat,
+        text="\N{GRINNING FACE}",
+    )
+    with ExitStack() as clients, web.flooded("15 clients that do not read 26 MB") as flood:
+        for _ in range(15):
+            client = clients.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(web.address)
+            client.sendall(f"GET {FOLLOW_UPS}?pageSize=100 HTTP/1.1\r\nhost: a\r\n".encode() + web.key + b"\r\n")
+        time.sleep(3)
+    assert flood.memory < 160
+    assert flood.held_up_less(0.5)
+    page = web.api.get(FOLLOW_UPS, pageSize=100)
+    assert len(page.content) > 26_000_000
+    assert {len(each["message"]) for each in page.json()} == {65_536}
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """Let this process have more connections than the server allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.large
+@pytest.mark.usefixtures("many_files")
+@pytest.mark.parametrize("sent", [HEALTH, b"", b"GET /healthz HTTP/1.1\r\nx: ", HEALTH + b"GET /"])
+def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
+    """2,100 connections that are idle, silent, or send their heads slowly keep nobody else out."""
+    with ExitStack() as clients, web.flooded(f"{server.MAX_CONNECTIONS + 100} connections: {sent!r}") as flood:
+        for _ in range(server.MAX_CONNECTIONS + 100):
+            client = clients.enter_context(web.connect())
+            client.sendall(sent)
+        for _ in range(50):
+            assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
+    assert flood.memory < 160
+    assert flood.held_up_less(0.2)
