@@ -16,6 +16,7 @@ from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from prometheus_client import Counter
 from redis import RedisError
+from redis.asyncio import ConnectionPool
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ReadOnlyError
@@ -68,16 +69,21 @@ class RateLimit:
         self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
         self._off = settings.api_rate_limit == 0
         self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
-        self._storage = RedisStorage(
+        self._pool = ConnectionPool.from_url(
             settings.broker_url.get_secret_value(),
-            implementation="redispy",
-            key_prefix=f"{settings.broker_prefix}rate",
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
-            retry=Retry(NoBackoff(), 0),  # type: ignore[arg-type] # redis-py takes it
+            retry=Retry(NoBackoff(), 0),
             # This does not cause a retry: it closes the connection that received the error, since after a failover the
             # address leads to another server.
-            retry_on_error=[ReadOnlyError],  # type: ignore[arg-type] # as above
+            retry_on_error=[ReadOnlyError],
+        )
+        # The pool knows the address. The one given here is only read, and must have a port.
+        self._storage = RedisStorage(
+            "redis://pool:6379",
+            connection_pool=self._pool,  # type: ignore[arg-type] # as documented
+            implementation="redispy",
+            key_prefix=f"{settings.broker_prefix}rate",
         )
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._allowances: dict[UUID, Allowance] = {}
@@ -103,7 +109,7 @@ class RateLimit:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._storage.bridge.get_connection().aclose()  # type: ignore[attr-defined] # of the bridge to redis-py
+        await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> int:
         """Use one request counted ahead, or return how many to count now if there is none."""

@@ -1,0 +1,128 @@
+"""The API's rate limit on fakeredis; `integration/api/test_limits.py` has it on a real server."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import pytest
+import redis
+import time_machine
+from fakeredis import FakeAsyncRedis, FakeServer
+
+from followups.api import key_rate_limit
+from followups.api.key_rate_limit import UNLIMITED, RateLimit
+from followups.errors import TooManyRequestsError
+from followups.settings import load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KEY = UUID(int=1)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """Return the server that every client of the test speaks to."""
+    server = FakeServer()
+    fake = FakeAsyncRedis(server=server).connection_pool
+    monkeypatch.setattr(key_rate_limit.ConnectionPool, "from_url", lambda *_, **__: fake)
+    return server
+
+
+@pytest.fixture
+def limit_of(server: FakeServer) -> Callable[[int], RateLimit]:
+    """Return a maker of rate limits, each as a process of its own has it."""
+    assert server.connected
+    return lambda most: RateLimit(
+        load_settings(
+            database_url="postgresql://nowhere/x",
+            broker_url="redis://nowhere/0",
+            transport_url="http://nowhere/",
+            api_rate_limit=most,
+        )
+    )
+
+
+async def allowed(limit: RateLimit, requests: int, key: UUID = KEY) -> int:
+    """Return how many of so many requests the limit allows."""
+    number = 0
+    waits: list[float] = []
+    for _ in range(requests):
+        try:
+            await limit.check(key)
+        except TooManyRequestsError as error:
+            waits.append(error.retry_after)
+        else:
+            number += 1
+    assert all(1 <= wait <= 60 for wait in waits)
+    return number
+
+
+async def test_each_key_has_the_limit(limit_of: Callable[[int], RateLimit]) -> None:
+    """A key gets as many requests a minute as the limit, and another key has its own."""
+    limit = limit_of(5)
+    assert await allowed(limit, 9) == 5
+    assert await allowed(limit, 9, uuid4()) == 5
+
+
+async def test_processes_share_the_limit(limit_of: Callable[[int], RateLimit]) -> None:
+    """What one process has counted, another one knows; a limit of 0 means none."""
+    assert await allowed(limit_of(5), 3) == 3
+    assert await allowed(limit_of(5), 9) == 2
+    assert await allowed(limit_of(0), 99) == 99
+
+
+async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], RateLimit], server: FakeServer) -> None:
+    """A busy key asks the server a few times for many requests, and no process exceeds the limit by that."""
+    limit = limit_of(60_000)
+    assert await allowed(limit, 1_000) == 1_000
+    assert server.connected
+    counted = sum(int(value) for value in await values(server))
+    assert 1_000 <= counted <= 1_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
+
+
+async def values(server: FakeServer) -> list[bytes]:
+    """Return what is stored."""
+    client = FakeAsyncRedis(server=server)
+    found = [await client.get(name) for name in await client.keys()]
+    await client.aclose()
+    return found
+
+
+async def test_a_minute_later(limit_of: Callable[[int], RateLimit]) -> None:
+    """The window slides: two minutes later a key has the whole limit again."""
+    with time_machine.travel("2030-01-31T09:00:00Z", tick=False) as now:
+        limit = limit_of(5)
+        assert await allowed(limit, 9) == 5
+        now.shift(121)
+        assert await allowed(limit, 9) == 5
+
+
+async def test_without_the_server_nothing_is_refused(
+    limit_of: Callable[[int], RateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests are allowed and counted as such while the server is away, and it is not asked for a while."""
+    limit = limit_of(5)
+    server.connected = False
+    before = UNLIMITED._value.get()  # noqa: SLF001 - a counter has no other way to be read
+    assert await allowed(limit, 20) == 20
+    assert UNLIMITED._value.get() - before == 20  # noqa: SLF001 - as above
+    server.connected = True
+    assert await allowed(limit, 20) == 20
+    monkeypatch.setattr(limit, "_ask_again_at", 0.0)
+    assert await allowed(limit, 20) == 5
+    assert key_rate_limit.PAUSE.total_seconds() > 0
+
+
+async def test_an_answer_that_is_an_error(
+    limit_of: Callable[[int], RateLimit], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that refuses, such as one being loaded, counts as away."""
+    limit = limit_of(1)
+
+    async def refuse(*_: object, **__: object) -> bool:
+        raise redis.BusyLoadingError
+
+    monkeypatch.setattr(limit._limiter, "hit", refuse)  # noqa: SLF001 - what the server answers
+    assert await allowed(limit, 3) == 3
