@@ -59,7 +59,7 @@ IDENTITY = "followups.identity"
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Precision of `last_used_at`."""
 
-KNOWN_FOR = timedelta(seconds=10)
+KNOWN_FOR = timedelta(minutes=10)
 KNOWN_AT_MOST = 10_000
 """Maximum number of keys remembered as valid."""
 
@@ -284,7 +284,7 @@ def key_in(given: str) -> str:
 async def admit(scope: Scope) -> None:
     """Check that the request has a valid key before its body is read, and record its owner in the scope.
 
-    Raises `UnauthorizedError` and database errors.
+    Raises `UnauthorizedError`, `TooManyRequestsError` and database errors.
     """
     services: Services = scope["app"].state.services
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
@@ -294,7 +294,7 @@ async def admit(scope: Scope) -> None:
         raise UnauthorizedError
     identity = services.known_keys.get(hashed)
     if identity is None:
-        async with services.database.reading() as connection:
+        async with services.shares.strangers, services.database.reading() as connection:
             identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
         if identity is None:
             raise UnauthorizedError

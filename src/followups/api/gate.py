@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from followups.api import problems
 from followups.api.authentication import admit
-from followups.errors import UnauthorizedError
+from followups.errors import FollowUpsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -189,7 +189,7 @@ def _check_head(scope: Scope) -> None:
 async def _admit(scope: Scope) -> None:
     try:
         await admit(scope)
-    except UnauthorizedError as error:
+    except FollowUpsError as error:
         problem = problems.of_error(error)
         unread = any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
         raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if unread else {})})) from None

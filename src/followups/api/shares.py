@@ -17,7 +17,11 @@ SHARE = 6
 WAITING_SHARE = 128
 """Most requests of one workspace served or waiting at once: half of all."""
 
+STRANGERS_SHARE = 2
+"""Most database connections on which keys are looked up that this process does not know."""
+
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
+TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are waiting; try again shortly."
 
 
 class Shares:
@@ -25,6 +29,7 @@ class Shares:
 
     def __init__(self) -> None:
         """Start without any."""
+        self.strangers = Turns(STRANGERS_SHARE, TOO_MANY_STRANGERS)
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> Turns:
@@ -36,17 +41,18 @@ class Shares:
 
 
 class Turns:
-    """The requests of one workspace, as a context manager for each of them."""
+    """The requests of one workspace, or of strangers, as a context manager for each of them."""
 
-    def __init__(self) -> None:
-        """Start without any."""
-        self._semaphore = asyncio.Semaphore(SHARE)
+    def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
+        """Take how many have their turn at once, and what the others are told if too many wait."""
+        self._semaphore = asyncio.Semaphore(share)
+        self._refusal = refusal
         self._inside = 0
 
     async def __aenter__(self) -> None:
         """Wait for a turn. Raises `TooManyRequestsError` if too many wait already."""
         if self._inside >= WAITING_SHARE:
-            raise TooManyRequestsError(TOO_MANY_WAIT)
+            raise TooManyRequestsError(self._refusal)
         self._inside += 1
         try:
             await self._semaphore.acquire()

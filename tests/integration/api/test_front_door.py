@@ -6,12 +6,15 @@ import gzip
 import json
 import re
 import socket
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
+from sqlalchemy import text
 
 from followups.api import gate, server
+from followups.api.shares import STRANGERS_SHARE
 from stack import wait_until
 from web import CHAT_MESSAGES, FOLLOW_UPS, Api, client_of, is_problem, key_of, pointers, served
 
@@ -209,3 +212,27 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
         assert all(served_on(one) for one in connections[1:])
         for one in connections:
             one.close()
+
+
+def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
+    """However many unknown keys come at once, few of them are looked up at a time; more than can wait get 429."""
+    counted = (
+        "SELECT count(*) FROM pg_stat_activity"
+        " WHERE application_name = 'followups-web' AND datname = current_database() AND wait_event_type = 'Lock'"
+    )
+    with ExitStack() as stack, served(settings) as address:
+        with world.engine.connect() as held:
+            held.execute(text("LOCK TABLE api_keys IN ACCESS EXCLUSIVE MODE"))
+            strangers = []
+            for number in range(140):
+                stranger = stack.enter_context(socket.create_connection(address, timeout=10))
+                key = f"fup_{number:043}"
+                stranger.sendall(f"GET {FOLLOW_UPS} HTTP/1.1\r\nhost: a\r\nauthorization: {key}\r\n\r\n".encode())
+                strangers.append(stranger)
+            refused = strangers[-1].recv(4096)
+            assert refused.startswith(b"HTTP/1.1 429")
+            assert b"retry-after" in refused.lower()
+            wait_until(lambda: world.scalar(counted) == STRANGERS_SHARE, within=5)
+        assert strangers[0].recv(4096).startswith(b"HTTP/1.1 401")
+        with client_of(address, key_of(world)[1]) as client:
+            assert client.get(FOLLOW_UPS).status_code == 200
