@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
+TEXT_KEPT = timedelta(seconds=1)
 KEPT = timedelta(seconds=2)
 """How long an answer of the database is reused, so that several scrapers cost no more than one."""
 
@@ -92,6 +93,9 @@ class Exposition:
         self._waiting.register(BacklogCollector(engine, window))
         self._counted = CollectorRegistry()
         self._counted.register(self)
+        self._lock = threading.Lock()
+        self._text = b""
+        self._until = 0.0
 
     def collect(self) -> Iterator[Metric]:
         """Yield the sums of all processes, or nothing without the database, since less would look like a reset."""
@@ -110,8 +114,12 @@ class Exposition:
         return []
 
     def text(self) -> bytes:
-        """Return everything in the text format."""
-        return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
+        """Return everything in the text format, at most `TEXT_KEPT` old, so that many scrapes cost no more than one."""
+        with self._lock:
+            if time.monotonic() >= self._until:
+                self._text = b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
+                self._until = time.monotonic() + TEXT_KEPT.total_seconds()
+            return self._text
 
 
 def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:

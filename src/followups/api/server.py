@@ -162,6 +162,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Start the request, or let it wait for the one before it."""
         self._header_came()
+        self._unset_keepalive_if_required()  # set anew if the answer before this request ended after its first byte
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             message = "Too many requests wait on this connection."
