@@ -199,7 +199,7 @@ def is_cut(connection: socket.socket) -> bool:
             received += piece
     except ConnectionResetError:
         return True
-    return not received.endswith(b"]")
+    return not received.endswith(b"]\r\n0\r\n\r\n")
 
 
 def test_a_client_must_read(small: tuple[str, int], world: World) -> None:

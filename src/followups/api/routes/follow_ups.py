@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
+from anyio import CancelScope
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.responses import Response, StreamingResponse
 from pydantic_core import to_json
@@ -61,12 +63,17 @@ async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes
     for piece in _pieces(rows):
         missing = [row.id for row in piece if row.message is None]
         if missing:
-            texts = await caller.read_more(lambda work, ids=missing: listing.messages.steps(work.workspace_id, ids))  # type: ignore[misc]
+            with CancelScope(shield=True):  # a client that leaves must not take the connection with it
+                texts = await caller.read_more(partial(_messages, missing))
             piece = [row._replace(message=texts[row.id]) for row in piece if row.id in texts]  # noqa: PLW2901
         for row in piece:
             yield before + json_responses.one(FollowUp, row)
             before = b","
     yield b"]" if before == b"," else b"[]"
+
+
+def _messages(ids: Sequence[UUID], work: Work) -> Steps[dict[UUID, str]]:
+    return listing.messages.steps(work.workspace_id, ids)
 
 
 def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
