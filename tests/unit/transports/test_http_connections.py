@@ -11,10 +11,12 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+import pycurl
 import pytest
 import uvloop
 
 from followups.transports import http_client
+from followups.transports.curl_loop import CurlLoop
 from followups.transports.http import HttpTransport
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Unknown
 from unit.transports.doubles import Request, a_delivery, answer, opened, scripted, settings_for
@@ -344,3 +346,33 @@ async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() 
     async with scripted(answer_late) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         outcomes = await asyncio.gather(*[transport.send(a_delivery()) for _ in range(20)])
         assert outcomes == [Sent(None, 200)] * 20
+
+
+async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> None:
+    """If libcurl closes an idle connection on whose end the loop is about to act, the loop goes on."""
+    loop, errors = asyncio.get_running_loop(), []
+    loop.set_exception_handler(lambda _, context: errors.append(context))
+    with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:
+        listening.setblocking(False)  # noqa: FBT003 - positional only
+        curls = CurlLoop({pycurl.M_MAXCONNECTS: 1})
+
+        async def begin() -> tuple[asyncio.Task[int], socket.socket]:
+            curl = pycurl.Curl()
+            curl.setopt(pycurl.URL, f"http://127.0.0.1:{listening.getsockname()[1]}")
+            curl.setopt(pycurl.FRESH_CONNECT, 1)
+            call = asyncio.create_task(curls.perform(curl))
+            peer = peers.enter_context((await loop.sock_accept(listening))[0])
+            await loop.sock_recv(peer, 1000)
+            return call, peer
+
+        async with asyncio.timeout(10):
+            first, idle = await begin()
+            idle.sendall(OK)
+            await first
+            second, busy = await begin()
+            busy.sendall(OK)  # for which libcurl closes the idle one, as it may keep one only
+            idle.close()
+            assert await second == pycurl.E_OK
+        await asyncio.sleep(0.02)
+        curls.close()
+    assert not errors
