@@ -28,7 +28,7 @@ SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE starts_with(nspname, 'followu
 
 
 def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """Start it on the servers that the settings name."""
+    """Start the benchmark on the servers of the settings."""
     environment = os.environ | settings.environment() | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     command: Sequence[str] = [sys.executable, "-m", "followups.cli", "bench", *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""What operators control, with real processes: pauses and sending hours."""
+"""Pauses and sending hours, with real processes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(stack: Stack, *arguments: str) -> str:
 
 
 def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
-    """Nothing begins once the pause command has returned; others go on; resumed, all is sent once, in order.
+    """Nothing begins once the pause command has returned; after the resume, all is sent once and in order.
 
     No attempt is used up by the pause.
     """
@@ -78,7 +78,7 @@ def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
 
 
 def test_held_until_the_hours_open(stack: Stack) -> None:
-    """With workers running, nothing goes out before the hours open; then all does, once, with no attempt used up."""
+    """With workers running, nothing is sent before the hours open; then everything is, once."""
     stack.start()
     now = stack.world.scalar("SELECT now()")
     opening = now + 5 * SECOND
@@ -94,7 +94,7 @@ def test_held_until_the_hours_open(stack: Stack) -> None:
 
 
 def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
-    """At beat's request a worker prunes what is past its retention, while follow-ups go out on time."""
+    """On beat's schedule a worker prunes old rows while follow-ups are sent on time."""
     stack.options["FOLLOWUPS_RETENTION"] = "P30D"
     stack.start()
     old = "now() - interval '31 days'"

@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 
 
 def test_each_at_its_moment(running: Stack) -> None:
-    """Follow-ups go out at their due moments, none early, each once, and end as sent with the chat's message id."""
+    """Follow-ups are sent on time, none early, each once, and end as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
     rows = [running.world.row(one) for one in ids]
@@ -75,7 +75,7 @@ def test_retry_reject_and_rate_limit(running: Stack) -> None:
 
 
 def test_dropped_answer(running: Stack) -> None:
-    """A message whose acceptance was not heard is sent again under its key, and accepted once."""
+    """A message whose answer was lost is sent again under its key, and accepted once."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="drop", times=1)
     follow_up = running.world.follow_up(chat_id)
@@ -131,7 +131,7 @@ OTHERS: list[dict[str, Any]] = [
     {"body_encoding": "none"},
     {"body": "x" * (LONGEST_BODY + 1)},
 ]
-"""What differs in messages that a worker must not decode."""
+"""Headers of messages that a worker must not decode."""
 
 
 def message(**other: Any) -> str:
@@ -145,14 +145,14 @@ def message(**other: Any) -> str:
 
 
 def celery_app(stack: Stack) -> Celery:
-    """Return an app of a stranger who has the broker's URL."""
+    """Return a foreign app that has the broker's URL."""
     app = Celery(broker=stack.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
     return app
 
 
 def test_malformed_broker_messages(running: Stack) -> None:
-    """A malformed or forged message in either queue is logged and dropped; the worker lives on."""
+    """A malformed or forged message in either queue is logged and dropped; the worker continues."""
     deep = "[" * 100_000
     foreign = ["not JSON", "[]", "null", '{"body": 1}', '{"body": "e30=", "headers": {}}', b"\x00\xff", "", deep]
     wrong_type = '{"body": {"__type__": "datetime", "__value__": "never"}}'
@@ -222,7 +222,7 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
 
 
 def test_two_workers_and_two_beats(stack: Stack) -> None:
-    """Two of each share the work and deliver each follow-up once."""
+    """Two workers and two beats share the work and deliver each follow-up once."""
     stack.options["FOLLOWUPS_BATCH_SIZE"] = "2"  # hints enough for both
     stack.start()
     stack.worker("worker2")

@@ -1,4 +1,4 @@
-"""Flower: on this machine, or behind a password; and what it shows a person."""
+"""Flower listens on this machine only or behind a password, and shows tasks readably."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def listening(port: int) -> set[str]:
 
 
 def test_what_flower_shows(stack: Stack) -> None:
-    """Flower shows ticks and deliveries by name, and of a delivery how many follow-ups it is about, and which."""
+    """Flower shows ticks and deliveries by name, and the number and first id of a delivery's follow-ups."""
     url = start_flower(stack, FLOWER_BASIC_AUTH="me:pa55w0rd")
     stack.start()
     follow_up = stack.world.follow_up()

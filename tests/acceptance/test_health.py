@@ -1,4 +1,4 @@
-"""`followups health`, with real processes that are stopped, deaf, stuck or gone."""
+"""`followups health`, with real processes that are stopped, not consuming, stuck or gone."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait until the command ends with this code and says these words, in one sentence on the right stream."""
+    """Wait until the command ends with this code and prints these words, in one sentence on the right stream."""
 
     def so() -> bool:
         ran = health(stack, role)
@@ -58,7 +58,7 @@ def says(stack: Stack, role: str, code: int, *words: str) -> None:
 
 
 def finding(stack: Stack, name: str) -> dict[str, Any]:
-    """Return what the doctor says of one thing."""
+    """Return one of doctor's findings."""
     environment = os.environ | stack.environment()
     command = [COMMAND, "doctor", "--json"]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -75,7 +75,7 @@ def observed(stack: Stack, tmp_path: Path) -> Stack:
 
 
 def test_a_stopped_worker(observed: Stack) -> None:
-    """A worker that waits for work is alive, by its name too; stopped it is not, resumed it is again."""
+    """An idle worker is alive, also by name; a stopped one is not until it is resumed."""
     worker = observed.worker("first")
     says(observed, "worker", 0, "1 worker", "first@")
     assert health(observed, "worker", "--name", "first").returncode == 0
@@ -105,7 +105,7 @@ def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_pa
     environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
     wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
-    time.sleep(2)  # it has asked, and been answered
+    time.sleep(2)  # it has asked and received an answer
     says(observed, "worker", 0)
     trigger.touch()
     says(observed, "worker", 1, "w@", "has not asked the broker for work")
@@ -132,7 +132,7 @@ def test_an_idle_worker_among_others(observed: Stack) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: bool) -> None:
-    """Without the broker, gone or silent, worker and beat are alive: they go on trying, and no restart would help."""
+    """Without a reachable broker worker and beat are alive: they keep trying, and no restart would help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
         own = replace(observed, settings=load_settings(**settings), processes=processes)
@@ -154,7 +154,7 @@ def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: boo
 
 
 def test_a_stopped_beat(observed: Stack) -> None:
-    """Beat is alive while it ticks; stopped it is not, and neither when it has ended."""
+    """Beat is alive while it ticks, but not when it is stopped or has ended."""
     says(observed, "beat", 1, "No beat runs here")
     beat = observed.beat()
     says(observed, "beat", 0, "1 beat")
@@ -169,7 +169,7 @@ def test_a_stopped_beat(observed: Stack) -> None:
 
 
 def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
-    """If heartbeats cannot be written, messages still go out, and each process logs one warning."""
+    """If heartbeats cannot be written, messages are still sent, and each process logs one warning."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = "/proc/nowhere"
     stack.start()
     stack.wait_until_done(stack.world.follow_up())
@@ -187,7 +187,7 @@ def served(observed: Stack) -> Iterator[tuple[Child, str]]:
 
 
 def test_web(observed: Stack, served: tuple[Child, str]) -> None:
-    """Web is alive while it answers; stopped, or on another port, it is not; a bad port is wrong usage."""
+    """Web is alive while it answers, but not when stopped or on another port; an invalid port is wrong usage."""
     child, port = served
     assert health(observed, "web", "--port", port).returncode == 0
     ran = health(observed, "web", "--port", str(free_port()))

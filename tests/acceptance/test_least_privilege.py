@@ -60,7 +60,7 @@ def users(admin: redis.Redis) -> dict[str, str]:
 
 
 def test_the_service_runs_with_little(database: str) -> None:
-    """All processes work as the role that owns nothing, each as its own user of the broker; nothing is refused."""
+    """All processes work as a role that owns nothing, each with its own broker user; nothing is refused."""
     migrate(url_as(database, "followups_owner"))
     owner = make_engine(url_as(database, "followups_owner"))
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:

@@ -66,14 +66,14 @@ class Secrets:
     broker: str = ""
 
     def found_in(self, heap: str) -> list[str]:
-        """Return the names of those that are in the heap."""
+        """Return the names of the secrets in the text."""
         assert all(vars(self).values())
         return [name for name, value in vars(self).items() if value in heap]
 
 
 @dataclass
 class Overheard:
-    """Every command that the broker was sent, and every event that Celery's own receiver understood."""
+    """Every command sent to the broker, and every event received by Celery's own receiver."""
 
     commands: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -156,7 +156,7 @@ def get(url: str) -> str:
 
 
 def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
-    """Let every kind of thing happen to follow-ups whose texts are secret; return their ids."""
+    """Cause every kind of outcome for follow-ups with secret texts; return their ids."""
     quoting = f"no: {hidden.text}"
     chats = {name: api.chat() for name in ("sent", "retried", "rejected", "cancelled", "replied", "unsettled")}
     stack.behave(chats["retried"], kind="fail", status=500, times=2, body=quoting)
@@ -176,7 +176,7 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
-    """A run with every kind of end, retry, error and refusal reveals no text, key or password.
+    """A run with every kind of ending, retry, error and refusal reveals no text, key or password.
 
     Every log line, broker command, message and event is searched, and everything that Flower shows.
     """

@@ -28,7 +28,7 @@ TEXT = "a text that belongs into no trace"
 
 @dataclass
 class Received:
-    """What a collector, and a chat on the same server, have received."""
+    """The requests that a collector and a chat on the same server have received."""
 
     url: str = ""
     exports: list[bytes] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Where contestants meet: one PostgreSQL, one Valkey and one receiver for all, and the same rows to send."""
+"""The shared environment of the contestants: one PostgreSQL, one Valkey, one receiver, and the same rows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Arena:
             return json.load(answer)
 
     def environment(self) -> dict[str, str]:
-        """Return where everything is, for the rivals and for ours."""
+        """Return the environment with all addresses, for the rivals and for our processes."""
         url = f"http://127.0.0.1:{self.port}/messages"
         return {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -102,7 +102,7 @@ class Arena:
         return self.processes.spawn(name, argv, environment=more, ready=check, within=timedelta(seconds=60))
 
     def clear(self) -> None:
-        """End the contestant's processes, and forget rows, messages and requests; what waits for later stays."""
+        """End the contestant's processes, and delete its rows, messages and requests; rows due later stay."""
         self.processes.stop()
         self.processes = Processes()  # whose logs are their own
         self.sql("DELETE FROM failed_attempts")
@@ -138,7 +138,7 @@ def _cpu_of(processes: list[psutil.Process]) -> float:
 
 
 def wait(true: Callable[[], object], within: float, every: float = 0.05) -> None:
-    """Wait until it is so. Raises `TimeoutError`."""
+    """Wait until the condition holds. Raises `TimeoutError`."""
     end = time.monotonic() + within
     while not true():
         if time.monotonic() > end:

@@ -110,7 +110,7 @@ def bare_app() -> FastAPI:
 
 @dataclass
 class Load:
-    """One kind of request, sent over and over, and what came of it."""
+    """One kind of request, sent repeatedly, and its results."""
 
     name: str
     url: str
@@ -286,7 +286,7 @@ def lag_beside(arena: Arena, load: Load, rate: float) -> Figures:
 
 
 def main() -> None:
-    """Start everything, measure by turns, print."""
+    """Start everything, measure in turns, and print."""
     with Arena() as arena, Processes() as processes:
         settings = load_settings(
             database_url=arena.database,

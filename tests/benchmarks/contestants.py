@@ -30,7 +30,7 @@ CHATS = """
 
 @dataclass
 class Contestant:
-    """One that keeps its rows in the table that all rivals share."""
+    """A contestant that keeps its rows in the table that all rivals share."""
 
     arena: Arena
     name: str = ""
@@ -63,7 +63,7 @@ class Contestant:
         return dict(rows)  # type: ignore[arg-type]
 
     def helper(self, *arguments: str) -> None:
-        """Run a module of the rival's to its end."""
+        """Run a module of the rival until it ends."""
         subprocess.run([sys.executable, "-m", *arguments], env=self.arena.environment(), check=True)
 
 
@@ -77,7 +77,7 @@ class Ours(Contestant):
     started: tuple[Child, ...] = ()
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
-        """Insert rows, so many in each chat."""
+        """Insert rows, that many in each chat."""
         self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:

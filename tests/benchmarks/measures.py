@@ -1,4 +1,4 @@
-"""The measurements: one turn of one contestant each, which returns figures by name."""
+"""The measurements: each is one contestant's turn and returns figures by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Figures = dict[str, float]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that so great a share does not exceed."""
+    """Return the smallest value that this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
@@ -62,7 +62,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
     arena = contestant.arena
     arena.clear()
     count = int(rate * seconds)
-    # Inserting takes its time, beside a million others above all, and publishing one by one as well.
+    # Inserting and publishing take time, most of all beside a million other rows.
     ahead = 5.0 + count / (500 if contestant.waits_in_broker else 4000)
     due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
     if contestant.waits_in_broker:
@@ -86,7 +86,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
 
 
 class _snapshot:  # noqa: N801 - used as a statement
-    """Hold a snapshot open meanwhile, as a dump or a report does."""
+    """Hold a snapshot open during the block, as a dump or a report does."""
 
     def __init__(self, arena: Arena, *, held: bool) -> None:
         self._arena, self._held = arena, held
@@ -105,7 +105,7 @@ class _snapshot:  # noqa: N801 - used as a statement
 
 
 def others_pending(arena: Arena, count: int) -> None:
-    """Let so many others be pending, due in a month and later, ten of each chat."""
+    """Insert that many others, due in a month or later, ten in each chat."""
     there = int(arena.sql(f"SELECT count(*) FROM follow_ups WHERE due_date >= {FAR} - interval '10 days'")[0][0])  # noqa: S608
     if there >= count:
         return
@@ -129,7 +129,7 @@ def others_pending(arena: Arena, count: int) -> None:
 
 
 def tick(arena: Arena, claims: int = 200) -> Figures:
-    """Claim a hundred that are due, time and again; return the median of one claim, in milliseconds."""
+    """Claim a hundred due rows repeatedly; return the median duration of a claim in milliseconds."""
     from followups.database import make_engine  # noqa: PLC0415 - here alone
     from followups.delivery.claim import claim  # noqa: PLC0415
     from followups.session_settings import BY_KEY  # noqa: PLC0415 - here alone
@@ -193,7 +193,7 @@ def startup(arena: Arena) -> Figures:
 
 
 def spread(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return median, least and greatest of each figure."""
+    """Return median, minimum and maximum of each figure."""
     return {
         name: {
             "median": statistics.median([one[name] for one in rounds]),

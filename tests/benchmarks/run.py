@@ -32,7 +32,7 @@ Results = dict[str, dict[str, dict[str, dict[str, float]]]]
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return what the command line takes."""
+    """Return the parser of the command line."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("measure", nargs="+", choices=[*MEASURES, "all"])
     made.add_argument("--only", default="", help=f"contestants, of {','.join(EVERYBODY)} (default: all)")
@@ -136,7 +136,7 @@ def snapshot(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def tick(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return what a claim takes beside so many others."""
+    """Return the duration of a claim beside that many other rows."""
     results: Results = {}
     for others in sorted(map(int, options.others.split(","))):
         measures.others_pending(arena, others)

@@ -1,4 +1,4 @@
-"""What SCALING.md rests on, on one embedded PostgreSQL: many dispatchers at once, and a history in partitions.
+"""The measurements behind SCALING.md: many dispatchers at once, and a history in partitions.
 
     uv run python tests/benchmarks/scale.py claim --rows 1000000 --dispatchers 1,2,4,8,16 --seconds 5
     uv run python tests/benchmarks/scale.py claim --rows 200000 --dispatchers 1 --window 100000 --held 33000
@@ -58,7 +58,7 @@ _ROWS = """
 
 @contextmanager
 def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str, Engine]]:
-    """Start a server with so many follow-ups, all due; yield its URL and an engine."""
+    """Start a server with that many due follow-ups; yield its URL and an engine."""
     with EmbeddedPostgres() as postgres:
         migrate(postgres.url())
         engine = make_engine(postgres.url(), statement_timeout=None)
@@ -73,7 +73,7 @@ def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str
 
 
 def vacuum(engine: Engine) -> None:
-    """Bring the statistics up to date, as autovacuum does in time."""
+    """Update the statistics, as autovacuum does in time."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE follow_ups"))
 
@@ -116,7 +116,7 @@ _HOLD = text("""
 
 
 def claim(options: argparse.Namespace) -> dict[str, Any]:
-    """Let ever more dispatchers claim from the same table."""
+    """Let an increasing number of dispatchers claim from the same table."""
     found = {}
     with filled(options.rows) as (url, engine):
         with engine.begin() as connection:
@@ -129,7 +129,7 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def together(url: str, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """Let so many dispatchers claim at once, each from a process of its own."""
+    """Let that many dispatchers claim at once, each in its own process."""
     context = get_context("spawn")
     ready, queue = context.Barrier(number), context.Queue()
     processes = [context.Process(target=dispatch, args=(url, ready, queue, options)) for _ in range(number)]

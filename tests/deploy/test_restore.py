@@ -67,7 +67,7 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
 
 
 def start_sending(stack: Stack) -> None:
-    """Start a beat and a worker, under names of their own."""
+    """Start a beat and a worker under their own names."""
     stack.beat(f"beat-{uuid4().hex}")
     stack.worker(f"worker-{uuid4().hex}")
 

@@ -65,7 +65,7 @@ class Server(EmbeddedPostgres):
     """A server of any version: a new one, or a copy that follows another one until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Take the binaries and the server to follow, or None for a new server."""
+        """Store the binaries and the server to follow, or None for a new server."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 

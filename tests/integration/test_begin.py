@@ -86,7 +86,7 @@ class TestBegin:
         ],
     )
     def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
-        """A removed chat, a broken silence or a closed window ends the follow-up right before it would be sent."""
+        """A removed chat, a user's reply or a closed window ends the follow-up right before it would be sent."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()

@@ -196,7 +196,7 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
 
 
 def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Settings) -> None:
-    """Others are deferred, and released at the end, beside a follow-up whose lease cannot be given up."""
+    """One follow-up whose lease cannot be released keeps no others from being deferred and released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
     with worker(own, engine, Chat(), FOR_LONG):

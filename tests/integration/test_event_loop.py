@@ -1,4 +1,4 @@
-"""The database of an event loop: the sessions, errors and transactions of the engines, by the driver alone."""
+"""The event loop's database: sessions, errors and transactions of its engine, by the driver alone."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ RENAME = Statement("UPDATE workspaces SET name = name || :more RETURNING name")
 
 @asynccontextmanager
 async def database(url: str, size: int = SESSIONS, limit: float = 10) -> AsyncIterator[Database]:
-    """Make a database for this loop, and close it at the end."""
+    """Create a database for this loop, and close it at the end."""
     made = Database(url, pool_size=size, application_name="tests", statement_timeout=timedelta(seconds=limit))
     yield made
     await made.close()
 
 
 async def fetch(of: Database, statement: Statement, **parameters: Any) -> Any:
-    """Execute a statement in a transaction of its own; return its rows."""
+    """Execute a statement in its own transaction; return its rows."""
 
     def steps() -> Steps[Any]:
         return (yield statement(**parameters))
@@ -103,7 +103,7 @@ async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) ->
 
 
 async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
-    """A task that is cancelled while the server works costs its connection, and none of the next one's time."""
+    """A task cancelled while the server works costs its connection, but does not delay the next task."""
     async with database(database_url, size=1) as mine:
         task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
         sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
@@ -144,7 +144,7 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
 
 
 async def test_unreachable() -> None:
-    """A server that cannot be reached is told at once."""
+    """An unreachable server is reported at once."""
     async with database("postgresql://nobody@127.0.0.1:9/nothing") as mine:
         with pytest.raises(psycopg.OperationalError) as unreachable:
             await fetch(mine, Statement("SELECT 1"))
@@ -152,6 +152,6 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
-    """A rule gets the same from both: here, no sending hours."""
+    """A rule reads the same by both engines, here that there are no sending hours."""
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

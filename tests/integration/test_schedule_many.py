@@ -38,7 +38,7 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def schedule_many(world: World, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Schedule them in a transaction of their own."""
+    """Schedule them in their own transaction."""
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return followups.schedule_many(session, workspace_id=world.workspace_id, planned=planned)
 
@@ -100,7 +100,7 @@ def test_refused_by_index(world: World) -> None:
 
 
 def test_full_chat(world: World) -> None:
-    """A chat takes no more than its limit, whether the others were there before or are scheduled with it."""
+    """A chat's limit counts existing follow-ups and those scheduled together."""
     full = world.full_chat()
     with pytest.raises(SomeRefusedError) as refused:
         schedule_many(world, [planned(world.chat()), planned(full)])
@@ -162,7 +162,7 @@ def test_locks_in_ascending_order(world: World) -> None:
 
 
 def test_beside_a_reply(world: World) -> None:
-    """A reply that comes meanwhile waits, and cancels what was scheduled."""
+    """A reply during the transaction waits, and then cancels its follow-ups."""
     chat_id = world.chat()
     replies: list[chats.Received] = []
 

@@ -109,7 +109,7 @@ class Deferral:
         self._recovered: frozenset[int] = frozenset()
         """Workspaces that are no longer tripped, and whose deferred follow-ups are not all released yet."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """The workspaces of the keys above; looking them up takes long where there are many."""
+        """The workspaces of the keys above; looking up many takes long."""
         self._wanted = asyncio.Event()
         self._closed = False
 

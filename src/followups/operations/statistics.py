@@ -46,7 +46,7 @@ def measure(engine: Engine, window: timedelta) -> Stats:
 
 
 def measure_by_second(engine: Engine, window: timedelta) -> Stats:
-    """Read the same with what was sent in each of the last `SECONDS`."""
+    """Read the snapshot with the number sent in each of the last `SECONDS`."""
     look = measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, SECONDS))

@@ -43,7 +43,7 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key or console session by its id, or an operating-system user by name.
 
-    The name of an API key may be left empty; it is looked up.
+    An API key's name may be omitted; the statement looks it up.
     """
 
     way: Way

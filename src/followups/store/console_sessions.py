@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 IDLE = timedelta(hours=8)
-"""A session ends when it has not been used for so long."""
+"""A session ends when it was unused for that long."""
 
 LIFETIME = timedelta(hours=24)
 """A session ends so long after the sign-in, however much it is used."""

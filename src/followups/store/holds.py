@@ -110,7 +110,7 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     return set(connection.scalars(_HOLD, parameters))
 
 
-# Only for the hours it was computed from, and without waiting: many workers find out at the same moment.
+# It is stored only if the hours are unchanged, and without waiting, since many workers compute it at the same time.
 _OPEN_NEXT = text("""
     UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
       FROM (SELECT workspace_id FROM sending_hours

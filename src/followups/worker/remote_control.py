@@ -14,7 +14,7 @@ ASKING = frozenset(
 )
 """Commands that only ask: what `celery inspect` and Flower's pages show.
 
-The others stop a worker, change it, or write files on its host.
+All other commands stop a worker, change it, or write files on its host.
 """
 
 REFUSAL = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true allows them"

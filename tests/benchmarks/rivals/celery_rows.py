@@ -1,4 +1,4 @@
-"""Celery as most people would write it: beat finds what is due; a task for each row; the ORM; requests."""
+"""Celery in its usual form: beat finds due rows, a task for each row, the ORM, and requests."""
 
 from __future__ import annotations
 

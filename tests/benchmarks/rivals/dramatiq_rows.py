@@ -1,4 +1,4 @@
-"""Dramatiq: a loop finds what is due, an actor's message for each row."""
+"""Dramatiq: a loop finds due rows and enqueues an actor's message for each."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def deliver(row_id: str, message: str) -> None:
 
 
 def poll() -> None:
-    """Queue what is due, ten times a second."""
+    """Enqueue due rows ten times a second."""
     with psycopg.connect(DATABASE, autocommit=True) as connection:
         while True:
             rows = connection.execute(FIND).fetchall()

@@ -101,7 +101,7 @@ def test_filters_and_words(run: Run, world: World) -> None:
 
 
 def test_bulk_commands_are_one_event_each(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many batches it takes, a bulk command is one event with its number; a dry run is none."""
+    """A bulk command is one event with its count, however many batches it takes; a dry run is none."""
     monkeypatch.setattr(bulk_cancel, "BATCH", 2)
     name = str(world.workspace_id)
     world.burst([HOUR] * 5)

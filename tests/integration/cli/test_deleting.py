@@ -25,7 +25,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
-    """The workspace is gone with all that it had; the audit log says who deleted it and how much it held."""
+    """The workspace is deleted with everything in it; the audit log records who deleted it and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
     run("api-key", "create", "--workspace", name)
@@ -51,7 +51,7 @@ def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
 
 
 def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an attempt in flight that does not end, the command fails after a while and says how to go on."""
+    """If an attempt in flight does not end, the command fails after a while and says how to continue."""
     monkeypatch.setattr(deletion, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")
@@ -64,7 +64,7 @@ def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.M
 
 
 def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
-    """Where no name can be asked for, nothing is done."""
+    """Without a terminal to ask for the name, nothing is done."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
     assert "--yes" in ran.stderr

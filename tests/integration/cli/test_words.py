@@ -1,4 +1,4 @@
-"""Every command shows others' words as words, on any terminal."""
+"""Every command shows text from elsewhere as plain text, on any terminal."""
 
 from __future__ import annotations
 

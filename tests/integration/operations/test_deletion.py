@@ -1,4 +1,4 @@
-"""Deletion of workspaces and chats: everything goes, nothing is sent afterwards, one event stays."""
+"""Deletion of workspaces and chats: everything is deleted, nothing is sent afterwards, one event stays."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def events(world: World) -> list[tuple[str, str, int, str | None]]:
 
 
 def filled(world: World) -> UUID:
-    """Fill the workspace with everything that one can have; return one of its chats."""
+    """Fill the workspace with rows of every kind; return one of its chats."""
     chat = world.chat()
     pending = [world.follow_up(chat, HOUR), world.follow_up(chat, HOUR), world.follow_up(due=HOUR)]
     ended = world.follow_up(chat, -HOUR, **PAST)
@@ -99,7 +99,7 @@ class TestWorkspace:
         assert (sums["cancelled"], sums["deleted"], sums["chats"], sums["chatMessages"]) == (3, 4, 2, 3)
 
     def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Interrupted after any batch, it takes no new keys and follow-ups, and goes on when run again."""
+        """After an interruption the workspace accepts no new keys and follow-ups; a second run completes the deletion."""
         monkeypatch.setattr(store, "BATCH", 2)
         name, chat = str(world.workspace_id), filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
@@ -129,7 +129,7 @@ class TestWorkspace:
             assert workspaces.create(session, name)[1]
 
     def test_what_came_in_meanwhile_goes_too(self, world: World) -> None:
-        """A follow-up whose transaction began before the deletion, and ended in the midst of it, is deleted too."""
+        """A follow-up whose transaction began before the deletion and ended during it is deleted too."""
         chat = filled(world)
         with Session(world.engine) as late:
             followups.schedule(
@@ -143,7 +143,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_what_is_in_flight_ends_first(self, world: World) -> None:
-        """While an attempt is in flight the deletion waits; without an end it says so, and can be run again."""
+        """The deletion waits for an attempt in flight; if that does not end, it reports this and can be repeated."""
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)
         with pytest.raises(FollowUpsError, match="1 of its follow-ups are still being delivered"):
@@ -155,7 +155,7 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """What was in flight in a worker that died is ended when its lease has run out, though nothing ticks."""
+        """An attempt of a dead worker is ended once its lease has expired, even without ticks."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, Whole(world.workspace_id))
@@ -178,7 +178,7 @@ class TestChat:
     """One chat."""
 
     def test_its_texts_go_and_others_stay(self, world: World) -> None:
-        """Follow-ups, messages and stored answers of the chat go; those of other chats and their events stay."""
+        """The chat's follow-ups, messages and stored answers are deleted; those of other chats and all events stay."""
         chat, other = filled(world), filled(world)
         before = counts(world)
         delete(world.engine, Whole(world.workspace_id, chat))
@@ -196,7 +196,7 @@ class TestChat:
         assert all(str(other) in body for body in bodies)
 
     def test_it_goes_on_after_an_interruption(self, world: World) -> None:
-        """Interrupted after its first batch, the chat takes nothing new, and goes when run again."""
+        """After an interrupted deletion the chat accepts nothing new; a second run completes the deletion."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
         next(batches)
