@@ -21,7 +21,7 @@ MILLISECOND = timedelta(milliseconds=1)
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
     """Return a follow-up as the API shows it; ``message`` is null unless requested."""
-    document = schemas.FollowUp.model_validate(follow_up).model_dump(mode="json", by_alias=True)
+    document = schemas.FollowUp.model_validate(follow_up, from_attributes=True).model_dump(mode="json", by_alias=True)
     return document if message else document | {"message": None}
 
 

@@ -119,7 +119,7 @@ def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
 
 def _document(picked: Picked, names: dict[UUID, str], *, message: bool) -> dict[str, Any]:
     row = picked.row
-    document = schemas.FollowUp.model_validate(row).model_dump(mode="json", by_alias=True)
+    document = schemas.FollowUp.model_validate(row, from_attributes=True).model_dump(mode="json", by_alias=True)
     return document | {
         "message": row.message if message else None,
         "workspace": names.get(row.workspace_id),

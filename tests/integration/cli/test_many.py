@@ -120,7 +120,7 @@ class TestCancel:
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")
-        assert "--yes says that it is meant" in ran.stderr
+        assert "confirm with --yes" in ran.stderr
         assert world.row(follow_up).status == "pending"
 
     @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class TestWorkspace:
         assert (sums["cancelled"], sums["deleted"], sums["chats"], sums["chatMessages"]) == (3, 4, 2, 3)
 
     def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After an interruption the workspace accepts no new keys and follow-ups; a second run completes the deletion."""
+        """After an interruption the workspace accepts no new keys and follow-ups; a second run completes it."""
         monkeypatch.setattr(store, "BATCH", 2)
         name, chat = str(world.workspace_id), filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
