@@ -175,7 +175,7 @@ class TestShow:
         begin(engine, settings, claim(engine, settings).leases)
         shown = run("show", first, "--json").document
         assert shown["pausedBy"].keys() == {"workspace", "channel", "since"}
-        assert f"followups resume --workspace {name} lets it go on." in shown["explanation"]
+        assert f"followups resume --workspace {name} ends the pause." in shown["explanation"]
         waiting = run("show", second).stdout
         assert f"It waits for the earlier follow-up of its chat, {first}, to end" in waiting
         assert "Of that one: It fell due 2 h ago and is held" in waiting
