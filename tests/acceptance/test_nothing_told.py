@@ -111,7 +111,12 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
         app = Celery(broker=broker_url, set_as_current=False)
         app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
         with app.connection() as connection:
-            receiver = app.events.Receiver(connection, handlers={"*": overheard.events.append})
+
+            def hear(event: Any) -> None:
+                overheard.events.append(event)
+                receiver.should_stop = done.is_set()  # a tick's events may leave no pause in which to time out
+
+            receiver = app.events.Receiver(connection, handlers={"*": hear})
             while not done.is_set():
                 with suppress(TimeoutError):
                     receiver.capture(limit=None, timeout=0.5, wakeup=False)
