@@ -64,6 +64,7 @@ class Secrets:
     strangers_key: str = field(default_factory=lambda: f"fu_{secrets.token_hex(12)}")
     key: str = ""
     broker: str = ""
+    flower: str = field(default_factory=lambda: f"pa55-{secrets.token_hex(12)}")
 
     def found_in(self, heap: str) -> list[str]:
         """Return the names of the secrets in the text."""
@@ -134,13 +135,13 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
             thread.join()
 
 
-def start_everything(stack: Stack) -> tuple[str, str]:
+def start_everything(stack: Stack, hidden: Secrets) -> tuple[str, str]:
     """Start the Procfile's processes and the chat; return the URLs of web and Flower."""
     flower_port = free_port()
     environment = stack.environment() | {
         "PATH": search_path(),
         "FLOWER_PORT": str(flower_port),
-        "FLOWER_UNAUTHENTICATED_API": "1",
+        "FLOWER_BASIC_AUTH": f"me:{hidden.flower}",
     }
     for name in ("beat", "worker", "flower"):
         stack.processes.spawn(name, argv(name), environment=environment)
@@ -152,9 +153,11 @@ def start_everything(stack: Stack) -> tuple[str, str]:
     return url, flower
 
 
-def get(url: str) -> str:
-    """Return the answer, or None if there is none."""
-    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own loopback URL
+def get(url: str, password: str = "") -> str:
+    """Return the answer, or an empty string if there is none."""
+    basic = base64.b64encode(f"me:{password}".encode()).decode()
+    request = urllib.request.Request(url, headers={"authorization": f"Basic {basic}"})  # noqa: S310 - our own loopback URL
+    with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - the same
         text: str = answer.read().decode()
         return text
     return ""
@@ -196,7 +199,7 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
     }
     stack.world.sql(QUOTING)
     with overhear(broker_url) as overheard:
-        api_url, flower_url = start_everything(stack)
+        api_url, flower_url = start_everything(stack, hidden)
         api = web.Api(api_url, stack.world)
         hidden.key = api.key
         with api.client:
@@ -204,10 +207,10 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
             ended = [each for name, each in ids.items() if name != "unsettled"]
             wait_until(lambda: all(api.read({"id": each})["status"] != "pending" for each in ended), within=60)
             wait_until(lambda: stack.log_events("step_failed"), within=20)
-            wait_until(lambda: ids["sent"] in get(f"{flower_url}/api/tasks?limit=10000"), within=20)
+            wait_until(lambda: ids["sent"] in get(f"{flower_url}/api/tasks?limit=10000", hidden.flower), within=20)
             shown = [
-                get(f"{flower_url}/api/tasks?limit=10000"),
-                get(f"{flower_url}/api/workers"),
+                get(f"{flower_url}/api/tasks?limit=10000", hidden.flower),
+                get(f"{flower_url}/api/workers", hidden.flower),
                 get(f"{api_url}/metrics"),
             ]
         stack.stop()

@@ -90,9 +90,16 @@ def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
 
 def ask_as_api(settings: Settings, _engine: Engine) -> None:
     """Connect as the rate limit of API keys does."""
-    limit = RateLimit(settings)
-    limit.check(uuid4())
-    if not limit._storage.check():  # noqa: SLF001 - the limit itself lets all pass without Redis
+
+    async def ask() -> bool:
+        limit = RateLimit(settings)
+        try:
+            await limit.check(uuid4())
+            return await limit._storage.check()  # noqa: SLF001 - the limit itself lets all pass without Redis
+        finally:
+            await limit.close()
+
+    if not asyncio.run(ask()):
         raise redis.ConnectionError
 
 

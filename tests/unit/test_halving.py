@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,8 +15,8 @@ from followups.halving import halve
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-BAD = DataError("", None, ValueError("bad"))
-AWAY = OperationalError("", None, ValueError("away"))
+BAD = DataError("", None, psycopg.DataError("bad"))
+AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
@@ -37,7 +38,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
     assert steps <= 1 + sum(bad) * 2 * len(bad).bit_length()
 
 
-@pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, ValueError("no such column"))])
+@pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_what_is_no_rows_fault(error: Exception) -> None:
     """If the database is unreachable or the statement is wrong, the error is raised without halving."""
     steps = 0
