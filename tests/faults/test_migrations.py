@@ -33,8 +33,8 @@ READER = """
 """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
-LAST_IN_CONFLICT = {WRITER: "0010"}
-"""The newest version whose migration conflicts with the transaction; without an entry, all do."""
+LAST_IN_CONFLICT = {READER: "0012", WRITER: "0010"}
+"""The newest version from which a migration conflicts with the transaction. Later ones only add tables."""
 REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
 
 SHORT = (
@@ -109,7 +109,7 @@ def from_old_versions(
     longest = 0.0
     for version, holder in cases:
         downgrade(url, version)
-        refusals = [REFUSAL] if version <= LAST_IN_CONFLICT.get(holder, version) else []
+        refusals = [REFUSAL] if version <= LAST_IN_CONFLICT.get(holder, "0012") else []
         others = beside(url, holder, patience, refusals)
         assert others.done
         longest = max(longest, others.longest)
