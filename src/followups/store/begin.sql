@@ -1,4 +1,4 @@
--- Begin what nothing keeps from it; behind checks.sql, in one statement with it. From here on a cancel comes too late.
+-- Begin what nothing keeps from it; behind begin_checks.sql, in one statement with it. From here on a cancel comes too late.
 --
 -- :lease   how long the attempt may be in flight before another worker takes it for lost
 UPDATE follow_ups f

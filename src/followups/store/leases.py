@@ -91,7 +91,7 @@ class Rules:
 
 
 _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)"
-_BEGIN = text(read_sql("checks") + read_sql("begin"))
+_BEGIN = text(read_sql("begin_checks") + read_sql("begin"))
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Any]:

@@ -1,4 +1,7 @@
-"""Obstacles: why leased follow-ups were not begun, with what decides about them; ``checks.sql`` lists all of them."""
+"""Obstacles: why leased follow-ups were not begun, with what decides about them.
+
+``begin_checks.sql`` lists all obstacles.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease, Rules
 
 # Unlocked: a row that another transaction has locked has no obstacle, and is tried again shortly.
-_OBSTACLES = text(read_sql("checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
+_OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
 
 
 @dataclass(frozen=True, slots=True)

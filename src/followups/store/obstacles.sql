@@ -1,4 +1,4 @@
--- Why leases were not begun, with what decides about them; behind checks.sql, in one statement with it, but unlocked.
+-- Why leases were not begun, with what decides about them; behind begin_checks.sql, in one statement with it, but unlocked.
 --
 -- Due times are returned within the years that Python knows: any other, written by hand, would make all unreadable.
 SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over, window_closed, too_late,

@@ -60,6 +60,7 @@ def connection_options(settings: Settings) -> dict[int, object]:
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
+        pycurl.FOLLOWLOCATION: False,  # a redirect is an answer, and means that the message is rejected
         # With HTTP/2 an outcome is unknown more often: when a connection breaks, for every call on it.
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates

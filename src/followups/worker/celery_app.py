@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from celery import Task, signals
-from celery.schedules import crontab
 from kombu.entity import Queue
 
 from followups.database import make_async_engine, make_engine
@@ -39,6 +38,7 @@ from followups.telemetry.logs import get_logger
 from followups.transports.registry import load_transport
 from followups.worker import celery_logs, liveness, remote_control
 from followups.worker.broker import CONSUMER, App
+from followups.worker.schedule import beat_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,9 +55,6 @@ UNREAD = 1000
 worker runs. Ticks do not expire: Celery would compare the clocks of two hosts, and a host whose clock is an hour ahead
 would drop all of them. The dispatcher folds all waiting ticks into one.
 """
-
-TIDY_MINUTE = 17
-"""Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since follow-ups behind
@@ -145,17 +142,7 @@ def make_app(settings: Settings) -> Celery:
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
-        beat_schedule={
-            "dispatch-due": {
-                "task": "followups.dispatch_due",
-                "schedule": settings.tick_interval,
-            },
-            # By the clock: a beat that is restarted now and then would never complete an hour.
-            "remove-old": {
-                "task": "followups.remove_old",
-                "schedule": crontab(minute=str(TIDY_MINUTE)),
-            },
-        },
+        beat_schedule=beat_schedule(settings),
         timezone="UTC",
     )
     return app

@@ -1,18 +1,25 @@
-"""Beat's scheduler: Celery's own, in memory, with a heartbeat, and robust against a clock set back."""
+"""Beat's schedule and scheduler.
+
+The scheduler is Celery's own, in memory, with a heartbeat, and robust against a clock set back.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from celery.beat import Scheduler as CelerysScheduler
+from celery.schedules import crontab
 
 from followups.settings import get_settings
 from followups.telemetry.logs import get_logger
 from followups.uptime import uptime
 from followups.worker import liveness
+
+if TYPE_CHECKING:
+    from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
 """Time for one tick: a publish to a silent broker is given up after half of it."""
@@ -23,7 +30,25 @@ LATE = timedelta(seconds=10)
 SET_BACK = 1.0
 """Minimum seconds by which a clock counts as set back; a smaller step is ordinary synchronization."""
 
+PRUNE_MINUTE = 17
+"""Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
+
 log = get_logger(__name__)
+
+
+def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Return what beat sends, and when: a tick each interval, and once an hour the deletion of old rows."""
+    return {
+        "dispatch-due": {
+            "task": "followups.dispatch_due",
+            "schedule": settings.tick_interval,
+        },
+        # By the clock: a beat that is restarted now and then would never complete an hour.
+        "remove-old": {
+            "task": "followups.remove_old",
+            "schedule": crontab(minute=str(PRUNE_MINUTE)),
+        },
+    }
 
 
 class Scheduler(CelerysScheduler):
