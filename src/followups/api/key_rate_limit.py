@@ -6,10 +6,12 @@ allowed, which is counted and logged, and Redis is not asked for a while, becaus
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from weakref import WeakValueDictionary
 
 from limits import RateLimitItemPerMinute
 from limits.aio.storage import RedisStorage
@@ -87,39 +89,45 @@ class RateLimit:
         )
         self._limiter = SlidingWindowCounterRateLimiter(self._storage)
         self._allowances: dict[UUID, Allowance] = {}
+        self._counting: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
         self._ask_again_at = 0.0
 
     async def check(self, key_id: UUID) -> None:
         """Count a request of the key. Raises `TooManyRequestsError` above the limit."""
         if self._off:
             return
-        size = self._spend(key_id)
-        if not size:
+        if self._spend(key_id):
             return
-        if time.monotonic() < self._ask_again_at:
-            UNLIMITED.inc()
-            return
-        try:
-            wait = await self._count(key_id, size)
-        except (RedisError, OSError) as error:
-            self._pause(error)
-            return
-        if wait is not None:
-            raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
+        # One count for a key at a time: simultaneous requests would each count ahead, and only one count be used.
+        async with self._counting.setdefault(key_id, asyncio.Lock()):
+            if not self._spend(key_id):
+                await self._count_or_pause(key_id)
 
     async def close(self) -> None:
         """Close the connections."""
         await self._pool.disconnect()
 
-    def _spend(self, key_id: UUID) -> int:
-        """Use one request counted ahead, or return how many to count now if there is none."""
-        held = self._allowances.get(key_id)
-        if held is None or time.monotonic() >= held.until:
-            return 1
-        if held.left:
-            held.left -= 1
-            return 0
-        return min(2 * held.size, self._most_ahead)
+    def _spend(self, key_id: UUID) -> bool:
+        """Use one request counted ahead, and return whether there was one."""
+        allowance = self._allowances.get(key_id)
+        if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
+            return False
+        allowance.left -= 1
+        return True
+
+    async def _count_or_pause(self, key_id: UUID) -> None:
+        if time.monotonic() < self._ask_again_at:
+            UNLIMITED.inc()
+            return
+        before = self._allowances.get(key_id)
+        busy = before is not None and time.monotonic() < before.until
+        try:
+            wait = await self._count(key_id, min(2 * before.size, self._most_ahead) if before and busy else 1)
+        except (RedisError, OSError) as error:
+            self._pause(error)
+            return
+        if wait is not None:
+            raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
     async def _count(self, key_id: UUID, size: int) -> float | None:
         """Count one or more requests; return None if allowed, otherwise the seconds until one is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
@@ -80,6 +81,14 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], RateLimit],
     assert server.connected
     counted = sum(int(value) for value in await values(server))
     assert 1_000 <= counted <= 1_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
+
+
+async def test_simultaneous_requests_are_counted_once(limit_of: Callable[[int], RateLimit], server: FakeServer) -> None:
+    """Requests of one key that arrive together use what one of them has counted ahead."""
+    limit = limit_of(6_000)
+    assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
+    counted = sum(int(value) for value in await values(server))
+    assert 3_000 <= counted <= 3_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
 
 
 async def values(server: FakeServer) -> list[bytes]:
