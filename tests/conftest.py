@@ -240,7 +240,7 @@ def _fresh_settings() -> Iterator[None]:
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """Return an engine on the test's own database, as a worker has it."""
+    """Return an engine on the test's own database, configured as in a worker."""
     from followups.database import make_engine  # noqa: PLC0415 - not for unit tests
     from followups.session_settings import BY_KEY  # noqa: PLC0415 - not for unit tests
 

@@ -69,7 +69,7 @@ def keep(drawn: Console, title: str, name: str) -> None:
 
 
 def draw_demo(stack: Stack) -> None:
-    """Play the demo, and draw its end as a terminal does."""
+    """Run the demo, and draw its final screen as a terminal would."""
     last: list[Sequence[Standing] | datetime] = []
     score = perform(stack, lambda standings, now, _: last.__setitem__(slice(None), [standings, now]))
     drawn = console(DEMO)

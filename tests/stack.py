@@ -116,7 +116,7 @@ class Stack:
                 return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
-        """Return the ids of the follow-ups that the chat accepted, in order, with repetitions; by default of all."""
+        """Return which follow-ups the chat server accepted, in order, with repetitions; without ``ids``, among all."""
         wanted = set(map(str, ids))
         return [
             one["followUpId"]

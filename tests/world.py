@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class World:
-    """One workspace on a database of the test's own, and short ways to fill and read it."""
+    """One workspace on the test's own database, with helpers to add and read data."""
 
     engine: Engine
     workspace_id: UUID = field(default_factory=uuid4)

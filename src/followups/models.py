@@ -248,7 +248,7 @@ class Chat(Base):
 
 
 class ChatMessage(Base):
-    """Who wrote in a chat, and when. The text is neither taken nor stored."""
+    """Who wrote in a chat, and when. The message text is neither accepted nor stored."""
 
     __tablename__ = "chat_messages"
     __table_args__ = (

@@ -299,7 +299,7 @@ class Settings(BaseSettings):
         return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that give another process these settings (secrets in clear)."""
+        """Return the environment variables that pass these settings to another process (secrets in plain text)."""
         files = {f"{name}_FILE": "" for field in FROM_FILES for name in _names(field)}
         return files | {environment_name(name): _plain(value) for name, value in self if value is not None}
 

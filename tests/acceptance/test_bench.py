@@ -53,7 +53,7 @@ def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_broken_off(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
-    """Ctrl-C removes everything; after SIGKILL the next run does, but not what other runs still use."""
+    """Ctrl-C removes everything; after SIGKILL the next run cleans up, except for what other runs still use."""
     bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)
     with engine.connect() as connection:

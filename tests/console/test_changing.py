@@ -118,7 +118,7 @@ def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[
 
 
 def test_saving_changes_message_and_due_date(person: Callable[..., Person], own: World) -> None:
-    """The timeline says from when to when, and by whom; a message keeps its line ends and spaces."""
+    """The timeline shows the old and new due dates and who changed them; a message keeps its line breaks and spaces."""
     one_id = own.follow_up(due_date=text("'2100-01-31T09:00:00Z'"), message="  Old\n\nwords ")
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")

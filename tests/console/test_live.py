@@ -118,7 +118,7 @@ def test_a_stream_ends_with_its_session(
 
 
 def test_streams_end_within_a_second_when_the_process_ends(console_settings: Settings, own: World) -> None:
-    """Nothing waits for a page that is open."""
+    """An open page does not delay the end of the process."""
     with served(console_settings) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine).signed_in("viewer", own.workspace_id)
         listening = Listening(one)

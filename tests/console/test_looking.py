@@ -114,7 +114,7 @@ def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], o
 
 
 def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Nor does the page of one follow-up show the message, unless it is asked for, which is recorded."""
+    """The page of one follow-up hides the message too, until the operator asks for it; each request is recorded."""
     secret = f"secret {uuid4()}"
     ids = [world.follow_up(due=HOUR, message=secret) for world in (own, foreign)]
     one = person("operator")

@@ -81,7 +81,7 @@ def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: Worl
 
 
 def test_sending_hours_are_previewed_saved_and_cleared(person: Callable[..., Person], own: World) -> None:
-    """A preview saves nothing; what cannot be is told with what was typed."""
+    """A preview saves nothing; invalid input is reported together with the typed values."""
     one = person("admin", own)
     fields = {"time_zone": "America/Sao_Paulo", "from": "08:00", "to": "18:00", "day": ["mon", "tue"]}
     seen = one.post("/settings/hours", do="preview", **fields)
@@ -99,7 +99,7 @@ def test_sending_hours_are_previewed_saved_and_cleared(person: Callable[..., Per
 
 
 def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: World) -> None:
-    """For the workspace, a channel of it, or each of its chats."""
+    """Rate limits are set for the workspace, one of its channels, or each of its chats."""
     one = person("admin", own)
     fields = {"channel": "whatsapp", "per": "chat", "rate": "20", "per_unit": "min", "burst": "5"}
     assert one.submit(one.get("/settings"), "/settings/limits", **fields).status_code == 303

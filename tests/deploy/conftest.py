@@ -45,7 +45,8 @@ def built() -> Iterator[Built]:
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
-    # Not below pytest's own directory, which every session closes to others: for root, PostgreSQL is another user.
+    # Not inside pytest's own directory, which pytest closes to other users: if root runs the tests, PostgreSQL runs as
+    # another user.
     with tempfile.TemporaryDirectory() as directory:
         yield build(uv, Path(directory))
 

@@ -149,7 +149,7 @@ def repeated_hint_begins(scene: Scene) -> None:
 
 
 def ended_lease_begins(scene: Scene) -> None:
-    """Begin by a lease that has ended."""
+    """Begin a follow-up with a lease that has ended."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)
@@ -302,7 +302,7 @@ def cancelled_in_flight(scene: Scene) -> None:
 
 
 def another_workspaces(scene: Scene) -> None:
-    """Read by another workspace's id."""
+    """Read a follow-up with the id of another workspace."""
     follow_up = scene.world.follow_up()
     with Session(scene.engine) as session:
         expect(follow_ups.find(session, follow_up, uuid4()) is None, "no workspace sees another's")
@@ -354,7 +354,7 @@ def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
 
 
 def window_overflows(scene: Scene) -> None:
-    """Claim again when as many are in flight as may be."""
+    """Claim again while the in-flight limit is reached."""
     bounded = scene.settings.model_copy(update={"max_in_flight": 2})
     scene.world.burst([timedelta(0)] * 5)
     taken = [len(scene.claim(scene.engine, bounded).leases) for _ in range(2)]
@@ -362,7 +362,7 @@ def window_overflows(scene: Scene) -> None:
 
 
 def one_takes_all(scene: Scene) -> None:
-    """Claim for a workspace whose follow-up falls due after another's backlog."""
+    """Claim for a workspace whose follow-up falls due later than the backlog of another workspace."""
     scene.world.burst([-timedelta(seconds=9)] * 5)
     follow_up = World(scene.engine).follow_up()
     claimed = scene.claim(scene.engine, scene.settings.model_copy(update={"max_in_flight": 2}))

@@ -106,7 +106,7 @@ class Replicated:
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
-        """Take the servers' binaries; start nothing yet."""
+        """Store where the servers' binaries are; nothing is started yet."""
         self._synchronous, self._binaries = synchronous, binaries
         self._running = ExitStack()
         self.primary = Server(binaries)

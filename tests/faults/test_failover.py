@@ -1,4 +1,4 @@
-"""Failover to a real replica: nothing is lost or doubled, and no process reports itself healthy meanwhile."""
+"""Failover to a real replica: no message is lost or sent twice, and no process reports itself healthy meanwhile."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """Frozen with row locks, a worker delays its own rows only; PostgreSQL ends its session."""
+    """A worker frozen while it holds row locks delays only its own rows; PostgreSQL ends the worker's session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")

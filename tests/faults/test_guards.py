@@ -222,10 +222,10 @@ class Telling:
 
 
 class Hasty(DatabaseClock):
-    """A clock by which everything is due."""
+    """A database clock for which every follow-up is due."""
 
     def until(self, _moment: datetime) -> float:
-        """Say that there is nothing left to wait."""
+        """Return 0, as if the time had come."""
         return 0.0
 
 

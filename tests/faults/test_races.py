@@ -50,7 +50,7 @@ def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float
 
 
 def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Send a user's reply and a create of one chat at the same time, then deliver what is due."""
+    """Send a user's reply and a create request for the same chat at the same time, then deliver what is due."""
     api = rig.web()
     chats = [str(uuid4()) for _ in range(pairs)]
     for chat_id in chats:
@@ -76,7 +76,7 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
     for row in rig.world.rows():
         full = rig.world.row(row.id)
         outcomes[f"201 {full.status} {full.reason}"] += 1
-    # No worker ran before both were answered: the new follow-up was cancelled or refused.
+    # No worker ran until both requests were answered, so the new follow-up was cancelled or refused.
     assert outcomes.keys() <= {"409", "201 cancelled user_replied"}
     figures.keep(16, verdict, reply_against_create=dict(outcomes))
 

@@ -1,4 +1,4 @@
-"""The page of results keeps results that were not run again, with their date and broken promises."""
+"""The results page keeps the results of tests that were not run again, with their date and broken promises."""
 
 from __future__ import annotations
 

@@ -135,7 +135,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add, disturb and sample in steps, catching up if the machine is late."""
+    """Add follow-ups, disturb them and take samples in steps, catching up if the machine falls behind."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP
@@ -169,5 +169,5 @@ def test_load(rig: Rig, figures: Figures) -> None:
 @needs_proc
 @pytest.mark.faults_long
 def test_load_for_long(rig: Rig, figures: Figures) -> None:
-    """An hour of load keeps every promise, and no process grows."""
+    """During an hour of load every promise is kept, and no process uses more and more memory."""
     soak(rig, figures, seconds=float(os.environ.get(SECONDS, "3600")), rate=40)

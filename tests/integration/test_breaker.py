@@ -295,7 +295,7 @@ def client(own: Settings) -> redis.Redis:
 
 
 def test_what_begins_when_it_has_opened(own: Settings) -> None:
-    """Attempts under way when it opened take no permits."""
+    """Attempts already in flight when the breaker opened do not use up its permits."""
 
     class Open:
         async def report(self, news: News, wanted: int) -> Reading:

@@ -207,7 +207,7 @@ def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Setting
 
 
 class TestFreeing:
-    """The release of the deferred follow-ups of given workspaces, first deferred first."""
+    """Deferred follow-ups of given workspaces are released in the order in which they were deferred."""
 
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
         """Release up to `most` deferred follow-ups of these workspaces, and return how many were released."""

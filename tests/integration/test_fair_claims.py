@@ -1,4 +1,4 @@
-"""A backlog shared between workspaces: those with the fewest in flight go first, and the window holds."""
+"""A backlog shared between workspaces: those with the fewest in flight go first, and the window is never exceeded."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SLOW = 0.001
 
 @dataclass
 class Place:
-    """A limiter on a database of the test's own, with the moments of its grants in microseconds."""
+    """A limiter with keys of its own, and the time of each grant in microseconds."""
 
     limiter: Limiter
     redis: Redis
@@ -45,7 +45,7 @@ class Place:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter; nothing but Valkey is there."""
+    """Return settings for a limiter, where only the broker can be reached."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -82,7 +82,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
 async def test_never_faster_than_its_rate(place: Place, rate: float, burst: int) -> None:
-    """Over any span of time at most the burst and what came in meanwhile goes, in the order of the due dates."""
+    """In any period, at most the burst plus the tokens added in that period are granted, in the order of due dates."""
     limit = bucket(rate, burst)
     waiting = [request(number, limit) for number in range(60)]
     order = []

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline signs while its loop turns and the dispatcher while idle; when stuck, their last sign ages."""
+    """The pipeline reports while its loop runs, the dispatcher while idle; if one is stuck, its last report ages."""
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
     pipeline = Pipeline(settings, make_async_engine(database_url, options=ONCE_PLANNED), SandboxTransport(settings))

@@ -79,7 +79,7 @@ def beginning(place: Place) -> Callable[[], set[UUID]]:
 
 
 def ending(place: Place) -> Callable[[], set[UUID]]:
-    """Return a function whose begin ends all follow-ups, since their users have replied."""
+    """Return a function that calls begin, which ends all follow-ups, since their users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 

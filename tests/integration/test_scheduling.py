@@ -218,7 +218,7 @@ class TestAmend:
                 scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
 
     def test_cancel(self, caller: Caller) -> None:
-        """A cancel ends it with the caller's reason or the code; repeating it changes nothing."""
+        """A cancel ends the follow-up with the caller's reason, or else the code; cancelling again changes nothing."""
         created = caller.schedule(caller.world.chat())
         cancelled = followups.cancel(caller.session, created.id, reason="called")
         assert (cancelled.status, cancelled.reason) == ("cancelled", "called")

@@ -55,7 +55,7 @@ def put(world: World, hours: SendingHours) -> None:
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set or clear the hours, and release held follow-ups to be checked again, as the command does."""
+    """Set or clear the sending hours, and release held follow-ups so that they are checked again, like the command."""
     with Session(world.engine) as session, session.begin():
         if hours:
             sending_hours.put(session, world.workspace_id, hours)
@@ -84,14 +84,14 @@ def test_held_until_they_open(world: World, engine: Engine, settings: Settings) 
 
 
 def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """Within the hours a follow-up begins as usual."""
+    """During sending hours a follow-up begins as usual."""
     put(world, OPEN)
     follow_up = world.follow_up()
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
 def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """When the hours have opened, waiting follow-ups begin."""
+    """When sending hours begin, waiting follow-ups begin."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
@@ -336,7 +336,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
-    """Hours in an unknown time zone hold for a minute, and are looked at again: nothing is sent at a wrong hour."""
+    """If the time zone is unknown, the follow-up is held for a minute and checked again; none is sent at a wrong hour."""
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()

@@ -80,7 +80,7 @@ class TestSettle:
         deduplicates: bool,  # noqa: FBT001 - a parameter of the test
         status: str,
     ) -> None:
-        """An unknown outcome is tried again with the same key, or named where the transport cannot deduplicate."""
+        """After an unknown outcome the message is sent again with the same key, if the transport deduplicates."""
         follow_up = world.follow_up()
         chosen = settings.model_copy(update={"transport_deduplicates": deduplicates})
         steps.settle([attempt(steps.begun(chosen), Unknown("timeout"))], chosen)

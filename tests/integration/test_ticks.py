@@ -171,7 +171,7 @@ def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, g
 
 
 def test_a_slow_connection(settings: Settings) -> None:
-    """The grace is at least the time that connecting may take by the database's URL."""
+    """The grace period is at least the connect timeout in the database's URL."""
     url = make_url(settings.database_url.get_secret_value()).update_query_dict({"connect_timeout": "60"})
     slow = SecretStr(url.render_as_string(hide_password=False))
     assert rhythm_of(settings.model_copy(update={"database_url": slow})).grace > MINUTE
@@ -210,7 +210,7 @@ class TestOneAtATime:
         assert claimed(engine, settings) == [follow_up]
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A dispatcher that finds another one claiming claims afterwards, without another tick."""
+        """If another dispatcher is claiming, a dispatcher waits and claims afterwards, without another tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []

@@ -1,4 +1,4 @@
-"""The reason of a follow-up with an unknown outcome says so, whatever ends it."""
+"""If an outcome is unknown, the reason of the follow-up says so, however the follow-up ends."""
 
 from __future__ import annotations
 

@@ -285,7 +285,7 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
 
 @pytest.mark.parametrize("text", ["\x1b]8;;http://evil\x07", "a\x9b31m", "left \u202e", "a\nb", "see [/b]"])
 def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an event holds, its line on the console is one line, and its only controls are our own colours."""
+    """Whatever an event contains, the console shows it in one line, with no control characters but our colour codes."""
     for terminal in (io.StringIO(), Terminal()):
         monkeypatch.setattr(sys, "stderr", terminal)
         configure_logging("console", "info")

@@ -71,7 +71,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
-    """Until the opening the local time is outside the hours, except when the clock is changed."""
+    """Until sending hours begin, the local time is outside them, except for local times that occur twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

@@ -177,7 +177,7 @@ class Caller:
 
     @property
     def starts(self) -> Starts:
-        """Where deep pages of lists began."""
+        """The known starting points of deep list pages."""
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:

@@ -83,7 +83,7 @@ class Wire:
 
 
 class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
-    """The request is refused with a problem."""
+    """The request is refused with an RFC 9457 error response."""
 
     def __init__(self, problem: problems.ProblemAnswer) -> None:
         """Store the problem to answer with."""
@@ -149,7 +149,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends, and records whether the answer has begun: after that it cannot be replaced."""
+    """Sends the response, and records whether it has started: a started response cannot be replaced."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

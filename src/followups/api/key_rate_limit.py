@@ -61,9 +61,9 @@ class Allowance:
 class RateLimit:
     """A sliding window for each key.
 
-    For a busy key, requests are counted ahead, twice as many each time: asking Redis for every single one took a tenth
-    of a create. For an idle key, or a small limit, every request is counted as it arrives. An instance belongs to one
-    event loop.
+    For a busy key, a process counts requests in advance, twice as many each time: asking Redis for every single one
+    took a tenth of the time of a create request. For an idle key, or a small limit, every request is counted as it
+    arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:

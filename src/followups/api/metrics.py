@@ -38,7 +38,7 @@ class BacklogCollector(Collector):
     """Queries the database when scraped. If that fails, these gauges are missing and the rest is shown."""
 
     def __init__(self, engine: Engine, window: int) -> None:
-        """Store the engine, and the most that can be in flight."""
+        """Store the engine and the in-flight limit."""
         self._engine = engine
         self._window = window
         self._lock = threading.Lock()

@@ -73,7 +73,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ProblemAnswer:
-    """A problem to be sent, with its headers."""
+    """An RFC 9457 error response, with its headers."""
 
     status: int
     slug: str

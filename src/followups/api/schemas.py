@@ -24,7 +24,7 @@ Each invalid field costs an error, so the number is checked before any field is.
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
-    # In a change, an absent field stays as it is; null is not its default.
+    # In a PATCH, an absent field keeps its value, so null must not be shown as its default.
     for field in schema["properties"].values():
         field.pop("default", None)
 

@@ -76,7 +76,7 @@ def carry_out(plan: Plan, batches: Batches, manner: Manner) -> None:
 
 
 def confirm(plan: Plan) -> None:
-    """Ask for confirmation. Raises a usage error when stdin is no terminal, and `typer.Exit` when the answer is no."""
+    """Ask for confirmation. Raises a usage error if stdin is not a terminal, and `typer.Exit` if the answer is no."""
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"
         raise typer.BadParameter(message, param_hint="--yes")

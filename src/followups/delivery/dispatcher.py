@@ -140,7 +140,7 @@ class Dispatcher:
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
     def _pass_over(self, error: Exception) -> bool:
-        """Exclude the rows that made a claim fail from the next claims, for a while; return whether any were found."""
+        """For a while, claim without the rows that made a claim fail; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):

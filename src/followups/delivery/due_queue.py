@@ -1,4 +1,4 @@
-"""The due queue: leases by the moment each may begin, then in turns between workspaces. No I/O, for one event loop."""
+"""The due queue: leases ordered by the time each may begin, then taken in turns of workspaces. No I/O, for one event loop."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class DueQueue:
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Remove and return the leases beyond ``most`` whose moment has come, earliest first.
+        """Keep ``most`` of the leases whose time has come; remove and return the others, earliest first.
 
         Only these workspace queues are considered.
         """

@@ -1,7 +1,7 @@
 """Hints: what the broker carries after a claim's commit, written and parsed here.
 
-A hint names follow-ups, the tokens they were leased under, and the moment each is due, so that the worker need not
-query them. It holds no text and proves nothing. It may be lost, doubled or late without harm, because begin reads the
+A hint names follow-ups, the tokens they were leased under, and the time each is due, so that the worker need not query
+them. A hint holds no text and is not trusted. It may be lost, repeated or late without harm, because begin reads the
 row. It also carries the keys of the workspace queues. A worker that ignores them, or gets none during an upgrade, sends
 the same.
 """

@@ -202,7 +202,7 @@ class Breaker:
     def spend(self, keys: Iterable[int]) -> None:
         """Spend a permit for each follow-up of a tripped workspace that has begun, given the keys of all that have.
 
-        They may be more than there are permits, if the breaker opened meanwhile.
+        There may be more of them than permits, if the breaker opened in the meantime.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))

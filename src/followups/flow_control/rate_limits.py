@@ -2,7 +2,8 @@
 
 A `Limiter` keeps the state of each limit for all workers: token buckets and the queues before them, in two scripts
 (``take``, ``give_back``) in Redis. Losing it costs a burst, and the order of the waiting follow-ups. A deferred
-follow-up uses up no attempt and no slot: for a short wait it stays in the due queue, for a longer one in its row.
+follow-up uses up no attempt and no slot: if the wait is short, it stays in the due queue; if not, it waits in the
+database.
 """
 
 from __future__ import annotations

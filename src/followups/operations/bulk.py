@@ -43,7 +43,7 @@ locked several chats would wait for others that do the same.
 
 
 def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[Pending]:
-    """Return what is pending in a workspace, or in a chat of one workspace or of all; empty for an unknown chat."""
+    """Return what to cancel in a workspace, or in a chat of one or every workspace; nothing for an unknown chat."""
     now = bulk_cancel.now(session.connection())
     if chat_id is None:
         return [] if workspace_id is None else [Pending(workspace_id, None, now)]

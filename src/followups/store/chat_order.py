@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
     Refused = Callable[[UUID, Exception], None]
 
-# The lock keeps "it is still pending" true until this commits: its end comes after, and unblocks. Skipped if it is
-# being ended right now: the caller tries again shortly.
+# The lock keeps the earlier follow-up pending until this transaction commits, so that its end comes later and unblocks
+# the parked one. If another transaction is ending it right now, it is skipped: the caller tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -106,8 +106,8 @@ _PARK_PILE = text("""
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
     """Park what is due behind the parked ones, each behind the one before it; return how many.
 
-    Their leases, if any, become invalid; begin would have refused them. Call it after `park_if_leased`, in its
-    transaction.
+    Their leases, if any, become invalid; begin would refuse these follow-ups anyway. Call it after `park_if_leased`, in
+    its transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 

@@ -132,7 +132,7 @@ def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
     By then one of the workspace's chats has the id. Raises `ExternalChatTakenError` if a chat of another workspace has
-    it; a removed chat has no external id.
+    this external id; a removed chat has none.
     """
     yield _LOCK_EXTERNAL_ID(external_id=external_id)
     if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):

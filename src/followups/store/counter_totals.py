@@ -91,7 +91,7 @@ class CounterTotals:
         self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
 
     def start(self) -> None:
-        """Start adding, once in `INTERVAL`."""
+        """Start the thread, which adds to the totals once every `INTERVAL`."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -7,7 +7,7 @@ Lag and throughput read what ended in the last minutes, by its index; if that is
 
 The backlog is for metrics, which are read every few seconds. Counting ten million pending rows takes seconds, and
 counters kept by a trigger would make every insert and every end write to one shared row. So rows are counted one by one
-up to `BACKLOG_EXACT_UP_TO`, which covers what a healthy system has overdue. Beyond that the numbers are the planner's
+up to `BACKLOG_EXACT_UP_TO`, which is more than a healthy system has overdue. Beyond that the numbers are the planner's
 estimates, as exact as the last ANALYZE (which runs after 2 % of the rows have changed), and never below what was
 counted. Measured on two busy cores with half a million rows pending, 36,000 of them overdue: 16 ms (an exact count of
 pending takes 83 ms, and grows with it). Right after 60,000 were sent and not yet vacuumed, it takes 287 ms once and 13

@@ -109,7 +109,7 @@ def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
 
 
 def statement_of(workspace_id: UUID | None, wanted: Filter, start: Start | None = None) -> tuple[str, dict[str, Any]]:
-    """Return the SQL of a page and its parameters, without ``offset``, ``size`` and ``most`` (their sum)."""
+    """Return the SQL of a page and its parameters, except ``offset``, ``size`` and ``most`` (``offset + size``)."""
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
     if workspace_id is not None:

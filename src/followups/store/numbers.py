@@ -1,6 +1,6 @@
 """Numbers of one workspace, or of all, for the console's overview. Each is counted up to a limit and within a time.
 
-Every query reads an index in its order. A number that would take longer than `LIMIT` is given up and is None.
+Every query reads rows in the order of an index. A number that would take longer than `LIMIT` is given up and is None.
 """
 
 from __future__ import annotations

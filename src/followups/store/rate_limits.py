@@ -111,7 +111,7 @@ def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
 
 @dataclass(frozen=True, slots=True)
 class Limitable:
-    """What rate limits go by: where a leased follow-up belongs, and its place in the order."""
+    """The facts about a leased follow-up that rate limits need: where it belongs, and its place in the order."""
 
     id: UUID
     ended: bool
@@ -126,7 +126,7 @@ class Limitable:
 
     @property
     def is_over(self) -> bool:
-        """Return whether it has ended, or begin would end it."""
+        """Return whether the follow-up has ended, or would be ended by begin."""
         return self.ended or (self.left is not None and not self.left)
 
 

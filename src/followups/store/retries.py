@@ -75,7 +75,7 @@ class Failed(NamedTuple):
 
 
 def some_failed(connection: Connection, failures: Failures, most: int, after: Moment = START) -> list[Failed]:
-    """Return the next few, in the order of their ends."""
+    """Return the next few failed follow-ups, in the order in which they ended."""
     query = f"""
         SELECT f.id, f.finished_at {_failed(failures)}
            AND f.finished_at >= :after AND (f.finished_at, f.id) > (:after, :after_id)

@@ -54,8 +54,8 @@ class HeartbeatError(Exception):
 def default_directory() -> Path:
     """Return the default runtime directory: one for each user, since another user's could be a trap.
 
-    It is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service, so the two would not find
-    each other's files.
+    It is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service: a process in one would
+    not find the files of a process in the other.
     """
     try:
         parent = tempfile.gettempdir()

@@ -29,7 +29,7 @@ ATTEMPT_DURATION = Histogram(
 LAG = Histogram(
     "followups_lag_seconds",
     "Accepted by the transport minus due date.",
-    # From a millisecond, which a healthy system keeps, to a day, after which a follow-up is too late.
+    # From a millisecond, normal in a healthy system, to a day, after which a follow-up is too late.
     buckets=(
         0.001,
         0.0025,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class HttpTransport:
-    """Posts each message to ``FOLLOWUPS_TRANSPORT_URL``; the port's `Transport`."""
+    """Implements the port's `Transport`: posts each message to ``FOLLOWUPS_TRANSPORT_URL``."""
 
     name = "http"
 

@@ -153,7 +153,7 @@ class HttpClient:
             if exchange.stale is None or not self._is_open:
                 return code
             if exchange.stale in refused and self._curls is curls:
-                # libcurl closes a connection that is refused, but not if it is one of HTTP/2.
+                # libcurl closes a connection that was refused as stale, but not an HTTP/2 connection.
                 self._retired.append(curls)
                 self._curls = None
             refused.add(exchange.stale)

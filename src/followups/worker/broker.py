@@ -104,9 +104,9 @@ class App(Celery):
 class Consumer:
     """The latest activity of this process's consumer: the proof that it consumes.
 
-    It asks the broker for work (BRPOP) all the time and gets an answer within a second, be it "nothing". Celery's
-    ``ping`` is answered on another connection, also by a worker that has stopped consuming. Times are monotonic
-    seconds.
+    The consumer polls the broker without pause (BRPOP), and gets an answer within a second even if the queues are
+    empty. Celery's ``ping`` is answered on another connection, also by a worker that has stopped consuming. Times are
+    monotonic seconds.
     """
 
     def __init__(self) -> None:
@@ -252,8 +252,8 @@ def _is_consumers_thread() -> bool:
 def is_message(message: object) -> bool:
     """Return whether a decoded entry has the shape of the messages that our processes send.
 
-    Compressed ones have not: a few kilobytes could fill the memory. Nor have those of another content type, which kombu
-    would decode by any codec of Python's, zlib and bz2 among them.
+    A compressed message does not: a few kilobytes of it could fill the memory. Nor does one of another content type,
+    which kombu would decode with any of Python's codecs, zlib and bz2 among them.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)

@@ -1,11 +1,11 @@
-"""The parts that sign a worker's and a beat's heartbeat, and how long each may go without a sign.
+"""The components that report a worker's and a beat's heartbeat, and how long each may go without reporting.
 
 A worker that consumes nothing must be noticed. A canary in the shared queues would be taken by any of the workers, and
 a canary in a queue of its own would leave keys in the broker for each worker that was killed. There is a better proof
-that costs nothing. The consumer asks the broker for work without end, and the broker answers each time within a second,
-if only with "nothing" (`followups.worker.broker.Consumer`). An idle worker among fifty therefore signs as often as a
-busy one. The components behind the consumer sign for themselves: the pipeline's event loop by turning, and the
-dispatcher's thread by being idle, or busy for no longer than a tick can take.
+that costs nothing. The consumer asks the broker for work without pause, and the broker answers each time within a
+second, even when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore
+reports as often as a busy one. The components behind the consumer report for themselves: the pipeline's event loop
+while it runs, and the dispatcher's thread while it is idle, or busy for no longer than a tick can take.
 
 While the broker or the database is unreachable, or the database is read-only, all of them keep retrying, which is a
 sign of life too. Liveness concerns only what a restart fixes. During an outage, a restart would lose what was accepted
@@ -134,6 +134,6 @@ def _sign_for_outage(heart: Heartbeat) -> None:
 
 
 def drain(within: timedelta) -> None:
-    """Expect no more signs from the parts, only the end of the process."""
+    """Expect no more heartbeats from the components, only the end of the process."""
     if heart := current():
         heart.end(within, "has been stopping")

@@ -52,7 +52,7 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 class Scheduler(CelerysScheduler):
-    """Records a sign in the heartbeat before it sends a tick and before it sleeps."""
+    """Reports a heartbeat before it sends a tick and before it sleeps."""
 
     _booted_at: float | None = None
     """When this host booted, by its own clock.

@@ -104,7 +104,7 @@ class Protocol:
 
 
 class Broken(Exception):  # noqa: N818 - a broken promise, named as such
-    """A promise is broken by the step that raises this."""
+    """Raised by a step that finds a promise broken."""
 
 
 def break_promise(name: str) -> None:

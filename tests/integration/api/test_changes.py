@@ -77,7 +77,7 @@ class TestChange:
         assert (again.status_code, again.json()) == (200, ended)
 
     def test_finished_at(self, api: Api) -> None:
-        """The caller may give the time of the end."""
+        """The caller may give the time at which the follow-up ended."""
         ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
         assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """Above its rate limit a key gets a problem with Retry-After; another key does not."""
+    """A key over its rate limit gets an error response with Retry-After; another key does not."""
     with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
         with client_of(place, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]

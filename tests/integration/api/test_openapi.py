@@ -92,7 +92,7 @@ def test_schemathesis(settings: Settings, world: World, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Generate a client from the document by openapi-python-client; return its package."""
+    """Generate a client from the OpenAPI document with openapi-python-client; return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
     # Its hooks would format the generated code, which is not needed.

@@ -33,8 +33,8 @@ def address_of(api: Api) -> tuple[str, int]:
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
     """Send the bytes and return the statuses of the answers, as h11 reads them.
 
-    ``methods`` are those of the requests, in their order, after which the last one is repeated. After ``most`` answers
-    the server must send nothing else for a moment. Every ``KEY`` is replaced by the key.
+    ``methods`` are the HTTP methods of the requests, in order; if there are more requests, the last one is repeated.
+    After ``most`` answers the server must send nothing else for a moment. Every ``KEY`` is replaced by the key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @pytest.mark.parametrize("any_server", [False, True])
 def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
-    """Readiness and doctor call the database read-only, whether it refuses the session or opens it.
+    """Readiness and doctor report that the database is read-only, whether the connection is refused or opened.
 
     No finding asks for more workers.
     """

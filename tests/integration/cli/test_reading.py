@@ -112,7 +112,7 @@ class TestShow:
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
     def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
-        """A due follow-up is explained by the open breaker; one due later is not."""
+        """For a due follow-up the open breaker is given as the reason for its waiting; for one due later it is not."""
         due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
 
         async def fail() -> None:

@@ -56,7 +56,7 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """Commits that survive the crash of one machine pass the check.
+    """The check passes if commits survive the crash of one machine.
 
     Without synchronous standbys, `local` is as safe as `on`.
     """
@@ -78,7 +78,7 @@ def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
-    """A database that cannot store every text is a failed check with advice, and no others follow."""
+    """If the database cannot store every text, the check fails with advice, and the other checks are skipped."""
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)
     (finding,) = database_checks.databases(settings, engine)

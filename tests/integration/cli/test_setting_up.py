@@ -67,7 +67,7 @@ class TestMigrate:
         assert "waiting" not in ran.stderr
 
     def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """If the database stays unreachable, the command reports what it waits for, then fails with a sentence."""
+        """If the database stays unreachable, the command reports what it waits for, then exits with an error."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
         assert ran.code == 1

@@ -75,7 +75,7 @@ async def test_processes_share_the_limit(limit_of: Callable[[int], RateLimit]) -
 
 
 async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], RateLimit], server: FakeServer) -> None:
-    """A busy key asks the server a few times for many requests, and no process exceeds the limit by that."""
+    """For a busy key, the server is asked rarely, for many requests at a time; even so the limit is never exceeded."""
     limit = limit_of(60_000)
     assert await allowed(limit, 1_000) == 1_000
     assert server.connected

@@ -145,7 +145,7 @@ def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
 @QUICK
 @given(st.integers(min_value=1, max_value=86_400))
 def test_any_number_of_seconds_is_kept(seconds: int) -> None:
-    """Seconds within the limits are honoured as they are."""
+    """A number of seconds within the limits is used unchanged."""
     assert retry_after({"retry-after": str(seconds)}, NOW) == timedelta(seconds=seconds)
 
 

@@ -38,7 +38,7 @@ async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
 
 
 async def test_it_is_a_transport_with_a_name(rig: Rig) -> None:
-    """A transport keeps the port's protocol and is called by its entry point's name."""
+    """A transport implements the port's protocol, and has the name of its entry point."""
     assert isinstance(rig.transport, Transport)
     assert rig.transport.name in {"http", "matrix", "sandbox"}
 

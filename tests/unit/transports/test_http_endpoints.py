@@ -136,7 +136,7 @@ def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
 async def test_a_client_certificate_is_shown(
     authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, apart: bool
 ) -> None:
-    """The client certificate is sent on request, with its key in the same file or in its own."""
+    """The client certificate is sent on request; its private key may be in the same file or in a separate one."""
     ours = authority.issue_cert("worker.example")
     ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
@@ -310,7 +310,7 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
     host: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host with IPv4 and IPv6 addresses is reached if only one of them listens, in either order."""
+    """A host with an IPv4 and an IPv6 address is reached even if only one of them listens, whichever comes first."""
     async with scripted(OK, host=host) as server:
         port = server.url.rpartition(":")[2]
         options = http_client.connection_options

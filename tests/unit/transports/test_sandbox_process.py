@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_taken_from_the_environment_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The secret may come from the environment, which the process list does not show; an invalid one ends it."""
+    """The secret may come from the environment, which the process list does not show; an invalid secret is an error."""
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert server.main([]) == 1
     assert "FOLLOWUPS_TRANSPORT_SECRET should be base64" in capsys.readouterr().err

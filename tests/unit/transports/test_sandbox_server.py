@@ -66,7 +66,7 @@ async def test_what_is_no_delivery_is_turned_away(
 
 
 async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxChats) -> None:
-    """With a secret only signed deliveries are read; all others are 401."""
+    """If a secret is set, only signed deliveries are accepted; all others get a 401."""
     body, now = json.dumps(BODY), datetime.now(UTC)
     signature = Webhook(SIGNING_SECRET).sign("id", now, body)
     stamp = str(int(now.timestamp()))

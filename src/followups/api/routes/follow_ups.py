@@ -141,8 +141,8 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
 def _with_message(answer: idempotency.Answer, message: str) -> idempotency.Answer:
     """Return the answer to a create with this message in it.
 
-    It is stored without one, so that no text stays there after it has left its row. The request that repeats it has the
-    same message.
+    The answer is stored without a message, so that no text stays there after it has left its row. A repeated request
+    carries the same message.
     """
     if not answer.location:
         return answer

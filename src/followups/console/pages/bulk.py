@@ -121,7 +121,7 @@ def _own(visit: Visit, session: Session) -> BulkAction:
 
 
 def _sees(visit: Visit, action: BulkAction) -> bool:
-    """Return whether a session of one chat sees the action, which has to be of that chat alone."""
+    """Return whether the session may see the action: a session of one chat sees only the actions of that chat."""
     chat_id = visit.person.chat_id
     return chat_id is None or action.chosen.get("chat_id") == str(chat_id)
 

@@ -1,4 +1,4 @@
-"""The checks of the connections to database and broker: in clear or by TLS, and verified or not."""
+"""The checks of the connections to database and broker: unencrypted or over TLS, and verified or not."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def timeouts(settings: Settings) -> Finding:
-    """Show the sum of the timeouts, which keeps a worker that is waiting for an answer from losing its lease."""
+    """Show the sum of the timeouts: the lease is at least as long, so a worker waiting for an answer keeps it."""
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
         f" <= lease {span(settings.lease)}"
