@@ -45,10 +45,10 @@ def trigger_of(chat: Chat) -> UUID:
 
 
 def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> None:
-    """Refuse a moment outside the channel's messaging window.
+    """Refuse a time outside the channel's messaging window.
 
-    A follow-up that is due outside the workspace's sending hours will be held until they open. That moment must be
-    inside the messaging window too.
+    A follow-up that is due outside the workspace's sending hours will be held until they open. That time must be inside
+    the messaging window too.
     """
     channel = Channel(chat.channel)
     if not is_open(channel, chat.last_user_message_at, moment):
@@ -65,7 +65,7 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 
 
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
-    """Return when the hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
+    """Return when sending hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
 
     A time zone that this host does not know is no reason to refuse a caller's follow-up: the worker that begins it
     checks the hours again.

@@ -99,7 +99,7 @@ class Workspace(Base):
 
 
 class SendingHours(Base):
-    """The hours in which a workspace lets its messages be sent; without a row, always (`followups.sending_hours`).
+    """The sending hours of a workspace; without a row, messages are sent at any time (`followups.sending_hours`).
 
     It is a separate table, so that begin reads nothing while no workspace has any.
     """
@@ -374,8 +374,8 @@ class FollowUp(Base):
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
     """When the due date or the chat was last set.
 
-    Lateness counts from the later of this moment and the due date, so that a due date in the past means at once, not
-    too late.
+    Lateness counts from the later of this time and the due date, so that a due date in the past means at once, not too
+    late.
     """
     next_attempt_at: Mapped[datetime | None]
     """When to try again after a retry or a deferral, or None for the due date."""
@@ -403,9 +403,9 @@ class FollowUp(Base):
     held_until: Mapped[datetime | None]
     """The opening of the sending hours until which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first moment at which the sending hours allow the sending, or None before any hold.
+    """The first time at which the sending hours allow the sending, or None before any hold.
 
-    A moment in the future follows from the current hours. A time in the past stays, even if the hours change. Lateness
+    A time in the future follows from the current sending hours. A time in the past stays, even if they change. Lateness
     counts from this moment.
     """
     limited_until: Mapped[datetime | None]

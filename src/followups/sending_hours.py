@@ -1,7 +1,7 @@
 """Sending hours: the hours of a workspace's local day in which its messages may be sent. Pure.
 
-Hours are local time: a message is sent at a moment only if the local clock then shows a time from the opening on and
-before the closing. If the clock is set forward over the opening or the closing, the jump is that moment. If it is set
+Sending hours are local time: a message is sent only if the local clock then shows a time from the opening on and before
+the closing. If the clock is set forward over the opening or the closing, the jump counts as that time. If it is set
 back and shows a time twice, the opening is the second of the two and the closing the first, so that the local clock
 never shows a time outside.
 """
@@ -59,7 +59,7 @@ def zone_of(name: str) -> ZoneInfo | None:
 
 
 def opens_at(hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first moment, from ``moment`` on, at which sending is allowed; that may be ``moment`` itself.
+    """Return the first time, from ``moment`` on, at which sending is allowed; this may be ``moment`` itself.
 
     Raises `LookupError` if this machine does not know the time zone.
 
@@ -72,7 +72,7 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the start and end of the time of sending that contains ``moment``, or of the next one if none does.
+    """Return the start and end of the sending period that contains ``moment``, or of the next one if none does.
 
     Raises `LookupError` if this machine does not know the time zone.
     """
@@ -80,7 +80,7 @@ def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
     if zone is None:
         message = f"no time zone {hours.time_zone!r} on this machine"
         raise LookupError(message)
-    # The hours of the day before may last until now; two days, since a zone may be a day away from UTC.
+    # The sending hours of the day before may last until now; two days, since a zone may be a day away from UTC.
     first = moment.astimezone(zone).date() - 2 * DAY
     for opening, closing in _spans(hours, zone, first):
         if moment < closing:
@@ -105,7 +105,7 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
 
 
 def _moment(local: datetime, *, fold: int) -> datetime:
-    """Return the moment at which the local clock shows that time, or jumps over it."""
+    """Return the instant at which the local clock shows this time, or jumps over it."""
     earlier, later = sorted(local.replace(fold=each).astimezone(UTC) for each in (0, 1))
     shown = earlier.astimezone(local.tzinfo).replace(tzinfo=None)
     if earlier == later or shown == local.replace(tzinfo=None):
@@ -114,7 +114,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return the moment between the two at which the clock is set forward."""
+    """Return the instant between the two at which the clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:

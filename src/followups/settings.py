@@ -1,7 +1,7 @@
 """Every setting, declared once: its name, default, limits and meaning.
 
-Settings are read from the environment with the prefix ``FOLLOWUPS_``. An invalid value stops the start with a sentence
-that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
+Settings are read from the environment with the prefix ``FOLLOWUPS_``. An invalid value stops the start with an error
+message that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from followups.urls import HIGHEST_PORT, port_of
 
 
 def main() -> None:
-    """Read the settings and serve; invalid ones end with a sentence and exit code 2."""
+    """Read the settings and serve; invalid settings end the process with an error message and exit code 2."""
     parser = argparse.ArgumentParser(prog="python -m followups.api", description="Serve the REST API.")
     parser.add_argument("--host", default="", help="address to listen on (default: every one, IPv6 and IPv4)")
     parser.add_argument("--port", default=port_of(os.environ.get("PORT"), "8000"), help="default: $PORT, else 8000")

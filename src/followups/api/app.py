@@ -47,10 +47,10 @@ if TYPE_CHECKING:
 NAME = "followups-web"
 
 POOL_SIZE = 8
-"""Most database connections of requests."""
+"""Maximum number of database connections for requests."""
 
 THREADS = 2
-"""Most threads, and database connections of theirs, which serve the probes and scrapes."""
+"""Maximum number of threads that serve probes and scrapes, each with one database connection."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 """Time limit of a request's statements, which take milliseconds; most clients give up earlier."""
@@ -119,14 +119,14 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
 
 
 def app_from_environment() -> FastAPI:
-    """Return the application for the environment's settings; an invalid one ends the process with a sentence."""
+    """Return the application for the environment's settings; an invalid one ends the process with an error message."""
     try:
         settings = load_settings()
     except SettingsError as error:
         sys.stderr.write(f"followups: {error}\n")
         raise SystemExit(2) from None
     configure_logging(settings.log_format, settings.log_level)
-    from followups.worker.celery_app import nudge  # noqa: PLC0415 - Celery; loaded now, or the first create would wait for it
+    from followups.worker.celery_app import nudge  # noqa: PLC0415 - Celery; loaded now, or the first request would wait for it
 
     return create_app(settings, nudge)
 
@@ -140,7 +140,7 @@ class Application(FastAPI):
     """FastAPI with our own document and with the gate outside all other middleware."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the document, made once."""
+        """Return the document, which is made once."""
         self.openapi_schema = self.openapi_schema or openapi.describe(self)
         return self.openapi_schema
 

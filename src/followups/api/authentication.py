@@ -1,8 +1,8 @@
 """Authentication: the API key, and the one transaction in which the request is served.
 
 The key is looked up by the first statement of the request's own transaction, so that a revocation counts from its
-commit on and costs no round trip of its own. FastAPI's dependencies run after the body's validation; yet a stranger's
-bad body must be 401, not 422 (`AuthenticatedRoute`).
+commit on and costs no round trip of its own. FastAPI's dependencies run after the body's validation; yet an invalid
+body without a valid key must get a 401, not a 422 (`AuthenticatedRoute`).
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class KnownKeys:
     """
 
     def __init__(self) -> None:
-        """Know of none."""
+        """Start without any."""
         self._known: dict[bytes, tuple[float, Identity]] = {}
 
     def get(self, hashed: bytes) -> Identity | None:
@@ -106,7 +106,7 @@ class KnownKeys:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What all requests share: `app.state.services`."""
+    """The objects that all requests share: `app.state.services`."""
 
     database: Database
     rate_limit: RateLimit
@@ -125,7 +125,7 @@ class Services:
 
 @dataclass(slots=True)
 class Work:
-    """A request's transaction: its workspace, its start by the database's clock, and what it did."""
+    """A request's transaction: its workspace, its start by the database's clock, and its changes."""
 
     workspace_id: UUID
     key_id: UUID
@@ -138,17 +138,17 @@ class Work:
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
         """Record what this transaction did to the follow-up: it may be due soon, or have ended.
 
-        ``finished_at`` is the caller's own time of the end, or None for now.
+        ``finished_at`` is the end given by the caller, or None for now.
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
         # Otherwise it had ended before, and at most its chat message's id was filled in.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # a later follow-up of its chat may have waited for it
+            self.nudges = True  # a later follow-up of the chat may have waited for it
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
-        """Record that this transaction cancelled these."""
+        """Record that this transaction cancelled these follow-ups."""
         final = finish(Status.CANCELLED, code)
         self.ends = (*self.ends, *((each, final) for each in ids))
 
@@ -160,7 +160,7 @@ class Caller:
     """
 
     def __init__(self, request: Request) -> None:
-        """Take the request."""
+        """Store the request."""
         self._services: Services = request.app.state.services
         self._identity: Identity = request.scope[IDENTITY]
         self._is_valid = False

@@ -1,4 +1,4 @@
-"""Where deep pages begin, so that they are read by key."""
+"""The starting points of deep pages, so that these pages are read by key."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     from followups.store.listing import Start
 
 DEEP = 1_000
-"""Rows before a deep page. The beginning of any other is counted each time, since that takes a few milliseconds."""
+"""Rows before a deep page. For any other page the rows before it are counted each time, in a few milliseconds."""
 
 KNOWN_FOR = 60.0
 """Seconds for which a deep page begins at the same row, even if rows were added before it."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
-"""Most lists, and beginnings in each, that are remembered."""
+"""Maximum number of lists that are remembered, and of starting points in each."""
 
 
 class Starts:
-    """Where deep pages began, so that they and those after them are read by key: counting 15,000 rows took 30 ms."""
+    """Starting points, from which deep pages and later ones are read by key: counting 15,000 rows took 30 ms."""
 
     def __init__(self) -> None:
         """Start without any."""
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:
-        """Return the last known beginning up to the offset, or None if there is none or the page is not deep."""
+        """Return the last known starting point up to the offset, or None if there is none or the page is not deep."""
         if offset < DEEP:
             return None
         now = time.monotonic()
@@ -36,7 +36,7 @@ class Starts:
         return max(known, key=lambda start: start.offset, default=None)
 
     def note(self, of: Hashable, start: Start) -> None:
-        """Remember a beginning, in place of the oldest one if there are too many."""
+        """Remember a starting point, in place of the oldest one if there are too many."""
         if start.offset < DEEP:
             return
         starts = self._known.pop(of, {})

@@ -15,7 +15,7 @@ from followups.states import MAX_REASON_LENGTH, storable
 from followups.store.console_sessions import LONGEST_LINK, SHORTEST_LINK
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
-"""Most characters of the transport's own name for a chat."""
+"""Maximum characters of the transport's own name for a chat."""
 
 MAX_PAGE_SIZE = 100
 """Most follow-ups on one page."""
@@ -46,7 +46,7 @@ def _rfc3339(value: object) -> object:
     if offset is None:
         message = "should carry an offset, as in 2030-01-31T09:00:00Z"
         raise ValueError(message)
-    # RFC 3339 has leap seconds and Python has not; the last moment before is near enough.
+    # RFC 3339 has leap seconds, Python does not; the last microsecond before is close enough.
     if seconds and seconds.startswith(":60"):
         seconds = ":59.999999"
     return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"
@@ -98,7 +98,7 @@ LINK_LIFE = {
         {"type": "string", "pattern": "^(PT[1-9][0-9]{1,4}S|PT[1-9][0-9]{0,3}M|PT([1-9][0-9]?|1[0-5][0-9])H|P[1-7]D)$"},
     ]
 }
-"""The lives of a link that need no more than one unit; the server takes all others within its bounds too."""
+"""Lifetimes of a link that can be written with one unit; the server also accepts all others within its bounds."""
 
 LinkLife = Annotated[
     timedelta,

@@ -24,10 +24,10 @@ KEYED = "/api/"
 """Path prefix of the requests that need a key."""
 
 CONSOLE = "/console"
-"""Path of the console, which knows its people by a cookie."""
+"""Path of the console, which identifies people by a cookie."""
 
 STREAM = f"{CONSOLE}/stream"
-"""Path of the console's server-sent events, which take no place of another request."""
+"""Path of the console's server-sent events, which do not count towards the limit of requests."""
 
 MAX_HEADER_SIZE = 32 * 1024
 """Most bytes of a request line and its headers together."""
@@ -50,16 +50,16 @@ WIRE = "followups.wire"
 
 
 class Budget:
-    """The memory that the bodies of all requests share, from their arrival until their answer."""
+    """The memory that the bodies of all requests share, from a body's arrival until its response."""
 
     def __init__(self) -> None:
-        """Start with nothing taken."""
+        """Start with nothing reserved."""
         self.taken = 0
 
 
 @dataclass(slots=True)
 class Wire:
-    """A body on its way: the memory it takes, and what the server found wrong with it, if anything."""
+    """A body that is being received: its memory, and the error that the server found in it, if any."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE
@@ -86,7 +86,7 @@ class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
     """The request is refused with an RFC 9457 error response."""
 
     def __init__(self, problem: problems.ProblemAnswer) -> None:
-        """Store the problem to answer with."""
+        """Store the error response."""
         super().__init__(problem.detail)
         self.problem = problem
 
@@ -104,7 +104,7 @@ class Gate:
         self._inside = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it."""
+        """Pass a request on, or answer it with an error."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -144,7 +144,7 @@ class Gate:
                 self._let_out()
 
     def _let_out(self) -> None:
-        """Count a request no longer: a client that reads slowly takes no place from the others."""
+        """Stop counting a request, so that a client that reads slowly takes no place from the others."""
         self._inside -= 1
 
 
@@ -227,7 +227,7 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 
 
 def malformed(detail: str) -> problems.ProblemAnswer:
-    """Return the problem for a request that is not HTTP/1.1."""
+    """Return the error response for a request that is not HTTP/1.1."""
     return problems.of_status(HTTPStatus.BAD_REQUEST, detail, _CLOSE)
 
 

@@ -1,7 +1,7 @@
 """JSON responses, written from rows.
 
-The models document the answers, and name the fields. A row comes from a table whose types and constraints hold what a
-model would check.
+The models document the responses, and name the fields. They check nothing, since each row comes from a table whose
+types and constraints already ensure it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def many(model: type[Answer], rows: Iterable[object]) -> bytes:
 
 @lru_cache(maxsize=8)  # more than there are models
 def _fields(model: type[Answer]) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
-    """Return the names of a model's fields in JSON, and what reads them from a row."""
+    """Return the JSON names of a model's fields, and a function that reads their values from a row."""
     names = tuple(field.serialization_alias or name for name, field in model.model_fields.items())
     return names, attrgetter(*model.model_fields)
 

@@ -43,10 +43,10 @@ UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let thro
 
 
 AHEAD_FOR = timedelta(seconds=1)
-"""How long requests that were counted ahead stay valid."""
+"""How long requests that were counted in advance stay valid."""
 
 SHARE_AHEAD = 600
-"""At most a 600th of the limit, a tenth of a second's worth, is counted ahead at once."""
+"""At most a 600th of the limit, enough for a tenth of a second, is counted in advance at once."""
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class RateLimit:
         await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> bool:
-        """Use one request counted ahead, and return whether there was one."""
+        """Use one request counted in advance, and return whether there was one."""
         allowance = self._allowances.get(key_id)
         if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
             return False

@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
-    """Return a client's address and port, of IPv4 as people write it.
+    """Return a client's address and port; IPv4 addresses are written in the usual form.
 
     >>> plain(("::ffff:192.0.2.1", 4000)), plain(("2001:db8::1", 4000))
     (('192.0.2.1', 4000), ('2001:db8::1', 4000))

@@ -28,7 +28,7 @@ log = get_logger(__name__)
 
 TEXT_KEPT = timedelta(seconds=1)
 KEPT = timedelta(seconds=2)
-"""How long an answer of the database is reused, so that several scrapers cost no more than one."""
+"""How long a result from the database is reused, so that several scrapers cost no more than one."""
 
 
 ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
@@ -98,7 +98,7 @@ class Exposition:
         self._until = 0.0
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the sums of all processes, or nothing without the database, since less would look like a reset."""
+        """Yield the sums of all processes; without the database nothing, since lower sums would look like a reset."""
         try:
             self._totals.add()
             with self._engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: FastAPI's, with our problems and our security schemes."""
+"""The OpenAPI 3.1 document: FastAPI's, with our error responses and our security schemes."""
 
 from __future__ import annotations
 

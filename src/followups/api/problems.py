@@ -99,7 +99,7 @@ class ProblemAnswer:
 
 
 def of_error(error: FollowUpsError) -> ProblemAnswer:
-    """Return the problem for one of our own errors."""
+    """Return the error response for one of our own errors."""
     status = next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), None)
     if status is None:
         log.error("request_failed", exc_info=error)
@@ -118,7 +118,7 @@ def of_error(error: FollowUpsError) -> ProblemAnswer:
 
 
 def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
-    """Return the problem for a request that fails validation, from pydantic's list of errors."""
+    """Return the error response for a request that fails validation, from pydantic's list of errors."""
     first = islice(errors, MAX_ERRORS)
     told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in first]
     detail = "The request is not valid: see errors."
@@ -126,13 +126,13 @@ def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ProblemAnswer:
-    """Return the problem for a bare HTTP status."""
+    """Return the error response for a bare HTTP status."""
     phrase = HTTPStatus(status).phrase
     return ProblemAnswer(status, phrase.lower().replace(" ", "-"), detail or f"{phrase}.", headers or {})
 
 
 def of_exception(error: Exception) -> ProblemAnswer:
-    """Log an unexpected error, or a database outage, and return its problem."""
+    """Log an unexpected error, or a database outage, and return the error response."""
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
         return READ_ONLY if is_read_only(error) else UNAVAILABLE

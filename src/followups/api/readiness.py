@@ -36,7 +36,7 @@ class Health:
     """The checks of one process."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Store what is checked; the first use connects."""
+        """Store the settings and the engine; the first use connects."""
         self._engine = engine
         self._lock = threading.Lock()
         self._latest: tuple[float, dict[str, Check]] | None = None

@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=15)
 
 
 def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
-    """Delete it, unless this is a dry run, or its ``name`` is not typed where it is asked for."""
+    """Delete a workspace or chat, unless this is a dry run, or the operator does not type its ``name`` when asked."""
     with connection.engine() as engine:
         with engine.connect() as opened:
             counted = store.count(opened, whole)
@@ -38,7 +38,7 @@ def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
 
 
 def _ask(what: str, name: str, counted: str) -> None:
-    """Ask for the name. Raises a usage error when stdin is no terminal, and `typer.Exit` for another answer."""
+    """Ask for the name. Raises a usage error if stdin is not a terminal, and `typer.Exit` for any other answer."""
     if not sys.stdin.isatty():
         message = f"{what} with {counted}: where no name can be asked for, --yes says that the deletion is meant"
         raise typer.BadParameter(message, param_hint="--yes")

@@ -1,4 +1,4 @@
-"""Turns errors into one sentence that says what to do, and an exit code; never a stack trace."""
+"""Turns each error into an exit code and one sentence that says what to do; never a stack trace."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
-As the Procfile's ``release`` under ``honcho start`` it must not end: honcho stops every process as soon as one ends, so
-a finished release would take web, worker and beat with it. Started together with them, it stays until they are stopped.
-Started alone (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) it ends normally.
+As the Procfile's ``release`` under ``honcho start`` the command must not end: honcho stops every process as soon as one
+ends, so a finished release would stop web, worker and beat. If it was started with them, it stays until they are
+stopped. If it was started alone (``honcho start release``, ``honcho run followups migrate``, a platform's release
+phase) it ends normally.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Versions = tuple[str | None, str | None]
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 5.0
-"""Longest pause between two tries, in seconds; each pause is twice the one before."""
+"""Longest pause between two attempts to connect, in seconds; each pause is twice the one before."""
 
 LOOK = 0.2
 """Seconds between two checks for a stop signal."""

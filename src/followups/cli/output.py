@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PIPE_WIDTH = 1000
-"""Table width when stdout is no terminal: wider than any row."""
+"""Table width if stdout is not a terminal: wider than any row."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 

@@ -23,13 +23,13 @@ DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A due date as given: a moment, or a duration from the database's now (no host's clock is used)."""
+    """A due date as given: a time, or a duration from the database's now (no host's clock is used)."""
 
     given: datetime | timedelta
     NOW: ClassVar[Due]
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the moment. Raises `typer.BadParameter` if it is outside the calendar."""
+        """Return the time. Raises `typer.BadParameter` if it is outside the calendar."""
         try:
             return self.given if isinstance(self.given, datetime) else now + self.given
         except OverflowError:
@@ -70,12 +70,12 @@ def parse_age(text: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """A moment as given: absolute, or a duration before the database's now."""
+    """A time as given: absolute, or a duration before the database's now."""
 
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the moment, or the start of the calendar if it would lie before that."""
+        """Return the time, or the start of the calendar if the time would lie before that."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST

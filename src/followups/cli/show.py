@@ -162,7 +162,7 @@ def _failures(failures: Sequence[FailedAttempt]) -> Table:
 
 
 def _changes(events: Sequence[AuditEvent]) -> Table:
-    """Return a table of the changes by hand, oldest first."""
+    """Return a table of the manual changes, oldest first."""
     table = Table("CHANGED", "BY", "ACTION", "DETAILS", box=None, pad_edge=False)
     for event in events:
         row = (readable(event.at), actor_of(event), event.action, details_of(event.details))

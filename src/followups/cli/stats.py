@@ -195,7 +195,7 @@ class Attempts:
     at: float = 0.0
 
     def see(self, attempts: Mapping[str, int], now: float) -> None:
-        """Record the totals of a moment ``now``, in seconds."""
+        """Record the totals at the time ``now``, in seconds."""
         if not self.at:
             self.first = attempts
         elif now > self.at:

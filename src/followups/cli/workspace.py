@@ -156,7 +156,7 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 
 
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
-    """Release waiting follow-ups to be checked against the new hours, in batches that block nothing else."""
+    """Release held follow-ups to be checked against the new sending hours, in batches that block nothing else."""
     freed = 1
     while freed:
         with engine.begin() as opened:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Action(StrEnum):
-    """What a route does."""
+    """The kind of a route."""
 
     PUBLIC = "public"
-    """Nothing that needs a session: signing in, static files."""
+    """Actions that need no session: signing in, static files."""
     SEE = "see"
     CHANGE = "change"
     """Schedule, change, cancel, send now, retry."""
@@ -38,7 +38,7 @@ WHOLE_WORKSPACE = frozenset({Action.SETTINGS, Action.AUDIT, Action.SYSTEM})
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The person who looks: a valid session."""
+    """The person who is signed in: a valid session."""
 
     session: Found
 
@@ -60,9 +60,9 @@ class Viewer:
 
     @property
     def sees_texts(self) -> bool:
-        """Whether message texts are shown without being asked for: to the people of the workspace only."""
+        """Whether message texts are always shown: only to people of the workspace."""
         return self.session.workspace_id is not None
 
     def sees(self, workspace_id: UUID, chat_id: UUID) -> bool:
-        """Return whether a chat, and what belongs to it, exists for this session."""
+        """Return whether this session may see a chat and everything in it."""
         return self.workspace_id in {None, workspace_id} and self.chat_id in {None, chat_id}

@@ -43,7 +43,7 @@ THREADS = 6
 """Requests of the console served at once, apart from the API's."""
 
 STRANGERS_BODY = 16 * 1024
-"""Most bytes of a body without a valid session: the form of the sign-in."""
+"""Maximum bytes of a body without a valid session, which is the sign-in form."""
 
 STREAM = f"{PREFIX}/stream"
 """Path of the server-sent events."""
@@ -65,7 +65,7 @@ class Console:
     """The console; an ASGI application for the paths under ``/console``."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Take the settings; ``nudge`` asks the workers for a tick."""
+        """Store the settings; ``nudge`` asks the workers for a tick."""
         self.services = Services(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
         self._live = Live(self.services.engine, self._in_thread)
@@ -86,7 +86,7 @@ class Console:
         return LONGEST_BODY if known else STRANGERS_BODY
 
     def end_streams(self) -> None:
-        """End the open streams within a second, since the process is to end. A signal handler may call it."""
+        """End the open streams within a second, since the process is stopping. A signal handler may call this."""
         self._live.end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,7 +129,7 @@ class Console:
             return await self._in_thread(identity.is_known, self.services, visit.cookies, visit.scheme)
 
         stream = Stream(viewer.session.id, viewer.workspace_id, visit.query.uuid("follow_up"))
-        # A proxy that kept the events until there are many would keep them for ever.
+        # A proxy that collected many events before sending them would never send these few.
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
         events = self._live.events(stream, still_valid)
         return _finished(visit, StreamingResponse(events, media_type="text/event-stream", headers=headers))

@@ -1,4 +1,4 @@
-"""What saving a due date would lead to, in words, before it is saved."""
+"""The consequences of a due date, in words, before it is saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def foreseen(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
-    """Return the consequences of a due date in this chat, the first one naming the moment itself."""
+    """Return the consequences of a due date in this chat; the first one names the time itself."""
     t, zone = visit.t, visit.zone
     said = [
         t(

@@ -8,7 +8,7 @@ from uuid import UUID
 from followups.errors import InvalidRequestError
 
 MAX_FIELDS = 300
-"""Most fields of a form or a query: the ticks of a page, and a dozen others."""
+"""Maximum fields of a form or a query: the check boxes of a page, and a dozen others."""
 
 
 class Fields:
@@ -30,7 +30,7 @@ class Fields:
         return self.raw(name, default).strip()
 
     def raw(self, name: str, default: str = "") -> str:
-        """Return the last value of a field as it was typed, with line ends as a text has them."""
+        """Return the last value of a field as it was typed, with line feeds as line breaks."""
         return self._values.get(name, [default])[-1].replace("\r\n", "\n")
 
     def every(self, name: str) -> list[str]:

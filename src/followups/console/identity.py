@@ -1,4 +1,4 @@
-"""Who looks: the session of the cookie, or the person whom a proxy has signed in."""
+"""The person who is signed in: by the cookie's session, or by a proxy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def identify(visit: Visit, scope: Scope) -> None:
     told = _told_by_proxy(services, visit.headers, scope)
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
-        # A session by the proxy lasts while the proxy names the same person.
+        # A session that the proxy began lasts while the proxy names the same person.
         if found is not None and found.way == "proxy" and found.name != told:
             console_sessions.end(session, token)
             found = None

@@ -1,7 +1,7 @@
-"""Nudges for pages that are open: server-sent events that say that something has changed, and nothing else.
+"""Nudges for open pages: server-sent events that report only that something has changed.
 
-The page then gets its regions again, by the same route and the same rules as before. One query a second serves all
-viewers of this process, and none is made without viewers.
+The page then loads its regions again, by the same route and the same rules as before. One query a second serves all
+viewers of this process; without viewers there is none.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 EVERY = 1.0
-"""Seconds between two looks at the database."""
+"""Seconds between two queries of the database."""
 
 STEP = 0.25
-"""Seconds between two looks at whether the process ends: it has to close its streams within a second."""
+"""Seconds between two checks whether the process is stopping: it has to close its streams within a second."""
 
 CHECKED_EVERY = 15.0
-"""Seconds after which a stream checks its session again, and sends a sign of life."""
+"""Seconds after which a stream checks its session again, and sends a keep-alive."""
 
 BY_SESSION, BY_WORKSPACE, ALL = 6, 100, 500
 """Most open streams of one session, of one workspace, and of this process."""
@@ -49,13 +49,13 @@ class Stream:
 
     @property
     def topics(self) -> tuple[tuple[str, UUID | None], ...]:
-        """What the page shows: its workspace, or all, and one follow-up if it is the page of one."""
+        """The topics of the page: its workspace, or all, and its follow-up if it shows a single one."""
         own = (("workspace", self.workspace_id),)
         return (*own, ("follow_up", self.follow_up_id)) if self.follow_up_id else own
 
 
 class Live:
-    """The open streams of this process. It belongs to one event loop, but for `end`."""
+    """The open streams of this process. Apart from `end`, it belongs to one event loop."""
 
     def __init__(
         self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]
@@ -78,7 +78,7 @@ class Live:
         return not self._ending and mine < BY_SESSION and ours < BY_WORKSPACE and len(self._streams) < ALL
 
     async def events(self, stream: Stream, still_valid: Callable[[], Awaitable[bool]]) -> AsyncIterator[bytes]:
-        """Yield the stream's bytes until the client goes, the session ends, or the process does."""
+        """Yield the stream's bytes until the client disconnects, the session ends, or the process stops."""
         self._streams.add(stream)
         if self._looking is None or self._looking.done():
             self._looking = asyncio.create_task(self._look())
@@ -101,7 +101,7 @@ class Live:
             self._streams.discard(stream)
 
     async def _look(self) -> None:
-        """Look at the database while there are streams, and wake those for which something has changed."""
+        """Query the database while there are streams, and wake those for which something has changed."""
         before: changes.Seen = {}
         while self._streams and not self._ending:
             topics = {topic for stream in self._streams for topic in stream.topics}

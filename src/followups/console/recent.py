@@ -1,4 +1,4 @@
-"""Results that all viewers of a process share for a second: none is made while nobody looks."""
+"""Results that all viewers of a process share for a second; without viewers none is made."""
 
 from __future__ import annotations
 

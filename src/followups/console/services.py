@@ -35,7 +35,7 @@ class Services:
     """Settings, connections, and what the process remembers."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Take the settings; connections are made when first used. ``nudge`` asks the workers for a tick."""
+        """Store the settings; connections are made when first used. ``nudge`` asks the workers for a tick."""
         self.settings = settings
         self.nudge = nudge
         self.engine = make_engine(

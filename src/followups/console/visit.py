@@ -74,7 +74,7 @@ class Visit:
 
     @property
     def zone(self) -> Zone:
-        """The zone of the person who looks: chosen, or the browser's, or the workspace's, or UTC."""
+        """The zone of the person: the chosen one, or the browser's, or the workspace's, or UTC."""
         chosen = self.cookies.get("followups_zone", "")
         if chosen and self.services.is_zone(chosen):
             return Zone(chosen)
@@ -87,7 +87,7 @@ class Visit:
             yield session
 
     def id(self, name: str = "id") -> UUID:
-        """Return an id in the path; what is no UUID is not there."""
+        """Return an id in the path; a value that is not a UUID counts as not found."""
         found = uuid_or_none(self.parameters[name])
         if found is None:
             raise NotFoundError
@@ -140,7 +140,7 @@ class Visit:
         return HTMLResponse(self.rendered(template, **context), status)
 
     def rendered(self, template: str, **context: object) -> str:
-        """Return what a template makes of this visit."""
+        """Return the template rendered for this visit."""
         shared = {
             "visit": self,
             "t": self.t,

@@ -1,4 +1,4 @@
-"""Times in the zone of the person who looks, and what they type in it. Pure."""
+"""Times in the zone of the person who is signed in, for display and from what they type. Pure."""
 
 from __future__ import annotations
 
@@ -59,10 +59,11 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%dT%H:%M:%S")
 
     def read(self, text: str, fold: str = "") -> datetime:
-        """Return the moment at which the local clock shows what was typed.
+        """Return the instant at which the local clock shows the typed time.
 
-        ``fold`` chooses between the two moments of a repeated hour: "first" or "second". Raises `InvalidRequestError`
-        for what is no time, or one that the clock skips, and `AmbiguousTimeError` for one that it shows twice.
+        ``fold`` chooses between the two occurrences of a repeated hour: "first" or "second". Raises
+        `InvalidRequestError` for an invalid time, or one that the clock skips, and `AmbiguousTimeError` for one that
+        the clock shows twice.
 
         >>> Zone("Europe/Berlin").read("2030-01-31T09:00").isoformat()
         '2030-01-31T08:00:00+00:00'

@@ -1,4 +1,4 @@
-"""What begin, send and settle hand to each other: a begun follow-up, its attempt, and what a step made of a batch."""
+"""The values that begin, send and settle pass on: a begun follow-up, its attempt, and the result of a step."""
 
 from __future__ import annotations
 
@@ -32,28 +32,28 @@ class Attempt(NamedTuple):
     duration: timedelta
     answered: float
     answered_at: datetime
-    """The same moment by the database's clock."""
+    """The same time by the database's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What begin or settle made of a batch.
+    """The result of begin or settle for a batch.
 
-    Those that are nowhere in it were stale, are held, or wait in their chat's order.
+    Follow-ups that are nowhere in it were stale, are held, or wait in their chat's order.
     """
 
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
-    """Ended without an attempt."""
+    """Follow-ups that ended without an attempt."""
     settled: tuple[Settled, ...] = ()
-    """Their outcomes are recorded."""
+    """Attempts whose outcomes are recorded."""
     stale: int = 0
     """Outcomes that were not recorded, since another worker had taken over their leases."""
     locked: tuple[Lease, ...] = ()
-    """To be tried again shortly, since another transaction has locked their rows."""
+    """Follow-ups to be tried again shortly, since another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
-    """Still leased; each with the time until its turn under a rate limit."""
+    """Follow-ups that are still leased, each with the time until a rate limit allows it."""
     unblocked: tuple[Lease, ...] = ()
-    """Unblocked by those that ended, each the next of its chat; leased to the caller."""
+    """Follow-ups that the ended ones unblocked, each the next of its chat; leased to the caller."""
     blocking: tuple[UUID, ...] = ()
     """Ended follow-ups whose next one in the chat is locked by another transaction."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 TOLERANCE = timedelta(milliseconds=100)
-"""How early the database accepts a begin: the lead, and the possible error of a worker's clock."""
+"""How early the database accepts a begin: the lead plus the possible error of a worker's clock."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)
@@ -108,7 +108,7 @@ def _explain_missing(
     waiting = [(o.lease, o.earlier) for o in missing if o.earlier and o.lease.id not in judged]
     parked = chat_order.park_if_leased(connection, waiting) if waiting else set()
     if parked:
-        # If a row behind them cannot be written, those that can be are parked one by one.
+        # If a row behind the parked follow-ups cannot be written, the writable ones are parked one by one.
         halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
     unblocked, blocking = chat_order.unblock_writable(connection, ended, settings.lease)
     return Step(

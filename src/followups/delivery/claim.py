@@ -1,4 +1,4 @@
-"""Claim: lease what falls due before the next tick, and recover lost leases."""
+"""Claim: lease the follow-ups that fall due before the next tick, and recover lost leases."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ AHEAD_TICKS = 2
 """Tick intervals that a claim looks ahead: one late tick must not make anything late."""
 
 CLAIM_SIZE = 1000
-"""Rows that a claim may take in any case."""
+"""Rows that a claim may always take, however much is in flight."""
 LARGEST_CLAIM = 10_000
-"""Maximum rows of one claim, which takes up to 0.2 s; the first are sent while the rest is claimed."""
+"""Maximum rows of one claim, which takes up to 0.2 s; the first rows are sent while the rest is claimed."""
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
@@ -71,7 +71,7 @@ def _connecting(url: str) -> timedelta:
 
 
 def size_of_claim(window: int) -> int:
-    """Return the most rows of one claim: half of what may be in flight, but at least `CLAIM_SIZE`.
+    """Return the maximum rows of one claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
 
     Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
     half in the meantime.
@@ -90,12 +90,12 @@ def claim(engine: Engine, settings: Settings, since: datetime | None = None, wit
 def claim_fairly(
     engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
 ) -> Claim:
-    """Claim what is due, starting with the workspaces that have the fewest in flight; used after a claim left some."""
+    """Claim due follow-ups, first those of the workspaces with the fewest in flight; used after a claim left some."""
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
 
 def release(engine: Engine, batch: Sequence[Lease]) -> None:
-    """Release leases that will not begin. A row that cannot be written keeps its lease until that ends."""
+    """Release leases that will not begin. A row that cannot be written keeps its lease until the lease ends."""
     with engine.begin() as connection:
         halve_within(connection, batch, partial(leases.release_if_not_begun, connection))
 

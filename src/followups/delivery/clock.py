@@ -1,4 +1,4 @@
-"""The database's clock as a worker knows it; no host's clock decides anything."""
+"""The database's clock as a worker estimates it; no host's clock decides anything."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NOW = text("SELECT clock_timestamp()")
 class DatabaseClock:
     """The offset between this machine's uptime and the database's clock, never ahead of that clock.
 
-    A sample means that the database's time was ``read`` at some moment between ``asked`` and ``answered``. Taking
+    A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. Taking
     ``read`` for the time at ``answered`` errs at most by the time that the answer travelled, and only to the late side,
     so nothing is sent early. The quickest answer errs least, so the largest offset of the last samples counts.
     """

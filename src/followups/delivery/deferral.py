@@ -1,10 +1,9 @@
 """Deferral: follow-ups of tripped workspaces leave the in-flight window, so that others are claimed.
 
 Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in their rows. A
-deferral uses up no attempt, and a cancel still reaches the follow-up. When a worker has no such leases left, or the
-transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer tripped, all of
-them do. Otherwise they fall due by themselves after some minutes, one by one, since the workers may have forgotten
-them.
+deferral uses up no attempt, and the follow-up can still be cancelled. When a worker has no such leases left, or the
+transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer tripped, all of them
+do. If neither happens, they fall due anyway after some minutes, one by one, since the workers may have forgotten them.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ The worker keeps at most twice as many leases, so a hundred workers keep a fifth
 need three follow-ups for a probe.
 """
 SHARE_WHILE_RECOVERING = 128
-"""The same during the seconds in which the rate of begins rises.
+"""The same divisor during the seconds in which the rate of begins rises.
 
 With the default window each worker can then release 156 follow-ups a second.
 """
@@ -79,7 +78,7 @@ class Returns:
         self._last = -inf
 
     def next(self, now: float) -> float:
-        """Return in how many seconds the next one falls due; ``now`` is on the monotonic clock."""
+        """Return in how many seconds the next deferred follow-up falls due; ``now`` is on the monotonic clock."""
         ahead = max(SOONEST.total_seconds(), self._last - now)
         ahead += (LONGEST.total_seconds() - ahead) / SPREAD
         self._last = now + ahead

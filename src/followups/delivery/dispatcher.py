@@ -38,12 +38,12 @@ NEXT_STATISTICS = 60.0
 QUICK = 0.01
 """Duration of a claim, in seconds, up to which every claim reads from the beginning."""
 LOOKING_SHARE = 0.1
-"""Largest share of the dispatcher's time for looking at everything pending, when that is slow."""
+"""Largest share of the dispatcher's time for reading all pending follow-ups, when that is slow."""
 
 FORGOTTEN_SHARE = 0.01
-"""Largest share of the dispatcher's time for looking at blocked and paused follow-ups.
+"""Largest share of the dispatcher's time for checking blocked and paused follow-ups.
 
-Once per lease time, the look happens at any cost.
+Once per lease time, they are checked at any cost.
 """
 
 PASSED_OVER = 60.0
@@ -87,7 +87,7 @@ class Dispatcher:
         self._looked_at_all = True
         self._left_some = False
         self._passed_over: dict[UUID, float] = {}
-        """Follow-ups that claims pass over, each until a moment of the monotonic clock."""
+        """Follow-ups that claims pass over, each until a time of the monotonic clock."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
         """Monotonic seconds, or None while there is nothing to do."""
@@ -107,7 +107,7 @@ class Dispatcher:
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Claim nothing after the current claim. It takes no lock, so a signal handler may call it."""
+        """Claim nothing after the current claim. This takes no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:
@@ -160,7 +160,7 @@ class Dispatcher:
         """Return in how many seconds to claim unprompted, or None if only a tick starts the next claim."""
         if self._in_grace:
             return IN_GRACE
-        # The tick may be for a row that came in below the low-water mark.
+        # The tick may be for a row that was inserted below the low-water mark.
         return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
 
     def _drain_due(self) -> None:

@@ -1,4 +1,4 @@
-"""The due queue: leases ordered by the time each may begin, then taken in turns of workspaces. No I/O, for one event loop."""
+"""The due queue: leases by the time each may begin, then in turns between workspaces. No I/O, for one event loop."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 LEAD = timedelta(milliseconds=15)
-"""How long before the due moment begin is called, so that the send itself is on time. From then on a cancel comes too
-late.
+"""How long before the due time begin is called, so that the send itself is on time.
+
+From then on a cancel comes too late.
 """
 BATCH = 200
 """Most leases taken at once: a larger statement is slow and no cheaper for each row."""
@@ -38,7 +39,7 @@ LONGEST_AGAIN = timedelta(milliseconds=800)
 
 
 class DueQueue:
-    """What may begin next.
+    """The leases that may begin next.
 
     A lease that runs out here is dropped without a log line: a tick has taken it over, or will.
     """
@@ -51,7 +52,7 @@ class DueQueue:
         self._clock = clock
         self._lease = lease.total_seconds()
         self._heap: list[Entry] = []
-        """Those whose moment is still to come."""
+        """Leases that are not due yet."""
         self._fair = FairQueue(slots)
         self._sequence = itertools.count()
         self._next_look = 0.0
@@ -81,7 +82,7 @@ class DueQueue:
         heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 
     def defer_refused(self, lease: Lease) -> None:
-        """Defer a follow-up that could not begin at this moment, longer each time."""
+        """Defer a follow-up that could not begin now, longer each time."""
         delay = min(AGAIN * 2**lease.refusals, LONGEST_AGAIN)
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
@@ -124,24 +125,24 @@ class DueQueue:
         self.changed.set()
 
     def count(self, keys: frozenset[int]) -> int:
-        """Return how many leases wait in these workspace queues whose moment has come."""
+        """Return how many due leases wait in these workspace queues."""
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
-        """Keep ``most`` of the leases whose time has come; remove and return the others, earliest first.
+        """Keep ``most`` of the due leases; remove and return the others, earliest first.
 
         Only these workspace queues are considered.
         """
         return self._fair.shed(keys, most)
 
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
-        """Return the seconds until the next moment, negative if it has passed, or None if the queue is empty.
+        """Return the seconds until the next lease is due, negative if it is overdue, or None if the queue is empty.
 
         Due leases of ``tripped`` workspaces do not count.
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # A moment at the edge of the calendar, which anyone with access to the broker can write, has no earlier one.
+        # A time at the edge of the calendar, which anyone with access to the broker can write, has no earlier one.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:

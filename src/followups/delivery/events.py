@@ -35,7 +35,7 @@ _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITI
 
 @dataclass(frozen=True, slots=True)
 class Outage:
-    """A time in which this process makes no progress: since when (monotonic seconds), and why."""
+    """A period in which this process makes no progress: its start (monotonic seconds), and the reason."""
 
     since: float
     why: str
@@ -45,7 +45,7 @@ _outages: dict[str, Outage] = {}
 """The current outages by step; several threads begin and end them."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write: one that succeeds ends every outage. Others succeed on a read-only server too."""
+"""Steps that write: if one succeeds, every outage is over. Other steps succeed on a read-only server too."""
 
 
 def attempted(attempt: Attempt, transport: str) -> None:
@@ -53,7 +53,7 @@ def attempted(attempt: Attempt, transport: str) -> None:
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # What was odd about an accepted answer, in the transport's own words, never in the answer's.
+    # The oddity of an accepted answer, in the transport's own words, never in the answer's.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()
@@ -126,7 +126,7 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
-        # Without its text, since a server's detail may quote a row.
+        # The error's text is left out, since a server's detail may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):
@@ -152,7 +152,7 @@ def succeeded(step: str) -> None:
 
 
 def outage() -> Outage | None:
-    """Return since when and why this process makes no progress, or None if no step has failed since its success."""
+    """Return the current outage of this process, or None if no step has failed since its last success."""
     return min(tuple(_outages.values()), key=lambda one: one.since, default=None)
 
 

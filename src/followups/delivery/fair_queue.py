@@ -1,4 +1,4 @@
-"""The fair queue: leases whose moment has come, in a queue for each workspace. No I/O.
+"""The fair queue: due leases, in a queue for each workspace. No I/O.
 
 The workspace queues take turns, and the earliest lease of each goes first. So a workspace with little to send waits for
 one follow-up of each other workspace, not for all of them. While several workspaces are active, none gets all the
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
     Entry = tuple[datetime, int, Lease]
-    """A lease with its moment, and with a number that decides between equal moments."""
+    """A lease with its time, and with a number that decides between equal times."""
 
 ACTIVE = 60.0
 """Seconds for which a workspace counts as active after its latest follow-up arrived."""

@@ -1,4 +1,4 @@
-"""Hints: what the broker carries after a claim's commit, written and parsed here.
+"""Hints: the messages that the broker carries after a claim's commit, written and parsed here.
 
 A hint names follow-ups, the tokens they were leased under, and the time each is due, so that the worker need not query
 them. A hint holds no text and is not trusted. It may be lost, repeated or late without harm, because begin reads the

@@ -1,4 +1,4 @@
-"""Holds: what is paused or outside sending hours is deferred without using up an attempt."""
+"""Holds: follow-ups that are paused or outside sending hours are deferred without using up an attempt."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
-"""After how long hours in a time zone unknown to this machine are looked at again."""
+"""How soon sending hours are checked again if this machine does not know their time zone."""
 
 log = get_logger(__name__)
 
@@ -33,7 +33,8 @@ def hold(
 ) -> tuple[set[UUID], dict[UUID, Final]]:
     """Hold the leases whose only obstacle is a pause or sending hours.
 
-    Returns which are held, and how those end whose hold would be too long. The others have another obstacle.
+    Returns which leases are held, and the ends of follow-ups whose hold would be too long. The others have another
+    obstacle.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)
@@ -60,7 +61,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
         return None
     until = opening or (since if obstacle.too_late else None)
     if until is None or obstacle.hours is None:
-        # Behind an earlier one of its chat, it waits for that one as usual.
+        # A follow-up behind an earlier one of its chat waits for that one as usual.
         paused = obstacle.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
     if obstacle.window_ends is not None and until >= obstacle.window_ends:
@@ -87,10 +88,10 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 
 
 def sendable_from(obstacle: Obstacle) -> datetime | None:
-    """Return the first moment at which the sending hours allow the sending, or None if that is unknown.
+    """Return the first time at which the sending hours allow the sending, or None if that is unknown.
 
-    The moment may be in the future. Once it has passed, it stays as recorded, so that lateness continues to count
-    whenever the hours close. This function is pure.
+    The time may be in the future. Once it has passed, it stays as recorded, so that lateness continues to count
+    whenever sending hours end. This function is pure.
     """
     first = obstacle.sendable_from
     if first is None:
@@ -102,7 +103,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
 
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
-    """Compute the next time of sending where the stored one is over."""
+    """Compute the next period of sending if the stored one is over."""
     stale: dict[UUID, tuple[Hours, datetime]] = {}
     for obstacle in obstacles:
         if obstacle.hours and obstacle.now >= obstacle.hours.open_until:

@@ -97,11 +97,11 @@ class Pipeline:
         self._thread.start()
 
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
-        """Submit leases to be delivered, each at its due moment. Returns at once."""
+        """Submit leases to be delivered, each at its due time. Returns at once."""
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Have the event loop call ``answer``, as a proof that it turns. After its end no callback runs."""
+        """Have the event loop call ``answer``, as a proof that it runs. After the loop has ended no callback runs."""
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)
 
@@ -159,7 +159,7 @@ class Pipeline:
         await self._stop()
 
     async def _take(self) -> list[Lease]:
-        """Wait for leases whose moment has come, and for slots; return none once it drains."""
+        """Wait for due leases and for slots; return none once the pipeline drains."""
         await self._settler.keep_up()
         return await self._queue.next_batch(self._breaker)
 
@@ -189,7 +189,7 @@ class Pipeline:
         return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
-        """Send at the due moment, and hand the outcome to settle."""
+        """Send at the due time, and hand the outcome to settle."""
         limit = self._settings.transport_timeout
         # The lease minus the call's limit, counted from before begin: a later call could end after the lease.
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
@@ -217,7 +217,7 @@ class Pipeline:
             self._nudge()
 
     def _go_on(self, step: Step) -> None:
-        """Enqueue what the ends of others have unblocked, now or once it is no longer locked."""
+        """Enqueue the follow-ups that the ends of others have unblocked, now or once they are no longer locked."""
         self._enqueue(step.unblocked)
         if step.blocking:
             self._spawn(self._unblock_later(step.blocking))
@@ -275,7 +275,7 @@ class Pipeline:
         self._settler.close()
 
     async def _give_back(self) -> None:
-        """Release the leases of what has not begun."""
+        """Release the leases of the follow-ups that have not begun."""
         leases = self._queue.clear() + self._deferral.clear()
         if leases:
             await insist(self._engine, partial(release, batch=leases), "release")

@@ -1,4 +1,4 @@
-"""Send: one call of the transport at the due moment, with no transaction open. The result is a value."""
+"""Send: one call of the transport at the due time, with no transaction open. The result is a value."""
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ between timeout and lease.
 """
 
 TIMER = 0.001
-"""Resolution of the event loop's timers, in seconds. Sleeping in these steps makes a follow-up half a millisecond late
-on average; spinning until its moment would block everything else in the process.
+"""Resolution of the event loop's timers, in seconds.
+
+Sleeping in these steps makes a follow-up half a millisecond late on average; spinning until it is due would block
+everything else in the process.
 """
 
 HIGHEST_STATUS_CODE = 1000
@@ -47,10 +49,10 @@ HIGHEST_STATUS_CODE = 1000
 async def send(
     transport: Transport, begun: Begun, clock: DatabaseClock, limit: timedelta, latest: float
 ) -> Attempt | None:
-    """Wait for the due moment and call the transport once, within ``limit`` and a grace.
+    """Wait until the follow-up is due and call the transport once, within ``limit`` and a grace period.
 
     The call is never early. After ``latest`` (an `uptime`) there is no call, and the result is None: the process was
-    frozen, and another worker might have the lease by the time an answer came. Raises nothing but cancellation.
+    frozen, and another worker might have the lease before an answer arrived. Raises nothing but cancellation.
     """
     # A timer may fire a little early by another clock, so the rest is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

@@ -1,4 +1,4 @@
-"""Settle: decide what each attempt's outcome means (pure), and record the outcomes in batches."""
+"""Settle: decide the consequence of each attempt's outcome (pure), and record the outcomes in batches."""
 
 from __future__ import annotations
 
@@ -35,13 +35,14 @@ if TYPE_CHECKING:
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
 BATCH = 500
-"""Most rows of one statement: a larger one is slow and no cheaper for each row."""
+"""Maximum rows of one statement: a larger one is slow and no cheaper for each row."""
 ENOUGH = 100
-"""Results that are worth a statement at once."""
+"""Number of results for which a statement is worthwhile at once."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait for that many. Only the next follow-up of a chat waits for it. Results that are not recorded when
-the process is killed are sent again, under the same key; so it is no longer than a quick call, which a kill leaves open
-too.
+"""How long to wait for that many.
+
+Only the next follow-up of a chat is delayed by this. Messages whose results are not recorded when the process is killed
+are sent again, under the same key; so the wait is no longer than a quick call, whose outcome a kill loses too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """The same where the receiver cannot deduplicate, and the outcome of results that are not recorded would be unknown."""
@@ -62,7 +63,7 @@ ROOM = MAX_REASON_LENGTH - 100
 class Settler:
     """Collects the outcomes of attempts, and records them in batches: by size, or after a moment. For one event loop.
 
-    What was accepted is recorded at once, not when the slowest call of a batch ends. A result that cannot be recorded
+    An accepted message is recorded at once, not when the slowest call of a batch ends. A result that cannot be recorded
     yet, because the database is unreachable or its row is locked, is tried again until its lease ends.
     """
 
@@ -108,7 +109,7 @@ class Settler:
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
-            if self._attempts:  # these have arrived meanwhile
+            if self._attempts:  # they arrived in the meantime
                 self._wanted.set()
 
     def close(self) -> None:
@@ -168,7 +169,7 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> S
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # It may be the next row of a chat, which must not keep the accepted one from being recorded.
+        # The refused row may be the next one of a chat, which must not keep the accepted one from being recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 
 

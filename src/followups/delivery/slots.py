@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 POISON_PILLS = 16
 """How many follow-ups with one lost lease may be in flight at once; one with two lost leases goes without any other.
 
-One of them may be a poison pill, which kills its worker together with everything in flight beside it. Of some hundred
-that are lost together, at most 16 are lost again, and none of these for the third time, which would end it.
+One of them may be a poison pill, which kills its worker and everything else in flight there. Of some hundred that are
+lost together, at most 16 are lost again, and none of these a third time, which would end it.
 """
 
 
@@ -54,7 +54,7 @@ class Slots:
             del self._of_workspace[lease.key]
 
     def restore_quota(self, ids: Iterable[UUID]) -> None:
-        """Restore the poison pill quota of these: they did not begin, or their outcome is recorded."""
+        """Restore the poison pill quota of follow-ups that did not begin, or whose outcome is recorded."""
         for one in ids:
             self._poison_pills.pop(one, None)
 

@@ -1,4 +1,4 @@
-"""Upkeep: what a worker reads again every few seconds, the database's clock and the rate limits."""
+"""Upkeep: a worker reads the database's clock and the rate limits again every few seconds."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Upkeep:
     """Keeps one worker's clock and limits up to date."""
 
     def __init__(self, engine: AsyncEngine, clock: DatabaseClock, rate_limits: RateLimits) -> None:
-        """Take what is kept."""
+        """Store the engine, the clock and the limits."""
         self._engine = engine
         self._clock = clock
         self._rate_limits = rate_limits

@@ -81,7 +81,7 @@ class Answer:
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The moment of the answer by the limiter's own clock, or None if nothing was taken."""
+    """The time of the answer by the limiter's own clock, or None if nothing was taken."""
 
 
 class Limiter:
@@ -191,7 +191,7 @@ class RateLimits:
     """
 
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
-        """Without a limiter there are no limits. ``lead`` is how long before its moment a follow-up is asked for."""
+        """Without a limiter there are no limits. ``lead`` is how long before its due time a follow-up is asked for."""
         self._settings = settings
         self._engine = engine
         self._limiter = limiter

@@ -1,4 +1,4 @@
-"""Changes to workspaces, keys, pauses, limits and hours by hand, each recorded with its actor in one transaction."""
+"""Manual changes to workspaces, keys, pauses, limits and sending hours, each recorded in its own transaction."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pause(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
 
 
 def resume(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
-    """End the pause; return whether there was one. What it holds is released afterwards, in batches."""
+    """End the pause; return whether there was one. Held follow-ups are released afterwards, in batches."""
     was_paused = pauses.resume(session.connection(), scope)
     if was_paused:
         _record(session, Event(actor, Action.PAUSE_ENDED, scope.workspace_id, details={"channel": scope.channel}))

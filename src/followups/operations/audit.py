@@ -21,7 +21,7 @@ WAYS = {
 
 
 def actor_of(event: AuditEvent) -> str:
-    """Return who did it, and by what way: "API key website", "command by root"."""
+    """Return who did it, and by which means: "API key website", "command by root"."""
     return f"{WAYS[Way(event.way)]} {event.actor or event.actor_id}"
 
 

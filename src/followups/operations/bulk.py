@@ -52,7 +52,7 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 
 
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[Pending], final: Final) -> Batches:
-    """Cancel what is pending. Those in flight are kept from a retry; those locked for long are counted."""
+    """Cancel pending follow-ups. Those in flight are not retried; those locked for long are counted."""
     for pending in chosen:
         details = {"code": final.code and final.code.value}
         event = Event(actor, Action.FOLLOW_UPS_CANCELLED, pending.workspace_id, pending.chat_id, details=details)
@@ -111,7 +111,7 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
 
 
 def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
-    """Delete what finished before that: follow-ups by ``remove``, then chat messages and expired idempotency keys."""
+    """Delete older rows: finished follow-ups by ``remove``, then chat messages and expired idempotency keys."""
     event = Event(actor, Action.FOLLOW_UPS_PRUNED, details={"before": before.isoformat()})
     number = 1
     while number:

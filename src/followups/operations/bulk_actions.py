@@ -36,7 +36,7 @@ RETRIES = 50
 """Follow-ups in one batch of a retry, which locks their chats one after the other."""
 
 SEEN_EVERY = 1.0
-"""Seconds between two looks for actions, at least."""
+"""Least seconds between two searches for actions."""
 
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 
@@ -52,7 +52,7 @@ class BulkRunner:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Carry out what there is, in a thread. Returns at once."""
+        """Carry out the waiting actions, in a thread. Returns at once."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="bulk", daemon=True)
             self._thread.start()

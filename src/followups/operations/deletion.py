@@ -1,4 +1,4 @@
-"""Deletion of a workspace or a chat: end what is pending, wait for what is in flight, delete everything.
+"""Deletion of a workspace or a chat: cancel pending follow-ups, wait for those in flight, delete everything.
 
 An interrupted deletion goes on when it is run again. One audit event stays, which counts the deleted follow-ups.
 """

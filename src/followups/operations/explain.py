@@ -65,7 +65,7 @@ ENDINGS = {
 
 
 MOST_EVENTS = 100
-"""Most changes by hand that are shown with a follow-up: the newest."""
+"""Maximum number of manual changes shown with a follow-up: the newest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class Explained:
     chat: Chat
     failures: Sequence[FailedAttempt]
     events: Sequence[AuditEvent]
-    """Its changes by hand, oldest first."""
+    """Its manual changes, oldest first."""
     now: datetime
     around: Circumstances
     explanation: str

@@ -14,5 +14,5 @@ message and the removal of a chat. A transaction that works on several chats loc
 
 The dispatcher's statements lock no chat, and never wait for a follow-up: they skip locked rows (``SKIP LOCKED``) and
 try them again. So do the bulk cancel, the release of what is held, and pruning. No caller's change locks a follow-up in
-flight, since its settlement must not be delayed. A reply does lock it, for the moment in which it requests a cancel.
+flight, since its settlement must not be delayed. A reply does lock it, but only briefly, while it requests a cancel.
 """

@@ -36,7 +36,7 @@ PREFIX = "fup_"
 """Prefix of every key, by which people and secret scanners recognise one."""
 
 SHOWN_LENGTH = 12
-"""Characters of a key that are stored in clear, so that its owner can tell keys apart: 48 of its 256 bits."""
+"""Characters of a key that are stored unhashed, so that its owner can tell keys apart: 48 of its 256 bits."""
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
 _CHECKSUM_LENGTH = 6

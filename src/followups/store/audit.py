@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Way(StrEnum):
-    """How an actor came in."""
+    """The means by which an actor reached the service."""
 
     API = "api"
     COMMAND = "command"
@@ -52,7 +52,7 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service itself, for what happens by the clock."""
+"""The service itself, for events that happen by the clock."""
 
 
 @lru_cache
@@ -67,7 +67,7 @@ def user_of_process(way: Way) -> Actor:
 
 
 class Action(StrEnum):
-    """What was done. What is done to one is named in the singular, what one command does to many in the plural."""
+    """What was done. An action on one thing is named in the singular, a command for many in the plural."""
 
     FOLLOW_UP_CREATED = "follow_up.created"
     FOLLOW_UP_CHANGED = "follow_up.changed"
@@ -145,7 +145,7 @@ def record(event: Event) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which events to return; what is None or empty does not restrict them."""
+    """Which events to return; a field that is None or empty does not restrict them."""
 
     workspace_id: UUID | None = None
     workspace: str | None = None
@@ -184,7 +184,7 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete the oldest events from before then, up to ``most``; return how many."""
+    """Delete the oldest events from ``before`` that time, up to ``most``; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 

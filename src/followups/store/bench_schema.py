@@ -81,7 +81,7 @@ class Outcome:
     sent: int
     pending: int
     seconds: float | None
-    """From the first due moment to the last acceptance."""
+    """From the first due time to the last acceptance."""
     early: int
     p50: float | None
     p95: float | None

@@ -1,7 +1,8 @@
-"""Pages of follow-ups for the console: newest first, from one place to the next, with what explains each row.
+"""Pages of follow-ups for the console: newest first, from one place to the next, with the data that explain each row.
 
 As in `followups.store.listing`, the first rows are taken for each workspace and each value of one column, each from an
-index in its order, and these few are merged. What no index has is checked row by row, so the caller limits the time.
+index in its order, and these few are merged. Conditions that no index covers are checked row by row, so the caller
+limits the time.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name 
 
 
 def _branches(wanted: Wanted) -> tuple[str, ...]:
-    """Return what leads to the rows by an index, one condition for each way."""
+    """Return the conditions that an index can answer, one for each way."""
     if wanted.ids:
         return ("f.id = ANY(CAST(:ids AS uuid[]))",)
     if wanted.any_id:
@@ -134,7 +135,7 @@ _ON_CHANNEL = """EXISTS (
 
 
 def _conditions(wanted: Wanted) -> tuple[str, ...]:
-    """Return what is checked row by row."""
+    """Return the conditions that are checked row by row."""
     given = {
         "f.status = ANY(CAST(:statuses AS text[]))": wanted.statuses,
         "f.chat_id = :chat_id": wanted.chat_id,
@@ -209,13 +210,13 @@ def rows_of(found: Sequence[Any]) -> list[Row]:
 
 
 def count_statement(wanted: Wanted, most: int) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement that counts what matches, up to ``most``."""
+    """Return the statement that counts the matching rows, up to ``most``."""
     statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted, None)} LIMIT :most) AS found")  # noqa: S608 - likewise
     return statement, _parameters(wanted) | {"most": most}
 
 
 def batch(connection: Connection, wanted: Wanted, after: Place | None, size: int) -> list[Place]:
-    """Return the next few that match, in their order."""
+    """Return the next few matching rows, in their order."""
     statement = text(f"{_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most")
     rows = connection.execute(statement, _parameters(wanted) | _after(after) | {"most": size})
     return [Place(row.created_at, row.id) for row in rows]

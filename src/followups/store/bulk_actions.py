@@ -68,7 +68,7 @@ _LOCK_NEXT = (
 def lock_next(session: Session) -> BulkAction | None:
     """Return the oldest action that is not finished, locked until the transaction ends, or None.
 
-    One that another worker works on is passed over.
+    An action that another worker is carrying out is passed over.
     """
     return session.scalar(_LOCK_NEXT)
 
@@ -109,7 +109,7 @@ _FINISHED = text("""
 
 
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
-    """Cancel these; return those that are cancelled, and how many were passed over, by the reason.
+    """Cancel these follow-ups; return the cancelled ones, and how many were passed over, by reason.
 
     One in flight is only kept from a retry; locked rows are skipped.
     """

@@ -52,19 +52,19 @@ class Pending:
 
 def _where(pending: Pending) -> str:
     one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
-    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # those already asked to stop are skipped
+    asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # follow-ups with a requested cancel are skipped
     return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
 
 
 class Count(NamedTuple):
-    """How many there are, and how many of them are being delivered right now."""
+    """How many follow-ups there are, and how many of them are being delivered now."""
 
     number: int
     in_flight: int
 
 
 def count_pending(connection: Connection, pending: Pending) -> Count:
-    """Count what would be cancelled."""
+    """Count the follow-ups that would be cancelled."""
     query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
     return Count(*connection.execute(text(query), pending.parameters).one())
 
@@ -132,7 +132,7 @@ def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, 
     return Cancelled(ended, len(written) - len(ended), max((Place(*row) for row in rows), default=None))
 
 
-# As of now, without what is created while the batches run.
+# As of now, without follow-ups that are created while the batches run.
 _NOW = text("SELECT now()")
 
 

@@ -1,7 +1,7 @@
 """Whether something has changed in a workspace, or about one follow-up: cheap to ask once a second.
 
-The answer is a value that differs after a change. Changes that move nothing to another state may be missed where there
-are very many follow-ups, so pages get their regions again now and then in any case.
+The answer is a value that differs after a change. With very many follow-ups, changes that move none to another state
+may be missed, so pages also load their regions again now and then.
 """
 
 from __future__ import annotations

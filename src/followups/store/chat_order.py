@@ -73,8 +73,9 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""Due follow-ups behind a parked one, in its chat, that are parked with it: one by one, thousands of them would delay
-everything that falls due after them.
+"""Due follow-ups behind a parked one, in its chat, that are parked with it.
+
+Parked one by one, thousands of them would delay every later follow-up.
 """
 
 # Each is locked while it becomes another's predecessor, as in `park_if_leased`. Locked rows are skipped, and those
@@ -104,7 +105,7 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park what is due behind the parked ones, each behind the one before it; return how many.
+    """Park the due follow-ups behind the parked ones, each behind the one before it; return how many.
 
     Their leases, if any, become invalid; begin would refuse these follow-ups anyway. Call it after `park_if_leased`, in
     its transaction.
@@ -167,7 +168,7 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
 
 @Rule
 def unblock(ended: Collection[UUID]) -> Steps[None]:
-    """Unblock what waited for the ended ones. Call it after the ends, in their transaction.
+    """Unblock the follow-ups that waited for the ended ones. Call this after the ends, in their transaction.
 
     A row that cannot be written stays blocked, and `unblock_forgotten` reports it.
     """

@@ -152,7 +152,7 @@ _INSERT = Statement(
     """,
     Chat,
 )
-# A removed chat forgets what was written in it.
+# A removed chat keeps no record of what was written in it.
 _CHANGE = Statement(
     """
     UPDATE chats

@@ -1,6 +1,6 @@
-"""Claims: the statements that lease what is due, in the order of due dates or shared fairly between workspaces.
+"""Claims: the statements that lease due follow-ups, in the order of due dates or shared fairly between workspaces.
 
-While everything due fits into the window of what may be in flight, the order of due dates is fair by itself, and
+While all due follow-ups fit into the window (the in-flight limit), the order of due dates is fair in itself, and the
 cheapest. Behind a backlog it is not: a workspace with a hundred thousand overdue follow-ups would go first with all of
 them. So freed places then go to the workspaces that have the fewest in flight.
 
@@ -43,29 +43,29 @@ class Claim:
 
     leases: tuple[Lease, ...]
     lost: tuple[Lost, ...]
-    """Those of them with a lost lease: it ran out with an attempt in flight."""
+    """The follow-ups with a lost lease, which ran out with an attempt in flight."""
     traced: tuple[tuple[UUID, str], ...]
-    """Those of them created in a trace: ids with their ``traceparent``."""
+    """The follow-ups created in a trace: ids with their ``traceparent``."""
     more: bool
-    """Whether more may be due: this claim, or the window of what may be in flight, was full."""
+    """Whether more may be due: this claim, or the window, was full."""
     cut_short: bool
     """Whether another claim now would find more: this one was full, and the window was not."""
     low_water: datetime | None
     """Where the next claim may start, apart from rows that come in with an earlier due date."""
     ended: tuple[tuple[UUID, Final], ...] = ()
-    """Those with a lost lease that must not be tried again; they are not among the leases."""
+    """Follow-ups with a lost lease that must not be tried again; they are not among the leases."""
     in_grace: bool = False
     """Whether ended leases with an attempt in flight were left to their workers.
 
     Another claim takes these leases over shortly.
     """
     busy: bool = False
-    """Whether another dispatcher was claiming, so that this claim looked at nothing."""
+    """Whether another dispatcher was claiming, so that this claim read nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What a claim looks for: rows that fall due within ``ahead``, but not before ``since``.
+    """The search of a claim: rows that fall due within ``ahead``, but not before ``since``.
 
     It leases up to ``most`` for ``lease``, so that no more than ``window`` are in flight.
     """
@@ -82,7 +82,7 @@ class Look:
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""For rows created for now, or deferred by a moment, whose transaction commits a little later."""
+"""For rows created for now, or deferred briefly, whose transaction commits a little later."""
 
 FEW = 6
 """Rows that a fair claim reads in each workspace, however many workspaces there are."""
@@ -149,7 +149,7 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 
 
 def claim(connection: Connection, look: Look) -> Claim:
-    """Lease what is due, the earliest first; expired leases are taken over.
+    """Lease due follow-ups, the earliest first; expired leases are taken over.
 
     If there is ``more``, `claim_fairly` should come next.
     """
@@ -158,7 +158,7 @@ def claim(connection: Connection, look: Look) -> Claim:
 
 
 def claim_fairly(connection: Connection, look: Look) -> Claim:
-    """Lease what is due, first of the workspaces with the fewest in flight, the earliest due first in each."""
+    """Lease due follow-ups, first of the workspaces with the fewest in flight, the earliest due first in each."""
     connection.execute(WITHOUT_SORTING)
     return _claim_of(
         connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
@@ -186,7 +186,7 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: Look) -> Claim:
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A row that was updated at that moment has another place, and gets no lease.
+        # A row that was updated at the same time has another place, and gets no lease.
         more=looked.taken >= min(look.most, room) or looked.unseen,
         cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 IDLE = timedelta(hours=8)
-"""A session ends when it was unused for that long."""
+"""Idle time after which a session ends."""
 
 LIFETIME = timedelta(hours=24)
-"""A session ends so long after the sign-in, however much it is used."""
+"""Age at which a session ends, however much it is used."""
 
 SHORTEST_LINK, LONGEST_LINK = timedelta(seconds=10), timedelta(days=7)
 LINK = timedelta(hours=1)
@@ -46,7 +46,7 @@ PRUNED = 100
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """What a session may do and see, and whose it is."""
+    """The rights of a session, and its person."""
 
     role: str
     workspace_id: UUID | None

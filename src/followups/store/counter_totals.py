@@ -1,4 +1,4 @@
-"""The sums of all processes' counters: each process adds what is new, and any of them can show the sums.
+"""The sums of all processes' counters: each process adds its new counts, and any of them can show the sums.
 
 Workers come and go on many hosts, and a scraper finds one web process. A count kept in a worker would never be scraped,
 and would end with it.
@@ -28,7 +28,7 @@ Sample = tuple[str, str]
 """A sample's name and its labels, as a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""How long a count may exist in its own process only; a crash loses that much."""
+"""How long a count may exist only in its own process; a crash loses the counts of that time."""
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ _ADD = text("""
     RETURNING sample, labels, value
 """)
 # A count only grows, so counts at least as high as ours were committed. If another process has added as much to each of
-# them meanwhile, our part is lost.
+# them in the meantime, our part is lost.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
@@ -102,7 +102,7 @@ class CounterTotals:
             self._try_to_add()
 
     def add(self) -> None:
-        """Add what was counted since the last call. Raises database errors; then nothing is lost."""
+        """Add the counts since the last call. Raises database errors; then nothing is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

@@ -2,8 +2,8 @@
 
 Pending, waiting, overdue and in-flight counts are exact, from small partial indexes. Final rows are counted up to
 `EXACT_UP_TO` for each state; beyond that the planner's estimate is used, at no cost however many millions there are.
-Lag and throughput read what ended in the last minutes, by its index; if that is too much, they are given up after
-`LIMIT`.
+Lag and throughput are read from the follow-ups that ended in the last minutes, by an index; a query that takes longer
+than `LIMIT` is given up.
 
 The backlog is for metrics, which are read every few seconds. Counting ten million pending rows takes seconds, and
 counters kept by a trigger would make every insert and every end write to one shared row. So rows are counted one by one
@@ -82,7 +82,7 @@ _SHARE_OVERDUE = text("""
 
 
 def measure_backlog(connection: Connection, *, window: int) -> Backlog:
-    """Count the backlog. ``window`` is the most that can be in flight."""
+    """Count the backlog. ``window`` is the in-flight limit."""
     row = connection.execute(
         _COUNT, {"most": BACKLOG_EXACT_UP_TO + 1, "head": max(BACKLOG_EXACT_UP_TO + 1, window)}
     ).one()
@@ -108,7 +108,7 @@ class Counts:
     quiet: int
     """Pending, due, and waiting for sending hours to open."""
     overdue: int
-    """Pending and past their moment, without those that wait for another one."""
+    """Pending and overdue, without those that wait for another one."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
@@ -163,7 +163,7 @@ _ESTIMATE_FINAL = text("""
 
 
 def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO) -> Counts:
-    """Count by state. ``window`` is the most that can be in flight."""
+    """Count by state. ``window`` is the in-flight limit."""
     pending = connection.execute(_PENDING).one()
     head = measure_backlog(connection, window=window)
     final = _count_final(connection, exact_up_to + 1)
@@ -190,7 +190,7 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# Acceptance precedes its record, so what ended before the window was accepted before it.
+# Acceptance precedes its record, so a follow-up that ended before the window was accepted before it.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags

@@ -1,7 +1,7 @@
 """Deletion of a workspace, or of a chat, with everything that belongs to it.
 
 It works in batches, each a short transaction that skips locked rows. Pending follow-ups are ended before they are
-deleted, and a workspace is paused meanwhile.
+deleted, and a workspace is paused during its deletion.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """What is to be deleted: a workspace, or one chat in it."""
+    """The thing to delete: a workspace, or one chat in it."""
 
     workspace_id: UUID
     chat_id: UUID | None = None
@@ -64,7 +64,7 @@ _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 
 
 def begin(session: Session, whole: Whole) -> None:
-    """Let nothing more of it be scheduled and sent; repeating this changes nothing.
+    """Stop all scheduling and sending for the workspace or chat; repeating this changes nothing.
 
     A workspace loses its keys, and is paused until it is deleted. A chat is removed.
     """
@@ -127,7 +127,8 @@ _EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id 
 def delete_batch(connection: Connection, whole: Whole, table: str, condition: str) -> int:
     """Delete the next batch of a table's rows; return how many. Events go with the follow-ups that they are about.
 
-    Rows are deleted by their places. A row that was changed meanwhile has another place, and is left to the next batch.
+    Rows are deleted by their places. A row that was changed in the meantime has another place, and is left to the next
+    batch.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""

@@ -57,8 +57,9 @@ class Hold:
     hours: SendingHours | None = None
 
 
-# The locks on the pause and on the hours keep them in force until this commits: a resume, or a change of the hours,
-# comes after it and releases. Rows that are locked or have changed meanwhile are looked at again shortly.
+# The locks on the pause and on the sending hours keep them in force until this transaction commits: a resume, or a
+# change of the hours, comes after it and releases. Rows that are locked or have changed in the meantime are checked
+# again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -110,7 +111,8 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     return set(connection.scalars(_HOLD, parameters))
 
 
-# It is stored only if the hours are unchanged, and without waiting, since many workers compute it at the same time.
+# The next period is stored only if the sending hours are unchanged, and without waiting, since many workers compute it
+# at the same time.
 _OPEN_NEXT = text("""
     UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
       FROM (SELECT workspace_id FROM sending_hours
@@ -128,7 +130,7 @@ def open_next(connection: Connection, hours: Hours, span: tuple[datetime, dateti
 
 
 def columns_of(hours: SendingHours) -> dict[str, object]:
-    """Return the hours as the columns of their table."""
+    """Return the sending hours as the columns of their table."""
     days = sum(1 << day for day in hours.days)
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 

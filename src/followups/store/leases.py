@@ -38,7 +38,7 @@ def int_array(numbers: Iterable[int]) -> str:
 
 
 class Lease(NamedTuple):
-    """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the moment to send.
+    """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the time to send.
 
     It is created several times for each follow-up, and creating a tuple takes half the time of a dataclass.
     """
@@ -53,7 +53,7 @@ class Lease(NamedTuple):
     task_id: str = ""
     """The task whose hint brought it to its worker."""
     expires: float = inf
-    """When its worker drops it, an `uptime`: by then another may have it."""
+    """When its worker drops it, an `uptime`: from then on another worker may have it."""
     refusals: int = 0
     """How many times in a row the follow-up could not begin at its moment."""
 
@@ -76,7 +76,7 @@ class Rules:
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
-    """How long before the due moment begin may come; the sender waits for the rest."""
+    """How long before the due time begin may come; the sender waits for the rest."""
 
     @property
     def parameters(self) -> dict[str, object]:

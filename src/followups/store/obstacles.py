@@ -47,7 +47,7 @@ class Obstacle:
     earlier: UUID | None = None
     """The follow-up of its chat before it."""
     sendable_from: datetime | None = None
-    """First moment at which sending hours allowed (or were to allow) the send, or None if not recorded."""
+    """First time at which sending hours allowed (or will allow) the send, or None if not recorded."""
     window_ends: datetime | None = None
     """None if its channel has no messaging window."""
     pause_id: UUID | None = None

@@ -1,10 +1,10 @@
 """Quotas: the most pending follow-ups, and the most chats, that a workspace may have; by default there is none.
 
-Where there is no quota, a create costs nothing: its own INSERT finds that there is none. Where there is one, its row is
-locked until the transaction ends, after the chat's, so that two creates cannot both take the last place.
+Without a quota, a create request costs nothing more: its own INSERT finds that there is no quota. If there is one, its
+row is locked until the transaction ends, after the chat's, so that two create requests cannot both take the last place.
 
-The row keeps how much room was left when the rows were last counted. Each create takes of it, and only when it is used
-up are they counted again. What ends in between makes room that is found then.
+The row keeps how much room was left when the follow-ups or chats were last counted. Each create request uses up some of
+it, and only when nothing is left are they counted again. Room made by ends in between is found then.
 """
 
 from __future__ import annotations

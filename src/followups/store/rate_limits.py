@@ -120,7 +120,7 @@ class Limitable:
     chat_id: UUID
     channel: str
     since: datetime
-    """The first moment at which it could be sent: its due date, or when that was set if it had already passed."""
+    """The first time at which it could be sent: its due date, or the time when a past due date was set."""
     left: timedelta | None
     """Time left until its messaging window or the allowed lateness ends, or None if it never expires."""
 

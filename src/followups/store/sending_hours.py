@@ -32,7 +32,7 @@ def find(workspace_id: UUID) -> Steps[SendingHours | None]:
 
 
 def everything(session: Session) -> dict[UUID, SendingHours]:
-    """Return the hours of every workspace that has any."""
+    """Return the sending hours of every workspace that has any."""
     return {row.workspace_id: hours_of(row).hours for row in session.scalars(select(Row))}
 
 

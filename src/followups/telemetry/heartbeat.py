@@ -1,15 +1,15 @@
 """Heartbeat files: each worker or beat writes its state, and a supervisor reads it without contacting any process.
 
-Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the parts that
-must make progress (the consumer, the dispatcher, ...), each with the moment by which its next sign is due. Reading it
-needs neither Celery nor the broker, so a check costs little more than starting an interpreter. And a broker outage,
-which no restart can mend, makes no supervisor restart everything.
+Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the components
+that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report again. Reading
+the file needs neither Celery nor the broker, so a check costs little more than starting an interpreter. And a broker
+outage, which no restart can mend, makes no supervisor restart everything.
 
 - Times are of the monotonic clock, which all processes of a machine share: setting the wall clock raises no alarm, and
   a machine that slept does not wake up to processes that count as dead.
 - The writer holds a lock on its file. The kernel releases it when the process ends, however it ends. So a leftover file
   is never mistaken for a process that hangs, even if its process id has been reused.
-- A process that is stopped, or whose threads no longer run, stops writing: an old file is a sign too.
+- A process that is stopped, or whose threads no longer run, stops writing, so an old file shows this too.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _open_directory(path: Path) -> None:
 
 
 class Heartbeat:
-    """What one process writes. `sign` may be called from any thread."""
+    """The heartbeat of one process. `sign` may be called from any thread."""
 
     def __init__(self, directory: Path, role: str, name: str) -> None:
         """Store the process's role (``worker``, ``beat``) and its name for operators."""
@@ -92,7 +92,7 @@ class Heartbeat:
         self._parts: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.RLock()  # a signal handler may sign while its own thread is signing
+        self._lock = threading.RLock()  # a signal handler may call `sign` while its own thread is in it
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1
@@ -111,11 +111,11 @@ class Heartbeat:
         self._thread.start()
 
     def probe(self, look: Callable[[], None]) -> None:
-        """Call ``look`` before each write; it signs for a part that cannot sign by itself."""
+        """Call ``look`` before each write, to report for a component that cannot report itself."""
         self._probes.append(look)
 
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
-        """Record that a part made progress ``at`` (monotonic seconds, default now) and will again ``within`` that time.
+        """Record that a part made progress ``at`` (monotonic seconds, default now) and must again ``within`` that time.
 
         ``otherwise`` completes the sentence if it does not: "has not asked the broker for work".
         """
@@ -124,15 +124,15 @@ class Heartbeat:
                 self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
 
     def wait(self, why: str, since: float = 0.0) -> None:
-        """Record why the process gets no work done since then (monotonic seconds); an empty reason clears it."""
+        """Record why the process makes no progress, ``since`` when (monotonic seconds); an empty reason clears it."""
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
-        """Return why this process gets no work done, and for how long, as a reader of its file sees it."""
+        """Return why this process makes no progress, and for how long, as a reader of its file sees it."""
         return _waits({"waits": self._waits}, time.monotonic())
 
     def end(self, within: timedelta, otherwise: str) -> None:
-        """Expect no more signs from any part, only the end of the process."""
+        """Expect no more reports from any component, only the end of the process."""
         with self._lock:
             self._ending = True
             self._parts = {"end": _sign(within, otherwise, time.monotonic())}

@@ -6,7 +6,7 @@ from importlib import import_module
 
 
 def __getattr__(name: str) -> object:
-    """Import the Celery app lazily: what only reads a heartbeat need not load Celery."""
+    """Import the Celery app lazily: code that only reads a heartbeat need not load Celery."""
     if name != "app":
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)

@@ -117,9 +117,9 @@ class Consumer:
         self.connecting_at = 0.0
         self.connected_at = 0.0
         self.refused = 0
-        """Number of connections in a row that were made and did not last."""
+        """Number of successive connections that did not last."""
         self.queues: frozenset[str] = frozenset()
-        """The queues that it asked for."""
+        """The queues that the consumer asked for."""
 
     def answered(self, queues: Iterable[str]) -> None:
         """Record an answer of the broker."""
@@ -129,7 +129,7 @@ class Consumer:
         self.queues = frozenset(queues)
 
     def connects(self) -> None:
-        """Record a try to reach the broker."""
+        """Record an attempt to reach the broker."""
         self.connecting_at = time.monotonic()
 
     def connected(self) -> None:

@@ -157,10 +157,10 @@ if not settings.remote_control:
 
 
 class Process:
-    """The parts of one worker process, created after the fork on first use."""
+    """The components of one worker process, created after the fork on first use."""
 
     def __init__(self) -> None:
-        """Create the parts; connect to nothing yet."""
+        """Create the components; connect to nothing yet."""
         traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         connection: Any = {
@@ -179,7 +179,7 @@ class Process:
         self.draining = False
 
     def start(self) -> None:
-        """Start the parts; each waits for the database by itself."""
+        """Start the components; each waits for the database itself."""
         self.dispatcher.start()
         self.pipeline.start()
         self.totals.start()
@@ -204,7 +204,7 @@ _making = threading.Lock()
 
 
 def current_process() -> Process:
-    """Return this process's parts, with the pipeline running."""
+    """Return this process's components, with the pipeline running."""
     with _making:
         process = _processes.get(os.getpid())
         if process is None:
@@ -247,7 +247,7 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
 
 @app.task(name="followups.dispatch_due", base=Bounded)
 def dispatch_due(*_: object, **__: object) -> None:
-    """Tick: claim what falls due before the next one, and publish it in batches."""
+    """Tick: claim the follow-ups that fall due before the next tick, and publish them in batches."""
     process = current_process()
     process.dispatcher.tick()
     process.bulk.start()
@@ -261,7 +261,7 @@ def remove_old(*_: object, **__: object) -> None:
 
 @app.task(name="followups.deliver", bind=True)
 def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **__: object) -> None:  # noqa: ANN401 - Celery's task
-    """Deliver a batch: begin, send and settle each follow-up of the hint at its moment."""
+    """Deliver a batch: begin, send and settle each follow-up of the hint at its due time."""
     try:
         leases = leases_of(hint, keys)
     except ValueError as error:
@@ -290,7 +290,7 @@ class Nudger:
     """Least seconds between two nudges of one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
-        """``ask`` sends one; it may be slow, and it may raise."""
+        """``ask`` sends a nudge; it may be slow, and it may raise."""
         self._ask = ask
         self._wanted = threading.Event()
         self._started = threading.Lock()

@@ -38,7 +38,7 @@ PORT = "FLOWER_PORT"
 def install(configure_logging: Callable[[], None]) -> None:
     """Check Flower's options before it listens, if this process is Flower.
 
-    Celery's command imports Flower in every process, so the import is no sign; parsing Flower's options is one.
+    Celery's command imports Flower in every process, so the import proves nothing, but parsing Flower's options does.
     ``configure_logging`` restores our format in place of Tornado's.
     """
     if "flower.options" not in sys.modules:

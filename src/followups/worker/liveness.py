@@ -7,9 +7,9 @@ second, even when the queues are empty (`followups.worker.broker.Consumer`). An 
 reports as often as a busy one. The components behind the consumer report for themselves: the pipeline's event loop
 while it runs, and the dispatcher's thread while it is idle, or busy for no longer than a tick can take.
 
-While the broker or the database is unreachable, or the database is read-only, all of them keep retrying, which is a
-sign of life too. Liveness concerns only what a restart fixes. During an outage, a restart would lose what was accepted
-and is not recorded yet. Such a worker is therefore alive, and its sign shows what it waits for. `/readyz` and
+While the broker or the database is unreachable, or the database is read-only, all of them keep retrying, which counts
+as progress too. Liveness concerns only what a restart fixes. During an outage, a restart would lose what was accepted
+and is not recorded yet. Such a worker is therefore alive, and its heartbeat shows what it waits for. `/readyz` and
 `followups doctor` show what is unreachable.
 """
 
@@ -49,7 +49,7 @@ second.
 """
 
 TURNING = timedelta(seconds=20)
-"""Between two turns of the event loop: a turn takes milliseconds, on a starved machine perhaps seconds."""
+"""Between two iterations of the event loop: one takes milliseconds, on a starved machine perhaps seconds."""
 
 TICKING = timedelta(seconds=90)
 """For one tick: it ends within an interval and a few statements, each of which is given up after 20 s at most."""
@@ -87,7 +87,7 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Sign for the consumer. ``wanted`` returns its queues; ``silence`` is how long the broker may be silent."""
+    """Report for the consumer. ``wanted`` returns its queues; ``silence`` is how long the broker may be silent."""
     heart.sign("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
 
@@ -108,7 +108,7 @@ def signs_of_life(_state: object) -> dict[str, str]:
 
 
 def watch_work(heart: Heartbeat, dispatcher: Dispatcher, pipeline: Pipeline) -> None:
-    """Sign for the dispatcher and the pipeline."""
+    """Report for the dispatcher and the pipeline."""
     heart.probe(partial(_sign_for_dispatcher, heart, dispatcher))
     heart.probe(partial(_sign_for_pipeline, heart, pipeline))
     heart.probe(partial(_sign_for_outage, heart))

@@ -1,4 +1,4 @@
-"""What the platform reports about chats: that they exist, who wrote in them, that they were removed."""
+"""Endpoints by which the platform reports that chats exist, who wrote in them, and that they were removed."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
 
 
 def _with_message(answer: idempotency.Answer, message: str) -> idempotency.Answer:
-    """Return the answer to a create with this message in it.
+    """Return the answer to a create request with this message in it.
 
     The answer is stored without a message, so that no text stays there after it has left its row. A repeated request
     carries the same message.

@@ -91,7 +91,7 @@ class Picture:
 
 
 def around_now(standings: Sequence[Standing], now: datetime, count: int) -> list[Standing]:
-    """Return ``count`` follow-ups by due moment: those around now, and all that are being retried.
+    """Return ``count`` follow-ups in the order of their due times: those around now, and all that are being retried.
 
     When all have ended, those that took several attempts or were not sent come first.
     """

@@ -24,7 +24,7 @@ TIMEOUT = 30.0
 FIRST_ERROR = 400
 
 LEAST_LEAD = 1.5
-"""Least seconds between a follow-up's creation and its due moment.
+"""Least seconds between a follow-up's creation and its due time.
 
 Every follow-up is created before it is due, so that its lag measures the dispatcher's punctuality.
 """
@@ -73,7 +73,7 @@ class Stage:
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)
         self.start = datetime.now(UTC)
-        """The moment that the scenario's times count from."""
+        """The time from which the scenario's times count."""
 
     def open_chats(self) -> timedelta:
         """Open the chats with an agent's message in each, configure the receiver; return the seconds of a call."""

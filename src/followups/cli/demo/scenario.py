@@ -42,7 +42,7 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """All follow-ups by due moment, and how the receiver and the users behave."""
+    """All follow-ups in the order of their due times, and the behaviour of the receiver and the users."""
 
     parts: tuple[Part, ...]
     failures: dict[str, int]
@@ -69,10 +69,10 @@ NAMES = (*STEADY, *FAILURES, REPLYING, REFUSED)
 EACH = 6
 """Follow-ups in each steady chat."""
 DURATION = 9.5
-"""Seconds from the first due moment to the last."""
+"""Seconds from the first due time to the last."""
 REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
-"""Its multiples are spread evenly and never repeat a step, so the due moments resemble those of real chats."""
+"""Its multiples are spread evenly and never repeat a step, so the due times resemble those of real chats."""
 
 SENT = Ending(Status.SENT, attempts=1)
 CANCELLED = Ending(Status.CANCELLED, attempts=0, code=ReasonCode.USER_REPLIED)

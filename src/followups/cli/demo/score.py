@@ -1,4 +1,4 @@
-"""What became of the follow-ups, whether that matches the script, and the summary. Pure, apart from one query.
+"""The results of the follow-ups, their comparison with the script, and the summary. Pure, apart from one query.
 
 Lag is the acceptance minus the due date, both in the database. This is the dispatcher's own record; it includes the
 receiver's answer, so it is never better than what the receiver saw. Only follow-ups delivered by the first attempt
@@ -148,7 +148,7 @@ def _difference(standing: Standing) -> str:
 
 
 def lags(standings: Sequence[Standing]) -> dict[str, float | None]:
-    """Return the quantiles of the lag, in milliseconds, of what the first attempt delivered."""
+    """Return the quantiles of the lag, in milliseconds, of messages that the first attempt delivered."""
     ordered = sorted(each.lag for each in standings if each.lag is not None and not each.retried)
     if not ordered:
         return dict.fromkeys(QUANTILES)

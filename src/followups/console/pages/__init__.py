@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A method and a path under ``/console``, and what it takes to call it."""
+    """A method and a path under ``/console``, with the action that the caller must be allowed."""
 
     method: str
     path: str

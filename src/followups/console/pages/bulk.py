@@ -29,7 +29,7 @@ SAMPLE = 5
 """Follow-ups that the preview names."""
 
 MOST = 10_000
-"""Up to here the preview counts exactly."""
+"""Number up to which the preview counts exactly."""
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
 """The state that each kind of action is for."""
@@ -46,7 +46,7 @@ def history(visit: Visit) -> Response:
 
 
 def preview(visit: Visit) -> Response:
-    """Show how many match, some of them, and who is passed over, before anything is done."""
+    """Show how many follow-ups match, some of them, and which are passed over, before anything is done."""
     kind, everything = _kind(visit)
     asked = Asked.of(visit.form)
     ids = () if everything else _ticked(visit)
@@ -127,7 +127,7 @@ def _sees(visit: Visit, action: BulkAction) -> bool:
 
 
 def _kind(visit: Visit) -> tuple[str, bool]:
-    """Return what to do, and whether to all that match. Raises `InvalidRequestError`."""
+    """Return the kind of action, and whether it is for all that match. Raises `InvalidRequestError`."""
     kind, _, everything = visit.form.text("do").partition("-")
     if kind not in NEEDED or everything not in {"", "all"}:
         message = visit.t("Choose what to do.")
@@ -144,7 +144,7 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
 
 
 def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> Wanted:
-    """Return what the action is for, within what the person sees."""
+    """Return the selection of the action, within what the person may see."""
     needed = NEEDED[kind]
     if ids:
         return Wanted(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)

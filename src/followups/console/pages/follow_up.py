@@ -63,7 +63,7 @@ class Moment:
 
 @dataclass(slots=True)
 class Typed:
-    """What the person has typed into the forms, to be shown again if it could not be saved."""
+    """The values that the person has typed into the forms, to be shown again if they cannot be saved."""
 
     message: str | None = None
     due: str | None = None
@@ -89,7 +89,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date; with the button "Check", tell what that would lead to."""
+    """Save the message and the due date; with the button "Check", only show the consequences."""
     form = visit.form
     typed = Typed(form.raw("message") if "message" in form else None, form.text("due"), reveal="message" in form)
 
@@ -114,7 +114,7 @@ def cancel(visit: Visit) -> Response:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Cancelling it again, with other words, would be told as a conflict; it has what was wanted.
+        # Cancelling it again with another reason would be a conflict, although it is cancelled as wanted.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)
@@ -140,7 +140,7 @@ def send_now(visit: Visit) -> Response:
 
 
 def retry(visit: Visit) -> Response:
-    """Make a new follow-up from a failed one, and go on to it; one that was retried already is not repeated."""
+    """Make a new follow-up from a failed one, and go on to the new one; no follow-up is retried twice."""
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         new = scheduling.retry_once(session, found.id)
@@ -164,7 +164,7 @@ def _own(visit: Visit, session: Session) -> FollowUp:
 
 
 def _changed(visit: Visit, typed: Typed, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
-    """Make a change in one transaction, and go on to the follow-up; tell on the page what stands against it."""
+    """Make a change in one transaction, and go on to the follow-up; if it is refused, show why on the page."""
     status = HTTPStatus.OK
     changed: UUID | None = None
     try:
@@ -203,7 +203,7 @@ def _changed(visit: Visit, typed: Typed, change: Callable[[Session, FollowUp], F
 
 
 def _check_version(visit: Visit, found: FollowUp) -> None:
-    """Refuse to save what was typed over another person's change."""
+    """Refuse to overwrite another person's change with the typed values."""
     given = visit.form.text("version")
     if given and found.status == Status.PENDING and given != found.updated_at.isoformat():
         raise ChangedMeanwhileError

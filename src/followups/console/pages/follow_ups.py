@@ -105,7 +105,7 @@ def _choices() -> Mapping[str, list[str]]:
 
 
 def wanted_of(visit: Visit, session: Session, asked: Asked) -> Wanted:
-    """Return what the filters ask for, within what the person sees. Raises `InvalidRequestError`."""
+    """Return the query for the filters, within what the person may see. Raises `InvalidRequestError`."""
     viewer = visit.person
     any_id = uuid_or_none(asked.id)
     external_id = asked.id if asked.id and any_id is None else None
@@ -143,7 +143,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
 
 
 def _moment(visit: Visit, typed: str) -> datetime | None:
-    # Of the two moments that a repeated hour has, a filter takes the first.
+    # If an hour is repeated, a filter takes its first occurrence.
     return visit.zone.read(typed, "first") if typed else None
 
 

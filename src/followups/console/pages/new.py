@@ -33,7 +33,7 @@ _BY_EXTERNAL_ID = text("""
 
 @dataclass(slots=True)
 class Typed:
-    """What the person has typed."""
+    """The values that the person has typed."""
 
     chat: str = ""
     message: str = ""
@@ -51,7 +51,7 @@ def show(visit: Visit) -> Response:
 
 
 def schedule(visit: Visit) -> Response:
-    """Schedule the follow-up and go on to it; with the button "Check", tell what the due date would lead to."""
+    """Schedule the follow-up and go on to it; with the button "Check", only show the consequences of the due date."""
     form = visit.form
     typed = Typed(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
     created: UUID | None = None

@@ -1,4 +1,4 @@
-"""What needs no session: static files, and the choice of language and time zone."""
+"""Routes that need no session: static files, and the choice of language and time zone."""
 
 from __future__ import annotations
 

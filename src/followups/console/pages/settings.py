@@ -46,7 +46,7 @@ PREVIEWED = timedelta(days=7)
 
 @dataclass(slots=True)
 class Told:
-    """What the page tells after a change, or after one that was refused."""
+    """The message of the page after a change, or after a refused one."""
 
     wrong: str = ""
     done: str = ""
@@ -54,7 +54,7 @@ class Told:
     """A new key, which is shown this once."""
     typed: dict[str, str] = field(default_factory=dict)
     hours: SendingHours | None = None
-    """The hours to preview, which are not saved."""
+    """The sending hours to preview, which are not saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ def _typed_hours(visit: Visit) -> SendingHours:
 
 
 def _week(hours: SendingHours, now: datetime) -> list[tuple[datetime, datetime]]:
-    """Return the times of sending of the next week. Raises `LookupError` for hours that are never open."""
+    """Return the sending periods of the next week. Raises `LookupError` for sending hours that are never open."""
     spans: list[tuple[datetime, datetime]] = []
     moment = now
     while moment < now + PREVIEWED:
@@ -247,14 +247,14 @@ def pause(visit: Visit) -> Response:
 
 
 def resume(visit: Visit) -> Response:
-    """End a pause, and let go on what it holds."""
+    """End a pause, and release the follow-ups that it holds."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
         scope = pauses.Scope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
     for _ in bulk.release_paused(visit.services.engine):
-        pass  # each batch is a short transaction; an interrupted rest is released by the workers
+        pass  # each batch is a short transaction; if interrupted, the workers release the rest
     visit.services.nudge()
     return _back(visit, name, "pauses")
 

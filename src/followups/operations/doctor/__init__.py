@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check found. ``advice`` says what to do; without advice all is well."""
+    """The result of a check. ``advice`` says what to do; without advice all is well."""
 
     name: str
     detail: str

@@ -1,4 +1,4 @@
-"""The checks of the broker: version, memory, permissions, queues, and the breaker that is kept there."""
+"""The checks of the broker: version, memory, permissions, queues, and the breaker that is stored there."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ _OF_THE_SERVER = text("SELECT version FROM pg_stat_ssl WHERE pid = pg_backend_pi
 
 
 def of_database(engine: Engine) -> Iterator[Finding]:
-    """Show what the connection to the database is.
+    """Show whether the connection to the database is encrypted and verified.
 
     Yields nothing if the database does not answer.
     """
@@ -53,7 +53,7 @@ def _database(connection: Connection) -> str:
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Show what the connection to the broker is."""
+    """Show whether the connection to the broker is encrypted and verified."""
     try:
         with broker_client(settings) as client:
             connection: Any = client.connection_pool.get_connection()

@@ -149,7 +149,7 @@ def durability(commit: str, standbys: str) -> Iterator[Finding]:
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Check what waits, what failed lately, and what slows the database.
+    """Check the waiting follow-ups, recent failures, and causes of a slow database.
 
     Yields nothing if the database is unreachable or read-only.
     """

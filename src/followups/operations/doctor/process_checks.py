@@ -48,7 +48,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Read the heartbeat files, and ask web. A process that runs elsewhere, or nowhere, is no problem."""
+    """Read the heartbeat files, and ask web. A process that does not run on this machine is no failure."""
     directory = directory_of(settings.runtime_dir)
     lives = {role: look(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]
@@ -74,7 +74,7 @@ def _web() -> str:
 
 
 def trouble_of_web(host: str, port: int) -> str:
-    """Ask web whether it is up; return a sentence if it is not, otherwise an empty string."""
+    """Ask web whether it is up; return an error message if it is not, otherwise an empty string."""
     place = f"{host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:
