@@ -188,7 +188,7 @@ def test_forged_hints(running: Stack) -> None:
 
 
 def test_remote_control_only_asks(running: Stack) -> None:
-    """Commands that stop or change a worker are refused with a sentence: any client of the broker can send them."""
+    """Commands that stop or change a worker are refused with an error: any client of the broker can send them."""
     control = celery_app(running).control
     commands: dict[str, dict[str, object]] = {
         "shutdown": {},

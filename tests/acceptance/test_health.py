@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""Seconds within which trouble must show: ten without a sign, and a start of the command on a busy machine."""
+"""Seconds within which trouble must show: ten without a report, and a start of the command on a busy machine."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""

@@ -30,7 +30,7 @@ def called(person: Person, route: Route, ids: dict[str, str]) -> int:
 
 @pytest.mark.parametrize("role", list(ALLOWED))
 def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Callable[..., Person], own: World) -> None:
-    """For every route: what the role may not do is 403, and what it may do is not."""
+    """Every route answers 403 to a role that may not use it, and only to such a role."""
     one = person(role, None if role == "operator" else own)
     for route in GUARDED:
         status = called(one, route, {"id": str(uuid4()), "state": "x"})
@@ -39,14 +39,14 @@ def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Call
 
 
 def test_without_a_session_nothing_is_shown_or_changed(person: Callable[..., Person]) -> None:
-    """Pages lead to the sign-in; what would change something is 401."""
+    """Pages redirect to the sign-in page; requests that would change something get a 401."""
     one = person()
     for route in GUARDED:
         assert called(one, route, {"id": str(uuid4())}) == (303 if route.method == "GET" else 401), route
 
 
 def test_what_does_not_exist_leads_strangers_to_the_sign_in(person: Callable[..., Person]) -> None:
-    """A stranger does not learn which pages there are."""
+    """A client without a session does not learn which pages exist."""
     assert person().get("/nothing").status_code == 303
     assert person("operator").get("/nothing").status_code == 404
     assert person("operator").post("/", x="y").status_code == 405

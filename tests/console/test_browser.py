@@ -64,7 +64,7 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
     ids=["light", "dark-and-narrow"],
 )
 def test_every_page_is_accessible(options: dict[str, object], desk: Callable[..., Desk], own: World) -> None:
-    """No violation of WCAG 2.2 AA on any page; nothing is wider than a narrow screen."""
+    """No page violates WCAG 2.2 AA, and none is wider than a narrow screen."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     pending = own.follow_up(chat_id, due=HOUR)
     key_id, _ = key_of(own)
@@ -93,7 +93,7 @@ def test_every_page_is_accessible(options: dict[str, object], desk: Callable[...
 
 
 def test_a_links_token_leaves_no_trace_in_the_address(desk: Callable[..., Desk], own: World) -> None:
-    """The fragment is taken out before anything else is asked for."""
+    """The page removes the fragment before it makes any other request."""
     sitting = desk()
     asked: list[str] = []
     sitting.page.on("request", lambda request: asked.append(request.url))
@@ -105,7 +105,7 @@ def test_a_links_token_leaves_no_trace_in_the_address(desk: Callable[..., Desk],
 
 
 def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(desk: Callable[..., Desk], own: World) -> None:
-    """No pointer is needed on the way."""
+    """None of these steps needs a mouse."""
     one_id = own.follow_up(due=HOUR)
     _, key = key_of(own)
     page = desk().go("/login")
@@ -158,7 +158,7 @@ def test_everything_works_without_javascript(desk: Callable[..., Desk], own: Wor
 
 
 def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -> None:
-    """Chosen by the page itself, at the first visit."""
+    """The page itself chooses the browser's zone at the first visit."""
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -168,7 +168,7 @@ def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -
 
 
 def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[..., Desk], own: World) -> None:
-    """A follow-up goes out while its form is open: the state changes, the words stay, saving tells."""
+    """A follow-up is sent while its form is open: the page shows this and keeps the typed text; saving is refused."""
     one_id = own.follow_up(due=HOUR)
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -191,7 +191,7 @@ def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[...,
 
 
 def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: World) -> None:
-    """Nothing moves under the pointer; paused, nothing changes at all."""
+    """Rows do not move while the page is in use; while updates are paused, nothing changes at all."""
     one_id = own.follow_up(due=HOUR)
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -223,7 +223,7 @@ def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], o
 
 
 def test_the_stream_is_lost_and_comes_back(desk: Callable[..., Desk], own: World) -> None:
-    """Meanwhile the page says since when it is stale."""
+    """While the stream is lost, the page shows since when it has been stale."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

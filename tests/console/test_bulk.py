@@ -28,7 +28,7 @@ NOW = text("now()")
 
 
 def carry_out(world: World) -> None:
-    """Be a worker until nothing is left to do."""
+    """Act as a worker until nothing is left to do."""
     while run_batch(world.engine):
         pass
 
@@ -56,7 +56,7 @@ def start(one: Person, **fields: object) -> httpx.Response:
 
 
 def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Those in flight, finished or foreign are passed over; the preview changes nothing."""
+    """Follow-ups in flight, finished or of another workspace are passed over; the preview changes nothing."""
     ids = [own.follow_up(due=HOUR) for _ in range(3)]
     done = failed(own)
     theirs = foreign.follow_up(due=HOUR)
@@ -82,7 +82,7 @@ def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person]
 
 
 def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable[..., Person], own: World) -> None:
-    """By the filter of the list, in batches; what is created after the start stays."""
+    """Follow-ups are selected by the list's filter, in batches; those created after the start stay."""
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
     one = person("agent", own)
@@ -100,7 +100,7 @@ def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable
 
 
 def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable[..., Person], own: World) -> None:
-    """A repeated request starts nothing new, and a second action finds each retried."""
+    """A repeated request starts nothing new, and a second action finds that each was retried."""
     ids = [str(failed(own)) for _ in range(3)]
     one = person("agent", own)
     seen = one.post("/bulk/preview", do="retry", tick=ids)
@@ -118,7 +118,7 @@ def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is done stays done; the rest stays as it is."""
+    """Follow-ups that were already cancelled stay cancelled; the others stay as they are."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_actions, "CANCELS", 4)
@@ -136,7 +136,7 @@ def test_an_action_is_stopped_after_its_batch(
 
 
 def test_anothers_action_is_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Nor can it be stopped; a session of one chat sees only actions of that chat."""
+    """An action of another workspace cannot be stopped; a session of one chat sees only actions of that chat."""
     own.follow_up(due=HOUR)
     page = start(person("agent", own), do="cancel-all")
     path = page.url.path.removeprefix("/console")

@@ -1,4 +1,4 @@
-"""Every text of the console is translated, and no translation is of a text that is gone."""
+"""Every text of the console is translated, and every translation is of a text that still exists."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def used() -> set[str]:
 
 
 def test_the_catalogues_have_every_text_and_nothing_else() -> None:
-    """A new text needs its translation; a placeholder is in both."""
+    """Every text has a translation, with the same placeholders."""
     portuguese = catalogue("pt-BR")
     assert set(portuguese) == used() | BY_NAME
     for english, translated in portuguese.items():

@@ -30,7 +30,7 @@ def events(world: World, target: UUID | str) -> list[str]:
 
 
 def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: World) -> None:
-    """By the chat's id or its external id; the page of the new one follows."""
+    """The chat is given by its id or its external id; the page of the new follow-up is shown next."""
     chat_id = own.chat(external_id="room 7")
     one = person("agent", own)
     for chat in (str(chat_id), "room 7"):
@@ -63,7 +63,7 @@ def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: Worl
 def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
     fields: dict[str, str], status: int, told: str, person: Callable[..., Person], own: World
 ) -> None:
-    """The form comes back with the words in it."""
+    """The form is shown again with the typed text in it."""
     given = {"chat": str(own.chat()), "message": "Take care", "due": "2100-01-31T09:00"} | fields
     answer = person("agent", own).post("/follow-ups/new", **given)
     assert answer.status_code == status
@@ -74,7 +74,7 @@ def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
 
 
 def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
-    """409, as the API has it."""
+    """The response is 409, as in the API."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
     assert answer.status_code == 409
@@ -82,7 +82,7 @@ def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[...,
 
 
 def test_the_consequences_are_told_before_saving(person: Callable[..., Person], own: World) -> None:
-    """The moment in UTC, the sending hours, the pause; nothing is stored."""
+    """The page shows the time in UTC, the sending hours and the pause; nothing is stored."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
@@ -102,7 +102,7 @@ def test_the_consequences_are_told_before_saving(person: Callable[..., Person], 
 
 
 def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
-    """Daylight saving time: the gap in spring, the overlap in autumn."""
+    """The clock changes twice a year: there is a gap in spring and an overlap in autumn."""
     one = person("agent", own)
     one.post("/preferences", zone="Europe/Berlin", next="/")
     fields = {"chat": str(own.chat()), "message": "Hello", "do": "schedule"}
@@ -134,7 +134,7 @@ def test_saving_changes_message_and_due_date(person: Callable[..., Person], own:
 
 
 def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World) -> None:
-    """The second one is told, sees what is stored, and has the own words still; saving again replaces."""
+    """The second person sees the conflict, the stored text and their own; saving again replaces the stored text."""
     one_id = own.follow_up(due=HOUR, message="Original")
     ann, ben = person("agent", own), person("agent", own)
     pages = [each.get(f"/follow-ups/{one_id}") for each in (ann, ben)]
@@ -153,7 +153,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
 def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
     doing: str, person: Callable[..., Person], own: World
 ) -> None:
-    """409 on the page, with what was typed."""
+    """The response is 409, and its page keeps the typed values."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")
@@ -173,7 +173,7 @@ def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
 
 
 def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
-    """With the person's words, or the code without any."""
+    """The reason is the person's, or the code if none is given."""
     for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
         one_id = own.follow_up(due=HOUR)
         one = person("agent", own)
@@ -184,7 +184,7 @@ def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person],
 
 
 def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> None:
-    """Also one that waits for its next attempt."""
+    """A follow-up that waits for its next attempt can be made due too."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     assert one.submit(one.get(f"/follow-ups/{one_id}"), f"/follow-ups/{one_id}/send").status_code == 303
@@ -193,7 +193,7 @@ def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> Non
 
 
 def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World) -> None:
-    """The page of the new one follows; a repeated click makes no second one."""
+    """The page of the new follow-up is shown next; a repeated click creates no second one."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")
@@ -207,7 +207,7 @@ def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World)
 
 
 def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> None:
-    """What the role may not do is not offered."""
+    """Actions that the role may not do are not offered."""
     one_id = own.follow_up(due=HOUR)
     page = person("viewer", own).get(f"/follow-ups/{one_id}")
     for button in ("Save", "Cancel follow-up", "Send now", "Retry"):

@@ -1,4 +1,4 @@
-"""Streams of nudges: for whom, how many, and when they end."""
+"""Streams of nudges: their viewers, their number, and their end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
 
 
 def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
-    """A new follow-up of the workspace; a change of the one follow-up that is open."""
+    """A new follow-up of the workspace nudges a list, and a change of a follow-up nudges its page."""
     one_id = own.follow_up(due=HOUR)
     ours = Listening(come())
     single = Listening(come(), f"/console/stream?follow_up={one_id}")
@@ -96,7 +96,7 @@ def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: Worl
 def test_streams_need_a_session_and_are_bounded(
     come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
 ) -> None:
-    """A stranger gets none, and a session only so many; the rest of the console goes on."""
+    """A client without a session gets no stream, and a session a limited number; the rest of the console works."""
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401
     one = come()
@@ -132,7 +132,7 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
 def test_nothing_is_asked_of_the_database_without_viewers(
     come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One look a second for all viewers, none without any."""
+    """There is one query a second for all viewers, and none without viewers."""
     looks: list[float] = []
     looked = live.changes.look
 

@@ -35,7 +35,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: objec
 
 
 def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
-    """The sentence of `followups show` on every row, also what will happen."""
+    """Every row has the sentence of `followups show`, including what will happen."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "pending": own.follow_up(chat_id, due=HOUR),
@@ -73,7 +73,7 @@ def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
 def test_the_list_is_filtered_by_its_address(
     query: dict[str, str], expected: set[str], person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """By state, reason, channel, due range, any id or external chat id; another workspace's are never there."""
+    """Filters are state, reason, channel, due range and any id; other workspaces' follow-ups are never listed."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "near": own.follow_up(chat_id, due=HOUR),
@@ -94,12 +94,12 @@ def test_the_list_is_filtered_by_its_address(
     "query", [{"state": "x"}, {"reason": "x"}, {"channel": "x"}, {"due_from": "x"}, {"id": "a\x00"}]
 )
 def test_a_filter_that_does_not_exist_is_told(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
-    """The page stays, with what was typed."""
+    """The page keeps the typed filter."""
     assert person("viewer", own).get("/follow-ups", **query).status_code == 422
 
 
 def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], own: World) -> None:
-    """Keyset paging, also where many were created at the same moment; the filter goes along."""
+    """Paging by key works even if many were created at the same time; each link keeps the filter."""
     own.burst([HOUR] * 60)
     failed(own)
     one = person("viewer", own)
@@ -133,7 +133,7 @@ def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person]
 def test_what_belongs_to_another_workspace_is_not_there(
     person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """404 for every page with its ids, for looking and for changing."""
+    """Every page answers 404 to the ids of another workspace, for reading and for changing."""
     chat_id = foreign.chat()
     follow_up_id = foreign.follow_up(chat_id, due=HOUR)
     one = person("admin", own)
@@ -148,7 +148,7 @@ def test_what_belongs_to_another_workspace_is_not_there(
 
 
 def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person], own: World) -> None:
-    """Everything else of the workspace is not there; the overview leads to the chat."""
+    """Nothing else of the workspace is visible; the overview redirects to the chat."""
     chat_id = own.chat()
     mine, others = own.follow_up(chat_id, due=HOUR), own.follow_up(due=HOUR)
     one = person("agent", own, chat_id)
@@ -165,7 +165,7 @@ def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person],
 
 
 def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> None:
-    """Message, reason, external id, the transport's error: escaped everywhere."""
+    """Message, reason, external id and the transport's error are escaped everywhere."""
     chat_id = own.chat(external_id=EVIL)
     one = person("agent", own)
     ids = [own.follow_up(chat_id, due=HOUR, message=EVIL), failed(own, reason=f"rejected: {EVIL}", message=EVIL)]
@@ -186,7 +186,7 @@ def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> 
 
 
 def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
-    """Created, attempts with their outcome, code and duration, accepted, ended."""
+    """The timeline has the creation, the attempts with outcome, code and duration, the acceptance and the end."""
     one_id = own.follow_up(due=-HOUR, status="sent", finished_at=NOW, accepted_at=NOW, attempts=2)
     own.sql(
         "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
@@ -201,7 +201,7 @@ def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: Wo
 
 
 def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:
-    """Messages without texts, what is coming and what is past, and the messaging window."""
+    """The page shows messages without texts, pending and past follow-ups, and the messaging window."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
     own.sql(
         "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:w, gen_random_uuid(), :c, 'user')",
@@ -216,7 +216,7 @@ def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Pe
 
 
 def test_times_are_in_the_viewers_zone_with_the_workspaces_beside_it(person: Callable[..., Person], own: World) -> None:
-    """Without a choice of the person it is the workspace's own."""
+    """Unless the person chooses a zone, it is the workspace's."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 127, now(), now() + interval '1 hour')",

@@ -30,7 +30,7 @@ def section(page: httpx.Response, name: str) -> str:
 
 
 def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Callable[..., Person], own: World) -> None:
-    """The question names the last use; only a hash is stored."""
+    """The question names the key's last use; only a hash of the key is stored."""
     one = person("admin", own)
     page = one.get("/settings")
     assert heading(page) == "Workspace settings"
@@ -57,7 +57,7 @@ def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Calla
 
 
 def test_anothers_key_and_session_are_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Not to be asked about, not to be revoked or ended."""
+    """They cannot be asked about, revoked or ended."""
     key_id, _ = key_of(foreign)
     other = person("viewer", foreign)
     session_id = foreign.scalar(f"SELECT id FROM console_sessions WHERE workspace_id = '{foreign.workspace_id}'")  # noqa: S608 - a test
@@ -71,7 +71,7 @@ def test_anothers_key_and_session_are_not_there(person: Callable[..., Person], o
 
 
 def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: World) -> None:
-    """It counts at once."""
+    """The end takes effect at once."""
     other, one = person("viewer", own), person("admin", own)
     session_id = own.scalar(
         f"SELECT id FROM console_sessions WHERE role = 'viewer' AND workspace_id = '{own.workspace_id}'"  # noqa: S608 - a test
@@ -120,7 +120,7 @@ def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: Wor
 
 
 def test_a_workspace_is_paused_and_goes_on(person: Callable[..., Person], own: World) -> None:
-    """With how many it holds; resuming releases them."""
+    """The pause shows how many follow-ups it holds; resuming releases them."""
     one = person("admin", own)
     assert one.submit(one.get("/settings"), "/settings/pauses", channel="").status_code == 303
     pause_id = own.scalar(f"SELECT id FROM pauses WHERE workspace_id = '{own.workspace_id}'")  # noqa: S608 - a test
@@ -154,7 +154,7 @@ def test_operators_choose_a_workspace_or_pause_a_channel_of_all(person: Callable
 
 
 def test_the_audit_log_is_the_workspaces_own(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Who did what, when; by action; pages follow one another."""
+    """The log shows who did what and when, can be filtered by action, and has pages."""
     name = f"key {uuid4()}"
     person("admin", own).post("/settings/keys", name=name)
     person("admin", foreign).post("/settings/pauses")
@@ -180,7 +180,7 @@ def test_the_audit_log_is_the_workspaces_own(person: Callable[..., Person], own:
 
 @pytest.mark.parametrize("path", ["/system"])
 def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[..., Person], own: World) -> None:
-    """For operators."""
+    """Only operators see it."""
     page = person("operator").get(path)
     assert heading(page) == "System"
     said = words(page)

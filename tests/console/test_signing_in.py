@@ -1,4 +1,4 @@
-"""Signing in by key and by link; how sessions end; what is checked of a request."""
+"""Signing in with a key or a link, the end of sessions, and the checks of a request."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
 def test_a_session_ends_when_its_time_is_over_and_when_it_is_not_used(
     column: str, person: Callable[..., Person], own: World
 ) -> None:
-    """There is an absolute end and an idle one."""
+    """A session has a maximum age and a maximum idle time."""
     one = person("viewer", own)
     assert one.get("/").status_code == 200
     own.sql(
@@ -83,7 +83,7 @@ def test_a_session_ends_when_its_time_is_over_and_when_it_is_not_used(
 
 
 def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own: World) -> None:
-    """A copy of the cookie is worth nothing afterwards."""
+    """A copy of the cookie is invalid afterwards."""
     one = person("viewer", own)
     kept = dict(one.client.cookies)
     assert one.post("/logout").status_code == 303
@@ -122,7 +122,7 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the limit even a good link has to wait, and is not used up."""
+    """Above the limit even a valid link has to wait, and is not used up."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
@@ -145,7 +145,7 @@ def settings_of(_person: object, own: World) -> dict[str, str]:
 
 
 def test_every_answer_has_the_security_headers(person: Callable[..., Person], own: World) -> None:
-    """Nothing inline, nothing from elsewhere, nothing kept; static files are kept for ever under hashed names."""
+    """Nothing is inline, from another origin or cached; only static files are cached for ever, under hashed names."""
     one = person("operator")
     for path in ("/", "/login", "/nothing", "/static/nothing"):
         answer = one.get(path)
@@ -167,7 +167,7 @@ def test_every_answer_has_the_security_headers(person: Callable[..., Person], ow
 
 
 def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: World) -> None:
-    """Nor does the console read an API key from a header."""
+    """The console does not read an API key from a header either."""
     one = person("agent", own)
     assert one.client.get("/api/v1/chat-message-follow-ups").status_code == 401
     _, key = key_of(own)
@@ -175,7 +175,7 @@ def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: Worl
 
 
 def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
-    """Strangers may send little, people with a session as much as a message needs."""
+    """A request without a session may have a small body, one with a session as much as a message needs."""
     assert person().post("/login", secret="x" * 20_000).status_code == 413
     assert person("agent", own).post("/nothing", message="x" * 200_000).status_code == 404
     assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413
@@ -200,7 +200,7 @@ def behind_proxy(console_settings: Settings) -> object:
 
 
 def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behind_proxy: str, own: World) -> None:
-    """FOLLOWUPS_PUBLIC_URL is what links, cookies and origin checks go by."""
+    """FOLLOWUPS_PUBLIC_URL decides links, cookies and origin checks."""
     one = Person(behind_proxy, own.engine)
     page = one.get("/login")
     assert 'action="/tools/console/login"' in page.text
@@ -233,7 +233,7 @@ def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> N
 
 
 def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:
-    """From another address it says nothing."""
+    """From another address the header is ignored."""
     update = {
         "console_proxy_header": "x-forwarded-email",
         "console_proxy_addresses": "10.0.0.7",
@@ -247,7 +247,7 @@ def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, 
 
 
 def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
-    """FOLLOWUPS_CONSOLE=false leaves nothing at the path."""
+    """With FOLLOWUPS_CONSOLE=false the path does not exist."""
     with served(console_settings.model_copy(update={"console": False})) as (host, port):
         one = Person(f"http://{host}:{port}", None)  # type: ignore[arg-type] # nothing is asked of the database
         assert one.get("/").status_code == 404
@@ -256,7 +256,7 @@ def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
 
 
 def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
-    """Brazilian Portuguese by Accept-Language, English by the switch; the choice goes back to the page."""
+    """The language is Portuguese by Accept-Language, or English by the switch, which returns to the same page."""
     one = person("viewer", own)
     one.client.headers["accept-language"] = "pt-BR,pt;q=0.9,en;q=0.8"
     page = one.get("/")
@@ -303,7 +303,7 @@ def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..
 def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
     body: dict[str, object], status: int, console_url: str, own: World
 ) -> None:
-    """Bounds of its life, and only chats of the workspace."""
+    """The link's lifetime is bounded, and it may name only chats of the workspace."""
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", body)
     assert answer.status_code == status, answer.text
@@ -313,7 +313,7 @@ def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
 def test_the_command_prints_a_link_alone_on_stdout(
     console_settings: Settings, person: Callable[..., Person], own: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An operator's by default, an admin's with --workspace; a wrong use says so and makes none."""
+    """By default the link is for an operator, with --workspace for an admin; wrong usage makes no link."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in console_settings.environment().items():
             patch.setenv(name, value)

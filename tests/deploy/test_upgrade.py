@@ -113,7 +113,7 @@ def more_is_sent(rig: Rig, more: int = 60) -> None:
 
 
 def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
-    """Old and new code work on the new schema at once; nothing is lost or doubled, and no attempt is wasted."""
+    """Old and new code work on the new schema at once; no message is lost or sent twice, and no attempt is wasted."""
     beats = [previous.beat(PYTHONPATH=old_code)]
     previous.sandbox()
     workers = [previous.worker(PYTHONPATH=old_code), previous.worker(PYTHONPATH=old_code)]

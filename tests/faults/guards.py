@@ -1,4 +1,4 @@
-"""The guards that the promises rest on: how each is removed from the SQL, and what breaks without it.
+"""The guards on which the promises depend: how each is removed from the SQL, and what fails without it.
 
 A guard is cut out of the statements on their way to PostgreSQL. The text to be cut must be present, so that a rewritten
 statement cannot turn the removal into a no-op.
@@ -65,7 +65,7 @@ def expect(kept: object, promise: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """Where a scenario plays."""
+    """The environment of a scenario."""
 
     world: World
     settings: Settings
@@ -79,7 +79,7 @@ class Scene:
         return self.world.engine
 
     def lease(self) -> Lease:
-        """Claim the one that is due."""
+        """Claim the follow-up that is due."""
         (lease,) = self.claim(self.engine, self.settings).leases
         return lease
 
@@ -89,7 +89,7 @@ class Scene:
         return self.lease()
 
     def begin(self, lease: Lease) -> tuple[Begun, ...]:
-        """Begin by a lease."""
+        """Begin a follow-up with a lease."""
         return begin(self.engine, self.settings, [lease]).begun
 
     def settle(self, begun: Begun, outcome: Outcome) -> None:
@@ -133,7 +133,7 @@ def begins_outside_hours(scene: Scene) -> None:
 
 
 def stale_hint_begins(scene: Scene) -> None:
-    """Begin by a token that has been replaced."""
+    """Begin with a token that has been replaced."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -141,7 +141,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Begin twice by the same hint."""
+    """Begin twice with the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)
@@ -165,7 +165,7 @@ def cancelled_begins(scene: Scene) -> None:
 
 
 def later_one_begins(scene: Scene) -> None:
-    """Begin the later one of a chat first."""
+    """Begin the later follow-up of a chat first."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -184,7 +184,7 @@ def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene]
 
 
 def rescheduled_begins(scene: Scene) -> None:
-    """Begin what falls due in an hour."""
+    """Begin a follow-up that falls due in an hour."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 h' WHERE id = :id", id=follow_up)
@@ -192,7 +192,7 @@ def rescheduled_begins(scene: Scene) -> None:
 
 
 def stale_result_settles(scene: Scene) -> None:
-    """Settle by a token that has been replaced, while another attempt is in flight."""
+    """Settle with a token that has been replaced, while another attempt is in flight."""
     scene.world.follow_up()
     (frozen,) = scene.begin(scene.lease())
     (other,) = scene.begin(scene.leased_anew(frozen.lease))
@@ -271,7 +271,7 @@ def ended_is_claimed(scene: Scene) -> None:
 
 
 def stale_release(scene: Scene) -> None:
-    """Release a lease that another worker has by now."""
+    """Release a lease that another worker has taken over."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -281,7 +281,7 @@ def stale_release(scene: Scene) -> None:
 
 
 def stale_end(scene: Scene) -> None:
-    """End by a lease that another worker has by now."""
+    """End a follow-up with a lease that another worker has taken over."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -309,7 +309,7 @@ def another_workspaces(scene: Scene) -> None:
 
 
 def none_is_unblocked(scene: Scene) -> None:
-    """End the earlier one of a chat, for which the later one waits."""
+    """End the earlier follow-up of a chat, for which the later one waits."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -337,7 +337,7 @@ def created_behind_a_reply(scene: Scene) -> None:
 
 
 def claimed_at_once(scene: Scene) -> None:
-    """Claim twice at the same moment."""
+    """Claim twice at the same time."""
     scene.world.follow_up()
     second: list[Lease] = []
     look = claims.Look(timedelta(0), scene.settings.lease, window=10, most=10)
@@ -370,7 +370,7 @@ def one_takes_all(scene: Scene) -> None:
 
 
 def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
-    """Lease two of one chat; return the id of the earlier one, and the lease of the later."""
+    """Lease two follow-ups of one chat; return the id of the earlier one, and the lease of the later."""
     chat_id = scene.world.chat()
     earlier = scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -379,13 +379,13 @@ def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
 
 
 def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
-    """Let a leased one wait for an earlier one."""
+    """Let a leased follow-up wait for an earlier one."""
     with scene.engine.begin() as connection:
         chat_order.park_if_leased(connection, [(lease, earlier)])
 
 
 def stale_park(scene: Scene) -> None:
-    """Park by a lease that another worker has by now."""
+    """Park a follow-up with a lease that another worker has taken over."""
     earlier, old = two_in_a_chat(scene)
     scene.leased_anew(old)
     park(scene, old, earlier)
@@ -410,7 +410,7 @@ def put_off(scene: Scene, lease: Lease) -> None:
 
 
 def stale_defer(scene: Scene) -> None:
-    """Defer by a lease that another worker has by now."""
+    """Defer a follow-up with a lease that another worker has taken over."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -419,7 +419,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Defer by an expired lease, which a tick may be claiming."""
+    """Defer a follow-up with an expired lease, which a tick may be claiming."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)
@@ -445,7 +445,7 @@ def deferred_in_flight(scene: Scene) -> None:
 
 
 def forgotten(scene: Scene) -> None:
-    """Look for what waits for one that has ended."""
+    """Search for follow-ups that wait for one that has ended."""
     earlier, later = two_in_a_chat(scene)
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
@@ -455,7 +455,7 @@ def forgotten(scene: Scene) -> None:
 
 
 def created_twice_by_a_key(scene: Scene) -> None:
-    """Create by the same idempotency key, twice at the same moment."""
+    """Create with the same idempotency key, twice at the same time."""
     chat_id, workspace = scene.world.chat(), scene.world.workspace_id
 
     def create(session: Session) -> None:

@@ -37,7 +37,7 @@ _INSTALL = """
 
 
 def install(engine: Engine) -> None:
-    """Record history from now on."""
+    """Start recording the history."""
     with engine.begin() as connection:
         connection.execute(text(_INSTALL))
 

@@ -25,7 +25,7 @@ class Proxy:
     """
 
     def __init__(self, server_url: str) -> None:
-        """Take the URL of the server: ``redis://...``, or PostgreSQL's with its socket in ``?host=``."""
+        """Store the URL of the server: ``redis://...``, or PostgreSQL's with its socket in ``?host=``."""
         self._url = server_url
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -72,7 +72,7 @@ class Proxy:
         self._url = server_url
 
     def freeze(self) -> None:
-        """Stop forwarding on the currently open connections for good; new ones work."""
+        """Stop forwarding on the currently open connections permanently; new ones work."""
         self._call(self._freeze)
 
     def stall(self) -> None:

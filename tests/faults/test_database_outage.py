@@ -1,4 +1,4 @@
-"""PostgreSQL restarted or killed, or its sessions ended: follow-ups are late, never lost or doubled."""
+"""PostgreSQL restarted or killed, or its sessions ended: follow-ups are late, but never lost or sent twice."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def seconds_until_accepted(rig: Rig) -> float:
 
 
 def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
-    """Every restart is survived: sending continues within seconds, nothing is lost, nothing doubled."""
+    """After every restart sending continues within seconds, and no message is lost or sent twice."""
     outages(breakable, figures, times=2, between=(0.5, 1.5), rate=60)
 
 

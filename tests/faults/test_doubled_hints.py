@@ -1,4 +1,4 @@
-"""Every message of the broker doubled and shuffled: hints prove nothing."""
+"""Every broker message is duplicated and shuffled without harm, since begin does not trust hints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The chat accepts a message and its answer is lost: it is sent again under the same key, or named unknown."""
+"""The chat accepts a message and its answer is lost: the message is sent again under its key, or ends as unknown."""
 
 from __future__ import annotations
 

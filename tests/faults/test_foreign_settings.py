@@ -36,7 +36,7 @@ ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODIN
 
 
 def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
-    """Send a reply and a create at the same time in ``pairs`` chats; return the counts of the answers."""
+    """Send a reply and a create request at the same time in ``pairs`` chats; return the counts of the answers."""
     chats = [api.chat() for _ in range(pairs)]
 
     def act(one: tuple[str, str]) -> tuple[str, int]:
@@ -54,7 +54,7 @@ def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
 
 
 def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
-    """Race replies with creates, then send under load, on a database with hostile defaults."""
+    """Race replies with create requests, then send under load, on a database with hostile defaults."""
     set_defaults(rig.settings.database_url.get_secret_value(), HOSTILE)
     rig.options |= ENVIRONMENT
     api = rig.web()

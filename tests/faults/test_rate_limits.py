@@ -23,7 +23,7 @@ LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:
-    """Each wipe of Redis allows another burst; nothing is lost, doubled or retried, and the rate holds."""
+    """Each wipe of Redis allows another burst; no message is lost, sent twice or retried, and the rate holds."""
     with rig.world.engine.begin() as connection:
         rate_limits.put(connection, Scope(rig.world.workspace_id, None, "all"), RATE, BURST)
     rig.start(workers=2)

@@ -56,7 +56,7 @@ def ended(child: Child) -> float:
 
 
 def test_rolling_restart(rig: Rig, figures: Figures) -> None:
-    """Nothing is lost or doubled, no attempt is wasted, and each worker drains within seconds."""
+    """No message is lost or sent twice, no attempt is wasted, and each worker drains within seconds."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     rolled(rig, figures, rounds=1, rate=60)
 

@@ -96,7 +96,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 
 
 def test_probes_then_recovers(own: Settings) -> None:
-    """After a pause a few may begin; one that fails closes the door again, for longer; one that succeeds opens it."""
+    """After a pause a few may begin; if one fails, the next pause is longer; if one succeeds, more may begin."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -151,7 +151,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """Where the probes' outcomes do not come, because their worker died, others may try."""
+    """If the probes' outcomes are never reported, because their worker died, others may probe."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)

@@ -30,7 +30,7 @@ class SecureServer(Server):
     """A server that speaks TLS on a port of the loopback interface too; its certificate is for ``localhost``."""
 
     def __init__(self, binaries: Path, authority: trustme.CA) -> None:
-        """Take the binaries and the authority that signs its certificate."""
+        """Store the binaries and the authority that signs its certificate."""
         super().__init__(binaries)
         self._authority, self._port = authority, free_port()
 

@@ -1,4 +1,4 @@
-"""The token buckets and their lines on a real Valkey, by its own clock: how much goes, and in which order."""
+"""The token buckets and their queues on a real Valkey, by its own clock: how much is sent, and in which order."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> Request:
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """In any span of time, no more begin than a full bucket and what flowed in meanwhile."""
+    """In any period, no more begin than a full bucket plus the tokens added in that period."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):
@@ -157,7 +157,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: Place) -> None:
 
 
 async def test_it_waits_for_the_slowest(place: Place) -> None:
-    """Whom two limits refuse waits for the one that takes longer."""
+    """A follow-up over two limits waits for the one that takes longer."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
     (wait,) = await place.ask(request(1, fast, slow))

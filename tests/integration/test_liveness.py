@@ -1,4 +1,4 @@
-"""The worker's signs of life: a stuck part gives none, however healthy the others are."""
+"""The worker's heartbeat: a stuck component stops reporting, however healthy the others are."""
 
 from __future__ import annotations
 

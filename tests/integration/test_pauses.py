@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """A pause that was there and has gone leaves no trace on what came due before or after it."""
+    """A pause that has ended does not affect follow-ups that fell due before or after it."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -126,7 +126,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
-    """A pause keeps nothing from ending that must not be sent any more."""
+    """A paused follow-up that must not be sent any more still ends."""
     late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
     pause(world)
     brief = settings.model_copy(update={"max_lateness": SECOND})
@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """A resume waits for one that is just being paused, so that none stays paused by nothing."""
+    """A resume waits for a follow-up that is just being paused, so that none stays paused without a pause."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases

@@ -172,7 +172,7 @@ class Stuck(Scripted):
 def test_slow_calls_of_one_workspace(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Beside a workspace whose calls do not end another's are sent: seven eighths of the slots are all that it has."""
+    """If a workspace's calls never end, another's are sent: the first gets at most seven eighths of the slots."""
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=30)}
     quiet, long = World(engine), settings.model_copy(update=patient)
     transport = Stuck(set())

@@ -171,7 +171,7 @@ class TestFullChat:
     """The limit of pending follow-ups in a chat, which lets a reply cancel all in one transaction."""
 
     def test_one_more_is_refused(self, caller: Caller) -> None:
-        """A create or a move into a full chat is refused until one of its follow-ups has ended."""
+        """A create request for a full chat, or a move into it, is refused until one of its follow-ups has ended."""
         full, created = caller.world.full_chat(), caller.schedule(caller.world.chat())
         with pytest.raises(TooManyPendingError):
             caller.schedule(full)

@@ -71,7 +71,7 @@ def opening_of(world: World, hours: SendingHours) -> datetime:
 
 
 def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside the hours nothing begins or uses up an attempt until they open; other workspaces continue."""
+    """Outside sending hours nothing begins or uses up an attempt until they open; other workspaces continue."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()
@@ -146,7 +146,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """One that is just being held when the hours are cleared is released with the others: the clear waits."""
+    """A follow-up that is being held while the sending hours are cleared is released too: the clearing waits for it."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -183,7 +183,7 @@ def test_changed_before_it_is_held(world: World, engine: Engine, settings: Setti
 
 
 class TestLateness:
-    """MAX_LATENESS, counted from the first moment at which the hours allow sending."""
+    """MAX_LATENESS counts from the first time at which the sending hours allow sending."""
 
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
@@ -199,7 +199,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """One due outside the hours while no worker ran is no later than if it had been held."""
+        """A follow-up due outside sending hours while no worker ran is no later than if it had been held."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -269,7 +269,7 @@ class TestLateness:
 
 
 class TestWindow:
-    """The channel's messaging window and the hours together."""
+    """The channel's messaging window and the sending hours together."""
 
     def windowed(self, world: World, left: timedelta) -> UUID:
         """Return a chat whose window ends so long from now."""
@@ -302,7 +302,7 @@ class TestWindow:
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """A create is accepted if this host lacks the time zone; only the messaging window counts.
+        """A create request is accepted if this host lacks the time zone; only the messaging window counts.
 
         One log line reports the unreadable hours.
         """
@@ -336,7 +336,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
-    """If the time zone is unknown, the follow-up is held for a minute and checked again; none is sent at a wrong hour."""
+    """If the time zone is unknown, the follow-up is held for a minute and checked again, not sent at a wrong hour."""
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()

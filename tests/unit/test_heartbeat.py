@@ -52,7 +52,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that signs once, for two seconds, and then only writes."""
+    """Start a process that reports once, for two seconds, and then only writes."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -62,7 +62,7 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process is healthy until a part's sign is late; a killed process leaves no trace."""
+    """A process is healthy until a component's report is late; a killed process leaves no trace."""
     (life,) = look(tmp_path, "worker")
     assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
     assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]

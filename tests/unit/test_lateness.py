@@ -100,7 +100,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
-    """A machine that cannot read the hours keeps the recorded time, and checks again in a minute."""
+    """A machine that cannot read the sending hours keeps the recorded time, and checks again in a minute."""
     hours = Hours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known

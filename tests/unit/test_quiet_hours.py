@@ -1,4 +1,4 @@
-"""Sending hours: messages are sent only when the local clock is within the hours."""
+"""Sending hours: messages are sent only when the local time is within them."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def is_shown_twice(zone: str, moment: datetime) -> bool:
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
-    """From the opening until just before the closing, the local time is within the hours."""
+    """From the opening until just before the closing, the local time is within sending hours."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
     assert moment < closing
@@ -82,7 +82,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
-    """The opening is itself within the hours, and a later time never opens earlier."""
+    """The opening itself is within sending hours, and a later time never has an earlier opening."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening

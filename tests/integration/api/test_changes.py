@@ -127,7 +127,7 @@ class TestChange:
 
 
 class TestFinished:
-    """PATCH of a follow-up that has ended, or that is being sent at this moment."""
+    """PATCH of a follow-up that has ended, or that is being sent."""
 
     @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
     def test_never_changes(self, api: Api, status: str) -> None:
@@ -178,7 +178,7 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each change that changes something is an audit event of the API key, without texts; a create is none."""
+    """Each change that has an effect is an audit event of the API key, without texts; a create request is not."""
     follow_up = api.create()
     for changes in ({"message": "Ann's secret"}, {"message": "Ann's secret"}, {"status": "cancelled", "reason": "Ann"}):
         assert api.patch(follow_up, **changes).status_code == 200

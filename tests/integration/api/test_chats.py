@@ -1,4 +1,4 @@
-"""What the platform reports about chats, against the running process."""
+"""The platform's reports about chats, against the running process."""
 
 from __future__ import annotations
 

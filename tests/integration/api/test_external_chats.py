@@ -72,7 +72,7 @@ def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
 
 
 def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
-    """If two workspaces ask for a room at the same moment, exactly one of them gets it."""
+    """If two workspaces ask for a room at the same time, exactly one of them gets it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             room = f"!{uuid4()}:host"

@@ -1,4 +1,4 @@
-"""What one client can take from the others: the web process under floods, with the figure of each printed."""
+"""The web process under floods by one client: the cost to the other clients is measured and printed."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
 
 @dataclass
 class Flood:
-    """What a flood cost: CPU and memory of the process, and what others waited for an answer."""
+    """The cost of a flood: CPU and memory of the process, and the waiting times of other clients."""
 
     cpu: float = 0.0
     memory: float = 0.0
     """The most by which the process grew, in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    """For each wait, the time for which the process's event loop was at work meanwhile.
+    """For each wait, the time for which the process's event loop was busy during it.
 
     The rest of a wait is what the machine did for other processes, of which a test is not the judge.
     """

@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on create, against the running process."""
+"""`Idempotency-Key` on create requests, against the running process."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A create with an Idempotency-Key that loses a deadlock creates once; its answer is replayed."""
+    """A create request with an Idempotency-Key that loses a deadlock creates one follow-up; its answer is replayed."""
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:

@@ -15,7 +15,7 @@ SOON = 0.1 / 86_400
 
 
 def test_nudge(settings: Settings, world: World) -> None:
-    """A create or reschedule for now, or an end that may unblock others, requests a tick; nothing else does."""
+    """A create request or reschedule for now, or an end that may unblock others, requests a tick; nothing else does."""
     nudges: list[int] = []
 
     def nudge() -> None:

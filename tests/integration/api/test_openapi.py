@@ -45,7 +45,7 @@ def test_valid() -> None:
 
 
 def test_complete() -> None:
-    """Every answer has a schema and an example, every error is a problem, and every endpoint requires a key."""
+    """Every answer has a schema and an example, every error is an RFC 9457 problem, every endpoint requires a key."""
     for path, operations in openapi_document()["paths"].items():
         for operation in operations.values():
             assert operation["security"] == ([{"apiKey": []}, {"bearer": []}] if path.startswith("/api/") else [])

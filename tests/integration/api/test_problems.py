@@ -99,7 +99,7 @@ def test_endless_header(api: Api) -> None:
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
 def test_no_http(api: Api, line: bytes) -> None:
-    """Anything that is not HTTP is 400, as a problem too."""
+    """Anything that is not HTTP gets a 400, also as an RFC 9457 error response."""
     with connect(api) as connection:
         connection.sendall(line)
         head, body = received(connection)

@@ -38,7 +38,7 @@ def post(api: Api, chat: str, **headers: str) -> httpx.Response:
 
 
 def test_pending_follow_ups(api: Api, other: Api) -> None:
-    """Beyond its quota a workspace creates nothing; what ends makes room at once; other workspaces go on."""
+    """A workspace at its quota can create nothing until a follow-up ends; other workspaces are not affected."""
     chats = [api.chat() for _ in range(4)]
     allow(api, Kind.PENDING, 3)
     created = [post(api, chat).json() for chat in chats[:3]]
@@ -53,7 +53,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
 
 
 def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
-    """Of many creates at once, as many succeed as the quota has room for."""
+    """Of many create requests at once, as many succeed as the quota has room for."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
     with ThreadPoolExecutor(20) as pool:
@@ -62,7 +62,7 @@ def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
 
 
 def test_a_refusal_is_not_remembered(api: Api) -> None:
-    """A create with an Idempotency-Key that a quota refused succeeds once there is room."""
+    """A create request with an Idempotency-Key that was refused by a quota succeeds once there is room."""
     chat = api.chat()
     allow(api, Kind.PENDING, 0)
     body = {"chatId": chat, "dueDate": "2035-01-01T00:00:00Z", "message": "?"}
@@ -88,7 +88,7 @@ def test_from_python(api: Api) -> None:
 
 
 def test_without_a_quota_it_costs_nothing(api: Api) -> None:
-    """Where there is no quota, a create has the same statements as ever."""
+    """Without a quota, a create request executes no additional statement."""
     world, chat = api.world, UUID(api.chat())
     statements: list[str] = []
     with Session(world.engine) as session, session.begin():

@@ -79,7 +79,7 @@ class TestReplyAgainstCreate:
     """A follow-up cannot slip in behind the reply that should have stopped it."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply that comes while a create is under way waits for it, and cancels what it created."""
+        """A reply that arrives during a create request waits for it, and cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -95,7 +95,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create that comes while a reply is under way waits for it, and is refused."""
+        """A create request that arrives during a reply waits for it, and is refused."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -113,7 +113,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """Of many pairs at the same moment none leaves a pending follow-up in a chat whose user wrote last."""
+        """Of many simultaneous pairs none leaves a pending follow-up in a chat whose user wrote last."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -159,7 +159,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["reason"] == "called"
 
     def test_many(self, api: Api, engine: Engine) -> None:
-        """Of many pairs at the same moment, each is either cancelled or begun, and never both or neither."""
+        """Of many simultaneous pairs, each follow-up is either cancelled or begun, and never both or neither."""
         pairs = [due_now(api) for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -233,7 +233,7 @@ def test_chat_put_against_message(api: Api, engine: Engine) -> None:
 
 
 def test_remove_against_create(api: Api, engine: Engine) -> None:
-    """A create that comes while the chat is being removed waits for it, and finds no chat."""
+    """A create request that arrives while the chat is being removed waits for it, and finds no chat."""
     chat_id = UUID(api.chat())
     body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

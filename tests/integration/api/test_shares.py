@@ -1,4 +1,4 @@
-"""One workspace cannot take the database from the others: its share of the connections, and deep pages by key."""
+"""One workspace cannot block the database for others: its share of connections is limited, and deep pages are cheap."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
 
 
 def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep page begins at the same row for a while, so that what is created meanwhile shifts nothing."""
+    """A deep page begins at the same row for a while, so that follow-ups created in the meantime shift nothing."""
     monkeypatch.setattr(deep_pages, "DEEP", 4)
     api = pair[0]
     chat_id = api.chat()
@@ -123,7 +123,7 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
 
 
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last beginning up to a page is used; the oldest are forgotten, and all of them after their time."""
+    """The last starting point up to a page is used; the oldest are forgotten, and all of them after their time."""
     starts, moment = Starts(), in_a_list(0).created_at
     for number in range(deep_pages.MOST_STARTS + 1):
         starts.note("list", in_a_list(deep_pages.DEEP + 10 * number))

@@ -265,7 +265,7 @@ class TestDoctor:
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """With invalid settings nothing is checked: exit code 2 and a sentence that names them."""
+        """With invalid settings nothing is checked: exit code 2 and an error message that names them."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

@@ -160,7 +160,7 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id is wrong usage, with a sentence."""
+        """An unknown id is wrong usage, with an error message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"

@@ -176,7 +176,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace or key is wrong usage, with a sentence that advises where to look."""
+        """An unknown workspace or key is wrong usage, with an error message that advises where to look."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"

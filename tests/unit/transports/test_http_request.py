@@ -189,7 +189,7 @@ async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """A missing URL stops the start with a sentence that names the setting."""
+    """A missing URL stops the start with an error message that names the setting."""
     with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
         HttpTransport(settings_for(None))
 
