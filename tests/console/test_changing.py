@@ -212,3 +212,63 @@ def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> N
     page = person("viewer", own).get(f"/follow-ups/{one_id}")
     for button in ("Save", "Cancel follow-up", "Send now", "Retry"):
         assert button not in words(page)
+
+
+def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Person], own: World) -> None:
+    """The stored message takes the button, which is recorded."""
+    one_id = own.follow_up(due=HOUR, message="Private words")
+    told = person("operator").post(f"/follow-ups/{one_id}", message="My words", version="stale")
+    assert told.status_code == 409
+    assert "My words" in told.text
+    assert "Private words" not in told.text
+
+
+def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Person], own: World) -> None:
+    """Browsers send back CRLF for every line end; moving the due date is no change of the message."""
+    one_id = own.follow_up(due=HOUR, message="a\r\nb\rc")
+    one = person("agent", own)
+    fields = {"message": "a\r\nb\r\nc", "due": "2100-02-01T10:30", "do": "save"}
+    assert one.post(f"/follow-ups/{one_id}", **fields).status_code == 303
+    assert own.row(one_id).message == "a\r\nb\rc"
+
+
+def test_a_retry_in_a_removed_chat_is_told_on_the_page(person: Callable[..., Person], own: World) -> None:
+    """The follow-up is still there, so its page is."""
+    one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
+    own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
+    told = person("agent", own).post(f"/follow-ups/{one_id}/retry")
+    assert told.status_code == 409
+    assert "The chat was not found" in words(told)
+
+
+@pytest.mark.parametrize("due", ["0001-01-01T00:00+14:00", "9999-12-31T10:00", "9999-12-31T23:59"])
+def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Person], own: World) -> None:
+    """When checked, and as a filter, in a zone and with sending hours."""
+    own.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
+        id=own.workspace_id,
+    )
+    one = person("agent", own)
+    answer = one.post("/follow-ups/new", chat=str(own.chat()), message="Hello", due=due, do="check")
+    assert answer.status_code == 422
+    assert "years 2 to 9998" in words(answer)
+    for zone in ("America/Sao_Paulo", "Asia/Tokyo"):
+        one.client.cookies.set("followups_zone", zone)
+        for moment in (due, "0001-01-01T00:00"):
+            assert one.get("/follow-ups", due_from=moment).status_code in {200, 422}
+
+
+def test_a_due_date_with_an_offset_is_told_in_utc(person: Callable[..., Person], own: World) -> None:
+    """Converted, not renamed."""
+    fields = {"chat": str(own.chat()), "message": "Hello", "due": "2100-01-30T08:00+02:00", "do": "check"}
+    assert "is 2100-01-30 06:00:00 UTC." in words(person("agent", own).post("/follow-ups/new", **fields))
+
+
+def test_hours_with_an_offset_and_a_number_of_thousands_of_digits(person: Callable[..., Person], own: World) -> None:
+    """Neither is an error of the server."""
+    hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
+    told = person("admin", own).post("/settings/hours", **hours)
+    assert "as in 08:00" in words(told)
+    many = {"do": "cancel", "tick": str(own.follow_up(due=HOUR)), "action_id": str(uuid4()), "expected": "9" * 5_000}
+    assert person("agent", own).post("/bulk", **many).status_code == 303

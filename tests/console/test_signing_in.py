@@ -9,14 +9,19 @@ from uuid import uuid4
 import pytest
 
 from console.person import Person, heading, make_link, words
+from followups.api import gate
 from followups.cli import main
-from followups.console import tries
+from followups.console import application, tries
 from followups.settings import load_settings
 from web import Api, key_of, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import httpx
+    from starlette.types import Scope
+
+    from followups.console.visit import Visit
     from followups.settings import Settings
     from world import World
 
@@ -122,19 +127,17 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Above the limit even a valid link has to wait, and is not used up."""
+    """Beyond the limit a failure has to wait; a valid secret signs in, whoever else failed at this address."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine)
         for _ in range(2):
             assert one.post("/login", secret="x" * 40).status_code == 401
-        token = make_link(own.engine, "viewer", own.workspace_id)
-        refused = one.post("/login", secret=token)
+        refused = one.post("/login", secret="x" * 40)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) > 0
-        monkeypatch.setattr(tries, "EACH", 100)
-        assert one.post("/login", secret=token).status_code == 303
+        assert one.post("/login", secret=make_link(own.engine, "viewer", own.workspace_id)).status_code == 303
         one.client.close()
 
 
@@ -181,7 +184,62 @@ def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
     assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413
     many = "&".join(f"a{n}=1" for n in range(400))
     form = {"content-type": "application/x-www-form-urlencoded"}
-    assert person("agent", own).client.post("/console/logout", content=many, headers=form).status_code == 422
+    assert person("agent", own).client.post("/console/bulk/preview", content=many, headers=form).status_code == 422
+
+
+def test_a_form_is_parsed_after_origin_session_and_role(
+    person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stranger's form of more than 1 KiB never is; a message of 65,536 characters of four bytes passes."""
+    parsed: list[bytes] = []
+    real = application._parse  # noqa: SLF001 - what the test is about
+
+    def spy(visit: Visit, scope: Scope, body: bytes) -> None:
+        parsed.append(body)
+        real(visit, scope, body)
+
+    agent, viewer, stranger = person("agent", own), person("viewer", own), person()
+    monkeypatch.setattr(application, "_parse", spy)
+    assert stranger.post("/login", secret="x" * 1020).status_code == 413
+    assert stranger.post("/follow-ups/new", message="x").status_code == 401
+    assert viewer.post("/follow-ups/new", message="x").status_code == 403
+    evil = {"origin": "https://evil.example"}
+    assert agent.client.post("/console/follow-ups/new", data={"a": "b"}, headers=evil).status_code == 403
+    assert parsed == []
+    fields = {"chat": str(own.chat()), "message": "\U0001f642" * 65_536, "due": "2100-01-31T09:00", "do": "schedule"}
+    assert agent.post("/follow-ups/new", **fields).status_code == 303
+
+
+def test_the_console_has_slots_of_its_own(
+    person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console without a free slot refuses; the API serves on, and the other way round."""
+    one = person("agent", own)
+    with monkeypatch.context() as patch:
+        patch.setattr(gate, "MAX_CONSOLE_WAITING", 0)
+        refused = one.get("/")
+        assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+        assert one.client.get("/healthz").status_code == 200
+    monkeypatch.setattr(gate, "MAX_WAITING", 0)
+    assert one.client.get("/healthz").status_code == 503
+    for _ in range(40):  # every slot comes back
+        assert one.get("/").status_code == 200
+
+
+def test_a_referer_that_is_no_address_is_ignored(person: Callable[..., Person]) -> None:
+    """The stranger is asked to sign in all the same."""
+    assert person().client.post("/console/bulk", headers={"referer": "http://["}).status_code == 401
+
+
+@pytest.mark.parametrize("query", ["state=%ff", "&".join(f"a{n}=1" for n in range(400))])
+def test_a_bad_query_is_refused(query: str, person: Callable[..., Person], own: World) -> None:
+    """It is no empty filter."""
+    assert person("agent", own).client.get(f"/console/follow-ups?{query}").status_code == 422
+
+
+def test_a_head_of_the_stream_ends(person: Callable[..., Person], own: World) -> None:
+    """There is nothing to listen to."""
+    assert person("agent", own).client.head("/console/stream", timeout=3).status_code < 500
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +287,14 @@ def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> N
     assert "ben@chat.example" in ben.text
     assert "ann@chat.example" not in ben.text
     assert one.client.get("/console/", headers=cookie).status_code == 303
+    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # as of an earlier setting
+    lowered = one.client.get("/console/", headers={"cookie": _cookie_of(ben), "x-forwarded-email": "ben@chat.example"})
+    assert "· viewer ·" in lowered.text
     one.client.close()
+
+
+def _cookie_of(answer: httpx.Response) -> str:
+    return answer.headers["set-cookie"].partition(";")[0]
 
 
 def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:

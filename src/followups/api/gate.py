@@ -26,9 +26,6 @@ KEYED = "/api/"
 CONSOLE = "/console"
 """Path of the console, which identifies people by a cookie."""
 
-STREAM = f"{CONSOLE}/stream"
-"""Path of the console's server-sent events, which do not count towards the limit of requests."""
-
 MAX_HEADER_SIZE = 32 * 1024
 """Most bytes of a request line and its headers together."""
 
@@ -42,7 +39,10 @@ MAX_BUFFERED = 32 * 1024 * 1024
 """Maximum bytes of all bodies in memory at once, complete or not."""
 
 MAX_WAITING = 256
-"""Requests served or waiting at once. Further ones are refused at once, with a Retry-After."""
+"""Requests served or waiting at once, without the console's. Further ones are refused at once, with a Retry-After."""
+
+MAX_CONSOLE_WAITING = 32
+"""The same for requests of the console: five for each of its threads. They take no slot of the API."""
 
 
 WIRE = "followups.wire"
@@ -95,13 +95,31 @@ class Gone(Exception):  # noqa: N818 - no error of ours, the client's
     """The client has disconnected; no answer can reach it."""
 
 
+@dataclass(slots=True)
+class Slots:
+    """Requests served or waiting at once: those of the console, or all others."""
+
+    taken: int = 0
+
+    def acquire(self, most: int, full: problems.ProblemAnswer) -> None:
+        """Count a request. Raises `Refusal` if ``most`` are counted already."""
+        if self.taken >= most:
+            raise Refusal(full)
+        self.taken += 1
+
+    def release(self) -> None:
+        """Count a request no longer: a client that reads slowly takes no slot from the others."""
+        self.taken -= 1
+
+
 class Gate:
     """ASGI middleware around the whole application."""
 
     def __init__(self, app: ASGIApp) -> None:
         """Wrap the application."""
         self._app = app
-        self._inside = 0
+        self._slots = Slots()
+        self._console_slots = Slots()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -114,13 +132,17 @@ class Gate:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
                 await _admit(scope)
-            elif scope["path"].startswith(CONSOLE) and (console := getattr(scope["app"].state, "console", None)):
-                wire.most = await console.body_limit(scope)
+            console = getattr(scope["app"].state, "console", None) if scope["path"].startswith(CONSOLE) else None
+            if console:
+                self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
+                try:
+                    wire.most = await console.body_limit(scope)
+                finally:
+                    self._console_slots.release()  # a body that arrives slowly takes no slot
             body = await _read_body(receive, wire)
-            if scope["path"] == STREAM:  # open for as long as a page; the console bounds their number
-                await self._app(scope, _replay(body, receive), answer)
-            else:
-                await self._let_in(scope, _replay(body, receive), answer)
+            slots = self._console_slots if console else self._slots
+            slots.acquire(*((MAX_CONSOLE_WAITING, _CONSOLE_FULL) if console else (MAX_WAITING, _FULL)))
+            await self._let_in(slots, scope, _replay(body, receive), answer)
         except Refusal as refusal:
             await answer.problem(scope, receive, refusal.problem)  # every refusal is raised before an answer begins
         except Gone:
@@ -131,21 +153,14 @@ class Gate:
         finally:
             wire.release()
 
-    async def _let_in(self, scope: Scope, receive: Receive, answer: _Answer) -> None:
-        if self._inside >= MAX_WAITING:
-            detail = "Too many requests are waiting; try again shortly."
-            raise Refusal(problems.of_status(HTTPStatus.SERVICE_UNAVAILABLE, detail, {"retry-after": "1"}))
-        self._inside += 1
-        answer.at_start = self._let_out
+    async def _let_in(self, slots: Slots, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        answer.at_start = slots.release
         try:
             await self._app(scope, receive, answer)
         finally:
             if not answer.begun:
-                self._let_out()
-
-    def _let_out(self) -> None:
-        """Stop counting a request, so that a client that reads slowly takes no place from the others."""
-        self._inside -= 1
+                answer.at_start = None
+                slots.release()
 
 
 class _Answer:
@@ -244,6 +259,10 @@ _COMPRESSED = problems.of_status(
     "The body is compressed (Content-Encoding); send it as it is.",
     {**_CLOSE, "accept-encoding": "identity"},
 )
+_FULL = problems.of_status(
+    HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting; try again shortly.", {"retry-after": "1"}
+)
+_CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})  # its body may be unread
 _NO_ROOM = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE,
     "Too many large bodies are on their way; try again shortly.",

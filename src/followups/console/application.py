@@ -45,6 +45,9 @@ THREADS = 6
 STRANGERS_BODY = 16 * 1024
 """Maximum bytes of a body without a valid session, which is the sign-in form."""
 
+PUBLIC_FORM = 1024
+"""Most bytes of a form that is parsed without a session: a key or a link with its token, and the page to go on to."""
+
 STREAM = f"{PREFIX}/stream"
 """Path of the server-sent events."""
 
@@ -107,17 +110,16 @@ class Console:
             return _finished(visit, response)
         if matched and (found := matched.pattern.match(path)):
             visit.parameters = found.groupdict()
-        if visit.method != "GET":
-            body = (await receive()).get("body", b"")
-            try:
-                visit.form = Fields(body.decode("ascii", errors="replace"))
-            except InvalidRequestError as error:
-                return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
-        return await self._in_thread(self._serve, visit, route, scope)
+        body = b"" if visit.method == "GET" else (await receive()).get("body", b"")
+        return await self._in_thread(self._serve, visit, route, scope, body)
 
     async def _stream(self, scope: Scope) -> Response:
         """Return a stream of nudges for a person with a session."""
         visit = _visit(self.services, scope, STREAM.removeprefix(PREFIX))
+        try:
+            visit.query = _query(scope)
+        except InvalidRequestError:
+            return _finished(visit, Response(status_code=HTTPStatus.UNPROCESSABLE_ENTITY))
         await self._in_thread(identity.identify, visit, scope)
         viewer = visit.viewer
         if viewer is None:
@@ -137,10 +139,10 @@ class Console:
     async def _in_thread(self, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
-    def _serve(self, visit: Visit, route: Route | None, scope: Scope) -> Response:
+    def _serve(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
         """Return the answer of a route; every request passes through here."""
         try:
-            return _finished(visit, self._decide(visit, route, scope))
+            return _finished(visit, self._decide(visit, route, scope, body))
         except ForbiddenError:
             told = visit.t("Your role does not allow this.")
             return _finished(visit, _told(visit, HTTPStatus.FORBIDDEN, told))
@@ -157,8 +159,8 @@ class Console:
             response.headers["retry-after"] = "5"
             return _finished(visit, response)
 
-    def _decide(self, visit: Visit, route: Route | None, scope: Scope) -> Response:
-        """Check origin, session and role, in this order, and call the route's page."""
+    def _decide(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
+        """Check origin, session and role, in this order; then parse query and form, and call the route's page."""
         if visit.method != "GET":
             public = self.services.settings.public_url
             own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
@@ -168,7 +170,7 @@ class Console:
         if route is None or route.action is not Action.PUBLIC or route.path == "/login":
             identity.identify(visit, scope)
         if route is not None and route.action is Action.PUBLIC:
-            return route.page(visit)
+            return _public_page(visit, route, scope, body)
         if visit.viewer is None:
             return identity.ask_to_sign_in(visit)
         bind_contextvars(console_session=str(visit.viewer.session.id))
@@ -176,6 +178,7 @@ class Console:
             raise NotFoundError
         if not visit.viewer.may(route.action):
             raise ForbiddenError
+        _parse(visit, scope, body)
         try:
             return route.page(visit)
         except DBAPIError as error:
@@ -185,7 +188,7 @@ class Console:
 
 
 def _told(visit: Visit, status: int, told: str) -> Response:
-    titles = {403: "Not allowed", 404: "Not found", 422: "Not possible", 503: "Not available"}
+    titles = {403: "Not allowed", 404: "Not found", 413: "Not possible", 422: "Not possible", 503: "Not available"}
     return visit.page("message.html", status, title=visit.t(titles[status]), told=told)
 
 
@@ -201,20 +204,35 @@ def _cookies(scope: Scope) -> dict[str, str]:
     return cookie_parser(Headers(scope=scope).get("cookie", ""))
 
 
+def _public_page(visit: Visit, route: Route, scope: Scope, body: bytes) -> Response:
+    if len(body) > PUBLIC_FORM:
+        told = visit.t("The form must have at most {number} bytes.", number=f"{PUBLIC_FORM:,}")
+        return _told(visit, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, told)
+    _parse(visit, scope, body)
+    return route.page(visit)
+
+
+def _query(scope: Scope) -> Fields:
+    """Return the fields of the query. Raises `InvalidRequestError`."""
+    return Fields(scope["query_string"].decode("ascii", errors="replace"))
+
+
+def _parse(visit: Visit, scope: Scope, body: bytes) -> None:
+    """Set the fields of query and form. Raises `InvalidRequestError`."""
+    visit.query = _query(scope)
+    visit.form = Fields(body.decode("ascii", errors="replace"))
+
+
 def _visit(services: Services, scope: Scope, path: str) -> Visit:
     headers = Headers(scope=scope)
     cookies = _cookies(scope)
     chosen = cookies.get("followups_language", "")
-    try:
-        query = Fields(scope["query_string"].decode("ascii", errors="replace"))
-    except InvalidRequestError:
-        query = Fields("")
     return Visit(
         services=services,
         method=scope["method"],
         path=path,
         parameters={},
-        query=query,
+        query=Fields(""),
         form=Fields(""),
         headers=headers,
         cookies=cookies,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from datetime import UTC
 from typing import TYPE_CHECKING
 
+from followups import checks
 from followups.channels import Channel, is_open
 from followups.sending_hours import opens_at
 from followups.store import pauses, sending_hours
@@ -18,14 +20,18 @@ if TYPE_CHECKING:
 
 
 def foreseen(visit: Visit, session: Session, chat: Chat, due: datetime, now: datetime) -> list[str]:
-    """Return the consequences of a due date in this chat; the first one names the time itself."""
+    """Return the consequences of a due date in this chat, the first one naming the time itself.
+
+    Raises `InvalidRequestError` for a due date at the edge of the calendar.
+    """
+    checks.check_time(due, "due_date")
     t, zone = visit.t, visit.zone
     said = [
         t(
             "{local} in {zone} is {utc} UTC.",
             local=zone.written(due),
             zone=zone.name,
-            utc=due.strftime("%Y-%m-%d %H:%M:%S"),
+            utc=due.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%S"),
         )
     ]
     moment = due

@@ -30,16 +30,15 @@ def identify(visit: Visit, scope: Scope) -> None:
     name = services.cookie_name(scope["scheme"])
     token = visit.cookies.get(name, "")
     told = _told_by_proxy(services, visit.headers, scope)
+    role = services.settings.console_proxy_role or "viewer"
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
-        # A session that the proxy began lasts while the proxy names the same person.
-        if found is not None and found.way == "proxy" and found.name != told:
+        # A session by the proxy lasts while the proxy names the same person, and the setting the same role.
+        if found is not None and found.way == "proxy" and (found.name, found.role) != (told, role):
             console_sessions.end(session, token)
             found = None
         if found is None and told:
-            token = console_sessions.begin(
-                session, Grant(services.settings.console_proxy_role or "viewer", None, told), "proxy"
-            )
+            token = console_sessions.begin(session, Grant(role, None, told), "proxy")
             found = console_sessions.find(session, token)
             keep(visit, token, scope["scheme"])
         if found is None:
@@ -100,7 +99,10 @@ def ask_to_sign_in(visit: Visit) -> Response:
 
 def _place(visit: Visit) -> str:
     """Return the page on which the person was, by the Referer of a form of ours."""
-    path = urlsplit(visit.headers.get("referer", "")).path
+    try:
+        path = urlsplit(visit.headers.get("referer", "")).path
+    except ValueError:  # such as an unclosed bracket
+        return ""
     return path.removeprefix(visit.services.base) if path.startswith(f"{visit.services.base}/") else ""
 
 

@@ -29,7 +29,7 @@ class Tries:
         self._lock = threading.Lock()
 
     def wait(self, client: str) -> float:
-        """Return for how many seconds the client may not try, which is 0 if it may."""
+        """Return for how many seconds further failures of the client are refused, which is 0 if they are not."""
         now = time.monotonic()
         with self._lock:
             mine = _recent(self._failed.get(network_of(client), []), now)

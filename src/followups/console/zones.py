@@ -75,7 +75,11 @@ class Zone:
             raise InvalidRequestError(message, field="due_date") from None
         if local.utcoffset() is not None:
             return local
-        first, second = (local.replace(tzinfo=self.info, fold=each).astimezone(UTC) for each in (0, 1))
+        try:
+            first, second = (local.replace(tzinfo=self.info, fold=each).astimezone(UTC) for each in (0, 1))
+        except OverflowError:
+            message = "The due date must lie in the years 2 to 9998."
+            raise InvalidRequestError(message, field="due_date") from None
         if first == second:
             return first
         if first.astimezone(self.info).replace(tzinfo=None) != local:

@@ -31,6 +31,9 @@ SAMPLE = 5
 MOST = 10_000
 """Number up to which the preview counts exactly."""
 
+LONGEST_EXPECTED = 9
+"""Digits of the number that the preview showed; Python refuses to convert thousands of them."""
+
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
 """The state that each kind of action is for."""
 
@@ -83,7 +86,7 @@ def start(visit: Visit) -> Response:
         raise InvalidRequestError(message, field="action_id")
     with visit.transaction() as session:
         wanted = _wanted(visit, session, Asked.of(visit.form), kind, () if everything else _ticked(visit))
-        expected = visit.form.text("expected")
+        expected = visit.form.text("expected")[:LONGEST_EXPECTED]
         bulk_actions.create(
             session,
             id=action_id,

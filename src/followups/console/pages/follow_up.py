@@ -16,6 +16,7 @@ from followups.delivery import events
 from followups.errors import (
     AlreadyFinishedError,
     AlreadyRetriedError,
+    ChatNotFoundError,
     ConflictError,
     DeliveryInProgressError,
     FollowUpNotFoundError,
@@ -91,7 +92,7 @@ def reveal(visit: Visit) -> Response:
 def save(visit: Visit) -> Response:
     """Save the message and the due date; with the button "Check", only show the consequences."""
     form = visit.form
-    typed = Typed(form.raw("message") if "message" in form else None, form.text("due"), reveal="message" in form)
+    typed = Typed(form.raw("message") if "message" in form else None, form.text("due"))
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         changes = _changes(visit, found, typed)
@@ -190,7 +191,7 @@ def _changed(visit: Visit, typed: Typed, change: Callable[[Session, FollowUp], F
             "It was changed meanwhile. What you typed is below, what is stored is above; save again to replace it."
         )
         status = HTTPStatus.CONFLICT
-    except ConflictError as error:
+    except (ConflictError, ChatNotFoundError) as error:
         typed.told, status = str(error), HTTPStatus.CONFLICT
     except AmbiguousTimeError as error:
         typed.told, typed.ambiguous, status = str(error), True, HTTPStatus.UNPROCESSABLE_ENTITY
@@ -209,9 +210,14 @@ def _check_version(visit: Visit, found: FollowUp) -> None:
         raise ChangedMeanwhileError
 
 
+def _as_typed(message: str) -> str:
+    """Return the message with the line ends that a browser's field gives back."""
+    return message.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _changes(visit: Visit, found: FollowUp, typed: Typed) -> dict[str, Any]:
     changes: dict[str, Any] = {}
-    if typed.message is not None and typed.message != found.message:
+    if typed.message is not None and typed.message != _as_typed(found.message):
         changes["message"] = typed.message
     zone = Zone(visit.form.text("due_zone", visit.zone.name))
     # Browsers leave out seconds that are zero.

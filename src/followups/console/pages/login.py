@@ -29,17 +29,17 @@ def show(visit: Visit) -> Response:
 def sign_in(visit: Visit) -> Response:
     """Begin a session for a valid API key or the token of a link, and go on to the page that was wanted."""
     wanted = identity.safe_place(visit.form.text("next", "/"))
-    wait = visit.services.tries.wait(visit.client)
-    if wait:
-        told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
-        response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
-        response.headers["retry-after"] = str(math.ceil(wait))
-        return response
     secret = visit.form.text("secret").rpartition("#token=")[2]
     with visit.transaction() as session:
         token = _begin(session, secret)
         if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
             console_sessions.end(session, old)
+    # Only failures are limited: others behind the same address keep no valid key from signing in.
+    if token is None and (wait := visit.services.tries.wait(visit.client)):
+        told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
+        response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
+        response.headers["retry-after"] = str(math.ceil(wait))
+        return response
     if token is None:
         visit.services.tries.failed(visit.client)
         log.info("console_sign_in_refused")

@@ -156,6 +156,9 @@ def _typed_hours(visit: Visit) -> SendingHours:
     except ValueError:
         message = visit.t("Give both times of the day, as in 08:00.")
         raise InvalidRequestError(message, field="from") from None
+    if opening.tzinfo or closing.tzinfo:
+        message = visit.t("Give both times of the day, as in 08:00.")
+        raise InvalidRequestError(message, field="from")
     if not days:
         message = visit.t("Choose at least one day.")
         raise InvalidRequestError(message, field="days")
