@@ -78,7 +78,7 @@ def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person]
     assert "2 done" in said
     assert "1: in flight" in said
     events = f"SELECT action || number || actor FROM audit_events WHERE workspace_id = '{own.workspace_id}'"  # noqa: S608 - a test
-    assert own.scalar(events) == "follow_ups.cancelled2test agent"
+    assert own.scalar(events) == "follow_ups.cancelled3test agent"
 
 
 def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable[..., Person], own: World) -> None:

@@ -74,3 +74,13 @@ def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
         found = counts.measure_backlog(connection, window=5000)
     assert found.pending == pytest.approx(4001, rel=0.2)
     assert found.overdue == pytest.approx(1001, rel=0.2)
+
+
+@pytest.mark.parametrize("limit", [HOUR, timedelta(milliseconds=1)])
+def test_a_limit_ends_with_its_query(engine: Engine, limit: timedelta) -> None:
+    """The transaction's own time limit applies again, whether or not the query took too long."""
+    with engine.begin() as connection:
+        connection.execute(text("SET LOCAL statement_timeout = '7s'"))
+        found = counts.within(connection, limit, text("SELECT pg_sleep(0.1)"), {})
+        assert (found is None) == (limit < HOUR)
+        assert connection.scalar(text("SHOW statement_timeout")) == "7s"

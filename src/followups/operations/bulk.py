@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from sqlalchemy.orm import Session
 
 from followups import scheduling
-from followups.errors import ChatNotFoundError, ConflictError, OutsideMessagingWindowError
+from followups.errors import (
+    ChatNotFoundError,
+    ConflictError,
+    NotFoundError,
+    OutsideMessagingWindowError,
+    QuotaExceededError,
+)
 from followups.store import audit, bulk_cancel, pauses, pruning, retries
 from followups.store.audit import Action, Event
 from followups.store.bulk_cancel import Pending, Place
@@ -101,8 +107,12 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
             audit.record(session.connection(), events.setdefault(new.workspace_id, event))
     except OutsideMessagingWindowError:
         return "outsideMessagingWindow"
+    except QuotaExceededError:
+        return "quotaExceeded"
     except ChatNotFoundError:
         return "chatRemoved"
+    except NotFoundError:
+        return "notFound"
     except ConflictError as error:
         return {"already-retried": "alreadyRetried", "too-many-pending": "tooManyPending"}.get(
             error.slug, "answeredMeanwhile"

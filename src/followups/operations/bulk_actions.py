@@ -8,21 +8,31 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from typing import TYPE_CHECKING
 
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from followups import scheduling
+from followups.database_errors import concerns_a_row
 from followups.delivery import events
-from followups.errors import ChatNotFoundError, ConflictError, OutsideMessagingWindowError
+from followups.errors import (
+    ChatNotFoundError,
+    ConflictError,
+    FollowUpsError,
+    InvalidRequestError,
+    NotFoundError,
+    OutsideMessagingWindowError,
+)
 from followups.models import FollowUp
 from followups.states import ReasonCode, Status, finish
-from followups.store import audit, browse, bulk_actions
+from followups.store import audit, browse, bulk_actions, chats
 from followups.store.audit import Action, Actor, Event, Way
 from followups.store.browse import Place, Wanted
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy import Engine
@@ -38,7 +48,20 @@ RETRIES = 50
 SEEN_EVERY = 1.0
 """Least seconds between two searches for actions."""
 
+PASSED_OVER = 60.0
+"""Seconds for which an action whose batch failed is passed over, before it is tried again."""
+
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
+
+
+class BatchError(Exception):
+    """The batch of an action failed."""
+
+    def __init__(self, action_id: UUID, cause: Exception) -> None:
+        """Keep the action's id and the error."""
+        super().__init__(f"{action_id}: {cause}")
+        self.action_id = action_id
+        self.cause = cause
 
 
 class BulkRunner:
@@ -50,6 +73,7 @@ class BulkRunner:
         self._nudge = nudge
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
+        self._passed_over: dict[UUID, float] = {}
 
     def start(self) -> None:
         """Carry out the waiting actions, in a thread. Returns at once."""
@@ -65,55 +89,101 @@ class BulkRunner:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set() and run_batch(self._engine):
+            while not self._stopping.is_set() and self._run_batch():
                 self._nudge()
+            events.succeeded("bulk")  # an action that is passed over stops no other
         except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
             events.failed("bulk", error, self._engine)
         self._stopping.wait(SEEN_EVERY)
 
-
-def run_batch(engine: Engine) -> bool:
-    """Carry out one batch of the oldest action; return whether there was one."""
-    with Session(engine) as session, session.begin():
-        action = bulk_actions.lock_next(session)
-        if action is None:
-            return False
-        if action.stopped_at is not None:
-            _record(session, action, [], {}, None, finished=True)
+    def _run_batch(self) -> bool:
+        """Carry out one batch; return whether there was one. An action that fails is passed over for a while."""
+        now = time.monotonic()
+        self._passed_over = {one: until for one, until in self._passed_over.items() if until > now}
+        try:
+            return run_batch(self._engine, self._passed_over)
+        except BatchError as error:
+            events.failed("bulk", error.cause, self._engine)
+            self._passed_over[error.action_id] = time.monotonic() + PASSED_OVER
             return True
-        cancels = action.kind == "cancel"
-        size = CANCELS if cancels else RETRIES
-        wanted = Wanted.of(action.chosen | {"until": action.created_at.isoformat()})
-        after = Place(action.ended_at_time, action.ended_at_id) if action.ended_at_time and action.ended_at_id else None
-        places = browse.batch(session.connection(), wanted, after, size)
-        ids = [place.id for place in places]
-        if cancels:
-            done, passed = bulk_actions.cancel_if_not_begun(session.connection(), ids, BY_HAND)
-        else:
-            done, passed = _retry(session, ids)
-        _record(session, action, done, passed, places[-1] if places else None, finished=len(places) < size)
-    if cancels:
-        events.ended((one, BY_HAND) for one in done)
+
+
+def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
+    """Carry out one batch of the oldest action that is not in ``without``; return whether there was one.
+
+    Raises `BatchError` if it fails.
+    """
+    action_id = None
+    try:
+        with Session(engine) as session, session.begin():
+            action = bulk_actions.lock_next(session, without)
+            if action is None:
+                return False
+            action_id = action.id
+            ended = _carry_out(session, action)
+    except Exception as error:
+        if action_id is None:
+            raise
+        raise BatchError(action_id, error) from error
+    events.ended((one, BY_HAND) for one in ended)
     return True
 
 
+def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
+    """Carry out one batch of the action; return the follow-ups that are cancelled."""
+    if action.stopped_at is not None:
+        _record(session, action, [], {}, None, finished=True)
+        return []
+    cancels = action.kind == "cancel"
+    size = CANCELS if cancels else RETRIES
+    wanted = Wanted.of(action.chosen | {"until": action.created_at.isoformat()})
+    after = Place(action.ended_at_time, action.ended_at_id) if action.ended_at_time and action.ended_at_id else None
+    places = browse.batch(session.connection(), wanted, after, size)
+    ids = [place.id for place in places]
+    if cancels:
+        done, passed = bulk_actions.cancel_if_not_begun(session.connection(), ids, BY_HAND)
+    else:
+        done, passed = _retry(session, ids)
+    _record(session, action, done, passed, places[-1] if places else None, finished=len(places) < size)
+    return done if cancels else []
+
+
 def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str, int]]:
-    """Make a new follow-up from each failed one, in the order of their chats, as every transaction locks them."""
+    """Make a new follow-up from each failed one.
+
+    First the chats are locked, in ascending order of their ids, and only then the quotas, in the order of workspaces.
+    """
     done: list[UUID] = []
     passed: dict[str, int] = {}
     found = [one for one in (session.get(FollowUp, each) for each in ids) if one is not None]
-    for one in sorted(found, key=lambda each: (each.chat_id, each.id)):
+    keys = sorted((one.workspace_id, one.chat_id, one.id) for one in found)
+    for chat_id, workspace_id in sorted({(chat_id, workspace_id) for workspace_id, chat_id, _ in keys}):
+        chats.lock_many(session, workspace_id, [chat_id])
+    for _, _, follow_up_id in keys:
         try:
             with session.begin_nested():
-                done.append(scheduling.retry_once(session, one.id).id)
-        except OutsideMessagingWindowError:
-            passed["window closed"] = passed.get("window closed", 0) + 1
-        except ChatNotFoundError:
-            passed["chat removed"] = passed.get("chat removed", 0) + 1
-        except ConflictError as error:
-            why = error.slug.replace("-", " ")
-            passed[why] = passed.get(why, 0) + 1
+                done.append(scheduling.retry_once(session, follow_up_id).id)
+        except (ConflictError, InvalidRequestError, NotFoundError) as error:
+            why = _reason(error)
+        except DBAPIError as error:
+            if not concerns_a_row(error):
+                raise
+            why = bulk_actions.NOT_WRITABLE
+        else:
+            continue
+        passed[why] = passed.get(why, 0) + 1
     return done, passed
+
+
+def _reason(error: FollowUpsError) -> str:
+    """Return why a follow-up is passed over."""
+    match error:
+        case OutsideMessagingWindowError():
+            return "window closed"
+        case ChatNotFoundError():
+            return "chat removed"
+        case _:
+            return error.slug.replace("-", " ")
 
 
 def _record(
@@ -128,9 +198,9 @@ def _record(
     totals = {why: action.passed_over.get(why, 0) + passed.get(why, 0) for why in {**action.passed_over, **passed}}
     number = action.done + len(done)
     bulk_actions.record_progress(session, action, number, json.dumps(totals), place, finished=finished)
-    if done:
+    if audited := len(done) + passed.get(bulk_actions.IN_FLIGHT, 0):
         what = Action.FOLLOW_UPS_CANCELLED if action.kind == "cancel" else Action.FOLLOW_UPS_RETRIED
         actor = Actor(Way.CONSOLE, name=action.created_by)
         # The batches share the action's id, so that they add up in one event.
-        event = Event(actor, what, action.workspace_id, number=len(done), id=action.id)
+        event = Event(actor, what, action.workspace_id, number=audited, id=action.id)
         audit.record(session.connection(), event)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import select, text
 from sqlalchemy.dialects.postgresql import insert
 
+from followups.halving import halve_within
 from followups.models import BulkAction
 from followups.states import Status
 from followups.store import chat_order
@@ -15,7 +17,7 @@ from followups.store.fragments import honest
 from followups.store.leases import uuid_array
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -26,6 +28,12 @@ if TYPE_CHECKING:
 
 LISTED = 50
 """Actions in the history."""
+
+IN_FLIGHT = "in flight"
+"""Why a follow-up is not cancelled but only kept from a retry."""
+
+NOT_WRITABLE = "cannot be written"
+"""Why a follow-up is passed over whose row the database refuses."""
 
 
 def create(session: Session, **columns: Any) -> bool:  # noqa: ANN401 - the row's columns
@@ -65,12 +73,12 @@ _LOCK_NEXT = (
 )
 
 
-def lock_next(session: Session) -> BulkAction | None:
+def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
     """Return the oldest action that is not finished, locked until the transaction ends, or None.
 
-    An action that another worker is carrying out is passed over.
+    Actions in ``without``, and those that another worker works on, are passed over.
     """
-    return session.scalar(_LOCK_NEXT)
+    return session.scalar(_LOCK_NEXT.where(BulkAction.id.not_in(without)))
 
 
 _PROGRESS = text("""
@@ -111,13 +119,23 @@ _FINISHED = text("""
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
     """Cancel these follow-ups; return the cancelled ones, and how many were passed over, by reason.
 
-    One in flight is only kept from a retry; locked rows are skipped.
+    One in flight is only kept from a retry. Locked rows are skipped, and so are rows that cannot be written.
     """
-    parameters = {"ids": uuid_array(ids), "status": final.status.value, "reason": final.reason}
-    rows = connection.execute(_CANCEL, parameters).all()
+    parameters = {"status": final.status.value, "reason": final.reason}
+
+    def cancel(part: Sequence[UUID]) -> Sequence[Any]:
+        return connection.execute(_CANCEL, parameters | {"ids": uuid_array(part)}).all()
+
+    halved = halve_within(connection, ids, cancel)
+    rows = list(chain.from_iterable(halved.done))
     cancelled = [row.id for row in rows if row.status == Status.CANCELLED]
     chat_order.unblock(connection, cancelled)
-    left = set(ids) - {row.id for row in rows}
+    left = set(ids) - {row.id for row in rows} - {one for one, _ in halved.refused}
     finished = len(connection.scalars(_FINISHED, {"ids": uuid_array(left)}).all()) if left else 0
-    counts = {"in flight": len(rows) - len(cancelled), "finished": finished, "locked": len(left) - finished}
+    counts = {
+        IN_FLIGHT: len(rows) - len(cancelled),
+        "finished": finished,
+        "locked": len(left) - finished,
+        NOT_WRITABLE: len(halved.refused),
+    }
     return cancelled, {reason: number for reason, number in counts.items() if number}

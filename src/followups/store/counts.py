@@ -204,7 +204,8 @@ _PER_SECOND = text("""
      WHERE finished_at > now() - :seconds * interval '1 s' AND finished_at <= now() AND status = 'sent'
      GROUP BY 1
 """)
-_LIMIT = text("SELECT set_config('statement_timeout', :milliseconds, true)")
+_PREVIOUS = text("SELECT current_setting('statement_timeout')")
+_LIMIT = text("SELECT set_config('statement_timeout', :limit, true)")
 _CANCELLED_BY_TIMEOUT = "57014"
 
 
@@ -233,10 +234,11 @@ def within(
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:
         with connection.begin_nested():
-            connection.execute(_LIMIT, {"milliseconds": milliseconds})
+            previous = connection.scalar(_PREVIOUS)
+            connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
             # Releasing the savepoint does not undo it; only its rollback or the transaction's end does.
-            connection.execute(_LIMIT, {"milliseconds": "0"})
+            connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
             raise

@@ -21,7 +21,7 @@ from followups import scheduling
 from followups.cli import connection
 from followups.errors import AlreadyRetriedError
 from followups.operations import bulk
-from followups.store import bulk_cancel
+from followups.store import bulk_cancel, quotas
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -199,6 +199,30 @@ class TestRetry:
         counts = {"retried": 1, "answeredMeanwhile": 1, "outsideMessagingWindow": 1, "chatRemoved": 1}
         counts |= {"tooManyPending": 1}
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
+
+    def test_those_over_the_quota_are_counted(self, run: Run, world: World) -> None:
+        """The quota refuses what is over it, and the command continues."""
+        with world.engine.begin() as opened:
+            quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
+        for _ in range(5):
+            failed(world)
+        found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
+        assert (found["retried"], found["quotaExceeded"]) == (2, 3)
+
+    def test_one_that_is_deleted_meanwhile_is_counted(
+        self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A follow-up that was pruned after it was found is skipped."""
+        gone = failed(world)
+        failed(world)
+        real = scheduling.retry_once
+
+        def retry_once(session: Session, one: UUID) -> Any:
+            return real(session, uuid4() if one == gone else one)
+
+        monkeypatch.setattr(bulk.scheduling, "retry_once", retry_once)
+        found = run("retry", "--failed", "--since", "2h", "--yes", "--json").document
+        assert (found["retried"], found["notFound"]) == (1, 1)
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
         """The bulk form skips a follow-up that was retried by id; by id it can be retried again."""

@@ -1,0 +1,153 @@
+"""The batches of the console's bulk actions, beside what they cannot do."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from followups.delivery import events
+from followups.operations import bulk_actions
+from followups.operations.bulk_actions import BatchError, BulkRunner, run_batch
+from followups.states import Status
+from followups.store import bulk_actions as rows
+from followups.store import quotas
+from followups.store.browse import Wanted
+from followups.store.quotas import Kind
+from stack import wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Engine
+
+    from world import World
+
+HOUR = timedelta(hours=1)
+
+
+def action(world: World, kind: str, ids: Sequence[UUID]) -> UUID:
+    """Insert an action for these follow-ups."""
+    status = Status.PENDING if kind == "cancel" else Status.FAILED
+    new = uuid4()
+    with Session(world.engine) as session, session.begin():
+        wanted = Wanted(world.workspace_id, (status,), ids=tuple(ids))
+        rows.create(
+            session,
+            id=new,
+            workspace_id=world.workspace_id,
+            kind=kind,
+            chosen=wanted.document(),
+            created_by="agent",
+            expected=len(ids),
+        )
+    return new
+
+
+def failed(world: World, chat_id: UUID | None = None) -> UUID:
+    """Insert a failed follow-up."""
+    return world.follow_up(chat_id, -HOUR, status="failed", reason="rejected", finished_at=text("now()"))
+
+
+def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
+    """Add a constraint that the row, or its retry, breaks at every write."""
+    world.sql(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
+
+
+def limit(world: World, most: int) -> None:
+    """Set the quota of pending follow-ups."""
+    with world.engine.begin() as connection:
+        quotas.put(connection, world.workspace_id, Kind.PENDING, most)
+
+
+def state(world: World, action_id: UUID) -> tuple[Any, ...]:
+    """Return how many are done, what was passed over, and whether the action has finished."""
+    query = f"SELECT row_to_json(b) FROM bulk_actions b WHERE id = '{action_id}'"  # noqa: S608 - a test
+    row = world.scalar(query)
+    return row["done"], row["passed_over"], row["finished_at"] is not None
+
+
+def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
+    """Those over the quota are counted, the others are retried, and the next action is carried out."""
+    limit(world, 2)
+    one = action(world, "retry", [failed(world) for _ in range(5)])
+    assert run_batch(world.engine)
+    assert state(world, one) == (2, {"quota exceeded": 3}, True)
+    assert not run_batch(world.engine)
+
+
+def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follow-up that is pruned after the batch has found it is counted."""
+    gone, kept = failed(world), failed(world)
+    real = bulk_actions.scheduling.retry_once
+    monkeypatch.setattr(
+        bulk_actions.scheduling, "retry_once", lambda session, each: real(session, uuid4() if each == gone else each)
+    )
+    one = action(world, "retry", [gone, kept])
+    assert run_batch(world.engine)
+    assert state(world, one) == (1, {"not found": 1}, True)
+
+
+@pytest.mark.parametrize("kind", ["cancel", "retry"])
+def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> None:
+    """The others of its batch are cancelled or retried."""
+    ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
+    unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
+    one = action(world, kind, ids)
+    assert run_batch(world.engine)
+    assert state(world, one) == (4, {"cannot be written": 1}, True)
+
+
+def test_those_kept_from_a_retry_are_audited(world: World) -> None:
+    """A batch of follow-ups in flight leaves an audit event with their number, as on the command line."""
+    ids = [world.follow_up() for _ in range(2)]
+    for each in ids:
+        world.put_in_flight(each)
+    one = action(world, "cancel", ids)
+    assert run_batch(world.engine)
+    assert state(world, one) == (0, {"in flight": 2}, True)
+    assert world.scalar("SELECT sum(number) FROM audit_events WHERE action = 'follow_ups.cancelled'") == 2
+
+
+def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its error, it is passed over for a while and then tried again; the worker counts as healthy."""
+    monkeypatch.setattr(bulk_actions, "SEEN_EVERY", 0)
+    bad, good = action(world, "cancel", []), action(world, "cancel", [world.follow_up(due=HOUR)])
+    world.sql('UPDATE bulk_actions SET chosen = \'{"statuses": ["nonsense"]}\' WHERE id = :id', id=bad)
+    with pytest.raises(BatchError):
+        run_batch(engine)
+    runner = BulkRunner(engine, lambda: None)
+    runner.start()
+    wait_until(lambda: state(world, good)[2])
+    runner.stop()
+    assert not state(world, bad)[2]
+    assert events.outage() is None
+
+    monkeypatch.setattr(bulk_actions, "PASSED_OVER", 0)
+    world.sql("UPDATE bulk_actions SET chosen = '{}' WHERE id = :id", id=bad)
+    later = BulkRunner(engine, lambda: None)
+    later.start()
+    wait_until(lambda: state(world, bad)[2])
+    later.stop()
+
+
+def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) -> None:
+    """While it waits for a chat, it holds no lock on the quota: another transaction may hold the chat and need it."""
+    limit(world, 10)
+    first, second = sorted([world.chat(), world.chat()])
+    one = action(world, "retry", [failed(world, first), failed(world, second)])
+    with engine.begin() as connection:
+        connection.execute(text("SELECT FROM chats WHERE id = :id FOR NO KEY UPDATE"), {"id": second})
+        own = connection.scalar(text("SELECT pg_backend_pid()"))
+        batch = threading.Thread(target=run_batch, args=(engine,))
+        batch.start()
+        blocked = f"SELECT count(*) FROM pg_stat_activity WHERE {own} = ANY(pg_blocking_pids(pid))"  # noqa: S608 - a test
+        wait_until(lambda: world.scalar(blocked) == 1)
+        connection.execute(text("SELECT FROM quotas FOR NO KEY UPDATE NOWAIT"))
+    batch.join()
+    assert state(world, one) == (2, {}, True)
