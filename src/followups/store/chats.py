@@ -152,7 +152,7 @@ _INSERT = Statement(
     """,
     Chat,
 )
-# A removed chat keeps no record of what was written in it.
+# A removed chat starts again without its last message.
 _CHANGE = Statement(
     """
     UPDATE chats
