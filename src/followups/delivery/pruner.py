@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from contextlib import contextmanager
 from datetime import timedelta
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.delivery import events
+from followups.delivery.background import Background
 from followups.store import audit, pruning
 from followups.store.bulk_cancel import now
 from followups.store.pruning import OLDEST
@@ -35,29 +35,18 @@ LEAST_PAUSE = 0.01
 log = get_logger(__name__)
 
 
-class Pruner:
-    """A thread in a worker process while there is something to prune. A call while it runs does nothing."""
+class Pruner(Background):
+    """Prunes in a thread of a worker process."""
+
+    name = "pruner"
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
         """Store the settings and the engine; nothing runs yet."""
+        super().__init__()
         self._settings = settings
         self._engine = engine
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
         self._message = OLDEST
         """Where the last scan of chat messages ended."""
-
-    def start(self) -> None:
-        """Prune once, in a thread. Returns at once."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="pruner", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Stop after the current batch."""
-        self._stopping.set()
-        if self._thread and self._thread.is_alive():
-            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -7,7 +7,6 @@ transaction of the batch. A worker that dies leaves the rest to any other.
 from __future__ import annotations
 
 import json
-import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from sqlalchemy.orm import Session
 from followups import scheduling
 from followups.database_errors import concerns_a_row
 from followups.delivery import events
+from followups.delivery.background import Background
 from followups.errors import (
     ChatNotFoundError,
     ConflictError,
@@ -64,28 +64,17 @@ class BatchError(Exception):
         self.cause = cause
 
 
-class BulkRunner:
-    """A thread in a worker process while there is an action. A call while it runs does nothing."""
+class BulkRunner(Background):
+    """Carries out the waiting actions in a thread of a worker process; other workers continue with what is left."""
+
+    name = "bulk"
 
     def __init__(self, engine: Engine, nudge: Callable[[], None]) -> None:
         """``nudge`` asks for a tick, after follow-ups have become due."""
+        super().__init__()
         self._engine = engine
         self._nudge = nudge
-        self._stopping = threading.Event()
-        self._thread: threading.Thread | None = None
         self._passed_over: dict[UUID, float] = {}
-
-    def start(self) -> None:
-        """Carry out the waiting actions, in a thread. Returns at once."""
-        if self._thread is None or not self._thread.is_alive():
-            self._thread = threading.Thread(target=self._run, name="bulk", daemon=True)
-            self._thread.start()
-
-    def stop(self) -> None:
-        """Stop after the current batch; other workers go on with the rest."""
-        self._stopping.set()
-        if self._thread and self._thread.is_alive():
-            self._thread.join()
 
     def _run(self) -> None:
         try:
