@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from followups.api.app import create_app
 from followups.api.server import Server, config_of
 from followups.embedded import answers, free_port
+from followups.embedded.postgres import create_database, drop_database
+from followups.settings import load_settings
 from followups.store import api_keys
 
 if TYPE_CHECKING:
@@ -67,6 +70,22 @@ def key_of(world: World) -> tuple[UUID, str]:
 def in_days(days: float) -> str:
     """Return the time that many days from now, as clients write it."""
     return (datetime.now(UTC) + timedelta(days=days)).isoformat()
+
+
+@contextmanager
+def settings_on_database(prefix: str, postgres_url: str, template: str, broker_url: str) -> Iterator[Settings]:
+    """Yield settings on a migrated database of this test process, and drop it afterwards."""
+    name = f"{prefix}_{uuid4().hex}"
+    create_database(postgres_url, name, template)
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    yield load_settings(
+        database_url=make_url(postgres_url).set(database=name).render_as_string(hide_password=False),
+        broker_url=f"{broker_url.rpartition('/')[0]}/{number}",
+        transport_url="http://127.0.0.1:9/",
+        tick_interval=timedelta(seconds=1),
+        log_format="json",
+    )
+    drop_database(postgres_url, name)
 
 
 @contextmanager

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from datetime import timedelta
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 import pytest
-from sqlalchemy import make_url
 
 from console.person import Person
 from followups.database import make_engine
-from followups.embedded.postgres import create_database, drop_database
-from followups.settings import Settings, load_settings
-from web import served
+from web import served, settings_on_database
 from world import World
 
 if TYPE_CHECKING:
@@ -22,21 +16,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
+    from followups.settings import Settings
+
 
 @pytest.fixture(scope="session")
 def console_settings(postgres_url: str, template_database: str, server_urls: tuple[str, str]) -> Iterator[Settings]:
     """Return settings on a migrated database that the tests share."""
-    name = f"test_console_{uuid4().hex}"
-    create_database(postgres_url, name, template_database)
-    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    yield load_settings(
-        database_url=make_url(postgres_url).set(database=name).render_as_string(hide_password=False),
-        broker_url=f"{server_urls[1].rpartition('/')[0]}/{number}",
-        transport_url="http://127.0.0.1:9/",
-        tick_interval=timedelta(seconds=1),
-        log_format="json",
-    )
-    drop_database(postgres_url, name)
+    with settings_on_database("test_console", postgres_url, template_database, server_urls[1]) as settings:
+        yield settings
 
 
 @pytest.fixture(scope="session")
