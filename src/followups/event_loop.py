@@ -63,7 +63,7 @@ class Database:
         await self._engine.dispose()
 
     def take(self) -> PoolProxiedConnection:
-        """Take a connection from the pool, in a greenlet."""
+        """Check out a connection from the pool, in a greenlet."""
         pool = self._engine.sync_engine.pool
         while (pooled := pool.connect()).info[_MADE] <= self._lost_at:
             pooled.invalidate()
@@ -83,7 +83,7 @@ class Use:
         self._reads = reads
 
     async def __aenter__(self) -> Connection:
-        """Take the connection."""
+        """Check out the connection."""
         self._pooled = await greenlet_spawn(self._database.take)
         self._connection = cast("Connection", self._pooled.driver_connection)
         if self._reads:

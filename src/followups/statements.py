@@ -110,7 +110,7 @@ class Rule(Generic[P, T]):
     """A rule that a session runs when it is called; `steps` is for other rules, and for the event loop."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
-        """Take the generator function."""
+        """Store the generator function."""
         self.steps = steps
         update_wrapper(self, steps)
 

@@ -70,7 +70,7 @@ class Form(HTMLParser):
 
 @dataclass
 class Person:
-    """Somebody with a browser that runs no scripts."""
+    """A person whose browser runs no scripts."""
 
     url: str
     engine: Engine

@@ -127,7 +127,7 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the limit a failure has to wait; a valid secret signs in, whoever else failed at this address."""
+    """Beyond the limit a failure has to wait; a valid secret signs in despite other failures at the address."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):

@@ -44,7 +44,7 @@ class Turns:
     """The requests of one workspace, or of strangers, as a context manager for each of them."""
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Take how many have their turn at once, and what the others are told if too many wait."""
+        """Store the number of simultaneous turns, and the error message if too many requests wait."""
         self._semaphore = asyncio.Semaphore(share)
         self._refusal = refusal
         self._inside = 0
@@ -61,6 +61,6 @@ class Turns:
             raise
 
     async def __aexit__(self, *_: object) -> None:
-        """Let the next one in."""
+        """Give the turn to the next request."""
         self._inside -= 1
         self._semaphore.release()

@@ -89,7 +89,7 @@ def _told_by_proxy(services: Services, headers: Mapping[str, str], scope: Scope)
 
 
 def ask_to_sign_in(visit: Visit) -> Response:
-    """Return the response if nobody is signed in: a redirect for a page, an error page for a change."""
+    """Return the response to a request without a session: a redirect for a page, an error page for a change."""
     if visit.method == "GET":
         wanted = {} if visit.path == "/" else {"next": visit.path}
         return visit.redirect("/login", **wanted)

@@ -98,7 +98,7 @@ class DueQueue:
         return []
 
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
-        """Take up to ``most`` due leases, each with a slot, and poison pills only within their quota.
+        """Remove and return up to ``most`` due leases, each with a slot, and poison pills only within their quota.
 
         Of ``tripped`` workspaces it takes no more leases than ``permits``.
         """

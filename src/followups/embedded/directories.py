@@ -38,7 +38,7 @@ def remove_directory(path: Path) -> None:
 
 
 def let_through(directory: Path) -> None:
-    """Let every user traverse, but not list, a directory that `make_temporary_directory` made."""
+    """Allow every user to traverse, but not list, a directory that `make_temporary_directory` made."""
     directory.chmod(0o711)
 
 

@@ -96,7 +96,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
-        """Take tokens for those whose turn it is, in the order given; forget those that have ended."""
+        """Acquire tokens for the requests whose turn it is, in the given order; forget the ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -225,7 +225,7 @@ class RateLimits:
 
     @asynccontextmanager
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
-        """Take tokens for those whose turn it is.
+        """Acquire tokens for the leases whose turn it is.
 
         Yields how long each of the others has to wait, and an empty set, to which the block adds those that began. The
         tokens of the rest are given back.

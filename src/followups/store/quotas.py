@@ -58,7 +58,7 @@ _KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspac
 
 @Rule
 def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
-    """Take room for so many new ones until the transaction ends. Raises `QuotaExceededError` if there is none.
+    """Reserve room for so many new rows until the transaction ends. Raises `QuotaExceededError` if there is none.
 
     The caller has locked the chats. Without a quota nothing happens.
     """

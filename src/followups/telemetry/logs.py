@@ -111,7 +111,7 @@ class Lines:
     """
 
     def __init__(self, name: str) -> None:
-        """Take the logger's name."""
+        """Store the logger's name."""
         self.name = name
         self._finished: deque[str] = deque()
 
@@ -147,7 +147,7 @@ class StandardError:
     """Writes finished lines to the current stderr, which tests and daemons replace."""
 
     def __init__(self, name: str = "") -> None:
-        """Take the logger's name."""
+        """Store the logger's name."""
         self.name = name
 
     def msg(self, line: str) -> None:

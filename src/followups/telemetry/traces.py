@@ -60,7 +60,7 @@ class Tracing:
     """A process's spans."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """Take the exporter."""
+        """Store the exporter."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator  # noqa: PLC0415 - extra
 
         self._provider = provider
