@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.cli.demo.score import Standing
+    from followups.cli.demo.score import FollowUpState
     from followups.embedded.system import Stack
 
 PICTURES = Path(__file__).parents[1] / "deploy" / "pictures"
@@ -70,7 +70,7 @@ def keep(drawn: Console, title: str, name: str) -> None:
 
 def draw_demo(stack: Stack) -> None:
     """Run the demo, and draw its final screen as a terminal would."""
-    last: list[Sequence[Standing] | datetime] = []
+    last: list[Sequence[FollowUpState] | datetime] = []
     score = perform(stack, lambda standings, now, _: last.__setitem__(slice(None), [standings, now]))
     drawn = console(DEMO)
     drawn.print(Picture(*last, stack.sandbox, *DEMO).render())

@@ -98,7 +98,7 @@ class Workspace(Base):
     """When its deletion began; since then it accepts no new follow-ups and keys."""
 
 
-class SendingHours(Base):
+class WorkspaceSendingHours(Base):
     """The sending hours of a workspace; without a row, messages are sent at any time (`followups.sending_hours`).
 
     It is a separate table, so that begin reads nothing while no workspace has any.

@@ -109,7 +109,7 @@ def bare_app() -> FastAPI:
 
 
 @dataclass
-class Load:
+class ApiLoad:
     """One kind of request, sent repeatedly, and its results."""
 
     name: str
@@ -128,12 +128,12 @@ class Load:
 class Connection:
     """One client's connection."""
 
-    load: Load
+    load: ApiLoad
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
     @classmethod
-    async def open(cls, load: Load) -> Connection:
+    async def open(cls, load: ApiLoad) -> Connection:
         place = urlsplit(load.url)
         return cls(load, *await asyncio.open_connection(place.hostname, place.port))
 
@@ -147,7 +147,7 @@ class Connection:
             raise RuntimeError((head + body).decode())
 
 
-async def send_for(load: Load, end: float) -> int:
+async def send_for(load: ApiLoad, end: float) -> int:
     """Send one request after the other on a connection of its own until ``end``; return how many."""
     connection = await Connection.open(load)
     sent = 0
@@ -159,7 +159,7 @@ async def send_for(load: Load, end: float) -> int:
     return sent
 
 
-async def turn(load: Load) -> None:
+async def turn(load: ApiLoad) -> None:
     """Load the server from several connections for a while."""
     begun, before = time.perf_counter(), load.server.cpu_times()
     counts = await asyncio.gather(*(send_for(load, begun + SECONDS) for _ in range(CONNECTIONS)))
@@ -168,7 +168,7 @@ async def turn(load: Load) -> None:
     load.processor.append((after.user + after.system - before.user - before.system) / sum(counts))
 
 
-async def paced(load: Load, rate: float, seconds: float) -> list[float]:
+async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
     """Send at this rate; return how long each answer took from the moment at which its request was due."""
     times: list[float] = []
     started = time.perf_counter()
@@ -217,7 +217,7 @@ def chats_of(api: Api) -> list[str]:
 
 def loads_of(
     api: Api, chats: list[str], server: psutil.Process, bare_url: str, bare_server: psutil.Process
-) -> list[Load]:
+) -> list[ApiLoad]:
     """Return the kinds of requests to measure."""
     created = [api.create(chat_id)["id"] for chat_id in chats]
     due = (datetime.now(UTC) + timedelta(days=2)).isoformat()
@@ -254,17 +254,17 @@ def loads_of(
         return request("PATCH", f"{FOLLOW_UPS}/{pick(created)}", api.key, {"message": str(next(number))})
 
     return [
-        Load("bare INSERT", bare_url, bare, b"201", bare_server),
-        Load("create", api.url, create, b"201", server),
-        Load("get", api.url, get, b"200", server),
-        Load("list (10)", api.url, page, b"200", server),
-        Load("patch", api.url, patch, b"200", server),
-        Load("chat message", api.url, message, b"201", server),
-        Load("put chat", api.url, put, b"200", server),
+        ApiLoad("bare INSERT", bare_url, bare, b"201", bare_server),
+        ApiLoad("create", api.url, create, b"201", server),
+        ApiLoad("get", api.url, get, b"200", server),
+        ApiLoad("list (10)", api.url, page, b"200", server),
+        ApiLoad("patch", api.url, patch, b"200", server),
+        ApiLoad("chat message", api.url, message, b"201", server),
+        ApiLoad("put chat", api.url, put, b"200", server),
     ]
 
 
-def report(loads: list[Load]) -> None:
+def report(loads: list[ApiLoad]) -> None:
     """Print the figures: medians over the rounds; ratios are taken within each, so that other load cancels out."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
@@ -276,7 +276,7 @@ def report(loads: list[Load]) -> None:
         sys.stdout.write(f"{load.name:12} {rate:10.0f} {ratio:8.2f} {p50:8.1f} {p99:8.1f} {processor:8.2f}\n")
 
 
-def lag_beside(arena: Arena, load: Load, rate: float) -> Figures:
+def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
     """Return how late follow-ups at 100/s are received while this load arrives at this rate."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(asyncio.run, paced(load, rate, PACED_SECONDS + 15))

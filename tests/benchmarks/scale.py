@@ -82,7 +82,7 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
     """Claim as a dispatcher does, and end what was claimed at once; return the ids and the time of each claim."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
     most, more = size_of_claim(options.window), False
-    look = claims.Look(timedelta(seconds=2), timedelta(minutes=1), options.window, most)
+    look = claims.ClaimSearch(timedelta(seconds=2), timedelta(minutes=1), options.window, most)
     ids: list[str] = []
     took: list[float] = []
     engine.connect().close()

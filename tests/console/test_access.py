@@ -7,7 +7,7 @@ from uuid import uuid4
 
 import pytest
 
-from followups.console.access import ALLOWED, Action
+from followups.console.access import ALLOWED, Permission
 from followups.console.pages import ROUTES
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from followups.console.pages import Route
     from world import World
 
-GUARDED = [route for route in ROUTES if route.action is not Action.PUBLIC]
+GUARDED = [route for route in ROUTES if route.action is not Permission.PUBLIC]
 
 
 def called(person: Person, route: Route, ids: dict[str, str]) -> int:

@@ -70,7 +70,7 @@ class Scene:
     world: World
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
-    take: Callable[[Connection, claims.Look], Claim] = claims.claim
+    take: Callable[[Connection, claims.ClaimSearch], Claim] = claims.claim
     """The statement of that claim, in a transaction of the caller's."""
 
     @property
@@ -340,7 +340,7 @@ def claimed_at_once(scene: Scene) -> None:
     """Claim twice at the same time."""
     scene.world.follow_up()
     second: list[Lease] = []
-    look = claims.Look(timedelta(0), scene.settings.lease, window=10, most=10)
+    look = claims.ClaimSearch(timedelta(0), scene.settings.lease, window=10, most=10)
     with scene.engine.connect() as connection:
         first = scene.take(connection, look).leases
         with beside(lambda: second.extend(scene.claim(scene.engine, scene.settings).leases), scene):
@@ -462,7 +462,7 @@ def created_twice_by_a_key(scene: Scene) -> None:
         if idempotency.recall(session, workspace, "key", b"request") is None:
             moment = datetime.now(UTC)
             followups.schedule(session, workspace_id=workspace, chat_id=chat_id, message="Hello?", due_date=moment)
-            idempotency.remember(session, workspace, "key", b"request", idempotency.Answer(201, None, b"{}"))
+            idempotency.remember(session, workspace, "key", b"request", idempotency.StoredResponse(201, None, b"{}"))
 
     def create_beside() -> None:
         with suppress(IdempotencyKeyInUseError), Session(scene.engine) as session, session.begin():

@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 import followups
 from faults.model.rules import OUTCOMES
 from faults.model.steps import steps
-from faults.model.world import Job, Protocol, Row
-from faults.model.world import World as Model
+from faults.model.world import Job, ModelRow, Protocol
+from faults.model.world import ModelWorld as Model
 from followups.delivery.attempts import Attempt
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
@@ -41,7 +41,7 @@ class Driven:
         self.protocol = Protocol(deduplicates=deduplicates, creates_late=creates_late, most_claims=6)
         changes: dict[str, Any] = {"max_attempts": self.protocol.most_attempts, "transport_deduplicates": deduplicates}
         self.settings = settings.model_copy(update=changes)
-        self.model = Model((Row(), Row(exists=not creates_late)))
+        self.model = Model((ModelRow(), ModelRow(exists=not creates_late)))
         self.world = world
         self.chat_id = world.chat()
         self.ids: list[UUID] = [world.follow_up(self.chat_id, due=-timedelta(seconds=9))]

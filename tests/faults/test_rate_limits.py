@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy import text
 
 from followups.store import rate_limits
-from followups.store.rate_limits import Scope
+from followups.store.rate_limits import LimitScope
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 
 def test_wiped_while_they_wait(rig: Rig) -> None:
     """Each wipe of Redis allows another burst; no message is lost, sent twice or retried, and the rate holds."""
     with rig.world.engine.begin() as connection:
-        rate_limits.put(connection, Scope(rig.world.workspace_id, None, "all"), RATE, BURST)
+        rate_limits.put(connection, LimitScope(rig.world.workspace_id, None, "all"), RATE, BURST)
     rig.start(workers=2)
     started: datetime = rig.world.scalar("SELECT clock_timestamp()")
     ids = rig.bulk(COUNT)

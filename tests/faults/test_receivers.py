@@ -12,7 +12,7 @@ import pytest
 from faults.promises import Record, check
 from faults.rig import Load, rows_of
 from followups.store import rate_limits
-from followups.store.rate_limits import Scope
+from followups.store.rate_limits import LimitScope
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
     """
     if limit:
         with rig.world.engine.begin() as connection:
-            rate_limits.put(connection, Scope(None, None, "all"), limit, limit // 10)
+            rate_limits.put(connection, LimitScope(None, None, "all"), limit, limit // 10)
     rig.start()
     with Load(rig, rate, seconds + 4) as load:
         wait_until(lambda: len(rig.received()) >= rate / 2, within=60)

@@ -11,10 +11,10 @@ from uuid import uuid4
 import pytest
 import redis
 
-from followups.api.key_rate_limit import RateLimit
+from followups.api.key_rate_limit import KeyRateLimit
 from followups.embedded import EmbeddedValkey
 from followups.flow_control.breaker import BreakerStore, News
-from followups.flow_control.rate_limits import Bucket, Limiter, Request
+from followups.flow_control.rate_limits import Bucket, Limiter, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.worker.broker import App
 from stack import wait_until
@@ -50,7 +50,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
     """The API's rate limit lets requests through, uncounted, and reconnects."""
-    limit = RateLimit(place[0])
+    limit = KeyRateLimit(place[0])
     with asyncio.Runner() as loop:
         check(place[1], lambda: loop.run(limit.check(uuid4())))
         loop.run(limit.close())
@@ -73,7 +73,7 @@ async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str
     def ask() -> Coroutine[object, object, object]:
         if isinstance(client, BreakerStore):
             return client.report(News((uuid4(),)), 0)
-        return client.ask([Request(uuid4(), MOMENT, (Bucket("all", 1000, 1000),))], [])
+        return client.ask([TokenRequest(uuid4(), MOMENT, (Bucket("all", 1000, 1000),))], [])
 
     await ask()
     before = connections(admin)

@@ -14,8 +14,8 @@ import pytest
 import redis
 import trustme
 
-from followups.api.key_rate_limit import RateLimit
-from followups.api.readiness import Health
+from followups.api.key_rate_limit import KeyRateLimit
+from followups.api.readiness import ReadinessChecks
 from followups.flow_control import connect
 from followups.operations.doctor import broker_checks, connection_checks
 from followups.operations.doctor.broker_checks import broker_client
@@ -92,7 +92,7 @@ def ask_as_api(settings: Settings, _engine: Engine) -> None:
     """Connect as the rate limit of API keys does."""
 
     async def ask() -> bool:
-        limit = RateLimit(settings)
+        limit = KeyRateLimit(settings)
         try:
             await limit.check(uuid4())
             return await limit._storage.check()  # noqa: SLF001 - the limit itself lets all pass without Redis
@@ -105,7 +105,7 @@ def ask_as_api(settings: Settings, _engine: Engine) -> None:
 
 def ask_as_readiness(settings: Settings, engine: Engine) -> None:
     """Connect as `/readyz` does."""
-    health = Health(settings, engine)
+    health = ReadinessChecks(settings, engine)
     broker = health.checks()["broker"]
     health.close()
     if not broker.ok:

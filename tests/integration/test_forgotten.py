@@ -17,7 +17,7 @@ from followups.delivery.claim import claim
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.store import pauses
-from followups.store.pauses import Scope
+from followups.store.pauses import PauseScope
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID
     """Return a follow-up that is held by a pause whose row was deleted by hand."""
     follow_up = world.follow_up()
     with world.engine.begin() as connection:
-        pauses.pause(connection, Scope(world.workspace_id, None))
+        pauses.pause(connection, PauseScope(world.workspace_id, None))
     begin(world.engine, settings, claim(world.engine, settings).leases)
     world.sql("DELETE FROM pauses")
     return follow_up

@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from followups.flow_control import rate_limits as shared
-from followups.flow_control.rate_limits import LONGEST, Answer, Bucket, Limiter, Request
+from followups.flow_control.rate_limits import LONGEST, Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.telemetry import metrics
 from server_clock import ServerClock
@@ -29,14 +29,14 @@ SLOW = 0.001
 
 
 @dataclass
-class Place:
+class LimiterUnderTest:
     """A limiter with keys of its own, and the time of each grant in microseconds."""
 
     limiter: Limiter
     redis: Redis
     gone: list[int] = field(default_factory=list)
 
-    async def ask(self, *requests: Request, ended: tuple[Request, ...] = ()) -> list[timedelta]:
+    async def ask(self, *requests: TokenRequest, ended: tuple[TokenRequest, ...] = ()) -> list[timedelta]:
         answer = await self.limiter.ask(requests, ended)
         assert answer.moment is not None
         self.gone += [answer.moment for wait in answer.waits if not wait]
@@ -52,10 +52,10 @@ def place_settings(broker_url: str) -> Settings:
 
 
 @pytest.fixture
-async def place(place_settings: Settings) -> AsyncIterator[Place]:
+async def place(place_settings: Settings) -> AsyncIterator[LimiterUnderTest]:
     """Return a limiter whose buckets are full."""
     client = Redis.from_url(place_settings.broker_url.get_secret_value(), decode_responses=True)
-    place = Place(Limiter(place_settings, PATIENCE), client)
+    place = LimiterUnderTest(Limiter(place_settings, PATIENCE), client)
     yield place
     await place.limiter.close()
     await client.aclose()
@@ -66,9 +66,9 @@ def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
     return Bucket(key or uuid4().hex, rate, burst)
 
 
-def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> Request:
+def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenRequest:
     """Return a request of a follow-up that has been due since so many seconds after the start."""
-    return Request(id_ or uuid4(), START + timedelta(seconds=since), buckets)
+    return TokenRequest(id_ or uuid4(), START + timedelta(seconds=since), buckets)
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
@@ -81,7 +81,7 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
-async def test_never_faster_than_its_rate(place: Place, rate: float, burst: int) -> None:
+async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
     """In any period, at most the burst plus the tokens added in that period are granted, in the order of due dates."""
     limit = bucket(rate, burst)
     waiting = [request(number, limit) for number in range(60)]
@@ -95,7 +95,7 @@ async def test_never_faster_than_its_rate(place: Place, rate: float, burst: int)
     assert_never_faster(place.gone, limit)
 
 
-async def test_several_at_once(place: Place, place_settings: Settings) -> None:
+async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
     """Several workers that ask at once, and give some of it back, are no faster together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
@@ -121,7 +121,7 @@ async def test_several_at_once(place: Place, place_settings: Settings) -> None:
     assert_never_faster(used, limit)
 
 
-async def test_who_was_due_first_goes_first(place: Place) -> None:
+async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
     """A later request with an earlier due date waits less; at the same one, the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
@@ -135,7 +135,7 @@ async def test_who_was_due_first_goes_first(place: Place) -> None:
     assert len(set(waits)) == 4
 
 
-async def test_nobody_overtakes(place: Place) -> None:
+async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
     """An available token belongs to the first in the queue, also while another asks."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
@@ -147,7 +147,7 @@ async def test_nobody_overtakes(place: Place) -> None:
     assert await place.ask(second) == [GO]
 
 
-async def test_who_waits_elsewhere_holds_up_nobody(place: Place) -> None:
+async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> None:
     """A follow-up that waits for its chat's limit takes no token of its workspace, and delays none there."""
     workspace, chat = bucket(burst=2), bucket()
     assert await place.ask(request(0, workspace, chat)) == [GO]
@@ -156,7 +156,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: Place) -> None:
     assert (await place.ask(request(3, workspace)))[0] > GO
 
 
-async def test_it_waits_for_the_slowest(place: Place) -> None:
+async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
     """A follow-up over two limits waits for the one that takes longer."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
@@ -164,7 +164,7 @@ async def test_it_waits_for_the_slowest(place: Place) -> None:
     assert wait > timedelta(seconds=10)
 
 
-async def test_a_long_wait_is_told_shorter(place: Place) -> None:
+async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
     """A long wait is shortened, since others in front may give up; a short wait is exact."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
@@ -177,7 +177,7 @@ async def test_a_long_wait_is_told_shorter(place: Place) -> None:
     assert wait <= timedelta(seconds=0.5)
 
 
-async def test_given_back(place: Place) -> None:
+async def test_given_back(place: LimiterUnderTest) -> None:
     """A follow-up that did not begin returns its token to the next; a bucket never exceeds its size."""
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
@@ -191,7 +191,7 @@ async def test_given_back(place: Place) -> None:
     assert waits[0] == GO
 
 
-async def test_a_cancelled_one_leaves_the_line(place: Place) -> None:
+async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
     """An ended one leaves the queue, and the next takes its place."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
@@ -201,7 +201,7 @@ async def test_a_cancelled_one_leaves_the_line(place: Place) -> None:
     assert after < before - timedelta(seconds=20)
 
 
-async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
+async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
     """One that does not ask again at its time soon loses its place, and may queue up again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
@@ -216,7 +216,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: Place) -> None:
     assert (await place.ask(lost))[0] <= timedelta(seconds=0.1)
 
 
-async def test_many_cancelled_hold_up_nobody_for_long(place: Place) -> None:
+async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
     """A waiting one asks again after five minutes at the latest; one that does not delays no other for longer."""
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
@@ -277,7 +277,7 @@ async def test_who_does_not_come_back_when_the_clock_is_set(
     assert waited < LONGEST
 
 
-async def test_flushed(place: Place) -> None:
+async def test_flushed(place: LimiterUnderTest) -> None:
     """A wiped Redis, without the scripts, starts with full buckets and continues."""
     limit = bucket(burst=3)
     assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
@@ -288,7 +288,7 @@ async def test_flushed(place: Place) -> None:
     assert [wait == GO for wait in waits] == [True, True, True, False]
 
 
-async def test_it_leaves_nothing_behind(place: Place) -> None:
+async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
     """Every key expires by itself, soon after the bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
@@ -298,7 +298,7 @@ async def test_it_leaves_nothing_behind(place: Place) -> None:
         assert 2_000 < await place.redis.pttl(key) < 10_000
 
 
-async def test_the_line_has_an_end(place: Place) -> None:
+async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
     """Behind a hundred thousand, waits are estimated and not queued; those in the queue keep their place."""
     limit = bucket(rate=1000, burst=1)
     (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - what a day of waiting would fill
@@ -318,7 +318,7 @@ async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture
     limit = bucket(burst=1)
     for _ in range(3):
         answer = await limiter.ask([request(0, limit), request(1, limit)], ())
-        assert answer == Answer((GO, GO), None)
+        assert answer == LimiterReply((GO, GO), None)
     await limiter.close()
     assert metrics.LIMITER_UNAVAILABLE._value.get() - before == 6  # noqa: SLF001 - likewise
     assert "".join(capfd.readouterr()).count("limiter_unavailable") == 1

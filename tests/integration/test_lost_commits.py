@@ -40,7 +40,7 @@ NUMBER = 3
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
-class Place:
+class DeliverySteps:
     """Some follow-ups, and the steps of their delivery."""
 
     def __init__(self, world: World, settings: Settings) -> None:
@@ -67,18 +67,18 @@ class Place:
         return {row.id: tuple(getattr(row, name) for name in columns) for row in rows}
 
 
-def claiming(place: Place) -> Callable[[], set[UUID]]:
+def claiming(place: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that claims the follow-ups."""
     return lambda: {lease.id for lease in claim(place.world.engine, place.settings).leases}
 
 
-def beginning(place: Place) -> Callable[[], set[UUID]]:
+def beginning(place: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that begins the claimed follow-ups."""
     leases = place.leases()
     return lambda: begun(begin(place.world.engine, place.settings, leases))
 
 
-def ending(place: Place) -> Callable[[], set[UUID]]:
+def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that calls begin, which ends all follow-ups, since their users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
@@ -89,7 +89,7 @@ def ending(place: Place) -> Callable[[], set[UUID]]:
     return lambda: ended(begin(place.world.engine, place.settings, leases))
 
 
-def unblocking(place: Place) -> Callable[[], set[UUID]]:
+def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
     """Return a function that unblocks the follow-ups, once those that they waited for have ended."""
     world = place.world
     world.sql(
@@ -106,7 +106,7 @@ def unblocking(place: Place) -> Callable[[], set[UUID]]:
     return lambda: {lease.id for lease in transact(world.engine, work)[0]}
 
 
-def settling(place: Place, outcome: Outcome) -> Callable[[], set[UUID]]:
+def settling(place: DeliverySteps, outcome: Outcome) -> Callable[[], set[UUID]]:
     """Return a function that settles the attempts with this outcome."""
     attempts = place.attempts(outcome)
     return lambda: {one.id for one in settle(place.world.engine, place.settings, attempts).settled}
@@ -123,13 +123,13 @@ STEPS = {
 
 
 @pytest.fixture
-def place(world: World, settings: Settings) -> Place:
+def place(world: World, settings: Settings) -> DeliverySteps:
     """Return follow-ups that are due."""
-    return Place(world, settings)
+    return DeliverySteps(world, settings)
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_an_answer_is_lost_after_the_commit(place: Place, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step whose commit succeeded counts as done, even if the answer is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
@@ -139,7 +139,7 @@ def test_an_answer_is_lost_after_the_commit(place: Place, name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_commit_is_lost(place: Place, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step whose commit never arrived fails at once, and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
@@ -154,7 +154,9 @@ def test_a_commit_is_lost(place: Place, name: str, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize("committed", [True, False])
-def test_a_commit_takes_its_time(place: Place, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
+def test_a_commit_takes_its_time(
+    place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool
+) -> None:
     """While the server may still be committing, no result is assumed; then the database decides."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
@@ -180,7 +182,7 @@ def test_a_commit_takes_its_time(place: Place, name: str, monkeypatch: pytest.Mo
     assert ended.is_set()
 
 
-def test_taken_over_meanwhile(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker does not take an attempt that another began from the same hint for its own."""
     leases = place.leases()
     engine = place.world.engine

@@ -15,7 +15,7 @@ from followups.delivery import holds
 from followups.delivery.claim import claim
 from followups.scheduling import amend
 from followups.store import chat_order, leases, obstacles, pauses
-from followups.store.pauses import Scope
+from followups.store.pauses import PauseScope
 from world import begun, claim_and_begin
 
 if TYPE_CHECKING:
@@ -28,15 +28,15 @@ SECOND = timedelta(seconds=1)
 HOUR = timedelta(hours=1)
 
 
-def pause(world: World, channel: str | None = None, *, everybody: bool = False) -> Scope:
+def pause(world: World, channel: str | None = None, *, everybody: bool = False) -> PauseScope:
     """Pause the workspace, or a channel of all."""
-    scope = Scope(None if everybody else world.workspace_id, channel)
+    scope = PauseScope(None if everybody else world.workspace_id, channel)
     with world.engine.begin() as connection:
         assert pauses.pause(connection, scope)
     return scope
 
 
-def resume(world: World, scope: Scope) -> int:
+def resume(world: World, scope: PauseScope) -> int:
     """End the pause and release what it held; return how many."""
     with world.engine.begin() as connection:
         assert pauses.resume(connection, scope)

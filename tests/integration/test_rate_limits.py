@@ -20,7 +20,7 @@ from followups.delivery.pipeline import Pipeline
 from followups.flow_control.rate_limits import Limiter
 from followups.session_settings import ONCE_PLANNED
 from followups.store import pauses, rate_limits
-from followups.store.rate_limits import Scope
+from followups.store.rate_limits import LimitScope
 from followups.transports.port import Retry, Sent
 from stack import wait_until
 from world import World
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.flow_control.rate_limits import Answer, Request
+    from followups.flow_control.rate_limits import LimiterReply, TokenRequest
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
 
@@ -71,11 +71,11 @@ class Counted(Limiter):
 
     asked = given_back = 0
 
-    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+    async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
         self.asked += len(requests)
         return await super().ask(requests, ended)
 
-    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+    async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         self.given_back += len(requests)
         await super().give_back(requests, moment)
 
@@ -130,7 +130,7 @@ def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 def limit(world: World, rate: float, burst: int = 1, per: str = "all", channel: str | None = None) -> None:
     """Limit the workspace."""
     with world.engine.begin() as connection:
-        rate_limits.put(connection, Scope(world.workspace_id, channel, per), rate, burst)
+        rate_limits.put(connection, LimitScope(world.workspace_id, channel, per), rate, burst)
 
 
 def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]:
@@ -218,7 +218,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
     """A paused follow-up has taken no token when it continues."""
     limit(world, NONE_COMES_IN, burst=5)
-    scope = pauses.Scope(world.workspace_id, None)
+    scope = pauses.PauseScope(world.workspace_id, None)
     with world.engine.begin() as connection:
         pauses.pause(connection, scope)
     ids = [world.follow_up() for _ in range(5)]
@@ -300,7 +300,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
     ids = [world.follow_up() for _ in range(2)]
     wait_until(lambda: any(world.row(one).limited_until for one in ids))
     with world.engine.begin() as connection:
-        assert rate_limits.clear(connection, Scope(world.workspace_id, None, "all"))
+        assert rate_limits.clear(connection, LimitScope(world.workspace_id, None, "all"))
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert set(ids) <= set(receiver.received)
 

@@ -190,7 +190,7 @@ def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, setti
     for _ in range(2):
         Pruner(settings, engine).prune()
     with Session(engine) as session:
-        [event] = audit.newest(session, audit.Filter(), 10)
+        [event] = audit.newest(session, audit.AuditFilter(), 10)
     assert (event.action, event.way, event.target_id, event.workspace_id) == (
         "api_key.expired",
         "service",

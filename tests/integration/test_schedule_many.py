@@ -164,7 +164,7 @@ def test_locks_in_ascending_order(world: World) -> None:
 def test_beside_a_reply(world: World) -> None:
     """A reply during the transaction waits, and then cancels its follow-ups."""
     chat_id = world.chat()
-    replies: list[chats.Received] = []
+    replies: list[chats.RecordedMessage] = []
 
     def reply() -> None:
         with Session(world.engine) as session, session.begin():

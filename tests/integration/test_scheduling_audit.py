@@ -29,7 +29,7 @@ ACTOR = Actor(Way.API, uuid4(), "website")
 def events(world: World, follow_up: UUID) -> list[tuple[str, str, dict[str, Any]]]:
     """Return action, way and details of a follow-up's events, oldest first."""
     with Session(world.engine) as session:
-        found = audit.newest(session, audit.Filter(target_id=follow_up), 100)
+        found = audit.newest(session, audit.AuditFilter(target_id=follow_up), 100)
         return [(each.action, each.way, each.details) for each in reversed(found)]
 
 

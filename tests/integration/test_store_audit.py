@@ -12,7 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from followups.store import api_keys, audit
-from followups.store.audit import Action, Actor, Event, Filter, Way
+from followups.store.audit import Action, Actor, AuditFilter, Event, Way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from world import World
 
 
-def events(engine: Engine, wanted: Filter | None = None, limit: int = 100) -> Sequence[AuditEvent]:
+def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) -> Sequence[AuditEvent]:
     """Return the events, newest first."""
     with Session(engine) as session:
-        return audit.newest(session, wanted or Filter(), limit)
+        return audit.newest(session, wanted or AuditFilter(), limit)
 
 
 def test_names_the_key_and_the_workspace(world: World) -> None:
@@ -39,7 +39,7 @@ def test_names_the_key_and_the_workspace(world: World) -> None:
         for key_id in keys:
             event = Event(Actor(Way.API, key_id), Action.FOLLOW_UP_CHANGED, world.workspace_id, uuid4())
             audit.record(session.connection(), event)
-    found = events(world.engine, Filter(actions=[Action.FOLLOW_UP_CHANGED]))
+    found = events(world.engine, AuditFilter(actions=[Action.FOLLOW_UP_CHANGED]))
     assert {each.actor for each in found} == expected
     assert {each.actor_id for each in found} == set(keys)
     assert {each.workspace for each in found} == {str(world.workspace_id)}
@@ -79,16 +79,16 @@ def test_filters(world: World) -> None:
             audit.record(connection, event)
     newest_first = [event.id for event in reversed(made)]
     assert [each.id for each in events(world.engine)] == newest_first
-    assert [each.id for each in events(world.engine, Filter(workspace_id=other))] == newest_first[:1]
-    assert [each.id for each in events(world.engine, Filter(target_id=target))] == newest_first[1:]
-    assert [each.id for each in events(world.engine, Filter(actions=[Action.FOLLOW_UP_ENDED]))] == newest_first[2:]
+    assert [each.id for each in events(world.engine, AuditFilter(workspace_id=other))] == newest_first[:1]
+    assert [each.id for each in events(world.engine, AuditFilter(target_id=target))] == newest_first[1:]
+    assert [each.id for each in events(world.engine, AuditFilter(actions=[Action.FOLLOW_UP_ENDED]))] == newest_first[2:]
     last = events(world.engine, limit=1)[0]
     assert last.details == {"channel": "waha"}
     assert last.workspace is None  # there is none with that id
-    assert [each.id for each in events(world.engine, Filter(since=last.at))] == newest_first[:1]
-    assert events(world.engine, Filter(since=last.at + timedelta(seconds=1))) == []
+    assert [each.id for each in events(world.engine, AuditFilter(since=last.at))] == newest_first[:1]
+    assert events(world.engine, AuditFilter(since=last.at + timedelta(seconds=1))) == []
     with Session(world.engine) as session:
-        assert [each.id for each in audit.newest(session, Filter(), 1, (last.at, last.id))] == newest_first[1:2]
+        assert [each.id for each in audit.newest(session, AuditFilter(), 1, (last.at, last.id))] == newest_first[1:2]
 
 
 @pytest.mark.parametrize("column", ["way = 'magic'", "number = -1"])

@@ -13,7 +13,7 @@ from followups.database import make_engine
 from followups.statements import COLUMNS
 from followups.states import Status
 from followups.store import listing
-from followups.store.listing import Filter
+from followups.store.listing import ListFilter
 from world import World
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield from nodes(child)
 
 
-def examined(engine: Engine, workspace_id: UUID | None, wanted: Filter, most: int) -> tuple[set[str], float]:
+def examined(engine: Engine, workspace_id: UUID | None, wanted: ListFilter, most: int) -> tuple[set[str], float]:
     """Run a page's query; return how `follow_ups` is read, and how many of its rows."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
     statement = statement.replace(COLUMNS, "follow_ups.*")
@@ -90,31 +90,31 @@ def test_every_list_walks_an_index(filled: Engine) -> None:
             # At most a page and one row from each of four states, and then the page itself.
             assert rows <= 5 * 11 + 4, (wanted, rows)
         # A late page reads the rows up to its end, and no message of those before it.
-        ways, rows = examined(filled, workspace_id, Filter(statuses=(Status.SENT,)), 10_011)
+        ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)
         assert ways <= INDEX_SCANS
         assert rows <= 10_011 + 11
     # An operator's list reads the first rows of each workspace, not everything.
-    ways, rows = examined(filled, None, Filter(statuses=(Status.SENT,)), 11)
+    ways, rows = examined(filled, None, ListFilter(statuses=(Status.SENT,)), 11)
     assert ways <= INDEX_SCANS
     assert rows <= (WORKSPACES + 1) * 11
 
 
-def filters_of(row: Any) -> list[Filter]:
+def filters_of(row: Any) -> list[ListFilter]:
     """Return every kind of filter that matches this row, and some that match few rows."""
     chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
     strangers = tuple(uuid4() for _ in range(20))
     return [
-        Filter(),
-        *(Filter(statuses=(status,)) for status in Status),
-        Filter(statuses=(Status.PENDING, Status.FAILED)),
-        Filter(chat_ids=chat),
-        Filter(chat_ids=chat + strangers),
-        Filter(chat_message_ids=message),
-        Filter(chat_message_ids=message + strangers),
-        Filter(trigger_chat_message_ids=trigger),
-        Filter(trigger_chat_message_ids=trigger + strangers),
-        Filter(chat, message, (Status.SENT,), trigger),
-        Filter(chat_ids=chat, statuses=(Status.SENT,)),
+        ListFilter(),
+        *(ListFilter(statuses=(status,)) for status in Status),
+        ListFilter(statuses=(Status.PENDING, Status.FAILED)),
+        ListFilter(chat_ids=chat),
+        ListFilter(chat_ids=chat + strangers),
+        ListFilter(chat_message_ids=message),
+        ListFilter(chat_message_ids=message + strangers),
+        ListFilter(trigger_chat_message_ids=trigger),
+        ListFilter(trigger_chat_message_ids=trigger + strangers),
+        ListFilter(chat, message, (Status.SENT,), trigger),
+        ListFilter(chat_ids=chat, statuses=(Status.SENT,)),
     ]
 
 
@@ -133,7 +133,7 @@ def test_pages_hold_everything_once(database_url: str) -> None:
         for workspace_id in (worlds[0].workspace_id, worlds[1].workspace_id, None):
             found, number, more = [], 1, True
             while more:
-                page, more = listing.page(session, workspace_id, Filter(), page_number=number, page_size=2)
+                page, more = listing.page(session, workspace_id, ListFilter(), page_number=number, page_size=2)
                 found += [one.id for one in page]
                 number += 1
             mine = [row for row in rows if workspace_id in {None, row.workspace_id}]

@@ -78,9 +78,9 @@ def test_words_that_begin_as_a_code(world: World, doubtful: tuple[UUID, UUID], w
 def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.Cancelled:
     """Cancel all pending follow-ups of a chat, as an operator does."""
     with world.engine.begin() as connection:
-        chosen = bulk_cancel.Pending(world.workspace_id, chat_id, bulk_cancel.now(connection))
+        chosen = bulk_cancel.CancelScope(world.workspace_id, chat_id, bulk_cancel.now(connection))
         final = final_of(Status.CANCELLED, words)
-        return bulk_cancel.cancel_if_not_begun(connection, chosen, final, bulk_cancel.Place())
+        return bulk_cancel.cancel_if_not_begun(connection, chosen, final, bulk_cancel.CancelCursor())
 
 
 @pytest.mark.parametrize(

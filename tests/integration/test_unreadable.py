@@ -258,9 +258,9 @@ def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
     bad, good = world.follow_up(), {world.follow_up() for _ in range(5)}
     unwritable(world, bad)
     with engine.begin() as connection:
-        pending = bulk_cancel.Pending(world.workspace_id, None, bulk_cancel.now(connection))
+        pending = bulk_cancel.CancelScope(world.workspace_id, None, bulk_cancel.now(connection))
         final = finish(Status.CANCELLED, words="over")
-        batch = bulk_cancel.cancel_if_not_begun(connection, pending, final, bulk_cancel.Place())
+        batch = bulk_cancel.cancel_if_not_begun(connection, pending, final, bulk_cancel.CancelCursor())
     assert set(batch.cancelled) == good
     assert batch.ended is not None
 

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from followups import flow_control
 from followups.flow_control.breaker import CLOSED, BreakerStore, News, Reading, RecoveryPolicy, Run
-from followups.flow_control.rate_limits import Answer, Bucket, Limiter, Request
+from followups.flow_control.rate_limits import Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 
 if TYPE_CHECKING:
@@ -48,9 +48,9 @@ def own(server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch) -> Settin
     )
 
 
-def request(since: int, bucket: Bucket) -> Request:
+def request(since: int, bucket: Bucket) -> TokenRequest:
     """Return a request of a follow-up that has been due since so many seconds after the start."""
-    return Request(uuid4(), START + timedelta(seconds=since), (bucket,))
+    return TokenRequest(uuid4(), START + timedelta(seconds=since), (bucket,))
 
 
 def failed(*, key: int = FAILING, count: int = FAILURES) -> News:
@@ -74,7 +74,7 @@ async def test_a_limiter_without_redis(own: Settings, server: fakeredis.FakeServ
     """All may begin while Redis is unreachable."""
     server.connected = False
     bucket = Bucket("all", rate=0.001, burst=1)
-    assert await Limiter(own).ask([request(0, bucket), request(1, bucket)], ()) == Answer((GO, GO), None)
+    assert await Limiter(own).ask([request(0, bucket), request(1, bucket)], ()) == LimiterReply((GO, GO), None)
 
 
 async def test_the_breaker_opens_and_recovers(own: Settings) -> None:

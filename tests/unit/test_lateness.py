@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from followups.delivery.holds import UNREADABLE, closed_until, decide, sendable_from
 from followups.sending_hours import SendingHours, opens_at, span_of
-from followups.store.holds import Hold, Hours
+from followups.store.holds import Hold, WorkspaceHours
 from followups.store.leases import Lease
 from followups.store.obstacles import Obstacle
 
@@ -35,7 +35,7 @@ MORNING = SendingHours("UTC", time(8), time(11))
 def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Obstacle:
     """Return what is found for a follow-up that is checked now, with this recorded time of sending."""
     span = span_of(hours, now) if hours else None
-    standing = Hours(uuid4(), hours, *span) if hours and span else None
+    standing = WorkspaceHours(uuid4(), hours, *span) if hours and span else None
     return Obstacle(Lease(uuid4(), 1, now), now, now, wanted, wanted, sendable_from=known, hours=standing)
 
 
@@ -93,7 +93,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
     """A machine with other time zones waits for the database's opening, without checking repeatedly."""
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off
-    standing = Hours(uuid4(), hours, opening, opening + 5 * HOUR)
+    standing = WorkspaceHours(uuid4(), hours, opening, opening + 5 * HOUR)
     obstacle = replace(found(None, now, now), hours=standing)
     assert closed_until(obstacle) == (opening if off > timedelta(0) else None)
 
@@ -101,7 +101,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
     """A machine that cannot read the sending hours keeps the recorded time, and checks again in a minute."""
-    hours = Hours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
+    hours = WorkspaceHours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known
     assert closed_until(obstacle) == NOON + UNREADABLE

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 RFC_3339_UTC = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
 
 
-class Terminal(io.StringIO):
+class TerminalStream(io.StringIO):
     """A stderr that is a terminal."""
 
     def isatty(self) -> bool:
@@ -138,7 +138,7 @@ def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.Capt
 
 def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a terminal, and not asked otherwise, lines are for people; NO_COLOR is honoured."""
-    terminal = Terminal()
+    terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.delenv("NO_COLOR", raising=False)
     configure_logging(None, "info")
@@ -155,7 +155,7 @@ def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON on a terminal, when asked for."""
-    terminal = Terminal()
+    terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     configure_logging("json", "info")
     get_logger("x").info("tick")
@@ -187,11 +187,11 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
     assert foreign in logging.getLogger().handlers
 
 
-@pytest.mark.parametrize("stderr", [Full(), Terminal()])
+@pytest.mark.parametrize("stderr", [Full(), TerminalStream()])
 def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where stderr is full, or closed, lines are lost and nothing is raised."""
     configure_logging("json", "info")
-    if isinstance(stderr, Terminal):
+    if isinstance(stderr, TerminalStream):
         stderr.close()
     monkeypatch.setattr(sys, "stderr", stderr)
     get_logger("x").warning("one")
@@ -286,7 +286,7 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
 @pytest.mark.parametrize("text", ["\x1b]8;;http://evil\x07", "a\x9b31m", "left \u202e", "a\nb", "see [/b]"])
 def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever an event contains, the console shows it in one line, with no control characters but our colour codes."""
-    for terminal in (io.StringIO(), Terminal()):
+    for terminal in (io.StringIO(), TerminalStream()):
         monkeypatch.setattr(sys, "stderr", terminal)
         configure_logging("console", "info")
         get_logger("x").info(text, reason=text, spaced=f"{text} !", inner={"one": [text]})

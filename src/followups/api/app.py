@@ -18,13 +18,13 @@ from starlette.routing import Match
 
 from followups.api import documentation, openapi, problems
 from followups.api.access_log import Access
-from followups.api.authentication import KnownKeys, LastUse, Services
+from followups.api.authentication import ApiServices, KnownKeys, LastUse
 from followups.api.deep_pages import Starts
 from followups.api.gate import CONSOLE, Gate
-from followups.api.key_rate_limit import RateLimit
+from followups.api.key_rate_limit import KeyRateLimit
 from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
-from followups.api.readiness import Health
+from followups.api.readiness import ReadinessChecks
 from followups.api.routes import chats, console_links, follow_ups, service
 from followups.api.shares import Shares
 from followups.console.application import Console
@@ -77,12 +77,12 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     database = Database(url, pool_size=POOL_SIZE, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)
     app = _routes()
     app.state.metrics_port = settings.metrics_port
-    app.state.health = Health(settings, engine)
+    app.state.health = ReadinessChecks(settings, engine)
     totals = CounterTotals(engine)
     app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
-    app.state.services = Services(
+    app.state.services = ApiServices(
         database=database,
-        rate_limit=RateLimit(settings),
+        rate_limit=KeyRateLimit(settings),
         nudge=nudge or _nudge_workers,
         tick_interval=settings.tick_interval,
         last_use=LastUse(),

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from followups.api.access_log import Seen
     from followups.api.deep_pages import Starts
-    from followups.api.key_rate_limit import RateLimit
+    from followups.api.key_rate_limit import KeyRateLimit
     from followups.api.shares import Shares
     from followups.event_loop import Connection, Database
     from followups.models import FollowUp
@@ -105,11 +105,11 @@ class KnownKeys:
 
 
 @dataclass(frozen=True, slots=True)
-class Services:
+class ApiServices:
     """The objects that all requests share: `app.state.services`."""
 
     database: Database
-    rate_limit: RateLimit
+    rate_limit: KeyRateLimit
     nudge: Callable[[], None]
     tick_interval: timedelta
     last_use: LastUse
@@ -161,7 +161,7 @@ class Caller:
 
     def __init__(self, request: Request) -> None:
         """Store the request."""
-        self._services: Services = request.app.state.services
+        self._services: ApiServices = request.app.state.services
         self._identity: Identity = request.scope[IDENTITY]
         self._is_valid = False
 
@@ -286,7 +286,7 @@ async def admit(scope: Scope) -> None:
 
     Raises `UnauthorizedError`, `TooManyRequestsError` and database errors.
     """
-    services: Services = scope["app"].state.services
+    services: ApiServices = scope["app"].state.services
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     key = key_in(given.decode("latin-1"))
     hashed = api_keys.hash_of(key)

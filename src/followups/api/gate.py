@@ -46,7 +46,7 @@ MAX_CONSOLE_WAITING = 32
 
 
 WIRE = "followups.wire"
-"""The key of a request's `Wire` in its scope."""
+"""The key of a request's `RequestBody` in its scope."""
 
 
 class Budget:
@@ -58,7 +58,7 @@ class Budget:
 
 
 @dataclass(slots=True)
-class Wire:
+class RequestBody:
     """A body that is being received: its memory, and the error that the server found in it, if any."""
 
     budget: Budget
@@ -96,7 +96,7 @@ class Gone(Exception):  # noqa: N818 - no error of ours, the client's
 
 
 @dataclass(slots=True)
-class Slots:
+class RequestSlots:
     """Requests served or waiting at once: those of the console, or all others."""
 
     taken: int = 0
@@ -118,8 +118,8 @@ class Gate:
     def __init__(self, app: ASGIApp) -> None:
         """Wrap the application."""
         self._app = app
-        self._slots = Slots()
-        self._console_slots = Slots()
+        self._slots = RequestSlots()
+        self._console_slots = RequestSlots()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer it with an error."""
@@ -127,7 +127,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         answer = _Answer(send)
-        wire: Wire = scope[WIRE]
+        wire: RequestBody = scope[WIRE]
         try:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
@@ -153,7 +153,7 @@ class Gate:
         finally:
             wire.release()
 
-    async def _let_in(self, slots: Slots, scope: Scope, receive: Receive, answer: _Answer) -> None:
+    async def _let_in(self, slots: RequestSlots, scope: Scope, receive: Receive, answer: _Answer) -> None:
         answer.at_start = slots.release
         try:
             await self._app(scope, receive, answer)
@@ -210,7 +210,7 @@ async def _admit(scope: Scope) -> None:
         raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if unread else {})})) from None
 
 
-async def _read_body(receive: Receive, wire: Wire) -> bytes:
+async def _read_body(receive: Receive, wire: RequestBody) -> bytes:
     chunks: list[bytes] = []
     more = True
     try:

@@ -58,7 +58,7 @@ class Allowance:
     until: float
 
 
-class RateLimit:
+class KeyRateLimit:
     """A sliding window for each key.
 
     For a busy key, a process counts requests in advance, twice as many each time: asking Redis for every single one

@@ -32,7 +32,7 @@ KEPT = 1.0
 """Seconds for which one result answers every probe, so that many probes cost no more than one."""
 
 
-class Health:
+class ReadinessChecks:
     """The checks of one process."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:

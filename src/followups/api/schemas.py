@@ -29,13 +29,13 @@ def _optional_without_default(schema: dict[str, Any]) -> None:
         field.pop("default", None)
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """What every answer's model shares: all fields are present, by their names outside."""
 
     model_config = ConfigDict(alias_generator=AliasGenerator(serialization_alias=to_camel))
 
 
-class FollowUp(Answer):
+class FollowUp(ResponseModel):
     """One message to be sent into one chat at its due date, unless something cancels it first."""
 
     model_config = ConfigDict(title="FollowUp", json_schema_extra={"examples": [examples.FOLLOW_UP]})
@@ -125,7 +125,7 @@ class ChatPut(Body):
     external_id: ExternalId | None = Field(None, description="The transport's own name of the chat.")
 
 
-class Chat(Answer):
+class Chat(ResponseModel):
     """A chat as we know it."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT]})
@@ -148,7 +148,7 @@ class NewChatMessage(Body):
     created_at: Time | None = Field(None, description="Default: now. In whole seconds: the end of that second.")
 
 
-class ChatMessage(Answer):
+class ChatMessage(ResponseModel):
     """A recorded chat message, and the follow-ups that it cancelled (none if it was known already)."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT_MESSAGE]})
@@ -172,7 +172,7 @@ class NewConsoleLink(Body):
     )
 
 
-class ConsoleLink(Answer):
+class ConsoleLink(ResponseModel):
     """A link that signs in once."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CONSOLE_LINK]})

@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from followups.api import problems
 from followups.api.access_log import SECURITY_HEADERS
-from followups.api.gate import MAX_HEADER_SIZE, TOO_LARGE, TOO_LONG_A_HEADER, WIRE, Budget, Wire, malformed
+from followups.api.gate import MAX_HEADER_SIZE, TOO_LARGE, TOO_LONG_A_HEADER, WIRE, Budget, RequestBody, malformed
 from followups.api.listening import plain
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class Crowd:
         connection.transport.abort()
 
 
-class Part(Enum):
+class MessagePart(Enum):
     """The part of a message that a connection is in."""
 
     BETWEEN = "between two messages"
@@ -109,10 +109,10 @@ class LimitedProtocol(HttpToolsProtocol):
         """Store the server's other connections."""
         super().__init__(*given, **named)
         self._crowd = crowd
-        self._part = Part.BETWEEN
+        self._part = MessagePart.BETWEEN
         self._has_ended = False
         self._head_size = 0
-        self._wire = Wire(crowd.bodies)
+        self._wire = RequestBody(crowd.bodies)
         self._wire_size = 0
         self._last_answer: problems.ProblemAnswer | None = None
         self._header_due: asyncio.TimerHandle | None = None
@@ -150,13 +150,13 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin a head, which must arrive in time."""
         super().on_message_begin()
-        self._part = Part.HEAD
+        self._part = MessagePart.HEAD
         self._unset_keepalive_if_required()
         self._expect_header()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; a trailer, which comes after the body, is ignored (RFC 9110, 6.5.1)."""
-        if self._part is Part.HEAD:
+        if self._part is MessagePart.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
@@ -172,8 +172,8 @@ class LimitedProtocol(HttpToolsProtocol):
             message = "A request with a body cannot ask for an upgrade."
             raise ValueError(message)
         super().on_headers_complete()
-        self._part = Part.BODY
-        self._wire, self._wire_size = Wire(self._crowd.bodies), 0
+        self._part = MessagePart.BODY
+        self._wire, self._wire_size = RequestBody(self._crowd.bodies), 0
         self.scope[WIRE] = self._wire  # type: ignore[literal-required] # our own
         self._crowd.idle.pop(self, None)
 
@@ -189,7 +189,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """End the message."""
         super().on_message_complete()
-        self._part = Part.BETWEEN
+        self._part = MessagePart.BETWEEN
         self._has_ended = True
 
     def on_response_complete(self) -> None:
@@ -219,7 +219,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _parse(self, piece: memoryview) -> int:
         """Parse the piece and return how many of its bytes were used: all, unless a message ended with an upgrade."""
         began_in, self._has_ended = self._part, False
-        if began_in is Part.BODY:
+        if began_in is MessagePart.BODY:
             self._wire_size += len(piece)
             if self._wire_size > MAX_WIRE_SIZE:
                 self._refuse(TOO_LARGE)
@@ -231,7 +231,7 @@ class LimitedProtocol(HttpToolsProtocol):
         except httptools.HttpParserError:
             self._refuse(malformed("Invalid HTTP request received."))
             return len(piece)
-        if self._part is not Part.BODY and began_in is not Part.BODY and not self._has_ended:
+        if self._part is not MessagePart.BODY and began_in is not MessagePart.BODY and not self._has_ended:
             self._head_size += len(piece)
             if self._head_size > MAX_HEADER_SIZE:
                 self._refuse(TOO_LONG_A_HEADER)
@@ -246,7 +246,7 @@ class LimitedProtocol(HttpToolsProtocol):
     def _refuse(self, problem: problems.ProblemAnswer) -> None:
         """Answer with the problem in its turn, and then close the connection."""
         self._header_came()
-        if self._part is Part.BODY and self._is_answering():  # the gate, which reads the body, answers
+        if self._part is MessagePart.BODY and self._is_answering():  # the gate, which reads the body, answers
             self._wire.problem = problem
             self.cycle.message_event.set()
         elif self._is_answering():

@@ -17,7 +17,7 @@ from followups.cli.parse import Since, parse_since
 from followups.operations.audit import actor_of, details_of
 from followups.operations.wording import readable
 from followups.store import audit as store
-from followups.store.audit import Action, Filter
+from followups.store.audit import Action, AuditFilter
 
 if TYPE_CHECKING:
     from followups.models import AuditEvent
@@ -58,7 +58,7 @@ def audit(
     """
     with connection.session() as session:
         moment = since.resolve(session.execute(select(func.now())).scalar_one()) if since else None
-        wanted = Filter(workspace=workspace, since=moment, actions=tuple(action or ()), target_id=follow_up)
+        wanted = AuditFilter(workspace=workspace, since=moment, actions=tuple(action or ()), target_id=follow_up)
         found = store.newest(session, wanted, limit + 1)
         if not found:
             workspace_id_of(session, workspace)

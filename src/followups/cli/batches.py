@@ -33,7 +33,7 @@ class Manner:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BulkPreview:
     """What a bulk command will do, and to how many."""
 
     verb: str
@@ -52,7 +52,7 @@ class Plan:
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
-def carry_out(plan: Plan, batches: Batches, manner: Manner) -> None:
+def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
     """Run the batches, unless this is a dry run or the operator declines. Each batch yields its counts by name.
 
     The counts ``plan.done`` and ``passedOver`` advance the progress bar. After Ctrl-C each follow-up is either done or
@@ -75,7 +75,7 @@ def carry_out(plan: Plan, batches: Batches, manner: Manner) -> None:
         raise typer.Exit(1)
 
 
-def confirm(plan: Plan) -> None:
+def confirm(plan: BulkPreview) -> None:
     """Ask for confirmation. Raises a usage error if stdin is not a terminal, and `typer.Exit` if the answer is no."""
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"
@@ -85,7 +85,7 @@ def confirm(plan: Plan) -> None:
         raise typer.Exit(1)
 
 
-def _announce(plan: Plan, *, json: bool, then: str) -> None:
+def _announce(plan: BulkPreview, *, json: bool, then: str) -> None:
     if json:
         print_json({"dryRun": True, "matched": plan.number, plan.done: 0, "sample": list(plan.sample)})
         return
@@ -101,7 +101,7 @@ def _announce(plan: Plan, *, json: bool, then: str) -> None:
         remark(then)
 
 
-def _run(plan: Plan, batches: Iterator[dict[str, int]], totals: dict[str, int]) -> None:
+def _run(plan: BulkPreview, batches: Iterator[dict[str, int]], totals: dict[str, int]) -> None:
     with progress(plan) as bar:
         task = bar.add_task(plan.verb.capitalize(), total=plan.number)
         for batch in batches:
@@ -110,14 +110,14 @@ def _run(plan: Plan, batches: Iterator[dict[str, int]], totals: dict[str, int]) 
             bar.advance(task, sum(batch.values()))
 
 
-def progress(plan: Plan) -> Progress:
+def progress(plan: BulkPreview) -> Progress:
     """Return a progress bar on stderr; it shows on a terminal only, and disappears at the end."""
     target = remarks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)
 
 
-def _conclude(plan: Plan, totals: dict[str, int], *, interrupted: bool, json: bool) -> None:
+def _conclude(plan: BulkPreview, totals: dict[str, int], *, interrupted: bool, json: bool) -> None:
     if json:
         document: dict[str, Any] = {"dryRun": False, "matched": plan.number, **totals, "interrupted": interrupted}
         print_json(document)

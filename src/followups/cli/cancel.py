@@ -27,7 +27,7 @@ from followups.states import Status
 from followups.store import bulk_cancel
 
 if TYPE_CHECKING:
-    from followups.store.bulk_cancel import Pending
+    from followups.store.bulk_cancel import CancelScope
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -85,7 +85,7 @@ def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None
             counts = [bulk_cancel.count_pending(opened, each) for each in chosen]
             sample = [str(one) for each in chosen for one in bulk_cancel.some_pending(opened, each, batches.SAMPLE)]
         in_flight = sum(count.in_flight for count in counts)
-        plan = batches.Plan(
+        plan = batches.BulkPreview(
             verb="cancel",
             done="cancelled",
             number=sum(count.number for count in counts),
@@ -95,7 +95,7 @@ def _cancel_many(*, workspace: str | None, chat: UUID | None, reason: str | None
         batches.carry_out(plan, lambda: bulk.cancel(engine, connection.actor(), chosen, final), manner)
 
 
-def _chosen(session: Session, workspace: str | None, chat: UUID | None) -> list[Pending]:
+def _chosen(session: Session, workspace: str | None, chat: UUID | None) -> list[CancelScope]:
     chosen = bulk.pending_of(session, workspace_id_of(session, workspace), chat)
     if not chosen:
         message = f"there is no chat {chat}{f' in {workspace!r}' if workspace else ''}"

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 
 
-class Role(StrEnum):
+class ConsoleRole(StrEnum):
     """What the person may do."""
 
     VIEWER = "viewer"
@@ -50,7 +50,7 @@ def link(
     *,
     workspace: Annotated[str | None, typer.Option(help="What the person sees.", show_default="all workspaces")] = None,
     role: Annotated[
-        Role | None,
+        ConsoleRole | None,
         typer.Option(help="What the person may do.", show_default="operator; admin with --workspace"),
     ] = None,
     expires: Annotated[
@@ -66,8 +66,8 @@ def link(
 
     The link's address is FOLLOWUPS_PUBLIC_URL; without it, this machine and $PORT (default 8000).
     """
-    granted = role or (Role.OPERATOR if workspace is None else Role.ADMIN)
-    if granted is Role.OPERATOR and workspace is not None:
+    granted = role or (ConsoleRole.OPERATOR if workspace is None else ConsoleRole.ADMIN)
+    if granted is ConsoleRole.OPERATOR and workspace is not None:
         message = "an operator sees all workspaces: leave out --workspace, or choose another role"
         raise typer.BadParameter(message, param_hint="--role")
     lifetime = LINK if expires is None else expires

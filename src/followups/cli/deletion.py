@@ -29,7 +29,7 @@ def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
     with connection.engine() as engine:
         with engine.connect() as opened:
             counted = store.count(opened, whole)
-        plan = batches.Plan(verb="delete", done="deleted", number=counted, sample=())
+        plan = batches.BulkPreview(verb="delete", done="deleted", number=counted, sample=())
         if not (manner.dry_run or manner.yes):
             _ask(what, name, plan.counted)
         patience = get_settings().lease + PATIENCE

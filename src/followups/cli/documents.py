@@ -12,8 +12,8 @@ from followups.sending_hours import DAYS
 if TYPE_CHECKING:
     from followups.models import ApiKey, AuditEvent, FailedAttempt, FollowUp, Workspace
     from followups.sending_hours import SendingHours
-    from followups.store.pauses import Standing
-    from followups.store.quotas import Quota
+    from followups.store.pauses import ActivePause
+    from followups.store.quotas import QuotaUse
     from followups.store.rate_limits import Limit
 
 MILLISECOND = timedelta(milliseconds=1)
@@ -42,7 +42,7 @@ def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
     }
 
 
-def pause_document(pause: Standing) -> dict[str, Any]:
+def pause_document(pause: ActivePause) -> dict[str, Any]:
     """Return the JSON form of a pause; a null workspace or channel means all of them."""
     return {
         "workspace": pause.workspace,
@@ -64,7 +64,7 @@ def limit_document(limit: Limit) -> dict[str, Any]:
     }
 
 
-def quota_document(quota: Quota) -> dict[str, Any]:
+def quota_document(quota: QuotaUse) -> dict[str, Any]:
     """Return the JSON form of a quota."""
     return {"workspace": quota.workspace, "of": quota.kind.value, "most": quota.most, "now": quota.used}
 

@@ -20,7 +20,7 @@ from followups.operations.wording import rate_in_words, readable
 from followups.store import quotas, rate_limits
 from followups.store.audit import Way, user_of_process
 from followups.store.quotas import Kind
-from followups.store.rate_limits import Scope
+from followups.store.rate_limits import LimitScope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -168,11 +168,11 @@ def quota(
     print_table(("WORKSPACE", "OF", "AT MOST", "NOW"), rows, empty="There is no quota.")
 
 
-def _scope(session: Session, workspace: str | None, channel: Channel | None, each: Each | None) -> Scope:
+def _scope(session: Session, workspace: str | None, channel: Channel | None, each: Each | None) -> LimitScope:
     if workspace is not None and each is Each.WORKSPACE:
         message = "--each workspace goes without --workspace, which is one already."
         raise typer.BadParameter(message)
-    return Scope(workspace_id_of(session, workspace), channel and channel.value, each.value if each else "all")
+    return LimitScope(workspace_id_of(session, workspace), channel and channel.value, each.value if each else "all")
 
 
 def _rows(standing: Sequence[Limit]) -> Iterator[tuple[str, ...]]:

@@ -17,7 +17,7 @@ from followups.cli.parse import parse_moment
 from followups.operations.wording import readable
 from followups.states import Status  # noqa: TC001 - Typer reads the annotations
 from followups.store import listing
-from followups.store.listing import Filter
+from followups.store.listing import ListFilter
 
 if TYPE_CHECKING:
     from followups.models import FollowUp
@@ -55,7 +55,7 @@ def list_(  # noqa: PLR0913 - one for each option
     json: Json = False,
 ) -> None:
     """List follow-ups, newest first. To see what became of one, and why, use followups show ID."""
-    wanted = Filter(
+    wanted = ListFilter(
         chat_ids=tuple(chat or ()),
         statuses=tuple(status or ()),
         trigger_chat_message_ids=tuple(trigger or ()),

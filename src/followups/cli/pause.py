@@ -16,7 +16,7 @@ from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.operations import administration, bulk
 from followups.operations.wording import readable
 from followups.store import pauses
-from followups.store.pauses import Scope
+from followups.store.pauses import PauseScope
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
     from followups.channels import Channel
-    from followups.store.pauses import Standing
+    from followups.store.pauses import ActivePause
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -100,11 +100,11 @@ def resume(*, workspace: Workspace = None, channel: OneChannel = None, json: Jso
         remark(f"Still paused: {_named(each.workspace, each.channel)}")
 
 
-def _scope(session: Session, workspace: str | None, channel: Channel | None) -> Scope:
+def _scope(session: Session, workspace: str | None, channel: Channel | None) -> PauseScope:
     if workspace is None and channel is None:
         message = "give --workspace, --channel, or both."
         raise typer.BadParameter(message)
-    return Scope(workspace_id_of(session, workspace), channel and channel.value)
+    return PauseScope(workspace_id_of(session, workspace), channel and channel.value)
 
 
 def _wait_for_begins(engine: Engine) -> None:
@@ -120,7 +120,7 @@ def _wait_for_begins(engine: Engine) -> None:
 
 def _release(engine: Engine, number: int) -> int:
     released = 0
-    with batches.progress(batches.Plan(verb="resume", done="resumed", number=number, sample=())) as bar:
+    with batches.progress(batches.BulkPreview(verb="resume", done="resumed", number=number, sample=())) as bar:
         task = bar.add_task("Resume", total=number)
         for batch in bulk.release_paused(engine):
             released += batch["resumed"]
@@ -137,7 +137,7 @@ def _list(*, json: bool) -> None:
     print_table(("WORKSPACE", "CHANNEL", "SINCE", "HELD"), _rows(standing), empty="Nothing is paused.")
 
 
-def _rows(standing: Sequence[Standing]) -> Iterator[tuple[str, ...]]:
+def _rows(standing: Sequence[ActivePause]) -> Iterator[tuple[str, ...]]:
     for each in standing:
         yield (each.workspace or "all", each.channel or "all", readable(each.since), f"{each.held:,}")
 

@@ -73,7 +73,9 @@ def prune(
         if archive is not None and archive.exists():
             error = f"{archive} already exists; name a new file."
             raise typer.BadParameter(error, param_hint="--archive")
-        plan = batches.Plan(verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up")
+        plan = batches.BulkPreview(
+            verb="delete", done="deleted", number=number, sample=sample, noun="finished follow-up"
+        )
 
         def deletions() -> Iterator[dict[str, int]]:
             remove = _remover(engine, archive, stack, message=message) if archive else pruning.delete_finished

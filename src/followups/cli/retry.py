@@ -102,5 +102,5 @@ def _retry_many(*, since: Since, workspace: str | None, codes: Sequence[ReasonCo
             failures = Failures(since.resolve(now), now, owner, tuple(codes))
             number = retries.count_failed(opened, failures)
             sample = [str(one.id) for one in retries.some_failed(opened, failures, batches.SAMPLE)]
-        plan = batches.Plan(verb="retry", done="retried", number=number, sample=sample)
+        plan = batches.BulkPreview(verb="retry", done="retried", number=number, sample=sample)
         batches.carry_out(plan, lambda: bulk.retry(engine, connection.actor(), failures), manner)

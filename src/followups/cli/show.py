@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from followups.models import AuditEvent, FailedAttempt
     from followups.operations.explain import Explained
-    from followups.store.pauses import Standing
+    from followups.store.pauses import ActivePause
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
@@ -85,7 +85,7 @@ def _document(found: Explained, *, message: bool) -> dict[str, Any]:
     }
 
 
-def _paused_by(pause: Standing | None) -> dict[str, Any] | None:
+def _paused_by(pause: ActivePause | None) -> dict[str, Any] | None:
     if pause is None:
         return None
     return {"workspace": pause.workspace, "channel": pause.channel, "since": rfc3339(pause.since)}

@@ -18,7 +18,7 @@ from followups.cli.catalogue import examples
 from followups.cli.output import remark, say
 from followups.embedded.postgres import make_data_directory
 from followups.embedded.stop_signals import StopSignals
-from followups.embedded.system import LOOPBACK, Plan, running
+from followups.embedded.system import LOOPBACK, StartPlan, running
 from followups.errors import FollowUpsError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def up(
         make_data_directory(data)
     # Ctrl-C is the normal way to end it.
     with suppress(KeyboardInterrupt), StopSignals() as signals:
-        plan = Plan(port, remark, signals, data=data, echo=_echo if verbose else None)
+        plan = StartPlan(port, remark, signals, data=data, echo=_echo if verbose else None)
         with running(plan) as stack:
             _stay(stack, data)
 

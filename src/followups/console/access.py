@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from followups.store.console_sessions import Found
 
 
-class Action(StrEnum):
+class Permission(StrEnum):
     """The kind of a route."""
 
     PUBLIC = "public"
@@ -25,14 +25,14 @@ class Action(StrEnum):
     SYSTEM = "system"
 
 
-_VIEWER = frozenset({Action.SEE})
-_AGENT = _VIEWER | {Action.CHANGE}
-_ADMIN = _AGENT | {Action.SETTINGS, Action.AUDIT}
-_OPERATOR = _ADMIN | {Action.SYSTEM}
+_VIEWER = frozenset({Permission.SEE})
+_AGENT = _VIEWER | {Permission.CHANGE}
+_ADMIN = _AGENT | {Permission.SETTINGS, Permission.AUDIT}
+_OPERATOR = _ADMIN | {Permission.SYSTEM}
 ALLOWED = {"viewer": _VIEWER, "agent": _AGENT, "admin": _ADMIN, "operator": _OPERATOR}
 """The actions of each role."""
 
-WHOLE_WORKSPACE = frozenset({Action.SETTINGS, Action.AUDIT, Action.SYSTEM})
+WHOLE_WORKSPACE = frozenset({Permission.SETTINGS, Permission.AUDIT, Permission.SYSTEM})
 """Actions that a session of one chat may not do, whatever its role."""
 
 
@@ -42,11 +42,11 @@ class Viewer:
 
     session: Found
 
-    def may(self, action: Action) -> bool:
+    def may(self, action: Permission) -> bool:
         """Return whether the role allows the action."""
         if action in WHOLE_WORKSPACE and self.session.chat_id is not None:
             return False
-        return action is Action.PUBLIC or action in ALLOWED[self.session.role]
+        return action is Permission.PUBLIC or action in ALLOWED[self.session.role]
 
     @property
     def workspace_id(self) -> UUID | None:

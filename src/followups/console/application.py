@@ -16,12 +16,12 @@ from starlette.routing import compile_path
 from structlog.contextvars import bind_contextvars
 
 from followups.console import identity, language, origins
-from followups.console.access import Action
+from followups.console.access import Permission
 from followups.console.assets import HEADERS
 from followups.console.forms import Fields
 from followups.console.live import Live, Stream
 from followups.console.pages import ROUTES
-from followups.console.services import PREFIX, Services
+from followups.console.services import PREFIX, ConsoleServices
 from followups.console.visit import ForbiddenError, Visit
 from followups.database_errors import is_passing, is_undone
 from followups.errors import InvalidRequestError, NotFoundError
@@ -69,7 +69,7 @@ class Console:
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
         """Store the settings; ``nudge`` asks the workers for a tick."""
-        self.services = Services(settings, nudge)
+        self.services = ConsoleServices(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
         self._live = Live(self.services.engine, self._in_thread)
         self._table: list[Matched] = []
@@ -167,9 +167,9 @@ class Console:
             if refused := origins.refusal(visit.headers, own, configured=public is not None):
                 log.warning("console_origin_refused", own=own)
                 return _told(visit, HTTPStatus.FORBIDDEN, refused)
-        if route is None or route.action is not Action.PUBLIC or route.path == "/login":
+        if route is None or route.action is not Permission.PUBLIC or route.path == "/login":
             identity.identify(visit, scope)
-        if route is not None and route.action is Action.PUBLIC:
+        if route is not None and route.action is Permission.PUBLIC:
             return _public_page(visit, route, scope, body)
         if visit.viewer is None:
             return identity.ask_to_sign_in(visit)
@@ -223,7 +223,7 @@ def _parse(visit: Visit, scope: Scope, body: bytes) -> None:
     visit.form = Fields(body.decode("ascii", errors="replace"))
 
 
-def _visit(services: Services, scope: Scope, path: str) -> Visit:
+def _visit(services: ConsoleServices, scope: Scope, path: str) -> Visit:
     headers = Headers(scope=scope)
     cookies = _cookies(scope)
     chosen = cookies.get("followups_language", "")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
     from starlette.types import Scope
 
-    from followups.console.services import Services
+    from followups.console.services import ConsoleServices
     from followups.console.visit import Visit
 
 LONGEST_NAME = 200
@@ -64,7 +64,7 @@ def keep(visit: Visit, token: str, scheme: str) -> None:
     )
 
 
-def is_known(services: Services, cookies: Mapping[str, str], scheme: str) -> bool:
+def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str) -> bool:
     """Return whether the cookie has a valid session."""
     token = cookies.get(services.cookie_name(scheme), "")
     if not token:
@@ -73,7 +73,7 @@ def is_known(services: Services, cookies: Mapping[str, str], scheme: str) -> boo
         return console_sessions.find(session, token) is not None
 
 
-def _told_by_proxy(services: Services, headers: Mapping[str, str], scope: Scope) -> str:
+def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
     """Return the person whom a trusted proxy names, or nothing."""
     header = services.settings.console_proxy_header
     if header is None:

@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.console.services import Services
+    from followups.console.services import ConsoleServices
     from followups.store.browse import Row
 
 _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:ids AS uuid[]))")
 
 
-def of_rows(services: Services, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, str]:
+def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, str]:
     """Return the sentence of each row by its id.
 
     What surrounds the rows is read once for each workspace and channel.

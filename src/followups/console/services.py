@@ -31,7 +31,7 @@ SECURE_COOKIE, PLAIN_COOKIE = "__Host-followups", "followups"
 PREFIX = "/console"
 
 
-class Services:
+class ConsoleServices:
     """Settings, connections, and what the process remembers."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 
 from followups.console import language
-from followups.console.access import Action, Viewer
+from followups.console.access import Permission, Viewer
 from followups.console.assets import ASSETS, ENVIRONMENT
 from followups.console.forms import Fields, uuid_or_none
 from followups.console.zones import Zone
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-    from followups.console.services import Services
+    from followups.console.services import ConsoleServices
 
 
 MENU = (
@@ -47,7 +47,7 @@ class ForbiddenError(Exception):
 class Visit:
     """A request, whose session has been checked, and which the role allows."""
 
-    services: Services
+    services: ConsoleServices
     method: str
     path: str
     """The path under ``/console``."""
@@ -133,7 +133,7 @@ class Visit:
 
     def may(self, action: str) -> bool:
         """Return whether the viewer may do that."""
-        return self.viewer is not None and self.viewer.may(Action(action))
+        return self.viewer is not None and self.viewer.may(Permission(action))
 
     def page(self, template: str, status: int = HTTPStatus.OK, **context: object) -> Response:
         """Return a page made of a template."""

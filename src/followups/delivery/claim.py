@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.store.claims import Lost
     from followups.store.leases import Lease
 
-    Take = Callable[[Connection, claims.Look], Claim]
+    Take = Callable[[Connection, claims.ClaimSearch], Claim]
 
 MAX_LOSSES = 3
 """Lost leases after which a follow-up counts as a poison pill."""
@@ -117,8 +117,8 @@ def unclaimable(
     return tuple(follow_up_id for follow_up_id, _ in refused)
 
 
-def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.Look:
-    return claims.Look(
+def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...]) -> claims.ClaimSearch:
+    return claims.ClaimSearch(
         ahead=settings.tick_interval * AHEAD_TICKS,
         lease=settings.lease,
         window=settings.max_in_flight,
@@ -128,7 +128,7 @@ def _look(settings: Settings, since: datetime | None, without: tuple[UUID, ...])
     )
 
 
-def _claim(settings: Settings, look: claims.Look, take: Take, connection: Connection) -> Claim:
+def _claim(settings: Settings, look: claims.ClaimSearch, take: Take, connection: Connection) -> Claim:
     tick = last_tick.begin(connection, rhythm_of(settings))
     if tick is None:
         return Claim((), (), (), more=False, cut_short=False, low_water=look.since, busy=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from followups.settings import Settings
-    from followups.store.holds import Hours
+    from followups.store.holds import WorkspaceHours
     from followups.store.obstacles import Obstacle
 
 UNREADABLE = timedelta(minutes=1)
@@ -104,7 +104,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
     """Compute the next period of sending if the stored one is over."""
-    stale: dict[UUID, tuple[Hours, datetime]] = {}
+    stale: dict[UUID, tuple[WorkspaceHours, datetime]] = {}
     for obstacle in obstacles:
         if obstacle.hours and obstacle.now >= obstacle.hours.open_until:
             stale[obstacle.hours.workspace_id] = (obstacle.hours, obstacle.now)
@@ -115,7 +115,7 @@ def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
             log.error("sending_hours_unreadable", workspace_id=str(hours.workspace_id), hours=str(hours.hours))
 
 
-def _span(hours: Hours, now: datetime) -> tuple[datetime, datetime] | None:
+def _span(hours: WorkspaceHours, now: datetime) -> tuple[datetime, datetime] | None:
     try:
         return span_of(hours.hours, now)
     except LookupError:

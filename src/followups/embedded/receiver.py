@@ -20,7 +20,7 @@ KEY = b'"followUpId"'
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
 
 
-class Record:
+class RequestLog:
     """The requests received and the way to answer them, shared by all connections."""
 
     def __init__(self) -> None:
@@ -42,10 +42,10 @@ class Record:
         return self.slow_delay if self.every and self.requests % self.every == 0 else self.delay
 
 
-class Connection(asyncio.Protocol):
+class ReceiverConnection(asyncio.Protocol):
     """One kept-alive connection; a request may arrive in several pieces."""
 
-    def __init__(self, record: Record) -> None:
+    def __init__(self, record: RequestLog) -> None:
         """Store the record of requests."""
         self._record = record
         self._buffer = b""
@@ -97,10 +97,10 @@ async def main() -> None:
     """Serve until the process is terminated."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    record = Record()
+    record = RequestLog()
     gc.disable()  # nothing here creates cycles, and a collector's pause would count as lag
     server = await asyncio.get_running_loop().create_server(
-        lambda: Connection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
+        lambda: ReceiverConnection(record), "127.0.0.1", parser.parse_args().port, backlog=1000
     )
     await server.serve_forever()
 

@@ -44,7 +44,7 @@ LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StartPlan:
     """What to start, and where progress is reported."""
 
     port: int
@@ -113,7 +113,7 @@ def _obituary(child: Child) -> str:
 
 
 @contextmanager
-def running(plan: Plan) -> Iterator[Stack]:
+def running(plan: StartPlan) -> Iterator[Stack]:
     """Start everything, yield once the API reports ready, and stop everything. Raises `EmbeddedError`."""
     with ExitStack() as stack:
         try:
@@ -123,7 +123,7 @@ def running(plan: Plan) -> Iterator[Stack]:
             plan.tell("Stopping")
 
 
-def _started(plan: Plan, stack: ExitStack) -> Stack:
+def _started(plan: StartPlan, stack: ExitStack) -> Stack:
     plan.tell("Starting PostgreSQL and Valkey")
     postgres = stack.enter_context(EmbeddedPostgres(plan.data and plan.data / "postgres"))
     plan.signals.check()
@@ -146,7 +146,7 @@ def _started(plan: Plan, stack: ExitStack) -> Stack:
     return started
 
 
-def _settings(plan: Plan, database_url: str, broker_url: str, sandbox: str) -> Settings:
+def _settings(plan: StartPlan, database_url: str, broker_url: str, sandbox: str) -> Settings:
     own = {
         "database_url": database_url,
         "broker_url": broker_url,

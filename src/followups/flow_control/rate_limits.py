@@ -67,7 +67,7 @@ class Bucket:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class TokenRequest:
     """A follow-up that requests a token from each of its buckets. ``since`` and id are its place in the order."""
 
     id: UUID
@@ -76,7 +76,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class LimiterReply:
     """How long each has to wait, in the order of the requests; zero means that it may begin."""
 
     waits: tuple[timedelta, ...]
@@ -95,7 +95,7 @@ class Limiter:
         self._put_back = self._client.register_script(script("give_back.lua"))
         self._ask_again_at = 0.0
 
-    async def ask(self, requests: Sequence[Request], ended: Sequence[Request]) -> Answer:
+    async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
         """Acquire tokens for the requests whose turn it is, in the given order; forget the ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
@@ -104,11 +104,11 @@ class Limiter:
         found = await self._try(self._take, buckets, *map(json.dumps, documents), longest)
         if found is None:
             metrics.LIMITER_UNAVAILABLE.inc(len(requests))
-            return Answer((timedelta(0),) * len(requests))
+            return LimiterReply((timedelta(0),) * len(requests))
         moment, *waits = map(int, found)
-        return Answer(tuple(wait * MICROSECOND for wait in waits), moment)
+        return LimiterReply(tuple(wait * MICROSECOND for wait in waits), moment)
 
-    async def give_back(self, requests: Sequence[Request], moment: int) -> None:
+    async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
         """Return the tokens taken at ``moment`` for requests that did not begin after all.
 
         If Redis is unreachable, they are lost.
@@ -134,13 +134,13 @@ class Limiter:
         return answer
 
 
-def _numbered(requests: Iterable[Request]) -> dict[Bucket, int]:
+def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
     """Return each bucket's number as Lua counts, from 1."""
     buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
     return {bucket: number for number, bucket in enumerate(buckets, start=1)}
 
 
-def _documents(requests: Iterable[Request], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
+def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
     # Moments are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
@@ -161,11 +161,11 @@ class Limits:
         """Return whether there are any."""
         return bool(self._of)
 
-    def request(self, one: Limitable) -> Request:
+    def request(self, one: Limitable) -> TokenRequest:
         """Return a follow-up's request: a token from each limit that matches it, possibly none."""
         scopes = product((None, one.workspace_id), (None, one.channel))
         matching = (limit for scope in scopes for limit in self._of.get(scope, ()))
-        return Request(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))
+        return TokenRequest(one.id, one.since, tuple(bucket_of(limit, one) for limit in matching))
 
 
 def bucket_of(limit: Limit, one: Limitable) -> Bucket:

@@ -48,7 +48,7 @@ def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
     return row
 
 
-def pause(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
+def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
     """Pause this scope; return whether the pause is new."""
     new = pauses.pause(session.connection(), scope)
     if new:
@@ -56,7 +56,7 @@ def pause(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
     return new
 
 
-def resume(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
+def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
     """End the pause; return whether there was one. Held follow-ups are released afterwards, in batches."""
     was_paused = pauses.resume(session.connection(), scope)
     if was_paused:
@@ -64,14 +64,14 @@ def resume(session: Session, actor: Actor, scope: pauses.Scope) -> bool:
     return was_paused
 
 
-def set_limit(session: Session, actor: Actor, scope: rate_limits.Scope, rate: float, burst: int) -> None:
+def set_limit(session: Session, actor: Actor, scope: rate_limits.LimitScope, rate: float, burst: int) -> None:
     """Set a rate limit, or change the one that exists."""
     rate_limits.put(session.connection(), scope, rate, burst)
     details = {"channel": scope.channel, "per": scope.per, "rate": rate, "burst": burst}
     _record(session, Event(actor, Action.RATE_LIMIT_SET, scope.workspace_id, details=details))
 
 
-def clear_limit(session: Session, actor: Actor, scope: rate_limits.Scope) -> bool:
+def clear_limit(session: Session, actor: Actor, scope: rate_limits.LimitScope) -> bool:
     """Remove a rate limit; return whether there was one."""
     was_set = rate_limits.clear(session.connection(), scope)
     if was_set:

@@ -22,9 +22,9 @@ from followups.errors import (
 )
 from followups.store import audit, bulk_cancel, pauses, pruning, retries
 from followups.store.audit import Action, Event
-from followups.store.bulk_cancel import Pending, Place
-from followups.store.pruning import OLDEST, Message
-from followups.store.retries import Failures, Moment
+from followups.store.bulk_cancel import CancelCursor, CancelScope
+from followups.store.pruning import OLDEST, MessageCursor
+from followups.store.retries import FailureCursor, Failures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -48,16 +48,16 @@ locked several chats would wait for others that do the same.
 """
 
 
-def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[Pending]:
+def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[CancelScope]:
     """Return what to cancel in a workspace, or in a chat of one or every workspace; nothing for an unknown chat."""
     now = bulk_cancel.now(session.connection())
     if chat_id is None:
-        return [] if workspace_id is None else [Pending(workspace_id, None, now)]
+        return [] if workspace_id is None else [CancelScope(workspace_id, None, now)]
     found = bulk_cancel.workspaces_of_chat(session.connection(), chat_id)
-    return [Pending(each, chat_id, now) for each in found if workspace_id in {None, each}]
+    return [CancelScope(each, chat_id, now) for each in found if workspace_id in {None, each}]
 
 
-def cancel(engine: Engine, actor: Actor, chosen: Sequence[Pending], final: Final) -> Batches:
+def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
     """Cancel pending follow-ups. Those in flight are not retried; those locked for long are counted."""
     for pending in chosen:
         details = {"code": final.code and final.code.value}
@@ -73,8 +73,8 @@ def cancel(engine: Engine, actor: Actor, chosen: Sequence[Pending], final: Final
             yield {"heldByOthers": left}
 
 
-def _cancel_pass(engine: Engine, pending: Pending, final: Final, event: Event) -> Batches:
-    place: Place | None = Place()
+def _cancel_pass(engine: Engine, pending: CancelScope, final: Final, event: Event) -> Batches:
+    place: CancelCursor | None = CancelCursor()
     while place is not None:
         with engine.begin() as opened:
             batch = bulk_cancel.cancel_if_not_begun(opened, pending, final, place)
@@ -86,7 +86,7 @@ def _cancel_pass(engine: Engine, pending: Pending, final: Final, event: Event) -
 
 def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
     """Create a new follow-up, due now, from each that failed and has not been retried."""
-    after = Moment()
+    after = FailureCursor()
     events: dict[UUID, Event] = {}  # by workspace
     while True:
         with engine.connect() as opened:
@@ -95,7 +95,7 @@ def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
             return
         for one in batch:
             yield {_retry_one(engine, actor, one.id, events): 1}
-        after = Moment(batch[-1].finished_at, batch[-1].id)
+        after = FailureCursor(batch[-1].finished_at, batch[-1].id)
 
 
 def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UUID, Event]) -> str:
@@ -130,7 +130,7 @@ def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Conn
             if number:
                 audit.record(opened, replace(event, number=number))
         yield {"deleted": number}
-    place: Message | None = OLDEST
+    place: MessageCursor | None = OLDEST
     while place is not None:
         with engine.begin() as opened:
             number, place = pruning.delete_messages(opened, before, place)

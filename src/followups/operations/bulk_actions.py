@@ -29,7 +29,7 @@ from followups.models import FollowUp
 from followups.states import ReasonCode, Status, finish
 from followups.store import audit, browse, bulk_actions, chats
 from followups.store.audit import Action, Actor, Event, Way
-from followups.store.browse import Place, Wanted
+from followups.store.browse import BrowseCursor, BrowseFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -125,8 +125,10 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
         return []
     cancels = action.kind == "cancel"
     size = CANCELS if cancels else RETRIES
-    wanted = Wanted.of(action.chosen | {"until": action.created_at.isoformat()})
-    after = Place(action.ended_at_time, action.ended_at_id) if action.ended_at_time and action.ended_at_id else None
+    wanted = BrowseFilter.of(action.chosen | {"until": action.created_at.isoformat()})
+    after = (
+        BrowseCursor(action.ended_at_time, action.ended_at_id) if action.ended_at_time and action.ended_at_id else None
+    )
     places = browse.batch(session.connection(), wanted, after, size)
     ids = [place.id for place in places]
     if cancels:
@@ -180,7 +182,7 @@ def _record(
     action: BulkAction,
     done: Sequence[UUID],
     passed: dict[str, int],
-    place: Place | None,
+    place: BrowseCursor | None,
     *,
     finished: bool,
 ) -> None:

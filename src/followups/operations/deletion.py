@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from followups.errors import FollowUpsError
 from followups.store import audit, deletion
 from followups.store.audit import Action, Event
-from followups.store.bulk_cancel import Place
+from followups.store.bulk_cancel import CancelCursor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +75,7 @@ def _event(actor: Actor, whole: Whole) -> Event:
 
 
 def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
-    place: Place | None = Place()
+    place: CancelCursor | None = CancelCursor()
     while place is not None:
         with engine.begin() as opened:
             batch = deletion.cancel(opened, whole, place)

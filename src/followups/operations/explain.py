@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.models import AuditEvent, FailedAttempt, FollowUp
     from followups.sending_hours import SendingHours
     from followups.settings import Settings
-    from followups.store.pauses import Standing
+    from followups.store.pauses import ActivePause
     from followups.store.rate_limits import Limit
 
 ENDINGS = {
@@ -72,7 +72,7 @@ MOST_EVENTS = 100
 class Circumstances:
     """Everything else that affects when a follow-up is sent."""
 
-    pause: Standing | None = None
+    pause: ActivePause | None = None
     """The pause of its workspace or channel."""
     hours: SendingHours | None = None
     limits: Sequence[Limit] = ()
@@ -190,18 +190,18 @@ def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
     return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} ends the pause."
 
 
-def stopped(pause: Standing) -> str:
+def stopped(pause: ActivePause) -> str:
     """Return what is paused, as a noun phrase."""
     return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
 
 
-def _scope(pause: Standing) -> str:
+def _scope(pause: ActivePause) -> str:
     if pause.workspace is None:
         return f"all chats on channel {pause.channel}"
     return f"workspace {pause.workspace}" + (f" on channel {pause.channel}" if pause.channel else "")
 
 
-def going_on(pause: Standing) -> str:
+def going_on(pause: ActivePause) -> str:
     """Return the command that ends a pause."""
     options = {"--workspace": pause.workspace, "--channel": pause.channel}
     return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
@@ -290,7 +290,7 @@ def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Expla
         session.get_one(Workspace, follow_up.workspace_id).name,
         chat,
         follow_ups.failures(session, follow_up_id),
-        audit.newest(session, audit.Filter(target_id=follow_up_id), MOST_EVENTS)[::-1],
+        audit.newest(session, audit.AuditFilter(target_id=follow_up_id), MOST_EVENTS)[::-1],
         now,
         around,
         explain(follow_up, settings, now, around),

@@ -144,7 +144,7 @@ def record(event: Event) -> Steps[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class AuditFilter:
     """Which events to return; a field that is None or empty does not restrict them."""
 
     workspace_id: UUID | None = None
@@ -156,7 +156,7 @@ class Filter:
 
 
 def newest(
-    session: Session, wanted: Filter, limit: int, before: tuple[datetime, UUID] | None = None
+    session: Session, wanted: AuditFilter, limit: int, before: tuple[datetime, UUID] | None = None
 ) -> Sequence[AuditEvent]:
     """Return the newest events, or the newest ones older than ``before``: the time and id of an event."""
     query = select(AuditEvent).order_by(AuditEvent.at.desc(), AuditEvent.id.desc()).limit(limit)

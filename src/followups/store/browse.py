@@ -28,7 +28,7 @@ CHATS = 50
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class BrowseFilter:
     """Which follow-ups; None or empty restricts nothing."""
 
     workspace_id: UUID | None = None
@@ -66,7 +66,7 @@ class Wanted:
                 known[name] = datetime.fromisoformat(known[name])
         return cls(**known)
 
-    def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> Wanted:
+    def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> BrowseFilter:
         """Return this filter within what a session sees."""
         return replace(
             self,
@@ -75,7 +75,7 @@ class Wanted:
         )
 
 
-def replaced(wanted: Wanted, **changes: Any) -> Wanted:  # noqa: ANN401 - values of any of its fields
+def replaced(wanted: BrowseFilter, **changes: Any) -> BrowseFilter:  # noqa: ANN401 - values of any of its fields
     """Return the filter with other values."""
     return replace(wanted, **changes)
 
@@ -86,7 +86,7 @@ def _plain(value: object) -> object:
     return value.isoformat() if isinstance(value, datetime) else str(value)
 
 
-class Place(NamedTuple):
+class BrowseCursor(NamedTuple):
     """A row's place in the order: newest first, ties by id."""
 
     created_at: datetime
@@ -104,9 +104,9 @@ class Row:
     excerpt: str
 
     @property
-    def place(self) -> Place:
+    def place(self) -> BrowseCursor:
         """Its place in the order."""
-        return Place(self.follow_up.created_at, self.follow_up.id)
+        return BrowseCursor(self.follow_up.created_at, self.follow_up.id)
 
 
 EXCERPT = 80
@@ -115,7 +115,7 @@ EXCERPT = 80
 _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
 
 
-def _branches(wanted: Wanted) -> tuple[str, ...]:
+def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
     """Return the conditions that an index can answer, one for each way."""
     if wanted.ids:
         return ("f.id = ANY(CAST(:ids AS uuid[]))",)
@@ -134,7 +134,7 @@ _ON_CHANNEL = """EXISTS (
     SELECT FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id AND c.channel = :channel)"""
 
 
-def _conditions(wanted: Wanted) -> tuple[str, ...]:
+def _conditions(wanted: BrowseFilter) -> tuple[str, ...]:
     """Return the conditions that are checked row by row."""
     given = {
         "f.status = ANY(CAST(:statuses AS text[]))": wanted.statuses,
@@ -148,7 +148,7 @@ def _conditions(wanted: Wanted) -> tuple[str, ...]:
     return tuple(condition for condition, value in given.items() if value)
 
 
-def _parameters(wanted: Wanted) -> dict[str, Any]:
+def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
     return {
         "workspace_id": wanted.workspace_id,
         "statuses": [status.value for status in wanted.statuses],
@@ -181,12 +181,12 @@ def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bo
     return f"SELECT own.id, own.created_at FROM {workspaces} w CROSS JOIN LATERAL ({ways}) own"  # noqa: S608 - likewise
 
 
-def _sql(wanted: Wanted, after: Place | None) -> str:
+def _sql(wanted: BrowseFilter, after: BrowseCursor | None) -> str:
     one = wanted.workspace_id is not None
     return _matching(_branches(wanted), _conditions(wanted), one=one, later=after is not None)
 
 
-def page_statement(wanted: Wanted, after: Place | None, size: int) -> tuple[TextClause, dict[str, Any]]:
+def page_statement(wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> tuple[TextClause, dict[str, Any]]:
     """Return the statement of a page's rows, one more than ``size``, and its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     statement = text(f"""
@@ -209,18 +209,18 @@ def rows_of(found: Sequence[Any]) -> list[Row]:
     return rows
 
 
-def count_statement(wanted: Wanted, most: int) -> tuple[TextClause, dict[str, Any]]:
+def count_statement(wanted: BrowseFilter, most: int) -> tuple[TextClause, dict[str, Any]]:
     """Return the statement that counts the matching rows, up to ``most``."""
     statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted, None)} LIMIT :most) AS found")  # noqa: S608 - likewise
     return statement, _parameters(wanted) | {"most": most}
 
 
-def batch(connection: Connection, wanted: Wanted, after: Place | None, size: int) -> list[Place]:
+def batch(connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> list[BrowseCursor]:
     """Return the next few matching rows, in their order."""
     statement = text(f"{_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most")
     rows = connection.execute(statement, _parameters(wanted) | _after(after) | {"most": size})
-    return [Place(row.created_at, row.id) for row in rows]
+    return [BrowseCursor(row.created_at, row.id) for row in rows]
 
 
-def _after(after: Place | None) -> dict[str, Any]:
+def _after(after: BrowseCursor | None) -> dict[str, Any]:
     return {"at": after.created_at, "after": after.id} if after else {}

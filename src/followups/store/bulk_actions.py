@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from followups.states import Final
-    from followups.store.browse import Place
+    from followups.store.browse import BrowseCursor
 
 LISTED = 50
 """Actions in the history."""
@@ -90,7 +90,7 @@ _PROGRESS = text("""
 
 
 def record_progress(
-    session: Session, action: BulkAction, done: int, passed_over: str, place: Place | None, *, finished: bool
+    session: Session, action: BulkAction, done: int, passed_over: str, place: BrowseCursor | None, *, finished: bool
 ) -> None:
     """Record how far an action has come; ``passed_over`` is JSON."""
     at, after = place or (action.ended_at_time, action.ended_at_id)

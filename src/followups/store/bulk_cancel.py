@@ -37,7 +37,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Pending:
+class CancelScope:
     """What to cancel: everything of a workspace, or of one chat in it, created until ``until``."""
 
     workspace_id: UUID
@@ -50,7 +50,7 @@ class Pending:
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id, "until": self.until}
 
 
-def _where(pending: Pending) -> str:
+def _where(pending: CancelScope) -> str:
     one_chat = " AND chat_id = :chat_id" if pending.chat_id else ""
     asked = "(begun_at IS NULL OR cancel_requested IS NULL)"  # follow-ups with a requested cancel are skipped
     return f"workspace_id = :workspace_id AND status = 'pending' AND created_at <= :until{one_chat} AND {asked}"
@@ -63,19 +63,19 @@ class Count(NamedTuple):
     in_flight: int
 
 
-def count_pending(connection: Connection, pending: Pending) -> Count:
+def count_pending(connection: Connection, pending: CancelScope) -> Count:
     """Count the follow-ups that would be cancelled."""
     query = f"SELECT count(*), count(begun_at) FROM follow_ups WHERE {_where(pending)}"  # noqa: S608 - no input
     return Count(*connection.execute(text(query), pending.parameters).one())
 
 
-def some_pending(connection: Connection, pending: Pending, most: int) -> list[UUID]:
+def some_pending(connection: Connection, pending: CancelScope, most: int) -> list[UUID]:
     """Return the first few, in the order in which they would be cancelled."""
     query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
     return list(connection.scalars(text(query), pending.parameters | {"most": most}))
 
 
-class Place(NamedTuple):
+class CancelCursor(NamedTuple):
     """Where a batch ended, in the order of the chats."""
 
     chat_id: UUID = NIL
@@ -90,7 +90,7 @@ class Cancelled:
     cancelled: Sequence[UUID]
     in_flight: int
     """Not cancelled, but not retried either."""
-    ended: Place | None
+    ended: CancelCursor | None
 
 
 @lru_cache
@@ -113,7 +113,7 @@ def _cancel(*, by_code: bool) -> TextClause:
     """)  # noqa: S608 - no input, only the conditions above
 
 
-def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, after: Place) -> Cancelled:
+def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
     """Cancel the next batch. One in flight is only kept from a retry.
 
     Locked rows are skipped, and so are rows that cannot be written.
@@ -129,7 +129,7 @@ def cancel_if_not_begun(connection: Connection, pending: Pending, final: Final, 
     written = list(chain.from_iterable(halve_within(connection, [row.id for row in rows], cancel).done))
     ended = [row.id for row in written if row.status == Status.CANCELLED]
     chat_order.unblock(connection, ended)
-    return Cancelled(ended, len(written) - len(ended), max((Place(*row) for row in rows), default=None))
+    return Cancelled(ended, len(written) - len(ended), max((CancelCursor(*row) for row in rows), default=None))
 
 
 # As of now, without follow-ups that are created while the batches run.

@@ -36,7 +36,7 @@ CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMA
 
 
 @dataclass(frozen=True, slots=True)
-class Received:
+class RecordedMessage:
     """A chat message as recorded. ``new`` is False if it was known already; then nothing changed."""
 
     id: UUID
@@ -259,7 +259,7 @@ def counts_as(created_at: datetime) -> datetime:
 @Rule
 def receive(
     workspace_id: UUID, *, message_id: UUID, chat_id: UUID, role: Role, created_at: datetime | None
-) -> Steps[Received]:
+) -> Steps[RecordedMessage]:
     """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
     An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
@@ -289,7 +289,7 @@ def receive(
     cancelled: list[UUID] = []
     if is_last and (code := CANCELLING.get(role)):
         cancelled = yield from follow_ups.cancel_chat_if_not_begun.steps(workspace_id, chat_id, code)
-    return Received(message_id, chat_id, role, at, tuple(cancelled), new=True)
+    return RecordedMessage(message_id, chat_id, role, at, tuple(cancelled), new=True)
 
 
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
@@ -316,5 +316,5 @@ def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[boo
     return is_last, values
 
 
-def _known(row: Any) -> Received:  # noqa: ANN401 - a row
-    return Received(row.known_id, row.known_chat_id, Role(row.known_role), row.known_created_at, (), new=False)
+def _known(row: Any) -> RecordedMessage:  # noqa: ANN401 - a row
+    return RecordedMessage(row.known_id, row.known_chat_id, Role(row.known_role), row.known_created_at, (), new=False)

@@ -64,7 +64,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class ClaimSearch:
     """The search of a claim: rows that fall due within ``ahead``, but not before ``since``.
 
     It leases up to ``most`` for ``lease``, so that no more than ``window`` are in flight.
@@ -122,7 +122,7 @@ _TRY = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 
-def candidates(connection: Connection, look: Look, *, fairly: bool) -> list[UUID]:
+def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
     """Return the ids that a claim would lease, in its order, and lock their rows for this transaction.
 
     ``fairly`` is for a claim by `claim_fairly`.
@@ -148,7 +148,7 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
     ]
 
 
-def claim(connection: Connection, look: Look) -> Claim:
+def claim(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, the earliest first; expired leases are taken over.
 
     If there is ``more``, `claim_fairly` should come next.
@@ -157,7 +157,7 @@ def claim(connection: Connection, look: Look) -> Claim:
     return claim_fairly(connection, look) if rows[0].unseen else _claim_of(connection, rows, look)
 
 
-def claim_fairly(connection: Connection, look: Look) -> Claim:
+def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
     """Lease due follow-ups, first of the workspaces with the fewest in flight, the earliest due first in each."""
     connection.execute(WITHOUT_SORTING)
     return _claim_of(
@@ -165,11 +165,11 @@ def claim_fairly(connection: Connection, look: Look) -> Claim:
     )
 
 
-def _parameters(look: Look) -> dict[str, object]:
+def _parameters(look: ClaimSearch) -> dict[str, object]:
     return asdict(look) | {"margin": LOW_WATER_MARGIN, "without": list(look.without)}
 
 
-def _claim_of(connection: Connection, rows: Sequence[Any], look: Look) -> Claim:
+def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) -> Claim:
     looked, *claimed = rows
     if claimed:
         marks.leased(connection, ((row.id, row.lease_token) for row in claimed))

@@ -16,7 +16,7 @@ from followups.errors import ChatNotFoundError
 from followups.models import Base
 from followups.states import ReasonCode, Status, finish
 from followups.store import bulk_cancel, chats, pauses
-from followups.store.bulk_cancel import Pending, Place
+from followups.store.bulk_cancel import CancelCursor, CancelScope
 from followups.store.fragments import NEXT_TOKEN
 
 if TYPE_CHECKING:
@@ -75,12 +75,12 @@ def begin(session: Session, whole: Whole) -> None:
     # A new key may be under way in another transaction: the lock waits for its end.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, whole.parameters)
-    pauses.pause(session.connection(), pauses.Scope(whole.workspace_id, None))
+    pauses.pause(session.connection(), pauses.PauseScope(whole.workspace_id, None))
 
 
-def cancel(connection: Connection, whole: Whole, after: Place) -> bulk_cancel.Cancelled:
+def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
     """Cancel the next batch of pending follow-ups; one in flight is only kept from a retry."""
-    pending = Pending(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
+    pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 
 

@@ -28,7 +28,7 @@ NEVER = datetime(9998, 12, 31, tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
-class Hours:
+class WorkspaceHours:
     """A workspace's sending hours, and the time of sending that the database compares with."""
 
     workspace_id: UUID
@@ -37,11 +37,11 @@ class Hours:
     open_until: datetime
 
 
-def hours_of(row: object) -> Hours:
+def hours_of(row: object) -> WorkspaceHours:
     """Return the sending hours from a row of their table."""
     days = frozenset(day for day in EVERY_DAY if row.days >> day & 1)  # type: ignore[attr-defined]
     hours = SendingHours(row.time_zone, row.opening, row.closing, days)  # type: ignore[attr-defined]
-    return Hours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
+    return WorkspaceHours(row.workspace_id, hours, row.open_from, row.open_until)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ _OPEN_NEXT = text("""
 """)
 
 
-def open_next(connection: Connection, hours: Hours, span: tuple[datetime, datetime]) -> None:
+def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
     """Store this time of sending for the database to compare with."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})

@@ -28,7 +28,7 @@ SWEPT = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class StoredResponse:
     """A stored HTTP answer: status, `Location` if it had one, and the body's bytes."""
 
     status: int
@@ -49,7 +49,7 @@ _KNOWN = Statement("""
 
 
 @Rule
-def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[Answer | None]:
+def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
     """Lock the key until the transaction ends, and return its stored answer, or None.
 
     Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the answer
@@ -64,7 +64,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[Answer | 
     (known,) = found
     if known.request_hash != request_hash:
         raise IdempotencyKeyReusedError(field="Idempotency-Key")
-    return Answer(known.status, known.location, known.body)
+    return StoredResponse(known.status, known.location, known.body)
 
 
 # An existing one has expired, or `recall` would have returned it.
@@ -86,7 +86,7 @@ _SWEEP = Statement("""
 
 
 @Rule
-def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: Answer) -> Steps[None]:
+def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredResponse) -> Steps[None]:
     """Store the answer for a day; the caller holds the key through `recall`."""
     yield _REMEMBER(
         workspace_id=workspace_id,

@@ -34,7 +34,7 @@ MAX_ROWS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class ListFilter:
     """Which follow-ups to list: those with one of the values in each column; no values means any."""
 
     chat_ids: tuple[UUID, ...] = ()
@@ -58,7 +58,7 @@ class Start:
 
 @Rule
 def page(
-    workspace_id: UUID | None, wanted: Filter, *, page_number: int, page_size: int
+    workspace_id: UUID | None, wanted: ListFilter, *, page_number: int, page_size: int
 ) -> Steps[tuple[Sequence[FollowUp], bool]]:
     """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether there is a next one.
 
@@ -70,7 +70,7 @@ def page(
 
 @Rule
 def rows_from(
-    workspace_id: UUID | None, wanted: Filter, offset: int, size: int, start: Start | None = None
+    workspace_id: UUID | None, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[FollowUp]]:
     """Return so many rows from the offset on. What is before ``start`` is not read."""
     if offset >= MAX_ROWS:
@@ -83,7 +83,7 @@ def rows_from(
 
 @Rule
 def pieces_from(
-    workspace_id: UUID, wanted: Filter, offset: int, size: int, start: Start | None = None
+    workspace_id: UUID, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[Any]]:
     """Return rows as `rows_from`, with as many messages as `PIECE` allows; each later ``message`` is None.
 
@@ -108,7 +108,9 @@ def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
     return {row.id: row.message for row in (yield _MESSAGES(workspace_id=workspace_id, ids=uuid_array(ids)))}
 
 
-def statement_of(workspace_id: UUID | None, wanted: Filter, start: Start | None = None) -> tuple[str, dict[str, Any]]:
+def statement_of(
+    workspace_id: UUID | None, wanted: ListFilter, start: Start | None = None
+) -> tuple[str, dict[str, Any]]:
     """Return the SQL of a page and its parameters, except ``offset``, ``size`` and ``most`` (``offset + size``)."""
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
@@ -124,7 +126,7 @@ def statement_of(workspace_id: UUID | None, wanted: Filter, start: Start | None 
     return _statement(leading, tuple(conditions), one_workspace=workspace_id is not None), parameters
 
 
-def _narrowing(wanted: Filter) -> dict[str, tuple[str, Any]]:
+def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     """Return the filters that are checked row by row, since no index has them: conditions and their values, by name."""
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),
@@ -157,7 +159,7 @@ _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id
 """The columns to filter by. The first one given leads, because fewest rows match it."""
 
 
-def _filters(wanted: Filter) -> dict[str, tuple[Any, ...]]:
+def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
     given = {
         "chat_message_id": wanted.chat_message_ids,
         "trigger_chat_message_id": wanted.trigger_chat_message_ids,

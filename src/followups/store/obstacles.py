@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from followups.store.holds import Hours
+    from followups.store.holds import WorkspaceHours
     from followups.store.leases import Lease, Rules
 
 # Unlocked: a row that another transaction has locked has no obstacle, and is tried again shortly.
@@ -51,7 +51,7 @@ class Obstacle:
     window_ends: datetime | None = None
     """None if its channel has no messaging window."""
     pause_id: UUID | None = None
-    hours: Hours | None = None
+    hours: WorkspaceHours | None = None
 
 
 def find(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Obstacle]:

@@ -22,7 +22,7 @@ BATCH = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class PauseScope:
     """What a pause applies to: a workspace (None means all), a channel (None means all), or both."""
 
     workspace_id: UUID | None
@@ -35,7 +35,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class ActivePause:
     """A pause in force, and how many due follow-ups it holds."""
 
     id: UUID
@@ -63,19 +63,19 @@ _STANDING = text("""
 """)
 
 
-def pause(connection: Connection, scope: Scope) -> bool:
+def pause(connection: Connection, scope: PauseScope) -> bool:
     """Pause this scope; return whether the pause is new."""
     return connection.execute(_PAUSE, scope.parameters).rowcount == 1
 
 
-def resume(connection: Connection, scope: Scope) -> bool:
+def resume(connection: Connection, scope: PauseScope) -> bool:
     """End the pause; return whether there was one. `release_forgotten` releases what it holds."""
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
-def standing(connection: Connection) -> Sequence[Standing]:
+def standing(connection: Connection) -> Sequence[ActivePause]:
     """Return the pauses in force."""
-    return [Standing(*row) for row in connection.execute(_STANDING)]
+    return [ActivePause(*row) for row in connection.execute(_STANDING)]
 
 
 _OF = text("""
@@ -87,10 +87,10 @@ _OF = text("""
 """)
 
 
-def of(connection: Connection, workspace_id: UUID, channel: str) -> Standing | None:
+def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
     """Return the first pause on this channel of this workspace (without counting ``held``), or None."""
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
-    return Standing(*row) if row else None
+    return ActivePause(*row) if row else None
 
 
 _IN_FORCE = text("""
@@ -107,9 +107,9 @@ _IN_FORCE = text("""
 """)
 
 
-def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[Standing]:
+def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[ActivePause]:
     """Return the pauses that concern a workspace, or all of them; ``held`` is counted up to 10,001."""
-    return [Standing(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
+    return [ActivePause(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
 
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"

@@ -91,14 +91,14 @@ def delete_expired_keys(connection: Connection) -> int:
     return connection.execute(_DELETE_KEYS, {"lifetime": LIFETIME, "most": BATCH}).rowcount
 
 
-class Message(NamedTuple):
+class MessageCursor(NamedTuple):
     """Where a scan of chat messages ended, in the order of their age."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)
 
 
-OLDEST = Message()
+OLDEST = MessageCursor()
 
 # The last message of each chat stays, so that a repeat of it is recognised. These accumulate among the oldest rows, so
 # a scan continues where the previous one ended.
@@ -118,11 +118,11 @@ _DELETE_MESSAGES = text("""
 """)
 
 
-def delete_messages(connection: Connection, before: datetime, after: Message) -> tuple[int, Message | None]:
+def delete_messages(connection: Connection, before: datetime, after: MessageCursor) -> tuple[int, MessageCursor | None]:
     """Scan the next batch of chat messages from before then and delete those that no chat needs.
 
     Returns how many, and where the scan ended, or None at the newest one.
     """
     place = {"after": after.created_at, "after_id": after.id}
     row = connection.execute(_DELETE_MESSAGES, {"before": before, "most": BATCH} | place).one_or_none()
-    return (row.number, Message(row.created_at, row.id)) if row else (0, None)
+    return (row.number, MessageCursor(row.created_at, row.id)) if row else (0, None)

@@ -77,7 +77,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Quota:
+class QuotaUse:
     """A quota in force, and how much of it is used, counted up to the quota itself."""
 
     workspace: str
@@ -114,7 +114,7 @@ def clear(connection: Connection, workspace_id: UUID, kind: Kind) -> bool:
     return connection.execute(_CLEAR, {"workspace_id": workspace_id, "kind": kind.value}).rowcount == 1
 
 
-def standing(connection: Connection, workspace_id: UUID | None = None) -> list[Quota]:
+def standing(connection: Connection, workspace_id: UUID | None = None) -> list[QuotaUse]:
     """Return the quotas of a workspace, or of all."""
     rows = connection.execute(_STANDING, {"only": workspace_id})
-    return [Quota(row.name, Kind(row.kind), row.most, row.used) for row in rows]
+    return [QuotaUse(row.name, Kind(row.kind), row.most, row.used) for row in rows]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Scope:
+class LimitScope:
     """What a limit applies to: a workspace and a channel (None means all); ``per`` is what shares a bucket."""
 
     workspace_id: UUID | None
@@ -76,12 +76,12 @@ _OF = text(f"""
 """)
 
 
-def put(connection: Connection, scope: Scope, rate: float, burst: int) -> None:
+def put(connection: Connection, scope: LimitScope, rate: float, burst: int) -> None:
     """Set a limit, or change the one that exists."""
     connection.execute(_SET, scope.parameters | {"rate": rate, "burst": burst})
 
 
-def clear(connection: Connection, scope: Scope) -> bool:
+def clear(connection: Connection, scope: LimitScope) -> bool:
     """Remove a limit; return whether there was one."""
     return connection.execute(_CLEAR, scope.parameters).rowcount == 1
 

@@ -57,14 +57,14 @@ def count_failed(connection: Connection, failures: Failures) -> int:
     return number
 
 
-class Moment(NamedTuple):
+class FailureCursor(NamedTuple):
     """Where a batch ended, in the order of the ends."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL
 
 
-START = Moment()
+START = FailureCursor()
 
 
 class Failed(NamedTuple):
@@ -74,7 +74,7 @@ class Failed(NamedTuple):
     finished_at: datetime
 
 
-def some_failed(connection: Connection, failures: Failures, most: int, after: Moment = START) -> list[Failed]:
+def some_failed(connection: Connection, failures: Failures, most: int, after: FailureCursor = START) -> list[Failed]:
     """Return the next few failed follow-ups, in the order in which they ended."""
     query = f"""
         SELECT f.id, f.finished_at {_failed(failures)}

@@ -8,7 +8,7 @@ from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import InvalidRequestError
-from followups.models import SendingHours as Row
+from followups.models import WorkspaceSendingHours as Row
 from followups.sending_hours import span_of, zone_of
 from followups.statements import Rule, Statement
 from followups.store.holds import columns_of, hours_of

@@ -20,7 +20,7 @@ from celery import Celery
 from celery.app import amqp
 from celery.loaders.app import AppLoader
 from celery.worker import state
-from kombu.connection import Connection as KombuConnection
+from kombu.connection import BrokerConnection as KombuConnection
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoPermissionError, RedisError
@@ -65,7 +65,7 @@ class Loader(AppLoader):
         return {}
 
 
-class Connection(KombuConnection):
+class BrokerConnection(KombuConnection):
     """A connection that retries within seconds, however long the broker was unreachable."""
 
     def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
@@ -75,9 +75,9 @@ class Connection(KombuConnection):
 
 
 class AMQP(amqp.AMQP):
-    """Celery's AMQP layer with our `Connection`."""
+    """Celery's AMQP layer with our `BrokerConnection`."""
 
-    Connection = Connection
+    BrokerConnection = BrokerConnection
 
 
 class App(Celery):
@@ -145,7 +145,7 @@ class Consumer:
 CONSUMER = Consumer()
 
 
-class Channel(kombu_redis.Channel):
+class BrokerChannel(kombu_redis.Channel):
     """A channel that drops unreadable entries, and its connections if the server refuses a message."""
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
@@ -175,13 +175,13 @@ class Channel(kombu_redis.Channel):
         return read
 
 
-class Transport(kombu_redis.Transport):
+class BrokerTransport(kombu_redis.Transport):
     """A transport that drops entries without the shape of a message.
 
     It treats every error of Redis as an error of the connection.
     """
 
-    Channel = Channel
+    BrokerChannel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """Errors after which Celery makes a new connection.
 
@@ -195,8 +195,8 @@ class Transport(kombu_redis.Transport):
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
         """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread after SIGTERM."""
-        if state.should_stop is not None and not Transport._stopping and _is_consumers_thread():
-            Transport._stopping = True
+        if state.should_stop is not None and not BrokerTransport._stopping and _is_consumers_thread():
+            BrokerTransport._stopping = True
             state.maybe_shutdown()
         if not _is_consumers_thread():
             return super().establish_connection()

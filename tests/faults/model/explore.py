@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from faults.model.steps import steps
-from faults.model.world import Broken, Protocol, Row, World, break_promise
+from faults.model.world import Broken, ModelRow, ModelWorld, Protocol, break_promise
 from followups.states import Status
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ class Exploration:
 
 def explore(protocol: Protocol) -> Exploration:
     """Explore every state, nearest first."""
-    start = World((Row(), Row(exists=not protocol.creates_late)))
-    came_by: dict[World, tuple[World | None, str]] = {start: (None, "")}
-    onward: dict[World, list[World]] = {}
+    start = ModelWorld((ModelRow(), ModelRow(exists=not protocol.creates_late)))
+    came_by: dict[ModelWorld, tuple[ModelWorld | None, str]] = {start: (None, "")}
+    onward: dict[ModelWorld, list[ModelWorld]] = {}
     waiting = deque([start])
     while waiting:
         world = waiting.popleft()
@@ -52,7 +52,7 @@ def explore(protocol: Protocol) -> Exploration:
     return Exploration(len(came_by), len(endings))
 
 
-def _check(world: World) -> None:
+def _check(world: ModelWorld) -> None:
     """Raise `Broken` for a forbidden state."""
     for row, accepted in zip(world.rows, world.accepted, strict=True):
         if row.status is Status.SENT and not accepted:
@@ -63,13 +63,13 @@ def _check(world: World) -> None:
             break_promise("a reply stops what is not in flight")
 
 
-def _at_the_horizon(onward: dict[World, list[World]], protocol: Protocol) -> set[World]:
+def _at_the_horizon(onward: dict[ModelWorld, list[ModelWorld]], protocol: Protocol) -> set[ModelWorld]:
     """Return states that only a claim beyond the limit could leave."""
     return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
 
 
-def _unable_to_reach(goals: set[World], onward: dict[World, list[World]]) -> list[World]:
-    backward: dict[World, list[World]] = {world: [] for world in onward}
+def _unable_to_reach(goals: set[ModelWorld], onward: dict[ModelWorld, list[ModelWorld]]) -> list[ModelWorld]:
+    backward: dict[ModelWorld, list[ModelWorld]] = {world: [] for world in onward}
     for world, next_worlds in onward.items():
         for each in next_worlds:
             backward[each].append(world)
@@ -82,9 +82,9 @@ def _unable_to_reach(goals: set[World], onward: dict[World, list[World]]) -> lis
     return [world for world in onward if world not in able]
 
 
-def _way(came_by: dict[World, tuple[World | None, str]], world: World) -> tuple[str, ...]:
+def _way(came_by: dict[ModelWorld, tuple[ModelWorld | None, str]], world: ModelWorld) -> tuple[str, ...]:
     names: list[str] = []
-    at: World | None = world
+    at: ModelWorld | None = world
     while at is not None:
         before, name = came_by[at]
         names += [name] if name else []

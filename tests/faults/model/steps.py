@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from faults.model.rules import end_after_loss, end_before_begin, honest, settlement
-from faults.model.world import IDLE, Job, Protocol, Row, World, break_promise
+from faults.model.world import IDLE, Job, ModelRow, ModelWorld, Protocol, break_promise
 from followups.states import ReasonCode, Status, finish
 
 if TYPE_CHECKING:
@@ -19,13 +19,13 @@ class Step(NamedTuple):
 
     name: str
     action: tuple[Any, ...]
-    make: Callable[[], World]
+    make: Callable[[], ModelWorld]
 
 
 NAMES = ("first", "second")
 
 
-def steps(world: World, protocol: Protocol) -> Iterator[Step]:
+def steps(world: ModelWorld, protocol: Protocol) -> Iterator[Step]:
     """Yield every step that may happen in this state."""
     for number, row in enumerate(world.rows):
         if row.pending:
@@ -42,11 +42,11 @@ def steps(world: World, protocol: Protocol) -> Iterator[Step]:
     yield from _of_chat(world, protocol)
 
 
-def _taking(world: World, old: Job, new: Job) -> Callable[[], World]:
+def _taking(world: ModelWorld, old: Job, new: Job) -> Callable[[], ModelWorld]:
     return lambda: world.with_worker(old, new)
 
 
-def _of_row(world: World, number: int, row: Row, protocol: Protocol) -> Iterator[Step]:
+def _of_row(world: ModelWorld, number: int, row: ModelRow, protocol: Protocol) -> Iterator[Step]:
     if not row.leased and row.token < protocol.most_claims:
         yield Step(f"the {NAMES[number]} is claimed", ("claim", number), lambda: _claimed(world, number, row, protocol))
     if row.leased:
@@ -64,13 +64,13 @@ def _of_row(world: World, number: int, row: Row, protocol: Protocol) -> Iterator
         )
 
 
-def ended(row: Row, final: Final) -> Row:
+def ended(row: ModelRow, final: Final) -> ModelRow:
     """Return the row with its end, as the store writes it."""
     reason = honest(final.reason, final.status, unknown=row.unknown)
     return row._replace(status=final.status, reason=reason, leased=False, begun=False)
 
 
-def _claimed(world: World, number: int, row: Row, protocol: Protocol) -> World:
+def _claimed(world: ModelWorld, number: int, row: ModelRow, protocol: Protocol) -> ModelWorld:
     new = row._replace(token=row.token + 1, leased=True, begun=False)
     if row.begun:
         new = new._replace(losses=row.losses + 1, attempts=row.attempts - 1, unknown=True)
@@ -80,7 +80,7 @@ def _claimed(world: World, number: int, row: Row, protocol: Protocol) -> World:
     return world.with_row(number, new)
 
 
-def _of_worker(world: World, job: Job, protocol: Protocol) -> Iterator[Step]:
+def _of_worker(world: ModelWorld, job: Job, protocol: Protocol) -> Iterator[Step]:
     name = NAMES[job.row]
     yield Step(
         f"the worker with the {name} ({job.stage}, token {job.token}) dies", ("die", job), _taking(world, job, IDLE)
@@ -111,7 +111,7 @@ def _of_worker(world: World, job: Job, protocol: Protocol) -> Iterator[Step]:
             )
 
 
-def _begun(world: World, job: Job, protocol: Protocol) -> World:
+def _begun(world: ModelWorld, job: Job, protocol: Protocol) -> ModelWorld:
     row, done = world.rows[job.row], world.with_worker(job, IDLE)
     if not row.exists:
         return done
@@ -136,12 +136,12 @@ def _begun(world: World, job: Job, protocol: Protocol) -> World:
     )
 
 
-def _check_write(row: Row, job: Job) -> None:
+def _check_write(row: ModelRow, job: Job) -> None:
     if row.token != job.token:
         break_promise("no stale writer's write is taken")
 
 
-def _sent(world: World, job: Job, outcome: str, protocol: Protocol, *, accepts: bool) -> World:
+def _sent(world: ModelWorld, job: Job, outcome: str, protocol: Protocol, *, accepts: bool) -> ModelWorld:
     known = protocol.deduplicates and world.accepted[job.row] > 0
     counts = list(world.accepted)
     counts[job.row] += accepts and not known
@@ -153,7 +153,7 @@ def _sent(world: World, job: Job, outcome: str, protocol: Protocol, *, accepts: 
     return world.with_worker(job, answered)._replace(accepted=(counts[0], counts[1]))
 
 
-def _settled(world: World, job: Job, protocol: Protocol, after: Job) -> World:
+def _settled(world: ModelWorld, job: Job, protocol: Protocol, after: Job) -> ModelWorld:
     row, done = world.rows[job.row], world.with_worker(job, after)
     held = (
         (row.token == job.token or not protocol.guards("token at settle"))
@@ -176,11 +176,11 @@ def _settled(world: World, job: Job, protocol: Protocol, after: Job) -> World:
     return done.with_row(job.row, new._replace(status=status, reason=honest(reason, status, unknown=row.unknown)))
 
 
-def _of_chat(world: World, protocol: Protocol) -> Iterator[Step]:
+def _of_chat(world: ModelWorld, protocol: Protocol) -> Iterator[Step]:
     if not world.replied:
         yield Step("the user replies", ("reply",), lambda: _replied(world))
     if not world.rows[1].exists:
-        created = world.with_row(1, Row())._replace(may_create=False)
+        created = world.with_row(1, ModelRow())._replace(may_create=False)
         if protocol.guards("chat lock"):
             if not world.replied:
                 yield Step("the second is created", ("create",), lambda: created)
@@ -190,7 +190,7 @@ def _of_chat(world: World, protocol: Protocol) -> Iterator[Step]:
             yield Step("a client's request looks at the chat", ("look",), lambda: world._replace(may_create=True))
 
 
-def _replied(world: World) -> World:
+def _replied(world: ModelWorld) -> ModelWorld:
     replied = world._replace(replied=True)
     final = finish(Status.CANCELLED, ReasonCode.USER_REPLIED)
     for number, row in enumerate(world.rows):

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from followups.states import Status
 
 
-class Row(NamedTuple):
-    """A follow-up in the database; the first of a `World` is due before the second."""
+class ModelRow(NamedTuple):
+    """A follow-up in the database; the first of a `ModelWorld` is due before the second."""
 
     status: Status = Status.PENDING
     reason: str = ""
@@ -47,13 +47,13 @@ class Job(NamedTuple):
 IDLE = Job(-1, 0, "idle")
 
 
-class World(NamedTuple):
+class ModelWorld(NamedTuple):
     """Everything: the database, the workers (in order, since they are alike), the chat.
 
     The broker needs no state: a hint of every token there has been may be read at any moment, again too, or never.
     """
 
-    rows: tuple[Row, Row]
+    rows: tuple[ModelRow, ModelRow]
     workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
     accepted: tuple[int, int] = (0, 0)
     """How often the chat has accepted the message of each."""
@@ -61,11 +61,11 @@ class World(NamedTuple):
     may_create: bool = False
     """The creation of the second has checked the chat without its lock, and may proceed."""
 
-    def with_row(self, number: int, row: Row) -> World:
+    def with_row(self, number: int, row: ModelRow) -> ModelWorld:
         """Return the state with this row changed."""
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
-    def without_dead_jobs(self) -> World:
+    def without_dead_jobs(self) -> ModelWorld:
         """Return the state without jobs that every guard will refuse from now on.
 
         With all guards in place this is sound, since tokens are never reused and ends are final.
@@ -79,7 +79,7 @@ class World(NamedTuple):
         row = self.rows[job.row]
         return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
 
-    def with_worker(self, old: Job, new: Job) -> World:
+    def with_worker(self, old: Job, new: Job) -> ModelWorld:
         """Return the state in which one worker has another job."""
         workers = list(self.workers)
         workers[workers.index(old)] = new

@@ -37,7 +37,7 @@ PAIRS = 40
 
 def claim(connection: Connection) -> list[Lease]:
     """Claim everything due."""
-    return claims.claim(connection, claims.Look(timedelta(seconds=2), MINUTE, window=5000, most=1000)).leases
+    return claims.claim(connection, claims.ClaimSearch(timedelta(seconds=2), MINUTE, window=5000, most=1000)).leases
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from followups.api.readiness import Health
+from followups.api.readiness import ReadinessChecks
 from followups.cli import main
 from followups.database import make_engine
 from followups.operations.doctor import database_checks
@@ -27,7 +27,7 @@ def test_it_is_called_read_only(settings: Settings, world: World, database_url: 
     world.follow_up(due=-timedelta(hours=1))
     url = whatever_it_is(database_url) if any_server else database_url
     engine = make_engine(url)
-    health = Health(settings, engine)
+    health = ReadinessChecks(settings, engine)
     with read_only(database_url):
         check = health.checks()["database"]
         findings = [*database_checks.databases(settings, engine), *database_checks.of_database(settings, engine)]

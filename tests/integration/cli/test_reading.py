@@ -13,7 +13,7 @@ from followups.delivery.claim import claim
 from followups.flow_control.breaker import BreakerStore, News, Run
 from followups.store import pauses
 from followups.store.leases import key_of
-from followups.store.pauses import Scope
+from followups.store.pauses import PauseScope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +171,7 @@ class TestShow:
         chat = world.chat()
         first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])
         with engine.begin() as connection:
-            pauses.pause(connection, Scope(world.workspace_id, None))
+            pauses.pause(connection, PauseScope(world.workspace_id, None))
         begin(engine, settings, claim(engine, settings).leases)
         shown = run("show", first, "--json").document
         assert shown["pausedBy"].keys() == {"workspace", "channel", "since"}

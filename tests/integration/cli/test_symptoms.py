@@ -16,7 +16,7 @@ from followups.operations.doctor import broker_checks, database_checks
 from followups.operations.doctor.broker_checks import of_broker
 from followups.operations.doctor.database_checks import of_database
 from followups.store import pauses
-from followups.store.pauses import Scope
+from followups.store.pauses import PauseScope
 
 if TYPE_CHECKING:
     import pytest
@@ -136,7 +136,7 @@ def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
     """Pauses are reported, with how much they hold."""
     assert found(settings, engine)["pauses"].detail == "nothing is paused"
     with engine.begin() as connection:
-        pauses.pause(connection, Scope(world.workspace_id, None))
+        pauses.pause(connection, PauseScope(world.workspace_id, None))
     world.follow_up()
     world.sql("UPDATE follow_ups SET pause_id = (SELECT id FROM pauses)")
     assert found(settings, engine)["pauses"].detail == "1, which hold 1: followups pause --list"

@@ -13,7 +13,7 @@ from followups.errors import ApiKeyNotFoundError, InvalidRequestError
 from followups.operations import administration
 from followups.sending_hours import SendingHours
 from followups.store import audit, pauses, rate_limits
-from followups.store.audit import Actor, Filter, Way
+from followups.store.audit import Actor, AuditFilter, Way
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,10 +25,10 @@ HOURS = SendingHours("Europe/Berlin", time(8), time(20), frozenset({0, 4}))
 
 CHANGES: dict[str, Callable[[Session, UUID], object]] = {
     "api_key.created": lambda s, w: administration.create_key(s, ACTOR, w, "website"),
-    "pause.begun": lambda s, w: administration.pause(s, ACTOR, pauses.Scope(w, "waha")),
-    "pause.ended": lambda s, w: administration.resume(s, ACTOR, pauses.Scope(w, "waha")),
-    "rate_limit.set": lambda s, w: administration.set_limit(s, ACTOR, rate_limits.Scope(w, None, "all"), 5, 2),
-    "rate_limit.cleared": lambda s, w: administration.clear_limit(s, ACTOR, rate_limits.Scope(w, None, "all")),
+    "pause.begun": lambda s, w: administration.pause(s, ACTOR, pauses.PauseScope(w, "waha")),
+    "pause.ended": lambda s, w: administration.resume(s, ACTOR, pauses.PauseScope(w, "waha")),
+    "rate_limit.set": lambda s, w: administration.set_limit(s, ACTOR, rate_limits.LimitScope(w, None, "all"), 5, 2),
+    "rate_limit.cleared": lambda s, w: administration.clear_limit(s, ACTOR, rate_limits.LimitScope(w, None, "all")),
     "sending_hours.set": lambda s, w: administration.set_hours(s, ACTOR, w, HOURS),
     "sending_hours.cleared": lambda s, w: administration.clear_hours(s, ACTOR, w),
 }
@@ -42,7 +42,7 @@ DETAILS = {
 
 def recorded(world: World, *, everywhere: bool = False) -> list[tuple[str, str, str]]:
     """Return action, way and actor of the events, oldest first."""
-    wanted = Filter() if everywhere else Filter(workspace_id=world.workspace_id)
+    wanted = AuditFilter() if everywhere else AuditFilter(workspace_id=world.workspace_id)
     with Session(world.engine) as session:
         return [(each.action, each.way, each.actor) for each in reversed(audit.newest(session, wanted, 100))]
 
@@ -54,7 +54,7 @@ def test_every_change_is_recorded(world: World) -> None:
             change(session, world.workspace_id)
     assert recorded(world) == [(action, "console", "ann@example.com") for action in CHANGES]
     with Session(world.engine) as session:
-        found = {each.action: each.details for each in audit.newest(session, Filter(), 100)}
+        found = {each.action: each.details for each in audit.newest(session, AuditFilter(), 100)}
     assert {action: found[action] for action in DETAILS} == DETAILS
 
 
@@ -69,7 +69,7 @@ def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
 
 def test_no_change_is_not_recorded(world: World) -> None:
     """Pausing what is paused, resuming, clearing or revoking what is not there leaves no event."""
-    scope, limit = pauses.Scope(world.workspace_id, None), rate_limits.Scope(None, None, "all")
+    scope, limit = pauses.PauseScope(world.workspace_id, None), rate_limits.LimitScope(None, None, "all")
     with Session(world.engine) as session, session.begin():
         assert administration.pause(session, ACTOR, scope)
     with Session(world.engine) as session, session.begin():
@@ -94,7 +94,7 @@ def test_a_key_is_revoked_once(world: World) -> None:
         with Session(world.engine) as session, session.begin():
             administration.revoke_key(session, ACTOR, ids[1])
     with Session(world.engine) as session:
-        found = audit.newest(session, Filter(workspace_id=ids[0]), 100)
+        found = audit.newest(session, AuditFilter(workspace_id=ids[0]), 100)
     expected = {"workspace.created", "api_key.created", "api_key.revoked"}
     assert {each.action for each in found} == expected
     assert sorted(str(each.target_id) for each in found) == sorted(map(str, ids))

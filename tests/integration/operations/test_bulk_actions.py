@@ -17,7 +17,7 @@ from followups.operations.bulk_actions import BatchError, BulkRunner, run_batch
 from followups.states import Status
 from followups.store import bulk_actions as rows
 from followups.store import quotas
-from followups.store.browse import Wanted
+from followups.store.browse import BrowseFilter
 from followups.store.quotas import Kind
 from stack import wait_until
 
@@ -36,7 +36,7 @@ def action(world: World, kind: str, ids: Sequence[UUID]) -> UUID:
     status = Status.PENDING if kind == "cancel" else Status.FAILED
     new = uuid4()
     with Session(world.engine) as session, session.begin():
-        wanted = Wanted(world.workspace_id, (status,), ids=tuple(ids))
+        wanted = BrowseFilter(world.workspace_id, (status,), ids=tuple(ids))
         rows.create(
             session,
             id=new,

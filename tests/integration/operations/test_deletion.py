@@ -45,7 +45,7 @@ def delete(engine: Engine, whole: Whole, patience: timedelta = PATIENCE) -> dict
 def events(world: World) -> list[tuple[str, str, int, str | None]]:
     """Return the events that are left."""
     with Session(world.engine) as session:
-        found = audit.newest(session, audit.Filter(workspace_id=world.workspace_id), 100)
+        found = audit.newest(session, audit.AuditFilter(workspace_id=world.workspace_id), 100)
         return [(each.action, each.actor, each.number, each.workspace) for each in found]
 
 
@@ -59,8 +59,8 @@ def filled(world: World) -> UUID:
     )
     with Session(world.engine) as session, session.begin():
         administration.create_key(session, ACTOR, world.workspace_id, "website")
-        administration.pause(session, ACTOR, pauses.Scope(world.workspace_id, "waha"))
-        administration.set_limit(session, ACTOR, rate_limits.Scope(world.workspace_id, None, "all"), 5, 5)
+        administration.pause(session, ACTOR, pauses.PauseScope(world.workspace_id, "waha"))
+        administration.set_limit(session, ACTOR, rate_limits.LimitScope(world.workspace_id, None, "all"), 5, 5)
         audit.record(session.connection(), Event(ACTOR, Action.FOLLOW_UP_CHANGED, world.workspace_id, pending[0]))
         message: dict[str, Any] = {"workspace_id": world.workspace_id, "chat_id": chat, "role": "agent"}
         body = json.dumps({"chatId": str(chat), "message": "Still there?"}).encode()

@@ -12,7 +12,7 @@ import time_machine
 from fakeredis import FakeAsyncRedis, FakeServer
 
 from followups.api import key_rate_limit
-from followups.api.key_rate_limit import UNLIMITED, RateLimit
+from followups.api.key_rate_limit import UNLIMITED, KeyRateLimit
 from followups.errors import TooManyRequestsError
 from followups.settings import load_settings
 
@@ -32,10 +32,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 
 @pytest.fixture
-def limit_of(server: FakeServer) -> Callable[[int], RateLimit]:
+def limit_of(server: FakeServer) -> Callable[[int], KeyRateLimit]:
     """Return a maker of rate limits, each as a process of its own has it."""
     assert server.connected
-    return lambda most: RateLimit(
+    return lambda most: KeyRateLimit(
         load_settings(
             database_url="postgresql://nowhere/x",
             broker_url="redis://nowhere/0",
@@ -45,7 +45,7 @@ def limit_of(server: FakeServer) -> Callable[[int], RateLimit]:
     )
 
 
-async def allowed(limit: RateLimit, requests: int, key: UUID = KEY) -> int:
+async def allowed(limit: KeyRateLimit, requests: int, key: UUID = KEY) -> int:
     """Return how many of so many requests the limit allows."""
     number = 0
     waits: list[float] = []
@@ -60,21 +60,21 @@ async def allowed(limit: RateLimit, requests: int, key: UUID = KEY) -> int:
     return number
 
 
-async def test_each_key_has_the_limit(limit_of: Callable[[int], RateLimit]) -> None:
+async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
     """A key gets as many requests a minute as the limit, and another key has its own."""
     limit = limit_of(5)
     assert await allowed(limit, 9) == 5
     assert await allowed(limit, 9, uuid4()) == 5
 
 
-async def test_processes_share_the_limit(limit_of: Callable[[int], RateLimit]) -> None:
+async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
     """What one process has counted, another one knows; a limit of 0 means none."""
     assert await allowed(limit_of(5), 3) == 3
     assert await allowed(limit_of(5), 9) == 2
     assert await allowed(limit_of(0), 99) == 99
 
 
-async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], RateLimit], server: FakeServer) -> None:
+async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
     """For a busy key, the server is asked rarely, for many requests at a time; even so the limit is never exceeded."""
     limit = limit_of(60_000)
     assert await allowed(limit, 1_000) == 1_000
@@ -83,7 +83,9 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], RateLimit],
     assert 1_000 <= counted <= 1_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
 
 
-async def test_simultaneous_requests_are_counted_once(limit_of: Callable[[int], RateLimit], server: FakeServer) -> None:
+async def test_simultaneous_requests_are_counted_once(
+    limit_of: Callable[[int], KeyRateLimit], server: FakeServer
+) -> None:
     """Requests of one key that arrive together use what one of them has counted ahead."""
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
@@ -99,7 +101,7 @@ async def values(server: FakeServer) -> list[bytes]:
     return found
 
 
-async def test_a_minute_later(limit_of: Callable[[int], RateLimit]) -> None:
+async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
     """The window slides: two minutes later a key has the whole limit again."""
     with time_machine.travel("2030-01-31T09:00:00Z", tick=False) as now:
         limit = limit_of(5)
@@ -109,7 +111,7 @@ async def test_a_minute_later(limit_of: Callable[[int], RateLimit]) -> None:
 
 
 async def test_without_the_server_nothing_is_refused(
-    limit_of: Callable[[int], RateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
+    limit_of: Callable[[int], KeyRateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Requests are allowed and counted as such while the server is away, and it is not asked for a while."""
     limit = limit_of(5)
@@ -125,7 +127,7 @@ async def test_without_the_server_nothing_is_refused(
 
 
 async def test_an_answer_that_is_an_error(
-    limit_of: Callable[[int], RateLimit], monkeypatch: pytest.MonkeyPatch
+    limit_of: Callable[[int], KeyRateLimit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that refuses, such as one being loaded, counts as away."""
     limit = limit_of(1)

@@ -15,28 +15,28 @@ from rich.console import Console
 
 from followups.cli.demo import EventLines
 from followups.cli.demo.picture import Picture, around_now
-from followups.cli.demo.scenario import FAILURES, REPLY_AT, REPLYING, Part, Scheduled, script
-from followups.cli.demo.score import Standing, lags, score, summary_lines, summary_panel
+from followups.cli.demo.scenario import FAILURES, REPLY_AT, REPLYING, ScenarioStep, Scheduled, script
+from followups.cli.demo.score import FollowUpState, lags, score, summary_lines, summary_panel
 from followups.states import Status
 
 START = datetime(2030, 1, 31, 9, tzinfo=UTC)
 SCENARIO = script()
 
 
-def ended(part: Part) -> Standing:
+def ended(part: ScenarioStep) -> FollowUpState:
     """Return the state of a part that has ended as scripted."""
     ending = part.ending
     lag = 2.0 + part.due if ending.status == Status.SENT else None
     reason = f"{ending.code}: why" if ending.code else None
-    return Standing(_scheduled(part), ending.status, ending.attempts, reason, None, lag)
+    return FollowUpState(_scheduled(part), ending.status, ending.attempts, reason, None, lag)
 
 
-def pending(part: Part) -> Standing:
+def pending(part: ScenarioStep) -> FollowUpState:
     """Return the state of a part before its moment."""
-    return Standing(_scheduled(part), Status.PENDING, 0, None, None, None)
+    return FollowUpState(_scheduled(part), Status.PENDING, 0, None, None, None)
 
 
-def _scheduled(part: Part) -> Scheduled:
+def _scheduled(part: ScenarioStep) -> Scheduled:
     return Scheduled(uuid4(), part, START + timedelta(seconds=part.due))
 
 

@@ -14,7 +14,7 @@ from followups.operations.explain import ENDINGS, Circumstances, explain
 from followups.sending_hours import SendingHours
 from followups.settings import load_settings
 from followups.states import ReasonCode, Status
-from followups.store.pauses import Standing
+from followups.store.pauses import ActivePause
 from followups.store.rate_limits import Limit
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
@@ -123,7 +123,7 @@ def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str)
     assert said in explained(Status.SENT, **accepted | columns)
 
 
-ACME = Standing(EARLIER, "acme", None, NOW, 3)
+ACME = ActivePause(EARLIER, "acme", None, NOW, 3)
 HOUR = timedelta(hours=1)
 WORKSPACE = UUID(int=7)
 HELD = frozenset({7})
@@ -146,7 +146,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             ),
         ),
         (
-            Circumstances(pause=Standing(EARLIER, None, "waha", NOW, 0)),
+            Circumstances(pause=ActivePause(EARLIER, None, "waha", NOW, 0)),
             {"due": -HOUR, "pause_id": EARLIER},
             "all chats on channel waha have been paused since 2030-01-31 09:00:00Z; followups resume --channel waha",
         ),

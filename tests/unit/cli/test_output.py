@@ -28,7 +28,7 @@ TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
 """Any text at all, lone surrogates too."""
 
 
-class Terminal(io.TextIOWrapper):
+class EncodedTerminal(io.TextIOWrapper):
     """A terminal in memory."""
 
     def __init__(self, encoding: str) -> None:
@@ -46,9 +46,9 @@ class Terminal(io.TextIOWrapper):
 
 
 @contextmanager
-def terminal(encoding: str) -> Iterator[Terminal]:
+def terminal(encoding: str) -> Iterator[EncodedTerminal]:
     """Replace stdout and stderr with a terminal."""
-    with pytest.MonkeyPatch.context() as patch, Terminal(encoding) as made:
+    with pytest.MonkeyPatch.context() as patch, EncodedTerminal(encoding) as made:
         patch.setattr(sys, "stdout", made)
         patch.setattr(sys, "stderr", made)
         patch.setenv("COLUMNS", "10000")

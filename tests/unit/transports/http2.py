@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Stream:
     """A complete request, and the means to answer it."""
 
-    connection: Connection
+    connection: Http2Connection
     id: int
     headers: Mapping[str, str]
     body: bytes = b""
@@ -44,7 +44,7 @@ class Stream:
 
 
 @dataclass
-class Connection:
+class Http2Connection:
     """One connection, and the streams on it by their numbers."""
 
     writer: asyncio.StreamWriter
@@ -63,7 +63,7 @@ class Http2Server:
 
     serve: Callable[[Stream], Awaitable[None]]
     streams_at_once: int = 100
-    connections: list[Connection] = field(default_factory=list)
+    connections: list[Http2Connection] = field(default_factory=list)
     requests: list[Stream] = field(default_factory=list)
     requested: asyncio.Event = field(default_factory=asyncio.Event)
     url: str = ""
@@ -75,7 +75,7 @@ class Http2Server:
         h2.local_settings = h2.local_settings.__class__(
             client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: self.streams_at_once}
         )
-        connection = Connection(writer, h2)
+        connection = Http2Connection(writer, h2)
         self.connections.append(connection)
         h2.initiate_connection()
         connection.flush()
@@ -85,7 +85,7 @@ class Http2Server:
                     self._take(connection, event)
                 connection.flush()
 
-    def _take(self, connection: Connection, event: object) -> None:
+    def _take(self, connection: Http2Connection, event: object) -> None:
         match event:
             case RequestReceived():
                 connection.requested[event.stream_id] = Stream(connection, event.stream_id, dict(event.headers))

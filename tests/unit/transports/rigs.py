@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Rig:
+class TransportRig:
     """A transport, and the chats that it delivers into."""
 
     transport: Transport
@@ -38,32 +38,32 @@ class Rig:
 
 
 @asynccontextmanager
-async def http_rig(within: float) -> AsyncIterator[Rig]:
+async def http_rig(within: float) -> AsyncIterator[TransportRig]:
     """Speak HTTP to the sandbox server, signed."""
     chats = SandboxChats()
     async with serving(build_app(chats, secret=SIGNING_SECRET)) as url:
         settings = settings_for(f"{url}/messages", transport_timeout=within, transport_secret=SIGNING_SECRET)
         async with opened(HttpTransport(settings)) as transport:
-            yield Rig(transport, chats)
+            yield TransportRig(transport, chats)
 
 
 @asynccontextmanager
-async def matrix_rig(within: float) -> AsyncIterator[Rig]:
+async def matrix_rig(within: float) -> AsyncIterator[TransportRig]:
     """Speak Matrix to a homeserver over such chats."""
     chats = SandboxChats()
     async with serving(homeserver(chats)) as url:
         settings = settings_for(url, transport="matrix", transport_timeout=within, transport_secret=TOKEN)
         async with opened(MatrixTransport(settings)) as transport:
-            yield Rig(transport, chats)
+            yield TransportRig(transport, chats)
 
 
 @asynccontextmanager
-async def sandbox_rig(within: float) -> AsyncIterator[Rig]:
+async def sandbox_rig(within: float) -> AsyncIterator[TransportRig]:
     """Deliver in this process."""
     chats = SandboxChats()
     settings = settings_for(transport="sandbox", transport_timeout=within)
     async with opened(SandboxTransport(settings, chats)) as transport:
-        yield Rig(transport, chats)
+        yield TransportRig(transport, chats)
 
 
 RIGS = {"http": http_rig, "matrix": matrix_rig, "sandbox": sandbox_rig}

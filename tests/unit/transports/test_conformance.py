@@ -1,6 +1,6 @@
 """The conformance suite for every transport: the five outcomes, whatever the other side does.
 
-A plug-in's author runs it by adding a `Rig` for the plug-in: the transport, and the chats behind it.
+A plug-in's author runs it by adding a `TransportRig` for the plug-in: the transport, and the chats behind it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 from followups.transports.port import Rejected, Retry, Sent, Snoozed, Transport, Unknown
 from unit.transports.doubles import MESSAGE, a_delivery
-from unit.transports.rigs import RIGS, Rig
+from unit.transports.rigs import RIGS, TransportRig
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -24,26 +24,26 @@ TIMEOUT = 0.25
 
 
 @pytest.fixture(params=RIGS)
-async def rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
     """Each transport, open, with a timeout long enough for any machine."""
     async with RIGS[request.param](10.0) as made:
         yield made
 
 
 @pytest.fixture(params=RIGS)
-async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
     """Each transport, open, with a short timeout."""
     async with RIGS[request.param](TIMEOUT) as made:
         yield made
 
 
-async def test_it_is_a_transport_with_a_name(rig: Rig) -> None:
+async def test_it_is_a_transport_with_a_name(rig: TransportRig) -> None:
     """A transport implements the port's protocol, and has the name of its entry point."""
     assert isinstance(rig.transport, Transport)
     assert rig.transport.name in {"http", "matrix", "sandbox"}
 
 
-async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: Rig) -> None:
+async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: TransportRig) -> None:
     """An accepted message is `Sent` with a UUID."""
     outcome = await rig.transport.send(a_delivery())
     assert isinstance(outcome, Sent)
@@ -51,14 +51,14 @@ async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: Rig) -> None:
     assert (outcome.status_code, outcome.detail) == (200, "")
 
 
-async def test_the_same_follow_up_twice_is_one_message(rig: Rig) -> None:
+async def test_the_same_follow_up_twice_is_one_message(rig: TransportRig) -> None:
     """The follow-up's id is the idempotency key: a second attempt finds the first one's message."""
     delivery = a_delivery()
     assert await rig.transport.send(delivery) == await rig.transport.send(delivery)
     assert rig.accepted == 1
 
 
-async def test_two_follow_ups_of_a_chat_are_two_messages(rig: Rig) -> None:
+async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> None:
     """Another follow-up is another message, even with the same text in the same chat."""
     first = a_delivery()
     outcomes = [await rig.transport.send(each) for each in (first, a_delivery(chat_id=first.chat_id))]
@@ -67,7 +67,7 @@ async def test_two_follow_ups_of_a_chat_are_two_messages(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 503, 504, 599])
-async def test_a_passing_failure_is_tried_again(rig: Rig, status: int) -> None:
+async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) -> None:
     """408, 425 and 5xx are a `Retry` that names the status; the next attempt can succeed."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="fail", status=status, times=1)
@@ -75,41 +75,41 @@ async def test_a_passing_failure_is_tried_again(rig: Rig, status: int) -> None:
     assert isinstance(await rig.transport.send(delivery), Sent)
 
 
-async def test_a_failure_may_say_when_to_come_back(rig: Rig) -> None:
+async def test_a_failure_may_say_when_to_come_back(rig: TransportRig) -> None:
     """The Retry-After of a failure becomes the `Retry`'s requested delay."""
     outcome = await rig.send(a_delivery(), kind="fail", status=500, retry_after=7)
     assert outcome == Retry("HTTP 500", timedelta(seconds=7), 500)
 
 
 @pytest.mark.parametrize("status", [429, 503])
-async def test_a_rate_limit_uses_up_no_attempt(rig: Rig, status: int) -> None:
+async def test_a_rate_limit_uses_up_no_attempt(rig: TransportRig, status: int) -> None:
     """429, and 503 with a Retry-After, are `Snoozed` for as long as the receiver asks."""
     outcome = await rig.send(a_delivery(), kind="rate_limit", status=status, retry_after=30)
     assert outcome == Snoozed(f"HTTP {status}", timedelta(seconds=30), status)
     assert rig.accepted == 0
 
 
-async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: Rig) -> None:
+async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: TransportRig) -> None:
     """A refusal is `Rejected`, with the status and the beginning of the receiver's answer."""
     reason = "blocked \u00e9 " * 100
     outcome = await rig.send(a_delivery(), kind="reject", body=reason)
     assert outcome == Rejected(f"HTTP 403 {reason[:200]}", 403)
 
 
-async def test_a_refusal_never_carries_a_nul(rig: Rig) -> None:
+async def test_a_refusal_never_carries_a_nul(rig: TransportRig) -> None:
     """Characters that PostgreSQL cannot store are removed from a reason."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
 
 @pytest.mark.parametrize("status", [301, 302, 304, 307, 400, 401, 403, 404, 409, 410, 413, 422, 451, 499])
-async def test_whatever_is_no_passing_failure_is_final(rig: Rig, status: int) -> None:
+async def test_whatever_is_no_passing_failure_is_final(rig: TransportRig, status: int) -> None:
     """3xx and the other 4xx are `Rejected`."""
     outcome = await rig.send(a_delivery(), kind="reject", status=status, body="")
     assert outcome == Rejected(f"HTTP {status}", status)
 
 
-async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Rig) -> None:
+async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: TransportRig) -> None:
     """A connection that breaks before the answer is `Unknown`; repeating the key reveals the outcome."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
@@ -119,13 +119,13 @@ async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Rig)
     assert rig.accepted == 1
 
 
-async def test_a_lost_answer_costs_one_request_only(rig: Rig) -> None:
+async def test_a_lost_answer_costs_one_request_only(rig: TransportRig) -> None:
     """A transport never repeats a request by itself: the dispatcher decides that."""
     await rig.send(a_delivery(), kind="drop")
     assert rig.chats.ledger.summary()["requests"] == 1
 
 
-async def test_no_answer_in_time_is_unknown(hasty_rig: Rig) -> None:
+async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
     """After the transport timeout the outcome is `Unknown`, neither sooner nor much later."""
     began = time.monotonic()
     outcome = await hasty_rig.send(a_delivery(), kind="slow", delay=30)
@@ -152,7 +152,7 @@ async def test_no_answer_in_time_is_unknown(hasty_rig: Rig) -> None:
     ],
     ids=lambda body: body[:12].replace("\x00", "NUL"),
 )
-async def test_a_strange_answer_is_sent_without_an_id(rig: Rig, body: str) -> None:
+async def test_a_strange_answer_is_sent_without_an_id(rig: TransportRig, body: str) -> None:
     """A 2xx with an invalid body is `Sent`; the detail describes the flaw without quoting the body."""
     outcome = await rig.send(a_delivery(), kind="accept", body=body)
     assert isinstance(outcome, Sent)
@@ -163,12 +163,12 @@ async def test_a_strange_answer_is_sent_without_an_id(rig: Rig, body: str) -> No
 
 
 @pytest.mark.parametrize("status", [200, 201, 202, 204, 299])
-async def test_every_2xx_is_sent(rig: Rig, status: int) -> None:
+async def test_every_2xx_is_sent(rig: TransportRig, status: int) -> None:
     """Any 2xx without a body is `Sent` without an id and without a detail."""
     assert await rig.send(a_delivery(), kind="accept", status=status, body="") == Sent(None, status, "")
 
 
-async def test_every_status_is_an_outcome(rig: Rig) -> None:
+async def test_every_status_is_an_outcome(rig: TransportRig) -> None:
     """For every status, `send` returns one of the five outcomes with the status."""
     for status in range(200, 600):
         outcome = await rig.send(a_delivery(), kind="fail", status=status, body="")
@@ -177,7 +177,7 @@ async def test_every_status_is_an_outcome(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("kind", ["accept", "fail", "reject", "rate_limit", "drop", "slow"])
-async def test_no_outcome_shows_the_message(rig: Rig, kind: str) -> None:
+async def test_no_outcome_shows_the_message(rig: TransportRig, kind: str) -> None:
     """The text of the message is in no outcome."""
     assert MESSAGE not in repr(await rig.send(a_delivery(), kind=kind, delay=0))
 
@@ -187,19 +187,19 @@ async def test_no_outcome_shows_the_message(rig: Rig, kind: str) -> None:
     ["x", "\u00e9 \U0001f44d \u0645\u0631\u062d\u0628\u0627", "\u00e9" * 65_536, "\x00\x1f\"\\'\u2028\n", "\ud800"],
     ids=["one", "unicode", "longest", "controls", "surrogate"],
 )
-async def test_any_text_arrives(rig: Rig, text: str) -> None:
+async def test_any_text_arrives(rig: TransportRig, text: str) -> None:
     """A text arrives unchanged and complete; a lone surrogate causes no error."""
     assert isinstance(await rig.transport.send(a_delivery(message=text)), Sent)
     assert rig.chats.ledger.records()[0].message_length == len(text)
 
 
-async def test_many_at_once(rig: Rig) -> None:
+async def test_many_at_once(rig: TransportRig) -> None:
     """Concurrent calls, even more than the settings allow, each get their own answer."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 
 
-async def test_one_slow_chat_holds_up_no_other(rig: Rig) -> None:
+async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
     """While one call waits for its answer others are made and answered."""
     slow = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.02)
@@ -209,7 +209,7 @@ async def test_one_slow_chat_holds_up_no_other(rig: Rig) -> None:
     await asyncio.wait([slow])
 
 
-async def test_a_cancelled_call_is_cancelled(rig: Rig) -> None:
+async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
     """Cancelling the caller's task passes through; it is no outcome."""
     task = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.05)
@@ -218,13 +218,13 @@ async def test_a_cancelled_call_is_cancelled(rig: Rig) -> None:
         await task
 
 
-async def test_check_says_one_sentence_and_sends_nothing(rig: Rig) -> None:
+async def test_check_says_one_sentence_and_sends_nothing(rig: TransportRig) -> None:
     """`check` reaches the other side without delivering anything."""
     assert (await rig.transport.check()).endswith(".")
     assert rig.chats.ledger.summary()["requests"] == 0
 
 
-async def test_opening_and_closing_twice_does_no_harm(rig: Rig) -> None:
+async def test_opening_and_closing_twice_does_no_harm(rig: TransportRig) -> None:
     """`open` and `close` are idempotent, and a closed transport can be opened again."""
     await rig.transport.open()
     await rig.transport.close()

@@ -192,7 +192,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 
 
 @dataclass
-class Proxy:
+class ConnectProxy:
     """A CONNECT proxy that records its targets and traffic, or gives a fixed refusal instead."""
 
     refusal: bytes = b""
@@ -224,9 +224,9 @@ class Proxy:
 
 
 @asynccontextmanager
-async def proxy_that(refusal: bytes = b"") -> AsyncIterator[Proxy]:
+async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
     """Run a proxy on a free port."""
-    proxy = Proxy(refusal)
+    proxy = ConnectProxy(refusal)
     async with listening(proxy.serve) as proxy.url:
         yield proxy
 

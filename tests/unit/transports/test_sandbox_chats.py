@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from followups.transports.sandbox import ledger
 from followups.transports.sandbox.behaviour import Behaviour, Incoming
 from followups.transports.sandbox.chats import KEEP_ATTEMPTS, KEEP_CHATS, KEEP_MESSAGES, KEEP_TEXT, SandboxChats
-from followups.transports.sandbox.ledger import Received
+from followups.transports.sandbox.ledger import Arrival
 
 DUE = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -23,9 +23,9 @@ def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> I
     )
 
 
-def late(milliseconds: float) -> Received:
+def late(milliseconds: float) -> Arrival:
     """Return the time that long after the due date."""
-    return Received((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
+    return Arrival((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
 
 
 def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:

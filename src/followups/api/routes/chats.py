@@ -67,7 +67,7 @@ async def receive_chat_message(body: NewChatMessage, request: Request) -> Respon
     return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
 
 
-def _receive(work: Work, body: NewChatMessage) -> Steps[chats.Received]:
+def _receive(work: Work, body: NewChatMessage) -> Steps[chats.RecordedMessage]:
     received = yield from chats.receive.steps(
         work.workspace_id, message_id=body.id, chat_id=body.chat_id, role=body.role, created_at=body.created_at
     )

@@ -47,7 +47,7 @@ router = APIRouter(prefix=PATH, tags=["Chat Message Follow Ups"], route_class=Au
 @lists.get("", operation_id="listFollowUps", response_model=list[FollowUp], responses=response_docs.LIST)
 async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Request) -> Response:
     """List follow-ups, newest first."""
-    wanted = listing.Filter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
+    wanted = listing.ListFilter(query.chat_ids, query.chat_message_ids, query.statuses, query.trigger_chat_message_ids)
     caller = Caller(request)
     starts = caller.starts
     rows, has_next, has_previous = await caller.read(lambda work: _list(starts, work.workspace_id, wanted, query))
@@ -90,7 +90,7 @@ def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 def _list(
-    starts: Starts, workspace_id: UUID, wanted: listing.Filter, query: FollowUpQuery
+    starts: Starts, workspace_id: UUID, wanted: listing.ListFilter, query: FollowUpQuery
 ) -> Steps[tuple[Sequence[Any], bool, bool]]:
     """Return a page, and whether there are a next and a previous one."""
     size, this = query.page_size, (workspace_id, wanted)
@@ -122,7 +122,7 @@ async def create_follow_up(
     return _response(await Caller(request).change(lambda work: _create_once(work, body, idempotency_key)))
 
 
-def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[idempotency.Answer]:
+def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[idempotency.StoredResponse]:
     request_hash = idempotency.hash_of(body.model_dump_json().encode())
     answer = yield from idempotency.recall.steps(work.workspace_id, idempotency_key, request_hash)
     if answer is None:
@@ -132,13 +132,13 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
             raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
             # Stored like any other answer, so that the same request gets it again even if the chat has changed.
-            answer = idempotency.Answer(problems.of_error(error).status, None, problems.of_error(error).body())
+            answer = idempotency.StoredResponse(problems.of_error(error).status, None, problems.of_error(error).body())
         stored = _with_message(answer, "")
         yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, stored)
     return _with_message(answer, body.message)
 
 
-def _with_message(answer: idempotency.Answer, message: str) -> idempotency.Answer:
+def _with_message(answer: idempotency.StoredResponse, message: str) -> idempotency.StoredResponse:
     """Return the answer to a create request with this message in it.
 
     The answer is stored without a message, so that no text stays there after it has left its row. A repeated request
@@ -149,13 +149,13 @@ def _with_message(answer: idempotency.Answer, message: str) -> idempotency.Answe
     return replace(answer, body=to_json(json.loads(answer.body) | {"message": message}))
 
 
-def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer]:
+def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResponse]:
     created = yield from scheduling.scheduling(work.workspace_id, body.chat_id, body.message, body.due_date)
     work.report(created)
-    return idempotency.Answer(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
+    return idempotency.StoredResponse(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
 
 
-def _response(answer: idempotency.Answer) -> Response:
+def _response(answer: idempotency.StoredResponse) -> Response:
     media_type = json_responses.MEDIA_TYPE if answer.location else problems.MEDIA_TYPE
     headers = {"location": answer.location} if answer.location else None
     return Response(answer.body, answer.status, headers, media_type)

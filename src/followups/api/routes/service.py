@@ -14,7 +14,7 @@ from followups.api.schemas import Health, Readiness
 
 if TYPE_CHECKING:
     from followups.api.metrics import Exposition
-    from followups.api.readiness import Health as Checks
+    from followups.api.readiness import ReadinessChecks as Checks
 
 router = APIRouter(tags=["Service"])
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from followups.cli.bench.environment import Place, Plan, prepared
+from followups.cli.bench.environment import BenchEnvironment, BenchPlan, prepared
 from followups.cli.catalogue import examples
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, print_json, remark, remarks, say
@@ -91,7 +91,7 @@ def bench(
             f"That would be {rate * seconds:,.0f} follow-ups; at most {MOST:,} are sent. Lower --rate or --seconds."
         )
         raise typer.BadParameter(message, param_hint="--rate")
-    with StopSignals() as signals, prepared(Plan(workers, delay, remark)) as place:
+    with StopSignals() as signals, prepared(BenchPlan(workers, delay, remark)) as place:
         result = _measure(place, signals, count, rate, seconds)
     if json:
         print_json(_document(result))
@@ -101,7 +101,7 @@ def bench(
         raise typer.Exit(FAILED)
 
 
-def _measure(place: Place, signals: StopSignals, count: int, rate: float, seconds: float) -> Result:
+def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: float, seconds: float) -> Result:
     with place.engine.begin() as connection:
         ids = store.fill(connection, place.workspace_id, count, LATER, timedelta(0))
     time.sleep(1.0)  # let the inserted rows become visible and the workers idle
@@ -126,7 +126,7 @@ def _measure(place: Place, signals: StopSignals, count: int, rate: float, second
     )
 
 
-def _watch(place: Place, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
+def _watch(place: BenchEnvironment, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
     """Wait until every follow-up has ended, for `LONGEST` at most."""
     deadline = time.monotonic() + LONGEST
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

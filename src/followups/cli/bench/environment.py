@@ -35,7 +35,7 @@ READY_WITHIN = timedelta(seconds=60)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BenchPlan:
     """What a benchmark starts."""
 
     workers: int
@@ -45,7 +45,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BenchEnvironment:
     """A prepared benchmark environment."""
 
     engine: Engine
@@ -66,7 +66,7 @@ class Place:
 
 
 @contextmanager
-def prepared(plan: Plan) -> Iterator[Place]:
+def prepared(plan: BenchPlan) -> Iterator[BenchEnvironment]:
     """Create the schema, start receiver, beat and workers, yield, and remove everything again."""
     with ExitStack() as stack:
         name = f"{bench_schema.PREFIX}{secrets.token_hex(6)}"
@@ -88,7 +88,7 @@ def prepared(plan: Plan) -> Iterator[Place]:
             workspace_id = workspaces.create(session, "bench")[0].id
         plan.tell(f"Starting receiver, beat and {plan.workers} worker{'s' if plan.workers > 1 else ''}")
         _start(processes, settings, plan, port)
-        yield Place(engine, workspace_id, receiver, processes)
+        yield BenchEnvironment(engine, workspace_id, receiver, processes)
         plan.tell("Cleaning up")
 
 
@@ -116,7 +116,7 @@ def _settings(name: str, receiver: str, runtime: str) -> Settings:
     return load_settings(**configured.model_dump() | own)
 
 
-def _start(processes: Processes, settings: Settings, plan: Plan, port: int) -> None:
+def _start(processes: Processes, settings: Settings, plan: BenchPlan, port: int) -> None:
     module = [sys.executable, "-m", "followups.embedded.receiver", "--port", str(port)]
     receiver = f"http://127.0.0.1:{port}"
     processes.spawn("receiver", module, ready=answers(f"{receiver}/count"), within=READY_WITHIN)

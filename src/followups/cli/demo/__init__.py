@@ -16,13 +16,13 @@ from followups.cli.catalogue import examples
 from followups.cli.demo.picture import Picture, state_of
 from followups.cli.demo.play import Stage
 from followups.cli.demo.scenario import script
-from followups.cli.demo.score import Standing, look, score, summary_lines, summary_panel
+from followups.cli.demo.score import FollowUpState, look, score, summary_lines, summary_panel
 from followups.cli.failures import FAILED
 from followups.cli.output import Json, console, print_json, remark, say
 from followups.database import make_engine
 from followups.embedded import free_port
 from followups.embedded.stop_signals import StopSignals
-from followups.embedded.system import Plan, running
+from followups.embedded.system import StartPlan, running
 from followups.settings import Settings
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from followups.cli.demo.score import Score
     from followups.embedded.system import Stack
 
-Show = Callable[[Sequence[Standing], datetime, Sequence[str]], None]
+Show = Callable[[Sequence[FollowUpState], datetime, Sequence[str]], None]
 """Called repeatedly with the state of all follow-ups, the time, and the chats whose users have just replied."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -64,13 +64,13 @@ def demo(*, json: Json = False) -> None:
         raise typer.Exit(FAILED)
 
 
-def plan_of(signals: StopSignals) -> Plan:
+def plan_of(signals: StopSignals) -> StartPlan:
     """Return what to start for the demo: the default settings, whatever the environment says.
 
     So everyone sees the same demo.
     """
     defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
-    return Plan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
+    return StartPlan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
 
 
 def _present(stack: Stack, *, json: bool) -> Score:
@@ -94,7 +94,7 @@ def _draw(stack: Stack) -> Score:
     target.print(f"Console, as operator, once: {stack.create_console_link()}", soft_wrap=True, highlight=False)
     with Live(console=target, auto_refresh=False, vertical_overflow="crop") as live:
 
-        def show(standings: Sequence[Standing], now: datetime, _: Sequence[str]) -> None:
+        def show(standings: Sequence[FollowUpState], now: datetime, _: Sequence[str]) -> None:
             live.update(Picture(standings, now, stack.sandbox, *target.size).render(), refresh=True)
 
         result = perform(stack, show)
@@ -109,7 +109,7 @@ class EventLines:
         """Start with every follow-up pending."""
         self._known: dict[UUID, tuple[str, int]] = {}
 
-    def __call__(self, standings: Sequence[Standing], now: datetime, replied: Sequence[str]) -> None:
+    def __call__(self, standings: Sequence[FollowUpState], now: datetime, replied: Sequence[str]) -> None:
         """Print what has changed since the last look."""
         for name in replied:
             say(f"{name:5} writes back")

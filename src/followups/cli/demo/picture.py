@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from followups.cli.demo.score import Standing
+    from followups.cli.demo.score import FollowUpState
 
 WIDE = 110
 """Terminal width from which the messages are shown too."""
@@ -43,7 +43,7 @@ RETRYING = "↻"
 class Picture:
     """What the picture shows."""
 
-    standings: Sequence[Standing]
+    standings: Sequence[FollowUpState]
     now: datetime
     sandbox: str
     width: int
@@ -90,7 +90,7 @@ class Picture:
         return Panel(table, title="follow-ups, by due moment", title_align="left", border_style="dim")
 
 
-def around_now(standings: Sequence[Standing], now: datetime, count: int) -> list[Standing]:
+def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) -> list[FollowUpState]:
     """Return ``count`` follow-ups in the order of their due times: those around now, and all that are being retried.
 
     When all have ended, those that took several attempts or were not sent come first.
@@ -107,7 +107,7 @@ def around_now(standings: Sequence[Standing], now: datetime, count: int) -> list
     return sorted(chosen, key=lambda each: each.scheduled.due)
 
 
-def state_of(standing: Standing, now: datetime) -> str:
+def state_of(standing: FollowUpState, now: datetime) -> str:
     """Return the state in words, short enough for the narrowest column."""
     if standing.trying_again and standing.next_attempt_at is not None:
         left = max((standing.next_attempt_at - now).total_seconds(), 0.0)
@@ -118,11 +118,11 @@ def state_of(standing: Standing, now: datetime) -> str:
     return f"{mark} {standing.status}" + (f", try {standing.attempts}" if standing.retried else "")
 
 
-def _style(standing: Standing) -> str:
+def _style(standing: FollowUpState) -> str:
     return "magenta" if standing.trying_again else STYLES[standing.status]
 
 
-def _cells(standing: Standing, now: datetime) -> tuple[Text, ...]:
+def _cells(standing: FollowUpState, now: datetime) -> tuple[Text, ...]:
     left = (standing.scheduled.due - now) / timedelta(seconds=1)
     due = f"in {left:.1f} s" if left > 0 else f"{-left:.1f} s ago"
     lag = "-" if standing.lag is None else f"{standing.lag:,.1f}"
@@ -136,7 +136,7 @@ def _cells(standing: Standing, now: datetime) -> tuple[Text, ...]:
     )
 
 
-def _chats(standings: Sequence[Standing], rows: int) -> Panel:
+def _chats(standings: Sequence[FollowUpState], rows: int) -> Panel:
     by_chat: dict[str, Text] = {}
     for each in standings:
         marks = by_chat.setdefault(each.chat, Text())
@@ -149,7 +149,7 @@ def _chats(standings: Sequence[Standing], rows: int) -> Panel:
     return Panel(body, title="chats", title_align="left", border_style="dim")
 
 
-def _totals(standings: Sequence[Standing]) -> Text:
+def _totals(standings: Sequence[FollowUpState]) -> Text:
     counts = {status: sum(each.status == status for each in standings) for status in Status}
     retried = sum(each.retried for each in standings)
     line = Text(" ", no_wrap=True, overflow="ellipsis")

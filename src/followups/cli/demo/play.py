@@ -15,7 +15,7 @@ from followups.errors import FollowUpsError
 from followups.operations.wording import rfc3339
 
 if TYPE_CHECKING:
-    from followups.cli.demo.scenario import Part, Scenario
+    from followups.cli.demo.scenario import Scenario, ScenarioStep
     from followups.embedded.system import Stack
 
 TIMEOUT = 30.0
@@ -111,7 +111,7 @@ class Stage:
         self._api.close()
         self._sandbox.close()
 
-    def _create(self, part: Part) -> Scheduled:
+    def _create(self, part: ScenarioStep) -> Scheduled:
         due = self.start + timedelta(seconds=part.due)
         document = {"chatId": str(self._chats[part.chat]), "dueDate": rfc3339(due), "message": part.message}
         created = self._api.call("POST", "/api/v1/chat-message-follow-ups", document)

@@ -22,7 +22,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScenarioStep:
     """One follow-up, due ``due`` seconds after the start."""
 
     chat: str
@@ -36,7 +36,7 @@ class Scheduled:
     """A follow-up of the scenario, with its id in the API."""
 
     id: UUID
-    part: Part
+    part: ScenarioStep
     due: datetime
 
 
@@ -44,7 +44,7 @@ class Scheduled:
 class Scenario:
     """All follow-ups in the order of their due times, and the behaviour of the receiver and the users."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
     """How many times the receiver answers 500 in a chat before it accepts."""
     refused: frozenset[str]
@@ -92,20 +92,20 @@ def script() -> Scenario:
     """Return the scenario; it is the same each time."""
     steady = [_steady(number) for number in range(len(STEADY) * EACH)]
     flaky = [
-        Part(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))
+        ScenarioStep(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))
         for number, (name, failures) in enumerate(FAILURES.items())
     ]
     replied = [
-        Part(REPLYING, 2.6, "Would you like to go on?", SENT),
-        Part(REPLYING, 7.9, "This is never sent: Lena replied.", CANCELLED),
-        Part(REPLYING, 9.1, "Neither is this.", CANCELLED),
+        ScenarioStep(REPLYING, 2.6, "Would you like to go on?", SENT),
+        ScenarioStep(REPLYING, 7.9, "This is never sent: Lena replied.", CANCELLED),
+        ScenarioStep(REPLYING, 9.1, "Neither is this.", CANCELLED),
     ]
-    refused = [Part(REFUSED, 4.3, "The receiver refuses this.", REJECTED)]
+    refused = [ScenarioStep(REFUSED, 4.3, "The receiver refuses this.", REJECTED)]
     parts = sorted([*steady, *flaky, *replied, *refused], key=lambda part: part.due)
     return Scenario(tuple(parts), dict(FAILURES), frozenset({REFUSED}), {REPLYING: REPLY_AT})
 
 
-def _steady(number: int) -> Part:
+def _steady(number: int) -> ScenarioStep:
     turn, chat = divmod(number, len(STEADY))
     step = DURATION / (len(STEADY) * EACH)
-    return Part(STEADY[chat], round((number + GOLDEN * number % 1) * step, 3), LINES[turn], SENT)
+    return ScenarioStep(STEADY[chat], round((number + GOLDEN * number % 1) * step, 3), LINES[turn], SENT)

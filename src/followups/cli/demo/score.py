@@ -21,7 +21,7 @@ from rich.text import Text
 from followups.cli.demo.scenario import REFUSED, REPLYING
 from followups.states import FINAL, Status, code_of
 from followups.store import listing
-from followups.store.listing import Filter
+from followups.store.listing import ListFilter
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99}
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class FollowUpState:
     """The current state of one follow-up."""
 
     scheduled: Scheduled
@@ -78,16 +78,16 @@ class Standing:
         return ended == (ending.status, ending.attempts, ending.code.value if ending.code else "")
 
 
-def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[Standing]:
+def look(session: Session, workspace_id: UUID, scheduled: Sequence[Scheduled]) -> list[FollowUpState]:
     """Return the current state of each follow-up, in the given order."""
-    found, _ = listing.page(session, workspace_id, Filter(), page_number=1, page_size=len(scheduled))
+    found, _ = listing.page(session, workspace_id, ListFilter(), page_number=1, page_size=len(scheduled))
     rows = {row.id: row for row in found}
     return [_standing(each, rows[each.id]) for each in scheduled]
 
 
-def _standing(scheduled: Scheduled, row: FollowUp) -> Standing:
+def _standing(scheduled: Scheduled, row: FollowUp) -> FollowUpState:
     lag = (row.accepted_at - row.due_date) / MILLISECOND if row.accepted_at else None
-    return Standing(scheduled, Status(row.status), row.attempts, row.reason, row.next_attempt_at, lag)
+    return FollowUpState(scheduled, Status(row.status), row.attempts, row.reason, row.next_attempt_at, lag)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ class Score:
         return {**counts, "lagMs": dict(self.lag), "ok": self.ok}
 
 
-def score(standings: Sequence[Standing], receipts: Mapping[str, object]) -> Score:
+def score(standings: Sequence[FollowUpState], receipts: Mapping[str, object]) -> Score:
     """Count the outcomes, and compare them with the script and with the receiver's counts."""
     by_status = {status: sum(each.status == status for each in standings) for status in Status}
     duplicates = int(str(receipts["duplicates"]))
@@ -131,7 +131,7 @@ def score(standings: Sequence[Standing], receipts: Mapping[str, object]) -> Scor
     )
 
 
-def _problems(standings: Sequence[Standing], receipts: Mapping[str, object], sent: int) -> list[str]:
+def _problems(standings: Sequence[FollowUpState], receipts: Mapping[str, object], sent: int) -> list[str]:
     problems = [_difference(each) for each in standings if not each.as_scripted]
     if receipts["duplicates"]:
         problems.append(f"the receiver took {receipts['duplicates']} messages more than once")
@@ -140,14 +140,14 @@ def _problems(standings: Sequence[Standing], receipts: Mapping[str, object], sen
     return problems
 
 
-def _difference(standing: Standing) -> str:
+def _difference(standing: FollowUpState) -> str:
     ending = standing.scheduled.part.ending
     wanted = f"{ending.status} after {ending.attempts} attempts"
     found = f"{standing.status} after {standing.attempts}" + (f" ({standing.reason})" if standing.reason else "")
     return f"{standing.chat}'s of second {standing.scheduled.part.due:g} should be {wanted}, and is {found}"
 
 
-def lags(standings: Sequence[Standing]) -> dict[str, float | None]:
+def lags(standings: Sequence[FollowUpState]) -> dict[str, float | None]:
     """Return the quantiles of the lag, in milliseconds, of messages that the first attempt delivered."""
     ordered = sorted(each.lag for each in standings if each.lag is not None and not each.retried)
     if not ordered:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from followups.console.access import Action
+from followups.console.access import Permission
 from followups.console.pages import (
     audit_log,
     bulk,
@@ -34,43 +34,43 @@ class Route:
 
     method: str
     path: str
-    action: Action
+    action: Permission
     page: Callable[[Visit], Response]
 
 
 ROUTES = (
-    Route("GET", "/login", Action.PUBLIC, login.show),
-    Route("POST", "/login", Action.PUBLIC, login.sign_in),
-    Route("POST", "/logout", Action.PUBLIC, login.sign_out),
-    Route("POST", "/preferences", Action.PUBLIC, public.prefer),
-    Route("GET", "/static/{name}", Action.PUBLIC, public.static),
-    Route("GET", "/", Action.SEE, overview.show),
-    Route("GET", "/follow-ups", Action.SEE, follow_ups.show),
-    Route("GET", "/follow-ups/new", Action.CHANGE, new.show),
-    Route("POST", "/follow-ups/new", Action.CHANGE, new.schedule),
-    Route("GET", "/follow-ups/{id}", Action.SEE, follow_up.show),
-    Route("POST", "/follow-ups/{id}", Action.CHANGE, follow_up.save),
-    Route("POST", "/follow-ups/{id}/message", Action.SEE, follow_up.reveal),
-    Route("POST", "/follow-ups/{id}/cancel", Action.CHANGE, follow_up.cancel),
-    Route("POST", "/follow-ups/{id}/send", Action.CHANGE, follow_up.send_now),
-    Route("POST", "/follow-ups/{id}/retry", Action.CHANGE, follow_up.retry),
-    Route("GET", "/chats/{id}", Action.SEE, chat.show),
-    Route("GET", "/bulk", Action.SEE, bulk.history),
-    Route("POST", "/bulk/preview", Action.CHANGE, bulk.preview),
-    Route("POST", "/bulk", Action.CHANGE, bulk.start),
-    Route("GET", "/bulk/{id}", Action.SEE, bulk.show),
-    Route("POST", "/bulk/{id}/stop", Action.CHANGE, bulk.stop),
-    Route("GET", "/settings", Action.SETTINGS, settings.show),
-    Route("POST", "/settings/keys", Action.SETTINGS, settings.create_key),
-    Route("GET", "/settings/keys/{id}", Action.SETTINGS, settings.ask_to_revoke),
-    Route("POST", "/settings/keys/{id}/revoke", Action.SETTINGS, settings.revoke_key),
-    Route("POST", "/settings/hours", Action.SETTINGS, settings.set_hours),
-    Route("POST", "/settings/limits", Action.SETTINGS, settings.set_limit),
-    Route("POST", "/settings/limits/clear", Action.SETTINGS, settings.clear_limit),
-    Route("POST", "/settings/pauses", Action.SETTINGS, settings.pause),
-    Route("POST", "/settings/pauses/resume", Action.SETTINGS, settings.resume),
-    Route("POST", "/settings/sessions/{id}/end", Action.SETTINGS, settings.end_session),
-    Route("GET", "/audit", Action.AUDIT, audit_log.show),
-    Route("GET", "/system", Action.SYSTEM, system.show),
+    Route("GET", "/login", Permission.PUBLIC, login.show),
+    Route("POST", "/login", Permission.PUBLIC, login.sign_in),
+    Route("POST", "/logout", Permission.PUBLIC, login.sign_out),
+    Route("POST", "/preferences", Permission.PUBLIC, public.prefer),
+    Route("GET", "/static/{name}", Permission.PUBLIC, public.static),
+    Route("GET", "/", Permission.SEE, overview.show),
+    Route("GET", "/follow-ups", Permission.SEE, follow_ups.show),
+    Route("GET", "/follow-ups/new", Permission.CHANGE, new.show),
+    Route("POST", "/follow-ups/new", Permission.CHANGE, new.schedule),
+    Route("GET", "/follow-ups/{id}", Permission.SEE, follow_up.show),
+    Route("POST", "/follow-ups/{id}", Permission.CHANGE, follow_up.save),
+    Route("POST", "/follow-ups/{id}/message", Permission.SEE, follow_up.reveal),
+    Route("POST", "/follow-ups/{id}/cancel", Permission.CHANGE, follow_up.cancel),
+    Route("POST", "/follow-ups/{id}/send", Permission.CHANGE, follow_up.send_now),
+    Route("POST", "/follow-ups/{id}/retry", Permission.CHANGE, follow_up.retry),
+    Route("GET", "/chats/{id}", Permission.SEE, chat.show),
+    Route("GET", "/bulk", Permission.SEE, bulk.history),
+    Route("POST", "/bulk/preview", Permission.CHANGE, bulk.preview),
+    Route("POST", "/bulk", Permission.CHANGE, bulk.start),
+    Route("GET", "/bulk/{id}", Permission.SEE, bulk.show),
+    Route("POST", "/bulk/{id}/stop", Permission.CHANGE, bulk.stop),
+    Route("GET", "/settings", Permission.SETTINGS, settings.show),
+    Route("POST", "/settings/keys", Permission.SETTINGS, settings.create_key),
+    Route("GET", "/settings/keys/{id}", Permission.SETTINGS, settings.ask_to_revoke),
+    Route("POST", "/settings/keys/{id}/revoke", Permission.SETTINGS, settings.revoke_key),
+    Route("POST", "/settings/hours", Permission.SETTINGS, settings.set_hours),
+    Route("POST", "/settings/limits", Permission.SETTINGS, settings.set_limit),
+    Route("POST", "/settings/limits/clear", Permission.SETTINGS, settings.clear_limit),
+    Route("POST", "/settings/pauses", Permission.SETTINGS, settings.pause),
+    Route("POST", "/settings/pauses/resume", Permission.SETTINGS, settings.resume),
+    Route("POST", "/settings/sessions/{id}/end", Permission.SETTINGS, settings.end_session),
+    Route("GET", "/audit", Permission.AUDIT, audit_log.show),
+    Route("GET", "/system", Permission.SYSTEM, system.show),
 )
 """Every route. A test calls each one in every role, and with the ids of another workspace."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from followups.console.forms import uuid_or_none
 from followups.errors import InvalidRequestError, WorkspaceNotFoundError
 from followups.store import audit, workspaces
-from followups.store.audit import Action, Filter
+from followups.store.audit import Action, AuditFilter
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -28,13 +28,13 @@ def show(visit: Visit) -> Response:
     told = ""
     with visit.transaction() as session:
         try:
-            wanted = Filter(
+            wanted = AuditFilter(
                 workspace_id=visit.person.workspace_id or _workspace(session, name),
                 actions=(Action(action),) if action else (),
                 target_id=visit.query.uuid("target"),
             )
         except (ValueError, InvalidRequestError):
-            told, wanted = visit.t("There is no such filter."), Filter(workspace_id=visit.person.workspace_id)
+            told, wanted = visit.t("There is no such filter."), AuditFilter(workspace_id=visit.person.workspace_id)
         found = audit.newest(session, wanted, SIZE + 1, _place(visit))
         session.expunge_all()
     events = found[:SIZE]

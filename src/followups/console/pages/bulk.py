@@ -13,7 +13,7 @@ from followups.console.pages.follow_ups import LIMIT, Asked, wanted_of
 from followups.errors import InvalidRequestError, NotFoundError
 from followups.states import Status
 from followups.store import browse, bulk_actions
-from followups.store.browse import Wanted
+from followups.store.browse import BrowseFilter
 from followups.store.counts import within
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
     return ids
 
 
-def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> Wanted:
+def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
     """Return the selection of the action, within what the person may see."""
     needed = NEEDED[kind]
     if ids:
-        return Wanted(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)
+        return BrowseFilter(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)
     wanted = wanted_of(visit, session, asked)
     if wanted.statuses and needed not in wanted.statuses:
         message = visit.t("Only pending follow-ups can be cancelled, and only failed ones retried.")

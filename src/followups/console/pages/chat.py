@@ -13,7 +13,7 @@ from followups.errors import ChatNotFoundError
 from followups.models import Chat, ChatMessage, Workspace
 from followups.states import Status
 from followups.store import browse, bulk_cancel
-from followups.store.browse import Wanted
+from followups.store.browse import BrowseFilter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -79,6 +79,6 @@ def _own(visit: Visit, session: Session) -> Chat:
 
 
 def _rows(session: Session, chat: Chat, statuses: Sequence[Status]) -> list[browse.Row]:
-    wanted = Wanted(workspace_id=chat.workspace_id, chat_id=chat.id, statuses=tuple(statuses))
+    wanted = BrowseFilter(workspace_id=chat.workspace_id, chat_id=chat.id, statuses=tuple(statuses))
     statement, parameters = browse.page_statement(wanted, None, FOLLOW_UPS - 1)
     return browse.rows_of(session.connection().execute(statement, parameters).all())

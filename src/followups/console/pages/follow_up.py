@@ -10,7 +10,7 @@ from sqlalchemy import func, select
 
 from followups import checks, scheduling
 from followups.console import actors, consequences
-from followups.console.access import Action as Doing
+from followups.console.access import Permission as Doing
 from followups.console.zones import AmbiguousTimeError, Zone
 from followups.delivery import events
 from followups.errors import (
@@ -27,7 +27,7 @@ from followups.models import MAX_MESSAGE_LENGTH, FollowUp
 from followups.operations.explain import explained
 from followups.states import MAX_REASON_LENGTH, Status
 from followups.store import audit, chats, follow_ups
-from followups.store.audit import Action, Filter
+from followups.store.audit import Action, AuditFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -52,7 +52,7 @@ class ChangedMeanwhileError(ConflictError):
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TimelineEntry:
     """One entry of the timeline."""
 
     at: datetime
@@ -63,7 +63,7 @@ class Moment:
 
 
 @dataclass(slots=True)
-class Typed:
+class FollowUpForm:
     """The values that the person has typed into the forms, to be shown again if they cannot be saved."""
 
     message: str | None = None
@@ -78,7 +78,7 @@ class Typed:
 
 def show(visit: Visit) -> Response:
     """Show the follow-up."""
-    return _page(visit, Typed())
+    return _page(visit, FollowUpForm())
 
 
 def reveal(visit: Visit) -> Response:
@@ -86,13 +86,13 @@ def reveal(visit: Visit) -> Response:
     with visit.transaction() as session:
         found = _own(visit, session)
         actors.record(visit, session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
-    return _page(visit, Typed(reveal=True))
+    return _page(visit, FollowUpForm(reveal=True))
 
 
 def save(visit: Visit) -> Response:
     """Save the message and the due date; with the button "Check", only show the consequences."""
     form = visit.form
-    typed = Typed(form.raw("message") if "message" in form else None, form.text("due"))
+    typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         changes = _changes(visit, found, typed)
@@ -109,7 +109,7 @@ def save(visit: Visit) -> Response:
 
 def cancel(visit: Visit) -> Response:
     """Cancel the follow-up, with the person's reason if there is one."""
-    typed = Typed(reason=visit.form.text("reason"))
+    typed = FollowUpForm(reason=visit.form.text("reason"))
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
@@ -137,7 +137,7 @@ def send_now(visit: Visit) -> Response:
             raise AlreadyFinishedError
         return _amend(visit, session, found, {"due_date": session.execute(select(func.now())).scalar_one()})
 
-    return _changed(visit, Typed(), change)
+    return _changed(visit, FollowUpForm(), change)
 
 
 def retry(visit: Visit) -> Response:
@@ -148,7 +148,7 @@ def retry(visit: Visit) -> Response:
         actors.record(visit, session, Action.FOLLOW_UP_RETRIED, found.workspace_id, found.id, retriedAs=str(new.id))
         return new
 
-    return _changed(visit, Typed(), change)
+    return _changed(visit, FollowUpForm(), change)
 
 
 def _amend(visit: Visit, session: Session, found: FollowUp, changes: dict[str, Any]) -> FollowUp:
@@ -164,7 +164,7 @@ def _own(visit: Visit, session: Session) -> FollowUp:
     return found
 
 
-def _changed(visit: Visit, typed: Typed, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
+def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
     """Make a change in one transaction, and go on to the follow-up; if it is refused, show why on the page."""
     status = HTTPStatus.OK
     changed: UUID | None = None
@@ -215,7 +215,7 @@ def _as_typed(message: str) -> str:
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _changes(visit: Visit, found: FollowUp, typed: Typed) -> dict[str, Any]:
+def _changes(visit: Visit, found: FollowUp, typed: FollowUpForm) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if typed.message is not None and typed.message != _as_typed(found.message):
         changes["message"] = typed.message
@@ -226,14 +226,14 @@ def _changes(visit: Visit, found: FollowUp, typed: Typed) -> dict[str, Any]:
     return changes
 
 
-def _page(visit: Visit, typed: Typed, status: int = HTTPStatus.OK) -> Response:
+def _page(visit: Visit, typed: FollowUpForm, status: int = HTTPStatus.OK) -> Response:
     with visit.transaction() as session:
         _own(visit, session)
         try:
             found = explained(session, visit.id(), visit.services.settings)
         except FollowUpNotFoundError as error:
             raise NotFoundError from error
-        events = audit.newest(session, Filter(target_id=found.follow_up.id), EVENTS)
+        events = audit.newest(session, AuditFilter(target_id=found.follow_up.id), EVENTS)
         session.expunge_all()
     one = found.follow_up
     editable = one.status == Status.PENDING and visit.may(Doing.CHANGE)
@@ -254,18 +254,18 @@ def _page(visit: Visit, typed: Typed, status: int = HTTPStatus.OK) -> Response:
     )
 
 
-def _timeline(visit: Visit, found: Explained, events: Any) -> list[Moment]:  # noqa: ANN401 - rows of the audit log
+def _timeline(visit: Visit, found: Explained, events: Any) -> list[TimelineEntry]:  # noqa: ANN401 - rows of the audit log
     one, t = found.follow_up, visit.t
     creator = next((event for event in events if event.action == Action.FOLLOW_UP_CREATED), None)
     who = t("by {actor} ({way})", actor=creator.actor, way=creator.way) if creator else ""
-    moments = [Moment(one.created_at, t("Created"), who)]
+    moments = [TimelineEntry(one.created_at, t("Created"), who)]
     for event in events:
         if event is creator:
             continue
         detail = t("by {actor} ({way})", actor=event.actor or "–", way=event.way)  # noqa: RUF001 - an empty name
-        moments.append(Moment(event.at, _named(visit, event.action, event.details), detail))
+        moments.append(TimelineEntry(event.at, _named(visit, event.action, event.details), detail))
     moments += [
-        Moment(
+        TimelineEntry(
             each.at,
             t("Attempt {number}: {outcome}", number=each.number, outcome=each.outcome),
             each.detail,
@@ -275,13 +275,15 @@ def _timeline(visit: Visit, found: Explained, events: Any) -> list[Moment]:  # n
         for each in found.failures
     ]
     if one.held_until:
-        moments.append(Moment(one.held_until, t("Held until the sending hours opened")))
+        moments.append(TimelineEntry(one.held_until, t("Held until the sending hours opened")))
     if one.in_flight and one.begun_at:
-        moments.append(Moment(one.begun_at, t("Attempt {number} began", number=one.attempts)))
+        moments.append(TimelineEntry(one.begun_at, t("Attempt {number} began", number=one.attempts)))
     if one.accepted_at:
-        moments.append(Moment(one.accepted_at, t("Accepted by the transport, attempt {number}", number=one.attempts)))
+        moments.append(
+            TimelineEntry(one.accepted_at, t("Accepted by the transport, attempt {number}", number=one.attempts))
+        )
     if one.finished_at:
-        moments.append(Moment(one.finished_at, t("Ended: {status}", status=t(one.status)), one.reason or ""))
+        moments.append(TimelineEntry(one.finished_at, t("Ended: {status}", status=t(one.status)), one.reason or ""))
     return sorted(moments, key=lambda moment: moment.at)
 
 

@@ -14,7 +14,7 @@ from followups.console.forms import uuid_or_none
 from followups.errors import InvalidRequestError, WorkspaceNotFoundError
 from followups.states import ReasonCode, Status
 from followups.store import browse, workspaces
-from followups.store.browse import Place, Wanted
+from followups.store.browse import BrowseCursor, BrowseFilter
 from followups.store.counts import within
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _choices() -> Mapping[str, list[str]]:
     }
 
 
-def wanted_of(visit: Visit, session: Session, asked: Asked) -> Wanted:
+def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
     """Return the query for the filters, within what the person may see. Raises `InvalidRequestError`."""
     viewer = visit.person
     any_id = uuid_or_none(asked.id)
@@ -112,7 +112,7 @@ def wanted_of(visit: Visit, session: Session, asked: Asked) -> Wanted:
     if external_id is not None and "\x00" in external_id:
         message = "An id must not contain NUL characters."
         raise InvalidRequestError(message, field="id")
-    wanted = Wanted(
+    wanted = BrowseFilter(
         workspace_id=_workspace(session, asked.workspace) if viewer.workspace_id is None else None,
         statuses=(Status(asked.state),) if _one_of(Status, asked.state, "state") else (),
         code=ReasonCode(asked.reason) if _one_of(ReasonCode, asked.reason, "reason") else None,
@@ -147,15 +147,15 @@ def _moment(visit: Visit, typed: str) -> datetime | None:
     return visit.zone.read(typed, "first") if typed else None
 
 
-def _place(visit: Visit) -> Place | None:
+def _place(visit: Visit) -> BrowseCursor | None:
     at, _, after = visit.query.text("after").rpartition("_")
     found = uuid_or_none(after)
     try:
         moment = datetime.fromisoformat(at)
     except ValueError:
         return None
-    return Place(moment, found) if found and moment.utcoffset() is not None else None
+    return BrowseCursor(moment, found) if found and moment.utcoffset() is not None else None
 
 
-def _next(visit: Visit, asked: Asked, place: Place) -> str:
+def _next(visit: Visit, asked: Asked, place: BrowseCursor) -> str:
     return visit.url("/follow-ups", **asked.query(), after=f"{place.created_at.isoformat()}_{place.id}")

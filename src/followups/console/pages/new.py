@@ -32,7 +32,7 @@ _BY_EXTERNAL_ID = text("""
 
 
 @dataclass(slots=True)
-class Typed:
+class ScheduleForm:
     """The values that the person has typed."""
 
     chat: str = ""
@@ -47,13 +47,13 @@ class Typed:
 def show(visit: Visit) -> Response:
     """Show the form, with the chat if it is given."""
     chat = visit.person.chat_id or visit.query.text("chat")
-    return _page(visit, Typed(chat=str(chat), workspace=visit.query.text("workspace")))
+    return _page(visit, ScheduleForm(chat=str(chat), workspace=visit.query.text("workspace")))
 
 
 def schedule(visit: Visit) -> Response:
     """Schedule the follow-up and go on to it; with the button "Check", only show the consequences of the due date."""
     form = visit.form
-    typed = Typed(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
+    typed = ScheduleForm(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
     created: UUID | None = None
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     try:
@@ -84,7 +84,7 @@ def schedule(visit: Visit) -> Response:
     return visit.redirect(f"/follow-ups/{created}")
 
 
-def _chat(visit: Visit, session: Session, typed: Typed) -> Chat:
+def _chat(visit: Visit, session: Session, typed: ScheduleForm) -> Chat:
     """Return the chat by its id or its external id. Raises `ChatNotFoundError` for one that is not the person's."""
     viewer = visit.person
     workspace_id = viewer.workspace_id
@@ -108,5 +108,5 @@ def _chat(visit: Visit, session: Session, typed: Typed) -> Chat:
     return chat
 
 
-def _page(visit: Visit, typed: Typed, status: int = HTTPStatus.OK) -> Response:
+def _page(visit: Visit, typed: ScheduleForm, status: int = HTTPStatus.OK) -> Response:
     return visit.page("new.html", status, typed=typed, longest=MAX_MESSAGE_LENGTH)

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
     from starlette.responses import Response
 
-    from followups.console.services import Services
+    from followups.console.services import ConsoleServices
     from followups.console.visit import Visit
     from followups.store.numbers import Numbers
-    from followups.store.pauses import Standing
+    from followups.store.pauses import ActivePause
 
 STALE_TICK = timedelta(seconds=30)
 """Age from which the last tick counts as missing."""
@@ -29,12 +29,12 @@ MOST_PAUSES = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class OverviewSnapshot:
     """One look at the database."""
 
     numbers: Numbers
     tick_age: timedelta | None
-    pauses: list[Standing]
+    pauses: list[ActivePause]
 
 
 def show(visit: Visit) -> Response:
@@ -43,7 +43,7 @@ def show(visit: Visit) -> Response:
     if viewer.chat_id is not None:
         return visit.redirect(f"/chats/{viewer.chat_id}")
     services, workspace_id = visit.services, viewer.workspace_id
-    look: Look = services.recent.get(("overview", workspace_id), lambda: _look(services, workspace_id))
+    look: OverviewSnapshot = services.recent.get(("overview", workspace_id), lambda: _look(services, workspace_id))
     late = look.numbers.oldest_due is not None and look.numbers.at - look.numbers.oldest_due > LATE
     return visit.page(
         "overview.html",
@@ -55,9 +55,9 @@ def show(visit: Visit) -> Response:
     )
 
 
-def _look(services: Services, workspace_id: UUID | None) -> Look:
+def _look(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnapshot:
     with services.engine.connect() as connection:
-        return Look(
+        return OverviewSnapshot(
             numbers.read(connection, workspace_id),
             last_tick.last_tick_age(connection),
             pauses.in_force(connection, workspace_id, MOST_PAUSES),

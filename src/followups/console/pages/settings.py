@@ -58,7 +58,7 @@ class Told:
 
 
 @dataclass(frozen=True, slots=True)
-class Hours:
+class HoursForm:
     """The sending hours as the form shows them."""
 
     zone: str
@@ -219,12 +219,12 @@ def clear_limit(visit: Visit) -> Response:
     return _back(visit, name, "rate-limits")
 
 
-def _limit_scope(visit: Visit, workspace: Workspace | None) -> rate_limits.Scope:
+def _limit_scope(visit: Visit, workspace: Workspace | None) -> rate_limits.LimitScope:
     per = visit.form.text("per", "all")
     if per not in {"all", "chat", "workspace"} or (workspace and per == "workspace"):
         message = visit.t("Choose what the limit is for.")
         raise InvalidRequestError(message, field="per")
-    return rate_limits.Scope(workspace.id if workspace else None, _channel(visit), per)
+    return rate_limits.LimitScope(workspace.id if workspace else None, _channel(visit), per)
 
 
 def _channel(visit: Visit) -> str | None:
@@ -243,7 +243,7 @@ def pause(visit: Visit) -> Response:
         if workspace is None and channel is None:
             told = Told(visit.t("Choose a channel, or a workspace first."))
             return _page(visit, session, workspace, told)
-        scope = pauses.Scope(workspace.id if workspace else None, channel)
+        scope = pauses.PauseScope(workspace.id if workspace else None, channel)
         administration.pause(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
     return _back(visit, name, "pauses")
@@ -253,7 +253,7 @@ def resume(visit: Visit) -> Response:
     """End a pause, and release the follow-ups that it holds."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
-        scope = pauses.Scope(workspace.id if workspace else None, _channel(visit))
+        scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
     for _ in bulk.release_paused(visit.services.engine):
@@ -335,13 +335,13 @@ def _page(visit: Visit, session: Session, workspace: Workspace | None, told: Tol
     return visit.page("settings.html", status, **context)
 
 
-def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> Hours:
+def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> HoursForm:
     if told.typed.get("time_zone") is not None:
         days = frozenset(DAYS.index(each) for each in visit.form.every("day") if each in DAYS)
-        return Hours(told.typed["time_zone"], told.typed["from"], told.typed["to"], days)
+        return HoursForm(told.typed["time_zone"], told.typed["from"], told.typed["to"], days)
     if shown is None:
-        return Hours(visit.zone.name, "08:00", "20:00", frozenset(range(5)))
-    return Hours(shown.time_zone, f"{shown.opening:%H:%M}", f"{shown.closing:%H:%M}", shown.days)
+        return HoursForm(visit.zone.name, "08:00", "20:00", frozenset(range(5)))
+    return HoursForm(shown.time_zone, f"{shown.opening:%H:%M}", f"{shown.closing:%H:%M}", shown.days)
 
 
 def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, str]]:

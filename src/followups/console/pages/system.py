@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from starlette.responses import Response
 
-    from followups.console.services import Services
+    from followups.console.services import ConsoleServices
     from followups.console.visit import Visit
 
 
@@ -30,7 +30,7 @@ def show(visit: Visit) -> Response:
     return visit.page("system.html", findings=findings, asked=asks, failed=sum(not each.ok for each in findings))
 
 
-def _findings(services: Services, *, asks: bool) -> Iterator[Finding]:
+def _findings(services: ConsoleServices, *, asks: bool) -> Iterator[Finding]:
     settings = services.settings
     yield transport_checks.timeouts(settings)
     yield from database_checks.databases(settings, services.engine)

@@ -50,13 +50,13 @@ class Reply:
         return {} if self.retry_after is None else {"retry-after": f"{self.retry_after:g}"}
 
 
-class Wire(BaseModel):
+class WireModel(BaseModel):
     """A JSON object of the API: camelCase, immutable."""
 
     model_config = ConfigDict(frozen=True, alias_generator=to_camel, populate_by_name=True)
 
 
-class Incoming(Wire):
+class Incoming(WireModel):
     """The body of a delivery, as the transport ``http`` sends it (deploy/ENDPOINT.md)."""
 
     follow_up_id: Annotated[str, Field(min_length=1, max_length=255)]
@@ -68,7 +68,7 @@ class Incoming(Wire):
     attempt: Annotated[int, Field(ge=1)]
 
 
-class Behaviour(Wire):
+class Behaviour(WireModel):
     """What happens to the requests of a chat. Statuses are HTTP's, times are seconds.
 
     ``drop`` accepts and closes the connection without an answer; ``slow`` accepts and answers late; ``fail``,

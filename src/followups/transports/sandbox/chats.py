@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from followups.transports.sandbox.behaviour import OUTCOMES, Behaviour, Incoming, Reply
-from followups.transports.sandbox.ledger import KEEP_RECORDS, Ledger, Received, Record, timestamp
+from followups.transports.sandbox.ledger import KEEP_RECORDS, Arrival, Ledger, LedgerEntry, timestamp
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,7 +38,7 @@ class Message:
     text: str
     at: float
     """When it first appeared, in Unix time."""
-    attempts: list[Record] = field(default_factory=list)
+    attempts: list[LedgerEntry] = field(default_factory=list)
 
     def document(self) -> dict[str, object]:
         """Return the JSON form; ``lagMs`` belongs to the first accepted attempt."""
@@ -67,7 +67,7 @@ class Conversation:
     """Messages ever, including those no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
 
-    def attempted(self, record: Record, text: str) -> None:
+    def attempted(self, record: LedgerEntry, text: str) -> None:
         """Add one attempt to its message; the first attempt creates the message."""
         message = self.messages.get(record.follow_up_id)
         if message is None:
@@ -92,7 +92,7 @@ class Conversation:
         }
 
 
-def _attempt(record: Record) -> dict[str, object]:
+def _attempt(record: LedgerEntry) -> dict[str, object]:
     return {
         "attempt": record.attempt,
         "receivedAt": timestamp(record.received.wall),
@@ -131,20 +131,20 @@ class SandboxChats:
         self.cleared = uuid4()
         self._conversations: OrderedDict[str, Conversation] = OrderedDict()
 
-    def receive(self, incoming: Incoming, key: str, received: Received | None = None) -> Reply:
+    def receive(self, incoming: Incoming, key: str, received: Arrival | None = None) -> Reply:
         """Receive one request and return its answer; ``key`` is its idempotency key."""
         behaviour = self._next_behaviour(incoming.chat_id)
         known = self.ledger.message_id(key)
         accepted = behaviour.accepts and not (known and self._deduplicates)
         message_id = self.ledger.new_message_id(key) if accepted else known
         reply = behaviour.reply({"chatMessageId": message_id} if behaviour.accepts and message_id else REFUSAL)
-        record = Record(
+        record = LedgerEntry(
             follow_up_id=incoming.follow_up_id,
             chat_id=incoming.chat_id,
             idempotency_key=key,
             attempt=incoming.attempt,
             due=incoming.due_date.timestamp(),
-            received=received or Received.now(),
+            received=received or Arrival.now(),
             message_length=len(incoming.message),
             outcome=OUTCOMES[behaviour.kind],
             status=None if reply.dropped else reply.status,
@@ -157,7 +157,7 @@ class SandboxChats:
 
     def say(self, chat_id: str, role: str, text: str) -> Message:
         """Add another participant's message to a chat: a ``user``, ``agent`` or ``operator``."""
-        message = Message(str(uuid4()), role, text[:KEEP_TEXT], Received.now().wall)
+        message = Message(str(uuid4()), role, text[:KEEP_TEXT], Arrival.now().wall)
         self._touched(chat_id).say(message)
         return message
 

@@ -10,9 +10,9 @@ from aiohttp import web
 from pydantic import Field, ValidationError
 from standardwebhooks import WebhookVerificationError
 
-from followups.transports.sandbox.behaviour import Behaviour, Incoming, Reply, Wire
+from followups.transports.sandbox.behaviour import Behaviour, Incoming, Reply, WireModel
 from followups.transports.sandbox.chats import ACCEPT, SandboxChats
-from followups.transports.sandbox.ledger import Received
+from followups.transports.sandbox.ledger import Arrival
 
 if TYPE_CHECKING:
     from followups.transports.signing import Signer
@@ -26,7 +26,7 @@ EVERY = 10**12
 routes = web.RouteTableDef()
 
 
-class Wanted(Wire):
+class RequestsQuery(WireModel):
     """Which requests to list: of one chat, up to ``limit`` of those after number ``after``."""
 
     chat_id: str | None = None
@@ -34,7 +34,7 @@ class Wanted(Wire):
     limit: Annotated[int, Field(ge=1, le=EVERY)] = EVERY
 
 
-class Said(Wire):
+class Said(WireModel):
     """A message that another participant writes into a chat."""
 
     role: Literal["user", "agent", "operator"] = "user"
@@ -44,7 +44,7 @@ class Said(Wire):
 @routes.post("/messages")
 async def deliver(request: web.Request) -> web.StreamResponse:
     """Receive a delivery: 200 with the message's id, 400 for an invalid one, 401 for a wrong signature."""
-    received, chats = Received.now(), request.app[CHATS]
+    received, chats = Arrival.now(), request.app[CHATS]
     body = await request.read()
     try:
         _verify(request, body)
@@ -71,7 +71,7 @@ async def _answer(request: web.Request, reply: Reply) -> web.StreamResponse:
 async def requests(request: web.Request) -> web.Response:
     """List the requests, oldest first; ``?chatId=`` selects a chat, ``?after=&limit=`` a page by number."""
     try:
-        wanted = Wanted.model_validate(dict(request.query))
+        wanted = RequestsQuery.model_validate(dict(request.query))
     except ValueError as error:
         return _json({"error": _words(error)}, 422)
     page = request.app[CHATS].ledger.page(wanted.after, wanted.limit)

@@ -19,20 +19,20 @@ KEEP_KEYS = 1_000_000
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
-class Received(NamedTuple):
+class Arrival(NamedTuple):
     """When a request arrived, in seconds: by the wall clock (Unix time) and by the monotonic clock."""
 
     wall: float
     monotonic: float
 
     @classmethod
-    def now(cls) -> Received:
+    def now(cls) -> Arrival:
         """Read both clocks."""
         return cls(time.time(), time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class LedgerEntry:
     """One request. ``due`` is Unix time; ``status`` is None when no answer was given."""
 
     follow_up_id: str
@@ -40,7 +40,7 @@ class Record:
     idempotency_key: str
     attempt: int
     due: float
-    received: Received
+    received: Arrival
     message_length: int
     outcome: str
     status: int | None
@@ -78,7 +78,7 @@ class Ledger:
 
     def __init__(self, keep: int = KEEP_RECORDS) -> None:
         """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted ones."""
-        self._records: deque[Record] = deque(maxlen=keep)
+        self._records: deque[LedgerEntry] = deque(maxlen=keep)
         self._lags: deque[float] = deque(maxlen=keep)
         self._message_ids: dict[str, str] = {}
         self._doubled: set[str] = set()
@@ -101,7 +101,7 @@ class Ledger:
         message_id = self._message_ids[key] = str(uuid4())
         return message_id
 
-    def add(self, record: Record) -> None:
+    def add(self, record: LedgerEntry) -> None:
         """Count and keep one request."""
         self._records.append(record)
         self._counts["requests"] += 1
@@ -115,11 +115,11 @@ class Ledger:
         """Count a request that was refused unread: a wrong signature, or a body that is no delivery."""
         self._counts["invalid"] += 1
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[LedgerEntry]:
         """Return the kept requests, oldest first."""
         return list(self._records)
 
-    def page(self, after: int, limit: int) -> list[tuple[int, Record]]:
+    def page(self, after: int, limit: int) -> list[tuple[int, LedgerEntry]]:
         """Return up to ``limit`` requests after number ``after``, oldest first; the first ever is number 1."""
         forgotten = self._counts["requests"] - len(self._records)
         start = max(after - forgotten, 0)
