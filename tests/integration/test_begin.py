@@ -1,4 +1,4 @@
-"""Begin on PostgreSQL: what is checked again right before an attempt."""
+"""Begin on PostgreSQL: the checks that are repeated right before a delivery attempt."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 class TestBegin:
-    """Begin checks everything again."""
+    """Begin repeats every check on a leased follow-up."""
 
     def test_once(self, world: World, steps: Steps) -> None:
-        """A hint that is delivered twice begins one attempt."""
+        """A hint that is delivered twice begins only one attempt."""
         world.follow_up()
         lease = steps.lease()
         assert len(steps.begin([lease, lease]).begun) == 1
         assert steps.begin([lease]).begun == ()
 
     def test_old_token(self, world: World, steps: Steps) -> None:
-        """A hint under an older token begins nothing."""
+        """A hint with an older token begins no attempt."""
         follow_up = world.follow_up()
         old = steps.lease()
         world.expire(follow_up)
@@ -42,20 +42,20 @@ class TestBegin:
         assert world.row(follow_up).begun_at is None
 
     def test_forged(self, world: World, steps: Steps) -> None:
-        """A forged hint, for a follow-up that is not leased or does not exist, begins nothing."""
+        """A forged hint begins no attempt, whether its follow-up is not leased or does not exist."""
         follow_up = world.follow_up(due=timedelta(hours=1))
         forged = [leases.Lease(follow_up, 0, datetime.now(UTC)), leases.Lease(uuid4(), 1, datetime.now(UTC))]
         assert steps.begin(forged).begun == ()
 
     def test_expired_lease(self, world: World, steps: Steps) -> None:
-        """A lease that expired in the due queue is not begun."""
+        """A follow-up whose lease expires in the due queue does not begin."""
         follow_up = world.follow_up()
         lease = steps.lease()
         world.expire(follow_up)
         assert steps.begin([lease]).begun == ()
 
     def test_cancelled_in_the_queue(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up cancelled while its batch waits is never begun."""
+        """A follow-up that is cancelled while its hint is queued never begins."""
         follow_up = world.follow_up()
         lease = steps.lease()
         with Session(engine) as session, session.begin():
@@ -64,7 +64,7 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == ("cancelled", "the customer called")
 
     def test_rescheduled_in_the_queue(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up rescheduled while its batch waits is not begun under the old hint."""
+        """A follow-up that is rescheduled while its hint is queued does not begin under the old hint."""
         follow_up = world.follow_up()
         lease = steps.lease()
         with Session(engine) as session, session.begin():
@@ -86,7 +86,7 @@ class TestBegin:
         ],
     )
     def test_world(self, world: World, steps: Steps, columns: dict[str, object], status: str, code: str) -> None:
-        """A removed chat, a user's reply or a closed window ends the follow-up right before it would be sent."""
+        """A removed chat, a user's reply or a closed messaging window ends a follow-up right before sending."""
         follow_up = world.follow_up(world.chat(**columns))
         beginning = steps.begin([steps.lease()])
         assert beginning.begun == ()
@@ -94,25 +94,25 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == (status, code)
 
     def test_open_window(self, world: World, steps: Steps) -> None:
-        """Within 24 hours of the user's last message a windowed channel is sent to."""
+        """On a channel with a messaging window, a follow-up is sent within 24 hours of the user's last message."""
         world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
         assert steps.begun().delivery.channel == "whatsapp"
 
     @pytest.mark.parametrize(("scheduled", "begun"), [("now() - interval '1 day'", 0), ("now()", 1)])
     def test_lateness(self, world: World, steps: Steps, scheduled: str, begun: int) -> None:
-        """Lateness counts from the due date, or from when it was set: a due date in the past means at once."""
+        """Lateness counts from the due date, or from the time of scheduling if the due date was already past."""
         follow_up = world.follow_up(due=timedelta(days=-1), scheduled_at=text(scheduled))
         assert len(steps.begin([steps.lease()]).begun) == begun
         assert world.row(follow_up).reason == (None if begun else "too_late")
 
     def test_no_limit_of_lateness(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A lateness of 0 means that nothing is ever too late."""
+        """With a maximum lateness of 0, no follow-up is ever too late."""
         world.follow_up(due=timedelta(days=-400), scheduled_at=text("now() - interval '400 days'"))
         patient = settings.model_copy(update={"max_lateness": timedelta(0)})
         assert steps.begun(patient).delivery.attempt == 1
 
     def test_open_transaction_of_a_caller(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A row locked by a caller's open transaction is tried again, and delays nothing else."""
+        """A row locked by a caller's open transaction is retried later and delays no other follow-up."""
         held, other = world.follow_up(), world.follow_up()
         batch = steps.claim().leases
         with Session(engine) as session:

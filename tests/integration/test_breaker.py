@@ -1,4 +1,4 @@
-"""The breaker: its state in a real Valkey, and a pipeline whose transport fails for everyone."""
+"""The circuit breaker: its state in a real Valkey, and a pipeline whose transport fails."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 FAILURES = 5
 KEY, OTHER = 1, 2
-"""Keys of workspaces."""
+"""Keys of two workspaces."""
 QUICK = RecoveryPolicy(first_pause=0.05, longest_pause=0.2, probes=2, first_rate=20, last_rate=200, fails_again=3)
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with keys of this test's own in the broker."""
+    """Return settings with broker keys used by this test alone."""
     return settings.model_copy(update={"breaker_failures": FAILURES, "broker_prefix": f"test-{uuid4().hex}:"})
 
 
 def ids(count: int) -> list[UUID]:
-    """Return that many ids of follow-ups."""
+    """Return the given number of follow-up ids."""
     return [uuid4() for _ in range(count)]
 
 
 def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy: RecoveryPolicy = QUICK) -> None:
-    """Run a script over the store, and close it."""
+    """Run a script against the breaker's store, then close the store."""
 
     async def main() -> None:
         store = BreakerStore(own, "http", policy)
@@ -65,7 +65,10 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 
 
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
-    """Report outcomes of one workspace; return the state without the held workspaces, which are checked here."""
+    """Report outcomes of one workspace and return the breaker's state.
+
+    The held workspaces are checked here and left out of the result.
+    """
     runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
     assert reading.state != CLOSED or not reading.tripped
@@ -73,19 +76,23 @@ async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeede
 
 
 async def opened(store: BreakerStore) -> None:
-    """Open it."""
+    """Open the breaker."""
     assert await told(store, ids(FAILURES), 10, succeeded=False) == Reading("open", 0, changed=True)
 
 
 def test_opens_for_many_in_a_row(own: Settings) -> None:
-    """Different follow-ups failing in a row open it, whichever workers report them; one that fails often does not."""
+    """Consecutive failures of different follow-ups open the breaker, whichever workers report them.
+
+    Repeated failures of a single follow-up do not open it.
+    """
 
     async def script(store: BreakerStore) -> None:
         (one,) = ids(1)
         for _ in range(FAILURES * 2):
             assert (await told(store, [one], 0, succeeded=False)).state == CLOSED
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
-        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED  # the row starts again
+        # a success resets the count of consecutive failures
+        assert (await told(store, ids(1), 0, succeeded=True)).state == CLOSED
         assert (await told(store, ids(FAILURES - 2), 0, succeeded=False)).state == CLOSED
         other = BreakerStore(own, "http", QUICK)
         assert await told(other, ids(1), 7, succeeded=False) == Reading("open", 0, changed=True)
@@ -96,12 +103,15 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 
 
 def test_probes_then_recovers(own: Settings) -> None:
-    """After a pause a few may begin; if one fails, the next pause is longer; if one succeeds, more may begin."""
+    """After a pause, the open breaker permits a few probes.
+
+    A failed probe lengthens the next pause; a successful one lets more attempts begin.
+    """
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
         await asyncio.sleep(0.06)
-        assert await told(store, [], 0, succeeded=False) == Reading("open")  # nothing waits
+        assert await told(store, [], 0, succeeded=False) == Reading("open")  # no follow-up is waiting
         assert await told(store, [], 10, succeeded=False) == Reading("probing", 2, changed=True)
         assert await told(store, [], 10, succeeded=False) == Reading("probing")
         assert await told(store, ids(1), 10, succeeded=False) == Reading("open", 0, changed=True)
@@ -115,7 +125,7 @@ def test_probes_then_recovers(own: Settings) -> None:
 
 
 def test_comes_back_gently(own: Settings) -> None:
-    """While it recovers no more begin than its growing rate allows, and in the end all may begin."""
+    """A recovering breaker permits attempts at a growing rate until it permits all of them."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -125,7 +135,7 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The rate doubles every second, so at most twice what the last second began with.
+            # The rate doubles every second, so at most twice as many attempts begin as in the second before.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
@@ -136,7 +146,7 @@ def test_comes_back_gently(own: Settings) -> None:
 
 
 def test_fails_again(own: Settings) -> None:
-    """While it recovers fewer in a row leave it alone again than at first."""
+    """A recovering breaker opens again after fewer consecutive failures than a closed one."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -151,7 +161,7 @@ def test_fails_again(own: Settings) -> None:
 
 
 def test_probes_that_never_end(own: Settings) -> None:
-    """If the probes' outcomes are never reported, because their worker died, others may probe."""
+    """If a crashed worker never reports its probes' outcomes, other workers may probe."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -164,14 +174,14 @@ def test_probes_that_never_end(own: Settings) -> None:
 
 
 async def tripped(store: BreakerStore) -> frozenset[int]:
-    """Return the keys that the breaker holds."""
+    """Return the keys of the workspaces that the breaker holds."""
     return (await store.report(News(), 0)).tripped
 
 
 def test_which_are_tripped(own: Settings) -> None:
-    """The breaker trips for the workspaces whose last attempts failed.
+    """The breaker holds the workspaces whose last attempts failed.
 
-    A workspace that has succeeded is released when the breaker opens again.
+    A workspace that has succeeded since is released when the breaker opens again.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -182,7 +192,7 @@ def test_which_are_tripped(own: Settings) -> None:
         assert await tripped(store) == {KEY, OTHER}
         assert (await store.report(News(runs=(Run(3, FAILURES, anew=False),)), 0)).tripped == {KEY, OTHER, 3}
         await told(store, [], 0, succeeded=True, key=OTHER)
-        assert await tripped(store) == {KEY, OTHER, 3}  # it recovers gradually, too
+        assert await tripped(store) == {KEY, OTHER, 3}  # a held workspace recovers gradually, too
         await told(store, ids(FAILURES), 0, succeeded=False)
         assert await store.report(News(), 0) == Reading("open", tripped=frozenset({KEY, 3}))
 
@@ -190,9 +200,9 @@ def test_which_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """A workspace is tripped from its fifth failure in a row; a success ends the row.
+    """A workspace is held from its fifth consecutive failure on; a success resets the count.
 
-    Failures before the breaker opens count like those after.
+    Failures before the breaker opens count like failures after it has opened.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -209,7 +219,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
 
 
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
-    """If few attempts are allowed, fewer failures in a row are enough to hold a workspace."""
+    """With a low limit of attempts, fewer consecutive failures are enough to hold a workspace."""
 
     async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
@@ -219,7 +229,7 @@ def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
 
 
 def test_it_is_not_open_for_nobody(own: Settings) -> None:
-    """A breaker that holds no workspace stays closed or closes, since no success could close it."""
+    """A breaker that holds no workspace stays closed or closes, since no success could close it later."""
 
     async def script(store: BreakerStore) -> None:
         for key, one in enumerate(ids(FAILURES * 2)):
@@ -236,7 +246,7 @@ def test_it_is_not_open_for_nobody(own: Settings) -> None:
 
 @pytest.fixture
 def clock(own: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
-    """Return the clock of Redis."""
+    """Return the time of Redis."""
     clock = ServerClock(own.broker_url.get_secret_value(), monkeypatch, breaker)
     yield clock
     clock.close()
@@ -247,7 +257,7 @@ DAY = 86_400.0
 
 @pytest.mark.parametrize("step", [-DAY, -60.0, 60.0, DAY])
 def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, step: float) -> None:
-    """If the clock of Redis is set back or forward, a probe still follows within the longest pause."""
+    """If the clock of Redis is set back or forward, the next probe follows within the longest pause."""
 
     async def script(store: BreakerStore) -> None:
         await opened(store)
@@ -262,14 +272,15 @@ def test_the_clock_is_set_while_it_is_open(own: Settings, clock: ServerClock, st
         clock.go_on(QUICK.longest_pause)
         await told(store, [], 10, succeeded=False)
         clock.go_on(QUICK.longest_pause)
-        assert (await told(store, [], 10, succeeded=False)).permits == 2  # the first probes' outcomes never came
+        # the outcomes of the first probes were never reported
+        assert (await told(store, [], 10, succeeded=False)).permits == 2
 
     run(own, script)
 
 
 @pytest.mark.parametrize("step", [-DAY, -1.0, 1.0, DAY])
 def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, step: float) -> None:
-    """A step of the clock neither ends the recovery at once nor delays it."""
+    """A change of the Redis clock neither ends the breaker's recovery early nor delays it."""
     policy = replace(QUICK, first_rate=10, last_rate=10_000)
 
     async def script(store: BreakerStore) -> None:
@@ -290,7 +301,7 @@ def test_the_clock_is_set_while_it_recovers(own: Settings, clock: ServerClock, s
 
 
 def client(own: Settings) -> redis.Redis:
-    """Return a client of the broker."""
+    """Return a Redis client connected to the broker."""
     return redis.Redis.from_url(own.broker_url.get_secret_value())
 
 
@@ -319,7 +330,7 @@ def test_what_begins_when_it_has_opened(own: Settings) -> None:
 
 
 class Failing:
-    """A transport that fails until it is repaired."""
+    """A transport that fails until the test repairs it."""
 
     name = "http"
 
@@ -327,7 +338,7 @@ class Failing:
         self.outcome = outcome
         self.calls = 0
         self.well: UUID | None = None
-        """The workspace whose messages it accepts."""
+        """The workspace whose messages the transport accepts."""
 
     async def open(self) -> None: ...
 
@@ -344,7 +355,7 @@ class Failing:
 
 @pytest.fixture
 def started(database_url: str) -> Iterator[Callable[..., Pipeline]]:
-    """Return a function that starts a pipeline over a transport with a breaker; it is drained in the end."""
+    """Return a function that starts a pipeline with a breaker; the pipeline is drained after the test."""
     pipelines: list[Pipeline] = []
 
     def start(own: Settings, transport: Any, policy: RecoveryPolicy = QUICK) -> Pipeline:
@@ -367,7 +378,7 @@ SLOWLY = RecoveryPolicy(first_pause=600, longest_pause=600)
 def test_burns_no_attempts(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """While the transport fails for everyone, only those that began before that was known lose an attempt."""
+    """When the transport fails for every chat, follow-ups lose attempts only until the breaker opens."""
     transport = Failing(outcome)
     for _ in range(100):
         world.follow_up()
@@ -385,7 +396,7 @@ def test_burns_no_attempts(
 def test_a_receiver_that_refuses_every_message_is_left_alone(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
-    """An expired secret costs only the follow-ups attempted before the breaker opens."""
+    """If the receiver's secret has expired, only follow-ups attempted before the breaker opens are lost."""
     transport = Failing(Rejected(f"HTTP {status}", status))
     for _ in range(100):
         world.follow_up()
@@ -402,7 +413,7 @@ def test_a_receiver_that_refuses_every_message_is_left_alone(
 def test_stays_closed(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], outcome: Outcome
 ) -> None:
-    """A transport that accepts, rejects or limits the rate is not failing."""
+    """The breaker stays closed while a transport accepts messages, rejects them or limits their rate."""
     transport = Failing(outcome)
     for _ in range(30):
         world.follow_up()
@@ -414,7 +425,7 @@ def test_stays_closed(
 def test_all_are_sent_when_it_is_back(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """When the transport is back, everything that waited is sent without further action."""
+    """When the transport recovers, all waiting follow-ups are sent without an operator's action."""
     transport = Failing(Retry("no connection"))
     for _ in range(100):
         world.follow_up()
@@ -425,7 +436,7 @@ def test_all_are_sent_when_it_is_back(
     transport.outcome = Sent()
 
     def done() -> bool:
-        pipeline.submit(claim(engine, own).leases)  # those that failed
+        pipeline.submit(claim(engine, own).leases)  # the follow-ups whose attempts failed
         return bool(world.scalar(PENDING) == 0)
 
     wait_until(done, every=0.1)
@@ -435,7 +446,7 @@ def test_all_are_sent_when_it_is_back(
 
 @dataclass
 class OpenedBreaker:
-    """A pipeline whose breaker one failing workspace has opened, and another workspace."""
+    """A pipeline whose breaker was opened by one failing workspace, and a second, healthy workspace."""
 
     engine: Engine
     settings: Settings
@@ -444,20 +455,20 @@ class OpenedBreaker:
     other: World
 
     def deliver(self) -> UUID:
-        """Submit a follow-up of the other workspace, and return its id."""
+        """Submit a follow-up of the healthy workspace and return its id."""
         follow_up = self.other.follow_up()
         self.pipeline.submit(claim(self.engine, self.settings).leases)
         return follow_up
 
     @property
     def state(self) -> str:
-        """The breaker's state."""
+        """The breaker's state by name."""
         return read(client(self.settings), self.settings).state
 
 
 @pytest.fixture
 def opened_breaker(world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline]) -> OpenedBreaker:
-    """Return a pipeline whose breaker a hundred failing chats of one workspace have opened."""
+    """Return a pipeline whose breaker was opened by a hundred failing chats of one workspace."""
     other, transport = World(engine), Failing(Retry("HTTP 500"))
     transport.well = other.workspace_id
     for _ in range(100):
@@ -470,16 +481,16 @@ def opened_breaker(world: World, engine: Engine, own: Settings, started: Callabl
 
 
 def test_other_workspaces_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """A workspace whose chats all fail, many more than open it, does not delay another's."""
+    """A workspace with enough failing chats to open the breaker does not delay other workspaces."""
     for _ in range(3):
         quick = opened_breaker.deliver()
         wait_until(lambda quick=quick: [row.status for row in opened_breaker.other.rows(quick)] == ["sent"])
-    assert opened_breaker.state == "open"  # another workspace's success does not close it
+    assert opened_breaker.state == "open"  # a success of another workspace does not close the breaker
     assert opened_breaker.transport.calls <= FAILURES + 2 * CONCURRENCY + 3
 
 
 def test_occasional_failures_are_not_delayed(opened_breaker: OpenedBreaker) -> None:
-    """A workspace with occasional failures continues while all attempts of another one fail."""
+    """A workspace with occasional failures is not delayed while every attempt of another one fails."""
 
     def settled(follow_up: UUID, status: str) -> bool:
         row = opened_breaker.other.row(follow_up)
@@ -499,7 +510,10 @@ def test_deliveries_go_on_without_redis(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """If the state is unreachable, all begin in the end, with a pause after many failures; this is counted."""
+    """If the breaker's state is unreachable, every attempt still begins, with a pause after many failures.
+
+    A metric counts how often the state was unreachable.
+    """
     monkeypatch.setattr(breaker, "AWAY", 0.1)
     transport = Failing(Retry("no connection"))
     for _ in range(30):
@@ -512,5 +526,5 @@ def test_deliveries_go_on_without_redis(
     pipeline.submit(claim(engine, away).leases)
     wait_until(lambda: transport.calls == 30)
     wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
-    # At least one rest for each five but the last.
+    # The worker pauses at least once after every five failures, except after the last five.
     assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - likewise

@@ -27,18 +27,18 @@ MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def place() -> Iterator[tuple[Settings, redis.Redis]]:
-    """Return settings for the test's own Valkey, and a client to control it."""
+    """Return settings for a Valkey server of this test, and an admin client that controls the server."""
     with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
         yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
 
 
 def connections(admin: redis.Redis) -> set[str]:
-    """Return the ids of all connections but the admin client's own."""
+    """Return the ids of all connections to the broker except the admin client's connection."""
     return {client["id"] for client in admin.client_list()} - {str(admin.client_id())}
 
 
 def check(admin: redis.Redis, use: Callable[[], None]) -> None:
-    """Check that a client's connection is closed after its broker has become a replica."""
+    """Check that a client closes its connection after its broker has become a replica."""
     use()
     before = connections(admin)
     assert before
@@ -49,7 +49,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
-    """The API's rate limit lets requests through, uncounted, and reconnects."""
+    """During failover, the API's rate limit lets requests through uncounted and reconnects."""
     limit = KeyRateLimit(place[0])
     with asyncio.Runner() as loop:
         check(place[1], lambda: loop.run(limit.check(uuid4())))
@@ -57,7 +57,7 @@ def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
 
 
 def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
-    """Publishers of hints and nudges reconnect, although they do not retry by themselves."""
+    """Publishers of hints and nudges reconnect after failover, although they do not retry."""
     app = App("test", place[0].broker_url.get_secret_value())
     check(place[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()
@@ -66,7 +66,7 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
 async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
-    """The limiter and the breaker reconnect."""
+    """The rate limiter and the breaker reconnect after failover."""
     settings, admin = place
     client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")
 

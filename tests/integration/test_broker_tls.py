@@ -1,4 +1,4 @@
-"""TLS to the broker: each client verifies the server before it sends anything."""
+"""TLS to the broker: each client verifies the server before sending any data."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 class Impostor:
-    """A server with a self-made certificate, which records every byte that a client sends inside TLS."""
+    """A server with a self-signed certificate that records every byte clients send over TLS."""
 
     def __init__(self, certificate: trustme.LeafCert) -> None:
-        """Listen; handshakes are made in a thread."""
+        """Start listening; a thread performs the TLS handshakes."""
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         certificate.configure_cert(self._context)
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -47,7 +47,7 @@ class Impostor:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop listening."""
+        """Stop listening for connections."""
         self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
@@ -69,14 +69,14 @@ class Impostor:
 
 
 def ask_as_celery(settings: Settings, _engine: Engine) -> None:
-    """Connect as workers, beat and Flower do."""
+    """Connect to the broker as workers, beat and Flower do."""
     app = App("test", settings.broker_url.get_secret_value())
     with app.connection_for_write() as connection:
-        connection.transport.establish_connection()  # which pings
+        connection.transport.establish_connection()  # this also sends a ping
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
-    """Connect as rate limits and breaker do."""
+    """Connect to the broker as the rate limiter and the breaker do."""
 
     async def ask() -> None:
         client = connect(settings, timedelta(seconds=2))
@@ -89,7 +89,7 @@ def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_api(settings: Settings, _engine: Engine) -> None:
-    """Connect as the rate limit of API keys does."""
+    """Connect to the broker as the rate limit of API keys does."""
 
     async def ask() -> bool:
         limit = KeyRateLimit(settings)
@@ -104,7 +104,7 @@ def ask_as_api(settings: Settings, _engine: Engine) -> None:
 
 
 def ask_as_readiness(settings: Settings, engine: Engine) -> None:
-    """Connect as `/readyz` does."""
+    """Connect to the broker as `/readyz` does."""
     health = ReadinessChecks(settings, engine)
     broker = health.checks()["broker"]
     health.close()
@@ -113,7 +113,7 @@ def ask_as_readiness(settings: Settings, engine: Engine) -> None:
 
 
 def ask_as_command(settings: Settings, _engine: Engine) -> None:
-    """Connect as doctor and the other commands do."""
+    """Connect to the broker as doctor and the other commands do."""
     with broker_client(settings, timedelta(seconds=2)) as client:
         client.ping()
 
@@ -122,13 +122,13 @@ CLIENTS = [ask_as_celery, ask_as_limiter, ask_as_api, ask_as_readiness, ask_as_c
 
 
 def at(settings: Settings, url: str) -> Settings:
-    """Return the settings with another broker."""
+    """Return the settings with another broker URL."""
     return load_settings(**settings.model_dump() | {"broker_url": url})
 
 
 @pytest.fixture
 def impostor() -> Iterator[Impostor]:
-    """Return a server whose certificate, for the right name, is signed by an unknown authority."""
+    """Return a server whose certificate has the right name but comes from an unknown authority."""
     running = Impostor(trustme.CA().issue_cert("localhost"))
     yield running
     running.stop()
@@ -138,7 +138,7 @@ def impostor() -> Iterator[Impostor]:
 def test_an_impostor_learns_nothing(
     ask: Callable[[Settings, Engine], None], settings: Settings, engine: Engine, impostor: Impostor, tmp_path: Path
 ) -> None:
-    """No client sends anything, not even a password, to a server with a certificate from an unknown authority."""
+    """No client sends data, not even a password, to a server certified by an unknown authority."""
     trusted = tmp_path / "authority.pem"
     trustme.CA().cert_pem.write_to_path(trusted)
     for query in ("", f"?ssl_ca_certs={trusted}", f"?ssl_ca_certs={trusted}&ssl_cert_reqs=CERT_REQUIRED"):
@@ -154,7 +154,7 @@ def test_an_impostor_learns_nothing(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """Each client connects with the same URL, whose password is not escaped, in either spelling of a parameter."""
+    """Every client connects with one URL, with an unescaped password and either spelling of a parameter."""
     for query in ("", "&ssl_cert_reqs=CERT_REQUIRED", "&ssl_cert_reqs=required&ssl_check_hostname=True"):
         for ask in CLIENTS:
             ask(at(settings, redis_server.url(query)), engine)
@@ -178,14 +178,14 @@ def told(settings: Settings) -> str:
 def test_doctor_tells_what_the_connection_is(
     settings: Settings, redis_server: RedisServer, query: str, detail: str
 ) -> None:
-    """Doctor shows the version of TLS and what was verified, or that there is no TLS."""
+    """For the broker, doctor shows the TLS version and what was verified, or that TLS is not used."""
     assert told(at(settings, redis_server.url(query))) == f"TLSv1.3, {detail}"
     assert told(settings).startswith("without TLS (rediss://")
 
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_a_certificate_for_another_host(settings: Settings, engine: Engine) -> None:
-    """A trusted certificate for another host name is refused unless the URL disables the check."""
+    """A trusted certificate for another host name is rejected unless the URL disables the check."""
     with RedisServer(trustme.CA(), "broker.example") as server:
         for ask in CLIENTS:
             with pytest.raises((redis.RedisError, OSError)):

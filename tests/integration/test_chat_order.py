@@ -1,4 +1,4 @@
-"""The order within a chat on PostgreSQL: a later follow-up waits for the earlier one."""
+"""Order within a chat on PostgreSQL: a later follow-up waits for the earlier one."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ SECOND = timedelta(seconds=1)
 
 
 class TestOrder:
-    """Follow-ups of a chat are sent in order."""
+    """The follow-ups of a chat are sent in order."""
 
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
-        """The later of two is parked, not claimed again, and leased to the worker that settles the earlier one."""
+        """The later of two follow-ups is parked, then leased to the worker that settles the earlier one.
+
+        While parked, it is not claimed again.
+        """
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)
@@ -42,7 +45,7 @@ class TestOrder:
         assert [one.lease.id for one in steps.begin(settling.unblocked).begun] == [second]
 
     def test_pile(self, world: World, steps: Steps, settings: Settings) -> None:
-        """When one is refused, all due ones behind it are parked, each behind the one before it."""
+        """When one follow-up may not begin, all due ones of its chat are parked, each behind the one before it."""
         chat, seen = world.chat(), settings.model_copy(update={"max_in_flight": 3})
         ids = [world.follow_up(chat, (number - 30) * SECOND) for number in range(20)]
         ahead, elsewhere = world.follow_up(chat, timedelta(hours=1)), world.follow_up(due=-SECOND)
@@ -59,7 +62,7 @@ class TestOrder:
         assert sent == ids
 
     def test_locked_row_of_a_pile(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A locked row among several waiting ones is skipped; those behind it still wait."""
+        """A locked row among several follow-ups of a chat is skipped; the follow-ups after it still wait."""
         chat = world.chat()
         first, second, held, last = (world.follow_up(chat, (number - 9) * SECOND) for number in range(4))
         batch = steps.claim().leases[:2]
@@ -69,7 +72,7 @@ class TestOrder:
         assert [world.row(one).waits_for for one in (first, second, held, last)] == [None, first, None, second]
 
     def test_later_waits_through_retries(self, world: World, steps: Steps) -> None:
-        """The later one does not overtake an earlier one that is to be tried again."""
+        """A later follow-up does not overtake an earlier one that is to be retried."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)
@@ -78,7 +81,7 @@ class TestOrder:
         assert world.row(second).waits_for == first
 
     def test_cancel_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A cancel of the earlier one lets the later one be claimed."""
+        """Cancelling the earlier follow-up of a chat lets the later one be claimed."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases
@@ -89,7 +92,7 @@ class TestOrder:
         assert [lease.id for lease in steps.claim().leases] == [second]
 
     def test_deferral_unblocks(self, world: World, steps: Steps, engine: Engine) -> None:
-        """When the earlier one is deferred behind the later one, the later one goes first."""
+        """When the earlier follow-up is deferred past the later one, the later one is sent first."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         batch = steps.claim().leases
@@ -99,7 +102,7 @@ class TestOrder:
         assert steps.begun().lease.id == second
 
     def test_end_before_the_attempt_unblocks(self, world: World, steps: Steps) -> None:
-        """A follow-up that ends at begin, without an attempt, leases the next of its chat to the same worker."""
+        """A follow-up that ends at begin, without an attempt, leases the chat's next one to the same worker."""
         chat = world.chat()
         long_ago = text("now() - interval '2 days'")
         world.follow_up(chat, timedelta(days=-2), scheduled_at=long_ago)
@@ -109,7 +112,10 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
-        """Each of many behind a stuck one is refused once, waits for the one before it, and is not scanned again."""
+        """Behind a stuck follow-up of a chat, each later one is refused once and is not scanned again.
+
+        Each waits for the follow-up before it.
+        """
         chat = world.chat()
         ids = [world.follow_up(chat, timedelta(seconds=n - 30)) for n in range(20)]
         steps.begin(steps.claim().leases)
@@ -117,18 +123,18 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_no_longer_before_it(self, world: World, steps: Steps, engine: Engine) -> None:
-        """An earlier one that was rescheduled at that moment is not waited for."""
+        """A follow-up does not wait for an earlier one that is rescheduled while begin is checking the order."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
-        with engine.begin() as connection:  # as begin does, which had looked before the change
+        with engine.begin() as connection:  # same as in begin, which read the rows before the change
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 
 def test_losses_of_an_unblocked_one(world: World, steps: Steps) -> None:
-    """A follow-up unblocked in its chat keeps its number of lost leases."""
+    """A follow-up that is unblocked in its chat keeps its count of lost leases."""
     chat = world.chat()
     earlier = world.follow_up(chat, -SECOND)
     later = world.follow_up(chat, losses=2, waits_for=earlier)

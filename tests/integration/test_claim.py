@@ -1,4 +1,4 @@
-"""Claim on PostgreSQL: what is leased, lost leases, and the low-water mark."""
+"""Claim on PostgreSQL: which follow-ups are leased, lost leases, and the low-water mark."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SECOND = timedelta(seconds=1)
 
 
 class TestClaim:
-    """Claim leases what is due, and nothing else."""
+    """Claim leases due follow-ups and no others."""
 
     def test_look_ahead(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A tick claims what falls due within two intervals, by due date, and nothing later."""
+        """A tick claims follow-ups due within two intervals, ordered by due date, and none due later."""
         second = world.follow_up(due=settings.tick_interval)
         first = world.follow_up(due=-SECOND)
         world.follow_up(due=settings.tick_interval * 20)
@@ -49,7 +49,7 @@ class TestClaim:
         assert (row.attempts, row.losses, row.snoozes) == (0, 0, 0)
 
     def test_window_bounds_what_is_in_flight(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Ticks claim no more than MAX_IN_FLIGHT in total, and report that there is more."""
+        """Ticks claim at most MAX_IN_FLIGHT follow-ups in total and report that more are due."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for _ in range(5):
             world.follow_up()
@@ -58,7 +58,7 @@ class TestClaim:
         assert (len(second.leases), second.more) == (0, True)
 
     def test_two_at_once_share(self, world: World, steps: Steps) -> None:
-        """Claims that run at once never lease the same follow-up twice."""
+        """Concurrent claims never lease the same follow-up twice."""
         for _ in range(40):
             world.follow_up()
         taken: list[UUID] = []
@@ -77,13 +77,13 @@ class TestClaim:
         assert len(taken) == len(set(taken)) == 40
 
     def test_earliest_first(self, world: World, steps: Steps) -> None:
-        """A claim takes the earliest first, whatever the order they were inserted in."""
+        """A claim takes the earliest due follow-ups first, whatever the order of insertion."""
         due = [timedelta(seconds=-n) for n in (1, 5, 3)]
         ids = [world.follow_up(due=one) for one in due]
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
 
     def test_window_with_earlier_ones_behind(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Rows that come in with an earlier due date count together with those in flight."""
+        """Rows inserted with an earlier due date count towards the limit together with rows in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
             for _ in range(3):
@@ -92,7 +92,7 @@ class TestClaim:
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE lease_until > now()") == 3
 
     def test_locked_rows(self, world: World, steps: Steps, engine: Engine, settings: Settings) -> None:
-        """Locked rows are skipped, without hiding others."""
+        """A claim skips locked rows and still finds the rows after them."""
         bounded = settings.model_copy(update={"max_in_flight": 2})
         held, free = world.follow_up(due=-SECOND), world.follow_up()
         with engine.connect() as connection:
@@ -101,14 +101,17 @@ class TestClaim:
 
 
 class TestRecovery:
-    """A lease that ended in flight means an unknown outcome."""
+    """A lease that expires during an attempt leaves an unknown outcome."""
 
     def lose(self, world: World, steps: Steps, follow_up: UUID, settings: Settings | None = None) -> None:
         steps.begun(settings)
         world.expire(follow_up)
 
     def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
-        """A lost attempt is made again under the same number: it counts as a loss, not as an attempt."""
+        """A lost attempt is repeated under the same number if the transport deduplicates.
+
+        It counts as a lost lease, not as a further attempt.
+        """
         follow_up = world.follow_up()
         self.lose(world, steps, follow_up)
         begun = steps.begun()
@@ -116,7 +119,7 @@ class TestRecovery:
         assert [(number, outcome) for number, outcome, _ in world.failures(follow_up)] == [(1, "lost")]
 
     def test_named_where_it_does_not(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Where the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not made again."""
+        """If the transport cannot deduplicate, a lost attempt ends as outcome_unknown and is not repeated."""
         plain = settings.model_copy(update={"transport_deduplicates": False})
         follow_up = world.follow_up()
         self.lose(world, steps, follow_up, plain)
@@ -134,7 +137,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
 
     def test_reply_meanwhile(self, world: World, steps: Steps) -> None:
-        """A reply to a follow-up in flight keeps it from being sent again after its worker was lost."""
+        """A reply during a lost attempt prevents the follow-up from being sent again."""
         chat = world.chat()
         follow_up = world.follow_up(chat)
         steps.begun()
@@ -146,7 +149,7 @@ class TestRecovery:
 
 
 def test_losses_are_carried(world: World, steps: Steps) -> None:
-    """A lease carries the number of lost leases, so that its last try happens alone."""
+    """A lease carries the number of lost leases, so that the follow-up's last attempt runs alone."""
     follow_up = world.follow_up()
     told = []
     for _ in range(MAX_LOSSES):
@@ -158,22 +161,22 @@ def test_losses_are_carried(world: World, steps: Steps) -> None:
 
 
 class TestLowWater:
-    """The low-water mark: rows that a claim need not read again."""
+    """The low-water mark: the due date before which a claim need not read rows."""
 
     def test_mark(self, world: World, steps: Steps) -> None:
-        """The mark stays before the first unfinished follow-up, leased or not, and before now."""
+        """The low-water mark stays before now and before the first unfinished follow-up, leased or not."""
         world.follow_up(due=-timedelta(minutes=5))
-        for _ in range(2):  # free, then leased
+        for _ in range(2):  # unleased first, then leased
             low = steps.claim().low_water
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """Without anything due, the mark is a margin before now, for late commits."""
+        """If no follow-up is due, the mark is a margin before now, to allow for late commits."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
-        """A claim from the mark on misses it; one from the beginning takes it."""
+        """A row inserted before the mark is missed by a claim from the mark and found by a full claim."""
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))
         assert not steps.claim(since=low).leases
@@ -182,9 +185,9 @@ class TestLowWater:
     def test_dispatcher_looks_behind(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """If full claims are slow, one tick is enough to claim a row inserted before the mark."""
+        """Even if full claims are slow, a single tick claims a row inserted before the mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
-        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # a second or so between two such looks
+        monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # about a second between two full claims
         hints: list[Hint] = []
         ticking = dispatcher.Dispatcher(settings, engine, hints.append)
         ticking.start()

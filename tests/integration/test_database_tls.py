@@ -1,4 +1,4 @@
-"""TLS to the database, on Debian's PostgreSQL, since the embedded one is built without TLS."""
+"""TLS to the database, tested with Debian's PostgreSQL because the embedded one is built without TLS."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ pytestmark = pytest.mark.skipif(INSTALLED is None, reason=MISSING)
 
 
 class SecureServer(Server):
-    """A server that speaks TLS on a port of the loopback interface too; its certificate is for ``localhost``."""
+    """A PostgreSQL server that also accepts TLS on a loopback port, with a certificate for ``localhost``."""
 
     def __init__(self, binaries: Path, authority: trustme.CA) -> None:
-        """Store the binaries and the authority that signs its certificate."""
+        """Store the path of the binaries and the authority that signs the server's certificate."""
         super().__init__(binaries)
         self._authority, self._port = authority, free_port()
 
     def url(self, database: str = "postgres") -> str:
-        """Return the URL by its socket."""
+        """Return the database URL through the socket."""
         return f"{super().url(database)}&port={self._port}"
 
     def secure_url(self, host: str, query: str) -> str:
-        """Return the URL by the loopback interface."""
+        """Return the database URL through the loopback interface."""
         return f"postgresql://postgres@{host}:{self._port}/postgres?{query}"
 
     def _prepare(self, directory: Path) -> Command:
@@ -58,7 +58,7 @@ class SecureServer(Server):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServer, str]]:
-    """Return a TLS server, and the file with its certificate authority."""
+    """Return a TLS server and the file with the certificate of its authority."""
     assert INSTALLED
     authority = trustme.CA()
     trusted = tmp_path_factory.mktemp("tls") / "authority.pem"
@@ -68,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SecureServ
 
 
 def detail(engine: Engine) -> str:
-    """Return doctor's finding about the connection."""
+    """Return doctor's finding about the connection to the database."""
     (finding,) = connection_checks.of_database(engine)
     return finding.detail
 
@@ -84,7 +84,7 @@ def detail(engine: Engine) -> str:
     ],
 )
 def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], query: str, said: str) -> None:
-    """Doctor shows the version of TLS and what was verified, or that there is no TLS."""
+    """For the database, doctor shows the TLS version and what was verified, or that TLS is not used."""
     server, trusted = place
     engine = make_engine(server.secure_url("localhost", query.format(trusted)))
     assert detail(engine) == said
@@ -96,7 +96,7 @@ def test_doctor_tells_what_the_connection_is(place: tuple[SecureServer, str], qu
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
 async def test_an_impostor_is_refused(place: tuple[SecureServer, str], tmp_path: Path, host: str) -> None:
-    """With verify-full an unknown authority is refused, and so is a certificate for another name."""
+    """With verify-full, a certificate of an unknown authority or for another name is rejected."""
     server, trusted = place
     if host == "localhost":
         trusted = str(tmp_path / "another.pem")

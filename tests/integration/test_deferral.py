@@ -1,4 +1,4 @@
-"""Deferral: follow-ups held by the breaker leave the window to others, and are sent in the end."""
+"""Deferral: follow-ups held by the breaker leave the window to others and are sent in the end."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 @pytest.fixture
 def own(settings: Settings) -> Settings:
-    """Return settings with a small window, leases that outlive the test, and broker keys of its own."""
+    """Return settings with a small window, leases that outlive the test, and separate broker keys."""
     changes = {
         "breaker_failures": 5,
         "broker_prefix": f"test-{uuid4().hex}:",
@@ -63,7 +63,7 @@ def own(settings: Settings) -> Settings:
 
 
 class Chat:
-    """A transport that accepts the messages of the workspaces in `well`, and fails all others."""
+    """A transport that accepts messages of the workspaces in `well` and fails all others."""
 
     name = "http"
 
@@ -88,7 +88,7 @@ class Chat:
 
 @contextmanager
 def worker(own: Settings, engine: Engine, chat: Chat, policy: RecoveryPolicy) -> Iterator[None]:
-    """Run the components of a worker process, with ticks, and drain the pipeline at the end."""
+    """Run a worker's components with dispatcher ticks, and drain the pipeline at the end."""
     pipeline: Pipeline
 
     def submit(hint: Hint) -> None:
@@ -119,7 +119,7 @@ def worker(own: Settings, engine: Engine, chat: Chat, policy: RecoveryPolicy) ->
 
 
 def deferred(world: World) -> list[Any]:
-    """Return the deferred follow-ups in the order of their due dates."""
+    """Return the deferred follow-ups ordered by due date."""
     query = "SELECT * FROM follow_ups WHERE limited_until > now() ORDER BY due_date"
     with world.engine.connect() as connection:
         return list(connection.execute(text(query)))
@@ -132,7 +132,7 @@ def is_open(own: Settings) -> bool:
 
 
 def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> None:
-    """While a workspace with more due than the window is held, another's are claimed and sent."""
+    """A held workspace with more due follow-ups than the window does not block another workspace."""
     theirs = World(engine)
     chat = Chat(theirs)
     world.burst([-SECOND] * OVERDUE)
@@ -145,7 +145,7 @@ def test_it_is_in_nobodys_way(world: World, engine: Engine, own: Settings) -> No
 
 
 def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -> None:
-    """Apart from a few probes, held follow-ups have no lease, use no attempt, and can be cancelled."""
+    """Held follow-ups, except for a few probes, have no lease, use no attempt and can be cancelled."""
     world.burst([-SECOND] * OVERDUE)
     with worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
@@ -158,12 +158,15 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
         ("pending", 0, row.limited_until) for row in rows
     }
     moments = sorted(row.limited_until for row in rows)
-    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2  # in time, and not all at once
+    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2  # in time, and not simultaneously
     assert world.row(rows[0].id).reason == "over"
 
 
 def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
-    """While a workspace is held, each worker keeps less than a hundredth of the window, however many slots it has."""
+    """While a workspace is held, each worker uses less than a hundredth of the window for it.
+
+    This is so however many slots the worker has.
+    """
     window = 1024
     world.burst([-SECOND] * OVERDUE)
     with worker(own.model_copy(update={"concurrency": 100, "max_in_flight": window}), engine, Chat(), FOR_LONG):
@@ -172,7 +175,10 @@ def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own
 
 
 def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
-    """Once the transport recovers, deferred follow-ups are sent long before their time, earliest first."""
+    """Once the transport recovers, deferred follow-ups are sent long before their deferred time.
+
+    The earliest are sent first.
+    """
     chat = Chat()
     world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     own = own.model_copy(update={"concurrency": 1})
@@ -185,7 +191,7 @@ def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: 
 
 
 def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, own: Settings) -> None:
-    """A follow-up locked by another transaction keeps its lease, and is deferred once unlocked."""
+    """A follow-up locked by another transaction keeps its lease and is deferred once unlocked."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     with engine.connect() as connection, worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: is_open(own))
@@ -196,7 +202,7 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
 
 
 def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Settings) -> None:
-    """One follow-up whose lease cannot be released keeps no others from being deferred and released."""
+    """A follow-up whose lease cannot be released does not stop others from being deferred and released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
     with worker(own, engine, Chat(), FOR_LONG):
@@ -207,15 +213,15 @@ def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Setting
 
 
 class TestFreeing:
-    """Deferred follow-ups of given workspaces are released in the order in which they were deferred."""
+    """Deferred follow-ups of the given workspaces are released in the order of their deferral."""
 
     def free(self, engine: Engine, most: int, *worlds: World) -> int:
-        """Release up to `most` deferred follow-ups of these workspaces, and return how many were released."""
+        """Release up to `most` deferred follow-ups of the given workspaces and return the number released."""
         with engine.begin() as connection:
             return rate_limits.release_workspaces(connection, [one.workspace_id for one in worlds], LONGEST, most)
 
     def deferred(self, world: World, engine: Engine, settings: Settings, *seconds: int) -> list[UUID]:
-        """Claim follow-ups, defer each for its number of seconds, and return their ids."""
+        """Claim follow-ups, defer each by the given number of seconds, and return their ids."""
         ids = world.burst([-SECOND] * len(seconds))
         leases = [lease for lease in claim(engine, settings).leases if lease.id in ids]
         with engine.begin() as connection:
@@ -224,7 +230,7 @@ class TestFreeing:
         return [lease.id for lease in leases]
 
     def test_the_first_first(self, world: World, engine: Engine, settings: Settings) -> None:
-        """The first deferred follow-ups of all given workspaces are released, up to the given number."""
+        """Across the given workspaces, the follow-ups deferred first are released, up to the given number."""
         other, third = World(engine), World(engine)
         mine = self.deferred(world, engine, settings, 10, 40)
         theirs = self.deferred(other, engine, settings, 20, 30)
@@ -236,7 +242,7 @@ class TestFreeing:
         assert self.free(engine, 3, world, other) == 0
 
     def test_nothing_else(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A retry keeps its time, and a row locked by another transaction is skipped."""
+        """Releasing deferred follow-ups leaves retries unchanged and skips rows locked by other transactions."""
         retry = world.follow_up(next_attempt_at=text("now() + interval '1 minute'"), attempts=1)
         locked, other = self.deferred(world, engine, settings, 10, 20)
         with engine.connect() as connection:

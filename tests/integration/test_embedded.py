@@ -1,4 +1,4 @@
-"""The embedded servers: real ones, started, broken and stopped."""
+"""The embedded servers: real servers that are started, crashed and stopped."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def _directory_of(postgres: EmbeddedPostgres) -> Path:
 
 @pytest.fixture(scope="module")
 def postgres() -> Iterator[EmbeddedPostgres]:
-    """Return a running server that these tests may restart and kill."""
+    """Return a running PostgreSQL server that these tests may restart and kill."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
 def valkey() -> Iterator[EmbeddedValkey]:
-    """Return a running server that these tests may restart and kill."""
+    """Return a running Valkey server that these tests may restart and kill."""
     with EmbeddedValkey() as server:
         yield server
 
 
 class TestPostgres:
-    """EmbeddedPostgres."""
+    """The `EmbeddedPostgres` server."""
 
     def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
-        """Its URL serves psycopg and, with the driver's name, SQLAlchemy; the settings are for speed."""
+        """The server's URL works with psycopg and, with the driver's name added, with SQLAlchemy.
+
+        The server's settings favour speed.
+        """
         with psycopg.connect(postgres.url()) as connection:
             assert connection.info.server_version >= 180000
             for name, value in {"fsync": "off", "synchronous_commit": "on", "jit": "off", "TimeZone": "UTC"}.items():
@@ -59,14 +62,14 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
-        """It listens only on a socket in a directory closed to other users, not on a TCP port."""
+        """The server listens only on a socket in a directory closed to other users, not on a TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
             assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
 
     def test_databases_are_copied_and_dropped(self, postgres: EmbeddedPostgres) -> None:
-        """A database can be copied, and dropped while it has sessions."""
+        """A database can be copied, and can be dropped while sessions are connected to it."""
         with psycopg.connect(postgres.create_database("origin")) as connection:
             connection.execute("CREATE TABLE copied (n int)")
         with psycopg.connect(postgres.create_database("co py", template="origin")) as connection:
@@ -80,7 +83,7 @@ class TestPostgres:
     def test_what_was_committed_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
-        """After a restart, and after SIGKILL and a restart, the URL is the same and no confirmed commit is lost."""
+        """A restart, even after SIGKILL, keeps the server's URL and every confirmed commit."""
         url = postgres.url()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS survivor")
@@ -97,7 +100,7 @@ class TestPostgres:
             assert connection.execute("SELECT count(*) FROM survivor").fetchone() == (200,)
 
     def test_nothing_is_left_of_a_temporary_one(self) -> None:
-        """When its block ends, even by an exception, the processes and the directory are gone."""
+        """When its block ends, even by an exception, a temporary server's processes and directory are removed."""
         server = EmbeddedPostgres()
         seen: list[Path] = []
 
@@ -116,7 +119,10 @@ class TestPostgres:
             server.url()
 
     def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
-        """Data in a given directory is durable and used by the next server; a second server at once is refused."""
+        """Data in a given directory is durable and is used by the next server.
+
+        A second server for the same directory is rejected while the first is running.
+        """
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700
             with psycopg.connect(server.url()) as connection:
@@ -129,7 +135,10 @@ class TestPostgres:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
     def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Below a closed directory, kept data is refused and programs are copied; the directory stays closed."""
+        """A server in a closed directory rejects kept data and runs copied programs.
+
+        The directory stays closed.
+        """
         closed = open_directory / "closed"
         closed.mkdir(0o700)
         with pytest.raises(EmbeddedError, match=f"its user pgserver may not enter {closed}: choose a directory elsewh"):
@@ -143,14 +152,14 @@ class TestPostgres:
         assert stat.S_IMODE(closed.stat().st_mode) == 0o700
 
     def test_data_of_another_version_is_refused(self, open_directory: Path) -> None:
-        """Data made by another major version is not touched; the error names both versions."""
+        """Data of another PostgreSQL major version is left untouched; the error names both versions."""
         (open_directory / "data").mkdir()
         (open_directory / "data" / "PG_VERSION").write_text("16\n")
         with pytest.raises(EmbeddedError, match=r"made by PostgreSQL 16, and this is 18"):
             EmbeddedPostgres(open_directory).start()
 
     def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:
-        """The server's log does not quote rows, nor parameters, of a statement that failed."""
+        """The server's log contains neither rows nor parameters of a failed statement."""
         with psycopg.connect(postgres.url(), autocommit=True) as connection:
             connection.execute("CREATE TEMPORARY TABLE strict (message text, n int CHECK (n > 0))")
             with pytest.raises(psycopg.errors.CheckViolation):
@@ -161,10 +170,10 @@ class TestPostgres:
 
 
 class TestValkey:
-    """EmbeddedValkey."""
+    """The `EmbeddedValkey` server."""
 
     def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
-        """Its URL works for every logical database, but not without the password."""
+        """The server's URL works for every logical database, but not without the password."""
         with redis.Redis.from_url(valkey.url(63)) as client:
             assert client.ping()
         address = make_url(valkey.url())
@@ -191,7 +200,7 @@ class TestValkey:
             assert client.dbsize() == 0
 
     def test_kept_data_is_there_again(self, tmp_path: Path) -> None:
-        """With a data directory, even one with a space in its name, the data survives the server."""
+        """With a data directory, even one with a space in its name, data survives a restart of the server."""
         kept = tmp_path / "kept here"
         with EmbeddedValkey(kept) as server, redis.Redis.from_url(server.url()) as client:
             client.set("key", "value")
@@ -201,7 +210,7 @@ class TestValkey:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_needs_no_other() -> None:
-    """For an ordinary user both servers run as that user."""
+    """Started by an ordinary user, both servers run as that user."""
     script = (
         "from followups.embedded import EmbeddedPostgres, EmbeddedValkey\n"
         "with EmbeddedPostgres() as postgres, EmbeddedValkey():\n"

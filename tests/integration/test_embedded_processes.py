@@ -1,4 +1,4 @@
-"""Our own processes: started, watched, stopped, and stopped by the watchdog when their owner cannot."""
+"""The project's child processes: started, watched, stopped, and stopped by the watchdog if necessary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOON = timedelta(seconds=20)
-"""Far longer than needed, since the machine may be busy."""
+"""Timeout in seconds, far longer than needed because the machine may be busy."""
 
 OWNER = """
 import os, sys, time
@@ -39,7 +39,7 @@ print(child.pid, valkey.child.pid, postgres.child.pid)
 print(processes.logs, valkey._directory, postgres._directory, flush=True)
 sys.stdin.readline()
 """
-"""Program that starts one of each, forks, and ends on request without stopping any."""
+"""A program that starts one process of each type, forks, and exits on request without stopping any."""
 
 
 def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
@@ -50,10 +50,10 @@ def _until(condition: Callable[[], bool], within: timedelta = SOON) -> bool:
 
 
 class TestProcesses:
-    """Processes."""
+    """The `Processes` supervisor."""
 
     def test_it_waits_until_a_process_is_ready(self, tmp_path: Path) -> None:
-        """A process counts as started when its check passes, and its output is in its own log."""
+        """A process counts as started once its check passes, and writes its output to a separate log."""
         (tmp_path / "index.html").write_text("hello")
         port = free_port()
         with Processes(tmp_path) as processes:
@@ -80,12 +80,12 @@ class TestProcesses:
             assert not processes.children[0].running
 
     def test_a_missing_program_is_an_error_in_one_sentence(self) -> None:
-        """A missing program is named in the error."""
+        """The error about a missing program names the program."""
         with Processes() as processes, pytest.raises(EmbeddedError, match=r"flower could not be started.*no-such"):
             processes.spawn("flower", ["no-such-program"])
 
     def test_the_stubborn_are_killed_with_all_they_started(self) -> None:
-        """A process that ignores SIGTERM is killed after the grace, with the rest of its group."""
+        """A process that ignores SIGTERM is killed after the grace period, with the rest of its group."""
         script = "trap '' TERM; sleep 600 & echo $!; wait; sleep 600"
         with Processes() as processes:
             stubborn = processes.spawn("stubborn", ["sh", "-c", script], grace=timedelta(seconds=0.2))
@@ -96,7 +96,10 @@ class TestProcesses:
         assert _until(lambda: not is_alive(started))
 
     def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
-        """SIGTERM goes to the process only, so that it can drain its children; one that ends by itself is reported."""
+        """SIGTERM is sent to the parent process only, so that the parent can drain its children.
+
+        A process that exits unexpectedly is reported.
+        """
         done = tmp_path / "done"
         script = f"trap 'wait; exit 7' TERM; (sleep 0.3; touch {done}) & echo up; wait"
         with Processes() as processes:
@@ -108,7 +111,7 @@ class TestProcesses:
         assert done.exists()
 
     def test_lines_are_told_as_they_come(self) -> None:
-        """With an echo, each line of output is passed on with the process's name, and is in the log too."""
+        """With an echo, each line of output is passed on with the process's name and is also logged."""
         lines: list[tuple[str, str]] = []
         with Processes(echo=lambda name, line: lines.append((name, line))) as processes:
             processes.spawn("talker", ["sh", "-c", "echo one; echo two >&2"], environment={"X": "1"})
@@ -117,7 +120,7 @@ class TestProcesses:
         assert lines == [("talker", "one"), ("talker", "two")]
 
     def test_ctrl_c_reaches_only_the_owner(self) -> None:
-        """A child has a session of its own: the terminal's signals don't reach it."""
+        """A child process has a separate session, so the terminal's signals do not reach it."""
         with Processes() as processes:
             child = processes.spawn("worker", ["sleep", "600"])
             assert os.getsid(child.pid) == child.pid != os.getsid(0)
@@ -125,7 +128,7 @@ class TestProcesses:
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, None], ids=str)
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
-    """Servers, processes and directories disappear soon after their owner ends by a signal, SIGKILL or a return.
+    """Servers, processes and directories disappear soon after their owner exits, even by SIGKILL.
 
     They also disappear if a forked child of the owner survives.
     """
@@ -156,7 +159,7 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """A killed watchdog is replaced at the next start, and the new one ends with the last stop."""
+    """A killed watchdog is replaced at the next start, and the new one ends with the last process."""
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])
         first = WATCHDOG._process  # noqa: SLF001 - nobody else needs to know it
@@ -172,7 +175,10 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_what_a_user_may_not_enter(open_directory: Path) -> None:
-    """Of the directories above a path, the topmost that a user may not enter is named; its owner may."""
+    """Among the directories above a path, the topmost that a user may not enter is returned.
+
+    The directory's owner may enter it.
+    """
     inner = open_directory / "closed" / "data"
     inner.mkdir(parents=True)
     (open_directory / "closed").chmod(0o700)
@@ -181,6 +187,6 @@ def test_what_a_user_may_not_enter(open_directory: Path) -> None:
 
 
 def test_a_free_port_can_be_listened_on() -> None:
-    """The port that is returned is free on the loopback interface."""
+    """The returned port is free on the loopback interface."""
     with socket.create_server(("127.0.0.1", free_port())) as server:
         assert server.getsockname()[0] == "127.0.0.1"

@@ -1,4 +1,4 @@
-"""The event loop's database: sessions, errors and transactions of its engine, by the driver alone."""
+"""The event loop's database engine: sessions, errors and transactions, using only the driver."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ RENAME = Statement("UPDATE workspaces SET name = name || :more RETURNING name")
 
 @asynccontextmanager
 async def database(url: str, size: int = SESSIONS, limit: float = 10) -> AsyncIterator[Database]:
-    """Create a database for this loop, and close it at the end."""
+    """Create a database for this event loop, and close it at the end."""
     made = Database(url, pool_size=size, application_name="tests", statement_timeout=timedelta(seconds=limit))
     yield made
     await made.close()
 
 
 async def fetch(of: Database, statement: Statement, **parameters: Any) -> Any:
-    """Execute a statement in its own transaction; return its rows."""
+    """Execute a statement in a separate transaction and return its rows."""
 
     def steps() -> Steps[Any]:
         return (yield statement(**parameters))
@@ -51,14 +51,14 @@ async def fetch(of: Database, statement: Statement, **parameters: Any) -> Any:
 
 
 async def fail_after_rename(of: Database) -> None:
-    """Change a row, and then fail."""
+    """Rename a row and then raise an error."""
     async with of.transaction() as connection:
         await event_loop.rows_of(connection, RENAME.driver_sql, {"more": "-"})
         raise RuntimeError
 
 
 async def fill(of: Database) -> None:
-    """Fill the pool with open sessions, each of which has been used."""
+    """Fill the pool with open sessions, each of which has been used once."""
     together = asyncio.Barrier(SESSIONS)
 
     async def use() -> None:
@@ -70,7 +70,7 @@ async def fill(of: Database) -> None:
 
 
 async def test_settings(database_url: str) -> None:
-    """Sessions have the settings of all our sessions, whatever the server's defaults."""
+    """Sessions of the event loop have the project's session settings, whatever the server's defaults."""
     set_defaults(database_url, HOSTILE)
     async with database(database_url) as mine:
         rows = await fetch(mine, NAMES, names=[*SESSION, "transaction_isolation", "statement_timeout"])
@@ -80,7 +80,10 @@ async def test_settings(database_url: str) -> None:
 
 
 async def test_transactions(world: World, database_url: str) -> None:
-    """A transaction is committed at its end, and rolled back after an error; the connection serves the next one."""
+    """A transaction commits at its end and is rolled back after an error.
+
+    The connection then serves the next transaction.
+    """
     name = world.scalar("SELECT name FROM workspaces")
     async with database(database_url, size=1) as mine:
         await fetch(mine, RENAME, more="+")
@@ -92,7 +95,7 @@ async def test_transactions(world: World, database_url: str) -> None:
 
 
 async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) -> None:
-    """A reader opens no transaction, so that nothing is left to end."""
+    """A reader opens no transaction, so no transaction is left to end."""
     async with database(database_url, size=1) as mine:
         async with mine.reading() as connection:
             await event_loop.rows_of(connection, "SELECT 1", {})
@@ -103,7 +106,7 @@ async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) ->
 
 
 async def test_cancelled_in_a_statement(world: World, database_url: str) -> None:
-    """A task cancelled while the server works costs its connection, but does not delay the next task."""
+    """A task cancelled during a statement loses its connection, but does not delay the next task."""
     async with database(database_url, size=1) as mine:
         task = asyncio.create_task(fetch(mine, Statement("SELECT pg_sleep(60)")))
         sleeping = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep%'"
@@ -115,7 +118,7 @@ async def test_cancelled_in_a_statement(world: World, database_url: str) -> None
 
 
 async def test_sessions_on_a_read_only_server_are_dropped(world: World, database_url: str) -> None:
-    """The first refused write drops all sessions of the pool, so that the next ones succeed."""
+    """The first write rejected as read-only drops all sessions of the pool, so the next writes succeed."""
     assert world
     async with database(whatever_it_is(database_url)) as mine:
         with read_only(database_url):
@@ -129,7 +132,7 @@ async def test_sessions_on_a_read_only_server_are_dropped(world: World, database
 
 
 async def test_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
-    """After the first lost connection the others, which the same server has closed, are opened anew."""
+    """After the first lost connection, the pool reopens all connections that the same server has closed."""
     async with database(database_url) as mine:
         await fill(mine)
         world.scalar("""
@@ -144,7 +147,7 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
 
 
 async def test_unreachable() -> None:
-    """An unreachable server is reported at once."""
+    """An unreachable server is reported immediately."""
     async with database("postgresql://nobody@127.0.0.1:9/nothing") as mine:
         with pytest.raises(psycopg.OperationalError) as unreachable:
             await fetch(mine, Statement("SELECT 1"))
@@ -152,6 +155,6 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
-    """A rule reads the same by both engines, here that there are no sending hours."""
+    """Both engines read a workspace's rules alike, here that it has no sending hours."""
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

@@ -1,4 +1,7 @@
-"""A backlog shared between workspaces: those with the fewest in flight go first, and the window is never exceeded."""
+"""Fair claims of a backlog: workspaces with the fewest follow-ups in flight are served first.
+
+The window is never exceeded.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 
 
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
-    """Return workspaces with so many overdue each, the first of them earlier than those of the next."""
+    """Create one workspace per number, with as many overdue follow-ups, and return the workspaces.
+
+    The follow-ups of the first workspace are due before those of the second, and so on.
+    """
     worlds = [World(engine) for _ in counts]
     for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):
         world.burst([due - (len(counts) - number) * SECOND] * count)
@@ -47,7 +53,7 @@ def bounded(settings: Settings, window: int) -> Settings:
 
 
 def shares(claimed: Claim, worlds: list[World]) -> list[int]:
-    """Count what each workspace got."""
+    """Count the leased follow-ups of each workspace."""
     counted = Counter(lease.key for lease in claimed.leases)
     return [counted[key_of(world.workspace_id)] for world in worlds]
 
@@ -65,7 +71,10 @@ def shares(claimed: Claim, worlds: list[World]) -> list[int]:
 def test_fewest_first(
     engine: Engine, settings: Settings, overdue: tuple[int, ...], in_flight: tuple[int, ...], expected: list[int]
 ) -> None:
-    """Places go to the workspaces with the fewest in flight; unused shares go to others; a full window is full."""
+    """Workspaces with the fewest follow-ups in flight are served first, and unused shares go to others.
+
+    A full window stays full.
+    """
     worlds = worlds_of(engine, *overdue)
     for world, count in zip(worlds, in_flight, strict=True):
         world.sql(
@@ -81,7 +90,7 @@ def test_fewest_first(
 
 
 def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings) -> None:
-    """Of one workspace the earliest are taken, and nothing beyond the look-ahead."""
+    """Of each workspace, a claim takes the earliest follow-ups and none beyond the look-ahead."""
     ids = [world.follow_up(due=-number * SECOND) for number in range(9)][::-1]
     world.follow_up(due=settings.tick_interval * 20)
     first, second = (claim_fairly(engine, bounded(settings, window)) for window in (4, 20))
@@ -91,14 +100,17 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
 
 
 def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that has much fills the window beside many that have little, although a claim looks at few rows of each."""
+    """A workspace with many due follow-ups fills the window beyond what many small workspaces need.
+
+    This holds although a claim reads only a few rows of each workspace.
+    """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)
     assert shares(claim_fairly(engine, bounded(settings, 60)), worlds) == [30, *[1] * 30]
 
 
 def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If more workspaces wait than the window has places, each gets one before any gets two."""
+    """If more workspaces wait than the window has slots, each gets one slot before any gets two."""
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, *[3] * 30)
     few = bounded(settings, 20)
@@ -116,7 +128,7 @@ def test_many_with_much(engine: Engine, settings: Settings, monkeypatch: pytest.
 
 
 def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A claim takes half of a large window, and reports whether another one at once would take more."""
+    """A claim takes half of a large window and reports whether an immediate second claim would take more."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 2)
     worlds_of(engine, 20)
     taken = [claim_fairly(engine, bounded(settings, 12)) for _ in range(3)]
@@ -128,7 +140,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
 
 
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
-    """Rows in flight are counted, even behind those with an earlier due date."""
+    """Rows in flight count towards the window even after rows with an earlier due date."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)
@@ -139,7 +151,7 @@ def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings:
 
 
 def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: Settings) -> None:
-    """A dispatcher that knows of no backlog finds one, and keeps to the window that others filled behind it."""
+    """A dispatcher that knows of no backlog detects one and respects slots leased by others meanwhile."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]
@@ -147,7 +159,7 @@ def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: S
 
 
 def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
-    """Leases that ran out are taken over under a greater token; one that was in flight counts as lost."""
+    """Expired leases are taken over under a greater token; a lease expired in flight counts as lost."""
     noisy, quiet = worlds_of(engine, 40, 2)
     few = bounded(settings, 6)
     leases = {lease.id: lease for lease in claim_fairly(engine, few).leases}
@@ -163,7 +175,7 @@ def test_ended_leases_are_recovered(engine: Engine, settings: Settings) -> None:
 
 
 def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None:
-    """A lost lease with an unknown outcome ends in a fair claim as in any other."""
+    """A lost lease with an unknown outcome ends the follow-up in a fair claim as in any other claim."""
     follow_up = world.follow_up()
     begin(engine, settings, claim_fairly(engine, settings).leases)
     world.expire(follow_up)
@@ -173,7 +185,7 @@ def test_lost_for_good(world: World, engine: Engine, settings: Settings) -> None
 
 
 def test_at_once(engine: Engine, settings: Settings) -> None:
-    """Claims of both kinds that run at once lease nothing twice, and together all of it."""
+    """Concurrent fair and ordered claims lease no follow-up twice, and together lease all of them."""
     worlds_of(engine, 40, 5, 5)
     taken: list[UUID] = []
     start = threading.Barrier(4)
@@ -192,7 +204,7 @@ def test_at_once(engine: Engine, settings: Settings) -> None:
 
 
 def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
-    """Locked rows are skipped, without hiding others."""
+    """A fair claim skips locked rows and still finds the rows after them."""
     noisy, quiet = worlds_of(engine, 20, 2)
     with engine.connect() as connection:
         held = "SELECT FROM follow_ups WHERE workspace_id = :id FOR UPDATE"
@@ -201,10 +213,10 @@ def test_held_by_somebody(engine: Engine, settings: Settings) -> None:
 
 
 class TestLowWater:
-    """A claim that skips a backlog does not move the mark past it."""
+    """A fair claim that skips part of a backlog does not move the low-water mark past that part."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
-        """It stays behind the first of all that has not ended, though others were taken."""
+        """The mark stays before the first unfinished follow-up, even if later ones were claimed."""
         noisy, _ = worlds_of(engine, 40, 3, due=-timedelta(minutes=5))
         few = bounded(settings, 4)
         for _ in range(2):
@@ -222,7 +234,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """Without anything due, and without any workspace, there is nothing more, and the mark is behind now."""
+        """With no due follow-up and no workspace, a claim reports no more work and a mark before now."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
@@ -231,7 +243,7 @@ class TestLowWater:
 def test_dispatcher_shares_out_what_it_left(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a claim that was full the next ones are fair: others are published long before a backlog is through."""
+    """After a full claim, the next claims are fair, so other workspaces need not wait for the backlog."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []
@@ -251,7 +263,7 @@ def test_dispatcher_shares_out_what_it_left(
 def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where all that may be in flight comes free in time, however little that is, no pause grows longer."""
+    """Pauses do not grow when a small window becomes free in time, however small the window is."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

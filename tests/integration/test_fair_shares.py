@@ -1,4 +1,7 @@
-"""Fair claims against the definition of fair: no workspace gets a place while a waiting one has fewer in flight."""
+"""Fair claims satisfy max-min fairness.
+
+No workspace gets a slot while a waiting workspace has fewer follow-ups in flight.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,10 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """However few rows a claim reads, its places go to those with the fewest in flight, and all places are used."""
+    """However few rows a claim reads, workspaces with the fewest in flight come first.
+
+    All free slots are used.
+    """
     random = Random(seed)  # noqa: S311 - no secret
     monkeypatch.setattr(claims, "FEW", random.choice([1, 2, 6]))
     monkeypatch.setattr(claiming, "CLAIM_SIZE", random.choice([3, 5, 1000]))

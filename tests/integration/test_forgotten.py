@@ -1,4 +1,4 @@
-"""Forgotten follow-ups wait for something that no longer exists; a tick finds them."""
+"""Forgotten follow-ups: a tick finds follow-ups that wait for something that no longer exists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STATES = "SELECT max(last_tick_at) FROM dispatcher_state"
 
 
 def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) -> UUID:
-    """Return a follow-up that was locked when the earlier one of its chat was cancelled."""
+    """Return a follow-up whose row was locked when the earlier one of its chat was cancelled."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     leases = claim(world.engine, settings).leases
@@ -48,7 +48,7 @@ def locked_when_the_earlier_one_was_cancelled(world: World, settings: Settings) 
 
 
 def paused_by_a_pause_that_was_deleted(world: World, settings: Settings) -> UUID:
-    """Return a follow-up that is held by a pause whose row was deleted by hand."""
+    """Return a follow-up held by a pause whose row was deleted manually."""
     follow_up = world.follow_up()
     with world.engine.begin() as connection:
         pauses.pause(connection, PauseScope(world.workspace_id, None))
@@ -65,8 +65,8 @@ def test_the_next_tick_finds_it(
     forget: Callable[[World, Settings], UUID],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A cheap search finds a forgotten follow-up within a tick or two, however long a lease is."""
-    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # one search may look expensive on a busy machine
+    """A cheap search finds a forgotten follow-up within one or two ticks, however long a lease lasts."""
+    monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1.0)  # on a busy machine, a single search may seem expensive
     patient = settings.model_copy(update={"lease": timedelta(hours=1)})
     hints: list[Hint] = []
     ticking = Dispatcher(patient, engine, hints.append)
@@ -86,7 +86,7 @@ def test_the_next_tick_finds_it(
 
 
 def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An expensive search runs rarely, and claims continue."""
+    """If the search for forgotten follow-ups is expensive, it runs rarely and claims continue."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 
