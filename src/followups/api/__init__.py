@@ -1,1 +1,1 @@
-"""The REST API, served by the process `web`."""
+"""The REST API, served by the `web` process."""

@@ -1,4 +1,7 @@
-"""The process `web`: `python -m followups.api` listens on every address, IPv6 and IPv4, on $PORT (default 8000)."""
+"""The `web` process, started by `python -m followups.api`.
+
+It listens on all IPv6 and IPv4 addresses, on $PORT (default 8000).
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from followups.urls import HIGHEST_PORT, port_of
 
 
 def main() -> None:
-    """Read the settings and serve; invalid settings end the process with an error message and exit code 2."""
+    """Read the settings and serve requests; exit with an error message and code 2 if a setting is invalid."""
     parser = argparse.ArgumentParser(prog="python -m followups.api", description="Serve the REST API.")
     parser.add_argument("--host", default="", help="address to listen on (default: every one, IPv6 and IPv4)")
     parser.add_argument("--port", default=port_of(os.environ.get("PORT"), "8000"), help="default: $PORT, else 8000")

@@ -1,7 +1,7 @@
-"""The access log: one line for each request, and the request's id bound to every line in between.
+"""The access log: one line for each request, and the request id in every log line of that request.
 
-This is the outermost middleware, so that refused requests have their line too. The query and the body are omitted,
-since they may contain anything from a client. Successful probes and scrapes are logged at level debug.
+This is the outermost middleware, so that refused requests are logged too. Queries and bodies are never logged, because
+clients may put anything into them. Successful probes and scrapes are logged at level debug.
 """
 
 from __future__ import annotations
@@ -28,29 +28,32 @@ if TYPE_CHECKING:
 HEADER = "x-request-id"
 
 SAFE_ID = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
-"""A request id that is accepted from a client or a proxy; any other is replaced by a new one."""
+"""The request ids that are accepted from a client or a proxy; any other id is replaced by a new one."""
 
 LONGEST_PATH = 200
-"""Most characters of a path in a log line; ours have 80."""
+"""Maximum length of a path in a log line, in characters; the API's own paths have up to 80."""
 
 FAILED = HTTPStatus.INTERNAL_SERVER_ERROR
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 SECURITY_HEADERS = {"x-content-type-options": "nosniff"}
-"""Headers of every response.
+"""The headers of every response.
 
-Responses that may be cached, which are the static files, set that header themselves. No other response may be cached.
+Static files may be cached and set their own `cache-control`. No other response may be cached.
 """
 
 KEY = "followups.seen"
-"""The key of a request's `Seen` in its scope."""
+"""The key under which an ASGI scope holds the request's `Seen`."""
 
 log = get_logger(__name__)
 
 
 @dataclass(slots=True)
 class Seen:
-    """What is known about a request. ``status`` is None if the client disconnected before the answer."""
+    """What the access log records about a request.
+
+    ``status`` is None if the client disconnected before the response.
+    """
 
     request_id: str
     status: int | None = None
@@ -59,23 +62,24 @@ class Seen:
 
 
 class Access:
-    """ASGI middleware around everything."""
+    """The ASGI middleware that writes the access log."""
 
     def __init__(self, app: ASGIApp) -> None:
         """Wrap the application."""
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve the request with its id bound, and log it once it has been answered."""
+        """Serve the request with its id bound to the log context, and log the request after the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
         seen = Seen(request_id_of(scope["headers"]))
         inner = {**scope, KEY: seen}
-        if scope["method"] == "HEAD":  # served as GET; the server leaves out the body
+        if scope["method"] == "HEAD":  # HEAD is served as GET; the server omits the body
             inner["method"] = "GET"
-        # Clear it first: on a kept-alive connection a request's task is created by the one before it, with its context.
+        # Clear the log context first: on a keep-alive connection, each request's task inherits the previous request's
+        # context.
         clear_contextvars()
         bind_contextvars(request_id=seen.request_id, method=scope["method"], path=scope["path"][:LONGEST_PATH])
 
@@ -100,7 +104,7 @@ class Access:
 
 
 def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """Return the id in the request's headers, or a new one.
+    """Return the request id from the headers, or a new id if that one is missing or unsafe.
 
     >>> request_id_of([(b"x-request-id", b"abc-1")])
     'abc-1'
@@ -127,7 +131,7 @@ def _attributes(scope: Scope, seen: Seen) -> dict[str, str | int]:
 
 def _tell(seen: Seen, scope: Scope, seconds: float) -> None:
     failed = seen.status is not None and seen.status >= FAILED
-    if scope["path"] in PROBES:  # requested every few seconds; a failing one's answer explains the failure
+    if scope["path"] in PROBES:  # probes arrive every few seconds; the response of a failing probe explains the failure
         tell = log.debug if seen.status == HTTPStatus.OK else log.info
     else:
         tell = log.warning if failed else log.info

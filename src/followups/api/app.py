@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 NAME = "followups-web"
 
 POOL_SIZE = 8
-"""Maximum number of database connections for requests."""
+"""Maximum number of database connections for API requests."""
 
 THREADS = 2
-"""Maximum number of threads that serve probes and scrapes, each with one database connection."""
+"""Maximum number of threads that serve probes and scrapes. Each thread uses one database connection."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a request's statements, which take milliseconds; most clients give up earlier."""
+"""Time limit of one SQL statement. Statements take milliseconds, and most clients time out earlier."""
 
 
 ROUTERS = (
@@ -67,10 +67,10 @@ ROUTERS = (
 
 
 def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> FastAPI:
-    """Return the application, which connects when first used.
+    """Return the application, which opens its connections when they are first used.
 
-    ``nudge`` is called after a commit that makes something due within the next two ticks; by default it asks the
-    workers for a tick.
+    ``nudge`` is called after a commit that makes a follow-up due within the next two ticks. By default, it makes the
+    workers run a tick.
     """
     url = settings.database_url.get_secret_value()
     engine = make_engine(url, pool_size=THREADS, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)
@@ -103,7 +103,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
         totals.start()
         traces.start(NAME)
-        gc.freeze()  # imported modules stay, and collecting over them took 0.1 s each time
+        gc.freeze()  # imported modules are never freed; each garbage collection over them took 0.1 s
         yield
         totals.stop()
         traces.stop()
@@ -119,7 +119,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
 
 
 def app_from_environment() -> FastAPI:
-    """Return the application for the environment's settings; an invalid one ends the process with an error message."""
+    """Return the application for the environment's settings; exit with an error message if one is invalid."""
     try:
         settings = load_settings()
     except SettingsError as error:
@@ -132,20 +132,23 @@ def app_from_environment() -> FastAPI:
 
 
 def openapi_document() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document; this needs neither settings nor database."""
+    """Return the OpenAPI 3.1 document, which needs neither settings nor a database."""
     return _routes().openapi()
 
 
 class Application(FastAPI):
-    """FastAPI with our own document and with the gate outside all other middleware."""
+    """FastAPI with this project's OpenAPI document, and with the gate outside all other middleware."""
 
     def openapi(self) -> dict[str, Any]:
-        """Return the document, which is made once."""
+        """Return the OpenAPI document, which is generated only once."""
         self.openapi_schema = self.openapi_schema or openapi.describe(self)
         return self.openapi_schema
 
     def build_middleware_stack(self) -> ASGIApp:
-        """Put the gate outside Starlette's handler of unexpected errors, which re-raises; the log is outermost."""
+        """Put the gate outside Starlette's error middleware, which re-raises errors.
+
+        The access log is the outermost middleware.
+        """
         inner = MetricsPort(super().build_middleware_stack(), self.state.metrics_port)
         return Access(Gate(inner))
 
@@ -158,7 +161,7 @@ def _routes() -> FastAPI:
         swagger_ui_oauth2_redirect_url=None,
         redirect_slashes=False,
         strict_content_type=False,
-        # Newer versions of FastAPI trace and log by themselves, including what clients sent, and so message texts.
+        # Newer versions of FastAPI trace and log requests by default, including their bodies and so message texts.
         telemetry={"auto_configure": False, "tracing": False, "metrics": False, "logs": False},
         exception_handlers={
             FollowUpsError: _tell_error,
@@ -186,9 +189,9 @@ async def _tell_exception(_: Request, error: Exception) -> Response:
 
 async def _tell_status(request: Request, error: Exception) -> Response:
     status: int = error.status_code  # type: ignore[attr-defined] # as above
-    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's answer to a body that is not JSON, such as invalid UTF-8
+    if status == HTTPStatus.BAD_REQUEST:  # FastAPI's response to a body that is not JSON, such as invalid UTF-8
         return problems.of_validation([{"type": "json_invalid", "loc": (), "msg": "The body is not JSON"}]).response()
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette names the methods of one route only
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # Starlette lists the methods of only one route
         return problems.of_status(status, headers={"allow": ", ".join(_methods(request))}).response()
     detail = "There is nothing at this path." if status == HTTPStatus.NOT_FOUND else ""
     return problems.of_status(status, detail).response()

@@ -1,8 +1,8 @@
-"""Authentication: the API key, and the one transaction in which the request is served.
+"""Authentication: validation of the API key in the transaction that serves the request.
 
-The key is looked up by the first statement of the request's own transaction, so that a revocation counts from its
-commit on and costs no round trip of its own. FastAPI's dependencies run after the body's validation; yet an invalid
-body without a valid key must get a 401, not a 422 (`AuthenticatedRoute`).
+The first statement of the request's own transaction also looks up the key. A revocation therefore takes effect as soon
+as it is committed, and checking the key needs no extra round trip. FastAPI validates the body before it runs
+dependencies, but an invalid body without a valid key must get a 401 rather than a 422: see `AuthenticatedRoute`.
 """
 
 from __future__ import annotations
@@ -54,25 +54,25 @@ T = TypeVar("T")
 log = get_logger(__name__)
 
 IDENTITY = "followups.identity"
-"""The key of a request's `Identity` in its scope."""
+"""The key under which an ASGI scope holds the request's `Identity`."""
 
 USE_RECORDED_EVERY = timedelta(minutes=1)
-"""Precision of `last_used_at`."""
+"""Minimum time between two updates of an API key's `last_used_at`."""
 
 KNOWN_FOR = timedelta(minutes=10)
 KNOWN_AT_MOST = 10_000
-"""Maximum number of keys remembered as valid."""
+"""Maximum number of API keys remembered as valid."""
 
 
 class LastUse:
-    """Keys whose use was recorded recently, so that most requests cost no write."""
+    """The API keys whose last use was recorded recently, so that most requests need no write."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no keys."""
         self._recorded: dict[UUID, float] = {}
 
     def is_news(self, key_id: UUID) -> bool:
-        """Return whether the key's use should be recorded now, which is once a minute."""
+        """Return whether the key's use should be recorded now, which is true once a minute."""
         now = time.monotonic()
         if now < self._recorded.get(key_id, 0.0):
             return False
@@ -81,23 +81,23 @@ class LastUse:
 
 
 class KnownKeys:
-    """Recently validated keys, whose requests are read without asking the database first.
+    """Recently validated API keys: a request with such a key is read without a database look-up first.
 
-    The transaction of each request checks the key again, so a revocation still takes effect at once. An instance
-    belongs to one event loop.
+    The transaction of each request checks the key again, so a revocation takes effect immediately. An instance belongs
+    to one event loop.
     """
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no keys."""
         self._known: dict[bytes, tuple[float, Identity]] = {}
 
     def get(self, hashed: bytes) -> Identity | None:
-        """Return the key's owner if it was valid within the last `KNOWN_FOR`."""
+        """Return the key's owner if the key was validated within the last `KNOWN_FOR`, or None."""
         until, identity = self._known.get(hashed, (0.0, None))
         return identity if time.monotonic() < until else None
 
     def add(self, hashed: bytes, identity: Identity) -> None:
-        """Remember a valid key, and forget the oldest one if there are too many."""
+        """Remember a valid key, and drop the oldest key if there are more than `KNOWN_AT_MOST`."""
         self._known.pop(hashed, None)
         self._known[hashed] = time.monotonic() + KNOWN_FOR.total_seconds(), identity
         if len(self._known) > KNOWN_AT_MOST:
@@ -106,7 +106,7 @@ class KnownKeys:
 
 @dataclass(frozen=True, slots=True)
 class ApiServices:
-    """The objects that all requests share: `app.state.services`."""
+    """The objects that all requests share, stored in `app.state.services`."""
 
     database: Database
     rate_limit: KeyRateLimit
@@ -117,46 +117,46 @@ class ApiServices:
     shares: Shares
     starts: Starts
     exclusive_external_ids: bool
-    """Whether each external id belongs to one workspace only.
+    """Whether each external id belongs to only one workspace.
 
-    This is needed where nothing but the external id identifies a chat's workspace.
+    This is needed where a chat's workspace is identified by the external id alone.
     """
 
 
 @dataclass(slots=True)
 class Work:
-    """A request's transaction: its workspace, its start by the database's clock, and its changes."""
+    """One request's transaction: its workspace, its start by the database's clock, and its changes."""
 
     workspace_id: UUID
     key_id: UUID
     ahead: timedelta
     now: datetime = field(init=False)
-    """Known once the first statement has returned."""
+    """The transaction's start time, set once the first statement has returned."""
     nudges: bool = False
     ends: tuple[tuple[UUID, Final], ...] = ()
 
     def report(self, follow_up: FollowUp, finished_at: datetime | None = None) -> None:
-        """Record what this transaction did to the follow-up: it may be due soon, or have ended.
+        """Record that the transaction changed the follow-up, which may now be due soon or have ended.
 
-        ``finished_at`` is the end given by the caller, or None for now.
+        ``finished_at`` is the end time given by the client, or None if the follow-up ended now.
         """
         if follow_up.status == Status.PENDING:
             self.nudges = self.nudges or follow_up.due_date <= self.now + self.ahead
-        # Otherwise it had ended before, and at most its chat message's id was filled in.
+        # The follow-up may also have ended earlier, in which case this request filled in only its chat message's id.
         elif follow_up.updated_at == self.now and follow_up.finished_at == (finished_at or self.now):
             self.ends = (*self.ends, (follow_up.id, Final(Status(follow_up.status), follow_up.reason)))
-            self.nudges = True  # a later follow-up of the chat may have waited for it
+            self.nudges = True  # a later follow-up of the chat may have been waiting for this one
 
     def cancelled(self, ids: Iterable[UUID], code: ReasonCode) -> None:
-        """Record that this transaction cancelled these follow-ups."""
+        """Record that the transaction cancelled these follow-ups."""
         final = finish(Status.CANCELLED, code)
         self.ends = (*self.ends, *((each, final) for each in ids))
 
 
 class Caller:
-    """The sender of a request, whose key was valid when the request arrived.
+    """The client of a request, whose API key was valid when the request arrived.
 
-    Each transaction checks the key again, in its first statement.
+    The first statement of each transaction checks the key again.
     """
 
     def __init__(self, request: Request) -> None:
@@ -167,26 +167,29 @@ class Caller:
 
     @property
     def exclusive_external_ids(self) -> bool:
-        """Whether each external id belongs to one workspace only."""
+        """Whether each external id belongs to only one workspace."""
         return self._services.exclusive_external_ids
 
     @property
     def key_id(self) -> UUID:
-        """The id of the key."""
+        """The id of the client's API key."""
         return self._identity.key_id
 
     @property
     def starts(self) -> Starts:
-        """The known starting points of deep list pages."""
+        """The remembered starting points of deep pages."""
         return self._services.starts
 
     async def read(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run a rule that changes nothing, each of its statements alone. Raises as `change`."""
+        """Run a read-only rule, each of its statements in a transaction of its own.
+
+        Raises the same errors as `change`.
+        """
         await self._services.rate_limit.check(self._identity.key_id)
         return await self.read_more(rule)
 
     async def read_more(self, rule: Callable[[Work], Steps[T]]) -> T:
-        """Run another such rule for a request that has been counted already."""
+        """Run another read-only rule for a request that the rate limit has already counted."""
         async with self._services.shares.of(self._identity.workspace_id):
             try:
                 async with self._services.database.reading() as connection:
@@ -197,8 +200,8 @@ class Caller:
     async def change(self, rule: Callable[[Work], Steps[T]]) -> T:
         """Run the rule in a transaction, commit it, and then log its changes.
 
-        A transaction that was rolled back in a conflict is run once more, since none of its work was done. Raises
-        `UnauthorizedError` and `TooManyRequestsError`.
+        A transaction that was rolled back because of a conflict is retried once, since none of its work was committed.
+        Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):
@@ -218,7 +221,7 @@ class Caller:
         return result
 
     async def check(self) -> None:
-        """Check the key and nothing else. Raises as `change`."""
+        """Check only the API key. Raises the same errors as `change`."""
         await self.read(_nothing)
 
     async def _transact(self, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
@@ -230,10 +233,10 @@ class Caller:
         steps = rule(work)
         try:
             first = next(steps)
-        except FollowUpsError:  # an invalid request, of which a stranger learns nothing
+        except FollowUpsError:  # the request is invalid, but a client without a valid key must not learn that
             await self._ask(connection, _NOTHING())
             raise
-        except StopIteration as end:  # a result that needs no query
+        except StopIteration as end:  # the result needs no query
             await self._ask(connection, _NOTHING())
             result: T = end.value
             return work, result
@@ -242,7 +245,7 @@ class Caller:
         return work, await event_loop.go_on(connection, steps, rows if rows[0].is_row else ())
 
     async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
-        """Execute the query together with the look-up of the key."""
+        """Execute the query together with the look-up of the API key."""
         parameters = {**query.parameters, "this_key": self._identity.key_id}
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:
@@ -252,7 +255,8 @@ class Caller:
 
     async def _record_use(self) -> None:
         if self._is_valid and self._services.last_use.is_news(self._identity.key_id):
-            # In a transaction of its own: otherwise the key's row would stay locked until the request's end.
+            # The use is recorded in a separate transaction, because otherwise the key's row would stay locked until the
+            # request's end.
             with suppress(psycopg.Error, SQLAlchemyError):
                 async with self._services.database.reading() as connection:
                     await event_loop.run(connection, api_keys.record_use.steps(self._identity.key_id))
@@ -272,7 +276,7 @@ def _tell(ends: tuple[tuple[UUID, Final], ...]) -> None:
 
 
 def key_in(given: str) -> str:
-    """Return the API key of an authorization header, either bare or after ``Bearer``.
+    """Return the API key from an authorization header, where it may follow ``Bearer``.
 
     >>> key_in("bearer abc"), key_in(" abc ")
     ('abc', 'abc')
@@ -282,7 +286,7 @@ def key_in(given: str) -> str:
 
 
 async def admit(scope: Scope) -> None:
-    """Check that the request has a valid key before its body is read, and record its owner in the scope.
+    """Check the request's API key before its body is read, and store the key's owner in the scope.
 
     Raises `UnauthorizedError`, `TooManyRequestsError` and database errors.
     """
@@ -306,10 +310,10 @@ async def admit(scope: Scope) -> None:
 
 
 class AuthenticatedRoute(APIRoute):
-    """A route that answers 401 without a valid key, whatever else is wrong with the request."""
+    """A route that answers 401 without a valid API key, even if the request is also invalid."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return FastAPI's handler, extended to check the key before it reports an invalid request."""
+        """Return FastAPI's handler, extended to check the API key before an invalid request is reported."""
         handle = super().get_route_handler()
 
         async def authenticated(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The starting points of deep pages, so that these pages are read by key."""
+"""Remembered starting points of deep pages, which let these pages be read by key."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ if TYPE_CHECKING:
     from followups.store.listing import Start
 
 DEEP = 1_000
-"""Rows before a deep page. For any other page the rows before it are counted each time, in a few milliseconds."""
+"""Number of preceding rows from which a page is deep.
+
+For shallower pages, the preceding rows are counted each time, which takes a few milliseconds.
+"""
 
 KNOWN_FOR = 60.0
-"""Seconds for which a deep page begins at the same row, even if rows were added before it."""
+"""Seconds for which a deep page starts at the same row, even if rows were added before it."""
 
 MOST_LISTS, MOST_STARTS = 1_000, 64
-"""Maximum number of lists that are remembered, and of starting points in each."""
+"""Maximum number of lists with remembered starting points, and of starting points in each list."""
 
 
 class Starts:
-    """Starting points, from which deep pages and later ones are read by key: counting 15,000 rows took 30 ms."""
+    """Starting points from which deep pages are read by key: counting 15,000 preceding rows took 30 ms."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no starting points."""
         self._known: dict[Hashable, dict[int, tuple[float, Start]]] = {}
 
     def nearest(self, of: Hashable, offset: int) -> Start | None:
-        """Return the last known starting point up to the offset, or None if there is none or the page is not deep."""
+        """Return the last known starting point up to the offset.
+
+        Return None if the page is not deep or if no starting point is known.
+        """
         if offset < DEEP:
             return None
         now = time.monotonic()
@@ -36,7 +42,7 @@ class Starts:
         return max(known, key=lambda start: start.offset, default=None)
 
     def note(self, of: Hashable, start: Start) -> None:
-        """Remember a starting point, in place of the oldest one if there are too many."""
+        """Remember a starting point, and drop the oldest one if there are too many."""
         if start.offset < DEEP:
             return
         starts = self._known.pop(of, {})

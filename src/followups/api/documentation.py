@@ -1,4 +1,4 @@
-"""The interactive documentation at ``/docs``: Swagger UI from a wheel, under a content policy."""
+"""The interactive documentation at ``/docs``: Swagger UI from a wheel, with a content security policy."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from fastapi.responses import FileResponse, HTMLResponse, Response
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
-"""Cache headers of the static files, which change only with the package."""
+"""Cache headers of the static files, which change only with a new version of the package."""
 
-# Swagger UI sets styles on its elements, and draws icons from data URLs.
+# Swagger UI sets inline styles and loads icons from data URLs.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; connect-src 'self';"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 
-# Addresses are relative, so that the page works under any path prefix.
+# The URLs are relative, so that the page works under any path prefix.
 PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">

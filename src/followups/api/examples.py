@@ -1,4 +1,4 @@
-"""Examples for the OpenAPI document; all tell one story."""
+"""Examples for the OpenAPI document, which all describe the same follow-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The types of the API's fields: validation of what clients send, and conversion to what we store."""
+"""The types of the API's fields: validation of the clients' values, and conversion to stored values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from followups.states import MAX_REASON_LENGTH, storable
 from followups.store.console_sessions import LONGEST_LINK, SHORTEST_LINK
 
 MAX_EXTERNAL_ID_LENGTH = 1_000
-"""Maximum characters of the transport's own name for a chat."""
+"""Maximum length of a chat's external id, in characters."""
 
 MAX_PAGE_SIZE = 100
-"""Most follow-ups on one page."""
+"""Maximum number of follow-ups on one page."""
 
 MAX_IDEMPOTENCY_KEY_LENGTH = 255
-"""Most characters of an Idempotency-Key."""
+"""Maximum length of an Idempotency-Key, in characters."""
 
 NO_NUL = {"pattern": r"^[^\u0000]*$"}
 
@@ -30,7 +30,7 @@ _TIME = re.compile(r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d)(:\d\d(?:\.\d+)?)?([Zz]|[+
 
 
 def _canonical(value: object) -> object:
-    # Python's UUID also parses braces, URNs and bare digits, which would be several names for one thing.
+    # Python's UUID also accepts braces, URNs and bare digits, which would give one id several spellings.
     if isinstance(value, str) and not _UUID.fullmatch(value):
         message = "should be a UUID, as in 123e4567-e89b-42d3-a456-426614174000"
         raise ValueError(message)
@@ -46,7 +46,7 @@ def _rfc3339(value: object) -> object:
     if offset is None:
         message = "should carry an offset, as in 2030-01-31T09:00:00Z"
         raise ValueError(message)
-    # RFC 3339 has leap seconds, Python does not; the last microsecond before is close enough.
+    # RFC 3339 allows leap seconds and Python does not; the last microsecond before the leap second is close enough.
     if seconds and seconds.startswith(":60"):
         seconds = ":59.999999"
     return f"{date}T{minutes}{seconds or ':00'}{offset.upper()}"
@@ -57,7 +57,7 @@ def _in_utc(value: datetime) -> datetime:
     try:
         value = value.astimezone(UTC)
     except OverflowError:
-        pass  # at the edge of the calendar, and so outside those years
+        pass  # at the edge of the calendar, and therefore outside the accepted years
     else:
         if min(year, value.year) >= FIRST_YEAR and max(year, value.year) <= LAST_YEAR:
             return value
@@ -73,7 +73,7 @@ def _storable(value: str) -> str:
 
 
 def _digits(value: object) -> object:
-    # Python parses "1_0" and "1.0" as whole numbers too.
+    # Python also accepts "1_0" and "1.0" as whole numbers.
     if isinstance(value, str) and not (value.isascii() and value.isdecimal()):
         message = "should be a whole number, in digits"
         raise ValueError(message)
@@ -86,7 +86,7 @@ Text = Annotated[str, AfterValidator(_storable), Field(json_schema_extra=NO_NUL)
 
 
 def _seconds_or_iso(value: object) -> object:
-    """Parse a number of seconds, also in a string; pydantic parses ISO 8601."""
+    """Parse a number of seconds, which may be a string; pydantic parses ISO 8601 durations."""
     if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
         return int(value)
     return value
@@ -98,7 +98,10 @@ LINK_LIFE = {
         {"type": "string", "pattern": "^(PT[1-9][0-9]{1,4}S|PT[1-9][0-9]{0,3}M|PT([1-9][0-9]?|1[0-5][0-9])H|P[1-7]D)$"},
     ]
 }
-"""Lifetimes of a link that can be written with one unit; the server also accepts all others within its bounds."""
+"""The lifetimes of a link that use a single unit.
+
+The server also accepts every other lifetime within its bounds.
+"""
 
 LinkLife = Annotated[
     timedelta,

@@ -1,7 +1,8 @@
-"""The gate: checks the key, reads the body within its limits, and turns every error into a response.
+"""The gate: checks the API key, reads the body within limits, and turns every error into a response.
 
-The key is checked first, so the body of an unauthenticated request is never read. The body is complete before any other
-component sees the request. A slow client therefore occupies one socket, but no thread and no database connection.
+The key is checked first, so that the body of an unauthenticated request is never read. The whole body is read before
+any other component handles the request. A slow client therefore occupies a socket, but no thread and no database
+connection.
 """
 
 from __future__ import annotations
@@ -21,28 +22,37 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 KEYED = "/api/"
-"""Path prefix of the requests that need a key."""
+"""Path prefix of the requests that need an API key."""
 
 CONSOLE = "/console"
-"""Path of the console, which identifies people by a cookie."""
+"""Path of the console, which identifies its users by a cookie."""
 
 MAX_HEADER_SIZE = 32 * 1024
-"""Most bytes of a request line and its headers together."""
+"""Maximum size of a request line together with its headers, in bytes."""
 
 MAX_BODY_SIZE = 1024 * 1024
-"""Bytes. The longest message, 65,536 characters, takes 786,432 when JSON escapes each as a surrogate pair."""
+"""Maximum size of a body, in bytes.
+
+The longest message, 65,536 characters, takes 786,432 bytes if JSON escapes each character as a surrogate pair.
+"""
 
 BODY_WITHIN = 20.0
-"""Seconds for the whole body to arrive: 1 MiB at 52 kB/s."""
+"""Time limit for the whole body to arrive, in seconds. A body of 1 MiB needs 52 kB/s."""
 
 MAX_BUFFERED = 32 * 1024 * 1024
-"""Maximum bytes of all bodies in memory at once, complete or not."""
+"""Maximum bytes of all bodies in memory, complete or not."""
 
 MAX_WAITING = 256
-"""Requests served or waiting at once, without the console's. Further ones are refused at once, with a Retry-After."""
+"""Maximum number of API requests running or waiting.
+
+Further requests are refused immediately, with a Retry-After.
+"""
 
 MAX_CONSOLE_WAITING = 32
-"""The same for requests of the console: five for each of its threads. They take no slot of the API."""
+"""Maximum number of console requests running or waiting: five for each console thread.
+
+Console requests use none of the API's slots.
+"""
 
 
 WIRE = "followups.wire"
@@ -50,7 +60,7 @@ WIRE = "followups.wire"
 
 
 class Budget:
-    """The memory that the bodies of all requests share, from a body's arrival until its response."""
+    """The memory shared by the bodies of all requests; a body uses it from its arrival until its response."""
 
     def __init__(self) -> None:
         """Start with nothing reserved."""
@@ -59,7 +69,7 @@ class Budget:
 
 @dataclass(slots=True)
 class RequestBody:
-    """A body that is being received: its memory, and the error that the server found in it, if any."""
+    """A body that is being received: its reserved memory, and any error that the server found in it."""
 
     budget: Budget
     most: int = MAX_BODY_SIZE
@@ -67,7 +77,10 @@ class RequestBody:
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:
-        """Reserve memory for a part of the body, or return why there is none."""
+        """Reserve memory for a chunk of the body.
+
+        Return an error response if this body, or the total of all bodies, would become too large.
+        """
         if self.size + size > self.most:
             return TOO_LARGE
         if self.budget.taken + size > MAX_BUFFERED:
@@ -83,7 +96,7 @@ class RequestBody:
 
 
 class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
-    """The request is refused with an RFC 9457 error response."""
+    """Raised to refuse a request with an RFC 9457 error response."""
 
     def __init__(self, problem: problems.ProblemAnswer) -> None:
         """Store the error response."""
@@ -92,28 +105,28 @@ class Refusal(Exception):  # noqa: N818 - no error of ours, the client's
 
 
 class Gone(Exception):  # noqa: N818 - no error of ours, the client's
-    """The client has disconnected; no answer can reach it."""
+    """The client has disconnected, so no response can reach it."""
 
 
 @dataclass(slots=True)
 class RequestSlots:
-    """Requests served or waiting at once: those of the console, or all others."""
+    """The number of requests running or waiting: one instance for the console, one for all others."""
 
     taken: int = 0
 
     def acquire(self, most: int, full: problems.ProblemAnswer) -> None:
-        """Count a request. Raises `Refusal` if ``most`` are counted already."""
+        """Count a request. Raises `Refusal` if ``most`` requests are already counted."""
         if self.taken >= most:
             raise Refusal(full)
         self.taken += 1
 
     def release(self) -> None:
-        """Count a request no longer: a client that reads slowly takes no slot from the others."""
+        """Stop counting a request whose response has started, so that slow readers occupy no slot."""
         self.taken -= 1
 
 
 class Gate:
-    """ASGI middleware around the whole application."""
+    """The ASGI middleware that admits or refuses every request."""
 
     def __init__(self, app: ASGIApp) -> None:
         """Wrap the application."""
@@ -122,7 +135,7 @@ class Gate:
         self._console_slots = RequestSlots()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer it with an error."""
+        """Pass the request to the application, or answer it with an error response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -138,13 +151,14 @@ class Gate:
                 try:
                     wire.most = await console.body_limit(scope)
                 finally:
-                    self._console_slots.release()  # a body that arrives slowly takes no slot
+                    self._console_slots.release()  # a body that arrives slowly occupies no slot
             body = await _read_body(receive, wire)
             slots = self._console_slots if console else self._slots
             slots.acquire(*((MAX_CONSOLE_WAITING, _CONSOLE_FULL) if console else (MAX_WAITING, _FULL)))
             await self._let_in(slots, scope, _replay(body, receive), answer)
         except Refusal as refusal:
-            await answer.problem(scope, receive, refusal.problem)  # every refusal is raised before an answer begins
+            # a `Refusal` is raised only before a response has started
+            await answer.problem(scope, receive, refusal.problem)
         except Gone:
             return
         except Exception as error:  # noqa: BLE001 - the last resort: no stack trace leaves the process
@@ -164,7 +178,7 @@ class Gate:
 
 
 class _Answer:
-    """Sends the response, and records whether it has started: a started response cannot be replaced."""
+    """Sends the response and records whether it has started: a started response cannot be replaced."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -183,7 +197,7 @@ class _Answer:
 
 
 def _check_head(scope: Scope) -> None:
-    # The server itself counts only headers that arrive in several pieces.
+    # The server checks the size only of headers that arrive in several chunks.
     if len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
     headers = dict(scope["headers"])
@@ -194,7 +208,8 @@ def _check_head(scope: Scope) -> None:
         raise Refusal(malformed("A request must have one Host header."))
     if headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
         raise Refusal(malformed("The only Transfer-Encoding is chunked."))
-    if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:  # the server has checked that it is a number
+    # the server has already checked that the value is a number
+    if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:
         raise Refusal(TOO_LARGE)
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in {b"", b"identity"}:
@@ -246,7 +261,7 @@ def malformed(detail: str) -> problems.ProblemAnswer:
     return problems.of_status(HTTPStatus.BAD_REQUEST, detail, _CLOSE)
 
 
-# The rest of the body stays unread, so the connection cannot carry another request.
+# The rest of the body is not read, so the connection cannot be reused for another request.
 _CLOSE = {"connection": "close"}
 TOO_LONG_A_HEADER = problems.of_status(
     HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"The header must have at most {MAX_HEADER_SIZE:,} bytes.", _CLOSE
@@ -262,7 +277,7 @@ _COMPRESSED = problems.of_status(
 _FULL = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE, "Too many requests are waiting; try again shortly.", {"retry-after": "1"}
 )
-_CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})  # its body may be unread
+_CONSOLE_FULL = replace(_FULL, headers={**_CLOSE, **_FULL.headers})  # the body may not have been read
 _NO_ROOM = problems.of_status(
     HTTPStatus.SERVICE_UNAVAILABLE,
     "Too many large bodies are on their way; try again shortly.",

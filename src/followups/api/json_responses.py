@@ -1,7 +1,7 @@
-"""JSON responses, written from rows.
+"""JSON responses, written directly from database rows.
 
-The models document the responses, and name the fields. They check nothing, since each row comes from a table whose
-types and constraints already ensure it.
+The response models only document the responses and name their fields. They validate nothing, because the types and
+constraints of the tables already ensure valid values.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ MEDIA_TYPE = "application/json"
 
 
 def one(model: type[ResponseModel], row: object) -> bytes:
-    """Return the JSON of a row, which has the model's fields as attributes."""
+    """Return a row as JSON. The row has the model's fields as attributes."""
     names, values = _fields(model)
     return to_json(dict(zip(names, values(row), strict=True)))
 
 
 def many(model: type[ResponseModel], rows: Iterable[object]) -> bytes:
-    """Return the JSON array of rows."""
+    """Return rows as a JSON array."""
     names, values = _fields(model)
     return to_json([dict(zip(names, values(row), strict=True)) for row in rows])
 
 
-@lru_cache(maxsize=8)  # more than there are models
+@lru_cache(maxsize=8)  # a size larger than the number of models
 def _fields(model: type[ResponseModel]) -> tuple[tuple[str, ...], Callable[[object], tuple[Any, ...]]]:
-    """Return the JSON names of a model's fields, and a function that reads their values from a row."""
+    """Return the JSON names of a model's fields, and a function that reads the fields' values from a row."""
     names = tuple(field.serialization_alias or name for name, field in model.model_fields.items())
     return names, attrgetter(*model.model_fields)
 
 
 def answer(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Return the response."""
+    """Return the HTTP response for a JSON body."""
     return Response(body, status, headers, MEDIA_TYPE)

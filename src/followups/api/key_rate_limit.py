@@ -1,7 +1,8 @@
-"""The API's rate limit: requests for each API key and minute, counted in Redis for all web processes together.
+"""The API's rate limit: requests per API key and minute, counted in Redis for all `web` processes.
 
-It keeps one key's burst from slowing the others; no promise depends on it. If Redis is unreachable, requests are
-allowed, which is counted and logged, and Redis is not asked for a while, because asking costs a timeout.
+The limit keeps a burst of one key from slowing down other keys. Correctness does not depend on it: if Redis is
+unreachable, requests are allowed, counted in a metric and logged. Redis is then not queried for a while, because each
+query would cost a timeout.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 TIMEOUT = timedelta(milliseconds=200)
-"""How long Redis may take to answer; it takes a tenth of a millisecond."""
+"""How long to wait for Redis, which normally answers in a tenth of a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not asked after a failure."""
+"""How long Redis is not queried after a failure."""
 
 UNLIMITED = Counter("followups_rate_limit_unavailable_total", "Requests let through uncounted, because Redis was away.")
 
@@ -46,12 +47,12 @@ AHEAD_FOR = timedelta(seconds=1)
 """How long requests that were counted in advance stay valid."""
 
 SHARE_AHEAD = 600
-"""At most a 600th of the limit, enough for a tenth of a second, is counted in advance at once."""
+"""Divisor of the limit: at most a 600th of it, enough for a tenth of a second, is counted in advance."""
 
 
 @dataclass(slots=True)
 class Allowance:
-    """Requests of one key that this process has counted in Redis and not yet received."""
+    """The requests of one API key that this process has counted in Redis in advance and not yet used."""
 
     size: int
     left: int
@@ -59,15 +60,15 @@ class Allowance:
 
 
 class KeyRateLimit:
-    """A sliding window for each key.
+    """A sliding-window rate limit for each API key.
 
-    For a busy key, a process counts requests in advance, twice as many each time: asking Redis for every single one
-    took a tenth of the time of a create request. For an idle key, or a small limit, every request is counted as it
-    arrives. An instance belongs to one event loop.
+    For a busy key, a process counts requests in advance, twice as many each time, because querying Redis for each
+    request took a tenth of the time of a create request. For an idle key or a small limit, every request is counted as
+    it arrives. An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings) -> None:
-        """Store the settings; the first use connects."""
+        """Store the settings; Redis is connected on first use."""
         self._item = RateLimitItemPerMinute(settings.api_rate_limit or 1)
         self._off = settings.api_rate_limit == 0
         self._most_ahead = max(1, settings.api_rate_limit // SHARE_AHEAD)
@@ -76,11 +77,11 @@ class KeyRateLimit:
             socket_timeout=TIMEOUT.total_seconds(),
             socket_connect_timeout=TIMEOUT.total_seconds(),
             retry=Retry(NoBackoff(), 0),
-            # This does not cause a retry: it closes the connection that received the error, since after a failover the
-            # address leads to another server.
+            # This setting causes no retry. It closes the connection that received the error, because after a failover
+            # the address leads to another server.
             retry_on_error=[ReadOnlyError],
         )
-        # The pool knows the address. The one given here is only read, and must have a port.
+        # The pool has the real address. The URL given here is only parsed, and must contain a port.
         self._storage = RedisStorage(
             "redis://pool:6379",
             connection_pool=self._pool,  # type: ignore[arg-type] # as documented
@@ -93,22 +94,23 @@ class KeyRateLimit:
         self._ask_again_at = 0.0
 
     async def check(self, key_id: UUID) -> None:
-        """Count a request of the key. Raises `TooManyRequestsError` above the limit."""
+        """Count a request of the API key. Raises `TooManyRequestsError` if the key is over its limit."""
         if self._off:
             return
         if self._spend(key_id):
             return
-        # One count for a key at a time: simultaneous requests would each count ahead, and only one count be used.
+        # Only one count per key runs at a time: simultaneous requests would each count in advance, and all but one of
+        # these counts would be lost.
         async with self._counting.setdefault(key_id, asyncio.Lock()):
             if not self._spend(key_id):
                 await self._count_or_pause(key_id)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to Redis."""
         await self._pool.disconnect()
 
     def _spend(self, key_id: UUID) -> bool:
-        """Use one request counted in advance, and return whether there was one."""
+        """Use one request counted in advance; return False if there is none."""
         allowance = self._allowances.get(key_id)
         if allowance is None or not allowance.left or time.monotonic() >= allowance.until:
             return False
@@ -130,7 +132,7 @@ class KeyRateLimit:
             raise TooManyRequestsError(retry_after=min(max(wait, 1.0), 60.0))
 
     async def _count(self, key_id: UUID, size: int) -> float | None:
-        """Count one or more requests; return None if allowed, otherwise the seconds until one is."""
+        """Count requests; return None if a request is allowed, otherwise the seconds until one is."""
         name = str(key_id)
         for cost in (size, 1) if size > 1 else (1,):
             if await self._limiter.hit(self._item, name, cost=cost):

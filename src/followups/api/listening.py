@@ -1,4 +1,4 @@
-"""Web's sockets: every address by IPv6 and IPv4, and a separate port for `/metrics` if one is set."""
+"""The sockets of the `web` process: all IPv6 and IPv4 addresses, and an optional port for `/metrics`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 BACKLOG = 2048
-"""Connections that the kernel keeps until they are accepted."""
+"""Maximum number of connections that the kernel queues before they are accepted."""
 
 METRICS = "/metrics"
 MAPPED = "::ffff:"
@@ -22,13 +22,13 @@ MAPPED = "::ffff:"
 
 
 class ListeningError(FollowUpsError):
-    """The port cannot be listened on."""
+    """The server cannot listen on the port."""
 
     slug = "listening"
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Listen on an address, or on every one if ``host`` is empty. Raises `ListeningError`."""
+    """Listen on one address, or on all addresses if ``host`` is empty. Raises `ListeningError`."""
     everywhere = not host and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
     try:
@@ -39,7 +39,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
-    """Return a client's address and port; IPv4 addresses are written in the usual form.
+    """Return a client's address and port, with an IPv4-mapped IPv6 address written as IPv4.
 
     >>> plain(("::ffff:192.0.2.1", 4000)), plain(("2001:db8::1", 4000))
     (('192.0.2.1', 4000), ('2001:db8::1', 4000))
@@ -48,14 +48,14 @@ def plain(address: tuple[str, int] | None) -> tuple[str, int] | None:
 
 
 class MetricsPort:
-    """ASGI middleware: `/metrics` exists only on its own port, which serves nothing else."""
+    """ASGI middleware that serves `/metrics` only on the metrics port, and nothing else on that port."""
 
     def __init__(self, app: ASGIApp, port: int | None) -> None:
-        """Wrap the application; ``port`` is None if there is none."""
+        """Wrap the application; ``port`` is None if `/metrics` has no separate port."""
         self._app, self._port = app, port
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or answer that there is nothing at this path."""
+        """Pass the request to the application, or answer 404 if its path is not served on this port."""
         if self._port and scope["type"] == "http" and (scope["path"] == METRICS) != (scope["server"][1] == self._port):
             nothing = problems.of_status(HTTPStatus.NOT_FOUND, "There is nothing at this path.")
             await nothing.response()(scope, receive, send)

@@ -1,4 +1,4 @@
-"""The content of `/metrics`: gauges from the database, and the sums of all processes' counters."""
+"""The content of `/metrics`: gauges from the database, and the counters summed over all processes."""
 
 from __future__ import annotations
 
@@ -28,17 +28,20 @@ log = get_logger(__name__)
 
 TEXT_KEPT = timedelta(seconds=1)
 KEPT = timedelta(seconds=2)
-"""How long a result from the database is reused, so that several scrapers cost no more than one."""
+"""How long a database result is reused, so that several scrapers cost no more than one."""
 
 
 ESTIMATED = f"beyond {counts.BACKLOG_EXACT_UP_TO:,} the planner's estimate."
 
 
 class BacklogCollector(Collector):
-    """Queries the database when scraped. If that fails, these gauges are missing and the rest is shown."""
+    """Gauges that are queried from the database on each scrape.
+
+    If the query fails, only these gauges are missing.
+    """
 
     def __init__(self, engine: Engine, window: int) -> None:
-        """Store the engine and the in-flight limit."""
+        """Store the engine and the limit of deliveries in flight."""
         self._engine = engine
         self._window = window
         self._lock = threading.Lock()
@@ -83,10 +86,13 @@ class BacklogCollector(Collector):
 
 
 class Exposition:
-    """The text for Prometheus: the backlog, the sums of all processes' counters, and this process's own state."""
+    """The metrics in Prometheus text format.
+
+    They include the backlog, the counters of all processes, and this process's own state.
+    """
 
     def __init__(self, engine: Engine, window: int, totals: CounterTotals) -> None:
-        """Store the sources of gauges and sums."""
+        """Store the sources of the gauges and of the counter totals."""
         self._engine = engine
         self._totals = totals
         self._waiting = CollectorRegistry()
@@ -98,11 +104,14 @@ class Exposition:
         self._until = 0.0
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the sums of all processes; without the database nothing, since lower sums would look like a reset."""
+        """Yield the counters summed over all processes.
+
+        Yield nothing if the database is unreachable, because lower sums would look like a reset.
+        """
         try:
             self._totals.add()
             with self._engine.connect() as connection:
-                # Metrics without labels are shown from the start, as zero.
+                # Metrics without labels are reported as zero from the start.
                 samples = dict.fromkeys(counter_totals.counted(), 0.0) | counter_totals.read(connection)
         except SQLAlchemyError as error:
             log.warning("database_unreachable", step="metrics", error=type(error).__name__)
@@ -110,11 +119,11 @@ class Exposition:
         return _families(samples)
 
     def describe(self) -> list[Metric]:
-        """Describe nothing in advance: the metrics are known only when collected."""
+        """Return nothing, because the metrics are known only when they are collected."""
         return []
 
     def text(self) -> bytes:
-        """Return everything in the text format, at most `TEXT_KEPT` old, so that many scrapes cost no more than one."""
+        """Return all metrics in text format, at most `TEXT_KEPT` old: many scrapes cost no more than one."""
         with self._lock:
             if time.monotonic() >= self._until:
                 self._text = b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
@@ -123,7 +132,7 @@ class Exposition:
 
 
 def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:
-    """Group the samples under the name, type and help of their metric."""
+    """Group the samples by the name, type and help of their metric."""
     for family in metrics.COUNTED.collect():
         names = {f"{family.name}{suffix}" for suffix in ("_total", "_bucket", "_sum", "_count")}
         shown = Metric(family.name, family.documentation, family.type)
@@ -134,6 +143,6 @@ def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric
 
 
 def _place(sample: tuple[str, dict[str, str], float]) -> tuple[str, float, str]:
-    """Return the sort key of a sample: a histogram's buckets must ascend."""
+    """Return the sort key of a sample, since the buckets of a histogram must be in ascending order."""
     name, labels, _ = sample
     return name, float(labels.get("le", 0)), json.dumps(labels)

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document: FastAPI's, with our error responses and our security schemes."""
+"""The OpenAPI 3.1 document: FastAPI's own, with this API's error responses and security schemes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TAGS = [
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
-    """Return the document for the application's routes."""
+    """Return the OpenAPI document for the application's routes."""
     document = get_openapi(
         title=TITLE,
         version=version("chat-followups"),

@@ -1,4 +1,4 @@
-"""Links to the previous and next page (RFC 8288), with every filter kept."""
+"""Links to the previous and next page (RFC 8288), which keep every filter."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 _BRACKETS = re.compile(
     rb"(^|&)(chatIds|chatMessageIds|statuses|triggerChatMessageIds)(?:\[\]|%5B%5D)(?:=|(?=&|$))", re.IGNORECASE
 )
-"""The filters' names with brackets, also without ``=``: otherwise a filter without a value would list everything."""
+"""Filter names with brackets.
+
+Such a name counts even without ``=``, because a filter without a value would otherwise list everything.
+"""
 
 
 class ListRoute(AuthenticatedRoute):
-    """A route whose parameters with several values may be written with ``[]`` after the name."""
+    """A route whose multi-value parameters may be written with ``[]`` after the name."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, which sees a single spelling."""
+        """Return a handler that receives each parameter under one spelling."""
         handle = super().get_route_handler()
 
         async def without_brackets(request: Request) -> Response:
@@ -37,10 +40,10 @@ class ListRoute(AuthenticatedRoute):
 
 
 def link_header(query: FollowUpQuery, *, has_next: bool, has_previous: bool) -> dict[str, str]:
-    """Return the `Link` header if there is a previous or a next page.
+    """Return the `Link` header, or None if there is neither a previous nor a next page.
 
-    The links are relative references, built from the validated query. A host or a scheme sent by a client or a proxy
-    would lead the client that follows the link, and its key, to another server.
+    The links are relative and are built from the validated query. If they contained a host or scheme sent by a client
+    or a proxy, they could lead a client, with its API key, to another server.
     """
     links = []
     if has_next:

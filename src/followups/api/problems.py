@@ -1,4 +1,4 @@
-"""Every error as `application/problem+json` (RFC 9457), without SQL and without stack traces."""
+"""All errors as `application/problem+json` (RFC 9457), without SQL or stack traces."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ MAX_ERRORS = 20
 """Maximum number of errors reported for one request."""
 
 MAX_POINTER_LENGTH = 200
-"""Maximum length of a pointer in characters, since a client may send a field name of any length."""
+"""Maximum length of an error pointer in characters: a client may send a field name of any length."""
 
 RETRY_AFTER_OUTAGE = 5
-"""Seconds after which a client should try again if the database is unreachable."""
+"""Seconds after which a client should retry if the database is unreachable."""
 
 STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
     UnauthorizedError: HTTPStatus.UNAUTHORIZED,
@@ -49,18 +49,18 @@ STATUSES: dict[type[FollowUpsError], HTTPStatus] = {
     InvalidRequestError: HTTPStatus.UNPROCESSABLE_ENTITY,
     TooManyRequestsError: HTTPStatus.TOO_MANY_REQUESTS,
 }
-"""The status of each of our error classes, which applies to its subclasses too."""
+"""The HTTP status of each error class, which also applies to its subclasses."""
 
 
 class FieldProblem(BaseModel):
-    """What is wrong with one field."""
+    """One invalid field in an error response."""
 
     pointer: str = Field(description="JSON Pointer into the body as a URI fragment, or the parameter's name after #/")
     detail: str
 
 
 class Problem(BaseModel):
-    """An error by RFC 9457."""
+    """The JSON body of an RFC 9457 error response."""
 
     type: str = Field(
         description="Identifies the kind of problem by its last part", json_schema_extra={"format": "uri-reference"}
@@ -73,7 +73,7 @@ class Problem(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ProblemAnswer:
-    """An RFC 9457 error response, with its headers."""
+    """An RFC 9457 error response with its headers."""
 
     status: int
     slug: str
@@ -82,7 +82,7 @@ class ProblemAnswer:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def body(self) -> bytes:
-        """Return the JSON document."""
+        """Return the JSON body of the error response."""
         document = {
             "type": f"/problems/{self.slug}",
             "title": self.slug.replace("-", " ").capitalize(),
@@ -90,16 +90,16 @@ class ProblemAnswer:
             "detail": self.detail,
             **self.extra,
         }
-        # ASCII: a client's text may hold lone surrogates, which UTF-8 cannot encode.
+        # ASCII-only JSON, because a client's text may contain lone surrogates, which UTF-8 cannot encode.
         return json.dumps(document).encode()
 
     def response(self) -> Response:
-        """Return the response."""
+        """Return the HTTP response."""
         return Response(self.body(), self.status, self.headers, MEDIA_TYPE)
 
 
 def of_error(error: FollowUpsError) -> ProblemAnswer:
-    """Return the error response for one of our own errors."""
+    """Return the error response for a `FollowUpsError`."""
     status = next((STATUSES[kind] for kind in type(error).__mro__ if kind in STATUSES), None)
     if status is None:
         log.error("request_failed", exc_info=error)
@@ -118,7 +118,7 @@ def of_error(error: FollowUpsError) -> ProblemAnswer:
 
 
 def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
-    """Return the error response for a request that fails validation, from pydantic's list of errors."""
+    """Return the error response for a request that fails validation, given pydantic's list of errors."""
     first = islice(errors, MAX_ERRORS)
     told = [{"pointer": _pointer(_path(each)), "detail": each["msg"].removeprefix("Value error, ")} for each in first]
     detail = "The request is not valid: see errors."
@@ -126,17 +126,18 @@ def of_validation(errors: Iterable[Mapping[str, Any]]) -> ProblemAnswer:
 
 
 def of_status(status: int, detail: str = "", headers: Mapping[str, str] | None = None) -> ProblemAnswer:
-    """Return the error response for a bare HTTP status."""
+    """Return the error response for an HTTP status."""
     phrase = HTTPStatus(status).phrase
     return ProblemAnswer(status, phrase.lower().replace(" ", "-"), detail or f"{phrase}.", headers or {})
 
 
 def of_exception(error: Exception) -> ProblemAnswer:
-    """Log an unexpected error, or a database outage, and return the error response."""
+    """Log an unexpected error or a database outage, and return the error response."""
     if is_passing(error):
         log.warning("database_unreachable", step="request", error=type(error).__name__)
         return READ_ONLY if is_read_only(error) else UNAVAILABLE
-    # The error's own message may quote a row, and so a follow-up's text; its location says enough.
+    # The error's own message may quote a row and so a follow-up's text, and the error's location is enough to find the
+    # cause.
     log.error("request_failed", error=type(error).__name__, at=_places(error))
     return INTERNAL
 
@@ -152,7 +153,7 @@ def _places(error: BaseException) -> list[str]:
 
 
 def _path(error: Mapping[str, Any]) -> list[str]:
-    # The first part is its location (body, query, path, header); malformed JSON adds a byte position.
+    # The first element says where the field was (body, query, path, header); malformed JSON adds a byte position.
     return [] if error["type"] == "json_invalid" else [str(part) for part in error["loc"][1:]]
 
 

@@ -1,4 +1,4 @@
-"""Readiness: the named checks of everything this service needs."""
+"""Readiness: named checks of everything that this service needs."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 TIMEOUT = timedelta(seconds=1)
-"""How long to wait for the broker."""
+"""How long to wait for the broker to answer."""
 
 KEPT = 1.0
-"""Seconds for which one result answers every probe, so that many probes cost no more than one."""
+"""Seconds for which one result is reused, so that many probes cost no more than one."""
 
 
 class ReadinessChecks:
-    """The checks of one process."""
+    """The readiness checks of one process."""
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Store the settings and the engine; the first use connects."""
+        """Store the settings and the engine; connections are opened on first use."""
         self._engine = engine
         self._lock = threading.Lock()
         self._latest: tuple[float, dict[str, Check]] | None = None
@@ -49,9 +49,9 @@ class ReadinessChecks:
         )
 
     def checks(self) -> dict[str, Check]:
-        """Return the result of every check, at most `KEPT` seconds old.
+        """Return the result of every check.
 
-        More frequent calls return the same result.
+        A result is at most `KEPT` seconds old; calls within that time return the same result.
         """
         with self._lock:
             if self._latest is None or time.monotonic() - self._latest[0] > KEPT:
@@ -59,7 +59,7 @@ class ReadinessChecks:
             return self._latest[1]
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connection to the broker."""
         self._broker.close()
 
     def _database(self) -> dict[str, Check]:

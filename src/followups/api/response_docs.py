@@ -1,4 +1,4 @@
-"""Every answer of every endpoint for the OpenAPI document: description, schema, headers, example."""
+"""The documented responses of every endpoint: description, schema, headers and example."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bodies of requests and answers. Names are camelCase outside and snake_case inside."""
+"""The bodies of requests and responses. Names are camelCase in JSON and snake_case in Python."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from followups.store.chats import Role
 from followups.store.console_sessions import LINK
 
 MAX_FIELDS = 100
-"""Maximum number of fields in a request's body.
+"""Maximum number of fields in a request body.
 
-Each invalid field costs an error, so the number is checked before any field is.
+Each invalid field produces an error, so the number is checked before any field is validated.
 """
 
 
 def _optional_without_default(schema: dict[str, Any]) -> None:
-    # In a PATCH, an absent field keeps its value, so null must not be shown as its default.
+    # In a PATCH, an absent field keeps its value, so the document must not show null as its default.
     for field in schema["properties"].values():
         field.pop("default", None)
 

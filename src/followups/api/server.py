@@ -1,4 +1,7 @@
-"""Serves the application with uvicorn, and bounds what a connection may cost before, between and after its requests."""
+"""Serves the application with uvicorn, and limits the cost of each connection.
+
+The limits apply before, between and after a connection's requests.
+"""
 
 from __future__ import annotations
 
@@ -24,67 +27,82 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 PEER = "peer"
-"""Key of the address that is connected to this process in a request's state, whatever its headers say."""
+"""The key in a request's state for the address of the connected peer, regardless of any header."""
 
 HEADER_WITHIN = 10.0
-"""Seconds for the headers to arrive."""
+"""Time limit for the headers to arrive, in seconds."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
-"""Most bytes of a body as sent: the largest body, and a quarter for its chunks. A chunk of one byte has six."""
+"""Maximum bytes of a body as sent: the largest body plus a quarter for chunk framing.
+
+A one-byte chunk takes six bytes.
+"""
 
 MAX_PIPELINED = 16
-"""Most requests that may wait on a connection for the one before them to be answered."""
+"""Maximum number of pipelined requests that wait on one connection."""
 
 MAX_CONNECTIONS = 2_000
 """Maximum number of open connections.
 
-Beyond it, the connection that has been idle longest is closed, or else the one whose client has not read for longest,
-or the new one if there is neither.
+Beyond it, the connection that has been idle longest is closed. If none is idle, the connection whose client has not
+read for longest is closed; if there is none, the new connection is closed.
 """
 
 READ_WITHIN = 20.0
 LEAST_READ = 64 * 1024
-"""A client must read at least that many bytes of its answer, or the rest of it, within that many seconds."""
+"""Minimum number of bytes that a client must read of its response within `READ_WITHIN` seconds.
+
+If fewer bytes are left, the client must read all of them.
+"""
 
 MAX_UNSENT = 32 * 1024 * 1024
-"""Most bytes of answers that wait for their clients to read. Beyond it, the longest waiting connection is closed."""
+"""Maximum bytes of responses that clients have not yet read.
+
+Beyond it, the connection with the longest unread response is closed.
+"""
 
 KEEP_ALIVE = 65
-"""Seconds an idle connection is kept: longer than a load balancer's usual minute, so that the balancer closes first."""
+"""Seconds for which an idle connection is kept.
+
+A load balancer usually keeps an idle connection for 60 seconds, and so closes it before this server does.
+"""
 
 GRACE = 20
-"""Seconds that running requests have at shutdown."""
+"""Seconds that running requests have to finish at shutdown."""
 
 LENGTHS = frozenset({b"content-length", b"transfer-encoding"})
-"""Headers of a request with a body."""
+"""Headers that only a request with a body has."""
 
 SLICE = 16 * 1024
-"""Bytes parsed at once, after which the limits are checked. A read has up to 256 KiB."""
+"""Number of bytes parsed before the limits are checked again. One read returns up to 256 KiB."""
 
 
 class Crowd:
-    """What the connections of a server share: which can be closed to make room, the longest idle or unread first."""
+    """State shared by a server's connections.
+
+    It lists the connections that can be closed to make room, with the longest idle or unread first.
+    """
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no connections."""
         self.bodies = Budget()
         self.idle: dict[LimitedProtocol, None] = {}
         self.unread: dict[LimitedProtocol, None] = {}
 
     def make_room(self) -> bool:
-        """Close the connection that matters least, and return whether there was one."""
+        """Close the longest idle or unread connection, and return whether there was one."""
         least = next(iter(self.idle or self.unread), None)
         if least is not None:
             self._close(least)
         return least is not None
 
     def bound_unsent(self) -> None:
-        """Close connections whose clients do not read until `MAX_UNSENT` is kept."""
+        """Close connections whose clients do not read, until at most `MAX_UNSENT` bytes are unsent."""
         while sum(each.transport.get_write_buffer_size() for each in self.unread) > MAX_UNSENT:
             self._close(next(iter(self.unread)))
 
     def forget(self, connection: LimitedProtocol) -> None:
-        """Forget a connection that is closed."""
+        """Drop a connection that is closed."""
         self.idle.pop(connection, None)
         self.unread.pop(connection, None)
 
@@ -95,7 +113,7 @@ class Crowd:
 
 
 class MessagePart(Enum):
-    """The part of a message that a connection is in."""
+    """The position of a connection within its current message."""
 
     BETWEEN = "between two messages"
     HEAD = "head"
@@ -103,10 +121,10 @@ class MessagePart(Enum):
 
 
 class LimitedProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which has no limits of its own and answers in plain text."""
+    """uvicorn's HTTP protocol with limits, and with errors as problem+json instead of plain text."""
 
     def __init__(self, crowd: Crowd, *given: Any, **named: Any) -> None:  # noqa: ANN401 - as uvicorn's
-        """Store the server's other connections."""
+        """Store the state shared with the server's other connections."""
         super().__init__(*given, **named)
         self._crowd = crowd
         self._part = MessagePart.BETWEEN
@@ -131,7 +149,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._expect_header()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timers."""
+        """Cancel the connection's timers and release its memory."""
         self._crowd.forget(self)
         self._header_came()
         if self._read_due is not None:
@@ -142,32 +160,32 @@ class LimitedProtocol(HttpToolsProtocol):
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse the data piece by piece, within the limits."""
+        """Parse the received data in slices, within the limits."""
         rest = memoryview(data)
         while rest and not self._is_refused():
             rest = rest[self._parse(rest[:SLICE]) :]
 
     def on_message_begin(self) -> None:
-        """Begin a head, which must arrive in time."""
+        """Start reading a request's headers, which must arrive in time."""
         super().on_message_begin()
         self._part = MessagePart.HEAD
         self._unset_keepalive_if_required()
         self._expect_header()
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; a trailer, which comes after the body, is ignored (RFC 9110, 6.5.1)."""
+        """Store a header; trailers, which follow the body, are ignored (RFC 9110, 6.5.1)."""
         if self._part is MessagePart.HEAD:
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Start the request, or let it wait for the one before it."""
+        """Start the request, or queue it until the request before it has been answered."""
         self._header_came()
-        self._unset_keepalive_if_required()  # set anew if the answer before this request ended after its first byte
+        self._unset_keepalive_if_required()  # set again if the previous response ended after this request's first byte
         self._head_size = 0
         if len(self.pipeline) >= MAX_PIPELINED:
             message = "Too many requests wait on this connection."
             raise ValueError(message)
-        # The parser takes the body of such a request for the next request.
+        # The parser would treat the body of an upgrade request as the next request.
         if self.parser.should_upgrade() and any(name in LENGTHS for name, _ in self.headers):
             message = "A request with a body cannot ask for an upgrade."
             raise ValueError(message)
@@ -178,7 +196,7 @@ class LimitedProtocol(HttpToolsProtocol):
         self._crowd.idle.pop(self, None)
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the body, if there is memory for it."""
+        """Store a chunk of the body, or refuse the request if there is no memory for it."""
         if self.cycle.response_complete or self._wire.problem:
             return
         if problem := self._wire.take(len(body)):
@@ -187,13 +205,13 @@ class LimitedProtocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """End the message."""
+        """Record that the request has arrived completely."""
         super().on_message_complete()
         self._part = MessagePart.BETWEEN
         self._has_ended = True
 
     def on_response_complete(self) -> None:
-        """Start the next request, or be idle."""
+        """Start the next pipelined request, or mark the connection as idle."""
         super().on_response_complete()
         self._expect_reading()
         if self._is_answering() or self.transport.is_closing():
@@ -204,20 +222,23 @@ class LimitedProtocol(HttpToolsProtocol):
             self._crowd.idle[self] = None
 
     def pause_writing(self) -> None:
-        """Record that the client reads more slowly than it is answered."""
+        """Record that the client reads its response more slowly than it is written."""
         super().pause_writing()
         self._crowd.unread[self] = None
         self._expect_reading()
         self._crowd.bound_unsent()
 
     def resume_writing(self) -> None:
-        """Note that the client has read."""
+        """Record that the client has caught up with reading."""
         super().resume_writing()
         self._crowd.unread.pop(self, None)
         self._unsent = sys.maxsize
 
     def _parse(self, piece: memoryview) -> int:
-        """Parse the piece and return how many of its bytes were used: all, unless a message ended with an upgrade."""
+        """Parse a slice and return the number of bytes used.
+
+        All bytes are used, unless a message ended with an upgrade request.
+        """
         began_in, self._has_ended = self._part, False
         if began_in is MessagePart.BODY:
             self._wire_size += len(piece)
@@ -226,7 +247,8 @@ class LimitedProtocol(HttpToolsProtocol):
                 return len(piece)
         try:
             self.parser.feed_data(piece)
-        except httptools.HttpParserUpgrade as upgrade:  # not offered: what follows is HTTP/1.1, as before
+        # upgrades are not offered, so the bytes that follow are HTTP/1.1
+        except httptools.HttpParserUpgrade as upgrade:
             return int(upgrade.args[0]) or len(piece)
         except httptools.HttpParserError:
             self._refuse(malformed("Invalid HTTP request received."))
@@ -244,9 +266,10 @@ class LimitedProtocol(HttpToolsProtocol):
         return self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr] # None at first
 
     def _refuse(self, problem: problems.ProblemAnswer) -> None:
-        """Answer with the problem in its turn, and then close the connection."""
+        """Send the error response after the responses before it, and then close the connection."""
         self._header_came()
-        if self._part is MessagePart.BODY and self._is_answering():  # the gate, which reads the body, answers
+        # the gate is reading the body and sends the response
+        if self._part is MessagePart.BODY and self._is_answering():
             self._wire.problem = problem
             self.cycle.message_event.set()
         elif self._is_answering():
@@ -296,31 +319,31 @@ class LimitedProtocol(HttpToolsProtocol):
 
 
 def config_of(app: ASGIApp) -> uvicorn.Config:
-    """Return the server's configuration."""
+    """Return uvicorn's configuration for the application."""
     return uvicorn.Config(
         app,
         http=partial(LimitedProtocol, Crowd()),  # type: ignore[arg-type] # only called
         ws="none",
         lifespan="on",
-        log_config=None,  # our own: one format for every line
+        log_config=None,  # the project's own logging gives every line one format
         access_log=False,
         server_header=False,
-        forwarded_allow_ips="127.0.0.1,::1",  # else a variable of uvicorn's own would decide
+        forwarded_allow_ips="127.0.0.1,::1",  # otherwise an environment variable of uvicorn would decide
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=GRACE,
     )
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which ends open streams before it waits for running requests."""
+    """uvicorn's server, which ends event streams before it waits for running requests."""
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End the console's streams, then everything else."""
+        """End the console's event streams, then shut down uvicorn."""
         if console := getattr(getattr(self.config.app, "state", None), "console", None):
             console.end_streams()
         await super().shutdown(sockets)
 
 
 def serve(app: ASGIApp, sockets: list[socket.socket]) -> None:
-    """Serve on these until SIGTERM or SIGINT."""
+    """Serve the application on the given sockets until SIGTERM or SIGINT."""
     Server(config_of(app)).run(sockets)

@@ -1,4 +1,4 @@
-"""What one workspace has at the database at once, so that the others find a connection."""
+"""Limits on one workspace's database connections, so that other workspaces always find one free."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 SHARE = 6
-"""Most database connections that one workspace has at once: the pool has 8."""
+"""Maximum number of database connections used by one workspace at a time, out of 8 in the pool."""
 
 WAITING_SHARE = 128
-"""Most requests of one workspace served or waiting at once: half of all."""
+"""Maximum number of one workspace's requests running or waiting: half of the process's limit."""
 
 STRANGERS_SHARE = 2
-"""Most database connections on which keys are looked up that this process does not know."""
+"""Maximum number of database connections for looking up API keys unknown to this process."""
 
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are waiting; try again shortly."
 
 
 class Shares:
-    """The turns of each workspace: `SHARE` of its requests are served at once, and up to `WAITING_SHARE` wait."""
+    """The limit of each workspace: `SHARE` requests run at a time, and `WAITING_SHARE` run or wait."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no workspaces."""
         self.strangers = Turns(STRANGERS_SHARE, TOO_MANY_STRANGERS)
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> Turns:
-        """Return the workspace's turns, to be entered."""
+        """Return the workspace's limit, a context manager for each of its requests."""
         turns = self._turns.get(workspace_id)
         if turns is None:
             turns = self._turns[workspace_id] = Turns()
@@ -41,16 +41,16 @@ class Shares:
 
 
 class Turns:
-    """The requests of one workspace, or of strangers, as a context manager for each of them."""
+    """A limit on simultaneous requests, entered by each request of a workspace or with an unknown API key."""
 
     def __init__(self, share: int = SHARE, refusal: str = TOO_MANY_WAIT) -> None:
-        """Store the number of simultaneous turns, and the error message if too many requests wait."""
+        """Store the number of simultaneous requests, and the error message for when too many wait."""
         self._semaphore = asyncio.Semaphore(share)
         self._refusal = refusal
         self._inside = 0
 
     async def __aenter__(self) -> None:
-        """Wait for a turn. Raises `TooManyRequestsError` if too many wait already."""
+        """Wait until another request may run. Raises `TooManyRequestsError` if too many are already waiting."""
         if self._inside >= WAITING_SHARE:
             raise TooManyRequestsError(self._refusal)
         self._inside += 1
@@ -61,6 +61,6 @@ class Turns:
             raise
 
     async def __aexit__(self, *_: object) -> None:
-        """Give the turn to the next request."""
+        """Let the next waiting request run."""
         self._inside -= 1
         self._semaphore.release()

@@ -1,1 +1,1 @@
-"""The endpoints, by noun."""
+"""The endpoints, in one module for each resource."""

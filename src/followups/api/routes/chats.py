@@ -1,4 +1,4 @@
-"""Endpoints by which the platform reports that chats exist, who wrote in them, and that they were removed."""
+"""Endpoints with which the platform reports chats, their messages, and their removal."""
 
 from __future__ import annotations
 

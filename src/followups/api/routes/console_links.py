@@ -1,4 +1,4 @@
-"""Links into the console, for platforms that show follow-ups to their people."""
+"""Sign-in links to the console, for platforms that show follow-ups to their users."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _make(workspace_id: UUID, key_id: UUID, body: NewConsoleLink) -> Steps[tuple
 
 
 def _address(request: Request) -> str:
-    """Return where people reach the console: FOLLOWUPS_PUBLIC_URL, or else where this request arrived."""
+    """Return the console's URL: FOLLOWUPS_PUBLIC_URL, or the URL that this request used."""
     public: str | None = request.app.state.console.services.settings.public_url
     if public is not None:
         return public

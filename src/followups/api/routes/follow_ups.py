@@ -1,4 +1,4 @@
-"""Follow-ups: list, get, create, change."""
+"""Endpoints that list, get, create and change follow-ups."""
 
 from __future__ import annotations
 
@@ -58,12 +58,15 @@ async def list_follow_ups(query: Annotated[FollowUpQuery, Query()], request: Req
 
 
 async def _in_pieces(caller: Caller, rows: Sequence[Any]) -> AsyncIterator[bytes]:
-    """Yield the JSON array of a page. Messages are read when the client has read those before them."""
+    """Yield the JSON array of a page.
+
+    Messages are read from the database as fast as the client receives them.
+    """
     before = b"["
     for piece in _pieces(rows):
         missing = [row.id for row in piece if row.message is None]
         if missing:
-            with CancelScope(shield=True):  # a client that leaves must not take the connection with it
+            with CancelScope(shield=True):  # a client that disconnects must not leave the connection unreleased
                 texts = await caller.read_more(partial(_messages, missing))
             piece = [row._replace(message=texts[row.id]) for row in piece if row.id in texts]  # noqa: PLW2901
         for row in piece:
@@ -92,7 +95,7 @@ def _pieces(rows: Sequence[Any]) -> Iterator[list[Any]]:
 def _list(
     starts: Starts, workspace_id: UUID, wanted: listing.ListFilter, query: FollowUpQuery
 ) -> Steps[tuple[Sequence[Any], bool, bool]]:
-    """Return a page, and whether there are a next and a previous one."""
+    """Return a page of follow-ups, and whether there is a next and a previous page."""
     size, this = query.page_size, (workspace_id, wanted)
     offset = (query.page_number - 1) * size
     near = starts.nearest(this, offset)
@@ -128,10 +131,11 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
     if answer is None:
         try:
             answer = yield from _create(work, body)
-        except QuotaExceededError:  # there may be room a moment later
+        except QuotaExceededError:  # not stored: the chat may be below its quota a moment later
             raise
         except (ChatNotFoundError, NothingToFollowUpError, InvalidRequestError) as error:
-            # Stored like any other answer, so that the same request gets it again even if the chat has changed.
+            # Error responses are stored like successful ones, so that a repeated request gets the same response even if
+            # the chat has changed.
             answer = idempotency.StoredResponse(problems.of_error(error).status, None, problems.of_error(error).body())
         stored = _with_message(answer, "")
         yield from idempotency.remember.steps(work.workspace_id, idempotency_key, request_hash, stored)
@@ -139,10 +143,10 @@ def _create_once(work: Work, body: NewFollowUp, idempotency_key: str) -> Steps[i
 
 
 def _with_message(answer: idempotency.StoredResponse, message: str) -> idempotency.StoredResponse:
-    """Return the answer to a create request with this message in it.
+    """Return the response to a create request with this message in it.
 
-    The answer is stored without a message, so that no text stays there after it has left its row. A repeated request
-    carries the same message.
+    Responses are stored without the message, so that no text outlives its follow-up's row. A repeated request contains
+    the same message, which is filled in again.
     """
     if not answer.location:
         return answer
@@ -190,10 +194,13 @@ def _change(work: Work, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[o
 
 
 def _without_nulls(workspace_id: UUID, follow_up_id: UUID, given: Mapping[str, Any]) -> Steps[dict[str, Any]]:
-    """Return the changes without no-op nulls: only chatMessageId can be set to null."""
+    """Return the changes without nulls for fields that are null already.
+
+    Only chatMessageId can be changed to null.
+    """
     nulls = {name for name, value in given.items() if value is None}
     if given.get("status") in FINAL:
-        nulls -= {"reason", "finished_at"}  # with a transition, null means no value from the caller
+        nulls -= {"reason", "finished_at"}  # with a final status, null means that the client gives no value
     kept = {name: value for name, value in given.items() if value is not None}
     if not nulls:
         return kept

@@ -1,4 +1,4 @@
-"""Endpoints for operators, without a key: liveness, readiness, metrics."""
+"""Endpoints for operators, without an API key: liveness, readiness and metrics."""
 
 from __future__ import annotations
 
