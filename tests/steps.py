@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.attempts import Begun, Step
+    from followups.delivery.attempts import BatchResult, Begun
     from followups.delivery.claim import Claim
     from followups.settings import Settings
     from followups.store.leases import Lease
@@ -47,7 +47,7 @@ class Steps:
         (lease,) = self.claim(settings).leases
         return lease
 
-    def begin(self, leases: Sequence[Lease], settings: Settings | None = None) -> Step:
+    def begin(self, leases: Sequence[Lease], settings: Settings | None = None) -> BatchResult:
         """Begin what was claimed."""
         return begin(self.engine, settings or self.settings, leases)
 
@@ -56,7 +56,7 @@ class Steps:
         (begun,) = self.begin(self.claim(settings).leases, settings).begun
         return begun
 
-    def settle(self, attempts: Sequence[Attempt], settings: Settings | None = None) -> Step:
+    def settle(self, attempts: Sequence[Attempt], settings: Settings | None = None) -> BatchResult:
         """Settle attempts."""
         return settle(self.engine, settings or self.settings, attempts)
 

@@ -15,7 +15,7 @@ from followups.models import Chat, FailedAttempt, FollowUp, Workspace
 from followups.store.follow_ups import MOST_PENDING
 
 if TYPE_CHECKING:
-    from followups.delivery.attempts import Step
+    from followups.delivery.attempts import BatchResult
     from followups.settings import Settings
 
 
@@ -160,11 +160,11 @@ class World:
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 
-def claim_and_begin(engine: Engine, settings: Settings) -> Step:
+def claim_and_begin(engine: Engine, settings: Settings) -> BatchResult:
     """Claim what is due and begin it."""
     return begin(engine, settings, claim(engine, settings).leases)
 
 
-def begun(beginning: Step) -> set[UUID]:
+def begun(beginning: BatchResult) -> set[UUID]:
     """Return which have begun."""
     return {one.lease.id for one in beginning.begun}

@@ -153,7 +153,7 @@ class Pause(Base):
 class RateLimit(Base):
     """How many attempts may begin a second: in total, or of a workspace, a channel, or a channel of a workspace.
 
-    All matching limits apply. The state of their buckets is in Redis (`followups.flow_control.rate_limits`).
+    All matching limits apply. The state of their buckets is in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"

@@ -19,7 +19,7 @@ from pydantic import AliasChoices, BeforeValidator, Field, SecretStr, Validation
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from followups.errors import SettingsError
-from followups.retry import RetryPolicy
+from followups.retry_policy import RetryPolicy
 from followups.urls import HIGHEST_PORT, broker_url, database_url, port_of
 
 if TYPE_CHECKING:

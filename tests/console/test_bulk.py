@@ -10,8 +10,8 @@ from uuid import uuid4
 from sqlalchemy import text
 
 from console.person import Form, heading, words
-from followups.operations import bulk_actions
-from followups.operations.bulk_actions import run_batch
+from followups.operations import bulk_runner
+from followups.operations.bulk_runner import run_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,14 +86,14 @@ def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
     one = person("agent", own)
-    with_batches = bulk_actions.CANCELS
-    bulk_actions.CANCELS = 7
+    with_batches = bulk_runner.CANCELS
+    bulk_runner.CANCELS = 7
     try:
         page = start(one, do="cancel-all", channel="api", state="pending")
         later = own.follow_up(due=HOUR)
         carry_out(own)
     finally:
-        bulk_actions.CANCELS = with_batches
+        bulk_runner.CANCELS = with_batches
     assert "30 done of 30" in words(one.client.get(page.url))
     assert own.row(other).status == own.row(later).status == "pending"
     assert counted(own, "status = 'cancelled'") == 30
@@ -121,7 +121,7 @@ def test_an_action_is_stopped_after_its_batch(
     """Follow-ups that were already cancelled stay cancelled; the others stay as they are."""
     carry_out(own)
     own.burst([HOUR] * 10)
-    monkeypatch.setattr(bulk_actions, "CANCELS", 4)
+    monkeypatch.setattr(bulk_runner, "CANCELS", 4)
     one = person("agent", own)
     page = start(one, do="cancel-all")
     assert run_batch(own.engine)

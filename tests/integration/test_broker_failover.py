@@ -14,7 +14,7 @@ import redis
 from followups.api.key_rate_limit import KeyRateLimit
 from followups.embedded import EmbeddedValkey
 from followups.flow_control.breaker import BreakerStore, News
-from followups.flow_control.rate_limits import Bucket, Limiter, TokenRequest
+from followups.flow_control.limiter import Bucket, Limiter, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.worker.broker import App
 from stack import wait_until

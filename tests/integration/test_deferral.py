@@ -21,7 +21,7 @@ from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.pipeline import Pipeline
 from followups.flow_control.breaker import BreakerStore, RecoveryPolicy, read
-from followups.flow_control.rate_limits import LONGEST
+from followups.flow_control.limiter import LONGEST
 from followups.session_settings import ONCE_PLANNED
 from followups.store import rate_limits
 from followups.transports.port import Retry, Sent

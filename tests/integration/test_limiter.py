@@ -11,8 +11,8 @@ from uuid import UUID, uuid4
 import pytest
 from redis.asyncio import Redis
 
-from followups.flow_control import rate_limits as shared
-from followups.flow_control.rate_limits import LONGEST, Bucket, Limiter, LimiterReply, TokenRequest
+from followups.flow_control import limiter as shared
+from followups.flow_control.limiter import LONGEST, Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 from followups.telemetry import metrics
 from server_clock import ServerClock

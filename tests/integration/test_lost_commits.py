@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.attempts import Step
+    from followups.delivery.attempts import BatchResult
     from followups.settings import Settings
     from followups.store.leases import Lease
     from followups.transports.port import Outcome
@@ -83,7 +83,7 @@ def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 
-    def ended(result: Step) -> set[UUID]:
+    def ended(result: BatchResult) -> set[UUID]:
         return {row_id for row_id, _ in result.ended}
 
     return lambda: ended(begin(place.world.engine, place.settings, leases))

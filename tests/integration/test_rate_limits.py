@@ -17,7 +17,7 @@ from followups.database import make_async_engine
 from followups.delivery import upkeep
 from followups.delivery.claim import claim
 from followups.delivery.pipeline import Pipeline
-from followups.flow_control.rate_limits import Limiter
+from followups.flow_control.limiter import Limiter
 from followups.session_settings import ONCE_PLANNED
 from followups.store import pauses, rate_limits
 from followups.store.rate_limits import LimitScope
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.flow_control.rate_limits import LimiterReply, TokenRequest
+    from followups.flow_control.limiter import LimiterReply, TokenRequest
     from followups.settings import Settings
     from followups.transports.port import Delivery, Outcome
 

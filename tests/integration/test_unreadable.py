@@ -22,7 +22,7 @@ from followups.delivery.claim import claim, claim_fairly
 from followups.delivery.dispatcher import Dispatcher
 from followups.delivery.hints import leases_of
 from followups.delivery.settle import settle
-from followups.flow_control.rate_limits import release_deferred
+from followups.flow_control.limiter import release_deferred
 from followups.states import Status, finish
 from followups.store import bulk_cancel, chat_order, chats, pauses, rate_limits
 from followups.store.chats import Role

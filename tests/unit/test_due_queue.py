@@ -8,7 +8,7 @@ from uuid import uuid4
 import pytest
 
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.due_queue import AGAIN, LEAD, LONGEST_AGAIN, DueQueue
+from followups.delivery.due_queue import LEAD, LONGEST_RETRY_DELAY, RETRY_DELAY, DueQueue
 from followups.delivery.slots import Slots
 from followups.store.leases import Lease
 from followups.uptime import uptime
@@ -46,5 +46,5 @@ def test_what_cannot_begin_again_and_again() -> None:
         wait = (queue.seconds_to_next() or 0.0) + LEAD.total_seconds()
         waits.append(timedelta(seconds=round(wait, 6)))
         seconds += wait
-    assert waits == [min(AGAIN * 2**number, LONGEST_AGAIN) for number in range(8)]
-    assert waits[-1] == LONGEST_AGAIN
+    assert waits == [min(RETRY_DELAY * 2**number, LONGEST_RETRY_DELAY) for number in range(8)]
+    assert waits[-1] == LONGEST_RETRY_DELAY

@@ -12,7 +12,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from followups import flow_control
 from followups.flow_control.breaker import CLOSED, BreakerStore, News, Reading, RecoveryPolicy, Run
-from followups.flow_control.rate_limits import Bucket, Limiter, LimiterReply, TokenRequest
+from followups.flow_control.limiter import Bucket, Limiter, LimiterReply, TokenRequest
 from followups.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import pytest
 import typer
 
 from followups.cli.parse import default_burst, parse_rate
-from followups.flow_control.rate_limits import Limits, loosened
+from followups.flow_control.limiter import Limits, loosened
 from followups.operations.wording import rate_in_words
 from followups.store.rate_limits import Limit, Limitable
 

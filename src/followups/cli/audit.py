@@ -14,8 +14,7 @@ from followups.cli.documents import event_document
 from followups.cli.options import EXAMPLE_ID, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark
 from followups.cli.parse import Since, parse_since
-from followups.operations.audit import actor_of, details_of
-from followups.operations.wording import readable
+from followups.operations.wording import actor_of, details_of, readable
 from followups.store import audit as store
 from followups.store.audit import Action, AuditFilter
 

@@ -13,9 +13,8 @@ from followups.cli import connection
 from followups.cli.catalogue import examples
 from followups.cli.documents import event_document, failure_document, follow_up_document, hours_document, limit_document
 from followups.cli.output import Json, cell, console, print_json
-from followups.operations.audit import actor_of, details_of
 from followups.operations.explain import explained, lag_of, stopped
-from followups.operations.wording import readable, rfc3339, span
+from followups.operations.wording import actor_of, details_of, readable, rfc3339, span
 from followups.settings import get_settings
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ class Attempt(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class BatchResult:
     """The result of begin or settle for a batch.
 
     Follow-ups that are nowhere in it were stale, are held, or wait in their chat's order.

@@ -9,7 +9,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from followups.delivery import events, holds
-from followups.delivery.attempts import Begun, Step
+from followups.delivery.attempts import BatchResult, Begun
 from followups.halving import halve, halve_within
 from followups.states import ReasonCode, Status, finish
 from followups.store import chat_order, leases, obstacles
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from followups.flow_control.rate_limits import RateLimits
+    from followups.flow_control.limiter import RateLimits
     from followups.settings import Settings
     from followups.states import Final
     from followups.store.leases import Lease
@@ -42,7 +42,7 @@ Only an operator can repair such a row.
 
 async def begin_within_limits(
     engine: AsyncEngine, settings: Settings, rate_limits: RateLimits, batch: Sequence[Lease]
-) -> Step:
+) -> BatchResult:
     """Begin follow-ups that may be sent now, and defer those over a rate limit.
 
     Raises database errors; then no token is taken.
@@ -52,12 +52,12 @@ async def begin_within_limits(
     async with rate_limits.tokens(batch) as (waits, begun):
         deferred = await rate_limits.defer([(lease, waits[lease.id]) for lease in batch if lease.id in waits])
         allowed = [lease for lease in batch if lease.id not in waits]
-        step = await in_loop(engine, begin, settings, allowed) if allowed else Step()
+        step = await in_loop(engine, begin, settings, allowed) if allowed else BatchResult()
         begun |= {one.lease.id for one in step.begun}
     return replace(step, deferred=deferred)
 
 
-def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Step:
+def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not be, and hold or park the rest.
 
     All of this is one transaction. A follow-up whose row makes it fail is deferred, and the others begin without it.
@@ -70,10 +70,10 @@ def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> Step:
         return halved.done[0]
     parts: dict[str, Any] = {
         field.name: tuple(chain.from_iterable(getattr(part, field.name) for part in halved.done))
-        for field in fields(Step)
+        for field in fields(BatchResult)
         if field.name != "stale"
     }
-    return Step(**parts | {"locked": (*parts["locked"], *halved.left)})
+    return BatchResult(**parts | {"locked": (*parts["locked"], *halved.left)})
 
 
 def _defer(engine: Engine, lease: Lease) -> None:
@@ -83,7 +83,7 @@ def _defer(engine: Engine, lease: Lease) -> None:
         events.refused("defer", lease.id, error)
 
 
-def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> Step:
+def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -> BatchResult:
     rules = Rules(settings.lease, settings.max_lateness, TOLERANCE)
     by_id = {lease.id: lease for lease in batch}
     begun = tuple(
@@ -91,7 +91,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
         for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, rules)
     )
     if len(begun) == len(batch):
-        return Step(begun)
+        return BatchResult(begun)
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
     return _explain_missing(connection, settings, begun, obstacles.find(connection, missing, rules))
@@ -99,7 +99,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
 
 def _explain_missing(
     connection: Connection, settings: Settings, begun: tuple[Begun, ...], missing: list[Obstacle]
-) -> Step:
+) -> BatchResult:
     held, ends = holds.hold(connection, settings, missing)
     missing = [obstacle for obstacle in missing if obstacle.lease.id not in held]
     verdicts = [(o.lease, final) for o in missing if (final := ends.get(o.lease.id) or verdict(o))]
@@ -111,7 +111,7 @@ def _explain_missing(
         # If a row behind the parked follow-ups cannot be written, the writable ones are parked one by one.
         halve_within(connection, list(parked), partial(chat_order.park_pile, connection))
     unblocked, blocking = chat_order.unblock_writable(connection, ended, settings.lease)
-    return Step(
+    return BatchResult(
         begun=begun,
         ended=tuple((lease.id, final) for lease, final in verdicts if lease.id in ended),
         locked=tuple(o.lease for o in missing if o.lease.id not in ended | parked),

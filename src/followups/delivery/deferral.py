@@ -15,8 +15,8 @@ from math import inf
 from typing import TYPE_CHECKING
 
 from followups.delivery import events
-from followups.delivery.due_queue import AGAIN
-from followups.flow_control.rate_limits import LONGEST, defer
+from followups.delivery.due_queue import RETRY_DELAY
+from followups.flow_control.limiter import LONGEST, defer
 from followups.store import rate_limits
 from followups.store.leases import key_of
 from followups.transactions import in_loop, transact
@@ -180,7 +180,7 @@ class Deferral:
         del self._excess[: len(portion)]
         for lease in portion:
             if lease.id not in deferred:  # its row is locked, or another worker has the lease by now
-                self._queue.defer(lease, AGAIN)
+                self._queue.defer(lease, RETRY_DELAY)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:
         if keys - self._workspaces.keys():

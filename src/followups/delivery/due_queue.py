@@ -25,7 +25,7 @@ LEAD = timedelta(milliseconds=15)
 
 From then on a cancel comes too late.
 """
-BATCH = 200
+BEGIN_BATCH = 200
 """Most leases taken at once: a larger statement is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots, or for more follow-ups to fall due, while there are few: a statement for five
@@ -33,9 +33,9 @@ rows costs almost as much as one for fifty. It is a third of the lead.
 """
 ENOUGH_SLOTS = 0.4
 """Share of free slots that is worth a statement at once."""
-AGAIN = timedelta(milliseconds=50)
+RETRY_DELAY = timedelta(milliseconds=50)
 """Delay before the next try to begin or settle a follow-up; for a begin the delay doubles each time."""
-LONGEST_AGAIN = timedelta(milliseconds=800)
+LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 
 
 class DueQueue:
@@ -83,7 +83,7 @@ class DueQueue:
 
     def defer_refused(self, lease: Lease) -> None:
         """Defer a follow-up that could not begin now, longer each time."""
-        delay = min(AGAIN * 2**lease.refusals, LONGEST_AGAIN)
+        delay = min(RETRY_DELAY * 2**lease.refusals, LONGEST_RETRY_DELAY)
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
     async def next_batch(self, breaker: Breaker) -> list[Lease]:
@@ -92,7 +92,7 @@ class DueQueue:
             await self._gather()
             if self._closed:
                 break
-            if batch := self.take(BATCH, breaker.tripped, breaker.permits):
+            if batch := self.take(BEGIN_BATCH, breaker.tripped, breaker.permits):
                 return batch
             await self._until_changed(breaker.tripped if not breaker.permits else frozenset())
         return []
@@ -116,7 +116,7 @@ class DueQueue:
             taken[lease.id] = lease
             permits -= lease.key in tripped
         for lease in not_now:
-            self.defer(lease, AGAIN)
+            self.defer(lease, RETRY_DELAY)
         return list(taken.values())
 
     def close(self) -> None:

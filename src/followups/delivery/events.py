@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.delivery.attempts import Attempt, Begun, Step
+    from followups.delivery.attempts import Attempt, BatchResult, Begun
     from followups.states import Final
     from followups.store.claims import Claim
 
@@ -86,7 +86,7 @@ def ended(ends: Iterable[tuple[UUID, Final]]) -> None:
     lines.flush()
 
 
-def settled(step: Step) -> None:
+def settled(step: BatchResult) -> None:
     """Log the results of a batch of attempts."""
     if step.stale:
         metrics.STALE_WRITES.inc(step.stale)

@@ -25,13 +25,13 @@ from followups.delivery.begin import begin_within_limits
 from followups.delivery.claim import release
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.deferral import Deferral
-from followups.delivery.due_queue import AGAIN, BATCH, LEAD, LONGEST_AGAIN, DueQueue
+from followups.delivery.due_queue import BEGIN_BATCH, LEAD, LONGEST_RETRY_DELAY, RETRY_DELAY, DueQueue
 from followups.delivery.send import GRACE, send
 from followups.delivery.settle import Settler
 from followups.delivery.slots import Slots
 from followups.delivery.upkeep import BACKOFF, LONGEST_BACKOFF, Upkeep, insist
 from followups.flow_control.breaker import Breaker
-from followups.flow_control.rate_limits import RateLimits
+from followups.flow_control.limiter import RateLimits
 from followups.store import chat_order
 from followups.store.leases import key_of
 from followups.telemetry.logs import get_logger
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from followups.delivery.attempts import Attempt, Begun, Step
+    from followups.delivery.attempts import Attempt, BatchResult, Begun
     from followups.flow_control.breaker import BreakerStore
-    from followups.flow_control.rate_limits import Limiter
+    from followups.flow_control.limiter import Limiter
     from followups.settings import Settings
     from followups.store.leases import Lease
     from followups.transports.port import Transport
@@ -208,7 +208,7 @@ class Pipeline:
         self._settler.add(attempt)
         events.attempted(attempt, self._transport.name)
 
-    def _settled(self, step: Step, attempts: Sequence[Attempt]) -> None:
+    def _settled(self, step: BatchResult, attempts: Sequence[Attempt]) -> None:
         self._slots.restore_quota(attempt.begun.lease.id for attempt in attempts)
         self._queue.changed.set()
         self._go_on(step)
@@ -216,7 +216,7 @@ class Pipeline:
         if any(one.next_attempt_at and one.next_attempt_at < horizon for one in step.settled):
             self._nudge()
 
-    def _go_on(self, step: Step) -> None:
+    def _go_on(self, step: BatchResult) -> None:
         """Enqueue the follow-ups that the ends of others have unblocked, now or once they are no longer locked."""
         self._enqueue(step.unblocked)
         if step.blocking:
@@ -227,10 +227,10 @@ class Pipeline:
 
         While the pipeline drains, this is left to dispatchers.
         """
-        pause = AGAIN
+        pause = RETRY_DELAY
         while ended and not self._draining:
             await asyncio.sleep(pause.total_seconds())
-            pause = min(pause * 2, LONGEST_AGAIN)
+            pause = min(pause * 2, LONGEST_RETRY_DELAY)
             try:
                 work = partial(chat_order.unblock_writable, ended=ended, lease=self._settings.lease)
                 unblocked, ended = await in_loop(self._engine, transact, work)
@@ -251,7 +251,7 @@ class Pipeline:
 
     def _wanted(self) -> int:
         """Return how many follow-ups of tripped workspaces could begin."""
-        return min(self._slots.free, BATCH) if self._queue.count(self._breaker.tripped) else 0
+        return min(self._slots.free, BEGIN_BATCH) if self._queue.count(self._breaker.tripped) else 0
 
     def _look_again(self) -> None:
         self._queue.changed.set()

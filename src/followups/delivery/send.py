@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from uuid import UUID
 
 from followups.delivery.attempts import Attempt
-from followups.retry import clamp_retry_after
+from followups.retry_policy import clamp_retry_after
 from followups.states import MAX_REASON_LENGTH, storable
 from followups.telemetry import traces
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed, Unknown

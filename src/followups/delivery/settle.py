@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from followups.database_errors import concerns_a_row, is_passing
 from followups.delivery import events
-from followups.delivery.attempts import Step
+from followups.delivery.attempts import BatchResult
 from followups.delivery.send import OUTCOME_NAMES
-from followups.retry import MIN_RETRY_AFTER, spread
+from followups.retry_policy import MIN_RETRY_AFTER, spread
 from followups.states import FINAL, MAX_REASON_LENGTH, ReasonCode, Status, finish
 from followups.store import chat_order, settlement
 from followups.store.settlement import Failure, Settlement
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.delivery.attempts import Attempt
-    from followups.retry import RetryPolicy
+    from followups.retry_policy import RetryPolicy
     from followups.settings import Settings
     from followups.store.leases import Lease
 
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
-BATCH = 500
+SETTLE_BATCH = 500
 """Maximum rows of one statement: a larger one is slow and no cheaper for each row."""
 ENOUGH = 100
 """Number of results for which a statement is worthwhile at once."""
@@ -46,7 +46,7 @@ are sent again, under the same key; so the wait is no longer than a quick call, 
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """The same where the receiver cannot deduplicate, and the outcome of results that are not recorded would be unknown."""
-AGAIN = timedelta(milliseconds=50)
+SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """Pause before a row that another transaction has locked is tried again."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; it doubles."""
@@ -68,7 +68,7 @@ class Settler:
     """
 
     def __init__(
-        self, settings: Settings, engine: AsyncEngine, settled: Callable[[Step, Sequence[Attempt]], None]
+        self, settings: Settings, engine: AsyncEngine, settled: Callable[[BatchResult, Sequence[Attempt]], None]
     ) -> None:
         """``settled`` is called with each batch's result and the attempts that need no further try."""
         self._settings = settings
@@ -104,7 +104,7 @@ class Settler:
             self._wanted.clear()
             if len(self._attempts) < ENOUGH and not self._closed:
                 await asyncio.sleep(self._gather.total_seconds())
-            if batch := self._attempts[:BATCH]:
+            if batch := self._attempts[:SETTLE_BATCH]:
                 events.lines.flush()
                 await self._record(batch)
                 del self._attempts[: len(batch)]
@@ -135,7 +135,7 @@ class Settler:
         events.settled(step)
         locked = {lease.id for lease in step.locked}
         self._settled(step, [attempt for attempt in batch if attempt.begun.lease.id not in locked])
-        self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], AGAIN)
+        self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], SETTLE_RETRY_DELAY)
 
     async def _record_apart(self, batch: Sequence[Attempt]) -> None:
         """Isolate a result that the database refuses, so that it does not hold up the others."""
@@ -146,7 +146,7 @@ class Settler:
             self._add_later(batch, LONGEST_BACKOFF)
         else:
             log.error("settle_refused", follow_up_id=str(batch[0].begun.lease.id))
-            self._settled(Step(), batch)
+            self._settled(BatchResult(), batch)
 
     def _add_later(self, attempts: Iterable[Attempt], delay: timedelta) -> None:
         for attempt in attempts:
@@ -159,7 +159,7 @@ class Settler:
         self.add(attempt)
 
 
-def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> Step:
+def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> BatchResult:
     """Record the outcomes in one transaction, and unblock the next follow-ups of their chats."""
     policy, deduplicates = settings.retry_policy, settings.transport_deduplicates
     decided = [decide(attempt, policy, deduplicates=deduplicates) for attempt in attempts]
@@ -179,7 +179,7 @@ def _record(
     decided: Sequence[Settlement],
     unblock: Unblock,
     connection: Connection,
-) -> Step:
+) -> BatchResult:
     settled = settlement.settle_if_in_flight(connection, decided)
     written = {one.id for one in settled}
     failures = [failure for a in attempts if a.begun.lease.id in written and (failure := failure_of(a))]
@@ -189,7 +189,7 @@ def _record(
     unblocked, blocking = unblock(connection, ended, settings.lease)
     missing = [a.begun.lease for a in attempts if a.begun.lease.id not in written]
     in_flight = settlement.still_in_flight(connection, missing) if missing else set()
-    return Step(
+    return BatchResult(
         settled=tuple(settled),
         stale=len(attempts) - len(settled) - len(in_flight),
         locked=tuple(lease for lease in missing if lease.id in in_flight),

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from followups.delivery.clock import DatabaseClock
-    from followups.flow_control.rate_limits import RateLimits
+    from followups.flow_control.limiter import RateLimits
 
 INTERVAL = 5.0
 """Seconds between two readings."""

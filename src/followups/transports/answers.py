@@ -21,7 +21,7 @@ from email.utils import parsedate_to_datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from followups.retry import MAX_RETRY_AFTER, clamp_retry_after
+from followups.retry_policy import MAX_RETRY_AFTER, clamp_retry_after
 from followups.transports.port import Outcome, Rejected, Retry, Sent, Snoozed
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from followups.delivery.pruner import Pruner
 from followups.delivery.send import GRACE
 from followups.errors import SettingsError
 from followups.flow_control.breaker import BreakerStore
-from followups.flow_control.rate_limits import Limiter
-from followups.operations.bulk_actions import BulkRunner
+from followups.flow_control.limiter import Limiter
+from followups.operations.bulk_runner import BulkRunner
 from followups.session_settings import BY_KEY, ONCE_PLANNED
 from followups.settings import Settings, get_settings
 from followups.store.counter_totals import CounterTotals

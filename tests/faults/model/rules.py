@@ -12,7 +12,7 @@ from followups.delivery.attempts import Attempt, Begun
 from followups.delivery.begin import verdict
 from followups.delivery.claim import after_loss
 from followups.delivery.settle import decide
-from followups.retry import RetryPolicy
+from followups.retry_policy import RetryPolicy
 from followups.states import Status
 from followups.store.fragments import OUTCOME_UNKNOWN
 from followups.store.leases import Lease

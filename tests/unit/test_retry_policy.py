@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from followups.retry import MAX_RETRY_AFTER, MIN_RETRY_AFTER, SPREAD, RetryPolicy, clamp_retry_after, spread
+from followups.retry_policy import MAX_RETRY_AFTER, MIN_RETRY_AFTER, SPREAD, RetryPolicy, clamp_retry_after, spread
 
 ZERO = timedelta(0)
 HOUR = timedelta(hours=1)

@@ -12,8 +12,8 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from followups.delivery import events
-from followups.operations import bulk_actions
-from followups.operations.bulk_actions import BatchError, BulkRunner, run_batch
+from followups.operations import bulk_runner
+from followups.operations.bulk_runner import BatchError, BulkRunner, run_batch
 from followups.states import Status
 from followups.store import bulk_actions as rows
 from followups.store import quotas
@@ -84,9 +84,9 @@ def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
 def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A follow-up that is pruned after the batch has found it is counted."""
     gone, kept = failed(world), failed(world)
-    real = bulk_actions.scheduling.retry_once
+    real = bulk_runner.scheduling.retry_once
     monkeypatch.setattr(
-        bulk_actions.scheduling, "retry_once", lambda session, each: real(session, uuid4() if each == gone else each)
+        bulk_runner.scheduling, "retry_once", lambda session, each: real(session, uuid4() if each == gone else each)
     )
     one = action(world, "retry", [gone, kept])
     assert run_batch(world.engine)
@@ -116,7 +116,7 @@ def test_those_kept_from_a_retry_are_audited(world: World) -> None:
 
 def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever its error, it is passed over for a while and then tried again; the worker counts as healthy."""
-    monkeypatch.setattr(bulk_actions, "SEEN_EVERY", 0)
+    monkeypatch.setattr(bulk_runner, "SEEN_EVERY", 0)
     bad, good = action(world, "cancel", []), action(world, "cancel", [world.follow_up(due=HOUR)])
     world.sql('UPDATE bulk_actions SET chosen = \'{"statuses": ["nonsense"]}\' WHERE id = :id', id=bad)
     with pytest.raises(BatchError):
@@ -128,7 +128,7 @@ def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monk
     assert not state(world, bad)[2]
     assert events.outage() is None
 
-    monkeypatch.setattr(bulk_actions, "PASSED_OVER", 0)
+    monkeypatch.setattr(bulk_runner, "PASSED_OVER", 0)
     world.sql("UPDATE bulk_actions SET chosen = '{}' WHERE id = :id", id=bad)
     later = BulkRunner(engine, lambda: None)
     later.start()
