@@ -1,4 +1,4 @@
-"""The token buckets and their queues on a real Valkey, by its own clock: how much is sent, and in which order."""
+"""The token buckets and their queues on a real Valkey: rate and order, measured by the server's clock."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
 PATIENCE = timedelta(seconds=10)
-"""How long Valkey may take on a machine that is busy with other tests."""
+"""Seconds that Valkey may take to answer on a machine that is busy with other tests."""
 START = datetime(2030, 1, 1, tzinfo=UTC)
 GO = timedelta(0)
 SLOW = 0.001
-"""Tokens a second: none comes in while a test runs."""
+"""A rate in tokens per second, so low that no token is added during a test."""
 
 
 @dataclass
 class LimiterUnderTest:
-    """A limiter with keys of its own, and the time of each grant in microseconds."""
+    """A limiter with separate keys that records the time of each grant in microseconds."""
 
     limiter: Limiter
     redis: Redis
@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter, where only the broker can be reached."""
+    """Return settings for a limiter; only the broker can be reached."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -62,17 +62,17 @@ async def place(place_settings: Settings) -> AsyncIterator[LimiterUnderTest]:
 
 
 def bucket(rate: float = SLOW, burst: int = 1, key: str = "") -> Bucket:
-    """Return a bucket of its own."""
+    """Return a bucket used by no other test."""
     return Bucket(key or uuid4().hex, rate, burst)
 
 
 def request(since: int, *buckets: Bucket, id_: UUID | None = None) -> TokenRequest:
-    """Return a request of a follow-up that has been due since so many seconds after the start."""
+    """Return a request of a follow-up due the given number of seconds after the start."""
     return TokenRequest(id_ or uuid4(), START + timedelta(seconds=since), buckets)
 
 
 def assert_never_faster(moments: list[int], limit: Bucket) -> None:
-    """In any period, no more begin than a full bucket plus the tokens added in that period."""
+    """Check that in any period, grants never exceed a full bucket plus the tokens added in that period."""
     moments = sorted(moments)
     for first, start in enumerate(moments):
         for last in range(first, len(moments)):
@@ -82,7 +82,10 @@ def assert_never_faster(moments: list[int], limit: Bucket) -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(100, 5), (300, 1), (40, 20)])
 async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, burst: int) -> None:
-    """In any period, at most the burst plus the tokens added in that period are granted, in the order of due dates."""
+    """In any period, grants never exceed the burst plus the tokens added in that period.
+
+    Requests are granted in the order of due dates.
+    """
     limit = bucket(rate, burst)
     waiting = [request(number, limit) for number in range(60)]
     order = []
@@ -96,7 +99,7 @@ async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, 
 
 
 async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
-    """Several workers that ask at once, and give some of it back, are no faster together."""
+    """Several workers that request tokens concurrently and return some of them stay within the rate together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
@@ -122,7 +125,7 @@ async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings
 
 
 async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
-    """A later request with an earlier due date waits less; at the same one, the lower id is first."""
+    """A later request with an earlier due date waits less; of two equal due dates the lower id is first."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     late, early = request(9, limit), request(5, limit)
@@ -136,7 +139,7 @@ async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
 
 
 async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
-    """An available token belongs to the first in the queue, also while another asks."""
+    """An available token belongs to the first request in the queue, even if another request is made."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await place.ask(first) == [GO]
@@ -148,7 +151,10 @@ async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
 
 
 async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> None:
-    """A follow-up that waits for its chat's limit takes no token of its workspace, and delays none there."""
+    """A follow-up that waits for its chat's limit takes no token of its workspace.
+
+    Other follow-ups of the workspace are not delayed.
+    """
     workspace, chat = bucket(burst=2), bucket()
     assert await place.ask(request(0, workspace, chat)) == [GO]
     assert (await place.ask(request(1, workspace, chat)))[0] > GO
@@ -157,7 +163,7 @@ async def test_who_waits_elsewhere_holds_up_nobody(place: LimiterUnderTest) -> N
 
 
 async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
-    """A follow-up over two limits waits for the one that takes longer."""
+    """A follow-up over two limits waits for the limit with the longer wait."""
     fast, slow = bucket(rate=1), bucket(rate=0.01)
     await place.ask(request(0, fast, slow))
     (wait,) = await place.ask(request(1, fast, slow))
@@ -165,7 +171,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
-    """A long wait is shortened, since others in front may give up; a short wait is exact."""
+    """A long wait is shortened, since requests in front may be abandoned; a short wait is exact."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
@@ -178,7 +184,7 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
 
 
 async def test_given_back(place: LimiterUnderTest) -> None:
-    """A follow-up that did not begin returns its token to the next; a bucket never exceeds its size."""
+    """A follow-up that did not begin returns its token to the next request; a bucket never exceeds its size."""
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
     answer = await place.limiter.ask([first, second], ())
@@ -186,13 +192,13 @@ async def test_given_back(place: LimiterUnderTest) -> None:
     await place.limiter.give_back([first, second], answer.moment)
     await place.limiter.give_back([first, second], answer.moment)
     waits = await place.ask(*(request(since, limit) for since in range(2, 5)))
-    # A little has come in since, and is not put back as well: of two tokens, one is whole.
+    # A fraction of a token was added meanwhile and is not returned, so only one of the two tokens is whole.
     assert [wait == GO for wait in waits].count(True) <= 2
     assert waits[0] == GO
 
 
 async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
-    """An ended one leaves the queue, and the next takes its place."""
+    """A follow-up that has ended leaves the limiter's queue, and the next one moves up."""
     limit = bucket(rate=1 / 60, burst=1)
     await place.ask(request(0, limit))
     cancelled, second = request(1, limit), request(2, limit)
@@ -202,7 +208,7 @@ async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
 
 
 async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
-    """One that does not ask again at its time soon loses its place, and may queue up again."""
+    """A request that is not repeated on time soon loses its position, and may queue up again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await place.ask(request(0, limit))
@@ -217,7 +223,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
-    """A waiting one asks again after five minutes at the latest; one that does not delays no other for longer."""
+    """A waiting request is repeated within five minutes; one that is not delays others no longer than that."""
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
     waits = await place.ask(*cancelled)
@@ -231,7 +237,7 @@ async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -
 
 @pytest.fixture
 def clock(place_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[ServerClock]:
-    """Return the clock of Valkey."""
+    """Return the time of Valkey."""
     clock = ServerClock(place_settings.broker_url.get_secret_value(), monkeypatch, shared)
     yield clock
     clock.close()
@@ -242,7 +248,7 @@ STEPS = [-timedelta(days=1), timedelta(minutes=-1), timedelta(minutes=1), timede
 
 @pytest.mark.parametrize("step", STEPS, ids=str)
 async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, step: timedelta) -> None:
-    """If the clock of Redis is set back or forward, tokens still arrive at their rate, up to a burst."""
+    """If the clock of Redis is set back or forward, tokens are still added at their rate, up to a burst."""
     limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=1, burst=2)
     waiting = [request(since, limit) for since in range(9)]
@@ -254,7 +260,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
         gone.append(answer.waits.count(GO))
         clock.go_on(1)
     await limiter.close()
-    assert 3 <= sum(gone) <= 5  # three tokens came in, and after a step forward the bucket was full
+    assert 3 <= sum(gone) <= 5  # three tokens were added, and the step forward filled the bucket
     assert max(gone) <= limit.burst
 
 
@@ -262,7 +268,7 @@ async def test_the_clock_is_set(clock: ServerClock, place_settings: Settings, st
 async def test_who_does_not_come_back_when_the_clock_is_set(
     clock: ServerClock, place_settings: Settings, step: timedelta
 ) -> None:
-    """A cancelled request delays the next by at most the longest wait, even if the clock is set."""
+    """A cancelled request delays the next one by at most the longest wait, even if the clock is set."""
     limiter = Limiter(place_settings, PATIENCE)
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
@@ -278,7 +284,7 @@ async def test_who_does_not_come_back_when_the_clock_is_set(
 
 
 async def test_flushed(place: LimiterUnderTest) -> None:
-    """A wiped Redis, without the scripts, starts with full buckets and continues."""
+    """After Redis is wiped, with its scripts, the limiter starts with full buckets and continues."""
     limit = bucket(burst=3)
     assert await place.ask(*(request(since, limit) for since in range(3))) == [GO] * 3
     for key in await place.redis.keys(f"*{limit.key}*"):
@@ -289,7 +295,7 @@ async def test_flushed(place: LimiterUnderTest) -> None:
 
 
 async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
-    """Every key expires by itself, soon after the bucket is full and its queue is empty."""
+    """Every key of the limiter expires soon after its bucket is full and its queue is empty."""
     limit = bucket(rate=2, burst=4)
     await place.ask(*(request(since, limit) for since in range(9)))
     keys = await place.redis.keys(f"*{limit.key}*")
@@ -299,7 +305,10 @@ async def test_it_leaves_nothing_behind(place: LimiterUnderTest) -> None:
 
 
 async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
-    """Behind a hundred thousand, waits are estimated and not queued; those in the queue keep their place."""
+    """After a hundred thousand queued requests, further waits are estimated and not queued.
+
+    Requests in the queue keep their positions.
+    """
     limit = bucket(rate=1000, burst=1)
     (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - what a day of waiting would fill
     await place.ask(request(0, limit))
@@ -311,7 +320,10 @@ async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
 
 
 async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """If Redis is unreachable all may begin; each is counted, it is logged once, and Redis is not asked for a while."""
+    """If Redis is unreachable, every follow-up may begin; each is counted, and one log line is written.
+
+    The limiter does not query Redis again for a while.
+    """
     nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
     limiter = Limiter(nobody)
     before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way

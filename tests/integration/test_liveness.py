@@ -1,4 +1,4 @@
-"""The worker's heartbeat: a stuck component stops reporting, however healthy the others are."""
+"""The worker's heartbeat: a stuck component stops reporting, even if the other components are healthy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 def test_a_stuck_loop_and_a_stuck_tick(
     settings: Settings, engine: Engine, database_url: str, world: World, tmp_path: Path
 ) -> None:
-    """The pipeline reports while its loop runs, the dispatcher while idle; if one is stuck, its last report ages."""
+    """The pipeline reports while its event loop runs, and the dispatcher reports while idle.
+
+    If either is stuck, its last report grows old.
+    """
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)
     pipeline = Pipeline(settings, make_async_engine(database_url, options=ONCE_PLANNED), SandboxTransport(settings))

@@ -1,4 +1,4 @@
-"""Lost commits: each delivery step continues, whether its commit succeeded, failed, or is slow."""
+"""Lost commits: each delivery step continues whether its commit succeeded, failed or is slow."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 
 
 class DeliverySteps:
-    """Some follow-ups, and the steps of their delivery."""
+    """A few follow-ups and the steps of their delivery."""
 
     def __init__(self, world: World, settings: Settings) -> None:
-        """Create some follow-ups that are due."""
+        """Create a few due follow-ups."""
         self.world, self.settings = world, settings
         self.ids = {world.follow_up() for _ in range(NUMBER)}
 
@@ -55,7 +55,7 @@ class DeliverySteps:
         return list(leases)
 
     def attempts(self, outcome: Outcome) -> list[Attempt]:
-        """Claim and begin the follow-ups; return their attempts, each with this outcome."""
+        """Claim and begin the follow-ups; return their attempts, each with the given outcome."""
         beginning = claim_and_begin(self.world.engine, self.settings)
         assert begun(beginning) == self.ids
         return [Attempt(one, outcome, timedelta(0), time.monotonic(), datetime.now(UTC)) for one in beginning.begun]
@@ -79,7 +79,7 @@ def beginning(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that calls begin, which ends all follow-ups, since their users have replied."""
+    """Return a function that calls begin, which ends all follow-ups because their users have replied."""
     leases = place.leases()
     place.world.sql("UPDATE chats SET last_message_role = 'user'")
 
@@ -90,7 +90,7 @@ def ending(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
-    """Return a function that unblocks the follow-ups, once those that they waited for have ended."""
+    """Return a function that unblocks the follow-ups once the earlier ones of their chats have ended."""
     world = place.world
     world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, status, reason,"
@@ -107,7 +107,7 @@ def unblocking(place: DeliverySteps) -> Callable[[], set[UUID]]:
 
 
 def settling(place: DeliverySteps, outcome: Outcome) -> Callable[[], set[UUID]]:
-    """Return a function that settles the attempts with this outcome."""
+    """Return a function that settles the attempts with the given outcome."""
     attempts = place.attempts(outcome)
     return lambda: {one.id for one in settle(place.world.engine, place.settings, attempts).settled}
 
@@ -124,13 +124,13 @@ STEPS = {
 
 @pytest.fixture
 def place(world: World, settings: Settings) -> DeliverySteps:
-    """Return follow-ups that are due."""
+    """Return due follow-ups and their delivery steps."""
     return DeliverySteps(world, settings)
 
 
 @pytest.mark.parametrize("name", STEPS)
 def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose commit succeeded counts as done, even if the answer is lost."""
+    """A step whose commit succeeded counts as done, even if the server's answer is lost."""
     step = STEPS[name](place)
     break_once(monkeypatch, psycopg.Connection.commit)
     before = place.rows()
@@ -140,7 +140,7 @@ def test_an_answer_is_lost_after_the_commit(place: DeliverySteps, name: str, mon
 
 @pytest.mark.parametrize("name", STEPS)
 def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step whose commit never arrived fails at once, and can be repeated."""
+    """A step whose commit never reached the server fails immediately and can be repeated."""
     step = STEPS[name](place)
     before = place.rows()
     break_once(monkeypatch, lambda _: None)
@@ -157,7 +157,7 @@ def test_a_commit_is_lost(place: DeliverySteps, name: str, monkeypatch: pytest.M
 def test_a_commit_takes_its_time(
     place: DeliverySteps, name: str, monkeypatch: pytest.MonkeyPatch, *, committed: bool
 ) -> None:
-    """While the server may still be committing, no result is assumed; then the database decides."""
+    """While the server may still be committing, no result is assumed; afterwards the database decides."""
     step = STEPS[name](place)
     commit, rollback = psycopg.Connection.commit, psycopg.Connection.rollback
     ended = threading.Event()
@@ -183,7 +183,7 @@ def test_a_commit_takes_its_time(
 
 
 def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker does not take an attempt that another began from the same hint for its own."""
+    """A worker does not adopt an attempt that another worker began from the same hint."""
     leases = place.leases()
     engine = place.world.engine
 

@@ -1,4 +1,4 @@
-"""Pauses on PostgreSQL: paused follow-ups do not begin, do not slow claims, and are released."""
+"""Pauses on PostgreSQL: paused follow-ups do not begin or slow down claims, and are released later."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ HOUR = timedelta(hours=1)
 
 
 def pause(world: World, channel: str | None = None, *, everybody: bool = False) -> PauseScope:
-    """Pause the workspace, or a channel of all."""
+    """Pause the workspace, or a channel in all workspaces."""
     scope = PauseScope(None if everybody else world.workspace_id, channel)
     with world.engine.begin() as connection:
         assert pauses.pause(connection, scope)
@@ -37,20 +37,20 @@ def pause(world: World, channel: str | None = None, *, everybody: bool = False) 
 
 
 def resume(world: World, scope: PauseScope) -> int:
-    """End the pause and release what it held; return how many."""
+    """End the pause, release the follow-ups it held, and return how many were released."""
     with world.engine.begin() as connection:
         assert pauses.resume(connection, scope)
     return free(world)
 
 
 def free(world: World) -> int:
-    """Release what no current pause holds; return how many."""
+    """Release follow-ups that no current pause holds, and return how many were released."""
     with world.engine.begin() as connection:
         return pauses.release_forgotten(connection)
 
 
 def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up has no lease, used up no attempt, and is not claimed; others continue."""
+    """A paused follow-up has no lease, has used no attempt and is not claimed; other follow-ups continue."""
     others = type(world)(engine)
     mine, theirs = world.follow_up(), others.follow_up()
     scope = pause(world)
@@ -66,7 +66,7 @@ def test_a_paused_workspace(world: World, engine: Engine, settings: Settings) ->
 
 @pytest.mark.parametrize("everybody", [True, False])
 def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, everybody: bool) -> None:
-    """A pause of a channel stops that channel, of the workspace or of all of them, and no other."""
+    """A pause of a channel, in one workspace or in all, stops that channel and no other."""
     others = type(world)(engine)
     stopped = world.follow_up(world.chat(channel="waha"))
     kept = world.follow_up(world.chat(channel="matrix"))
@@ -77,7 +77,7 @@ def test_a_paused_channel(world: World, engine: Engine, settings: Settings, *, e
 
 
 def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up under two pauses continues only after both."""
+    """A follow-up held by two pauses continues only after both have ended."""
     follow_up = world.follow_up(world.chat(channel="waha"))
     first, second = pause(world), pause(world, "waha", everybody=True)
     assert begun(claim_and_begin(engine, settings)) == set()
@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """A pause that has ended does not affect follow-ups that fell due before or after it."""
+    """A pause that has ended does not affect follow-ups that became due before or after it."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -97,7 +97,7 @@ def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: S
 
 
 def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
-    """A later one of its chat waits behind a paused one, and goes out after it."""
+    """A later follow-up of a chat waits behind a paused one and is sent after it."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
     scope = pause(world)
@@ -111,7 +111,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up can be cancelled; with a new due date it is released until it is due."""
+    """A paused follow-up can be cancelled; a new due date releases it until that date."""
     cancelled, moved = world.follow_up(), world.follow_up()
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -126,7 +126,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, settings: Settings) -> None:
-    """A paused follow-up that must not be sent any more still ends."""
+    """A paused follow-up that must no longer be sent still ends."""
     late = world.follow_up(due=-HOUR, scheduled_at=text("now() - interval '1 h'"))
     pause(world)
     brief = settings.model_copy(update={"max_lateness": SECOND})
@@ -134,7 +134,7 @@ def test_what_must_not_be_sent_ends_though_paused(world: World, engine: Engine, 
 
 
 def test_interrupted_while_resuming(world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume is interrupted, a later look releases the rest; current pauses keep theirs."""
+    """If a resume is interrupted, a later release completes it; current pauses keep their follow-ups."""
     others = type(world)(engine)
     ids = [world.follow_up() for _ in range(5)]
     theirs = others.follow_up()
@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """A resume waits for a follow-up that is just being paused, so that none stays paused without a pause."""
+    """A resume waits for a follow-up that is being paused, so that none stays paused without a pause."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases
@@ -174,7 +174,7 @@ def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: 
 def test_many_are_freed_in_batches(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pause releases its follow-ups in batches."""
+    """Ending a pause releases its follow-ups in batches."""
     monkeypatch.setattr(pauses, "BATCH", 10)
     world.burst([timedelta(0)] * 25)
     scope = pause(world)
@@ -183,7 +183,7 @@ def test_many_are_freed_in_batches(
 
 
 def test_a_pause_that_was_deleted_by_hand(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up whose pause was deleted by hand is released; other pauses still hold theirs."""
+    """A follow-up whose pause was deleted manually is released, unless another pause holds it."""
     worlds = [world, *(type(world)(engine) for _ in range(4))]
     ids = [one.follow_up() for one in worlds]
     for one in worlds:

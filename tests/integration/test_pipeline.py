@@ -1,4 +1,7 @@
-"""The pipeline of one worker, in this process, on PostgreSQL: what is in flight, and what a bad transport does."""
+"""The pipeline of one worker on PostgreSQL: concurrent calls, and the effects of a faulty transport.
+
+The pipeline runs in the test's process.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at I
 
 
 class Scripted:
-    """A transport that answers as the test says, and counts how many calls are under way."""
+    """A transport that returns scripted answers and counts the calls in progress."""
 
     name = "scripted"
 
@@ -82,7 +85,7 @@ class Scripted:
 
 @pytest.fixture
 def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pipeline]]:
-    """Return a function that starts a pipeline over a transport; it is drained in the end."""
+    """Return a function that starts a pipeline over a transport; the pipeline is drained after the test."""
     pipelines: list[Pipeline] = []
 
     def start(transport: Scripted, **changes: Any) -> Pipeline:
@@ -98,7 +101,7 @@ def started(database_url: str, settings: Settings) -> Iterator[Callable[..., Pip
 
 
 def test_calls_at_once(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """No more than CONCURRENCY calls are under way, and what waits for its turn has not begun."""
+    """At most CONCURRENCY calls are in progress, and waiting follow-ups have not begun."""
     transport = Scripted(lambda _: Sent(), 0.05)
     ids = [world.follow_up() for _ in range(30)]
     started(transport, concurrency=4).submit(claim(engine, settings).leases)
@@ -118,7 +121,7 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
 def test_the_next_of_a_chat_is_locked(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """A chat's next follow-up that another transaction locks is sent once it is unlocked."""
+    """If another transaction locks a chat's next follow-up, it is sent once it is unlocked."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
@@ -136,7 +139,7 @@ def test_the_next_of_a_chat_is_locked(
 def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Nothing begins without a slot, even after quick calls: waiting for one, it can still be cancelled."""
+    """No follow-up begins without a slot, even after quick calls; while it waits, it can be cancelled."""
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     long = settings.model_copy(update=patient)
     transport = Scripted(lambda _: Sent(), 0.002)
@@ -153,7 +156,7 @@ def test_what_has_begun_is_under_way(
 
 
 class Stuck(Scripted):
-    """A transport whose calls for some follow-ups do not end until they are released."""
+    """A transport whose calls for selected follow-ups block until they are released."""
 
     def __init__(self, stuck: set[str]) -> None:
         super().__init__(lambda _: Sent())
@@ -172,7 +175,10 @@ class Stuck(Scripted):
 def test_slow_calls_of_one_workspace(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If a workspace's calls never end, another's are sent: the first gets at most seven eighths of the slots."""
+    """A workspace whose calls never end uses at most seven eighths of the slots.
+
+    Follow-ups of another workspace are still sent.
+    """
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=30)}
     quiet, long = World(engine), settings.model_copy(update=patient)
     transport = Stuck(set())
@@ -196,7 +202,7 @@ def test_slow_calls_of_one_workspace(
 def test_doubled_and_shuffled_hints(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Hints that come twice and in any order send each follow-up once."""
+    """Duplicate hints in any order send each follow-up once."""
     transport = Scripted(lambda _: Sent())
     ids = [world.follow_up() for _ in range(30)]
     leases = claim(engine, settings).leases
@@ -227,7 +233,10 @@ def test_doubled_and_shuffled_hints(
 def test_bad_transport(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], answer: Callable[..., Any]
 ) -> None:
-    """A plug-in that raises or answers nonsense harms no other follow-up, and its own has a named outcome."""
+    """A transport plug-in that raises or returns an invalid answer affects no other follow-up.
+
+    The affected follow-up has a named outcome.
+    """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]
     transport = Scripted(lambda delivery: answer(delivery) if delivery.message == "bad" else Sent())
@@ -245,7 +254,7 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
     started: Callable[..., Pipeline],
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """A plug-in that raises with the message in its error leaves no trace of it in the record or the log."""
+    """If a plug-in raises an error that quotes the message, neither the record nor the log contains it."""
 
     def raises(delivery: Delivery) -> None:
         raise RuntimeError(delivery.message)
@@ -258,7 +267,7 @@ def test_message_nowhere_in_what_a_raising_transport_leaves(
 
 
 def test_drain_gives_back(world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]) -> None:
-    """A drained pipeline has settled what it began and returned the rest, which can be claimed at once."""
+    """A drained pipeline settles begun attempts and returns the other leases for an immediate claim."""
     for _ in range(20):
         world.follow_up()
     transport = Scripted(lambda _: Sent(), 0.2)
@@ -277,7 +286,7 @@ def test_full_disk(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Sent follow-ups are recorded although stderr accepts no line, and delivery continues."""
+    """Sent follow-ups are recorded and delivery continues even if stderr cannot be written."""
 
     def full(_: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -299,7 +308,7 @@ def test_drain_while_slots_gather(
     started: Callable[..., Pipeline],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Nothing begins once a drain was asked for, though begin was just waiting for more free slots."""
+    """After a drain is requested, no attempt begins, even if begin was waiting for more free slots."""
     monkeypatch.setattr(due_queue, "GATHER", timedelta(seconds=1))
     for _ in range(20):
         world.follow_up()
@@ -308,7 +317,7 @@ def test_drain_while_slots_gather(
     leases = claim(engine, settings).leases
     pipeline.submit(leases[:8])
     wait_until(lambda: transport.under_way == 8)
-    pipeline.submit(leases[8:])  # two slots are free: it gathers
+    pipeline.submit(leases[8:])  # two slots are free, so begin waits for more
     time.sleep(0.1)
     assert pipeline.drain(timedelta(seconds=10)) == 0
     assert transport.calls.total() == 8
@@ -317,7 +326,7 @@ def test_drain_while_slots_gather(
 def test_drained_without_a_database(
     world: World, engine: Engine, settings: Settings, database_url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Sends that cannot be recorded within the drain's limit are counted and logged."""
+    """Sends that cannot be recorded before the drain's time limit are counted and logged."""
     for _ in range(10):
         world.follow_up()
     away = pytest.MonkeyPatch()
@@ -359,7 +368,10 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
     count_twice: int,
     most: int,
 ) -> None:
-    """A follow-up with two lost leases is sent alone, one with one beside few such others; the rest continue."""
+    """A follow-up with two lost leases is sent alone, and one with a single lost lease next to few such others.
+
+    Other follow-ups continue.
+    """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
     others = [world.follow_up() for _ in range(8)]
@@ -374,7 +386,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
 def test_leases_that_run_out_in_the_line(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """Leases that expire before their turn cost no query, and delivery continues with new ones."""
+    """Leases that expire in the due queue cost no query, and delivery continues with new leases."""
     short = settings.model_copy(update={"lease": timedelta(seconds=2.1), "transport_timeout": timedelta(seconds=0.1)})
     for _ in range(500):
         world.follow_up(due=-timedelta(seconds=1))
@@ -391,7 +403,7 @@ def test_leases_that_run_out_in_the_line(
 def test_read_only_for_a_moment(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline], database_url: str
 ) -> None:
-    """A database that is read-only for a moment, as in a failover, costs no result."""
+    """A database that is briefly read-only, as during a failover, loses no result."""
     plain = {"transport_deduplicates": False, "lease": timedelta(seconds=20)}
     ids = [world.follow_up() for _ in range(10)]
     transport = Scripted(lambda _: Sent(), 0.3)
@@ -410,7 +422,7 @@ def test_read_only_for_a_moment(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """A process that was frozen until its lease may be another's makes no call."""
+    """A process frozen until another worker may own its lease makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

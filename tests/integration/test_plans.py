@@ -1,6 +1,6 @@
-"""How PostgreSQL goes about claim, begin and settle beside many others that are pending: by key, never by reading all.
+"""Query plans of claim, begin and settle among many pending follow-ups: index lookups, no full scans.
 
-The lists of the API have theirs in `test_store_listing.py`.
+The plans of the API's lists are tested in `test_store_listing.py`.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 DUE = 300
 MOST = 12 * DUE
-"""Rows of follow_ups that one statement may look at, for so many in its batch: each a few times, and no others."""
+"""The most rows of `follow_ups` that one statement may read for its batch: each row a few times."""
 
 PORTION = 100_000
-"""Rows inserted by one statement: it must end within the time that a statement has."""
+"""Rows inserted per statement, few enough for the statement timeout."""
 
 OTHERS = """
     WITH chat AS (
@@ -59,7 +59,7 @@ OTHERS = """
 
 @contextmanager
 def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
-    """Note every statement that touches follow-ups, with its parameters."""
+    """Record every statement that touches follow-ups, with its parameters."""
     seen: list[tuple[str, Any]] = []
 
     def note(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:
@@ -72,7 +72,10 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 
 
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Yield how each part of a plan reads follow-ups or chats, and how many rows it looked at if it was executed."""
+    """Yield how each plan node reads follow-ups or chats.
+
+    If the plan was executed, yield also how many rows were read.
+    """
     if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
         looked_at = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
         yield plan["Node Type"], looked_at * plan.get("Actual Loops", 0)
@@ -81,7 +84,7 @@ def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def looked_up(plan: dict[str, Any]) -> Iterator[str]:
-    """Yield by which indexes follow-ups are looked up by their id, and by nothing else."""
+    """Yield the indexes by which follow-ups are looked up by id alone."""
     if plan.get("Relation Name") == "follow_ups" and plan.get("Index Cond", "").startswith("(id = "):
         yield plan["Index Name"]
     for child in plan.get("Plans", []):
@@ -91,7 +94,7 @@ def looked_up(plan: dict[str, Any]) -> Iterator[str]:
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("analyzed", [True, False], ids=["analyzed", "new"])
 def test_plans(world: World, engine: Engine, settings: Settings, others: int, *, analyzed: bool) -> None:
-    """Claim, begin, settle and their companions read only the rows they need, with or without statistics."""
+    """Claim, begin, settle and related statements read only the rows they need, with or without statistics."""
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     world.burst([timedelta(0)] * DUE)
@@ -102,7 +105,10 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """Indexes of pending rows vacuumed while nothing was pending count as empty; no plan uses them for look-ups."""
+    """Plans look up no follow-up through pending-row indexes, even if the planner takes them for empty.
+
+    A vacuum while no row is pending has this effect.
+    """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
     _analyze(engine)
@@ -111,7 +117,7 @@ def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: 
 
 
 def _go(engine: Engine, settings: Settings) -> list[str]:
-    """Go all the way, and look at each plan; return the statements of the pipeline."""
+    """Run claim, begin and settle, check each plan, and return the statements of the pipeline."""
     way = Way(engine, settings)
     of_the_pipeline: list[str] = []
     for step in (way.claim, way.limit, way.begin, way.settle):
@@ -127,7 +133,7 @@ def _go(engine: Engine, settings: Settings) -> list[str]:
 
 @dataclass
 class Way:
-    """What one step passes to the next."""
+    """The values that one delivery step passes to the next."""
 
     engine: Engine
     settings: Settings
@@ -159,13 +165,16 @@ class Way:
 
 
 LIGHT, EACH = 20, 3
-"""Workspaces beside the one with a backlog, and the follow-ups due in each."""
+"""The number of workspaces without a backlog, and of the follow-ups due in each."""
 
 
 @pytest.mark.parametrize("others", [20_000, pytest.param(1_000_000, marks=pytest.mark.large)])
 @pytest.mark.parametrize("statistics", ["none", "of before", "true"])
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
-    """It walks each workspace's own range of one index, and skips what is not due or beyond its share."""
+    """A fair claim scans each workspace's range of one index.
+
+    It skips follow-ups that are not due or exceed the workspace's share.
+    """
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
     if statistics == "of before":
@@ -187,7 +196,7 @@ def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, 
 
 @pytest.mark.parametrize("each", [0, 1], ids=["nothing pending", "one for later"])
 def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: Settings, each: int) -> None:
-    """Beside 300 idle workspaces a fair claim needs few scans: it does not search them one by one."""
+    """With 300 idle workspaces, a fair claim needs few scans because it does not search each of them."""
     for _ in range(2):
         World(engine).burst([timedelta(0)] * 3)
     with engine.begin() as connection:
@@ -203,7 +212,7 @@ def test_idle_workspaces_cost_a_fair_claim_no_search(engine: Engine, settings: S
 
 
 def scans(plan: dict[str, Any]) -> Iterator[int]:
-    """Yield how often each part of a plan scans a table."""
+    """Yield how often each plan node scans a table."""
     if "Relation Name" in plan and plan["Node Type"] != "ModifyTable":
         yield plan["Actual Loops"]
     for child in plan.get("Plans", []):
@@ -226,7 +235,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Let the planner see what it sees when a claim is fair."""
+    """Set the planner's options to those of a fair claim."""
     connection.execute(claims.WITHOUT_SORTING)
 
 
@@ -253,7 +262,7 @@ PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
 def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
-    """Look at the one plan that a statement of the pipeline has for all batches (`ONCE_PLANNED`)."""
+    """Check the single plan that a statement of the pipeline uses for all batches (`ONCE_PLANNED`)."""
     names = list(dict.fromkeys(PARAMETER.findall(statement)))
     numbered = PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", statement)
     with engine.connect() as connection:
@@ -263,7 +272,7 @@ def _by_key_whatever_the_batch(engine: Engine, statement: str) -> None:
 
 
 def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engine, settings: Settings) -> None:
-    """A plan made while the tables were as good as empty looks up each chat once, however many there are by now."""
+    """A plan made while the tables were nearly empty looks up each chat once, however many exist later."""
     patient = settings.model_copy(update={"lease": timedelta(minutes=1)})
     rules = leases.Rules(patient.lease, patient.max_lateness, early=timedelta(seconds=1))
     prepared = make_engine(database_url, pool_size=1, options=ONCE_PLANNED)
@@ -284,7 +293,7 @@ def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engi
 def test_a_burst_into_a_table_that_counts_as_empty(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
-    """After a claim that took too long, or of many, the planner knows the table, and everything goes by key again."""
+    """After a claim that was slow or large, the planner updates its statistics and uses indexes again."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)
@@ -301,7 +310,10 @@ def test_a_burst_into_a_table_that_counts_as_empty(
 def test_a_stopped_dispatcher_asks_nothing_more(
     world: World, engine: Engine, settings: Settings, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It waits for the planner's look at the table, too: its engine is closed next, and must not be used again."""
+    """A dispatcher's stop waits for a running update of the planner's statistics.
+
+    Its engine is closed next and must not be used again.
+    """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)

@@ -1,4 +1,4 @@
-"""The tick queue while no worker reads it."""
+"""The tick queue while no worker consumes it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ with celery_app.app.producer_pool.acquire() as producer:
 
 
 def test_a_connection_that_was_lost(settings: Settings) -> None:
-    """A tick is sent even if the producer's channel was closed, since beat keeps its producer."""
+    """Beat sends a tick even if the channel of its long-lived producer was closed."""
     environment = os.environ | settings.environment()
     ran = subprocess.run(
         [sys.executable, "-c", LOST], env=environment, capture_output=True, text=True, check=False, timeout=60
@@ -39,7 +39,7 @@ def test_a_connection_that_was_lost(settings: Settings) -> None:
 
 
 def test_bounded(settings: Settings) -> None:
-    """However many ticks are requested, the queue stays bounded."""
+    """However many ticks are requested, the tick queue stays bounded."""
     ran = subprocess.run(
         [sys.executable, "-c", FLOOD],
         env=os.environ | settings.environment(),

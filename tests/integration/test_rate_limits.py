@@ -1,4 +1,4 @@
-"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: what waits, what does not, and at what cost."""
+"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: which follow-ups wait, and at what cost."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from followups.transports.port import Delivery, Outcome
 
 PATIENCE = timedelta(seconds=10)
-"""How long Valkey may take on a machine that is busy with other tests."""
+"""Seconds that Valkey may take to answer on a machine that is busy with other tests."""
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 SECOND = timedelta(seconds=1)
 NONE_COMES_IN = 1 / 86_400
 
 
 class Receiver:
-    """A transport that notes what it was handed, and when, by the monotonic clock."""
+    """A transport that records each message it receives and the monotonic time of its arrival."""
 
     name = "receiver"
 
@@ -67,7 +67,7 @@ class Receiver:
 
 
 class Counted(Limiter):
-    """A limiter that counts what it is asked, and what it is given back."""
+    """A limiter that counts the tokens requested and returned."""
 
     asked = given_back = 0
 
@@ -82,7 +82,7 @@ class Counted(Limiter):
 
 @dataclass
 class Bench:
-    """A pipeline with a limiter, and ticks for it."""
+    """A pipeline with a limiter and dispatcher ticks."""
 
     engine: Engine
     settings: Settings
@@ -92,7 +92,7 @@ class Bench:
     over: threading.Event = field(default_factory=threading.Event)
 
     def start(self, transport: Receiver, **changes: Any) -> Pipeline:
-        """Start a pipeline, and hand over to it what falls due, as ticks do."""
+        """Start a pipeline and submit due follow-ups to it, as ticks do."""
         settings = self.settings.model_copy(update=changes)
         url = settings.database_url.get_secret_value()
         self.limiters.append(Counted(settings, PATIENCE))
@@ -120,7 +120,7 @@ class Bench:
 
 @pytest.fixture
 def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
-    """Return where pipelines start that look often for limits; they are drained in the end."""
+    """Return a bench whose pipelines reload limits often; the pipelines are drained after the test."""
     monkeypatch.setattr(upkeep, "INTERVAL", 0.1)
     bench = Bench(engine, settings.model_copy(update={"broker_prefix": f"{uuid4().hex}:"}))
     yield bench
@@ -128,13 +128,13 @@ def bench(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -
 
 
 def limit(world: World, rate: float, burst: int = 1, per: str = "all", channel: str | None = None) -> None:
-    """Limit the workspace."""
+    """Set a rate limit on the workspace."""
     with world.engine.begin() as connection:
         rate_limits.put(connection, LimitScope(world.workspace_id, channel, per), rate, burst)
 
 
 def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]:
-    """Insert follow-ups that fell due one after the other, in chats of their own."""
+    """Insert follow-ups that became due one after the other, each in a separate chat."""
     moment = datetime.now(UTC) - 2 * ago
     return [
         world.follow_up(scheduled_at=moment - timedelta(days=1), due_date=moment + ago * number / count)
@@ -143,7 +143,10 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 
 
 def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
-    """Sixty that are due at once go out one by one, the first due first, no faster than the limit, each at once."""
+    """Sixty follow-ups due simultaneously are sent at the limit's rate, the first due first.
+
+    Each is sent as soon as the limit allows.
+    """
     limit(world, 20)
     ids = due_in_turn(world, 60)
     receiver = Receiver()
@@ -159,7 +162,7 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """A follow-up whose place under a limit is unreadable delays no others; they count as usual."""
+    """A follow-up whose position under a limit is unreadable delays no others, and the others are counted."""
     limit(world, 1000, burst=10)
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))
@@ -170,7 +173,7 @@ def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
 
 
 def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
-    """Two workers together are no faster than the limit."""
+    """Two workers together do not exceed the limit."""
     limit(world, 40, burst=4)
     due_in_turn(world, 60)
     receivers = Receiver(), Receiver()
@@ -185,7 +188,7 @@ def test_two_workers_share_a_limit(world: World, bench: Bench) -> None:
 
 
 def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
-    """A follow-up that no limit matches goes out at once, without a request to Redis."""
+    """A follow-up that no limit matches is sent immediately, without a request to Redis."""
     limit(world, NONE_COMES_IN, channel="widget")
     held = [world.follow_up(world.chat(channel="widget")) for _ in range(3)]
     other = type(world)(world.engine)
@@ -199,7 +202,7 @@ def test_the_others_do_not_wait(world: World, bench: Bench) -> None:
 
 
 def test_each_chat_for_itself(world: World, bench: Bench) -> None:
-    """A chat that has had its message waits, without a lease or a slot; the other chats of the workspace do not."""
+    """A chat over its limit waits without a lease or a slot; the workspace's other chats do not wait."""
     limit(world, NONE_COMES_IN, per="chat")
     limit(world, NONE_COMES_IN, burst=3)
     busy = world.chat()
@@ -216,7 +219,7 @@ def test_each_chat_for_itself(world: World, bench: Bench) -> None:
 
 
 def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
-    """A paused follow-up has taken no token when it continues."""
+    """A paused follow-up has taken no token before it continues."""
     limit(world, NONE_COMES_IN, burst=5)
     scope = pauses.PauseScope(world.workspace_id, None)
     with world.engine.begin() as connection:
@@ -233,7 +236,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
 
 
 def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
-    """A follow-up that waits for an earlier one of its chat returns its token, and goes in its turn."""
+    """A follow-up that waits for an earlier one of its chat returns its token and is sent after that one."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])
@@ -244,7 +247,7 @@ def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None
 
 
 def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
-    """Each attempt takes a token, a repeated one too; waiting for the token of a repetition uses up no attempt."""
+    """Each attempt, including a retry, takes a token; waiting for a retry's token uses up no attempt."""
     limit(world, 5)
     follow_up = world.follow_up()
     receiver = Receiver(lambda delivery: Retry("HTTP 500") if delivery.attempt < 4 else Sent())
@@ -257,7 +260,7 @@ def test_an_attempt_is_what_counts(world: World, bench: Bench) -> None:
 
 
 def test_it_ends_in_time(world: World, bench: Bench) -> None:
-    """One that would wait beyond its allowed lateness, or its channel's window, ends at that time."""
+    """A follow-up that would wait beyond its maximum lateness or its messaging window ends at that time."""
     limit(world, NONE_COMES_IN)
     world.follow_up()
     closes_soon = datetime.now(UTC) - timedelta(days=1) + 2 * SECOND
@@ -271,13 +274,13 @@ def test_it_ends_in_time(world: World, bench: Bench) -> None:
 
 
 def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
-    """A follow-up cancelled while it waits never begins, and delays no other."""
+    """A follow-up cancelled while it waits for a rate limit never begins and delays no other."""
     limit(world, 4)
     ids = due_in_turn(world, 12)
     receiver = Receiver()
     bench.start(receiver)
     wait_until(lambda: receiver.received)
-    # As the API does: the lease is revoked, so that its entry in a worker's due queue is stale.
+    # The API revokes the lease likewise, so that the entry in a worker's due queue is stale.
     world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
         " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",
@@ -289,7 +292,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
 
 
 def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
-    """A worker applies a new limit soon; once it is removed, waiting follow-ups continue."""
+    """A worker soon applies a new limit; once the limit is removed, waiting follow-ups continue."""
     receiver = Receiver()
     pipeline = bench.start(receiver)
     world.follow_up()
@@ -306,7 +309,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 
 
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
-    """If a channel's limit is raised, those waiting under it continue; those under another stay deferred."""
+    """If a channel's limit is raised, follow-ups under it continue; those under other limits stay deferred."""
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
     receiver = Receiver()
@@ -323,7 +326,7 @@ def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
 
 
 def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
-    """A locked row is deferred soon after."""
+    """If the row of a follow-up over a limit is locked, the follow-up is deferred soon after."""
     limit(world, NONE_COMES_IN)
     _, second = due_in_turn(world, 2)
     receiver = Receiver()
@@ -338,7 +341,7 @@ def test_somebody_holds_the_row(world: World, bench: Bench) -> None:
 
 
 def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
-    """A follow-up over the limit whose row cannot be deferred keeps no others from being deferred, or sent."""
+    """One follow-up that cannot be deferred does not keep others from being deferred or sent."""
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()
@@ -351,7 +354,7 @@ def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
 
 
 def test_redis_away(world: World, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without Redis everything goes out, whatever the limit."""
+    """If Redis is unreachable, all follow-ups are sent, whatever the limit."""
     monkeypatch.setattr(f"{__name__}.PATIENCE", timedelta(seconds=0.2))
     limit(world, NONE_COMES_IN)
     ids = due_in_turn(world, 30)

@@ -1,4 +1,4 @@
-"""Read-only databases: sessions opened on one are dropped, and errors call it read-only."""
+"""Read-only databases: sessions opened on one are dropped, and errors name the cause."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITE = text("UPDATE dispatcher_state SET last_tick_at = now()")
 
 
 def fill(engine: Engine) -> None:
-    """Fill the pool with open sessions, each of which has been used."""
+    """Fill the pool with open sessions, each of which has been used once."""
     with ExitStack() as stack:
         for _ in range(SESSIONS):
             stack.enter_context(engine.connect()).execute(text("SELECT 1"))
@@ -40,7 +40,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
     world: World,
     database_url: str,
 ) -> None:
-    """The first refused write drops all sessions of the pool, so that the next write succeeds."""
+    """The first write rejected as read-only drops all sessions of the pool, so the next write succeeds."""
     assert world
     engine = make_engine(whatever_it_is(database_url), pool_size=SESSIONS)
     with read_only(database_url):
@@ -55,7 +55,7 @@ def test_sessions_opened_on_a_read_only_server_are_dropped(
 
 
 async def test_so_are_those_of_an_event_loop(world: World, database_url: str) -> None:
-    """A worker's event loop drops its sessions, too, even if they were used a moment ago."""
+    """The event loop of a worker drops its read-only sessions too, even recently used ones."""
     assert world
     engine = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS)
     with read_only(database_url):
@@ -69,7 +69,7 @@ async def test_so_are_those_of_an_event_loop(world: World, database_url: str) ->
 
 
 async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> None:
-    """A session on a read-only server is refused, even for reading, unless the URL permits it."""
+    """A session on a read-only server is rejected, even for reading, unless the URL permits it."""
     engine, in_a_loop = make_engine(database_url), make_async_engine(database_url)
 
     def look(engine: Engine) -> None:
@@ -90,7 +90,7 @@ async def test_no_session_is_opened_on_a_read_only_server(database_url: str) -> 
 
 
 def test_another_failure_is_not_a_read_only_database(engine: Engine) -> None:
-    """A refused statement or an unreachable server is not mistaken for a read-only database."""
+    """A failed statement or an unreachable server is not mistaken for a read-only database."""
     with engine.connect() as connection, pytest.raises(DBAPIError) as refused:
         connection.execute(text("SELECT 1 / 0"))
     assert not is_read_only(refused.value)

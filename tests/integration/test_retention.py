@@ -1,4 +1,4 @@
-"""Pruning on PostgreSQL: old rows are deleted, needed ones stay, and nothing waits for it."""
+"""Pruning on PostgreSQL: old rows are deleted, needed rows stay, and other transactions do not wait."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ HOUR = timedelta(hours=1)
 
 
 def ended(world: World, ago: timedelta, **columns: Any) -> UUID:
-    """Insert a follow-up that was sent that long ago."""
+    """Insert a follow-up that was sent the given time ago."""
     return world.follow_up(status="sent", finished_at=datetime.now(UTC) - ago, **columns)
 
 
 def pruner_of(engine: Engine, settings: Settings, days: int = 30) -> Pruner:
-    """Return a pruner for rows older than that many days."""
+    """Return a pruner for rows older than the given number of days."""
     return Pruner(settings.model_copy(update={"retention": days * DAY}), engine)
 
 
 def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
-    """Receive a message that was written that long ago."""
+    """Receive a message that was written the given time ago."""
     message_id = uuid4()
     with Session(world.engine) as session, session.begin():
         chats.receive(
@@ -52,7 +52,10 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
 
 
 def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Settings) -> None:
-    """A finished follow-up is deleted after its time, with its failed attempts; younger and pending ones stay."""
+    """A finished follow-up is deleted after its retention, with its failed attempts.
+
+    Younger and pending follow-ups stay.
+    """
     old, young = ended(world, 31 * DAY), ended(world, 29 * DAY)
     pending = world.follow_up(due=-300 * DAY)
     for one in (old, young):
@@ -70,7 +73,7 @@ def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Set
 
 
 def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: Engine, settings: Settings) -> None:
-    """By default every follow-up is kept; an idempotency key is deleted after a day."""
+    """By default every follow-up is kept, and an idempotency key is deleted after a day."""
     ended(world, 3000 * DAY)
     for key, hours in (("old", 25), ("young", 23)):
         world.sql(
@@ -86,7 +89,7 @@ def test_without_retention_nothing_goes_but_expired_keys(world: World, engine: E
 
 
 def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings: Settings) -> None:
-    """Old chat messages are deleted, except a chat's last one, by which a repetition is recognised."""
+    """Old chat messages are deleted, except a chat's last one, which is needed to recognise a repetition."""
     chat_id, other = uuid4(), uuid4()
     receive(world, chat_id, 50 * DAY)
     receive(world, chat_id, 40 * DAY)
@@ -98,13 +101,13 @@ def test_chat_messages_of_the_same_age_go(world: World, engine: Engine, settings
 
 
 def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything old is deleted, however many batches it takes and despite kept messages in between."""
+    """All old rows are deleted, however many batches it takes and despite kept messages in between."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     chat_id = world.chat()
     for n in range(10):
         ended(world, 31 * DAY + n * HOUR, chat_id=chat_id)
-        receive(world, uuid4(), 31 * DAY + n * HOUR)  # the last of its chat
-        receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the chat's last
+        receive(world, uuid4(), 31 * DAY + n * HOUR)  # the last message of its chat
+        receive(world, chat_id, 31 * DAY + n * HOUR)  # older than the last message of its chat
     removed = pruner_of(engine, settings).prune()
     assert (removed["follow_ups"], removed["chat_messages"]) == (10, 10)
     assert world.scalar("SELECT count(*) FROM chat_messages") == 10
@@ -113,7 +116,7 @@ def test_many_go_in_batches(world: World, engine: Engine, settings: Settings, mo
 def test_a_run_goes_on_where_the_last_one_ended(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """When its time is up, a run ends between two batches, and the next one completes the work."""
+    """A pruning run over its time limit ends between two batches, and the next run completes the work."""
     monkeypatch.setattr(pruning, "BATCH", 3)
     monkeypatch.setattr(pruner, "BUDGET", timedelta(milliseconds=100))
     for _ in range(5):
@@ -125,7 +128,7 @@ def test_a_run_goes_on_where_the_last_one_ended(
 
 
 def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settings: Settings) -> None:
-    """A locked row is skipped."""
+    """Pruning skips a locked row."""
     held, free = ended(world, 31 * DAY), ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT FROM follow_ups WHERE id = :id FOR SHARE"), {"id": held})
@@ -135,7 +138,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
 
 
 def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
-    """While one worker prunes, others do nothing; afterwards the lock is free."""
+    """While one worker prunes, others do not; afterwards the lock is free."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
@@ -152,7 +155,7 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
-    """After a stop it ends with the current batch; a second start while it runs does nothing."""
+    """A stopped pruner ends with the current batch; starting it twice has no effect."""
     ended(world, 31 * DAY)
     one = pruner_of(engine, settings)
     one.start()
@@ -162,7 +165,7 @@ def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> Non
 
 
 def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine, settings: Settings) -> None:
-    """An event goes after its time, whatever becomes of follow-ups; with 0 it stays."""
+    """An audit event is deleted after its retention, independently of follow-ups; with 0 it is kept."""
     ended(world, 3000 * DAY)
     for days in (31, 29):
         event = Event(audit.SERVICE, Action.PAUSE_BEGUN, number=days)
@@ -180,7 +183,10 @@ def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine
 
 
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
-    """An expired key becomes an event at the time of its expiry; a revoked one and one with time left do not."""
+    """An expired API key is recorded once as an event, at the time of its expiry.
+
+    A revoked key and one that has not expired are not recorded.
+    """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))
         api_keys.revoke(session, revoked)

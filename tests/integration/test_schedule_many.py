@@ -38,18 +38,18 @@ DUE = datetime.now(UTC) + timedelta(days=1)
 
 
 def schedule_many(world: World, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Schedule them in their own transaction."""
+    """Schedule the follow-ups in a separate transaction."""
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
         return followups.schedule_many(session, workspace_id=world.workspace_id, planned=planned)
 
 
 def planned(chat_id: UUID, message: str = "?", due: datetime = DUE) -> Planned:
-    """Return what to schedule."""
+    """Return a description of a follow-up to schedule."""
     return followups.Planned(chat_id, message, due)
 
 
 def test_rows_in_the_order_given(world: World) -> None:
-    """Each becomes a pending row, triggered by its chat's last message; several may be in one chat."""
+    """Each follow-up is a pending row triggered by its chat's last message; several may share a chat."""
     one, other = world.chat(), world.chat()
     created = schedule_many(world, [planned(other, "a"), planned(one, "b"), planned(other, "c")])
     assert [(row.message, row.chat_id, row.status) for row in created] == [
@@ -67,7 +67,7 @@ def test_rows_in_the_order_given(world: World) -> None:
 
 
 def test_refused_by_index(world: World) -> None:
-    """If some are refused, none is created, and the error has each one's own error by its index."""
+    """If some follow-ups are rejected, none is created, and the error lists each reason by index."""
     good, windowed = world.chat(), world.chat()
     world.sql("UPDATE chats SET channel = 'whatsapp' WHERE id = :id", id=windowed)
     replied = world.chat()
@@ -112,7 +112,7 @@ def test_full_chat(world: World) -> None:
 
 
 def test_another_workspaces_chat(world: World) -> None:
-    """A chat of another workspace does not exist."""
+    """A chat of another workspace is reported as not found."""
     from world import World as Another  # noqa: PLC0415 - the fixture has its name
 
     with pytest.raises(SomeRefusedError) as refused:
@@ -121,7 +121,7 @@ def test_another_workspaces_chat(world: World) -> None:
 
 
 def test_one_statement_a_kind(world: World) -> None:
-    """A thousand follow-ups take no more statements than one, and less than a second."""
+    """Scheduling a thousand follow-ups takes as many statements as scheduling one, and under a second."""
     targets = [world.chat() for _ in range(20)]
     statements: list[str] = []
 
@@ -162,7 +162,7 @@ def test_locks_in_ascending_order(world: World) -> None:
 
 
 def test_beside_a_reply(world: World) -> None:
-    """A reply during the transaction waits, and then cancels its follow-ups."""
+    """A reply during the transaction waits for it and then cancels its follow-ups."""
     chat_id = world.chat()
     replies: list[chats.RecordedMessage] = []
 
@@ -189,7 +189,7 @@ def test_beside_a_reply(world: World) -> None:
 
 
 def test_stricter_isolation_is_refused(world: World) -> None:
-    """A transaction at another isolation level is refused, as by `schedule`."""
+    """A transaction at any other isolation level is rejected, as `schedule` does."""
     strict = world.engine.execution_options(isolation_level="SERIALIZABLE")
     with Session(strict) as session, pytest.raises(TransactionError):
         followups.schedule_many(session, workspace_id=world.workspace_id, planned=[planned(world.chat())])

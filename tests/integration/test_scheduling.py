@@ -1,4 +1,4 @@
-"""The rules for follow-ups and chats on PostgreSQL, in a Python caller's own transaction."""
+"""The rules for follow-ups and chats on PostgreSQL, in a Python caller's transaction."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ NOW = text("now()")
 
 
 def soon(days: float = 1) -> datetime:
-    """Return the time that many days from now."""
+    """Return the time the given number of days from now."""
     return datetime.now(UTC) + days * DAY
 
 
 @dataclass
 class Caller:
-    """A caller's own transaction, on one workspace."""
+    """A caller's transaction in one workspace."""
 
     session: Session
     world: World
 
     def schedule(self, chat_id: UUID, due: datetime | None = None, message: str = "?") -> FollowUp:
-        """Schedule, by default for tomorrow."""
+        """Schedule a follow-up, by default for tomorrow."""
         return followups.schedule(
             self.session,
             workspace_id=self.world.workspace_id,
@@ -76,22 +76,25 @@ class Caller:
         )
 
     def put(self, chat_id: UUID, channel: Channel = Channel.API, external_id: str | None = None) -> tuple[Chat, bool]:
-        """Put a chat."""
+        """Create or update a chat."""
         return chats.put_chat(self.session, self.world.workspace_id, chat_id, channel, external_id)
 
 
 @pytest.fixture
 def caller(world: World) -> Iterator[Caller]:
-    """Return a caller whose transaction is open."""
+    """Return a caller with an open transaction."""
     with Session(world.engine, expire_on_commit=False) as session:
         yield Caller(session, world)
 
 
 class TestSchedule:
-    """A row is the job; nothing else is enqueued."""
+    """A follow-up's row is the job; scheduling enqueues nothing else."""
 
     def test_row(self, caller: Caller) -> None:
-        """The row is pending, triggered by the chat's last message, and visible only after the caller's commit."""
+        """A scheduled row is pending, triggered by the chat's last message.
+
+        The row is visible only after the caller's commit.
+        """
         chat_id, last = caller.world.chat(), uuid4()
         caller.receive(chat_id, Role.AGENT, message_id=last)
         created = caller.schedule(chat_id, message="Still there?")
@@ -103,7 +106,7 @@ class TestSchedule:
         assert (row.lease_token, row.attempts, row.begun_at, row.next_attempt_at) == (0, 0, None, None)
 
     def test_a_caller_s_own_trace(self, caller: Caller) -> None:
-        """A follow-up scheduled inside a caller's trace stores it, whatever the tracer."""
+        """A follow-up scheduled inside a caller's trace stores the trace's context, whatever the tracer."""
         tracer = TracerProvider().get_tracer("a caller")
         with tracer.start_as_current_span("work") as span:
             traced = caller.schedule(caller.world.chat())
@@ -112,7 +115,7 @@ class TestSchedule:
         assert caller.schedule(caller.world.chat()).traceparent is None
 
     def test_rollback(self, caller: Caller) -> None:
-        """The caller's rollback undoes everything."""
+        """A rollback of the caller's transaction undoes everything."""
         created = caller.schedule(caller.world.chat()).id
         caller.session.rollback()
         assert caller.world.scalar("SELECT count(*) FROM follow_ups") == 0
@@ -130,13 +133,16 @@ class TestSchedule:
         ],
     )
     def test_bad_field(self, caller: Caller, message: str, due: datetime, field: str) -> None:
-        """An invalid text or time is refused with the field's name."""
+        """An invalid text or time is rejected with the field's name."""
         with pytest.raises(InvalidRequestError) as caught:
             caller.schedule(caller.world.chat(), due, message)
         assert caught.value.field == field
 
     def test_chat(self, caller: Caller) -> None:
-        """A chat that is unknown, removed, empty, another workspace's, or the user's turn refuses a follow-up."""
+        """A follow-up is rejected if its chat is unknown, removed or empty, or belongs to another workspace.
+
+        It is also rejected if the user wrote last.
+        """
         from world import World  # noqa: PLC0415 - of this test alone
 
         removed, empty = (
@@ -153,7 +159,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("channel", list(Channel))
     def test_window(self, caller: Caller, channel: Channel) -> None:
-        """On a windowed channel a due date 24 hours after the user's last message, or later, is refused."""
+        """On a channel with a messaging window, a due date 24 hours or more after the user's last message fails."""
         windowed = channel in {Channel.WHATSAPP, Channel.INSTAGRAM}
         chat_id = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '23 hours'"))
         closed = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '25 hours'"))
@@ -168,10 +174,10 @@ class TestSchedule:
 
 
 class TestFullChat:
-    """The limit of pending follow-ups in a chat, which lets a reply cancel all in one transaction."""
+    """The limit of pending follow-ups per chat, which lets a reply cancel all of them in one transaction."""
 
     def test_one_more_is_refused(self, caller: Caller) -> None:
-        """A create request for a full chat, or a move into it, is refused until one of its follow-ups has ended."""
+        """A full chat accepts no new or moved follow-up until one of its follow-ups has ended."""
         full, created = caller.world.full_chat(), caller.schedule(caller.world.chat())
         with pytest.raises(TooManyPendingError):
             caller.schedule(full)
@@ -187,12 +193,12 @@ class TestFullChat:
         assert scheduling.amend(caller.session, created.id, {"chat_id": full}).chat_id == full
 
     def test_a_reply_cancels_all(self, caller: Caller) -> None:
-        """A reply in a full chat cancels all its follow-ups."""
+        """A reply in a full chat cancels all of the chat's follow-ups."""
         assert len(caller.receive(caller.world.full_chat(), Role.USER).cancelled) == MOST_PENDING
 
 
 def test_no_row_joins_two_workspaces(world: World) -> None:
-    """PostgreSQL itself refuses a follow-up or a message of one workspace in another's chat."""
+    """PostgreSQL rejects a follow-up or a message of one workspace in another workspace's chat."""
     from world import World  # noqa: PLC0415 - of this test alone
 
     chat_id, stranger = world.chat(), World(world.engine)
@@ -210,7 +216,7 @@ class TestAmend:
     """Changes of follow-ups by operators, who see all workspaces, and by the API."""
 
     def test_operator(self, caller: Caller) -> None:
-        """Without a workspace every follow-up is visible; from another workspace none is."""
+        """Without a workspace, every follow-up is visible; from another workspace none is."""
         created = caller.schedule(caller.world.chat())
         assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
         for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):
@@ -218,7 +224,7 @@ class TestAmend:
                 scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
 
     def test_cancel(self, caller: Caller) -> None:
-        """A cancel ends the follow-up with the caller's reason, or else the code; cancelling again changes nothing."""
+        """A cancel ends the follow-up with the caller's reason, by default the code; a repeated one does nothing."""
         created = caller.schedule(caller.world.chat())
         cancelled = followups.cancel(caller.session, created.id, reason="called")
         assert (cancelled.status, cancelled.reason) == ("cancelled", "called")
@@ -228,7 +234,7 @@ class TestAmend:
             followups.cancel(caller.session, created.id, reason="other words")
 
     def test_reschedule_counts_lateness_anew(self, caller: Caller) -> None:
-        """A due date in the past means at once: it is late only from when it was set."""
+        """After a reschedule to a past date, lateness counts from the time of the reschedule."""
         chat_id = caller.world.chat()
         follow_up = caller.world.follow_up(chat_id, scheduled_at=text("now() - interval '9 days'"))
         scheduling.amend(caller.session, follow_up, {"due_date": soon(-3)})
@@ -238,14 +244,14 @@ class TestAmend:
         assert row.created_at <= row.scheduled_at
 
     def test_lease_alone_is_no_obstacle(self, caller: Caller) -> None:
-        """A claimed follow-up that has not begun is cancelled at once, with its lease."""
+        """A claimed follow-up that has not begun is cancelled immediately, together with its lease."""
         follow_up = caller.world.follow_up(lease_token=3, lease_until=text("now() + interval '1 min'"))
         assert scheduling.cancel(caller.session, follow_up).status == "cancelled"
         caller.session.commit()
         assert caller.world.row(follow_up).lease_until is None
 
     def test_in_flight(self, caller: Caller) -> None:
-        """A begun follow-up cannot be cancelled, even after its lease has expired, since its outcome is unknown."""
+        """A begun follow-up cannot be cancelled, even with an expired lease, since its outcome is unknown."""
         follow_up = caller.world.follow_up(begun_at=NOW, lease_until=text("now() - interval '1 min'"))
         with pytest.raises(DeliveryInProgressError) as caught:
             scheduling.cancel(caller.session, follow_up)
@@ -253,10 +259,10 @@ class TestAmend:
 
 
 class TestRetry:
-    """Retries of failed follow-ups by an operator."""
+    """Manual retries of failed follow-ups by an operator."""
 
     def test_new_one(self, caller: Caller) -> None:
-        """A retry creates a new follow-up, due now or at a given time; the failed one stays as it is."""
+        """A retry creates a new follow-up, due now or at a given time, and leaves the failed one unchanged."""
         chat_id = caller.world.chat()
         failed = caller.world.follow_up(chat_id, status="failed", reason="too_late", finished_at=NOW, message="Hey")
         before, due = caller.world.row(failed), soon(2)
@@ -269,7 +275,7 @@ class TestRetry:
 
     @pytest.mark.parametrize("status", ["pending", "sent", "cancelled"])
     def test_only_failed(self, caller: Caller, status: str) -> None:
-        """Nothing else is retried."""
+        """Only failed follow-ups can be retried."""
         ends: dict[str, Any] = {} if status == "pending" else {"finished_at": NOW}
         reason = "user_replied" if status == "cancelled" else None
         with pytest.raises(ConflictError, match="Only a failed"):
@@ -279,10 +285,10 @@ class TestRetry:
 
 
 class TestChats:
-    """The stored facts about chats and their messages."""
+    """Stored chats and their messages."""
 
     def test_put(self, caller: Caller) -> None:
-        """A chat is created once, then updated; a removed one starts anew."""
+        """A chat is created once and then updated; a removed chat is created again."""
         chat_id = uuid4()
         assert caller.put(chat_id, external_id="x")[1]
         caller.receive(chat_id, Role.USER)
@@ -293,7 +299,10 @@ class TestChats:
         assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
 
     def test_last_message(self, caller: Caller) -> None:
-        """The latest message counts as last, the user's latest opens the window, and an older one changes neither."""
+        """The latest message is the chat's last one, and the user's latest message opens the window.
+
+        An older message changes neither.
+        """
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))
         agent = caller.receive(chat_id, Role.AGENT, soon(-1))
@@ -302,7 +311,7 @@ class TestChats:
         assert (chat.last_message_id, chat.last_user_message_at) == (agent.id, user.created_at)
 
     def test_same_moment(self, caller: Caller) -> None:
-        """Of two messages with the same time, the one that arrived later is the last."""
+        """Of two messages with equal timestamps, the one that arrived later is the last."""
         chat_id, at = uuid4(), soon(-1)
         caller.receive(chat_id, Role.USER, at)
         agent = caller.receive(chat_id, Role.AGENT, at)
@@ -311,9 +320,9 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # a reply stamped in whole seconds, within the second of our message
+            (0.3, 0.0, True),  # the reply's timestamp has whole seconds and lies within the second of our message
             (0.0, 0.0, True),
-            (0.0, 0.5, True),  # our message is stamped in whole seconds
+            (0.0, 0.5, True),  # the timestamp of our message has whole seconds
             (0.999999, 0.0, True),
             (0.3, -1.0, False),
             (0.0, -1.0, False),
@@ -323,7 +332,7 @@ class TestChats:
     def test_reply_within_the_second_of_our_message(
         self, caller: Caller, ours: float, reply: float, *, cancels: bool
     ) -> None:
-        """A timestamp in whole seconds counts as the end of that second, so that a reply cancels."""
+        """A timestamp in whole seconds counts as the end of that second, so that a reply cancels follow-ups."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=ours))
         created = caller.schedule(chat_id)
@@ -333,14 +342,14 @@ class TestChats:
 
     @pytest.mark.parametrize("answer", [0.0, 1.0, 1.4])
     def test_answer_within_the_second_of_the_user_s_message(self, caller: Caller, answer: float) -> None:
-        """An agent's answer that is not older than the user's message can be followed up."""
+        """An agent's answer that is at least as late as the user's message allows a follow-up."""
         chat_id, second = uuid4(), soon(-1).replace(microsecond=0)
         caller.receive(chat_id, Role.USER, second)
         caller.receive(chat_id, Role.AGENT, second + timedelta(seconds=answer))
         assert caller.schedule(chat_id)
 
     def test_answer_at_once(self, caller: Caller) -> None:
-        """An agent's immediate answer is later than the user's message, which is never in the future."""
+        """An agent's immediate answer is later than the user's message, whose time is never in the future."""
         chat_id = uuid4()
         now = caller.session.execute(text("SELECT now()")).scalar_one()
         caller.receive(chat_id, Role.USER, now.replace(microsecond=0))
@@ -349,7 +358,10 @@ class TestChats:
         assert caller.schedule(chat_id)
 
     def test_late_message_opens_the_window(self, caller: Caller) -> None:
-        """A user's message that arrives after the agent's answer cancels nothing; its time opens the window."""
+        """A user's message that arrives after the agent's answer cancels no follow-up.
+
+        The message's own time opens the messaging window.
+        """
         chat_id = caller.world.chat(channel="whatsapp", last_message_at=text("now() - interval '1 hour'"))
         with pytest.raises(OutsideMessagingWindowError):
             caller.schedule(chat_id, soon(0.5))
@@ -364,7 +376,10 @@ class TestChats:
         assert (chat.last_user_message_at, created.status) == (late, "pending")
 
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
-        """Repeating a known message has no effect even if its chat was removed; a new one finds no chat."""
+        """Repeating a known message has no effect, even if its chat was removed.
+
+        A new message to a removed chat finds no chat.
+        """
         chat_id = uuid4()
         first = caller.receive(chat_id, Role.AGENT)
         chats.remove_chat(caller.session, caller.world.workspace_id, chat_id)
@@ -373,7 +388,10 @@ class TestChats:
             caller.receive(chat_id, Role.USER)
 
     def test_reply_cancels_what_waits_and_what_is_leased(self, caller: Caller) -> None:
-        """A reply cancels every pending follow-up of the chat, claimed and waiting ones too, and no finished one."""
+        """A reply cancels every pending follow-up of the chat, claimed and waiting ones included.
+
+        Finished follow-ups are unchanged.
+        """
         chat_id = caller.world.chat()
         leased = caller.world.follow_up(chat_id, lease_token=1, lease_until=text("now() + interval '1 min'"))
         waiting = caller.world.follow_up(chat_id, due=DAY, waits_for=leased)

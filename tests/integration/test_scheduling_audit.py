@@ -1,4 +1,4 @@
-"""Each change of a follow-up by hand is an audit event in the caller's transaction; replies are not."""
+"""Each manual change of a follow-up is an audit event in the caller's transaction; a reply is not."""
 
 from __future__ import annotations
 
@@ -27,14 +27,17 @@ ACTOR = Actor(Way.API, uuid4(), "website")
 
 
 def events(world: World, follow_up: UUID) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return action, way and details of a follow-up's events, oldest first."""
+    """Return the action, source and details of a follow-up's audit events, oldest first."""
     with Session(world.engine) as session:
         found = audit.newest(session, audit.AuditFilter(target_id=follow_up), 100)
         return [(each.action, each.way, each.details) for each in reversed(found)]
 
 
 def test_a_cancel_from_python(world: World) -> None:
-    """It is an event by the process's user, without the reason; repeated, refused or rolled back it is none."""
+    """A cancel from Python is recorded as an audit event of the process's user, without the reason.
+
+    A repeated, rejected or rolled-back cancel is not recorded.
+    """
     follow_up = world.follow_up(due=HOUR)
     with Session(world.engine) as session:
         followups.cancel(session, follow_up, reason="Ann's secret")
@@ -50,7 +53,10 @@ def test_a_cancel_from_python(world: World) -> None:
 
 
 def test_changes_name_their_fields(world: World) -> None:
-    """A change names its actor, its fields and the due dates, but neither the message nor what stayed as it was."""
+    """The audit event of a change names the actor, the changed fields and the due dates.
+
+    It contains neither the message nor unchanged fields.
+    """
     follow_up = world.follow_up(due=HOUR)
     before, after = world.row(follow_up).due_date, datetime(2100, 1, 31, 9, tzinfo=UTC)
     changes = {"due_date": after, "message": "Ann's secret", "chat_message_id": None}
@@ -61,7 +67,7 @@ def test_changes_name_their_fields(world: World) -> None:
 
 
 def test_what_is_refused_leaves_none(world: World) -> None:
-    """A change of one in flight is refused, and no event."""
+    """A rejected change of a follow-up in flight leaves no audit event."""
     follow_up = world.follow_up()
     world.put_in_flight(follow_up)
     with Session(world.engine) as session, session.begin(), pytest.raises(DeliveryInProgressError):
@@ -70,7 +76,7 @@ def test_what_is_refused_leaves_none(world: World) -> None:
 
 
 def test_a_retry_names_the_new_one(world: World) -> None:
-    """The event of a retry is at the failed one, and names the new one."""
+    """A retry's audit event belongs to the failed follow-up and names the new one."""
     failed = world.follow_up(status="failed", reason="rejected: HTTP 403", finished_at=datetime.now(UTC))
     with Session(world.engine) as session, session.begin():
         new = scheduling.retry(session, failed, actor=ACTOR).id
@@ -79,7 +85,7 @@ def test_a_retry_names_the_new_one(world: World) -> None:
 
 
 def test_replies_and_removals_leave_none(world: World) -> None:
-    """What a user's reply or the removal of a chat cancels is no change by hand."""
+    """Follow-ups cancelled by a user's reply or a removed chat leave no audit event of a manual change."""
     chat, other = world.chat(), world.chat()
     ids = [world.follow_up(chat, HOUR), world.follow_up(other, HOUR)]
     with Session(world.engine) as session, session.begin():

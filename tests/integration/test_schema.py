@@ -1,4 +1,4 @@
-"""The schema: migrations produce what the models declare, and can be reverted."""
+"""The schema: migrations create what the models declare and can be reverted."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HOURS = """
 
 @pytest.fixture
 def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
-    """Return an engine on an empty database."""
+    """Return an engine connected to an empty database."""
     name = f"{database_url.rpartition('/')[2].partition('?')[0]}_empty"
     create_database(postgres_url, name)
     engine = make_engine(database_url.replace(name.removesuffix("_empty"), name))
@@ -54,20 +54,20 @@ def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
 
 
 def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
-    """Return the catalogue's content in order."""
+    """Return the contents of the database catalogue in a stable order."""
     with engine.connect() as connection:
         return sorted((tuple(row) for row in connection.execute(text(query))), key=repr)
 
 
 @pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES, OPTIONS])
 def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, query: str) -> None:
-    """Tables from the migrations equal those from the models in columns, constraints, indexes and options."""
+    """Tables from migrations equal those from the models: columns, constraints, indexes and options."""
     Base.metadata.create_all(empty_engine)
     assert described(engine, query) == described(empty_engine, query)
 
 
 def test_down_and_up_again(empty_engine: Engine) -> None:
-    """Every migration can be reverted and repeated; running one twice changes nothing."""
+    """Every migration can be reverted and repeated; a second run has no effect."""
     url = empty_engine.url.render_as_string(hide_password=False).replace("+psycopg", "")
     migrate(url)
     tables = described(empty_engine, CONSTRAINTS)
@@ -97,7 +97,7 @@ def test_down_and_up_again(empty_engine: Engine) -> None:
     ],
 )
 def test_what_must_never_be_otherwise(world: World, change: str) -> None:
-    """The database itself refuses a state that contradicts itself."""
+    """The database rejects a row whose state contradicts itself."""
     follow_up = world.follow_up()
     with pytest.raises(IntegrityError):
         world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - a constant above
@@ -116,7 +116,7 @@ def test_what_must_never_be_otherwise(world: World, change: str) -> None:
     ],
 )
 def test_times_that_cannot_be_read(world: World, table: str, column: str, moment: str) -> None:
-    """The database refuses a time that Python cannot represent, since no reader could load it."""
+    """The database rejects a time that Python cannot represent, since no reader could load it."""
     world.follow_up()
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
@@ -125,14 +125,14 @@ def test_times_that_cannot_be_read(world: World, table: str, column: str, moment
 
 @pytest.mark.parametrize("column", ["opening", "closing"])
 def test_24_o_clock(world: World, column: str) -> None:
-    """The database refuses sending hours that begin or end at 24:00, which Python cannot represent."""
+    """The database rejects sending hours that begin or end at 24:00, which Python cannot represent."""
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
         world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - a constant above
 
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
-    """A migration omits a constraint that existing rows break, adds the others, and keeps the rows."""
+    """A migration omits a constraint that existing rows violate, adds the others, and keeps the rows."""
     downgrade(database_url, "0008")
     world.sql(HOURS, id=world.workspace_id)
     world.sql("UPDATE sending_hours SET closing = '24:00'")
@@ -144,7 +144,7 @@ def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url:
 
 
 def test_chat_of_another_workspace(world: World) -> None:
-    """A follow-up cannot be put into another workspace's chat, though its id is known."""
+    """A follow-up cannot be moved into another workspace's chat, even if the chat's id is known."""
     theirs = type(world)(world.engine)
     chat: UUID = theirs.chat()
     with pytest.raises(IntegrityError):
@@ -152,7 +152,7 @@ def test_chat_of_another_workspace(world: World) -> None:
 
 
 def test_row_with_the_contracts_columns_alone(world: World) -> None:
-    """A row inserted with only the published columns is a valid job."""
+    """A row inserted with only the published columns is a valid follow-up."""
     chat = world.chat()
     with world.engine.begin() as connection:
         table = Base.metadata.tables["follow_ups"]
@@ -162,7 +162,7 @@ def test_row_with_the_contracts_columns_alone(world: World) -> None:
 
 
 def test_a_migration_may_take_long(empty_engine: Engine) -> None:
-    """Statements of a migration have no time limit, and a silent server is not given up; elsewhere both apply."""
+    """A migration has no statement timeout and waits for a silent server; other sessions have both limits."""
     limits: list[tuple[str, float | None]] = []
 
     def look(connection: BoundedConnection, _record: object) -> None:
@@ -182,7 +182,7 @@ def test_a_migration_may_take_long(empty_engine: Engine) -> None:
 
 
 def test_a_migration_gives_way(empty_engine: Engine) -> None:
-    """A migration that waits for a long transaction lets other statements run, and completes afterwards."""
+    """A migration that waits for a long transaction lets other statements run and completes afterwards."""
     url = empty_engine.url.render_as_string(hide_password=False)
     migrate(url, "0003")
     migration = threading.Thread(target=migrate, args=(url,))
@@ -191,7 +191,7 @@ def test_a_migration_gives_way(empty_engine: Engine) -> None:
         migration.start()
         wait_until(lambda: _waiting_for_locks(other))
         other.execute(text("SET lock_timeout = '20s'"))
-        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which gives up its lock
+        other.execute(text("SELECT count(*) FROM follow_ups"))  # queued behind the migration, which releases its lock
         other.rollback()
         assert migration.is_alive()
     migration.join(30)

@@ -1,4 +1,4 @@
-"""Sending hours on PostgreSQL: follow-ups outside them wait until they open, and the messaging window is kept."""
+"""Sending hours on PostgreSQL: follow-ups outside them wait, and the messaging window still applies."""
 
 from __future__ import annotations
 
@@ -34,13 +34,16 @@ HOUR = timedelta(hours=1)
 
 
 def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
-    """Return hours that open so long after now, to the minute, and last so long; every day, in UTC."""
+    """Return daily sending hours in UTC, given their start relative to now and their length.
+
+    Both are rounded to the minute.
+    """
     opening = datetime.now(UTC) + ahead
     return SendingHours("UTC", clock(opening), clock(opening + length))
 
 
 def clock(moment: datetime) -> time:
-    """Return the time of the day, to the minute."""
+    """Return the time of day, to the minute."""
     return moment.time().replace(second=0, microsecond=0)
 
 
@@ -49,13 +52,16 @@ OPEN = hours_from(-HOUR, 3 * HOUR)
 
 
 def put(world: World, hours: SendingHours) -> None:
-    """Set the workspace's hours."""
+    """Set the workspace's sending hours."""
     with Session(world.engine) as session, session.begin():
         sending_hours.put(session, world.workspace_id, hours)
 
 
 def replace_hours(world: World, hours: SendingHours | None) -> None:
-    """Set or clear the sending hours, and release held follow-ups so that they are checked again, like the command."""
+    """Set or clear the sending hours as the command does.
+
+    Held follow-ups are released, so that they are checked again.
+    """
     with Session(world.engine) as session, session.begin():
         if hours:
             sending_hours.put(session, world.workspace_id, hours)
@@ -66,12 +72,12 @@ def replace_hours(world: World, hours: SendingHours | None) -> None:
 
 
 def opening_of(world: World, hours: SendingHours) -> datetime:
-    """Return when they open next."""
+    """Return when the sending hours begin next."""
     return opens_at(hours, world.scalar("SELECT now()"))
 
 
 def test_held_until_they_open(world: World, engine: Engine, settings: Settings) -> None:
-    """Outside sending hours nothing begins or uses up an attempt until they open; other workspaces continue."""
+    """Outside sending hours no follow-up begins or uses an attempt; other workspaces continue."""
     others = type(world)(engine)
     put(world, CLOSED)
     mine, theirs = world.follow_up(), others.follow_up()
@@ -84,7 +90,7 @@ def test_held_until_they_open(world: World, engine: Engine, settings: Settings) 
 
 
 def test_sent_within_the_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """During sending hours a follow-up begins as usual."""
+    """During sending hours a follow-up begins normally."""
     put(world, OPEN)
     follow_up = world.follow_up()
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
@@ -95,14 +101,14 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
     put(world, CLOSED)
     follow_up = world.follow_up()
     claim_and_begin(engine, settings)
-    # An hour of waiting, by what the database compares with.
+    # Move the times that the database compares, as if an hour had passed.
     world.sql("UPDATE sending_hours SET open_from = now() - interval '1 min'")
     world.sql("UPDATE follow_ups SET next_attempt_at = now(), held_until = now() - interval '1 min'")
     assert begun(claim_and_begin(engine, settings)) == {follow_up}
 
 
 def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """When the stored time of sending is over, the first worker that meets it computes the next one."""
+    """When the stored next sending hours are over, the first worker to notice computes the next ones."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
@@ -113,7 +119,7 @@ def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, set
 
 
 def test_begun_just_before_the_opening(world: World, engine: Engine, settings: Settings) -> None:
-    """One whose due moment is the opening begins a little before it, as any other does before its moment."""
+    """A follow-up held until sending hours begin starts slightly early, like any other before its due date."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '80 ms'")
     follow_up = world.follow_up(due=timedelta(milliseconds=90))
@@ -121,7 +127,7 @@ def test_begun_just_before_the_opening(world: World, engine: Engine, settings: S
 
 
 def test_the_first_due_comes_back_first(world: World) -> None:
-    """Follow-ups held until the same opening return in the order of the due dates, within a second."""
+    """Follow-ups held until the same sending hours return in due-date order within a second."""
     opening = world.scalar("SELECT now()")
     back = [holds.back_at(opening, opening - ago) for ago in (50 * HOUR, 9 * HOUR, 8 * HOUR, MINUTE)]
     assert back == sorted(back)
@@ -130,7 +136,7 @@ def test_the_first_due_comes_back_first(world: World) -> None:
 
 
 def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Settings) -> None:
-    """Two of one chat, held until the same opening, begin one after the other."""
+    """Two follow-ups of one chat, held until the same sending hours, begin one after the other."""
     put(world, CLOSED)
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, -2 * SECOND), (chat, -SECOND)])
@@ -146,7 +152,7 @@ def test_order_within_the_chat_holds(world: World, engine: Engine, settings: Set
 
 
 def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that is being held while the sending hours are cleared is released too: the clearing waits for it."""
+    """Clearing sending hours waits for a follow-up that is just being held, and releases it too."""
     put(world, CLOSED)
     follow_up = world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -172,7 +178,7 @@ def test_changed_while_it_is_being_held(world: World, engine: Engine, settings: 
 
 
 def test_changed_before_it_is_held(world: World, engine: Engine, settings: Settings) -> None:
-    """Hours that have changed since they were read hold nothing."""
+    """Sending hours that have changed since they were read hold no follow-up."""
     put(world, CLOSED)
     world.follow_up()
     (lease,) = claim(engine, settings).leases
@@ -188,7 +194,10 @@ class TestLateness:
     OLD: ClassVar = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
 
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
-        """One held for longer than the allowed lateness is sent after the opening, and is too late only later."""
+        """A follow-up held longer than MAX_LATENESS is sent when sending hours begin.
+
+        It is too late only if it is delayed further.
+        """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)
         old = {"due": -5 * HOUR, "scheduled_at": text("now() - interval '5 h'")}
@@ -199,7 +208,7 @@ class TestLateness:
         assert [(one, final.reason) for one, final in beginning.ended] == [(late, "too_late")]
 
     def test_what_nobody_could_hold(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A follow-up due outside sending hours while no worker ran is no later than if it had been held."""
+        """A follow-up due outside sending hours while no worker ran is treated as if it had been held."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, hours_from(-30 * MINUTE, 3 * HOUR))
         old = {"scheduled_at": text("now() - interval '9 h'")}
@@ -213,7 +222,7 @@ class TestLateness:
     def test_hours_that_are_widened_or_cleared(
         self, world: World, engine: Engine, settings: Settings, hours: SendingHours | None
     ) -> None:
-        """Held follow-ups that new hours allow are sent at once; lateness counts from the change."""
+        """Held follow-ups within the new sending hours are sent immediately; lateness counts from the change."""
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, CLOSED)
         ids = {world.follow_up(**self.OLD), world.follow_up(**self.OLD)}
@@ -225,7 +234,10 @@ class TestLateness:
         assert begun(claim_and_begin(engine, brief)) == ids
 
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Held follow-ups become sendable when the new hours open; earlier sendable times are kept."""
+        """Held follow-ups become sendable when the new sending hours begin.
+
+        Earlier sendable times are kept.
+        """
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)
         claim_and_begin(engine, settings)
@@ -241,7 +253,7 @@ class TestLateness:
         assert world.row(snoozed).sendable_from == was
 
     def test_held_evening_after_evening(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Lateness does not restart after each closing for a follow-up that was already sendable."""
+        """For a follow-up that was already sendable, lateness does not restart when sending hours end."""
         brief = settings.model_copy(update={"max_lateness": 3 * HOUR})
         put(world, hours_from(-2 * HOUR, HOUR))
         due = {"due": -90 * MINUTE, "scheduled_at": text("now() - interval '2 h'")}
@@ -257,7 +269,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A new due date restarts lateness; a move to another chat does not."""
+        """A new due date restarts the count of lateness; a move to another chat does not."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)
@@ -269,15 +281,18 @@ class TestLateness:
 
 
 class TestWindow:
-    """The channel's messaging window and the sending hours together."""
+    """The channel's messaging window combined with sending hours."""
 
     def windowed(self, world: World, left: timedelta) -> UUID:
-        """Return a chat whose window ends so long from now."""
+        """Return a chat whose messaging window ends in the given time."""
         ago = (24 * HOUR - left).total_seconds()
         return world.chat(channel="whatsapp", last_user_message_at=text(f"now() - interval '{ago} s'"))
 
     def test_a_hold_that_would_miss_the_window(self, world: World, engine: Engine, settings: Settings) -> None:
-        """One that would be held beyond its window fails at once as window_closed; one that fits is held."""
+        """A follow-up that would be held beyond its messaging window fails immediately as window_closed.
+
+        A follow-up that fits into the window is held.
+        """
         put(world, CLOSED)
         missed, fits = (world.follow_up(self.windowed(world, left)) for left in (2 * HOUR, 5 * HOUR))
         beginning = claim_and_begin(engine, settings)
@@ -286,7 +301,10 @@ class TestWindow:
         assert world.row(fits).held_until is not None
 
     def test_told_beforehand(self, world: World) -> None:
-        """A due date whose opening is outside the window is refused, and says why; one whose opening fits is taken."""
+        """A due date is rejected with the reason if sending hours begin only after the messaging window.
+
+        Otherwise the due date is accepted.
+        """
         put(world, CLOSED)
         missed, fits = (self.windowed(world, left) for left in (2 * HOUR, 5 * HOUR))
         due = datetime.now(UTC) + HOUR
@@ -298,13 +316,13 @@ class TestWindow:
             with pytest.raises(OutsideMessagingWindowError):
                 amend(session, created.id, {"due_date": due + 4 * HOUR})
             amend(session, created.id, {"due_date": due + MINUTE})
-            # Without a window, any due date will do.
+            # Without a messaging window, any due date is accepted.
             followups.schedule(session, chat_id=world.chat(), **kept)
 
     def test_a_zone_that_this_host_does_not_know(self, world: World, capsys: pytest.CaptureFixture[str]) -> None:
-        """A create request is accepted if this host lacks the time zone; only the messaging window counts.
+        """A create request is accepted if this host lacks the time zone; only the messaging window is checked.
 
-        One log line reports the unreadable hours.
+        One log line reports the unreadable sending hours.
         """
         put(world, CLOSED)
         world.sql("UPDATE sending_hours SET time_zone = 'Atlantis/Capital'")
@@ -322,7 +340,7 @@ class TestWindow:
 
 
 def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine, settings: Settings) -> None:
-    """A held follow-up can be cancelled; with a new due date it is released until it is due."""
+    """A held follow-up can be cancelled; a new due date releases it until that date."""
     put(world, CLOSED)
     cancelled, moved = world.follow_up(), world.follow_up()
     claim_and_begin(engine, settings)
@@ -336,7 +354,10 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 
 
 def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
-    """If the time zone is unknown, the follow-up is held for a minute and checked again, not sent at a wrong hour."""
+    """If the time zone is unknown, a follow-up is held for a minute and checked again.
+
+    It is never sent at a wrong hour.
+    """
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
@@ -346,9 +367,9 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
 
 
 def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
-    """If only this machine's hours are open, a follow-up is held until the database's hours open.
+    """A follow-up within sending hours by this machine's clock alone is held by the database's hours.
 
-    It is not checked again and again meanwhile.
+    It is not checked repeatedly meanwhile.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")
@@ -360,7 +381,7 @@ def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, set
 
 @pytest.mark.parametrize("zone", ["", "Nowhere/Else", "a\x00b"])
 def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
-    """An unknown time zone is refused when it is set."""
+    """Setting sending hours with an unknown time zone is rejected."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="There is no time zone"):
         sending_hours.put(session, world.workspace_id, SendingHours(zone, time(8), time(20), EVERY_DAY))
     with Session(world.engine) as session:
@@ -368,6 +389,6 @@ def test_a_bad_time_zone_is_refused(world: World, zone: str) -> None:
 
 
 def test_hours_that_are_never_open_are_refused(world: World) -> None:
-    """Hours without any day are refused when they are set."""
+    """Setting sending hours without any day is rejected."""
     with Session(world.engine) as session, pytest.raises(InvalidRequestError, match="These hours are never open"):
         sending_hours.put(session, world.workspace_id, SendingHours("UTC", time(8), time(20), frozenset()))

@@ -1,4 +1,4 @@
-"""Sessions on servers with foreign defaults."""
+"""Database sessions on servers whose defaults differ."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def settings_of(engine: Engine, *names: str) -> dict[str, str]:
-    """Return a session's values of these settings, or of all in `SESSION` if none is named."""
+    """Return a session's values of the named settings, by default of all in `SESSION`."""
     query = text("SELECT name, current_setting(name, true) FROM unnest(CAST(:names AS text[])) AS wanted (name)")
     with engine.connect() as connection:
         rows = connection.execute(query, {"names": list(names or SESSION)})
@@ -45,12 +45,12 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 
 
 class TestSettings:
-    """The settings that every session sets."""
+    """The settings applied to every session."""
 
     def test_whatever_server_database_role_and_environment_say(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Defaults of the role in its database, the URL and the environment do not change these settings."""
+        """Role and database defaults, the URL and the environment do not change the session settings."""
         set_defaults(database_url, HOSTILE)
         for name, value in {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}.items():
             monkeypatch.setenv(name, value)
@@ -70,7 +70,7 @@ class TestSettings:
         engine.dispose()
 
     async def test_values(self, database_url: str) -> None:
-        """Times, intervals, numbers, texts and arrays read back as written, whatever the server's defaults."""
+        """Times, intervals, numbers, texts and arrays are read back as written, whatever the server's defaults."""
         set_defaults(database_url, HOSTILE)
         values: dict[str, object] = {
             "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),
@@ -97,7 +97,7 @@ class TestSettings:
         await in_a_loop.dispose()
 
     async def test_of_an_event_loop(self, database_url: str) -> None:
-        """Sessions of an event loop have the same settings, plus the options of the pipeline."""
+        """Sessions of an event loop have the common settings plus the options of the pipeline."""
         set_defaults(database_url, HOSTILE)
         engine = make_async_engine(database_url, pool_size=1, options=ONCE_PLANNED)
         found = await in_loop(engine, settings_of)
@@ -106,7 +106,7 @@ class TestSettings:
         await engine.dispose()
 
     def test_limits(self, database_url: str) -> None:
-        """The engine's limit, or none, applies to statements and idle transactions."""
+        """The engine's time limit, or its absence, applies to statements and idle transactions."""
         set_defaults(database_url, {"statement_timeout": "1h", "idle_in_transaction_session_timeout": "1h"})
         for limit, shown in ((timedelta(seconds=7), "7s"), (None, "0")):
             engine = make_engine(database_url, pool_size=1, statement_timeout=limit)
@@ -116,7 +116,7 @@ class TestSettings:
             engine.dispose()
 
     async def test_through_pgbouncer(self, database_url: str, pgbouncer: PgBouncer) -> None:
-        """Sessions through PgBouncer in session mode, which refuses startup `options`, are set up alike."""
+        """Sessions through PgBouncer in session mode have the settings, although it rejects startup `options`."""
         set_defaults(database_url, HOSTILE)
         engine = make_engine(pgbouncer.url(), pool_size=1, options=BY_KEY)
         found = settings_of(engine, *SESSION, *BY_KEY)
@@ -129,11 +129,11 @@ class TestSettings:
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 class TestPoolers:
-    """Poolers that give each transaction another session."""
+    """Connection poolers that assign each transaction another session."""
 
     @pytest.mark.parametrize("busy", [False, True])
     async def test_transaction_pooling_is_refused(self, database_url: str, *, busy: bool) -> None:
-        """Every connection through a pooler in transaction mode is refused with advice, idle and under load."""
+        """Connections through a transaction-mode pooler are rejected with advice, both idle and under load."""
         with PgBouncer(database_url, pool_mode="transaction") as pooler, ExitStack() as load:
             if busy:
                 stopping = threading.Event()
@@ -151,7 +151,7 @@ class TestPoolers:
                 await in_a_loop.dispose()
 
     def test_a_pool_that_is_full(self, database_url: str) -> None:
-        """In session mode a pool of a single session serves an engine; the check ends within the connect timeout."""
+        """With session pooling, a pool of one session serves an engine; the check ends within the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler:
             engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
             with engine.connect() as connection:
@@ -160,7 +160,7 @@ class TestPoolers:
 
 
 def keep_busy(url: str, stopping: threading.Event) -> None:
-    """Run short transactions."""
+    """Run short transactions continuously."""
     with psycopg.connect(url, prepare_threshold=None) as connection:
         while not stopping.is_set():
             connection.execute("SELECT 1")
@@ -168,11 +168,11 @@ def keep_busy(url: str, stopping: threading.Event) -> None:
 
 
 class TestEncoding:
-    """The encoding of a database, which must be able to store every text."""
+    """The encoding of a database, which must be able to store any text."""
 
     @pytest.fixture(params=["LATIN1", "SQL_ASCII"])
     def other(self, postgres_url: str, request: pytest.FixtureRequest) -> Iterator[str]:
-        """Return the URL of an empty database of another encoding."""
+        """Return the URL of an empty database with another encoding."""
         name = f"test_{uuid4().hex}"
         try:
             yield create_database_of_encoding(postgres_url, name, request.param)
@@ -180,7 +180,7 @@ class TestEncoding:
             drop_database(postgres_url, name)
 
     async def test_another_encoding_is_refused(self, other: str) -> None:
-        """Every connection to a database of another encoding is refused, with advice in the error."""
+        """Every connection to a database with another encoding is rejected, with advice in the error."""
         engine, in_a_loop = make_engine(other), make_async_engine(other)
         refused = "its encoding is (LATIN1|SQL_ASCII), which cannot store every text: make one with ENCODING 'UTF8'"
         with pytest.raises(NotSupportedError, match=refused):
@@ -192,10 +192,10 @@ class TestEncoding:
 
 
 class TestConnectionParameters:
-    """Connection parameters: those in the URL take precedence over our defaults."""
+    """Connection parameters: those in the URL override the project's defaults."""
 
     def test_of_the_url(self, database_url: str) -> None:
-        """The URL's limits are kept, and the pool's timeout is longer than the connection's."""
+        """Time limits in the URL are kept, and the pool's timeout is longer than the connection's."""
         engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
         with engine.connect() as connection:
             driver = connection.connection.driver_connection
@@ -208,14 +208,14 @@ class TestConnectionParameters:
 
     @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
     def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
-        """A URL without a limit gets ours; one that asks for none waits as long as the driver."""
+        """A URL without a time limit gets the default; one with no limit waits as long as the driver."""
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds
         engine.dispose()
 
     @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
     async def test_a_pooler_that_is_full(self, database_url: str) -> None:
-        """A server that accepts a connection but stays silent is unreachable after the same timeout."""
+        """A server that accepts a connection but stays silent counts as unreachable after the connect timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler, psycopg.connect(pooler.url()) as other:
             other.execute("SELECT 1")  # occupies the pooler's only session until it is closed
             url = f"{pooler.url()}?connect_timeout=2"
@@ -231,17 +231,17 @@ class TestConnectionParameters:
 
 
 def pool_timeout(engine: Engine) -> float:
-    """Return how many seconds a caller waits for a connection."""
+    """Return how many seconds a caller waits for a connection from the pool."""
     assert isinstance(engine.pool, QueuePool)
     return engine.pool.timeout()
 
 
 class TestCallersOwnSession:
-    """`schedule` and `cancel` in the transaction of a caller."""
+    """`schedule` and `cancel` in a caller's transaction."""
 
     @pytest.fixture(params=["theirs", "ours"])
     def base(self, request: pytest.FixtureRequest, world: World, database_url: str) -> Iterator[Engine]:
-        """Return an engine created by a caller, or one of ours."""
+        """Return an engine created by a caller, or one created by the project."""
         if request.param == "ours":
             yield world.engine
             return
@@ -251,9 +251,9 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["REPEATABLE READ", "SERIALIZABLE", "AUTOCOMMIT"])
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
-        """`schedule` and `cancel` refuse any other isolation level, and the error says what to do.
+        """`schedule` and `cancel` reject every other isolation level with an error that gives the remedy.
 
-        Such a transaction would read an old snapshot.
+        A transaction at a stricter level would read an old snapshot.
         """
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base.execution_options(isolation_level=level)) as session:
@@ -268,7 +268,7 @@ class TestCallersOwnSession:
 
     @pytest.mark.parametrize("level", ["READ COMMITTED", "READ UNCOMMITTED"])
     def test_the_isolation_that_is_needed(self, base: Engine, world: World, database_url: str, level: Any) -> None:
-        """At READ COMMITTED, `schedule` and `cancel` take effect with the commit, whatever the default is."""
+        """At READ COMMITTED, `schedule` and `cancel` take effect at the commit, whatever the server's default."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base) as session:
@@ -279,7 +279,7 @@ class TestCallersOwnSession:
         assert {row.id: row.status for row in world.rows()} == {planned: "cancelled", scheduled: "pending"}
 
     def test_a_default_of_the_server(self, world: World, database_url: str) -> None:
-        """A stricter isolation level is also refused if it comes from the server's defaults."""
+        """A stricter isolation level is rejected even if it is the server's default."""
         set_defaults(database_url, {"default_transaction_isolation": "serializable"})
         engine = create_engine(make_url(database_url).set(drivername="postgresql+psycopg"))
         with Session(engine) as session, pytest.raises(TransactionError, match="SERIALIZABLE"):

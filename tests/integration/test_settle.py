@@ -1,4 +1,4 @@
-"""Settle on PostgreSQL: outcomes are recorded once, and acknowledged cancels are final."""
+"""Settle on PostgreSQL: outcomes are recorded once, and confirmed cancels are final."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ SECOND = timedelta(seconds=1)
 
 
 class TestSettle:
-    """Settle records the outcome once, under the lease."""
+    """Settle records an attempt's outcome once, under its lease."""
 
     def test_sent(self, world: World, steps: Steps) -> None:
-        """An accepted message is sent: its id, when it was accepted, no reason, no lease."""
+        """An accepted message is recorded as sent, with its id and time, and without a reason or lease."""
         follow_up, message_id = world.follow_up(), uuid4()
         (settled,) = steps.settle([attempt(steps.begun(), Sent(message_id))]).settled
         row = world.row(follow_up)
@@ -42,14 +42,17 @@ class TestSettle:
         assert row.due_date <= row.accepted_at <= row.finished_at + SECOND
 
     def test_rejected(self, world: World, steps: Steps) -> None:
-        """A rejection ends it as rejected, with the transport's detail."""
+        """A rejected message ends the follow-up as rejected, with the transport's detail."""
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Rejected("HTTP 403 no\x00way", 403))])
         assert world.row(follow_up).reason == "rejected: HTTP 403 no\N{REPLACEMENT CHARACTER}way"
         assert [one[:2] for one in world.failures(follow_up)] == [(1, "rejected")]
 
     def test_retry_is_a_due_time_in_the_row(self, world: World, steps: Steps) -> None:
-        """A retry puts the next try into the row, uses up an attempt, and keeps the failed one on record."""
+        """A retry stores the next due time in the row and uses up one attempt.
+
+        The failed attempt stays on record.
+        """
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Retry("HTTP 500", timedelta(minutes=5), 500))])
         row = world.row(follow_up)
@@ -59,13 +62,13 @@ class TestSettle:
         assert steps.claim().leases == ()
 
     def test_last_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
-        """The last allowed attempt that fails ends it as retries_exhausted, with the last error."""
+        """When the last allowed attempt fails, the follow-up ends as retries_exhausted with the last error."""
         follow_up = world.follow_up(attempts=settings.max_attempts - 1)
         steps.settle([attempt(steps.begun(), Retry("HTTP 502"))])
         assert world.row(follow_up).reason == "retries_exhausted: HTTP 502"
 
     def test_snooze_uses_up_no_attempt(self, world: World, steps: Steps, settings: Settings) -> None:
-        """A rate limit defers it and leaves the number of the next attempt as it was."""
+        """A rate-limited follow-up is deferred and uses up no attempt."""
         follow_up = world.follow_up(attempts=settings.max_attempts - 1)
         steps.settle([attempt(steps.begun(), Snoozed("HTTP 429", SECOND))])
         row = world.row(follow_up)
@@ -80,7 +83,7 @@ class TestSettle:
         deduplicates: bool,  # noqa: FBT001 - a parameter of the test
         status: str,
     ) -> None:
-        """After an unknown outcome the message is sent again with the same key, if the transport deduplicates."""
+        """After an unknown outcome, the message is resent with its key if the transport deduplicates."""
         follow_up = world.follow_up()
         chosen = settings.model_copy(update={"transport_deduplicates": deduplicates})
         steps.settle([attempt(steps.begun(chosen), Unknown("timeout"))], chosen)
@@ -88,7 +91,7 @@ class TestSettle:
         assert (row.status, row.reason) == (status, None if deduplicates else "outcome_unknown: timeout")
 
     def test_stale_writer(self, world: World, steps: Steps) -> None:
-        """A worker frozen past its lease settles nothing, and its outcome counts as stale."""
+        """A worker frozen past its lease settles no attempt, and its outcome counts as stale."""
         follow_up = world.follow_up()
         frozen = steps.begun()
         world.expire(follow_up)
@@ -100,7 +103,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_twice(self, world: World, steps: Steps) -> None:
-        """The same result settled twice, as after a commit whose answer was lost, counts once."""
+        """A result settled twice, as after a commit whose answer was lost, counts once."""
         follow_up = world.follow_up()
         result = attempt(steps.begun(), Snoozed("HTTP 429", SECOND))
         steps.settle([result])
@@ -118,7 +121,10 @@ class TestSettle:
         ],
     )
     def test_reply_in_flight(self, world: World, steps: Steps, outcome: Outcome, status: str) -> None:
-        """After a reply in flight: sent if the attempt succeeds, else cancelled; never tried again."""
+        """After a reply in flight, the follow-up is sent if the attempt succeeds and is cancelled if not.
+
+        It is never retried.
+        """
         chat = world.chat()
         follow_up = world.follow_up(chat)
         begun = steps.begun()
@@ -129,7 +135,7 @@ class TestSettle:
         assert status == "sent" or row.reason.partition(":")[0] == "user_replied"
 
     def test_callers_open_transaction(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A locked row is settled later, and delays no other result."""
+        """The result of a follow-up with a locked row is settled later and delays no other result."""
         held, other = world.follow_up(), world.follow_up()
         begun = steps.begin(steps.claim().leases).begun
         results = [attempt(one, Sent()) for one in begun]
@@ -142,7 +148,7 @@ class TestSettle:
         assert world.row(held).status == "sent"
 
     def test_refused_cancel_holds_nothing(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A caller that keeps its transaction open after a 409 does not delay the settlement."""
+        """A caller that keeps its transaction open after a 409 does not delay settling."""
         follow_up = world.follow_up()
         begun = steps.begun()
         with Session(engine) as session:
@@ -152,7 +158,7 @@ class TestSettle:
         assert world.row(follow_up).status == "sent"
 
     def test_next_of_its_chat_is_held(self, world: World, steps: Steps, engine: Engine) -> None:
-        """If the next one of the chat is locked, settle continues, and the next one is not forgotten."""
+        """If the chat's next follow-up is locked, settle completes, and that follow-up is unblocked later."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         beginning = steps.begin(steps.claim().leases)
@@ -167,7 +173,7 @@ class TestSettle:
         assert steps.begun().lease.id == second
 
     def test_what_waits_rightly_stays_blocked(self, world: World, steps: Steps, engine: Engine) -> None:
-        """The search for forgotten follow-ups skips those that wait for a pending one."""
+        """The search for forgotten follow-ups skips those that wait for a pending follow-up."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
         world.follow_up(chat, -SECOND)
@@ -177,7 +183,7 @@ class TestSettle:
 
 
 class TestCancelAgainstDeliver:
-    """A cancel that was acknowledged is final."""
+    """A confirmed cancel is final."""
 
     def test_in_flight(self, world: World, steps: Steps, engine: Engine) -> None:
         """A follow-up in flight cannot be cancelled."""
@@ -194,7 +200,7 @@ class TestCancelAgainstDeliver:
             followups.cancel(session, follow_up, reason=None)
 
     def test_takeover_cancels_leased_and_unleased(self, world: World, steps: Steps) -> None:
-        """An operator's message cancels all that is pending in the chat, claimed or not."""
+        """An operator's message cancels all pending follow-ups of the chat, claimed or not."""
         chat = world.chat()
         leased = world.follow_up(chat)
         steps.claim()
@@ -205,10 +211,10 @@ class TestCancelAgainstDeliver:
         assert world.row(other).status == "pending"
 
     def test_race(self, world: World, steps: Steps, engine: Engine) -> None:
-        """Of a cancel and a begin at once exactly one wins, fifty times over."""
+        """Of a concurrent cancel and begin, exactly one succeeds, in each of fifty rounds."""
         for _ in range(50):
             follow_up = world.follow_up()
-            # On a slow machine, those of earlier rounds in flight may be claimed again.
+            # On a slow machine, follow-ups in flight from earlier rounds may be claimed again.
             batch = tuple(lease for lease in steps.claim().leases if lease.id == follow_up)
             start = threading.Barrier(2)
             begun: list[int] = []
@@ -232,7 +238,7 @@ class TestCancelAgainstDeliver:
 
 
 def test_release(world: World, steps: Steps, engine: Engine) -> None:
-    """Follow-ups released by a draining worker can be claimed at once; begun ones are not released."""
+    """Follow-ups released by a draining worker can be claimed immediately; begun ones are not released."""
     begun, waiting = world.follow_up(), world.follow_up()
     batch = steps.claim().leases
     steps.begin([lease for lease in batch if lease.id == begun])
@@ -242,7 +248,7 @@ def test_release(world: World, steps: Steps, engine: Engine) -> None:
 
 
 def test_lag_of_a_result_that_waited(world: World, steps: Steps) -> None:
-    """Lag is taken at the acceptance, however long the result then waited for its settlement."""
+    """Lag ends when the transport accepts the message, however long its result waits to be settled."""
     follow_up = world.follow_up()
     result = attempt(steps.begun(), Sent())
     steps.settle([result._replace(answered=result.answered - 7)])
@@ -252,20 +258,20 @@ def test_lag_of_a_result_that_waited(world: World, steps: Steps) -> None:
 
 @pytest.mark.parametrize("due", [datetime.max.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)])
 def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> None:
-    """A due date that some time zone cannot represent is refused with an explanation."""
+    """A due date that some time zone cannot represent is rejected with an explanation."""
     chat = world.chat()
     with Session(engine) as session, pytest.raises(InvalidRequestError, match="years 2 to 9998"):
         followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat, message="Hello?", due_date=due)
 
 
 def test_settle_of_all_kinds_together(world: World, steps: Steps, engine: Engine) -> None:
-    """In one batch each result reaches its own follow-up, whatever the others are."""
+    """In a batch of different results, each result is settled for its own follow-up."""
     chat = world.chat()
     sent, again, refused, stale, held = (world.follow_up(due=-SECOND * n) for n in range(6, 1, -1))
     first = world.follow_up(chat, -SECOND)
     begun = {one.lease.id: one for one in steps.begin(steps.claim().leases).begun}
     second = world.follow_up(chat)
-    steps.begin([steps.lease()])  # it waits for the first
+    steps.begin([steps.lease()])  # the second follow-up waits for the first
     with engine.begin() as connection:
         wish = "UPDATE follow_ups SET cancel_requested = 'user_replied' WHERE id IN (:sent, :again)"
         connection.execute(text(wish), {"sent": sent, "again": again})

@@ -1,4 +1,4 @@
-"""Audit events on PostgreSQL: recorded with the change, added up by a bulk command, read newest first."""
+"""Audit events on PostgreSQL: recorded with their change, summed per bulk command, listed newest first."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 def events(engine: Engine, wanted: AuditFilter | None = None, limit: int = 100) -> Sequence[AuditEvent]:
-    """Return the events, newest first."""
+    """Return the audit events, newest first."""
     with Session(engine) as session:
         return audit.newest(session, wanted or AuditFilter(), limit)
 
 
 def test_names_the_key_and_the_workspace(world: World) -> None:
-    """An API key is named by its name, or by its prefix if it has none; the workspace by its name."""
+    """An audit event shows the API key's name, or its prefix if it has none, and the workspace's name."""
     with Session(world.engine) as session, session.begin():
         named, _ = api_keys.create(session, world.workspace_id, "website")
         nameless, _ = api_keys.create(session, world.workspace_id)
@@ -47,7 +47,7 @@ def test_names_the_key_and_the_workspace(world: World) -> None:
 
 
 def test_rolls_back_with_its_change(world: World) -> None:
-    """An action that was rolled back leaves no event."""
+    """A rolled-back action leaves no audit event."""
     with world.engine.connect() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.WORKSPACE_CREATED))
         connection.rollback()
@@ -55,7 +55,7 @@ def test_rolls_back_with_its_change(world: World) -> None:
 
 
 def test_batches_add_up(world: World) -> None:
-    """The batches of one command are one event with their sum; one that was rolled back is not in it."""
+    """The batches of one command form one audit event with their sum, excluding rolled-back batches."""
     run = uuid4()
     for number, committed in ((500, True), (70, False), (3, True)):
         with world.engine.connect() as connection:
@@ -67,7 +67,7 @@ def test_batches_add_up(world: World) -> None:
 
 
 def test_filters(world: World) -> None:
-    """Events are found by workspace, time, action and target, newest first, page by page."""
+    """Audit events are filtered by workspace, time, action and target, and paged newest first."""
     other, target = uuid4(), uuid4()
     made = [
         Event(audit.SERVICE, Action.FOLLOW_UP_ENDED, world.workspace_id, target),
@@ -84,7 +84,7 @@ def test_filters(world: World) -> None:
     assert [each.id for each in events(world.engine, AuditFilter(actions=[Action.FOLLOW_UP_ENDED]))] == newest_first[2:]
     last = events(world.engine, limit=1)[0]
     assert last.details == {"channel": "waha"}
-    assert last.workspace is None  # there is none with that id
+    assert last.workspace is None  # no workspace has that id
     assert [each.id for each in events(world.engine, AuditFilter(since=last.at))] == newest_first[:1]
     assert events(world.engine, AuditFilter(since=last.at + timedelta(seconds=1))) == []
     with Session(world.engine) as session:
@@ -93,7 +93,7 @@ def test_filters(world: World) -> None:
 
 @pytest.mark.parametrize("column", ["way = 'magic'", "number = -1"])
 def test_refuses_what_no_event_has(world: World, column: str) -> None:
-    """The table refuses unknown ways and negative counts."""
+    """The audit table rejects unknown sources and negative counts."""
     with world.engine.begin() as connection:
         audit.record(connection, Event(audit.SERVICE, Action.PAUSE_BEGUN))
     with pytest.raises(IntegrityError), world.engine.begin() as connection:

@@ -1,4 +1,4 @@
-"""The backlog's gauges on PostgreSQL."""
+"""Metrics of the backlog on PostgreSQL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ HOUR = timedelta(hours=1)
 
 
 def test_exact(world: World, engine: Engine) -> None:
-    """A small table is counted exactly: pending, overdue unless waiting for another, in flight, oldest age."""
+    """A small table is counted exactly: pending, overdue, in flight, and the oldest age.
+
+    A follow-up that waits for another one is not overdue.
+    """
     chat_id = world.chat()
     first = world.follow_up(chat_id, due=-2 * HOUR, begun_at=text("now()"), lease_until=text("now()"))
     world.follow_up(chat_id, due=-3 * HOUR, waits_for=first)
@@ -34,14 +37,14 @@ def test_exact(world: World, engine: Engine) -> None:
 
 
 def test_nothing(world: World, engine: Engine) -> None:
-    """With no rows every gauge is zero."""
+    """Without follow-ups, every backlog gauge is zero."""
     assert world.scalar("SELECT count(*) FROM follow_ups") == 0
     with engine.connect() as connection:
         assert counts.measure_backlog(connection, window=5000) == counts.Backlog(0, 0, 0.0, 0)
 
 
 def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Few overdue rows among many are found through an index, without reading the rest."""
+    """A few overdue rows among many are found through an index, without reading the rest."""
     monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=HOUR)
     world.sql(
@@ -61,7 +64,7 @@ def test_the_table_is_not_read(world: World, engine: Engine, monkeypatch: pytest
 
 
 def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many rows are estimated from the statistics, within a fifth."""
+    """In a large table, rows are estimated from the planner's statistics, accurate to a fifth."""
     monkeypatch.setattr(counts, "BACKLOG_EXACT_UP_TO", 100)
     world.follow_up(due=-HOUR)
     world.sql(
@@ -78,7 +81,7 @@ def test_estimated(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("limit", [HOUR, timedelta(milliseconds=1)])
 def test_a_limit_ends_with_its_query(engine: Engine, limit: timedelta) -> None:
-    """The transaction's own time limit applies again, whether or not the query took too long."""
+    """After the backlog query, the transaction's previous time limit applies again, even after a timeout."""
     with engine.begin() as connection:
         connection.execute(text("SET LOCAL statement_timeout = '7s'"))
         found = counts.within(connection, limit, text("SELECT pg_sleep(0.1)"), {})

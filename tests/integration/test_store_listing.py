@@ -1,4 +1,4 @@
-"""Pages of follow-ups: each filter's query reads an index, however many rows there are."""
+"""Pages of follow-ups: the query of each filter uses an index, however many rows exist."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORKSPACES = 100
 _FILL = (
     f"INSERT INTO workspaces (name) SELECT 'w' || i FROM generate_series(1, {WORKSPACES}) i",  # noqa: S608
     "INSERT INTO chats (workspace_id, id) SELECT w.id, gen_random_uuid() FROM workspaces w, generate_series(1, 20)",
-    # One workspace in a hundred has half of the rows, and one row in fifty is pending.
+    # One workspace in a hundred owns half of the rows, and one row in fifty is pending.
     f"""
     WITH places AS MATERIALIZED (
         SELECT c.workspace_id, c.id, row_number() OVER (ORDER BY w.name, c.id) AS n
@@ -46,7 +46,7 @@ _FILL = (
 
 @pytest.fixture
 def filled(database_url: str) -> Iterator[Engine]:
-    """Return an engine on a database with many follow-ups, its planner free to choose."""
+    """Return an engine on a database with many follow-ups and the planner's default options."""
     engine = make_engine(database_url)
     with engine.begin() as connection:
         for statement in _FILL:
@@ -56,14 +56,14 @@ def filled(database_url: str) -> Iterator[Engine]:
 
 
 def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield every node of a plan."""
+    """Yield every node of a query plan."""
     yield plan
     for child in plan.get("Plans", []):
         yield from nodes(child)
 
 
 def examined(engine: Engine, workspace_id: UUID | None, wanted: ListFilter, most: int) -> tuple[set[str], float]:
-    """Run a page's query; return how `follow_ups` is read, and how many of its rows."""
+    """Run a page's query and return how `follow_ups` is read and how many of its rows."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
     statement = statement.replace(COLUMNS, "follow_ups.*")
     parameters |= {"offset": most - 11, "size": 11, "most": most}
@@ -78,7 +78,7 @@ INDEX_SCANS = {"Index Scan", "Index Only Scan"}
 
 
 def test_every_list_walks_an_index(filled: Engine) -> None:
-    """Every combination of filters uses an index, and reads about as many follow-ups as the page shows."""
+    """Every combination of filters uses an index and reads about as many follow-ups as the page shows."""
     largest = "SELECT workspace_id FROM follow_ups GROUP BY 1 ORDER BY count(*) DESC LIMIT 1"
     with filled.connect() as connection:
         row = connection.execute(text("SELECT * FROM follow_ups WHERE status = 'sent' LIMIT 1")).one()
@@ -87,20 +87,20 @@ def test_every_list_walks_an_index(filled: Engine) -> None:
         for wanted in filters_of(row):
             ways, rows = examined(filled, workspace_id, wanted, 11)
             assert ways <= INDEX_SCANS, (wanted, ways)
-            # At most a page and one row from each of four states, and then the page itself.
+            # At most a page plus one row from each of four states, and then the page itself.
             assert rows <= 5 * 11 + 4, (wanted, rows)
-        # A late page reads the rows up to its end, and no message of those before it.
+        # The query of a late page reads the rows up to its end, but no message of earlier rows.
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)
         assert ways <= INDEX_SCANS
         assert rows <= 10_011 + 11
-    # An operator's list reads the first rows of each workspace, not everything.
+    # An operator's list reads only the first rows of each workspace.
     ways, rows = examined(filled, None, ListFilter(statuses=(Status.SENT,)), 11)
     assert ways <= INDEX_SCANS
     assert rows <= (WORKSPACES + 1) * 11
 
 
 def filters_of(row: Any) -> list[ListFilter]:
-    """Return every kind of filter that matches this row, and some that match few rows."""
+    """Return filters of every type that match this row, and some that match few rows."""
     chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
     strangers = tuple(uuid4() for _ in range(20))
     return [
@@ -119,7 +119,7 @@ def filters_of(row: Any) -> list[ListFilter]:
 
 
 def test_pages_hold_everything_once(database_url: str) -> None:
-    """The pages of a list together are all follow-ups in order; an operator sees all workspaces."""
+    """The pages of a list together contain every follow-up once, in order; an operator sees all workspaces."""
     engine = make_engine(database_url)
     worlds = [World(engine), World(engine)]
     rows = [

@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def session(engine: Engine) -> Iterator[Session]:
-    """Return a session that commits nothing."""
+    """Return a session that is never committed."""
     with Session(engine) as session:
         yield session
 
 
 class TestWorkspaces:
-    """Tenants, by name."""
+    """Workspaces, found by name."""
 
     def test_created_once(self, session: Session) -> None:
-        """An existing workspace stays as it is; names are compared without surrounding space."""
+        """An existing workspace stays unchanged; names are compared without leading and trailing spaces."""
         first, new = workspaces.create(session, " Acme ")
         again, new_again = workspaces.create(session, "Acme")
         assert (first.name, first.id, new, new_again) == ("Acme", again.id, True, False)
@@ -41,14 +41,14 @@ class TestWorkspaces:
 
     @pytest.mark.parametrize("name", ["", " ", "x" * 201, "a\x00b", "a\nb", "\ud800"])
     def test_bad_name(self, session: Session, name: str) -> None:
-        """A name has 1 to 200 printable characters."""
+        """The name of a workspace has 1 to 200 printable characters."""
         with pytest.raises(InvalidRequestError) as caught:
             workspaces.create(session, name)
         assert caught.value.field == "name"
 
     @pytest.mark.parametrize("name", ["Acme", "", "a\x00b", "\ud800"])
     def test_not_found(self, session: Session, name: str) -> None:
-        """An unknown name is not found, whatever characters it has."""
+        """An unknown workspace name is not found, whatever characters it contains."""
         with pytest.raises(WorkspaceNotFoundError):
             workspaces.find(session, name)
 
@@ -57,7 +57,7 @@ class TestApiKeys:
     """API keys are shown once and stored as a hash."""
 
     def test_made(self, session: Session) -> None:
-        """A key is recognisable and has 256 random bits; the row holds only its hash and its prefix."""
+        """An API key is recognisable and has 256 random bits; its row stores only the hash and the prefix."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, "laptop")
         other = api_keys.create(session, workspace.id)[1]
@@ -71,13 +71,13 @@ class TestApiKeys:
         assert sorted(listed) == [("", "Acme"), ("laptop", "Acme")]
 
     def test_bad_name(self, session: Session) -> None:
-        """The name of a key must be storable, too."""
+        """The name of an API key must be storable in the database."""
         workspace, _ = workspaces.create(session, "Acme")
         with pytest.raises(InvalidRequestError):
             api_keys.create(session, workspace.id, "a\x00")
 
     def test_authenticate(self, session: Session) -> None:
-        """A key identifies its workspace; anything else identifies none."""
+        """An API key identifies its workspace; any other text identifies none."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         found = api_keys.authenticate(session, key)
@@ -87,7 +87,7 @@ class TestApiKeys:
             assert api_keys.authenticate(session, wrong) is None
 
     def test_a_mistyped_key_costs_no_look_up(self, session: Session, engine: Engine) -> None:
-        """A key's checksum reveals a wrong character without a statement; keys without a checksum stay valid."""
+        """A key's checksum reveals a typing error without a query; keys without a checksum stay valid."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         statements: list[str] = []
@@ -103,7 +103,7 @@ class TestApiKeys:
         assert found.key_id == row.id
 
     def test_expiry(self, session: Session) -> None:
-        """A key is refused from its expiry on; the lifetime must be positive and within reason."""
+        """An expired API key is rejected; a key's lifetime must be positive and within the limit."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id, expires=timedelta(days=90))
         assert row.expires_at == row.created_at + timedelta(days=90)
@@ -116,7 +116,7 @@ class TestApiKeys:
             assert caught.value.field == "expires"
 
     def test_revoke(self, session: Session) -> None:
-        """A revoked key is refused; revoking it again changes nothing."""
+        """A revoked API key is rejected; revoking it again has no effect."""
         workspace, _ = workspaces.create(session, "Acme")
         row, key = api_keys.create(session, workspace.id)
         revoked_at = api_keys.revoke(session, row.id).revoked_at
@@ -127,7 +127,7 @@ class TestApiKeys:
             api_keys.revoke(session, uuid4())
 
     def test_use_is_recorded_once_a_minute(self, session: Session, engine: Engine) -> None:
-        """A use is recorded at most once a minute, without waiting for another process that records one."""
+        """A key's use is recorded at most once a minute, without waiting for a concurrent recording."""
         workspace, _ = workspaces.create(session, "Acme")
         row, _ = api_keys.create(session, workspace.id)
         session.commit()

@@ -1,4 +1,4 @@
-"""Human takeover: an operator's message cancels follow-ups scheduled before it, not after it."""
+"""Human takeover: an operator's message cancels follow-ups scheduled before it, not those after it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def taken_over(world: World) -> UUID:
-    """Return a chat whose last message is an operator's, written a minute ago."""
+    """Return a chat whose last message was written by an operator a minute ago."""
     return world.chat(last_message_role="operator", last_message_at=text("now() - interval '1 min'"))
 
 
 def schedule(session: Session, world: World, chat_id: UUID) -> UUID:
-    """Schedule a follow-up for now."""
+    """Schedule a follow-up that is due now."""
     now = datetime.now(UTC)
     created = followups.schedule(
         session, workspace_id=world.workspace_id, chat_id=chat_id, message="Still there?", due_date=now
@@ -60,7 +60,7 @@ def test_scheduled_before(world: World, engine: Engine, settings: Settings, take
 
 
 def test_scheduled_before_and_paused(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A follow-up from before the operator's message is cancelled even if it is paused."""
+    """A follow-up scheduled before the operator's message is cancelled even if it is paused."""
     follow_up = world.follow_up(taken_over, scheduled_at=text("now() - interval '2 min'"))
     world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=world.workspace_id)
     claim_and_begin(engine, settings)
@@ -82,7 +82,10 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 
 
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
-    """A transaction that began before the message may schedule after it: the follow-up is sent."""
+    """A transaction that began before an operator's message may schedule a follow-up after it.
+
+    The follow-up is sent.
+    """
     chat_id = world.chat()
     with Session(engine) as session, session.begin():
         session.execute(text("SELECT now()"))
@@ -93,7 +96,7 @@ def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine
 
 
 def test_moved_and_renamed_after(world: World, engine: Engine, settings: Settings, taken_over: UUID) -> None:
-    """A follow-up moved into the chat after the message is sent, and so is one with a new trigger."""
+    """A follow-up that is moved into the chat or triggered again after an operator's message is sent."""
     moved = world.follow_up(scheduled_at=text("now() - interval '2 min'"))
     other = world.chat(last_message_role="operator")
     with Session(engine) as session, session.begin():

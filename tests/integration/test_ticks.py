@@ -1,4 +1,4 @@
-"""Ticks on PostgreSQL: one dispatcher claims at a time; after a gap workers settle first."""
+"""Dispatcher ticks on PostgreSQL: one dispatcher claims at a time; after a gap, workers settle first."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ TICK_ROW = "SELECT FROM dispatcher_state FOR NO KEY UPDATE"
 
 
 def pass_time(world: World, by: timedelta) -> None:
-    """Shift all stored times into the past, as an outage or a clock that is set forward does."""
+    """Shift all stored times into the past, like an outage or a clock that is set forward."""
     world.sql("UPDATE dispatcher_state SET last_tick_at = last_tick_at - :by, grace_until = grace_until - :by", by=by)
     world.sql("UPDATE follow_ups SET lease_until = lease_until - :by, begun_at = begun_at - :by", by=by)
 
 
 def in_flight(engine: Engine, settings: Settings) -> Begun:
-    """Claim and begin, and return the only attempt in flight."""
+    """Claim and begin one follow-up, and return its attempt, the only one in flight."""
     (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
     return begun
 
 
 def outcome_of(begun: Begun, outcome: Outcome) -> Attempt:
-    """Return the attempt as it would come back from the transport."""
+    """Return the attempt with an outcome, as received from the transport."""
     return Attempt(begun, outcome, timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 
 def claimed(engine: Engine, settings: Settings) -> list[UUID]:
-    """Claim, and return the ids of the leased follow-ups."""
+    """Run a claim and return the ids of the leased follow-ups."""
     return [lease.id for lease in claim(engine, settings).leases]
 
 
 class TestGap:
-    """A gap between the ticks of all dispatchers, after which workers record known outcomes first."""
+    """A gap between the ticks of all dispatchers, after which workers first record known outcomes."""
 
     @pytest.mark.parametrize("deduplicates", [True, False])
     def test_outcome_is_recorded(self, world: World, engine: Engine, settings: Settings, *, deduplicates: bool) -> None:
-        """An attempt accepted before an outage longer than a lease ends as sent, though a tick came first."""
+        """An attempt accepted before an outage longer than a lease ends as sent, even if a tick comes first."""
         settings = settings.model_copy(update={"transport_deduplicates": deduplicates})
         follow_up = world.follow_up()
         begun = in_flight(engine, settings)
@@ -74,7 +74,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A worker that does not return counts as lost when the grace is over."""
+        """A worker that does not return within the grace period counts as lost."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)
@@ -85,7 +85,7 @@ class TestGap:
         assert world.row(follow_up).losses == 1
 
     def test_ticks_went_on(self, world: World, engine: Engine, settings: Settings) -> None:
-        """While any dispatcher ticks, a lease that expires in flight is taken over at once."""
+        """While any dispatcher ticks, a lease that expires in flight is taken over immediately."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)
@@ -94,7 +94,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """A leased follow-up that has not begun is claimed by the first tick after a gap.
 
-        It cannot have an outcome that a worker knows.
+        No worker can know an outcome of it.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]
@@ -102,7 +102,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up]
 
     def test_in_flight_counts(self, world: World, engine: Engine, settings: Settings) -> None:
-        """An attempt left to its worker during the grace still counts as in flight."""
+        """An attempt that is left to its worker during the grace period still counts as in flight."""
         one = settings.model_copy(update={"max_in_flight": 1})
         world.follow_up(due=-MINUTE)
         in_flight(engine, one)
@@ -111,7 +111,7 @@ class TestGap:
         assert claimed(engine, one) == []
 
     def test_clock_set_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """After the database's clock is set back, ticks are recorded and an earlier grace is void."""
+        """After the database's clock is set back, ticks are recorded and an earlier grace period is void."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, -timedelta(hours=1))
@@ -124,7 +124,7 @@ class TestGap:
     def test_gap_within_a_grace(
         self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
     ) -> None:
-        """Repeated late ticks do not extend a grace; only another outage gives a new one."""
+        """Repeated late ticks do not extend a grace period; only another outage starts a new one."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)
@@ -135,7 +135,7 @@ class TestGap:
         assert claimed(engine, settings) == [follow_up] * over
 
     def test_rare_ticks(self, world: World, engine: Engine, settings: Settings) -> None:
-        """With ticks rarer than leases, the dispatcher claims again by itself when the grace is over."""
+        """If ticks are rarer than leases, the dispatcher claims again when the grace period is over."""
         rare = settings.model_copy(update={"tick_interval": timedelta(minutes=5)})
         follow_up = world.follow_up()
         in_flight(engine, rare)
@@ -163,7 +163,7 @@ class TestGap:
 def test_rhythm(settings: Settings, changed: dict[str, timedelta], gap: float, grace: float) -> None:
     """A gap is longer than two intervals and a second, or than half a lease.
 
-    The grace is the time of a call or of a connection.
+    The grace period is as long as a call or a connection attempt may take.
     """
     defaults = {"lease": MINUTE, "tick_interval": timedelta(seconds=1), "transport_timeout": timedelta(seconds=10)}
     rhythm = rhythm_of(settings.model_copy(update=defaults | changed))
@@ -181,7 +181,7 @@ class TestOneAtATime:
     """Exclusive claims: dispatchers count follow-ups in flight one at a time."""
 
     def test_window_of_several(self, world: World, engine: Engine, settings: Settings) -> None:
-        """However many dispatchers claim at once, at most MAX_IN_FLIGHT follow-ups are in flight."""
+        """However many dispatchers claim concurrently, at most MAX_IN_FLIGHT follow-ups are in flight."""
         bounded = settings.model_copy(update={"max_in_flight": 100})
         world.burst([-MINUTE] * 300)
         for round_ in range(5):
@@ -201,7 +201,7 @@ class TestOneAtATime:
             world.sql("UPDATE follow_ups SET lease_until = NULL")
 
     def test_busy(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A claim beside another dispatcher's reports busy at once and looks at no follow-ups."""
+        """A claim while another dispatcher claims reports busy immediately and reads no follow-ups."""
         follow_up = world.follow_up()
         with engine.begin() as another:
             another.execute(text(TICK_ROW))
@@ -210,7 +210,7 @@ class TestOneAtATime:
         assert claimed(engine, settings) == [follow_up]
 
     def test_comes_back(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If another dispatcher is claiming, a dispatcher waits and claims afterwards, without another tick."""
+        """If another dispatcher is claiming, a dispatcher waits and then claims without another tick."""
         rare = settings.model_copy(update={"tick_interval": MINUTE})
         world.follow_up()
         hints: list[Hint] = []
@@ -247,10 +247,10 @@ class TestOneAtATime:
 
 
 class TestToken:
-    """Lease tokens, each given once even if the database forgets that it was."""
+    """Lease tokens, which are never reused, even if the database loses a commit."""
 
     def test_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses a claim, its attempt's result is not taken for the next attempt's."""
+        """If a failover loses a claim, the result of its attempt is not applied to the next attempt."""
         follow_up = world.follow_up()
         before = in_flight(engine, settings)
         world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL, begun_at = NULL, attempts = 0")
@@ -261,7 +261,7 @@ class TestToken:
         assert world.row(follow_up).status == "sent"
 
     def test_unblocked_lease_is_forgotten(self, world: World, engine: Engine, settings: Settings) -> None:
-        """If a failover loses an unblocked follow-up's lease, its next lease has a greater token."""
+        """If a failover loses an unblocked follow-up's lease, the next lease has a greater token."""
         chat = world.chat()
         earlier = world.follow_up(chat, -MINUTE)
         later = world.follow_up(chat, waits_for=earlier)
@@ -273,7 +273,7 @@ class TestToken:
         assert again.token > unblocked.token
 
     def test_exact_in_json(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A token is an integer that every JSON reader keeps exactly, and grows from any earlier value."""
+        """A token is an integer that every JSON reader represents exactly, and grows from any earlier value."""
         ahead = 2**53 - 3
         world.follow_up()
         tokens = {claim(engine, settings).leases[0].token}

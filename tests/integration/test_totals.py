@@ -1,4 +1,4 @@
-"""The sums of all processes' counters in the database."""
+"""The database's sums of all processes' counters."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CLAIMED = ("followups_claimed_total", "{}")
 
 
 def sums(engine: Engine) -> dict[Sample, float]:
-    """Return the sums in the database."""
+    """Return the sums stored in the database."""
     with engine.connect() as connection:
         return read(connection)
 
 
 def test_processes_add_up(engine: Engine) -> None:
-    """Each process adds its new counts; the sum is that of all processes."""
+    """Each process adds its new counts, so that the sum covers all processes."""
     first, second = CounterTotals(engine), CounterTotals(engine)
     before = counted()[CLAIMED]
     metrics.CLAIMED.inc(3)
     first.add()
     first.add()
-    second.add()  # as if another process had the same counts
+    second.add()  # as if another process had equal counts
     assert sums(engine)[CLAIMED] == 2 * (before + 3)
     metrics.CLAIMED.inc(4)
     first.add()
@@ -47,7 +47,7 @@ def test_labels_and_histograms(engine: Engine) -> None:
 
 
 def test_added_at_the_end(engine: Engine) -> None:
-    """A process that stops adds its remaining counts."""
+    """A process adds its remaining counts when it stops."""
     kept = CounterTotals(engine)
     kept.start()
     metrics.CLAIMED.inc()

@@ -1,4 +1,4 @@
-"""A transaction's outcome is known even when the answer to its commit is lost."""
+"""Transactions: the outcome is known even when the answer to a commit is lost."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def insert_workspace(connection: Connection) -> str:
-    """Insert a row, and return its name."""
+    """Insert a workspace and return its name."""
     name = "acme"
     connection.execute(text("INSERT INTO workspaces (id, name) VALUES (gen_random_uuid(), :name)"), {"name": name})
     ask_if_lost(connection, lambda asked: asked.scalar(text("SELECT count(*) > 0 FROM workspaces WHERE name = 'acme'")))
@@ -31,14 +31,14 @@ def insert_workspace(connection: Connection) -> str:
 
 
 def test_answer_lost_after_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that succeeded counts as done although its answer was lost."""
+    """A commit that succeeded counts as done even if its answer was lost."""
     break_once(monkeypatch, psycopg.Connection.commit)
     assert transact(engine, insert_workspace) == "acme"
     assert world.scalar("SELECT count(*) FROM workspaces WHERE name = 'acme'") == 1
 
 
 def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A commit that never arrived counts as failed, and nothing was done."""
+    """A commit that never reached the server counts as failed, and the transaction has no effect."""
     break_once(monkeypatch, lambda _: None)
     with pytest.raises(OperationalError):
         transact(engine, insert_workspace)
@@ -46,7 +46,7 @@ def test_connection_lost_before_the_commit(world: World, engine: Engine, monkeyp
 
 
 def test_nothing_to_ask(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If a transaction wrote nothing, its failed commit is an error: there is nothing to check."""
+    """If a transaction wrote no row, its failed commit is an error because there is nothing to check."""
     break_once(monkeypatch, psycopg.Connection.commit)
     with pytest.raises(OperationalError):
         transact(engine, lambda connection: connection.scalar(text("SELECT 1")))
@@ -63,7 +63,7 @@ def test_nothing_is_asked_without_need(engine: Engine) -> None:
 def test_the_question_of_a_transaction_that_failed_is_forgotten(
     world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check that a failed transaction registered is not run for the next one on its connection."""
+    """The commit check of a failed transaction does not run for the connection's next transaction."""
 
     def ask_and_fail(connection: Connection) -> None:
         ask_if_lost(connection, lambda _: False)
@@ -103,7 +103,7 @@ def test_database_stays_away(world: World, engine: Engine, monkeypatch: pytest.M
 
 
 def server_process(engine: Engine) -> int:
-    """Return the server process's id."""
+    """Return the id of the server's process."""
     with engine.connect() as connection:
         return connection.execute(text("SELECT pg_backend_pid()")).scalar_one()
 
@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_a_connection_that_lay_idle_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """A broken idle connection is replaced unnoticed; one used a moment ago fails once."""
+    """A broken connection that was idle is replaced silently; one used a moment ago fails once."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)
@@ -125,7 +125,7 @@ async def test_a_connection_that_lay_idle_is_tested_first(
 
 
 async def test_a_connection_comes_back_without_what_was_not_committed(world: World, database_url: str) -> None:
-    """A failed transaction is rolled back before the next one takes its connection."""
+    """A failed transaction is rolled back before the next one uses its connection."""
 
     def insert_and_fail(engine: Engine) -> None:
         with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""If an outcome is unknown, the reason of the follow-up says so, however the follow-up ends."""
+"""Unknown outcomes: the reason of the follow-up mentions them, however the follow-up ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAID = "the outcome of an attempt is unknown"
 
 
 def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: UUID) -> None:
-    """Let the follow-up be due now, attempted once, and settled."""
+    """Make the follow-up due now, attempt it once and settle the attempt."""
     past = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id AND next_attempt_at IS NOT NULL"
     world.sql(past, id=follow_up_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
@@ -42,7 +42,7 @@ def attempted(world: World, settings: Settings, outcome: Outcome, follow_up_id: 
 
 @pytest.fixture
 def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
-    """Return a pending follow-up with such an attempt, and its chat."""
+    """Return a pending follow-up whose attempt has an unknown outcome, and its chat."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     attempted(world, settings, Unknown("the connection broke"), follow_up)
@@ -51,14 +51,17 @@ def doubtful(world: World, settings: Settings) -> tuple[UUID, UUID]:
 
 
 def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
-    """A reply before the next attempt cancels it, and the reason mentions the unknown outcome."""
+    """A reply before the next attempt cancels the follow-up; the reason mentions the unknown outcome."""
     follow_up, chat_id = doubtful
     reply(world, chat_id)
     assert world.row(follow_up).reason == f"user_replied: {SAID}"
 
 
 def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
-    """So does a cancel without words of its own; with words, they are stored as given."""
+    """The reason of a cancel mentions the unknown outcome, unless the caller gave a reason.
+
+    A caller's reason is stored unchanged.
+    """
     follow_up, _ = doubtful
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, follow_up).reason == f"cancelled_by_api: {SAID}"
@@ -69,7 +72,7 @@ def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
 
 @pytest.mark.parametrize("words", ["user_replied by phone", "cancelled_by_api: on behalf of Jo", "too_late"])
 def test_words_that_begin_as_a_code(world: World, doubtful: tuple[UUID, UUID], words: str) -> None:
-    """A caller's own words are stored as given, even if they begin like one of our codes."""
+    """A caller's reason is stored unchanged, even if it begins like a reason code."""
     follow_up, _ = doubtful
     with Session(world.engine) as session, session.begin():
         assert followups.cancel(session, follow_up, reason=words).reason == words
@@ -93,7 +96,7 @@ def cancel_chat(world: World, chat_id: UUID, words: str | None) -> bulk_cancel.C
     ],
 )
 def test_cancel_of_many(world: World, doubtful: tuple[UUID, UUID], words: str | None, reason: str) -> None:
-    """An operator's cancel of a whole chat stores the same reasons as a single cancel."""
+    """An operator's cancel of a whole chat stores the reasons that single cancels would store."""
     follow_up, chat_id = doubtful
     cancel_chat(world, chat_id, words)
     assert world.row(follow_up).reason == reason
@@ -108,7 +111,7 @@ ASKED = [
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_while_in_flight(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """Words of a cancel during an attempt are stored as given, whatever the attempt's outcome."""
+    """The reason given for a cancel during an attempt is stored unchanged, whatever the outcome."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     (begun,) = begin(world.engine, settings, claim(world.engine, settings).leases).begun
@@ -120,7 +123,7 @@ def test_cancel_while_in_flight(world: World, settings: Settings, words: str | N
 
 @pytest.mark.parametrize(("words", "reason"), ASKED)
 def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, words: str | None, reason: str) -> None:
-    """Words of a cancel during an attempt are stored as given, even if its worker is lost."""
+    """The reason given for a cancel during an attempt is stored unchanged, even if the worker is lost."""
     chat_id = world.chat()
     follow_up = world.follow_up(chat_id)
     begin(world.engine, settings, claim(world.engine, settings).leases)
@@ -131,13 +134,13 @@ def test_cancel_before_the_worker_is_lost(world: World, settings: Settings, word
 
 
 def test_rejected(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """A refusal of the next attempt does not hide it."""
+    """If the next attempt is rejected, the reason still mentions the unknown outcome."""
     attempted(world, settings, Rejected("HTTP 403", 403), doubtful[0])
     assert world.row(doubtful[0]).reason == f"rejected: HTTP 403; {SAID}"
 
 
 def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """So does an end without another attempt."""
+    """If the follow-up ends without another attempt, the reason still mentions the unknown outcome."""
     follow_up, _ = doubtful
     world.sql(
         "UPDATE follow_ups SET due_date = now() - interval '2 d', scheduled_at = now() - interval '2 d',"
@@ -148,7 +151,7 @@ def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tu
 
 
 def test_last_attempt(world: World, settings: Settings) -> None:
-    """If the last attempt itself has the unknown outcome, the reason says so once."""
+    """If the last attempt's outcome is unknown, the reason mentions this only once."""
     follow_up = world.follow_up()
     last = settings.model_copy(update={"max_attempts": 1})
     attempted(world, last, Unknown("no answer within 1 s"), follow_up)
@@ -158,14 +161,14 @@ def test_last_attempt(world: World, settings: Settings) -> None:
 
 
 def test_sent_in_the_end(world: World, settings: Settings, doubtful: tuple[UUID, UUID]) -> None:
-    """A follow-up that is finally sent needs no reason."""
+    """A follow-up that is finally sent has no reason."""
     attempted(world, settings, Sent(None), doubtful[0])
     row = world.row(doubtful[0])
     assert (row.status, row.reason) == ("sent", None)
 
 
 def test_failure_that_is_known(world: World, settings: Settings) -> None:
-    """An attempt that is known to have failed leaves nothing to be said."""
+    """If the attempt is known to have failed, the reason mentions no unknown outcome."""
     follow_up = world.follow_up()
     attempted(world, settings, Retry("HTTP 500", None, 500), follow_up)
     attempted(world, settings, Rejected("HTTP 403", 403), follow_up)

@@ -1,4 +1,4 @@
-"""Unreadable and unwritable rows made by other programs: the other rows continue without them."""
+"""Unreadable and unwritable rows created by other programs: other rows are processed without them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ SECOND = timedelta(seconds=1)
 def test_what_has_begun_is_kept(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The begun ones of a batch are returned even if the one that is refused cannot be deferred either."""
+    """The begun attempts of a batch are returned even if the rejected row cannot be deferred either."""
     world.follow_up(attempts=2**31 - 1)
     others = {type(world)(engine).follow_up() for _ in range(9)}
 
@@ -62,7 +62,7 @@ def test_what_has_begun_is_kept(
 
 
 def unchecked(world: World, table: str) -> None:
-    """Drop the constraint on readable times, as if the table's rows were older than it."""
+    """Drop the constraint on readable times, as if the table's rows were older than the constraint."""
     world.sql(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
@@ -73,7 +73,7 @@ def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
 
 
 def hours_of_24(world: World) -> None:
-    """Give the workspace sending hours that Python cannot read and that are closed now."""
+    """Give the workspace sending hours that Python cannot read and that exclude the current time."""
     unchecked(world, "sending_hours")
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -83,7 +83,7 @@ def hours_of_24(world: World) -> None:
 
 
 def endless_window(world: World) -> None:
-    """Set the last user message of every chat to the end of time, outside sending hours."""
+    """Set every chat's last user message to infinity, outside sending hours."""
     unchecked(world, "chats")
     world.sql(
         "UPDATE chats SET channel = 'whatsapp', last_user_message_at = 'infinity' WHERE workspace_id = :id",
@@ -97,12 +97,12 @@ def endless_window(world: World) -> None:
 
 
 def as_many_attempts_as_there_can_be(world: World) -> None:
-    """Set the attempts to the greatest number that can be counted."""
+    """Set the number of attempts to the largest value that its column can store."""
     world.sql("UPDATE follow_ups SET attempts = 2147483647 WHERE workspace_id = :id", id=world.workspace_id)
 
 
 def refused_by_a_trigger(world: World) -> None:
-    """Create a trigger, as another program might, that refuses the begin of an attempt."""
+    """Create a trigger, as another program might, that rejects the begin of an attempt."""
     world.sql(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
@@ -115,7 +115,10 @@ def refused_by_a_trigger(world: World) -> None:
 def test_one_that_cannot_begin(
     world: World, engine: Engine, settings: Settings, spoil: Callable[[World], None]
 ) -> None:
-    """A follow-up that cannot begin stays pending, is logged and deferred for a minute; others begin."""
+    """A follow-up that cannot begin stays pending, is logged and is deferred for a minute.
+
+    Other follow-ups begin.
+    """
     others = type(world)(engine)
     bad, good = world.follow_up(), {others.follow_up() for _ in range(9)}
     spoil(world)
@@ -132,7 +135,7 @@ def test_one_that_cannot_begin(
 
 
 def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings: Settings) -> None:
-    """A row that cannot be written at all returns when its lease has expired; the others begin."""
+    """A follow-up whose row cannot be written returns when its lease has expired; other follow-ups begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
@@ -143,12 +146,12 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
 
 
 def unwritable(world: World, follow_up_id: UUID) -> None:
-    """Add a constraint that the row breaks at every write."""
+    """Add a constraint that rejects every write of the row."""
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{follow_up_id}') NOT VALID")
 
 
 def lost_twice(world: World, chat: UUID | None = None) -> UUID:
-    """Insert a follow-up in flight whose lease has run out for the third time."""
+    """Insert a follow-up in flight whose lease has expired for the third time."""
     return world.follow_up(
         chat,
         -2 * SECOND,
@@ -168,19 +171,19 @@ def blocked_for_nothing(world: World) -> UUID:
 
 
 def paused_by_nothing(world: World) -> UUID:
-    """Insert a follow-up held by a pause that is no longer in force."""
+    """Insert a follow-up held by a pause that has ended."""
     return world.follow_up(due=-SECOND, pause_id=uuid4(), next_attempt_at=text("timestamptz '9998-12-31'"))
 
 
 def behind_a_third_loss(world: World) -> UUID:
-    """Insert a follow-up that waits for one whose third lease is lost."""
+    """Insert a follow-up that waits for one with a third lost lease."""
     chat = world.chat()
     return world.follow_up(chat, -SECOND, waits_for=lost_twice(world, chat))
 
 
 @contextmanager
 def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUID]]]:
-    """Run a dispatcher; yield a function that requests a tick and returns everything claimed so far."""
+    """Run a dispatcher and yield a function that requests a tick and returns all leases claimed so far."""
     hints: list[Hint] = []
     dispatcher = Dispatcher(settings, engine, hints.append)
     dispatcher.start()
@@ -199,7 +202,10 @@ def ticking(settings: Settings, engine: Engine) -> Iterator[Callable[[], set[UUI
 def test_one_that_cannot_be_released(
     world: World, engine: Engine, settings: Settings, insert: Callable[[World], UUID]
 ) -> None:
-    """A blocked or paused follow-up that cannot be released is logged; others like it are released and claimed."""
+    """A blocked or paused follow-up that cannot be released is logged.
+
+    Other blocked or paused follow-ups are released and claimed.
+    """
     others = type(world)(engine)
     bad = insert(world)
     good = {insert(others) for _ in range(3)} | {others.follow_up(due=-SECOND)}
@@ -221,7 +227,7 @@ def test_more_than_one_search_finds(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Blocked or paused follow-ups that cannot be released do not hide others, however many they are."""
+    """Any number of blocked or paused follow-ups that cannot be released do not hide others."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)
@@ -234,7 +240,7 @@ def test_more_than_one_search_finds(
 
 
 def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
-    """If hints cannot be published, the leases of the others are released, and claimed again at once."""
+    """If hints cannot be published, the other follow-ups' leases are released and claimed again immediately."""
     bad, good = world.follow_up(due=-SECOND), world.follow_up()
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
     world.sql("UPDATE follow_ups SET lease_until = now() - interval '1 s'")
@@ -254,7 +260,7 @@ def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settin
 
 
 def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
-    """A bulk cancellation cancels the others."""
+    """A bulk cancellation skips a row that cannot be written and cancels the others."""
     bad, good = world.follow_up(), {world.follow_up() for _ in range(5)}
     unwritable(world, bad)
     with engine.begin() as connection:
@@ -269,7 +275,10 @@ def test_one_that_cannot_be_cancelled(world: World, engine: Engine) -> None:
 def test_one_that_stays_deferred(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, scope: str
 ) -> None:
-    """When a limit is removed or a workspace has recovered, the other deferred follow-ups fall due."""
+    """When a limit is removed or a workspace recovers, an unwritable row stays deferred.
+
+    The other deferred follow-ups become due.
+    """
     monkeypatch.setattr(rate_limits, "BATCH", 2)
     ids = world.burst([-SECOND] * 9)
     leases = claim(engine, settings).leases
@@ -287,7 +296,10 @@ def test_one_that_stays_deferred(
 
 
 def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up with three lost leases whose end cannot be written is never sent again; others are claimed."""
+    """A follow-up with three lost leases is never sent again, even if its end cannot be written.
+
+    Other follow-ups are claimed.
+    """
     others = type(world)(engine)
     bad, good = lost_twice(world), {others.follow_up() for _ in range(3)}
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR status = 'pending') NOT VALID")
@@ -298,7 +310,7 @@ def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -
 
 
 def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Settings) -> None:
-    """Rows that cannot be written stop no claim, even if there are more of them than the window."""
+    """Rows that cannot be written stop no claim, even if they outnumber the window."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")
@@ -309,7 +321,7 @@ def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Setti
 
 
 def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> None:
-    """A fair claim passes over a row that cannot be written, even if an ordered claim would not take it."""
+    """A fair claim skips an unwritable row, even if an ordered claim would not have taken the row."""
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 25)
     with ticking(settings.model_copy(update={"max_in_flight": 10, "lease": timedelta(minutes=5)}), engine) as claimed:
@@ -322,7 +334,10 @@ def test_beside_a_backlog(world: World, engine: Engine, settings: Settings) -> N
 
 
 def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, settings: Settings) -> None:
-    """An accepted follow-up is settled even if the next one of its chat cannot be unblocked; others are unblocked."""
+    """An accepted follow-up is settled even if the next one of its chat cannot be unblocked.
+
+    Other follow-ups are unblocked.
+    """
     pairs = []
     for _ in range(4):
         chat = world.chat()
@@ -337,7 +352,7 @@ def test_the_next_of_a_chat_cannot_be_written(world: World, engine: Engine, sett
 
 
 def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up that begin ends has ended, even if the next one of its chat cannot be unblocked."""
+    """A follow-up ended by begin stays ended, even if the next one of its chat cannot be unblocked."""
     chat = world.chat(removed_at=text("now()"))
     first = world.follow_up(chat, -2 * SECOND)
     unwritable(world, world.follow_up(chat, -SECOND, waits_for=first))
@@ -345,7 +360,7 @@ def test_the_next_of_a_chat_whose_first_ends(world: World, engine: Engine, setti
 
 
 def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up waits for the earlier one of its chat, even if one behind it cannot be written."""
+    """A follow-up waits for the earlier one of its chat, even if a later one cannot be written."""
     chat = world.chat()
     first = world.follow_up(chat, -3 * SECOND, next_attempt_at=text("now() + interval '1 h'"))
     second = world.follow_up(chat, -2 * SECOND)
@@ -355,7 +370,7 @@ def test_one_far_behind_in_the_chat(world: World, engine: Engine, settings: Sett
 
 
 def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
-    """A reply is recorded, and cancels the chat's follow-ups apart from one that cannot be written."""
+    """A reply is recorded and cancels the chat's follow-ups, except one that cannot be written."""
     chat = world.chat()
     good = world.follow_up(chat, -SECOND)
     unwritable(world, world.follow_up(chat, timedelta(hours=1)))
@@ -368,7 +383,7 @@ def test_a_reply(world: World, engine: Engine, settings: Settings) -> None:
 
 
 def test_a_cancel(world: World, engine: Engine) -> None:
-    """A follow-up is cancelled, even if the next one of its chat cannot be unblocked."""
+    """A follow-up is cancelled even if the next one of its chat cannot be unblocked."""
     chat = world.chat()
     first = world.follow_up(chat)
     unwritable(world, world.follow_up(chat, waits_for=first))
@@ -379,7 +394,7 @@ def test_a_cancel(world: World, engine: Engine) -> None:
 
 @pytest.mark.parametrize("window", [100, 6])
 def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Settings, window: int) -> None:
-    """Ordered and fair claims skip a row that cannot be written; it stays pending and is logged."""
+    """Ordered and fair claims skip a row that cannot be written; the row stays pending and is logged."""
     others = type(world)(engine)
     bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
     more = {world.follow_up() for _ in range(9)} if window < 10 else set()
@@ -407,14 +422,14 @@ def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Sett
 def test_a_time_before_all_times(
     world: World, engine: Engine, settings: Settings, moment: str, take: Callable[..., Claim]
 ) -> None:
-    """A next attempt before Python's calendar counts as due: it begins, and stops no claim."""
+    """A next attempt dated before Python's calendar counts as due: it begins and stops no claim."""
     unchecked(world, "follow_ups")
     ids = {world.follow_up(next_attempt_at=text(f"timestamptz '{moment}'")), world.follow_up()}
     assert begun(begin(engine, settings, take(engine, settings).leases)) == ids
 
 
 def test_the_next_of_a_chat_at_a_time_before_all_times(world: World, engine: Engine, settings: Settings) -> None:
-    """A chat's next follow-up with such a time is sent at once when the earlier one is settled."""
+    """A chat's next follow-up dated before Python's calendar is sent once the earlier one is settled."""
     unchecked(world, "follow_ups")
     chat = world.chat()
     world.follow_up(chat, -2 * SECOND)
@@ -433,11 +448,11 @@ def test_begun_by_hand(world: World, engine: Engine, settings: Settings) -> None
 
 
 class TestRecords:
-    """Failed attempts whose ids are already used, as after logical replication."""
+    """Records of failed attempts whose ids are already in use, as after logical replication."""
 
     @pytest.fixture(autouse=True)
     def _behind(self, world: World) -> None:
-        """Reset the sequence to ids that are already used."""
+        """Reset the sequence to ids that are already in use."""
         one = world.follow_up(due=timedelta(days=1))
         for number in range(9):
             world.sql(
