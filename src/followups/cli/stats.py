@@ -20,6 +20,7 @@ from followups.cli import connection
 from followups.cli.catalogue import examples
 from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import process_checks
+from followups.operations.explain import STALE_TICK
 from followups.operations.statistics import measure, measure_by_second
 from followups.operations.wording import readable, rfc3339, span
 from followups.store import counts as store
@@ -37,7 +38,6 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MILLISECOND = timedelta(milliseconds=1)
 BARS = " ▁▂▃▄▅▆▇█"
-STALE_TICK = timedelta(seconds=30)
 ASK_WORKERS = 5.0
 """Seconds between two surveys of the workers: each of them has to answer."""
 

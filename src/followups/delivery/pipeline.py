@@ -150,12 +150,12 @@ class Pipeline:
                     for begun in await self._begin(leases):
                         self._spawn(self._send(begun, started))
                 await deferral
-                await self._give_back()
+                await self._release_unbegun()
                 await self._finish_calls()
                 await settler
                 upkeep.cancel()
                 breaker.cancel()
-        await self._give_back()  # what settle unblocked
+        await self._release_unbegun()  # what settle unblocked
         await self._stop()
 
     async def _take(self) -> list[Lease]:
@@ -185,7 +185,7 @@ class Pipeline:
             self._queue.defer_refused(lease)
         for lease, wait in step.deferred:
             self._queue.defer(lease, wait)
-        self._go_on(step)
+        self._enqueue_unblocked(step)
         return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
@@ -211,12 +211,12 @@ class Pipeline:
     def _settled(self, step: BatchResult, attempts: Sequence[Attempt]) -> None:
         self._slots.restore_quota(attempt.begun.lease.id for attempt in attempts)
         self._queue.changed.set()
-        self._go_on(step)
+        self._enqueue_unblocked(step)
         horizon = self._clock.now() + self._settings.tick_interval
         if any(one.next_attempt_at and one.next_attempt_at < horizon for one in step.settled):
             self._nudge()
 
-    def _go_on(self, step: BatchResult) -> None:
+    def _enqueue_unblocked(self, step: BatchResult) -> None:
         """Enqueue the follow-ups that the ends of others have unblocked, now or once they are no longer locked."""
         self._enqueue(step.unblocked)
         if step.blocking:
@@ -274,7 +274,7 @@ class Pipeline:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         self._settler.close()
 
-    async def _give_back(self) -> None:
+    async def _release_unbegun(self) -> None:
         """Release the leases of the follow-ups that have not begun."""
         leases = self._queue.clear() + self._deferral.clear()
         if leases:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from followups.operations.explain import STALE_TICK
 from followups.store import last_tick, numbers, pauses
 
 if TYPE_CHECKING:
@@ -17,9 +18,6 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
     from followups.store.numbers import Numbers
     from followups.store.pauses import ActivePause
-
-STALE_TICK = timedelta(seconds=30)
-"""Age from which the last tick counts as missing."""
 
 LATE = timedelta(minutes=1)
 """Age from which an overdue follow-up is worth a warning."""
