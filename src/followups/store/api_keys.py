@@ -1,7 +1,8 @@
-"""API keys. The key itself leaves this process once, when it is created; the database holds its SHA-256.
+"""API keys. A key is shown once, when it is created; the database stores its SHA-256 hash.
 
-A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed. A key ends with a
-checksum, so that a mistyped key is refused without a look-up. Keys made before there was one have none, and stay valid.
+Passwords need a slow hash, but API keys do not: their 256 random bits cannot be guessed. A key ends with a checksum, so
+that a mistyped key is rejected without a database query. Keys created before checksums were introduced have none, and
+remain valid.
 """
 
 from __future__ import annotations
@@ -33,26 +34,28 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 PREFIX = "fup_"
-"""Prefix of every key, by which people and secret scanners recognise one."""
+"""Prefix of every API key, by which people and secret scanners recognise a key."""
 
 SHOWN_LENGTH = 12
-"""Characters of a key that are stored unhashed, so that its owner can tell keys apart: 48 of its 256 bits."""
+"""Number of characters of an API key that are stored in plain text, so that its owner can tell keys apart: 48 of 256
+bits.
+"""
 
 _LENGTH = len(PREFIX) + 43  # 32 bytes in URL-safe base 64, without padding
 _CHECKSUM_LENGTH = 6
 
 LONGEST_LIFE = timedelta(days=36_500)
-"""The longest time after which a key may expire."""
+"""The longest lifetime of an API key."""
 
 
 def create(
     session: Session, workspace_id: UUID, name: str = "", expires: timedelta | None = None
 ) -> tuple[ApiKey, str]:
-    """Create a key for the workspace; return its row and the key, which is never shown again.
+    """Create an API key for the workspace; return its row and the key, which is never shown again.
 
-    With ``expires`` the key is refused from that time on. Raises `InvalidRequestError` for a name that is too long or
-    not storable, and for a time that is not positive or longer than a hundred years; `WorkspaceNotFoundError`, also for
-    a workspace that is being deleted.
+    With ``expires`` the key is rejected from that time on. Raises `InvalidRequestError` if the name is too long or
+    cannot be stored, or if the lifetime is not positive or exceeds a hundred years. Raises `WorkspaceNotFoundError` if
+    there is no such workspace or it is being deleted.
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:
@@ -70,18 +73,18 @@ def create(
     )
     session.add(row)
     session.flush()
-    session.refresh(row)  # the database computes when it expires
+    session.refresh(row)  # the database computes the expiry
     return row, key
 
 
 def everything(session: Session) -> Sequence[tuple[ApiKey, str]]:
-    """Return all keys with the names of their workspaces, oldest first."""
+    """Return all API keys with the names of their workspaces, oldest first."""
     query = select(ApiKey, Workspace.name).join(Workspace, Workspace.id == ApiKey.workspace_id)
     return [(row[0], row[1]) for row in session.execute(query.order_by(ApiKey.created_at, ApiKey.id))]
 
 
 def revoke(session: Session, key_id: UUID) -> ApiKey:
-    """Refuse the key from the commit on; repeating it changes nothing. Raises `ApiKeyNotFoundError`."""
+    """Revoke the API key; revoking it again changes nothing. Raises `ApiKeyNotFoundError`."""
     statement = (
         update(ApiKey)
         .where(ApiKey.id == key_id)
@@ -96,7 +99,7 @@ def revoke(session: Session, key_id: UUID) -> ApiKey:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A key and its owner, neither of which changes."""
+    """An API key and its owner, neither of which ever changes."""
 
     key_id: UUID
     workspace_id: UUID
@@ -108,10 +111,10 @@ _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE k
 
 @Rule
 def authenticate(key: str) -> Steps[Identity | None]:
-    """Return the owner of a key, or None if the key is malformed, unknown, expired or revoked.
+    """Return the owner of an API key, or None if the key is malformed, unknown, expired or revoked.
 
-    The look-up is by hash, so its duration tells an attacker nothing about the key; the comparison afterwards takes the
-    same time wherever two hashes differ.
+    The key is looked up by its hash, so the duration of the query reveals nothing about the key. The hashes are then
+    compared in constant time.
     """
     hashed = hash_of(key)
     if hashed is None:
@@ -122,12 +125,12 @@ def authenticate(key: str) -> Steps[Identity | None]:
     return Identity(rows[0].id, rows[0].workspace_id)
 
 
-@lru_cache(maxsize=256)  # more than there are first statements of a request
+@lru_cache(maxsize=256)  # more than the number of statements that a request can begin with
 def with_key(select: str) -> str:
-    """Return a SELECT of the driver together with the look-up of the API key ``this_key``, by its id.
+    """Return the given SELECT, combined with the look-up of the API key whose id is ``this_key``.
 
-    No row means that the key is not valid. Otherwise there is at least one; ``is_row`` is null if the SELECT itself
-    returns none. ``key_now`` is the start of the transaction.
+    If no row is returned, the key is not valid. A valid key yields at least one row; ``is_row`` is null if the SELECT
+    itself returns none. ``key_now`` is the start of the transaction.
     """
     return f"""
         SELECT k.id AS key_id, now() AS key_now, this.*
@@ -137,7 +140,7 @@ def with_key(select: str) -> str:
     """  # noqa: S608 - no input, only statements of ours
 
 
-# Skipped if another process is recording the same.
+# This update is skipped if another process is recording the same use.
 _RECORD_USE = Statement("""
     UPDATE api_keys SET last_used_at = now()
      WHERE id = (SELECT id FROM api_keys
@@ -149,12 +152,15 @@ _RECORD_USE = Statement("""
 
 @Rule
 def record_use(key_id: UUID) -> Steps[bool]:
-    """Record that the key is in use, at most once a minute and without waiting; return whether this call did."""
+    """Record that the API key is in use, without waiting for locks; return whether this call recorded it.
+
+    At most one use a minute is recorded.
+    """
     return bool((yield _RECORD_USE(id=key_id)))
 
 
 def hash_of(key: str) -> bytes | None:
-    """Return the stored hash of a key, or None if the key is malformed or mistyped.
+    """Return the stored hash of an API key, or None if the key is malformed or mistyped.
 
     >>> hash_of("fup_" + "A" * 43 + "wrong!") is None
     True
@@ -170,5 +176,5 @@ def hash_of(key: str) -> bytes | None:
 
 
 def _checksum(key: str) -> str:
-    """Return the checksum of a key's first part: its CRC-32 in URL-safe base 64."""
+    """Return the checksum of the first part of an API key: its CRC-32 in URL-safe base 64."""
     return urlsafe_b64encode(crc32(key.encode()).to_bytes(4)).decode().rstrip("=")

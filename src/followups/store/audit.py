@@ -1,6 +1,7 @@
-"""Audit events: who did what by hand or in bulk. Each is recorded in the transaction of the change itself.
+"""Audit events: manual changes and bulk commands with their authors.
 
-No event holds a text: neither a message nor a reason in a caller's own words.
+Each event is recorded in the transaction of the change itself. No event contains the text of a message, or a reason in
+a caller's own words.
 """
 
 from __future__ import annotations
@@ -41,9 +42,10 @@ class Way(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Actor:
-    """The author of a change: an API key or console session by its id, or an operating-system user by name.
+    """The author of a change: an API key, a console session or an operating-system user.
 
-    An API key's name may be omitted; the statement looks it up.
+    API keys and console sessions are identified by id, operating-system users by name. The name of an API key may be
+    omitted: the INSERT looks it up.
     """
 
     way: Way
@@ -52,22 +54,22 @@ class Actor:
 
 
 SERVICE = Actor(Way.SERVICE, name="followups")
-"""The service itself, for events that happen by the clock."""
+"""The service itself, as the author of events that no person triggers, such as the expiry of an API key."""
 
 
 @lru_cache
 def user_of_process(way: Way) -> Actor:
-    """Return the operating-system user of this process as an actor."""
+    """Return the operating-system user of this process as the author of a change."""
     uid = os.getuid()
     try:
         name = pwd.getpwuid(uid).pw_name
-    except KeyError:  # a container may run under any uid
+    except KeyError:  # a container may run under a uid that has no user name
         name = f"uid {uid}"
     return Actor(way, name=name)
 
 
 class Action(StrEnum):
-    """What was done. An action on one thing is named in the singular, a command for many in the plural."""
+    """The recorded action: singular names for an action on one object, plural names for a bulk command."""
 
     FOLLOW_UP_CREATED = "follow_up.created"
     FOLLOW_UP_CHANGED = "follow_up.changed"
@@ -97,9 +99,9 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One change by hand, or one bulk command.
+    """An audit event: one manual change, or one bulk command.
 
-    The batches of a bulk command record the same event, each with its own ``number``: the row adds them up.
+    Each batch of a bulk command records the same event with its own ``number``; the event's row adds up these numbers.
     """
 
     actor: Actor
@@ -112,7 +114,7 @@ class Event:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The parameters of its statement."""
+        """The parameters of the INSERT."""
         return {
             "id": self.id,
             "way": self.actor.way.value,
@@ -139,17 +141,17 @@ _RECORD = Statement("""
 
 @Rule
 def record(event: Event) -> Steps[None]:
-    """Record the event in the connection's transaction, or add its number to the row that it has already."""
+    """Record the audit event in the connection's transaction, or add its number to the existing row."""
     yield _RECORD(**event.parameters)
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which events to return; a field that is None or empty does not restrict them."""
+    """The audit events to return; a field that is None or empty does not restrict them."""
 
     workspace_id: UUID | None = None
     workspace: str | None = None
-    """The workspace's name, which deleted ones had too."""
+    """The workspace's name, by which the events of deleted workspaces can still be found."""
     since: datetime | None = None
     actions: Sequence[Action] = ()
     target_id: UUID | None = None
@@ -158,7 +160,10 @@ class AuditFilter:
 def newest(
     session: Session, wanted: AuditFilter, limit: int, before: tuple[datetime, UUID] | None = None
 ) -> Sequence[AuditEvent]:
-    """Return the newest events, or the newest ones older than ``before``: the time and id of an event."""
+    """Return the newest audit events, newest first.
+
+    ``before`` is the time and id of an event: only events older than that event are returned.
+    """
     query = select(AuditEvent).order_by(AuditEvent.at.desc(), AuditEvent.id.desc()).limit(limit)
     if wanted.workspace_id:
         query = query.where(AuditEvent.workspace_id == wanted.workspace_id)
@@ -184,11 +189,11 @@ _DELETE_OLD = text("""
 
 
 def delete_old(connection: Connection, before: datetime, most: int) -> int:
-    """Delete the oldest events from ``before`` that time, up to ``most``; return how many."""
+    """Delete up to ``most`` of the oldest audit events from before the time ``before``; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": most}).rowcount
 
 
-# The event of an expiry has the id of its key, so that it is recorded once.
+# The audit event of an expiry has the id of the API key, so that each expiry is recorded only once.
 _EXPIRED = text("""
     INSERT INTO audit_events (id, at, way, actor, workspace_id, workspace, action, target_id, details)
     SELECT k.id, k.expires_at, :way, :actor, k.workspace_id, w.name, :action, k.id,
@@ -201,6 +206,6 @@ _EXPIRED = text("""
 
 
 def record_expired_keys(connection: Connection, since: datetime) -> int:
-    """Record which API keys have expired since then, each once; return how many are new."""
+    """Record each API key that has expired since the given time, once; return how many were newly recorded."""
     parameters = {"way": SERVICE.way.value, "actor": SERVICE.name, "action": Action.API_KEY_EXPIRED.value}
     return connection.execute(_EXPIRED, parameters | {"since": since}).rowcount

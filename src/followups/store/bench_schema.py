@@ -1,4 +1,4 @@
-"""A schema of the benchmark's own in the configured database, and rows to send."""
+"""A separate schema for the benchmark in the configured database, and the follow-ups that it sends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 PREFIX = "followups_bench_"
-"""Prefix of the names of such schemas."""
+"""Prefix of the names of benchmark schemas."""
 
 _LEFT = text("SELECT nspname FROM pg_namespace WHERE starts_with(nspname, :prefix)")
 _LOCK = text("SELECT pg_try_advisory_lock(hashtext(:name))")
@@ -22,7 +22,7 @@ _UNLOCK = text("SELECT pg_advisory_unlock(hashtext(:name))")
 
 
 def create_schema(connection: Connection, name: str) -> None:
-    """Create a schema, reserved while the connection lives. Removes those of killed runs."""
+    """Create a schema, reserved while the connection is open, and drop the schemas of killed benchmarks."""
     for left in connection.scalars(_LEFT, {"prefix": PREFIX}).all():
         if connection.scalar(_LOCK, {"name": left}):
             drop_schema(connection, left)
@@ -64,24 +64,27 @@ _RELEASE = text(
 
 
 def fill(connection: Connection, workspace_id: UUID, count: int, ahead: object, span: object) -> list[UUID]:
-    """Insert follow-ups, each in its own chat, due within ``span`` from ``ahead`` of now on; return their ids."""
+    """Insert follow-ups, each in a separate chat; return their ids.
+
+    Their due dates are spread over ``span``, beginning ``ahead`` of the current time.
+    """
     parameters = {"workspace_id": workspace_id, "count": count, "ahead": ahead, "span": span}
     return list(connection.scalars(_FILL, parameters))
 
 
 def release(connection: Connection, ids: Sequence[UUID]) -> None:
-    """Make them due now."""
+    """Make these follow-ups due now."""
     connection.execute(_RELEASE, {"ids": list(ids)})
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The result for follow-ups: times in seconds, lags in milliseconds; lags are None while nothing was sent."""
+    """The result of a benchmark: times in seconds, lags in milliseconds; lags are None if nothing was sent."""
 
     sent: int
     pending: int
     seconds: float | None
-    """From the first due time to the last acceptance."""
+    """Time from the first due date to the last acceptance, in seconds."""
     early: int
     p50: float | None
     p95: float | None
@@ -103,5 +106,5 @@ _OUTCOME = text("""
 
 
 def outcome(connection: Connection, ids: Sequence[UUID]) -> Outcome:
-    """Return the result so far."""
+    """Return the benchmark's result so far."""
     return Outcome(*connection.execute(_OUTCOME, {"ids": list(ids)}).one())

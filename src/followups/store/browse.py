@@ -1,8 +1,8 @@
-"""Pages of follow-ups for the console: newest first, from one place to the next, with the data that explain each row.
+"""Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
 
-As in `followups.store.listing`, the first rows are taken for each workspace and each value of one column, each from an
-index in its order, and these few are merged. Conditions that no index covers are checked row by row, so the caller
-limits the time.
+As in `followups.store.listing`, an index is read in its order for each workspace and for each value of one column, and
+the first few rows of each are merged. Conditions that no index covers are checked row by row, so the caller sets a time
+limit.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 CHATS = 50
-"""Most chats of one external id that are searched."""
+"""The most chats with the same external id that are searched."""
 
 
 @dataclass(frozen=True, slots=True)
 class BrowseFilter:
-    """Which follow-ups; None or empty restricts nothing."""
+    """The filter of the console's list of follow-ups; a field that is None or empty restricts nothing."""
 
     workspace_id: UUID | None = None
     statuses: tuple[Status, ...] = ()
@@ -43,16 +43,16 @@ class BrowseFilter:
     chat_id: UUID | None = None
     ids: tuple[UUID, ...] = ()
     until: datetime | None = None
-    """Created until then."""
+    """The latest creation time."""
 
     def document(self) -> dict[str, Any]:
-        """Return it as JSON has it."""
+        """Return the filter as a dictionary that can be stored as JSON."""
         given = {name: getattr(self, name) for name in self.__slots__}
         return {name: _plain(value) for name, value in given.items() if value not in {None, ()}}
 
     @classmethod
     def of(cls, document: dict[str, Any]) -> Self:
-        """Return what `document` has made JSON of."""
+        """Return the filter that `document` has turned into a dictionary."""
         known = dict(document)
         for name in ("workspace_id", "any_id", "chat_id"):
             if name in known:
@@ -67,7 +67,7 @@ class BrowseFilter:
         return cls(**known)
 
     def narrowed(self, workspace_id: UUID | None, chat_id: UUID | None) -> BrowseFilter:
-        """Return this filter within what a session sees."""
+        """Return this filter, restricted to the follow-ups that a session may see."""
         return replace(
             self,
             workspace_id=workspace_id or self.workspace_id,
@@ -87,7 +87,7 @@ def _plain(value: object) -> object:
 
 
 class BrowseCursor(NamedTuple):
-    """A row's place in the order: newest first, ties by id."""
+    """The position of a follow-up in the order of the list: newest first, ties by id."""
 
     created_at: datetime
     id: UUID
@@ -105,18 +105,18 @@ class Row:
 
     @property
     def place(self) -> BrowseCursor:
-        """Its place in the order."""
+        """The follow-up's position in the order of the list."""
         return BrowseCursor(self.follow_up.created_at, self.follow_up.id)
 
 
 EXCERPT = 80
-"""Characters of the message that a list shows to the people of its workspace."""
+"""Number of characters of the message that a list shows to members of its workspace."""
 
 _COLUMNS = tuple(column for column in FollowUp.__table__.columns if column.name != "message")
 
 
 def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
-    """Return the conditions that an index can answer, one for each way."""
+    """Return the conditions that an index covers, one for each index scan."""
     if wanted.ids:
         return ("f.id = ANY(CAST(:ids AS uuid[]))",)
     if wanted.any_id:
@@ -166,11 +166,12 @@ def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool, later: bool) -> str:
-    """Return the SQL of ids in their order, with at most ``:most`` for each branch."""
+    """Return the SQL that selects the matching ids in order, with at most ``:most`` for each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
     place = " AND f.created_at <= :at AND (f.created_at < :at OR f.id > :after)" if later else ""
     narrowed = "".join(f" AND {condition}" for condition in conditions) + place
-    # Several ids of one follow-up may be the same; states differ, so their rows need no comparison.
+    # Several ids of one follow-up may match the search, so duplicates are removed. Branches by state cannot overlap, so
+    # UNION ALL is enough.
     union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
     ways = union.join(
         f"""(SELECT f.id, f.created_at FROM follow_ups f
@@ -187,7 +188,7 @@ def _sql(wanted: BrowseFilter, after: BrowseCursor | None) -> str:
 
 
 def page_statement(wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement of a page's rows, one more than ``size``, and its parameters."""
+    """Return the statement that selects a page, and its parameters; it selects one row more than ``size``."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     statement = text(f"""
         SELECT {columns}, left(f.message, {EXCERPT}) AS excerpt, c.channel, c.external_id, v.name AS workspace
@@ -201,7 +202,7 @@ def page_statement(wanted: BrowseFilter, after: BrowseCursor | None, size: int) 
 
 
 def rows_of(found: Sequence[Any]) -> list[Row]:
-    """Return the rows that `page_statement` has found."""
+    """Return the rows that the statement of `page_statement` has selected."""
     rows = []
     for row in found:
         values = {column.name: getattr(row, column.name) for column in _COLUMNS}
@@ -210,13 +211,13 @@ def rows_of(found: Sequence[Any]) -> list[Row]:
 
 
 def count_statement(wanted: BrowseFilter, most: int) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement that counts the matching rows, up to ``most``."""
+    """Return the statement that counts the matching follow-ups, up to ``most``, and its parameters."""
     statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted, None)} LIMIT :most) AS found")  # noqa: S608 - likewise
     return statement, _parameters(wanted) | {"most": most}
 
 
 def batch(connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> list[BrowseCursor]:
-    """Return the next few matching rows, in their order."""
+    """Return the next few matching follow-ups, in the order of the list."""
     statement = text(f"{_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most")
     rows = connection.execute(statement, _parameters(wanted) | _after(after) | {"most": size})
     return [BrowseCursor(row.created_at, row.id) for row in rows]

@@ -27,29 +27,32 @@ if TYPE_CHECKING:
     from followups.store.browse import BrowseCursor
 
 LISTED = 50
-"""Actions in the history."""
+"""Number of bulk actions that the history shows."""
 
 IN_FLIGHT = "in flight"
-"""Why a follow-up is not cancelled but only kept from a retry."""
+"""The reason for a follow-up that is not cancelled because it is in flight; it is only kept from a retry."""
 
 NOT_WRITABLE = "cannot be written"
-"""Why a follow-up is passed over whose row the database refuses."""
+"""The reason for a follow-up that is skipped because the database rejects its row."""
 
 
 def create(session: Session, **columns: Any) -> bool:  # noqa: ANN401 - the row's columns
-    """Create an action; return whether it is new. One with the same id stays as it is."""
+    """Create a bulk action; return whether it is new. An existing action with the same id is not changed."""
     statement = insert(BulkAction).values(**columns).on_conflict_do_nothing().returning(BulkAction.id)
     return session.scalar(statement) is not None
 
 
 def find(session: Session, action_id: UUID, workspace_id: UUID | None) -> BulkAction | None:
-    """Return an action, of this workspace if one is given, or None."""
+    """Return a bulk action, or None if there is none with this id.
+
+    If ``workspace_id`` is given, only actions of that workspace are found.
+    """
     found = session.get(BulkAction, action_id)
     return found if found and workspace_id in {None, found.workspace_id} else None
 
 
 def newest(session: Session, workspace_id: UUID | None) -> Sequence[BulkAction]:
-    """Return the newest actions of a workspace, or of all for None."""
+    """Return the newest bulk actions of a workspace, or of all workspaces if it is None."""
     query = select(BulkAction).order_by(BulkAction.created_at.desc()).limit(LISTED)
     if workspace_id is not None:
         query = query.where(BulkAction.workspace_id == workspace_id)
@@ -60,7 +63,7 @@ _STOP = text("UPDATE bulk_actions SET stopped_at = now() WHERE id = :id AND fini
 
 
 def stop(session: Session, action_id: UUID) -> None:
-    """Have an action stop after its current batch; one that has finished stays as it is."""
+    """Stop a bulk action after its current batch; a finished action is not changed."""
     session.execute(_STOP, {"id": action_id})
 
 
@@ -74,9 +77,9 @@ _LOCK_NEXT = (
 
 
 def lock_next(session: Session, without: Collection[UUID] = ()) -> BulkAction | None:
-    """Return the oldest action that is not finished, locked until the transaction ends, or None.
+    """Return the oldest unfinished bulk action, locked until the transaction ends, or None.
 
-    Actions in ``without``, and those that another worker works on, are passed over.
+    Actions in ``without``, and actions that another worker has locked, are skipped.
     """
     return session.scalar(_LOCK_NEXT.where(BulkAction.id.not_in(without)))
 
@@ -92,7 +95,7 @@ _PROGRESS = text("""
 def record_progress(
     session: Session, action: BulkAction, done: int, passed_over: str, place: BrowseCursor | None, *, finished: bool
 ) -> None:
-    """Record how far an action has come; ``passed_over`` is JSON."""
+    """Record the progress of a bulk action; ``passed_over`` is JSON."""
     at, after = place or (action.ended_at_time, action.ended_at_id)
     values = {"id": action.id, "done": done, "passed_over": passed_over, "at": at, "after": after, "finished": finished}
     session.execute(_PROGRESS, values)
@@ -117,9 +120,9 @@ _FINISHED = text("""
 
 
 def cancel_if_not_begun(connection: Connection, ids: Sequence[UUID], final: Final) -> tuple[list[UUID], dict[str, int]]:
-    """Cancel these follow-ups; return the cancelled ones, and how many were passed over, by reason.
+    """Cancel these follow-ups; return the cancelled ones, and the number of skipped ones by reason.
 
-    One in flight is only kept from a retry. Locked rows are skipped, and so are rows that cannot be written.
+    A follow-up in flight is only kept from a retry. Rows that are locked or cannot be written are skipped.
     """
     parameters = {"status": final.status.value, "reason": final.reason}
 

@@ -1,7 +1,7 @@
 """Bulk cancellation for operators: count, preview, cancel.
 
-It works in batches, each a short transaction of whole follow-ups. A batch returns where it ended, and the next one
-starts there; so a locked row is passed over once, and not met again and again.
+Follow-ups are cancelled in batches, each in a short transaction. A batch returns the position of its last follow-up,
+where the next batch starts. So a locked row is skipped once, and not read again by every batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 BATCH = 500
-"""Follow-ups in one transaction, which takes some ten milliseconds."""
+"""Follow-ups cancelled in one transaction, which takes some ten milliseconds."""
 
 NIL = UUID(int=0)
 FIRST = datetime(1, 1, 1, tzinfo=UTC)
@@ -38,7 +38,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class CancelScope:
-    """What to cancel: everything of a workspace, or of one chat in it, created until ``until``."""
+    """The follow-ups to cancel: those of a workspace, or of one chat in it, created until ``until``."""
 
     workspace_id: UUID
     chat_id: UUID | None
@@ -46,7 +46,7 @@ class CancelScope:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id, "until": self.until}
 
 
@@ -57,7 +57,7 @@ def _where(pending: CancelScope) -> str:
 
 
 class Count(NamedTuple):
-    """How many follow-ups there are, and how many of them are being delivered now."""
+    """The number of pending follow-ups, and how many of them are in flight."""
 
     number: int
     in_flight: int
@@ -70,13 +70,13 @@ def count_pending(connection: Connection, pending: CancelScope) -> Count:
 
 
 def some_pending(connection: Connection, pending: CancelScope, most: int) -> list[UUID]:
-    """Return the first few, in the order in which they would be cancelled."""
+    """Return the first few follow-ups that would be cancelled, in that order."""
     query = f"SELECT id FROM follow_ups WHERE {_where(pending)} ORDER BY chat_id, due_date, id LIMIT :most"  # noqa: S608 - no input
     return list(connection.scalars(text(query), pending.parameters | {"most": most}))
 
 
 class CancelCursor(NamedTuple):
-    """Where a batch ended, in the order of the chats."""
+    """The position of the last follow-up of a batch, in the order of chats, due dates and ids."""
 
     chat_id: UUID = NIL
     due_date: datetime = FIRST
@@ -85,11 +85,11 @@ class CancelCursor(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The result of a batch. ``ended`` is None at the end."""
+    """The result of a batch. ``ended`` is None if no follow-up was left."""
 
     cancelled: Sequence[UUID]
     in_flight: int
-    """Not cancelled, but not retried either."""
+    """Number of follow-ups in flight, which are not cancelled but will not be retried."""
     ended: CancelCursor | None
 
 
@@ -114,9 +114,9 @@ def _cancel(*, by_code: bool) -> TextClause:
 
 
 def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Final, after: CancelCursor) -> Cancelled:
-    """Cancel the next batch. One in flight is only kept from a retry.
+    """Cancel the next batch of follow-ups; those in flight are only kept from a retry.
 
-    Locked rows are skipped, and so are rows that cannot be written.
+    Rows that are locked or cannot be written are skipped.
     """
     place = {"after_chat": after.chat_id, "after_due": after.due_date, "after_id": after.id, "most": BATCH}
     rows = connection.execute(_lock(_where(pending)), pending.parameters | place).all()
@@ -132,12 +132,12 @@ def cancel_if_not_begun(connection: Connection, pending: CancelScope, final: Fin
     return Cancelled(ended, len(written) - len(ended), max((CancelCursor(*row) for row in rows), default=None))
 
 
-# As of now, without follow-ups that are created while the batches run.
+# The batches use one start time, so that follow-ups created while the batches run are not cancelled.
 _NOW = text("SELECT now()")
 
 
 def now(connection: Connection) -> datetime:
-    """Return the database's now."""
+    """Return the current time of the database."""
     moment: datetime = connection.execute(_NOW).scalar_one()
     return moment
 
@@ -148,5 +148,5 @@ _CHATS_WORKSPACES = text("""
 
 
 def workspaces_of_chat(connection: Connection, chat_id: UUID) -> list[UUID]:
-    """Return the workspaces that have a chat with this id: a chat's key is both together."""
+    """Return the workspaces that have a chat with this id, since chat ids are unique only within a workspace."""
     return list(connection.scalars(_CHATS_WORKSPACES, {"chat_id": chat_id}))

@@ -1,8 +1,9 @@
-"""Order within a chat: a later follow-up waits for the earlier one, whose end unblocks it.
+"""Order within a chat: a later follow-up waits until the earlier one ends.
 
-A waiting follow-up names the one just before it (``waits_for``) and leaves the claim's index. Each waits for its
-immediate predecessor, so an end unblocks one, not all: a hundred thousand behind one stuck chat cost one refusal each,
-once.
+The column ``waits_for`` of a waiting follow-up holds the id of the follow-up just before it, and a waiting follow-up is
+not in the claim's index. Because each follow-up waits only for its immediate predecessor, the end of a follow-up
+unblocks one other follow-up. If a hundred thousand follow-ups are queued behind one stuck chat, each of them is refused
+only once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     Refused = Callable[[UUID, Exception], None]
 
 # The lock keeps the earlier follow-up pending until this transaction commits, so that its end comes later and unblocks
-# the parked one. If another transaction is ending it right now, it is skipped: the caller tries again shortly.
+# the parked follow-up. If another transaction is just ending the earlier follow-up, the row is skipped, and the caller
+# tries again shortly.
 _LOCK_EARLIER = text(f"""
     SELECT f.id FROM follow_ups f
      WHERE f.id = ANY(CAST(:ids AS uuid[])) AND {OPEN}
@@ -59,7 +61,7 @@ _PARK = text(f"""
 
 
 def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) -> set[UUID]:
-    """Park each leased follow-up behind the earlier one it is paired with; return those that now wait."""
+    """Park each leased follow-up behind the earlier one in its pair; return the parked ones."""
     pending = set(connection.scalars(_LOCK_EARLIER, {"ids": sorted({earlier for _, earlier in pairs})}))
     leased = [(lease, earlier) for lease, earlier in pairs if earlier in pending]
     if not leased:
@@ -73,13 +75,13 @@ def park_if_leased(connection: Connection, pairs: Sequence[tuple[Lease, UUID]]) 
 
 
 PILE = 1000
-"""Due follow-ups behind a parked one, in its chat, that are parked with it.
+"""The most due follow-ups that are parked together with a parked follow-up of the same chat.
 
-Parked one by one, thousands of them would delay every later follow-up.
+If they were parked one by one, thousands of them would delay every later follow-up.
 """
 
-# Each is locked while it becomes another's predecessor, as in `park_if_leased`. Locked rows are skipped, and those
-# behind them wait for the one before.
+# As in `park_if_leased`, each follow-up is locked while it becomes the predecessor of another. Locked rows are skipped;
+# the follow-up after a locked row waits for the one before that row.
 _PARK_PILE = text("""
     WITH chat AS MATERIALIZED (
         SELECT DISTINCT ON (workspace_id, chat_id) workspace_id, chat_id, due_date, id
@@ -105,16 +107,17 @@ _PARK_PILE = text("""
 
 
 def park_pile(connection: Connection, parked: Collection[UUID]) -> int:
-    """Park the due follow-ups behind the parked ones, each behind the one before it; return how many.
+    """Park the due follow-ups behind the parked ones, each behind its predecessor; return how many.
 
-    Their leases, if any, become invalid; begin would refuse these follow-ups anyway. Call it after `park_if_leased`, in
-    its transaction.
+    Their leases, if any, become invalid, because begin would refuse these follow-ups anyway. Call this after
+    `park_if_leased`, in the same transaction.
     """
     return connection.execute(_PARK_PILE, {"ids": list(parked), "most": PILE}).rowcount
 
 
-# A waiting follow-up is pending, by a constraint. Repeating that here would let the planner walk the index of all
-# pending follow-ups instead of the few waiting ones. Locked rows are left to `unblock_forgotten`.
+# A constraint ensures that a waiting follow-up is pending. With this condition repeated in the query, the planner could
+# scan the index of all pending follow-ups instead of the few waiting ones. Rows that are locked are later unblocked by
+# `unblock_forgotten`.
 _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
@@ -150,7 +153,7 @@ _LOCK_FORGOTTEN = text("""
        FOR NO KEY UPDATE OF f SKIP LOCKED
 """)
 BATCH = 1000
-"""Forgotten follow-ups that are unblocked in one transaction."""
+"""Overlooked follow-ups that are unblocked in one transaction."""
 
 
 _FIRST = text("""
@@ -161,16 +164,17 @@ _FIRST = text("""
 
 
 def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID | None:
-    """Return the first pending follow-up of the chat, or None."""
+    """Return the earliest pending follow-up of the chat, or None."""
     first: UUID | None = connection.scalar(_FIRST, {"workspace_id": workspace_id, "chat_id": chat_id})
     return first
 
 
 @Rule
 def unblock(ended: Collection[UUID]) -> Steps[None]:
-    """Unblock the follow-ups that waited for the ended ones. Call this after the ends, in their transaction.
+    """Unblock the follow-ups that waited for those that have ended.
 
-    A row that cannot be written stays blocked, and `unblock_forgotten` reports it.
+    Call this in the transaction that ends them, afterwards. A row that cannot be written stays blocked, and
+    `unblock_forgotten` reports it.
     """
     if ended:
         waiting = yield _LOCK_WAITING(ids=uuid_array(ended))
@@ -184,9 +188,10 @@ def _unblock(ids: Sequence[UUID], refused: Refused | None = None) -> Steps[list[
 def unblock_and_lease(
     connection: Connection, ended: Collection[UUID], lease: timedelta
 ) -> tuple[list[Lease], list[UUID]]:
-    """Unblock the follow-ups that waited for the ended ones and lease them to the caller, who sends them at once.
+    """Unblock the follow-ups that waited for the ended ones, and lease them to the caller.
 
-    Returns the leases, and the ended ones whose next one in the chat is locked by another transaction.
+    The caller sends them immediately. Returns the leases, and those ended follow-ups whose successor in the chat is
+    locked by another transaction.
     """
     if not ended:
         return [], []
@@ -209,9 +214,9 @@ def unblock_writable(
 
 
 def unblock_forgotten(connection: Connection, refused: Refused | None = None, without: Collection[UUID] = ()) -> int:
-    """Unblock up to a thousand that were locked when their predecessors ended; return how many.
+    """Unblock up to a thousand follow-ups that were locked when their predecessors ended; return how many.
 
-    ``refused`` is called for each row that cannot be written; those in ``without`` are passed over.
+    ``refused`` is called for each row that cannot be written; rows in ``without`` are skipped.
     """
     ids = connection.scalars(_LOCK_FORGOTTEN, {"without": uuid_array(without), "most": BATCH}).all()
     return len(run(connection, _unblock(ids, refused)))

@@ -1,4 +1,7 @@
-"""Chats and chat messages. The row lock on the chat separates a reply from a new follow-up."""
+"""Chats and chat messages.
+
+The row lock on the chat puts a reply and a new follow-up into a definite order.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +35,15 @@ class Role(StrEnum):
 
 
 CANCELLING = {Role.USER: ReasonCode.USER_REPLIED, Role.OPERATOR: ReasonCode.HUMAN_TAKEOVER}
-"""The roles whose messages cancel the chat's pending follow-ups, each with its reason."""
+"""The roles whose messages cancel the chat's pending follow-ups, each with the reason that is recorded."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedMessage:
-    """A chat message as recorded. ``new`` is False if it was known already; then nothing changed."""
+    """A recorded chat message.
+
+    ``new`` is False if the message had been recorded before and nothing changed.
+    """
 
     id: UUID
     chat_id: UUID
@@ -48,7 +54,7 @@ class RecordedMessage:
 
     @property
     def cancelled_follow_up_ids(self) -> tuple[UUID, ...]:
-        """The cancelled ones, by the API's name."""
+        """Ids of the cancelled follow-ups, under the name that the API uses."""
         return self.cancelled
 
 
@@ -67,7 +73,7 @@ _LOCK = Statement(
 def lock_chat(workspace_id: UUID, chat_id: UUID) -> Steps[Chat]:
     """Return the chat, locked until the transaction ends.
 
-    Raises `ChatNotFoundError`, also for a removed chat, and in a workspace that is being deleted.
+    Raises `ChatNotFoundError` if the chat does not exist or is removed, or if its workspace is being deleted.
     """
     chats: Sequence[Chat] = yield _LOCK(workspace_id=workspace_id, chat_id=chat_id)
     if not chats:
@@ -89,7 +95,7 @@ _LOCK_MANY = Statement(
 
 @Rule
 def lock_many(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, Chat]]:
-    """Lock and return those of the chats that exist and are not removed, in ascending order of their ids."""
+    """Return the chats that exist and are not removed, locked in ascending order of their ids."""
     chats: Sequence[Chat] = yield _LOCK_MANY(workspace_id=workspace_id, ids=uuid_array(chat_ids))
     return {chat.id: chat for chat in chats}
 
@@ -111,15 +117,15 @@ _LOCK_OF = Statement(
 def lock_chats_of(follow_up_id: UUID, workspace_id: UUID | None, target: UUID | None) -> Steps[dict[UUID, Chat]]:
     """Lock and return the follow-up's chat and the ``target`` chat, including removed chats.
 
-    The chats stay locked until the transaction ends. A chat that does not exist is left out. A ``workspace_id`` of None
-    gives an operator's view of all workspaces.
+    The chats stay locked until the transaction ends. A chat that does not exist is left out. With ``workspace_id``
+    None, as for operators, chats of all workspaces are found.
     """
     chats: Sequence[Chat] = yield _LOCK_OF(follow_up_id=follow_up_id, workspace_id=workspace_id, target=target)
     return {chat.id: chat for chat in chats}
 
 
-# Two transactions that take the same external id at once run one after the other; the second sees what the first has
-# committed.
+# Two concurrent transactions that reserve the same external id run one after the other. The second transaction sees
+# what the first one has committed.
 _LOCK_EXTERNAL_ID = Statement("SELECT pg_advisory_xact_lock(hashtextextended(:external_id, 0))")
 _TAKEN = Statement("""
     SELECT id FROM chats
@@ -131,8 +137,8 @@ _TAKEN = Statement("""
 def take_external_id(workspace_id: UUID, external_id: str) -> Steps[None]:
     """Reserve an external id for the workspace until the transaction ends.
 
-    By then one of the workspace's chats has the id. Raises `ExternalChatTakenError` if a chat of another workspace has
-    this external id; a removed chat has none.
+    The caller then creates or updates the chat that has this id. Raises `ExternalChatTakenError` if a chat of another
+    workspace has this external id; a removed chat has none.
     """
     yield _LOCK_EXTERNAL_ID(external_id=external_id)
     if (yield _TAKEN(external_id=external_id, workspace_id=workspace_id)):
@@ -152,7 +158,7 @@ _INSERT = Statement(
     """,
     Chat,
 )
-# A removed chat starts again without its last message.
+# When a removed chat is created again, its last message is cleared.
 _CHANGE = Statement(
     """
     UPDATE chats
@@ -170,10 +176,10 @@ _CHANGE = Statement(
 
 @Rule
 def put_chat(workspace_id: UUID, chat_id: UUID, channel: Channel, external_id: str | None) -> Steps[tuple[Chat, bool]]:
-    """Create or update the chat; return it and whether it is new. A removed one starts anew."""
+    """Create or update the chat; return it and whether it is new. A removed chat counts as new."""
     name: dict[str, Any] = {"workspace_id": workspace_id, "chat_id": chat_id}
     values = name | {"channel": channel.value, "external_id": external_id}
-    # Only under the lock is it certain whether the chat was removed, and what was written in it.
+    # Only under the lock is it certain whether the chat was removed, and which message is its last one.
     locked: Sequence[Chat] = yield _LOCK_ANY(**name)
     if not locked:
         if created := (yield _INSERT(**values, within_quota=False)):
@@ -198,7 +204,10 @@ _REMOVE = Statement("""
 
 @Rule
 def remove_chat(workspace_id: UUID, chat_id: UUID) -> Steps[list[UUID]]:
-    """Remove the chat and cancel its pending follow-ups; return the cancelled ones. Raises `ChatNotFoundError`."""
+    """Remove the chat and cancel its pending follow-ups; return the cancelled ones.
+
+    Raises `ChatNotFoundError`.
+    """
     yield from lock_chat.steps(workspace_id, chat_id)
     yield _REMOVE(workspace_id=workspace_id, chat_id=chat_id)
     return (yield from follow_ups.cancel_chat_if_not_begun.steps(workspace_id, chat_id, ReasonCode.CHAT_REMOVED))
@@ -208,7 +217,7 @@ _ENSURE = Statement(f"""
     INSERT INTO chats (workspace_id, id) SELECT :workspace_id, :chat_id WHERE {_WITHIN_QUOTA}
     ON CONFLICT (workspace_id, id) DO NOTHING
 """)
-# The chat of a message that is known already is not locked.
+# The chat is not locked if its message was recorded before.
 _KNOWN_OR_LOCK = Statement("""
     SELECT now() AS now, m.id AS known_id, m.chat_id AS known_chat_id, m.role AS known_role,
            m.created_at AS known_created_at, chat.*
@@ -245,10 +254,10 @@ _SECOND = timedelta(seconds=1)
 
 
 def counts_as(created_at: datetime) -> datetime:
-    """Return when a message counts as written: a time in whole seconds counts as the end of its second.
+    """Return the time at which a message counts as written; whole seconds count as the end of that second.
 
-    Several channels send times in whole seconds, and a reply within the second of our own message must not look older
-    than that message.
+    Several channels report times in whole seconds. A reply sent within the same second as our own message must not look
+    older than that message.
 
     >>> counts_as(datetime(2030, 1, 31, 9, 0, 0)).time().isoformat()
     '09:00:00.999999'
@@ -263,8 +272,8 @@ def receive(
     """Record a chat message; a message of a user or an operator cancels the chat's pending follow-ups.
 
     An unknown chat is created. A message that is older than the chat's last one is recorded and cancels nothing, but a
-    user's message still opens the messaging window by its own time. A message that is already known changes nothing at
-    all. Raises `ChatNotFoundError` for a removed chat.
+    user's message still opens the messaging window from its own time. A message that was recorded before changes
+    nothing. Raises `ChatNotFoundError` for a removed chat.
     """
     names: dict[str, Any] = {"workspace_id": workspace_id, "message_id": message_id, "chat_id": chat_id}
     (chat,) = yield _KNOWN_OR_LOCK(**names)
@@ -293,11 +302,11 @@ def receive(
 
 
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
-    """Return whether the message is the chat's last one, and the chat's new values, if any.
+    """Return whether the message is the chat's last one, and the new values of the chat's columns, if any.
 
-    The clock of the host that wrote the message may run ahead. A time in the future counts as now; otherwise every
-    later reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply in the same
-    second with a more exact time is later.
+    The clock of the host that wrote the message may be fast. A time in the future counts as now; otherwise every later
+    reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply within the same
+    second with a more precise time is later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

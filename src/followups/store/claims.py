@@ -1,8 +1,8 @@
-"""Claims: the statements that lease due follow-ups, in the order of due dates or shared fairly between workspaces.
+"""Claims: the statements that lease due follow-ups, by due date or shared fairly between workspaces.
 
-While all due follow-ups fit into the window (the in-flight limit), the order of due dates is fair in itself, and the
-cheapest. Behind a backlog it is not: a workspace with a hundred thousand overdue follow-ups would go first with all of
-them. So freed places then go to the workspaces that have the fewest in flight.
+While all due follow-ups fit into the window (the in-flight limit), claiming in the order of due dates is both fair and
+cheapest. Behind a backlog that order is not fair, because a workspace with a hundred thousand overdue follow-ups would
+be served before all others. In that case, free slots go to the workspaces with the fewest follow-ups in flight.
 
 Each claim is one guarded statement; it skips rows that another transaction has locked.
 """
@@ -39,25 +39,25 @@ class Lost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """What a claim leased, the earliest due first, and what it found."""
+    """The leases of a claim, earliest due first, and what the claim found."""
 
     leases: tuple[Lease, ...]
     lost: tuple[Lost, ...]
-    """The follow-ups with a lost lease, which ran out with an attempt in flight."""
+    """The follow-ups with a lost lease, which expired with an attempt in flight."""
     traced: tuple[tuple[UUID, str], ...]
-    """The follow-ups created in a trace: ids with their ``traceparent``."""
+    """The follow-ups that were created in a trace: their ids, each with its ``traceparent``."""
     more: bool
-    """Whether more may be due: this claim, or the window, was full."""
+    """Whether more follow-ups may be due, because this claim or the window was full."""
     cut_short: bool
-    """Whether another claim now would find more: this one was full, and the window was not."""
+    """Whether another immediate claim would find more, because this claim was full and the window was not."""
     low_water: datetime | None
-    """Where the next claim may start, apart from rows that come in with an earlier due date."""
+    """The due time from which the next claim may start, unless rows are added with an earlier due date."""
     ended: tuple[tuple[UUID, Final], ...] = ()
-    """Follow-ups with a lost lease that must not be tried again; they are not among the leases."""
+    """Follow-ups with a lost lease that must not be retried; they are not among the leases."""
     in_grace: bool = False
-    """Whether ended leases with an attempt in flight were left to their workers.
+    """Whether expired leases with an attempt in flight were left to their workers.
 
-    Another claim takes these leases over shortly.
+    A later claim takes over these leases shortly.
     """
     busy: bool = False
     """Whether another dispatcher was claiming, so that this claim read nothing."""
@@ -65,9 +65,9 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class ClaimSearch:
-    """The search of a claim: rows that fall due within ``ahead``, but not before ``since``.
+    """The search range of a claim: rows that fall due within ``ahead``, but not before ``since``.
 
-    It leases up to ``most`` for ``lease``, so that no more than ``window`` are in flight.
+    A claim leases up to ``most`` follow-ups for ``lease``, so that at most ``window`` are in flight.
     """
 
     ahead: timedelta
@@ -82,14 +82,14 @@ class ClaimSearch:
 
 
 LOW_WATER_MARGIN = timedelta(seconds=10)
-"""For rows created for now, or deferred briefly, whose transaction commits a little later."""
+"""Margin below the low-water mark for rows that are due now but whose transaction commits a little later."""
 
 FEW = 6
-"""Rows that a fair claim reads in each workspace, however many workspaces there are."""
+"""Rows that a fair claim reads in each workspace, whatever the number of workspaces."""
 STRIDE = 32
-"""Rows read in one step of the walk over the workspaces. A workspace's rows beyond these are skipped, and workspaces
-with fewer rows share a step. So a workspace with a single row that is not due yet costs 0.5 us (2.4 us with a stride of
-1), and one without pending rows costs nothing.
+"""Rows read in one step of the scan over all workspaces. A workspace's rows beyond these are skipped, and workspaces
+with fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with a stride of
+1), and a workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))
@@ -97,13 +97,13 @@ _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("cla
 WITHOUT_SORTING = text(
     "SELECT set_config('enable_sort', 'off', true), set_config('enable_incremental_sort', 'off', true)"
 )
-"""For a fair claim. If the planner takes the table for almost empty, it reads and sorts everything pending for each
-workspace instead of following the index that has this order. Measured right after an insert of 30,000 rows: 311 ms, and
-with a thousand other workspaces more than 10 s.
+"""Disables sorting for a fair claim. If the planner believes that the table is almost empty, it reads and sorts all
+pending rows for each workspace instead of following the index that has this order. Measured right after an insert of
+30,000 rows: 311 ms, and with a thousand other workspaces more than 10 s.
 """
 
 _NAME = " SELECT f.id FROM taken JOIN follow_ups f ON f.ctid = taken.place"
-# The same queries without the lease: the ids of the follow-ups that such a claim would take.
+# These queries are the claims without the lease: they return the ids of the follow-ups that a claim would lease.
 _CANDIDATES, _CANDIDATES_FAIRLY = (
     text(query.text.partition(", claimed AS")[0] + _NAME) for query in (_IN_ORDER, _FAIRLY)
 )
@@ -125,7 +125,7 @@ _TRY = text(f"""
 def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
     """Return the ids that a claim would lease, in its order, and lock their rows for this transaction.
 
-    ``fairly`` is for a claim by `claim_fairly`.
+    With ``fairly`` they are those of `claim_fairly`.
     """
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look)
@@ -136,9 +136,9 @@ def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> li
 
 
 def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
-    """Write to the rows as a claim does, for a caller that rolls back; return those with a lost lease.
+    """Update the rows as a claim does, in a transaction that is rolled back; return those with a lost lease.
 
-    Raises whatever error the content of a row causes.
+    Raises any error that the content of a row causes.
     """
     rows = connection.execute(_TRY, {"ids": uuid_array(ids)})
     return [
@@ -149,16 +149,19 @@ def try_to_lease(connection: Connection, ids: Sequence[UUID]) -> list[Lost]:
 
 
 def claim(connection: Connection, look: ClaimSearch) -> Claim:
-    """Lease due follow-ups, the earliest first; expired leases are taken over.
+    """Lease due follow-ups, the earliest first, and take over expired leases.
 
-    If there is ``more``, `claim_fairly` should come next.
+    If the result has ``more``, `claim_fairly` should be called next.
     """
     rows = connection.execute(_IN_ORDER, _parameters(look) | {"seen_most": look.window + look.most}).all()
     return claim_fairly(connection, look) if rows[0].unseen else _claim_of(connection, rows, look)
 
 
 def claim_fairly(connection: Connection, look: ClaimSearch) -> Claim:
-    """Lease due follow-ups, first of the workspaces with the fewest in flight, the earliest due first in each."""
+    """Lease due follow-ups, first of the workspaces with the fewest in flight.
+
+    In each workspace the earliest due are leased first.
+    """
     connection.execute(WITHOUT_SORTING)
     return _claim_of(
         connection, connection.execute(_FAIRLY, _parameters(look) | {"few": FEW, "stride": STRIDE}).all(), look
@@ -186,7 +189,7 @@ def _claim_of(connection: Connection, rows: Sequence[Any], look: ClaimSearch) ->
         tuple(leases),
         tuple(lost),
         tuple(traced),
-        # A row that was updated at the same time has another place, and gets no lease.
+        # A row that was updated concurrently has a new physical position (ctid), and gets no lease.
         more=looked.taken >= min(look.most, room) or looked.unseen,
         cut_short=looked.taken == look.most < room,
         low_water=looked.low_water,

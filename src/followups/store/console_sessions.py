@@ -1,4 +1,4 @@
-"""Sessions of the console, and links that sign in once. The database holds hashes of tokens only."""
+"""Console sessions, and single-use sign-in links. The database stores only hashes of their tokens."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 IDLE = timedelta(hours=8)
-"""Idle time after which a session ends."""
+"""Idle time after which a console session ends."""
 
 LIFETIME = timedelta(hours=24)
-"""Age at which a session ends, however much it is used."""
+"""Age at which a console session ends even if it is in use."""
 
 SHORTEST_LINK, LONGEST_LINK = timedelta(seconds=10), timedelta(days=7)
 LINK = timedelta(hours=1)
-"""How long a link can be used unless its maker says otherwise."""
+"""Default lifetime of a sign-in link."""
 
 PREFIX = "fcl_"
-"""Prefix of a link's token, by which people and secret scanners recognise one."""
+"""Prefix of a sign-in link's token, by which people and secret scanners recognise it."""
 
 TOKEN = re.compile(rf"{PREFIX}[\w-]{{43}}", re.ASCII)
 
@@ -41,23 +41,23 @@ ROLES = ("viewer", "agent", "admin", "operator")
 
 LONGEST_NAME = 200
 PRUNED = 100
-"""Rows that ended long ago and are deleted at each sign-in."""
+"""Number of long-ended sessions and links that are deleted at each sign-in."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """The rights of a session, and its person."""
+    """The rights of a console session, and the name of its user."""
 
     role: str
     workspace_id: UUID | None
-    """None means all workspaces."""
+    """The workspace, or None for all workspaces."""
     name: str
     chat_id: UUID | None = None
     api_key_id: UUID | None = None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         return {
             "role": self.role,
             "workspace_id": self.workspace_id,
@@ -69,7 +69,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A valid session."""
+    """A valid console session."""
 
     id: UUID
     role: str
@@ -79,7 +79,7 @@ class Found:
     way: str
     name: str
     stale: bool
-    """Whether its use should be recorded."""
+    """Whether the use of this session should be recorded."""
 
 
 _INSERT = text("""
@@ -100,7 +100,7 @@ _PRUNE_LINKS = text("""
 
 
 def begin(session: Session, grant: Grant, way: str) -> str:
-    """Create a session and return its token, which is stored nowhere."""
+    """Create a console session and return its token, which is not stored."""
     token = secrets.token_urlsafe(32)
     values = {"token_hash": hash_of(token), "way": way, "lifetime": LIFETIME}
     session.execute(_INSERT, grant.parameters | values)
@@ -125,13 +125,13 @@ _SEEN = text("UPDATE console_sessions SET seen_at = now() WHERE id = :id AND end
 
 
 def find(session: Session, token: str) -> Found | None:
-    """Return the valid session of this token, or None."""
+    """Return the valid console session with this token, or None."""
     row = session.execute(_FIND, {"token_hash": hash_of(token), "idle": IDLE}).one_or_none()
     return Found(*row) if row else None
 
 
 def record_use(session: Session, session_id: UUID) -> None:
-    """Record that the session is in use, so that it does not end as idle."""
+    """Record that the console session is in use, so that it does not expire as idle."""
     session.execute(_SEEN, {"id": session_id})
 
 
@@ -144,19 +144,19 @@ _END_BY_ID = text("""
 
 
 def end(session: Session, token: str) -> None:
-    """End the session of this token."""
+    """End the console session with this token."""
     session.execute(_END, {"token_hash": hash_of(token)})
 
 
 def end_one(session: Session, session_id: UUID, workspace_id: UUID | None) -> bool:
-    """End a session, of this workspace if one is given; return whether there was one."""
+    """End a console session, only of the given workspace if there is one; return whether a session was ended."""
     result = session.execute(_END_BY_ID, {"id": session_id, "workspace_id": workspace_id})
     return bool(result.rowcount)  # type: ignore[attr-defined] # an UPDATE's result has it
 
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A session as the settings show it."""
+    """A console session as the settings page shows it."""
 
     id: UUID
     name: str
@@ -174,7 +174,7 @@ _LIST = text(f"""
 
 
 def of_workspace(session: Session, workspace_id: UUID | None, most: int) -> list[Listed]:
-    """Return the newest valid sessions of a workspace, or those of all workspaces for None."""
+    """Return the newest valid console sessions of a workspace, or of all workspaces if it is None."""
     rows = session.execute(_LIST, {"workspace_id": workspace_id, "idle": IDLE, "most": most})
     return [Listed(*row) for row in rows]
 
@@ -196,9 +196,9 @@ _USE_LINK = text("""
 
 @Rule
 def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
-    """Create a link; return its token, which is stored nowhere, and when it expires.
+    """Create a sign-in link; return its token, which is not stored, and the time at which it expires.
 
-    Raises `InvalidRequestError` for a lifetime that is out of bounds.
+    Raises `InvalidRequestError` if the lifetime is out of range.
     """
     if not SHORTEST_LINK <= lifetime <= LONGEST_LINK:
         message = "A link can be used for 10 seconds to 7 days."
@@ -209,7 +209,7 @@ def make_link(grant: Grant, lifetime: timedelta) -> Steps[tuple[str, datetime]]:
 
 
 def use_link(session: Session, token: str) -> Grant | None:
-    """Use up a link and return what it grants, or None if it is unknown, expired or used."""
+    """Use up a sign-in link and return the rights it grants, or None if it is unknown, expired or used."""
     if not TOKEN.fullmatch(token):
         return None
     row = session.execute(_USE_LINK, {"token_hash": hash_of(token)}).one_or_none()
@@ -219,6 +219,6 @@ def use_link(session: Session, token: str) -> Grant | None:
 def hash_of(token: str) -> bytes:
     """Return the stored hash of a token.
 
-    A plain hash is enough, where a password would need a slow one: 256 random bits cannot be guessed.
+    Passwords need a slow hash, but tokens do not: their 256 random bits cannot be guessed.
     """
     return sha256(token.encode(errors="replace")).digest()

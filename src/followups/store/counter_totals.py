@@ -1,7 +1,8 @@
-"""The sums of all processes' counters: each process adds its new counts, and any of them can show the sums.
+"""The sums of all processes' counters.
 
-Workers come and go on many hosts, and a scraper finds one web process. A count kept in a worker would never be scraped,
-and would end with it.
+Each process adds its new counts, and each process can report the sums. Workers start and stop on many hosts, while
+Prometheus scrapes one web process. A count kept only in a worker would never be scraped, and would be lost when the
+worker stops.
 """
 
 from __future__ import annotations
@@ -25,14 +26,15 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 Sample = tuple[str, str]
-"""A sample's name and its labels, as a JSON object with sorted keys."""
+"""The name and the labels of a sample; the labels are a JSON object with sorted keys."""
 
 INTERVAL = timedelta(seconds=1)
-"""How long a count may exist only in its own process; a crash loses the counts of that time."""
+"""The longest time for which a count may exist only in its own process; a crash loses these counts."""
 
 log = get_logger(__name__)
 
-# In the order of the key, so that two processes that add to the same rows only wait for each other.
+# The rows are locked in the order of their keys, so that two processes that add to the same rows wait instead of
+# deadlocking.
 _ADD = text("""
     INSERT INTO metric_totals AS t (sample, labels, value)
     SELECT * FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
@@ -40,8 +42,8 @@ _ADD = text("""
     ON CONFLICT (sample, labels) DO UPDATE SET value = t.value + excluded.value
     RETURNING sample, labels, value
 """)
-# A count only grows, so counts at least as high as ours were committed. If another process has added as much to each of
-# them in the meantime, our part is lost.
+# Counts only grow, so totals at least as high as ours mean that the transaction was committed. Our counts are lost in
+# one case: if another process has added at least as much to each total in the meantime.
 _ADDED = text("""
     SELECT count(t.value) = count(*) AND bool_and(t.value >= b.value)
       FROM unnest(CAST(:samples AS text[]), CAST(:labels AS text[]), CAST(:values AS double precision[]))
@@ -52,12 +54,12 @@ _READ = text("SELECT sample, labels, value FROM metric_totals")
 
 
 def read(connection: Connection) -> dict[Sample, float]:
-    """Return the sums."""
+    """Return the sums of all processes' counters."""
     return {(row.sample, row.labels): row.value for row in connection.execute(_READ)}
 
 
 def counted() -> dict[Sample, float]:
-    """Return what this process has counted since it started."""
+    """Return the counts of this process since it started."""
     return {
         (sample.name, json.dumps(sample.labels, sort_keys=True)): sample.value
         for family in metrics.COUNTED.collect()
@@ -80,10 +82,10 @@ def _parameters(values: Mapping[Sample, float]) -> dict[str, object]:
 
 
 class CounterTotals:
-    """Adds this process's counts to the sums, from a thread of its own."""
+    """Adds this process's counts to the sums from a separate thread."""
 
     def __init__(self, engine: Engine) -> None:
-        """Store the engine; nothing runs yet."""
+        """Store the engine without starting the thread."""
         self._engine = engine
         self._added: dict[Sample, float] = {}
         self._lock = threading.Lock()
@@ -91,18 +93,18 @@ class CounterTotals:
         self._thread = threading.Thread(target=self._run, name="totals", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which adds to the totals once every `INTERVAL`."""
+        """Start the thread, which adds new counts to the totals once every `INTERVAL`."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Add the rest and stop."""
+        """Add the remaining counts and stop the thread."""
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
             self._try_to_add()
 
     def add(self) -> None:
-        """Add the counts since the last call. Raises database errors; then nothing is lost."""
+        """Add the counts since the last call. If a database error is raised, no count is lost."""
         with self._lock:
             now = counted()
             new = {sample: more for sample, value in now.items() if (more := value - self._added.get(sample, 0.0))}

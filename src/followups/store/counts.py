@@ -1,17 +1,18 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
-Pending, waiting, overdue and in-flight counts are exact, from small partial indexes. Final rows are counted up to
-`EXACT_UP_TO` for each state; beyond that the planner's estimate is used, at no cost however many millions there are.
-Lag and throughput are read from the follow-ups that ended in the last minutes, by an index; a query that takes longer
-than `LIMIT` is given up.
+Counts of pending, waiting, overdue and in-flight follow-ups are exact, from small partial indexes. Follow-ups in a
+final state are counted up to `EXACT_UP_TO` for each state. Beyond that the planner's estimate is used, which costs
+nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended in the last
+minutes, by an index; a query that takes longer than `LIMIT` is cancelled.
 
-The backlog is for metrics, which are read every few seconds. Counting ten million pending rows takes seconds, and
-counters kept by a trigger would make every insert and every end write to one shared row. So rows are counted one by one
-up to `BACKLOG_EXACT_UP_TO`, which is more than a healthy system has overdue. Beyond that the numbers are the planner's
-estimates, as exact as the last ANALYZE (which runs after 2 % of the rows have changed), and never below what was
-counted. Measured on two busy cores with half a million rows pending, 36,000 of them overdue: 16 ms (an exact count of
-pending takes 83 ms, and grows with it). Right after 60,000 were sent and not yet vacuumed, it takes 287 ms once and 13
-to 16 ms from then on. The number of rows makes no difference.
+The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds,
+and counters maintained by a trigger would make every insert and every end update one shared row. So rows are counted
+one by one up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups of a healthy system. Beyond that
+limit the numbers are the planner's estimates. These are as exact as the last ANALYZE (which runs after 2 % of the rows
+have changed), and never below the rows already counted. Measured on two busy cores with half a million rows pending,
+36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their number). Right after
+60,000 rows were sent and before a vacuum, it takes 287 ms once and 13 to 16 ms from then on. The number of rows makes
+no difference.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Row, TextClause
 
 EXACT_UP_TO = 100_000
-"""Rows of one final state that are counted one by one, in some 20 ms."""
+"""Rows of one final state that are counted one by one, which takes some 20 ms."""
 
 LIMIT = timedelta(seconds=2)
-"""Time limit for lag and throughput."""
+"""Time limit of the queries for lag and throughput."""
 
 
 BACKLOG_EXACT_UP_TO = 10_000
@@ -47,7 +48,10 @@ _DUE = "COALESCE(next_attempt_at, due_date)"
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """Counts of follow-ups, exact up to 10,000 and estimated beyond; the oldest's age in seconds, or 0."""
+    """Counts of the backlog, exact up to 10,000 and estimated beyond.
+
+    The age of the oldest follow-up is in seconds, or 0.
+    """
 
     pending: int
     overdue: int
@@ -57,10 +61,11 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# The head of the claim's own index, up to a little after now: nothing begins earlier, so what is in flight is in it
-# too. One that waits for an earlier one of its chat is not overdue; the earlier one is. Ordered, so that the index is
-# read no further than needed: the planner takes a third of all pending rows for overdue, and would rather read the
-# whole table. Read once, since rows sent and not yet vacuumed lie in front.
+# Reads the beginning of the claim's index, up to a little after now: no follow-up begins earlier than that, so all
+# follow-ups in flight are included. A follow-up that waits for an earlier one of its chat is not overdue; only the
+# earlier one is. The query is ordered so that the index is read no further than needed. Otherwise the planner, which
+# estimates that a third of all pending rows are overdue, would read the whole table. The index is read only once,
+# because entries of rows that were sent but not yet vacuumed come first in it.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
         SELECT {_DUE} AS due, begun_at {_PENDING_ROWS} AND waits_for IS NULL AND {_DUE} <= now() + interval '1 second'
@@ -73,7 +78,7 @@ _COUNT = text(f"""
 """)  # noqa: S608 - no input, only the constants above
 
 _ESTIMATE_PENDING = text(f"EXPLAIN (FORMAT JSON) SELECT {_PENDING_ROWS}")
-# The planner itself ignores this histogram, because its index is partial, and guesses a third.
+# The planner ignores this histogram, because the index is partial, and assumes that a third of the rows are overdue.
 _SHARE_OVERDUE = text("""
     SELECT avg((bound <= now())::int)
       FROM pg_stats, unnest(CAST(CAST(histogram_bounds AS text) AS timestamptz[])) AS bound
@@ -82,7 +87,7 @@ _SHARE_OVERDUE = text("""
 
 
 def measure_backlog(connection: Connection, *, window: int) -> Backlog:
-    """Count the backlog. ``window`` is the in-flight limit."""
+    """Measure the backlog. ``window`` is the in-flight limit."""
     row = connection.execute(
         _COUNT, {"most": BACKLOG_EXACT_UP_TO + 1, "head": max(BACKLOG_EXACT_UP_TO + 1, window)}
     ).one()
@@ -98,28 +103,31 @@ def measure_backlog(connection: Connection, *, window: int) -> Backlog:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """How many follow-ups are in each state."""
+    """The number of follow-ups in each state."""
 
     pending: int
     waiting: int
-    """Pending, behind an earlier one of their chat."""
+    """Pending follow-ups behind an earlier one of their chat."""
     paused: int
-    """Pending, due, and paused."""
+    """Pending follow-ups that are due and paused."""
     quiet: int
-    """Pending, due, and waiting for sending hours to open."""
+    """Pending follow-ups that are due but outside sending hours."""
     overdue: int
-    """Pending and overdue, without those that wait for another one."""
+    """Pending follow-ups that are overdue, without those that wait for another one."""
     oldest_overdue: timedelta | None
     in_flight: int
     final: Mapping[str, int]
-    """By status."""
+    """The number of finished follow-ups by status."""
     estimated: frozenset[str]
     """Final states whose number is an estimate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """What was accepted within ``window``. Lag is accepted minus due date, including retries and late orders."""
+    """Throughput and lag of the follow-ups accepted within ``window``.
+
+    Lag is the acceptance time minus the due date, including retries and follow-ups created after their due date.
+    """
 
     window: timedelta
     sent: int
@@ -142,7 +150,7 @@ _PENDING = text(f"""
            (SELECT count(*) FROM follow_ups
              WHERE status = 'pending' AND waits_for IS NULL AND {_DUE} <= now()) AS overdue
 """)  # noqa: S608 - no input, only the constant above
-# Uses the index of the lists, which begins with the workspace.
+# This query uses the index of the follow-up lists, which begins with the workspace.
 _COUNT_FINAL = text("""
     SELECT s.status, (
            SELECT count(*) FROM (
@@ -163,14 +171,14 @@ _ESTIMATE_FINAL = text("""
 
 
 def count(connection: Connection, *, window: int, exact_up_to: int = EXACT_UP_TO) -> Counts:
-    """Count by state. ``window`` is the in-flight limit."""
+    """Count follow-ups by state. ``window`` is the in-flight limit."""
     pending = connection.execute(_PENDING).one()
     head = measure_backlog(connection, window=window)
     final = _count_final(connection, exact_up_to + 1)
     estimated = frozenset(status for status, number in final.items() if number > exact_up_to)
     if estimated:
         estimates = {row[0]: row[1] for row in connection.execute(_ESTIMATE_FINAL)}
-        # There is no estimate before the first ANALYZE; the number counted so far is then the minimum.
+        # Before the first ANALYZE there is no estimate, so the number of rows counted is used as the minimum.
         final |= {status: max(estimates.get(status, 0), final[status]) for status in estimated}
     return Counts(
         pending=pending.pending,
@@ -190,7 +198,7 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# Acceptance precedes its record, so a follow-up that ended before the window was accepted before it.
+# A follow-up is accepted before its end is recorded. So one that ended before the window was also accepted before it.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags
@@ -219,7 +227,7 @@ def pace(connection: Connection, window: timedelta, limit: timedelta = LIMIT) ->
 
 
 def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -> list[int] | None:
-    """Return how many were sent in each of the last seconds, oldest first, or None if that takes too long."""
+    """Return the number sent in each of the last seconds, oldest first, or None if the query takes too long."""
     rows = within(connection, limit, _PER_SECOND, {"seconds": seconds})
     if rows is None:
         return None
@@ -230,14 +238,18 @@ def per_second(connection: Connection, seconds: int, limit: timedelta = LIMIT) -
 def within(
     connection: Connection, limit: timedelta, query: TextClause, parameters: Mapping[str, object]
 ) -> Sequence[Row[Any]] | None:
-    """Return the rows, or None if they take longer than ``limit``. The transaction continues either way."""
+    """Return the rows, or None if the query takes longer than ``limit``.
+
+    The transaction continues either way.
+    """
     milliseconds = str(max(round(limit / timedelta(milliseconds=1)), 1))
     try:
         with connection.begin_nested():
             previous = connection.scalar(_PREVIOUS)
             connection.execute(_LIMIT, {"limit": milliseconds})
             rows = connection.execute(query, parameters).all()
-            # Releasing the savepoint does not undo it; only its rollback or the transaction's end does.
+            # Releasing the savepoint does not reset this setting; only a rollback of the savepoint or the end of the
+            # transaction does.
             connection.execute(_LIMIT, {"limit": previous})
     except OperationalError as error:
         if getattr(error.orig, "sqlstate", None) != _CANCELLED_BY_TIMEOUT:
@@ -247,7 +259,7 @@ def within(
 
 
 def attempts(connection: Connection) -> dict[str, int]:
-    """Return how many attempts all processes have made, by outcome; up to a second old."""
+    """Return the attempts of all processes by outcome, at most a second old."""
     found: dict[str, int] = {}
     for (name, labels), value in counter_totals.read(connection).items():
         if name == "followups_attempts_total":

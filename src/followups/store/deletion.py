@@ -1,7 +1,7 @@
 """Deletion of a workspace, or of a chat, with everything that belongs to it.
 
-It works in batches, each a short transaction that skips locked rows. Pending follow-ups are ended before they are
-deleted, and a workspace is paused during its deletion.
+Rows are deleted in batches, each in a short transaction that skips locked rows. Pending follow-ups are ended before
+they are deleted, and a workspace is paused during its deletion.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ REMOVED = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The thing to delete: a workspace, or one chat in it."""
+    """The object to delete: a workspace, or one chat in it."""
 
     workspace_id: UUID
     chat_id: UUID | None = None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statements' parameters."""
+        """The parameters of the statements."""
         return {"workspace_id": self.workspace_id, "chat_id": self.chat_id}
 
     @property
     def rows(self) -> str:
-        """The condition for the rows that belong to it."""
+        """The SQL condition for the rows that belong to the workspace or chat."""
         return "workspace_id = :workspace_id" + (" AND chat_id = :chat_id" if self.chat_id else "")
 
 
 IN_BATCHES = ("follow_ups", "chat_messages", "idempotency_keys", "chats", "audit_events")
-"""Tables from which many rows may have to be deleted."""
+"""Tables whose rows are deleted in batches, because there may be many."""
 
 _AT_ONCE = [
     table
-    for table in reversed(Base.metadata.sorted_tables)  # each before those that it refers to
+    for table in reversed(Base.metadata.sorted_tables)  # referencing tables come before the referenced ones
     if "workspace_id" in table.columns and table.name not in IN_BATCHES
 ]
 
@@ -66,26 +66,26 @@ _DELETE_KEYS = text("DELETE FROM api_keys WHERE workspace_id = :workspace_id")
 def begin(session: Session, whole: Whole) -> None:
     """Stop all scheduling and sending for the workspace or chat; repeating this changes nothing.
 
-    A workspace loses its keys, and is paused until it is deleted. A chat is removed.
+    The API keys of a workspace are deleted, and the workspace is paused until it is deleted. A chat is removed.
     """
     if whole.chat_id is not None:
-        with suppress(ChatNotFoundError):  # it was removed before
+        with suppress(ChatNotFoundError):  # the chat was removed before
             chats.remove_chat(session, whole.workspace_id, whole.chat_id)
         return
-    # A new key may be under way in another transaction: the lock waits for its end.
+    # Another transaction may be creating an API key; the lock waits until that transaction ends.
     for statement in (_LOCK_WORKSPACE, _MARK, _DELETE_KEYS):
         session.execute(statement, whole.parameters)
     pauses.pause(session.connection(), pauses.PauseScope(whole.workspace_id, None))
 
 
 def cancel(connection: Connection, whole: Whole, after: CancelCursor) -> bulk_cancel.Cancelled:
-    """Cancel the next batch of pending follow-ups; one in flight is only kept from a retry."""
+    """Cancel the next batch of pending follow-ups; those in flight are only kept from a retry."""
     pending = CancelScope(whole.workspace_id, whole.chat_id, bulk_cancel.now(connection))
     return bulk_cancel.cancel_if_not_begun(connection, pending, REMOVED, after)
 
 
 def end_lost(connection: Connection, whole: Whole) -> int:
-    """End follow-ups in flight whose lease has run out, as a tick would if one ran; return how many."""
+    """End follow-ups with a lost lease, as the dispatcher would if it were running; return how many."""
     statement = text(f"""
         WITH lost AS MATERIALIZED (
             SELECT id FROM follow_ups
@@ -103,11 +103,11 @@ def end_lost(connection: Connection, whole: Whole) -> int:
 
 
 def conditions(whole: Whole) -> dict[str, str]:
-    """Return the tables whose rows are deleted in batches, in this order, each with its condition."""
+    """Return the tables whose rows are deleted in batches, in order, each with its condition."""
     found = {"follow_ups": f"{whole.rows} AND status <> 'pending'", "chat_messages": whole.rows}
     of_workspace = "workspace_id = :workspace_id"
     if whole.chat_id is not None:
-        # The answer to a request that created a follow-up names the chat, and holds the message.
+        # The stored response to a request that created a follow-up contains the chat's id and the message.
         names_chat = "position(convert_to(CAST(:chat_id AS text), 'UTF8') IN body) > 0"
         return found | {"idempotency_keys": f"{of_workspace} AND {names_chat}"}
     empty = " AND ".join(
@@ -125,10 +125,10 @@ _EVENTS = ", events AS (DELETE FROM audit_events a USING gone WHERE a.target_id 
 
 
 def delete_batch(connection: Connection, whole: Whole, table: str, condition: str) -> int:
-    """Delete the next batch of a table's rows; return how many. Events go with the follow-ups that they are about.
+    """Delete the next batch of a table's rows; return how many.
 
-    Rows are deleted by their places. A row that was changed in the meantime has another place, and is left to the next
-    batch.
+    Audit events about a follow-up are deleted with it. Rows are deleted by their physical position (ctid). A row that
+    was updated in the meantime has a new position, and is left to the next batch.
     """
     returned, events = ("id", _EVENTS) if table == "follow_ups" else ("1", "")
     statement = text(f"""
@@ -148,7 +148,10 @@ _WORKSPACE = text("DELETE FROM workspaces WHERE id = :workspace_id")
 
 
 def complete(connection: Connection, whole: Whole) -> None:
-    """Delete the workspace or chat itself. Raises `IntegrityError` while a follow-up or a message refers to it."""
+    """Delete the workspace or chat itself.
+
+    Raises `IntegrityError` while a follow-up or a message refers to it.
+    """
     for table in _AT_ONCE:
         if whole.chat_id is None or "chat_id" in table.columns:
             connection.execute(text(f"DELETE FROM {table.name} WHERE {whole.rows}"), whole.parameters)  # noqa: S608 - no input
@@ -156,7 +159,7 @@ def complete(connection: Connection, whole: Whole) -> None:
 
 
 def left(connection: Connection, whole: Whole) -> tuple[int, int]:
-    """Return how many follow-ups are in flight, and how many there are, counting to a thousand."""
+    """Return the number of follow-ups in flight, and the number of all follow-ups, counted up to a thousand."""
     statement = text(f"""
         SELECT count(begun_at), count(*) FROM (SELECT begun_at FROM follow_ups WHERE {whole.rows} LIMIT 1000) counted
     """)  # noqa: S608 - no input
@@ -165,7 +168,7 @@ def left(connection: Connection, whole: Whole) -> tuple[int, int]:
 
 
 def count(connection: Connection, whole: Whole) -> int:
-    """Return how many follow-ups there are."""
+    """Return the number of follow-ups of the workspace or chat."""
     statement = text(f"SELECT count(*) FROM follow_ups WHERE {whole.rows}")  # noqa: S608 - no input
     number: int = connection.execute(statement, whole.parameters).scalar_one()
     return number

@@ -1,4 +1,7 @@
-"""Follow-ups, one at a time or by chat: create, find, change, end. Every change is guarded in its WHERE."""
+"""Follow-ups, one at a time or by chat: create, find, change, end.
+
+Every change is guarded by its WHERE clause.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 
 
 MOST_PENDING = 10_000
-"""Most pending follow-ups of a chat. A reply cancels all of them in one transaction, in half a second."""
+"""The most pending follow-ups of a chat. A reply cancels all of them in one transaction, which takes half a second."""
 
 FIELDS = (
     "id",
@@ -44,9 +47,9 @@ FIELDS = (
     "status",
     "trigger_chat_message_id",
 )
-"""The API's fields, which are all that an event loop reads of a row."""
+"""The API's fields, the only ones that asynchronous code reads of a follow-up."""
 
-# In the order of an index, so that only the chat's pending follow-ups are read.
+# The order is that of an index, so that only the chat's pending follow-ups are read.
 _FULL = f"""EXISTS (
     SELECT FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
@@ -70,7 +73,7 @@ def insert_unless_full(
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if the chat is full.
 
-    The caller has locked the chat. Raises `QuotaExceededError`.
+    The caller must have locked the chat. Raises `QuotaExceededError`.
     """
     values = {
         "workspace_id": workspace_id,
@@ -109,7 +112,7 @@ _INSERT_MANY = Statement(
 
 
 class Planned(NamedTuple):
-    """A follow-up to create: what `followups.schedule_many` takes."""
+    """A follow-up to create, as `followups.schedule_many` takes it."""
 
     chat_id: UUID
     message: str
@@ -118,7 +121,7 @@ class Planned(NamedTuple):
 
 @Rule
 def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, int]]:
-    """Return how many pending follow-ups each chat still takes. The caller has locked the chats."""
+    """Return how many more pending follow-ups each chat may have. The caller must have locked the chats."""
     rows = yield _ROOM(workspace_id=workspace_id, chat_ids=uuid_array(chat_ids))
     return {row.id: row.room for row in rows}
 
@@ -127,7 +130,7 @@ def room_in(workspace_id: UUID, chat_ids: Collection[UUID]) -> Steps[dict[UUID, 
 def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -> Steps[list[FollowUp]]:
     """Insert pending follow-ups, each with its id and its trigger, and return them in the same order.
 
-    The caller has locked the chats, which have room for them.
+    The caller must have locked the chats and checked that they have room.
     """
     rows: Sequence[FollowUp] = yield _INSERT_MANY(
         workspace_id=workspace_id,
@@ -144,7 +147,7 @@ def insert_many(workspace_id: UUID, new: Sequence[tuple[UUID, Planned, UUID]]) -
 
 @Rule
 def is_full(workspace_id: UUID, chat_id: UUID) -> Steps[bool]:
-    """Return whether the chat has `MOST_PENDING` pending follow-ups. The caller has locked the chat."""
+    """Return whether the chat has `MOST_PENDING` pending follow-ups. The caller must have locked the chat."""
     (row,) = yield _IS_FULL(workspace_id=workspace_id, chat_id=chat_id)
     return bool(row.is_full)
 
@@ -161,7 +164,10 @@ _LOCK_IN_CHAT = Statement(
 
 @Rule
 def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None]:
-    """Return the follow-up, or None. Without ``workspace_id`` every workspace is searched, as for operators."""
+    """Return the follow-up, or None.
+
+    Without ``workspace_id``, as for operators, every workspace is searched.
+    """
     if workspace_id is None:
         found: Sequence[FollowUp] = yield _ANY(id=follow_up_id)
     else:
@@ -173,15 +179,15 @@ def find(follow_up_id: UUID, workspace_id: UUID | None) -> Steps[FollowUp | None
 def find_and_lock_if_not_begun(follow_up_id: UUID, chat_ids: Collection[UUID]) -> Steps[FollowUp | None]:
     """Return the current follow-up, locked, or None if it is in flight or in another chat.
 
-    The lock lasts until the transaction ends. The caller has locked these chats. A follow-up in flight is never locked,
-    since its settlement must not wait for a caller's transaction.
+    The lock lasts until the transaction ends. The caller must have locked these chats. A follow-up in flight is never
+    locked, since its settlement must not wait for a caller's transaction.
     """
     found: Sequence[FollowUp] = yield _LOCK_IN_CHAT(id=follow_up_id, chat_ids=list(chat_ids))
     return found[0] if found else None
 
 
 def failures(session: Session, follow_up_id: UUID) -> Sequence[FailedAttempt]:
-    """Return its failed attempts, oldest first."""
+    """Return the failed attempts of a follow-up, oldest first."""
     query = select(FailedAttempt).where(FailedAttempt.follow_up_id == follow_up_id).order_by(FailedAttempt.id)
     return session.scalars(query).all()
 
@@ -207,7 +213,7 @@ def _ending(reason: str) -> Statement:
 
 _END = _ending(_REASON)
 _END_HONESTLY = _ending(honest(_REASON, "follow_ups"))
-"""For reasons by code; a caller's own words are stored as given."""
+"""Used for reasons by code; a caller's own words are stored unchanged."""
 
 
 @Rule
@@ -227,7 +233,7 @@ _TYPES = {
     "message": "text",
     "trigger_chat_message_id": "uuid",
 }
-"""The fields that may change, and their types."""
+"""The fields of a follow-up that may change, and their types."""
 
 _NEXT_TOKEN = NEXT_TOKEN.replace("f.", "follow_ups.")
 _RESCHEDULED = (
@@ -238,12 +244,12 @@ _RESCHEDULED = (
 
 @lru_cache(maxsize=32)  # one statement for each set of fields
 def _changing(names: frozenset[str]) -> Statement:
-    """Return the statement that changes these fields."""
+    """Return the statement that changes these fields of a follow-up."""
     changes = [f"{name} = CAST(:{name} AS {_TYPES[name]})" for name in sorted(names)]
     if names & {"due_date", "chat_id"}:
         changes.append(_RESCHEDULED)
     if "chat_id" in names:
-        # This must be later than the last message of the new chat, for which this transaction may have waited.
+        # The time is read after waiting for the lock, so that it is later than the last message of the new chat.
         changes.append("scheduled_at = clock_timestamp()")
     elif "due_date" in names:
         changes.append("scheduled_at = now()")
@@ -264,7 +270,7 @@ def _changing(names: frozenset[str]) -> Statement:
 def change_if_not_begun(follow_up_id: UUID, values: Mapping[str, Any]) -> Steps[FollowUp | None]:
     """Write new values of API fields to a pending follow-up with no attempt in flight; return it, or None.
 
-    A new due date or chat revokes the lease: the token grows, so that a hint under way finds nothing.
+    A new due date or chat revokes the lease: the token grows, so that a hint already published has no effect.
     """
     changed: Sequence[FollowUp] = yield _changing(frozenset(values))(id=follow_up_id, **values)
     return changed[0] if changed else None
@@ -283,15 +289,19 @@ _NAME_CHAT_MESSAGE = Statement(
 
 @Rule
 def name_chat_message_if_unnamed(follow_up_id: UUID, chat_message_id: UUID) -> Steps[FollowUp | None]:
-    """Fill in the transport's message id of a sent follow-up that has none; return it, or None if it has one."""
+    """Set the transport's message id of a sent follow-up that has none.
+
+    Return the follow-up, or None if it already has a message id.
+    """
     named: Sequence[FollowUp] = yield _NAME_CHAT_MESSAGE(id=follow_up_id, chat_message_id=chat_message_id)
     return named[0] if named else None
 
 
 def cancelled_or_asked_to(reason: str) -> str:
-    """Return SQL that cancels a row of ``follow_ups``, for ``reason`` (SQL too).
+    """Return SQL that cancels a row of ``follow_ups`` for ``reason``, which is SQL too.
 
-    An attempt in flight cannot be recalled: the request is stored, and settle does not retry the follow-up.
+    An attempt in flight cannot be recalled. In that case the request is stored, and settle does not retry the
+    follow-up.
     """
     return f"""
            status = CASE WHEN begun_at IS NULL THEN :status ELSE status END,
@@ -304,7 +314,7 @@ def cancelled_or_asked_to(reason: str) -> str:
     """
 
 
-# Locked in the order of the chat, as everywhere.
+# Follow-ups are locked in the order of their chat, as in every other statement.
 _LOCK_CHATS_PENDING = Statement("""
     SELECT id FROM follow_ups
      WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
@@ -321,9 +331,9 @@ _CANCEL = Statement(f"""
 
 @Rule
 def cancel_chat_if_not_begun(workspace_id: UUID, chat_id: UUID, code: ReasonCode) -> Steps[list[UUID]]:
-    """Cancel the chat's pending follow-ups and return them; one in flight is only kept from a retry.
+    """Cancel the chat's pending follow-ups and return them; those in flight are only kept from a retry.
 
-    One whose row cannot be written stays pending, and begin reports it.
+    A follow-up whose row cannot be written stays pending, and begin reports it.
     """
     final = finish(Status.CANCELLED, code)
     pending = yield _LOCK_CHATS_PENDING(workspace_id=workspace_id, chat_id=chat_id)

@@ -1,7 +1,7 @@
-"""Holds: what is paused, and what falls outside its workspace's sending hours.
+"""Holds: follow-ups that are paused or outside their workspace's sending hours.
 
-A held follow-up leaves the claim's range until the hold ends. It uses up no attempt, and is not claimed and refused
-again and again. Order within its chat is kept: those behind it keep waiting.
+A held follow-up is outside the claim's range until the hold ends. So it uses up no attempt, and is not claimed and
+refused again and again. The order within its chat is preserved: later follow-ups of the chat keep waiting.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 NEVER = datetime(9998, 12, 31, tzinfo=UTC)
-"""The next attempt of a paused follow-up: beyond every claim and every realistic due date."""
+"""The next attempt of a paused follow-up: a time beyond every claim and every realistic due date."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkspaceHours:
-    """A workspace's sending hours, and the time of sending that the database compares with."""
+    """A workspace's sending hours, and the current sending period, which the database compares with."""
 
     workspace_id: UUID
     hours: SendingHours
@@ -46,20 +46,20 @@ def hours_of(row: object) -> WorkspaceHours:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Until when a leased follow-up is held, and by which pause (None means by sending hours)."""
+    """The end of a leased follow-up's hold, and the pause that holds it (None if sending hours do)."""
 
     lease: Lease
     until: datetime
     next_attempt_at: datetime
     sendable_from: datetime | None = None
-    """When lateness starts to count, or None to keep the recorded time."""
+    """The time from which lateness counts, or None to keep the recorded time."""
     pause_id: UUID | None = None
     hours: SendingHours | None = None
 
 
-# The locks on the pause and on the sending hours keep them in force until this transaction commits: a resume, or a
-# change of the hours, comes after it and releases. Rows that are locked or have changed in the meantime are checked
-# again shortly.
+# The locks on the pause and on the sending hours keep them in force until this transaction commits. A resume or a
+# change of the hours therefore comes afterwards, and releases these follow-ups. Rows that are locked or were changed in
+# the meantime are checked again shortly.
 _HOLD = text(f"""
     WITH standing AS MATERIALIZED (
         SELECT id FROM pauses WHERE id = ANY(CAST(:pauses AS uuid[])) AND ended_at IS NULL
@@ -96,7 +96,7 @@ _HOLD = text(f"""
 
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
-    """Hold leased follow-ups; return those now held."""
+    """Hold leased follow-ups; return those that are now held."""
     parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],
@@ -111,8 +111,8 @@ def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
     return set(connection.scalars(_HOLD, parameters))
 
 
-# The next period is stored only if the sending hours are unchanged, and without waiting, since many workers compute it
-# at the same time.
+# The next sending period is stored only if the sending hours are unchanged. The statement does not wait for locks,
+# since many workers compute the period at the same time.
 _OPEN_NEXT = text("""
     UPDATE sending_hours h SET open_from = :new_from, open_until = :new_until
       FROM (SELECT workspace_id FROM sending_hours
@@ -124,7 +124,7 @@ _OPEN_NEXT = text("""
 
 
 def open_next(connection: Connection, hours: WorkspaceHours, span: tuple[datetime, datetime]) -> None:
-    """Store this time of sending for the database to compare with."""
+    """Store this sending period, which the database then compares with."""
     parameters = columns_of(hours.hours) | {"workspace_id": hours.workspace_id, "open_until": hours.open_until}
     connection.execute(_OPEN_NEXT, parameters | {"new_from": span[0], "new_until": span[1]})
 
@@ -135,8 +135,8 @@ def columns_of(hours: SendingHours) -> dict[str, object]:
     return {"time_zone": hours.time_zone, "opening": hours.opening, "closing": hours.closing, "days": days}
 
 
-# A `sendable_from` in the past is kept. Any other becomes the opening of the current sending hours, or now if they are
-# open or there are none any more.
+# A `sendable_from` in the past is kept. Otherwise it becomes the opening of the current sending hours, or now if they
+# are open or were removed.
 _RELEASE_HELD = text("""
     WITH held AS MATERIALIZED (
         SELECT id FROM follow_ups
@@ -157,15 +157,18 @@ BATCH = 1000
 
 
 def release_held(connection: Connection, workspace_id: UUID) -> int:
-    """Release up to a thousand that wait for sending hours, because these have changed; return how many."""
+    """Release up to a thousand follow-ups held by sending hours that have changed; return how many."""
     return connection.execute(_RELEASE_HELD, {"workspace_id": workspace_id, "most": BATCH}).rowcount
 
 
 SPREAD = timedelta(seconds=1)
-"""Follow-ups held until the same opening return spread over this time after it, in the order of their due dates."""
+"""Period after an opening over which the follow-ups held until then are spread, in the order of their due dates."""
 _LONGEST = timedelta(days=1)
 
 
 def back_at(opening: datetime, due_date: datetime) -> datetime:
-    """Return when one held until ``opening`` is tried again: the first due first, and not all at once."""
+    """Return when a follow-up held until ``opening`` is tried again.
+
+    Earlier due dates come first, and the times are spread so that the follow-ups do not all fall due together.
+    """
     return opening + SPREAD * max(0.0, 1 - (opening - due_date) / _LONGEST)

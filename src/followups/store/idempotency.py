@@ -1,8 +1,8 @@
-"""Answers by Idempotency-Key: kept for a day, written in the same transaction as the request's changes.
+"""Responses by Idempotency-Key, stored for a day in the same transaction as the request's changes.
 
-So there is no state between "done" and "remembered" that a crash could leave behind: both exist, or neither. While a
-request runs it holds an advisory lock on its key, which ends with its transaction, however that ends; another request
-with the key does not wait for it.
+So a crash cannot leave the changes without the stored response: either both exist, or neither does. A running request
+holds an advisory lock on its key, which is released when its transaction ends, whether by commit or rollback. Another
+request with the same key does not wait for this lock.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
     from followups.statements import Steps
 
 LIFETIME = timedelta(hours=24)
-"""How long an answer is repeated."""
+"""How long a stored response is repeated."""
 
 SWEPT = 2
-"""Expired answers deleted with each new one, so that the table shrinks to a day's worth by itself."""
+"""Number of expired responses deleted with each new one, so that the table holds no more than about a day's responses.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """A stored HTTP answer: status, `Location` if it had one, and the body's bytes."""
+    """A stored HTTP response: status, `Location` if it had one, and the bytes of the body."""
 
     status: int
     location: str | None
@@ -50,10 +51,10 @@ _KNOWN = Statement("""
 
 @Rule
 def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
-    """Lock the key until the transaction ends, and return its stored answer, or None.
+    """Lock the key until the transaction ends, and return its stored response, or None.
 
-    Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the answer
-    belongs to a different request.
+    Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the
+    response belongs to a different request.
     """
     (row,) = yield _TRY_LOCK(number=_lock_number(workspace_id, key))
     if not row.locked:
@@ -67,7 +68,7 @@ def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredRes
     return StoredResponse(known.status, known.location, known.body)
 
 
-# An existing one has expired, or `recall` would have returned it.
+# A stored response that still exists here has expired, because `recall` would have returned it otherwise.
 _REMEMBER = Statement("""
     INSERT INTO idempotency_keys (workspace_id, key, request_hash, status, location, body, created_at)
     VALUES (:workspace_id, :key, :request_hash, :status, CAST(:location AS text), :body, now())
@@ -87,7 +88,7 @@ _SWEEP = Statement("""
 
 @Rule
 def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredResponse) -> Steps[None]:
-    """Store the answer for a day; the caller holds the key through `recall`."""
+    """Store the response for a day; the caller must have locked the key through `recall`."""
     yield _REMEMBER(
         workspace_id=workspace_id,
         key=key,
@@ -100,7 +101,7 @@ def remember(workspace_id: UUID, key: str, request_hash: bytes, answer: StoredRe
 
 
 def _lock_number(workspace_id: UUID, key: str) -> int:
-    # PostgreSQL names such locks by signed 64-bit numbers. Two keys with the same number only refuse each other while
-    # both run.
+    # PostgreSQL identifies advisory locks by signed 64-bit numbers. Two different keys with the same number can only
+    # cause a refusal while both requests run.
     digest = sha256(b"idempotency-key:" + workspace_id.bytes + key.encode()).digest()
     return int.from_bytes(digest[:8], signed=True)

@@ -1,11 +1,12 @@
-"""Ticks: one dispatcher claims at a time, and each claim checks whether any has ticked recently.
+"""Dispatcher ticks: one dispatcher claims at a time, and each claim checks when the last tick ran.
 
-Both are kept in one row of the database, since a dispatcher knows nothing of the other dispatchers' ticks. And the
-window of what may be in flight is only kept if no two dispatchers count it at the same time.
+The claim lock and the time of the last tick are one row of the database, because dispatchers do not know of each
+other's ticks. The in-flight limit can be enforced only if dispatchers do not count the follow-ups in flight
+concurrently.
 
-A long gap between ticks means an outage, or a database clock that was set forward. Either way leases have expired
-without a tick that could see it, while their workers may be alive and know the outcomes. So for a grace period, leases
-with an attempt in flight are left to their workers, which record the outcomes meanwhile.
+A long gap between ticks means an outage, or a database clock that was set forward. In both cases leases have expired
+without a tick to notice it, while their workers may still be running and know the outcomes. So for a grace period,
+leases with an attempt in flight are left to their workers, which record the outcomes in that time.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 FROZEN_AFTER = "3s"
-"""How long a dispatcher may pause within its claim before PostgreSQL ends its session. A frozen one would keep all
-others from claiming.
+"""How long a dispatcher may be idle within its claim before PostgreSQL ends its session. A frozen dispatcher would keep
+all others from claiming.
 """
 
 STALE_TICKS = 5
@@ -30,7 +31,7 @@ STALE_AT_LEAST = timedelta(seconds=10)
 
 @dataclass(frozen=True, slots=True)
 class Rhythm:
-    """The longest normal gap between two ticks, and the grace period after a longer one."""
+    """The longest normal gap between two ticks, and the grace period after a longer gap."""
 
     longest_gap: timedelta
     grace: timedelta
@@ -38,16 +39,16 @@ class Rhythm:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """A tick in progress; no other dispatcher's tick overlaps it until its transaction ends."""
+    """A dispatcher tick in progress; no other dispatcher's tick can run until its transaction ends."""
 
     in_grace: bool
-    """Whether leases with an attempt in flight are not taken over yet."""
+    """Whether expired leases with an attempt in flight are still left to their workers."""
 
 
-# Recorded at most five times a second, since each record leaves a dead row behind. A recorded time too far in the
-# future means that the clock was set back since, but not if two transactions only began a moment apart in the other
-# order. A gap that is shorter than a grace period, and began within one, starts no new one: on a starved machine, where
-# every tick is late, nothing would ever be taken over.
+# A tick is recorded at most five times a second, since each update leaves a dead row behind. A recorded time in the
+# future means that the clock was set back, unless it is so close that two transactions merely began in the other order.
+# A gap that is shorter than a grace period and began within one starts no new grace period. Otherwise, on a starved
+# machine where every tick is late, no lease would ever be taken over.
 _BEGIN = text("""
     WITH state AS MATERIALIZED (
         SELECT id, last_tick_at,
@@ -77,28 +78,28 @@ _LAST = text("SELECT COALESCE(EXTRACT(EPOCH FROM last_tick_at), 0) FROM dispatch
 def begin(connection: Connection, rhythm: Rhythm) -> Tick | None:
     """Record a tick and keep other dispatchers from claiming until the end of the transaction.
 
-    Returns None if another dispatcher is claiming: then this one must not claim, and tries again shortly.
+    Returns None if another dispatcher is claiming. The caller must then not claim, and tries again shortly.
     """
     row = connection.execute(_BEGIN, asdict(rhythm) | {"frozen_after": FROZEN_AFTER}).one_or_none()
     return Tick(row.in_grace) if row else None
 
 
 def ensure_recordable(connection: Connection) -> None:
-    """Insert the row that records ticks if an operator has deleted it; without it nothing is claimed."""
+    """Insert the row that records ticks if an operator has deleted it; without this row nothing is claimed."""
     connection.execute(_INSERT)
 
 
 def last_tick_age(connection: Connection) -> timedelta | None:
-    """Return how long ago the last tick ran, or None if none ever did."""
+    """Return the time since the last tick, or None if no tick has ever run."""
     age: timedelta | None = connection.scalar(_AGE)
     return age
 
 
 def last_tick(connection: Connection) -> float:
-    """Return when the last tick ran, in seconds since 1970, or 0 if none ever did."""
+    """Return the time of the last tick, in seconds since 1970, or 0 if no tick has ever run."""
     return float(connection.scalar(_LAST) or 0)
 
 
 def stale_after(interval: timedelta) -> timedelta:
-    """Return the age from which the last tick is stale. A restart of beat is no outage."""
+    """Return the age from which the last tick is stale; it is long enough for a restart of beat."""
     return max(STALE_TICKS * interval, STALE_AT_LEAST)

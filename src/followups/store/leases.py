@@ -1,8 +1,8 @@
-"""The statements that move leased follow-ups on: begin, end, release. Claims are in `followups.store.claims`.
+"""The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Each is one guarded, batched statement. The guard is in the SQL: a row that is not returned had been taken, ended or
-claimed again, which is a normal result. Statements here never wait for another transaction's locks: locked rows are
-skipped, reported, and tried again.
+Each is one guarded, batched statement. The guard is in the SQL: a row that is not returned was ended, released or
+claimed by another transaction, which is a normal result. No statement here waits for another transaction's locks:
+locked rows are skipped, reported, and tried again.
 """
 
 from __future__ import annotations
@@ -28,59 +28,60 @@ if TYPE_CHECKING:
 
 
 def uuid_array(ids: Iterable[UUID]) -> str:
-    """Return an array literal for PostgreSQL; a driver that adapts element by element takes ten times as long."""
+    """Return an array literal for PostgreSQL, ten times as fast as a driver that adapts each element."""
     return f"{{{','.join([one.hex for one in ids])}}}"
 
 
 def int_array(numbers: Iterable[int]) -> str:
-    """Return an array literal of integers."""
+    """Return an array literal of integers for PostgreSQL."""
     return f"{{{','.join(map(str, numbers))}}}"
 
 
 class Lease(NamedTuple):
     """The right to begin one follow-up. ``token`` is the fencing token, ``due`` the time to send.
 
-    It is created several times for each follow-up, and creating a tuple takes half the time of a dataclass.
+    A lease is created several times for each follow-up. It is a tuple because a tuple is created in half the time of a
+    dataclass.
     """
 
     id: UUID
     token: int
     due: datetime
     losses: int = 0
-    """Its lost leases: it may be a poison pill."""
+    """Number of lost leases of the follow-up; above zero, it may be a poison pill."""
     key: int = 0
-    """The key of its workspace's queue (`key_of`); 0 if unknown."""
+    """The key of the workspace queue (`key_of`); 0 if unknown."""
     task_id: str = ""
-    """The task whose hint brought it to its worker."""
+    """The Celery task whose hint brought the lease to its worker."""
     expires: float = inf
-    """When its worker drops it, an `uptime`: from then on another worker may have it."""
+    """The `uptime` at which the worker drops the lease, because another worker may then have it."""
     refusals: int = 0
-    """How many times in a row the follow-up could not begin at its moment."""
+    """How many times in a row the follow-up could not begin when it was due."""
 
 
 WINDOWED_NAMES = sorted(channel.value for channel in WINDOWED_CHANNELS)
 
 KEYS = 2**20
-"""How many keys there are. Two workspaces with the same key share a queue, which is harmless and rare."""
+"""The number of workspace queue keys. Two workspaces with the same key share a queue, which is harmless and rare."""
 
 
 def key_of(workspace_id: UUID) -> int:
-    """Return the key of a workspace's queue: the last bits of its id, which are random."""
+    """Return the key of a workspace's queue: the last bits of the workspace's id, which are random."""
     return workspace_id.int % KEYS
 
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings that decide what may begin."""
+    """The settings that decide whether a follow-up may begin."""
 
     lease: timedelta
     max_lateness: timedelta
     early: timedelta
-    """How long before the due time begin may come; the sender waits for the rest."""
+    """How long before its due time a follow-up may begin; the sender waits for the remaining time."""
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         return {
             "lease": self.lease,
             "max_lateness": self.max_lateness,
@@ -95,7 +96,7 @@ _BEGIN = text(read_sql("begin_checks") + read_sql("begin"))
 
 
 def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Any]:
-    """Begin the valid leases without an obstacle; return the attempts to send."""
+    """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send."""
     rows = list(connection.execute(_BEGIN, batch_of(leases) | rules.parameters))
     if rows:
         marks.written(connection, ((row.id, row.begun_at) for row in rows))
@@ -140,7 +141,7 @@ _RELEASE = text(f"""
 
 
 def release_if_not_begun(connection: Connection, leases: Sequence[Lease]) -> int:
-    """Release leases, so that the next tick may claim them; return how many were still valid."""
+    """Release leases, so that the next tick may claim the follow-ups; return how many were still valid."""
     return connection.execute(_RELEASE, batch_of(leases)).rowcount
 
 
@@ -160,5 +161,5 @@ def defer_if_not_begun(connection: Connection, leases: Sequence[Lease], delay: t
 
 
 def batch_of(leases: Sequence[Lease]) -> dict[str, object]:
-    """Return the parameters of a batch: ids and tokens."""
+    """Return the statement's parameters for a batch of leases: ids and tokens."""
     return {"ids": uuid_array(lease.id for lease in leases), "tokens": int_array(lease.token for lease in leases)}

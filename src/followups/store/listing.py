@@ -1,9 +1,9 @@
 """Pages of follow-ups, newest first.
 
-Each page is read from an index in its order, and costs no more than the rows up to its end, however many follow-ups
-there are. An index has that order for one value of a column at a time. So the first rows are taken for each value of
-one filter (and of the workspace), and these few are merged. Without a filter all four states are that filter, which
-saves an index that every write would have to maintain.
+Each page is read from an index in the order of the list. It costs only the rows up to its end, however many follow-ups
+there are. An index has that order only for a single value of a column. So the first rows are read for each value of one
+filter (and for each workspace), and these few rows are merged. Without a filter, the four states serve as the filter,
+which avoids another index that every write would have to maintain.
 """
 
 from __future__ import annotations
@@ -27,29 +27,29 @@ if TYPE_CHECKING:
     from followups.states import ReasonCode
 
 PIECE = 256 * 1024
-"""Bytes of messages that are read at once: at least the longest one."""
+"""Bytes of messages that are read in one query, which is at least the size of the longest message."""
 
 MAX_ROWS = 2**62
-"""Offsets beyond this overflow in PostgreSQL; a page there is empty, like any after the last."""
+"""The largest offset; larger ones overflow in PostgreSQL. A page beyond it is empty, like any page after the last."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListFilter:
-    """Which follow-ups to list: those with one of the values in each column; no values means any."""
+    """The filter of a list: follow-ups with one of the given values in each column; no values means any."""
 
     chat_ids: tuple[UUID, ...] = ()
     chat_message_ids: tuple[UUID, ...] = ()
     statuses: tuple[Status, ...] = ()
     trigger_chat_message_ids: tuple[UUID, ...] = ()
     codes: tuple[ReasonCode, ...] = ()
-    """Reasons by code; like the next two, for operators only."""
+    """Codes of the reasons; like ``due_after`` and ``due_before``, a filter for operators only."""
     due_after: datetime | None = None
     due_before: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A row of a list by its key, and how many rows are before it."""
+    """The key of a row of a list, and the number of rows before it."""
 
     offset: int
     created_at: datetime
@@ -60,9 +60,10 @@ class Start:
 def page(
     workspace_id: UUID | None, wanted: ListFilter, *, page_number: int, page_size: int
 ) -> Steps[tuple[Sequence[FollowUp], bool]]:
-    """Return page ``page_number`` (from 1), newest ``created_at`` first, ties by id; and whether there is a next one.
+    """Return a page of follow-ups, and whether there is a next page.
 
-    Without ``workspace_id`` every workspace is listed, as for operators.
+    Pages are numbered from 1. The order is the newest ``created_at`` first, ties by id. Without ``workspace_id``, as
+    for operators, the follow-ups of every workspace are listed.
     """
     rows = yield from rows_from.steps(workspace_id, wanted, (page_number - 1) * page_size, page_size + 1)
     return rows[:page_size], len(rows) > page_size
@@ -72,7 +73,7 @@ def page(
 def rows_from(
     workspace_id: UUID | None, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[FollowUp]]:
-    """Return so many rows from the offset on. What is before ``start`` is not read."""
+    """Return ``size`` rows of the list from the offset on. Rows before ``start`` are not read."""
     if offset >= MAX_ROWS:
         return []
     statement, parameters = statement_of(workspace_id, wanted, start)
@@ -85,9 +86,10 @@ def rows_from(
 def pieces_from(
     workspace_id: UUID, wanted: ListFilter, offset: int, size: int, start: Start | None = None
 ) -> Steps[Sequence[Any]]:
-    """Return rows as `rows_from`, with as many messages as `PIECE` allows; each later ``message`` is None.
+    """Return the rows of `rows_from`, with as many messages as `PIECE` allows.
 
-    So the memory of a request is bounded, whatever the page holds. ``message_size`` is the message's size in bytes.
+    Later rows have None as ``message``. So the memory of a request is bounded, whatever the page contains.
+    ``message_size`` is the size of the message in bytes.
     """
     if offset >= MAX_ROWS:
         return []
@@ -104,14 +106,17 @@ _MESSAGES = Statement("""
 
 @Rule
 def messages(workspace_id: UUID, ids: Sequence[UUID]) -> Steps[dict[UUID, str]]:
-    """Return the messages of those of the workspace's follow-ups that exist."""
+    """Return the messages of those of the given follow-ups that exist in the workspace."""
     return {row.id: row.message for row in (yield _MESSAGES(workspace_id=workspace_id, ids=uuid_array(ids)))}
 
 
 def statement_of(
     workspace_id: UUID | None, wanted: ListFilter, start: Start | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Return the SQL of a page and its parameters, except ``offset``, ``size`` and ``most`` (``offset + size``)."""
+    """Return the SQL of a page and its parameters.
+
+    The parameters ``offset``, ``size`` and ``most`` (``offset + size``) are left to the caller.
+    """
     parameters: dict[str, Any] = {name: list(values) for name, values in _filters(wanted).items()}
     leading, *others = parameters
     if workspace_id is not None:
@@ -127,7 +132,10 @@ def statement_of(
 
 
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
-    """Return the filters that are checked row by row, since no index has them: conditions and their values, by name."""
+    """Return the filters that no index covers, as conditions that are checked row by row.
+
+    Their values are returned by name.
+    """
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),
         "due_after": ("f.due_date >= :due_after", wanted.due_after),
@@ -136,12 +144,12 @@ def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     return {name: each for name, each in given.items() if each[1]}
 
 
-@lru_cache(maxsize=256)  # more than there are combinations of filters
+@lru_cache(maxsize=256)  # more than the number of filter combinations
 def _query(statement: str) -> Statement:
     return Statement(statement, FollowUp, follow_ups.FIELDS)
 
 
-@lru_cache(maxsize=256)  # as above
+@lru_cache(maxsize=256)  # more than the number of filter combinations
 def _query_of_pieces(statement: str) -> Statement:
     others = ", ".join(name for name in follow_ups.FIELDS if name != "message")
     columns = ", ".join(f"follow_ups.{name}" for name in follow_ups.FIELDS)
@@ -156,7 +164,7 @@ def _query_of_pieces(statement: str) -> Statement:
 
 
 _TYPES = {"chat_message_id": "uuid", "trigger_chat_message_id": "uuid", "chat_id": "uuid", "status": "text"}
-"""The columns to filter by. The first one given leads, because fewest rows match it."""
+"""The columns to filter by. The first given column selects the index, because the fewest rows match it."""
 
 
 def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
@@ -166,7 +174,7 @@ def _filters(wanted: ListFilter) -> dict[str, tuple[Any, ...]]:
         "chat_id": wanted.chat_ids,
         "status": tuple(status.value for status in wanted.statuses),
     }
-    # Each value once: a repeated one would repeat its rows.
+    # Duplicate values are removed, because each would repeat its rows.
     named = {column: tuple(dict.fromkeys(values)) for column, values in given.items() if values}
     return named or {"status": tuple(status.value for status in Status)}
 

@@ -1,7 +1,7 @@
-"""Marks that a statement leaves in its rows, read back when the answer to its commit is lost.
+"""Marks that a statement leaves in its rows, to find out whether a commit with a lost answer succeeded.
 
-A lease is recognised by its token, everything else by its time: a row stores the time to the microsecond, and no two
-transactions write the same row in the same microsecond.
+A lease is recognised by its token. Other changes are recognised by their time, which rows store to the microsecond: no
+two transactions write the same row in the same microsecond.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 SAMPLE = 10
-"""Most rows that are read back. Not all are needed, since a transaction is committed as a whole; one is not enough,
-since it may have changed since.
+"""The most rows that are read back. A sample is enough, since a transaction is committed as a whole. One row is not
+enough, since another transaction may have changed it since.
 """
 
-# A row may still be locked by the very transaction in question, whose backend has not ended yet although the connection
-# has. FOR SHARE also reads the latest version of the row, and a standby refuses it.
+# The row may still be locked by the transaction in question, if its backend is still running after the connection was
+# lost. FOR SHARE reads the latest version of the row, and fails on a standby.
 _ROW = "CROSS JOIN LATERAL (SELECT f.* FROM follow_ups f WHERE f.id = b.id FOR SHARE SKIP LOCKED) f"
 _LEASED = text(f"""
     SELECT f.lease_token = b.token
@@ -40,7 +40,7 @@ _WRITTEN = text(f"""
 
 
 def leased(connection: Connection, tokens: Iterable[tuple[UUID, int]]) -> None:
-    """Register the tokens that these rows were leased with, to check a lost commit."""
+    """Register the new lease tokens of these rows, to check a lost commit."""
     ask_if_lost(connection, partial(_stand, _LEASED, list(islice(tokens, SAMPLE))))
 
 
@@ -50,7 +50,7 @@ def written(connection: Connection, moments: Iterable[tuple[UUID, datetime]]) ->
 
 
 def _stand(query: TextClause, rows: list[tuple[UUID, int | datetime]], connection: Connection) -> bool | None:
-    """Return whether any of the rows is as it was written, or None while all of them are locked."""
+    """Return whether any row still has the values that were written, or None while all rows are locked."""
     parameters = {"ids": [row_id for row_id, _ in rows], "marks": [mark for _, mark in rows]}
     found = list(connection.scalars(query, parameters))
     return any(found) if found else None

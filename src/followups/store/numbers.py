@@ -1,6 +1,7 @@
-"""Numbers of one workspace, or of all, for the console's overview. Each is counted up to a limit and within a time.
+"""Figures for the console's overview, of one workspace or of all.
 
-Every query reads rows in the order of an index. A number that would take longer than `LIMIT` is given up and is None.
+Each is limited by count and by time. Every query reads rows in the order of an index. A query that takes longer than
+`LIMIT` is cancelled, and its figure is None.
 """
 
 from __future__ import annotations
@@ -22,21 +23,24 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, TextClause
 
 MOST = 10_000
-"""Up to here numbers are exact; beyond, they are "more than"."""
+"""The largest exact figure; beyond it, a figure is shown as "more than"."""
 
 LIMIT = timedelta(milliseconds=100)
 """Time limit of one query."""
 
 MINUTES = 60
-"""Minutes of the throughput's chart."""
+"""Minutes that the throughput chart covers."""
 
 RECENT = 1_000
-"""Last ends in which failures are counted."""
+"""Number of the most recently finished follow-ups among which failures are counted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """What the overview shows; a number above `MOST` means more than `MOST`, and None that it took too long."""
+    """The figures of the overview.
+
+    A figure above `MOST` means more than `MOST`, and None means that its query took too long.
+    """
 
     at: datetime
     states: Mapping[str, int | None] = field(default_factory=dict)
@@ -45,11 +49,14 @@ class Numbers:
     paused: int | None = None
     outside_hours: int | None = None
     lags: tuple[timedelta, ...] | None = None
-    """p50, p95 and p99 of what was accepted within the last five minutes, or None if there is none or too much."""
+    """p50, p95 and p99 of the lag in the last five minutes, or None if there is no figure.
+
+    There is none if nothing was accepted or the query took too long.
+    """
     sent: list[int] | None = None
-    """Sent in each of the last minutes, oldest first."""
+    """Follow-ups sent in each of the last minutes, oldest first."""
     failures: Mapping[str, int] = field(default_factory=dict)
-    """Failures of the last hour by code, among the last ends."""
+    """Failures of the last hour by code, among the most recently finished follow-ups."""
 
 
 _DUE = "COALESCE(next_attempt_at, due_date)"
@@ -99,7 +106,7 @@ _NOW = text("SELECT now()")
 
 
 def read(connection: Connection, workspace_id: UUID | None) -> Numbers:
-    """Return the numbers of a workspace, or of all for None."""
+    """Return the figures of a workspace, or of all workspaces if it is None."""
     mine = _MINE if workspace_id else ""
     given = {"workspace_id": workspace_id, "most": MOST + 1, "minutes": MINUTES, "recent": RECENT}
 

@@ -1,6 +1,6 @@
-"""Obstacles: why leased follow-ups were not begun, with what decides about them.
+"""Obstacles: the reasons why leased follow-ups did not begin, with the details of each.
 
-``begin_checks.sql`` lists all obstacles.
+All obstacles are listed in ``begin_checks.sql``.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ if TYPE_CHECKING:
     from followups.store.holds import WorkspaceHours
     from followups.store.leases import Lease, Rules
 
-# Unlocked: a row that another transaction has locked has no obstacle, and is tried again shortly.
+# This query locks nothing. A row that another transaction has locked gets no obstacle, and is tried again shortly.
 _OBSTACLES = text(read_sql("begin_checks").replace("FOR NO KEY UPDATE SKIP LOCKED", "OFFSET 0") + read_sql("obstacles"))
 
 
 @dataclass(frozen=True, slots=True)
 class Obstacle:
-    """What may keep a valid lease from beginning, and since when or until when."""
+    """The obstacles of a follow-up with a valid lease, with the times at which they begin or end."""
 
     lease: Lease
     now: datetime
     sent_at: datetime
-    """When it would be sent: now, or at its due moment."""
+    """The time at which the follow-up would be sent: now, or its due time if that is later."""
     due_date: datetime
     wanted_from: datetime
-    """The due date, or the time at which it was set if it was already past then."""
+    """The due date, or the time at which the due date was set if it was already past."""
     chat_removed: bool = False
     silence_broken: bool = False
     taken_over: bool = False
     window_closed: bool = False
     too_late: bool = False
     earlier: UUID | None = None
-    """The follow-up of its chat before it."""
+    """The follow-up just before this one in its chat."""
     sendable_from: datetime | None = None
-    """First time at which sending hours allowed (or will allow) the send, or None if not recorded."""
+    """The first time at which sending hours allow the send, or None if it is not recorded."""
     window_ends: datetime | None = None
-    """None if its channel has no messaging window."""
+    """The end of the messaging window, or None if the channel has none."""
     pause_id: UUID | None = None
     hours: WorkspaceHours | None = None
 
 
 def find(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Obstacle]:
-    """Return what keeps each of the valid leases from beginning."""
+    """Return for each valid lease what keeps its follow-up from beginning."""
     by_id = {lease.id: lease for lease in leases}
     return [
         Obstacle(

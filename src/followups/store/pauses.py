@@ -1,4 +1,4 @@
-"""Pauses: what an operator has paused, and resuming it."""
+"""Pauses that operators have set, and their end by a resume."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ BATCH = 1000
 
 @dataclass(frozen=True, slots=True)
 class PauseScope:
-    """What a pause applies to: a workspace (None means all), a channel (None means all), or both."""
+    """The scope of a pause: a workspace (None means all), a channel (None means all), or both."""
 
     workspace_id: UUID | None
     channel: str | None
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         return {"workspace_id": self.workspace_id, "channel": self.channel}
 
 
 @dataclass(frozen=True, slots=True)
 class ActivePause:
-    """A pause in force, and how many due follow-ups it holds."""
+    """A pause in force, and the number of due follow-ups that it holds."""
 
     id: UUID
     workspace: str | None
@@ -69,7 +69,10 @@ def pause(connection: Connection, scope: PauseScope) -> bool:
 
 
 def resume(connection: Connection, scope: PauseScope) -> bool:
-    """End the pause; return whether there was one. `release_forgotten` releases what it holds."""
+    """End the pause; return whether there was one.
+
+    `release_forgotten` then releases the follow-ups that it held.
+    """
     return connection.execute(_RESUME, scope.parameters).rowcount == 1
 
 
@@ -88,7 +91,7 @@ _OF = text("""
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> ActivePause | None:
-    """Return the first pause on this channel of this workspace (without counting ``held``), or None."""
+    """Return the oldest pause in force on this channel of this workspace, without counting ``held``, or None."""
     row = connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel}).one_or_none()
     return ActivePause(*row) if row else None
 
@@ -108,13 +111,13 @@ _IN_FORCE = text("""
 
 
 def in_force(connection: Connection, workspace_id: UUID | None, most: int) -> list[ActivePause]:
-    """Return the pauses that concern a workspace, or all of them; ``held`` is counted up to 10,001."""
+    """Return the pauses that apply to a workspace, or all pauses; ``held`` is counted up to 10,001."""
     return [ActivePause(*row) for row in connection.execute(_IN_FORCE, {"workspace_id": workspace_id, "most": most})]
 
 
 _HELD = "f.pause_id IS NOT NULL AND f.status = 'pending'"
-# One index step for each pause that holds anything, however much it holds. A pause is not in force if it was lifted, or
-# if its row was deleted by hand.
+# The query reads one index entry for each pause that still holds follow-ups, however many these are. A pause is no
+# longer in force if it was lifted, or if its row was deleted by hand.
 _NOT_STANDING = f"""
     WITH RECURSIVE holding AS (
         (SELECT f.pause_id AS id FROM follow_ups f WHERE {_HELD} ORDER BY f.pause_id LIMIT 1)
@@ -160,12 +163,12 @@ def count_forgotten(connection: Connection) -> int:
 def release_forgotten(
     connection: Connection, refused: Callable[[UUID, Exception], None] | None = None, without: Collection[UUID] = ()
 ) -> int:
-    """Release up to a thousand follow-ups of each pause no longer in force; return how many.
+    """Release up to a thousand follow-ups of each pause that is no longer in force; return how many.
 
-    A lifted pause that holds nothing more is deleted. ``refused`` is called for each row that cannot be
-    written; those in ``without`` are passed over.
+    A lifted pause that holds no more follow-ups is deleted. ``refused`` is called for each row that cannot be written;
+    rows in ``without`` are skipped.
 
-    A resume calls this until nothing is left. If the resume is interrupted, the dispatcher releases the rest.
+    A resume calls this until no follow-up is left. If the resume is interrupted, the dispatcher releases the rest.
     """
 
     def free(part: Sequence[UUID]) -> int:
@@ -178,7 +181,7 @@ def release_forgotten(
     return freed
 
 
-# Every transaction keeps its own virtual id locked from its beginning to its end. Every role can see these locks and
+# Every transaction holds a lock on its virtual transaction id from beginning to end. Every role can see these locks and
 # the application names, whereas pg_stat_activity shows a role only when its own transactions began.
 _WORKERS_OPEN = text("""
     SELECT l.virtualtransaction FROM pg_locks l JOIN pg_stat_activity a ON a.pid = l.pid
@@ -192,7 +195,10 @@ _STILL_OPEN = text("""
 
 
 def workers_transactions(connection: Connection) -> list[str]:
-    """Return the open transactions of workers. One that began before a pause may not have seen it."""
+    """Return the open transactions of workers.
+
+    A transaction that began before a pause may not have seen it.
+    """
     return list(connection.scalars(_WORKERS_OPEN))
 
 

@@ -1,7 +1,7 @@
-"""Pruning: deletes old finished follow-ups with their failed attempts, old chat messages, and expired idempotency keys.
+"""Pruning deletes old finished follow-ups, old chat messages and expired idempotency keys.
 
-It works in batches, oldest first, each a short transaction; locked rows are skipped. Pending follow-ups are never
-touched.
+Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first, each in a short
+transaction; locked rows are skipped. Pending follow-ups are never deleted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 BATCH = 1000
-"""Rows in one transaction, which takes some twenty milliseconds."""
+"""Rows deleted in one transaction, which takes some twenty milliseconds."""
 
 _OLD = "FROM follow_ups WHERE finished_at < :before AND status <> 'pending'"
 _COUNT = text(f"SELECT count(*) {_OLD}")
@@ -38,26 +38,26 @@ _DELETE_OLD = text(f"""
 
 
 def count_finished(connection: Connection, before: datetime) -> int:
-    """Return how many finished before then."""
+    """Return how many follow-ups finished before that time."""
     number: int = connection.execute(_COUNT, {"before": before}).scalar_one()
     return number
 
 
 def some_finished(connection: Connection, before: datetime, most: int) -> list[UUID]:
-    """Return the first few that finished before then."""
+    """Return the first few follow-ups that finished before that time."""
     return list(connection.scalars(_SOME, {"before": before, "most": most}))
 
 
 @dataclass(frozen=True, slots=True)
 class Picked:
-    """A row about to be deleted, with its failed attempts."""
+    """A follow-up that is about to be deleted, with its failed attempts."""
 
     row: Any
     failures: Sequence[Any]
 
 
 def pick_finished(connection: Connection, before: datetime) -> list[Picked]:
-    """Lock and return the next batch of those finished before then; the caller deletes it."""
+    """Lock and return the next batch of follow-ups that finished before that time; the caller deletes them."""
     rows = connection.execute(_PICK, {"before": before, "most": BATCH}).all()
     failures: dict[UUID, list[Any]] = {row.id: [] for row in rows}
     for failure in connection.execute(_FAILURES, {"ids": list(failures)}):
@@ -71,7 +71,7 @@ def delete(connection: Connection, ids: Sequence[UUID]) -> int:
 
 
 def delete_finished(connection: Connection, before: datetime) -> int:
-    """Delete the next batch of those finished before then; return how many."""
+    """Delete the next batch of follow-ups that finished before that time; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": BATCH}).rowcount
 
 
@@ -87,12 +87,12 @@ _DELETE_KEYS = text("""
 
 
 def delete_expired_keys(connection: Connection) -> int:
-    """Delete the next batch of expired answers; return how many."""
+    """Delete the next batch of expired idempotency keys; return how many."""
     return connection.execute(_DELETE_KEYS, {"lifetime": LIFETIME, "most": BATCH}).rowcount
 
 
 class MessageCursor(NamedTuple):
-    """Where a scan of chat messages ended, in the order of their age."""
+    """The position at which a scan of chat messages ended, in the order of their age."""
 
     created_at: datetime = datetime(1, 1, 1, tzinfo=UTC)
     id: UUID = UUID(int=0)
@@ -100,8 +100,8 @@ class MessageCursor(NamedTuple):
 
 OLDEST = MessageCursor()
 
-# The last message of each chat stays, so that a repeat of it is recognised. These accumulate among the oldest rows, so
-# a scan continues where the previous one ended.
+# The last message of each chat is kept, so that a repeat of it is recognised. These messages accumulate among the
+# oldest rows, so a scan continues where the previous scan ended.
 _DELETE_MESSAGES = text("""
     WITH old AS MATERIALIZED (
         SELECT workspace_id, id, chat_id, created_at FROM chat_messages
@@ -119,9 +119,9 @@ _DELETE_MESSAGES = text("""
 
 
 def delete_messages(connection: Connection, before: datetime, after: MessageCursor) -> tuple[int, MessageCursor | None]:
-    """Scan the next batch of chat messages from before then and delete those that no chat needs.
+    """Delete from the next batch of old chat messages those that no chat needs.
 
-    Returns how many, and where the scan ended, or None at the newest one.
+    Returns how many were deleted and where the scan ended, or None if no older message is left.
     """
     place = {"after": after.created_at, "after_id": after.id}
     row = connection.execute(_DELETE_MESSAGES, {"before": before, "most": BATCH} | place).one_or_none()

@@ -1,10 +1,12 @@
-"""Quotas: the most pending follow-ups, and the most chats, that a workspace may have; by default there is none.
+"""Quotas: the most pending follow-ups and the most chats that a workspace may have.
 
-Without a quota, a create request costs nothing more: its own INSERT finds that there is no quota. If there is one, its
-row is locked until the transaction ends, after the chat's, so that two create requests cannot both take the last place.
+By default there is no quota. Without a quota, a create request costs no extra query: its INSERT itself checks that
+there is no quota. With a quota, its row is locked after the chat's until the transaction ends, so that two concurrent
+create requests cannot both use the last free place.
 
-The row keeps how much room was left when the follow-ups or chats were last counted. Each create request uses up some of
-it, and only when nothing is left are they counted again. Room made by ends in between is found then.
+The quota's row stores how much room was left at the last count of follow-ups or chats. Each create request reduces this
+number, and the rows are counted again only when it reaches zero. That count also finds the room that finished
+follow-ups have left.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Kind(StrEnum):
-    """What is limited."""
+    """What a quota limits: pending follow-ups or chats."""
 
     PENDING = "pending"
     CHATS = "chats"
@@ -37,7 +39,10 @@ NAMES = {Kind.PENDING: "pending follow-ups", Kind.CHATS: "chats"}
 
 
 def unless_limited(kind: Kind) -> str:
-    """Return the SQL condition of an INSERT that no quota forbids; ``within_quota`` is whether room has been taken."""
+    """Return the SQL condition under which no quota forbids an INSERT.
+
+    ``within_quota`` is whether room has been reserved.
+    """
     return f"""(CAST(:within_quota AS boolean)
             OR NOT EXISTS (SELECT FROM quotas WHERE workspace_id = :workspace_id AND kind = '{kind.value}'))"""
 
@@ -58,16 +63,17 @@ _KEEP = Statement("UPDATE quotas SET room = :room WHERE workspace_id = :workspac
 
 @Rule
 def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
-    """Reserve room for so many new rows until the transaction ends. Raises `QuotaExceededError` if there is none.
+    """Reserve room for a number of new rows until the transaction ends.
 
-    The caller has locked the chats. Without a quota nothing happens.
+    Raises `QuotaExceededError` if there is none. The caller must have locked the chats. Without a quota nothing
+    happens.
     """
     found = yield _LOCK(workspace_id=workspace_id, kind=kind.value)
     if not found:
         return
     most, room = found[0]
     if room < number:
-        # This statement begins after the lock, and so sees what those before it have committed.
+        # This statement begins after the lock is acquired, so it sees what earlier transactions have committed.
         (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
         room = most - counted.number
     if room < number:
@@ -78,7 +84,7 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
 
 @dataclass(frozen=True, slots=True)
 class QuotaUse:
-    """A quota in force, and how much of it is used, counted up to the quota itself."""
+    """A quota in force, and the used amount, counted up to the quota itself."""
 
     workspace: str
     kind: Kind
@@ -105,7 +111,7 @@ _STANDING = text(
 
 
 def put(connection: Connection, workspace_id: UUID, kind: Kind, most: int) -> None:
-    """Set a quota, or change the one that exists. What exceeds it already stays."""
+    """Create or change a quota. Rows that already exceed the quota are kept."""
     connection.execute(_SET, {"workspace_id": workspace_id, "kind": kind.value, "most": most})
 
 
@@ -115,6 +121,6 @@ def clear(connection: Connection, workspace_id: UUID, kind: Kind) -> bool:
 
 
 def standing(connection: Connection, workspace_id: UUID | None = None) -> list[QuotaUse]:
-    """Return the quotas of a workspace, or of all."""
+    """Return the quotas of a workspace, or of all workspaces."""
     rows = connection.execute(_STANDING, {"only": workspace_id})
     return [QuotaUse(row.name, Kind(row.kind), row.most, row.used) for row in rows]

@@ -1,4 +1,7 @@
-"""Rate limits set by operators, what they apply to, and deferring what they or the breaker refuse."""
+"""Rate limits that operators set, their scopes, and the deferral of follow-ups over a limit.
+
+Follow-ups that the breaker refuses are deferred here too.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LimitScope:
-    """What a limit applies to: a workspace and a channel (None means all); ``per`` is what shares a bucket."""
+    """The scope of a rate limit: a workspace and a channel (None means all).
+
+    ``per`` decides which follow-ups share a bucket.
+    """
 
     workspace_id: UUID | None
     channel: str | None
@@ -35,13 +41,13 @@ class LimitScope:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         return {"workspace_id": self.workspace_id, "channel": self.channel, "per": self.per}
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A limit in force: ``rate`` tokens a second, ``burst`` tokens in a full bucket."""
+    """A rate limit in force: ``rate`` tokens a second, ``burst`` tokens in a full bucket."""
 
     id: UUID
     workspace_id: UUID | None
@@ -77,17 +83,17 @@ _OF = text(f"""
 
 
 def put(connection: Connection, scope: LimitScope, rate: float, burst: int) -> None:
-    """Set a limit, or change the one that exists."""
+    """Create or change a rate limit."""
     connection.execute(_SET, scope.parameters | {"rate": rate, "burst": burst})
 
 
 def clear(connection: Connection, scope: LimitScope) -> bool:
-    """Remove a limit; return whether there was one."""
+    """Remove a rate limit; return whether there was one."""
     return connection.execute(_CLEAR, scope.parameters).rowcount == 1
 
 
 def standing(connection: Connection) -> list[Limit]:
-    """Return every limit, the widest first."""
+    """Return every rate limit, the widest scope first."""
     return [Limit(*row) for row in connection.execute(_STANDING)]
 
 
@@ -100,29 +106,32 @@ _CONCERNING = text(f"""
 
 
 def concerning(connection: Connection, workspace_id: UUID | None, most: int) -> list[Limit]:
-    """Return the limits that apply to a workspace, or those of no single one for None."""
+    """Return the rate limits that apply to a workspace; for None, those that apply to no single workspace."""
     return [Limit(*row) for row in connection.execute(_CONCERNING, {"workspace_id": workspace_id, "most": most})]
 
 
 def of(connection: Connection, workspace_id: UUID, channel: str) -> list[Limit]:
-    """Return the limits on this channel of this workspace, the slowest first."""
+    """Return the rate limits on this channel of this workspace, the slowest first."""
     return [Limit(*row) for row in connection.execute(_OF, {"workspace_id": workspace_id, "channel": channel})]
 
 
 @dataclass(frozen=True, slots=True)
 class Limitable:
-    """The facts about a leased follow-up that rate limits need: where it belongs, and its place in the order."""
+    """The facts about a leased follow-up that rate limits need: workspace, chat, channel and order."""
 
     id: UUID
     ended: bool
-    """It was cancelled or sent by another worker, so it waits for nothing."""
+    """Whether the follow-up was cancelled, or sent by another worker, so that no limit applies any more."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
     since: datetime
-    """The first time at which it could be sent: its due date, or the time when a past due date was set."""
+    """The first time at which the follow-up could be sent.
+
+    This is its due date, or the time when a past due date was set.
+    """
     left: timedelta | None
-    """Time left until its messaging window or the allowed lateness ends, or None if it never expires."""
+    """Time left until the messaging window or the allowed lateness ends, or None if neither applies."""
 
     @property
     def is_over(self) -> bool:
@@ -136,7 +145,7 @@ _ENDS = f"""
           CASE WHEN c.channel IN ({WINDOWED})
                THEN COALESCE(c.last_user_message_at + CAST(:window AS interval), now()) END)
 """
-# LATERAL, so that each is looked up by its key whatever the planner believes about the table.
+# LATERAL makes PostgreSQL look up each follow-up by its key, even if the table's statistics are wrong.
 _LIMITABLE = text(f"""
     SELECT f.id, f.status <> 'pending' AS ended, f.workspace_id, f.chat_id, c.channel,
            GREATEST(f.due_date, f.scheduled_at) AS since, GREATEST({_ENDS}, now()) - now() AS left, {_ENDS} AS ends
@@ -152,7 +161,10 @@ _LIMITABLE = text(f"""
 
 
 def limitable(connection: Connection, leases: Sequence[Lease], max_lateness: timedelta) -> list[Limitable]:
-    """Return what limits go by for each valid lease, and for each lease whose follow-up has ended."""
+    """Return the facts that rate limits need for each valid lease.
+
+    A lease whose follow-up has ended is returned too.
+    """
     parameters = batch_of(leases) | {"max_lateness": max_lateness, "window": WINDOW}
     return [
         Limitable(
@@ -183,7 +195,10 @@ _DEFER = text(f"""
 
 
 def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Defer leased follow-ups, each by its delay, without using up an attempt; return those now deferred."""
+    """Defer leased follow-ups, each by its delay, without using up an attempt.
+
+    Return those that are now deferred.
+    """
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     rows = connection.execute(_DEFER, parameters).all()
     if rows:
@@ -214,10 +229,11 @@ BATCH = 1000
 def release(
     connection: Connection, scope: tuple[UUID | None, str | None], longest: timedelta, without: Collection[UUID] = ()
 ) -> Halved[UUID, int]:
-    """Have up to a thousand that wait under a limit, for ``longest`` at most, ask again now.
+    """Make up to a thousand follow-ups that a rate limit has deferred due now.
 
-    ``scope`` is the limit's workspace and channel; None means all. Those in ``without`` are passed over. Returns what
-    was released, and the rows that cannot be written.
+    Only follow-ups deferred by at most ``longest`` are released. ``scope`` is the limit's workspace and channel; None
+    means all. Follow-ups in ``without`` are skipped. Returns the released follow-ups, and the rows that cannot be
+    written.
     """
     workspace_id, channel = scope
     parameters = {"workspace_id": workspace_id, "channel": channel, "longest": longest, "most": BATCH}
@@ -237,12 +253,15 @@ _WORKSPACES = text("""
 
 
 def workspaces_of(connection: Connection, keys: Iterable[int]) -> list[UUID]:
-    """Return the workspaces with these keys. It reads all workspaces, 48 ms for 50,000 of them."""
+    """Return the workspaces with these queue keys.
+
+    This reads all workspaces, which takes 48 ms for 50,000 of them.
+    """
     return list(connection.scalars(_WORKSPACES, {"keys": int_array(keys)}))
 
 
-# Each workspace is searched separately, since almost everything that falls due within some minutes may belong to
-# another.
+# Each workspace is searched separately, because almost all follow-ups that fall due within some minutes may belong to
+# one other workspace.
 _LOCK_DEFERRED_OF = text(f"""
     WITH deferred AS MATERIALIZED (
         SELECT f.id, f.next_attempt_at
@@ -267,7 +286,7 @@ _LOCK_DEFERRED_OF = text(f"""
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of these workspaces due now; return how many.
 
-    The first deferred are the first to become due. A row that cannot be written stays deferred until its time comes.
+    Those deferred first become due first. A row that cannot be written stays deferred until its time comes.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()

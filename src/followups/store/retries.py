@@ -1,7 +1,7 @@
-"""Retries: follow-ups created from failed ones; which of many should be retried, and which have been.
+"""Retries: new follow-ups created from failed ones, and the search for failed follow-ups to retry.
 
-Each names the one that it retries, and none is retried twice: a unique index ensures it. So an interrupted bulk retry
-continues where it ended.
+Each retry refers to the follow-up that it retries. A unique index ensures that no follow-up is retried twice, so an
+interrupted bulk retry continues where it ended.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True)
 class Failures:
-    """What to retry: failures since then, of a workspace, for one of these reasons, not yet retried."""
+    """The failed follow-ups to retry.
+
+    They are failures of a workspace since a time, for one of these reasons, that have not been retried.
+    """
 
     since: datetime
     until: datetime
@@ -36,7 +39,7 @@ class Failures:
 
     @property
     def parameters(self) -> dict[str, object]:
-        """The statement's parameters."""
+        """The parameters of the statement."""
         codes = [code.value for code in self.codes]
         return {"since": self.since, "until": self.until, "workspace_id": self.workspace_id, "codes": codes}
 
@@ -52,13 +55,13 @@ def _failed(failures: Failures) -> str:
 
 
 def count_failed(connection: Connection, failures: Failures) -> int:
-    """Count what would be retried."""
+    """Count the failed follow-ups that would be retried."""
     number: int = connection.execute(text(f"SELECT count(*) {_failed(failures)}"), failures.parameters).scalar_one()
     return number
 
 
 class FailureCursor(NamedTuple):
-    """Where a batch ended, in the order of the ends."""
+    """The position at which a batch ended, in the order in which the follow-ups failed."""
 
     finished_at: datetime = FIRST
     id: UUID = NIL
@@ -75,7 +78,7 @@ class Failed(NamedTuple):
 
 
 def some_failed(connection: Connection, failures: Failures, most: int, after: FailureCursor = START) -> list[Failed]:
-    """Return the next few failed follow-ups, in the order in which they ended."""
+    """Return the next few failed follow-ups, in the order in which they failed."""
     query = f"""
         SELECT f.id, f.finished_at {_failed(failures)}
            AND f.finished_at >= :after AND (f.finished_at, f.id) > (:after, :after_id)
@@ -97,14 +100,14 @@ _NOTE = text("UPDATE follow_ups SET retry_of = :original WHERE id = :id")
 
 
 def last_of(session: Session, follow_up_id: UUID) -> UUID:
-    """Return the last one of the chain of retries that begins with this one; itself if it has not been retried.
+    """Return the last follow-up of a chain of retries, or the given one if it has not been retried.
 
-    To add to the chain, a caller must have locked the chat.
+    A caller that extends the chain must have locked the chat.
     """
     last: UUID = session.execute(_LAST, {"id": follow_up_id}).scalar_one()
     return last
 
 
 def note(session: Session, follow_up_id: UUID, original: UUID) -> None:
-    """Record which follow-up a new one retries."""
+    """Record which failed follow-up a new follow-up retries."""
     session.execute(_NOTE, {"id": follow_up_id, "original": original})

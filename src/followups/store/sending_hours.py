@@ -1,4 +1,4 @@
-"""The sending hours of workspaces: set, read, cleared."""
+"""The sending hours of workspaces: read, set, removed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ONE = Statement("SELECT {columns} FROM sending_hours WHERE workspace_id = :work
 
 @Rule
 def find(workspace_id: UUID) -> Steps[SendingHours | None]:
-    """Return the workspace's hours, or None if it sends at every hour."""
+    """Return the workspace's sending hours, or None if it has none."""
     rows = yield _ONE(workspace_id=workspace_id)
     return hours_of(rows[0]).hours if rows else None
 
@@ -37,9 +37,10 @@ def everything(session: Session) -> dict[UUID, SendingHours]:
 
 
 def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
-    """Set the workspace's hours. Raises `InvalidRequestError` for an unknown time zone or an empty set of days.
+    """Set the workspace's sending hours.
 
-    Follow-ups held by the previous hours must be looked at again: `followups.store.holds.release_held`.
+    Raises `InvalidRequestError` for an unknown time zone or an empty set of days. The caller must then release the
+    follow-ups that the previous hours hold: `followups.store.holds.release_held`.
     """
     if zone_of(hours.time_zone) is None:
         message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."
@@ -56,6 +57,6 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
 
 
 def clear(session: Session, workspace_id: UUID) -> bool:
-    """Remove the workspace's sending hours; return whether it had any."""
+    """Remove the workspace's sending hours; return whether there were any."""
     statement = delete(Row).where(Row.workspace_id == workspace_id).returning(Row.workspace_id)
     return session.scalar(statement) is not None

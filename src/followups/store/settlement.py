@@ -1,4 +1,4 @@
-"""Settlement: record what became of attempts in flight, and which failed."""
+"""Settlement: record the outcomes of attempts in flight, and the failed attempts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 
 class Settlement(NamedTuple):
-    """What one attempt comes to. Pending means another try ``delay`` after the database's now."""
+    """The outcome to record for one attempt.
+
+    The status pending means a retry ``delay`` after the database's current time.
+    """
 
     lease: Lease
     status: Status
@@ -34,17 +37,17 @@ class Settlement(NamedTuple):
     delay: timedelta | None = None
     chat_message_id: UUID | None = None
     accepted_ago: timedelta | None = None
-    """For sent ones: how long before this call the transport accepted it."""
+    """For a sent follow-up, how long before this call the transport accepted it."""
     refunded: bool = False
-    """Whether the attempt does not count, since the transport asked for a later try."""
+    """Whether the attempt is not counted, because the transport requested a later retry."""
     yields: bool = True
-    """Whether a cancel that came during the attempt wins over this."""
+    """Whether a cancel requested during the attempt takes precedence over this outcome."""
     cancel_detail: str = ""
-    """Text appended to such a cancel's reason if that is a code: ': ...' or an empty string."""
+    """Text appended to the reason of such a cancel if the reason is a code: ': ...' or an empty string."""
 
 
 class Settled(NamedTuple):
-    """A settled row; ``lag`` is the acceptance minus the due date, for sent ones."""
+    """A settled follow-up; ``lag`` is the acceptance time minus the due date if it was sent."""
 
     id: UUID
     status: Status
@@ -60,7 +63,7 @@ _WISH = f"""
     CASE WHEN f.cancel_requested IN ({_BY_CODE}) THEN {honest("f.cancel_requested || r.cancel_detail", "f")}
          ELSE f.cancel_requested END
 """
-"""The reason of a cancel requested during the attempt; an operator's own words are stored as given."""
+"""The reason of a cancel requested during the attempt; an operator's own words are stored unchanged."""
 
 _STILL_OURS = f"""
          CROSS JOIN LATERAL (
@@ -96,7 +99,7 @@ _SETTLE = text(f"""
 """)  # noqa: S608 - no input, only the constant above
 
 
-# The usual case, without the columns that only the others need.
+# Sent is the usual outcome, so this statement omits the columns that only other outcomes need.
 _SETTLE_SENT = text(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
@@ -115,7 +118,7 @@ _SETTLE_SENT = text(f"""
 
 
 def settle_if_in_flight(connection: Connection, settlements: Sequence[Settlement]) -> list[Settled]:
-    """Record the outcomes of attempts in flight; rows that are not returned are locked, or leased elsewhere."""
+    """Record the outcomes of attempts in flight; rows not returned are locked, or leased by another worker."""
     sent = [one for one in settlements if one.status == Status.SENT]
     others = [one for one in settlements if one.status != Status.SENT]
     return [*(_settle_sent(connection, sent) if sent else ()), *(_settle(connection, others) if others else ())]
@@ -170,14 +173,14 @@ _IN_FLIGHT = text(f"""
 
 
 def still_in_flight(connection: Connection, leases: Sequence[Lease]) -> set[UUID]:
-    """Return which leases are still in flight: those not settled only because their rows are locked."""
+    """Return the leases that are still in flight, which were not settled only because their rows are locked."""
     parameters = {"ids": uuid_array(one.id for one in leases), "tokens": int_array(one.token for one in leases)}
     return set(connection.scalars(_IN_FLIGHT, parameters))
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One attempt that did not end in sent. ``duration`` is None if it was not timed."""
+    """A failed attempt. ``duration`` is None if it was not measured."""
 
     follow_up_id: UUID
     number: int

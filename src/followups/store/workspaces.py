@@ -1,4 +1,4 @@
-"""Workspaces: the tenants."""
+"""Workspaces: the tenants of the system."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 MAX_NAME_LENGTH = 200
-"""Most characters of a workspace's name, and of an API key's."""
+"""The most characters of a workspace's name, and of an API key's name."""
 
 
 def create(session: Session, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace; return it and whether it is new. An existing one stays as it is.
+    """Create the workspace; return it and whether it is new. An existing workspace is not changed.
 
-    Raises `InvalidRequestError` for a name that is empty, longer than 200 characters or not storable, and
-    `WorkspaceBeingDeletedError`.
+    Raises `InvalidRequestError` if the name is empty, longer than 200 characters or cannot be stored, and
+    `WorkspaceBeingDeletedError` if the workspace is being deleted.
     """
     name = name.strip()
     if not name:
@@ -39,10 +39,11 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
 def find(session: Session, name: str, *, to_delete: bool = False) -> Workspace:
     """Return the workspace with that name.
 
-    Raises `WorkspaceNotFoundError`, and `WorkspaceBeingDeletedError` unless the caller wants it ``to_delete`` it.
+    Raises `WorkspaceNotFoundError`. Also raises `WorkspaceBeingDeletedError` for a workspace that is being deleted,
+    unless ``to_delete`` is true.
     """
     name = name.strip()
-    # No workspace can have such a name, and PostgreSQL or its driver would refuse to look for one.
+    # No workspace can have such a name, and PostgreSQL or its driver would reject the query.
     found = session.scalar(select(Workspace).where(Workspace.name == name)) if name.isprintable() else None
     if found is None:
         raise WorkspaceNotFoundError
@@ -70,7 +71,7 @@ def everything(session: Session) -> Sequence[Workspace]:
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is longer than 200 characters, or cannot be stored or printed."""
+    """Reject a name that is longer than 200 characters, or cannot be stored or printed."""
     if len(name) > MAX_NAME_LENGTH or not (name or "-").isprintable():
         message = f"A name must have at most {MAX_NAME_LENGTH} characters, all printable."
         raise InvalidRequestError(message, field="name")
