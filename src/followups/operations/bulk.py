@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from pydantic.alias_generators import to_camel
 from sqlalchemy.orm import Session
 
 from followups import scheduling
@@ -17,6 +18,7 @@ from followups.errors import (
     ChatNotFoundError,
     ConflictError,
     NotFoundError,
+    NothingToFollowUpError,
     OutsideMessagingWindowError,
     QuotaExceededError,
 )
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
 
+    from followups.errors import FollowUpsError
     from followups.states import Final
     from followups.store.audit import Actor
 
@@ -105,19 +108,20 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
             new = scheduling.retry_once(session, follow_up_id)
             event = Event(actor, Action.FOLLOW_UPS_RETRIED, new.workspace_id)
             audit.record(session.connection(), events.setdefault(new.workspace_id, event))
-    except OutsideMessagingWindowError:
-        return "outsideMessagingWindow"
-    except QuotaExceededError:
-        return "quotaExceeded"
-    except ChatNotFoundError:
-        return "chatRemoved"
-    except NotFoundError:
-        return "notFound"
-    except ConflictError as error:
-        return {"already-retried": "alreadyRetried", "too-many-pending": "tooManyPending"}.get(
-            error.slug, "answeredMeanwhile"
-        )
+    except (ConflictError, NotFoundError, OutsideMessagingWindowError, QuotaExceededError) as error:
+        return to_camel(retry_refusal(error).replace(" ", "_"))
     return "retried"
+
+
+def retry_refusal(error: FollowUpsError) -> str:
+    """Return why a follow-up is not retried, in a few words that the command line and the console share."""
+    match error:
+        case ChatNotFoundError():
+            return "chat removed"
+        case NothingToFollowUpError():
+            return "answered meanwhile"
+        case _:
+            return error.slug.replace("-", " ")
 
 
 def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:

@@ -18,14 +18,12 @@ from followups.database_errors import concerns_a_row
 from followups.delivery import events
 from followups.delivery.background import Background
 from followups.errors import (
-    ChatNotFoundError,
     ConflictError,
-    FollowUpsError,
     InvalidRequestError,
     NotFoundError,
-    OutsideMessagingWindowError,
 )
 from followups.models import FollowUp
+from followups.operations.bulk import retry_refusal
 from followups.states import ReasonCode, Status, finish
 from followups.store import audit, browse, bulk_actions, chats
 from followups.store.audit import Action, Actor, Event, Way
@@ -155,7 +153,7 @@ def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str,
             with session.begin_nested():
                 done.append(scheduling.retry_once(session, follow_up_id).id)
         except (ConflictError, InvalidRequestError, NotFoundError) as error:
-            why = _reason(error)
+            why = retry_refusal(error)
         except DBAPIError as error:
             if not concerns_a_row(error):
                 raise
@@ -164,17 +162,6 @@ def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str,
             continue
         passed[why] = passed.get(why, 0) + 1
     return done, passed
-
-
-def _reason(error: FollowUpsError) -> str:
-    """Return why a follow-up is passed over."""
-    match error:
-        case OutsideMessagingWindowError():
-            return "window closed"
-        case ChatNotFoundError():
-            return "chat removed"
-        case _:
-            return error.slug.replace("-", " ")
 
 
 def _record(
