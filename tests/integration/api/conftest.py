@@ -1,4 +1,4 @@
-"""One web process in each test process, for all tests with its settings; a workspace for each test."""
+"""Fixtures for the API tests: one web process per test process and settings, one workspace per test."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def web_settings(postgres_url: str, template_database: str, server_urls: tuple[str, str]) -> Iterator[Settings]:
-    """Return settings on a migrated database that the tests share."""
+    """Return settings with a migrated database that the tests share."""
     with settings_on_database("test_web", postgres_url, template_database, server_urls[1]) as settings:
         yield settings
 
 
 @pytest.fixture(scope="session")
 def web_url(web_settings: Settings) -> Iterator[str]:
-    """Start the Procfile's `web`; return its URL."""
+    """Start the Procfile's `web` process and return its URL."""
     with Processes() as processes:
         yield start(processes, web_settings.environment())[1]
 
 
 @pytest.fixture(scope="session")
 def web_engine(web_settings: Settings) -> Iterator[Engine]:
-    """Return an engine on the process's database."""
+    """Return an engine on the web process's database."""
     engine = make_engine(web_settings.database_url.get_secret_value())
     yield engine
     engine.dispose()
@@ -43,7 +43,7 @@ def web_engine(web_settings: Settings) -> Iterator[Engine]:
 
 @pytest.fixture
 def api(web_url: str, web_engine: Engine) -> Iterator[Api]:
-    """Return a client with its own workspace."""
+    """Return an API client with its own workspace."""
     api = Api(web_url, World(web_engine))
     with api.client:
         yield api
@@ -51,7 +51,7 @@ def api(web_url: str, web_engine: Engine) -> Iterator[Api]:
 
 @pytest.fixture
 def other(web_url: str, web_engine: Engine) -> Iterator[Api]:
-    """Return a client of another workspace."""
+    """Return an API client of another workspace."""
     other = Api(web_url, World(web_engine))
     with other.client:
         yield other

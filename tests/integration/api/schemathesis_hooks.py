@@ -1,7 +1,7 @@
-"""Hooks for schemathesis: which valid requests the current state refuses, which the document cannot tell.
+"""Hooks for schemathesis: valid requests that are rejected because of the current state.
 
-`valid_requests_are_accepted` replaces its `positive_data_acceptance`; it is the same check, except for the 422s of
-these rules, which have tests of their own.
+The OpenAPI document cannot express these rules. `valid_requests_are_accepted` replaces `positive_data_acceptance` of
+schemathesis. It is the same check, except for the 422 responses of these rules, which have separate tests.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import schemathesis
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 RULES = {"outside-messaging-window", "idempotency-key-reused"}
-"""Problems that depend on the chat, or on an earlier request."""
+"""Problem types that depend on the chat or on an earlier request."""
 
 TOGETHER = {"#/reason", "#/finishedAt", "#/chatMessageId"}
-"""Fields of a change that are valid only together, or with existing values."""
+"""Fields of a change that are valid only together or with existing values."""
 
 
 @schemathesis.check
 def valid_requests_are_accepted(
     ctx: schemathesis.CheckContext, response: schemathesis.Response, case: schemathesis.Case[Any]
 ) -> bool | None:
-    """Run the original check, unless a rule refused the request."""
+    """Run the original check, unless a rule rejected the request."""
     if response.status_code == 422:
         problem = response.json()
         pointers = {error["pointer"] for error in problem["errors"]}
         if all("should lie in the years" in error["detail"] for error in problem["errors"]):
-            return None  # RFC 3339 has more years than a datetime
+            return None  # RFC 3339 allows more years than `datetime`
         is_change = case.method.upper() == "PATCH" and pointers <= TOGETHER
         if is_change or problem["type"].rpartition("/")[2] in RULES:
             return None

@@ -1,4 +1,4 @@
-"""The access log: one line a request, and the request's id in every line and answer."""
+"""The access log: one line per request, and the request id in every line and response."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def logged(stack: Stack) -> Iterator[Api]:
 
 
 def lines(stack: Stack, event: str, **fields: Any) -> list[dict[str, Any]]:
-    """Return the lines of an event that have these values, once there are any."""
+    """Wait for log lines of an event with the given values, and return them."""
     return wait_until(
         lambda: [line for line in stack.log_events(event, "web") if fields.items() <= line.items()], within=5
     )
 
 
 def test_one_line_a_request(stack: Stack, logged: Api) -> None:
-    """A request logs one line, without query and key.
+    """A request logs one line, without its query string and API key.
 
-    The line has id, method, path, status, duration, client, workspace and the key's id.
+    The line contains the request's id, method, path, status, duration, client, workspace and API key id.
     """
     answer = logged.get(FOLLOW_UPS, statuses="pending")
     request_id = answer.headers["x-request-id"]
@@ -61,14 +61,14 @@ def test_one_line_a_request(stack: Stack, logged: Api) -> None:
 
 @pytest.mark.parametrize(("given", "taken"), [("abc-1", True), ("a b", False), ("x" * 129, False), ("", False)])
 def test_the_request_s_own_id(api: Api, given: str, *, taken: bool) -> None:
-    """A request keeps its own id if that is a plain word of up to 128 characters."""
+    """A client's request id is kept if it is a plain word of up to 128 characters."""
     answered = api.client.get("/healthz", headers={"x-request-id": given}).headers["x-request-id"]
     assert (answered == given) is taken
     assert answered
 
 
 def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
-    """A transition that a request causes is logged with the request's id and workspace."""
+    """A state transition caused by a request is logged with the request's id and workspace."""
     created = logged.create()
     request_id = logged.patch(created, status="cancelled").headers["x-request-id"]
     (line,) = lines(stack, "transition", follow_up_id=created["id"])
@@ -76,7 +76,7 @@ def test_what_a_request_causes_bears_its_id(stack: Stack, logged: Api) -> None:
 
 
 def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None:
-    """A request without a key is not logged with the workspace of the connection's previous request."""
+    """A request without a key is not logged with the workspace of an earlier request on its connection."""
     url = httpx.URL(logged.url)
     with socket.create_connection((url.host, url.port or 80)) as connection:
         first, second = uuid4().hex, uuid4().hex
@@ -92,16 +92,16 @@ def test_nothing_is_left_for_the_next_request(stack: Stack, logged: Api) -> None
 
 
 def test_probes_are_quiet(stack: Stack, logged: Api) -> None:
-    """A successful probe is logged at level debug, a failing one at info."""
+    """A successful probe is logged at level debug, and a failing probe at info."""
     request_id = logged.client.get("/healthz").headers["x-request-id"]
     assert lines(stack, "request", request_id=request_id)[0]["level"] == "debug"
     request_id = logged.client.get("/readyz").headers["x-request-id"]
     (line,) = lines(stack, "request", request_id=request_id)
-    assert (line["level"], line["status"]) == ("info", 503)  # nothing has ticked
+    assert (line["level"], line["status"]) == ("info", 503)  # no tick has run yet
 
 
 def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
-    """A request with too long a body or an unknown path is logged like any other."""
+    """A request with an oversized body or an unknown path is logged like any other request."""
     answer = logged.client.post(FOLLOW_UPS, content=b"x" * (1024 * 1024 + 1))
     (line,) = lines(stack, "request", request_id=answer.headers["x-request-id"])
     assert (line["status"], line["workspace_id"]) == (413, None)
@@ -111,7 +111,7 @@ def test_what_the_gate_refuses_has_a_line(stack: Stack, logged: Api) -> None:
 
 
 def test_a_client_that_leaves_has_a_line(stack: Stack, logged: Api) -> None:
-    """A request whose client leaves before the answer begins is logged without a status."""
+    """A request whose client disconnects before the response begins is logged without a status."""
     url = httpx.URL(logged.url)
     request_id = os.urandom(8).hex()
     head = f"POST / HTTP/1.1\r\nhost: x\r\nx-request-id: {request_id}\r\ncontent-length: 9\r\n\r\n"

@@ -1,4 +1,4 @@
-"""API keys, and the isolation of workspaces."""
+"""API keys and the isolation of workspaces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return method, path and options of a valid request to every endpoint behind a key, about ``mine``."""
+    """Return method, path and options of a valid request to every authenticated endpoint, for ``mine``."""
     bodies: dict[str, dict[str, Any]] = {
         "createFollowUp": {"chatId": mine["chatId"], "dueDate": in_days(1), "message": "?"},
         "changeFollowUp": {"message": "changed"},
@@ -46,7 +46,10 @@ def document(web_url: str) -> dict[str, Any]:
 
 
 def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
-    """Without a key, or with a malformed, unknown, expired or revoked one, each endpoint is 401 and does nothing."""
+    """A request without a valid API key is rejected with 401 by every endpoint and has no effect.
+
+    The key may be missing, malformed, unknown, expired or revoked.
+    """
     mine = api.create()
     revoked_id, revoked = key_of(api.world)
     with Session(api.world.engine) as session, session.begin():
@@ -64,7 +67,7 @@ def test_every_endpoint_wants_a_key(api: Api, document: dict[str, Any]) -> None:
 
 
 def test_stranger_learns_nothing_else(api: Api) -> None:
-    """An invalid request without a key is 401, not 422, and reveals nothing."""
+    """An invalid request without a key is rejected with 401, not 422, and reveals no detail."""
     for path in (FOLLOW_UPS, CHAT_MESSAGES):
         for content in (b"{", b"\xff", b"{}"):
             answer = api.client.post(path, content=content, headers={"authorization": "x"})
@@ -74,12 +77,12 @@ def test_stranger_learns_nothing_else(api: Api) -> None:
 
 @pytest.mark.parametrize("form", ["{}", "Bearer {}", "bearer {}", "BEARER  {}"])
 def test_forms(api: Api, form: str) -> None:
-    """The key is accepted raw or as a bearer token."""
+    """An API key is accepted alone or as a bearer token."""
     assert api.client.get(FOLLOW_UPS, headers={"authorization": form.format(api.key)}).status_code == 200
 
 
 def test_revoked_at_once(api: Api) -> None:
-    """A key that served a request is refused by the next one after its revocation."""
+    """A key that was already used is rejected by the first request after its revocation."""
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)
@@ -87,14 +90,14 @@ def test_revoked_at_once(api: Api) -> None:
 
 
 def test_expired_at_once(api: Api) -> None:
-    """A key that served a request is refused by the first one after its expiry."""
+    """A key that was already used is rejected by the first request after its expiry."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
 
 
 def test_last_use(api: Api) -> None:
-    """The use of a key is recorded once a minute, not with each request."""
+    """The use of an API key is recorded once a minute, not with each request."""
 
     def last_used() -> object:
         return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - our own
@@ -108,7 +111,7 @@ def test_last_use(api: Api) -> None:
 
 
 def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> None:
-    """With another workspace's key, every endpoint treats our ids as unknown and changes nothing."""
+    """With another workspace's key, every endpoint treats the ids as unknown and changes nothing."""
     mine = api.create()
     unknown = {"id": str(uuid4()), "chatId": str(uuid4())}
     about_mine, about_nothing = requests_of(document, mine), requests_of(document, unknown)
@@ -120,13 +123,13 @@ def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> No
             assert answer.json() == expected.json()
         assert mine["message"] not in answer.text
         assert mine["id"] not in answer.text
-        for each in (mine, unknown):  # the other workspace's own chat with that id, if one was created
+        for each in (mine, unknown):  # the other workspace may have created a chat with that id
             other.client.delete(f"{CHATS}/{each['chatId']}")
     assert api.read(mine) == mine
 
 
 def test_filters_of_another_workspace(api: Api, other: Api) -> None:
-    """No filter lists another workspace's follow-ups."""
+    """No filter lists follow-ups of another workspace."""
     mine = api.patch(api.create(), status="sent", chatMessageId=str(uuid4())).json()
     for name, field in (
         ("chatIds", "chatId"),
@@ -139,7 +142,7 @@ def test_filters_of_another_workspace(api: Api, other: Api) -> None:
 
 
 def test_same_ids_in_two_workspaces(api: Api, other: Api) -> None:
-    """Two workspaces may use the same chat and message ids; a reply in one cancels nothing in the other."""
+    """Two workspaces may use equal chat and message ids; a reply in one cancels nothing in the other."""
     chat_id, message_id = str(uuid4()), str(uuid4())
     for each in (api, other):
         answer = each.post(CHAT_MESSAGES, {"id": message_id, "chatId": chat_id, "role": "agent"})

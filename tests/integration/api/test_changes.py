@@ -1,4 +1,4 @@
-"""Changes of follow-ups, against the running process."""
+"""Changes of follow-ups through the API of a running web process."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class TestChange:
-    """PATCH of a pending follow-up."""
+    """PATCH requests for a pending follow-up."""
 
     def test_fields(self, api: Api) -> None:
-        """Every field of a pending follow-up changes, and the others stay."""
+        """Every field of a pending follow-up can be changed, and other fields keep their values."""
         before, chat_id = api.create(), api.chat()
         changes = {
             "chatId": chat_id,
@@ -37,7 +37,7 @@ class TestChange:
         assert api.read(before) == after
 
     def test_nothing(self, api: Api) -> None:
-        """A change without effect leaves even `updatedAt` as it was."""
+        """A change without effect leaves even `updatedAt` unchanged."""
         before = api.create()
         same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
         del same["reason"]
@@ -45,7 +45,7 @@ class TestChange:
             assert api.patch(before, **changes).json() == before
 
     def test_new_due_date_takes_the_lease_back(self, api: Api) -> None:
-        """A reschedule invalidates every earlier hint."""
+        """Rescheduling a follow-up invalidates every earlier hint."""
         before = api.create()
         api.world.sql(
             "UPDATE follow_ups SET lease_token = 7, lease_until = now() + interval '1 min', next_attempt_at = now()"
@@ -68,7 +68,10 @@ class TestChange:
         ],
     )
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
-        """A final status ends it, with the caller's reason or the default code; repeating it changes nothing."""
+        """A final status ends the follow-up with the caller's reason or the default code.
+
+        A repeated request has no effect.
+        """
         created = api.create()
         ended = api.patch(created, **changes).json()
         assert (ended["status"], ended["reason"]) == (changes["status"], reason)
@@ -77,7 +80,7 @@ class TestChange:
         assert (again.status_code, again.json()) == (200, ended)
 
     def test_finished_at(self, api: Api) -> None:
-        """The caller may give the time at which the follow-up ended."""
+        """The caller may specify the time at which the follow-up ended."""
         ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
         assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
 
@@ -103,13 +106,13 @@ class TestChange:
         ],
     )
     def test_bad_change(self, api: Api, changes: dict[str, Any], pointer: str) -> None:
-        """A change that is not allowed is 422, points at its field, and changes nothing."""
+        """A forbidden change is rejected with 422, names its field and has no effect."""
         before = api.create()
         assert pointers(is_problem(api.patch(before, **changes), 422, "invalid-request")) == [pointer]
         assert api.read(before) == before
 
     def test_not_there(self, api: Api) -> None:
-        """An unknown follow-up or chat is 404."""
+        """A change of an unknown follow-up, or to an unknown chat, is rejected with 404."""
         nobody = {"id": str(uuid4())}
         for changes in ({}, {"message": "x"}, {"chatMessageId": None}, {"dueDate": in_days(1)}):
             is_problem(api.patch(nobody, **changes), 404, "not-found")
@@ -120,18 +123,18 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
-        """A new due date must also be within the messaging window."""
+        """A new due date must be within the channel's messaging window."""
         created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
         is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
         assert api.patch(created, dueDate=in_days(0.6)).status_code == 200
 
 
 class TestFinished:
-    """PATCH of a follow-up that has ended, or that is being sent."""
+    """PATCH requests for a follow-up that has ended or is in flight."""
 
     @pytest.mark.parametrize("status", ["sent", "failed", "cancelled"])
     def test_never_changes(self, api: Api, status: str) -> None:
-        """A finished follow-up refuses every change: 409."""
+        """A finished follow-up rejects every change with 409."""
         created = api.create()
         ended = api.patch(created, status=status).json()
         others = {"sent", "failed", "cancelled", "pending"} - {status}
@@ -147,7 +150,7 @@ class TestFinished:
         assert api.read(created) == ended
 
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
-        """The chat message of a sent follow-up can be filled in once, that of any other not at all."""
+        """The chat message id of a sent follow-up can be added once; other finished follow-ups accept none."""
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")
         api.patch(failed, status="failed")
@@ -157,7 +160,7 @@ class TestFinished:
         is_problem(api.patch(failed, chatMessageId=name), 409, "already-finished")
 
     def test_in_flight(self, api: Api) -> None:
-        """While an attempt is in flight, every change is refused with 409 and Retry-After."""
+        """While an attempt is in flight, every change is rejected with 409 and Retry-After."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         for changes in ({"message": "x"}, {"dueDate": in_days(1)}, {"status": "cancelled"}):
@@ -167,7 +170,7 @@ class TestFinished:
         assert api.read(created) == created
 
     def test_earlier_end_wakes_the_later(self, api: Api) -> None:
-        """A follow-up that waited for the one that is cancelled here may be claimed again."""
+        """After a follow-up is cancelled, the next one of its chat can be claimed."""
         chat_id = api.chat()
         first, second = api.create(chat_id), api.create(chat_id)
         api.world.sql(
@@ -178,7 +181,10 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each change that has an effect is an audit event of the API key, without texts; a create request is not."""
+    """Each effective change is an audit event of its API key, without message texts.
+
+    A create request leaves no audit event.
+    """
     follow_up = api.create()
     for changes in ({"message": "Ann's secret"}, {"message": "Ann's secret"}, {"status": "cancelled", "reason": "Ann"}):
         assert api.patch(follow_up, **changes).status_code == 200
@@ -192,7 +198,10 @@ def test_changes_are_recorded_with_their_key(api: Api) -> None:
 
 
 def test_a_removed_chat_is_recorded_with_what_it_cancelled(api: Api) -> None:
-    """The removal of a chat is one event with the number of cancelled follow-ups; of an empty chat it is none."""
+    """Removing a chat leaves one audit event with the number of cancelled follow-ups.
+
+    Removing a chat without pending follow-ups leaves none.
+    """
     chat_id, empty = api.chat("api", "agent"), api.chat("api", "agent")
     for _ in range(2):
         api.create(chat_id)

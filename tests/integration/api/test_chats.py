@@ -1,4 +1,4 @@
-"""The platform's reports about chats, against the running process."""
+"""The platform's requests about chats, sent to a running web process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TestPut:
 
     @pytest.mark.parametrize("channel", ["widget", "waha", "whatsapp", "instagram", "api", "matrix"])
     def test_created_and_updated(self, api: Api, channel: str) -> None:
-        """The first PUT is 201 and the next 200, whose values replace the first's."""
+        """The first PUT of a chat returns 201; the next returns 200 and replaces the values."""
         path = f"{CHATS}/{uuid4()}"
         created = api.client.put(path, json={"channel": channel, "externalId": "!room:host"})
         assert created.status_code == 201
@@ -34,7 +34,7 @@ class TestPut:
         }
 
     def test_messages_stay(self, api: Api) -> None:
-        """An update keeps the messages of the chat."""
+        """Updating a chat keeps its messages."""
         chat_id = api.chat("api", "agent")
         api.client.put(f"{CHATS}/{chat_id}", json={"channel": "widget"})
         assert api.create(chat_id)
@@ -50,12 +50,12 @@ class TestPut:
         ],
     )
     def test_bad_body(self, api: Api, body: dict[str, Any], pointer: str) -> None:
-        """An invalid body is 422."""
+        """A chat with an invalid body is rejected with 422."""
         answer = api.client.put(f"{CHATS}/{uuid4()}", json=body)
         assert pointers(is_problem(answer, 422, "invalid-request")) == [pointer]
 
     def test_bad_id(self, api: Api) -> None:
-        """An id that is not a UUID is 422."""
+        """A chat id that is not a UUID is rejected with 422."""
         answer = api.client.put(f"{CHATS}/abc", json={"channel": "api"})
         assert pointers(is_problem(answer, 422, "invalid-request")) == ["#/chatId"]
 
@@ -64,7 +64,7 @@ class TestRemove:
     """DELETE removes a chat."""
 
     def test_removed(self, api: Api) -> None:
-        """Removing a chat cancels its pending follow-ups; later requests for it are 404."""
+        """Removing a chat cancels its pending follow-ups; later requests for the chat return 404."""
         chat_id = api.chat()
         created = api.create(chat_id)
         answer = api.client.delete(f"{CHATS}/{chat_id}")
@@ -86,18 +86,18 @@ class TestRemove:
         is_problem(api.post(FOLLOW_UPS, body), 409, "nothing-to-follow-up")
 
     def test_unknown(self, api: Api) -> None:
-        """An unknown chat is 404."""
+        """Removing an unknown chat returns 404."""
         is_problem(api.client.delete(f"{CHATS}/{uuid4()}"), 404, "not-found")
 
 
 class TestMessages:
-    """POST of a chat message."""
+    """POST requests with a chat message."""
 
     @pytest.mark.parametrize(
         ("role", "reason"), [("user", "user_replied"), ("operator", "human_takeover"), ("agent", None)]
     )
     def test_cancels(self, api: Api, role: str, reason: str | None) -> None:
-        """A user's or operator's message cancels the chat's pending follow-ups; an agent's cancels none."""
+        """A message of a user or operator cancels the chat's pending follow-ups; an agent's message does not."""
         chat_id = api.chat()
         created, other = [api.create(chat_id) for _ in range(3)], api.create()
         answer = api.message(chat_id, role)
@@ -108,7 +108,10 @@ class TestMessages:
         assert api.read(other) == other
 
     def test_answer(self, api: Api) -> None:
-        """The answer has exactly the contract's fields; an unknown chat is created; a text is ignored."""
+        """The response has exactly the documented fields.
+
+        An unknown chat is created, and a message text in the request is ignored.
+        """
         body = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "agent", "createdAt": "2030-01-01T01:00:00+01:00"}
         answer = api.post(CHAT_MESSAGES, body | {"text": "secret"})
         assert answer.status_code == 201
@@ -116,7 +119,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_again(self, api: Api) -> None:
-        """A repeated id is 200 and has no effect, whatever the other fields are."""
+        """A repeated message id returns 200 and has no effect, whatever the other fields are."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")
@@ -129,21 +132,21 @@ class TestMessages:
         is_problem(api.client.delete(f"{CHATS}/{stranger}"), 404, "not-found")
 
     def test_older(self, api: Api) -> None:
-        """A message older than the chat's last one is recorded and changes nothing."""
+        """A message older than the chat's last one is recorded without further effect."""
         created = api.create()
         answer = api.message(created["chatId"], "user", createdAt="2020-01-01T00:00:00Z")
         assert (answer.status_code, answer.json()["cancelledFollowUpIds"]) == (201, [])
         assert api.read(created) == created
 
     def test_clock_ahead(self, api: Api) -> None:
-        """A message with a time in the future does not make later replies look old."""
+        """A message dated in the future does not make later replies seem old."""
         chat_id = str(uuid4())
         api.message(chat_id, "agent", createdAt=in_days(1))
         created = api.create(chat_id)
         assert api.message(chat_id, "user").json()["cancelledFollowUpIds"] == [created["id"]]
 
     def test_in_flight(self, api: Api) -> None:
-        """A reply does not cancel a follow-up in flight, but keeps it from being retried."""
+        """A reply does not cancel a follow-up in flight but prevents its retry."""
         created = api.create()
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []
@@ -156,7 +159,7 @@ class TestMessages:
         [("id", "x"), ("chatId", None), ("role", "bot"), ("createdAt", "2030-01-01T00:00:00"), ("createdAt", 1)],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """An invalid field is 422."""
+        """A chat message with an invalid field is rejected with 422."""
         body: dict[str, object] = {"id": str(uuid4()), "chatId": str(uuid4()), "role": "user"}
         answer = api.post(CHAT_MESSAGES, body | {field: value})
         assert pointers(is_problem(answer, 422, "invalid-request")) == [f"#/{field}"]

@@ -1,4 +1,4 @@
-"""A ``matrix`` room belongs to one workspace, since the room's id alone decides where a message goes."""
+"""External chat ids: a ``matrix`` room belongs to one workspace because its id alone names the receiver."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="module")
 def matrix_url(web_settings: Settings) -> Iterator[str]:
-    """Start a web process that serves the transport ``matrix``."""
+    """Start a web process with the transport ``matrix`` and return its URL."""
     with Processes() as processes:
         yield start(processes, web_settings.environment() | {"FOLLOWUPS_TRANSPORT": "matrix"})[1]
 
@@ -36,7 +36,7 @@ def pair(matrix_url: str, web_engine: Engine) -> Iterator[tuple[Api, Api]]:
 
 
 def put(api: Api, room: str | None, chat: object = None) -> int:
-    """Assign a chat to a room; return the response status."""
+    """Assign a chat to a room and return the response status."""
     answer = api.client.put(f"{CHATS}/{chat or uuid4()}", json={"channel": "matrix", "externalId": room})
     if answer.status_code == 409:
         is_problem(answer, 409, "external-chat-taken")
@@ -44,7 +44,10 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 
 
 def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
-    """A second workspace is refused a taken room for any chat, new or moved; the first keeps using it."""
+    """A room already used by one workspace is rejected for every chat of another, new or moved.
+
+    The first workspace keeps using the room.
+    """
     one, other = pair
     room, elsewhere, chat, theirs = f"!{uuid4()}:host", f"!{uuid4()}:host", uuid4(), uuid4()
     assert put(one, room, chat) == 201
@@ -57,7 +60,10 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
 
 
 def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
-    """The room of a removed chat is free for another workspace, and the first does not get it back."""
+    """The room of a removed chat can be used by another workspace.
+
+    The first workspace does not get the room back.
+    """
     one, other = pair
     room, chat = f"!{uuid4()}:host", uuid4()
     assert put(one, room, chat) == 201
@@ -67,12 +73,12 @@ def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
 
 
 def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
-    """Chats without an external id take no room, so that any workspace may have them."""
+    """Any number of workspaces may have chats without an external id."""
     assert [put(each, None) for each in pair] == [201, 201]
 
 
 def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
-    """If two workspaces ask for a room at the same time, exactly one of them gets it."""
+    """If two workspaces request a room concurrently, exactly one of them receives it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             room = f"!{uuid4()}:host"
@@ -80,6 +86,6 @@ def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
 
 
 def test_with_another_transport_an_external_id_is_the_workspaces_own_word(api: Api, other: Api) -> None:
-    """The delivery's body names the workspace, so that two workspaces may use the same external id."""
+    """With a transport whose deliveries name the workspace, two workspaces may share an external id."""
     room = f"!{uuid4()}:host"
     assert [put(each, room) for each in (api, other)] == [201, 201]

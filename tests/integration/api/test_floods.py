@@ -1,4 +1,4 @@
-"""The web process under floods by one client: the cost to the other clients is measured and printed."""
+"""Floods of requests by one client: the cost to other clients is measured and printed."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ POST = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\n"
 
 @dataclass
 class Flood:
-    """The cost of a flood: CPU and memory of the process, and the waiting times of other clients."""
+    """The cost of a flood: the process's CPU and memory, and the waiting times of other clients."""
 
     cpu: float = 0.0
     memory: float = 0.0
-    """The most by which the process grew, in MiB."""
+    """The largest growth of the process in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    """For each wait, the time for which the process's event loop was busy during it.
+    """For each wait, the seconds during which the process's event loop was busy.
 
-    The rest of a wait is what the machine did for other processes, of which a test is not the judge.
+    The rest of a wait is time that the machine spent on other processes, which this test does not judge.
     """
 
     def held_up_less(self, limit: float) -> bool:
-        """Return whether 95 % of the others were held up by the flood for less than the limit."""
+        """Return whether the flood delayed 95 % of other clients' requests by less than the limit."""
         return p95(self.busy) < limit
 
     def __str__(self) -> str:
@@ -71,38 +71,38 @@ def address_of(url: str) -> tuple[str, int]:
 
 @dataclass
 class Web:
-    """A web process of this file's own."""
+    """A web process used only by these tests."""
 
     pid: int
     api: Api
 
     @property
     def address(self) -> tuple[str, int]:
-        """Where it listens."""
+        """The process's host and port."""
         return address_of(self.api.url)
 
     @property
     def key(self) -> bytes:
-        """The header with a key."""
+        """The header with an API key."""
         return f"authorization: {self.api.key}\r\n".encode()
 
     def connect(self) -> socket.socket:
-        """Return a new connection."""
+        """Return a new connection to the process."""
         return socket.create_connection(self.address, timeout=20)
 
     def cpu(self) -> float:
-        """Return the seconds of CPU that the process has used."""
+        """Return the seconds of CPU time that the process has used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """Return its resident memory in MiB."""
+        """Return the resident memory of the process in MiB."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
     @contextmanager
     def flooded(self, what: str) -> Iterator[Flood]:
-        """Yield what the block costs; it is filled in at the block's end."""
+        """Measure a block and yield its cost, which is complete when the block ends."""
         flood, over = Flood(), threading.Event()
         cpu, memory, peak = self.cpu(), self.memory(), [0.0]
 
@@ -123,7 +123,7 @@ class Web:
         print(f"{what}: {flood}")  # noqa: T201 - the figure
 
     def wait(self, flood: Flood) -> None:
-        """Ask as another client, on a new connection, and record how long that took."""
+        """Send a request as another client, on a new connection, and record the waiting time."""
         started, busy = time.perf_counter(), self.loop_time()
         with self.connect() as connection:
             connection.sendall(HEALTH)
@@ -132,24 +132,24 @@ class Web:
         flood.busy.append(self.loop_time() - busy)
 
     def loop_time(self) -> float:
-        """Return the seconds of CPU that the thread of the event loop has used."""
+        """Return the seconds of CPU time that the event loop's thread has used."""
         return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @pytest.fixture(scope="module")
 def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
-    """Start a web process."""
+    """Start a web process and return its handle."""
     with Processes() as processes:
         child, url = start(processes, web_settings.environment())
         api = Api(url, World(web_engine))
         with api.client:
             web = Web(child.pid, api)
-            api.get(FOLLOW_UPS)  # what is loaded at the first request is no growth
+            api.get(FOLLOW_UPS)  # loads modules beforehand, so that they do not count as growth
             yield web
 
 
 def answered(connection: socket.socket) -> bytes:
-    """Return the start of the answer, or nothing if the connection was closed."""
+    """Return the start of the response, or nothing if the connection was closed."""
     with suppress(OSError):
         return connection.recv(4096)[:12]
     return b""
@@ -157,7 +157,7 @@ def answered(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
-    """A body in a million chunks of one byte is refused long before its end."""
+    """A body in a million chunks of one byte is rejected long before its end."""
     with web.flooded(f"a million chunks, {'with' if has_key else 'without'} a key") as flood, web.connect() as client:
         client.sendall(POST + (web.key if has_key else b"") + b"transfer-encoding: chunked\r\n\r\n")
         with suppress(ConnectionError):
@@ -171,7 +171,10 @@ def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
-    """A body of 1 MiB with 80,000 unknown fields does not hold up the others; a stranger's is not read."""
+    """A body of 1 MiB with more than 50,000 unknown fields does not delay other clients.
+
+    Without a valid API key, such a body is not read.
+    """
     body = json.dumps({f"unknown{number}": 1 for number in range(60_000)}).encode()[: MIB - 1] + b"}"
     head = f"PATCH {FOLLOW_UPS}/{uuid4()} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n".encode()
     with web.flooded(f"many unknown fields, {'with' if has_key else 'without'} a key") as flood:
@@ -184,7 +187,7 @@ def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
 
 
 def test_bodies_that_do_not_end(web: Web) -> None:
-    """300 bodies of 1 MiB less a byte, and then silence, share the memory of all bodies."""
+    """300 unfinished bodies of nearly 1 MiB each share the memory budget for all bodies."""
     with ExitStack() as clients, web.flooded("300 bodies that do not end") as flood:
         for _ in range(300):
             client = clients.enter_context(web.connect())
@@ -195,7 +198,7 @@ def test_bodies_that_do_not_end(web: Web) -> None:
 
 
 def test_clients_that_do_not_read(web: Web) -> None:
-    """15 clients ask for a page of 26 MB and do not read."""
+    """15 clients that request a page of 26 MB without reading it stay within the limits."""
     chat = web.api.world.chat()
     web.api.world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"
@@ -221,7 +224,7 @@ def test_clients_that_do_not_read(web: Web) -> None:
 
 @pytest.fixture
 def many_files() -> Iterator[None]:
-    """Let this process have more connections than the server allows."""
+    """Raise this process's limit of open files above the server's limit of connections."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 8192)), hard))
     yield
@@ -232,7 +235,7 @@ def many_files() -> Iterator[None]:
 @pytest.mark.usefixtures("many_files")
 @pytest.mark.parametrize("sent", [HEALTH, b"", b"GET /healthz HTTP/1.1\r\nx: ", HEALTH + b"GET /"])
 def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
-    """2,100 connections that are idle, silent, or send their heads slowly keep nobody else out."""
+    """2,100 connections that are idle, silent or sending slowly do not keep other clients from connecting."""
     with ExitStack() as clients, web.flooded(f"{server.MAX_CONNECTIONS + 100} connections: {sent!r}") as flood:
         for _ in range(server.MAX_CONNECTIONS + 100):
             client = clients.enter_context(web.connect())

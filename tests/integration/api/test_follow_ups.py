@@ -1,4 +1,4 @@
-"""Create and get follow-ups, against the running process."""
+"""Creating and getting follow-ups through the API of a running web process."""
 
 from __future__ import annotations
 
@@ -27,10 +27,13 @@ TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z")
 
 
 class TestCreate:
-    """POST creates a pending follow-up, or explains why not."""
+    """POST creates a pending follow-up or returns an error with the reason."""
 
     def test_created(self, api: Api) -> None:
-        """The answer is 201 with exactly the contract's fields, UTC times with Z, and the new follow-up's location."""
+        """A created follow-up is returned with 201, exactly the documented fields, and its location.
+
+        Its times are in UTC and end with Z.
+        """
         chat_id = str(uuid4())
         agent = api.message(chat_id, "agent").json()
         body = {"chatId": chat_id, "dueDate": "2035-01-01T10:00:00+02:00", "message": "Da? \N{WAVING HAND SIGN}"}
@@ -49,13 +52,13 @@ class TestCreate:
         assert api.get(answer.headers["location"]).json() == created
 
     def test_unknown_chat(self, api: Api) -> None:
-        """An unknown chat is 404, with the contract's text."""
+        """A follow-up in an unknown chat is rejected with 404 and the documented text."""
         answer = api.post(FOLLOW_UPS, {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"})
         assert is_problem(answer, 404, "not-found")["detail"] == "The chat was not found."
 
     @pytest.mark.parametrize("roles", [(), ("agent", "user")], ids=["no messages", "last is the user's"])
     def test_nothing_to_follow_up(self, api: Api, roles: tuple[str, ...]) -> None:
-        """Without a message, or when the user wrote last, there is nothing to follow up: 409."""
+        """A follow-up is rejected with 409 if its chat has no message or the user wrote last."""
         chat_id = str(uuid4())
         api.client.put(f"/api/v1/chats/{chat_id}", json={"channel": "widget"})
         for role in roles:
@@ -85,7 +88,7 @@ class TestCreate:
         ],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """An invalid field is 422, and the problem points at it alone."""
+        """An invalid field is rejected with 422, and the error points at that field only."""
         body: dict[str, Any] = {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"} | {field: value}
         assert pointers(is_problem(api.post(FOLLOW_UPS, body), 422, "invalid-request")) == [f"#/{field}"]
 
@@ -93,17 +96,17 @@ class TestCreate:
         "raw", [b"", b"{", b"[]", b"null", b'"\xff"', b"\xff", b"[" * 100_000, b'{"message":"\\ud800"}']
     )
     def test_bad_body(self, api: Api, raw: bytes) -> None:
-        """A body that is not a JSON object, or has an invalid text, is 422."""
+        """A body that is not a JSON object, or contains invalid text, is rejected with 422."""
         headers = {"content-type": "application/json"}
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 
     def test_longest_message(self, api: Api) -> None:
-        """A message may have 65,536 characters, each of which takes twelve bytes of JSON at most."""
+        """A message may have 65,536 characters, each of which takes up to twelve bytes of JSON."""
         text = "\N{GRINNING FACE}" * 65_536
         assert api.create(text=text)["message"] == text
 
     def test_past_due_date(self, api: Api) -> None:
-        """A due date in the past is kept as it is."""
+        """A due date in the past is stored unchanged."""
         assert api.create(due="2001-02-03T04:05:06.789Z")["dueDate"] == "2001-02-03T04:05:06.789000Z"
 
     def test_unknown_fields_are_ignored(self, api: Api) -> None:
@@ -113,7 +116,7 @@ class TestCreate:
 
     @pytest.mark.parametrize("channel", ["whatsapp", "instagram"])
     def test_messaging_window(self, api: Api, channel: str) -> None:
-        """On a windowed channel, a due date is allowed only within 24 hours of the user's last message."""
+        """On a channel with a messaging window, a due date must be within 24 hours of the user's last message."""
         chat_id = api.chat(channel, "user", "agent")
         assert api.create(chat_id, in_days(0.99))
         body = {"chatId": chat_id, "dueDate": in_days(1.01), "message": "?"}
@@ -121,9 +124,13 @@ class TestCreate:
         assert pointers(problem) == ["#/dueDate"]
 
     def test_sending_hours_and_the_window(self, api: Api) -> None:
-        """A due date outside the sending hours is accepted unless they open after the window, which is a 422."""
+        """A due date outside sending hours is accepted if they begin within the messaging window.
+
+        Otherwise it is rejected with 422.
+        """
         now = datetime.now(UTC)
-        # Hours that end within the hour and open again in 23 hours, after the window of a user who wrote 2 hours ago.
+        # These sending hours end within the hour and begin again in 23 hours. By then, the window of a user who wrote 2
+        # hours ago is closed.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)
@@ -142,7 +149,7 @@ class TestCreate:
         is_problem(api.patch(inside, dueDate=outside), 422, "outside-messaging-window")
 
     def test_no_window_without_a_user(self, api: Api) -> None:
-        """A windowed chat whose user never wrote allows no due date, not even now."""
+        """On a channel with a messaging window, a chat whose user never wrote accepts no due date."""
         body = {"chatId": api.chat("whatsapp"), "dueDate": "2001-01-01T00:00:00Z", "message": "?"}
         is_problem(api.post(FOLLOW_UPS, body), 422, "outside-messaging-window")
 
@@ -151,16 +158,16 @@ class TestGet:
     """GET returns one follow-up."""
 
     def test_not_there(self, api: Api) -> None:
-        """An unknown id is 404."""
+        """Getting a follow-up with an unknown id returns 404."""
         is_problem(api.get(f"{FOLLOW_UPS}/{uuid4()}"), 404, "not-found")
 
     @pytest.mark.parametrize("bad", ["42", "%00", "x" * 1000, "6a1f3f0e4f0e4b398f5b0f6a3f1f7c11", "..%2e", "'--"])
     def test_no_uuid(self, api: Api, bad: str) -> None:
-        """An id that is not a UUID is 422."""
+        """Getting a follow-up with an id that is not a UUID returns 422."""
         is_problem(api.get(f"{FOLLOW_UPS}/{bad}"), 422, "invalid-request")
 
 
 def test_times_are_the_database_s(api: Api) -> None:
-    """`createdAt` is now, in UTC."""
+    """The `createdAt` of a new follow-up is the current time in UTC."""
     created = datetime.fromisoformat(api.create()["createdAt"])
     assert abs(datetime.now(UTC) - created) < timedelta(seconds=20)

@@ -1,4 +1,4 @@
-"""The API before authentication: limits on each client, and the answers to requests without a valid key."""
+"""The API before authentication: limits per client, and responses to requests without a valid key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOSTILE = {"host": "attacker.example", "x-forwarded-host": "attacker.example", "
 
 
 def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
-    """Send bytes on a new connection; return everything received until it is closed or silent."""
+    """Send bytes on a new connection, and return all data received until it is closed or silent."""
     url = urlsplit(str(api.client.base_url))
     assert url.hostname
     with socket.create_connection((url.hostname, url.port or 80), timeout=wait) as connection:
@@ -44,7 +44,7 @@ def raw(api: Api, request: bytes, wait: float = 5) -> bytes:
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/openapi.json", "/docs", FOLLOW_UPS])
 def test_head(api: Api, path: str) -> None:
-    """Every GET answers HEAD: the same status and headers, without a body."""
+    """HEAD returns the status and headers of GET for every path, without a body."""
     got, head = api.client.get(path), api.client.head(path)
     assert head.status_code == got.status_code
     assert head.content == b""
@@ -53,7 +53,7 @@ def test_head(api: Api, path: str) -> None:
 
 
 def test_head_of_one(api: Api) -> None:
-    """HEAD works for a single follow-up; a path without GET answers 405 and lists its methods."""
+    """HEAD works for a single follow-up; a path without GET returns 405 and lists its methods."""
     assert api.client.head(f"{FOLLOW_UPS}/{api.create()['id']}").status_code == 200
     refused = api.client.head(CHAT_MESSAGES)
     assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
@@ -71,14 +71,14 @@ def test_headers_of_every_answer(api: Api, method: str, path: str) -> None:
 
 
 def test_headers_of_what_is_no_http(api: Api) -> None:
-    """The server's own response to malformed HTTP forbids content sniffing and caching, too."""
+    """The server's response to malformed HTTP also forbids content sniffing and caching."""
     answer = raw(api, b"nonsense\r\n\r\n").lower()
     assert b"x-content-type-options: nosniff" in answer
     assert b"cache-control: no-store" in answer
 
 
 def test_documentation(api: Api) -> None:
-    """The documentation loads only its own files, which are cacheable, and has no inline script."""
+    """The documentation page loads only local, cacheable files and has no inline script."""
     page = api.client.get("/docs")
     policy = page.headers["content-security-policy"]
     assert "default-src 'none'" in policy
@@ -107,16 +107,16 @@ def test_links_repeat_nothing_of_a_client(api: Api) -> None:
 
 @pytest.mark.parametrize("query", ["statuses[0]=pending", "chatIds[0]=x", "chatId=x", "limit=5", "pagenumber=2"])
 def test_unknown_parameter(api: Api, query: str) -> None:
-    """An unknown query parameter is refused with 422 and named.
+    """An unknown query parameter is rejected with 422 and named in the error.
 
-    A filter that is silently ignored would list everything.
+    If an unknown filter were ignored, the list would contain every follow-up.
     """
     problem = is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
     assert pointers(problem) == [f"#/{query.partition('=')[0]}"]
 
 
 def test_few_errors_are_told(api: Api) -> None:
-    """A response lists at most 20 errors, in 20 kB, however many fields are wrong."""
+    """A response lists at most 20 errors in 20 kB, however many fields are invalid."""
     path = f"{FOLLOW_UPS}/{api.create()['id']}"
     for body in ({f"unknown{number}": 1 for number in range(80)}, {f"unknown{number}": 1 for number in range(50_000)}):
         answer = api.client.patch(path, json=body)
@@ -128,7 +128,7 @@ def test_few_errors_are_told(api: Api) -> None:
 
 
 def test_a_compressed_body(api: Api) -> None:
-    """A compressed body is refused with 415 and the reason; `Content-Encoding: identity` is accepted."""
+    """A compressed body is rejected with 415 and the reason; `Content-Encoding: identity` is accepted."""
     body = gzip.compress(json.dumps({"role": "agent"}).encode())
     problem = is_problem(
         api.client.post(CHAT_MESSAGES, content=body, headers={"content-encoding": "gzip"}),
@@ -145,7 +145,7 @@ def test_a_compressed_body(api: Api) -> None:
 
 
 def test_two_lengths(api: Api) -> None:
-    """A request with both Content-Length and Transfer-Encoding gets one 400, and its connection closes."""
+    """A request with both Content-Length and Transfer-Encoding gets one 400, and its connection is closed."""
     request = (
         b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n"
         b"0\r\n\r\nGET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
@@ -156,7 +156,7 @@ def test_two_lengths(api: Api) -> None:
 
 
 def test_a_stranger_s_body_is_not_read(api: Api) -> None:
-    """Without a valid key, the answer comes before the body is read, and the connection is closed."""
+    """A request without a valid key is answered before its body is read, and the connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
         answer = raw(api, request)
@@ -165,7 +165,7 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
 
 
 def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
-    """A key is refused as soon as it is revoked, whether the body is valid or not."""
+    """A revoked API key is rejected immediately, whether the body is valid or not."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET revoked_at = now()")
     assert api.get(FOLLOW_UPS).status_code == 401
@@ -173,7 +173,7 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Request bodies above the shared memory budget get 503 until memory is free again."""
+    """Request bodies above the shared memory budget are rejected with 503 until memory is free again."""
     monkeypatch.setattr(gate, "MAX_BUFFERED", 300_000)
     with served(settings) as (host, port), client_of((host, port), key_of(world)[1]) as client:
         head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\ncontent-length: 250000\r\n"
@@ -185,7 +185,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
                 answer = client.post(CHAT_MESSAGES, content=b" " * 200_000)
                 return (
                     answer if answer.status_code == 503 else None
-                )  # otherwise the slow one was refused or had not arrived
+                )  # otherwise the slow request was rejected or had not arrived
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")
@@ -194,7 +194,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
 
 
 def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the limit a new connection is served, and the one that was idle for longest is closed."""
+    """Above the connection limit, a new connection is served and the longest-idle one is closed."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -215,7 +215,10 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
 
 
 def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
-    """However many unknown keys come at once, few of them are looked up at a time; more than can wait get 429."""
+    """Few unknown keys are looked up concurrently, however many requests arrive.
+
+    Requests above the waiting limit get 429.
+    """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"
         " WHERE application_name = 'followups-web' AND datname = current_database() AND wait_event_type = 'Lock'"

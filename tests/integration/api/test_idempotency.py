@@ -1,4 +1,4 @@
-"""`Idempotency-Key` on create requests, against the running process."""
+"""`Idempotency-Key` on create requests to a running web process."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 
 def keyed(api: Api, body: dict[str, Any], key: str) -> httpx.Response:
-    """POST with a key."""
+    """Send a POST request with an idempotency key."""
     return api.post(FOLLOW_UPS, body, **{"idempotency-key": key})
 
 
 def body_of(api: Api, **more: Any) -> dict[str, Any]:
-    """Return a valid body."""
+    """Return a valid request body."""
     return {"chatId": api.chat(), "dueDate": in_days(1), "message": "?"} | more
 
 
 def same(first: httpx.Response, second: httpx.Response) -> bool:
-    """Return whether two answers are equal in status, type, location and body."""
+    """Return whether two responses are equal in status, content type, location and body."""
     names = ("content-type", "location")
     return (first.status_code, first.content, [first.headers.get(name) for name in names]) == (
         second.status_code,
@@ -43,7 +43,10 @@ def same(first: httpx.Response, second: httpx.Response) -> bool:
 
 
 def test_again(api: Api) -> None:
-    """The same key and body get the first answer, byte for byte, even if the follow-up was cancelled since."""
+    """A request with the same key and body gets the first response, byte for byte.
+
+    This holds even if the follow-up has been cancelled since.
+    """
     body, key = body_of(api), str(uuid4())
     first = keyed(api, body, key)
     assert first.status_code == 201
@@ -53,14 +56,14 @@ def test_again(api: Api) -> None:
 
 
 def test_same_body_otherwise_written(api: Api) -> None:
-    """Bodies are compared by content, not by bytes."""
+    """Repeated request bodies are compared by content, not by bytes."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)
 
 
 def test_other_body(api: Api) -> None:
-    """The same key with another body is 422, and creates nothing."""
+    """A used idempotency key with a different body is rejected with 422 and creates nothing."""
     body = body_of(api)
     keyed(api, body, "key")
     problem = is_problem(keyed(api, body | {"message": "!"}, "key"), 422, "idempotency-key-reused")
@@ -69,7 +72,10 @@ def test_other_body(api: Api) -> None:
 
 
 def test_refusal_is_an_answer(api: Api) -> None:
-    """A refusal by the rules is repeated even if the chat allows it now; that of an invalid body is not."""
+    """A rejection by the rules is replayed even if the chat would now allow the follow-up.
+
+    A rejection of an invalid body is not replayed.
+    """
     body = body_of(api, chatId=str(uuid4()))
     assert keyed(api, body | {"message": ""}, "key").status_code == 422
     first = keyed(api, body, "key")
@@ -80,13 +86,16 @@ def test_refusal_is_an_answer(api: Api) -> None:
 
 
 def test_other_workspace(api: Api, other: Api) -> None:
-    """The same key in another workspace is independent."""
+    """Equal idempotency keys in two workspaces are independent."""
     keyed(api, body_of(api), "key")
     assert keyed(other, body_of(other), "key").status_code == 201
 
 
 def test_forgotten_after_a_day(api: Api) -> None:
-    """After 24 hours the key is free, and expired answers are deleted as new ones are stored."""
+    """After 24 hours an idempotency key can be reused.
+
+    Expired responses are deleted when new ones are stored.
+    """
     body = body_of(api)
     for key in "abc":
         keyed(api, body, key)
@@ -101,13 +110,16 @@ def test_forgotten_after_a_day(api: Api) -> None:
 
 @pytest.mark.parametrize("key", ["", "k" * 256])
 def test_bad_key(api: Api, key: str) -> None:
-    """A key has 1 to 255 characters."""
+    """An idempotency key has 1 to 255 characters."""
     problem = is_problem(keyed(api, body_of(api), key), 422, "invalid-request")
     assert pointers(problem) == ["#/Idempotency-Key"]
 
 
 def test_still_running(api: Api, web_settings: Settings) -> None:
-    """While the first request runs, a second with its key gets 409; afterwards it gets the first's answer."""
+    """While the first request runs, a second one with its key gets 409.
+
+    After the first has ended, a repeated request gets its response.
+    """
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
         connection.execute("SELECT FROM chats WHERE id = %s FOR UPDATE", [body["chatId"]])
@@ -123,10 +135,10 @@ def test_still_running(api: Api, web_settings: Settings) -> None:
 
 @pytest.mark.parametrize("step", ["chats", "idempotency_keys"])
 def test_crash(api: Api, web_settings: Settings, step: str) -> None:
-    """A crash before or after the insert leaves nothing, and a repetition creates one follow-up."""
+    """A crash before or after the insert leaves no row, and a repeated request creates one follow-up."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
-        # Reads continue, writes (and FOR UPDATE) wait.
+        # Under this lock, reads continue while writes (and FOR UPDATE) wait.
         connection.execute(f"LOCK TABLE {step} IN EXCLUSIVE MODE")
         first = pool.submit(keyed, api, body, "key")
         pid = wait_until(lambda: blocked(api))
@@ -141,7 +153,10 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 
 
 def test_many_at_once(api: Api) -> None:
-    """Of many concurrent requests with one key, one creates; the others get its answer or 409."""
+    """Of many concurrent requests with one key, one creates a follow-up.
+
+    The other requests get its response or 409.
+    """
     body, together = body_of(api), threading.Barrier(8)
 
     def send(_: int) -> httpx.Response:
@@ -156,7 +171,7 @@ def test_many_at_once(api: Api) -> None:
 
 
 def blocked(api: Api) -> int | None:
-    """Return the id of the server process that serves a request and waits for a lock."""
+    """Return the id of the server process whose request waits for a lock."""
     query = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         " AND application_name = 'followups-web'"

@@ -1,4 +1,4 @@
-"""Limits on requests for each key, and on slow clients."""
+"""Rate limits per API key, and limits on slow clients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """A key over its rate limit gets an error response with Retry-After; another key does not."""
+    """A key over its rate limit gets an error response with Retry-After; other keys are not affected."""
     with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
         with client_of(place, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]
@@ -33,7 +33,7 @@ def test_requests_per_key(settings: Settings, world: World) -> None:
 
 
 def test_no_limit(settings: Settings, world: World) -> None:
-    """A limit of 0 means no limit."""
+    """A rate limit of 0 means no limit."""
     with (
         served(settings.model_copy(update={"api_rate_limit": 0})) as place,
         client_of(place, key_of(world)[1]) as client,
@@ -44,7 +44,10 @@ def test_no_limit(settings: Settings, world: World) -> None:
 def test_error_tells_nothing(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unexpected error is 500 without its text; the log has its location, also without the text."""
+    """An unexpected error returns 500 without its text.
+
+    The log has the error's location, also without the text.
+    """
 
     def broken(*_: object) -> None:
         message = "DETAIL: Failing row contains (secret words)"
@@ -63,7 +66,7 @@ def test_error_tells_nothing(
 
 @pytest.fixture
 def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve the application with short client timeouts; return its address."""
+    """Serve the application with short client timeouts and return its address."""
     monkeypatch.setattr(server, "HEADER_WITHIN", 0.1)
     monkeypatch.setattr(gate, "BODY_WITHIN", 0.1)
     with served(settings) as place:
@@ -72,14 +75,14 @@ def impatient(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[t
 
 @pytest.fixture
 def narrow(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve the application to at most three connections; return its address."""
+    """Serve the application with at most three connections and return its address."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as place:
         yield place
 
 
 def dialogue(place: tuple[str, int], *sent: bytes) -> bytes:
-    """Send each piece after the answer to the previous one; return everything received."""
+    """Send each part after the response to the previous one, and return all data received."""
     with socket.create_connection(place, timeout=5) as connection:
         received = b""
         for piece in sent:
@@ -106,7 +109,7 @@ GET = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
     ids=["silence", "half a line", "half a header", "half a second header", "half a body"],
 )
 def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]) -> None:
-    """A client that does not complete its request in time gets an answer, and its connection is closed."""
+    """A client that does not complete its request in time gets a response, and its connection is closed."""
     sent = [each.replace(b"KEY", key_of(world)[1].encode()) for each in sent]
     received = dialogue(impatient, *sent)
     assert b"HTTP/1.1 408 Request Timeout" in received
@@ -114,7 +117,7 @@ def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]
 
 
 def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
-    """If none is idle, a connection above the limit is closed at once; the open ones are served."""
+    """If no connection is idle, one above the limit is closed immediately; open connections are served."""
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
     try:
@@ -131,7 +134,7 @@ def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
 
 
 def refused_now(address: tuple[str, int]) -> bool:
-    """Return whether a new connection is refused."""
+    """Return whether a new connection is closed without a response."""
     with socket.create_connection(address, timeout=5) as late:
         late.settimeout(0.2)
         try:
@@ -141,7 +144,7 @@ def refused_now(address: tuple[str, int]) -> bool:
 
 
 def refused(connection: socket.socket) -> bool:
-    """Return whether the connection ends without an answer."""
+    """Return whether the connection ends without a response."""
     try:
         return connection.recv(1) == b""
     except ConnectionResetError:
@@ -149,7 +152,7 @@ def refused(connection: socket.socket) -> bool:
 
 
 def test_too_many_waiting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request above the limit is refused with a Retry-After, and the others are served."""
+    """A request above the limit of waiting requests is rejected with Retry-After; the others are served."""
     with served(settings) as place, client_of(place) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get("/healthz")

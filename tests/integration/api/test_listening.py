@@ -1,4 +1,4 @@
-"""Where web listens: IPv6 and IPv4, and a separate port for metrics."""
+"""Listening addresses of web: IPv6 and IPv4, and a separate port for metrics."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KUBERNETES = {"PORT": "tcp://10.96.0.7:80"}
-"""Variables that Kubernetes sets for Services with unlucky names."""
+"""Variables that Kubernetes sets for Services whose names match the application's settings."""
 ARGV = [sys.executable, "-m", "followups.api"]
 
 
 @pytest.fixture
 def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
-    """Return web with a port for metrics, and both ports."""
+    """Start web with a separate metrics port, and return the process and both ports."""
     port, metrics = free_port(), free_port()
     own = KUBERNETES | {"FOLLOWUPS_METRICS_PORT": str(metrics)}
     with Processes() as processes:
@@ -40,7 +40,7 @@ def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
 
 
 def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
-    """Web answers on IPv6 and IPv4; its metrics port serves only `/metrics`, which no other port has."""
+    """Web listens on IPv6 and IPv4; only the metrics port serves `/metrics`, and it serves nothing else."""
     child, port, metrics = web
     hosts = ["127.0.0.1", "[::1]"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
     for host in hosts:
@@ -57,7 +57,7 @@ def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
 
 
 def test_health_with_the_port_of_a_service(web: tuple[Child, int, int]) -> None:
-    """A PORT set by Kubernetes is ignored: the default applies, unless an option is given."""
+    """A PORT set by Kubernetes is ignored; the default port applies unless an option is given."""
     command = [sys.executable, "-m", "followups.cli", "health", "web"]
     for more, said in (([], "8000"), (["--port", str(web[1])], str(web[1]))):
         ran = subprocess.run(

@@ -1,4 +1,4 @@
-"""Lists of follow-ups: filters, order, pages and links, against the running process."""
+"""Lists of follow-ups from a running web process: filters, order, pages and links."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
-    """Insert follow-ups with one `created_at`; return their ids in the order of a list."""
+    """Insert follow-ups with equal `created_at`, and return their ids in list order."""
     chat_id = UUID(api.chat())
     ids = [api.world.follow_up(chat_id, **columns) for _ in range(count)]
     api.world.sql("UPDATE follow_ups SET created_at = now() WHERE id = ANY(:ids)", ids=ids)
@@ -24,21 +24,24 @@ def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
 
 
 def test_newest_first_ties_by_id(api: Api) -> None:
-    """The newest come first; ties are ordered by id."""
+    """The newest follow-ups are listed first; those created simultaneously are ordered by id."""
     older = created_at_once(api, 3)
     newer = created_at_once(api, 3)
     assert api.ids() == newer + older
 
 
 def test_empty(api: Api) -> None:
-    """A workspace without follow-ups has a bare empty array, and no links."""
+    """The list of a workspace without follow-ups is an empty array without links."""
     answer = api.get(FOLLOW_UPS)
     assert (answer.status_code, answer.json(), "link" in answer.headers) == (200, [], False)
 
 
 @pytest.mark.parametrize("brackets", ["", "[]", "%5B%5D", "%5b%5D"])
 def test_filters(api: Api, brackets: str) -> None:
-    """Each filter accepts several values, repeated, with or without [] after the name; all filters must match."""
+    """A filter may be repeated, with or without [] after its name, to match any of several values.
+
+    A listed follow-up matches all filters.
+    """
     created = [api.patch(api.create(), chatMessageId=str(uuid4())).json() for _ in range(3)]
     first, second = created[:2]
     api.patch(second, status="cancelled")
@@ -59,7 +62,7 @@ def test_filters(api: Api, brackets: str) -> None:
 
 @pytest.mark.parametrize("filtered", [False, True])
 def test_pages(api: Api, filtered: bool) -> None:  # noqa: FBT001 - a parametrised value
-    """The links lead through every page once, forwards and back, with the filters kept."""
+    """Pagination links lead through every page once, forwards and backwards, and keep the filters."""
     ids = created_at_once(api, 7)
     chat_id = api.world.row(UUID(ids[0])).chat_id
     parameters: dict[str, Any] = {"chatIds[]": str(chat_id), "statuses": ["pending", "sent"]} if filtered else {}
@@ -76,7 +79,7 @@ def test_pages(api: Api, filtered: bool) -> None:  # noqa: FBT001 - a parametris
 
 
 def test_page_size_by_default(api: Api) -> None:
-    """A page has ten by default; a full last page has no next one."""
+    """A page has ten follow-ups by default; a full last page has no next link."""
     ids = created_at_once(api, 20)
     assert api.ids() == ids[:10]
     assert api.get(FOLLOW_UPS, pageNumber=2).links.keys() == {"prev"}
@@ -84,7 +87,7 @@ def test_page_size_by_default(api: Api) -> None:
 
 @pytest.mark.parametrize("page", [3, 10**9, 10**30])
 def test_after_the_last_page(api: Api, page: int) -> None:
-    """A page after the last is empty, however far."""
+    """Any page after the last one is empty."""
     api.create()
     assert api.ids(pageNumber=page) == []
 
@@ -105,5 +108,5 @@ def test_after_the_last_page(api: Api, page: int) -> None:
     ],
 )
 def test_bad_value(api: Api, query: str, pointer: str) -> None:
-    """An invalid value is refused with 422, and the problem points at it."""
+    """An invalid query value is rejected with 422, and the error points at it."""
     assert pointers(is_problem(api.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")) == [pointer]

@@ -1,4 +1,4 @@
-"""Lock order: a chat before its follow-ups; a transaction that loses a deadlock is retried once."""
+"""Lock order: a chat is locked before its follow-ups; a request aborted by a deadlock is retried once."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DAY = timedelta(days=1)
 
 @pytest.fixture
 def engine(web_engine: Engine) -> Engine:
-    """Return an engine on the process's database."""
+    """Return an engine on the web process's database."""
     return web_engine
 
 
@@ -55,7 +55,7 @@ FIRST: dict[str, Callable[[Session, UUID], Any]] = {
 
 @pytest.mark.parametrize("change", FIRST)
 def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: str) -> None:
-    """A reply waits for a transaction that changes and schedules follow-ups, then cancels the rest."""
+    """A reply waits for a transaction that changes and schedules follow-ups, then cancels pending ones."""
     created = api.create()
     chat_id = created["chatId"]
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -68,7 +68,7 @@ def test_change_then_schedule_beside_a_reply(api: Api, engine: Engine, change: s
 
 
 def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
-    """Moving a follow-up into another chat locks both chats: a reply in either waits for the move."""
+    """Moving a follow-up locks both chats, so that a reply in either chat waits for the move."""
     created, target = api.create(), api.chat()
     for chat_id, left in ((created["chatId"], [created["id"]]), (target, [])):
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -80,7 +80,7 @@ def test_moved_beside_a_reply(api: Api, engine: Engine) -> None:
 
 
 def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
-    """A cancel that waits for a move also locks the new chat before it cancels the follow-up."""
+    """A cancel that waits for a move locks the new chat before it cancels the follow-up."""
     created, target = api.create(), api.chat()
     with ThreadPoolExecutor(1) as pool, Session(engine) as moving:
         scheduling.amend(moving, UUID(created["id"]), {"chat_id": UUID(target)})
@@ -95,7 +95,7 @@ def test_moved_while_its_cancel_waits(api: Api, engine: Engine) -> None:
 
 
 def test_finished_in_a_removed_chat(api: Api) -> None:
-    """Cancelling a cancelled follow-up again changes nothing, even if its chat was removed."""
+    """Repeating the cancel of a follow-up has no effect, even if its chat was removed."""
     created = api.create()
     assert api.patch(created, status="cancelled").status_code == 200
     assert api.client.delete(f"/api/v1/chats/{created['chatId']}").status_code == 204
@@ -103,7 +103,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 
 
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
-    """Make a request lose a deadlock, and return its answer.
+    """Make a deadlock abort a request, and return the response.
 
     Another transaction locks the follow-up that the request waits for, and then the request's chat.
     """
@@ -116,7 +116,7 @@ def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: di
 
 
 def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A reply that loses a deadlock to another program is retried once and cancels the follow-up."""
+    """A reply whose transaction is aborted by a deadlock is retried once and cancels the follow-up."""
     created = api.create()
     answer = deadlocked(api, engine, lambda: api.message(created["chatId"], "user"), created)
     assert (answer.status_code, answer.json()["cancelledFollowUpIds"]) == (201, [created["id"]])
@@ -124,11 +124,14 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A create request with an Idempotency-Key that loses a deadlock creates one follow-up; its answer is replayed."""
+    """A create request aborted by a deadlock creates one follow-up, given an Idempotency-Key.
+
+    The response is replayed.
+    """
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
-        # The request has locked the chat and waits to store its answer; this transaction waits for the chat.
+        # The request has locked the chat and waits to store its response, while this transaction waits for the chat.
         connection.execute(text("LOCK TABLE idempotency_keys IN SHARE ROW EXCLUSIVE MODE"))
         answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body, **{"idempotency-key": key}))
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

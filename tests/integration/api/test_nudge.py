@@ -1,4 +1,4 @@
-"""A follow-up due before the next tick requests one after its commit."""
+"""Nudges: a follow-up due before the next tick requests a tick after its commit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ if TYPE_CHECKING:
     from world import World
 
 SOON = 0.1 / 86_400
-"""Days: within the next two ticks."""
+"""A time in days, within the next two ticks."""
 
 
 def test_nudge(settings: Settings, world: World) -> None:
-    """A create request or reschedule for now, or an end that may unblock others, requests a tick; nothing else does."""
+    """Creating or rescheduling a due follow-up, or ending one that may unblock others, requests a tick.
+
+    Other changes request no tick.
+    """
     nudges: list[int] = []
 
     def nudge() -> None:
@@ -29,7 +32,7 @@ def test_nudge(settings: Settings, world: World) -> None:
             api.message(later["chatId"], "agent")
             assert nudges == []
             api.create(due=in_days(-1))
-            assert nudges == [2]  # the row existed already
+            assert nudges == [2]  # the row already existed
             api.patch(later, dueDate=in_days(SOON))
             assert nudges == [2, 2]
             api.patch(later, status="cancelled")

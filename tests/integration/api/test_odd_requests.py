@@ -1,4 +1,4 @@
-"""Requests at the edges of the contract, against the running process."""
+"""Unusual requests at the limits of the API's rules, sent to a running web process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SURROGATE = b"\\ud800"
 
 
 def test_lone_surrogates(api: Api) -> None:
-    """A lone surrogate in a text is a 422, with an Idempotency-Key too."""
+    """A lone surrogate in a text is rejected with 422, even with an Idempotency-Key."""
     headers = {"content-type": "application/json"}
     body = b'{"channel": "api", "externalId": "a' + SURROGATE + b'"}'
     assert api.client.put(f"/api/v1/chats/{uuid4()}", content=body, headers=headers).status_code == 422
@@ -31,7 +31,7 @@ def test_lone_surrogates(api: Api) -> None:
     ids=["nothing", "same", "unknown chat", "due date", "null"],
 )
 def test_in_flight(api: Api, changes: dict[str, str]) -> None:
-    """Any change of a follow-up in flight is answered with 409 and a Retry-After."""
+    """Any change of a follow-up in flight is rejected with 409 and Retry-After."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     answer = api.patch(before, **changes)
@@ -40,7 +40,7 @@ def test_in_flight(api: Api, changes: dict[str, str]) -> None:
 
 
 def test_in_flight_in_a_removed_chat(api: Api) -> None:
-    """A follow-up in flight whose chat was removed answers 409, not 404."""
+    """Changing a follow-up in flight whose chat was removed returns 409, not 404."""
     before = api.create()
     api.world.put_in_flight(before["id"])
     assert api.client.delete(f"/api/v1/chats/{before['chatId']}").status_code == 204
@@ -48,7 +48,7 @@ def test_in_flight_in_a_removed_chat(api: Api) -> None:
 
 
 def test_null_on_a_finished_one(api: Api) -> None:
-    """Clearing a field of a finished follow-up counts as a change."""
+    """Clearing a field of a finished follow-up counts as a change and is rejected."""
     before = api.create()
     api.patch(before, status="sent", chatMessageId=str(uuid4()))
     for name in ("chatMessageId", "finishedAt"):
@@ -56,14 +56,14 @@ def test_null_on_a_finished_one(api: Api) -> None:
 
 
 def test_chat_message_id_can_be_taken_away(api: Api) -> None:
-    """The chat message's id of a pending follow-up can be set and cleared."""
+    """The chat message id of a pending follow-up can be set and cleared."""
     before = api.create()
     api.patch(before, chatMessageId=str(uuid4()))
     assert api.patch(before, chatMessageId=None).json()["chatMessageId"] is None
 
 
 def test_links_lead_to_pages(api: Api) -> None:
-    """The page before an empty page is linked only if it exists."""
+    """An empty page links to the previous page only if that page exists."""
     for _ in range(2):
         api.create()
     assert 'rel="prev"' in api.get(FOLLOW_UPS, pageNumber=3, pageSize=1).headers["link"]
@@ -74,12 +74,15 @@ def test_links_lead_to_pages(api: Api) -> None:
     "query", ["pageNumber=1_0", "pageNumber=1.0", "pageNumber=%2B1", "pageSize=1e1", "chatIds[]", "chatIds%5B%5D&x=1"]
 )
 def test_odd_queries(api: Api, query: str) -> None:
-    """An invalid number, or a filter without a value, is 422, not a list of everything."""
+    """An invalid number, or a filter without a value, is rejected with 422.
+
+    It does not list every follow-up.
+    """
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 
 
 def test_message_of_a_chat_stays_known(api: Api) -> None:
-    """A repeated message is answered as before, even after its chat was removed."""
+    """A repeated message gets its first response, even after its chat was removed."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}
     assert [api.post(CHAT_MESSAGES, body).status_code for _ in range(2)] == [201, 200]

@@ -1,4 +1,4 @@
-"""The OpenAPI document, checked with third-party tools against the running process."""
+"""The OpenAPI document, checked with third-party tools against a running web process."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ BINARIES = Path(sys.executable).parent
 
 SEED = "20240601"
 EXAMPLES = "8"
-"""Random requests for each operation, beside those that the schemas' own bounds suggest."""
+"""Random requests per operation, in addition to those derived from the schemas' limits."""
 
 
 def test_snapshot() -> None:
-    """The document is the one that was reviewed: ``followups openapi > tests/integration/api/openapi.json``."""
+    """The document equals the reviewed output of ``followups openapi`` in `openapi.json`.
+
+    To update it, run ``followups openapi > tests/integration/api/openapi.json``.
+    """
     assert openapi_document() == json.loads(SNAPSHOT.read_text())
 
 
@@ -45,7 +48,10 @@ def test_valid() -> None:
 
 
 def test_complete() -> None:
-    """Every answer has a schema and an example, every error is an RFC 9457 problem, every endpoint requires a key."""
+    """Every response has a schema and an example, and every error is an RFC 9457 problem.
+
+    Every endpoint requires an API key.
+    """
     for path, operations in openapi_document()["paths"].items():
         for operation in operations.values():
             assert operation["security"] == ([{"apiKey": []}, {"bearer": []}] if path.startswith("/api/") else [])
@@ -59,7 +65,7 @@ def test_complete() -> None:
 
 
 def test_served(api: Api) -> None:
-    """The process serves the same document."""
+    """The web process serves the same OpenAPI document as the command line."""
     assert api.client.get("/openapi.json", headers={"authorization": ""}).json() == openapi_document()
 
 
@@ -71,7 +77,7 @@ def test_schemathesis(settings: Settings, world: World, tmp_path: Path) -> None:
         api.client.close()
         arguments = {
             "--checks": "all",
-            "--exclude-checks": "positive_data_acceptance",  # see the hooks
+            "--exclude-checks": "positive_data_acceptance",  # replaced by a check in `schemathesis_hooks.py`
             "--phases": "examples,coverage,fuzzing,stateful",
             "--max-examples": EXAMPLES,
             "--seed": SEED,
@@ -92,10 +98,10 @@ def test_schemathesis(settings: Settings, world: World, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Generate a client from the OpenAPI document with openapi-python-client; return its package."""
+    """Generate a client from the OpenAPI document with openapi-python-client, and return its package."""
     directory = tmp_path_factory.mktemp("generated")
     (directory / "openapi.json").write_text(json.dumps(openapi_document()))
-    # Its hooks would format the generated code, which is not needed.
+    # Post-generation hooks would only format the code, which is not needed.
     (directory / "config.yaml").write_text("post_hooks: []\n")
     options = ["--path", "openapi.json", "--output-path", "followups_client", "--meta", "none", "--fail-on-warning"]
     subprocess.run(
@@ -117,7 +123,10 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_generated_client(api: Api, generated: ModuleType) -> None:
-    """A generated client creates, lists and reschedules, sees a reply cancel, and receives errors as problems."""
+    """A generated client creates, lists and reschedules follow-ups and receives errors as problems.
+
+    It also sees that a reply cancels a follow-up.
+    """
 
     def part(name: str) -> Any:
         return importlib.import_module(f"{generated.__name__}.{name}")

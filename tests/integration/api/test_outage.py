@@ -1,4 +1,4 @@
-"""The process while the database or the broker is unreachable, or its settings are wrong."""
+"""The web process while the database or the broker is unreachable, or settings are invalid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """Without database and broker the process starts, is alive, names what is missing, and refuses requests."""
+    """Without database and broker, the process starts, is alive and rejects requests.
+
+    Its readiness check names what is missing.
+    """
     nobody = f"127.0.0.1:{free_port()}"
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
     with Processes() as processes:
@@ -47,7 +50,7 @@ def test_nothing_reachable() -> None:
 
 
 def test_broker_away(settings: Settings, world: World) -> None:
-    """Without the broker requests are served quickly; this is counted and logged."""
+    """Without the broker, requests are served quickly; the outage is counted and logged."""
     options = {"FOLLOWUPS_BROKER_URL": f"redis://127.0.0.1:{free_port()}/0"}
     with Processes() as processes:
         api = Api(start(processes, settings.environment() | options)[1], world)
@@ -84,7 +87,7 @@ def test_database_restart(settings: Settings) -> None:
 
 
 def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
-    """SIGTERM lets a running request complete, and then ends the process."""
+    """On SIGTERM, the process completes a running request and then exits."""
     with Processes() as processes:
         child, url = start(processes, settings.environment())
         api = Api(url, world)
@@ -100,7 +103,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
             connection.rollback()
             assert answer.result().status_code == 201
         wait_until(lambda: child.exit_code is not None)
-        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn raises the signal again at the end
+        assert child.exit_code in {0, -signal.SIGTERM}  # uvicorn raises the signal again before it exits
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:
-    """An invalid setting stops the start with code 2 and one sentence that names it."""
+    """With an invalid setting, the process exits with code 2 and a one-sentence error that names it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     kept["PATH"] = str(Path(sys.executable).parent)
     run = subprocess.run(command("web"), env=kept | variables, capture_output=True, text=True, check=False, timeout=60)

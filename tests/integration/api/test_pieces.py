@@ -1,4 +1,4 @@
-"""Pages with long messages, which are sent in pieces, and what is kept of messages."""
+"""Pages with long messages, which are sent in several pieces, and the storage of message texts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from web import Api
 
 LONG = "\N{GRINNING FACE}" * 65_536
-"""The longest message in bytes."""
+"""The longest allowed message in bytes."""
 
 
 def test_a_page_of_long_messages_is_whole(api: Api) -> None:
-    """A page in pieces has the same follow-ups, fields and order as single answers, and links to the next page."""
+    """A page sent in pieces equals the single responses in follow-ups, fields and order.
+
+    The page also links to the next page.
+    """
     chat = api.chat()
     texts = ["short", LONG, "x" * 60_000, "", "y", "z" * 65_536, "\u0001" * 1000, LONG[:-1], "last"]
     created = [api.create(chat, text=text or "?") for text in texts]
@@ -31,7 +34,10 @@ def test_a_page_of_long_messages_is_whole(api: Api) -> None:
 
 
 def test_no_text_is_kept_for_a_repeated_request(api: Api) -> None:
-    """The stored answer has no message; a repeated request gets the first answer all the same."""
+    """The stored response contains no message.
+
+    A repeated request still gets the complete first response.
+    """
     body = {"chatId": api.chat(), "dueDate": in_days(1), "message": 'sëcret "words"\n\u2028'}
     key = {"idempotency-key": str(uuid4())}
     first = api.post(FOLLOW_UPS, body, **key)

@@ -1,4 +1,4 @@
-"""Errors by RFC 9457 and size limits, against the running process."""
+"""RFC 9457 error responses and size limits of a running web process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ID = "6a1f3f0e-4f0e-4b39-8f5b-0f6a3f1f7c11"
 
 @pytest.mark.parametrize("path", ["/", "/api/v1/nothing", f"{FOLLOW_UPS}/", f"{FOLLOW_UPS}/{ID}/x", "/docs/x", "/%00"])
 def test_unknown_path(api: Api, path: str) -> None:
-    """An unknown path is 404."""
+    """A request for an unknown path returns 404."""
     is_problem(api.get(path), 404, "not-found")
 
 
@@ -38,26 +38,29 @@ def test_unknown_path(api: Api, path: str) -> None:
     ],
 )
 def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> None:
-    """An unsupported method is 405, with the supported ones."""
+    """An unsupported method returns 405 with the supported methods."""
     answer = api.client.request(method, path)
     is_problem(answer, 405, "method-not-allowed")
     assert answer.headers["allow"] == allowed
 
 
 def test_unknown_method(api: Api) -> None:
-    """A method that HTTP does not know is a bad request."""
+    """A method unknown to HTTP is a bad request."""
     is_problem(api.client.request("BREW", FOLLOW_UPS), 400, "bad-request")
 
 
 def test_every_error_at_once(api: Api) -> None:
-    """A 422 points at every wrong field, not only the first."""
+    """A 422 response points at every invalid field, not only at the first."""
     problem = is_problem(api.post(FOLLOW_UPS, {"chatId": 1, "dueDate": "soon"}), 422, "invalid-request")
     assert sorted(pointers(problem)) == ["#/chatId", "#/dueDate", "#/message"]
     assert all(error["detail"] for error in problem["errors"])
 
 
 def test_body_too_large(api: Api) -> None:
-    """A body above the limit is 413, whether its length is declared or it is chunked; the process continues."""
+    """A body above the size limit is rejected with 413, with a declared length or in chunks.
+
+    The process continues to serve.
+    """
     for content in (b"x" * (MEGABYTE + 1), chunks(MEGABYTE + 1)):
         answer = api.client.post(FOLLOW_UPS, content=content)
         is_problem(answer, 413, "request-entity-too-large")
@@ -66,13 +69,13 @@ def test_body_too_large(api: Api) -> None:
 
 
 def chunks(size: int) -> Iterator[bytes]:
-    """Yield that many bytes in pieces."""
+    """Yield the given number of bytes in pieces."""
     for _ in range(0, size, 65_536):
         yield b"x" * 65_536
 
 
 def test_endless_body_is_not_read(api: Api) -> None:
-    """A declared length above the limit is refused before the body is sent."""
+    """A body whose declared length is above the limit is rejected before it is sent."""
     with connect(api) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
         assert b" 413 " in connection.recv(100)
@@ -80,7 +83,7 @@ def test_endless_body_is_not_read(api: Api) -> None:
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_header_too_long(api: Api, pieces: int) -> None:
-    """A header above the limit is 431, in one piece or in many."""
+    """Headers above the size limit are rejected with 431, as one header or as many."""
     header = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 40_000
     with connect(api) as connection:
         connection.sendall(header + (b"\r\n\r\n" if pieces == 1 else b""))
@@ -90,7 +93,7 @@ def test_header_too_long(api: Api, pieces: int) -> None:
 
 
 def test_endless_header(api: Api) -> None:
-    """An endless header is cut off."""
+    """The server closes the connection of a client that sends an endless header."""
     endless = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 100 * MEGABYTE
     with connect(api) as connection, pytest.raises(OSError, match=r"reset|[Bb]roken pipe"):
         connection.sendall(endless)
@@ -99,7 +102,7 @@ def test_endless_header(api: Api) -> None:
 
 @pytest.mark.parametrize("line", [b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\x00\xf8\r\n\r\n"])
 def test_no_http(api: Api, line: bytes) -> None:
-    """Anything that is not HTTP gets a 400, also as an RFC 9457 error response."""
+    """Data that is not HTTP is rejected with 400, also as an RFC 9457 error response."""
     with connect(api) as connection:
         connection.sendall(line)
         head, body = received(connection)
@@ -108,7 +111,7 @@ def test_no_http(api: Api, line: bytes) -> None:
 
 
 def test_many_silent_connections(api: Api) -> None:
-    """Clients that send only the beginning of a request do not delay others."""
+    """Clients that send only the beginning of a request do not delay other clients."""
     silent = [connect(api) for _ in range(300)]
     try:
         for connection in silent:
@@ -121,20 +124,20 @@ def test_many_silent_connections(api: Api) -> None:
 
 
 def test_client_that_hangs_up(api: Api) -> None:
-    """A client that disconnects during its request does no harm."""
+    """A client that disconnects during its request does not affect the process."""
     with connect(api) as connection:
         connection.sendall(b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     assert api.get("/healthz").status_code == 200
 
 
 def connect(api: Api) -> socket.socket:
-    """Return a connection to the process."""
+    """Return a connection to the web process."""
     place = urlsplit(api.url)
     return socket.create_connection((place.hostname, place.port), timeout=5)
 
 
 def received(connection: socket.socket) -> tuple[bytes, bytes]:
-    """Return head and body of everything received until the process closes the connection."""
+    """Return head and body of all data received until the process closes the connection."""
     data = b""
     while piece := connection.recv(65_536):
         data += piece

@@ -27,7 +27,7 @@ DUE = datetime(2035, 1, 1, tzinfo=UTC)
 
 
 def allow(api: Api, kind: Kind, most: int) -> None:
-    """Set a quota of the API's workspace."""
+    """Set a quota for the API client's workspace."""
     with api.world.engine.begin() as connection:
         quotas.put(connection, api.world.workspace_id, kind, most)
 
@@ -38,7 +38,7 @@ def post(api: Api, chat: str, **headers: str) -> httpx.Response:
 
 
 def test_pending_follow_ups(api: Api, other: Api) -> None:
-    """A workspace at its quota can create nothing until a follow-up ends; other workspaces are not affected."""
+    """A workspace at its quota can create no follow-up until one ends; other workspaces are not affected."""
     chats = [api.chat() for _ in range(4)]
     allow(api, Kind.PENDING, 3)
     created = [post(api, chat).json() for chat in chats[:3]]
@@ -53,7 +53,7 @@ def test_pending_follow_ups(api: Api, other: Api) -> None:
 
 
 def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
-    """Of many create requests at once, as many succeed as the quota has room for."""
+    """Of many concurrent create requests, exactly as many succeed as the quota still allows."""
     chats = [api.chat() for _ in range(20)]
     allow(api, Kind.PENDING, 5)
     with ThreadPoolExecutor(20) as pool:
@@ -62,7 +62,7 @@ def test_two_creates_do_not_take_the_last_place(api: Api) -> None:
 
 
 def test_a_refusal_is_not_remembered(api: Api) -> None:
-    """A create request with an Idempotency-Key that was refused by a quota succeeds once there is room."""
+    """A create request rejected by a quota succeeds later with the same Idempotency-Key."""
     chat = api.chat()
     allow(api, Kind.PENDING, 0)
     body = {"chatId": chat, "dueDate": "2035-01-01T00:00:00Z", "message": "?"}
@@ -72,7 +72,7 @@ def test_a_refusal_is_not_remembered(api: Api) -> None:
 
 
 def test_from_python(api: Api) -> None:
-    """The quota holds for `schedule` and `schedule_many` too, which creates all or none."""
+    """The quota also applies to `schedule` and `schedule_many`, which creates all or none."""
     world, chats = api.world, [UUID(api.chat()) for _ in range(3)]
     allow(api, Kind.PENDING, 2)
     many = [Planned(chat, "?", DUE) for chat in chats]
@@ -99,7 +99,10 @@ def test_without_a_quota_it_costs_nothing(api: Api) -> None:
 
 
 def test_chats(api: Api) -> None:
-    """Beyond its quota a workspace gets no new chat, neither by PUT nor by a message; a removed one makes room."""
+    """A workspace at its quota of chats gets no new chat, neither by PUT nor by a message.
+
+    Removing a chat allows a new one.
+    """
     first, second, third = (str(uuid4()) for _ in range(3))
     allow(api, Kind.CHATS, 2)
     assert api.client.put(f"{CHATS}/{first}", json={"channel": "api"}).status_code == 201

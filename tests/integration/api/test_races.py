@@ -1,7 +1,7 @@
-"""Reply against create, cancel against deliver, patch against tick: each raced by real, concurrent connections.
+"""Races of reply and create, cancel and deliver, patch and tick, over concurrent connections.
 
-One side stops in the middle of its transaction, holding its locks; the other arrives; then the first continues. No test
-sleeps: PostgreSQL shows that the other side waits.
+One transaction stops halfway while it holds its locks, the other one starts, and then the first continues. No test
+sleeps, because PostgreSQL reports when the second transaction waits.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ PAIRS = 40
 
 
 def claim(connection: Connection) -> list[Lease]:
-    """Claim everything due."""
+    """Claim all due follow-ups."""
     return claims.claim(connection, claims.ClaimSearch(timedelta(seconds=2), MINUTE, window=5000, most=1000)).leases
 
 
 def begin(connection: Connection, taken: list[Lease]) -> list[UUID]:
-    """Begin, and return the begun ones."""
+    """Begin the leased follow-ups and return the attempts that began."""
     world = leases.Rules(lease=MINUTE, max_lateness=timedelta(0), early=MINUTE)
     return [row.id for row in leases.begin_if_leased(connection, taken, world)]
 
 
 def due_now(api: Api) -> tuple[dict[str, object], list[Lease]]:
-    """Create a follow-up that is due and claim it; return it and its lease."""
+    """Create a due follow-up, claim it, and return it with its lease."""
     created = api.create(due="2020-01-01T00:00:00Z")
     with api.world.engine.begin() as connection:
         return created, [lease for lease in claim(connection) if str(lease.id) == created["id"]]
 
 
 def waits(api: Api) -> bool:
-    """Return whether a request waits for a lock."""
+    """Return whether a request is waiting for a lock."""
     query = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     return bool(api.world.scalar(query))
 
@@ -62,7 +62,10 @@ def waits(api: Api) -> bool:
 def in_background(
     pool: ThreadPoolExecutor, api: Api, work: Callable[[], httpx.Response]
 ) -> Callable[[], httpx.Response]:
-    """Start a request, wait until it waits for a lock, and return what gives its answer."""
+    """Start a request in the background, and wait until it is blocked by a lock.
+
+    Return a function that returns the response.
+    """
     future = pool.submit(work)
     wait_until(lambda: waits(api))
     assert not future.done()
@@ -71,15 +74,15 @@ def in_background(
 
 @pytest.fixture
 def engine(web_engine: Engine) -> Engine:
-    """Return an engine on the process's database."""
+    """Return an engine on the web process's database."""
     return web_engine
 
 
 class TestReplyAgainstCreate:
-    """A follow-up cannot slip in behind the reply that should have stopped it."""
+    """A follow-up created during a reply does not escape being cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply that arrives during a create request waits for it, and cancels the created follow-up."""
+        """A reply that arrives during a create request waits for it and cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -95,7 +98,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create request that arrives during a reply waits for it, and is refused."""
+        """A create request that arrives during a reply waits for it and is rejected."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -113,7 +116,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """Of many simultaneous pairs none leaves a pending follow-up in a chat whose user wrote last."""
+        """Of many concurrent pairs, none leaves a pending follow-up in a chat whose user wrote last."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -133,10 +136,10 @@ class TestReplyAgainstCreate:
 
 
 class TestCancelAgainstDeliver:
-    """A cancel that answered 200 is final: that message is never sent."""
+    """A message whose cancel returned 200 is never sent."""
 
     def test_begin_first(self, api: Api, engine: Engine) -> None:
-        """A cancel that comes while begin is under way waits for it, and is refused with a time to come again."""
+        """A cancel that arrives while begin is running waits for it and is rejected with Retry-After."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             assert begin(connection, taken) == [UUID(str(created["id"]))]
@@ -148,7 +151,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """A begin that comes while a cancel is under way, or after it, finds nothing and does not wait."""
+        """A begin during or after a cancel begins no attempt and does not wait."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")
@@ -159,7 +162,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["reason"] == "called"
 
     def test_many(self, api: Api, engine: Engine) -> None:
-        """Of many simultaneous pairs, each follow-up is either cancelled or begun, and never both or neither."""
+        """Of many concurrent pairs, each follow-up is either cancelled or begun, never both or neither."""
         pairs = [due_now(api) for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -177,7 +180,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply during begin waits for it; the begun follow-up is not retried."""
+        """A reply that arrives during begin waits for it; the begun follow-up is not retried."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)
@@ -188,10 +191,10 @@ class TestCancelAgainstDeliver:
 
 
 class TestPatchAgainstTick:
-    """A new due date counts from its answer on, whatever a tick had in its hands."""
+    """A new due date takes effect as soon as its response is sent, even if a tick has a lease."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """A reschedule that comes while a claim is under way waits for it, and makes its lease stale."""
+        """A reschedule that arrives during a claim waits for it and makes its lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]
@@ -202,7 +205,7 @@ class TestPatchAgainstTick:
             assert begin(connection, taken) == []
 
     def test_patch_first(self, api: Api, engine: Engine) -> None:
-        """A tick that comes while a reschedule is under way does not wait, and takes nothing of it, then or later."""
+        """A tick during a reschedule does not wait and never claims the rescheduled follow-up early."""
         created = api.create(due="2020-01-01T00:00:00Z")
         follow_up_id = UUID(created["id"])
         with Session(engine) as session, engine.connect() as connection:
@@ -214,7 +217,7 @@ class TestPatchAgainstTick:
 
 
 def test_chat_put_against_message(api: Api, engine: Engine) -> None:
-    """A chat that is put while its first message arrives keeps that message."""
+    """A chat that is created by PUT while its first message arrives keeps that message."""
     chat_id = uuid4()
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:
         chats.receive(
@@ -233,7 +236,7 @@ def test_chat_put_against_message(api: Api, engine: Engine) -> None:
 
 
 def test_remove_against_create(api: Api, engine: Engine) -> None:
-    """A create request that arrives while the chat is being removed waits for it, and finds no chat."""
+    """A create request that arrives while its chat is being removed waits and finds no chat."""
     chat_id = UUID(api.chat())
     body = {"chatId": str(chat_id), "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, Session(engine) as session:

@@ -1,4 +1,4 @@
-"""The endpoints for operators, against the running process."""
+"""The endpoints for operators of a running web process."""
 
 from __future__ import annotations
 
@@ -35,20 +35,26 @@ NAMES = {
 
 @pytest.fixture
 def ticking(api: Api) -> Iterator[Api]:
-    """Pretend that a tick ran just now."""
+    """Record a tick as if it had just run."""
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = now()")
     yield api
     api.world.sql("UPDATE dispatcher_state SET last_tick_at = NULL")
 
 
 def _answered(api: Api, status: int) -> Any:
-    """Return the answer of `/readyz`, which may be a second old, or None if its status differs."""
+    """Return the response of `/readyz`, or None if its status differs from the expected one.
+
+    The response may be a second old.
+    """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     return answer.json() if answer.status_code == status else None
 
 
 def _refused_for(api: Api, failing: str) -> Any:
-    """Return the 503 of `/readyz` in which the check fails, or None; an older answer may fail another check."""
+    """Return the 503 response of `/readyz` in which the given check fails, or None.
+
+    An older response may show another failed check.
+    """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
         return None
@@ -57,13 +63,13 @@ def _refused_for(api: Api, failing: str) -> Any:
 
 
 def test_healthz(api: Api) -> None:
-    """The process is up."""
+    """`/healthz` returns 200 while the process is running."""
     answer = api.client.get("/healthz", headers={"authorization": ""})
     assert (answer.status_code, answer.json()) == (200, {"status": "up"})
 
 
 def test_ready(ticking: Api) -> None:
-    """If all checks pass, each is named."""
+    """If all readiness checks pass, the response lists each check."""
     answer = wait_until(lambda: _answered(ticking, HTTPStatus.OK), within=5)
     assert answer["status"] == "ready"
     checks = answer["checks"]
@@ -84,7 +90,7 @@ def test_ready(ticking: Api) -> None:
     ],
 )
 def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> None:
-    """A failing check is named, with 503."""
+    """If a readiness check fails, the response is 503 and names the check."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql(statement)
     try:
@@ -96,7 +102,7 @@ def test_not_ready(ticking: Api, statement: str, undo: str, failing: str) -> Non
 
 
 def test_ready_on_a_newer_schema(ticking: Api) -> None:
-    """Old processes stay ready on a newer schema, so that they continue during an upgrade."""
+    """Processes of an older version stay ready on a newer schema, so that they run during an upgrade."""
     newest = ticking.world.scalar("SELECT version_num FROM alembic_version")
     ticking.world.sql("UPDATE alembic_version SET version_num = '9999'")
     try:
@@ -109,7 +115,7 @@ def test_ready_on_a_newer_schema(ticking: Api) -> None:
 
 
 def test_metrics(api: Api) -> None:
-    """Every metric of the contract exists, and none has an id as a label."""
+    """Every documented metric exists, and no metric has an id as a label."""
     api.patch(api.create(), status="cancelled")
     cancelled = {"status": "cancelled", "code": "cancelled_by_api"}
     wait_until(lambda: _ended(api, cancelled) > 0)
@@ -122,7 +128,7 @@ def test_metrics(api: Api) -> None:
 
 
 def test_metrics_are_written_as_prometheus_wants_them(api: Api) -> None:
-    """The whole page passes `promtool check metrics`, where that is installed, and our own check of the same rules."""
+    """The metrics page passes the project's lint check, and `promtool check metrics` if installed."""
     api.patch(api.create(), status="cancelled")
     text = api.get("/metrics").text
     assert flaws(text) == []
@@ -153,20 +159,20 @@ def test_gauges(api: Api) -> None:
             and found["followups_in_flight"] >= 1
         )
 
-    # Gauges are cached for two seconds, and other tests share the database.
+    # Gauges are cached for two seconds, and other tests use the same database.
     assert wait_until(told)
     api.world.sql("DELETE FROM follow_ups WHERE workspace_id = :id", id=api.world.workspace_id)
 
 
 def test_many_scrapes_cost_one(api: Api) -> None:
-    """Scrapes within a second get the same answer, so that they do not take the database from the others."""
+    """Scrapes within a second get the same response, which limits their load on the database."""
     begun = time.monotonic()
     texts = {api.get("/metrics").text for _ in range(30)}
     assert len(texts) <= 2 + (time.monotonic() - begun) / TEXT_KEPT.total_seconds()
 
 
 def test_docs(api: Api) -> None:
-    """The API document has a readable page."""
+    """The API documentation has a readable page."""
     answer = api.get("/docs")
     assert answer.status_code == 200
     assert "swagger-ui" in answer.text
@@ -174,7 +180,7 @@ def test_docs(api: Api) -> None:
 
 
 def test_transitions_are_counted_once(api: Api) -> None:
-    """A transition by a request is counted by status and code; a repeated request counts nothing."""
+    """A state transition by a request is counted by status and code; a repeated request is not counted."""
     before = _settled(api, HUMAN_TAKEOVER)
     chat_id = str(uuid4())
     api.message(chat_id, "agent")
@@ -187,7 +193,7 @@ def test_transitions_are_counted_once(api: Api) -> None:
 
 
 def test_naming_the_chat_message_is_no_transition(api: Api) -> None:
-    """Adding the chat message's id to a sent follow-up counts no second send."""
+    """Adding the chat message id to a sent follow-up does not count as a second send."""
     sent = {"status": "sent", "code": ""}
     before, created = _settled(api, sent), api.create()
     api.patch(created, status="sent", finishedAt="2020-01-01T00:00:00Z")
@@ -199,7 +205,7 @@ HUMAN_TAKEOVER = {"status": "cancelled", "code": "human_takeover"}
 
 
 def _settled(api: Api, labels: dict[str, str]) -> float:
-    """Return the count once no answer from before is repeated any more."""
+    """Return the count once no cached response is served any more."""
     time.sleep(TEXT_KEPT.total_seconds())
     return _ended(api, labels)
 

@@ -1,4 +1,7 @@
-"""One workspace cannot block the database for others: its share of connections is limited, and deep pages are cheap."""
+"""Shares of the database: one workspace cannot block it for other workspaces.
+
+Each workspace's share of connections is limited, and deep pages are cheap.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ PAGE = 1_490
 
 @pytest.fixture
 def pair(settings: Settings, world: World) -> Iterator[tuple[Api, Api]]:
-    """Serve the application; return clients of two workspaces."""
+    """Serve the application and return clients of two workspaces."""
     with served(settings) as place:
         one, other = (Api(f"http://{place[0]}:{place[1]}", each) for each in (world, World(world.engine)))
         with one.client, other.client:
@@ -54,7 +57,7 @@ def test_a_workspace_has_a_share_of_the_connections(pair: tuple[Api, Api]) -> No
 
 
 def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond its share of those that wait, a workspace's request is refused with a Retry-After; another's is not."""
+    """A workspace with too many waiting requests is rejected with Retry-After; other workspaces are not."""
     one, other = pair
     monkeypatch.setattr(shares, "WAITING_SHARE", 1)
     chat_id = one.chat()
@@ -71,7 +74,7 @@ def test_too_many_of_a_workspace(pair: tuple[Api, Api], monkeypatch: pytest.Monk
 
 
 def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
-    """While 20 clients of one workspace ask for page 1,490, another's list takes less than 250 ms."""
+    """While 20 clients of one workspace request page 1,490, another's list takes less than 250 ms."""
     one, other = pair
     chat_id = one.world.chat()
     one.world.sql(
@@ -105,7 +108,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
 
 
 def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A deep page begins at the same row for a while, so that follow-ups created in the meantime shift nothing."""
+    """For a while, a deep page starts at the same row even if new follow-ups are created."""
     monkeypatch.setattr(deep_pages, "DEEP", 4)
     api = pair[0]
     chat_id = api.chat()
@@ -116,14 +119,17 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
     assert [one for page in pages for one in page] == created
     assert api.ids(pageSize=2, pageNumber=4) == pages[3]
     assert api.ids(pageSize=2, pageNumber=1) == [newest, created[0]]
-    assert api.ids(pageSize=3, pageNumber=2) == created[2:5]  # not deep: counted
+    assert api.ids(pageSize=3, pageNumber=2) == created[2:5]  # a shallow page is located by counting rows
     last = api.get(FOLLOW_UPS, pageSize=2, pageNumber=6)
     assert 'rel="next"' not in last.headers["link"]
     assert 'rel="prev"' in last.headers["link"]
 
 
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last starting point up to a page is used; the oldest are forgotten, and all of them after their time."""
+    """For a deep page, the nearest stored starting point before it is used.
+
+    The oldest starting points are discarded, and each one expires.
+    """
     starts, moment = Starts(), in_a_list(0).created_at
     for number in range(deep_pages.MOST_STARTS + 1):
         starts.note("list", in_a_list(deep_pages.DEEP + 10 * number))
@@ -138,5 +144,5 @@ ID = uuid4()
 
 
 def in_a_list(offset: int) -> Start:
-    """Return a row at this place."""
+    """Return a row at the given position of a list."""
     return Start(offset, datetime(2030, 1, 1, tzinfo=UTC), ID)

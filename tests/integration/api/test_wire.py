@@ -1,4 +1,4 @@
-"""HTTP/1.1 on the wire: what the server accepts, and how long it waits for a client."""
+"""HTTP/1.1 on the wire: which requests the server accepts, and how long it waits for a client."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ HEALTH = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 
 
 def address_of(api: Api) -> tuple[str, int]:
-    """Return the API's address."""
+    """Return the API's host and port."""
     url = urlsplit(api.url)
     assert url.hostname
     return url.hostname, url.port or 80
 
 
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
-    """Send the bytes and return the statuses of the answers, as h11 reads them.
+    """Send the bytes and return the statuses of the responses, as parsed by h11.
 
     ``methods`` are the HTTP methods of the requests, in order; if there are more requests, the last one is repeated.
-    After ``most`` answers the server must send nothing else for a moment. Every ``KEY`` is replaced by the key.
+    After ``most`` responses the server must send nothing else for a moment. Every ``KEY`` is replaced by the API key.
     """
     statuses: list[int] = []
     with socket.create_connection(address, timeout=10) as connection:
@@ -68,7 +68,7 @@ def piece_of(connection: socket.socket, wait: float) -> bytes:
 
 
 def posted(head: bytes, body: bytes = b"") -> bytes:
-    """Return a POST with a key."""
+    """Return a POST request with an API key."""
     return b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\nauthorization: KEY\r\n" + head + b"\r\n\r\n" + body
 
 
@@ -110,13 +110,13 @@ CHUNKED = b"transfer-encoding: chunked"
     ],
 )
 def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
-    """A request that is not HTTP/1.1, or that two servers could read in two ways, gets 400 and ends its connection."""
+    """A request that is malformed or ambiguous in HTTP/1.1 gets 400, and its connection is closed."""
     method = "POST" if sent.startswith(b"POST") else "GET"
     assert answers(address_of(api), sent, [method], api.key, len(statuses)) == statuses
 
 
 def test_answers_without_a_body(api: Api) -> None:
-    """After an answer without a body comes the next answer."""
+    """A response without a body is followed directly by the next response."""
     chat = api.chat()
     removal = f"DELETE /api/v1/chats/{chat} HTTP/1.1\r\nhost: a\r\nauthorization: KEY\r\n\r\n".encode()
     sent = HEALTH.replace(b"GET", b"HEAD") + removal + HEALTH
@@ -124,7 +124,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_no_header(api: Api) -> None:
-    """A header after the body is ignored, since it comes after every check of the headers."""
+    """A header after the body is ignored, because the headers have already been checked."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'
@@ -135,7 +135,7 @@ def test_a_trailer_is_no_header(api: Api) -> None:
 
 
 def test_pipelined_requests_are_few(api: Api) -> None:
-    """A connection may pipeline some requests; more end it with 400."""
+    """A connection may pipeline a few requests; too many end it with 400."""
     statuses = answers(address_of(api), HEALTH * 2_000, ["GET"], most=server.MAX_PIPELINED)
     assert statuses[-1] == 400
     assert statuses[:-1] == [200] * len(statuses[:-1])
@@ -144,7 +144,7 @@ def test_pipelined_requests_are_few(api: Api) -> None:
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ", HEALTH + b"GET /"])
 def test_an_endless_head(api: Api, start: bytes) -> None:
-    """An endless head gets 431 once it is too long."""
+    """An endless request head gets 431 once it is too long."""
     with socket.create_connection(address_of(api), timeout=10) as connection:
         received = b""
         try:
@@ -155,25 +155,25 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
                 received += piece
         except ConnectionError:
             pass
-    assert b" 431 " in received or not received  # the answer can be lost if data was still on its way
+    assert b" 431 " in received or not received  # the response can be lost if the client was still sending
 
 
 def test_what_a_body_takes_on_the_wire_is_counted(api: Api) -> None:
-    """A body with too many chunks is refused as too large, and so is an endless extension of a chunk."""
+    """A body with too many chunks, or with an endless chunk extension, is rejected as too large."""
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 230_000), ["POST"], api.key) == [413]
     assert answers(address_of(api), posted(CHUNKED, b"1;" + b"x" * 1_400_000), ["POST"], api.key) == [413]
 
 
 @pytest.fixture
 def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, int]]:
-    """Serve with short timeouts for clients that do not read."""
+    """Serve the application with short timeouts for clients that do not read."""
     monkeypatch.setattr(server, "READ_WITHIN", 0.5)
     with served(settings) as address:
         yield address
 
 
 def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
-    """Return a connection with a small window, on which the bytes were sent and nothing is read."""
+    """Return a connection with a small window that has sent the bytes and reads no response."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)
@@ -183,7 +183,7 @@ def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
 
 
 def big_page(world: World, size: int = 40) -> bytes:
-    """Make follow-ups with the longest messages, and return the request of a page with all of them."""
+    """Create follow-ups with the longest messages, and return the request for a page with all of them."""
     chat = world.chat()
     for _ in range(size):
         world.follow_up(chat, message="\N{GRINNING FACE}" * 65_536)
@@ -192,7 +192,7 @@ def big_page(world: World, size: int = 40) -> bytes:
 
 
 def is_cut(connection: socket.socket) -> bool:
-    """Read everything; return whether it ended before the answer did."""
+    """Read until the connection ends, and return whether the response was incomplete."""
     received = b""
     try:
         while piece := connection.recv(1 << 20):
@@ -203,7 +203,7 @@ def is_cut(connection: socket.socket) -> bool:
 
 
 def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
-    """A client that does not read its answer is disconnected; one that reads slowly gets all of it."""
+    """A client that does not read its response is disconnected; a slow reader gets all of it."""
     page = big_page(world)
     with unread(small, page) as silent:
         time.sleep(3)
@@ -215,7 +215,7 @@ def test_a_client_must_read(small: tuple[str, int], world: World) -> None:
 
 
 def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the budget of unread answers, the connection that has waited for longest is closed."""
+    """Above the budget for unread responses, the connection that has waited longest is closed."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_UNSENT", 100_000)
     with served(settings) as address, unread(address, page) as first:
@@ -225,7 +225,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 
 
 def test_unread_connections_make_room(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no connection is idle, one whose client does not read is closed for a new one."""
+    """If no connection is idle, one whose client does not read is closed to admit a new one."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:
@@ -245,12 +245,12 @@ def test_unread_connections_make_room(settings: Settings, world: World, monkeypa
 
 
 def test_pipelined_bodies_share_the_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of bodies is bounded before the gate reads them, and is free again when their client leaves."""
+    """Memory for pipelined bodies is bounded before they are read, and freed when a client disconnects."""
     monkeypatch.setattr(gate, "MAX_BUFFERED", 100_000)
     key = key_of(world)[1]
     body = posted(b"content-length: 60000", b" " * 60_000)
     with served(settings) as address:
-        # the second body comes while the first is still held
+        # the second body arrives while the first one is still in memory
         assert 503 in answers(address, body + body, ["POST"], key, 2)
         for _ in range(3):
             with socket.create_connection(address, timeout=5) as leaving:
