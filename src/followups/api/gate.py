@@ -56,7 +56,7 @@ Console requests use none of the API's slots.
 
 
 WIRE = "followups.wire"
-"""The key of a request's `RequestBody` in its scope."""
+"""The key under which an ASGI scope holds the request's `RequestBody`."""
 
 
 class Budget:

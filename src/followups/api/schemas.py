@@ -30,13 +30,13 @@ def _optional_without_default(schema: dict[str, Any]) -> None:
 
 
 class ResponseModel(BaseModel):
-    """What every answer's model shares: all fields are present, by their names outside."""
+    """The base of every response model: all fields are present, under their JSON names."""
 
     model_config = ConfigDict(alias_generator=AliasGenerator(serialization_alias=to_camel))
 
 
 class FollowUp(ResponseModel):
-    """One message to be sent into one chat at its due date, unless something cancels it first."""
+    """A message that is sent into a chat at its due date, unless something cancels it first."""
 
     model_config = ConfigDict(title="FollowUp", json_schema_extra={"examples": [examples.FOLLOW_UP]})
 
@@ -54,7 +54,7 @@ class FollowUp(ResponseModel):
 
 
 class Body(BaseModel):
-    """The base of every request's body, with a bounded number of fields."""
+    """The base of every request body, with a limited number of fields."""
 
     @model_validator(mode="before")
     @classmethod
@@ -76,9 +76,9 @@ class NewFollowUp(Body):
 
 
 class FollowUpChanges(Body):
-    """The fields to change; omitted ones stay. Unknown fields are refused, lest a misspelt one be lost.
+    """The fields to change; omitted fields keep their values.
 
-    Null for a field that is null already is no change.
+    Unknown fields are refused, to catch misspelt names. Null for a field that is already null changes nothing.
     """
 
     model_config = ConfigDict(
@@ -101,9 +101,9 @@ _MANY = "One value or many: repeated, or with `[]` after the name. None: no filt
 
 
 class FollowUpQuery(BaseModel):
-    """The filters and the page of a list of follow-ups.
+    """The filters and the page of a follow-up list.
 
-    An unknown parameter is refused, since it would filter nothing.
+    Unknown parameters are refused, because ignoring them would return unfiltered results.
     """
 
     model_config = ConfigDict(alias_generator=to_camel, extra="forbid")
@@ -117,7 +117,10 @@ class FollowUpQuery(BaseModel):
 
 
 class ChatPut(Body):
-    """Where a chat lives. Unknown fields are ignored; omitting `externalId` means none."""
+    """A chat's channel and external id. Unknown fields are ignored.
+
+    Without `externalId`, the chat has no external id.
+    """
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.CHAT_PUT]})
 
@@ -126,7 +129,7 @@ class ChatPut(Body):
 
 
 class Chat(ResponseModel):
-    """A chat as we know it."""
+    """A chat as it is stored."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT]})
 
@@ -138,7 +141,7 @@ class Chat(ResponseModel):
 
 
 class NewChatMessage(Body):
-    """A message that was written in a chat. Unknown fields are ignored; a text is neither taken nor stored."""
+    """A message that was written in a chat. Unknown fields are ignored; the message's text is not stored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CHAT_MESSAGE]})
 
@@ -149,7 +152,7 @@ class NewChatMessage(Body):
 
 
 class ChatMessage(ResponseModel):
-    """A recorded chat message, and the follow-ups that it cancelled (none if it was known already)."""
+    """A recorded chat message and the follow-ups that it cancelled (none if it was already recorded)."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CHAT_MESSAGE]})
 
@@ -161,7 +164,7 @@ class ChatMessage(ResponseModel):
 
 
 class NewConsoleLink(Body):
-    """A link into the console to make. Unknown fields are ignored."""
+    """A console link to create. Unknown fields are ignored."""
 
     model_config = ConfigDict(alias_generator=to_camel, json_schema_extra={"examples": [examples.NEW_CONSOLE_LINK]})
 
@@ -173,7 +176,7 @@ class NewConsoleLink(Body):
 
 
 class ConsoleLink(ResponseModel):
-    """A link that signs in once."""
+    """A link that signs a person in once."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.CONSOLE_LINK]})
 
@@ -182,14 +185,14 @@ class ConsoleLink(ResponseModel):
 
 
 class Check(BaseModel):
-    """One thing that must be well for this service to work."""
+    """The result of one readiness check."""
 
     ok: bool
     detail: str
 
 
 class Readiness(BaseModel):
-    """That everything is well."""
+    """The readiness response when all checks pass."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.READINESS]})
 
@@ -198,7 +201,7 @@ class Readiness(BaseModel):
 
 
 class Health(BaseModel):
-    """That the process is up."""
+    """The liveness response."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [examples.HEALTH]})
 

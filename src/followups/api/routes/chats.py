@@ -25,7 +25,7 @@ router = APIRouter(prefix="/api/v1", tags=["Chats"], route_class=AuthenticatedRo
 
 @router.put("/chats/{chatId}", operation_id="putChat", response_model=Chat, responses=response_docs.PUT_CHAT)
 async def put_chat(chat_id: Annotated[Id, Path(alias="chatId")], body: ChatPut, request: Request) -> Response:
-    """Create or update a chat. One that was removed starts anew."""
+    """Create or update a chat. A removed chat starts again as a new one."""
     caller = Caller(request)
     exclusive = caller.exclusive_external_ids
     chat, new = await caller.change(lambda work: _put(work.workspace_id, chat_id, body, exclusive=exclusive))
@@ -40,7 +40,7 @@ def _put(workspace_id: UUID, chat_id: UUID, body: ChatPut, *, exclusive: bool) -
 
 @router.delete("/chats/{chatId}", operation_id="removeChat", status_code=204, responses=response_docs.REMOVE_CHAT)
 async def remove_chat(chat_id: Annotated[Id, Path(alias="chatId")], request: Request) -> Response:
-    """Remove a chat; its pending follow-ups become cancelled."""
+    """Remove a chat and cancel its pending follow-ups."""
     await Caller(request).change(lambda work: _remove(work, chat_id))
     return Response(status_code=204)
 
@@ -62,7 +62,7 @@ def _remove(work: Work, chat_id: UUID) -> Steps[None]:
     responses=response_docs.RECEIVE,
 )
 async def receive_chat_message(body: NewChatMessage, request: Request) -> Response:
-    """Record a chat message; a user's or an operator's message cancels its pending follow-ups."""
+    """Record a chat message; a message from the user or an operator cancels the chat's pending follow-ups."""
     received = await Caller(request).change(lambda work: _receive(work, body))
     return json_responses.answer(json_responses.one(ChatMessage, received), 201 if received.new else 200)
 

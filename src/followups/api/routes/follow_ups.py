@@ -116,9 +116,9 @@ async def create_follow_up(
     request: Request,
     idempotency_key: Annotated[IdempotencyKey | None, Header(alias="Idempotency-Key")] = None,
 ) -> Response:
-    """Create a follow-up, sent into the chat at its due date unless something cancels it first.
+    """Create a follow-up. It is sent into the chat at its due date unless something cancels it first.
 
-    With an `Idempotency-Key`, a repeated request gets the first one's answer and creates nothing.
+    With an `Idempotency-Key`, a repeated request gets the first request's response and creates nothing.
     """
     if idempotency_key is None:
         return _response(await Caller(request).change(lambda work: _create(work, body)))
@@ -180,7 +180,7 @@ async def change_follow_up(
     body: FollowUpChanges,
     request: Request,
 ) -> Response:
-    """Change fields of a follow-up, reschedule it, or end it by a final status."""
+    """Change fields of a follow-up, reschedule it, or end it with a final status."""
     given = {name: getattr(body, name) for name in body.model_fields_set}
     changed = await Caller(request).change(lambda work: _change(work, id, given))
     return json_responses.answer(json_responses.one(FollowUp, changed))

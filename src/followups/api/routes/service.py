@@ -21,7 +21,7 @@ router = APIRouter(tags=["Service"])
 
 @router.get("/healthz", operation_id="health", response_model=Health, responses=response_docs.HEALTH)
 async def health() -> Response:
-    """Report that the process is up; this touches nothing."""
+    """Report that the process is running, without checking anything else."""
     return json_responses.answer(b'{"status":"up"}')
 
 
@@ -40,6 +40,6 @@ def readiness(request: Request) -> Response:
 
 @router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=response_docs.METRICS)
 def metrics(request: Request) -> Response:
-    """Return the counters of all processes and the backlog's gauges in Prometheus' text format."""
+    """Return the counters of all processes and the gauges of the backlog in Prometheus text format."""
     exposition: Exposition = request.app.state.exposition
     return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)
