@@ -1,1 +1,1 @@
-"""The way of a follow-up: claim, publish, begin, send, settle."""
+"""The delivery of a follow-up in five steps: claim, publish, begin, send, settle."""

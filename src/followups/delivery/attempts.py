@@ -1,4 +1,4 @@
-"""The values that begin, send and settle pass on: a begun follow-up, its attempt, and the result of a step."""
+"""The values that begin, send and settle exchange: a begun follow-up, its attempt, and a step's result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Begun(NamedTuple):
-    """A follow-up whose attempt has begun, with what to send."""
+    """A follow-up whose attempt has begun, and the delivery to send."""
 
     lease: Lease
     delivery: Delivery
@@ -32,28 +32,28 @@ class Attempt(NamedTuple):
     duration: timedelta
     answered: float
     answered_at: datetime
-    """The same time by the database's clock."""
+    """The time of the transport's answer by the database's clock."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchResult:
     """The result of begin or settle for a batch.
 
-    Follow-ups that are nowhere in it were stale, are held, or wait in their chat's order.
+    Follow-ups that appear in no field were stale, are held, or wait for an earlier one of their chat.
     """
 
     begun: tuple[Begun, ...] = ()
     ended: tuple[tuple[UUID, Final], ...] = ()
     """Follow-ups that ended without an attempt."""
     settled: tuple[Settled, ...] = ()
-    """Attempts whose outcomes are recorded."""
+    """Follow-ups whose outcomes were recorded."""
     stale: int = 0
-    """Outcomes that were not recorded, since another worker had taken over their leases."""
+    """Number of outcomes that were not recorded, since another worker had taken over their leases."""
     locked: tuple[Lease, ...] = ()
     """Follow-ups to be tried again shortly, since another transaction has locked their rows."""
     deferred: tuple[tuple[Lease, timedelta], ...] = ()
-    """Follow-ups that are still leased, each with the time until a rate limit allows it."""
+    """Follow-ups that are still leased, each with the time until a rate limit allows it to begin."""
     unblocked: tuple[Lease, ...] = ()
-    """Follow-ups that the ended ones unblocked, each the next of its chat; leased to the caller."""
+    """Follow-ups that waited for the ended ones, unblocked and leased to the caller."""
     blocking: tuple[UUID, ...] = ()
-    """Ended follow-ups whose next one in the chat is locked by another transaction."""
+    """Ended follow-ups whose successor in the chat is locked by another transaction."""

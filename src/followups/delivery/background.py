@@ -1,4 +1,4 @@
-"""Work in a thread of its own in a worker process, started again whenever there may be some."""
+"""Background work in a separate thread of a worker process, started whenever there may be some."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from abc import ABC, abstractmethod
 
 
 class Background(ABC):
-    """A thread while there is work. A start while it runs does nothing."""
+    """A thread that runs while there is work. Starting it while it runs has no effect."""
 
     name: str
 
     def __init__(self) -> None:
-        """Prepare; nothing runs yet."""
+        """Prepare the thread without starting it."""
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Run once, in a thread. Returns at once."""
+        """Start the work in a thread, once, and return immediately."""
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name=self.name, daemon=True)
             self._thread.start()
@@ -30,4 +30,4 @@ class Background(ABC):
 
     @abstractmethod
     def _run(self) -> None:
-        """Do the work, until it is done or `stop` is called. Errors are reported, never raised."""
+        """Do the work until it is finished or `stop` is called. Errors are reported, never raised."""

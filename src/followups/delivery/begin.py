@@ -1,4 +1,7 @@
-"""Begin: right before sending, check again that the follow-up may be sent, and record that an attempt is in flight."""
+"""Begin: check again, right before sending, whether the follow-up may be sent.
+
+If it may, the database records that an attempt is in flight.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ if TYPE_CHECKING:
     from followups.store.obstacles import Obstacle
 
 TOLERANCE = timedelta(milliseconds=100)
-"""How early the database accepts a begin: the lead plus the possible error of a worker's clock."""
+"""How early the database accepts a begin: the lead plus the largest error of a worker's clock."""
 
 
 REFUSED_PAUSE = timedelta(minutes=1)
@@ -45,7 +48,7 @@ async def begin_within_limits(
 ) -> BatchResult:
     """Begin follow-ups that may be sent now, and defer those over a rate limit.
 
-    Raises database errors; then no token is taken.
+    If a database error is raised, no token is used up.
     """
     if not rate_limits:
         return await in_loop(engine, begin, settings, batch)
@@ -58,9 +61,9 @@ async def begin_within_limits(
 
 
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
-    """Begin the follow-ups that may be sent, end those that must not be, and hold or park the rest.
+    """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park the rest.
 
-    All of this is one transaction. A follow-up whose row makes it fail is deferred, and the others begin without it.
+    All of this is one transaction. If a row makes it fail, that follow-up is deferred, and the others begin without it.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:
@@ -121,7 +124,7 @@ def _explain_missing(
 
 
 def verdict(obstacle: Obstacle) -> Final | None:
-    """Return how a follow-up ends that must not be sent any more, or None if it may be sent later."""
+    """Return the end of a follow-up that must no longer be sent, or None if it may be sent later."""
     if obstacle.chat_removed:
         return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
     if obstacle.silence_broken:

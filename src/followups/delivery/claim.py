@@ -36,42 +36,43 @@ MAX_LOSSES = 3
 """Lost leases after which a follow-up counts as a poison pill."""
 
 AHEAD_TICKS = 2
-"""Tick intervals that a claim looks ahead: one late tick must not make anything late."""
+"""Number of tick intervals that a claim covers, so that one late tick makes no follow-up late."""
 
 CLAIM_SIZE = 1000
-"""Rows that a claim may always take, however much is in flight."""
+"""Rows that a claim may always lease, however many are in flight."""
 LARGEST_CLAIM = 10_000
-"""Maximum rows of one claim, which takes up to 0.2 s; the first rows are sent while the rest is claimed."""
+"""The most rows of one claim, which takes up to 0.2 s; the first rows are sent while the next claim runs."""
 
 
 SETTLE_MARGIN = timedelta(seconds=2)
-"""Time to record an outcome once the database answers.
+"""Time needed to record an outcome once the database answers.
 
 It covers the longest pause between two tries, and the statement.
 """
 
 
 def rhythm_of(settings: Settings) -> Rhythm:
-    """Return the longest harmless gap between ticks, and the grace period that follows a longer one.
+    """Return the longest harmless gap between ticks, and the grace period that follows a longer gap.
 
-    Leases may end unseen during a longer gap, and the grace period gives their workers time to record the outcomes.
-    After an outage a worker must connect to record what it knows. After the database's clock was set forward, calls
-    that have just begun must end. With the default settings the grace is 13 s, after a gap of more than 3 s.
+    During a longer gap, leases may expire unnoticed, and the grace period gives their workers time to record the
+    outcomes. After an outage, a worker must connect before it can record its outcomes. After the database's clock was
+    set forward, calls that have just begun must first end. With the default settings the grace period is 13 s, after a
+    gap of more than 3 s.
     """
     known_within = max(settings.transport_timeout + GRACE, _connecting(settings.database_url.get_secret_value()))
-    # If the tick interval is longer than a lease, a lease can end unseen between any two ticks.
+    # If the tick interval is longer than a lease, a lease can expire unnoticed between any two ticks.
     longest_gap = min(settings.tick_interval * AHEAD_TICKS + timedelta(seconds=1), settings.lease / 2)
     return Rhythm(longest_gap, known_within + SETTLE_MARGIN)
 
 
 @lru_cache(maxsize=8)
 def _connecting(url: str) -> timedelta:
-    """Return the time limit of connecting to the database."""
+    """Return the time limit for connecting to the database."""
     return timedelta(seconds=connect_timeout(database_url(url)))
 
 
 def size_of_claim(window: int) -> int:
-    """Return the maximum rows of one claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
+    """Return the most rows of one claim: half of the in-flight limit, but at least `CLAIM_SIZE`.
 
     Each claim reads everything in flight, so behind a backlog a few large claims cost least. Workers send the other
     half in the meantime.
@@ -80,9 +81,9 @@ def size_of_claim(window: int) -> int:
 
 
 def claim(engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()) -> Claim:
-    """Claim due follow-ups in one transaction, or with ``since`` only those that fell due after it.
+    """Claim due follow-ups in one transaction; with ``since``, only those that fell due after it.
 
-    The follow-ups in ``without`` are passed over.
+    The follow-ups in ``without`` are skipped.
     """
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim))
 
@@ -90,12 +91,15 @@ def claim(engine: Engine, settings: Settings, since: datetime | None = None, wit
 def claim_fairly(
     engine: Engine, settings: Settings, since: datetime | None = None, without: tuple[UUID, ...] = ()
 ) -> Claim:
-    """Claim due follow-ups, first those of the workspaces with the fewest in flight; used after a claim left some."""
+    """Claim due follow-ups, first of the workspaces with the fewest in flight.
+
+    This is used after a claim that did not lease all due follow-ups.
+    """
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
 
 def release(engine: Engine, batch: Sequence[Lease]) -> None:
-    """Release leases that will not begin. A row that cannot be written keeps its lease until the lease ends."""
+    """Release leases that will not begin. A row that cannot be written keeps its lease until it expires."""
     with engine.begin() as connection:
         halve_within(connection, batch, partial(leases.release_if_not_begun, connection))
 
@@ -164,7 +168,7 @@ def _end_lost(connection: Connection, lost: Sequence[Lost], settings: Settings) 
 
 
 def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
-    """Return how a follow-up ends after its ``losses``-th lost lease, or None if it is tried again.
+    """Return the end of a follow-up after its ``losses``-th lost lease, or None if it is retried.
 
     >>> after_loss(1, None, deduplicates=True) is None
     True

@@ -1,21 +1,23 @@
-"""How long to wait between two claims behind a backlog.
+"""The interval between two claims behind a backlog.
 
-No clock of its own, no I/O. Each claim reads everything in flight, however few places have become free: claiming each
-place as it becomes free would make batches of one. Waiting until everything was sent would leave the workers idle. So
-one half is claimed while the workers send the other.
+This module has no clock and does no I/O. Each claim reads everything in flight, however few slots have become free. A
+claim for every free slot would lead to batches of one, and a claim only after everything is sent would leave the
+workers idle. So one half of the window is claimed while the workers send the other half.
 """
 
 from __future__ import annotations
 
 SHORTEST = 0.05
 LONGEST = 0.5
-"""Seconds. During a backlog, a follow-up created for now waits at most this long for a claim."""
+"""The longest time, in seconds, for which a follow-up that is created and due now waits for a claim during a backlog.
+"""
 
 
 def until_half_is_free(taken: int, seconds: float, window: int) -> float:
-    """Return the seconds until half of a ``window`` is free, at the rate of ``taken`` places in so many ``seconds``.
+    """Return the seconds until half of a ``window`` is free.
 
-    The result is at most twice ``seconds``: a few places that become free at once do not predict the next ones.
+    During the last ``seconds``, ``taken`` places became free and were claimed. The result is at most twice ``seconds``:
+    a few places that become free simultaneously do not predict the next ones.
 
     >>> until_half_is_free(taken=1000, seconds=0.1, window=5000)
     0.2
@@ -27,26 +29,32 @@ def until_half_is_free(taken: int, seconds: float, window: int) -> float:
 
 
 class ClaimInterval:
-    """When a dispatcher claims next. There may be others, each with ticks of its own."""
+    """The time of a dispatcher's next claim. Other dispatchers may run, each with separate ticks."""
 
     def __init__(self, window: int) -> None:
         """``window`` is the in-flight limit."""
         self._window = window
         self._taken = 0
-        """Places taken since the window was last full, at ``_full_at``."""
+        """Number of follow-ups claimed since the window was last full, at ``_full_at``."""
         self._full_at: float | None = None
-        """None if unknown: the start of a backlog says nothing about its speed."""
+        """The monotonic time at which the window was last full, or None if unknown: the start of a backlog does not
+        reveal its speed.
+        """
         self.next = 0.0
-        """Monotonic seconds."""
+        """The earliest time of the next claim, in monotonic seconds."""
 
     def begin(self) -> None:
-        """Start a tick: other dispatchers may have claimed since the last one, so the free places predict nothing."""
+        """Start a tick with an unknown rate.
+
+        Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing.
+        """
         self._full_at = None
 
     def note(self, taken: int, at: float, *, more: bool, cut_short: bool) -> None:
-        """Record a claim that started ``at`` a time (monotonic seconds) and claimed ``taken`` follow-ups.
+        """Record a claim of ``taken`` follow-ups that started at the time ``at`` (monotonic seconds).
 
-        ``more``: it left some; ``cut_short``: the claim reached its own limit before the window was full.
+        ``more`` means that due follow-ups were left, ``cut_short`` that the claim reached its own limit before the
+        window was full.
         """
         if self._full_at is None:
             self._taken, self._full_at = 0, at

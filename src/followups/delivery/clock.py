@@ -1,4 +1,4 @@
-"""The database's clock as a worker estimates it; no host's clock decides anything."""
+"""The database's clock as a worker estimates it; no decision depends on a host's clock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 SAMPLES = 12
-"""Samples kept: with one every few seconds, the drift between the two clocks stays below a millisecond."""
+"""Number of samples kept: with one every few seconds, the drift between the two clocks stays below a millisecond."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NOW = text("SELECT clock_timestamp()")
@@ -25,9 +25,10 @@ _NOW = text("SELECT clock_timestamp()")
 class DatabaseClock:
     """The offset between this machine's uptime and the database's clock, never ahead of that clock.
 
-    A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. Taking
-    ``read`` for the time at ``answered`` errs at most by the time that the answer travelled, and only to the late side,
-    so nothing is sent early. The quickest answer errs least, so the largest offset of the last samples counts.
+    A sample means that the database's time was ``read`` at some time between ``asked`` and ``answered``. The estimate
+    uses ``read`` as the time at ``answered``. Its error is at most the travel time of the answer, and always on the
+    late side, so nothing is sent early. The quickest answer has the smallest error, so the largest offset of the last
+    samples counts.
     """
 
     def __init__(self, seconds: Callable[[], float] = uptime) -> None:
@@ -55,7 +56,7 @@ class DatabaseClock:
 
     @property
     def known(self) -> bool:
-        """Whether any sample was taken."""
+        """Whether any sample was recorded."""
         return self._offset is not None
 
     def now(self) -> datetime:

@@ -1,9 +1,10 @@
 """Deferral: follow-ups of tripped workspaces leave the in-flight window, so that others are claimed.
 
-Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in their rows. A
-deferral uses up no attempt, and the follow-up can still be cancelled. When a worker has no such leases left, or the
+Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in the database. A
+deferral uses up no attempt, and the follow-up can still be cancelled. When a worker has used up its probes, or the
 transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer tripped, all of them
-do. If neither happens, they fall due anyway after some minutes, one by one, since the workers may have forgotten them.
+fall due. If neither happens, they fall due after some minutes anyway, one by one, because a restarted worker no longer
+knows of them.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 SHARE = 1024
-"""Divisor of the window: a worker requests one 1024th of it at once, but at most one per slot.
+"""Divisor of the window: a worker requests one 1024th of it at a time, but at most one lease per slot.
 
 The worker keeps at most twice as many leases, so a hundred workers keep a fifth of the window. All workers together
 need three follow-ups for a probe.
 """
 SHARE_WHILE_RECOVERING = 128
-"""The same divisor during the seconds in which the rate of begins rises.
+"""Divisor of the window during recovery, while the rate of begins rises.
 
 With the default window each worker can then release 156 follow-ups a second.
 """
 DEFER_SIZE = 500
-"""Maximum number of rows in one statement."""
+"""The most rows of one statement."""
 BUSY = 0.5
-"""Duration of a portion relative to the pause after it, which is therefore twice as long.
+"""Ratio of the duration of a batch to the pause after it, which is therefore twice as long as the batch.
 
 Without the pause, the begins of other workers would wait for the database.
 """
@@ -57,14 +58,14 @@ SPREAD = 10_000
 COMING = 0.25
 """Seconds that released follow-ups may take to reach a worker; more are released only after that."""
 BACKOFF = 1.0
-"""Seconds before a database that does not answer is tried again; no pause is longer."""
+"""Seconds before a database that does not answer is tried again, which is also the longest pause."""
 
 
 class Returns:
-    """Times at which deferred follow-ups fall due again, in the order of deferral and never all at once.
+    """Times at which deferred follow-ups fall due again, in the order of deferral, spread over minutes.
 
-    The first are 15 ms apart. The more follow-ups are deferred, the smaller the gaps, so that none waits longer than
-    `LONGEST`, however many there are.
+    The first times are 15 ms apart. The more follow-ups are deferred, the smaller the gaps, so that no follow-up waits
+    longer than `LONGEST`.
 
     >>> returns = Returns()
     >>> [round(returns.next(now=0.0), 3) for _ in range(3)]
@@ -74,11 +75,14 @@ class Returns:
     """
 
     def __init__(self) -> None:
-        """Start with nothing deferred."""
+        """Start with no deferred follow-ups."""
         self._last = -inf
 
     def next(self, now: float) -> float:
-        """Return in how many seconds the next deferred follow-up falls due; ``now`` is on the monotonic clock."""
+        """Return in how many seconds the next deferred follow-up falls due.
+
+        ``now`` is a time of the monotonic clock.
+        """
         ahead = max(SOONEST.total_seconds(), self._last - now)
         ahead += (LONGEST.total_seconds() - ahead) / SPREAD
         self._last = now + ahead
@@ -86,7 +90,7 @@ class Returns:
 
 
 class Deferral:
-    """Keeps a few leases of tripped workspaces in the due queue, and defers the other follow-ups in their rows.
+    """Keeps a few leases of tripped workspaces in the due queue, and defers the other follow-ups.
 
     An instance belongs to one event loop.
     """
@@ -103,24 +107,24 @@ class Deferral:
         self._returns = Returns()
         self._release_again_at = -inf
         self._excess: list[Lease] = []
-        """Leases that were taken out of the due queue and are not deferred yet."""
+        """Leases that were removed from the due queue and are not deferred yet."""
         self._tripped: frozenset[int] = frozenset()
         self._recovered: frozenset[int] = frozenset()
-        """Workspaces that are no longer tripped, and whose deferred follow-ups are not all released yet."""
+        """Workspaces that are no longer tripped, but still have deferred follow-ups."""
         self._workspaces: dict[int, list[UUID]] = {}
-        """The workspaces of the keys above; looking up many takes long."""
+        """The workspaces of the tripped and recovered keys, cached because looking up many of them takes long."""
         self._wanted = asyncio.Event()
         self._closed = False
 
     async def run(self) -> None:
-        """Balance whenever `look_again` was called, until `close`."""
+        """Call `balance` whenever `look_again` was called, until `close`."""
         while not self._closed:
             self._wanted.clear()
             pause = await self.balance()
             await (self._wanted.wait() if pause is None else asyncio.sleep(pause))
 
     def look_again(self) -> None:
-        """Wake `run`: the queue or the breaker has changed."""
+        """Wake `run`, because the queue or the breaker has changed."""
         self._wanted.set()
 
     def close(self) -> None:
@@ -134,10 +138,10 @@ class Deferral:
         return max(1, min(self._settings.concurrency, self._settings.max_in_flight // share))
 
     async def balance(self) -> float | None:
-        """Defer a portion of the due queue's excess, and release deferred follow-ups.
+        """Defer a batch of the due queue's excess leases, and release deferred follow-ups.
 
         Follow-ups are released if the due queue has room for them, or if their workspace is no longer tripped. Returns
-        after how many seconds to call this again, or None if there is nothing more to do for now.
+        the seconds until the next call, or None if nothing more is to be done for now.
         """
         tripped = self._breaker.tripped_for_all
         self._recovered = (self._recovered | self._tripped) - tripped
@@ -163,7 +167,7 @@ class Deferral:
         return min((time.monotonic() - started) / BUSY, BACKOFF)
 
     def clear(self) -> list[Lease]:
-        """Return and forget the leases that were to be deferred."""
+        """Remove and return the leases that were to be deferred."""
         leases, self._excess = self._excess, []
         return leases
 
@@ -179,7 +183,7 @@ class Deferral:
         deferred = await in_loop(self._engine, defer, waits)
         del self._excess[: len(portion)]
         for lease in portion:
-            if lease.id not in deferred:  # its row is locked, or another worker has the lease by now
+            if lease.id not in deferred:  # its row is locked, or another worker has the lease
                 self._queue.defer(lease, RETRY_DELAY)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:

@@ -1,4 +1,4 @@
-"""The dispatcher runs ticks: claim and publish until nothing more is due, or the next tick takes over."""
+"""The dispatcher runs ticks: claim and publish until nothing more is due, or the next tick begins."""
 
 from __future__ import annotations
 
@@ -29,44 +29,48 @@ if TYPE_CHECKING:
     from followups.store.claims import Claim
 
 SLOW = 1.0
-"""Seconds of a claim from which the planner's statistics must be wrong: a claim takes milliseconds."""
+"""Duration of a claim, in seconds, from which the planner's statistics must be wrong; it normally takes milliseconds.
+"""
 MANY = 100
-"""Rows of a claim from which the statistics are checked."""
+"""Rows of a claim from which the planner's statistics are checked."""
 NEXT_STATISTICS = 60.0
-"""Seconds between two such checks."""
+"""Seconds between two checks of the planner's statistics."""
 
 QUICK = 0.01
 """Duration of a claim, in seconds, up to which every claim reads from the beginning."""
 LOOKING_SHARE = 0.1
-"""Largest share of the dispatcher's time for reading all pending follow-ups, when that is slow."""
+"""Largest share of the dispatcher's time that is spent on claims from the beginning, if these are slow."""
 
 FORGOTTEN_SHARE = 0.01
 """Largest share of the dispatcher's time for checking blocked and paused follow-ups.
 
-Once per lease time, they are checked at any cost.
+They are checked at least once per lease time, whatever it costs.
 """
 
 PASSED_OVER = 60.0
-"""Seconds for which claims pass over rows that cannot be written, before they are tried again."""
+"""Seconds for which claims skip rows that cannot be written, before these rows are tried again."""
 
 BACKOFF = 0.05
 LONGEST_BACKOFF = 4.0
 """Longest pause in seconds between two tries while the database is unreachable; pauses double."""
 AFTER_ANOTHER = 0.01
-"""Seconds until the next try while another dispatcher claims; each further pause doubles.
+"""Seconds until the next try while another dispatcher is claiming; each further pause doubles.
 
 A claim takes some milliseconds.
 """
 LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
-"""Seconds between two claims while ended leases are left to their workers.
+"""Seconds between two claims while expired leases are left to their workers.
 
-These claims take the leases over without waiting for a tick.
+These claims take over such leases without waiting for a tick.
 """
 
 
 class Dispatcher:
-    """One thread in each worker process. Ticks and nudges that arrive during a tick are merged into it."""
+    """The dispatcher, one thread in each worker process.
+
+    Ticks and nudges that arrive during a tick are merged into it.
+    """
 
     def __init__(self, settings: Settings, engine: Engine, publish: Callable[[Hint], None]) -> None:
         """``publish`` sends one hint to the broker, and raises if it cannot."""
@@ -87,10 +91,10 @@ class Dispatcher:
         self._looked_at_all = True
         self._left_some = False
         self._passed_over: dict[UUID, float] = {}
-        """Follow-ups that claims pass over, each until a time of the monotonic clock."""
+        """Follow-ups that claims skip, each with the monotonic time at which it is tried again."""
         self._interval = ClaimInterval(settings.max_in_flight)
         self.busy_since: float | None = None
-        """Monotonic seconds, or None while there is nothing to do."""
+        """The monotonic time at which the current work began, or None while the dispatcher is idle."""
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
 
     def start(self) -> None:
@@ -99,19 +103,22 @@ class Dispatcher:
 
     @property
     def is_alive(self) -> bool:
-        """Whether its thread runs."""
+        """Whether the dispatcher's thread is running."""
         return self._thread.is_alive()
 
     def tick(self) -> None:
-        """Request a tick. Returns at once."""
+        """Request a tick and return immediately."""
         self._wanted.set()
 
     def claim_no_more(self) -> None:
-        """Claim nothing after the current claim. This takes no lock, so a signal handler may call it."""
+        """Stop claiming after the current claim. This acquires no lock, so a signal handler may call it."""
         self._stopping.set()
 
     def stop(self) -> None:
-        """Stop claiming, and wait until the current claim is published. Nothing uses the engine after that."""
+        """Stop claiming, and wait until the current claim is published.
+
+        The dispatcher does not use the engine after that.
+        """
         self.claim_no_more()
         self._wanted.set()
         if self._thread.is_alive():
@@ -140,7 +147,7 @@ class Dispatcher:
                 self._backoff = min(self._backoff * 2, LONGEST_BACKOFF)
 
     def _pass_over(self, error: Exception) -> bool:
-        """For a while, claim without the rows that made a claim fail; return whether any were found."""
+        """Exclude the rows that made a claim fail from the next claims; return whether any were found."""
         if not concerns_a_row(error):
             return False
         with suppress(SQLAlchemyError):
@@ -157,10 +164,10 @@ class Dispatcher:
         return tuple(self._passed_over)
 
     def _until_next_look(self) -> float | None:
-        """Return in how many seconds to claim unprompted, or None if only a tick starts the next claim."""
+        """Return the seconds until the next claim without a tick, or None if only a tick starts a claim."""
         if self._in_grace:
             return IN_GRACE
-        # The tick may be for a row that was inserted below the low-water mark.
+        # The tick may have been requested for a row inserted below the low-water mark.
         return None if self._looked_at_all else max(0.0, self._next_whole - time.monotonic())
 
     def _drain_due(self) -> None:
@@ -172,9 +179,9 @@ class Dispatcher:
                 return
 
     def _unblock_forgotten(self) -> None:
-        """Unblock follow-ups that no longer wait for anything, at each tick while that costs little.
+        """Unblock follow-ups that no longer wait for anything, at each tick unless that takes too long.
 
-        A failure here stops no claim.
+        If this fails, claims continue.
         """
         started = time.monotonic()
         if started < self._next_look:
@@ -198,7 +205,7 @@ class Dispatcher:
         self._next_look = started + min(took / FORGOTTEN_SHARE, self._settings.lease.total_seconds())
 
     def _claim_and_publish(self) -> bool:
-        """Return whether there may be more to claim."""
+        """Claim and publish once; return whether there may be more to claim."""
         claimed, took = self._claim()
         if claimed.busy:
             self._stopping.wait(self._busy_pause)
@@ -211,14 +218,14 @@ class Dispatcher:
                 self._publish(hint)
             except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
                 events.broker_unreachable("publish", error)
-                # Release unpublished leases at once, instead of letting them run out.
+                # Unpublished leases are released immediately, instead of being left to expire.
                 release(self._engine, claimed.leases[number * size :])
                 return False
         self._refresh_statistics(took, len(claimed.leases))
         return claimed.more
 
     def _refresh_statistics(self, took: float, leased: int) -> None:
-        """Update the planner's statistics in a thread when they must be wrong; claims continue."""
+        """Update the planner's statistics in a thread if they must be wrong; claims continue."""
         if (took > SLOW or leased >= MANY) and time.monotonic() >= self._next_statistics:
             self._next_statistics = time.monotonic() + NEXT_STATISTICS
             refreshing = threading.Thread(target=self._refresh, args=(took, leased), name="statistics", daemon=True)
@@ -229,17 +236,18 @@ class Dispatcher:
         try:
             if took > SLOW or planner.counts_as_less_than(self._engine, leased):
                 planner.refresh(self._engine)
-                if not planner.counts_as_less_than(self._engine, leased):  # otherwise another session has done it
+                # otherwise another session has refreshed them
+                if not planner.counts_as_less_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was
             events.failed("statistics", error, self._engine)
 
     def _claim(self) -> tuple[Claim, float]:
-        """Claim from the low-water mark on, and occasionally from the beginning, for rows inserted before the mark.
+        """Claim from the low-water mark on, and occasionally from the beginning.
 
-        If a claim leaves some, the next ones start with the workspaces that have the fewest in flight. While a snapshot
-        is held open, the index entries of everything sent since stay in front of the pending ones: reading past 36,000
-        of them took 34 ms.
+        Claims from the beginning find rows inserted before the mark. If a claim leaves due follow-ups, the next claims
+        start with the workspaces that have the fewest in flight. While a long transaction holds a snapshot, the index
+        entries of follow-ups sent since then stay in front of the pending ones: reading past 36,000 of them took 34 ms.
         """
         started = time.monotonic()
         look_at_all = started >= self._next_whole

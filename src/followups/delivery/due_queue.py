@@ -1,4 +1,7 @@
-"""The due queue: leases by the time each may begin, then in turns between workspaces. No I/O, for one event loop."""
+"""The due queue: leases by the time each may begin, then in turns between workspaces.
+
+It does no I/O and is used by one event loop.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,18 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 LEAD = timedelta(milliseconds=15)
-"""How long before the due time begin is called, so that the send itself is on time.
+"""How long before the due time a follow-up begins, so that the send itself is on time.
 
-From then on a cancel comes too late.
+A cancel that arrives after the begin is too late.
 """
 BEGIN_BATCH = 200
-"""Most leases taken at once: a larger statement is slow and no cheaper for each row."""
+"""The most leases taken in one batch: a larger statement is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
-"""How long to wait for more free slots, or for more follow-ups to fall due, while there are few: a statement for five
-rows costs almost as much as one for fifty. It is a third of the lead.
+"""How long to wait for more free slots, or for more due follow-ups, while there are few. A statement for five rows
+costs almost as much as one for fifty. The time is a third of the lead.
 """
 ENOUGH_SLOTS = 0.4
-"""Share of free slots that is worth a statement at once."""
+"""Share of free slots from which a statement is worthwhile immediately."""
 RETRY_DELAY = timedelta(milliseconds=50)
 """Delay before the next try to begin or settle a follow-up; for a begin the delay doubles each time."""
 LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
@@ -41,7 +44,7 @@ LONGEST_RETRY_DELAY = timedelta(milliseconds=800)
 class DueQueue:
     """The leases that may begin next.
 
-    A lease that runs out here is dropped without a log line: a tick has taken it over, or will.
+    A lease that expires in the queue is dropped without a log line, because a tick takes it over.
     """
 
     def __init__(self, clock: DatabaseClock, lease: timedelta, slots: Slots) -> None:
@@ -59,10 +62,10 @@ class DueQueue:
         self._closed = False
 
     def add(self, leases: Iterable[Lease], task_id: str = "") -> None:
-        """Enqueue new leases, with the task that brought them."""
+        """Enqueue new leases with the id of the Celery task that carried their hint."""
         now, known = uptime(), self._clock.known
         if now >= self._next_look:
-            # Nothing is taken while the breaker is open, and each tick brings expired leases anew.
+            # While the breaker is open no lease is taken, and each tick claims and enqueues expired leases again.
             self._next_look = now + self._lease
             self._fair.drop_expired(now)
         for new in leases:
@@ -82,7 +85,7 @@ class DueQueue:
         heapq.heappush(self._heap, (moment, next(self._sequence), lease))
 
     def defer_refused(self, lease: Lease) -> None:
-        """Defer a follow-up that could not begin now, longer each time."""
+        """Defer a follow-up that could not begin now; the delay grows with each refusal."""
         delay = min(RETRY_DELAY * 2**lease.refusals, LONGEST_RETRY_DELAY)
         self.defer(lease._replace(refusals=min(lease.refusals + 1, 10)), delay)
 
@@ -98,9 +101,10 @@ class DueQueue:
         return []
 
     def take(self, most: int, tripped: frozenset[int] = frozenset(), permits: int = 0) -> list[Lease]:
-        """Remove and return up to ``most`` due leases, each with a slot, and poison pills only within their quota.
+        """Remove and return up to ``most`` due leases, each with a slot.
 
-        Of ``tripped`` workspaces it takes no more leases than ``permits``.
+        Possible poison pills are taken only within their quota, and leases of ``tripped`` workspaces only up to
+        ``permits``.
         """
         horizon, now, most = self._clock.now() + LEAD, uptime(), min(most, self.slots.free)
         taken: dict[object, Lease] = {}
@@ -120,12 +124,12 @@ class DueQueue:
         return list(taken.values())
 
     def close(self) -> None:
-        """Have `next_batch` return nothing from now on."""
+        """Close the queue: `next_batch` returns nothing from now on."""
         self._closed = True
         self.changed.set()
 
     def count(self, keys: frozenset[int]) -> int:
-        """Return how many due leases wait in these workspace queues."""
+        """Return the number of due leases in these workspace queues."""
         return self._fair.count(keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
@@ -136,13 +140,14 @@ class DueQueue:
         return self._fair.shed(keys, most)
 
     def seconds_to_next(self, tripped: frozenset[int] = frozenset()) -> float | None:
-        """Return the seconds until the next lease is due, negative if it is overdue, or None if the queue is empty.
+        """Return the seconds until the next lease is due, or None if the queue is empty.
 
-        Due leases of ``tripped`` workspaces do not count.
+        The number is negative if a lease is overdue. Due leases of ``tripped`` workspaces do not count.
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # A time at the edge of the calendar, which anyone with access to the broker can write, has no earlier one.
+        # A hint can contain a due time at the limit of the calendar, from which no lead can be subtracted, because
+        # anyone with access to the broker can write hints.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:
@@ -156,7 +161,10 @@ class DueQueue:
         return [*leases, *self._fair.clear()]
 
     async def _gather(self) -> None:
-        """Wait for a batch worth a statement while slots are few, or while nothing is due within begin's lead."""
+        """Wait for a batch that is worth a statement.
+
+        This waits while slots are few, or while no lease is due within begin's lead.
+        """
         if not self.is_due():
             return
         if 0 < self.slots.free < ENOUGH_SLOTS * self.slots.number:

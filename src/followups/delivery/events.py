@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 lines = Lines(__name__)
 
-# There are few label values, and looking up a counter takes longer than counting.
+# Counters are cached: there are few label values, and looking up a counter takes longer than incrementing it.
 _attempts, _transitions = cache(metrics.ATTEMPTS.labels), cache(metrics.TRANSITIONS.labels)
 
 
@@ -45,15 +45,18 @@ _outages: dict[str, Outage] = {}
 """The current outages by step; several threads begin and end them."""
 
 WRITING = frozenset({"claim", "begin", "settle", "release"})
-"""Steps that write: if one succeeds, every outage is over. Other steps succeed on a read-only server too."""
+"""Steps that write: if one succeeds, every outage is over. Other steps also succeed on a read-only server."""
 
 
 def attempted(attempt: Attempt, transport: str) -> None:
-    """Log and count one call of the transport. The text of its answer is left out: it may quote the message."""
+    """Log and count one call of the transport.
+
+    The text of its answer is left out, because it may quote the message.
+    """
     delivery = attempt.begun.delivery
     outcome = OUTCOME_NAMES[type(attempt.outcome)]
     seconds = attempt.duration.total_seconds()
-    # The oddity of an accepted answer, in the transport's own words, never in the answer's.
+    # The oddity of an accepted answer is described in the transport's own words, and never quotes the answer.
     odd = {"odd": attempt.outcome.detail} if isinstance(attempt.outcome, Sent) and attempt.outcome.detail else {}
     lag = (attempt.answered_at - delivery.due_date).total_seconds()
     _attempts(transport, outcome).inc()
@@ -121,12 +124,12 @@ def statistics_refreshed(seconds: float) -> None:
 def failed(step: str, error: Exception, engine: Engine) -> None:
     """Log that a step failed and will be retried.
 
-    The database is unreachable or unfit, or there is a bug to fix.
+    Either the database is unreachable or unusable, or the error is a bug.
     """
     why = f"its {step} fails (see its log)"
     if is_passing(error):
         why = "the database is read-only" if is_read_only(error) else "the database is away"
-        # The error's text is left out, since a server's detail may quote a row.
+        # The error's text is left out, since the server's detail message may quote a row.
         database = engine.url.render_as_string(hide_password=True)
         log.warning("database_unreachable", step=step, error=type(error).__name__, database=database)
     elif reason := unfit(error):
@@ -144,7 +147,10 @@ def failed(step: str, error: Exception, engine: Engine) -> None:
 
 
 def succeeded(step: str) -> None:
-    """Record that a step succeeded, which ends its outage, and every other one if the step writes."""
+    """Record that a step succeeded, which ends its outage.
+
+    If the step writes, every other outage ends too.
+    """
     if step in WRITING:
         _outages.clear()
     else:
@@ -157,7 +163,7 @@ def outage() -> Outage | None:
 
 
 def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
-    """Log that one row's content made a step fail; the other rows continue without it."""
+    """Log that the content of one row made a step fail; the other rows continue without it."""
     diagnosis = getattr(getattr(error, "orig", None), "diag", None)
     kind = type(getattr(error, "orig", error)).__name__
     constraint = getattr(diagnosis, "constraint_name", None)
@@ -165,7 +171,7 @@ def refused(step: str, follow_up_id: UUID, error: Exception) -> None:
 
 
 def clock_off(ahead: float) -> None:
-    """Log that this host's clock is far from the database's, which affects only the times in logs."""
+    """Log that this host's clock differs far from the database's, which affects only the times in logs."""
     log.warning("clock_off", ahead_s=round(ahead, 1))
 
 

@@ -1,8 +1,8 @@
-"""The fair queue: due leases, in a queue for each workspace. No I/O.
+"""The fair queue: due leases, in a separate queue for each workspace. No I/O.
 
-The workspace queues take turns, and the earliest lease of each goes first. So a workspace with little to send waits for
-one follow-up of each other workspace, not for all of them. While several workspaces are active, none gets all the
-slots, so the others need not wait for its calls, however slow.
+The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with little to send
+waits for one follow-up of each other workspace, not for all of them. While several workspaces are active, no workspace
+gets all the slots, so other workspaces need not wait for its slow calls.
 """
 
 from __future__ import annotations
@@ -22,23 +22,28 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
     Entry = tuple[datetime, int, Lease]
-    """A lease with its time, and with a number that decides between equal times."""
+    """A due time, a number that decides between equal times, and the lease."""
 
 ACTIVE = 60.0
 """Seconds for which a workspace counts as active after its latest follow-up arrived."""
 
 
 class FairQueue:
-    """The workspace queues, by their keys, and whose turn it is. Empty workspace queues are forgotten."""
+    """The workspace queues by their keys, and the order of their turns.
+
+    Empty workspace queues are removed.
+    """
 
     def __init__(self, slots: Slots) -> None:
-        """``slots`` counts how many each workspace has."""
+        """``slots`` counts the slots of each workspace."""
         self._slots = slots
         self._queues: dict[int, list[Entry]] = {}
         self._turns: deque[int] = deque()
-        """The keys of the workspace queues, the next one first."""
+        """The keys of the workspace queues, in the order of their turns."""
         self._latest: int | None = None
-        """The workspace of the latest arrival; when that was, and when the latest one of any other workspace was."""
+        """The key of the workspace whose lease arrived last. The two times below are the last arrival, and the last
+        arrival of any other workspace.
+        """
         self._latest_at = self._others_at = -inf
 
     def note_arrival(self, key: int, now: float) -> None:
@@ -57,11 +62,11 @@ class FairQueue:
             self._turns.append(key)
 
     def has_turn(self, tripped: frozenset[int] = frozenset()) -> bool:
-        """Return whether any lease may go, apart from those of ``tripped`` workspaces."""
+        """Return whether any lease may be taken, apart from those of ``tripped`` workspaces."""
         return any(key not in tripped and self._may_go(key) for key in self._turns)
 
     def next(self, tripped: frozenset[int] = frozenset()) -> Lease | None:
-        """Remove and return the earliest lease of the workspace whose turn it is, or None if no lease may go."""
+        """Remove and return the earliest lease of the workspace whose turn it is, or None if none may be taken."""
         for _ in range(len(self._turns)):
             key = self._turns[0]
             if key in tripped or not self._may_go(key):
@@ -77,13 +82,13 @@ class FairQueue:
         return None
 
     def count(self, keys: frozenset[int]) -> int:
-        """Return how many leases wait in these workspace queues."""
+        """Return the number of leases in these workspace queues."""
         return sum(len(queue) for key, queue in self._queues.items() if key in keys)
 
     def shed(self, keys: frozenset[int], most: int) -> list[Lease]:
         """Remove the leases beyond ``most`` from these workspace queues, and return them, earliest first.
 
-        Each queue keeps its earliest leases: an equal share of ``most``, or all that it has.
+        Each queue keeps its earliest leases, up to an equal share of ``most``.
         """
         if self.count(keys) <= most:
             return []

@@ -1,9 +1,9 @@
-"""Hints: the messages that the broker carries after a claim's commit, written and parsed here.
+"""Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
 
-A hint names follow-ups, the tokens they were leased under, and the time each is due, so that the worker need not query
-them. A hint holds no text and is not trusted. It may be lost, repeated or late without harm, because begin reads the
-row. It also carries the keys of the workspace queues. A worker that ignores them, or gets none during an upgrade, sends
-the same.
+A hint lists follow-ups with their lease tokens and due times, so that the worker need not query them. A hint contains
+no text and is not trusted. It may be lost, repeated or late without harm, because begin reads the row. A hint also
+contains the keys of the workspace queues. A worker that ignores these keys, or gets none during an upgrade, still sends
+the same follow-ups.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 DISPATCH = "dispatch"
-"""Ticks."""
+"""Name of the Celery task that requests a dispatcher tick."""
 DELIVER = "deliver"
-"""Hints: batches of leases."""
+"""Name of the Celery task whose messages are hints, each a batch of leases."""
 
 CLUSTER = (
     "The broker runs in cluster mode, in which a worker cannot read its two queues at once: "
     "point FOLLOWUPS_BROKER_URL at a Redis or Valkey without cluster mode (cluster-enabled no)."
 )
-"""The error for a broker in cluster mode, which can never work."""
+"""The error for a broker in cluster mode, which is not supported."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _BIGINT = 2**63
 
 MOST = 10_000
-"""Maximum number of follow-ups in one hint, which is also the greatest `BATCH_SIZE`."""
+"""The most follow-ups in one hint, which is also the largest `BATCH_SIZE`."""
 
 
 class Hint(NamedTuple):
-    """The content of one message, in JSON types only."""
+    """The content of one hint, in JSON types only."""
 
     entries: list[list[Any]]
     """``[[id, token, due in microseconds since 1970, lost leases], ...]``"""
     keys: list[int]
-    """The key of each one's workspace queue."""
+    """The key of the workspace queue of each entry."""
 
 
 def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
-    """Yield hints of at most ``size`` leases each, in the order given."""
+    """Yield hints of at most ``size`` leases each, in the given order."""
     for start in range(0, len(leases), size):
         batch = leases[start : start + size]
         entries = [[str(one.id), one.token, (one.due - _EPOCH) // _MICROSECOND, one.losses] for one in batch]
@@ -54,9 +54,9 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 
 
 def leases_of(entries: object, keys: object = None) -> list[Lease]:
-    """Return the leases that a hint names; with invalid keys, all in the same workspace queue.
+    """Return the leases that a hint lists; if its keys are invalid, all are in the same workspace queue.
 
-    Raises ValueError for an invalid hint: anyone with access to the broker can write one.
+    Raises ValueError for an invalid hint, since anyone with access to the broker can write one.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

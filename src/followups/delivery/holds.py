@@ -33,7 +33,7 @@ def hold(
 ) -> tuple[set[UUID], dict[UUID, Final]]:
     """Hold the leases whose only obstacle is a pause or sending hours.
 
-    Returns which leases are held, and the ends of follow-ups whose hold would be too long. The others have another
+    Returns the held leases, and the ends of follow-ups whose hold would be too long. All other leases have another
     obstacle.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
@@ -50,7 +50,7 @@ def hold(
 def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
     """Return the hold of a leased follow-up, its end if the hold would be too long, or None for neither.
 
-    Sending hours take precedence over a pause, so that lateness never counts while they are closed. This function is
+    Sending hours take precedence over a pause, so that lateness does not count while they are closed. This function is
     pure.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
@@ -61,7 +61,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
         return None
     until = opening or (since if obstacle.too_late else None)
     if until is None or obstacle.hours is None:
-        # A follow-up behind an earlier one of its chat waits for that one as usual.
+        # A follow-up behind an earlier one of its chat is parked rather than held.
         paused = obstacle.pause_id and not obstacle.earlier
         return Hold(obstacle.lease, NEVER, NEVER, since, obstacle.pause_id) if paused else None
     if obstacle.window_ends is not None and until >= obstacle.window_ends:
@@ -72,7 +72,7 @@ def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
 def closed_until(obstacle: Obstacle) -> datetime | None:
     """Return when closed sending hours open, or None if they are open at the time of sending or not set.
 
-    The opening that the database has stored decides until it ends, whatever this machine's time zone data says. This
+    The sending period stored in the database is valid until it ends, whatever time zone data this machine has. This
     function is pure.
     """
     hours, moment = obstacle.hours, obstacle.sent_at
@@ -90,7 +90,7 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 def sendable_from(obstacle: Obstacle) -> datetime | None:
     """Return the first time at which the sending hours allow the sending, or None if that is unknown.
 
-    The time may be in the future. Once it has passed, it stays as recorded, so that lateness continues to count
+    The time may be in the future. Once it has passed, the recorded time is kept, so that lateness continues to count
     whenever sending hours end. This function is pure.
     """
     first = obstacle.sendable_from
@@ -103,7 +103,7 @@ def sendable_from(obstacle: Obstacle) -> datetime | None:
 
 
 def _open_next(connection: Connection, obstacles: Iterable[Obstacle]) -> None:
-    """Compute the next period of sending if the stored one is over."""
+    """Compute the next sending period if the stored one is over."""
     stale: dict[UUID, tuple[WorkspaceHours, datetime]] = {}
     for obstacle in obstacles:
         if obstacle.hours and obstacle.now >= obstacle.hours.open_until:

@@ -1,9 +1,9 @@
-"""The pipeline of one worker process: leases in, begin, send, settle, all in one event loop.
+"""The pipeline of one worker process: it begins, sends and settles leases in one event loop.
 
     submit -> due queue -> slot -> begin -> send -> settle
 
-Begin and settle form batches by themselves: while one statement runs, the next batch gathers. A call in flight holds a
-slot, and nothing begins without one. So a slow chat costs one slot, and never holds up a batch.
+Begin and settle form batches by themselves: while one statement runs, the next batch gathers. A call in flight occupies
+a slot, and a follow-up begins only with a slot. So a slow chat occupies one slot, and never delays a batch.
 """
 
 from __future__ import annotations
@@ -53,13 +53,16 @@ if TYPE_CHECKING:
     from followups.transports.port import Transport
 
 CONNECTIONS = 4
-"""Simultaneous database connections: begin, settle, the clock, and leases deferred or returned."""
+"""Simultaneous database connections: for begin, for settle, for the clock, and for deferring or releasing leases."""
 
 log = get_logger(__name__)
 
 
 class Pipeline:
-    """Delivers submitted leases until it is drained. `start`, `submit` and `drain` are safe from any thread."""
+    """Delivers submitted leases until it is drained.
+
+    `start`, `submit` and `drain` may be called from any thread.
+    """
 
     def __init__(
         self,
@@ -70,7 +73,10 @@ class Pipeline:
         limiter: Limiter | None = None,
         breaker_store: BreakerStore | None = None,
     ) -> None:
-        """``nudge`` is called when a retry falls due before the next tick; without a limiter there are no limits."""
+        """``nudge`` is called when a retry falls due before the next tick.
+
+        Without a limiter there are no rate limits.
+        """
         self._settings = settings
         self._engine = engine
         self._transport = transport
@@ -84,41 +90,47 @@ class Pipeline:
         self._settler = Settler(settings, engine, self._settled)
         self._upkeep = Upkeep(engine, self._clock, self._rate_limits)
         self._tasks: set[asyncio.Task[None]] = set()
-        """Calls in flight, and waits for a locked row of a chat."""
+        """Calls in flight, and tasks that wait for a locked row of a chat."""
         self._backoff = BACKOFF
         self._draining = False
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(target=self._run_loop, name="pipeline", daemon=True)
 
-    # From any thread.
+    # These methods may be called from any thread.
 
     def start(self) -> None:
-        """Start the event loop; it opens the transport and samples the database's clock before it sends."""
+        """Start the event loop.
+
+        It opens the transport and samples the database's clock before it sends.
+        """
         self._thread.start()
 
     def submit(self, leases: Sequence[Lease], task_id: str = "") -> None:
-        """Submit leases to be delivered, each at its due time. Returns at once."""
+        """Submit leases to be delivered, each at its due time, and return immediately."""
         self._loop.call_soon_threadsafe(self._enqueue, list(leases), task_id)
 
     def ask(self, answer: Callable[[], None]) -> None:
-        """Have the event loop call ``answer``, as a proof that it runs. After the loop has ended no callback runs."""
+        """Have the event loop call ``answer``, which proves that the loop is running.
+
+        After the loop has ended, ``answer`` is not called.
+        """
         with suppress(RuntimeError):
             self._loop.call_soon_threadsafe(answer)
 
     def stop_beginning(self) -> None:
-        """Stop beginning; attempts in flight continue. Returns at once."""
+        """Begin no further follow-ups and return immediately; attempts in flight continue."""
         self.ask(self._close)
 
     def drain(self, limit: timedelta) -> int:
-        """Stop beginning, let the calls in flight end, settle them, and release the rest.
+        """Begin no further follow-ups, wait for calls in flight, settle them, and release the other leases.
 
-        Returns how many results could not be recorded within ``limit``; their leases will run out.
+        Returns the number of results that could not be recorded within ``limit``; their leases will expire.
         """
         if not self._thread.is_alive():
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.lines.flush()  # also the lines of results that could not be settled
+        events.lines.flush()  # includes the lines of results that could not be settled
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:
@@ -127,19 +139,19 @@ class Pipeline:
             self._loop.run_until_complete(self.run())
         except BaseException:  # SystemExit from a plug-in's code must not end this thread unnoticed
             log.exception("pipeline_died")
-            # Fail, so that a supervisor restarts this process; its leases go to other workers.
+            # The process ends with an error, so that a supervisor restarts it; its leases pass to other workers.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             events.lines.flush()
             self._loop.close()
 
-    # In the event loop.
+    # These methods run in the event loop.
 
     async def run(self) -> None:
         """Deliver until drained: take due leases, begin them, send each, and settle the outcomes."""
         await self._transport.open()
         if await self._upkeep.start(lambda: self._draining):
-            # A loop that dies ends the others too: a worker that only seems to work is worse than none.
+            # If one loop crashes, the others end too, because a worker that only appears to work is worse than none.
             async with asyncio.TaskGroup() as beside:
                 upkeep = beside.create_task(self._upkeep.run())
                 breaker = beside.create_task(self._breaker.run(self._wanted, self._look_again))
@@ -155,7 +167,7 @@ class Pipeline:
                 await settler
                 upkeep.cancel()
                 breaker.cancel()
-        await self._release_unbegun()  # what settle unblocked
+        await self._release_unbegun()  # leases of follow-ups that settle has unblocked
         await self._stop()
 
     async def _take(self) -> list[Lease]:
@@ -164,7 +176,7 @@ class Pipeline:
         return await self._queue.next_batch(self._breaker)
 
     async def _begin(self, leases: Sequence[Lease]) -> tuple[Begun, ...]:
-        """Begin what may be sent, and enqueue the rest again; each that has begun keeps its slot."""
+        """Begin what may be sent, and enqueue the rest again; each begun follow-up keeps its slot."""
         try:
             step = await begin_within_limits(self._engine, self._settings, self._rate_limits, leases)
         except Exception as error:  # noqa: BLE001 - whatever it was, the loop must go on
@@ -189,9 +201,10 @@ class Pipeline:
         return step.begun
 
     async def _send(self, begun: Begun, started: float) -> None:
-        """Send at the due time, and hand the outcome to settle."""
+        """Send at the due time, and pass the outcome to settle."""
         limit = self._settings.transport_timeout
-        # The lease minus the call's limit, counted from before begin: a later call could end after the lease.
+        # The latest start is the lease minus the call's time limit, counted from before begin. A later call could end
+        # after the lease.
         latest = started + (self._settings.lease - limit - GRACE).total_seconds()
         attempt = None
         try:
@@ -217,13 +230,13 @@ class Pipeline:
             self._nudge()
 
     def _enqueue_unblocked(self, step: BatchResult) -> None:
-        """Enqueue the follow-ups that the ends of others have unblocked, now or once they are no longer locked."""
+        """Enqueue the follow-ups that ended ones have unblocked, now or once their rows are no longer locked."""
         self._enqueue(step.unblocked)
         if step.blocking:
             self._spawn(self._unblock_later(step.blocking))
 
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
-        """Unblock the follow-ups that wait for the ended ones, once no transaction locks them.
+        """Unblock the follow-ups that wait for the ended ones, once no transaction locks their rows.
 
         While the pipeline drains, this is left to dispatchers.
         """
@@ -262,7 +275,7 @@ class Pipeline:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    # The drain.
+    # These methods drain the pipeline.
 
     def _close(self) -> None:
         self._draining = True

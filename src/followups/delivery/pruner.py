@@ -1,4 +1,4 @@
-"""The pruner deletes old rows once an hour, in small batches beside all other work."""
+"""The pruner deletes old rows once an hour, in small batches while all other work continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 BUDGET = timedelta(minutes=2)
-"""How long one run may delete rows of one kind; the next run continues."""
+"""How long one run may delete rows of one table; the next run continues."""
 
 LOCK = 0x7469_6479
 """Key of the advisory lock that lets one worker prune at a time ("tidy" in ASCII)."""
@@ -41,12 +41,12 @@ class Pruner(Background):
     name = "pruner"
 
     def __init__(self, settings: Settings, engine: Engine) -> None:
-        """Store the settings and the engine; nothing runs yet."""
+        """Store the settings and the engine without starting a thread."""
         super().__init__()
         self._settings = settings
         self._engine = engine
         self._message = OLDEST
-        """Where the last scan of chat messages ended."""
+        """The position at which the last scan of chat messages ended."""
 
     def _run(self) -> None:
         try:
@@ -55,7 +55,7 @@ class Pruner(Background):
             events.failed("tidy", error, self._engine)
 
     def prune(self) -> dict[str, int]:
-        """Delete old rows until none is left or the time is up; return the number of each kind."""
+        """Delete old rows until none is left or the time is up; return the number from each table."""
         started = time.monotonic()
         removed: dict[str, int] = {}
         with self._engine.connect() as connection, _alone(connection) as alone:
@@ -74,7 +74,10 @@ class Pruner(Background):
             audit.record_expired_keys(connection, now(connection) - kept if kept else OLDEST.created_at)
 
     def _steps(self, connection: Connection) -> dict[str, Callable[[Connection], int | None]]:
-        """Return for each kind a function that deletes one batch and returns its size, or None at the end."""
+        """Return for each table a function that deletes one batch.
+
+        The function returns the size of the batch, or None at the end.
+        """
         steps: dict[str, Callable[[Connection], int | None]] = {
             "idempotency_keys": lambda opened: pruning.delete_expired_keys(opened) or None
         }
@@ -103,14 +106,14 @@ class Pruner(Background):
             if number is None:
                 break
             total += number
-            # Pause for as long as the batch took, which leaves half of the disk's capacity for deliveries.
+            # The pause is as long as the batch, which leaves half of the disk's capacity for deliveries.
             self._stopping.wait(max(time.monotonic() - began, LEAST_PAUSE))
         return total
 
 
 @contextmanager
 def _alone(connection: Connection) -> Iterator[bool]:
-    """Return whether no other worker prunes, and lock others out until it is done."""
+    """Return whether no other worker prunes, and keep others from pruning until this run is finished."""
     alone = bool(connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": LOCK}))
     connection.commit()
     try:

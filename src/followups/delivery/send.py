@@ -38,8 +38,8 @@ between timeout and lease.
 TIMER = 0.001
 """Resolution of the event loop's timers, in seconds.
 
-Sleeping in these steps makes a follow-up half a millisecond late on average; spinning until it is due would block
-everything else in the process.
+Sleeping in steps of this length makes a follow-up half a millisecond late on average. Busy-waiting until the due time
+would block everything else in the process.
 """
 
 HIGHEST_STATUS_CODE = 1000
@@ -51,16 +51,16 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit`` and a grace period.
 
-    The call is never early. After ``latest`` (an `uptime`) there is no call, and the result is None: the process was
-    frozen, and another worker might have the lease before an answer arrived. Raises nothing but cancellation.
+    The call is never early. After ``latest`` (an `uptime`) there is no call, and the result is None. In that case the
+    process was frozen, and another worker might have the lease before an answer arrived. Only cancellation is raised.
     """
-    # A timer may fire a little early by another clock, so the rest is checked again.
+    # A timer may fire a little early by another clock, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for
         await asyncio.sleep(math.ceil(wait / TIMER) * TIMER)
     started = uptime()
     if started > latest:
         return None
-    # Each delivery is sent once, so it is stamped in place: a copy of a frozen value takes 2.5 us.
+    # Each delivery is sent once, so its time is set in place: copying a frozen value takes 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
         outcome = await _call(transport, begun.delivery, limit + GRACE)
@@ -80,13 +80,13 @@ async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> O
         task = asyncio.current_task()
         if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
             raise
-        # A plug-in may raise anything, even SystemExit, so the outcome is unknown. The error's text may hold the
-        # message, so only its class is kept.
+        # A plug-in may raise any exception, even SystemExit, so the outcome is unknown. The error's text may contain
+        # the message, so only its class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
 
 
 def checked(outcome: object) -> Outcome:
-    """Return the plug-in's outcome if it is valid, otherwise `Unknown`, so that only outcomes reach the database.
+    """Return the plug-in's outcome, or `Unknown` if it is invalid, so that only outcomes reach the database.
 
     >>> checked("sent")
     Unknown(detail='the transport gave no outcome but str', status_code=None)

@@ -1,4 +1,4 @@
-"""Settle: decide the consequence of each attempt's outcome (pure), and record the outcomes in batches."""
+"""Settle: decide the settlement of each attempt from its outcome, and record settlements in batches."""
 
 from __future__ import annotations
 
@@ -35,36 +35,39 @@ if TYPE_CHECKING:
     Unblock = Callable[[Connection, Collection[UUID], timedelta], tuple[list[Lease], list[UUID]]]
 
 SETTLE_BATCH = 500
-"""Maximum rows of one statement: a larger one is slow and no cheaper for each row."""
+"""The most rows of one statement: a larger statement is slow and no cheaper for each row."""
 ENOUGH = 100
-"""Number of results for which a statement is worthwhile at once."""
+"""Number of results from which a statement is worthwhile immediately."""
 GATHER = timedelta(milliseconds=30)
-"""How long to wait for that many.
+"""How long to wait for enough results.
 
-Only the next follow-up of a chat is delayed by this. Messages whose results are not recorded when the process is killed
-are sent again, under the same key; so the wait is no longer than a quick call, whose outcome a kill loses too.
+This delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages are
+sent again under the same key. So the wait is no longer than a quick call, whose outcome a kill loses too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
-"""The same where the receiver cannot deduplicate, and the outcome of results that are not recorded would be unknown."""
+"""How long to wait for enough results if the receiver cannot deduplicate; the outcome of unrecorded results would be
+unknown.
+"""
 SETTLE_RETRY_DELAY = timedelta(milliseconds=50)
 """Pause before a row that another transaction has locked is tried again."""
 BACKOFF = timedelta(seconds=0.5)
 """First pause before an unreachable database is tried again; it doubles."""
 LONGEST_BACKOFF = timedelta(seconds=1)
-"""Results must be recorded before a tick takes their leases for lost."""
+"""Longest pause, short enough that results are recorded before a tick treats their leases as lost."""
 
 log = get_logger(__name__)
 
 NOT_KNOWN = ": the outcome of the attempt in flight is unknown"
 ROOM = MAX_REASON_LENGTH - 100
-"""Characters left for a detail beside the addition."""
+"""Characters left for a detail next to the added text."""
 
 
 class Settler:
-    """Collects the outcomes of attempts, and records them in batches: by size, or after a moment. For one event loop.
+    """Collects the outcomes of attempts and records them in batches, by size or after a short wait.
 
-    An accepted message is recorded at once, not when the slowest call of a batch ends. A result that cannot be recorded
-    yet, because the database is unreachable or its row is locked, is tried again until its lease ends.
+    An accepted message is recorded without waiting for the slowest call of a batch. A result that cannot be recorded
+    yet, because the database is unreachable or its row is locked, is tried again until its lease expires. An instance
+    belongs to one event loop.
     """
 
     def __init__(
@@ -77,13 +80,13 @@ class Settler:
         self._gather = GATHER if settings.transport_deduplicates else SHORT_GATHER
         self._attempts: list[Attempt] = []
         self._later: set[asyncio.Task[None]] = set()
-        """Attempts that are added again after a pause."""
+        """Tasks that add attempts again after a pause."""
         self._wanted = asyncio.Event()
         self._recorded = asyncio.Event()
         self._closed = False
 
     def __len__(self) -> int:
-        """Return how many outcomes are not recorded."""
+        """Return the number of outcomes that are not recorded yet."""
         return len(self._attempts) + len(self._later)
 
     def add(self, attempt: Attempt) -> None:
@@ -92,7 +95,10 @@ class Settler:
         self._wanted.set()
 
     async def keep_up(self) -> None:
-        """Wait while the database is slower than the transport: accepted results are recorded before others begin."""
+        """Wait while the database is slower than the transport.
+
+        So accepted results are recorded before other follow-ups begin.
+        """
         while len(self._attempts) > self._settings.max_in_flight:
             self._recorded.clear()
             await self._recorded.wait()
@@ -109,11 +115,11 @@ class Settler:
                 await self._record(batch)
                 del self._attempts[: len(batch)]
                 self._recorded.set()
-            if self._attempts:  # they arrived in the meantime
+            if self._attempts:  # some arrived in the meantime
                 self._wanted.set()
 
     def close(self) -> None:
-        """End `run` once everything is recorded; nothing is added any more."""
+        """End `run` once everything is recorded; no attempt may be added afterwards."""
         self._closed = True
         self._wanted.set()
 
@@ -125,7 +131,7 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                events.lines.flush()  # of follow-ups sent in the meantime, since an outage may be long
+                events.lines.flush()  # includes follow-ups sent in the meantime, since an outage may be long
                 if not is_passing(error):
                     await self._record_apart(batch)
                     return
@@ -138,7 +144,7 @@ class Settler:
         self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], SETTLE_RETRY_DELAY)
 
     async def _record_apart(self, batch: Sequence[Attempt]) -> None:
-        """Isolate a result that the database refuses, so that it does not hold up the others."""
+        """Isolate a result that the database rejects, so that it does not delay the others."""
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._record(half)
@@ -169,7 +175,7 @@ def settle(engine: Engine, settings: Settings, attempts: Sequence[Attempt]) -> B
     except Exception as error:
         if not concerns_a_row(error):
             raise
-        # The refused row may be the next one of a chat, which must not keep the accepted one from being recorded.
+        # The rejected row may be the next one of a chat, which must not keep the accepted one from being recorded.
         return transact(engine, partial(record, chat_order.unblock_writable))
 
 
@@ -199,7 +205,10 @@ def _record(
 
 
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
-    """Return the settlement of one attempt, by its outcome alone. Pure, except for clock and jitter."""
+    """Return the settlement of one attempt, by its outcome alone.
+
+    This function is pure, except for clock and jitter.
+    """
     lease = attempt.begun.lease
     match attempt.outcome:
         case Sent(chat_message_id):
@@ -234,7 +243,7 @@ def _try_again(
 
 
 def failure_of(attempt: Attempt) -> Failure | None:
-    """Return the record of an attempt that did not end in sent, or None."""
+    """Return the record of a failed attempt, or None if the message was sent."""
     outcome = attempt.outcome
     if isinstance(outcome, Sent):
         return None

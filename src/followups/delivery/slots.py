@@ -1,7 +1,7 @@
-"""Slots: places for calls in flight, in one ledger. No I/O.
+"""Slots for calls in flight, counted in one ledger. No I/O.
 
 A slot is acquired before begin, and released when the call has ended or the follow-up did not begin. A possible poison
-pill also takes a share of a quota, until its outcome is recorded.
+pill also uses a share of a quota, until its outcome is recorded.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ if TYPE_CHECKING:
     from followups.store.leases import Lease
 
 POISON_PILLS = 16
-"""How many follow-ups with one lost lease may be in flight at once; one with two lost leases goes without any other.
+"""How many follow-ups with one lost lease may be in flight together; a follow-up with two lost leases uses the whole
+quota alone.
 
-One of them may be a poison pill, which kills its worker and everything else in flight there. Of some hundred that are
-lost together, at most 16 are lost again, and none of these a third time, which would end it.
+Any of them may be a poison pill, which kills its worker and loses every other attempt in flight there. If some hundred
+leases are lost together, at most 16 of the follow-ups lose a second lease. None of these loses a third lease, which
+would end it.
 """
 
 
 class Slots:
-    """The ledger: how many slots are free, how many each workspace has, and the poison pill quota."""
+    """The ledger of slots: the free ones, those of each workspace, and the poison pill quota."""
 
     def __init__(self, number: int) -> None:
-        """Allow ``number`` calls in flight at once."""
+        """Allow ``number`` simultaneous calls."""
         self.number = self.free = number
         self._share = max(1, number * 7 // 8)
-        """Most slots of one workspace while others are active."""
+        """The most slots of one workspace while others are active."""
         self._of_workspace: dict[int, int] = {}
         self._poison_pills: dict[UUID, int] = {}
-        """Possible poison pills whose outcome is not recorded yet, with the share of the quota that each takes."""
+        """Possible poison pills whose outcome is not recorded yet, each with the share of the quota that it uses."""
 
     def acquire(self, lease: Lease) -> bool:
         """Acquire a slot; return whether the poison pill quota allowed it."""
@@ -46,7 +48,7 @@ class Slots:
         return True
 
     def release(self, lease: Lease) -> None:
-        """Release the slot of a lease. Call it once for each."""
+        """Release the slot of a lease. Call this once for each acquired slot."""
         self.free += 1
         if self._of_workspace[lease.key] > 1:
             self._of_workspace[lease.key] -= 1
@@ -59,5 +61,5 @@ class Slots:
             self._poison_pills.pop(one, None)
 
     def has_full_share(self, key: int) -> bool:
-        """Return whether a workspace has as many slots as it may have while others are active."""
+        """Return whether a workspace has all the slots it may have while others are active."""
         return self._of_workspace.get(key, 0) >= self._share

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from followups.flow_control.limiter import RateLimits
 
 INTERVAL = 5.0
-"""Seconds between two readings."""
+"""Seconds between two readings of the clock and the rate limits."""
 FIRST_SAMPLES = 5
-"""Samples of the clock at the start."""
+"""Number of clock samples at the start."""
 CLOCK_OFF = 60.0
 """Seconds by which this host's clock may differ from the database's without a warning."""
 BACKOFF = timedelta(seconds=0.5)
@@ -33,22 +33,28 @@ LONGEST_BACKOFF = timedelta(seconds=4)
 
 
 class Upkeep:
-    """Keeps one worker's clock and limits up to date."""
+    """Keeps the clock and the rate limits of one worker up to date."""
 
     def __init__(self, engine: AsyncEngine, clock: DatabaseClock, rate_limits: RateLimits) -> None:
-        """Store the engine, the clock and the limits."""
+        """Store the engine, the clock and the rate limits."""
         self._engine = engine
         self._clock = clock
         self._rate_limits = rate_limits
 
     async def start(self, stopping: Callable[[], bool]) -> bool:
-        """Read both for the first time; return whether that was possible before ``stopping`` returned true."""
+        """Read the clock and the rate limits for the first time; return whether that succeeded.
+
+        It fails only if ``stopping`` returns true before the database can be reached.
+        """
         return await insist(
             self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping
         ) and await insist(self._engine, self._rate_limits.read, "limits", stopping)
 
     async def run(self) -> None:
-        """Read both until cancelled, and log once when this host's clock is far off."""
+        """Read the clock and the rate limits until cancelled.
+
+        If this host's clock differs far from the database's, that is logged once.
+        """
         was_off = False
         while True:
             ahead = (datetime.now(UTC) - self._clock.now()).total_seconds()
@@ -64,9 +70,9 @@ class Upkeep:
 async def insist(
     engine: AsyncEngine, work: Callable[[Engine], object], step: str, stopping: Callable[[], bool] = lambda: False
 ) -> bool:
-    """Do the work, again and again while the database is unreachable; return whether it was done.
+    """Do the work, and repeat it while the database is unreachable; return whether it succeeded.
 
-    It is not tried again once ``stopping`` returns true.
+    It is not repeated once ``stopping`` returns true.
     """
     backoff = BACKOFF
     while True:

@@ -1,8 +1,8 @@
 """State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
 
-No promise depends on it. If Redis is unreachable, deliveries go on without it, which is counted and logged, and Redis
-is not asked for a while, because asking costs a timeout. Each is a Lua script beside this file; Redis runs one script
-at a time.
+No guarantee depends on this state. If Redis is unreachable, deliveries continue without it, which is counted and
+logged. Redis is then not queried for a while, because each query costs a timeout. Both use Lua scripts in this
+directory; Redis runs one script at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(milliseconds=200)
 """How long Redis may take to answer; a batch of a hundred takes about a millisecond."""
 
 PAUSE = timedelta(seconds=5)
-"""How long Redis is not asked after a failure."""
+"""How long Redis is not queried after a failure."""
 
 
 def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:

@@ -1,18 +1,18 @@
 """Breaker: while the transport fails as a whole, only a few probes begin, so no attempts are wasted.
 
-Due follow-ups wait in their rows (`followups.delivery.deferral`), except for a few in the due queue. All workers share
-one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker that itself sees that
-many failures in a row begins nothing until it next asks Redis, some seconds later. If Redis is wiped, the breaker is
-closed and opens again with the next failures.
+Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
+workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker that
+itself sees the same number of failures in a row stops beginning follow-ups, until it next queries Redis some seconds
+later. If Redis is wiped, the breaker is closed and opens again with the next failures.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
-All of this applies to tripped workspaces: those whose last attempts failed, several in a row. Other workspaces begin as
-usual: a workspace whose chats all fail, even thousands of them, must not delay a workspace in which some fail now and
-then.
+All of this applies to tripped workspaces: those whose last attempts failed, several in a row. Follow-ups of other
+workspaces begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a
+workspace with occasional failures.
 
 (Nygard, "Release It!", 2nd edition, 2018, chapter 5; the slow start is nginx's and Envoy's.)
 """
@@ -43,32 +43,33 @@ CLOSED = "closed"
 RECOVERING = "recovering"
 
 REFUSING = {401, 403}
-"""Status codes with which a receiver refuses the caller rather than the message.
+"""Status codes with which a receiver rejects the caller rather than the message.
 
-When a secret has expired, every message is refused with one of these codes.
+If a secret has expired, every message is rejected with one of these codes.
 """
 
 LOOK = 1.0
-"""Seconds between two looks at the shared state while it is closed: for so long others may begin unaware of a change.
+"""Seconds between two reads of the shared state while the breaker is closed, so a change is noticed after at most this
+time.
 """
 LOOK_WHILE_OPEN = 0.1
-"""The same while follow-ups wait for it."""
+"""Seconds between two reads of the shared state while follow-ups wait for the breaker."""
 KEPT = 3600
-"""Seconds after which an unused state is forgotten."""
+"""Seconds after which an unused state is deleted."""
 AWAY = 5.0
-"""Seconds for which Redis is not asked again after a failure."""
+"""Seconds for which Redis is not queried again after a failure."""
 
 log = get_logger(__name__)
 
 
 class Run(NamedTuple):
-    """Outcomes of a workspace's last attempts since the last report; ``key`` is its queue's."""
+    """A workspace's last outcomes since the last report; ``key`` is the workspace queue's key."""
 
     key: int
     failures: int
     """Number of failures in a row, up to the last attempt."""
     anew: bool
-    """Whether an attempt succeeded before these failures, so that those reported earlier do not count."""
+    """Whether an attempt succeeded before these failures, so that failures reported earlier do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,56 +80,62 @@ class News:
     """
 
     failed: tuple[UUID, ...] = ()
-    """Failures since the last success that counts."""
+    """The follow-ups that failed since the last success that counts."""
     succeeded: bool = False
     """Whether there was a success that counts."""
     runs: tuple[Run, ...] = ()
-    """Runs of every workspace, tripped or not."""
+    """The outcomes of every workspace, tripped or not."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """The shared state. While it is not closed, ``tripped`` workspaces may begin at most ``permits``."""
+    """The shared state of the breaker.
+
+    While it is not closed, ``tripped`` workspaces may begin at most ``permits`` follow-ups.
+    """
 
     state: str
     permits: int = 0
     changed: bool = False
-    """Whether this very report changed the state."""
+    """Whether this report itself changed the state."""
     tripped: frozenset[int] = frozenset()
     """The keys of the tripped workspaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveryPolicy:
-    """How soon, and how fast, a failed transport is tried again."""
+    """The pauses and rates at which a failed transport is tried again."""
 
     first_pause: float = 1.0
     longest_pause: float = 15.0
-    """Longest pause before a probe, in seconds; each pause is twice the one before."""
+    """Longest pause before a probe, in seconds; each pause is twice the previous one."""
     probes: int = 3
-    """Attempts that may begin as a probe."""
+    """Number of follow-ups that may begin in one probe."""
     first_rate: float = 10.0
-    """Begins a second, over all workers, after a successful probe; it doubles every second."""
+    """Begins a second, over all workers, after a successful probe; the rate doubles every second."""
     last_rate: float = 10_000.0
-    """From this rate on the breaker is closed, some ten seconds later."""
+    """Begins a second from which the breaker is closed, which takes some ten seconds."""
     fails_again: int = 10
-    """Different follow-ups failing in a row during recovery that open it again."""
+    """Number of different follow-ups that must fail in a row during recovery to open the breaker again."""
     in_a_row: int = 5
     """Number of failed attempts in a row after which a workspace is tripped.
 
-    At a hundred attempts a second, of which one in fifty fails, three in a row come every 21 minutes, four every 18
-    hours, and five once in 37 days. Where one in ten fails, five come every 18 minutes. A higher number would cost
-    every workspace more attempts while the transport is unreachable.
+    If one in fifty of a hundred attempts a second fails, three failures in a row occur every 21 minutes, four every 18
+    hours, and five once in 37 days. If one in ten fails, five in a row occur every 18 minutes. A higher number would
+    cost every workspace more attempts while the transport is unreachable.
     """
 
     def arguments(self) -> tuple[float, ...]:
-        """Return the script's arguments in its order; pauses are in milliseconds."""
+        """Return the arguments of the Lua script in order; pauses are in milliseconds."""
         pauses = (self.first_pause * 1000, self.longest_pause * 1000)
         return (*pauses, self.probes, self.first_rate, self.last_rate, self.fails_again, KEPT)
 
 
 class BreakerStore:
-    """The state of one transport, shared by all workers: a script in Redis. For one event loop."""
+    """The breaker's state for one transport, which all workers share through a script in Redis.
+
+    An instance belongs to one event loop.
+    """
 
     def __init__(self, settings: Settings, transport: str, policy: RecoveryPolicy = RecoveryPolicy()) -> None:
         """Store the settings; the first use connects."""
@@ -137,12 +144,16 @@ class BreakerStore:
         name = _key(settings, transport)
         self._keys = [name, *(f"{name}:{part}" for part in ("failing", "runs", "held"))]
         self._threshold = settings.breaker_failures
-        # A follow-up that is alone in its workspace must keep its last attempt.
+        # The number is below the maximum number of attempts, so that the only follow-up of a workspace keeps its last
+        # attempt.
         self._in_a_row = max(1, min(policy.in_a_row, settings.max_attempts - 1))
         self._policy = policy.arguments()
 
     async def report(self, news: News, wanted: int) -> Reading:
-        """Report outcomes and request permits. Raises `redis.RedisError` or `OSError` if Redis is unreachable."""
+        """Report outcomes and request permits.
+
+        Raises `redis.RedisError` or `OSError` if Redis is unreachable.
+        """
         added = ([one.hex for one in news.failed], news.runs)
         arguments: list[float | str] = [
             self._threshold,
@@ -161,10 +172,13 @@ class BreakerStore:
 
 
 class Breaker:
-    """One worker's side of the breaker: records outcomes, reports them, and returns what may begin."""
+    """One worker's part of the breaker: records outcomes, reports them, and decides what may begin."""
 
     def __init__(self, store: BreakerStore | None, transport: str, failures: int) -> None:
-        """``failures`` of different follow-ups in a row open it; without a store, or with 0, it never opens."""
+        """``failures`` is the number of different follow-ups that must fail in a row to open the breaker.
+
+        Without a store, or with 0, the breaker never opens.
+        """
         self._store = store if failures else None
         self._transport = transport
         self._failures = failures
@@ -175,13 +189,13 @@ class Breaker:
         """Follow-ups that failed since the last success, with the keys of their workspaces."""
         self._unreported: dict[UUID, None] = {}
         self._runs: dict[int, Run] = {}
-        """Runs that have not been reported yet, by workspace."""
+        """Outcomes that have not been reported yet, by workspace."""
         self._succeeded = False
         self._news_came = asyncio.Event()
 
     @property
     def tripped(self) -> frozenset[int]:
-        """The keys of the workspaces that may begin nothing without a permit."""
+        """The keys of the workspaces whose follow-ups may not begin without a permit."""
         if self._reading.state != CLOSED:
             return self._reading.tripped
         return frozenset(self._failed.values()) if self._store and len(self._failed) >= self._failures else frozenset()
@@ -190,25 +204,28 @@ class Breaker:
     def tripped_for_all(self) -> frozenset[int]:
         """The keys of the workspaces that are tripped in the shared state.
 
-        They stay tripped for seconds at least, not only until the next look.
+        They stay tripped for at least some seconds, not only until the state is next read.
         """
         return self._reading.tripped
 
     @property
     def recovers(self) -> bool:
-        """Whether more and more follow-ups of tripped workspaces may begin."""
+        """Whether the number of follow-ups of tripped workspaces that may begin is rising."""
         return self._reading.state == RECOVERING
 
     def spend(self, keys: Iterable[int]) -> None:
-        """Spend a permit for each follow-up of a tripped workspace that has begun, given the keys of all that have.
+        """Use up a permit for each begun follow-up of a tripped workspace; ``keys`` are those of all begun ones.
 
-        There may be more of them than permits, if the breaker opened in the meantime.
+        If the breaker opened in the meantime, there may be fewer permits than such follow-ups.
         """
         if tripped := self.tripped:
             self.permits = max(0, self.permits - sum(key in tripped for key in keys))
 
     def note(self, follow_up_id: UUID, key: int, outcome: Outcome) -> None:
-        """Record an outcome. A request for a later try does not count: the endpoint that makes it is reachable."""
+        """Record an outcome.
+
+        A request for a later retry does not count, because the endpoint that makes it is reachable.
+        """
         if self._store is None or isinstance(outcome, Snoozed):
             return
         failed = _failed(outcome)
@@ -226,7 +243,10 @@ class Breaker:
             self._news_came.set()
 
     async def run(self, wanted: Callable[[], int], changed: Callable[[], None]) -> None:
-        """Report to the store and read it, until cancelled. ``wanted`` returns how many follow-ups wait to begin."""
+        """Report to the store and read it, until cancelled.
+
+        ``wanted`` returns the number of follow-ups that wait to begin.
+        """
         if self._store is None:
             return
         try:
@@ -277,17 +297,20 @@ class Breaker:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """The state for display: its age in seconds, the failed probes, and the tripped workspaces."""
+    """The breaker's state for display, with its age in seconds, the failed probes and tripped workspaces."""
 
     state: str
     seconds: float
     probed: int
     tripped: frozenset[int] = frozenset()
-    """The keys of the workspaces (`followups.store.leases.key_of`)."""
+    """The keys of the tripped workspaces (`followups.store.leases.key_of`)."""
 
 
 def read(client: redis.Redis, settings: Settings) -> Shown:
-    """Return the breaker's state for the configured transport. Raises `redis.RedisError` if Redis is unreachable."""
+    """Return the breaker's state for the configured transport.
+
+    Raises `redis.RedisError` if Redis is unreachable.
+    """
     key = _key(settings, settings.transport)
     kept = cast("dict[str, str]", client.hgetall(key))
     fields: dict[str, Any] = {_text(name): _text(value) for name, value in kept.items()}
@@ -310,7 +333,7 @@ def _text(value: str | bytes) -> str:
 def _failed(outcome: Outcome) -> bool:
     """Return whether an outcome is a failure of the transport.
 
-    A refusal concerns one message only, unless the receiver refuses the caller.
+    A rejection concerns one message only, unless the receiver rejects the caller.
     """
     if isinstance(outcome, Rejected):
         return outcome.status_code in REFUSING
