@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 # Registered under the extended transport's name, so that logs and banners still show redis://.
-TRANSPORT_ALIASES.update(redis="followups.worker.broker:Transport", rediss="followups.worker.broker:Transport")
+TRANSPORT_ALIASES.update(
+    redis="followups.worker.broker:BrokerTransport", rediss="followups.worker.broker:BrokerTransport"
+)
 
 LONGEST_PAUSE = 3.0
 """Maximum seconds between two tries to reach the broker.
