@@ -1,4 +1,4 @@
-"""The command line on the test's own database."""
+"""Fixtures for commands: run the command line on a test's own database."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """The result of a command."""
+    """The result of a command: exit code, stdout and stderr."""
 
     code: int
     stdout: str
@@ -34,7 +34,7 @@ class Ran:
 
 @pytest.fixture
 def environment(settings: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """Put the test's settings into the environment; return the monkeypatch."""
+    """Put the test's settings into the environment and return the monkeypatch."""
     monkeypatch.setenv("FOLLOWUPS_RUNTIME_DIR", str(tmp_path))
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -56,7 +56,7 @@ def run(environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.fixture
 def unprivileged_url(database_url: str) -> Iterator[str]:
-    """Return a URL whose role cannot see the activity of other roles."""
+    """Return a URL with a role that cannot see the activity of other roles."""
     url = make_url(database_url)
     role = f"role_of_{url.database}"
     with psycopg.connect(database_url, autocommit=True) as connection:

@@ -1,4 +1,4 @@
-"""`audit`: who did what, recorded by every command that changes something by hand."""
+"""The `audit` command: manual changes, the actor of each, and the commands that record them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ ME = pwd.getpwuid(os.getuid()).pw_name
 
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask no broker for a tick."""
+    """Disable the command's request for a tick."""
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
 def actions(run: Run, *arguments: object) -> list[str]:
-    """Return the actions that the command shows, oldest first."""
+    """Return the actions that `audit` lists, oldest first."""
     return [event["action"] for event in reversed(run("audit", "--json", *arguments).document)]
 
 
 def test_each_command_is_recorded(run: Run) -> None:
-    """Workspaces, keys, pauses, limits and hours: one event for each change, by the operating-system user."""
-    assert run("api-key", "create", "--workspace", "acme").code == 2  # there is no such workspace yet
+    """Each change of workspaces, keys, pauses, limits and sending hours is recorded once.
+
+    The actor is the operating-system user.
+    """
+    assert run("api-key", "create", "--workspace", "acme").code == 2  # workspace "acme" does not exist yet
     run("workspace", "create", "acme")
     key = run("api-key", "create", "--workspace", "acme", "--name", "website", "--json").document
     for command in (
@@ -74,7 +77,7 @@ def test_each_command_is_recorded(run: Run) -> None:
 
 
 def test_filters_and_words(run: Run, world: World) -> None:
-    """Events are found by workspace, time, action and follow-up; in words each is one line of the table."""
+    """`audit` filters by workspace, time, action and follow-up, and prints one table line per event."""
     follow_up = world.follow_up(due=HOUR)
     other = type(world)(world.engine)
     for event in (
@@ -101,7 +104,10 @@ def test_filters_and_words(run: Run, world: World) -> None:
 
 
 def test_bulk_commands_are_one_event_each(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bulk command is one event with its count, however many batches it takes; a dry run is none."""
+    """A bulk command is one audit event with its count, however many batches it takes.
+
+    A dry run leaves no event.
+    """
     monkeypatch.setattr(bulk_cancel, "BATCH", 2)
     name = str(world.workspace_id)
     world.burst([HOUR] * 5)

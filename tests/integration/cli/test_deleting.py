@@ -1,4 +1,4 @@
-"""`workspace delete` and `chat delete`."""
+"""The commands `workspace delete` and `chat delete`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOUR = timedelta(hours=1)
 
 
 def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
-    """The workspace is deleted with everything in it; the audit log records who deleted it and the counts."""
+    """Deleting a workspace deletes all its rows; the audit log records the actor and the counts."""
     name = str(world.workspace_id)
     world.follow_up(due=HOUR)
     run("api-key", "create", "--workspace", name)
@@ -39,7 +39,7 @@ def test_a_workspace_goes_and_its_event_stays(run: Run, world: World) -> None:
 
 
 def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
-    """A chat of the named workspace is deleted; a chat or workspace that does not exist is an error."""
+    """Deleting a chat of a workspace keeps other chats; an unknown chat or workspace is an error."""
     name, chat = str(world.workspace_id), world.chat()
     gone, kept = world.follow_up(chat, HOUR), world.follow_up(due=HOUR)
     document = run("chat", "delete", chat, "--workspace", name, "--yes", "--json").document
@@ -51,7 +51,7 @@ def test_a_chat_goes_and_others_stay(run: Run, world: World) -> None:
 
 
 def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If an attempt in flight does not end, the command fails after a while and says how to continue."""
+    """If an attempt in flight does not end, the command fails after a while and explains how to continue."""
     monkeypatch.setattr(deletion, "PATIENCE", timedelta(seconds=-3))
     world.put_in_flight(world.follow_up())
     ran = run("workspace", "delete", world.workspace_id, "--yes")
@@ -64,7 +64,7 @@ def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.M
 
 
 def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
-    """Without a terminal to ask for the name, nothing is done."""
+    """Without a terminal for the confirmation, the command deletes nothing."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
     assert "--yes" in ran.stderr
@@ -73,7 +73,7 @@ def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
 
 @pytest.mark.parametrize(("typed", "code"), [("{name}", 0), ("y", 1), ("", 1)])
 def test_it_asks_for_the_name(run: Run, world: World, typed: str, code: int) -> None:
-    """On a terminal the name must be typed; anything else changes nothing."""
+    """On a terminal the name must be typed to confirm; any other input changes nothing."""
     name = str(world.workspace_id)
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "followups.cli", "workspace", "delete", name]

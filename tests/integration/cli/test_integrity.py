@@ -1,4 +1,4 @@
-"""The doctor's checks of the tables."""
+"""Doctor's integrity checks of the tables."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 def test_all_well(world: World, engine: Engine) -> None:
-    """If every constraint is valid and every id is free, there are no findings."""
+    """Doctor has no findings if every constraint is valid and no sequence would repeat an id."""
     assert world
     assert list(of_tables(engine)) == []
 
 
 def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
-    """An unreadable row is reported; once it is corrected, the advised SQL restores the constraint."""
+    """An unreadable row is reported; after its correction, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")

@@ -1,4 +1,4 @@
-"""`limit set`, `limit clear`, `limit list` and `limit quota`."""
+"""The commands `limit set`, `limit clear`, `limit list` and `limit quota`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
-    """A limit is listed as entered; setting it again changes it; clearing removes it."""
+    """A limit is listed as entered; setting it again changes it, and clearing it removes it."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
@@ -39,7 +39,7 @@ def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
 
 
 def test_of_everything(run: Run) -> None:
-    """Without options everything is limited, together or for each workspace."""
+    """`limit set` without a target limits everything, in total or per workspace."""
     assert run("limit", "set", "2000/s").stdout == "Everything: 2000/s, 2,000 at once.\n"
     assert run("limit", "set", "100/s", "--each", "workspace").stdout == "Each workspace: 100/s, 100 at once.\n"
     assert [one["each"] for one in run("limit", "list", "--json").document] == [None, "workspace"]
@@ -63,7 +63,7 @@ def test_of_everything(run: Run) -> None:
     ],
 )
 def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
-    """An invalid rate, or an unknown workspace, is wrong usage, in one sentence."""
+    """An invalid rate or an unknown workspace is a usage error, reported in one sentence."""
     ran = run("limit", *arguments)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")
@@ -71,7 +71,7 @@ def test_wrong_choices(run: Run, arguments: tuple[str, ...]) -> None:
 
 
 def test_shown_of_what_waits(run: Run, world: World) -> None:
-    """A deferred follow-up names the limits it waits for; others name none."""
+    """`show` names the limits that a deferred follow-up waits for, and no limits for other follow-ups."""
     run("limit", "set", "50/s", "--workspace", world.workspace_id)
     run("limit", "set", "1/min", "--each", "chat")
     waits, pending = world.follow_up(), world.follow_up()
@@ -89,7 +89,10 @@ def test_shown_of_what_waits(run: Run, world: World) -> None:
 
 
 def test_quotas(run: Run, world: World) -> None:
-    """A quota is set, shown with what is used of it, changed and removed, which leaves a trace; the rest is refused."""
+    """A quota can be set, shown with its usage, changed and removed; each change is audited.
+
+    Invalid input is rejected.
+    """
     name = str(world.workspace_id)
     world.follow_up()
     assert run("limit", "quota").stderr == "There is no quota.\n"

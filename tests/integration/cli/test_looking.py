@@ -1,4 +1,4 @@
-"""`stats` and `doctor`."""
+"""The commands `stats` and `doctor`."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 
 
 def fill(world: World) -> None:
-    """Insert two overdue (one in flight), one waiting, one due later, and 100 sent 1..100 ms late."""
+    """Insert two overdue follow-ups (one in flight), one waiting, one due later and 100 sent ones.
+
+    The sent ones were 1 to 100 ms late.
+    """
     overdue = world.follow_up(due=-MINUTE)
     world.follow_up(due=-MINUTE, waits_for=overdue)
     later = datetime.now(UTC) + MINUTE
@@ -59,10 +62,13 @@ def fill(world: World) -> None:
 
 
 class TestStats:
-    """`followups stats`."""
+    """The command `followups stats`."""
 
     def test_counts_are_exact(self, run: Run, world: World) -> None:
-        """Pending, waiting, overdue, in flight and each final state are counted; the oldest overdue has an age."""
+        """Pending, waiting, overdue, in-flight and final follow-ups are counted exactly.
+
+        The age of the oldest overdue follow-up is shown.
+        """
         fill(world)
         found = run("stats", "--json").document
         counts = {name: found[name] for name in ("pending", "waiting", "overdue", "inFlight", "sent", "failed")}
@@ -72,7 +78,7 @@ class TestStats:
         assert 60 <= found["oldestOverdueSeconds"] < 120
 
     def test_lag_and_throughput(self, run: Run, world: World) -> None:
-        """Lag is given in nearest-rank percentiles and throughput a minute, over the messages of the window."""
+        """Lag is shown as nearest-rank percentiles and throughput per minute, over the window's messages."""
         fill(world)
         found = run("stats", "--minutes", 10, "--json").document
         assert found["lagMs"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
@@ -82,7 +88,7 @@ class TestStats:
         assert (nothing["sentInWindow"], nothing["lagMs"]["p99"]) == (0, None)
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
-        """Without --json each number has a line, without colour in a pipe."""
+        """Without --json, `stats` prints one line per number, without colour in a pipe."""
         assert "pending         0" in run("stats").stdout
         fill(world)
         shown = run("stats").stdout
@@ -92,11 +98,12 @@ class TestStats:
         assert "\x1b" not in shown
 
     def test_a_state_with_many_rows_is_estimated(self, run: Run, world: World, engine: Engine) -> None:
-        """A final state with many rows has the planner's estimate; every other number stays exact."""
+        """The count of a final state with many rows is the planner's estimate; other counts are exact."""
         fill(world)
         with engine.begin() as connection:
             unknown = store.count(connection, window=WINDOW, exact_up_to=10)
-        assert unknown.final == {"sent": 11, "failed": 1, "cancelled": 0}  # at least: never analysed
+        # lower bounds, because the table was never analysed
+        assert unknown.final == {"sent": 11, "failed": 1, "cancelled": 0}
         world.sql("ANALYZE follow_ups")
         with engine.begin() as connection:
             counts = store.count(connection, window=WINDOW, exact_up_to=10)
@@ -106,7 +113,7 @@ class TestStats:
         assert run("stats", "--json").document["estimated"] == []
 
     def test_lag_is_given_up_when_it_takes_too_long(self, world: World, engine: Engine) -> None:
-        """If the sent rows cannot be read in time, no lag is given, and the transaction continues."""
+        """If reading the sent rows takes too long, no lag is shown, and the transaction continues."""
         fill(world)
         world.sql(SENT, workspace=world.workspace_id, chat=world.chat(), number=20_000)
         with engine.begin() as connection:
@@ -114,7 +121,7 @@ class TestStats:
             assert store.pace(connection, MINUTE) is not None
 
     def test_what_is_held_is_counted_apart(self, run: Run, world: World) -> None:
-        """Paused follow-ups, and those outside sending hours, are not overdue; they are counted separately."""
+        """Follow-ups that are paused or outside sending hours are counted separately, not as overdue."""
         later = datetime.now(UTC) + 60 * MINUTE
         world.follow_up(due=-MINUTE, pause_id=uuid4(), next_attempt_at=datetime(9998, 12, 31, tzinfo=UTC))
         world.follow_up(due=-MINUTE, held_until=later, next_attempt_at=later)
@@ -126,7 +133,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe, --watch prints a line for each sample, or JSON, until Ctrl-C, which is no failure."""
+        """In a pipe, --watch prints a line or JSON for each sample until Ctrl-C, which is not a failure."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
@@ -140,7 +147,7 @@ class TestStats:
 
 
 def test_the_dashboard(running: Stack) -> None:
-    """On a terminal --watch draws counts, sends, attempts by outcome, workers and ticks, until Ctrl-C."""
+    """On a terminal, --watch shows counts, sends, attempts by outcome, workers and ticks until Ctrl-C."""
     world = type(running.world)(running.world.engine)
     limited = world.chat()
     running.behave(limited, kind="reject", status=403, times=1)
@@ -156,7 +163,7 @@ def test_the_dashboard(running: Stack) -> None:
     shown, told = "", False
     with subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs) as watching:
         os.close(theirs)
-        with suppress(OSError):  # the other end is closed
+        with suppress(OSError):  # the command has closed the terminal
             while True:
                 shown += os.read(ours, 65536).decode(errors="replace")
                 if "1 answered" in shown and not told:
@@ -172,7 +179,7 @@ def test_the_dashboard(running: Stack) -> None:
 
 
 def test_attempts_since_the_first_look() -> None:
-    """The dashboard counts attempts from its first sample, and their rate from the last two."""
+    """The dashboard counts attempts from its first sample and derives their rate from the last two."""
     attempts = stats.Attempts()
     attempts.see({"sent": 100, "retry": 3}, 10.0)
     attempts.see({"sent": 110, "retry": 3, "rejected": 1}, 12.0)
@@ -185,7 +192,7 @@ def test_attempts_since_the_first_look() -> None:
 
 
 def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run doctor in its own process, since the worker's module reads its settings once."""
+    """Run doctor in a separate process, because the worker's module reads its settings once."""
     command = [sys.executable, "-m", "followups.cli", "doctor", *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
@@ -193,7 +200,7 @@ def doctor(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 class TestDoctor:
-    """`followups doctor`."""
+    """The command `followups doctor`."""
 
     @pytest.mark.xdist_group("running")
     def test_a_system_that_runs_is_well(self, running: Stack) -> None:
@@ -224,7 +231,7 @@ class TestDoctor:
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """An unreachable database and broker are named without passwords; checks that need them are skipped."""
+        """An unreachable database and broker are named without passwords; dependent checks are skipped."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
         ran = run("doctor", "--json")
@@ -236,7 +243,7 @@ class TestDoctor:
         assert "hidden" not in ran.stdout + ran.stderr
 
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
-        """An old or missing schema fails a check that advises to migrate."""
+        """An old or missing schema fails the check, with advice to run `migrate`."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
         old = {finding.name: finding for finding in database_checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")
@@ -258,14 +265,14 @@ class TestDoctor:
     def test_brokers(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, information: dict[str, Any], advice: str
     ) -> None:
-        """A broker that is too old, or may evict keys, fails a check."""
+        """A broker that is too old or may evict keys fails the check."""
         monkeypatch.setattr(broker_checks.redis.Redis, "info", lambda _self: information)
         found = "".join(finding.advice for finding in broker_checks.broker(settings))
         assert found.startswith(advice)
         assert bool(found) == bool(advice)
 
     def test_wrong_settings_are_wrong_usage(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """With invalid settings nothing is checked: exit code 2 and an error message that names them."""
+        """With invalid settings, doctor checks nothing and exits with code 2 and an error that names them."""
         environment.setenv("FOLLOWUPS_LEASE", "1")
         ran = run("doctor")
         assert (ran.code, ran.stdout) == (2, "")

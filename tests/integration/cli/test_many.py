@@ -37,12 +37,12 @@ DAY = timedelta(days=1)
 
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask no broker for a tick."""
+    """Disable the command's request for a tick."""
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
 def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HOUR, chat: UUID | None = None) -> UUID:
-    """Insert a follow-up that failed that long ago."""
+    """Insert a follow-up that failed the given time ago."""
     ended = datetime.now(UTC) - ago
     return world.follow_up(chat, -DAY, status="failed", reason=reason, finished_at=ended, message="Hello")
 
@@ -55,10 +55,10 @@ def copies(world: World, original: UUID) -> list[Any]:
 
 
 class TestCancel:
-    """`followups cancel --chat` and `--workspace`."""
+    """The commands `followups cancel --chat` and `--workspace`."""
 
     def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
-        """A dry run prints the number and a sample, in words or JSON, and changes nothing."""
+        """A dry run prints the count and a sample, as text or JSON, and changes nothing."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
         world.follow_up(due=HOUR)
@@ -72,7 +72,7 @@ class TestCancel:
         assert {row.status for row in world.rows()} == {"pending"}
 
     def test_one_chat(self, run: Run, world: World) -> None:
-        """Only the chat's pending follow-ups are cancelled, with the given reason."""
+        """With --chat, only the chat's pending follow-ups are cancelled, with the given reason."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
         other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
@@ -82,7 +82,10 @@ class TestCancel:
         assert (world.row(other).status, world.row(ended).status) == ("pending", "failed")
 
     def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A workspace is cancelled in batches, others stay as they are; a second run finds nothing."""
+        """The follow-ups of a workspace are cancelled in batches; other workspaces are unchanged.
+
+        A second run finds no follow-up to cancel.
+        """
         monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)
         others = type(world)(world.engine)
@@ -95,7 +98,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
-        """A follow-up in flight is not cancelled, but the request is kept and reported."""
+        """A follow-up in flight is not cancelled; the request is stored to prevent a retry, and reported."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)
@@ -106,7 +109,7 @@ class TestCancel:
         assert world.row(waiting).status == "cancelled"
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A row that another transaction keeps locked is skipped and counted; the others are cancelled."""
+        """A row that stays locked by another transaction is skipped and counted; other rows are cancelled."""
         monkeypatch.setattr(bulk, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)
         with world.engine.connect() as other:
@@ -116,7 +119,7 @@ class TestCancel:
         assert (world.row(held).status, world.row(free).status) == ("pending", "cancelled")
 
     def test_nobody_to_ask(self, run: Run, world: World) -> None:
-        """Without a terminal and --yes nothing is done: wrong usage, in one sentence."""
+        """Without a terminal or --yes, a bulk cancel is a usage error, reported in one sentence."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", "--workspace", world.workspace_id)
         assert (ran.code, ran.stdout) == (2, "")
@@ -136,7 +139,7 @@ class TestCancel:
         ],
     )
     def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
-        """An invalid or empty selection is wrong usage, in one sentence."""
+        """An invalid or empty selection for a bulk cancel is a usage error, reported in one sentence."""
         ran = run("cancel", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")
@@ -144,10 +147,13 @@ class TestCancel:
 
 
 class TestRetry:
-    """`followups retry --failed --since`."""
+    """The command `followups retry --failed --since`."""
 
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
-        """Each failure since then is retried now, with its message and chat; earlier ones are not."""
+        """Each follow-up that failed since the given time is retried now, with its message and chat.
+
+        Earlier failures are not retried.
+        """
         ids = [failed(world) for _ in range(3)]
         early = failed(world, ago=3 * HOUR)
         ran = run("retry", "--failed", "--since", "2h", "--yes")
@@ -159,7 +165,7 @@ class TestRetry:
         assert copies(world, early) == []
 
     def test_none_is_retried_twice(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A second run retries nothing twice, and completes an interrupted one."""
+        """A second bulk retry completes an interrupted one and retries no follow-up twice."""
         monkeypatch.setattr(bulk, "RETRIES", 2)
         ids = [failed(world) for _ in range(5)]
         real, calls = scheduling.retry_once, iter(range(100))
@@ -180,7 +186,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in ids] == [1] * 5
 
     def test_filters(self, run: Run, world: World) -> None:
-        """Only the given workspace and reason codes are retried."""
+        """A bulk retry with filters retries only failures of the given workspace and reason codes."""
         wanted, other = failed(world, "retries_exhausted: HTTP 500"), failed(world, "too_late")
         others = type(world)(world.engine)
         theirs = failed(others, "retries_exhausted")
@@ -189,7 +195,7 @@ class TestRetry:
         assert [len(copies(world, one)) for one in (wanted, other, theirs)] == [1, 0, 0]
 
     def test_what_the_rules_refuse_is_counted(self, run: Run, world: World) -> None:
-        """Follow-ups that the rules refuse are skipped, and counted by reason."""
+        """A bulk retry skips follow-ups that the rules reject, and counts them by reason."""
         failed(world)
         failed(world, chat=world.chat(last_message_role="user"))
         failed(world, chat=world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC) - 2 * DAY))
@@ -201,7 +207,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_those_over_the_quota_are_counted(self, run: Run, world: World) -> None:
-        """The quota refuses what is over it, and the command continues."""
+        """Retries over the quota are rejected and counted, and the command continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
         for _ in range(5):
@@ -212,7 +218,7 @@ class TestRetry:
     def test_one_that_is_deleted_meanwhile_is_counted(
         self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A follow-up that was pruned after it was found is skipped."""
+        """A bulk retry skips and counts a follow-up that was pruned after it was found."""
         gone = failed(world)
         failed(world)
         real = scheduling.retry_once
@@ -225,7 +231,7 @@ class TestRetry:
         assert (found["retried"], found["notFound"]) == (1, 1)
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
-        """The bulk form skips a follow-up that was retried by id; by id it can be retried again."""
+        """A bulk retry skips a follow-up that was already retried by id; by id it can be retried again."""
         original = failed(world)
         assert run("retry", original).code == 0
         assert run("retry", "--failed", "--since", "2h", "--yes", "--json").document["matched"] == 0
@@ -235,7 +241,7 @@ class TestRetry:
         assert world.scalar("SELECT count(*) FROM follow_ups WHERE status = 'pending'") == 2
 
     def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
-        """A dry run prints the number and a sample."""
+        """A dry run of a bulk retry prints the count and a sample."""
         original = failed(world)
         ran = run("retry", "--failed", "--since", "2h", "--dry-run")
         assert ran.stdout.splitlines() == ["1 follow-up to retry:", f"  {original}"]
@@ -255,7 +261,7 @@ class TestRetry:
         ],
     )
     def test_wrong_choices(self, run: Run, arguments: tuple[object, ...]) -> None:
-        """An invalid or empty selection is wrong usage, in one sentence."""
+        """An invalid or empty selection for a bulk retry is a usage error, reported in one sentence."""
         ran = run("retry", *arguments)
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr.startswith("followups: ")
@@ -263,7 +269,7 @@ class TestRetry:
 
 
 def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
-    """The list can be filtered by reason code and due date, with the other filters."""
+    """`list` filters by reason code and due date, in combination with the other filters."""
     exhausted, rejected = failed(world, "retries_exhausted: HTTP 500"), failed(world)
     soon, later = world.follow_up(due=HOUR), world.follow_up(due=2 * DAY)
 
@@ -282,7 +288,7 @@ def test_list_by_reason_and_due_date(run: Run, world: World) -> None:
 
 
 def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
-    """A killed bulk cancel has cancelled whole follow-ups; running it again completes it."""
+    """A bulk cancel that is killed leaves no follow-up half cancelled; a second run completes the command."""
     del environment
     with world.engine.begin() as connection:
         connection.execute(
@@ -308,13 +314,13 @@ def test_killed_halfway(environment: pytest.MonkeyPatch, world: World) -> None:
 
 
 def typed(command: list[str], answer: bytes) -> tuple[int, str]:
-    """Run a command on a terminal, answer its question, and return its exit code and output."""
+    """Run a command on a terminal, answer its prompt, and return its exit code and output."""
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-m", "followups.cli", *command]
     with subprocess.Popen(argv, env=dict(os.environ), stdin=theirs, stdout=theirs, stderr=theirs) as running:
         os.close(theirs)
         shown, answered = b"", False
-        with suppress(OSError):  # the other end is closed
+        with suppress(OSError):  # the command has closed the terminal
             while True:
                 shown += os.read(ours, 4096)
                 if b"[y/N]" in shown and not answered:
@@ -325,7 +331,10 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 
 
 def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
-    """On a terminal the count, some ids and a question are shown; no changes nothing, yes runs it."""
+    """On a terminal, a bulk command shows the count and some ids, and asks for confirmation.
+
+    The answer no changes nothing, and yes runs the command.
+    """
     del environment
     follow_up = world.follow_up(due=HOUR)
     command = ["cancel", "--workspace", str(world.workspace_id)]

@@ -1,4 +1,4 @@
-"""`cancel`, `reschedule` and `retry`."""
+"""The commands `cancel`, `reschedule` and `retry`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FIELDS = [
     "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
     "triggerChatMessageId",
 ]  # fmt: skip
-"""The contract's, in its order."""
+"""The documented fields of a follow-up, in order."""
 
 HOUR = timedelta(hours=1)
 FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
@@ -34,17 +34,17 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return the due dates passed to the nudge, which is not sent."""
+    """Return the due dates for which a tick would be requested; no request is sent."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
 
 
 class TestCancel:
-    """`followups cancel`."""
+    """The command `followups cancel`."""
 
     def test_the_reason_is_stored_as_given(self, run: Run, world: World) -> None:
-        """A pending follow-up is cancelled with the given reason; repeating it changes nothing."""
+        """A pending follow-up is cancelled with the given reason; repeating the command changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         ran = run("cancel", follow_up, "--reason", "the customer called")
         assert (ran.code, ran.stdout) == (0, f"{follow_up} is cancelled: the customer called\n")
@@ -54,13 +54,13 @@ class TestCancel:
         assert world.row(follow_up) == row
 
     def test_without_a_reason_the_code_stands_for_it(self, run: Run, world: World) -> None:
-        """Without a reason it is cancelled as cancelled_by_api, as in the API."""
+        """Without a reason, a follow-up is cancelled as cancelled_by_api, as through the API."""
         cancelled = run("cancel", world.follow_up(due=HOUR), "--json").document
         assert list(cancelled) == FIELDS
         assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_api")
 
     def test_what_cannot_be_cancelled_stays_as_it_is(self, run: Run, world: World) -> None:
-        """A finished or in-flight follow-up stays as it is, and the error explains why."""
+        """A finished or in-flight follow-up is unchanged by `cancel`, and the error explains why."""
         failed = world.follow_up(**FAILED)
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
@@ -72,17 +72,17 @@ class TestCancel:
             assert world.row(follow_up) == before
 
     def test_an_unfit_reason_is_wrong_usage(self, run: Run, world: World) -> None:
-        """An empty reason is wrong usage, and nothing changes."""
+        """An empty reason is a usage error, and `cancel` changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         assert run("cancel", follow_up, "--reason", "").code == 2
         assert world.row(follow_up).status == "pending"
 
 
 class TestReschedule:
-    """`followups reschedule`."""
+    """The command `followups reschedule`."""
 
     def test_a_moment(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """A due date with an offset is used as given."""
+        """A due date with an offset is stored unchanged."""
         follow_up = world.follow_up(due=HOUR)
         due = datetime(2031, 1, 31, 9, tzinfo=UTC)
         ran = run("reschedule", follow_up, "--due", "2031-01-31T10:00:00+01:00")
@@ -92,7 +92,7 @@ class TestReschedule:
 
     @pytest.mark.parametrize(("text", "seconds"), [("now", 0), ("+10m", 600)])
     def test_so_long_after_now(self, run: Run, world: World, text: str, seconds: int) -> None:
-        """`now` and relative times count from the database's clock."""
+        """`now` and relative times are based on the database's clock."""
         follow_up = world.follow_up(due=HOUR)
         before = world.scalar("SELECT now()")
         assert list(run("reschedule", follow_up, "--due", text, "--json").document) == FIELDS
@@ -100,7 +100,7 @@ class TestReschedule:
         assert before <= world.row(follow_up).due_date - timedelta(seconds=seconds) <= after
 
     def test_outside_the_window_is_refused(self, run: Run, world: World) -> None:
-        """A due date outside the channel's messaging window is refused with advice."""
+        """A due date outside the channel's messaging window is rejected with advice."""
         chat = world.chat(channel="whatsapp", last_user_message_at=datetime.now(UTC))
         ran = run("reschedule", world.follow_up(chat, HOUR), "--due", "+25h")
         assert ran.code == 1
@@ -108,10 +108,13 @@ class TestReschedule:
 
 
 class TestRetry:
-    """`followups retry`."""
+    """The command `followups retry`."""
 
     def test_a_new_one_is_made(self, run: Run, world: World, nudges: list[datetime]) -> None:
-        """A failed follow-up stays as it is; a new one with its message and chat is due now, and its id is printed."""
+        """`retry` creates a new follow-up with the failed one's message and chat, due now.
+
+        The failed follow-up is unchanged, and the new id is printed.
+        """
         failed = world.follow_up(**FAILED, message="Hello")
         before = world.row(failed)
         ran = run("retry", failed)
@@ -122,13 +125,13 @@ class TestRetry:
         assert nudges == [new.due_date]
 
     def test_later(self, run: Run, world: World) -> None:
-        """The new follow-up can be due later."""
+        """The follow-up that `retry` creates can have a later due date."""
         new = run("retry", world.follow_up(**FAILED), "--due", "+1h", "--json").document
         assert list(new) == FIELDS
         assert new["createdAt"] < new["dueDate"]
 
     def test_only_a_failed_one(self, run: Run, world: World) -> None:
-        """A follow-up is not retried unless it failed, or if the user has replied since."""
+        """`retry` rejects a follow-up that has not failed or whose user has replied since."""
         assert "this one is pending" in run("retry", world.follow_up(due=HOUR)).stderr
         answered = world.follow_up(world.chat(last_message_role="user"), **FAILED)
         ran = run("retry", answered)
@@ -137,13 +140,16 @@ class TestRetry:
 
 
 def _reschedule_in_a_process(follow_up: UUID) -> None:
-    # The worker's module reads its settings once, and this process has many.
+    # The worker's module reads its settings only once, but this test process uses many settings.
     command = [sys.executable, "-m", "followups.cli", "reschedule", str(follow_up), "--due", "now"]
     subprocess.run(command, check=True, capture_output=True, env=dict(os.environ), timeout=120)
 
 
 def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
-    """A change that is due before the next tick requests one; an unreachable broker is no failure."""
+    """A change that makes a follow-up due before the next tick requests a tick.
+
+    An unreachable broker is not a failure.
+    """
     follow_up = world.follow_up(due=HOUR)
     _reschedule_in_a_process(follow_up)
     with redis.Redis.from_url(broker_url) as broker:
@@ -154,7 +160,7 @@ def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world
 
 @pytest.mark.usefixtures("environment")
 def test_what_is_due_later_asks_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A change that is due after the next tick requests none."""
+    """A change that makes a follow-up due after the next tick requests no tick."""
     asked: list[str] = []
     monkeypatch.setattr(connection, "ask_for_tick", lambda: asked.append("tick"))
     now = datetime.now(UTC)

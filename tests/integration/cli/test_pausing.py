@@ -1,4 +1,4 @@
-"""`pause` and `resume`."""
+"""The commands `pause` and `resume`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,15 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask no broker for a tick."""
+    """Disable the command's request for a tick."""
     monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
 
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """A pause is listed with what it holds; resuming prints how many continue, and what is still paused."""
+    """A pause is listed with the number of follow-ups it holds.
+
+    Resuming prints how many follow-ups continue, and what is still paused.
+    """
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused, as it was.\n"
@@ -60,7 +63,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
 
 
 def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume was interrupted after it ended the pause, the next one releases the rest."""
+    """If a resume was interrupted after it ended the pause, the next one releases the other follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()
@@ -72,7 +75,10 @@ def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine
 def test_it_waits_for_what_is_beginning(
     run: Run, world: World, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A pause returns when no worker has a transaction open that may not have seen it, or says that one has."""
+    """`pause` waits until no worker has an open transaction that may have missed the pause.
+
+    If such a transaction stays open, the command reports it.
+    """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()
     worker = make_engine(url, application_name="followups-worker")
@@ -88,7 +94,7 @@ def test_it_waits_for_what_is_beginning(
 
 @pytest.fixture
 def worker(settings: Settings) -> Iterator[Engine]:
-    """Return an engine like a worker's."""
+    """Return an engine configured like a worker's."""
     engine = make_engine(settings.database_url.get_secret_value(), application_name="followups-worker")
     yield engine
     engine.dispose()
@@ -118,7 +124,7 @@ def test_it_waits_whichever_its_role(
 @pytest.mark.parametrize("command", ["pause", "resume"])
 @pytest.mark.parametrize("options", [(), ("--workspace", "nobody"), ("--channel", "telegraph")])
 def test_wrong_choices(run: Run, command: str, options: tuple[str, ...]) -> None:
-    """An empty or unknown selection is wrong usage, in one sentence."""
+    """An empty or unknown selection for `pause` is a usage error, reported in one sentence."""
     ran = run(command, *options)
     assert (ran.code, ran.stdout) == (2, "")
     assert ran.stderr.startswith("followups: ")

@@ -1,4 +1,4 @@
-"""`prune`."""
+"""The command `prune`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIELDS = {
 
 
 def ended(world: World, days: int) -> UUID:
-    """Insert a follow-up that failed that many days ago, after one attempt."""
+    """Insert a follow-up that failed the given number of days ago, after one attempt."""
     one = world.follow_up(
         status="failed", reason="rejected: no", finished_at=datetime.now(UTC) - days * DAY, message="Hällo"
     )
@@ -41,13 +41,16 @@ def ended(world: World, days: int) -> UUID:
 
 
 def archived(path: Path) -> list[dict[str, Any]]:
-    """Return the content of an archive."""
+    """Return the contents of an archive."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
 def test_deleted(run: Run, world: World) -> None:
-    """Older finished follow-ups are deleted and counted; younger or pending ones are not."""
+    """Finished follow-ups older than the given age are deleted and counted.
+
+    Younger and pending follow-ups are kept.
+    """
     ended(world, 91)
     kept = {ended(world, 89), world.follow_up(due=-300 * DAY)}
     ran = run("prune", "--older-than", "90d", "--yes")
@@ -57,7 +60,7 @@ def test_deleted(run: Run, world: World) -> None:
 
 
 def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> None:
-    """A dry run prints the number and a sample, and creates no archive."""
+    """A dry run of `prune` prints the count and a sample, and creates no archive."""
     old = ended(world, 91)
     ran = run("prune", "--older-than", "90d", "--dry-run", "--archive", tmp_path / "a.gz")
     assert ran.stdout.splitlines() == ["1 finished follow-up to delete:", f"  {old}"]
@@ -67,7 +70,10 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("texts", [True, False])
 def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
-    """Deleted rows are archived as a JSON object a line, readable by the owner; texts only with --message."""
+    """Deleted rows are archived as one JSON object per line, in a file that only its owner can read.
+
+    Message texts are included only with --message.
+    """
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     path = tmp_path / "old.jsonl.gz"
@@ -86,7 +92,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk fills up, complete batches are in the archive and the rest stays in the database."""
+    """If the disk is full, the archive has complete batches, and other rows stay in the database."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
@@ -105,7 +111,7 @@ def test_nothing_is_deleted_that_is_not_archived(
 
 
 def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) -> None:
-    """An existing file is wrong usage, and nothing is deleted."""
+    """An existing archive file is a usage error, and `prune` deletes nothing."""
     ended(world, 91)
     path = tmp_path / "old.jsonl.gz"
     path.write_text("mine")
@@ -116,7 +122,10 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
-    """An invalid age, or a missing confirmation without a terminal, is wrong usage, in one sentence."""
+    """An invalid age is a usage error, reported in one sentence.
+
+    So is a missing confirmation without a terminal.
+    """
     ended(world, 91)
     ran = run("prune", *options, "--yes")
     assert (ran.code, ran.stdout) == (2, "")

@@ -1,4 +1,4 @@
-"""`list` and `show`."""
+"""The commands `list` and `show`."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ FIELDS = [
     "id", "createdAt", "updatedAt", "chatId", "chatMessageId", "dueDate", "finishedAt", "message", "reason", "status",
     "triggerChatMessageId",
 ]  # fmt: skip
-"""The contract's, in its order."""
+"""The documented fields of a follow-up, in order."""
 
 HOUR = timedelta(hours=1)
 FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
 class TestList:
-    """`followups list`."""
+    """The command `followups list`."""
 
     def test_the_json_form_is_the_api_s_without_the_text(self, run: Run, world: World) -> None:
-        """Each entry has exactly the API's fields; the message is null unless --message asks for it."""
+        """Each JSON entry has exactly the API's fields; the message is null unless --message is given."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
         assert list(entry) == FIELDS
@@ -48,7 +48,7 @@ class TestList:
         assert run("list", "--json", "--message").document[0]["message"] == "Still there?"
 
     def test_filters_and_pages(self, run: Run, world: World) -> None:
-        """The list can be cut down by workspace, chat, state and number, newest first."""
+        """`list` filters by workspace, chat and state, limits the count, and shows the newest first."""
         chat = world.chat()
         first, second = world.follow_up(chat, HOUR), world.follow_up(chat, HOUR)
         failed = world.follow_up(**FAILED)
@@ -64,7 +64,7 @@ class TestList:
         assert listed("--limit", 1, "--page", 2) == [second]
 
     def test_a_pipe_gets_whole_rows_and_no_colour(self, run: Run, world: World) -> None:
-        """In a pipe each follow-up is one plain line with everything on it, and hints go to stderr."""
+        """In a pipe, `list` prints each follow-up as one complete plain line, with hints on stderr."""
         chat = world.chat()
         follow_up = world.follow_up(chat, **FAILED)
         world.follow_up()
@@ -77,7 +77,7 @@ class TestList:
         assert "--page 2" in run("list", "--limit", 1).stderr
 
     def test_nothing_found_is_no_failure(self, run: Run) -> None:
-        """An empty list is said on stderr, and is [] in JSON."""
+        """`list` reports an empty result on stderr and prints [] as JSON."""
         assert (run("list").code, run("list").stdout) == (0, "")
         assert run("list").stderr == "There is no such follow-up.\n"
         assert run("list", "--json").document == []
@@ -85,10 +85,10 @@ class TestList:
 
 
 class TestShow:
-    """`followups show`."""
+    """The command `followups show`."""
 
     def test_it_tells_everything_but_the_text(self, run: Run, world: World) -> None:
-        """The JSON form adds an explanation and each failed attempt to the API's fields."""
+        """The JSON of `show` adds an explanation and each failed attempt to the API's fields."""
         follow_up = world.follow_up(world.chat(channel="whatsapp", external_id="4917"), **FAILED, attempts=2)
         world.sql(
             "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
@@ -112,7 +112,7 @@ class TestShow:
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
     def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
-        """For a due follow-up the open breaker is given as the reason for its waiting; for one due later it is not."""
+        """`show` gives the open breaker as the reason why a due follow-up waits, but not for one due later."""
         due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
 
         async def fail() -> None:
@@ -131,14 +131,14 @@ class TestShow:
     def test_it_tells_the_rest_without_the_broker(
         self, run: Run, world: World, environment: pytest.MonkeyPatch
     ) -> None:
-        """Without the broker the breaker's state is unknown; everything else is shown."""
+        """If the broker is unreachable, `show` reports the breaker's state as unknown and shows all else."""
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://127.0.0.1:9/0")
         shown = run("show", world.follow_up(due=HOUR), "--json").document
         assert shown["breaker"] is None
         assert "is sent in" in shown["explanation"]
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
-        """For people: facts, the explanation, and a table of failed attempts; the text only with --message."""
+        """As text, `show` prints facts, the explanation and failed attempts; the message only with --message."""
         follow_up = world.follow_up(
             status="sent",
             finished_at=datetime(2030, 1, 31, tzinfo=UTC),
@@ -160,13 +160,13 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id is wrong usage, with an error message."""
+        """An unknown id is a usage error with a message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
 
     def test_what_holds_it_is_told(self, run: Run, world: World, engine: Engine, settings: Settings) -> None:
-        """The pause, the sending hours and the first of the chat are shown with what they mean for it."""
+        """`show` explains how a pause, sending hours or an earlier follow-up of the chat delay the follow-up."""
         name = str(world.workspace_id)
         chat = world.chat()
         first, second = world.follow_ups_at_once([(chat, -2 * HOUR), (chat, -HOUR)])
@@ -185,7 +185,7 @@ class TestShow:
         assert run("show", second, "--json").document["sendingHours"].items() >= hours.items()
 
     def test_what_it_was_retried_as(self, run: Run, world: World) -> None:
-        """A failed one names the one made from it, and that one the failed one."""
+        """`show` names the retry of a failed follow-up, and the failed follow-up of a retry."""
         failed = world.follow_up(**FAILED)
         new = run("retry", failed, "--due", "+1h").stdout.strip()
         assert run("show", failed, "--json").document["retriedAs"] == new
@@ -193,7 +193,10 @@ class TestShow:
 
 
 def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
-    """The root's help alone leads to the reason: it names the command that finds one and the one that explains it."""
+    """The top-level help leads a new user to the reason why a follow-up was not sent.
+
+    It names the command that finds a follow-up and the one that explains it.
+    """
     chat = world.chat()
     failed = world.follow_up(chat, **FAILED)
     shown = " ".join(run("--help").stdout.replace("│", " ").split())

@@ -1,4 +1,4 @@
-"""The doctor's checks of the server's settings, and of a pooler in front of it."""
+"""Doctor's checks of the database server's settings and of a connection pooler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def found(url: str) -> dict[str, Finding]:
-    """Return the findings about the database at a URL, by name."""
+    """Return doctor's findings about the database at a URL, by name."""
     engine = make_engine(url, pool_size=1)
     findings = {finding.name: finding for finding in of_server(engine)}
     engine.dispose()
@@ -28,12 +28,12 @@ def found(url: str) -> dict[str, Finding]:
 
 
 def test_usual_settings(database_url: str) -> None:
-    """A server with PostgreSQL's own defaults has no findings."""
+    """A server with PostgreSQL's default settings has no findings."""
     assert found(database_url) == {}
 
 
 def test_defaults_of_others(database_url: str) -> None:
-    """A stricter default isolation is shown; asynchronous commit is a failed check with advice."""
+    """A stricter default isolation level is shown; asynchronous commit fails the check, with advice."""
     set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
     findings = found(database_url)
     assert findings.keys() == {"isolation", "durability"}
@@ -56,7 +56,7 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """The check passes if commits survive the crash of one machine.
+    """The durability check passes if commits survive the crash of one machine.
 
     Without synchronous standbys, `local` is as safe as `on`.
     """
@@ -78,7 +78,7 @@ def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
-    """If the database cannot store every text, the check fails with advice, and the other checks are skipped."""
+    """If the database cannot store every text, the check fails with advice, and other checks are skipped."""
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)
     (finding,) = database_checks.databases(settings, engine)

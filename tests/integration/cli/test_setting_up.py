@@ -1,4 +1,4 @@
-"""`migrate`, `workspace`, `api-key` and `openapi`."""
+"""The commands `migrate`, `workspace`, `api-key` and `openapi`."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
     Run = Callable[..., Any]
 
-NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port: refused
+NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port, which refuses connections
 
 
 class TestMigrate:
-    """`followups migrate`."""
+    """The command `followups migrate`."""
 
     def test_it_brings_an_older_schema_to_the_newest(self, run: Run, database_url: str, engine: Engine) -> None:
-        """The command upgrades to the newest schema and names it; repeating it changes nothing."""
+        """`migrate` upgrades the schema to the newest version and names it; repeating it has no effect."""
         downgrade(database_url, "base")
         first = run("migrate")
         current, newest = schema_versions(engine)
@@ -44,8 +44,8 @@ class TestMigrate:
     def test_it_waits_for_a_database_that_is_not_there_yet(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
     ) -> None:
-        """The command reports that it waits for an unreachable database."""
-        socket = tmp_path_factory.mktemp("s") / "s"  # short, since a socket's path may have 107 bytes
+        """`migrate` reports that it waits for an unreachable database."""
+        socket = tmp_path_factory.mktemp("s") / "s"  # short, since a socket path is limited to 107 bytes
         url = make_url(database_url).set(query={"host": str(socket)})
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         appears = threading.Timer(0.5, socket.symlink_to, [make_url(database_url).query["host"]])
@@ -58,7 +58,7 @@ class TestMigrate:
     def test_what_will_not_pass_is_not_waited_for(
         self, run: Run, database_url: str, environment: pytest.MonkeyPatch
     ) -> None:
-        """If the server refuses the connection for good, the error is immediate."""
+        """If the server rejects the connection permanently, `migrate` fails immediately."""
         url = make_url(database_url).set(database="nowhere")
         environment.setenv("FOLLOWUPS_DATABASE_URL", url.render_as_string(hide_password=False))
         ran = run("migrate")
@@ -67,7 +67,7 @@ class TestMigrate:
         assert "waiting" not in ran.stderr
 
     def test_a_database_that_stays_away_is_an_error(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """If the database stays unreachable, the command reports what it waits for, then exits with an error."""
+        """If the database stays unreachable, `migrate` reports what it waits for and then fails."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", NOBODY)
         ran = run("migrate", "--wait", "0.3")
         assert ran.code == 1
@@ -78,7 +78,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
-        """An unknown, newer schema is not touched, and the error says what to install."""
+        """A newer, unknown schema is not changed, and the error names the version to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1
@@ -86,7 +86,7 @@ class TestMigrate:
         assert ran.stderr.count("\n") == 1
 
     def test_a_lock_that_was_left_behind_is_named(self, run: Run, database_url: str) -> None:
-        """The wait for a stale lock ends after the given time; the error names its backend."""
+        """`migrate` waits a limited time for a stale lock; the error names the backend that owns the lock."""
         with psycopg.connect(database_url, application_name="left behind", autocommit=True) as connection:
             connection.execute("SELECT pg_advisory_lock(7381237527265899888)")
             pid = connection.info.backend_pid
@@ -99,17 +99,17 @@ class TestMigrate:
 
 
 class TestWorkspace:
-    """`followups workspace`."""
+    """The command `followups workspace`."""
 
     def test_creating_one_that_exists_changes_nothing(self, run: Run) -> None:
-        """Creating an existing workspace returns the existing one."""
+        """`workspace create` for an existing workspace returns that workspace unchanged."""
         created = run("workspace", "create", "acme", "--json").document
         assert created.keys() == {"id", "name", "createdAt"}
         assert run("workspace", "create", " acme ", "--json").document == created
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_are_for_people_too(self, run: Run) -> None:
-        """Without --json the result is a line, a list is a table, and hints go to stderr."""
+        """Without --json, a result is printed as a line and a list as a table, with hints on stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
@@ -119,7 +119,7 @@ class TestWorkspace:
         assert run("workspace", "list").stdout.split()[:6] == [*headings, "acme", created.stdout[6:42]]
 
     def test_a_bad_name_is_wrong_usage(self, run: Run) -> None:
-        """An empty or too long name is wrong usage."""
+        """An empty or overlong workspace name is a usage error."""
         for name in (" ", "x" * 201, "a\x00b"):
             ran = run("workspace", "create", name)
             assert (ran.code, ran.stdout) == (2, "")
@@ -127,10 +127,10 @@ class TestWorkspace:
 
 
 class TestApiKey:
-    """`followups api-key`."""
+    """The command `followups api-key`."""
 
     def test_the_key_stands_alone_on_stdout(self, run: Run) -> None:
-        """Creating a key prints only the key on stdout, and each key is different."""
+        """`api-key create` prints only the key on stdout, and every key is different."""
         run("workspace", "create", "acme")
         keys = [run("api-key", "create", "--workspace", "acme", "--name", "web").stdout for _ in range(2)]
         assert all(re.fullmatch(r"fup_[\w-]{49}\n", key) for key in keys)
@@ -140,7 +140,7 @@ class TestApiKey:
         assert document == run("api-key", "list", "--json").document[-1]
 
     def test_the_list_has_the_contract_s_fields_and_no_key(self, run: Run) -> None:
-        """The list shows prefix, workspace and times of each key, but not the key."""
+        """`api-key list` shows the prefix, workspace and times of each key, but not the key."""
         run("workspace", "create", "acme")
         key = run("api-key", "create", "--workspace", "acme", "--name", "web").stdout.strip()
         listed = run("api-key", "list", "--json")
@@ -151,7 +151,7 @@ class TestApiKey:
         assert key not in listed.stdout + run("api-key", "list").stdout
 
     def test_a_key_may_expire(self, run: Run) -> None:
-        """With --expires a key is refused after that time; only such a key has an expiresAt."""
+        """A key created with --expires is rejected after that time; only such a key has an expiresAt."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
         assert "It expires at " in ran.stderr
@@ -163,7 +163,7 @@ class TestApiKey:
             assert run("api-key", "create", "--workspace", "acme", "--expires", wrong).code == 2
 
     def test_a_revoked_key_stays_revoked(self, run: Run) -> None:
-        """Revoking prints the time; repeating it changes nothing."""
+        """`api-key revoke` prints the time of the revocation; repeating it has no effect."""
         run("workspace", "create", "acme")
         run("api-key", "create", "--workspace", "acme")
         key_id = run("api-key", "list", "--json").document[0]["id"]
@@ -176,7 +176,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace or key is wrong usage, with an error message that advises where to look."""
+        """An unknown workspace or key is a usage error, with advice on where to find existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
@@ -184,7 +184,7 @@ class TestApiKey:
 
 
 def test_the_openapi_document_needs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    """The OpenAPI document is printed without any settings."""
+    """`openapi` prints the OpenAPI document without requiring any settings."""
     assert main(["openapi"]) == 0
     shown, remarks = capsys.readouterr()
     assert json.loads(shown)["openapi"].startswith("3.1")
@@ -195,15 +195,15 @@ BERLIN = ("--time-zone", "Europe/Berlin", "--from", "08:00", "--to", "20:00")
 
 
 class TestHours:
-    """`followups workspace hours`."""
+    """The command `followups workspace hours`."""
 
     @pytest.fixture(autouse=True)
     def _no_tick(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Ask no broker for a tick."""
+        """Disable the command's request for a tick."""
         monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
     def test_set_shown_and_cleared(self, run: Run) -> None:
-        """Hours can be set, listed and cleared; without options they are shown."""
+        """Sending hours can be set, shown, listed and cleared; without options they are shown."""
         run("workspace", "create", "acme")
         assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
         ran = run("workspace", "hours", "acme", *BERLIN, "--days", "mon-fri")
@@ -217,7 +217,7 @@ class TestHours:
         assert "always" in run("workspace", "list").stdout
 
     def test_what_is_held_is_looked_at_again(self, run: Run, world: World) -> None:
-        """Follow-ups held by the old hours are checked against the new ones at once."""
+        """Follow-ups held by the previous sending hours are checked immediately against the new ones."""
         name = str(world.workspace_id)
         later = datetime.now(UTC) + timedelta(hours=9)
         follow_up = world.follow_up(held_until=later, next_attempt_at=later)
@@ -238,7 +238,7 @@ class TestHours:
         ],
     )
     def test_wrong_hours(self, run: Run, options: tuple[str, ...]) -> None:
-        """An invalid time zone, time or day is wrong usage, in one sentence, and sets nothing."""
+        """An invalid time zone, time or day is a usage error in one sentence and sets nothing."""
         run("workspace", "create", "acme")
         ran = run("workspace", "hours", "acme", *options)
         assert (ran.code, ran.stdout) == (2, "")

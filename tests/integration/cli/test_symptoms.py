@@ -1,4 +1,4 @@
-"""The doctor's checks for passing problems."""
+"""Doctor's checks for temporary problems."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 
 def found(settings: Settings, engine: Engine) -> dict[str, Finding]:
-    """Return the findings about the database, by name."""
+    """Return doctor's findings about the database, by name."""
     return {finding.name: finding for finding in of_database(settings, engine)}
 
 
 def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
-    """On a system with nothing overdue, there is nothing to do."""
+    """On a system without overdue follow-ups, doctor advises nothing."""
     world.follow_up(due=timedelta(hours=1))
     findings = found(settings, engine)
     assert [name for name, finding in findings.items() if not finding.ok] == []
@@ -42,7 +42,7 @@ def test_all_well(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, unprivileged_url: str) -> None:
-    """If other roles' transactions are hidden, the finding names the grant that would show them."""
+    """If doctor's role cannot see other roles' transactions, the finding names the required grant."""
     unprivileged = make_engine(unprivileged_url)
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))
@@ -53,7 +53,7 @@ def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, un
 
 
 def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
-    """Follow-ups overdue by more than a lease and a tick are reported as too slow, with where to look."""
+    """Follow-ups overdue by more than a lease and a tick are reported as too slow, with advice."""
     world.follow_up(due=-timedelta(minutes=2))
     backlog = found(settings, engine)["backlog"]
     assert backlog.detail.startswith("1 pending, 0 in flight, 1 overdue, the oldest by 2 min")
@@ -61,7 +61,7 @@ def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: World) -> None:
-    """Lost and unanswered attempts of the last hour are reported, with where to look."""
+    """Lost and unanswered attempts of the last hour are reported, with advice."""
     follow_up = world.follow_up(due=timedelta(hours=1))
     for outcome, ago in (("lost", "1 min"), ("lost", "2 h"), ("unknown", "1 min"), ("unknown", "2 min")):
         world.sql(
@@ -77,7 +77,7 @@ def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: Wo
 
 
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A transaction that is open for long is named, with how to end it."""
+    """A long-open transaction is named, with the command that ends it."""
     assert world
     monkeypatch.setattr(database_checks, "LONG_TRANSACTION", timedelta(0))
     with engine.connect() as holder:
@@ -88,7 +88,7 @@ def test_open_transaction(settings: Settings, engine: Engine, world: World, monk
 
 
 def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A host whose clock is off is reported, and that follow-ups do not depend on it."""
+    """Doctor reports a host with a wrong clock, and notes that follow-ups do not depend on it."""
     assert world
     monkeypatch.setattr(database_checks, "CLOCK_OFF", timedelta(microseconds=-1))
     clock = found(settings, engine)["clock"]
@@ -97,12 +97,12 @@ def test_clock(settings: Settings, engine: Engine, world: World, monkeypatch: py
 
 
 def of(settings: Settings, name: str) -> Finding:
-    """Return the finding about the broker under a name."""
+    """Return the named finding about the broker."""
     return next(finding for finding in of_broker(settings) if finding.name == name)
 
 
 def test_queues(settings: Settings) -> None:
-    """Unread hints and ticks are counted; many of them are a failed check."""
+    """Queued hints and ticks are counted; a large number fails the check."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(broker_checks.UNREAD_TICKS + 1))
@@ -112,7 +112,7 @@ def test_queues(settings: Settings) -> None:
 
 
 def test_breaker(settings: Settings) -> None:
-    """An open breaker is reported, with what to do; during recovery there is nothing to do."""
+    """An open breaker is reported with advice; during its recovery no advice is given."""
     assert of(settings, "breaker").detail == "closed: nothing is deferred"
 
     async def told(*reports: tuple[int, bool]) -> None:
@@ -133,7 +133,7 @@ def test_breaker(settings: Settings) -> None:
 
 
 def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
-    """Pauses are reported, with how much they hold."""
+    """Pauses are reported with the number of follow-ups they hold."""
     assert found(settings, engine)["pauses"].detail == "nothing is paused"
     with engine.begin() as connection:
         pauses.pause(connection, PauseScope(world.workspace_id, None))
@@ -143,6 +143,6 @@ def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_servers_away(settings: Settings) -> None:
-    """A broker that does not answer is one finding, and no error."""
+    """An unreachable broker is a single finding and not an error."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
     assert [finding.advice for finding in of_broker(away)] == ["Repair the broker first."]

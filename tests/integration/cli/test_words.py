@@ -1,4 +1,4 @@
-"""Every command shows text from elsewhere as plain text, on any terminal."""
+"""Untrusted text: every command prints it as plain text, on any terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FAILED = {"status": "failed", "reason": NASTY, "finished_at": datetime.now(UTC)}
 
 @pytest.fixture
 def follow_up(world: World) -> UUID:
-    """Fill every text that others write, past our checks too; return the follow-up that failed."""
+    """Fill every text column that others can write, bypassing validation; return the failed follow-up."""
     chat = world.chat(external_id=NASTY)
     failed = world.follow_up(chat, -HOUR, message=NASTY, **FAILED)
     pending = world.follow_up(chat, HOUR)
@@ -61,7 +61,7 @@ COMMANDS = (
 
 
 def test_every_command_shows_words_as_words(run: Run, follow_up: UUID) -> None:
-    """No command fails on them or lets a control through, in words or in JSON."""
+    """No command fails on untrusted text or prints its control characters, as text or JSON."""
     for command in COMMANDS:
         for form in ([], ["--json"]):
             ran = run(*command.format(id=follow_up).split(), *form)
@@ -74,7 +74,7 @@ def test_every_command_shows_words_as_words(run: Run, follow_up: UUID) -> None:
 def test_a_terminal_that_is_not_utf_8(
     environment: pytest.MonkeyPatch, follow_up: UUID, variables: dict[str, str]
 ) -> None:
-    """Characters that the terminal's encoding lacks are shown as escapes."""
+    """Characters that the terminal's encoding lacks are printed as escapes."""
     del environment
     for command in ("list", "show {id} --json"):
         ran = subprocess.run(

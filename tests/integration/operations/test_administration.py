@@ -1,4 +1,7 @@
-"""Changes by hand leave one event each, in the same transaction, and none where nothing changed."""
+"""Administration: each manual change leaves one audit event in its transaction.
+
+An action that changes nothing leaves none.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ CHANGES: dict[str, Callable[[Session, UUID], object]] = {
     "sending_hours.set": lambda s, w: administration.set_hours(s, ACTOR, w, HOURS),
     "sending_hours.cleared": lambda s, w: administration.clear_hours(s, ACTOR, w),
 }
-"""In an order in which each changes something."""
+"""Administrative actions, in an order in which each one changes something."""
 DETAILS = {
     "pause.begun": {"channel": "waha"},
     "rate_limit.set": {"channel": None, "per": "all", "rate": 5, "burst": 2},
@@ -41,14 +44,14 @@ DETAILS = {
 
 
 def recorded(world: World, *, everywhere: bool = False) -> list[tuple[str, str, str]]:
-    """Return action, way and actor of the events, oldest first."""
+    """Return action, source and actor of the audit events, oldest first."""
     wanted = AuditFilter() if everywhere else AuditFilter(workspace_id=world.workspace_id)
     with Session(world.engine) as session:
         return [(each.action, each.way, each.actor) for each in reversed(audit.newest(session, wanted, 100))]
 
 
 def test_every_change_is_recorded(world: World) -> None:
-    """Each change leaves one event with its actor, its workspace and its details."""
+    """Each administrative change leaves one audit event with its actor, workspace and details."""
     for change in CHANGES.values():
         with Session(world.engine) as session, session.begin():
             change(session, world.workspace_id)
@@ -59,7 +62,7 @@ def test_every_change_is_recorded(world: World) -> None:
 
 
 def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
-    """Events are committed or rolled back with their changes."""
+    """Audit events are committed or rolled back together with their changes."""
     with Session(world.engine) as session:
         for change in CHANGES.values():
             change(session, world.workspace_id)
@@ -68,7 +71,7 @@ def test_changes_that_are_rolled_back_are_not_recorded(world: World) -> None:
 
 
 def test_no_change_is_not_recorded(world: World) -> None:
-    """Pausing what is paused, resuming, clearing or revoking what is not there leaves no event."""
+    """Pausing twice, or resuming, clearing or revoking what does not exist, leaves no audit event."""
     scope, limit = pauses.PauseScope(world.workspace_id, None), rate_limits.LimitScope(None, None, "all")
     with Session(world.engine) as session, session.begin():
         assert administration.pause(session, ACTOR, scope)
@@ -85,7 +88,7 @@ def test_no_change_is_not_recorded(world: World) -> None:
 
 
 def test_a_key_is_revoked_once(world: World) -> None:
-    """Only the first revocation is an event; keys and workspaces are named by their ids."""
+    """Only the first revocation of a key is audited; keys and workspaces are identified by id."""
     with Session(world.engine) as session, session.begin():
         workspace, _ = administration.create_workspace(session, ACTOR, "acme")
         row, key = administration.create_key(session, ACTOR, workspace.id)

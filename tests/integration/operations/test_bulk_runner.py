@@ -1,4 +1,4 @@
-"""The batches of the console's bulk actions, beside what they cannot do."""
+"""Batches of the console's bulk actions, including follow-ups that they must skip."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HOUR = timedelta(hours=1)
 
 
 def action(world: World, kind: str, ids: Sequence[UUID]) -> UUID:
-    """Insert an action for these follow-ups."""
+    """Insert a bulk action for the given follow-ups."""
     status = Status.PENDING if kind == "cancel" else Status.FAILED
     new = uuid4()
     with Session(world.engine) as session, session.begin():
@@ -55,25 +55,28 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
 
 
 def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
-    """Add a constraint that the row, or its retry, breaks at every write."""
+    """Add a constraint that rejects every write of the row or of its retry."""
     world.sql(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
 
 
 def limit(world: World, most: int) -> None:
-    """Set the quota of pending follow-ups."""
+    """Set the workspace's quota of pending follow-ups."""
     with world.engine.begin() as connection:
         quotas.put(connection, world.workspace_id, Kind.PENDING, most)
 
 
 def state(world: World, action_id: UUID) -> tuple[Any, ...]:
-    """Return how many are done, what was passed over, and whether the action has finished."""
+    """Return the number done, the follow-ups skipped, and whether the bulk action has finished."""
     query = f"SELECT row_to_json(b) FROM bulk_actions b WHERE id = '{action_id}'"  # noqa: S608 - a test
     row = world.scalar(query)
     return row["done"], row["passed_over"], row["finished_at"] is not None
 
 
 def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
-    """Those over the quota are counted, the others are retried, and the next action is carried out."""
+    """Retries over the quota are skipped and counted, and the others are created.
+
+    The next bulk action is carried out.
+    """
     limit(world, 2)
     one = action(world, "retry", [failed(world) for _ in range(5)])
     assert run_batch(world.engine)
@@ -82,7 +85,7 @@ def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
 
 
 def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A follow-up that is pruned after the batch has found it is counted."""
+    """A follow-up that is pruned after its batch was read is skipped and counted."""
     gone, kept = failed(world), failed(world)
     real = bulk_runner.scheduling.retry_once
     monkeypatch.setattr(
@@ -95,7 +98,7 @@ def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, m
 
 @pytest.mark.parametrize("kind", ["cancel", "retry"])
 def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> None:
-    """The others of its batch are cancelled or retried."""
+    """An unwritable row is skipped, and the other follow-ups of its batch are cancelled or retried."""
     ids = [world.follow_up(due=HOUR) if kind == "cancel" else failed(world) for _ in range(5)]
     unwritable(world, ids[2], "id" if kind == "cancel" else "retry_of")
     one = action(world, kind, ids)
@@ -104,7 +107,10 @@ def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> N
 
 
 def test_those_kept_from_a_retry_are_audited(world: World) -> None:
-    """A batch of follow-ups in flight leaves an audit event with their number, as on the command line."""
+    """A bulk cancel of follow-ups in flight leaves an audit event with their number.
+
+    The command line does the same.
+    """
     ids = [world.follow_up() for _ in range(2)]
     for each in ids:
         world.put_in_flight(each)
@@ -115,7 +121,10 @@ def test_those_kept_from_a_retry_are_audited(world: World) -> None:
 
 
 def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its error, it is passed over for a while and then tried again; the worker counts as healthy."""
+    """A bulk action that fails is postponed and then retried, without blocking other actions.
+
+    The worker still counts as healthy.
+    """
     monkeypatch.setattr(bulk_runner, "SEEN_EVERY", 0)
     bad, good = action(world, "cancel", []), action(world, "cancel", [world.follow_up(due=HOUR)])
     world.sql('UPDATE bulk_actions SET chosen = \'{"statuses": ["nonsense"]}\' WHERE id = :id', id=bad)
@@ -137,7 +146,10 @@ def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monk
 
 
 def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) -> None:
-    """While it waits for a chat, it holds no lock on the quota: another transaction may hold the chat and need it."""
+    """A bulk retry locks its chats before the quota.
+
+    While it waits for a chat, it must not lock the quota, which the chat's transaction may need.
+    """
     limit(world, 10)
     first, second = sorted([world.chat(), world.chat()])
     one = action(world, "retry", [failed(world, first), failed(world, second)])

@@ -1,4 +1,4 @@
-"""Deletion of workspaces and chats: everything is deleted, nothing is sent afterwards, one event stays."""
+"""Deletion of workspaces and chats: all rows are deleted, nothing is sent later, one event remains."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PAST = {"status": "sent", "finished_at": datetime(2030, 1, 31, tzinfo=UTC)}
 
 
 def delete(engine: Engine, whole: Whole, patience: timedelta = PATIENCE) -> dict[str, int]:
-    """Delete it; return the sums of the counts."""
+    """Delete a workspace or chat and return the total counts."""
     sums: dict[str, int] = {}
     for counts in deletion.delete(engine, ACTOR, whole, patience):
         for name, number in counts.items():
@@ -43,14 +43,14 @@ def delete(engine: Engine, whole: Whole, patience: timedelta = PATIENCE) -> dict
 
 
 def events(world: World) -> list[tuple[str, str, int, str | None]]:
-    """Return the events that are left."""
+    """Return the remaining audit events."""
     with Session(world.engine) as session:
         found = audit.newest(session, audit.AuditFilter(workspace_id=world.workspace_id), 100)
         return [(each.action, each.actor, each.number, each.workspace) for each in found]
 
 
 def filled(world: World) -> UUID:
-    """Fill the workspace with rows of every kind; return one of its chats."""
+    """Insert rows of every type into the workspace and return one of its chats."""
     chat = world.chat()
     pending = [world.follow_up(chat, HOUR), world.follow_up(chat, HOUR), world.follow_up(due=HOUR)]
     ended = world.follow_up(chat, -HOUR, **PAST)
@@ -72,7 +72,7 @@ def filled(world: World) -> UUID:
 
 
 def counts(world: World) -> dict[str, int]:
-    """Return for each table how many of its rows belong to the workspace."""
+    """Return the number of the workspace's rows in each table."""
     found = {}
     with world.engine.connect() as connection:
         for table in Base.metadata.sorted_tables:
@@ -84,10 +84,13 @@ def counts(world: World) -> dict[str, int]:
 
 
 class TestWorkspace:
-    """A whole workspace."""
+    """Deletion of a whole workspace."""
 
     def test_everything_goes_and_one_event_stays(self, world: World) -> None:
-        """Every table loses the workspace's rows and keeps those of others; the event counts the follow-ups."""
+        """The workspace's rows are deleted from every table; those of other workspaces remain.
+
+        The audit event counts the deleted follow-ups.
+        """
         other = World(world.engine)
         filled(world)
         filled(other)
@@ -99,12 +102,15 @@ class TestWorkspace:
         assert (sums["cancelled"], sums["deleted"], sums["chats"], sums["chatMessages"]) == (3, 4, 2, 3)
 
     def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After an interruption the workspace accepts no new keys and follow-ups; a second run completes it."""
+        """After an interrupted deletion the workspace accepts no new keys or follow-ups.
+
+        A second run completes the deletion.
+        """
         monkeypatch.setattr(store, "BATCH", 2)
         name, chat = str(world.workspace_id), filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id), PATIENCE)
         for number, _ in enumerate(batches):
-            if number == 3:  # in the midst of the follow-ups
+            if number == 3:  # while follow-ups are being deleted
                 break
         batches.close()
         with Session(world.engine) as session:
@@ -129,7 +135,7 @@ class TestWorkspace:
             assert workspaces.create(session, name)[1]
 
     def test_what_came_in_meanwhile_goes_too(self, world: World) -> None:
-        """A follow-up whose transaction began before the deletion and ended during it is deleted too."""
+        """A follow-up is deleted even if its transaction commits during the deletion of its workspace."""
         chat = filled(world)
         with Session(world.engine) as late:
             followups.schedule(
@@ -143,7 +149,10 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_what_is_in_flight_ends_first(self, world: World) -> None:
-        """The deletion waits for an attempt in flight; if that does not end, it reports this and can be repeated."""
+        """The deletion waits for an attempt in flight, and reports one that does not end.
+
+        The deletion can then be repeated.
+        """
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)
         with pytest.raises(FollowUpsError, match="1 of its follow-ups are still being delivered"):
@@ -155,14 +164,14 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_a_lost_lease_ends_without_a_tick(self, world: World) -> None:
-        """An attempt of a dead worker is ended once its lease has expired, even without ticks."""
+        """A crashed worker's attempt is ended once its lease has expired, even without ticks."""
         world.put_in_flight(world.follow_up())
         world.sql("UPDATE follow_ups SET lease_until = now() + interval '0.3 s'")
         delete(world.engine, Whole(world.workspace_id))
         assert counts(world) == {"audit_events": 1}
 
     def test_a_key_under_way_is_refused_or_deleted(self, world: World) -> None:
-        """The deletion waits for a transaction that creates a key, and deletes the key."""
+        """The deletion of a workspace waits for a transaction that creates a key, and deletes the key."""
         with Session(world.engine) as creating:
             api_keys.create(creating, world.workspace_id)
             with world.engine.connect() as connection:
@@ -175,10 +184,13 @@ class TestWorkspace:
 
 
 class TestChat:
-    """One chat."""
+    """Deletion of a single chat."""
 
     def test_its_texts_go_and_others_stay(self, world: World) -> None:
-        """The chat's follow-ups, messages and stored answers are deleted; those of other chats and all events stay."""
+        """The chat's follow-ups, messages and stored responses are deleted.
+
+        Rows of other chats and all audit events remain.
+        """
         chat, other = filled(world), filled(world)
         before = counts(world)
         delete(world.engine, Whole(world.workspace_id, chat))
@@ -196,7 +208,7 @@ class TestChat:
         assert all(str(other) in body for body in bodies)
 
     def test_it_goes_on_after_an_interruption(self, world: World) -> None:
-        """After an interrupted deletion the chat accepts nothing new; a second run completes the deletion."""
+        """After an interrupted deletion the chat accepts no new rows; a second run completes the deletion."""
         chat = filled(world)
         batches = deletion.delete(world.engine, ACTOR, Whole(world.workspace_id, chat), PATIENCE)
         next(batches)
@@ -211,7 +223,7 @@ class TestChat:
 
 
 def test_nothing_that_belongs_to_a_workspace_is_forgotten() -> None:
-    """Every table that refers to a workspace has its column, by which the deletion finds its rows."""
+    """Every table that refers to a workspace has a column by which the deletion finds its rows."""
     referring: Sequence[Any] = [
         table
         for table in Base.metadata.sorted_tables
