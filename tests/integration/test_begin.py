@@ -94,7 +94,7 @@ class TestBegin:
         assert (world.row(follow_up).status, world.row(follow_up).reason) == (status, code)
 
     def test_open_window(self, world: World, steps: Steps) -> None:
-        """On a channel with a messaging window, a follow-up is sent within 24 hours of the user's last message."""
+        """A windowed channel allows sending within 24 hours of the user's last message."""
         world.follow_up(world.chat(channel="whatsapp", last_user_message_at=text("now() - interval '23 h 59 min'")))
         assert steps.begun().delivery.channel == "whatsapp"
 

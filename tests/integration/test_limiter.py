@@ -99,7 +99,7 @@ async def test_never_faster_than_its_rate(place: LimiterUnderTest, rate: float, 
 
 
 async def test_several_at_once(place: LimiterUnderTest, place_settings: Settings) -> None:
-    """Several workers that request tokens concurrently and return some of them stay within the rate together."""
+    """Workers that request tokens concurrently and return some of them stay within the rate together."""
     limit = bucket(200, 4)
     others = [Limiter(place_settings, PATIENCE) for _ in range(3)]
     used: list[int] = []
@@ -184,7 +184,10 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
 
 
 async def test_given_back(place: LimiterUnderTest) -> None:
-    """A follow-up that did not begin returns its token to the next request; a bucket never exceeds its size."""
+    """A follow-up that did not begin returns its token to the next request.
+
+    A bucket never exceeds its size.
+    """
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
     answer = await place.limiter.ask([first, second], ())
@@ -223,7 +226,10 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 
 
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
-    """A waiting request is repeated within five minutes; one that is not delays others no longer than that."""
+    """A waiting request is repeated within five minutes.
+
+    One that is not repeated delays others no longer than that.
+    """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
     waits = await place.ask(*cancelled)

@@ -368,9 +368,9 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
     count_twice: int,
     most: int,
 ) -> None:
-    """A follow-up with two lost leases is sent alone, and one with a single lost lease next to few such others.
+    """A follow-up with two lost leases is sent alone.
 
-    Other follow-ups continue.
+    One with a single lost lease is sent next to few such others. Other follow-ups continue.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}

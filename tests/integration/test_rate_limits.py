@@ -1,4 +1,4 @@
-"""Rate limits in a worker's pipeline, on PostgreSQL and Valkey: which follow-ups wait, and at what cost."""
+"""Rate limits in a worker's pipeline, with PostgreSQL and Valkey: which follow-ups wait, and their cost."""
 
 from __future__ import annotations
 
@@ -309,7 +309,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 
 
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
-    """If a channel's limit is raised, follow-ups under it continue; those under other limits stay deferred."""
+    """If a channel's limit is raised, follow-ups under it continue; those under others stay deferred."""
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
     receiver = Receiver()

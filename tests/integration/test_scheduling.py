@@ -159,7 +159,7 @@ class TestSchedule:
 
     @pytest.mark.parametrize("channel", list(Channel))
     def test_window(self, caller: Caller, channel: Channel) -> None:
-        """On a channel with a messaging window, a due date 24 hours or more after the user's last message fails."""
+        """On a windowed channel, a due date 24 hours or more after the user's last message is rejected."""
         windowed = channel in {Channel.WHATSAPP, Channel.INSTAGRAM}
         chat_id = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '23 hours'"))
         closed = caller.world.chat(channel=channel.value, last_user_message_at=text("now() - interval '25 hours'"))
@@ -224,7 +224,10 @@ class TestAmend:
                 scheduling.amend(caller.session, created.id, changes, workspace_id=uuid4())
 
     def test_cancel(self, caller: Caller) -> None:
-        """A cancel ends the follow-up with the caller's reason, by default the code; a repeated one does nothing."""
+        """A cancel ends the follow-up with the caller's reason, or else the default code.
+
+        A repeated cancel has no effect.
+        """
         created = caller.schedule(caller.world.chat())
         cancelled = followups.cancel(caller.session, created.id, reason="called")
         assert (cancelled.status, cancelled.reason) == ("cancelled", "called")

@@ -70,7 +70,7 @@ class TestSettings:
         engine.dispose()
 
     async def test_values(self, database_url: str) -> None:
-        """Times, intervals, numbers, texts and arrays are read back as written, whatever the server's defaults."""
+        """Times, intervals, numbers, texts and arrays are read back as written, whatever the server's setup."""
         set_defaults(database_url, HOSTILE)
         values: dict[str, object] = {
             "moment": datetime(2030, 1, 31, 9, 0, 0, 1, tzinfo=UTC),

@@ -119,7 +119,10 @@ def filters_of(row: Any) -> list[ListFilter]:
 
 
 def test_pages_hold_everything_once(database_url: str) -> None:
-    """The pages of a list together contain every follow-up once, in order; an operator sees all workspaces."""
+    """The pages of a list together contain every follow-up once, in order.
+
+    An operator sees the follow-ups of all workspaces.
+    """
     engine = make_engine(database_url)
     worlds = [World(engine), World(engine)]
     rows = [

@@ -240,7 +240,7 @@ def test_more_than_one_search_finds(
 
 
 def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
-    """If hints cannot be published, the other follow-ups' leases are released and claimed again immediately."""
+    """If hints cannot be published, the other follow-ups' leases are released and claimed immediately."""
     bad, good = world.follow_up(due=-SECOND), world.follow_up()
     world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
     world.sql("UPDATE follow_ups SET lease_until = now() - interval '1 s'")

@@ -1,4 +1,4 @@
-"""External chat ids: a ``matrix`` room belongs to one workspace because its id alone names the receiver."""
+"""External chat ids: a ``matrix`` room belongs to one workspace; its id alone names the receiver."""
 
 from __future__ import annotations
 
