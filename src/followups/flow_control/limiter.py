@@ -1,9 +1,9 @@
 """Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
 
-A `Limiter` keeps the state of each limit for all workers: token buckets and the queues before them, in two scripts
-(``take``, ``give_back``) in Redis. Losing it costs a burst, and the order of the waiting follow-ups. A deferred
-follow-up uses up no attempt and no slot: if the wait is short, it stays in the due queue; if not, it waits in the
-database.
+A `Limiter` keeps the state of each limit for all workers: token buckets and their waiting queues, in two scripts
+(``take``, ``give_back``) in Redis. If this state is lost, the limits allow one extra burst, and the order of the
+waiting follow-ups is lost. A deferred follow-up uses up no attempt and no slot: after a short wait it begins from the
+due queue, and for a long wait it is deferred in the database.
 """
 
 from __future__ import annotations
@@ -43,13 +43,15 @@ if TYPE_CHECKING:
     """A workspace and a channel; None means all."""
 
 IN_QUEUE = timedelta(seconds=1)
-"""Up to this wait a follow-up keeps its lease, and stays in its worker's due queue."""
+"""The longest wait for which a follow-up keeps its lease and stays in its worker's due queue."""
 
 SHORTEST = timedelta(milliseconds=5)
-"""Shortest wait: smaller ones would cost more requests than they are worth."""
+"""The shortest wait: shorter ones would cost more requests than they are worth."""
 
 LONGEST = timedelta(minutes=5)
-"""Longest wait before a follow-up asks again: many before it may have been cancelled."""
+"""The longest wait before a follow-up requests a token again, since many follow-ups ahead of it may have been
+cancelled.
+"""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -59,7 +61,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: ``rate`` tokens a second flow in, up to ``burst``; each begin takes one."""
+    """A token bucket: it is refilled at ``rate`` tokens a second, up to ``burst``; each begin uses one."""
 
     key: str
     rate: float
@@ -68,7 +70,10 @@ class Bucket:
 
 @dataclass(frozen=True, slots=True)
 class TokenRequest:
-    """A follow-up that requests a token from each of its buckets. ``since`` and id are its place in the order."""
+    """A follow-up that requests a token from each of its buckets.
+
+    Its position in the order is given by ``since`` and its id.
+    """
 
     id: UUID
     since: datetime
@@ -77,15 +82,18 @@ class TokenRequest:
 
 @dataclass(frozen=True, slots=True)
 class LimiterReply:
-    """How long each has to wait, in the order of the requests; zero means that it may begin."""
+    """The wait of each request, in the order of the requests; zero means that the follow-up may begin."""
 
     waits: tuple[timedelta, ...]
     moment: int | None = None
-    """The time of the answer by the limiter's own clock, or None if nothing was taken."""
+    """The time of the answer by the limiter's own clock, or None if no token was acquired."""
 
 
 class Limiter:
-    """The buckets in Redis, for one event loop. It never raises if Redis is unreachable; then all may begin."""
+    """The token buckets in Redis.
+
+    If Redis is unreachable, no error is raised, and all follow-ups may begin. An instance belongs to one event loop.
+    """
 
     def __init__(self, settings: Settings, timeout: timedelta = TIMEOUT) -> None:
         """Store the settings; the first use connects."""
@@ -96,7 +104,7 @@ class Limiter:
         self._ask_again_at = 0.0
 
     async def ask(self, requests: Sequence[TokenRequest], ended: Sequence[TokenRequest]) -> LimiterReply:
-        """Acquire tokens for the requests whose turn it is, in the given order; forget the ended requests."""
+        """Acquire tokens for the requests whose turn it is, in the given order; remove the ended requests."""
         buckets = _numbered((*requests, *ended))
         limits = [(bucket.rate, bucket.burst) for bucket in buckets]
         documents = (limits, _documents(requests, buckets), _documents(ended, buckets))
@@ -109,9 +117,9 @@ class Limiter:
         return LimiterReply(tuple(wait * MICROSECOND for wait in waits), moment)
 
     async def give_back(self, requests: Sequence[TokenRequest], moment: int) -> None:
-        """Return the tokens taken at ``moment`` for requests that did not begin after all.
+        """Return the tokens acquired at ``moment`` for requests that did not begin after all.
 
-        If Redis is unreachable, they are lost.
+        If Redis is unreachable, the tokens are lost.
         """
         unused = Counter(bucket for request in requests for bucket in request.buckets)
         limits = [(bucket.rate, bucket.burst, count) for bucket, count in unused.items()]
@@ -135,13 +143,13 @@ class Limiter:
 
 
 def _numbered(requests: Iterable[TokenRequest]) -> dict[Bucket, int]:
-    """Return each bucket's number as Lua counts, from 1."""
+    """Return the number of each bucket, counted from 1 as in Lua."""
     buckets = dict.fromkeys(bucket for request in requests for bucket in request.buckets)
     return {bucket: number for number, bucket in enumerate(buckets, start=1)}
 
 
 def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> list[tuple[str, str, list[int]]]:
-    # Moments are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
+    # Times are passed as text: as a number, Lua would write sixteen digits as 1.7e+15.
     return [
         (request.id.hex, str((request.since - EPOCH) // MICROSECOND), [buckets[each] for each in request.buckets])
         for request in requests
@@ -149,16 +157,16 @@ def _documents(requests: Iterable[TokenRequest], buckets: dict[Bucket, int]) -> 
 
 
 class Limits:
-    """The current limits, by what they apply to."""
+    """The current rate limits, by workspace and channel."""
 
     def __init__(self, limits: Iterable[Limit]) -> None:
-        """Index the limits."""
+        """Index the rate limits by workspace and channel."""
         self._of: dict[Scope, list[Limit]] = {}
         for limit in limits:
             self._of.setdefault((limit.workspace_id, limit.channel), []).append(limit)
 
     def __bool__(self) -> bool:
-        """Return whether there are any."""
+        """Return whether there are any rate limits."""
         return bool(self._of)
 
     def request(self, one: Limitable) -> TokenRequest:
@@ -185,13 +193,16 @@ def loosened(before: Iterable[Limit], after: Iterable[Limit]) -> set[Scope]:
 
 
 class RateLimits:
-    """One worker's side: reads the limits, and asks the limiter for follow-ups that are about to begin.
+    """One worker's part of rate limiting: reads the limits, and requests tokens before follow-ups begin.
 
-    For one event loop.
+    An instance belongs to one event loop.
     """
 
     def __init__(self, settings: Settings, engine: AsyncEngine, limiter: Limiter | None, lead: timedelta) -> None:
-        """Without a limiter there are no limits. ``lead`` is how long before its due time a follow-up is asked for."""
+        """Without a limiter there are no limits.
+
+        ``lead`` is how long before its due time a follow-up requests a token.
+        """
         self._settings = settings
         self._engine = engine
         self._limiter = limiter
@@ -199,14 +210,14 @@ class RateLimits:
         self._standing: list[Limit] = []
         self._limits = Limits(())
         self._loosened: set[Scope] = set()
-        """Where a limit was removed or raised, and the follow-ups waiting under it are not released yet."""
+        """The scopes whose limit was removed or raised, and whose deferred follow-ups are not all released yet."""
         self._unlogged = 0
-        """How many were deferred since the last log line about it."""
+        """Number of follow-ups deferred since the last log line about it."""
 
     def read(self, engine: Engine) -> None:
-        """Read the current limits, release those that waited under a removed or raised one, and log how many wait.
+        """Read the current limits and release the follow-ups deferred under a removed or raised limit.
 
-        Raises database errors; the next call completes what is left.
+        The number of waiting follow-ups is logged. If a database error is raised, the next call completes the work.
         """
         if self._limiter is None:
             return
@@ -227,13 +238,13 @@ class RateLimits:
     async def tokens(self, leases: Sequence[Lease]) -> AsyncIterator[tuple[dict[UUID, timedelta], set[UUID]]]:
         """Acquire tokens for the leases whose turn it is.
 
-        Yields how long each of the others has to wait, and an empty set, to which the block adds those that began. The
-        tokens of the rest are given back.
+        Yields the wait of each other lease, and an empty set, to which the caller's block adds the begun follow-ups.
+        The tokens of follow-ups that did not begin are returned.
         """
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # Begin ends those whose time is over, and finds those leased elsewhere to be stale.
+        # Begin ends expired follow-ups, and detects that those leased by another worker are stale.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()
@@ -253,10 +264,13 @@ class RateLimits:
         self._unlogged += len(waits)
 
     async def defer(self, waits: Sequence[tuple[Lease, timedelta]]) -> tuple[tuple[Lease, timedelta], ...]:
-        """Defer those with a long wait in their rows; return the others, which stay in the due queue for their wait."""
+        """Defer follow-ups with a long wait in the database.
+
+        Return the others, which wait in the due queue.
+        """
         long = [(lease, wait) for lease, wait in waits if wait > IN_QUEUE]
         deferred = await in_loop(self._engine, defer, long) if long else set()
-        # A row that was not deferred is locked, or leased by another worker; begin will find out.
+        # A row that was not deferred is locked, or leased by another worker; begin detects either case.
         return tuple((lease, min(wait, IN_QUEUE)) for lease, wait in waits if lease.id not in deferred)
 
     async def close(self) -> None:
@@ -271,9 +285,10 @@ class RateLimits:
             self._unlogged = 0
 
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
-        """Return for how long one is deferred: not beyond its end, so that it ends on time.
+        """Return for how long a follow-up is deferred.
 
-        The due queue releases a little early, so without the lead a follow-up would come before its turn.
+        The wait ends no later than the follow-up's expiry, so that it is ended on time. The due queue releases
+        follow-ups a little early, so the lead is added; without it, a follow-up would request a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)
@@ -284,12 +299,12 @@ def _limitable(engine: Engine, settings: Settings, leases: Sequence[Lease]) -> l
         with engine.connect() as connection:
             return rate_limits.limitable(connection, part, settings.max_lateness)
 
-    # Rows that cannot be read go to `begin`, which logs them.
+    # Rows that cannot be read are passed to `begin`, which logs them.
     return list(chain.from_iterable(halve(leases, read).done))
 
 
 def release_deferred(engine: Engine, scope: Scope) -> None:
-    """Have all follow-ups that wait under a limit ask again now, without rows that cannot be written."""
+    """Make all follow-ups that wait under a limit due now, except rows that cannot be written."""
     refused: list[UUID] = []
     while True:
         with engine.begin() as connection:
@@ -300,6 +315,9 @@ def release_deferred(engine: Engine, scope: Scope) -> None:
 
 
 def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Defer leased follow-ups, each by its delay; return those now deferred, without rows that cannot be written."""
+    """Defer leased follow-ups, each by its delay; return those that are now deferred.
+
+    Rows that cannot be written are left out.
+    """
     work = rate_limits.defer_if_leased
     return set().union(*halve(waits, lambda part: transact(engine, partial(work, waits=part))).done)
