@@ -1,1 +1,1 @@
-"""The console at ``/console`` of the process ``web``: people see, understand and steer follow-ups in a browser."""
+"""The console at ``/console`` of the `web` process, for viewing and managing follow-ups in a browser."""

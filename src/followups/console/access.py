@@ -1,4 +1,4 @@
-"""The one place that decides what a session may do: by its role, its workspace, and the action. Pure."""
+"""The authorization rules: what a session may do, by its role and its workspace. Pure functions."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Permission(StrEnum):
-    """The kind of a route."""
+    """A permission that a route requires."""
 
     PUBLIC = "public"
-    """Actions that need no session: signing in, static files."""
+    """Routes that need no session: sign-in and static files."""
     SEE = "see"
     CHANGE = "change"
-    """Schedule, change, cancel, send now, retry."""
+    """Schedule, change, cancel, send now and retry follow-ups."""
     SETTINGS = "settings"
     AUDIT = "audit"
     SYSTEM = "system"
@@ -30,37 +30,37 @@ _AGENT = _VIEWER | {Permission.CHANGE}
 _ADMIN = _AGENT | {Permission.SETTINGS, Permission.AUDIT}
 _OPERATOR = _ADMIN | {Permission.SYSTEM}
 ALLOWED = {"viewer": _VIEWER, "agent": _AGENT, "admin": _ADMIN, "operator": _OPERATOR}
-"""The actions of each role."""
+"""The permissions of each role."""
 
 WHOLE_WORKSPACE = frozenset({Permission.SETTINGS, Permission.AUDIT, Permission.SYSTEM})
-"""Actions that a session of one chat may not do, whatever its role."""
+"""Permissions that a session limited to one chat never has, whatever its role."""
 
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The person who is signed in: a valid session."""
+    """A signed-in person with a valid session."""
 
     session: Found
 
     def may(self, action: Permission) -> bool:
-        """Return whether the role allows the action."""
+        """Return whether the viewer's role has the permission."""
         if action in WHOLE_WORKSPACE and self.session.chat_id is not None:
             return False
         return action is Permission.PUBLIC or action in ALLOWED[self.session.role]
 
     @property
     def workspace_id(self) -> UUID | None:
-        """The one workspace that the session sees, or None for all."""
+        """The one workspace that the session is limited to, or None for all workspaces."""
         return self.session.workspace_id
 
     @property
     def chat_id(self) -> UUID | None:
-        """The one chat that the session sees, or None for all of its workspace."""
+        """The one chat that the session is limited to, or None for all chats of its workspace."""
         return self.session.chat_id
 
     @property
     def sees_texts(self) -> bool:
-        """Whether message texts are always shown: only to people of the workspace."""
+        """Whether message texts are shown without a click, which is so only for people of the workspace."""
         return self.session.workspace_id is not None
 
     def sees(self, workspace_id: UUID, chat_id: UUID) -> bool:

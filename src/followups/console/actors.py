@@ -1,4 +1,4 @@
-"""The author of a change at the console, for the audit log."""
+"""The author of a change made in the console, for the audit log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def actor_of(visit: Visit) -> Actor:
-    """Return the person's session as an actor."""
+    """Return the person's session as the actor of a change."""
     session = visit.person.session
     return Actor(Way.CONSOLE, session.id, session.name)
 
@@ -25,5 +25,5 @@ def actor_of(visit: Visit) -> Actor:
 def record(
     visit: Visit, session: Session, action: Action, workspace_id: UUID | None, target_id: UUID, **details: object
 ) -> None:
-    """Record what the person did to one thing, in the transaction of the change itself."""
+    """Record the person's action in the audit log, in the transaction of the change itself."""
     audit.record(session.connection(), Event(actor_of(visit), action, workspace_id, target_id, details=details))

@@ -1,4 +1,4 @@
-"""The ASGI application of the console: it finds the route, checks the origin and the session, and decides."""
+"""The console's ASGI application: finds the route, checks the origin and the session, and authorizes."""
 
 from __future__ import annotations
 
@@ -40,16 +40,22 @@ T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 THREADS = 6
-"""Requests of the console served at once, apart from the API's."""
+"""Maximum number of console requests served at a time, separate from the API's."""
 
 STRANGERS_BODY = 16 * 1024
-"""Maximum bytes of a body without a valid session, which is the sign-in form."""
+"""Maximum size of a body without a valid session, in bytes.
+
+Only the sign-in form is sent without a session.
+"""
 
 PUBLIC_FORM = 1024
-"""Most bytes of a form that is parsed without a session: a key or a link with its token, and the page to go on to."""
+"""Maximum size of a form that is parsed without a session, in bytes.
+
+Such a form has an API key or a link's token, and the page to open after sign-in.
+"""
 
 STREAM = f"{PREFIX}/stream"
-"""Path of the server-sent events."""
+"""Path of the stream of server-sent events."""
 
 LONGEST_BODY = 1024 * 1024
 
@@ -58,17 +64,17 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Matched:
-    """The routes of a path."""
+    """The routes that share one path."""
 
     pattern: re.Pattern[str]
     by_method: dict[str, Route]
 
 
 class Console:
-    """The console; an ASGI application for the paths under ``/console``."""
+    """The console, an ASGI application for the paths under ``/console``."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings; ``nudge`` asks the workers for a tick."""
+        """Store the settings; ``nudge`` makes the workers run a tick."""
         self.services = ConsoleServices(settings, nudge)
         self._limiter = anyio.CapacityLimiter(THREADS)
         self._live = Live(self.services.engine, self._in_thread)
@@ -78,18 +84,21 @@ class Console:
             self._table.append(Matched(compile_path(path)[0], routes))
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the database connections."""
         self.services.close()
 
     async def body_limit(self, scope: Scope) -> int:
-        """Return how many bytes a request's body may have: few without a valid session."""
+        """Return the maximum size of a request's body in bytes, which is small without a valid session."""
         if scope["method"] in {"GET", "HEAD"}:
             return STRANGERS_BODY
         known = await self._in_thread(identity.is_known, self.services, _cookies(scope), scope["scheme"])
         return LONGEST_BODY if known else STRANGERS_BODY
 
     def end_streams(self) -> None:
-        """End the open streams within a second, since the process is stopping. A signal handler may call this."""
+        """End the open event streams within a second, because the process is stopping.
+
+        A signal handler may call this.
+        """
         self._live.end()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -114,7 +123,7 @@ class Console:
         return await self._in_thread(self._serve, visit, route, scope, body)
 
     async def _stream(self, scope: Scope) -> Response:
-        """Return a stream of nudges for a person with a session."""
+        """Return a stream of change events for a person with a session."""
         visit = _visit(self.services, scope, STREAM.removeprefix(PREFIX))
         try:
             visit.query = _query(scope)
@@ -131,7 +140,7 @@ class Console:
             return await self._in_thread(identity.is_known, self.services, visit.cookies, visit.scheme)
 
         stream = Stream(viewer.session.id, viewer.workspace_id, visit.query.uuid("follow_up"))
-        # A proxy that collected many events before sending them would never send these few.
+        # A proxy that buffered the response would delay these small events indefinitely.
         headers = {"x-accel-buffering": "no", "cache-control": "no-store"}
         events = self._live.events(stream, still_valid)
         return _finished(visit, StreamingResponse(events, media_type="text/event-stream", headers=headers))
@@ -140,7 +149,7 @@ class Console:
         return await anyio.to_thread.run_sync(work, *arguments, limiter=self._limiter)
 
     def _serve(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Return the answer of a route; every request passes through here."""
+        """Return the response of the route, or an error page if the route raises an error."""
         try:
             return _finished(visit, self._decide(visit, route, scope, body))
         except ForbiddenError:
@@ -160,7 +169,7 @@ class Console:
             return _finished(visit, response)
 
     def _decide(self, visit: Visit, route: Route | None, scope: Scope, body: bytes) -> Response:
-        """Check origin, session and role, in this order; then parse query and form, and call the route's page."""
+        """Check the origin, session and role, in this order, and then call the route's page."""
         if visit.method != "GET":
             public = self.services.settings.public_url
             own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
@@ -184,7 +193,8 @@ class Console:
         except DBAPIError as error:
             if not is_undone(error):
                 raise
-            return route.page(visit)  # rolled back in a conflict with another transaction; none of its work was done
+            # the transaction was rolled back because of a conflict, so none of its work was committed
+            return route.page(visit)
 
 
 def _told(visit: Visit, status: int, told: str) -> Response:
@@ -213,12 +223,12 @@ def _public_page(visit: Visit, route: Route, scope: Scope, body: bytes) -> Respo
 
 
 def _query(scope: Scope) -> Fields:
-    """Return the fields of the query. Raises `InvalidRequestError`."""
+    """Return the fields of the query string. Raises `InvalidRequestError`."""
     return Fields(scope["query_string"].decode("ascii", errors="replace"))
 
 
 def _parse(visit: Visit, scope: Scope, body: bytes) -> None:
-    """Set the fields of query and form. Raises `InvalidRequestError`."""
+    """Parse the query string and the form. Raises `InvalidRequestError`."""
     visit.query = _query(scope)
     visit.form = Fields(body.decode("ascii", errors="replace"))
 

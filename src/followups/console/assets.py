@@ -1,4 +1,7 @@
-"""Templates and static files. Static files are named by their content, so that browsers may keep them for ever."""
+"""Templates and static files.
+
+A static file's name contains a hash of its content, so browsers may cache the file indefinitely.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ POLICY = (
 HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
-    # A policy of no-referrer would let browsers hide the Origin of our own forms, which is checked.
+    # With a policy of no-referrer, browsers might omit the Origin header of the console's own forms, which is checked.
     "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
     "x-frame-options": "DENY",
 }
-"""Headers of every response of the console."""
+"""The headers of every console response."""
 
 ENVIRONMENT = Environment(
     loader=PackageLoader("followups.console"),
@@ -41,7 +44,7 @@ class Asset:
     """A static file."""
 
     name: str
-    """Its name with a hash of its content."""
+    """The file's name, which contains a hash of its content."""
     content: bytes
     media_type: str
 
@@ -58,6 +61,6 @@ def _load() -> dict[str, Asset]:
 
 
 ASSETS = _load()
-"""The static files by their names in the sources."""
+"""The static files by their names in the source tree."""
 
 BY_NAME = {asset.name: asset for asset in ASSETS.values()}

@@ -1,4 +1,4 @@
-"""Forms as browsers send them, within bounds."""
+"""Parsing of HTML forms and query strings, with limits."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from uuid import UUID
 from followups.errors import InvalidRequestError
 
 MAX_FIELDS = 300
-"""Maximum fields of a form or a query: the check boxes of a page, and a dozen others."""
+"""Maximum number of fields in a form or query string: a page's check boxes and a dozen other fields."""
 
 
 class Fields:
-    """The fields of a form or of a query, in their order."""
+    """The fields of a form or query string, in their order."""
 
     def __init__(self, encoded: str) -> None:
-        """Parse the fields. Raises `InvalidRequestError` if there are too many, or if they are not UTF-8."""
+        """Parse the fields. Raises `InvalidRequestError` if there are too many or if they are not valid UTF-8."""
         try:
             pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
         except (ValueError, UnicodeDecodeError):
@@ -26,28 +26,28 @@ class Fields:
             self._values.setdefault(name, []).append(value)
 
     def text(self, name: str, default: str = "") -> str:
-        """Return the last value of a field without surrounding white space."""
+        """Return a field's last value without surrounding white space."""
         return self.raw(name, default).strip()
 
     def raw(self, name: str, default: str = "") -> str:
-        """Return the last value of a field as it was typed, with line feeds as line breaks."""
+        """Return a field's last value as it was typed, with line feeds as line breaks."""
         return self._values.get(name, [default])[-1].replace("\r\n", "\n")
 
     def every(self, name: str) -> list[str]:
-        """Return all values of a field."""
+        """Return all values of the field."""
         return self._values.get(name, [])
 
     def uuid(self, name: str) -> UUID | None:
-        """Return the field as a UUID, or None if it is missing or no UUID."""
+        """Return the field as a UUID, or None if it is missing or not a UUID."""
         return uuid_or_none(self.text(name))
 
     def __contains__(self, name: object) -> bool:
-        """Return whether the field was sent."""
+        """Return whether the request contained the field."""
         return name in self._values
 
 
 def uuid_or_none(text: str) -> UUID | None:
-    """Return the UUID, or None.
+    """Return the text as a UUID, or None if it is not a UUID.
 
     >>> uuid_or_none("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51"), uuid_or_none("x")
     (UUID('0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51'), None)

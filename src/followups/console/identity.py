@@ -1,4 +1,4 @@
-"""The person who is signed in: by the cookie's session, or by a proxy."""
+"""Identification of the signed-in person, by the session cookie or by a trusted proxy's header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONGEST_NAME = 200
 
 
 def identify(visit: Visit, scope: Scope) -> None:
-    """Find the viewer of this visit, if there is one; a person named by the proxy is signed in."""
+    """Set the visit's viewer if there is a valid session, and sign in a person named by the proxy."""
     services = visit.services
     name = services.cookie_name(scope["scheme"])
     token = visit.cookies.get(name, "")
@@ -33,7 +33,8 @@ def identify(visit: Visit, scope: Scope) -> None:
     role = services.settings.console_proxy_role or "viewer"
     with visit.transaction() as session:
         found = console_sessions.find(session, token) if token else None
-        # A session by the proxy lasts while the proxy names the same person, and the setting the same role.
+        # A session begun by the proxy is valid only while the proxy sends the same name and the setting has the same
+        # role.
         if found is not None and found.way == "proxy" and (found.name, found.role) != (told, role):
             console_sessions.end(session, token)
             found = None
@@ -51,7 +52,7 @@ def identify(visit: Visit, scope: Scope) -> None:
 
 
 def keep(visit: Visit, token: str, scheme: str) -> None:
-    """Have the browser keep the session's token."""
+    """Set the cookie with the session's token."""
     secure = visit.services.is_secure(scheme)
     visit.cookie(
         visit.services.cookie_name(scheme),
@@ -65,7 +66,7 @@ def keep(visit: Visit, token: str, scheme: str) -> None:
 
 
 def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str) -> bool:
-    """Return whether the cookie has a valid session."""
+    """Return whether the cookie contains the token of a valid session."""
     token = cookies.get(services.cookie_name(scheme), "")
     if not token:
         return False
@@ -74,11 +75,11 @@ def is_known(services: ConsoleServices, cookies: Mapping[str, str], scheme: str)
 
 
 def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope: Scope) -> str:
-    """Return the person whom a trusted proxy names, or nothing."""
+    """Return the name of the person that a trusted proxy sends, or an empty string."""
     header = services.settings.console_proxy_header
     if header is None:
         return ""
-    peer = scope.get("state", {}).get("peer")  # the address that is connected, whatever the headers say
+    peer = scope.get("state", {}).get("peer")  # the address of the connected peer, regardless of any header
     try:
         address = ip_address(peer[0]) if peer else None
     except ValueError:
@@ -89,7 +90,10 @@ def _told_by_proxy(services: ConsoleServices, headers: Mapping[str, str], scope:
 
 
 def ask_to_sign_in(visit: Visit) -> Response:
-    """Return the response to a request without a session: a redirect for a page, an error page for a change."""
+    """Return the response to a request without a session.
+
+    The response is a redirect to the sign-in page for GET, or an error page for any other method.
+    """
     if visit.method == "GET":
         wanted = {} if visit.path == "/" else {"next": visit.path}
         return visit.redirect("/login", **wanted)
@@ -98,16 +102,16 @@ def ask_to_sign_in(visit: Visit) -> Response:
 
 
 def _place(visit: Visit) -> str:
-    """Return the page on which the person was, by the Referer of a form of ours."""
+    """Return the page from which one of the console's own forms was sent, according to the Referer header."""
     try:
         path = urlsplit(visit.headers.get("referer", "")).path
-    except ValueError:  # such as an unclosed bracket
+    except ValueError:  # for example an unclosed bracket
         return ""
     return path.removeprefix(visit.services.base) if path.startswith(f"{visit.services.base}/") else ""
 
 
 def safe_place(wanted: str) -> str:
-    r"""Return a path under the console to go on to, or ``/`` for anything else.
+    r"""Return the path if it is a path within the console, or ``/`` for anything else.
 
     >>> safe_place("/follow-ups"), safe_place("//evil.example"), safe_place("https://evil.example"), safe_place("/\\x")
     ('/follow-ups', '/', '/', '/')

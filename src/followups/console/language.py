@@ -1,4 +1,4 @@
-"""The languages of the console: English, and the catalogues beside it."""
+"""The languages of the console: English, and the translations in the `locale` folder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LANGUAGES = {"en": "English", "pt-BR": "Português (Brasil)"}
 
 @lru_cache
 def catalogue(language: str) -> dict[str, str]:
-    """Return the translations of a language by the English texts; English itself needs none."""
+    """Return a language's translations by their English texts, which is an empty mapping for English."""
     if language not in LANGUAGES or language == "en":
         return {}
     found: dict[str, str] = json.loads((files(__package__) / "locale" / f"{language}.json").read_text("utf-8"))
@@ -19,7 +19,9 @@ def catalogue(language: str) -> dict[str, str]:
 
 
 def translate(language: str, text: str, **values: object) -> str:
-    """Return a text in the language, with its values filled in; English where there is no translation.
+    """Return the text in the language, with its values filled in.
+
+    A text without a translation is returned in English.
 
     >>> translate("en", "{number} new", number=3)
     '3 new'
@@ -29,7 +31,7 @@ def translate(language: str, text: str, **values: object) -> str:
 
 
 def preferred(accepted: str) -> str:
-    """Return the first language of an Accept-Language header that the console has.
+    """Return the preferred language of an Accept-Language header among the console's languages.
 
     >>> preferred("pt;q=0.8, en;q=0.7"), preferred("de, en-GB"), preferred("")
     ('pt-BR', 'en', 'en')

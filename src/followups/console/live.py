@@ -1,7 +1,7 @@
-"""Nudges for open pages: server-sent events that report only that something has changed.
+"""Live updates of open pages: server-sent events that report only that something has changed.
 
-The page then loads its regions again, by the same route and the same rules as before. One query a second serves all
-viewers of this process; without viewers there is none.
+After an event, the page requests its regions again, with the usual permission checks. One query a second serves all
+viewers of a process; without viewers, no query runs.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ EVERY = 1.0
 """Seconds between two queries of the database."""
 
 STEP = 0.25
-"""Seconds between two checks whether the process is stopping: it has to close its streams within a second."""
+"""Seconds between two checks whether the process is stopping: streams must close within a second."""
 
 CHECKED_EVERY = 15.0
-"""Seconds after which a stream checks its session again, and sends a keep-alive."""
+"""Seconds after which a stream checks its session again and sends a keep-alive."""
 
 BY_SESSION, BY_WORKSPACE, ALL = 6, 100, 500
-"""Most open streams of one session, of one workspace, and of this process."""
+"""Maximum number of open streams of one session, of one workspace, and of this process."""
 
 log = get_logger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class Stream:
-    """One open page."""
+    """The event stream of one open page."""
 
     session_id: UUID
     workspace_id: UUID | None
@@ -49,18 +49,18 @@ class Stream:
 
     @property
     def topics(self) -> tuple[tuple[str, UUID | None], ...]:
-        """The topics of the page: its workspace, or all, and its follow-up if it shows a single one."""
+        """The page's topics: its workspace or all workspaces, and its follow-up if the page shows only one."""
         own = (("workspace", self.workspace_id),)
         return (*own, ("follow_up", self.follow_up_id)) if self.follow_up_id else own
 
 
 class Live:
-    """The open streams of this process. Apart from `end`, it belongs to one event loop."""
+    """The open event streams of this process. All methods but `end` must run in one event loop."""
 
     def __init__(
         self, engine: Engine, in_thread: Callable[[Callable[[], changes.Seen]], Awaitable[changes.Seen]]
     ) -> None:
-        """``in_thread`` runs a function in a thread of the console's."""
+        """Store the engine and ``in_thread``, which runs a function in one of the console's threads."""
         self._engine = engine
         self._in_thread = in_thread
         self._streams: set[Stream] = set()
@@ -68,7 +68,7 @@ class Live:
         self._ending = False
 
     def end(self) -> None:
-        """End all streams within a second, and refuse new ones. A signal handler may call it."""
+        """End all streams within a second, and refuse new streams. A signal handler may call this."""
         self._ending = True
 
     def has_room(self, session_id: UUID, workspace_id: UUID | None) -> bool:
@@ -101,7 +101,7 @@ class Live:
             self._streams.discard(stream)
 
     async def _look(self) -> None:
-        """Query the database while there are streams, and wake those for which something has changed."""
+        """Query the database while streams are open, and notify those whose topics have changed."""
         before: changes.Seen = {}
         while self._streams and not self._ending:
             topics = {topic for stream in self._streams for topic in stream.topics}

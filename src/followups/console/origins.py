@@ -1,4 +1,4 @@
-"""Whether a request that changes something comes from a page of ours. Pure."""
+"""Checks whether a state-changing request was sent by one of the console's own pages. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 OURS = frozenset({"same-origin", "none"})
-"""Values of Sec-Fetch-Site for a request of our own page, or of the person without any page."""
+"""Values of Sec-Fetch-Site for a request from a console page or from the browser's address bar."""
 
 
 def own_origin(public_url: str | None, scheme: str, host: str) -> str:
-    """Return the origin of the console: the one of FOLLOWUPS_PUBLIC_URL, or the one at which the request arrived.
+    """Return the console's origin.
+
+    It is the origin of FOLLOWUPS_PUBLIC_URL, or else that of the request's own URL.
 
     >>> own_origin("https://chat.example/followups", "http", "10.0.0.7:8000")
     'https://chat.example'
@@ -24,7 +26,7 @@ def own_origin(public_url: str | None, scheme: str, host: str) -> str:
 
 
 def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> str:
-    """Return why the request is refused, or nothing if it is ours.
+    """Return why the request is refused, or an empty string if it comes from the console's own pages.
 
     >>> refusal({"origin": "http://localhost:8000"}, "http://localhost:8000", configured=False)
     ''
@@ -45,14 +47,14 @@ def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> str:
 
 
 def _plain(url: str) -> str:
-    """Return scheme, host and port, without a default port.
+    """Return the origin's scheme, host and port, without a default port.
 
     >>> _plain("HTTPS://Chat.Example:443/x"), _plain("http://[::1]:8000")
     ('https://chat.example', 'http://[::1]:8000')
     """
     try:
         parts = urlsplit(url.lower())
-    except ValueError:  # such as an unclosed bracket
+    except ValueError:  # for example an unclosed bracket
         return ""
     host, default = parts.netloc.rpartition("@")[2], {"https": ":443", "http": ":80"}.get(parts.scheme, "")
     return f"{parts.scheme}://{host.removesuffix(default) if default else host}"

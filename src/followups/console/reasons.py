@@ -1,4 +1,7 @@
-"""Why each row of a list was, was not, or is not yet sent: the sentences of ``followups show``, for many at once."""
+"""Explanations of why follow-ups were sent or not.
+
+They are the sentences of ``followups show``, for a whole list of follow-ups.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:
 
 
 def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, str]:
-    """Return the sentence of each row by its id.
+    """Return the explanation of each row by its id.
 
-    What surrounds the rows is read once for each workspace and channel.
+    The data that the explanations share is read once for each workspace and channel.
     """
     connection = session.connection()
     failed = [row.follow_up.id for row in rows if row.follow_up.status == Status.FAILED]

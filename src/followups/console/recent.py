@@ -1,4 +1,4 @@
-"""Results that all viewers of a process share for a second; without viewers none is made."""
+"""Results that all viewers of a process share for a second; without viewers, no results are computed."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
 FRESH = 1.0
-"""Seconds for which a result is used."""
+"""Seconds for which a result is reused."""
 
 MOST = 1_000
-"""Most results kept, one for each workspace."""
+"""Maximum number of cached results, one for each workspace."""
 
 
 class Recent:
-    """The last result for each key; while one request makes a new one, others with the same key wait for it."""
+    """The last result for each key. Simultaneous requests with the same key wait for one computation."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no results."""
         self._made: dict[Hashable, tuple[float, Any]] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:  # noqa: ANN401 - what is made
-        """Return the result for the key, made now if the last one is older than a second."""
+        """Return the key's cached result, or compute a new one if that is older than a second."""
         with self._lock:
             own = self._locks.setdefault(key, threading.Lock())
         with own:

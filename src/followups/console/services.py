@@ -1,4 +1,4 @@
-"""What all requests of the console share."""
+"""The objects that all console requests share."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 CONNECTIONS = 4
-"""Most database connections of the console, apart from the API's."""
+"""Maximum number of database connections of the console, separate from the API's."""
 
 STATEMENT_TIMEOUT = timedelta(seconds=5)
 
 SECURE_COOKIE, PLAIN_COOKIE = "__Host-followups", "followups"
-"""The session's cookie over HTTPS, and over plain HTTP, where browsers refuse the prefix."""
+"""Names of the session cookie over HTTPS and over plain HTTP.
+
+Over plain HTTP, browsers reject the `__Host-` prefix.
+"""
 
 PREFIX = "/console"
 
 
 class ConsoleServices:
-    """Settings, connections, and what the process remembers."""
+    """The console's settings, database connections, and in-memory state."""
 
     def __init__(self, settings: Settings, nudge: Callable[[], None]) -> None:
-        """Store the settings; connections are made when first used. ``nudge`` asks the workers for a tick."""
+        """Store the settings; connections are opened on first use. ``nudge`` makes the workers run a tick."""
         self.settings = settings
         self.nudge = nudge
         self.engine = make_engine(
@@ -51,25 +54,25 @@ class ConsoleServices:
         self.proxies = networks_of(settings.console_proxy_addresses)
 
     def breaker(self) -> Shown | None:
-        """Return the breaker's state, at most a second old, or None if the broker cannot be reached."""
+        """Return the breaker's state, at most a second old, or None if the broker is unreachable."""
         shown: Shown | None = self.recent.get("breaker", lambda: breaker_state(self.settings))
         return shown
 
     def is_secure(self, scheme: str) -> bool:
-        """Return whether people reach the console by HTTPS."""
+        """Return whether browsers reach the console over HTTPS."""
         public = self.settings.public_url
         return public.startswith("https://") if public else scheme == "https"
 
     def cookie_name(self, scheme: str) -> str:
-        """Return the name of the session's cookie."""
+        """Return the name of the session cookie."""
         return SECURE_COOKIE if self.is_secure(scheme) else PLAIN_COOKIE
 
     @staticmethod
     @lru_cache(maxsize=1024)
     def is_zone(name: str) -> bool:
-        """Return whether this machine knows the time zone."""
+        """Return whether this machine has the time zone in its database."""
         return zone_of(name) is not None
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the database connections."""
         self.engine.dispose()

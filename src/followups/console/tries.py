@@ -1,4 +1,4 @@
-"""Limits failed sign-ins: by client, and of all together."""
+"""Limits on failed sign-ins, per client and in total."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ import time
 from ipaddress import ip_address, ip_network
 
 EACH = 10
-"""Failed sign-ins of one client in `WINDOW`."""
+"""Maximum number of failed sign-ins of one client in `WINDOW`."""
 
 ALL = 600
-"""Failed sign-ins of all clients together in `WINDOW`, in this process."""
+"""Maximum number of failed sign-ins of all clients in `WINDOW`, for this process."""
 
 WINDOW = 60.0
-"""Seconds."""
+"""Seconds over which failed sign-ins are counted."""
 
 CLIENTS = 10_000
-"""Most clients remembered."""
+"""Maximum number of clients remembered."""
 
 
 class Tries:
-    """Failed sign-ins within the last minute."""
+    """The failed sign-ins of the last minute."""
 
     def __init__(self) -> None:
-        """Start without any."""
+        """Start with no failed sign-ins."""
         self._failed: dict[str, list[float]] = {}
         self._all: list[float] = []
         self._lock = threading.Lock()
 
     def wait(self, client: str) -> float:
-        """Return for how many seconds further failures of the client are refused, which is 0 if they are not."""
+        """Return the seconds for which further failed sign-ins of the client are refused, or 0."""
         now = time.monotonic()
         with self._lock:
             mine = _recent(self._failed.get(network_of(client), []), now)
@@ -38,7 +38,7 @@ class Tries:
             return max(waits, default=0.0)
 
     def failed(self, client: str) -> None:
-        """Record a failed sign-in."""
+        """Record a failed sign-in of the client."""
         now, network = time.monotonic(), network_of(client)
         with self._lock:
             self._failed[network] = [*_recent(self._failed.pop(network, []), now), now]
@@ -52,7 +52,7 @@ def _recent(moments: list[float], now: float) -> list[float]:
 
 
 def network_of(client: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the 64 bits that a host of IPv6 has to itself.
+    """Return the network that counts as one client: an IPv4 address, or an IPv6 host's /64 network.
 
     >>> network_of("10.0.0.7"), network_of("2001:db8::1"), network_of("")
     ('10.0.0.7', '2001:db8::/64', '')

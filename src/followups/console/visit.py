@@ -1,4 +1,4 @@
-"""One request of the console, with all that its page needs."""
+"""One console request, with everything that its page needs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MENU = (
     ("/audit", "Audit log", "audit"),
     ("/system", "System", "system"),
 )
-"""The pages of the menu: path, name, and the action that a viewer needs to be allowed."""
+"""The menu's pages: path, name, and the permission that a viewer needs."""
 
 
 class ForbiddenError(Exception):
@@ -45,14 +45,14 @@ class ForbiddenError(Exception):
 
 @dataclass(slots=True)
 class Visit:
-    """A request, whose session has been checked, and which the role allows."""
+    """A console request, together with its session."""
 
     services: ConsoleServices
     method: str
     path: str
-    """The path under ``/console``."""
+    """The request's path, without ``/console``."""
     parameters: Mapping[str, str]
-    """The variable parts of the path."""
+    """The variable segments of the path."""
     query: Fields
     form: Fields
     headers: Mapping[str, str]
@@ -62,19 +62,22 @@ class Visit:
     language: str
     viewer: Viewer | None = None
     workspace_zone: Zone | None = None
-    """The zone of the workspace's sending hours, or None if it has none or the session sees all workspaces."""
+    """The time zone of the workspace's sending hours.
+
+    It is None if the workspace has no sending hours, or if the session sees all workspaces.
+    """
     set_cookies: list[tuple[str, str, dict[str, Any]]] = field(default_factory=list)
 
     @property
     def person(self) -> Viewer:
-        """The viewer of a page that needs one."""
+        """The viewer. Raises `ForbiddenError` if there is none."""
         if self.viewer is None:
             raise ForbiddenError
         return self.viewer
 
     @property
     def zone(self) -> Zone:
-        """The zone of the person: the chosen one, or the browser's, or the workspace's, or UTC."""
+        """The time zone in the person's cookie, or else the workspace's time zone, or UTC."""
         chosen = self.cookies.get("followups_zone", "")
         if chosen and self.services.is_zone(chosen):
             return Zone(chosen)
@@ -82,28 +85,28 @@ class Visit:
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
-        """Open a transaction, which is committed at the end."""
+        """Open a database transaction, which is committed when the block ends."""
         with self.services.sessions() as session, session.begin():
             yield session
 
     def id(self, name: str = "id") -> UUID:
-        """Return an id in the path; a value that is not a UUID counts as not found."""
+        """Return an id from the path. Raises `NotFoundError` if the value is not a UUID."""
         found = uuid_or_none(self.parameters[name])
         if found is None:
             raise NotFoundError
         return found
 
     def t(self, text: str, **values: object) -> str:
-        """Return a text in the person's language."""
+        """Return the text in the person's language."""
         return language.translate(self.language, text, **values)
 
     def url(self, path: str, **query: object) -> str:
-        """Return the address of a page, under the path prefix."""
+        """Return the URL of a page, including the path prefix."""
         named = {name: value for name, value in query.items() if value not in {None, ""}}
         return f"{self.services.base}{quote(path)}" + (f"?{urlencode(named, doseq=True)}" if named else "")
 
     def time(self, moment: datetime | None, beside: Zone | None = None) -> Markup:
-        """Return a time in the zone of the person, with the workspace's beside it where the two differ."""
+        """Return a time in the person's time zone, followed by the workspace's local time if the two differ."""
         if moment is None:
             return Markup("–")  # noqa: RUF001 - the dash of an empty cell
         exact = moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -114,7 +117,7 @@ class Visit:
         return shown + Markup(' <span class="beside">({} {})</span>').format(other.written(moment), other.name)
 
     def count(self, number: int | None, most: int = 10_000) -> str:
-        """Return a number for people: exact up to ``most``, "more than" beyond, or that it took too long."""
+        """Return a number for display: exact up to ``most``, otherwise "more than" or "too many to count"."""
         if number is None:
             return self.t("too many to count")
         return self.t("more than {number}", number=f"{most:,}") if number > most else f"{number:,}"
@@ -124,23 +127,23 @@ class Visit:
         return span(duration)
 
     def menu(self) -> list[tuple[str, str, str]]:
-        """Return the pages that the viewer may see: path, name, action."""
+        """Return the menu entries that the viewer may see: path, name, permission."""
         return [entry for entry in MENU if self.may(entry[2])]
 
     def is_at(self, path: str) -> bool:
-        """Return whether this is the page, or one below it."""
+        """Return whether the request's path is the given page or a page below it."""
         return self.path == path or (path != "/" and self.path.startswith(f"{path}/"))
 
     def may(self, action: str) -> bool:
-        """Return whether the viewer may do that."""
+        """Return whether the viewer has the permission."""
         return self.viewer is not None and self.viewer.may(Permission(action))
 
     def page(self, template: str, status: int = HTTPStatus.OK, **context: object) -> Response:
-        """Return a page made of a template."""
+        """Return a page rendered from the template."""
         return HTMLResponse(self.rendered(template, **context), status)
 
     def rendered(self, template: str, **context: object) -> str:
-        """Return the template rendered for this visit."""
+        """Return the template rendered for this request."""
         shared = {
             "visit": self,
             "t": self.t,
@@ -152,14 +155,14 @@ class Visit:
         return ENVIRONMENT.get_template(template).render(shared | context)
 
     def redirect(self, path: str, **query: object) -> Response:
-        """Return an answer that has the browser get another page."""
+        """Return a redirect to another page."""
         return RedirectResponse(self.url(path, **query), HTTPStatus.SEE_OTHER)
 
     def go(self, place: str) -> Response:
-        """Return an answer that has the browser get a page by its path and query."""
+        """Return a redirect to a page given by its path and query string."""
         path, _, query = place.partition("?")
         return RedirectResponse(f"{self.services.base}{quote(path)}{'?' if query else ''}{query}", HTTPStatus.SEE_OTHER)
 
     def cookie(self, name: str, value: str, **options: Any) -> None:  # noqa: ANN401 - as Starlette's
-        """Set a cookie with the answer."""
+        """Set a cookie in the response."""
         self.set_cookies.append((name, value, options))

@@ -1,4 +1,4 @@
-"""Times in the zone of the person who is signed in, for display and from what they type. Pure."""
+"""Times in the signed-in person's time zone: formatting and parsing. Pure functions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class AmbiguousTimeError(InvalidRequestError):
 
 @dataclass(frozen=True, slots=True)
 class Zone:
-    """A time zone by its name."""
+    """A time zone, given by its name."""
 
     name: str = "UTC"
 
     @property
     def info(self) -> ZoneInfo:
-        """The zone, or UTC if this machine does not know it."""
+        """The time zone's data, or UTC if this machine does not have them."""
         found = zone_of(self.name) or zone_of("UTC")
         if found is None:
             message = "this machine has no time zones"
@@ -35,7 +35,7 @@ class Zone:
         return found
 
     def written(self, moment: datetime) -> str:
-        """Return a time for people, to the second.
+        """Return a time for display, to the second.
 
         >>> Zone("America/Sao_Paulo").written(datetime(2030, 1, 31, 12, tzinfo=UTC))
         '2030-01-31 09:00:00'
@@ -43,7 +43,7 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
 
     def day(self, moment: datetime) -> str:
-        """Return a time for people, with its day of the week, to the minute.
+        """Return a time for display, with its day of the week, to the minute.
 
         >>> Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC))
         'Thu 2030-01-31 12:00'
@@ -51,7 +51,7 @@ class Zone:
         return moment.astimezone(self.info).strftime("%a %Y-%m-%d %H:%M")
 
     def typed(self, moment: datetime) -> str:
-        """Return a time as a browser's field takes it, to the second.
+        """Return a time as the value of a browser's time field, to the second.
 
         >>> Zone("UTC").typed(datetime(2030, 1, 31, 12, tzinfo=UTC))
         '2030-01-31T12:00:00'
@@ -59,11 +59,11 @@ class Zone:
         return moment.astimezone(self.info).strftime("%Y-%m-%dT%H:%M:%S")
 
     def read(self, text: str, fold: str = "") -> datetime:
-        """Return the instant at which the local clock shows the typed time.
+        """Return the instant at which the zone's clock shows the typed time.
 
         ``fold`` chooses between the two occurrences of a repeated hour: "first" or "second". Raises
-        `InvalidRequestError` for an invalid time, or one that the clock skips, and `AmbiguousTimeError` for one that
-        the clock shows twice.
+        `InvalidRequestError` for a time that is invalid or that the clock skips, and `AmbiguousTimeError` for a time
+        that the clock shows twice.
 
         >>> Zone("Europe/Berlin").read("2030-01-31T09:00").isoformat()
         '2030-01-31T08:00:00+00:00'

@@ -1,4 +1,4 @@
-"""The pages, and the table of all routes."""
+"""The console's pages, and the table of all routes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A method and a path under ``/console``, with the action that the caller must be allowed."""
+    """A method and a path under ``/console``, with the permission that the route requires."""
 
     method: str
     path: str
@@ -73,4 +73,4 @@ ROUTES = (
     Route("GET", "/audit", Permission.AUDIT, audit_log.show),
     Route("GET", "/system", Permission.SYSTEM, system.show),
 )
-"""Every route. A test calls each one in every role, and with the ids of another workspace."""
+"""All routes. A test calls every route in each role, and with the ids of another workspace."""

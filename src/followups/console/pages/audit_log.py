@@ -1,4 +1,4 @@
-"""The audit log: who did what, when."""
+"""The audit log: who made which change, and when."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
 
 SIZE = 50
-"""Events on a page."""
+"""Number of events on a page."""
 
 
 def show(visit: Visit) -> Response:
-    """Show a page of the log."""
+    """Show a page of the audit log."""
     action, name = visit.query.text("action"), visit.query.text("workspace")
     told = ""
     with visit.transaction() as session:

@@ -1,4 +1,4 @@
-"""Bulk actions: a preview, then a row that the workers carry out; progress, stop, and history."""
+"""Bulk actions: preview, start, progress, stop and history. The workers carry out each action."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from followups.models import BulkAction
 
 SAMPLE = 5
-"""Follow-ups that the preview names."""
+"""Number of follow-ups that the preview lists."""
 
 MOST = 10_000
-"""Number up to which the preview counts exactly."""
+"""Number of matching follow-ups up to which the preview's count is exact."""
 
 LONGEST_EXPECTED = 9
-"""Digits of the number that the preview showed; Python refuses to convert thousands of them."""
+"""Maximum number of digits in the form's expected number: Python refuses to convert thousands."""
 
 NEEDED = {"cancel": Status.PENDING, "retry": Status.FAILED}
-"""The state that each kind of action is for."""
+"""The state of the follow-ups that each action applies to."""
 
 NOW = text("SELECT now()")
 
 
 def history(visit: Visit) -> Response:
-    """Show the newest actions."""
+    """Show the newest bulk actions."""
     with visit.transaction() as session:
         actions = [each for each in bulk_actions.newest(session, visit.person.workspace_id) if _sees(visit, each)]
         session.expunge_all()
@@ -49,7 +49,7 @@ def history(visit: Visit) -> Response:
 
 
 def preview(visit: Visit) -> Response:
-    """Show how many follow-ups match, some of them, and which are passed over, before anything is done."""
+    """Show how many follow-ups match, some of them, and how many would be skipped; change nothing."""
     kind, everything = _kind(visit)
     asked = Asked.of(visit.form)
     ids = () if everything else _ticked(visit)
@@ -78,7 +78,7 @@ def preview(visit: Visit) -> Response:
 
 
 def start(visit: Visit) -> Response:
-    """Create the action and go on to its progress; a repeated request starts nothing new."""
+    """Create the bulk action and redirect to its progress; a repeated request starts nothing new."""
     kind, everything = _kind(visit)
     action_id = visit.form.uuid("action_id")
     if action_id is None:
@@ -101,7 +101,7 @@ def start(visit: Visit) -> Response:
 
 
 def show(visit: Visit) -> Response:
-    """Show the progress of an action."""
+    """Show the progress of a bulk action."""
     with visit.transaction() as session:
         action = _own(visit, session)
         session.expunge_all()
@@ -109,7 +109,7 @@ def show(visit: Visit) -> Response:
 
 
 def stop(visit: Visit) -> Response:
-    """Have the action stop after its current batch."""
+    """Stop the bulk action after its current batch."""
     with visit.transaction() as session:
         bulk_actions.stop(session, _own(visit, session).id)
     visit.services.nudge()
@@ -124,13 +124,16 @@ def _own(visit: Visit, session: Session) -> BulkAction:
 
 
 def _sees(visit: Visit, action: BulkAction) -> bool:
-    """Return whether the session may see the action: a session of one chat sees only the actions of that chat."""
+    """Return whether the session may see the bulk action.
+
+    A session limited to one chat sees only the actions on that chat.
+    """
     chat_id = visit.person.chat_id
     return chat_id is None or action.chosen.get("chat_id") == str(chat_id)
 
 
 def _kind(visit: Visit) -> tuple[str, bool]:
-    """Return the kind of action, and whether it is for all that match. Raises `InvalidRequestError`."""
+    """Return the action to perform, and whether it applies to all matches. Raises `InvalidRequestError`."""
     kind, _, everything = visit.form.text("do").partition("-")
     if kind not in NEEDED or everything not in {"", "all"}:
         message = visit.t("Choose what to do.")
@@ -147,7 +150,7 @@ def _ticked(visit: Visit) -> tuple[UUID, ...]:
 
 
 def _wanted(visit: Visit, session: Session, asked: Asked, kind: str, ids: tuple[UUID, ...]) -> BrowseFilter:
-    """Return the selection of the action, within what the person may see."""
+    """Return the action's selection of follow-ups, limited to what the person may see."""
     needed = NEEDED[kind]
     if ids:
         return BrowseFilter(ids=ids, statuses=(needed,)).narrowed(visit.person.workspace_id, visit.person.chat_id)

@@ -1,4 +1,4 @@
-"""One chat: who wrote when, and its follow-ups, past and coming."""
+"""One chat: who wrote in it and when, and its past and pending follow-ups."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
 
 MESSAGES = 50
-"""Last messages shown."""
+"""Number of last messages shown."""
 
 FOLLOW_UPS = 25
-"""Last follow-ups shown of each kind."""
+"""Number of past and of pending follow-ups shown."""
 
 NOW = text("SELECT now()")
 
@@ -66,11 +66,11 @@ def show(visit: Visit) -> Response:
 
 
 def _own(visit: Visit, session: Session) -> Chat:
-    """Return the chat of the path. Raises `ChatNotFoundError` for one that the person may not see."""
+    """Return the chat in the path. Raises `ChatNotFoundError` if the person may not see the chat."""
     viewer, chat_id = visit.person, visit.id()
     workspace_id = viewer.workspace_id or uuid_or_none(visit.query.text("workspace"))
     if workspace_id is None:
-        # A chat's key is its workspace and its id together; most ids belong to one workspace.
+        # The same chat id can exist in several workspaces, although most ids exist in only one.
         workspace_id = next(iter(bulk_cancel.workspaces_of_chat(session.connection(), chat_id)), None)
     chat = session.get(Chat, (workspace_id, chat_id)) if workspace_id else None
     if chat is None or not viewer.sees(chat.workspace_id, chat.id):

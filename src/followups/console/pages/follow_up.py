@@ -1,4 +1,4 @@
-"""One follow-up: why it is in its state, what happened to it, and what can be done about it."""
+"""One follow-up: why it is in its state, its history, and the actions that are possible."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from followups.states import Final
 
 EVENTS = 100
-"""Most changes by hand in the timeline: the newest."""
+"""Maximum number of manual changes in the timeline; only the newest are shown."""
 
 
 class ChangedMeanwhileError(ConflictError):
@@ -53,7 +53,7 @@ class ChangedMeanwhileError(ConflictError):
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """One entry of the timeline."""
+    """One entry of a follow-up's timeline."""
 
     at: datetime
     what: str
@@ -64,7 +64,7 @@ class TimelineEntry:
 
 @dataclass(slots=True)
 class FollowUpForm:
-    """The values that the person has typed into the forms, to be shown again if they cannot be saved."""
+    """The values that the person has typed into the forms, which are shown again if saving fails."""
 
     message: str | None = None
     due: str | None = None
@@ -73,7 +73,7 @@ class FollowUpForm:
     told: str = ""
     consequences: list[str] = field(default_factory=list)
     reveal: bool = False
-    """Whether the person, who sees all workspaces, has asked for the message."""
+    """Whether a person who sees all workspaces has requested the message's text."""
 
 
 def show(visit: Visit) -> Response:
@@ -82,7 +82,7 @@ def show(visit: Visit) -> Response:
 
 
 def reveal(visit: Visit) -> Response:
-    """Show the message to a person who sees all workspaces, and record that it was asked for."""
+    """Show the message to a person who sees all workspaces, and record that in the audit log."""
     with visit.transaction() as session:
         found = _own(visit, session)
         actors.record(visit, session, Action.MESSAGES_SHOWN, found.workspace_id, found.id)
@@ -90,7 +90,7 @@ def reveal(visit: Visit) -> Response:
 
 
 def save(visit: Visit) -> Response:
-    """Save the message and the due date; with the button "Check", only show the consequences."""
+    """Save the message and the due date; the button "Check" only shows the consequences."""
     form = visit.form
     typed = FollowUpForm(form.raw("message") if "message" in form else None, form.text("due"))
 
@@ -108,14 +108,15 @@ def save(visit: Visit) -> Response:
 
 
 def cancel(visit: Visit) -> Response:
-    """Cancel the follow-up, with the person's reason if there is one."""
+    """Cancel the follow-up, with the person's reason if one was typed."""
     typed = FollowUpForm(reason=visit.form.text("reason"))
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         changes: dict[str, Any] = {"status": Status.CANCELLED}
         if typed.reason:
             changes["reason"] = typed.reason
-        # Cancelling it again with another reason would be a conflict, although it is cancelled as wanted.
+        # Cancelling a cancelled follow-up again with another reason would be reported as a conflict, although it is
+        # already cancelled.
         if found.status == Status.CANCELLED:
             raise AlreadyFinishedError
         changed = _amend(visit, session, found, changes)
@@ -141,7 +142,10 @@ def send_now(visit: Visit) -> Response:
 
 
 def retry(visit: Visit) -> Response:
-    """Make a new follow-up from a failed one, and go on to the new one; no follow-up is retried twice."""
+    """Create a new follow-up from a failed one and redirect to it.
+
+    A failed follow-up can be retried only once.
+    """
 
     def change(session: Session, found: FollowUp) -> FollowUp:
         new = scheduling.retry_once(session, found.id)
@@ -157,7 +161,7 @@ def _amend(visit: Visit, session: Session, found: FollowUp, changes: dict[str, A
 
 
 def _own(visit: Visit, session: Session) -> FollowUp:
-    """Return the follow-up of the path. Raises `FollowUpNotFoundError` for one that the person may not see."""
+    """Return the follow-up in the path. Raises `FollowUpNotFoundError` if the person may not see it."""
     found = follow_ups.find(session, visit.id(), visit.person.workspace_id)
     if found is None or not visit.person.sees(found.workspace_id, found.chat_id):
         raise FollowUpNotFoundError
@@ -165,7 +169,7 @@ def _own(visit: Visit, session: Session) -> FollowUp:
 
 
 def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, FollowUp], FollowUp]) -> Response:
-    """Make a change in one transaction, and go on to the follow-up; if it is refused, show why on the page."""
+    """Make a change in one transaction and redirect to the follow-up, or show why the change was refused."""
     status = HTTPStatus.OK
     changed: UUID | None = None
     try:
@@ -204,14 +208,14 @@ def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, Follo
 
 
 def _check_version(visit: Visit, found: FollowUp) -> None:
-    """Refuse to overwrite another person's change with the typed values."""
+    """Raise `ChangedMeanwhileError` if another person has changed the follow-up since the page was loaded."""
     given = visit.form.text("version")
     if given and found.status == Status.PENDING and given != found.updated_at.isoformat():
         raise ChangedMeanwhileError
 
 
 def _as_typed(message: str) -> str:
-    """Return the message with the line ends that a browser's field gives back."""
+    """Return the message with the line endings that a browser's text field sends."""
     return message.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -220,7 +224,7 @@ def _changes(visit: Visit, found: FollowUp, typed: FollowUpForm) -> dict[str, An
     if typed.message is not None and typed.message != _as_typed(found.message):
         changes["message"] = typed.message
     zone = Zone(visit.form.text("due_zone", visit.zone.name))
-    # Browsers leave out seconds that are zero.
+    # Browsers omit the seconds of a time if they are zero.
     if typed.due and typed.due not in {zone.typed(found.due_date), zone.typed(found.due_date).removesuffix(":00")}:
         changes["due_date"] = zone.read(typed.due, visit.form.text("fold"))
     return changes

@@ -1,4 +1,4 @@
-"""The list of follow-ups: its filters are in the address, and each row says why."""
+"""The list of follow-ups: the URL contains its filters, and each row explains the follow-up's state."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from followups.console.visit import Visit
 
 SIZE = 25
-"""Rows on a page."""
+"""Number of rows on a page."""
 
 LIMIT = timedelta(seconds=2)
 """Time limit of a search."""
@@ -40,7 +40,7 @@ NOW = text("SELECT now()")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The filters as they were typed."""
+    """The filters of the list as they were typed."""
 
     state: str
     reason: str
@@ -52,12 +52,12 @@ class Asked:
 
     @classmethod
     def of(cls, fields: Fields) -> Asked:
-        """Read the filters of a query or a form."""
+        """Return the filters in a query string or form."""
         names = ("state", "reason", "channel", "due_from", "due_to", "id", "workspace")
         return cls(**{name: fields.text(name)[:LONGEST_EXTERNAL_ID] for name in names})
 
     def query(self) -> dict[str, str]:
-        """Return the filters that restrict something, by name."""
+        """Return the filters that are set, by name."""
         return {name: getattr(self, name) for name in self.__slots__ if getattr(self, name)}
 
 
@@ -105,7 +105,10 @@ def _choices() -> Mapping[str, list[str]]:
 
 
 def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
-    """Return the query for the filters, within what the person may see. Raises `InvalidRequestError`."""
+    """Return the database query for the filters, limited to what the person may see.
+
+    Raises `InvalidRequestError`.
+    """
     viewer = visit.person
     any_id = uuid_or_none(asked.id)
     external_id = asked.id if asked.id and any_id is None else None
@@ -126,7 +129,7 @@ def wanted_of(visit: Visit, session: Session, asked: Asked) -> BrowseFilter:
 
 
 def _one_of(values: type[Status | ReasonCode | Channel], given: str, field: str) -> bool:
-    """Return whether a value was chosen. Raises `InvalidRequestError` for one that does not exist."""
+    """Return whether a filter value was chosen. Raises `InvalidRequestError` for an unknown value."""
     if given and given not in {each.value for each in values}:
         message = f"There is no such {field}."
         raise InvalidRequestError(message, field=field)
@@ -143,7 +146,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
 
 
 def _moment(visit: Visit, typed: str) -> datetime | None:
-    # If an hour is repeated, a filter takes its first occurrence.
+    # If the clock shows an hour twice, a filter uses its first occurrence.
     return visit.zone.read(typed, "first") if typed else None
 
 

@@ -1,4 +1,4 @@
-"""Signing in by an API key or by the token of a link, and signing out."""
+"""Sign-in with an API key or a link's token, and sign-out."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ log = get_logger(__name__)
 
 
 def show(visit: Visit) -> Response:
-    """Show the form, also to a person who is signed in, since a link may lead here."""
+    """Show the sign-in form, even to a signed-in person, because a sign-in link leads to this page."""
     return visit.page("login.html", told="", next=identity.safe_place(visit.query.text("next", "/")))
 
 
 def sign_in(visit: Visit) -> Response:
-    """Begin a session for a valid API key or the token of a link, and go on to the page that was wanted."""
+    """Begin a session for a valid API key or link token, and redirect to the page that was requested."""
     wanted = identity.safe_place(visit.form.text("next", "/"))
     secret = visit.form.text("secret").rpartition("#token=")[2]
     with visit.transaction() as session:
         token = _begin(session, secret)
         if token and (old := visit.cookies.get(visit.services.cookie_name(visit.scheme))):
             console_sessions.end(session, old)
-    # Only failures are limited: others behind the same address keep no valid key from signing in.
+    # Only failed sign-ins are limited, so that failures behind a shared address do not block a client with a valid key.
     if token is None and (wait := visit.services.tries.wait(visit.client)):
         told = visit.t("Too many attempts; try again in {seconds} seconds.", seconds=math.ceil(wait))
         response = visit.page("login.html", HTTPStatus.TOO_MANY_REQUESTS, told=told, next=wanted)
@@ -50,7 +50,10 @@ def sign_in(visit: Visit) -> Response:
 
 
 def _begin(session: Session, secret: str) -> str | None:
-    """Begin the session that the secret gives, and return its token, or None if the secret is not valid."""
+    """Begin the session that the key or token grants.
+
+    Return the session's token, or None if the key or token is invalid.
+    """
     if grant := console_sessions.use_link(session, secret):
         return console_sessions.begin(session, grant, "link")
     found = api_keys.authenticate(session, secret)
@@ -62,7 +65,7 @@ def _begin(session: Session, secret: str) -> str | None:
 
 
 def sign_out(visit: Visit) -> Response:
-    """End the session."""
+    """End the person's session."""
     name = visit.services.cookie_name(visit.scheme)
     if token := visit.cookies.get(name):
         with visit.transaction() as session:

@@ -1,4 +1,4 @@
-"""Scheduling a new follow-up."""
+"""The form that schedules a new follow-up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _BY_EXTERNAL_ID = text("""
 
 @dataclass(slots=True)
 class ScheduleForm:
-    """The values that the person has typed."""
+    """The values that the person has typed into the form."""
 
     chat: str = ""
     message: str = ""
@@ -45,13 +45,16 @@ class ScheduleForm:
 
 
 def show(visit: Visit) -> Response:
-    """Show the form, with the chat if it is given."""
+    """Show the form, with the chat filled in if the URL names one."""
     chat = visit.person.chat_id or visit.query.text("chat")
     return _page(visit, ScheduleForm(chat=str(chat), workspace=visit.query.text("workspace")))
 
 
 def schedule(visit: Visit) -> Response:
-    """Schedule the follow-up and go on to it; with the button "Check", only show the consequences of the due date."""
+    """Schedule the follow-up and redirect to it.
+
+    The button "Check" only shows the due date's consequences.
+    """
     form = visit.form
     typed = ScheduleForm(form.text("chat"), form.raw("message"), form.text("due"), form.text("workspace"))
     created: UUID | None = None
@@ -85,7 +88,10 @@ def schedule(visit: Visit) -> Response:
 
 
 def _chat(visit: Visit, session: Session, typed: ScheduleForm) -> Chat:
-    """Return the chat by its id or its external id. Raises `ChatNotFoundError` for one that is not the person's."""
+    """Return the chat with this id or external id.
+
+    Raises `ChatNotFoundError` if the person may not see the chat.
+    """
     viewer = visit.person
     workspace_id = viewer.workspace_id
     if workspace_id is None:

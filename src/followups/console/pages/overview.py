@@ -1,4 +1,4 @@
-"""The overview: counts by state, lag, throughput, and what is wrong now."""
+"""The overview page: counts by state, lag, throughput, and current problems."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from followups.store.pauses import ActivePause
 
 LATE = timedelta(minutes=1)
-"""Age from which an overdue follow-up is worth a warning."""
+"""Time overdue from which a follow-up causes a warning."""
 
 MOST_PAUSES = 20
-"""Most pauses shown."""
+"""Maximum number of pauses shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class OverviewSnapshot:
-    """One look at the database."""
+    """The numbers of the overview, read from the database in one go."""
 
     numbers: Numbers
     tick_age: timedelta | None
@@ -36,7 +36,7 @@ class OverviewSnapshot:
 
 
 def show(visit: Visit) -> Response:
-    """Show the overview; a session of one chat goes on to its chat."""
+    """Show the overview, or redirect a session limited to one chat to that chat."""
     viewer = visit.person
     if viewer.chat_id is not None:
         return visit.redirect(f"/chats/{viewer.chat_id}")
@@ -63,6 +63,6 @@ def _look(services: ConsoleServices, workspace_id: UUID | None) -> OverviewSnaps
 
 
 def _bars(sent: list[int]) -> list[tuple[int, float]]:
-    """Return the place and the height of each minute's bar, in a drawing of 600 by 100."""
+    """Return the x position and the height of each minute's bar, in a drawing of 600 by 100 units."""
     most = max(sent, default=0)
     return [(10 * minute, 100 * number / most) for minute, number in enumerate(sent) if number]

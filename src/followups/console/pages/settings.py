@@ -1,6 +1,6 @@
-"""The settings of a workspace: API keys, sending hours, rate limits, pauses, sessions.
+"""A workspace's settings: API keys, sending hours, rate limits, pauses and sessions.
 
-People who see all workspaces choose one, or look at the rate limits and pauses that concern all of them.
+People who see all workspaces either choose one workspace, or see the rate limits and pauses that apply to all of them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MOST_PAUSES = 100
 MOST_LIMITS = 100
 
 LIVES = {"": None, "30": timedelta(days=30), "90": timedelta(days=90), "365": timedelta(days=365)}
-"""How long a key may live, by the value of the form's field."""
+"""Lifetimes of an API key, by the value of the form's field."""
 
 LEAST_RATE, MOST_RATE = 0.01 / SECONDS["d"], 1_000_000
 PREVIEWED = timedelta(days=7)
@@ -46,15 +46,15 @@ PREVIEWED = timedelta(days=7)
 
 @dataclass(slots=True)
 class Told:
-    """The message of the page after a change, or after a refused one."""
+    """The message that the page shows after a successful or refused change."""
 
     wrong: str = ""
     done: str = ""
     key: str = ""
-    """A new key, which is shown this once."""
+    """A new API key, which is shown only once."""
     typed: dict[str, str] = field(default_factory=dict)
     hours: SendingHours | None = None
-    """The sending hours to preview, which are not saved."""
+    """The sending hours that are previewed but not saved."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,13 @@ class HoursForm:
 
 
 def show(visit: Visit) -> Response:
-    """Show the settings."""
+    """Show the workspace's settings."""
     with visit.transaction() as session:
         return _page(visit, session, _chosen(visit, session), Told())
 
 
 def create_key(visit: Visit) -> Response:
-    """Create a key and show it once."""
+    """Create an API key and show it once."""
     with visit.transaction() as session:
         workspace = _required(visit, session)
         try:
@@ -95,7 +95,7 @@ def _life(visit: Visit) -> timedelta | None:
 
 
 def ask_to_revoke(visit: Visit) -> Response:
-    """Ask whether the key is to be revoked, and say when it was last used."""
+    """Show when the API key was last used, and ask for confirmation before revoking it."""
     with visit.transaction() as session:
         key = _key(visit, session)
         workspace = session.get_one(Workspace, key.workspace_id).name
@@ -104,7 +104,7 @@ def ask_to_revoke(visit: Visit) -> Response:
 
 
 def revoke_key(visit: Visit) -> Response:
-    """Revoke the key."""
+    """Revoke the API key."""
     with visit.transaction() as session:
         key = _key(visit, session)
         administration.revoke_key(session, actors.actor_of(visit), key.id)
@@ -120,7 +120,7 @@ def _key(visit: Visit, session: Session) -> ApiKey:
 
 
 def set_hours(visit: Visit) -> Response:
-    """Save the sending hours, preview them, or let the workspace send at every hour."""
+    """Save, preview or remove the workspace's sending hours."""
     doing = visit.form.text("do")
     with visit.transaction() as session:
         workspace = _required(visit, session)
@@ -138,7 +138,7 @@ def set_hours(visit: Visit) -> Response:
             return _page(visit, session, workspace, Told(str(error), typed=_typed(visit)))
         workspace_id, name = workspace.id, workspace.name
     released = 1
-    while released:  # each batch is a short transaction
+    while released:  # each batch is released in a short transaction
         with visit.services.engine.begin() as connection:
             released = holds.release_held(connection, workspace_id)
     visit.services.nudge()
@@ -169,7 +169,7 @@ def _typed_hours(visit: Visit) -> SendingHours:
 
 
 def _week(hours: SendingHours, now: datetime) -> list[tuple[datetime, datetime]]:
-    """Return the sending periods of the next week. Raises `LookupError` for sending hours that are never open."""
+    """Return the next week's sending periods. Raises `LookupError` for sending hours that never open."""
     spans: list[tuple[datetime, datetime]] = []
     moment = now
     while moment < now + PREVIEWED:
@@ -196,7 +196,7 @@ def set_limit(visit: Visit) -> Response:
 
 
 def _rate(visit: Visit) -> tuple[float, int]:
-    """Return the rate, in follow-ups a second, and how many may go at once."""
+    """Return the rate in follow-ups per second, and the burst."""
     form = visit.form
     try:
         rate = float(form.text("rate")) / SECONDS[form.text("per_unit")]
@@ -250,20 +250,20 @@ def pause(visit: Visit) -> Response:
 
 
 def resume(visit: Visit) -> Response:
-    """End a pause, and release the follow-ups that it holds."""
+    """End a pause and release the follow-ups that it holds."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
         scope = pauses.PauseScope(workspace.id if workspace else None, _channel(visit))
         administration.resume(session, actors.actor_of(visit), scope)
         name = workspace.name if workspace else ""
     for _ in bulk.release_paused(visit.services.engine):
-        pass  # each batch is a short transaction; if interrupted, the workers release the rest
+        pass  # each batch is released in a short transaction; after an interruption, the workers release the rest
     visit.services.nudge()
     return _back(visit, name, "pauses")
 
 
 def end_session(visit: Visit) -> Response:
-    """End a session of the workspace."""
+    """End one of the workspace's console sessions."""
     with visit.transaction() as session:
         workspace = _chosen(visit, session)
         if not console_sessions.end_one(session, visit.id(), visit.person.workspace_id):
@@ -273,7 +273,7 @@ def end_session(visit: Visit) -> Response:
 
 
 def _chosen(visit: Visit, session: Session) -> Workspace | None:
-    """Return the workspace of the session, or the one that an operator has chosen, or None for all."""
+    """Return the session's workspace, the workspace that an operator has chosen, or None for all."""
     viewer = visit.person
     if viewer.workspace_id is not None:
         return session.get_one(Workspace, viewer.workspace_id)
@@ -345,7 +345,7 @@ def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> HoursF
 
 
 def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, str]]:
-    """Return the newest keys of a workspace, each with the name of its creator as far as it is recorded."""
+    """Return a workspace's newest API keys, each with the name of its creator if it was recorded."""
     query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
     keys = session.scalars(query.limit(MOST_KEYS)).all()
     made = select(AuditEvent.target_id, AuditEvent.actor).where(

@@ -1,4 +1,4 @@
-"""The system, for operators: the doctor's findings, workers, beat, queues, breaker."""
+"""The system page for operators: findings of the doctor, workers, beat, queues and breaker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 def show(visit: Visit) -> Response:
-    """Show the findings; the workers are asked only on request, since they have a second to answer."""
+    """Show the findings.
+
+    Workers are queried only on request, because waiting for their replies takes a second.
+    """
     services = visit.services
     asks = "workers" in visit.query
     findings: list[Finding] = list(services.recent.get(("system", asks), lambda: list(_findings(services, asks=asks))))
