@@ -1,11 +1,11 @@
-"""Shows control characters as escapes, so that no text from outside steers the terminal on which it is shown."""
+"""Escapes control characters, so that text from outside cannot control the terminal on which it is shown."""
 
 from __future__ import annotations
 
 import re
 
-# Bidirectional marks, embeddings, overrides and isolates, which reorder what follows; separators of lines and
-# paragraphs; and lone surrogates, which no encoding can write.
+# These are bidirectional marks, embeddings, overrides and isolates, which reorder the text that follows; separators of
+# lines and paragraphs; and lone surrogates, which cannot be encoded.
 _BEYOND_ASCII = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _CONTROLS = re.compile(f"[\x00-\x1f{_BEYOND_ASCII}]")
 _BUT_LINE_FEEDS = re.compile(f"[\x00-\x09\x0b-\x1f{_BEYOND_ASCII}]")
@@ -13,7 +13,7 @@ _RAW_IN_JSON = re.compile(f"[{_BEYOND_ASCII}]")
 
 
 def escape(text: str, *, lines: bool = False) -> str:
-    r"""Return the text with control characters as escapes; with ``lines``, line feeds stay.
+    r"""Return the text with control characters as escapes; with ``lines``, line feeds are kept.
 
     >>> print(escape("red \x1b[31m, left\u202e, next\n"))
     red \x1b[31m, left\u202e, next\n
@@ -26,7 +26,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def escape_json(document: str) -> str:
-    r"""Return an equivalent JSON document in which also the control characters that JSON permits are escaped.
+    r"""Return an equivalent JSON document that also escapes the control characters that JSON permits.
 
     >>> print(escape_json('"left\u202e"'))
     "left\u202e"

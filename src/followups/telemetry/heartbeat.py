@@ -1,9 +1,9 @@
-"""Heartbeat files: each worker or beat writes its state, and a supervisor reads it without contacting any process.
+"""Heartbeat files: each worker or beat writes its state, which supervisors read without contacting it.
 
 Each process keeps one small file in the runtime directory and rewrites it every second. The file lists the components
 that must make progress (the consumer, the dispatcher, ...), each with the time by which it must report again. Reading
-the file needs neither Celery nor the broker, so a check costs little more than starting an interpreter. And a broker
-outage, which no restart can mend, makes no supervisor restart everything.
+the file requires neither Celery nor the broker, so a check costs little more than starting an interpreter. A broker
+outage, which a restart cannot fix, does not make a supervisor restart everything.
 
 - Times are of the monotonic clock, which all processes of a machine share: setting the wall clock raises no alarm, and
   a machine that slept does not wake up to processes that count as dead.
@@ -33,18 +33,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SETTING = "FOLLOWUPS_RUNTIME_DIR"
-"""The setting's environment variable, read here directly: loading all settings takes a third of a second."""
+"""The environment variable of this setting, read directly because loading all settings takes a third of a second."""
 
 INTERVAL = timedelta(seconds=1)
 SILENCE = timedelta(seconds=10)
-"""Age of a file from which its process counts as stopped; a busy machine delays a thread by a second or two."""
+"""Age of a heartbeat file from which its process counts as stopped; a busy machine delays a thread by a second or two.
+"""
 
 SIZE = 2048
-"""Bytes of a file. It is always written whole, in one write, so that no reader finds half of it."""
+"""Size of a heartbeat file in bytes. The whole file is written in one write, so that it is never read half-written."""
 
 TRIES = 50
 PAUSE = 0.02
-"""Seconds between two tries at a file that another process is reading or writing."""
+"""Seconds between two tries to lock a file that another process is reading or writing."""
 
 
 class HeartbeatError(Exception):
@@ -52,10 +53,10 @@ class HeartbeatError(Exception):
 
 
 def default_directory() -> Path:
-    """Return the default runtime directory: one for each user, since another user's could be a trap.
+    """Return the default runtime directory, separate for each user, since another user's could be a trap.
 
-    It is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service: a process in one would
-    not find the files of a process in the other.
+    It is not below ``XDG_RUNTIME_DIR``, because that exists in a login session but not in a service: a process in a
+    session would not find the files of a process in a service, and vice versa.
     """
     try:
         parent = tempfile.gettempdir()
@@ -86,20 +87,20 @@ class Heartbeat:
     """The heartbeat of one process. `sign` may be called from any thread."""
 
     def __init__(self, directory: Path, role: str, name: str) -> None:
-        """Store the process's role (``worker``, ``beat``) and its name for operators."""
+        """Store the process's role (``worker``, ``beat``) and its name, which is shown to operators."""
         self._path = directory / f"{role}-{socket.gethostname()}-{os.getpid()}.json"
         self._about = {"role": role, "name": name, "pid": os.getpid()}
         self._parts: dict[str, dict[str, Any]] = {}
         self._waits: dict[str, Any] | None = None
         self._probes: list[Callable[[], None]] = []
-        self._lock = threading.RLock()  # a signal handler may call `sign` while its own thread is in it
+        self._lock = threading.RLock()  # a signal handler may call `sign` while its own thread is executing it
         self._ending = False
         self._stopping = threading.Event()
         self._file = -1
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Start writing. Raises `HeartbeatError` if the directory cannot be used."""
+        """Start writing the heartbeat file. Raises `HeartbeatError` if the directory cannot be used."""
         _open_directory(self._path.parent)
         _sweep(self._path.parent)
         try:
@@ -115,16 +116,21 @@ class Heartbeat:
         self._probes.append(look)
 
     def sign(self, part: str, within: timedelta, otherwise: str, at: float | None = None) -> None:
-        """Record that a part made progress ``at`` (monotonic seconds, default now) and must again ``within`` that time.
+        """Record that a component made progress.
 
-        ``otherwise`` completes the sentence if it does not: "has not asked the broker for work".
+        ``at`` is the time in monotonic seconds, by default now. The component must report again ``within`` the given
+        time. Otherwise the heartbeat reports the component's name followed by ``otherwise``, such as "has not asked the
+        broker for work".
         """
         with self._lock:
             if not self._ending:
                 self._parts[part] = _sign(within, otherwise, time.monotonic() if at is None else at)
 
     def wait(self, why: str, since: float = 0.0) -> None:
-        """Record why the process makes no progress, ``since`` when (monotonic seconds); an empty reason clears it."""
+        """Record why the process makes no progress; an empty reason clears the record.
+
+        ``since`` is the start of this state in monotonic seconds.
+        """
         self._waits = {"why": why, "since": since} if why else None
 
     def waits(self) -> str:
@@ -142,12 +148,12 @@ class Heartbeat:
         return _trouble({"written": time.monotonic(), "parts": self.parts()}, time.monotonic())
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Return the parts in the form in which they are written."""
+        """Return the components in the form in which they are written."""
         with self._lock:
             return dict(self._parts)
 
     def stop(self) -> None:
-        """Stop writing and remove the file."""
+        """Stop writing and remove the heartbeat file."""
         self._stopping.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
@@ -160,7 +166,7 @@ class Heartbeat:
         while not self._stopping.wait(INTERVAL.total_seconds()):
             for look in self._probes:
                 look()
-            with suppress(OSError):  # on a full disk the file grows old, which is a sign in itself
+            with suppress(OSError):  # on a full disk the file grows old, which signals trouble
                 self._write()
 
     def _write(self) -> None:
@@ -173,12 +179,12 @@ def _sign(within: timedelta, otherwise: str, at: float) -> dict[str, Any]:
 
 
 def _open_locked(path: Path) -> int:
-    """Return the open file, locked for the life of this process. Raises OSError."""
+    """Return the open file, which stays locked as long as this process runs. Raises OSError."""
     for _ in range(TRIES):
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between opening and locking, another process may have swept the file as a leftover.
+            # Between opening and locking, another process may have removed the file as a leftover.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
         except OSError:  # another process is reading it, or has just removed it
@@ -190,7 +196,10 @@ def _open_locked(path: Path) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """The content of one process's file. ``trouble`` is empty if all is well, ``waits`` if work gets done."""
+    """The content of one heartbeat file.
+
+    ``trouble`` is empty if all is well, and ``waits`` is empty if the process makes progress.
+    """
 
     name: str
     pid: int
@@ -199,7 +208,7 @@ class Life:
 
 
 def look(directory: Path, role: str, name: str = "") -> list[Life]:
-    """Return the state of each process of a role on this machine, or of the one called ``name``.
+    """Return the state of each process of a role on this machine, or only of the process called ``name``.
 
     A name is that of a Celery node, or its part before the ``@``. Ended processes are omitted.
     """

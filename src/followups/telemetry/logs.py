@@ -1,7 +1,7 @@
 """Logs: one line for each event, on stderr, for this package and its libraries alike.
 
 The format is JSON (RFC 8259, one object a line) or, on a terminal, coloured columns. Keys: ``timestamp`` (RFC 3339,
-UTC), ``level``, ``logger``, ``event``, then the event's own. Only the output of commands goes to stdout.
+UTC), ``level``, ``logger``, ``event``, then the event's own keys. Only the output of commands is written to stdout.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
 OWN_HANDLERS = ("celery", "celery.task", "celery.redirected", "uvicorn", "uvicorn.access", "uvicorn.error")
-"""Loggers with handlers of their own, which would write another format."""
+"""Loggers that install separate handlers, which would write another format."""
 
 TALKATIVE = ("celery.app.trace", "celery.beat", "celery.worker.strategy", "sqlalchemy", "alembic", "aiohttp.access")
 """Loggers with several lines for each task, tick or statement; only their warnings and errors are logged."""
@@ -46,7 +46,7 @@ SHARED: list[Processor] = [
 
 
 def _json_line(logger: str, event: EventDict) -> str:
-    bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve any
+    bound = structlog.contextvars.get_contextvars()  # bound by the request, in processes that serve HTTP
     if bound:
         event = {"event": event["event"], **bound, **event}
     return f'{{"timestamp": "{_now()}", "level": "info", "logger": "{logger}", {json_pairs(event)}}}'
@@ -63,23 +63,23 @@ def _second(seconds: int) -> str:
 
 
 class _Configured:
-    """The latest arguments of `configure_logging`, for `Lines`."""
+    """The latest arguments of `configure_logging`, which `Lines` uses."""
 
     level = logging.INFO
     console_steps: ClassVar[list[Processor]] = []
-    """Empty where lines are JSON."""
+    """The processing steps of console lines; empty for JSON."""
 
 
 def configure_logging(settings_format: Literal["json", "console"] | None, level: str) -> None:
     """Send every log line of this process to stderr, in one format, from ``level`` on.
 
-    Without ``settings_format`` it is console on a terminal and JSON elsewhere. The last call counts.
+    Without ``settings_format`` the format is console on a terminal and JSON otherwise. The last call takes effect.
     """
     on_terminal = sys.stderr.isatty()
     console = settings_format == "console" or (settings_format is None and on_terminal)
     finish: list[Processor] = [
         structlog.processors.StackInfoRenderer(),
-        # The plain traceback, in one string: richer ones show local variables, and with them message texts.
+        # The plain traceback is used, in one string, because richer ones show local variables, including message texts.
         structlog.processors.format_exc_info,
         redact,
         *((_escape, _console(colours=on_terminal)) if console else (render_json,)),
@@ -103,11 +103,11 @@ def get_logger(name: str) -> FilteringBoundLogger:
 class Lines:
     """Log lines of a batch of work, one for each follow-up, collected and written together by `flush`.
 
-    A write releases the interpreter's lock and waits to get it back. One write for each line took a sixth of a
-    delivery's processor time, and structlog's own processing half of what was left. A line takes 9.3 us here; on
-    structlog's fast path (cached logger, buffered, without redaction) 11.7, and as `configure_logging` sets it up 22.5.
-    In JSON the fields are not redacted, so they must hold no secret: only numbers, ids and fixed words. Usable from
-    several threads; a crash loses unflushed lines.
+    A write releases the interpreter's lock and waits to get it back. Writing each line separately took a sixth of a
+    delivery's processor time, and structlog's own processing took half of the remaining time. A line takes 9.3 us here;
+    on structlog's fast path (cached logger, buffered, without redaction) 11.7, and as `configure_logging` sets it up
+    22.5. In JSON the fields are not redacted, so they must contain no secret: only numbers, ids and fixed words. An
+    instance may be used from several threads; a crash loses unflushed lines.
     """
 
     def __init__(self, name: str) -> None:
@@ -138,7 +138,10 @@ class Lines:
 
 
 def write(text: str) -> None:
-    """Write finished lines to stderr, ignoring errors: a full disk or a vanished log collector stops no work."""
+    """Write finished lines to stderr, ignoring errors.
+
+    A full disk or a failed log collector must not stop any work.
+    """
     with suppress(OSError, ValueError):  # ValueError: stderr was closed
         sys.stderr.write(text)
 
@@ -151,14 +154,14 @@ class StandardError:
         self.name = name
 
     def msg(self, line: str) -> None:
-        """Write a line in one call, so that lines of several threads do not mix."""
+        """Write a line in one call, so that lines of several threads are not mixed."""
         write(line + "\n")
 
     debug = info = warning = error = critical = msg
 
 
 class StandardErrorHandler(logging.Handler):
-    """The same for the standard library's records."""
+    """Writes records of the standard library's logging to the current stderr."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record as one line."""
@@ -175,7 +178,7 @@ def render_json(_logger: object, _method: str, event: EventDict) -> str:
 
 
 class _Escaped:
-    """A text with escapes, which the console's renderer shows by its `repr`, without escaping the escapes."""
+    """A text with escapes, whose `repr` the console's renderer writes without escaping the escapes again."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -185,13 +188,13 @@ class _Escaped:
 
 
 AS_THEY_ARE = frozenset({"event", "level", "logger", "timestamp"})
-"""Keys whose values the console's renderer writes as they are."""
+"""Keys whose values the console's renderer writes unchanged."""
 IN_LINES = frozenset({"exception", "stack"})
-"""The same in several lines."""
+"""Keys whose values the console's renderer writes unchanged, in several lines."""
 
 
 def _escape(_logger: object, _method: str, event: EventDict) -> EventDict:
-    """Show control characters in texts as escapes, in place; for other values, `repr` does."""
+    """Escape control characters in texts, in place; in other values, `repr` escapes them."""
     for key, value in event.items():
         if isinstance(value, str) and (shown := escape(value, lines=key in IN_LINES)) != value:
             event[key] = shown if key in AS_THEY_ARE | IN_LINES else _Escaped(shown)
@@ -216,7 +219,7 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
     )
     root = logging.getLogger()
     root.handlers = [each for each in root.handlers if not _is_ours_or_a_stream(each)] + [handler]
-    # 'debug' applies to our own events only: a library's may quote what it carries.
+    # 'debug' applies to our own events only, because a library's debug lines may quote the data that it transmits.
     root.setLevel(max(level, logging.INFO))
     for name in OWN_HANDLERS:
         logging.getLogger(name).handlers.clear()
@@ -227,5 +230,5 @@ def _route_standard_library(level: int, finish: list[Processor]) -> None:
 
 
 def _is_ours_or_a_stream(handler: logging.Handler) -> bool:
-    # Handlers of other kinds (an error reporter's, a test's) stay.
+    # Handlers of other types, such as those of an error reporter or a test, are kept.
     return isinstance(handler, StandardErrorHandler) or type(handler) is logging.StreamHandler

@@ -1,7 +1,7 @@
-"""The counters of a process, by the fixed names of the Prometheus metrics. Labels hold no ids.
+"""The counters of a process, by the fixed names of the Prometheus metrics. Labels contain no ids.
 
-How many follow-ups are pending, overdue or in flight, and when the last tick ran, is not counted here: each scrape asks
-the database.
+The numbers of pending, overdue and in-flight follow-ups and the time of the last tick are not counted here: each scrape
+reads them from the database.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ATTEMPT_DURATION = Histogram(
 LAG = Histogram(
     "followups_lag_seconds",
     "Accepted by the transport minus due date.",
-    # From a millisecond, normal in a healthy system, to a day, after which a follow-up is too late.
+    # The buckets range from a millisecond, normal in a healthy system, to a day, after which a follow-up is too late.
     buckets=(
         0.001,
         0.0025,

@@ -1,4 +1,4 @@
-"""Keeps secrets and message texts out of logs: a second line of defence behind not logging them at all."""
+"""Redaction of secrets and message texts in logs, in addition to not logging them in the first place."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ HIDDEN = "***"
 SECRET_KEYS = frozenset(
     {"api_key", "apikey", "authorization", "body", "cookie", "message", "passwd", "password", "secret", "text"}
 )
-"""Keys whose values are never logged, in lower case with ``_`` for ``-``; a longer key that ends with one counts too.
+"""Keys whose values are never logged, in lower case with ``_`` for ``-``; a longer key that ends with such a key counts
+too.
 """
 
 LONGER = tuple(f"_{key}" for key in sorted(SECRET_KEYS))

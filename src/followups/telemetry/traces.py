@@ -1,13 +1,13 @@
-"""Traces (OpenTelemetry): from the request that creates a follow-up through claim and attempt to the transport.
+"""Traces (OpenTelemetry): from the request that creates a follow-up to the transport that sends it.
 
-Tracing is off, at almost no cost, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
+Tracing is off, and costs almost nothing, unless the environment names a collector (``OTEL_EXPORTER_OTLP_ENDPOINT`` or
 ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT``) and the extra is installed: ``pip install chat-followups[otel]``. The other
 standard variables work as OpenTelemetry describes them (``OTEL_SERVICE_NAME``, ``OTEL_TRACES_SAMPLER``, headers,
 ``OTEL_SDK_DISABLED``, ...). Spans are exported as OTLP over HTTP.
 
-Each process creates its provider after the fork, because the exporter's thread would not survive one. The provider is
-not registered globally: libraries that find one add spans of their own, with texts that we do not choose. Attributes
-are ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
+Each process creates its provider after the fork, because the exporter's thread would not survive a fork. The provider
+is not registered globally, because libraries that find a global provider add spans with texts that we do not control.
+Attributes are ids and numbers. Exception messages are left out, since they may quote a follow-up's message.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
 FLUSH = 3.0
-"""Seconds to export the rest at a stop: an unreachable collector must not hold up a drain."""
+"""Seconds to export the remaining spans at shutdown, so that an unreachable collector does not delay a drain."""
 
 log = get_logger(__name__)
 
@@ -43,7 +43,7 @@ class Note(Protocol):
     """Records the result of a span: its attributes, and whether it failed."""
 
     def __call__(self, attributes: Attributes, *, failed: bool = False) -> None:
-        """Add to the span."""
+        """Add attributes to the span, and whether it failed."""
 
 
 def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
@@ -51,13 +51,13 @@ def _ignore(attributes: Attributes, *, failed: bool = False) -> None:
 
 
 NOTHING = nullcontext(_ignore)
-"""The span for anything not traced. It takes 0.4 us; OpenTelemetry's own, which does nothing either without an
-SDK, takes 5.6, and its API comes with the extra only.
+"""The span for anything that is not traced. It takes 0.4 us. OpenTelemetry's own no-op span takes 5.6 us, and its API
+is installed only with the extra.
 """
 
 
 class Tracing:
-    """A process's spans."""
+    """The tracing of one process."""
 
     def __init__(self, provider: TracerProvider) -> None:
         """Store the exporter."""
@@ -68,14 +68,14 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def context_of(self, headers: Mapping[str, str]) -> Context:
-        """Return the context in W3C trace headers, or an empty one if there are none."""
+        """Return the context in W3C trace headers, or an empty context if there are none."""
         from opentelemetry.context import Context  # noqa: PLC0415 - the extra's
 
         return self._propagator.extract(headers, Context())
 
     @contextmanager
     def span(self, name: str, kind: str, parent: Context, attributes: Attributes) -> Iterator[Note]:
-        """Start a span below ``parent``, current within the block; without a parent it starts a trace."""
+        """Start a span below ``parent``, current within the block; without a parent the span starts a trace."""
         from opentelemetry.trace import SpanKind, Status, StatusCode  # noqa: PLC0415 - the extra's
 
         with self._tracer.start_as_current_span(
@@ -97,13 +97,13 @@ class Tracing:
             yield note
 
     def past(self, name: str, parent: Context, attributes: Attributes, seconds: float) -> None:
-        """Record a span that has just ended and lasted that many seconds."""
+        """Record a span that has just ended and lasted the given number of seconds."""
         now = time.time_ns()
         span = self._tracer.start_span(name, parent, attributes=attributes, start_time=now - int(seconds * 1e9))
         span.end(now)
 
     def stop(self) -> None:
-        """Export the rest, for `FLUSH` seconds at most."""
+        """Export the remaining spans, for `FLUSH` seconds at most."""
         thread = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
         thread.start()
         thread.join(FLUSH)
@@ -113,16 +113,16 @@ _tracing: Tracing | None = None
 
 
 def is_wanted() -> bool:
-    """Return whether the environment asks for traces."""
+    """Return whether the environment enables tracing."""
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     none = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none"
     return any(os.environ.get(name) for name in ENDPOINTS) and not disabled and not none
 
 
 def start(service: str) -> None:
-    """Start tracing if the environment asks for it, as ``service`` unless ``OTEL_SERVICE_NAME`` is set.
+    """Start tracing if the environment enables it, as ``service`` unless ``OTEL_SERVICE_NAME`` is set.
 
-    Call it in each process, after a fork. Without the extra, only a warning is logged.
+    Call this in each process, after a fork. Without the extra, only a warning is logged.
     """
     global _tracing  # noqa: PLW0603 - one a process, like the logging that goes with it
     if not is_wanted():
@@ -152,7 +152,7 @@ def stop() -> None:
 def current_traceparent() -> str | None:
     """Return the current span as a W3C ``traceparent``, or None if there is none.
 
-    The span may be the caller's, of any provider, since `followups.schedule` is called from other programs too.
+    The span may belong to the caller's own provider, since other programs call `followups.schedule` too.
     """
     api = sys.modules.get("opentelemetry.trace")
     if api is None:
@@ -164,7 +164,7 @@ def current_traceparent() -> str | None:
 
 
 def request(method: str, headers: Iterable[tuple[bytes, bytes]]) -> AbstractContextManager[Note]:
-    """Return the span of a request, below the one in its headers."""
+    """Return the span of a request, as a child of the span in the request's headers."""
     if _tracing is None:
         return NOTHING
     given = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name.startswith(b"trace")}
@@ -179,7 +179,7 @@ def attempt(traceparent: str | None, attributes: Callable[[], Attributes]) -> Ab
 
 
 def claimed(follow_ups: Iterable[tuple[object, str]], seconds: float) -> None:
-    """Record a claim in the trace of each follow-up (id, traceparent) that it leased."""
+    """Record a claim in the trace of each leased follow-up, given by its id and traceparent."""
     if _tracing is not None:
         for follow_up_id, traceparent in follow_ups:
             attributes = {"followups.follow_up_id": str(follow_up_id)}

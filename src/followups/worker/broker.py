@@ -1,11 +1,11 @@
 """Celery's broker connection: kombu's Redis transport, made to survive bad entries and Redis errors.
 
-kombu 5.7 raises an exception out of the consumer for an entry that is not JSON, or is JSON of another shape, and for an
-error that Redis returns to a read (READONLY, MISCONF, NOPERM). The exception would end the worker: one LPUSH, or a
-failover of Redis, would stop every worker.
+kombu 5.7 lets an exception leave the consumer if an entry is not JSON, or is JSON of an unexpected shape, or if Redis
+answers a read with an error (READONLY, MISCONF, NOPERM). The exception would end the worker: one LPUSH, or a failover
+of Redis, would stop every worker.
 
-A worker also shuts down in order while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the
-consumer's own loop. It retries that endlessly, logs nothing, and ignores SIGTERM while it does.
+A worker also shuts down cleanly while the broker is silent. Celery 5.7 sends its heartbeats to Flower from the
+consumer's own loop. Celery retries such a heartbeat endlessly, logs nothing, and ignores SIGTERM in the meantime.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-# Registered under the extended transport's name, so that logs and banners still show redis://.
+# The transport is registered under the name of the one it extends, so that logs and banners still show redis://.
 TRANSPORT_ALIASES.update(
     redis="followups.worker.broker:BrokerTransport", rediss="followups.worker.broker:BrokerTransport"
 )
 
 LONGEST_PAUSE = 3.0
-"""Maximum seconds between two tries to reach the broker.
+"""The most seconds between two tries to reach the broker.
 
 Celery's own pauses grow to thirty seconds.
 """
@@ -51,16 +51,16 @@ FIRST_PAUSE = 0.25
 LASTS = 5.0
 """Seconds after which a connection whose reads are answered counts as good.
 
-One read may be answered and another refused: an ACL may allow the queues and forbid the subscriptions.
+One read may be answered and another refused, because an ACL may allow the queues and forbid the subscriptions.
 """
 
 
 LONGEST_BODY = 4 * 1024 * 1024
-"""Maximum characters of a message's body; a hint with the most follow-ups has one and a half million."""
+"""The most characters of a message's body; the largest hint has one and a half million."""
 
 
 class Loader(AppLoader):
-    """A loader that reads no configuration from a module named by an environment variable."""
+    """A Celery loader that does not read configuration from a module named by an environment variable."""
 
     def read_configuration(self, env: str = "") -> dict[str, Any]:  # noqa: ARG002 - Celery's own
         """Return an empty configuration."""
@@ -68,10 +68,10 @@ class Loader(AppLoader):
 
 
 class BrokerConnection(KombuConnection):
-    """A connection that retries within seconds, however long the broker was unreachable."""
+    """A broker connection that retries within seconds, however long the broker was unreachable."""
 
     def ensure_connection(self, *arguments: Any, **named: Any) -> Any:  # noqa: ANN401 - kombu's own
-        """Connect, and retry until that succeeds."""
+        """Connect to the broker, and retry until that succeeds."""
         pauses = {"interval_start": 1, "interval_step": 1, "interval_max": LONGEST_PAUSE}
         return super().ensure_connection(*arguments, **(pauses | named))
 
@@ -92,7 +92,7 @@ class App(Celery):
         """Store the broker's URL; the first use connects."""
         self._url = url
         super().__init__(name, broker=url, loader=Loader)
-        self.conf.broker_use_ssl = tls_of(url)  # for Flower; a connection reads it from the URL
+        self.conf.broker_use_ssl = tls_of(url)  # for Flower, because a connection reads these options from the URL
 
     def connection_for_read(self, url: str | None = None, **named: Any) -> Any:  # noqa: ANN401, ARG002 - Celery's own
         """Return a connection for a consumer."""
@@ -104,11 +104,11 @@ class App(Celery):
 
 
 class Consumer:
-    """The latest activity of this process's consumer: the proof that it consumes.
+    """The latest activity of this process's consumer, which proves that it consumes.
 
-    The consumer polls the broker without pause (BRPOP), and gets an answer within a second even if the queues are
-    empty. Celery's ``ping`` is answered on another connection, also by a worker that has stopped consuming. Times are
-    monotonic seconds.
+    The consumer polls the broker continuously (BRPOP), and gets an answer within a second even if the queues are empty.
+    Celery's ``ping`` is no such proof: a worker that has stopped consuming still answers it on another connection.
+    Times are monotonic seconds.
     """
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ class Consumer:
         self.refused = 0
         """Number of successive connections that did not last."""
         self.queues: frozenset[str] = frozenset()
-        """The queues that the consumer asked for."""
+        """The queues that the consumer has polled."""
 
     def answered(self, queues: Iterable[str]) -> None:
         """Record an answer of the broker."""
@@ -140,7 +140,7 @@ class Consumer:
         self.refused += 1
 
     def pause(self) -> float:
-        """Return how many seconds to wait before the next connection."""
+        """Return the seconds to wait before the next connection."""
         return min(FIRST_PAUSE * 2 ** min(self.refused - 1, 10), LONGEST_PAUSE) if self.refused else 0.0
 
 
@@ -148,13 +148,13 @@ CONSUMER = Consumer()
 
 
 class BrokerChannel(kombu_redis.Channel):
-    """A channel that drops unreadable entries, and its connections if the server refuses a message."""
+    """A channel that drops unreadable entries, and closes its connections if the server refuses a message."""
 
     def _put(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - kombu's own
         try:
             super()._put(*arguments, **named)
         except RedisError:
-            # After a failover the old server is read-only, and the broker's address may already lead to another one.
+            # After a failover the old server is read-only, and the broker's address may already lead to another server.
             self._disconnect_pools()
             raise
 
@@ -168,9 +168,9 @@ class BrokerChannel(kombu_redis.Channel):
         except (*self.connection_errors, RedisError) as error:
             _report("read", error)
             raise
-        except Exception as error:  # any error that a hostile document causes in a decoder
+        except Exception as error:  # any error that a malicious document causes in a decoder
             if self.connection.delivering:
-                raise  # the entry was decoded; the error is the consumer's
+                raise  # the entry was decoded, so the error is the consumer's
             log.warning("broker_message_dropped", error=type(error).__name__)
             read = True
         CONSUMER.answered(self.active_queues)
@@ -180,7 +180,7 @@ class BrokerChannel(kombu_redis.Channel):
 class BrokerTransport(kombu_redis.Transport):
     """A transport that drops entries without the shape of a message.
 
-    It treats every error of Redis as an error of the connection.
+    Every error that Redis returns is treated as a connection error.
     """
 
     BrokerChannel = BrokerChannel
@@ -193,10 +193,13 @@ class BrokerTransport(kombu_redis.Transport):
     delivering = False
     """Whether an entry was decoded and passed to the consumer."""
     _stopping = False
-    """Whether shutdown has begun: connections made after it belong to the drain."""
+    """Whether shutdown has begun; connections made after that are needed to drain."""
 
     def establish_connection(self) -> Any:  # noqa: ANN401 - kombu's own
-        """Connect. Raises `celery.exceptions.WorkerShutdown` in the consumer's thread after SIGTERM."""
+        """Connect to the broker.
+
+        After SIGTERM, raises `celery.exceptions.WorkerShutdown` in the consumer's thread.
+        """
         if state.should_stop is not None and not BrokerTransport._stopping and _is_consumers_thread():
             BrokerTransport._stopping = True
             state.maybe_shutdown()
@@ -237,7 +240,7 @@ def code_of(error: Exception) -> str:
 
 
 def _refuse_cluster(client: Any) -> None:  # noqa: ANN401 - of a class that kombu makes
-    """End the process with an error message if the broker is a cluster, which can never work."""
+    """End the process with an error message if the broker is a cluster, which is not supported."""
     try:
         clustered = client.info("cluster").get("cluster_enabled")
     except NoPermissionError:
@@ -254,8 +257,8 @@ def _is_consumers_thread() -> bool:
 def is_message(message: object) -> bool:
     """Return whether a decoded entry has the shape of the messages that our processes send.
 
-    A compressed message does not: a few kilobytes of it could fill the memory. Nor does one of another content type,
-    which kombu would decode with any of Python's codecs, zlib and bz2 among them.
+    Compressed messages are rejected, because a few kilobytes could fill the memory. Other content types are rejected
+    too, because kombu would decode them with any of Python's codecs, including zlib and bz2.
 
     >>> is_message({"body": "e30="}), is_message([])
     (False, False)

@@ -1,7 +1,7 @@
 """The Celery app: a tick that claims and publishes, and a task that begins, sends and settles.
 
-``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as usual. The broker carries hints only: no
-result, no ETA and no retry lives in it.
+The commands ``celery -A followups.worker worker``, ``... beat`` and ``... flower`` work as in any Celery app. The
+broker carries hints only: no results, ETAs or retries are stored in it.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 UNREAD = 1000
-"""Unread messages in the tick queue at which no more are added. So beat and nudges cannot fill the broker while no
-worker runs. Ticks do not expire: Celery would compare the clocks of two hosts, and a host whose clock is an hour ahead
-would drop all of them. The dispatcher folds all waiting ticks into one.
+"""Number of unread messages in the tick queue at which no more are added, so that beat and nudges cannot fill the
+broker while no worker is running. Ticks do not expire. To expire them, Celery would compare the clocks of two hosts,
+and a host whose clock is an hour ahead would drop all ticks. The dispatcher merges all waiting ticks into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's statements, which take milliseconds; never longer than half a lease, since follow-ups behind
-a hanging statement could not begin in time.
+"""Time limit of a worker's statements, which normally take milliseconds. It is at most half a lease, since follow-ups
+behind a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. Never longer than
-half a lease: by then a delayed hint's follow-ups have been leased again.
+"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. It is at most half
+a lease, because later the follow-ups of a delayed hint have been leased again.
 """
 
 SWITCH_INTERVAL = 0.0005
-"""Seconds that one thread may keep the interpreter from another. With Python's own 0.005 a follow-up that is due would
-wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
+"""Seconds for which one thread may keep the interpreter from another. With Python's default of 0.005, a due follow-up
+would wait several times, at each of its exchanges, for the claim of the next thousand and for their hints.
 """
 
 DRAIN_MARGIN = timedelta(seconds=5)
@@ -77,7 +77,10 @@ DRAIN_MARGIN = timedelta(seconds=5)
 
 @contextmanager
 def _exit_when_wrong() -> Iterator[None]:
-    """End with one sentence and exit code 2 if settings are invalid; Celery would print a stack trace, or continue."""
+    """End with a one-sentence error and exit code 2 if settings are invalid.
+
+    Without this check, Celery would print a stack trace, or continue.
+    """
     try:
         yield
     except SettingsError as error:
@@ -91,12 +94,12 @@ def broker_silence(settings: Settings) -> timedelta:
 
 
 def drain_limit(settings: Settings) -> timedelta:
-    """Return how long a stopping worker waits for attempts in flight and their settling."""
+    """Return how long a stopping worker waits for attempts in flight and their settlement."""
     return settings.transport_timeout + GRACE + DRAIN_MARGIN
 
 
 def make_app(settings: Settings) -> Celery:
-    """Return the Celery app, configured for hints: small, idempotent, worthless once read."""
+    """Return the Celery app, configured for hints: small, idempotent messages that are worthless once read."""
     app = App("followups", settings.broker_url.get_secret_value())
     silence = broker_silence(settings).total_seconds()
     app.conf.update(
@@ -104,7 +107,8 @@ def make_app(settings: Settings) -> Celery:
         task_serializer="json",
         task_ignore_result=True,
         task_store_errors_even_if_ignored=False,
-        # The lease recovers what a crash loses; late acknowledgement would add redelivery and no safety.
+        # An expiring lease recovers what a crash loses; late acknowledgement would cause redelivery without adding
+        # safety.
         task_acks_late=False,
         task_queues=[Queue(DISPATCH), Queue(DELIVER)],
         task_default_queue=DISPATCH,
@@ -114,8 +118,8 @@ def make_app(settings: Settings) -> Celery:
             "followups.remove_old": {"queue": DISPATCH},
             "followups.deliver": {"queue": DELIVER},
         },
-        # Tasks hand over to the dispatcher's thread or the pipeline's loop and return at once. So they need no pool,
-        # and a full deliver queue does not delay a tick. For more cores, run more worker processes.
+        # Tasks only pass work to the dispatcher's thread or the pipeline's loop and return immediately. So they need no
+        # pool, and a full deliver queue does not delay a tick. To use more cores, run more worker processes.
         worker_pool="solo",
         worker_prefetch_multiplier=1,
         worker_hijack_root_logger=False,
@@ -124,21 +128,21 @@ def make_app(settings: Settings) -> Celery:
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
         broker_transport_options={
-            # A message that was taken is gone. Otherwise kombu keeps a copy in Redis until its acknowledgement; an
-            # acknowledgement lost because Redis hesitated would count as prefetched for ever, and the worker would stop
-            # consuming.
+            # A received message is deleted from Redis. Otherwise kombu would keep a copy until its acknowledgement. An
+            # acknowledgement lost during a delay of Redis would leave the message counted as prefetched forever, and
+            # the worker would stop consuming.
             "ack_emulation": False,
             "global_keyprefix": settings.broker_prefix,
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # Detects a consumer's half-open connection, after twice as long and a second at most.
+            # This detects a half-open connection of the consumer within twice this time, plus a second at most.
             "health_check_interval": silence,
-            # kombu retries by itself, and redis-py's own retries would multiply with those: a publish to a silent
-            # broker took 51 s with them, and takes 26 s without.
+            # kombu retries by itself, and redis-py's own retries would multiply with kombu's: with both, a publish to a
+            # silent broker took 51 s, and it takes 26 s without redis-py's.
             "retry_on_timeout": False,
         },
-        # Two seconds in all for a publish while the broker is unreachable; then the leases are released.
+        # A publish takes at most two seconds while the broker is unreachable; then the leases are released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
@@ -160,7 +164,7 @@ class Process:
     """The components of one worker process, created after the fork on first use."""
 
     def __init__(self) -> None:
-        """Create the components; connect to nothing yet."""
+        """Create the components without connecting to anything."""
         traces.start("followups-worker")
         url = settings.database_url.get_secret_value()
         connection: Any = {
@@ -179,13 +183,13 @@ class Process:
         self.draining = False
 
     def start(self) -> None:
-        """Start the components; each waits for the database itself."""
+        """Start the components; each waits for the database separately."""
         self.dispatcher.start()
         self.pipeline.start()
         self.totals.start()
 
     def stop(self) -> None:
-        """Drain: stop claiming, settle the attempts in flight, release the rest."""
+        """Drain: stop claiming, settle the attempts in flight, release the other leases."""
         self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
         self.dispatcher.stop()
         self.pruner.stop()
@@ -199,7 +203,7 @@ class Process:
 
 
 _processes: dict[int, Process] = {}
-"""By process id: a forked child gets its own."""
+"""The components by process id, since a forked child creates its own."""
 _making = threading.Lock()
 
 
@@ -216,15 +220,16 @@ def current_process() -> Process:
 
 
 def _collect_seldom() -> None:
-    # Everything loaded so far stays, so the collector need not scan it; what deliveries allocate is freed by reference
-    # counting, without cycles. The default thresholds took a fifth of the worker's time under load.
+    # All objects loaded so far are kept, so the garbage collector need not scan them. Objects that deliveries allocate
+    # contain no cycles, and are freed by reference counting. The default thresholds took a fifth of the worker's time
+    # under load.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
 
 
 class Bounded(Task):
-    """A task that is not sent while its queue has enough unread messages."""
+    """A Celery task that is not sent while its queue has enough unread messages."""
 
     def apply_async(self, args: Any = None, kwargs: Any = None, *, producer: Any = None, **options: Any) -> Any:  # noqa: ANN401 - Celery's own
         """Send the task over the connection that checked the queue, or return None if it is not sent."""
@@ -235,10 +240,10 @@ class Bounded(Task):
 
 
 def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
-    """Return how many messages wait in a queue, or 0 if the broker cannot be asked."""
+    """Return the number of messages in a queue, or 0 if the broker is unreachable."""
     connection, channel = producer.connection, producer.channel
     if channel.closed:
-        return 0  # it was closed with its connection; publishing replaces both
+        return 0  # the channel was closed with its connection; publishing replaces both
     try:
         return int(channel.queue_declare(queue).message_count)
     except (*connection.connection_errors, *connection.channel_errors):
@@ -247,7 +252,7 @@ def unread(producer: Any, queue: str) -> int:  # noqa: ANN401 - kombu's producer
 
 @app.task(name="followups.dispatch_due", base=Bounded)
 def dispatch_due(*_: object, **__: object) -> None:
-    """Tick: claim the follow-ups that fall due before the next tick, and publish them in batches."""
+    """Claim the follow-ups that fall due before the next tick, and publish them in batches."""
     process = current_process()
     process.dispatcher.tick()
     process.bulk.start()
@@ -276,18 +281,18 @@ def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **_
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # For Flower's display; Celery's default is the hint itself, shortened, and takes longer to make.
+    # This text is what Flower displays; Celery's default is the shortened hint, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
-    # Like a tick, a hint does not expire. A late hint names leases that have ended, which begin refuses.
+    # Like a tick, a hint does not expire. A late hint refers to expired leases, which begin refuses.
     deliver.apply_async(args=hint, argsrepr=shown)
 
 
 class Nudger:
-    """Asks for a tick soon: returns at once, never raises, and limits how often it asks."""
+    """Requests a tick soon: returns immediately, never raises, and limits the rate of its requests."""
 
     INTERVAL = 0.01
-    """Least seconds between two nudges of one process."""
+    """The fewest seconds between two nudges of one process."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         """``ask`` sends a nudge; it may be slow, and it may raise."""
@@ -297,7 +302,7 @@ class Nudger:
         self._pid = 0
 
     def __call__(self) -> None:
-        """Ask for a tick; without a broker, beat's next tick does the same."""
+        """Request a tick. If the broker is unreachable, beat's next tick has the same effect."""
         with self._started:
             if self._pid != os.getpid():
                 self._pid = os.getpid()
@@ -325,7 +330,7 @@ nudge = Nudger(ask_for_tick)
 
 
 def ask_workers() -> Replies:
-    """Return each worker's own account of its state (`liveness.signs_of_life`), after a second."""
+    """Return each worker's report of its state (`liveness.signs_of_life`), after a second."""
     return app.control.broadcast("signs_of_life", reply=True, timeout=1.0) or []
 
 
@@ -345,15 +350,16 @@ def _show_life(sender: str = "", **_: object) -> None:
 @signals.worker_ready.connect
 @signals.worker_process_init.connect
 def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the worker, or nothing in a child
-    # Connect now, so that the first follow-up need not wait. The parent of forked children delivers nothing.
+    # The process connects now, so that the first follow-up need not wait. The parent of forked children delivers
+    # nothing.
     pool = getattr(sender, "pool", None)
     if type(pool).__module__ == "celery.concurrency.prefork":
         return
     try:
         process = current_process()
     except Exception as error:
-        # Celery logs an exception from a signal handler and continues, which would leave a worker that looks alive and
-        # sends nothing.
+        # Celery logs an exception from a signal handler and continues, which would leave a worker that appears alive
+        # and sends nothing.
         log.critical("worker_cannot_start", exc_info=error)
         raise SystemExit(1) from None
     if heart := liveness.start(settings.runtime_dir, "worker", f"child-{os.getpid()}"):
@@ -363,8 +369,8 @@ def _warm_up(sender: Any = None, **_: object) -> None:  # noqa: ANN401 - the wor
 @signals.beat_init.connect
 def _stop_beat_in_order(**_: object) -> None:
     # Celery's own handler closes the producer inside the signal handler. If that interrupts a publish, the two wait for
-    # the same lock for ever: with ten ticks a second, two of about thirty beats never ended. An exception instead makes
-    # the publish release its locks, and beat closes the producer after it.
+    # the same lock forever: with ten ticks a second, two of about thirty beats never ended. An exception makes the
+    # publish release its locks first, and beat then closes the producer.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
 

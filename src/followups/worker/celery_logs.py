@@ -1,4 +1,4 @@
-"""Celery's log lines in our format, and the task's id in every line that a task causes."""
+"""Celery's log lines in our format, with the task's id in every line that a task causes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def install(settings: Settings) -> None:
-    """Connect to Celery's signals, so that worker, beat and Flower log by the settings."""
+    """Connect to Celery's signals, so that worker, beat and Flower log as the settings require."""
 
     def configure(**_: object) -> None:
         configure_logging(settings.log_format, settings.log_level)
 
-    # Twice for a worker: Celery's warnings from before it sets up logging have our format too.
+    # In a worker this runs twice, so that warnings before Celery sets up logging have our format too.
     signals.celeryd_init.connect(configure, weak=False)
     signals.setup_logging.connect(configure, weak=False)
     signals.task_prerun.connect(_name_task)

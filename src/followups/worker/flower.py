@@ -1,7 +1,7 @@
-"""Requires that Flower listens on this machine only, or behind a password.
+"""Requires that Flower listens on this machine only, or requires a password.
 
-Flower shows every task and worker, and can stop them; by default it listens on all addresses without authentication.
-``celery -A followups.worker flower`` loads our app before it listens, which is when this check runs.
+Flower shows every task and worker, and can stop them. By default it listens on all addresses without authentication.
+``celery -A followups.worker flower`` loads our app before it listens, and this check runs at that time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LOOPBACK = "127.0.0.1"
 
 FLOWERS_COLUMNS = "name,uuid,state,received,runtime,worker"
 COLUMNS = "name,args,state,received,runtime,worker,uuid"
-"""Columns of the task list: unlike Flower's own, they show how many follow-ups a task is about."""
+"""Columns of Flower's task list: unlike the default columns, they show how many follow-ups a task is about."""
 
 REFUSAL = (
     "Flower on the address {address} needs a password: set FLOWER_BASIC_AUTH=user:password, "
@@ -38,8 +38,8 @@ PORT = "FLOWER_PORT"
 def install(configure_logging: Callable[[], None]) -> None:
     """Check Flower's options before it listens, if this process is Flower.
 
-    Celery's command imports Flower in every process, so the import proves nothing, but parsing Flower's options does.
-    ``configure_logging`` restores our format in place of Tornado's.
+    Celery's command imports Flower in every process, so only the parsing of Flower's options shows that this process is
+    Flower. ``configure_logging`` restores our format in place of Tornado's.
     """
     if "flower.options" not in sys.modules:
         return
@@ -65,7 +65,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
     if options.tasks_columns == FLOWERS_COLUMNS:
         options.tasks_columns = COLUMNS
     if asks_who(options.basic_auth or [], options.auth):
-        monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages ask by themselves
+        monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require it
         return
     if os.environ.get("FLOWER_UNAUTHENTICATED_API"):
         _refuse(OPEN_API)
@@ -93,7 +93,7 @@ def asks_who(basic_auth: Sequence[str], auth: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether only this machine can reach an address.
+    """Return whether an address can be reached from this machine only.
 
     >>> [is_loopback(each) for each in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "::", "flower.example")]
     [True, True, True, False, False, False]

@@ -1,16 +1,16 @@
-"""The components that report a worker's and a beat's heartbeat, and how long each may go without reporting.
+"""The components that report to the heartbeats of worker and beat, and how long each may be silent.
 
-A worker that consumes nothing must be noticed. A canary in the shared queues would be taken by any of the workers, and
-a canary in a queue of its own would leave keys in the broker for each worker that was killed. There is a better proof
-that costs nothing. The consumer asks the broker for work without pause, and the broker answers each time within a
-second, even when the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore
-reports as often as a busy one. The components behind the consumer report for themselves: the pipeline's event loop
-while it runs, and the dispatcher's thread while it is idle, or busy for no longer than a tick can take.
+A worker that has stopped consuming must be detected. A canary message in the shared queues could be consumed by any
+worker. A canary in a separate queue would leave keys in the broker for each killed worker. There is a better proof that
+costs nothing. The consumer polls the broker continuously, and the broker answers each poll within a second, even when
+the queues are empty (`followups.worker.broker.Consumer`). An idle worker among fifty therefore reports as often as a
+busy one. The pipeline's event loop reports while it is running. The dispatcher's thread reports while it is idle, or
+busy for no longer than a tick can take.
 
-While the broker or the database is unreachable, or the database is read-only, all of them keep retrying, which counts
-as progress too. Liveness concerns only what a restart fixes. During an outage, a restart would lose what was accepted
-and is not recorded yet. Such a worker is therefore alive, and its heartbeat shows what it waits for. `/readyz` and
-`followups doctor` show what is unreachable.
+While the broker or the database is unreachable, or the database is read-only, all components keep retrying, which
+counts as progress too. Liveness concerns only failures that a restart fixes. During an outage, a restart would lose the
+outcomes of accepted messages that are not recorded yet. Such a worker is therefore alive, and its heartbeat shows what
+it waits for. `/readyz` and `followups doctor` show what is unreachable.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from followups.delivery.pipeline import Pipeline
 
 STARTING = timedelta(seconds=90)
-"""Until a worker consumes: it imports its code and connects."""
+"""Longest time until a worker consumes: it imports its code and connects."""
 
 CONNECTING = timedelta(seconds=45)
 """Longest time between two tries to reach the broker.
@@ -44,24 +44,34 @@ A pause takes 3 s at most, and a try up to ten. The rest is a margin for a busy 
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Between two answers, longer than a half-open connection takes to be noticed; a healthy broker answers within a
-second.
+"""Longest time between two answers of the broker. It exceeds the time to detect a half-open connection; a healthy
+broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)
-"""Between two iterations of the event loop: one takes milliseconds, on a starved machine perhaps seconds."""
+"""Longest time between two iterations of the event loop; one takes milliseconds, or perhaps seconds on a starved
+machine.
+"""
 
 TICKING = timedelta(seconds=90)
-"""For one tick: it ends within an interval and a few statements, each of which is given up after 20 s at most."""
+"""Longest time for one tick, which takes an interval and a few statements; each statement is cancelled after at most 20
+s.
+"""
 
 log = get_logger(__name__)
 
 _hearts: dict[int, Heartbeat | None] = {}
-"""By process id, since a forked child has its own. None if it could not be written, which was logged once."""
+"""The heartbeats by process id, since a forked child has a separate one.
+
+None means that the heartbeat could not be written, which was logged once.
+"""
 
 
 def start(runtime_dir: str | None, role: str, name: str) -> Heartbeat | None:
-    """Start this process's heartbeat. If it cannot be written, log a warning and return None: delivery continues."""
+    """Start this process's heartbeat.
+
+    If the heartbeat cannot be written, log a warning and return None: delivery continues.
+    """
     if os.getpid() in _hearts:
         return _hearts[os.getpid()]
     heart = Heartbeat(directory_of(runtime_dir), role, name)
@@ -87,7 +97,10 @@ def stop() -> None:
 
 
 def watch_consumer(heart: Heartbeat, silence: timedelta, wanted: Callable[[], Collection[str]]) -> None:
-    """Report for the consumer. ``wanted`` returns its queues; ``silence`` is how long the broker may be silent."""
+    """Report for the consumer.
+
+    ``wanted`` returns the consumer's queues; ``silence`` is how long the broker may be silent.
+    """
     heart.sign("consumer", STARTING, "has not begun to consume")
     heart.probe(partial(_sign_for_consumer, heart, silence * 3 + CONSUMING, wanted))
 

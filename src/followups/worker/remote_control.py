@@ -1,4 +1,7 @@
-"""Which commands of Celery's remote control a worker obeys: a client that can write to the broker can send any."""
+"""The remote control commands of Celery that a worker accepts.
+
+Any client that can write to the broker can send such commands.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ ASKING = frozenset(
         *("enable_events", "heartbeat"),  # which let Flower see a worker
     }
 )
-"""Commands that only ask: what `celery inspect` and Flower's pages show.
+"""Read-only commands, whose results `celery inspect` and Flower's pages show.
 
 All other commands stop a worker, change it, or write files on its host.
 """
@@ -21,7 +24,7 @@ REFUSAL = "this worker takes no such commands: FOLLOWUPS_REMOTE_CONTROL=true all
 
 
 def restrict() -> None:
-    """Refuse all other commands, each with an answer that says so."""
+    """Refuse every command that is not read-only with an error."""
     for name in Panel.data.keys() - ASKING:
         Panel.data[name] = _refuse
 

@@ -1,6 +1,6 @@
 """Beat's schedule and scheduler.
 
-The scheduler is Celery's own, in memory, with a heartbeat, and robust against a clock set back.
+The scheduler is Celery's own in-memory scheduler with a heartbeat. It also tolerates a clock that is set back.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
-"""Time for one tick: a publish to a silent broker is given up after half of it."""
+"""Longest time for sending one tick; a publish to a silent broker is abandoned after half of it."""
 
 LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""
 
 SET_BACK = 1.0
-"""Minimum seconds by which a clock counts as set back; a smaller step is ordinary synchronization."""
+"""Seconds from which a clock counts as set back; a smaller step is ordinary synchronization."""
 
 PRUNE_MINUTE = 17
-"""Minute of each hour: not when most cron jobs run, nor when most sending hours open."""
+"""Minute of each hour in which pruning starts, chosen to avoid most cron jobs and most openings of sending hours."""
 
 log = get_logger(__name__)
 
 
 def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Return what beat sends, and when: a tick each interval, and once an hour the deletion of old rows."""
+    """Return beat's schedule: a tick each interval, and the deletion of old rows once an hour."""
     return {
         "dispatch-due": {
             "task": "followups.dispatch_due",
             "schedule": settings.tick_interval,
         },
-        # By the clock: a beat that is restarted now and then would never complete an hour.
+        # The schedule uses the clock, because a beat that is restarted now and then would never complete an hour.
         "remove-old": {
             "task": "followups.remove_old",
             "schedule": crontab(minute=str(PRUNE_MINUTE)),
@@ -52,10 +52,10 @@ def beat_schedule(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 class Scheduler(CelerysScheduler):
-    """Reports a heartbeat before it sends a tick and before it sleeps."""
+    """Celery's in-memory scheduler, which reports a heartbeat before it sends a tick and before it sleeps."""
 
     _booted_at: float | None = None
-    """When this host booted, by its own clock.
+    """When this host booted, by the host's own clock.
 
     The value decreases if the clock was set back since the previous check.
     """
@@ -69,9 +69,9 @@ class Scheduler(CelerysScheduler):
         return pause
 
     def _heed_the_clock(self) -> None:
-        """Restart the schedule when the host's clock was set back.
+        """Restart the schedule if the host's clock was set back.
 
-        Celery would otherwise wait until the clock shows the old time again.
+        Otherwise Celery would wait until the clock shows the old time again.
         """
         before, self._booted_at = self._booted_at, time.time() - uptime()
         if before is None or self._booted_at > before - SET_BACK:
