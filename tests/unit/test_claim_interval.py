@@ -1,4 +1,4 @@
-"""The interval between claims behind a backlog: half of the window at a time, at any rate."""
+"""The interval between claims of a backlog: the time in which half of the window becomes free."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ("taken", "seconds", "window", "expected"),
     [
         (2350, 0.5, 5000, LONGEST),  # 4,700 a second: 0.53 s
-        (1000, 0.1, 5000, 0.2),  # 10,000 a second, after too short a pause: at most twice as long
+        (1000, 0.1, 5000, 0.2),  # 10,000 a second after too short a pause: at most doubled
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
-        (2500, 0.03, 5000, SHORTEST),  # right after one that was full
-        (100, 0.5, 100, SHORTEST),  # all came free
+        (2500, 0.03, 5000, SHORTEST),  # right after a full claim
+        (100, 0.5, 100, SHORTEST),  # the whole window became free
         (20, 0.1, 100, 0.2),
         (1, 0.05, 5000, 0.1),
         (0, 0.2, 5000, 0.4),
@@ -26,13 +26,16 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ],
 )
 def test_until_half_is_free(taken: int, seconds: float, window: int, expected: float) -> None:
-    """It is as long as half takes at that rate, within bounds, and grows no faster than twofold."""
+    """The interval is the time in which half of the window becomes free, within its limits.
+
+    The interval at most doubles from one claim to the next.
+    """
     assert until_half_is_free(taken, seconds, window) == pytest.approx(expected)
 
 
 @given(st.floats(1, 200_000), st.integers(100, 1_000_000), st.floats(SHORTEST, LONGEST))
 def test_it_settles(rate: float, window: int, pause: float) -> None:
-    """At a steady rate it comes to half of the window, from whatever pause it starts, within its bounds."""
+    """At a steady rate the interval converges to half of the window, from any initial pause."""
     for _ in range(10):
         pause = until_half_is_free(min(window, int(rate * pause)), pause, window)
     expected = min(max(SHORTEST, window / (2 * rate)), LONGEST)
@@ -41,7 +44,10 @@ def test_it_settles(rate: float, window: int, pause: float) -> None:
 
 @pytest.mark.parametrize(("window", "expected"), [(1, 1), (100, 100), (1500, 1000), (5000, 2500), (100_000, 10_000)])
 def test_size_of_claim(window: int, expected: int) -> None:
-    """A claim takes half of the window; of a small one as much as is worth it, of a large one what takes a moment."""
+    """A claim takes half of the window.
+
+    In a small window it takes a worthwhile minimum, and in a large one as many as fit into a short claim.
+    """
     assert size_of_claim(window) == expected
 
 
@@ -51,7 +57,7 @@ CLAIM = 0.03
 
 
 def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
-    """Return how many are sent from a backlog, at ``rate`` while any are in flight, with rotating ticks."""
+    """Return the number sent from a backlog, at ``rate`` per second, with dispatchers ticking in rotation."""
     paces = [ClaimInterval(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers
     in_flight = total = 0
@@ -75,5 +81,5 @@ def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 @pytest.mark.parametrize("rate", [2000, 10_000, 30_000])
 def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
-    """However many dispatchers share the ticks, the window is filled before it has emptied."""
+    """However many dispatchers share the ticks, the window is refilled before it is empty."""
     assert sent(dispatchers, rate, seconds=20) >= 0.98 * rate * 20

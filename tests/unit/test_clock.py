@@ -14,7 +14,7 @@ EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 class Monotonic:
-    """A clock that a test sets."""
+    """A monotonic clock whose time a test sets."""
 
     def __init__(self) -> None:
         self.seconds = 1000.0
@@ -24,7 +24,7 @@ class Monotonic:
 
 
 def moment(seconds: float) -> datetime:
-    """Return the time that many seconds after 1970."""
+    """Return the time the given number of seconds after 1970."""
     return EPOCH + timedelta(seconds=seconds)
 
 
@@ -39,7 +39,10 @@ def test_unasked() -> None:
     st.floats(-1e6, 1e9),
 )
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
-    """However long a round trip takes, the clock is never ahead of the database's, so nothing is sent early."""
+    """However long a round trip takes, the estimated clock is never ahead of the database's clock.
+
+    A follow-up is therefore never sent early.
+    """
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     for there, back, pause in samples:
@@ -63,7 +66,7 @@ def test_quickest_answer_counts() -> None:
 
 
 def test_set_back() -> None:
-    """When the database's clock is set back, the clock follows with the next sample."""
+    """When the database's clock is set back, the estimated clock follows with the next sample."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

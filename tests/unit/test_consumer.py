@@ -6,13 +6,16 @@ from followups.worker.broker import LASTS, LONGEST_PAUSE, Consumer
 
 
 def test_pauses_grow_until_a_connection_lasts() -> None:
-    """The first connection is made at once; after short-lived ones the pauses grow, up to a limit."""
+    """The consumer connects immediately at first; after short-lived connections its pauses grow.
+
+    The pauses have an upper limit.
+    """
     consumer = Consumer()
     assert consumer.pause() == 0
     pauses = []
     for _ in range(2000):
         consumer.connected()
-        consumer.answered([])  # a read of the queues while another is refused
+        consumer.answered([])  # one connection reads the queues while another is rejected
         pauses.append(consumer.pause())
     assert pauses[:4] == [0.25, 0.5, 1, 2]
     assert pauses[-1] == LONGEST_PAUSE

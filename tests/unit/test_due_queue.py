@@ -1,4 +1,4 @@
-"""The due queue does no I/O, and accepts whatever a hint may say."""
+"""The due queue, which does no I/O and accepts any content of a hint."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
     ("due", "taken"), [(datetime.min.replace(tzinfo=UTC), 1), (datetime.max.replace(tzinfo=UTC), 0)]
 )
 def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
-    """A lease that is due at the first moment there is goes at once; one that is due at the last waits."""
+    """A lease due at the earliest possible time is taken immediately; one due at the latest waits."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     queue = DueQueue(clock, timedelta(seconds=60), Slots(10))
@@ -32,7 +32,7 @@ def test_moments_at_the_edge_of_the_calendar(due: datetime, taken: int) -> None:
 
 
 def test_what_cannot_begin_again_and_again() -> None:
-    """A follow-up that cannot begin yet is deferred for longer each time, up to a bound."""
+    """A follow-up that repeatedly cannot begin is deferred for longer each time, up to a limit."""
     seconds = 0.0
     clock = DatabaseClock(lambda: seconds)
     clock.observe(NOON, 0.0, 0.0)

@@ -1,4 +1,4 @@
-"""Turns at the slots: each workspace goes in its turn, each of its own at its moment, and none has all the slots."""
+"""The fair queue: workspaces alternate, each in due order, and no workspace occupies all slots."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ NOISY, QUIET = 1, 2
 
 
 def queue_of(slots: int = 100) -> DueQueue:
-    """Return a due queue whose clock is this machine's."""
+    """Return a due queue that uses this machine's clock."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     return DueQueue(clock, timedelta(seconds=60), Slots(slots))
 
 
 def overdue(key: int, *seconds: float, losses: int = 0) -> list[Lease]:
-    """Return leases of a workspace, each due so many seconds ago."""
+    """Return leases of a workspace, each due the given number of seconds ago."""
     return [Lease(uuid4(), 1, datetime.now(UTC) - ago * SECOND, losses, key) for ago in seconds]
 
 
 def test_turns() -> None:
-    """However much one workspace has in front of another, they alternate, and each one's earliest goes first."""
+    """Workspaces alternate, however much one of them has queued, and each is served in due order."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(10, 60)))
     queue.add(overdue(QUIET, 1, 2))
@@ -47,14 +47,14 @@ def test_turns() -> None:
 
 
 def test_turns_go_on_from_one_free_slot_to_the_next() -> None:
-    """If slots become free one by one, the workspaces still alternate."""
+    """Workspaces alternate even if slots become free one at a time."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, *range(3)))
     assert Counter(queue.take(1)[0].key for _ in range(6)) == {NOISY: 3, QUIET: 3}
 
 
 def test_nobody_is_told_their_workspace() -> None:
-    """Leases without a workspace number, as from an older worker during an upgrade, go by their moment."""
+    """Leases without a workspace number, as from an older worker in an upgrade, are taken in due order."""
     queue = queue_of()
     given_leases = overdue(0, 3, 1, 2)
     queue.add(given_leases)
@@ -64,7 +64,10 @@ def test_nobody_is_told_their_workspace() -> None:
 
 
 def test_not_all_slots_for_one() -> None:
-    """Beside another, a workspace holds seven eighths of the slots, and may take again what it returns."""
+    """If others are active, a workspace occupies at most seven eighths of the slots.
+
+    It may reuse the slots that it releases.
+    """
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     (quiet,) = queue.take(16)
@@ -84,14 +87,14 @@ def test_not_all_slots_for_one() -> None:
 
 
 def test_all_slots_for_a_lone_one() -> None:
-    """A workspace without any other active one takes all slots."""
+    """If no other workspace is active, a workspace uses all slots."""
     queue = queue_of(slots=16)
     queue.add(overdue(NOISY, *range(50)))
     assert len(queue.take(16)) == 16
 
 
 def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No slots are kept free for workspaces that have been inactive for long."""
+    """No slots are reserved for workspaces that have been inactive for long."""
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
     queue.slots.release(queue.take(1)[0])
@@ -102,7 +105,7 @@ def test_all_slots_when_the_others_have_gone(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("slots", [1, 2])
 def test_few_slots(slots: int) -> None:
-    """Where there is one slot, it goes round; of two, one workspace gets one."""
+    """A single slot alternates between workspaces; of two slots, each workspace gets one."""
     queue = queue_of(slots)
     queue.add(overdue(NOISY, *range(5)) + overdue(QUIET, *range(5)))
     for _ in range(4):
@@ -114,7 +117,7 @@ def test_few_slots(slots: int) -> None:
 
 
 def test_what_is_given_back() -> None:
-    """Emptying the queue returns everything that waits for its moment, its turn, or a slot."""
+    """Emptying the queue returns every lease that waits for its due time, its turn or a slot."""
     queue = queue_of(slots=2)
     waiting = overdue(NOISY, 1, 2, 3) + overdue(QUIET, -30)
     queue.add(waiting)
@@ -131,7 +134,10 @@ steps = st.lists(
 
 @given(steps, st.integers(1, 9))
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
-    """In any order of arrivals, takes and deferrals, each is taken once, and never more than there are slots."""
+    """In any order of arrivals, takes and deferrals, each lease is taken once.
+
+    The number taken never exceeds the number of slots.
+    """
     queue, out, come, taken = queue_of(slots), [], 0, Counter()
     for step, key, count in steps:
         if step == "add":
@@ -155,7 +161,7 @@ def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> No
 
 
 def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While nothing may go, expired leases make room for new ones."""
+    """While no lease can be taken, expired leases are removed to make room for new ones."""
     queue = queue_of()
     queue.add(overdue(NOISY, *range(50)) + overdue(QUIET, 1))
     assert queue.take(0) == []
@@ -169,9 +175,9 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_shedding() -> None:
-    """Shedding keeps a given number in some workspace queues, in equal shares, earliest first.
+    """Shedding keeps the given number of leases in the selected workspace queues, the earliest first.
 
-    The other queues share what one of them does not need.
+    The queues have equal shares, and an unused share goes to the other queues.
     """
     queue = queue_of()
     queue.add(overdue(NOISY, *range(30)) + overdue(QUIET, 5) + overdue(3, *range(20)) + overdue(4, *range(9)))
@@ -190,7 +196,7 @@ def test_shedding() -> None:
 
 
 def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
-    """With more workspace queues than may stay, some are emptied and later return like new ones."""
+    """If too few leases may stay, some workspace queues are emptied and later return as new ones."""
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])
     queue.take(0)

@@ -1,4 +1,4 @@
-"""The scripts of flow control on fakeredis, without a server; on a real Valkey they are tested in `integration`."""
+"""The Lua scripts of flow control on fakeredis; `integration` tests them on a real Valkey."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ GO = timedelta(0)
 START = datetime(2030, 1, 1, tzinfo=UTC)
 FAILURES = 3
 FAILING, WELL = 1, 2
-"""Keys of workspaces."""
+"""Keys of a failing and a healthy workspace."""
 
 
 @pytest.fixture
 def server() -> fakeredis.FakeServer:
-    """Return a Redis of this test's own."""
+    """Return a Redis server used by this test alone."""
     return fakeredis.FakeServer()
 
 
 @pytest.fixture
 def own(server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Return settings, and have their broker URL lead to that server."""
+    """Return settings whose broker URL connects to the fake server."""
 
     class Client(fakeredis.FakeAsyncRedis):
         @classmethod
@@ -49,18 +49,18 @@ def own(server: fakeredis.FakeServer, monkeypatch: pytest.MonkeyPatch) -> Settin
 
 
 def request(since: int, bucket: Bucket) -> TokenRequest:
-    """Return a request of a follow-up that has been due since so many seconds after the start."""
+    """Return a request of a follow-up due the given number of seconds after the start."""
     return TokenRequest(uuid4(), START + timedelta(seconds=since), (bucket,))
 
 
 def failed(*, key: int = FAILING, count: int = FAILURES) -> News:
-    """Return the news of so many different follow-ups of a workspace that failed."""
+    """Return a report of the given number of different failed follow-ups of a workspace."""
     ids: tuple[UUID, ...] = tuple(uuid4() for _ in range(count))
     return News(ids, runs=(Run(key, max(count, 5), anew=False),))
 
 
 async def test_a_bucket_and_its_queue(own: Settings) -> None:
-    """Of those that ask, the bucket's tokens go to the first; a token that is given back goes to the next."""
+    """A bucket's tokens go to the first requests in its queue; a returned token goes to the next one."""
     limiter, bucket = Limiter(own), Bucket("all", rate=0.001, burst=2)
     requests = [request(since, bucket) for since in range(4)]
     answer = await limiter.ask(requests, ())
@@ -71,14 +71,14 @@ async def test_a_bucket_and_its_queue(own: Settings) -> None:
 
 
 async def test_a_limiter_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
-    """All may begin while Redis is unreachable."""
+    """While Redis is unreachable, the limiter lets every follow-up begin."""
     server.connected = False
     bucket = Bucket("all", rate=0.001, burst=1)
     assert await Limiter(own).ask([request(0, bucket), request(1, bucket)], ()) == LimiterReply((GO, GO), None)
 
 
 async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
-    """It opens for the workspace whose attempts fail, lets probes begin after its pause, and closes in the end."""
+    """The breaker opens for a failing workspace, permits probes after its pause, and finally closes."""
     policy = RecoveryPolicy(first_pause=0.0, probes=2, first_rate=20, last_rate=20)
     store = BreakerStore(own, "http", policy)
     assert await store.report(failed(count=FAILURES - 1), 0) == Reading(CLOSED)
@@ -91,7 +91,7 @@ async def test_the_breaker_opens_and_recovers(own: Settings) -> None:
 
 
 async def test_the_breaker_without_redis(own: Settings, server: fakeredis.FakeServer) -> None:
-    """Its store raises while Redis is unreachable."""
+    """The breaker's store raises while Redis is unreachable."""
     server.connected = False
     with pytest.raises(RedisConnectionError):
         await BreakerStore(own, "http").report(News(), 0)

@@ -1,4 +1,4 @@
-"""A batch in which single rows may be refused."""
+"""Halving of a batch in which single rows may be rejected."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_what_is_no_rows_fault(error: Exception) -> None:
 
 
 def test_away_in_the_middle() -> None:
-    """If the database becomes unreachable, the completed rows are returned with the remaining ones."""
+    """If the database becomes unreachable halfway, completed and remaining rows are returned."""
 
     def work(part: Sequence[int]) -> list[int]:
         if 3 in part:
@@ -66,7 +66,7 @@ def test_away_in_the_middle() -> None:
 
 
 def test_a_fault_of_our_own() -> None:
-    """A row whose content fails our own code is isolated as well."""
+    """A row whose content causes an error in the project's code is isolated as well."""
 
     def work(part: Sequence[int]) -> float:
         return sum(1 / one for one in part)

@@ -1,4 +1,4 @@
-"""Heartbeats: their files, the check of them, and its cost."""
+"""Heartbeats: their files, the health check that reads them, and its cost."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ time.sleep(60)
 
 
 def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a read-only file system a directory of another user serves, and without one the error names what was tried."""
+    """On a read-only file system, heartbeats use a directory of another user.
+
+    Without such a directory, the error lists the paths that were tried.
+    """
 
     def nothing_is_writable() -> str:
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "gettempdir", nothing_is_writable)
-    monkeypatch.setattr(os, "getuid", lambda: 12_345)  # the directory is another user's
+    monkeypatch.setattr(os, "getuid", lambda: 12_345)  # the directory belongs to another user
     heart = Heartbeat(directory_of(str(tmp_path)), "beat", "beat@here")
     heart.start()
     heart.stop()
@@ -52,7 +55,7 @@ def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 @pytest.fixture
 def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a process that reports once, for two seconds, and then only writes."""
+    """Start a process that reports once, valid for two seconds, and then only writes."""
     command = [sys.executable, "-c", PROCESS, str(tmp_path), "2"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
@@ -62,7 +65,7 @@ def living(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process is healthy until a component's report is late; a killed process leaves no trace."""
+    """A process is healthy until a component's report is overdue; a killed process leaves no heartbeat."""
     (life,) = look(tmp_path, "worker")
     assert (life.name, life.pid, life.trouble) == ("w@here", living.pid, "")
     assert look(tmp_path, "worker", "w") == look(tmp_path, "worker", "w@here") == [life]
@@ -75,7 +78,7 @@ def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path
 
 
 def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A start removes the files of processes that have ended, and no others."""
+    """At its start, a process removes the files of ended processes, and no others."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")
@@ -87,7 +90,7 @@ def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Pa
 
 
 def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """A process that waits is healthy, and reports the reason and duration until it makes progress."""
+    """A waiting process is healthy and reports the reason and duration until it makes progress."""
     assert living.stdout
     (life,) = look(tmp_path, "worker")
     assert (life.trouble, life.waits) == ("", "the database is away, for 5 s")
@@ -99,7 +102,10 @@ def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> 
 
 
 def test_probes_sign_for_others(tmp_path: Path) -> None:
-    """A probe runs before each write; once the process is stopping, only its end is expected."""
+    """A probe runs before each write of the heartbeat.
+
+    Once the process is stopping, the heartbeat expects only its end.
+    """
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.probe(lambda: heart.sign("loop", SECOND, "is stuck"))
     heart.start()
@@ -112,7 +118,7 @@ def test_probes_sign_for_others(tmp_path: Path) -> None:
 
 
 def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The directory is that of the setting, by default the user's own in the temporary directory."""
+    """The heartbeat directory comes from the setting, or else is the user's in the temporary directory."""
     assert directory_of(str(tmp_path)) == tmp_path
     monkeypatch.setattr(heartbeat.tempfile, "gettempdir", lambda: str(tmp_path))
     assert directory_of("") == directory_of(None) == tmp_path / f"followups-{os.getuid()}"
@@ -123,7 +129,7 @@ def test_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_trap_is_not_used(tmp_path: Path) -> None:
-    """A link or file in place of the directory is refused in one sentence."""
+    """A link or file in place of the heartbeat directory is rejected with a one-sentence error."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "file").touch()
@@ -133,7 +139,7 @@ def test_a_trap_is_not_used(tmp_path: Path) -> None:
 
 
 def test_a_look_loads_next_to_nothing() -> None:
-    """`followups health` loads neither Celery nor FastAPI, SQLAlchemy, pydantic or a broker's client."""
+    """`followups health` imports neither Celery, FastAPI, SQLAlchemy, pydantic nor a broker client."""
     script = """
 import sys
 from followups.cli import main

@@ -1,4 +1,4 @@
-"""The start of lateness: the first moment at which the sending hours let a follow-up be sent."""
+"""The start of lateness: the first time at which sending hours let a follow-up be sent."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ MORNING = SendingHours("UTC", time(8), time(11))
 
 
 def found(hours: SendingHours | None, wanted: datetime, now: datetime, known: datetime | None = None) -> Obstacle:
-    """Return what is found for a follow-up that is checked now, with this recorded time of sending."""
+    """Return what blocks a follow-up checked now, given the recorded time at which it may be sent."""
     span = span_of(hours, now) if hours else None
     standing = WorkspaceHours(uuid4(), hours, *span) if hours and span else None
     return Obstacle(Lease(uuid4(), 1, now), now, now, wanted, wanted, sendable_from=known, hours=standing)
 
 
 def blocked(obstacle: Obstacle, max_lateness: timedelta) -> Obstacle:
-    """Return it as begin finds it: too late or not, by the recorded time."""
+    """Return the obstacle as begin sees it, with lateness judged by the recorded time."""
     late = obstacle.now >= (obstacle.sendable_from or obstacle.wanted_from) + max_lateness
     return replace(obstacle, too_late=late)
 
 
 @given(HOURS, MOMENTS, GAPS)
 def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: list[timedelta]) -> None:
-    """Lateness counts from the first opening at or after the due date, however often it is checked."""
+    """Lateness counts from the first sending hours at or after the due date, however often it is checked."""
     now, known = wanted, None
     for gap in gaps:
         known = sendable_from(found(hours, wanted, now, known))
@@ -57,7 +57,7 @@ def test_however_often_it_is_held(hours: SendingHours, wanted: datetime, gaps: l
 
 @given(st.lists(st.tuples(HOURS, st.timedeltas(MINUTE, timedelta(days=3))), min_size=1, max_size=8), MOMENTS)
 def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted: datetime) -> None:
-    """If hours change, lateness never starts before the due date, and a start in the past is kept."""
+    """If sending hours change, lateness never starts before the due date; a start in the past is kept."""
     now, known = wanted, None
     for hours, gap in changes:
         obstacle = found(hours, wanted, now, known)
@@ -73,7 +73,7 @@ def test_hours_that_change(changes: list[tuple[SendingHours, timedelta]], wanted
 
 @given(HOURS, MOMENTS, st.timedeltas(HOUR, timedelta(days=4)), GAPS)
 def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta, gaps: list[timedelta]) -> None:
-    """A follow-up is too late exactly after the allowed lateness: never sooner, nor held again then."""
+    """A follow-up is too late exactly after the maximum lateness, not earlier, and is then not held again."""
     now, known = wanted, None
     for gap in gaps:
         obstacle = found(hours, wanted, now, known)
@@ -90,7 +90,10 @@ def test_pending_for_ever(hours: SendingHours, wanted: datetime, most: timedelta
 
 @given(MOMENTS, st.timedeltas(-HOUR, 3 * HOUR))
 def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off: timedelta) -> None:
-    """A machine with other time zones waits for the database's opening, without checking repeatedly."""
+    """A machine with other time zones waits for the sending hours computed by the database.
+
+    It does not check the follow-up repeatedly.
+    """
     hours = SendingHours("UTC", time(0), time(0))
     opening = now + off
     standing = WorkspaceHours(uuid4(), hours, opening, opening + 5 * HOUR)
@@ -100,7 +103,7 @@ def test_the_time_of_sending_that_the_database_knows_decides(now: datetime, off:
 
 @pytest.mark.parametrize("known", [None, NOON - HOUR])
 def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> None:
-    """A machine that cannot read the sending hours keeps the recorded time, and checks again in a minute."""
+    """A machine that cannot read the sending hours keeps the recorded time and checks again in a minute."""
     hours = WorkspaceHours(uuid4(), replace(MORNING, time_zone="Mars/Olympus"), NOON - 9 * HOUR, NOON - HOUR)
     obstacle = replace(found(None, NOON, NOON, known), hours=hours)
     assert sendable_from(obstacle) == known
@@ -108,7 +111,7 @@ def test_a_time_zone_that_this_machine_does_not_know(known: datetime | None) -> 
 
 
 def test_sending_hours_go_before_a_pause() -> None:
-    """A paused follow-up outside sending hours is held until they open; then the pause holds it."""
+    """A paused follow-up outside sending hours is held until they begin; then the pause holds it."""
     pause = uuid4()
     outside = replace(found(MORNING, NOON, NOON), pause_id=pause)
     held = decide(blocked(outside, HOUR), HOUR)

@@ -1,4 +1,4 @@
-"""Which buckets a follow-up needs a token of, and what a worker makes of the answer."""
+"""Rate limits: the buckets from which a follow-up needs tokens, and the worker's decision."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ACME, OTHER = UUID(int=1), UUID(int=2)
 
 
 def limit(number: int, workspace: UUID | None = None, channel: str | None = None, per: str = "all") -> Limit:
-    """Return a limit."""
+    """Return a rate limit."""
     return Limit(UUID(int=number), workspace, channel, per, 10.0, 5, None, NOW)
 
 
 def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limitable:
-    """Return where a follow-up belongs."""
+    """Return a follow-up's workspace, channel and chat."""
     return Limitable(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - it has not ended
 
 
@@ -34,7 +34,10 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 
 
 def test_all_that_match_apply() -> None:
-    """Those of everything, of the workspace, of the channel, and of both apply; those of others do not."""
+    """Limits of everything, of the workspace, of the channel and of both apply to a follow-up.
+
+    Limits of other workspaces and channels do not apply.
+    """
     limits = [
         limit(1),
         limit(2, per="workspace"),
@@ -52,14 +55,17 @@ def test_all_that_match_apply() -> None:
 
 @pytest.mark.parametrize(("per", "buckets"), [("all", 1), ("workspace", 2), ("chat", 3)])
 def test_who_shares_a_bucket(per: str, buckets: int) -> None:
-    """All share one, each workspace has its own, or each chat; chats of two workspaces may have the same id."""
+    """A bucket is shared by all follow-ups, or is separate for each workspace or each chat.
+
+    Chats of two workspaces may have equal ids.
+    """
     limits = Limits([limit(1, per=per)])
     places = [place(ACME, 7), place(ACME, 8), place(OTHER, 7), place(ACME, 7)]
     assert len({limits.request(one).buckets for one in places}) == buckets
 
 
 def test_what_was_loosened() -> None:
-    """A removed or raised limit releases those under it; a new or lower one releases none."""
+    """Removing or raising a limit releases the follow-ups under it; a new or lower limit releases none."""
     before = [limit(1), limit(2, ACME), limit(3, channel="waha"), limit(4, OTHER), limit(5, ACME, "api")]
     after = [
         limit(1),
@@ -73,19 +79,19 @@ def test_what_was_loosened() -> None:
 
 
 def test_no_limits() -> None:
-    """Without limits there is nothing to ask for."""
+    """Without limits, no token is requested."""
     assert not Limits([])
     assert Limits([]).request(place()).buckets == ()
 
 
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
 def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
-    """A parsed rate is written as it was."""
+    """A rate is displayed in the form in which it was entered."""
     assert rate_in_words(parse_rate(text)) == text
 
 
 def test_rates_with_fractions() -> None:
-    """Half a message a second is thirty a minute; zero, or more than a million a second, is refused."""
+    """Half a message a second equals thirty a minute; zero, or over a million a second, is rejected."""
     assert rate_in_words(parse_rate("0.5/s")) == "30/min"
     for text in ("0/s", "0.009/d", "0.0000000000001/d", "1000001/s", "5", "5/week", "-5/s", "5 / s", "\u0665/s"):
         with pytest.raises(typer.BadParameter):
@@ -93,7 +99,7 @@ def test_rates_with_fractions() -> None:
 
 
 def test_at_once() -> None:
-    """Where nothing is said, one second's worth may go at once, and never less than one."""
+    """The default burst is one second's worth of messages, and at least one."""
     assert [default_burst(rate) for rate in (50, 1.9, 0.001)] == [50, 1, 1]
 
 

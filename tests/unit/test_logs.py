@@ -1,4 +1,4 @@
-"""Logs: one line for each event, one format for all loggers, and no secrets."""
+"""Logs: one line per event, one format for all loggers, and no secrets."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ RFC_3339_UTC = re.compile(r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z$")
 
 
 class TerminalStream(io.StringIO):
-    """A stderr that is a terminal."""
+    """A stderr that reports itself as a terminal."""
 
     def isatty(self) -> bool:
         return True
 
 
 class Full(io.StringIO):
-    """A stderr on a disk without room."""
+    """A stderr on a full disk."""
 
     def write(self, _: str) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -51,7 +51,7 @@ class Full(io.StringIO):
 
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
-    """Give logging back as it was."""
+    """Restore the logging configuration after the test."""
     root = logging.getLogger()
     before = {name: (logging.getLogger(name).level, list(logging.getLogger(name).handlers)) for name in _touched()}
     configuration, root_level, root_handlers = structlog.get_config(), root.level, list(root.handlers)
@@ -76,7 +76,7 @@ def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, 
 
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """Off a terminal an event is one JSON object on stderr, with a UTC time; stdout stays empty."""
+    """Without a terminal, an event is one JSON object on stderr with a UTC time; stdout stays empty."""
     configure_logging(None, "info")
     get_logger("followups.delivery").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
     out, err = capsys.readouterr()
@@ -96,7 +96,7 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("name", ["celery.worker.consumer", "kombu", "uvicorn.access", "anything"])
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """A record of the standard library has the same keys and, whatever handlers it had, one line."""
+    """A record of the standard library has the same keys and is logged once, whatever handlers it had."""
     if name in OWN_HANDLERS:
         logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))
     configure_logging("json", "info")
@@ -107,7 +107,7 @@ def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], na
 
 
 def test_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
-    """A Python warning is a log line, not text between them."""
+    """A Python warning is logged as a line instead of being printed as plain text."""
     configure_logging("json", "info")
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -121,7 +121,10 @@ def test_warnings_are_lines_too(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.CaptureFixture[str], *, own: bool) -> None:
-    """An exception is a text in the same line: the traceback, without the variables' values, passwords hidden."""
+    """An exception is logged as text in its event's line, with hidden passwords.
+
+    The text is the traceback without the values of local variables.
+    """
     configure_logging("json", "info")
     private = "a private word"
     logger = get_logger("x") if own else logging.getLogger("x")
@@ -137,7 +140,7 @@ def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.Capt
 
 
 def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a terminal, and not asked otherwise, lines are for people; NO_COLOR is honoured."""
+    """On a terminal, log lines are readable columns by default; NO_COLOR removes the colours."""
     terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -154,7 +157,7 @@ def test_a_terminal_gets_columns_in_colour(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """JSON on a terminal, when asked for."""
+    """JSON can be selected as the log format on a terminal."""
     terminal = TerminalStream()
     monkeypatch.setattr(sys, "stderr", terminal)
     configure_logging("json", "info")
@@ -163,7 +166,10 @@ def test_the_format_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> None:
-    """Below the level nothing is logged; a library is heard from info on, a talkative one from warning on."""
+    """Events below the configured level are not logged.
+
+    A library is logged from info on, and a verbose library from warning on.
+    """
     configure_logging("json", "warning")
     get_logger("x").info("no")
     logging.getLogger("x").info("no")
@@ -176,7 +182,7 @@ def test_the_level_is_the_lowest_logged(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """The last configuration counts, alone, and handlers of another kind stay."""
+    """Only the last logging configuration applies, and unrelated handlers are kept."""
     foreign = logging.NullHandler()
     logging.getLogger().addHandler(foreign)
     for _ in range(2):
@@ -189,7 +195,7 @@ def test_configuring_twice_logs_once(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize("stderr", [Full(), TerminalStream()])
 def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where stderr is full, or closed, lines are lost and nothing is raised."""
+    """If stderr is full or closed, log lines are lost without an error."""
     configure_logging("json", "info")
     if isinstance(stderr, TerminalStream):
         stderr.close()
@@ -202,7 +208,7 @@ def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypat
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """Lines of a batch have the same form as any other; they are written by `flush`, and from the level on."""
+    """Buffered log lines have the common format, and `flush` writes those at or above the level."""
     lines = Lines("x")
     configure_logging(form, "warning")
     lines.info("unheard")
@@ -217,7 +223,7 @@ def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], 
 
 
 def test_what_was_bound_is_in_every_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Context variables are in the lines of this package and of libraries."""
+    """Context variables appear in the log lines of this package and of libraries."""
     configure_logging("json", "info")
     with structlog.contextvars.bound_contextvars(task_id="7"):
         get_logger("x").info("own")
@@ -239,13 +245,13 @@ SECRETS = [
 
 @given(key=st.sampled_from(SECRETS), value=st.text(min_size=4) | st.lists(st.text(), min_size=1) | st.integers())
 def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
-    """The value of a secret's key is hidden, at the top and inside other values."""
+    """The value of a secret's key is hidden, both at the top level and in nested values."""
     event = redact(None, "info", {"event": "e", key: value, "headers": {key: value}, "all": [{"in": ({key: value},)}]})
     assert event == {"event": "e", key: HIDDEN, "headers": {key: HIDDEN}, "all": [{"in": [{key: HIDDEN}]}]}
 
 
 def test_what_is_no_secret_stays() -> None:
-    """Ids, numbers, nothing, and keys that only sound alike are logged as they are."""
+    """Ids, numbers, null values, and keys that only resemble those of secrets are logged unchanged."""
     event = {"event": "e", "chat_message_id": "1", "message_count": 2, "password": None, "ok": True, "lag_ms": 0.5}
     assert redact(None, "info", dict(event)) == event
 
@@ -261,7 +267,7 @@ def test_what_is_no_secret_stays() -> None:
     ],
 )
 def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
-    """The password of a URL and the token after 'Bearer' are hidden in any text."""
+    """The password in a URL and the token after 'Bearer' are hidden in any text."""
     assert clean(text) == cleaned
 
 
@@ -269,7 +275,7 @@ def test_passwords_in_texts_are_hidden(text: str, cleaned: str) -> None:
     "body", [b'{"ok": false, "why": "secret"}', b"<!doctype html><title>secret</title>", b'{"chatMessageId": "secret"}']
 )
 def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: pytest.CaptureFixture[str]) -> None:
-    """The line of an attempt whose 2xx has a strange body says what was odd, and nothing of what stood there."""
+    """The log line of a 2xx response with an invalid body describes the flaw without quoting the body."""
     configure_logging("json", "info")
     now = datetime.now(UTC)
     lease = Lease(uuid4(), 1, now, task_id="task")
@@ -285,7 +291,7 @@ def test_an_odd_answer_that_counts_is_told_and_not_quoted(body: bytes, capsys: p
 
 @pytest.mark.parametrize("text", ["\x1b]8;;http://evil\x07", "a\x9b31m", "left \u202e", "a\nb", "see [/b]"])
 def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever an event contains, the console shows it in one line, with no control characters but our colour codes."""
+    """The console format prints any event on one line without control characters, except colour codes."""
     for terminal in (io.StringIO(), TerminalStream()):
         monkeypatch.setattr(sys, "stderr", terminal)
         configure_logging("console", "info")
@@ -298,11 +304,11 @@ def test_the_console_shows_controls_as_escapes(text: str, monkeypatch: pytest.Mo
         written = re.sub(r"\x1b\[\d*m", "", terminal.getvalue())
         assert escape(written, lines=True) == written
         assert escape(text) in written
-        assert written.count("\n") == 4 + 1 + text.count("\n")  # four events, and the exception
+        assert written.count("\n") == 4 + 1 + text.count("\n")  # four events and the exception
 
 
 def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> None:
-    """C1 and bidirectional controls, which JSON allows as they are, are escaped too; the line means the same."""
+    """C1 and bidirectional controls, which JSON allows unescaped, are escaped without changing the value."""
     configure_logging("json", "info")
     get_logger("x").info("a", reason="\x9b31m \u202e \x7f")
     line = capsys.readouterr().err
@@ -312,7 +318,7 @@ def test_json_lines_hold_no_raw_controls(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.parametrize("value", ['say "no"\\\n\x00', "é\u200b", "", None, True, 7, 0.25, uuid4(), {"a": [1]}])
 def test_a_collected_line_is_json_whatever_its_fields_hold(value: object, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each field is read back as it was; what JSON has no word for is its text."""
+    """Each field of a buffered line is read back unchanged, or as text if JSON cannot represent it."""
     configure_logging("json", "info")
     lines = Lines("y")
     lines.info("e", field=value)

@@ -16,12 +16,12 @@ def test_everything_offered_is_there() -> None:
 
 
 def test_nothing_else_is() -> None:
-    """An unknown name is an AttributeError, as for any module."""
+    """An unknown name raises AttributeError, as in any module."""
     with pytest.raises(AttributeError, match="no attribute 'send'"):
         _ = followups.send  # type: ignore[attr-defined]
 
 
 def test_import_is_light() -> None:
-    """Importing the package loads no database library, so that `followups --help` is quick."""
+    """Importing the package imports no database library, so that `followups --help` is quick."""
     code = "import followups, sys; sys.exit('sqlalchemy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

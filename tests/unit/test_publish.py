@@ -1,4 +1,4 @@
-"""Hints: what is published, and which messages are refused."""
+"""Hints: their content, and the messages that are rejected."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ json_values = st.recursive(
 
 @given(st.lists(leases, max_size=20), st.integers(1, 7))
 def test_round_trip(given_leases: list[Lease], size: int) -> None:
-    """Published hints are read back complete and in order, in batches of the requested size, as JSON."""
+    """Published hints are read back as JSON, complete and in order, in batches of the requested size."""
     hints = list(batches(given_leases, size))
     assert all(len(hint.entries) <= size for hint in hints)
     assert [lease for hint in hints for lease in leases_of(*json.loads(json.dumps(hint)))] == given_leases
@@ -37,7 +37,7 @@ def test_round_trip(given_leases: list[Lease], size: int) -> None:
 
 @pytest.mark.parametrize("keys", [None, [], [1], [1, 2, 3], [1, "2"], [1, True], [1, 2.5], {"0": 1, "1": 2}, "12"])
 def test_keys_that_are_none(keys: object) -> None:
-    """A hint without workspace numbers, or with invalid ones, is equivalent; all share one queue."""
+    """A hint with missing or invalid workspace numbers is accepted, and its leases share one queue."""
     given_leases = [Lease(uuid4(), 1, datetime.now(UTC), 0, key) for key in (1, 2)]
     (hint,) = batches(given_leases, 2)
     assert leases_of(hint.entries, keys) == [lease._replace(key=0) for lease in given_leases]
@@ -45,13 +45,13 @@ def test_keys_that_are_none(keys: object) -> None:
 
 @given(st.uuids(version=4))
 def test_the_number_of_a_workspace_is_small(workspace_id: UUID) -> None:
-    """It takes seven digits at most, and is the same in every process."""
+    """A workspace number has at most seven digits and is equal in every process."""
     assert 0 <= key_of(workspace_id) == key_of(UUID(str(workspace_id))) < 10**7
 
 
 @given(json_values, json_values)
 def test_foreign(value: object, keys: object) -> None:
-    """Whatever JSON a stranger puts there is either a hint or a ValueError, never another exception."""
+    """Any JSON in a broker message is either a valid hint or raises ValueError, never another exception."""
     try:
         leases_of(value, keys)
     except ValueError as error:
@@ -75,6 +75,6 @@ def test_foreign(value: object, keys: object) -> None:
     ],
 )
 def test_refused(entry: object) -> None:
-    """An entry that could not have been published is refused, and with it its batch."""
+    """A hint with an entry that could not have been published is rejected with its whole batch."""
     with pytest.raises(ValueError, match=r".+"):
         leases_of([entry])

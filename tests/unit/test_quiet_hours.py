@@ -14,7 +14,8 @@ from followups.sending_hours import DAYS, SendingHours, opens_at, read_days, spa
 BERLIN = "Europe/Berlin"
 MINUTE = timedelta(minutes=1)
 DAY = timedelta(days=1)
-# Zones with changes by an hour, by half an hour, at midnight or never, with a skipped day, and odd offsets.
+# Time zones with changes by an hour, by half an hour, at midnight or never, with a skipped day, and with unusual
+# offsets.
 ZONES = (
     "UTC", BERLIN, "America/New_York", "Australia/Lord_Howe", "America/Havana", "Asia/Kathmandu", "Pacific/Apia",
     "Pacific/Kiritimati", "Africa/Casablanca",
@@ -33,7 +34,7 @@ TRANSITIONS = (
     datetime(2030, 10, 27, 1, tzinfo=UTC),  # Berlin, back
     datetime(2026, 4, 4, 15, tzinfo=UTC),  # Lord Howe, back by half an hour
     datetime(2026, 11, 1, 5, tzinfo=UTC),  # Havana, back to midnight
-    datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia, a day left out
+    datetime(2011, 12, 30, 10, tzinfo=UTC),  # Apia, which skipped a day
 )
 NEAR_TRANSITIONS = st.builds(
     lambda moment, minutes: moment + minutes * MINUTE, st.sampled_from(TRANSITIONS), st.integers(-3000, 3000)
@@ -41,24 +42,27 @@ NEAR_TRANSITIONS = st.builds(
 
 
 def allowed(hours: SendingHours, moment: datetime) -> bool:
-    """Return whether the local clock shows a time of sending, considered by itself."""
+    """Return whether a local time, taken alone, is within sending hours."""
     local = moment.astimezone(ZoneInfo(hours.time_zone))
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
         return today in hours.days and hours.opening <= clock < hours.closing
-    # Over midnight: the first part belongs to today, the second to the day before.
+    # For hours across midnight, the first part belongs to today and the second to the day before.
     return (today in hours.days and clock >= hours.opening) or (yesterday in hours.days and clock < hours.closing)
 
 
 def is_shown_twice(zone: str, moment: datetime) -> bool:
-    """Return whether the local time occurs twice, or one within a day before it, when its hours may begin."""
+    """Return whether the zone's UTC offset changes within two days of the given time.
+
+    Local times may then occur twice, including the one at which sending hours begin.
+    """
     zone_info = ZoneInfo(zone)
     return len({(moment + n * 60 * MINUTE).astimezone(zone_info).utcoffset() for n in range(-48, 49)}) > 1
 
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datetime) -> None:
-    """From the opening until just before the closing, the local time is within sending hours."""
+    """From the start of sending hours until just before their end, the local time is within them."""
     opening, closing = span_of(hours, moment)
     assert opening < closing
     assert moment < closing
@@ -71,7 +75,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
-    """Until sending hours begin, the local time is outside them, except for local times that occur twice."""
+    """Before the computed start of sending hours, the local time is outside them, unless it occurs twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):
@@ -82,7 +86,7 @@ def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: dateti
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> None:
-    """The opening itself is within sending hours, and a later time never has an earlier opening."""
+    """The start of sending hours is within them, and a later time never has an earlier start."""
     opening = opens_at(hours, moment)
     assert opens_at(hours, opening) == opening
     assert opens_at(hours, moment + MINUTE) >= opening
@@ -91,32 +95,32 @@ def test_opening_is_where_it_opens(hours: SendingHours, moment: datetime) -> Non
 @pytest.mark.parametrize(
     ("opening", "closing", "moment", "expected"),
     [
-        # In winter Berlin is an hour ahead of UTC, in summer two.
+        # Berlin is one hour ahead of UTC in winter, and two hours in summer.
         ("08:00", "20:00", "2030-01-31T22:00Z", "2030-02-01T07:00Z"),
         ("08:00", "20:00", "2030-07-31T22:00Z", "2030-08-01T06:00Z"),
         ("08:00", "20:00", "2030-01-31T12:00Z", "2030-01-31T12:00Z"),
-        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is too late
-        ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is not
+        ("08:00", "20:00", "2030-01-31T19:00Z", "2030-02-01T07:00Z"),  # 20:00 is already outside
+        ("08:00", "20:00", "2030-01-31T07:00Z", "2030-01-31T07:00Z"),  # 08:00 is inside
         ("22:00", "06:00", "2030-01-31T12:00Z", "2030-01-31T21:00Z"),
-        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # of the night before
+        ("22:00", "06:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),  # within the night that began the day before
         ("00:00", "00:00", "2030-01-31T02:00Z", "2030-01-31T02:00Z"),
-        # 02:00 becomes 03:00: the jump is the opening, and the closing.
+        # When 02:00 becomes 03:00, sending hours begin and end at the jump.
         ("02:30", "20:00", "2030-03-31T00:00Z", "2030-03-31T01:00Z"),
         ("00:30", "02:30", "2030-03-31T01:00Z", "2030-03-31T22:30Z"),
         ("02:10", "02:40", "2030-03-31T00:00Z", "2030-04-01T00:10Z"),
-        # 03:00 becomes 02:00: opens at the second half past two, closes at the first.
+        # When 03:00 becomes 02:00, sending hours begin at the second 02:30 and end at the first one.
         ("02:30", "20:00", "2030-10-27T00:00Z", "2030-10-27T01:30Z"),
         ("01:00", "02:30", "2030-10-27T00:30Z", "2030-10-28T00:00Z"),
     ],
 )
 def test_moments_in_berlin(opening: str, closing: str, moment: str, expected: str) -> None:
-    """Hours follow the local clock, across midnight and daylight-saving changes."""
+    """Sending hours follow the local clock, across midnight and daylight-saving changes."""
     hours = SendingHours(BERLIN, time.fromisoformat(opening), time.fromisoformat(closing))
     assert opens_at(hours, datetime.fromisoformat(moment)) == datetime.fromisoformat(expected)
 
 
 def test_days() -> None:
-    """Hours open only on their days; a night belongs to the day on which it begins."""
+    """Sending hours begin only on their days; a night belongs to the day on which it begins."""
     weekdays = SendingHours(BERLIN, time(8), time(20), read_days("mon-fri"))
     saturday = datetime(2030, 2, 2, 10, tzinfo=UTC)
     assert opens_at(weekdays, saturday) == datetime(2030, 2, 4, 7, tzinfo=UTC)
@@ -126,13 +130,13 @@ def test_days() -> None:
 
 @given(st.frozensets(st.integers(0, 6), min_size=1))
 def test_days_are_read_as_they_are_written(days: frozenset[int]) -> None:
-    """Days written in words are parsed as the same days."""
+    """Days formatted as text are parsed back to the same days."""
     assert read_days(written_days(days)) == days
 
 
 @pytest.mark.parametrize("text", ["", "monday", "mon-", "-", "mon,,fri", "0-6"])
 def test_what_are_no_days(text: str) -> None:
-    """Anything else is refused."""
+    """Text that names no valid days is rejected."""
     with pytest.raises(ValueError, match=r".*"):
         read_days(text)
     assert DAYS[0] == "mon"
@@ -142,7 +146,7 @@ def test_what_are_no_days(text: str) -> None:
     "name", ["", "Nowhere", "Europe", "../etc/passwd", "/etc/localtime", "a\x00", "\ud800", "x" * 300]
 )
 def test_what_is_no_time_zone(name: str) -> None:
-    """A name that is not in the time zone database is refused."""
+    """A name missing from the time zone database is rejected."""
     assert zone_of(name) is None
     with pytest.raises(LookupError):
         opens_at(SendingHours(name, time(8), time(20)), datetime(2030, 1, 31, tzinfo=UTC))

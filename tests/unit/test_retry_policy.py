@@ -1,4 +1,4 @@
-"""The retry policy: the delays, and when there is no further try."""
+"""The retry policy: the delays, and the last attempt."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ fractions = st.floats(0.0, 1.0, exclude_max=True)
 
 @given(policies, attempts, fractions)
 def test_the_delay_is_between_zero_and_the_ceiling(policy: RetryPolicy, attempt: int, fraction: float) -> None:
-    """Whatever the jitter, the delay is between zero and the attempt's ceiling, and at most the cap."""
+    """With any jitter, the delay is between zero and the attempt's ceiling, and at most the cap."""
     assert ZERO <= policy.jittered(attempt, lambda: fraction) <= policy.ceiling(attempt) <= policy.cap
 
 
 @given(policies, st.integers(1, 999))
 def test_the_ceiling_never_shrinks(policy: RetryPolicy, attempt: int) -> None:
-    """The ceiling of a later attempt is never lower."""
+    """The delay's ceiling never decreases from one attempt to the next."""
     assert policy.ceiling(attempt) <= policy.ceiling(attempt + 1)
 
 
 @given(policies, attempts)
 def test_the_last_attempt_has_no_next(policy: RetryPolicy, attempt: int) -> None:
-    """There is a next try if and only if attempts are left."""
+    """There is a next attempt if and only if attempts are left."""
     assert (policy.next_delay(attempt) is None) == (attempt >= policy.max_attempts)
 
 
 def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
-    """The ceiling is base times factor to the power of the earlier attempts, and at most the cap."""
+    """The ceiling is the base times the factor to the power of earlier attempts, and at most the cap."""
     policy = RetryPolicy(timedelta(seconds=5), 2.0, HOUR, max_attempts=1000)
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3, 10, 11, 12)] == [
         5,
@@ -58,7 +58,7 @@ def test_the_ceiling_grows_by_the_factor_up_to_the_cap() -> None:
 
 
 def test_a_slow_growth_goes_on() -> None:
-    """A factor near one still grows after many attempts."""
+    """With a factor near one, the ceiling still grows after many attempts."""
     policy = RetryPolicy(timedelta(seconds=1), 1.01, HOUR, max_attempts=1000)
     assert policy.ceiling(201).total_seconds() == pytest.approx(1.01**200, abs=1e-5)
 
@@ -73,7 +73,7 @@ def test_the_jitter_is_full() -> None:
 
 @given(st.timedeltas(timedelta(days=-400), timedelta(days=400)))
 def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
-    """The transport's requested delay is clamped to between one second and one day."""
+    """A delay requested by the transport is clamped to between one second and one day."""
     kept = clamp_retry_after(wished)
     assert MIN_RETRY_AFTER <= kept <= MAX_RETRY_AFTER
     assert kept == wished or not MIN_RETRY_AFTER <= wished <= MAX_RETRY_AFTER
@@ -81,6 +81,6 @@ def test_a_wish_is_kept_within_reason(wished: timedelta) -> None:
 
 @given(st.timedeltas(MIN_RETRY_AFTER, MAX_RETRY_AFTER), st.floats(0, 1, exclude_max=True))
 def test_a_wish_is_spread(wished: timedelta, fraction: float) -> None:
-    """A retry comes no earlier than the transport asked, at most a tenth later, and within a day."""
+    """A retry is at most a tenth later than the transport requested, never earlier, and within a day."""
     waited = spread(wished, lambda: fraction)
     assert wished <= waited <= min(wished * (1 + SPREAD), MAX_RETRY_AFTER)

@@ -1,4 +1,4 @@
-"""One call of the transport, which is given up in time and whose ending is always an outcome."""
+"""A single call of the transport, which is limited in time and always ends in an outcome."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BEGUN = Begun(
 
 
 class Plugin:
-    """A transport that does what a test says."""
+    """A transport whose behaviour is a function of the test."""
 
     name = "plugin"
 
@@ -43,7 +43,7 @@ class Plugin:
 
 
 async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
-    """Make one call, within the limit and a grace."""
+    """Make one call within the time limit and the grace period."""
     clock = DatabaseClock()
     clock.observe(NOW, uptime(), uptime())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
@@ -51,29 +51,29 @@ async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOO
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
-    """Return the outcome, and check that the task continues normally."""
+    """Return the outcome and check that the task continues normally."""
     made = await attempt(does)
     task = asyncio.current_task()
     assert task is not None
     assert task.cancelling() == 0
-    await asyncio.sleep(0.1)  # when the limit, if it was not lifted, would end this
+    await asyncio.sleep(0.1)  # a limit that was not lifted would end this sleep
     assert made is not None
     return made.outcome
 
 
 async def hang() -> Outcome:
-    """Never answer."""
+    """Wait for longer than any test."""
     await asyncio.Event().wait()
     return Sent()
 
 
 async def test_a_call_that_hangs_is_given_up() -> None:
-    """Its outcome is unknown."""
+    """A call that exceeds the time limit is stopped, and its outcome is unknown."""
     assert await outcome(hang) == Unknown("no outcome within 0.05 s")
 
 
 async def test_a_call_in_time() -> None:
-    """Its outcome counts, and the limit is lifted."""
+    """The outcome of a call in time counts, and its time limit is lifted."""
 
     async def answer() -> Outcome:
         await asyncio.sleep(0.01)
@@ -83,7 +83,7 @@ async def test_a_call_in_time() -> None:
 
 
 async def test_an_outcome_in_spite_of_the_limit() -> None:
-    """If a transport returns an outcome while it is being stopped, that counts."""
+    """An outcome that a transport returns while it is being stopped counts."""
 
     async def insist() -> Outcome:
         try:
@@ -95,7 +95,7 @@ async def test_an_outcome_in_spite_of_the_limit() -> None:
 
 
 async def test_an_error_when_stopped() -> None:
-    """A transport that answers the stop with an error of its own: not known."""
+    """If a transport raises an error while it is being stopped, the outcome is unknown."""
 
     async def break_down() -> Outcome:
         try:
@@ -108,7 +108,7 @@ async def test_an_error_when_stopped() -> None:
 
 @pytest.mark.parametrize("error", [TimeoutError, asyncio.CancelledError, SystemExit, KeyError])
 async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
-    """Its class is reported, and the process continues."""
+    """The class of an exception that a transport raises is reported, and the process continues."""
 
     async def fail() -> Outcome:
         raise error
@@ -117,7 +117,7 @@ async def test_whatever_a_transport_raises(error: type[BaseException]) -> None:
 
 
 async def test_cancelled_from_outside() -> None:
-    """Cancelling the task ends it; that is no outcome."""
+    """Cancelling the task cancels the call and gives no outcome."""
     task = asyncio.create_task(attempt(hang, timedelta(seconds=60)))
     await asyncio.sleep(0.01)
     task.cancel()
@@ -126,10 +126,10 @@ async def test_cancelled_from_outside() -> None:
 
 
 async def test_cancelled_from_outside_as_the_limit_ends() -> None:
-    """The same at the moment when the limit ends."""
+    """Cancelling the task just as the time limit ends gives no outcome."""
 
     async def block() -> Outcome:
-        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)  # the limit is over before the loop turns
+        asyncio.get_running_loop().call_later(0.01, time.sleep, 0.1)  # the limit ends before the event loop continues
         asyncio.get_running_loop().call_later(0.02, task.cancel)
         return await hang()
 

@@ -1,4 +1,4 @@
-"""The settings: names, defaults, limits, display, and errors."""
+"""The settings: names, defaults, limits, display and errors."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ DEFAULTS: dict[str, Any] = {
     "FOLLOWUPS_LOG_FORMAT": None,
     "FOLLOWUPS_LOG_LEVEL": "info",
 }
-"""The published names and defaults, other than the two required URLs."""
+"""The documented names and defaults, except the two required URLs."""
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set the required settings only."""
+    """Set only the required settings in the environment."""
     for name in [*DEFAULTS, "DATABASE_URL", "REDIS_URL"]:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
@@ -68,7 +68,7 @@ def _by_name(settings: Settings) -> dict[str, Any]:
 
 
 def test_every_published_name_has_its_default() -> None:
-    """With the two URLs set, every published setting has its default."""
+    """With only the two URLs set, every other documented setting has its default."""
     read = _by_name(load_settings())
     assert read["FOLLOWUPS_DATABASE_URL"] == SecretStr(DATABASE_URL)
     assert read["FOLLOWUPS_BROKER_URL"] == SecretStr(BROKER_URL)
@@ -76,7 +76,7 @@ def test_every_published_name_has_its_default() -> None:
 
 
 def test_the_api_rate_limit_has_an_older_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FOLLOWUPS_RATE_LIMIT is still read, and FOLLOWUPS_API_RATE_LIMIT wins over it."""
+    """FOLLOWUPS_RATE_LIMIT is still read, but FOLLOWUPS_API_RATE_LIMIT takes precedence."""
     monkeypatch.setenv("FOLLOWUPS_RATE_LIMIT", "7")
     assert load_settings().api_rate_limit == 7
     monkeypatch.setenv("FOLLOWUPS_API_RATE_LIMIT", "8")
@@ -93,7 +93,7 @@ def test_the_api_rate_limit_has_an_older_name(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, field: str) -> None:
-    """A secret or URL is read from the file in NAME_FILE, without the white space around it."""
+    """A secret or URL can be read from the file in NAME_FILE, without surrounding white space."""
     values = {"database_url": DATABASE_URL, "broker_url": BROKER_URL, "transport_secret": "whsec_" + "x" * 32}
     file = tmp_path / "secret"
     file.write_text(f"  {values[field]}\n\n")
@@ -105,7 +105,10 @@ def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A missing file, or a variable given beside its file, stops the start with the name but not the value."""
+    """A missing file stops the start with an error that names the setting but not the value.
+
+    The same applies if a variable and its file are both given.
+    """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:
         load_settings()
@@ -116,7 +119,7 @@ def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_every_setting_says_what_it_is_for() -> None:
-    """Each setting carries its description, which the documentation and the errors quote."""
+    """Every setting has a description, which the documentation and the errors quote."""
     assert all(field.description for field in Settings.model_fields.values())
 
 
@@ -158,7 +161,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, giv
 def test_the_platforms_usual_names_are_read_too(
     monkeypatch: pytest.MonkeyPatch, field: str, alias: str, url: str
 ) -> None:
-    """DATABASE_URL and REDIS_URL are read where the name with the prefix is not set, which wins."""
+    """DATABASE_URL and REDIS_URL are read unless the prefixed names are set, which take precedence."""
     monkeypatch.setenv(alias, url)
     assert getattr(load_settings(), field).get_secret_value() != url
     monkeypatch.delenv(environment_name(field))
@@ -167,7 +170,7 @@ def test_the_platforms_usual_names_are_read_too(
 
 @pytest.mark.parametrize("field", ["database_url", "broker_url"])
 def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """Without a required URL the start stops with its name and an example."""
+    """A missing required URL stops the start with an error that names it and gives an example."""
     monkeypatch.delenv(environment_name(field))
     with pytest.raises(SettingsError, match=rf"^{environment_name(field)} is required: set it to .*\w+://.*\.$"):
         load_settings()
@@ -204,7 +207,7 @@ def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) 
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """An invalid value is an error in one sentence that begins with the variable and shows no password."""
+    """An invalid value is a one-sentence error that begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()
@@ -213,7 +216,7 @@ def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyP
 
 
 def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two wrong values are both named."""
+    """The error names all invalid settings together."""
     monkeypatch.setenv("FOLLOWUPS_MAX_ATTEMPTS", "0")
     monkeypatch.setenv("FOLLOWUPS_LOG_LEVEL", "loud")
     with pytest.raises(SettingsError, match=r"FOLLOWUPS_MAX_ATTEMPTS should .*; FOLLOWUPS_LOG_LEVEL should"):
@@ -221,7 +224,7 @@ def test_all_wrong_values_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_lease_outlives_an_attempt() -> None:
-    """A lease is at least the margin longer than the transport's timeout, and shorter than an hour."""
+    """A lease exceeds the transport's timeout by at least the margin, and is shorter than an hour."""
     timeout = timedelta(seconds=20)
     assert load_settings(transport_timeout=timeout, lease=timeout + LEASE_MARGIN).lease == timedelta(seconds=22)
     with pytest.raises(SettingsError, match=r"FOLLOWUPS_LEASE \(21\.5 s\).*2 s longer.*TRANSPORT_TIMEOUT \(20 s\)"):
@@ -231,7 +234,7 @@ def test_a_lease_outlives_an_attempt() -> None:
 
 
 def test_secrets_are_not_shown() -> None:
-    """Displayed settings, and the representation, contain neither passwords nor the transport's secret."""
+    """The displayed settings and their repr contain neither passwords nor the transport's secret."""
     url = "https://me:pa55@chat.example/hook?key=s3cret"
     settings = load_settings(transport_secret="whsec_abc", transport_url=url)  # noqa: S106 - no real one
     shown = settings.shown()
@@ -248,17 +251,17 @@ def test_secrets_are_not_shown() -> None:
 
 @pytest.mark.parametrize("password", ["plain", "with@at", "with/slash", "with?question", "with:colon", "with#hash"])
 def test_no_part_of_an_unescaped_password_is_shown(password: str) -> None:
-    """A password with unescaped special characters is hidden as a whole."""
+    """A password with unescaped special characters is hidden completely."""
     assert hide_password(f"postgresql://app:{password}@db/followups") == "postgresql://app:***@db/followups"
 
 
 def test_a_url_without_a_password_stays_as_it_is() -> None:
-    """Only the query is hidden in a URL without credentials."""
+    """In a URL without credentials, only the query is hidden."""
     assert hide_password("redis://broker:6379/0?ssl=1") == "redis://broker:6379/0"
 
 
 def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment made for another process reads back as the same settings."""
+    """The environment created for another process is read back as the same settings."""
     settings = load_settings(transport_url="http://127.0.0.1:9/", transport_deduplicates=False, log_format="console")
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
@@ -267,21 +270,21 @@ def test_another_process_reads_the_same_settings(monkeypatch: pytest.MonkeyPatch
 
 @given(st.timedeltas(timedelta(0), timedelta(days=36_500)))
 def test_durations_pass_unrounded(max_lateness: timedelta) -> None:
-    """Any duration survives the environment to the microsecond."""
+    """A duration passed through the environment is exact to the microsecond."""
     text = load_settings(max_lateness=max_lateness).environment()["FOLLOWUPS_MAX_LATENESS"]
     assert "e" not in text
     assert load_settings(max_lateness=text).max_lateness == max_lateness
 
 
 def test_the_retry_policy_comes_from_the_settings() -> None:
-    """The four retry settings define the policy."""
+    """The four retry settings define the retry policy."""
     policy = load_settings(retry_base=1, retry_factor=3, retry_cap=10, max_attempts=5).retry_policy
     assert [policy.ceiling(attempt).total_seconds() for attempt in (1, 2, 3)] == [1, 3, 9]
     assert (policy.cap, policy.max_attempts) == (timedelta(seconds=10), 5)
 
 
 def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The settings of a process don't change while it runs, and cannot be changed."""
+    """The settings of a process are read once and cannot be changed."""
     settings = get_settings()
     monkeypatch.setenv("FOLLOWUPS_MAX_ATTEMPTS", "1")
     assert get_settings() is settings
@@ -292,7 +295,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A bare 90, meant as days, is refused with an explanation, and nothing is deleted."""
+    """A retention of a bare 90, meant as days, is rejected with an explanation; nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)
@@ -304,6 +307,9 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(("value", "port"), [("9100", 9100), ("", None), ("tcp://10.96.0.7:9100", None)])
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
-    """A Service named followups-metrics makes Kubernetes set the variable to a URL, which is no port of ours."""
+    """A metrics port set to a URL is ignored.
+
+    Kubernetes sets the variable so for a Service named followups-metrics.
+    """
     monkeypatch.setenv("FOLLOWUPS_METRICS_PORT", value)
     assert load_settings().metrics_port == port

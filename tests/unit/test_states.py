@@ -1,4 +1,4 @@
-"""The states: the allowed transitions, the reasons that explain them, and what is stored."""
+"""The states: allowed transitions, their reasons, and the stored values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONTRACT: dict[Status, set[str | None]] = {
     },
     Status.CANCELLED: {"user_replied", "human_takeover", "chat_removed", "cancelled_by_api"},
 }
-"""The published codes of each final state."""
+"""The documented reason codes of each final state."""
 
 
 def _allowed(current: Status, to: Status, code: ReasonCode | None) -> bool:
@@ -48,7 +48,7 @@ def _allowed(current: Status, to: Status, code: ReasonCode | None) -> bool:
 
 @pytest.mark.parametrize(("current", "to", "code"), ALL_TRIPLES)
 def test_every_transition_is_in_the_contract_or_refused(current: Status, to: Status, code: ReasonCode | None) -> None:
-    """Exactly the transitions of the contract are possible; every other one is refused."""
+    """Exactly the documented transitions are possible; all others are rejected."""
     if _allowed(current, to, code):
         assert finish(to, code, current=current) == Final(to, code)
     else:
@@ -86,7 +86,7 @@ def test_the_three_final_states_are_final() -> None:
 
 
 def test_each_code_explains_one_state() -> None:
-    """Every reason code belongs to exactly one final state, and each default code to its own."""
+    """Every reason code belongs to exactly one final state, and each default code to its own state."""
     codes = [code for onward in TRANSITIONS.values() for group in onward.values() for code in group]
     assert sorted(codes) == sorted(ReasonCode)
     assert all(code in TRANSITIONS[Status.PENDING][status] for status, code in DEFAULT_CODES.items())
@@ -104,7 +104,7 @@ def test_the_documented_table_is_the_code() -> None:
 
 @given(code=st.sampled_from(ReasonCode), detail=st.text(st.characters(), max_size=3 * MAX_REASON_LENGTH))
 def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail: str) -> None:
-    """Whatever the detail, the reason begins with its code and a colon, is bounded, and can be stored."""
+    """Any reason begins with its code and a colon, has a limited length, and can be stored."""
     reason = explain(code, detail)
     assert code_of(reason) == code
     assert reason == code or reason.startswith(f"{code.value}: ")
@@ -114,7 +114,7 @@ def test_a_reason_gives_its_code_back_and_can_be_stored(code: ReasonCode, detail
 
 
 def test_what_postgresql_cannot_store_is_replaced() -> None:
-    """NUL characters and lone surrogates, which JSON can carry, don't reach the table."""
+    """NUL characters and lone surrogates, which JSON can contain, are replaced before storing."""
     assert explain(ReasonCode.REJECTED, "a\x00b\ud800c") == "rejected: a\N{REPLACEMENT CHARACTER}b?c"
 
 
@@ -129,10 +129,10 @@ def test_what_postgresql_cannot_store_is_replaced() -> None:
     ],
 )
 def test_the_code_of_a_stored_reason(reason: str | None, code: str) -> None:
-    """A missing reason has no code, and a caller's own reason counts as 'other'."""
+    """A missing reason has no code, and a caller's reason counts as 'other'."""
     assert code_of(reason) == code
 
 
 def test_words_are_stored_as_given() -> None:
-    """A caller's own reason is stored as given, without a code."""
+    """A caller's reason is stored unchanged, without a code."""
     assert finish(Status.CANCELLED, words="the customer called") == Final(Status.CANCELLED, "the customer called")

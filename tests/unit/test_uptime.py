@@ -1,4 +1,4 @@
-"""The clock that measures leases."""
+"""The uptime clock, which measures leases."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_never_back() -> None:
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
 def test_counts_sleep() -> None:
-    """The clock is the kernel's uptime, which includes the time that the machine was suspended."""
+    """The clock is the kernel's uptime, which includes the time during which the machine was suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])
     assert before - 0.01 <= told <= uptime()

@@ -1,4 +1,4 @@
-"""URLs of database and broker: which are accepted, and the errors for others."""
+"""URLs of the database and the broker: accepted forms, and the errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BROKER = "redis://:pa55@broker:6379/0"
     ],
 )
 def test_hosts_of_a_database(text: str, host: str, port: str) -> None:
-    """Several hosts are read in libpq's form and in both of SQLAlchemy's."""
+    """Several database hosts are read in libpq's form and in both forms of SQLAlchemy."""
     url = database_url(text)
     (_, options) = url.get_dialect()().create_connect_args(url)
     assert (options["host"], (options.get("port") or "").rstrip(",")) == (host, port)
@@ -71,7 +71,7 @@ def test_escaped_characters(hosts: str) -> None:
     ],
 )
 def test_a_database_url_that_cannot_be_read(text: str) -> None:
-    """An invalid database URL is refused in one sentence that shows nothing of the URL."""
+    """An invalid database URL is rejected in one sentence that shows no part of the URL."""
     with pytest.raises(
         SettingsError, match=r"^FOLLOWUPS_DATABASE_URL should be a URL that can be read: .*\.$"
     ) as raised:
@@ -103,7 +103,7 @@ def test_a_database_url_that_cannot_be_read(text: str) -> None:
     ],
 )
 def test_a_broker_url_that_cannot_be_read(text: str) -> None:
-    """An invalid broker URL is refused in one sentence that shows nothing of the URL."""
+    """An invalid broker URL is rejected in one sentence that shows no part of the URL."""
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_BROKER_URL should be a URL that can be read: .*\.$") as raised:
         load_settings(database_url=DATABASE, broker_url=text)
     assert not [word for word in ("pa55", "broker", "zero", "long") if word in str(raised.value)]
@@ -111,7 +111,7 @@ def test_a_broker_url_that_cannot_be_read(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["redis://broker/", "redis://me:p%40ss@[::1]:6380/15", "redis://h:1/3", "redis://@h/"])
 def test_broker_urls(text: str) -> None:
-    """A URL that redis-py and kombu read alike is kept unchanged, but for the white space around it."""
+    """A broker URL that redis-py and kombu read alike is unchanged, except for surrounding white space."""
     assert broker_url(text) == text
     assert load_settings(database_url=DATABASE, broker_url=f" {text}\n").broker_url.get_secret_value() == text
 
@@ -133,7 +133,7 @@ def test_broker_urls(text: str) -> None:
     ],
 )
 def test_a_broker_url_is_brought_into_one_form(text: str, read: str) -> None:
-    """Odd characters, parameters about TLS and the database's number are read alike by redis-py and kombu."""
+    """Special characters, TLS parameters and the database number are read alike by redis-py and kombu."""
     assert broker_url(text) == broker_url(read) == read
     ours, theirs = redis.connection.parse_url(read), kombu_url.parse_url(read)
     for name, named in {"username": "userid", "password": "password", "host": "hostname", "port": "port"}.items():
@@ -146,6 +146,6 @@ def test_a_broker_url_is_brought_into_one_form(text: str, read: str) -> None:
 
 
 def test_white_space_around_a_database_url() -> None:
-    """Surrounding white space is removed from a URL."""
+    """White space around a database URL is removed."""
     read = load_settings(database_url=f"\t{DATABASE} \n", broker_url=BROKER)
     assert read.database_url.get_secret_value() == DATABASE

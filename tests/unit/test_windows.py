@@ -1,4 +1,4 @@
-"""The messaging windows, in which a channel lets a business write into a chat."""
+"""Messaging windows, during which a channel lets a business write into a chat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MICROSECOND = timedelta(microseconds=1)
 
 
 def test_the_channels_are_the_contract_s() -> None:
-    """The published channels, of which WhatsApp and Instagram have a window of 24 hours."""
+    """The documented channels exist; WhatsApp and Instagram have a window of 24 hours."""
     assert {*Channel} == {"widget", "waha", "whatsapp", "instagram", "api", "matrix"}
     assert {"whatsapp", "instagram"} == WINDOWED_CHANNELS
     assert timedelta(hours=24) == WINDOW
@@ -23,7 +23,7 @@ def test_the_channels_are_the_contract_s() -> None:
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel) -> None:
-    """A message may be sent until, but not at, 24 hours after the user's last one."""
+    """A message may be sent until, but not at, 24 hours after the user's last message."""
     assert is_open(channel, NOON, NOON)
     assert is_open(channel, NOON, NOON + WINDOW - MICROSECOND)
     assert not is_open(channel, NOON, NOON + WINDOW)
@@ -31,7 +31,7 @@ def test_the_window_ends_24_hours_after_the_user_s_last_message(channel: Channel
 
 @pytest.mark.parametrize("channel", sorted(WINDOWED_CHANNELS))
 def test_without_a_user_s_message_there_is_no_window(channel: Channel) -> None:
-    """If the user never wrote, nothing may be sent."""
+    """In a channel with a messaging window, nothing may be sent if the user never wrote."""
     assert not is_open(channel, None, NOON)
 
 

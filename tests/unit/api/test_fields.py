@@ -1,4 +1,4 @@
-"""The API's own field types."""
+"""The API's field types for times and ids."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TIMES, IDS = TypeAdapter(Time), TypeAdapter(Id)
     ],
 )
 def test_times(written: str, meant: datetime) -> None:
-    """An RFC 3339 time is parsed and kept in UTC."""
+    """An RFC 3339 time is parsed and converted to UTC."""
     assert TIMES.validate_python(written) == meant
     assert TIMES.validate_python(written).tzinfo is UTC
 
@@ -46,7 +46,7 @@ def test_times(written: str, meant: datetime) -> None:
     ],
 )  # fmt: skip
 def test_no_times(written: object) -> None:
-    """An invalid or unstorable time is refused with a validation error."""
+    """An invalid or unstorable time is rejected with a validation error."""
     with pytest.raises(ValidationError):
         TIMES.validate_python(written)
 
@@ -62,12 +62,12 @@ def test_any_time(time: datetime) -> None:
 
 @given(st.uuids())
 def test_any_id(value: UUID) -> None:
-    """Every UUID is an id, in upper or lower case."""
+    """Every UUID is accepted as an id, in upper or lower case."""
     assert IDS.validate_python(str(value)) == IDS.validate_python(str(value).upper()) == value
 
 
 @given(st.text())
 def test_no_ids(written: str) -> None:
-    """Any other text is refused."""
+    """Text that is not a UUID is rejected as an id."""
     with pytest.raises(ValidationError):
         IDS.validate_python(written)

@@ -1,4 +1,4 @@
-"""The API's rate limit on fakeredis; `integration/api/test_limits.py` has it on a real server."""
+"""The API's rate limit on fakeredis; `integration/api/test_limits.py` tests it on a real server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KEY = UUID(int=1)
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
-    """Return the server that every client of the test speaks to."""
+    """Return the fake server to which every client of the test connects."""
     server = FakeServer()
     fake = FakeAsyncRedis(server=server).connection_pool
     monkeypatch.setattr(key_rate_limit.ConnectionPool, "from_url", lambda *_, **__: fake)
@@ -33,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 @pytest.fixture
 def limit_of(server: FakeServer) -> Callable[[int], KeyRateLimit]:
-    """Return a maker of rate limits, each as a process of its own has it."""
+    """Return a factory of rate limits, each of which stands for a separate process."""
     assert server.connected
     return lambda most: KeyRateLimit(
         load_settings(
@@ -46,7 +46,7 @@ def limit_of(server: FakeServer) -> Callable[[int], KeyRateLimit]:
 
 
 async def allowed(limit: KeyRateLimit, requests: int, key: UUID = KEY) -> int:
-    """Return how many of so many requests the limit allows."""
+    """Return how many of the given number of requests the limit allows."""
     number = 0
     waits: list[float] = []
     for _ in range(requests):
@@ -61,21 +61,24 @@ async def allowed(limit: KeyRateLimit, requests: int, key: UUID = KEY) -> int:
 
 
 async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """A key gets as many requests a minute as the limit, and another key has its own."""
+    """A key may make as many requests per minute as the limit, independently of other keys."""
     limit = limit_of(5)
     assert await allowed(limit, 9) == 5
     assert await allowed(limit, 9, uuid4()) == 5
 
 
 async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """What one process has counted, another one knows; a limit of 0 means none."""
+    """Processes share the count of requests; a limit of 0 means none."""
     assert await allowed(limit_of(5), 3) == 3
     assert await allowed(limit_of(5), 9) == 2
     assert await allowed(limit_of(0), 99) == 99
 
 
 async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
-    """For a busy key, the server is asked rarely, for many requests at a time; even so the limit is never exceeded."""
+    """For a busy key, many requests at a time are counted on the server in advance.
+
+    The limit is never exceeded.
+    """
     limit = limit_of(60_000)
     assert await allowed(limit, 1_000) == 1_000
     assert server.connected
@@ -86,7 +89,7 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimi
 async def test_simultaneous_requests_are_counted_once(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer
 ) -> None:
-    """Requests of one key that arrive together use what one of them has counted ahead."""
+    """Concurrent requests of one key use the allowance that one of them has counted in advance."""
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
     counted = sum(int(value) for value in await values(server))
@@ -94,7 +97,7 @@ async def test_simultaneous_requests_are_counted_once(
 
 
 async def values(server: FakeServer) -> list[bytes]:
-    """Return what is stored."""
+    """Return the values stored on the server."""
     client = FakeAsyncRedis(server=server)
     found = [await client.get(name) for name in await client.keys()]
     await client.aclose()
@@ -102,7 +105,7 @@ async def values(server: FakeServer) -> list[bytes]:
 
 
 async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """The window slides: two minutes later a key has the whole limit again."""
+    """The rate limit's window slides: two minutes later a key has the whole limit again."""
     with time_machine.travel("2030-01-31T09:00:00Z", tick=False) as now:
         limit = limit_of(5)
         assert await allowed(limit, 9) == 5
@@ -113,7 +116,10 @@ async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
 async def test_without_the_server_nothing_is_refused(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests are allowed and counted as such while the server is away, and it is not asked for a while."""
+    """While the server is unreachable, requests are allowed and counted as unlimited.
+
+    The server is not queried again for a while.
+    """
     limit = limit_of(5)
     server.connected = False
     before = UNLIMITED._value.get()  # noqa: SLF001 - a counter has no other way to be read
@@ -129,7 +135,7 @@ async def test_without_the_server_nothing_is_refused(
 async def test_an_answer_that_is_an_error(
     limit_of: Callable[[int], KeyRateLimit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that refuses, such as one being loaded, counts as away."""
+    """A server that returns an error, such as while loading, counts as unreachable."""
     limit = limit_of(1)
 
     async def refuse(*_: object, **__: object) -> bool:
