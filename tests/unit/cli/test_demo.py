@@ -1,4 +1,4 @@
-"""The demo's script, its score and its pictures."""
+"""The demo's script, its final check and its display."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCENARIO = script()
 
 
 def ended(part: ScenarioStep) -> FollowUpState:
-    """Return the state of a part that has ended as scripted."""
+    """Return the state of a scenario step that has ended as scripted."""
     ending = part.ending
     lag = 2.0 + part.due if ending.status == Status.SENT else None
     reason = f"{ending.code}: why" if ending.code else None
@@ -32,7 +32,7 @@ def ended(part: ScenarioStep) -> FollowUpState:
 
 
 def pending(part: ScenarioStep) -> FollowUpState:
-    """Return the state of a part before its moment."""
+    """Return the state of a scenario step before its due time."""
     return FollowUpState(_scheduled(part), Status.PENDING, 0, None, None, None)
 
 
@@ -45,7 +45,10 @@ RECEIPTS = {"accepted": 52, "duplicates": 0}
 
 
 def test_the_script_holds_what_is_promised() -> None:
-    """At least 50 are sent, at different moments; three are retried, one is rejected, two are cancelled."""
+    """At least 50 follow-ups are sent at different times.
+
+    Three are retried, one is rejected and two are cancelled.
+    """
     result = score(ALL_ENDED, RECEIPTS)
     assert result.ok
     assert (result.sent, result.failed, result.cancelled, result.retried) == (52, 1, 2, 3)
@@ -63,7 +66,7 @@ def test_the_reply_comes_before_what_it_cancels() -> None:
 
 
 def test_failures_hold_up_no_other_follow_up() -> None:
-    """A chat in which the receiver fails has one follow-up, so that no other waits behind its retries."""
+    """A chat with a failing receiver has only one follow-up, so that no other one waits behind retries."""
     assert all(sum(part.chat == chat for part in SCENARIO.parts) == 1 for chat in FAILURES)
 
 
@@ -76,7 +79,7 @@ def test_failures_hold_up_no_other_follow_up() -> None:
     ],
 )
 def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, object], problem: str) -> None:
-    """A follow-up that did not end as scripted fails the run, and is named."""
+    """A follow-up that did not end as scripted fails the demo and is named."""
     standings = [*ALL_ENDED[:number], replace(ALL_ENDED[number], **changed), *ALL_ENDED[number + 1 :]]
     result = score(standings, RECEIPTS)
     assert not result.ok
@@ -85,19 +88,19 @@ def test_one_that_ended_otherwise_is_a_problem(number: int, changed: dict[str, o
 
 @pytest.mark.parametrize("receipts", [{"accepted": 52, "duplicates": 1}, {"accepted": 51, "duplicates": 0}])
 def test_the_receiver_s_count_decides(receipts: dict[str, object]) -> None:
-    """A message that the receiver accepted twice or never fails the run."""
+    """A message that the receiver accepted twice, or never, fails the demo."""
     assert not score(ALL_ENDED, receipts).ok
 
 
 def test_the_json_form_has_the_contract_s_fields() -> None:
-    """The JSON object has exactly the fields of the contract."""
+    """The demo's JSON object has exactly the documented fields."""
     document = score(ALL_ENDED, RECEIPTS).document()
     assert list(document) == ["sent", "failed", "cancelled", "retried", "duplicates", "lagMs", "ok"]
     assert document["lagMs"] == lags(ALL_ENDED)
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """Lag excludes retried and unsent follow-ups; without any it is null."""
+    """The demo's lag excludes retried and unsent follow-ups; without any others it is null."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]
@@ -106,7 +109,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 @given(st.floats(-3, 15), st.integers(1, 60))
 def test_the_rows_are_those_around_now(second: float, count: int) -> None:
-    """As many rows as fit are shown, by due moment, including late ones that have not ended."""
+    """As many rows as fit are shown, ordered by due date, including late ones that have not ended."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
     rows = around_now(standings, now, count)
@@ -118,7 +121,7 @@ def test_the_rows_are_those_around_now(second: float, count: int) -> None:
 
 
 def test_at_the_end_the_unusual_ones_are_shown() -> None:
-    """When all have ended, those that were retried, rejected or cancelled are shown before the others."""
+    """When all follow-ups have ended, retried, rejected or cancelled ones are shown first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 
@@ -126,7 +129,7 @@ def test_at_the_end_the_unusual_ones_are_shown() -> None:
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 40), (200, 60), (60, 20)])
 @pytest.mark.parametrize("second", [-2.0, 3.1, 20.0])
 def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -> None:
-    """The picture is no wider and no higher than the terminal, at any moment."""
+    """The demo's display always fits the terminal's width and height."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second else pending(part) for part in SCENARIO.parts]
     trying = replace(standings[0], status=Status.PENDING, attempts=1, next_attempt_at=now + timedelta(seconds=1))
@@ -140,7 +143,7 @@ def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -
 
 
 def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Off a terminal each change is printed once, as a plain line."""
+    """Without a terminal, each change is printed once as a plain line."""
     show = EventLines()
     before, after = [pending(part) for part in SCENARIO.parts], ALL_ENDED
     show(before, START, [])
@@ -154,7 +157,7 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """The summary gives every number and the next command; a failed run gives its problems instead."""
+    """The summary gives every figure and the next command; after a failed demo it lists the problems."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):

@@ -1,4 +1,4 @@
-"""How a run ends: exit codes, and where help and errors go."""
+"""The end of a command: exit codes, and the output of help and errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PATHS = [[name] for name in CATALOGUE] + [[group, name] for group, names in GROU
 
 @pytest.mark.parametrize("path", PATHS, ids=" ".join)
 def test_every_command_explains_itself_with_examples(path: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The help of every command goes to stdout, is done, and ends with examples."""
+    """The help of every command is printed on stdout, exits with 0 and ends with examples."""
     assert main([*path, "--help"]) == 0
     shown, remarks = capsys.readouterr()
     assert f"Usage: followups {' '.join(path)}" in shown
@@ -46,11 +46,11 @@ def test_every_command_explains_itself_with_examples(path: list[str], capsys: py
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_the_catalogue_says_what_the_command_says(name: str) -> None:
     """Every command of the catalogue can be loaded, under the name that the catalogue gives it."""
-    assert load(name).name in {name, None, ""}  # a group has the name that it is called by
+    assert load(name).name in {name, None, ""}  # a group has the name under which it is registered
 
 
 def test_the_help_lists_every_command_and_loads_none(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help names every command, and what makes commands slow to load is not loaded for it."""
+    """The top-level help lists every command without importing slow modules."""
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(f"│ {name} " in shown for name in CATALOGUE)
@@ -68,7 +68,7 @@ print([name for name in sys.modules.keys() - before if name.startswith(heavy)], 
 
 
 def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command the help goes to stderr, and the exit code is 2."""
+    """Without a command, the help is printed on stderr and the exit code is 2."""
     assert main([]) == 2
     shown, remarks = capsys.readouterr()
     assert not shown
@@ -92,7 +92,10 @@ def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage_is_one_sentence_and_code_2(
     arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Wrong usage prints one line on stderr that says what is wrong and where to look; nothing on stdout."""
+    """A usage error prints one line on stderr with the cause and where to look, and nothing on stdout.
+
+    The exit code is 2.
+    """
     assert main(arguments) == 2
     shown, remarks = capsys.readouterr()
     assert not shown
@@ -101,7 +104,7 @@ def test_wrong_usage_is_one_sentence_and_code_2(
 
 
 def test_missing_settings_are_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without settings a command names each one that it needs."""
+    """A command with missing settings names each one and exits with code 2."""
     assert main(["list"]) == 2
     remarks = capsys.readouterr().err
     assert "FOLLOWUPS_DATABASE_URL is required" in remarks
@@ -109,19 +112,19 @@ def test_missing_settings_are_code_2(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
-    """The version goes to stdout."""
+    """`--version` prints the version on stdout."""
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("followups 0.")
 
 
 def test_debug_shows_the_trace() -> None:
-    """With --debug an error comes with its trace."""
+    """With --debug, an error is printed with its traceback."""
     with pytest.raises(SettingsError):
         main(["--debug", "list"])
 
 
 class RefusedError(Exception):
-    """A driver's error."""
+    """An error as raised by a database driver."""
 
     sqlstate = "42P01"
 
@@ -158,7 +161,7 @@ class RefusedError(Exception):
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
 def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every error has a sentence without trace, SQL or password, and its exit code."""
+    """Every error has an exit code and is printed as a sentence without traceback, SQL or password."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@db:1/chats")
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", "redis://b")
     said, found = explain(error)
@@ -170,7 +173,7 @@ def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, m
 
 
 def test_a_reader_that_leaves_is_no_accident() -> None:
-    """If the reader of its output closes it, the command ends silently."""
+    """If the reader of its output closes the pipe, a command ends silently."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "followups.cli", "--help"]

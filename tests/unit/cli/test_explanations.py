@@ -1,4 +1,4 @@
-"""The explanation of a follow-up, in words, for operators."""
+"""The textual explanation of a follow-up for operators."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SETTINGS = load_settings(database_url="postgresql://h/d", broker_url="redis://h"
 
 TICKING = Circumstances(tick_age=timedelta(seconds=1))
 BERLIN = SendingHours("Europe/Berlin", time(12), time(20))
-"""By ``NOW`` it is ten o'clock there."""
+"""Sending hours in Berlin, where the local time at ``NOW`` is 10:00."""
 
 
 def explained(
     status: Status = Status.PENDING, due: timedelta = timedelta(0), around: Circumstances = TICKING, **columns: Any
 ) -> str:
-    """Explain a follow-up that is due ``due`` from now."""
+    """Explain a follow-up whose due date is ``due`` from now."""
     values = {
         "workspace_id": WORKSPACE,
         "status": status,
@@ -42,27 +42,27 @@ def explained(
 
 
 def test_every_code_is_explained() -> None:
-    """Every reason code of the contract has its own explanation."""
+    """Every documented reason code has its own explanation."""
     assert set(ENDINGS) == set(ReasonCode)
     assert len(set(ENDINGS.values())) == len(ENDINGS)
 
 
 @pytest.mark.parametrize("code", ReasonCode)
 def test_an_explanation_is_whole_sentences(code: ReasonCode) -> None:
-    """A reason's explanation is made of whole sentences, with the limits that apply filled in."""
+    """The explanation of a reason consists of complete sentences that include the configured limits."""
     said = explained(Status.FAILED, reason=f"{code.value}: detail")
     assert said.endswith(".")
     assert "{" not in said
 
 
 def test_limits_are_named() -> None:
-    """If a limit ended it, the setting and its value are named."""
+    """If a limit ended the follow-up, the explanation names the setting and its value."""
     assert "FOLLOWUPS_MAX_ATTEMPTS (3)" in explained(Status.FAILED, reason="retries_exhausted: HTTP 500")
     assert "FOLLOWUPS_MAX_LATENESS (1 d)" in explained(Status.FAILED, reason="too_late")
 
 
 def test_a_caller_s_own_reason_is_left_alone() -> None:
-    """A caller's own reason is not interpreted."""
+    """A caller's own reason is displayed without interpretation."""
     assert explained(Status.CANCELLED, reason="the customer called") == (
         "It was cancelled with a reason of the caller's own."
     )
@@ -98,7 +98,7 @@ def test_a_caller_s_own_reason_is_left_alone() -> None:
     ],
 )
 def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str) -> None:
-    """A pending follow-up is explained by why it has not been sent yet, and what comes next."""
+    """A pending follow-up is explained by why it has not been sent yet, and by what comes next."""
     assert said in explained(**columns)
 
 
@@ -118,7 +118,7 @@ def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str
     ],
 )
 def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
-    """A sent follow-up shows when the transport accepted it, and at which attempt."""
+    """The explanation of a sent follow-up says when it was accepted, and at which attempt."""
     accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
     assert said in explained(Status.SENT, **accepted | columns)
 
@@ -229,5 +229,5 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
     ],
 )
 def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
-    """A pause, sending hours, the chat's order and missing processes are named, with what ends them."""
+    """A pause, sending hours, the chat's order or missing processes are named, with the end of each delay."""
     assert said in explained(around=around, **columns)

@@ -1,4 +1,4 @@
-"""Output on any terminal: text from elsewhere is shown as text."""
+"""Terminal output: untrusted text is displayed as plain text on any terminal."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NASTY = (
     "see [/b]", "[link=http://evil]here[/link]", "\x1b[2J\x1b]0;title\x07", "\x9b31m", "left \u202e", "\udcff", "a\nb"
 )  # fmt: skip
 TEXTS = st.text(st.characters()) | st.sampled_from(NASTY)
-"""Any text at all, lone surrogates too."""
+"""Any text, including lone surrogates."""
 
 
 class EncodedTerminal(io.TextIOWrapper):
-    """A terminal in memory."""
+    """An in-memory terminal with a given encoding."""
 
     def __init__(self, encoding: str) -> None:
         super().__init__(io.BytesIO(), encoding, errors="backslashreplace", write_through=True)
@@ -39,7 +39,7 @@ class EncodedTerminal(io.TextIOWrapper):
 
     @property
     def written(self) -> str:
-        """What was written so far, without the bold type of our own headings."""
+        """The text written so far, without the bold style of headings."""
         buffer = self.buffer
         assert isinstance(buffer, io.BytesIO)
         return BOLD.sub("", buffer.getvalue().decode(self.encoding))
@@ -47,7 +47,7 @@ class EncodedTerminal(io.TextIOWrapper):
 
 @contextmanager
 def terminal(encoding: str) -> Iterator[EncodedTerminal]:
-    """Replace stdout and stderr with a terminal."""
+    """Replace stdout and stderr with an in-memory terminal."""
     with pytest.MonkeyPatch.context() as patch, EncodedTerminal(encoding) as made:
         patch.setattr(sys, "stdout", made)
         patch.setattr(sys, "stderr", made)
@@ -60,12 +60,12 @@ ENCODINGS = st.sampled_from(["utf-8", "ascii", "latin-1"])
 
 
 def table(text: str) -> None:
-    """Print a table with this cell."""
+    """Print a table with the given cell."""
     print_table(("A", "B"), [(text, "end")], empty="")
 
 
 def line(text: str) -> None:
-    """Print a cell by itself."""
+    """Print a single cell."""
     console().print(cell(text))
 
 
@@ -74,7 +74,7 @@ WRITERS = st.sampled_from([table, line, say, remark])
 
 @given(text=TEXTS)
 def test_escapes_leave_no_control(text: str) -> None:
-    """A text with escapes has no control left, and JSON with escapes means the same as before."""
+    """Escaped text contains no control character, and escaped JSON keeps its meaning."""
     shown = escape(text)
     assert escape(shown) == shown
     assert "\x1b" not in shown
@@ -83,7 +83,7 @@ def test_escapes_leave_no_control(text: str) -> None:
 
 @given(write=WRITERS, text=TEXTS, encoding=ENCODINGS)
 def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, encoding: str) -> None:
-    """A cell, a sentence and a remark show any text in any encoding: without controls, and without an error."""
+    """A cell, a sentence and a remark print any text in any encoding without controls or errors."""
     with terminal(encoding) as made:
         write(text)
         assert escape(made.written, lines=True) == made.written
@@ -91,7 +91,7 @@ def test_no_text_steers_a_terminal(write: Callable[[str], None], text: str, enco
 
 @given(write=WRITERS, text=st.sampled_from(NASTY), encoding=ENCODINGS)
 def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str, encoding: str) -> None:
-    """Markup has no effect, and each control character is shown as an escape."""
+    """Markup in untrusted text has no effect, and each control character is printed as an escape."""
     with terminal(encoding) as made:
         write(text)
         assert escape(text) in made.written
@@ -99,7 +99,7 @@ def test_others_words_are_shown_as_words(write: Callable[[str], None], text: str
 
 @given(text=TEXTS, encoding=ENCODINGS)
 def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
-    """JSON means the same on every terminal, and contains no control character but line feeds."""
+    """JSON output keeps its meaning on every terminal, and contains no control character but line feeds."""
     with terminal(encoding) as made:
         print_json({"text": text})
         assert json.loads(made.written) == {"text": text}
@@ -107,7 +107,7 @@ def test_json_is_readable_in_every_encoding(text: str, encoding: str) -> None:
 
 
 def test_an_error_shows_words_as_words() -> None:
-    """An error repeats the input without control characters."""
+    """An error quotes the input without control characters."""
     with terminal("ascii") as made:
         assert main(["list\x1b[31m"]) == 2
         assert r"No such command 'list\x1b[31m'" in made.written

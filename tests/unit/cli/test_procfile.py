@@ -1,4 +1,4 @@
-"""The Procfile and the commands that `up` and `demo` share with it."""
+"""The Procfile, and the commands that `up` and `demo` share with it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ PROCFILE = Path(__file__).parents[3] / "Procfile"
 
 
 def test_the_procfile_holds_the_same_lines() -> None:
-    """The Procfile has the same processes with the same command lines, in the same order."""
+    """The Procfile has the processes and command lines of `up`, in the same order."""
     assert list(parse_procfile(PROCFILE.read_text()).processes.items()) == list(COMMANDS.items())
 
 
 def test_flower_stays_on_this_machine() -> None:
-    """Flower listens on the loopback interface unless another address is named, which needs a password."""
+    """Flower listens on the loopback interface unless another address is set, which requires a password."""
     assert "--address=${FLOWER_ADDRESS:-127.0.0.1}" in COMMANDS["flower"]
 
 
 def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line is expanded by the shell, as under a Procfile runner; further arguments are passed unchanged."""
+    """A Procfile line is expanded by the shell; further arguments are passed unchanged."""
     monkeypatch.setitem(COMMANDS, "probe", "printf '%s|' ${NAME:-unnamed}")
     monkeypatch.delenv("NAME", raising=False)
     ran = subprocess.run(argv("probe", "a b", "$c"), capture_output=True, text=True, check=True)
@@ -35,5 +35,5 @@ def test_a_command_line_is_run_by_a_shell_with_more_arguments(monkeypatch: pytes
 
 
 def test_the_commands_of_this_installation_come_first() -> None:
-    """On the search path this installation's own commands come before others of the same name."""
+    """On the search path, this installation's commands precede others of the same name."""
     assert (Path(search_path().split(":")[0]) / "python").exists()

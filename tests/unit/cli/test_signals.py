@@ -1,4 +1,4 @@
-"""How `up` and `demo` are stopped."""
+"""Signals that stop `up` and `demo`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
-    """A signal interrupts nothing by itself; the next check raises."""
+    """A signal does not interrupt the program; the next check raises."""
     with StopSignals() as signals:
         signals.check()
         send(number)
@@ -26,7 +26,7 @@ def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
 
 
 def test_a_second_signal_does_not_wait() -> None:
-    """A second signal does not wait for the next check."""
+    """A second signal raises immediately instead of waiting for the next check."""
     with StopSignals():
         send(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -34,7 +34,7 @@ def test_a_second_signal_does_not_wait() -> None:
 
 
 def test_stopping_is_not_disturbed() -> None:
-    """While everything is being stopped, signals change nothing."""
+    """During shutdown, further signals have no effect."""
     with StopSignals() as signals:
         signals.quieten()
         send(signal.SIGINT)
@@ -42,7 +42,7 @@ def test_stopping_is_not_disturbed() -> None:
 
 
 def test_the_handlers_come_back() -> None:
-    """After the block the signals do what they did before."""
+    """After the block, the previous signal handlers are restored."""
     before = [signal.getsignal(number) for number in STOPPING]
     with StopSignals():
         assert [signal.getsignal(number) for number in STOPPING] != before

@@ -1,4 +1,4 @@
-"""Times as operators write and read them."""
+"""Times as operators enter and read them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
     ],
 )
 def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime) -> None:
-    """A due date is now, a time after now in s, m, h and d, or ISO 8601 with an offset, even in the past."""
+    """A due date is `now`, a duration from now in s, m, h and d, or ISO 8601 with an offset.
+
+    The due date may be in the past.
+    """
     assert parse_due(text).resolve(NOW) == moment
 
 
@@ -38,20 +41,20 @@ def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime
     ["", "soon", "+", "+10", "10m", "-10m", "+10x", "+10m ", "+१m", "2030-01-31", "2030-01-31T09:00", "+99999999999d"],
 )
 def test_anything_else_is_wrong_usage(text: str) -> None:
-    """Anything that is not a due date, or has no offset, is refused."""
+    """Text that is not a due date, or a time without an offset, is rejected."""
     with pytest.raises(typer.BadParameter):
         parse_due(text)
 
 
 def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
-    """A duration that leads beyond the calendar is refused when it is resolved."""
+    """A duration whose end is beyond the calendar is rejected when it is resolved."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 
 
 @given(st.datetimes(timezones=st.just(UTC)))
 def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
-    """RFC 3339 in UTC with Z, and it reads back as the same moment."""
+    """A time is written as RFC 3339 in UTC with Z, and is read back unchanged."""
     written = rfc3339(moment)
     assert written is not None
     assert written.endswith("Z")
@@ -59,7 +62,7 @@ def test_a_time_is_written_as_the_api_writes_it(moment: datetime) -> None:
 
 
 def test_other_offsets_and_no_time_at_all() -> None:
-    """A time with another offset is shown in UTC; a missing one is null in JSON and a dash in a table."""
+    """A time with another offset is shown in UTC; a missing time is null in JSON and a dash in a table."""
     berlin = datetime(2030, 1, 31, 10, tzinfo=timezone(timedelta(hours=1)))
     assert rfc3339(berlin) == "2030-01-31T09:00:00Z"
     assert readable(berlin) == "2030-01-31 09:00:00Z"
@@ -82,5 +85,5 @@ def test_other_offsets_and_no_time_at_all() -> None:
     ],
 )
 def test_a_duration_is_said_with_its_two_largest_units(seconds: float, words: str) -> None:
-    """A duration is shown in its two largest units, or in milliseconds below a second, without its sign."""
+    """A duration is shown in its two largest units, or in milliseconds below a second, without a sign."""
     assert span(timedelta(seconds=seconds)) == words

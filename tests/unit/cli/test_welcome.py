@@ -1,4 +1,4 @@
-"""What `up` prints: addresses, the key, and a request to paste."""
+"""The output of `up`: addresses, the API key, and commands to paste into a shell."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ KEY = "fup_a-key"
 
 BASH = shutil.which("bash") or ""
 CURL_INSTEAD = 'curl() { printf "%s\\n" "${@: -1}"; }\n'
-"""Prints its last argument: the body."""
+"""A shell function that replaces curl and prints its last argument, the request body."""
 
 
 @pytest.mark.skipif(not BASH, reason="needs bash")
 def test_the_request_can_be_pasted() -> None:
-    """Pasted into a shell, the commands send an agent's message, then a follow-up due five seconds from then."""
+    """Pasted into a shell, the commands send an agent's message and a follow-up due in five seconds."""
     chat_id, message_id = uuid4(), uuid4()
     script = CURL_INSTEAD + request("http://h:1", KEY, chat_id, message_id)
     ran = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
@@ -34,7 +34,7 @@ def test_the_request_can_be_pasted() -> None:
 
 
 def test_everything_that_is_needed_is_there() -> None:
-    """The text has every address, the key, and the settings for the other commands, in lines to paste."""
+    """The output contains every address, the API key, and settings for other commands, ready to paste."""
     environment = {name: f"{name.lower()}-value" for name in SHOWN}
     said = welcome(
         Addresses("http://h:1", "http://h:1/console/login#token=t", "http://h:2", Path("/logs"), None, environment), KEY

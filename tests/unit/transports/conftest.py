@@ -1,4 +1,4 @@
-"""Unreachable endpoints; each fixture returns the address. Also the event loops for tests of HTTP."""
+"""Fixtures for the transports: unreachable endpoints, each as a URL or port, and event loops."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
-    """Run connection tests on production's event loop too: the loops' transports have little in common."""
+    """Run connection tests on production's event loop too, since the loops' transports differ widely."""
     factories: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop}
     if item.path.name.startswith("test_http_"):
         factories["uvloop"] = uvloop.new_event_loop
@@ -23,7 +23,7 @@ def pytest_asyncio_loop_factories(item: pytest.Item) -> dict[str, Callable[[], a
 
 @pytest.fixture
 def free_port() -> Iterator[int]:
-    """Return a port that refuses connections: taken by a socket that does not listen."""
+    """Return a port that refuses connections because its socket does not listen."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield taken.getsockname()[1]
@@ -31,7 +31,7 @@ def free_port() -> Iterator[int]:
 
 @pytest.fixture
 async def no_tls() -> AsyncIterator[str]:
-    """Return an https address where plain HTTP is spoken."""
+    """Return an https URL of a server that only understands plain HTTP."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(65_536)

@@ -1,4 +1,4 @@
-"""Helpers of the transports' tests: settings, deliveries, a scripted server, a homeserver."""
+"""Helpers for transport tests: settings, deliveries, a scripted server and a Matrix homeserver."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ BODY = {
     "dueDate": "2026-03-01T12:00:00Z",
     "attempt": 1,
 }
-"""A delivery as it arrives, the message being markup."""
+"""The body of a delivery whose message is markup."""
 
 
 def settings_for(url: str | None = None, **overrides: Any) -> Settings:
-    """Return settings that deliver to ``url``; a call may take 5 s."""
+    """Return settings that deliver to ``url`` with a transport timeout of 5 s."""
     defaults: dict[str, Any] = {"transport_timeout": 5}
     return load_settings(
         database_url="postgresql://x/y", broker_url="redis://x", transport_url=url, **(defaults | overrides)
@@ -49,7 +49,7 @@ def settings_for(url: str | None = None, **overrides: Any) -> Settings:
 
 
 def a_delivery(**changes: Any) -> Delivery:
-    """Return a delivery of a new follow-up, due now, in a new chat that is a Matrix room too."""
+    """Return a delivery of a new follow-up, due now, in a new chat with a Matrix room."""
     chat_id = uuid4()
     delivery = Delivery(
         follow_up_id=uuid4(),
@@ -67,7 +67,7 @@ def a_delivery(**changes: Any) -> Delivery:
 
 @asynccontextmanager
 async def opened(transport: Transport) -> AsyncIterator[Transport]:
-    """Open a transport, and close it."""
+    """Open a transport and close it at the end."""
     await transport.open()
     try:
         yield transport
@@ -77,7 +77,7 @@ async def opened(transport: Transport) -> AsyncIterator[Transport]:
 
 @dataclass
 class Request:
-    """A request that a `ScriptedServer` received."""
+    """A request received by a `ScriptedServer`."""
 
     target: str
     headers: dict[str, str]
@@ -86,7 +86,7 @@ class Request:
 
 @dataclass
 class ScriptedServer:
-    """An HTTP server that answers with the bytes that a test provides."""
+    """An HTTP server that responds with the bytes given by a test."""
 
     answer: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]] = b""
     requests: list[Request] = field(default_factory=list)
@@ -94,7 +94,7 @@ class ScriptedServer:
     connections: int = 0
     url: str = ""
     writer: asyncio.StreamWriter = field(init=False)
-    """Of the last connection."""
+    """The writer of the last connection."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -103,7 +103,7 @@ class ScriptedServer:
             while not writer.is_closing():
                 await self._answer(writer, await _request(reader))
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the client hung up
+            pass  # the client closed the connection
         finally:
             writer.close()
 
@@ -131,7 +131,7 @@ async def listening(
     secure: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
 ) -> AsyncIterator[str]:
-    """Serve connections on a free port, over TLS if there is a certificate, and yield the URL."""
+    """Serve connections on a free port, over TLS if a certificate is given, and yield the URL."""
     tasks: set[asyncio.Task[None]] = set()
     writers: list[asyncio.StreamWriter] = []
 
@@ -156,7 +156,7 @@ async def listening(
         await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
             writer.transport.abort()
-        await asyncio.sleep(0.05 if secure else 0)  # several turns, in which the ends of all connections are read
+        await asyncio.sleep(0.05 if secure else 0)  # several loop iterations, to read the ends of all connections
 
 
 @asynccontextmanager
@@ -165,21 +165,21 @@ async def scripted(
     secure: ssl.SSLContext | None = None,
     host: str = "127.0.0.1",
 ) -> AsyncIterator[ScriptedServer]:
-    """Run a `ScriptedServer` on a free port, over TLS where it has a certificate."""
+    """Run a `ScriptedServer` on a free port, over TLS if a certificate is given."""
     scripted_server = ScriptedServer(answer)
     async with listening(scripted_server.serve, secure, host) as scripted_server.url:
         yield scripted_server
 
 
 def answer(status: int | str, body: bytes = b"", **headers: str) -> bytes:
-    """Return the bytes of an HTTP answer; ``retry_after="1"`` becomes the header ``retry-after: 1``."""
+    """Return the bytes of an HTTP response; ``retry_after="1"`` becomes the header ``retry-after: 1``."""
     lines = [f"HTTP/1.1 {status} Whatever", f"content-length: {len(body)}"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 def homeserver(chats: SandboxChats) -> web.Application:
-    """Return the part of a Matrix homeserver that sending needs, over ``chats``."""
+    """Return a Matrix homeserver backed by ``chats``, limited to what sending requires."""
 
     async def put(request: web.Request) -> web.StreamResponse:
         if request.headers.get("authorization") != f"Bearer {TOKEN}":
@@ -206,7 +206,7 @@ def homeserver(chats: SandboxChats) -> web.Application:
 
 
 def _matrix_body(body: str) -> bytes:
-    """Translate the sandbox's own answer; a test's own answer stays as it is."""
+    """Translate the sandbox's response to Matrix, and leave a test's scripted response unchanged."""
     try:
         message_id = UUID(json.loads(body)["chatMessageId"])
     except (ValueError, RecursionError, TypeError, KeyError, AttributeError):
@@ -215,7 +215,7 @@ def _matrix_body(body: str) -> bytes:
 
 
 async def fetch(http: ClientSession, method: str, path: str, body: object = None) -> tuple[int, Any]:
-    """Return status and JSON, or None without a body."""
+    """Return the status and the JSON body, or None without a body."""
     async with http.request(method, path, json=body) as response:
         text = await response.text()
         return response.status, json.loads(text) if text else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Stream:
-    """A complete request, and the means to answer it."""
+    """A complete request with methods to answer it."""
 
     connection: Http2Connection
     id: int
@@ -30,7 +30,7 @@ class Stream:
     body: bytes = b""
 
     def answer(self, status: int, body: bytes = b"", *, ends: bool = True, **headers: str) -> None:
-        """Send head and body, within the flow control window; ``retry_after="1"`` becomes ``retry-after: 1``."""
+        """Send head and body within the flow control window; ``retry_after="1"`` becomes ``retry-after: 1``."""
         names = [(":status", str(status)), *((name.replace("_", "-"), value) for name, value in headers.items())]
         self.connection.h2.send_headers(self.id, names, end_stream=ends and not body)
         if body:
@@ -38,14 +38,14 @@ class Stream:
         self.connection.flush()
 
     def reset(self, code: int) -> None:
-        """Send RST_STREAM."""
+        """Reset the stream with RST_STREAM."""
         self.connection.h2.reset_stream(self.id, code)
         self.connection.flush()
 
 
 @dataclass
 class Http2Connection:
-    """One connection, and the streams on it by their numbers."""
+    """A connection and its streams by number."""
 
     writer: asyncio.StreamWriter
     h2: H2Connection
@@ -70,7 +70,7 @@ class Http2Server:
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve one connection to its end."""
+        """Serve one connection until it ends."""
         h2 = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
         h2.local_settings = h2.local_settings.__class__(
             client=False, initial_values={SettingCodes.MAX_CONCURRENT_STREAMS: self.streams_at_once}
@@ -108,7 +108,7 @@ class Http2Server:
 async def serving_http2(
     serve: Callable[[Stream], Awaitable[None]], context: ssl.SSLContext, streams_at_once: int = 100
 ) -> AsyncIterator[Http2Server]:
-    """Run a server that speaks HTTP/2 alone."""
+    """Run a server that supports only HTTP/2."""
     context.set_alpn_protocols(["h2"])
     server = Http2Server(serve, streams_at_once)
     async with listening(server.run, context) as server.url:

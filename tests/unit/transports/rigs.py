@@ -1,4 +1,4 @@
-"""A transport and the chats behind it, ready for the conformance suite: one rig for each transport."""
+"""Rigs for the conformance suite: each transport together with the chats that receive its messages."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class TransportRig:
-    """A transport, and the chats that it delivers into."""
+    """A transport and the chats that receive its messages."""
 
     transport: Transport
     chats: SandboxChats
 
     async def send(self, delivery: Delivery, **behaviour: object) -> Outcome:
-        """Deliver into a chat that behaves like this."""
+        """Deliver a message into a chat with the given behaviour."""
         self.chats.behave(str(delivery.chat_id), Behaviour(**behaviour))
         return await self.transport.send(delivery)
 
@@ -39,7 +39,7 @@ class TransportRig:
 
 @asynccontextmanager
 async def http_rig(within: float) -> AsyncIterator[TransportRig]:
-    """Speak HTTP to the sandbox server, signed."""
+    """Deliver to the sandbox server over HTTP, with signatures."""
     chats = SandboxChats()
     async with serving(build_app(chats, secret=SIGNING_SECRET)) as url:
         settings = settings_for(f"{url}/messages", transport_timeout=within, transport_secret=SIGNING_SECRET)
@@ -49,7 +49,7 @@ async def http_rig(within: float) -> AsyncIterator[TransportRig]:
 
 @asynccontextmanager
 async def matrix_rig(within: float) -> AsyncIterator[TransportRig]:
-    """Speak Matrix to a homeserver over such chats."""
+    """Deliver to a Matrix homeserver backed by sandbox chats."""
     chats = SandboxChats()
     async with serving(homeserver(chats)) as url:
         settings = settings_for(url, transport="matrix", transport_timeout=within, transport_secret=TOKEN)
@@ -59,7 +59,7 @@ async def matrix_rig(within: float) -> AsyncIterator[TransportRig]:
 
 @asynccontextmanager
 async def sandbox_rig(within: float) -> AsyncIterator[TransportRig]:
-    """Deliver in this process."""
+    """Deliver to sandbox chats in the test's process."""
     chats = SandboxChats()
     settings = settings_for(transport="sandbox", transport_timeout=within)
     async with opened(SandboxTransport(settings, chats)) as transport:

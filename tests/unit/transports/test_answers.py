@@ -1,4 +1,4 @@
-"""The table of answers: the outcome of each status, and the delay that Retry-After requests."""
+"""HTTP responses: the outcome of each status, and the delay requested by Retry-After."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOME_ID = UUID("6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f")
 
 
 def meaning(status: int) -> type:
-    """Read the contract's table, section 4, in the order of its rows."""
+    """Return the documented outcome of a status, with the rows checked in the documented order."""
     if 200 <= status <= 299:
         return Sent
     if status == 429:
@@ -36,7 +36,7 @@ def meaning(status: int) -> type:
 
 @pytest.mark.parametrize("status", [*range(100, 600), 600, 700, 999])
 def test_every_status_means_what_the_contract_says(status: int) -> None:
-    """Each status code has the outcome of its row in the contract, and the outcome names it."""
+    """Each status code has its documented outcome, which contains the code."""
     outcome = outcome_of(Answer(status), HTTP)
     assert type(outcome) is meaning(status)
     assert outcome.status_code == status
@@ -44,27 +44,27 @@ def test_every_status_means_what_the_contract_says(status: int) -> None:
 
 
 def test_503_is_a_rate_limit_only_with_a_retry_after_that_can_be_read() -> None:
-    """503 with a valid Retry-After is `Snoozed`, without or with garbage a plain `Retry`."""
+    """A 503 with a valid Retry-After is `Snoozed`, and otherwise a plain `Retry`."""
     assert outcome_of(Answer(503, {"retry-after": "5"}), HTTP) == Snoozed("HTTP 503", timedelta(seconds=5), 503)
     assert outcome_of(Answer(503, {"retry-after": "soon"}), HTTP) == Retry("HTTP 503", None, 503)
     assert outcome_of(Answer(503), HTTP) == Retry("HTTP 503", None, 503)
 
 
 def test_429_is_a_rate_limit_in_any_case() -> None:
-    """429 is `Snoozed` even without a Retry-After."""
+    """A 429 is `Snoozed` even without a Retry-After."""
     assert outcome_of(Answer(429, {"retry-after": "soon"}), HTTP) == Snoozed("HTTP 429", None, 429)
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 410, 301, 307, 308])
 def test_what_is_final_keeps_what_was_said(status: int) -> None:
-    """401, 403, 410 and redirects are refusals, wherever a redirect points."""
+    """A 401, 403, 410 or redirect is a rejection, whatever the redirect's target."""
     answer = Answer(status, {"location": "http://elsewhere/", "retry-after": "5"}, b"gone")
     assert outcome_of(answer, HTTP) == Rejected(f"HTTP {status} gone", status)
 
 
 @pytest.mark.parametrize("status", [408, 425, 500, 502, 504])
 def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> None:
-    """A Retry-After delays the next try after any failure that is retried."""
+    """Retry-After delays the next attempt after any failure that is retried."""
     assert outcome_of(Answer(status, {"retry-after": "60"}), HTTP) == Retry(
         f"HTTP {status}", timedelta(seconds=60), status
     )
@@ -72,7 +72,7 @@ def test_retry_after_is_honoured_for_every_failure_that_passes(status: int) -> N
 
 @pytest.mark.parametrize("status", [301, 400, 404])
 def test_retry_after_changes_no_refusal(status: int) -> None:
-    """A refusal stays a refusal, whatever its headers."""
+    """A rejection is final, whatever the response's headers."""
     assert isinstance(outcome_of(Answer(status, {"retry-after": "60"}), HTTP), Rejected)
 
 
@@ -97,7 +97,7 @@ def test_retry_after_changes_no_refusal(status: int) -> None:
     ],
 )
 def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
-    """Seconds and the three forms of an HTTP date are read, and clamped to 1 second..24 hours."""
+    """Retry-After is read as seconds or as one of three date forms, clamped to 1 second..24 hours."""
     assert retry_after({"retry-after": value}, NOW) == timedelta(seconds=seconds)
 
 
@@ -111,7 +111,7 @@ def test_a_retry_after_that_cannot_be_read_is_ignored(value: str) -> None:
 
 
 def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
-    """With a Date header the hosts' clocks need not agree."""
+    """With a Date header, the delay does not depend on the difference between the hosts' clocks."""
     headers = {"retry-after": "Sun, 01 Mar 2026 12:00:30 GMT", "date": "Sun, 01 Mar 2026 12:00:20 GMT"}
     assert retry_after(headers, datetime(2020, 1, 1, tzinfo=UTC)) == timedelta(seconds=10)
     assert retry_after(headers | {"date": "yesterday"}, NOW) == timedelta(seconds=30)
@@ -120,7 +120,7 @@ def test_a_date_is_measured_by_the_receivers_own_clock() -> None:
 @QUICK
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_no_header_breaks_anything(value: str, date: str) -> None:
-    """Whatever the headers hold, the result is None or a time within the limits."""
+    """Any header gives either no delay or a delay within the limits."""
     wished = retry_after({"retry-after": value, "date": date}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -128,7 +128,7 @@ def test_no_header_breaks_anything(value: str, date: str) -> None:
 @QUICK
 @given(st.text(alphabet=string.digits + string.ascii_letters + " ,:+-.", max_size=40))
 def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
-    """The same holds for an almost valid date."""
+    """An almost valid date gives either no delay or a delay within the limits."""
     wished = retry_after({"retry-after": value}, NOW)
     assert wished is None or timedelta(seconds=1) <= wished <= timedelta(hours=24)
 
@@ -136,7 +136,7 @@ def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
 @QUICK
 @given(st.datetimes(min_value=NOW.replace(tzinfo=None), max_value=datetime(2026, 3, 2)))  # noqa: DTZ001 - UTC is added
 def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
-    """A date is honoured to the second, the precision of an HTTP date."""
+    """A Retry-After date within a day is honoured to the second, the precision of an HTTP date."""
     moment = moment.replace(tzinfo=UTC, microsecond=0)
     wished = retry_after({"retry-after": format_datetime(moment, usegmt=True)}, NOW)
     assert wished == max(moment - NOW, timedelta(seconds=1))
@@ -145,14 +145,14 @@ def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
 @QUICK
 @given(st.integers(min_value=1, max_value=86_400))
 def test_any_number_of_seconds_is_kept(seconds: int) -> None:
-    """A number of seconds within the limits is used unchanged."""
+    """A Retry-After within the limits, given in seconds, is used unchanged."""
     assert retry_after({"retry-after": str(seconds)}, NOW) == timedelta(seconds=seconds)
 
 
 @QUICK
 @given(st.binary(max_size=2_000))
 def test_an_excerpt_of_any_body_can_be_stored(body: bytes) -> None:
-    """At most 200 characters, none of them NUL, all of them encodable."""
+    """An excerpt of any body has at most 200 characters, without NUL, and can be encoded as UTF-8."""
     text = excerpt(body)
     assert len(text) <= 200
     assert "\x00" not in text
@@ -160,7 +160,7 @@ def test_an_excerpt_of_any_body_can_be_stored(body: bytes) -> None:
 
 
 def test_an_excerpt_keeps_lines() -> None:
-    """Line breaks and tabs of a refusal's reason stay."""
+    """An excerpt of a rejection's reason keeps line breaks and tabs."""
     assert excerpt(b"one\n\ttwo\r\n") == "one\n\ttwo\r\n"
 
 
@@ -175,7 +175,7 @@ JSON = st.recursive(
 @QUICK
 @given(body=st.binary(max_size=200) | JSON.map(lambda value: json.dumps(value).encode()))
 def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
-    """Whatever the body holds, a 2xx is `Sent` and a 429 `Snoozed`."""
+    """With any body, a 2xx is `Sent` and a 429 is `Snoozed`."""
     assert isinstance(outcome_of(Answer(200, body=body), dialect), Sent)
     outcome = outcome_of(Answer(429, body=body), dialect)
     assert isinstance(outcome, Snoozed)
@@ -205,18 +205,18 @@ def test_no_body_breaks_anything(dialect: Dialect, body: bytes) -> None:
     ],
 )
 def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id: UUID | None, detail: str) -> None:
-    """A 2xx may carry the message's id; an invalid body is reported and changes nothing."""
+    """A 2xx may contain the message's id; an invalid body is reported without changing the outcome."""
     assert outcome_of(Answer(200, body=body), HTTP) == Sent(message_id, 200, detail)
 
 
 def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
-    """An incomplete body is not used."""
+    """An incomplete body gives no message id."""
     answer = Answer(200, body=b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', flaw="it broke off")
     assert outcome_of(answer, HTTP) == Sent(None, 200, "it broke off")
 
 
 def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
-    """The chat message's id is derived from the event id."""
+    """The chat message id of a Matrix message is derived from the event id."""
     outcome = outcome_of(Answer(200, body=b'{"event_id": "$abc"}'), MATRIX)
     assert outcome == Sent(uuid5(EVENT_NAMESPACE, "$abc"), 200)
     assert outcome == Sent(UUID("37b34226-6556-52a4-80bc-84c22a7f6ff5"), 200)
@@ -238,6 +238,9 @@ def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
     ],
 )
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
-    """M_LIMIT_EXCEEDED gives the delay in a header or, formerly, in its body; the header wins."""
+    """M_LIMIT_EXCEEDED gives the delay in a header or, in older versions, in its body.
+
+    The header takes precedence.
+    """
     after = None if seconds is None else timedelta(seconds=seconds)
     assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

@@ -1,4 +1,4 @@
-"""`check` reports whether the other side can be reached, in one sentence and without sending anything."""
+"""`check` reports in one sentence whether the receiver can be reached, without sending a message."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unit.transports.doubles import answer, scripted, settings_for
 
 
 async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
-    """`check` connects, hangs up, and reports it."""
+    """`check` connects to a listening host, closes the connection and reports success."""
     async with scripted(answer(200)) as server:
         said = await HttpTransport(settings_for(f"{server.url}/messages?token=secret")).check()
         assert said == f"{server.url}/messages accepts connections over TCP; no message was sent."
@@ -20,7 +20,7 @@ async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
 
 
 async def test_check_names_the_address_that_refuses(free_port: int) -> None:
-    """`check` names the address that does not answer, without the password, and says what to do."""
+    """`check` names the address that refuses connections, without its password, and gives advice."""
     url = f"http://user:hunter2@127.0.0.1:{free_port}/messages"
     with pytest.raises(FollowUpsError) as caught:
         await HttpTransport(settings_for(url)).check()
@@ -30,7 +30,7 @@ async def test_check_names_the_address_that_refuses(free_port: int) -> None:
 
 
 async def test_check_names_a_host_that_is_not_found() -> None:
-    """`check` distinguishes a wrong host name from a silent host."""
+    """`check` distinguishes an unknown host name from a host that does not answer."""
     with pytest.raises(FollowUpsError, match=r"http://nowhere\.invalid cannot be reached: the host name was not found"):
         await HttpTransport(settings_for("http://nowhere.invalid")).check()
 
@@ -44,6 +44,6 @@ async def test_check_waits_no_longer_than_a_call() -> None:
 
 
 async def test_check_says_when_tls_fails(no_tls: str) -> None:
-    """`check` of https makes the TLS handshake too."""
+    """For an https URL, `check` also performs the TLS handshake and reports its failure."""
     with pytest.raises(FollowUpsError, match="TLS failed"):
         await HttpTransport(settings_for(no_tls)).check()

@@ -1,4 +1,4 @@
-"""The conformance suite for every transport: the five outcomes, whatever the other side does.
+"""The conformance suite for every transport: the five outcomes, whatever the receiver does.
 
 A plug-in's author runs it by adding a `TransportRig` for the plug-in: the transport, and the chats behind it.
 """
@@ -25,20 +25,20 @@ TIMEOUT = 0.25
 
 @pytest.fixture(params=RIGS)
 async def rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Each transport, open, with a timeout long enough for any machine."""
+    """Return each transport, opened, with a timeout long enough for any machine."""
     async with RIGS[request.param](10.0) as made:
         yield made
 
 
 @pytest.fixture(params=RIGS)
 async def hasty_rig(request: pytest.FixtureRequest) -> AsyncIterator[TransportRig]:
-    """Each transport, open, with a short timeout."""
+    """Return each transport, opened, with a short timeout."""
     async with RIGS[request.param](TIMEOUT) as made:
         yield made
 
 
 async def test_it_is_a_transport_with_a_name(rig: TransportRig) -> None:
-    """A transport implements the port's protocol, and has the name of its entry point."""
+    """A transport implements the `Transport` protocol and has the name of its entry point."""
     assert isinstance(rig.transport, Transport)
     assert rig.transport.name in {"http", "matrix", "sandbox"}
 
@@ -52,14 +52,14 @@ async def test_what_is_accepted_is_sent_with_the_receivers_id(rig: TransportRig)
 
 
 async def test_the_same_follow_up_twice_is_one_message(rig: TransportRig) -> None:
-    """The follow-up's id is the idempotency key: a second attempt finds the first one's message."""
+    """With the follow-up's id as idempotency key, a second attempt returns the first one's message."""
     delivery = a_delivery()
     assert await rig.transport.send(delivery) == await rig.transport.send(delivery)
     assert rig.accepted == 1
 
 
 async def test_two_follow_ups_of_a_chat_are_two_messages(rig: TransportRig) -> None:
-    """Another follow-up is another message, even with the same text in the same chat."""
+    """Two follow-ups are two messages, even with equal text in one chat."""
     first = a_delivery()
     outcomes = [await rig.transport.send(each) for each in (first, a_delivery(chat_id=first.chat_id))]
     assert outcomes[0] != outcomes[1]
@@ -76,21 +76,21 @@ async def test_a_passing_failure_is_tried_again(rig: TransportRig, status: int) 
 
 
 async def test_a_failure_may_say_when_to_come_back(rig: TransportRig) -> None:
-    """The Retry-After of a failure becomes the `Retry`'s requested delay."""
+    """The Retry-After of a failed call becomes the delay that the `Retry` requests."""
     outcome = await rig.send(a_delivery(), kind="fail", status=500, retry_after=7)
     assert outcome == Retry("HTTP 500", timedelta(seconds=7), 500)
 
 
 @pytest.mark.parametrize("status", [429, 503])
 async def test_a_rate_limit_uses_up_no_attempt(rig: TransportRig, status: int) -> None:
-    """429, and 503 with a Retry-After, are `Snoozed` for as long as the receiver asks."""
+    """429, and 503 with a Retry-After, are `Snoozed` for the time that the receiver requests."""
     outcome = await rig.send(a_delivery(), kind="rate_limit", status=status, retry_after=30)
     assert outcome == Snoozed(f"HTTP {status}", timedelta(seconds=30), status)
     assert rig.accepted == 0
 
 
 async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: TransportRig) -> None:
-    """A refusal is `Rejected`, with the status and the beginning of the receiver's answer."""
+    """A refusal is `Rejected`, with the status and the beginning of the receiver's response."""
     reason = "blocked \u00e9 " * 100
     outcome = await rig.send(a_delivery(), kind="reject", body=reason)
     assert outcome == Rejected(f"HTTP 403 {reason[:200]}", 403)
@@ -104,13 +104,13 @@ async def test_a_refusal_never_carries_a_nul(rig: TransportRig) -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 304, 307, 400, 401, 403, 404, 409, 410, 413, 422, 451, 499])
 async def test_whatever_is_no_passing_failure_is_final(rig: TransportRig, status: int) -> None:
-    """3xx and the other 4xx are `Rejected`."""
+    """3xx and all other 4xx statuses are `Rejected`."""
     outcome = await rig.send(a_delivery(), kind="reject", status=status, body="")
     assert outcome == Rejected(f"HTTP {status}", status)
 
 
 async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: TransportRig) -> None:
-    """A connection that breaks before the answer is `Unknown`; repeating the key reveals the outcome."""
+    """A connection that breaks before the response is `Unknown`; a repeated key reveals the outcome."""
     delivery = a_delivery()
     outcome = await rig.send(delivery, kind="drop", times=1)
     assert isinstance(outcome, Unknown)
@@ -120,13 +120,13 @@ async def test_a_lost_answer_is_unknown_and_the_next_attempt_finds_out(rig: Tran
 
 
 async def test_a_lost_answer_costs_one_request_only(rig: TransportRig) -> None:
-    """A transport never repeats a request by itself: the dispatcher decides that."""
+    """A transport never repeats a request, because the dispatcher decides on retries."""
     await rig.send(a_delivery(), kind="drop")
     assert rig.chats.ledger.summary()["requests"] == 1
 
 
 async def test_no_answer_in_time_is_unknown(hasty_rig: TransportRig) -> None:
-    """After the transport timeout the outcome is `Unknown`, neither sooner nor much later."""
+    """Without a response, the outcome is `Unknown` after the transport timeout, not earlier or much later."""
     began = time.monotonic()
     outcome = await hasty_rig.send(a_delivery(), kind="slow", delay=30)
     assert outcome == Unknown(f"no answer within {TIMEOUT} s")
@@ -169,7 +169,7 @@ async def test_every_2xx_is_sent(rig: TransportRig, status: int) -> None:
 
 
 async def test_every_status_is_an_outcome(rig: TransportRig) -> None:
-    """For every status, `send` returns one of the five outcomes with the status."""
+    """For every status, `send` returns one of the five outcomes with that status."""
     for status in range(200, 600):
         outcome = await rig.send(a_delivery(), kind="fail", status=status, body="")
         assert isinstance(outcome, Sent | Retry | Snoozed | Rejected)
@@ -178,7 +178,7 @@ async def test_every_status_is_an_outcome(rig: TransportRig) -> None:
 
 @pytest.mark.parametrize("kind", ["accept", "fail", "reject", "rate_limit", "drop", "slow"])
 async def test_no_outcome_shows_the_message(rig: TransportRig, kind: str) -> None:
-    """The text of the message is in no outcome."""
+    """No outcome contains the text of the message."""
     assert MESSAGE not in repr(await rig.send(a_delivery(), kind=kind, delay=0))
 
 
@@ -188,19 +188,19 @@ async def test_no_outcome_shows_the_message(rig: TransportRig, kind: str) -> Non
     ids=["one", "unicode", "longest", "controls", "surrogate"],
 )
 async def test_any_text_arrives(rig: TransportRig, text: str) -> None:
-    """A text arrives unchanged and complete; a lone surrogate causes no error."""
+    """Any text arrives unchanged and complete; a lone surrogate causes no error."""
     assert isinstance(await rig.transport.send(a_delivery(message=text)), Sent)
     assert rig.chats.ledger.records()[0].message_length == len(text)
 
 
 async def test_many_at_once(rig: TransportRig) -> None:
-    """Concurrent calls, even more than the settings allow, each get their own answer."""
+    """Concurrent calls, even more than the settings allow, each receive their own response."""
     outcomes = await asyncio.gather(*(rig.transport.send(a_delivery()) for _ in range(150)))
     assert len({outcome.chat_message_id for outcome in outcomes if isinstance(outcome, Sent)}) == 150
 
 
 async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
-    """While one call waits for its answer others are made and answered."""
+    """While one call waits for its response, others are made and answered."""
     slow = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.02)
     assert isinstance(await rig.transport.send(a_delivery()), Sent)
@@ -210,7 +210,7 @@ async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
 
 
 async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
-    """Cancelling the caller's task passes through; it is no outcome."""
+    """Cancelling the caller's task cancels the call and gives no outcome."""
     task = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.05)
     task.cancel()
@@ -219,7 +219,7 @@ async def test_a_cancelled_call_is_cancelled(rig: TransportRig) -> None:
 
 
 async def test_check_says_one_sentence_and_sends_nothing(rig: TransportRig) -> None:
-    """`check` reaches the other side without delivering anything."""
+    """`check` connects to the receiver without delivering a message and reports in one sentence."""
     assert (await rig.transport.check()).endswith(".")
     assert rig.chats.ledger.summary()["requests"] == 0
 

@@ -1,4 +1,4 @@
-"""Reuse of the transport ``http``'s connections between two calls."""
+"""Connection reuse by the transport ``http`` between two calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ OK = answer(200)
 
 
 class ThreadedServer:
-    """A server that answers one-segment requests from threads, so that the test may block its event loop."""
+    """A server that responds to one-segment requests from threads.
+
+    The test may therefore block its event loop.
+    """
 
     def __init__(self) -> None:
         self.connections: list[socket.socket] = []
@@ -52,9 +55,9 @@ class ThreadedServer:
                 connection.sendall(OK)
 
     def hang_up(self) -> None:
-        """End the open connections, by a reset if SO_LINGER is 0."""
+        """Close the open connections, by a reset if SO_LINGER is 0."""
         for one in self.connections:
-            one.shutdown(socket.SHUT_RD)  # wakes the thread that reads
+            one.shutdown(socket.SHUT_RD)  # wakes the thread that is reading
             one.close()
 
     def close(self) -> None:
@@ -75,7 +78,7 @@ def threaded() -> Iterator[ThreadedServer]:
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
-    """A receiver that hangs up between two calls affects neither of them."""
+    """A receiver that closes the connection between two calls affects neither call."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -85,7 +88,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used() -> None:
 
 
 async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) -> None:
-    """No request is sent on a closed connection, even if the event loop had no time to notice."""
+    """No request is sent on a closed connection, even if the event loop had no time to notice the close."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].shutdown(socket.SHUT_WR)
@@ -94,7 +97,7 @@ async def test_an_end_that_was_not_read_yet_is_seen(threaded: ThreadedServer) ->
 
 
 async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(threaded: ThreadedServer) -> None:
-    """An unrequested answer that waits to be read does not answer the next call."""
+    """An unsolicited response that is still unread does not answer the next call."""
     async with opened(HttpTransport(settings_for(threaded.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         threaded.connections[0].sendall(OTHER)
@@ -104,7 +107,7 @@ async def test_an_answer_to_nothing_that_was_not_read_yet_is_not_the_next_ones(t
 
 @pytest.mark.parametrize("behind", [OTHER, OTHER[:1], b"garbage", b"\x00"])
 async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) -> None:
-    """Bytes after an answer end the connection; each call gets its own answer."""
+    """Extra bytes after a response close the connection, and each call gets its own response."""
     async with scripted(OK + behind) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -112,7 +115,7 @@ async def test_what_stands_behind_an_answer_is_not_the_next_ones(behind: bytes) 
 
 
 async def test_line_breaks_behind_an_answer_are_nothing() -> None:
-    """Line breaks that a sloppy receiver adds after an answer belong to neither this call nor the next."""
+    """Line breaks that a receiver adds after a response affect neither this call nor the next."""
     async with scripted(OK + b"\r\n") as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(3):
             assert await transport.send(a_delivery()) == Sent(None, 200)
@@ -132,7 +135,7 @@ async def test_line_breaks_behind_an_answer_are_nothing() -> None:
     ],
 )
 async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, connections: int) -> None:
-    """``connection: close`` and HTTP/1.0 end a connection; all else leaves it open."""
+    """``connection: close`` and HTTP/1.0 end a connection; any other response leaves it open."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(2):
             assert isinstance(await transport.send(a_delivery()), Sent)
@@ -140,7 +143,7 @@ async def test_the_receiver_says_whether_a_connection_is_kept(reply: bytes, conn
 
 
 async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None:
-    """The call after such an answer gets a connection of its own."""
+    """After a response that ends with its connection, the next call uses a new connection."""
 
     async def until_the_end(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
@@ -152,7 +155,7 @@ async def test_a_body_that_ends_with_the_connection_leaves_none_behind() -> None
 
 
 async def test_a_cancelled_call_closes_its_connection() -> None:
-    """The answer to a cancelled call is discarded."""
+    """The response to a cancelled call is discarded, and its connection is closed."""
     hung_up = asyncio.Event()
 
     async def late(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -174,7 +177,7 @@ async def test_a_cancelled_call_closes_its_connection() -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_there_are_never_more_connections_than_calls_at_once(*, deduplicates: bool) -> None:
-    """Calls beyond the limit wait until another one ends."""
+    """Calls beyond the connection limit wait until another call ends."""
     open_now, most = 0, 0
 
     async def count(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -202,7 +205,7 @@ async def test_calls_that_wait_share_the_connections_there_are() -> None:
 
 
 async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
-    """A call that times out while waiting for a connection sends nothing and frees its slot."""
+    """A call that times out while it waits for a connection sends nothing and frees its slot."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(1)
@@ -220,7 +223,7 @@ async def test_no_call_waits_for_a_connection_longer_than_it_has_time() -> None:
 
 
 async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is idle for too long is closed without waiting for a call, and not used."""
+    """A connection that is idle for too long is closed without waiting for a call, and is not reused."""
     monkeypatch.setattr(http_client, "KEEPALIVE", 1)
     ends: asyncio.Queue[float] = asyncio.Queue()
 
@@ -244,10 +247,10 @@ async def test_an_idle_connection_is_closed_in_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("steps", range(1, 8))
 @pytest.mark.parametrize("reset", [True, False], ids=["reset", "end"])
 async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int, *, reset: bool) -> None:
-    """A call is retried if the receiver hangs up before it received anything, at any stage."""
+    """A call is retried if the receiver closes the connection before receiving any data, at any stage."""
     received: list[bytes] = []
 
-    def hang_up() -> None:  # in a thread, which does not stand still
+    def hang_up() -> None:  # runs in a thread, which is not blocked
         connection, _ = listening.accept()
         with connection:
             time.sleep(0.05)
@@ -264,7 +267,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         async with opened(HttpTransport(settings_for(url, transport_deduplicates=False))) as transport:
             sending = loop.create_task(transport.send(a_delivery()))
-            for _ in range(steps):  # of the event loop
+            for _ in range(steps):  # iterations of the event loop
                 await asyncio.sleep(0)
             time.sleep(0.1)  # noqa: ASYNC251 - the loop stands still until the receiver has hung up
             outcome = await sending
@@ -273,7 +276,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
 
 
 async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None:
-    """A receiver that reads on after the timeout does not get it."""
+    """After the timeout, the unsent rest of a request is not sent to a receiver that is still reading."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         settings = settings_for(
             f"http://127.0.0.1:{listening.getsockname()[1]}", transport_timeout=timedelta(seconds=0.1)
@@ -292,7 +295,7 @@ async def test_what_is_left_of_a_request_that_was_given_up_is_not_sent() -> None
 
 
 async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
-    """A receiver that answers early would read the rest of the request as the next one."""
+    """A connection with a half-sent request is closed, so that the rest is not read as the next request."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         peers.append(writer)
@@ -316,7 +319,7 @@ async def test_a_connection_with_half_a_request_is_not_used_again() -> None:
 def test_a_loop_that_ends_without_closing_leaves_nothing_open(
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
-    """A process whose event loop ends during a call leaves nothing open."""
+    """A process whose event loop ends during a call leaves no connection open."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         transport = HttpTransport(settings_for(f"http://127.0.0.1:{silent.getsockname()[1]}"))
 
@@ -337,7 +340,7 @@ def test_a_loop_that_ends_without_closing_leaves_nothing_open(
 
 
 async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() -> None:
-    """Calls in flight when a worker stops are answered before the connections are closed."""
+    """When a worker stops, calls in flight are answered before the connections are closed."""
 
     async def answer_late(writer: asyncio.StreamWriter, _request: Request) -> None:
         await asyncio.sleep(0.1)
@@ -349,7 +352,7 @@ async def test_calls_in_flight_end_with_their_answers_when_nothing_new_begins() 
 
 
 async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> None:
-    """If libcurl closes an idle connection on whose end the loop is about to act, the loop goes on."""
+    """If libcurl closes an idle connection that the event loop is about to handle, the loop continues."""
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:
@@ -370,7 +373,7 @@ async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> N
             idle.sendall(OK)
             await first
             second, busy = await begin()
-            busy.sendall(OK)  # for which libcurl closes the idle one, as it may keep one only
+            busy.sendall(OK)  # libcurl then closes the idle connection, as it may keep only one
             idle.close()
             assert await second == pycurl.E_OK
         await asyncio.sleep(0.02)

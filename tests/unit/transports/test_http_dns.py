@@ -1,4 +1,4 @@
-"""A name server that never answers delays neither calls to other hosts nor closing."""
+"""An unresponsive name server delays neither calls to other hosts nor closing."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ uvloop.run(main())
 
 @pytest.mark.skipif(not shutil.which("unshare") or os.geteuid(), reason="a name server of its own takes namespaces")
 def test_a_silent_name_server_holds_up_nothing(tmp_path: Path) -> None:
-    """Calls end in time and nothing was sent; neither the event loop, nor closing, nor the process waits for it."""
+    """With an unresponsive name server, calls time out without sending, and nothing else is delayed.
+
+    Neither the event loop, nor closing, nor the process waits for the name server.
+    """
     resolver = tmp_path / "resolv.conf"
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
     inside = f'mount --bind "{resolver}" /etc/resolv.conf && exec "{sys.executable}" -c "$SCRIPT"'

@@ -1,4 +1,4 @@
-"""Foreign endpoints: private CAs, client certificates, proxies, address families, keep-alive."""
+"""Endpoints in other networks: private CAs, client certificates, proxies, IPv6 and keep-alive."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ OK = answer(200)
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remove the proxy and certificate variables of the machine's own environment."""
+    """Remove the machine's own proxy and certificate variables from the environment."""
     for name in ("https_proxy", "HTTPS_PROXY", "no_proxy", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Return a certificate authority that no system knows."""
+    """Return a certificate authority that no system trusts."""
     return trustme.CA()
 
 
@@ -51,24 +51,24 @@ def trusted(authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def certified(authority: trustme.CA, name: str = "127.0.0.1") -> ssl.SSLContext:
-    """Return a server's TLS context with a certificate for this name."""
+    """Return a server's TLS context with a certificate for the given name."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert(name).configure_cert(context)
     return context
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:
-    """Send once to ``url``, and return the outcome."""
+    """Send once to ``url`` and return the outcome."""
     async with opened(HttpTransport(settings_for(url, **settings))) as transport:
         return await transport.send(a_delivery())
 
 
-# Certificate authorities.
+# Tests of certificate authorities.
 
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA) -> None:
-    """SSL_CERT_FILE names the trusted authorities, for `check` as well."""
+    """SSL_CERT_FILE names the trusted authorities, also for `check`."""
     async with scripted(OK, certified(authority)) as server:
         assert await outcome_at(server.url) == Sent(None, 200)
         assert "accepts connections over TLS" in await HttpTransport(settings_for(server.url)).check()
@@ -78,7 +78,7 @@ async def test_a_private_authority_is_trusted_by_its_file(authority: trustme.CA)
 async def test_a_private_authority_is_trusted_by_its_directory(
     authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SSL_CERT_DIR names a directory of authorities, made by ``openssl rehash``."""
+    """SSL_CERT_DIR names a directory of trusted authorities, created by ``openssl rehash``."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - before anything runs
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
@@ -87,7 +87,7 @@ async def test_a_private_authority_is_trusted_by_its_directory(
 
 
 async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> None:
-    """If the system does not know a certificate's authority, nothing is sent and `check` reports why."""
+    """If the certificate's authority is unknown, nothing is sent and `check` reports the reason."""
     async with scripted(OK, certified(authority)) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Retry)
@@ -100,7 +100,7 @@ async def test_an_unknown_authority_is_not_trusted(authority: trustme.CA) -> Non
 
 @pytest.mark.usefixtures("trusted")
 async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.CA) -> None:
-    """The certificate must match the endpoint; the reason shows no host name."""
+    """The certificate must match the endpoint's host; the reason contains no host name."""
     async with scripted(OK, certified(authority, "elsewhere.example")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Retry)
@@ -111,18 +111,18 @@ async def test_a_certificate_of_another_host_is_not_trusted(authority: trustme.C
 
 @pytest.mark.parametrize("name", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 def test_authorities_that_are_not_there_stop_the_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A wrong path to authorities is refused at the start, unless the endpoint uses no TLS."""
+    """A wrong path to authorities is rejected at the start, unless the endpoint uses no TLS."""
     monkeypatch.setenv(name, "/nowhere")
     with pytest.raises(TransportConfigurationError, match=f"{name} names no (file|directory)"):
         HttpTransport(settings_for("https://host"))
     HttpTransport(settings_for("http://host"))
 
 
-# Client certificates.
+# Tests of client certificates.
 
 
 def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
-    """Return a server's TLS context that asks for a certificate of the authority."""
+    """Return a server's TLS context that requests a certificate from the given authority."""
     context = certified(authority)
     context.verify_mode = ssl.CERT_REQUIRED
     context.maximum_version = version
@@ -136,7 +136,10 @@ def asking(authority: trustme.CA, version: ssl.TLSVersion) -> ssl.SSLContext:
 async def test_a_client_certificate_is_shown(
     authority: trustme.CA, tmp_path: Path, version: ssl.TLSVersion, *, apart: bool
 ) -> None:
-    """The client certificate is sent on request; its private key may be in the same file or in a separate one."""
+    """The client certificate is sent on request.
+
+    Its private key may be in the same file or in a separate one.
+    """
     ours = authority.issue_cert("worker.example")
     ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
     ours.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
@@ -155,14 +158,14 @@ async def test_a_client_certificate_is_shown(
     ("version", "outcome"),
     [
         (ssl.TLSVersion.TLSv1_2, Retry),
-        # With TLS 1.3 the server refuses only after the client has sent its request.
+        # With TLS 1.3, the server rejects a missing certificate only after the client has sent its request.
         (ssl.TLSVersion.TLSv1_3, Unknown),
     ],
 )
 async def test_without_the_certificate_nothing_is_accepted(
     authority: trustme.CA, version: ssl.TLSVersion, outcome: type
 ) -> None:
-    """An endpoint that asks for a certificate and gets none accepts nothing."""
+    """An endpoint that requires a client certificate accepts no message without one."""
     async with scripted(OK, asking(authority, version)) as server:
         assert isinstance(await outcome_at(server.url), outcome)
         assert server.requests == []
@@ -170,7 +173,7 @@ async def test_without_the_certificate_nothing_is_accepted(
 
 @pytest.mark.parametrize("content", ["", "no certificate", None])
 def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_path: Path) -> None:
-    """A missing or invalid certificate file is refused at the start, and named."""
+    """A missing or invalid certificate file is rejected at the start and named in the error."""
     file = tmp_path / "cert.pem"
     if content is not None:
         file.write_text(content)
@@ -179,7 +182,7 @@ def test_a_certificate_that_is_none_stops_the_start(content: str | None, tmp_pat
 
 
 def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp_path: Path) -> None:
-    """A key that does not belong to the certificate stops the start."""
+    """A private key that does not belong to the certificate stops the start."""
     one, other = authority.issue_cert("one.example"), authority.issue_cert("other.example")
     one.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
     other.private_key_pem.write_to_path(tmp_path / "key.pem")
@@ -188,12 +191,12 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
         HttpTransport(settings_for("https://host", **settings))
 
 
-# Proxies.
+# Tests of proxies.
 
 
 @dataclass
 class ConnectProxy:
-    """A CONNECT proxy that records its targets and traffic, or gives a fixed refusal instead."""
+    """A CONNECT proxy that records its targets and traffic, or always responds with a given refusal."""
 
     refusal: bytes = b""
     url: str = ""
@@ -218,14 +221,14 @@ class ConnectProxy:
                 self.seen += part
                 writer.write(part)
         except ConnectionError:
-            pass  # either side hung up
+            pass  # either peer closed the connection
         finally:
             writer.close()
 
 
 @asynccontextmanager
 async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
-    """Run a proxy on a free port."""
+    """Run a CONNECT proxy on a free port."""
     proxy = ConnectProxy(refusal)
     async with listening(proxy.serve) as proxy.url:
         yield proxy
@@ -236,7 +239,7 @@ async def proxy_that(refusal: bytes = b"") -> AsyncIterator[ConnectProxy]:
 async def test_https_goes_through_the_proxy_which_reads_nothing(
     authority: trustme.CA, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """HTTPS_PROXY tunnels kept connections to the endpoint, and the proxy reads no text."""
+    """Connections through HTTPS_PROXY are kept and tunnelled, so that the proxy sees no plain text."""
     async with proxy_that() as proxy, scripted(OK, certified(authority)) as server:
         monkeypatch.setenv(name, proxy.url)
         async with opened(HttpTransport(settings_for(server.url))) as transport:
@@ -261,7 +264,7 @@ async def test_no_proxy_exempts_hosts(authority: trustme.CA, exempt: str, monkey
 
 
 async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain HTTP endpoint, which is in the same network, is reached without the proxy."""
+    """An endpoint with plain HTTP, which is in the same network, is reached without the proxy."""
     async with proxy_that() as proxy, scripted(OK) as server:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at(server.url) == Sent(None, 200)
@@ -270,33 +273,33 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("status", [403, 407, 502, 503])
 async def test_a_proxy_that_refuses_is_no_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy's refusal is not the endpoint's answer: nothing was sent, whatever the status."""
+    """A proxy's refusal does not count as the endpoint's response: nothing was sent, whatever the status."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
 
 
 async def test_a_proxy_that_is_away_is_tried_again(free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unreachable proxy is retried, since nothing was sent."""
+    """A call through an unreachable proxy is retried, since nothing was sent."""
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port}")
     assert await outcome_at("https://127.0.0.1:9") == Retry("no connection: Connection refused")
 
 
 async def test_a_proxy_that_hangs_up_or_says_nothing_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy that fails before its tunnel exists is retried, since nothing was sent."""
+    """A call is retried if the proxy fails before its tunnel exists, since nothing was sent."""
     for refusal in (b"HTTP/1.1 200", b"HTTP/1.1 200 OK\r\n\r\nno TLS"):
         async with proxy_that(refusal) as proxy:
             monkeypatch.setenv("HTTPS_PROXY", proxy.url)
             assert isinstance(await outcome_at("https://127.0.0.1:9", transport_timeout=0.5), Retry)
 
 
-# Address families.
+# Tests of address families.
 
 
 @pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("secure", [True, False])
 async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool) -> None:
-    """An endpoint may be named by an IPv6 address."""
+    """An endpoint can be given as an IPv6 address."""
     async with scripted(OK, certified(authority, "::1") if secure else None, "::1") as server:
         assert "//[::1]:" in server.url
         async with opened(HttpTransport(settings_for(server.url))) as transport:
@@ -310,7 +313,10 @@ async def test_an_address_of_ip_version_6(authority: trustme.CA, *, secure: bool
 async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
     host: str, first: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A host with an IPv4 and an IPv6 address is reached even if only one of them listens, whichever comes first."""
+    """A host with IPv4 and IPv6 addresses is reached even if only one of the addresses listens.
+
+    The order of the addresses does not matter.
+    """
     async with scripted(OK, host=host) as server:
         port = server.url.rpartition(":")[2]
         options = http_client.connection_options
@@ -325,14 +331,14 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
         assert server.connections == 1
 
 
-# Short keep-alive.
+# Tests of short keep-alive.
 
 
 @pytest.mark.parametrize("kept", [0.1, 1, 4])
 async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
-    """If the server has closed an idle connection, the next call gets another one.
+    """If the server has closed an idle connection, the next call uses another one.
 
-    If the server closes the connection at the same moment, the outcome may be unknown. Nothing arrives twice.
+    If the server closes the connection simultaneously, the outcome may be unknown. No message arrives twice.
     """
     bodies: list[bytes] = []
     ends: asyncio.Queue[None] = asyncio.Queue()

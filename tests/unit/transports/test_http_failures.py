@@ -1,4 +1,7 @@
-"""Failures of the transport ``http``: before the request is sent it is retried; after that the outcome is unknown."""
+"""Failures of the transport ``http``: a call that fails before its request is sent is retried.
+
+After that, the outcome is unknown.
+"""
 
 from __future__ import annotations
 
@@ -25,42 +28,42 @@ NAMED = f'{{"chatMessageId": "{MESSAGE_ID}"}}'.encode()
 
 
 async def outcome_at(url: str, **settings: object) -> Outcome:
-    """Send once to ``url``, within 10 s or the settings' timeout."""
+    """Send once to ``url`` within 10 s or the configured timeout, and return the outcome."""
     async with opened(HttpTransport(settings_for(url, **({"transport_timeout": 10} | settings)))) as transport:
         return await transport.send(a_delivery())
 
 
 async def stay_silent(_writer: asyncio.StreamWriter, _request: Request) -> None:
-    """Never answer."""
+    """Wait without ever responding."""
     await asyncio.sleep(60)
 
 
 async def test_a_refused_connection_is_tried_again(free_port: int) -> None:
-    """If nothing listens, nothing was sent."""
+    """A call to a port without a listener is retried, since nothing was sent."""
     assert await outcome_at(f"http://127.0.0.1:{free_port}") == Retry("no connection: Connection refused")
 
 
 async def test_an_unknown_host_is_tried_again() -> None:
-    """An unknown host name is retried."""
+    """A call to an unknown host name is retried."""
     assert await outcome_at("http://nowhere.invalid") == Retry("no connection: the host name was not found (DNS)")
 
 
 async def test_a_failed_tls_handshake_is_tried_again(no_tls: str) -> None:
-    """If the other side does not speak TLS, nothing was sent."""
+    """A call to a server without TLS is retried, since nothing was sent."""
     outcome = await outcome_at(no_tls)
     assert isinstance(outcome, Retry)
     assert outcome.detail == "no connection: TLS failed (wrong version number)"
 
 
 async def test_a_connection_that_does_not_come_about_is_tried_again() -> None:
-    """If the timeout passes while connecting (here in an unanswered TLS handshake), nothing was sent."""
+    """A timeout while connecting, as in an unanswered TLS handshake, is retried because nothing was sent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         outcome = await outcome_at(f"https://127.0.0.1:{silent.getsockname()[1]}", transport_timeout=0.2)
     assert outcome == Retry("no connection within 0.2 s")
 
 
 async def test_no_answer_in_time_is_unknown() -> None:
-    """If the timeout passes after the request was sent, it may have been accepted."""
+    """If the timeout passes after the request was sent, the outcome is unknown."""
     async with scripted(stay_silent) as server:
         began = time.monotonic()
         assert await outcome_at(server.url, transport_timeout=0.2) == Unknown("no answer within 0.2 s")
@@ -74,7 +77,7 @@ async def test_no_answer_in_time_is_unknown() -> None:
 )
 @pytest.mark.parametrize("deduplicates", [True, False])
 async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: bytes, *, deduplicates: bool) -> None:
-    """Without a complete head the outcome is unknown, and the request is not repeated."""
+    """Without a complete response head, the outcome is unknown and the request is not repeated."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(fragment)
@@ -87,7 +90,7 @@ async def test_an_answer_that_breaks_off_before_its_body_is_unknown(fragment: by
 
 
 async def test_a_reset_connection_is_unknown() -> None:
-    """A connection reset after the request was sent counts as broken."""
+    """If the connection is reset after the request was sent, the outcome is unknown."""
 
     async def reset(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.transport.abort()
@@ -98,7 +101,7 @@ async def test_a_reset_connection_is_unknown() -> None:
 
 @pytest.fixture(params=["plain", "tls"])
 def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext | None:
-    """Return a server's side of TLS that is trusted, or none."""
+    """Return a trusted TLS context for the server, or None."""
     if request.param == "plain":
         return None
     authority, made = trustme.CA(), ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -124,7 +127,10 @@ def context(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
 async def test_however_a_connection_breaks_the_request_went_out_once(
     said: bytes, outcome: type, context: ssl.SSLContext | None, *, kept: bool, reset: bool
 ) -> None:
-    """Wherever a new or kept connection breaks, the outcome follows from what was received; nothing is repeated."""
+    """Wherever a new or kept connection breaks, the outcome depends on the data received.
+
+    No request is repeated.
+    """
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(said)
@@ -151,7 +157,7 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
     ],
 )
 async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome: type) -> None:
-    """After the status line the outcome is known; an incomplete body gives no id."""
+    """The outcome is known after the status line; an incomplete body gives no message id."""
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(head)
@@ -165,7 +171,7 @@ async def test_the_status_decides_when_the_body_breaks_off(head: bytes, outcome:
 
 
 async def test_the_status_decides_when_the_body_is_slow() -> None:
-    """The timeout covers the whole call; if it passes in the body of a 200, the message was sent."""
+    """The timeout covers the whole call; if it passes during the body of a 200, the message was sent."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 999\r\n\r\n" + NAMED)
@@ -177,7 +183,7 @@ async def test_the_status_decides_when_the_body_is_slow() -> None:
 
 
 async def test_a_slow_refusal_keeps_what_came() -> None:
-    """The received part of a refusal's reason is kept."""
+    """The part of a rejection's reason that was received before the timeout is kept."""
 
     async def dawdle(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/1.1 403 No\r\ncontent-length: 999\r\n\r\nblocked")
@@ -188,7 +194,7 @@ async def test_a_slow_refusal_keeps_what_came() -> None:
 
 
 async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
-    """After 64 KiB reading stops and the connection is dropped; the status decides."""
+    """Reading stops after 64 KiB of a response and the connection is closed; the status decides."""
     written = 0
 
     async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -207,7 +213,7 @@ async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
 
 
 async def test_64_kib_are_read() -> None:
-    """A body of exactly the limit is read."""
+    """A response body of exactly the size limit is read completely."""
     async with scripted(answer(200, NAMED.ljust(65_536))) as server:
         outcome = await outcome_at(server.url)
     assert isinstance(outcome, Sent)
@@ -215,7 +221,7 @@ async def test_64_kib_are_read() -> None:
 
 
 async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
-    """Compression is not requested, but a compressed answer is understood."""
+    """Compression is not requested, but a compressed response is decompressed."""
     async with scripted(answer(200, gzip.compress(NAMED), content_encoding="gzip")) as server:
         outcome = await outcome_at(server.url)
         assert isinstance(outcome, Sent)
@@ -224,25 +230,25 @@ async def test_a_compressed_answer_is_not_asked_for_and_understood() -> None:
 
 
 async def test_a_compressed_answer_that_is_none_is_sent() -> None:
-    """A message counts as sent even if the answer cannot be decompressed, which the detail mentions."""
+    """If a 2xx response cannot be decompressed, the message counts as sent; the detail mentions the flaw."""
     async with scripted(answer(200, b"\x1f\x8b\x08garbage", content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer cannot be decompressed")
 
 
 async def test_a_compressed_answer_is_bounded_as_it_is_inflated() -> None:
-    """Of a few compressed KiB that inflate to many MiB, no more than 64 KiB are read."""
+    """If a few compressed KiB expand to many MiB, at most 64 KiB are read."""
     async with scripted(answer(200, gzip.compress(bytes(50_000_000)), content_encoding="gzip")) as server:
         assert await outcome_at(server.url) == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
 
 async def test_an_informational_answer_is_no_answer_yet() -> None:
-    """103 Early Hints is followed by the answer that counts."""
+    """A 103 Early Hints response is followed by the final response, which counts."""
     async with scripted(b"HTTP/1.1 103 Early Hints\r\n\r\n" + answer(200, NAMED)) as server:
         assert isinstance(await outcome_at(server.url), Sent)
 
 
 async def test_a_receiver_that_comes_back_is_found() -> None:
-    """After a broken connection the next call works."""
+    """After a broken connection, the next call succeeds."""
     broken = True
 
     async def once(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -256,7 +262,7 @@ async def test_a_receiver_that_comes_back_is_found() -> None:
 
 
 async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
-    """Unrequested bytes between two calls answer neither; the connection is not used again."""
+    """Unsolicited bytes between two calls affect neither call, and the connection is not reused."""
     async with scripted(answer(200)) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert await transport.send(a_delivery()) == Sent(None, 200)
         server.writer.write(answer(200, NAMED))
@@ -266,7 +272,7 @@ async def test_an_answer_to_nothing_is_not_the_next_ones() -> None:
 
 
 async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
-    """A call that is cut off by `close` has an outcome too."""
+    """A call that is interrupted by `close` has an unknown outcome."""
     async with scripted(stay_silent) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         call = asyncio.create_task(transport.send(a_delivery()))
         await server.requested.wait()
@@ -278,10 +284,13 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 
 @pytest.mark.parametrize("steps", range(1, 10))
 async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
-    """A call frozen at any step until its time is up sends nothing afterwards, since another worker may have it."""
+    """A call that was frozen until its deadline sends nothing afterwards, at whatever step it was frozen.
+
+    By then another worker may have the lease.
+    """
     came: list[float] = []
 
-    def listen() -> None:  # in a thread, which is not frozen
+    def listen() -> None:  # runs in a thread, which is not frozen
         connection, _ = silent.accept()
         with connection:
             connection.settimeout(5)
@@ -295,7 +304,7 @@ async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> N
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         async with opened(HttpTransport(settings_for(url, transport_timeout=0.2))) as transport:
             sending = loop.create_task(transport.send(a_delivery()))
-            for _ in range(steps):  # of the event loop
+            for _ in range(steps):  # iterations of the event loop
                 await asyncio.sleep(0)
             time.sleep(0.3)  # noqa: ASYNC251 - the whole process is to stand still
             woken = time.monotonic()

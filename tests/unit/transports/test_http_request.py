@@ -28,7 +28,7 @@ OK = answer(200)
 
 
 async def requested(delivery: Delivery, path: str = "/messages", **settings: object) -> Request:
-    """Send, and return the request that arrived."""
+    """Send a delivery and return the request that arrived."""
     async with (
         scripted(OK) as server,
         opened(HttpTransport(settings_for(f"{server.url}{path}", **settings))) as transport,
@@ -38,7 +38,7 @@ async def requested(delivery: Delivery, path: str = "/messages", **settings: obj
 
 
 async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
-    """The body is one JSON object of nine fields in camelCase; the time is RFC 3339 in UTC."""
+    """The body is a JSON object of nine fields in camelCase; the time is RFC 3339 in UTC."""
     delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
     request = await requested(delivery)
     assert json.loads(request.body) == {
@@ -55,19 +55,19 @@ async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
 
 
 async def test_a_whole_second_is_written_like_any_other_time() -> None:
-    """The form of the time does not depend on its value."""
+    """A time in whole seconds has the same format as any other time."""
     request = await requested(a_delivery(due_date=datetime(2026, 3, 1, tzinfo=UTC)))
     assert json.loads(request.body)["dueDate"] == "2026-03-01T00:00:00.000000Z"
 
 
 async def test_a_chat_without_an_external_id_has_null() -> None:
-    """The field is always present."""
+    """The external chat id is always in the body, as null if the chat has none."""
     request = await requested(a_delivery(external_chat_id=None))
     assert json.loads(request.body)["externalChatId"] is None
 
 
 async def test_the_text_is_utf_8() -> None:
-    """Non-ASCII letters are sent unescaped, so that bodies stay small."""
+    """Non-ASCII letters are sent unescaped as UTF-8, which keeps bodies small."""
     request = await requested(
         a_delivery(message="\u0437\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439\u0442\u0435")
     )
@@ -84,7 +84,7 @@ async def test_the_key_is_the_follow_ups_id_on_every_attempt() -> None:
 
 
 async def test_it_posts_json_to_the_very_url() -> None:
-    """The request goes to the URL of the settings, path and query included, as JSON."""
+    """The request is a POST of JSON to the configured URL, including its path and query."""
     request = await requested(a_delivery(), path="/in/box?token=a%2Bb&x=1")
     assert request.target == "/in/box?token=a%2Bb&x=1"
     assert request.headers["content-type"] == "application/json"
@@ -92,7 +92,7 @@ async def test_it_posts_json_to_the_very_url() -> None:
 
 
 async def test_credentials_in_the_url_become_basic_authentication() -> None:
-    """``https://user:password@host/`` works as anywhere."""
+    """Credentials in a URL such as ``https://user:password@host/`` become basic authentication."""
     async with scripted(OK) as server:
         url = server.url.replace("http://", "http://user:pa%20ss@")
         async with opened(HttpTransport(settings_for(url))) as transport:
@@ -101,19 +101,22 @@ async def test_credentials_in_the_url_become_basic_authentication() -> None:
 
 
 SHORT, LONG = (base64.b64encode(bytes(range(size))).decode() for size in (25, 64))
-"""With and without padding, and of the greatest length."""
+"""Two secrets: one whose base64 form has padding, and one of the greatest length."""
 
 
 @pytest.mark.parametrize("secret", [SIGNING_SECRET, SIGNING_SECRET.removeprefix("whsec_"), SHORT, LONG])
 async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
-    """The reference library verifies the signature, whether the secret has its prefix or not."""
+    """The Standard Webhooks library verifies the signature, with or without the secret's prefix."""
     request = await requested(a_delivery(), transport_secret=secret)
     assert Webhook(secret).verify(request.body, request.headers)["message"] == MESSAGE
     assert abs(int(request.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
 
 
 async def test_each_of_several_secrets_signs() -> None:
-    """While one secret replaces another, a receiver that knows either of them verifies the delivery."""
+    """During a change of secrets, a delivery is signed with each of them.
+
+    A receiver that has either secret can verify the delivery.
+    """
     request = await requested(a_delivery(), transport_secret=f" {SIGNING_SECRET}  whsec_{SHORT}\n")
     assert len(request.headers["webhook-signature"].split(" ")) == 2
     for secret in (SIGNING_SECRET, SHORT):
@@ -123,7 +126,7 @@ async def test_each_of_several_secrets_signs() -> None:
 
 
 async def test_the_signature_covers_the_body() -> None:
-    """Another body, or another secret, does not verify."""
+    """A signature is invalid for another body or another secret."""
     request = await requested(a_delivery(message="\U0001f44d"), transport_secret=SIGNING_SECRET)
     Webhook(SIGNING_SECRET).verify(request.body, request.headers)
     for verifier, body in ((Webhook(SIGNING_SECRET), request.body + b" "), (Webhook(b"another"), request.body)):
@@ -132,13 +135,13 @@ async def test_the_signature_covers_the_body() -> None:
 
 
 async def test_without_a_secret_nothing_is_signed() -> None:
-    """Without a secret there is no signature; the id is still sent."""
+    """Without a secret, a delivery has no signature but still has its id."""
     request = await requested(a_delivery())
     assert not {"webhook-signature", "webhook-timestamp"} & request.headers.keys()
 
 
 async def test_redirects_are_not_followed() -> None:
-    """A redirect is a refusal: the message goes to the configured URL, or nowhere."""
+    """A redirect is a rejection; the message is sent only to the configured URL."""
     async with scripted(OK) as elsewhere, scripted(answer(307, location=elsewhere.url)) as server:
         async with opened(HttpTransport(settings_for(server.url))) as transport:
             assert await transport.send(a_delivery()) == Rejected("HTTP 307", 307)
@@ -146,7 +149,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """HTTP_PROXY and the like have no effect."""
+    """HTTP_PROXY and similar variables have no effect."""
     async with scripted(OK) as proxy:
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, proxy.url)
@@ -155,7 +158,7 @@ async def test_the_proxy_of_the_environment_is_not_trusted(monkeypatch: pytest.M
 
 
 async def test_cookies_are_not_kept() -> None:
-    """Cookies of one chat's answer are not sent with another's request."""
+    """Cookies from one chat's response are not sent with another chat's request."""
     async with (
         scripted(answer(200, set_cookie="session=1")) as server,
         opened(HttpTransport(settings_for(server.url))) as transport,
@@ -166,7 +169,7 @@ async def test_cookies_are_not_kept() -> None:
 
 
 async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
-    """Call after call uses the same connection."""
+    """If the receiver deduplicates, consecutive calls use one connection."""
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         for _ in range(5):
             await transport.send(a_delivery())
@@ -174,7 +177,10 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 
 
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
-    """A stale connection would make an outcome unknown, and unknown would be final there."""
+    """If the receiver does not deduplicate, no connection is used twice.
+
+    A stale connection would make an outcome unknown, which would be final.
+    """
     settings = {"transport_deduplicates": False}
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
         for _ in range(5):
@@ -183,13 +189,13 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
 
 
 async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
-    """`send` without `open` raises, since it is a programming error."""
+    """`send` without `open` raises an exception, since it is a programming error."""
     with pytest.raises(RuntimeError, match="open"):
         await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """A missing URL stops the start with an error message that names the setting."""
+    """A missing URL stops the start with an error that names the setting."""
     with pytest.raises(TransportConfigurationError, match=r"needs FOLLOWUPS_TRANSPORT_URL: set it to"):
         HttpTransport(settings_for(None))
 
@@ -199,14 +205,17 @@ def test_a_missing_url_says_what_to_set() -> None:
     ["http://", "https:///path", "http://host:port/", "http://[::1/", "http://host:0/", "http://a..b/", "http://a b/"],
 )
 def test_an_address_that_is_none_stops_the_start(url: str) -> None:
-    """A URL without a host, or with an invalid port, is refused at once."""
+    """A URL without a host, or with an invalid port, is rejected at the start."""
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address"):
         HttpTransport(settings_for(url))
 
 
 @pytest.mark.parametrize("address", ["user:hunter2@host:port", "us%3Aer:hunter2@host", "user:hunter2%E2%82%AC@host"])
 def test_a_wrong_address_is_named_without_its_password(address: str) -> None:
-    """Credentials appear neither in an error nor in a header that cannot hold them, which stops the start."""
+    """The error for a wrong URL does not contain its credentials.
+
+    Credentials that a header cannot contain stop the start.
+    """
     with pytest.raises(TransportConfigurationError, match=r"FOLLOWUPS_TRANSPORT_URL .* no valid address") as caught:
         HttpTransport(settings_for(f"http://{address}/"))
     assert "hunter2" not in str(caught.value)
@@ -221,7 +230,7 @@ WRONG = [
 
 @pytest.mark.parametrize("secret", WRONG)
 def test_a_secret_that_is_none_is_refused(secret: str) -> None:
-    """A secret that is too short, too long or ambiguous stops the start, and is not shown."""
+    """A secret that is too short, too long or ambiguous stops the start and is not shown."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be base64") as caught:
         HttpTransport(settings_for("http://host", transport_secret=secret))
     assert len(secret) < 7 or secret not in str(caught.value)

@@ -1,4 +1,4 @@
-"""HTTP/2 where a server offers it: the same outcomes as with HTTP/1.1, and one stream harms no other."""
+"""HTTP/2 where the server offers it: the outcomes of HTTP/1.1, with independent streams."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ MESSAGE_ID = "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"
 
 @pytest.fixture(scope="module")
 def authority() -> trustme.CA:
-    """Return a certificate authority that no system knows."""
+    """Return a certificate authority that no system trusts."""
     return trustme.CA()
 
 
 @pytest.fixture
 def context(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ssl.SSLContext:
-    """Return a server's side of TLS that is trusted."""
+    """Return a trusted TLS context for the server."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -43,36 +43,36 @@ def context(authority: trustme.CA, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 async def accept(stream: Stream) -> None:
-    """Answer at once."""
+    """Accept the message immediately."""
     stream.answer(200)
 
 
 @pytest.fixture
 async def server(context: ssl.SSLContext) -> AsyncIterator[Http2Server]:
-    """Run a server that accepts everything, until a test says otherwise."""
+    """Run a server that accepts every message unless a test changes that."""
     async with serving_http2(accept, context) as server:
         yield server
 
 
 @pytest.fixture
 async def transport(server: Http2Server) -> AsyncIterator[Transport]:
-    """Open a transport to it."""
+    """Open a transport to the server."""
     async with opened(HttpTransport(settings_for(server.url, transport_timeout=10))) as transport:
         yield transport
 
 
 async def send_at_once(transport: Transport, count: int) -> list[Outcome]:
-    """Send that many at once."""
+    """Send the given number of deliveries concurrently."""
     return await asyncio.gather(*[transport.send(a_delivery()) for _ in range(count)])
 
 
 def keys(server: Http2Server) -> list[str]:
-    """Return the keys of all requests that arrived."""
+    """Return the idempotency keys of all requests that arrived."""
     return [each.headers["idempotency-key"] for each in server.requests]
 
 
 async def test_calls_share_a_connection(server: Http2Server, transport: Transport) -> None:
-    """Sequential and concurrent calls use one connection, each with its own answer."""
+    """Sequential and concurrent calls share one connection, and each gets its own response."""
 
     async def name(stream: Stream) -> None:
         await asyncio.sleep(0.02)
@@ -88,7 +88,10 @@ async def test_calls_share_a_connection(server: Http2Server, transport: Transpor
 
 
 async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLContext) -> None:
-    """A lost connection of HTTP/2 leaves many outcomes unknown, each of which would be final there."""
+    """An endpoint that cannot deduplicate is called over HTTP/1.1.
+
+    A lost HTTP/2 connection would leave many outcomes unknown, each of which would be final.
+    """
     context.set_alpn_protocols(["h2", "http/1.1"])
     async with scripted(answer(200), context) as server:
         settings = settings_for(server.url, transport_deduplicates=False)
@@ -97,39 +100,39 @@ async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLC
 
 
 async def refuse(stream: Stream) -> None:
-    """Refuse the request, which the receiver promises not to have read."""
+    """Refuse the stream, which guarantees that the request was not processed."""
     stream.reset(ErrorCodes.REFUSED_STREAM)
 
 
 async def demand_http_1(stream: Stream) -> None:
-    """Demand HTTP/1.1."""
+    """Require HTTP/1.1 for the request."""
     stream.reset(ErrorCodes.HTTP_1_1_REQUIRED)
 
 
 async def fail(stream: Stream) -> None:
-    """End the stream with an error."""
+    """Reset the stream with an error."""
     stream.reset(ErrorCodes.INTERNAL_ERROR)
 
 
 async def withdraw(stream: Stream) -> None:
-    """End the stream without an error."""
+    """Reset the stream without an error."""
     stream.reset(ErrorCodes.NO_ERROR)
 
 
 async def go_away(stream: Stream) -> None:
-    """Refuse all further streams, including this one."""
+    """Refuse all further streams, including the current one."""
     stream.connection.h2.close_connection(last_stream_id=stream.id - 1)
     stream.connection.flush()
 
 
 async def go_away_and_close(stream: Stream) -> None:
-    """Refuse all further streams, and end the connection."""
+    """Refuse all further streams and close the connection."""
     await go_away(stream)
     stream.connection.writer.close()
 
 
 async def close(stream: Stream) -> None:
-    """End the connection."""
+    """Close the connection."""
     stream.connection.writer.close()
 
 
@@ -139,7 +142,7 @@ async def abort(stream: Stream) -> None:
 
 
 async def hint_and_fail(stream: Stream) -> None:
-    """Send an informational answer and no other."""
+    """Send an informational response without a final one."""
     stream.connection.h2.send_headers(stream.id, [(":status", "103")])
     await fail(stream)
 
@@ -168,7 +171,7 @@ async def send_garbage(stream: Stream) -> None:
 async def test_however_a_stream_ends_the_request_went_out_once(
     end: Callable[[Stream], Awaitable[None]], server: Http2Server, transport: Transport, *, kept: bool
 ) -> None:
-    """Without an answer the outcome is unknown, nothing is sent again, and the next call is answered."""
+    """Without a response the outcome is unknown and the request is not repeated; the next call succeeds."""
     if kept:
         assert await transport.send(a_delivery()) == OK
     server.serve = end
@@ -184,7 +187,7 @@ async def test_however_a_stream_ends_the_request_went_out_once(
 async def test_the_status_decides_when_the_body_breaks_off(
     end: Callable[[Stream], Awaitable[None]], status: int, outcome: type, server: Http2Server, transport: Transport
 ) -> None:
-    """After the head the outcome is known."""
+    """The outcome is known after the response head, even if the body breaks off."""
 
     async def break_off(stream: Stream) -> None:
         stream.answer(status, b"{", ends=False)
@@ -199,7 +202,7 @@ async def test_the_status_decides_when_the_body_breaks_off(
 async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
     server: Http2Server, transport: Transport
 ) -> None:
-    """All outcomes of the connection are unknown, and only of that one."""
+    """When a connection breaks, the outcomes of its calls are unknown, and those of others are not."""
 
     async def break_first(stream: Stream) -> None:
         await asyncio.sleep(0.1)
@@ -217,7 +220,7 @@ async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
 
 
 def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]) -> None:
-    """Treat the next request this way, and accept the others a moment later."""
+    """Handle the next request with the given function, and accept all others a moment later."""
     first = server.requests[-1].id + 2
 
     async def serve(stream: Stream) -> None:
@@ -231,7 +234,7 @@ def first_of(server: Http2Server, misbehave: Callable[[Stream], Awaitable[None]]
 
 
 async def answer_at_length(stream: Stream) -> None:
-    """Send a body of more than 64 KiB."""
+    """Send a response body of more than 64 KiB."""
     stream.answer(200, b'{"chatMessageId": "%s"}' % MESSAGE_ID.encode(), ends=False)
     for _ in range(10):
         if stream.id in stream.connection.resets:
@@ -242,7 +245,7 @@ async def answer_at_length(stream: Stream) -> None:
 
 
 async def hint_without_end(stream: Stream) -> None:
-    """Send informational answers until the client stops."""
+    """Send informational responses until the client stops reading."""
     for _ in range(100):
         if stream.id in stream.connection.resets:
             return
@@ -262,7 +265,7 @@ async def hint_without_end(stream: Stream) -> None:
 async def test_one_stream_harms_no_other(
     misbehave: Callable[[Stream], Awaitable[None]], outcome: Outcome, server: Http2Server, transport: Transport
 ) -> None:
-    """An endless body or head ends only its own stream; the connection continues."""
+    """An endless body or head ends only its stream, and the connection stays open."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, misbehave)
     outcomes = await send_at_once(transport, STREAMS)
@@ -273,11 +276,14 @@ async def test_one_stream_harms_no_other(
 
 
 async def stay_silent(_stream: Stream) -> None:
-    """Never answer."""
+    """Wait without ever responding."""
 
 
 async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server) -> None:
-    """Calls in flight beside a silent one are answered; the next call does not trust the connection any more."""
+    """If one call gets no response, other calls in flight are answered.
+
+    The next call uses a new connection.
+    """
     async with opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport:
         assert await transport.send(a_delivery()) == OK
         first_of(server, stay_silent)
@@ -290,7 +296,7 @@ async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server
 
 
 async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, transport: Transport) -> None:
-    """Cancelling ends one stream."""
+    """Cancelling a call ends only its stream."""
     assert await transport.send(a_delivery()) == OK
     first_of(server, stay_silent)
     calls = [asyncio.create_task(transport.send(a_delivery())) for _ in range(STREAMS)]
@@ -302,7 +308,10 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 
 
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
-    """A receiver that hangs up between two calls affects neither of them, however it does so."""
+    """A receiver that closes the connection between two calls affects neither call.
+
+    This holds however the connection is closed.
+    """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK
         await end(server.requests[-1])
@@ -312,7 +321,10 @@ async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Serve
 
 
 async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, transport: Transport) -> None:
-    """They may announce its end (GOAWAY), so the next call uses another connection."""
+    """An idle connection with unread frames is closed, and the next call uses another one.
+
+    The frames may announce the connection's end (GOAWAY).
+    """
     assert await transport.send(a_delivery()) == OK
     server.connections[0].h2.close_connection()
     server.connections[0].flush()
@@ -322,7 +334,7 @@ async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, t
 
 
 async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: Transport) -> None:
-    """A connection on which frames come while calls are in flight takes further calls."""
+    """A connection that receives frames while calls are in flight is used for further calls."""
 
     async def ping_and_answer(stream: Stream) -> None:
         stream.connection.h2.ping(b"01234567")
@@ -337,7 +349,7 @@ async def test_frames_beside_calls_end_nothing(server: Http2Server, transport: T
 
 
 async def test_more_calls_than_the_receiver_takes_at_once_use_more_connections(context: ssl.SSLContext) -> None:
-    """The receiver's limit of streams is kept."""
+    """Calls beyond the receiver's limit of streams use additional connections."""
 
     async def answer_late(stream: Stream) -> None:
         await asyncio.sleep(0.2)

@@ -1,4 +1,4 @@
-"""Answers to the transport ``http`` on the wire: in pieces, malformed, endless, unrequested."""
+"""Responses to the transport ``http`` on the wire: split, malformed, endless or unsolicited."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def in_pieces(answer: bytes, size: int) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
-    """Write an answer in pieces of that many bytes."""
+    """Write a response in pieces of the given number of bytes."""
 
     async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
         with contextlib.suppress(ConnectionError):
@@ -39,7 +39,7 @@ def in_pieces(answer: bytes, size: int) -> Callable[[asyncio.StreamWriter, Reque
 
 
 def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Request], Awaitable[None]]:
-    """Write an endless answer."""
+    """Write an endless response."""
 
     async def write(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(start)
@@ -54,13 +54,13 @@ def endless(start: bytes, piece: bytes) -> Callable[[asyncio.StreamWriter, Reque
 async def outcome_of(
     reply: bytes | Callable[[asyncio.StreamWriter, Request], Awaitable[None]], **settings: object
 ) -> Outcome:
-    """Send once, to a server that answers like this."""
+    """Send once to a server with the given reply, and return the outcome."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
         return await transport.send(a_delivery())
 
 
 def names(outcome: Outcome) -> bool:
-    """Return whether the outcome is `Sent` with the expected id."""
+    """Return whether the outcome is `Sent` with the expected message id."""
     return isinstance(outcome, Sent) and str(outcome.chat_message_id) == MESSAGE_ID
 
 
@@ -75,7 +75,7 @@ def names(outcome: Outcome) -> bool:
     ids=["content-length", "informational first", "chunked"],
 )
 async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
-    """The segments of an answer may end anywhere."""
+    """A response may be split into segments anywhere."""
     assert names(await outcome_of(in_pieces(reply, size)))
 
 
@@ -90,7 +90,7 @@ async def test_an_answer_may_come_in_pieces(reply: bytes, size: int) -> None:
     ids=["bare LF", "no reason", "odd headers", "spaces after the chunk size"],
 )
 async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
-    """Flaws that other clients tolerate are accepted, also in a connection's second answer."""
+    """Flaws that other clients tolerate are accepted, also in a connection's second response."""
     async with scripted(reply) as server, opened(HttpTransport(settings_for(server.url))) as transport:
         assert names(await transport.send(a_delivery()))
         assert names(await transport.send(a_delivery()))
@@ -99,7 +99,7 @@ async def test_a_sloppy_answer_is_understood(reply: bytes) -> None:
 
 @pytest.mark.parametrize("version", [b"1.0", b"1.1"])
 async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) -> None:
-    """Without content-length and chunks the end of the connection is the end of the body."""
+    """A body without content-length or chunks ends when the connection ends."""
 
     async def reply(writer: asyncio.StreamWriter, _request: Request) -> None:
         writer.write(b"HTTP/%s 200 OK\r\n\r\n" % version + NAMED[:10])
@@ -111,7 +111,7 @@ async def test_a_body_without_a_length_ends_with_the_connection(version: bytes) 
 
 @pytest.mark.parametrize("size", [HEAD_LIMIT, 10_000])
 async def test_a_head_that_is_too_long_is_none(size: int) -> None:
-    """A head of more than 64 KiB is no answer, whole or in pieces."""
+    """A response head of more than 64 KiB is rejected, whole or in pieces."""
     reply = b"HTTP/1.1 200 OK\r\nx-long: " + b"x" * HEAD_LIMIT + b"\r\ncontent-length: 0\r\n\r\n"
     expected = Unknown("the connection broke before an answer came (its head is longer than 64 KiB)")
     assert await outcome_of(in_pieces(reply, size)) == expected
@@ -119,14 +119,14 @@ async def test_a_head_that_is_too_long_is_none(size: int) -> None:
 
 
 async def test_a_long_head_is_read() -> None:
-    """A head within 64 KiB is read, whatever the length of the body behind it."""
+    """A response head within 64 KiB is read, whatever the length of its body."""
     reply = answer(200, NAMED.ljust(65_536), x_long="x" * (HEAD_LIMIT - 100))
     assert names(await outcome_of(reply))
 
 
 @pytest.mark.parametrize("start", [b"HTTP/1.1 200 ", b"HTTP/1.1 200 OK\r\nx-long: ", b"HTTP/1.1 103 x\r\n\r\n"])
 async def test_an_endless_head_is_given_up(start: bytes) -> None:
-    """A head without an end is given up long before the timeout."""
+    """Reading of an endless response head stops long before the timeout."""
     reply = endless(start, b"HTTP/1.1 103 x\r\n\r\n" if start.endswith(b"\n") else b"x" * 10_000)
     assert await outcome_of(reply) == Unknown(
         "the connection broke before an answer came (its head is longer than 64 KiB)"
@@ -138,19 +138,19 @@ async def test_an_endless_head_is_given_up(start: bytes) -> None:
     [(b"0\r\nx-trailer: ", b"x" * 10_000), (b"0\r\n", b"x: y\r\n" * 1_000), (b"", b"1;x\r\nx\r\n" * 1_000)],
 )
 async def test_an_endless_frame_is_given_up(start: bytes, piece: bytes) -> None:
-    """Endless trailers and chunks are abandoned, and the status counts."""
+    """Reading of endless trailers or chunks stops early, and the status decides."""
     outcome = await outcome_of(endless(CHUNKED + start, piece))
     assert outcome == Sent(None, 200, "the body of the answer is longer than 64 KiB")
 
 
 async def test_an_endless_chunk_size_costs_the_timeout() -> None:
-    """An endless chunk extension is read and discarded until the timeout, and the status counts."""
+    """An endless chunk extension is read and discarded until the timeout, and the status decides."""
     outcome = await outcome_of(endless(CHUNKED + b"1;", b"x" * 10_000), transport_timeout=0.3)
     assert outcome == Sent(None, 200, "the body of the answer did not come in time")
 
 
 async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
-    """The status counts even if garbage follows it in the same segment."""
+    """The status decides even if garbage follows it in the same segment."""
     outcome = await outcome_of(CHUNKED + b"no number\r\n")
     assert isinstance(outcome, Sent)
     assert outcome.detail.startswith("the body of the answer broke off")
@@ -158,7 +158,7 @@ async def test_garbage_in_the_body_does_not_unsay_the_status() -> None:
 
 @pytest.mark.parametrize("headers", [{}, {"connection": "upgrade", "upgrade": "h2c"}])
 async def test_a_change_of_protocols_is_a_refusal(headers: dict[str, str]) -> None:
-    """101 was not asked for, and ends the call; the connection is not used again."""
+    """An unrequested 101 ends the call as a rejection, and the connection is not reused."""
     async with (
         scripted(answer(101, **headers) + b"\x00\x01") as server,
         opened(HttpTransport(settings_for(server.url))) as transport,
@@ -170,20 +170,20 @@ async def test_a_change_of_protocols_is_a_refusal(headers: dict[str, str]) -> No
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_an_answer_that_has_no_body_is_complete_with_its_head(status: int) -> None:
-    """204 and 304 have no body, whatever their headers say."""
+    """A 204 or 304 has no body, whatever its headers say."""
     outcome = await outcome_of(b"HTTP/1.1 %d No\r\nx: y\r\n\r\n" % status)
     assert outcome == (Sent(None, 204) if status == 204 else Rejected("HTTP 304", 304))
 
 
 async def test_a_trailer_is_no_header() -> None:
-    """Bytes after the body have no effect."""
+    """Trailers after the body have no effect."""
     reply = b"HTTP/1.1 503 No\r\ntransfer-encoding: chunked\r\n\r\n0\r\nretry-after: 7\r\n\r\n"
     outcome = await outcome_of(reply)
     assert outcome.after is None  # type: ignore[union-attr]
 
 
 async def test_connections_are_kept_under_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Over TLS, too, successive calls use one connection until the receiver hangs up."""
+    """Over TLS, too, consecutive calls use one connection until the receiver closes it."""
     authority = trustme.CA()
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)

@@ -13,13 +13,13 @@ from unit.transports.doubles import MESSAGE, TOKEN, a_delivery, answer, opened, 
 
 
 def matrix(url: str | None, secret: str | None = TOKEN) -> MatrixTransport:
-    """Make the transport for a homeserver."""
+    """Return the transport for a homeserver."""
     return MatrixTransport(settings_for(url, transport="matrix", transport_secret=secret))
 
 
 @pytest.mark.parametrize("slash", ["", "/"])
 async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
-    """The path names room and transaction, the transaction being the follow-up; the body is an ``m.text``."""
+    """The request's path contains the room and the follow-up's id as transaction; its body is ``m.text``."""
     delivery = a_delivery(external_chat_id="!room:example.org")
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url + slash)) as transport:
         assert isinstance(await transport.send(delivery), Sent)
@@ -32,7 +32,7 @@ async def test_it_puts_a_text_event_into_the_chats_room(slash: str) -> None:
 
 
 async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
-    """The external id always stays one segment of the path."""
+    """Any external id remains a single segment of the path."""
     async with scripted(answer(200, b'{"event_id": "$1"}')) as server, opened(matrix(server.url)) as transport:
         await transport.send(a_delivery(external_chat_id="!a/../../b?c#d%2e:example.org"))
         target = server.requests[0].target
@@ -43,7 +43,7 @@ async def test_a_room_id_cannot_leave_its_place_in_the_path() -> None:
 
 @pytest.mark.parametrize("room", [None, "", "#alias:example.org", "..", "49301234567"])
 async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None) -> None:
-    """Without a room id a follow-up is rejected."""
+    """A follow-up in a chat without a room id is rejected without a call."""
     async with scripted(answer(200)) as server, opened(matrix(server.url)) as transport:
         outcome = await transport.send(a_delivery(external_chat_id=room))
         assert outcome == Rejected("the chat's external id is no Matrix room id (these start with !)")
@@ -51,7 +51,7 @@ async def test_a_chat_that_is_no_room_is_refused_without_a_call(room: str | None
 
 
 async def test_a_wrong_token_is_a_refusal() -> None:
-    """M_UNKNOWN_TOKEN is a rejection that names the code."""
+    """M_UNKNOWN_TOKEN is a rejection that names the error code."""
     async with (
         scripted(answer(401, b'{"errcode":"M_UNKNOWN_TOKEN"}')) as server,
         opened(matrix(server.url)) as transport,
@@ -60,14 +60,14 @@ async def test_a_wrong_token_is_a_refusal() -> None:
 
 
 def test_a_missing_url_says_what_to_set() -> None:
-    """Without the homeserver's URL the start stops."""
+    """A missing homeserver URL stops the start."""
     with pytest.raises(TransportConfigurationError, match="set it to the homeserver's base URL"):
         matrix(None)
 
 
 @pytest.mark.parametrize("url", ["http://user:hunter2@host", "http://host?x=1", "http://host/#x"])
 def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
-    """A URL with credentials, a query or a fragment is refused, without showing them."""
+    """A URL with credentials, a query or a fragment is rejected, and the error does not show them."""
     with pytest.raises(TransportConfigurationError, match="base URL alone") as caught:
         matrix(url)
     assert "hunter2" not in str(caught.value)
@@ -75,13 +75,13 @@ def test_a_url_that_is_more_than_a_base_is_refused(url: str) -> None:
 
 @pytest.mark.parametrize("secret", [None, "", " ", "two words", "line\nbreak", "t\u00f6ken"])
 def test_a_missing_or_impossible_token_says_what_to_set(secret: str | None) -> None:
-    """A missing access token, or one that cannot be in a header, stops the start."""
+    """An access token that is missing or cannot be in a header stops the start."""
     with pytest.raises(TransportConfigurationError, match="FOLLOWUPS_TRANSPORT_SECRET should be the access token"):
         matrix("http://host", secret)
 
 
 async def test_check_connects_to_the_homeserver() -> None:
-    """`check` makes a connection and no request."""
+    """`check` connects to the homeserver without sending a request."""
     async with scripted(answer(200)) as server:
         assert (await matrix(server.url).check()).startswith(f"{server.url} accepts connections")
         assert server.requests == []

@@ -1,4 +1,4 @@
-"""The transport that the settings select, and the errors for a wrong one."""
+"""The registry of transports: the one selected by the settings, and the errors for a wrong one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unit.transports.doubles import TOKEN, settings_for
 
 
 class NoTransport:
-    """A class that a plug-in may register by mistake."""
+    """A class without a transport's methods, as a plug-in may register by mistake."""
 
     name = "half"
 
@@ -26,7 +26,7 @@ class NoTransport:
 
 @pytest.fixture
 def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Register one plug-in, ``extra``, and nothing else."""
+    """Register the plug-in ``extra`` and no other."""
     extra = EntryPoint("extra", request.param, registry.GROUP)
     monkeypatch.setattr(registry, "entry_points", lambda group: [extra] if group == registry.GROUP else [])
 
@@ -35,7 +35,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
     ("name", "made"), [("http", HttpTransport), ("matrix", MatrixTransport), ("sandbox", SandboxTransport)]
 )
 def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
-    """`FOLLOWUPS_TRANSPORT` is the name of an entry point, and of the transport."""
+    """`FOLLOWUPS_TRANSPORT` is the name of an entry point and of its transport."""
     secret = TOKEN if name == "matrix" else None
     transport = load_transport(settings_for("http://host", transport=name, transport_secret=secret))
     assert type(transport) is made
@@ -43,12 +43,12 @@ def test_each_of_our_own_is_found_by_its_name(name: str, made: type) -> None:
 
 
 def test_our_own_are_available() -> None:
-    """The names can be listed."""
+    """The names of the built-in transports can be listed."""
     assert {"http", "matrix", "sandbox"} <= set(available_transports())
 
 
 def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
-    """The error names the setting, its value, and the possible values."""
+    """The error for an unknown transport names the setting, its value and the possible values."""
     with pytest.raises(TransportConfigurationError) as caught:
         load_transport(settings_for(transport="pigeon"))
     assert str(caught.value) == (
@@ -59,7 +59,7 @@ def test_an_unknown_name_is_answered_with_those_that_exist() -> None:
 @pytest.mark.parametrize("plug_in", ["followups.transports.sandbox.transport:SandboxTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_is_found_by_its_name() -> None:
-    """An entry point of another package works like ours."""
+    """An entry point of another package is found like a built-in transport."""
     assert isinstance(load_transport(settings_for(transport="extra")), SandboxTransport)
 
 
@@ -68,7 +68,7 @@ def test_a_plug_in_is_found_by_its_name() -> None:
 )
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_that_does_not_load_is_named() -> None:
-    """The sentence names the plug-in and the error."""
+    """The error for a plug-in that cannot be imported names the plug-in and the cause."""
     with pytest.raises(TransportConfigurationError, match=r"The transport 'extra' \(.*\) does not load: \w+Error: "):
         load_transport(settings_for(transport="extra"))
 
@@ -76,7 +76,7 @@ def test_a_plug_in_that_does_not_load_is_named() -> None:
 @pytest.mark.parametrize("plug_in", [f"{__name__}:NoTransport"], indirect=True)
 @pytest.mark.usefixtures("plug_in")
 def test_a_plug_in_that_is_no_transport_is_told_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The sentence names the missing parts of the port."""
+    """The error for a plug-in that is not a transport names the missing methods and attributes."""
     monkeypatch.setattr(EntryPoint, "load", lambda _self: NoTransport)
     with pytest.raises(TransportConfigurationError, match=r"'extra' .* is no transport: it lacks send, check, close "):
         load_transport(settings_for(transport="extra"))

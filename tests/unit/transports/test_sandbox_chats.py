@@ -1,4 +1,4 @@
-"""The core of the sandbox: behaviours, deduplication, counts, and bounds."""
+"""The core of the sandbox: behaviours, deduplication, counts and limits."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ DUE = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
 def incoming(follow_up_id: str = "f1", chat_id: str = "c1", **changes: Any) -> Incoming:
-    """Return a delivery that was due on 1 March 2026, noon."""
+    """Return a delivery that was due at noon on 1 March 2026."""
     return Incoming(
         follow_up_id=follow_up_id, chat_id=chat_id, **({"message": "hello", "due_date": DUE, "attempt": 1} | changes)
     )
 
 
 def late(milliseconds: float) -> Arrival:
-    """Return the time that long after the due date."""
+    """Return the time the given duration after the due date."""
     return Arrival((DUE + timedelta(milliseconds=milliseconds)).timestamp(), 0.0)
 
 
@@ -34,7 +34,7 @@ def messages(chats: SandboxChats, chat_id: str = "c1") -> list[dict[str, Any]]:
 
 
 def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
-    """Repeating a key adds no message, returns the same id, and counts one repeat."""
+    """Repeating a key adds no message, returns the first id, and counts one repeat."""
     chats = SandboxChats()
     first, second = (chats.receive(incoming(), "key") for _ in range(2))
     assert first == second
@@ -44,7 +44,10 @@ def test_a_repeated_key_is_answered_as_before_and_counted() -> None:
 
 
 def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
-    """A duplicate is a key that was accepted more than once, however often."""
+    """Without deduplication, a repeated key is a second message.
+
+    A key that was accepted more than once counts as one duplicate, however often it was repeated.
+    """
     chats = SandboxChats(deduplicates=False)
     replies = {chats.receive(incoming(), "key").body for _ in range(3)}
     summary = chats.ledger.summary()
@@ -53,7 +56,7 @@ def test_without_deduplication_a_repeated_key_is_a_second_message() -> None:
 
 
 def test_a_key_that_was_refused_is_no_repeat() -> None:
-    """Only an accepted key can be repeated."""
+    """A key that was rejected does not count as repeated."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="fail", times=1))
     for _ in range(2):
@@ -64,7 +67,7 @@ def test_a_key_that_was_refused_is_no_repeat() -> None:
 
 
 def test_a_behaviour_for_n_requests_ends_after_them() -> None:
-    """``times`` counts down, and shows the remaining number."""
+    """A behaviour with ``times`` ends after that many requests, and shows the remaining number."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="reject", times=2))
     assert [chats.receive(incoming(f"f{n}"), f"f{n}").status for n in range(4)] == [403, 403, 200, 200]
@@ -101,7 +104,7 @@ def test_a_behaviour_is_of_one_chat_unless_it_is_the_default() -> None:
 def test_a_behaviour_makes_its_reply(
     behaviour: Behaviour, status: int, delay: float, headers: dict[str, str], *, dropped: bool
 ) -> None:
-    """Each kind has a default status, delay and headers, which can be overridden."""
+    """Each behaviour has a default status, delay and headers, which can be overridden."""
     reply = behaviour.reply({})
     assert (reply.status, reply.delay, reply.headers, reply.dropped) == (status, delay, headers, dropped)
 
@@ -110,13 +113,13 @@ def test_a_behaviour_makes_its_reply(
     "wrong", [{"kind": "explode"}, {"status": 99}, {"status": 600}, {"times": 0}, {"delay": -1}, {"delai": 1}]
 )
 def test_a_behaviour_that_is_none_is_refused(wrong: dict[str, object]) -> None:
-    """Kinds, limits and names are checked."""
+    """A behaviour with an invalid type, limit or name is rejected."""
     with pytest.raises(ValidationError):
         Behaviour(**wrong)
 
 
 def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
-    """The receiver knows that it accepted; only the sender does not."""
+    """A dropped request is recorded as accepted but has no response status."""
     chats = SandboxChats()
     chats.behave("c1", Behaviour(kind="drop"))
     assert chats.receive(incoming(), "key").dropped
@@ -125,7 +128,7 @@ def test_a_dropped_request_is_accepted_and_has_no_status() -> None:
 
 
 def test_lag_is_received_minus_due() -> None:
-    """Quantiles cover accepted messages, in milliseconds, by nearest rank; early is negative."""
+    """Lag quantiles cover accepted messages in milliseconds by nearest rank; an early message is negative."""
     chats = SandboxChats()
     for n in range(100):
         chats.receive(incoming(f"f{n}"), f"f{n}", late(n - 1))
@@ -136,12 +139,12 @@ def test_lag_is_received_minus_due() -> None:
 
 
 def test_nothing_accepted_has_no_lag() -> None:
-    """Without accepted messages the quantiles are None."""
+    """Without accepted messages, the lag quantiles are None."""
     assert set(SandboxChats().ledger.summary()["lagMs"].values()) == {None}
 
 
 def test_a_request_is_listed_with_all_that_is_known() -> None:
-    """The list of requests is JSON, with times in RFC 3339."""
+    """The list of requests is JSON with all recorded fields, and has times in RFC 3339."""
     chats = SandboxChats()
     chats.receive(incoming(attempt=2), "key", late(1.5))
     assert chats.ledger.records()[0].document() == {
@@ -162,7 +165,7 @@ def test_a_request_is_listed_with_all_that_is_known() -> None:
 
 
 def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
-    """Attempts of one follow-up share a message; other participants' messages are in between."""
+    """A conversation shows each follow-up once, with all attempts, between the other messages."""
     chats = SandboxChats()
     chats.say("c1", "user", "hi")
     chats.behave("c1", Behaviour(kind="fail", times=1))
@@ -178,7 +181,7 @@ def test_a_conversation_shows_a_follow_up_once_with_its_attempts() -> None:
 
 
 def test_the_newest_activity_comes_first() -> None:
-    """Chats are ordered by their last change; only those that changed since are given."""
+    """Chats are ordered by their last change, and can be limited to those changed since a given time."""
     chats = SandboxChats()
     for chat_id in ("c1", "c2", "c3", "c1"):
         chats.say(chat_id, "user", "hi")
@@ -187,7 +190,7 @@ def test_the_newest_activity_comes_first() -> None:
 
 
 def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
-    """Requests, chats, messages, attempts and texts are bounded; counts are exact."""
+    """Stored requests, chats, messages, attempts and texts are limited, but the counts are exact."""
     chats = SandboxChats(keep=10)
     for n in range(KEEP_CHATS + 5):
         chats.receive(incoming(f"f{n}", f"c{n}", message="x" * 5_000), f"f{n}")
@@ -208,7 +211,7 @@ def test_what_is_kept_is_bounded_and_the_counts_are_exact() -> None:
 
 
 def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Deduplication remembers a number of keys, as any receiver's does."""
+    """Deduplication stores a limited number of keys and discards the oldest first."""
     monkeypatch.setattr(ledger, "KEEP_KEYS", 2)
     chats = SandboxChats()
     for key in ("a", "b", "c", "c", "a"):
@@ -217,7 +220,7 @@ def test_the_oldest_key_is_forgotten_first(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_clearing_forgets_what_happened_and_keeps_the_behaviours() -> None:
-    """After `clear` a key is new again, and a chat keeps its behaviour."""
+    """After `clear`, a key counts as new again and a chat keeps its behaviour."""
     chats = SandboxChats()
     chats.behave("c2", Behaviour(kind="fail"))
     chats.receive(incoming(), "key")

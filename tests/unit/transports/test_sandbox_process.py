@@ -1,4 +1,4 @@
-"""The sandbox as a process: one line when it is ready, a clean end, one sentence when it cannot start."""
+"""The sandbox process: its ready message, clean exit and startup errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
-    """The process prints one line when it is ready, and ends cleanly on SIGTERM at any time."""
+    """The process prints one line when it is ready, and exits cleanly on SIGTERM at any time."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "followups.transports.sandbox.server", "--port", "0", "--no-dedup",
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -42,7 +42,7 @@ async def test_it_stops_with_a_page_open_and_an_answer_outstanding() -> None:
 
 
 def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1, and one sentence on stderr."""
+    """If the port is in use, the sandbox exits with code 1 and one sentence on stderr."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert server.main(["--port", str(taken.getsockname()[1])]) == 1
     said = capsys.readouterr()
@@ -53,7 +53,10 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_taken_from_the_environment_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The secret may come from the environment, which the process list does not show; an invalid secret is an error."""
+    """The secret can be set in the environment, which the process list does not show.
+
+    An invalid secret is an error.
+    """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET", "not base64!")
     assert server.main([]) == 1
     assert "FOLLOWUPS_TRANSPORT_SECRET should be base64" in capsys.readouterr().err

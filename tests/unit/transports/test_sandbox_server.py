@@ -1,4 +1,4 @@
-"""The sandbox over HTTP: deliveries, controls, the page and its events."""
+"""The sandbox over HTTP: deliveries, controls, and the page with its events."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def client(chats: SandboxChats, secret: str | None = None) -> AsyncIterator[aiohttp.ClientSession]:
-    """Serve ``chats``, and speak to them."""
+    """Serve ``chats`` and yield a client session."""
     async with serving(build_app(chats, secret=secret)) as url, aiohttp.ClientSession(url) as session:
         yield session
 
 
 @pytest.fixture
 def chats() -> SandboxChats:
-    """Return the chats behind the server."""
+    """Return the chats that the server uses."""
     return SandboxChats()
 
 
 @pytest.fixture
 async def http(chats: SandboxChats) -> AsyncIterator[aiohttp.ClientSession]:
-    """Speak to the server."""
+    """Return a client session for the server."""
     async with client(chats) as session:
         yield session
 
 
 async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """``POST /messages`` accepts; the key is the header, or else the follow-up."""
+    """``POST /messages`` accepts a delivery; its key is the header, or else the follow-up's id."""
     status, answer = await fetch(http, "POST", "/messages", BODY)
     assert (status, list(answer)) == (200, ["chatMessageId"])
     assert chats.ledger.records()[0].idempotency_key == BODY["followUpId"]
@@ -58,7 +58,7 @@ async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientS
 async def test_what_is_no_delivery_is_turned_away(
     http: aiohttp.ClientSession, chats: SandboxChats, body: object
 ) -> None:
-    """An invalid body is a 400 that names the field, but not the text."""
+    """An invalid body is rejected with 400 and an error that names the field but not the text."""
     status, answer = await fetch(http, "POST", "/messages", body)
     assert status == 400
     assert "hello" not in answer["error"]
@@ -66,7 +66,7 @@ async def test_what_is_no_delivery_is_turned_away(
 
 
 async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxChats) -> None:
-    """If a secret is set, only signed deliveries are accepted; all others get a 401."""
+    """If a secret is set, only signed deliveries are accepted; others are rejected with 401."""
     body, now = json.dumps(BODY), datetime.now(UTC)
     signature = Webhook(SIGNING_SECRET).sign("id", now, body)
     stamp = str(int(now.timestamp()))
@@ -86,20 +86,20 @@ async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxCha
 
 
 async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> None:
-    """Bytes that are not UTF-8 are refused as unverifiable."""
+    """A body that is not UTF-8 is rejected because it cannot be verified."""
     headers = {"webhook-id": "id", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     async with client(chats, SIGNING_SECRET) as http, http.post("/messages", data=b"\xff", headers=headers) as response:
         assert response.status in {400, 401}
 
 
 def test_a_secret_that_is_none_stops_the_start() -> None:
-    """The sandbox reads secrets as the transport does."""
+    """An invalid secret stops the start, as for the transport."""
     with pytest.raises(TransportConfigurationError):
         build_app(secret="not base64!")  # noqa: S106 - it is none
 
 
 async def test_behaviours_are_set_read_and_reset(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """PUT, GET and DELETE, for one chat and for all."""
+    """Behaviours can be set, read and reset with PUT, GET and DELETE, for one chat or for all."""
     path = "/sandbox/chats/c1/behaviour"
     status, shown = await fetch(http, "PUT", path, {"kind": "reject", "status": 410, "times": 2, "retryAfter": 3})
     assert (status, shown["status"], shown["retryAfter"]) == (200, 410, 3)
@@ -117,13 +117,13 @@ async def test_behaviours_are_set_read_and_reset(http: aiohttp.ClientSession, ch
 
 @pytest.mark.parametrize("path", ["/sandbox/behaviour", "/sandbox/chats/c1/behaviour"])
 async def test_a_behaviour_that_is_none_is_refused(http: aiohttp.ClientSession, path: str) -> None:
-    """An invalid behaviour is a 422 that names the field."""
+    """An invalid behaviour is rejected with 422 and an error that names the field."""
     status, answer = await fetch(http, "PUT", path, {"kind": "explode"})
     assert (status, answer["error"].partition(":")[0]) == (422, "kind")
 
 
 async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, chats: SandboxChats) -> None:
-    """The connection is closed without a byte; the message was accepted."""
+    """For a dropped request, the connection is closed without a response, but the message is accepted."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "drop"})
     with pytest.raises(aiohttp.ServerDisconnectedError):
         await fetch(http, "POST", "/messages", BODY)
@@ -131,14 +131,14 @@ async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, cha
 
 
 async def test_a_rate_limit_says_for_how_long(http: aiohttp.ClientSession) -> None:
-    """429 with Retry-After."""
+    """The behaviour of a rate limit responds with 429 and Retry-After."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "rate_limit", "retryAfter": 7})
     async with http.post("/messages", json=BODY) as response:
         assert (response.status, response.headers["retry-after"]) == (429, "7")
 
 
 async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession) -> None:
-    """Requests, summary and conversations are JSON; DELETE forgets them."""
+    """Requests, summary and conversations can be read as JSON and cleared with DELETE."""
     await fetch(http, "POST", "/messages", BODY)
     status, said = await fetch(http, "POST", "/sandbox/chats/c2/messages", {"role": "user", "text": "hi"})
     assert (status, said["role"], said["text"]) == (201, "user", "hi")
@@ -151,7 +151,7 @@ async def test_what_happened_can_be_read_and_cleared(http: aiohttp.ClientSession
 
 
 async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) -> None:
-    """Each request has a number, and a page starts after a given one."""
+    """Requests are numbered, and a page of them starts after a given number."""
     for attempt in (1, 2, 3):
         await fetch(http, "POST", "/messages", BODY | {"attempt": attempt})
     _, page = await fetch(http, "GET", "/sandbox/requests?after=1&limit=1")
@@ -163,12 +163,12 @@ async def test_requests_can_be_read_page_by_page(http: aiohttp.ClientSession) ->
 
 @pytest.mark.parametrize("body", [{}, {"text": ""}, {"role": "god", "text": "x"}, []])
 async def test_somebody_elses_message_is_checked(http: aiohttp.ClientSession, body: object) -> None:
-    """An invalid role or text is 422."""
+    """A chat message with an invalid role or text is rejected with 422."""
     assert (await fetch(http, "POST", "/sandbox/chats/c1/messages", body))[0] == 422
 
 
 async def test_the_page_is_one_file_that_loads_nothing(http: aiohttp.ClientSession) -> None:
-    """The page loads only from its own address, escapes data, and has a policy that blocks everything else."""
+    """The page loads only from its own address, escapes data, and has a policy that blocks other sources."""
     async with http.get("/") as response:
         text, policy = await response.text(), response.headers["content-security-policy"]
         assert response.content_type == "text/html"
@@ -180,7 +180,7 @@ async def test_the_page_is_one_file_that_loads_nothing(http: aiohttp.ClientSessi
 
 
 async def events(http: aiohttp.ClientSession) -> AsyncIterator[tuple[str, Any]]:
-    """Yield name and data of each Server-Sent Event."""
+    """Yield the name and data of each Server-Sent Event."""
     async with http.get("/sandbox/events") as response:
         assert response.content_type == "text/event-stream"
         while line := (await response.content.readline()).decode().strip():
@@ -192,7 +192,10 @@ async def events(http: aiohttp.ClientSession) -> AsyncIterator[tuple[str, Any]]:
 async def test_the_stream_brings_everything_then_what_changes(
     http: aiohttp.ClientSession, chats: SandboxChats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """First a snapshot, then updates with the chats that changed, and a snapshot again after clearing."""
+    """The event stream starts with a snapshot and continues with updates of changed chats.
+
+    After clearing, it sends a snapshot again.
+    """
     monkeypatch.setattr(live, "INTERVAL", 0.01)
     monkeypatch.setattr(live, "SHARE", 1.0)
     chats.say("c1", "user", "one")
@@ -212,7 +215,7 @@ async def test_the_stream_brings_everything_then_what_changes(
 
 
 async def test_an_idle_stream_shows_that_it_lives(http: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A comment is sent now and then, so that a lost connection is noticed."""
+    """An idle event stream sends a comment now and then, so that a lost connection is noticed."""
     monkeypatch.setattr(live, "INTERVAL", 0.01)
     monkeypatch.setattr(live, "SHARE", 1.0)
     monkeypatch.setattr(live, "HEARTBEAT", 0.02)
