@@ -67,7 +67,7 @@ def run(own: Settings, script: Callable[[BreakerStore], Awaitable[None]], policy
 async def told(store: BreakerStore, failed: list[UUID], wanted: int, *, succeeded: bool, key: int = KEY) -> Reading:
     """Report outcomes of one workspace and return the breaker's state.
 
-    The held workspaces are checked here and left out of the result.
+    The held workspaces are checked and left out of the result.
     """
     runs = (Run(key, len(failed), anew=succeeded),) if failed or succeeded else ()
     reading = await store.report(News(tuple(failed), succeeded, runs), wanted)
@@ -83,7 +83,7 @@ async def opened(store: BreakerStore) -> None:
 def test_opens_for_many_in_a_row(own: Settings) -> None:
     """Consecutive failures of different follow-ups open the breaker, whichever workers report them.
 
-    Repeated failures of a single follow-up do not open it.
+    Repeated failures of a single follow-up do not open the breaker.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -105,7 +105,7 @@ def test_opens_for_many_in_a_row(own: Settings) -> None:
 def test_probes_then_recovers(own: Settings) -> None:
     """After a pause, the open breaker permits a few probes.
 
-    A failed probe lengthens the next pause; a successful one lets more attempts begin.
+    A failed probe lengthens the next pause; a successful probe lets more attempts begin.
     """
 
     async def script(store: BreakerStore) -> None:
@@ -135,7 +135,7 @@ def test_comes_back_gently(own: Settings) -> None:
             reading = await told(store, [], 1000, succeeded=False)
             granted += reading.permits
             elapsed = time.monotonic() - started
-            # The rate doubles every second, so at most twice as many attempts begin as in the second before.
+            # The breaker's rate doubles every second, so at most twice as many attempts begin as in the second before.
             assert granted <= 20 * 2 ** (elapsed + 1) / 0.69
             await asyncio.sleep(0.02)
         assert reading == Reading(CLOSED, 0, changed=True)
@@ -200,7 +200,7 @@ def test_which_are_tripped(own: Settings) -> None:
 
 
 def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
-    """A workspace is held from its fifth consecutive failure on; a success resets the count.
+    """The breaker holds a workspace from its fifth consecutive failure on; a success resets the count.
 
     Failures before the breaker opens count like failures after it has opened.
     """
@@ -219,7 +219,7 @@ def test_few_in_a_row_trip_no_workspace(own: Settings) -> None:
 
 
 def test_a_lone_follow_up_keeps_its_last_attempt(own: Settings) -> None:
-    """With a low limit of attempts, fewer consecutive failures are enough to hold a workspace."""
+    """If few attempts are allowed, fewer consecutive failures are enough to hold a workspace."""
 
     async def script(store: BreakerStore) -> None:
         await told(store, ids(FAILURES), 0, succeeded=False)
@@ -396,7 +396,10 @@ def test_burns_no_attempts(
 def test_a_receiver_that_refuses_every_message_is_left_alone(
     world: World, engine: Engine, own: Settings, started: Callable[..., Pipeline], status: int
 ) -> None:
-    """If the receiver's secret has expired, only follow-ups attempted before the breaker opens are lost."""
+    """If a receiver rejects every message, as after a secret expired, few follow-ups fail.
+
+    Follow-ups that have not begun when the breaker opens are not attempted.
+    """
     transport = Failing(Rejected(f"HTTP {status}", status))
     for _ in range(100):
         world.follow_up()
@@ -462,7 +465,7 @@ class OpenedBreaker:
 
     @property
     def state(self) -> str:
-        """The breaker's state by name."""
+        """The name of the breaker's state."""
         return read(client(self.settings), self.settings).state
 
 
@@ -512,7 +515,7 @@ def test_deliveries_go_on_without_redis(
 ) -> None:
     """If the breaker's state is unreachable, every attempt still begins, with a pause after many failures.
 
-    A metric counts how often the state was unreachable.
+    A metric counts how often the breaker's state was unreachable.
     """
     monkeypatch.setattr(breaker, "AWAY", 0.1)
     transport = Failing(Retry("no connection"))

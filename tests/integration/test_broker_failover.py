@@ -27,7 +27,7 @@ MOMENT = datetime(2030, 1, 1, tzinfo=UTC)
 
 @pytest.fixture
 def place() -> Iterator[tuple[Settings, redis.Redis]]:
-    """Return settings for a Valkey server of this test, and an admin client that controls the server."""
+    """Return settings for a separate Valkey server, and an admin client that controls the server."""
     with EmbeddedValkey() as valkey, redis.Redis.from_url(valkey.url()) as admin:
         yield load_settings(database_url="postgresql://db.invalid/none", broker_url=valkey.url()), admin
 
@@ -49,7 +49,7 @@ def check(admin: redis.Redis, use: Callable[[], None]) -> None:
 
 
 def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
-    """During failover, the API's rate limit lets requests through uncounted and reconnects."""
+    """During broker failover, the API's rate limit lets requests through uncounted and reconnects."""
     limit = KeyRateLimit(place[0])
     with asyncio.Runner() as loop:
         check(place[1], lambda: loop.run(limit.check(uuid4())))
@@ -57,7 +57,7 @@ def test_the_apis_rate_limit(place: tuple[Settings, redis.Redis]) -> None:
 
 
 def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
-    """Publishers of hints and nudges reconnect after failover, although they do not retry."""
+    """Publishers of hints and nudges reconnect after broker failover, although they do not retry."""
     app = App("test", place[0].broker_url.get_secret_value())
     check(place[1], lambda: app.send_task("nothing", retry=False) and None)
     app.pool.force_close_all()
@@ -66,7 +66,7 @@ def test_publishers(place: tuple[Settings, redis.Redis]) -> None:
 
 @pytest.mark.parametrize("kind", ["limiter", "breaker"])
 async def test_what_workers_share(place: tuple[Settings, redis.Redis], kind: str) -> None:
-    """The rate limiter and the breaker reconnect after failover."""
+    """The rate limiter and the breaker reconnect after broker failover."""
     settings, admin = place
     client: Limiter | BreakerStore = Limiter(settings) if kind == "limiter" else BreakerStore(settings, "http")
 

@@ -72,7 +72,7 @@ def ask_as_celery(settings: Settings, _engine: Engine) -> None:
     """Connect to the broker as workers, beat and Flower do."""
     app = App("test", settings.broker_url.get_secret_value())
     with app.connection_for_write() as connection:
-        connection.transport.establish_connection()  # this also sends a ping
+        connection.transport.establish_connection()  # connecting also sends a ping
 
 
 def ask_as_limiter(settings: Settings, _engine: Engine) -> None:
@@ -154,7 +154,10 @@ def test_an_impostor_learns_nothing(
 
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 def test_one_url_serves_every_client(settings: Settings, engine: Engine, redis_server: RedisServer) -> None:
-    """Every client connects with one URL, with an unescaped password and either spelling of a parameter."""
+    """Every client connects with the same URL, whose password may be unescaped.
+
+    Both spellings of a TLS parameter are accepted.
+    """
     for query in ("", "&ssl_cert_reqs=CERT_REQUIRED", "&ssl_cert_reqs=required&ssl_check_hostname=True"):
         for ask in CLIENTS:
             ask(at(settings, redis_server.url(query)), engine)

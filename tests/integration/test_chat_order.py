@@ -32,7 +32,7 @@ class TestOrder:
     def test_later_waits_and_is_unblocked(self, world: World, steps: Steps) -> None:
         """The later of two follow-ups is parked, then leased to the worker that settles the earlier one.
 
-        While parked, it is not claimed again.
+        A parked follow-up is not claimed again.
         """
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
@@ -112,9 +112,9 @@ class TestOrder:
         assert [lease.id for lease in steps.begin([early]).unblocked] == [second]
 
     def test_many_behind_one_stuck(self, world: World, steps: Steps) -> None:
-        """Behind a stuck follow-up of a chat, each later one is refused once and is not scanned again.
+        """Behind a stuck follow-up of a chat, each later one is parked once and is not scanned again.
 
-        Each waits for the follow-up before it.
+        Each parked follow-up waits for the one before it.
         """
         chat = world.chat()
         ids = [world.follow_up(chat, timedelta(seconds=n - 30)) for n in range(20)]
@@ -123,13 +123,13 @@ class TestOrder:
         assert steps.claim().leases == ()
 
     def test_no_longer_before_it(self, world: World, steps: Steps, engine: Engine) -> None:
-        """A follow-up does not wait for an earlier one that is rescheduled while begin is checking the order."""
+        """A follow-up does not wait for an earlier one that is rescheduled during the check of their order."""
         chat = world.chat()
         first, second = world.follow_up(chat, -2 * SECOND), world.follow_up(chat, -SECOND)
         lease = next(one for one in steps.claim().leases if one.id == second)
         with Session(engine) as session, session.begin():
             amend(session, first, {"due_date": datetime.now(UTC) + timedelta(hours=1)})
-        with engine.begin() as connection:  # same as in begin, which read the rows before the change
+        with engine.begin() as connection:  # begin likewise read the rows before the change
             assert chat_order.park_if_leased(connection, [(lease, first)]) == set()
 
 

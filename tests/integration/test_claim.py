@@ -39,7 +39,10 @@ class TestClaim:
         assert [lease.id for lease in steps.claim().leases] == [first, second]
 
     def test_leased_is_not_claimed_again(self, world: World, steps: Steps) -> None:
-        """A leased follow-up is not claimed until the lease ends; then it gets a greater token at no cost."""
+        """A leased follow-up is not claimed again until its lease expires.
+
+        The next lease has a greater token, and no attempt is used up.
+        """
         follow_up = world.follow_up()
         lease = steps.lease()
         assert steps.claim().leases == ()
@@ -83,7 +86,7 @@ class TestClaim:
         assert [lease.id for lease in steps.claim().leases] == [ids[1], ids[2], ids[0]]
 
     def test_window_with_earlier_ones_behind(self, world: World, steps: Steps, settings: Settings) -> None:
-        """Rows inserted with an earlier due date count towards the limit together with rows in flight."""
+        """Follow-ups inserted with an earlier due date do not let claims exceed MAX_IN_FLIGHT."""
         bounded = settings.model_copy(update={"max_in_flight": 3})
         for group in range(1, 3):
             for _ in range(3):
@@ -110,7 +113,7 @@ class TestRecovery:
     def test_sent_again_where_the_transport_deduplicates(self, world: World, steps: Steps) -> None:
         """A lost attempt is repeated under the same number if the transport deduplicates.
 
-        It counts as a lost lease, not as a further attempt.
+        A lost attempt counts as a lost lease, not as a further attempt.
         """
         follow_up = world.follow_up()
         self.lose(world, steps, follow_up)
@@ -137,7 +140,7 @@ class TestRecovery:
         assert (row.status, row.reason.partition(":")[0]) == ("failed", "worker_lost")
 
     def test_reply_meanwhile(self, world: World, steps: Steps) -> None:
-        """A reply during a lost attempt prevents the follow-up from being sent again."""
+        """A reply during an attempt that is then lost prevents the follow-up from being sent again."""
         chat = world.chat()
         follow_up = world.follow_up(chat)
         steps.begun()
@@ -166,17 +169,20 @@ class TestLowWater:
     def test_mark(self, world: World, steps: Steps) -> None:
         """The low-water mark stays before now and before the first unfinished follow-up, leased or not."""
         world.follow_up(due=-timedelta(minutes=5))
-        for _ in range(2):  # unleased first, then leased
+        for _ in range(2):  # the follow-up is unleased in the first round and leased in the second
             low = steps.claim().low_water
             assert timedelta(minutes=5) < datetime.now(UTC) - low < timedelta(minutes=6)
 
     def test_nothing_is_due(self, steps: Steps) -> None:
-        """If no follow-up is due, the mark is a margin before now, to allow for late commits."""
+        """If no follow-up is due, the low-water mark is a margin before now, to allow for late commits."""
         low = steps.claim().low_water
         assert timedelta(0) < datetime.now(UTC) - low - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
 
     def test_what_came_in_behind(self, world: World, steps: Steps) -> None:
-        """A row inserted before the mark is missed by a claim from the mark and found by a full claim."""
+        """A row inserted before the low-water mark is missed by a claim from the mark.
+
+        A full claim finds the row.
+        """
         low = steps.claim().low_water
         world.follow_up(due=-timedelta(minutes=5))
         assert not steps.claim(since=low).leases
@@ -185,7 +191,7 @@ class TestLowWater:
     def test_dispatcher_looks_behind(
         self, world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Even if full claims are slow, a single tick claims a row inserted before the mark."""
+        """Even if full claims are slow, a single tick claims a row inserted before the low-water mark."""
         monkeypatch.setattr(dispatcher, "QUICK", 0.0)
         monkeypatch.setattr(dispatcher, "LOOKING_SHARE", 0.005)  # about a second between two full claims
         hints: list[Hint] = []

@@ -35,11 +35,11 @@ class SecureServer(Server):
         self._authority, self._port = authority, free_port()
 
     def url(self, database: str = "postgres") -> str:
-        """Return the database URL through the socket."""
+        """Return the database URL that uses the socket."""
         return f"{super().url(database)}&port={self._port}"
 
     def secure_url(self, host: str, query: str) -> str:
-        """Return the database URL through the loopback interface."""
+        """Return the database URL that uses the loopback interface."""
         return f"postgresql://postgres@{host}:{self._port}/postgres?{query}"
 
     def _prepare(self, directory: Path) -> Command:

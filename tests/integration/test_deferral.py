@@ -158,14 +158,15 @@ def test_it_gives_its_places_back(world: World, engine: Engine, own: Settings) -
         ("pending", 0, row.limited_until) for row in rows
     }
     moments = sorted(row.limited_until for row in rows)
-    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2  # in time, and not simultaneously
+    # the follow-ups are sent in time, but not simultaneously
+    assert len(rows) * 0.01 * SECOND < moments[-1] - moments[0] < LONGEST / 2
     assert world.row(rows[0].id).reason == "over"
 
 
 def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own: Settings) -> None:
     """While a workspace is held, each worker uses less than a hundredth of the window for it.
 
-    This is so however many slots the worker has.
+    The share does not depend on the number of slots of the worker.
     """
     window = 1024
     world.burst([-SECOND] * OVERDUE)
@@ -177,7 +178,7 @@ def test_many_workers_leave_most_of_the_window(world: World, engine: Engine, own
 def test_it_goes_out_when_it_is_held_no_more(world: World, engine: Engine, own: Settings) -> None:
     """Once the transport recovers, deferred follow-ups are sent long before their deferred time.
 
-    The earliest are sent first.
+    The follow-ups due earliest are sent first.
     """
     chat = Chat()
     world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])

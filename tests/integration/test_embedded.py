@@ -48,7 +48,7 @@ class TestPostgres:
     """The `EmbeddedPostgres` server."""
 
     def test_its_url_works_everywhere(self, postgres: EmbeddedPostgres) -> None:
-        """The server's URL works with psycopg and, with the driver's name added, with SQLAlchemy.
+        """The embedded server's URL works with psycopg and, with the driver's name added, with SQLAlchemy.
 
         The server's settings favour speed.
         """
@@ -62,7 +62,7 @@ class TestPostgres:
         engine.dispose()
 
     def test_only_its_owner_reaches_it(self, postgres: EmbeddedPostgres) -> None:
-        """The server listens only on a socket in a directory closed to other users, not on a TCP port."""
+        """The embedded PostgreSQL listens only on a socket in a private directory, not on a TCP port."""
         socket_directory = _directory_of(postgres) / "socket"
         assert stat.S_IMODE(socket_directory.stat().st_mode) == 0o700
         with psycopg.connect(postgres.url()) as connection:
@@ -83,7 +83,7 @@ class TestPostgres:
     def test_what_was_committed_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]
     ) -> None:
-        """A restart, even after SIGKILL, keeps the server's URL and every confirmed commit."""
+        """A restart, even after SIGKILL, keeps the embedded server's URL and every confirmed commit."""
         url = postgres.url()
         with psycopg.connect(url, autocommit=True) as connection:
             connection.execute("DROP TABLE IF EXISTS survivor")
@@ -121,7 +121,7 @@ class TestPostgres:
     def test_kept_data_is_durable_and_there_again(self, open_directory: Path) -> None:
         """Data in a given directory is durable and is used by the next server.
 
-        A second server for the same directory is rejected while the first is running.
+        A second server for the same directory is rejected while the first one is running.
         """
         with EmbeddedPostgres(open_directory / "kept") as server:
             assert stat.S_IMODE((open_directory / "kept").stat().st_mode) == 0o700
@@ -135,9 +135,9 @@ class TestPostgres:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root needs another user")
     def test_no_other_directory_is_opened_for_root(self, open_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A server in a closed directory rejects kept data and runs copied programs.
+        """Started by root, the server rejects a data directory that its user may not enter.
 
-        The directory stays closed.
+        Programs in such a directory are copied, and the directory stays closed to other users.
         """
         closed = open_directory / "closed"
         closed.mkdir(0o700)
@@ -159,7 +159,7 @@ class TestPostgres:
             EmbeddedPostgres(open_directory).start()
 
     def test_a_message_in_a_failing_row_is_not_logged(self, postgres: EmbeddedPostgres) -> None:
-        """The server's log contains neither rows nor parameters of a failed statement."""
+        """The embedded server's log contains neither rows nor parameters of a failed statement."""
         with psycopg.connect(postgres.url(), autocommit=True) as connection:
             connection.execute("CREATE TEMPORARY TABLE strict (message text, n int CHECK (n > 0))")
             with pytest.raises(psycopg.errors.CheckViolation):
@@ -173,7 +173,7 @@ class TestValkey:
     """The `EmbeddedValkey` server."""
 
     def test_it_wants_its_password(self, valkey: EmbeddedValkey) -> None:
-        """The server's URL works for every logical database, but not without the password."""
+        """The embedded Valkey's URL works for every logical database, but not without the password."""
         with redis.Redis.from_url(valkey.url(63)) as client:
             assert client.ping()
         address = make_url(valkey.url())
@@ -210,7 +210,7 @@ class TestValkey:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_needs_no_other() -> None:
-    """Started by an ordinary user, both servers run as that user."""
+    """Both embedded servers run as the current user, unless that is root."""
     script = (
         "from followups.embedded import EmbeddedPostgres, EmbeddedValkey\n"
         "with EmbeddedPostgres() as postgres, EmbeddedValkey():\n"

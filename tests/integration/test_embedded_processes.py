@@ -73,7 +73,7 @@ class TestProcesses:
             processes.spawn("beat", ["sh", "-c", "echo no broker >&2; exit 3"], ready=lambda: False)
 
     def test_readiness_has_a_deadline(self) -> None:
-        """A process that is not ready in time is stopped, and the error gives the time."""
+        """A process that is not ready in time is stopped, and the error contains the time limit."""
         with Processes() as processes:
             with pytest.raises(EmbeddedError, match=r"was not ready after 0\.1 s"):
                 processes.spawn("worker", ["sleep", "600"], ready=lambda: False, within=timedelta(seconds=0.1))
@@ -98,7 +98,7 @@ class TestProcesses:
     def test_a_pool_s_parent_drains_alone(self, tmp_path: Path) -> None:
         """SIGTERM is sent to the parent process only, so that the parent can drain its children.
 
-        A process that exits unexpectedly is reported.
+        A process that exits by itself is reported.
         """
         done = tmp_path / "done"
         script = f"trap 'wait; exit 7' TERM; (sleep 0.3; touch {done}) & echo up; wait"
@@ -130,7 +130,7 @@ class TestProcesses:
 def test_nothing_outlives_an_owner_that_cleans_nothing_up(end: signal.Signals | None) -> None:
     """Servers, processes and directories disappear soon after their owner exits, even by SIGKILL.
 
-    They also disappear if a forked child of the owner survives.
+    Servers and processes also disappear if a forked child of the owner survives.
     """
     with subprocess.Popen(
         [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
@@ -159,7 +159,10 @@ def _assert_gone(pids: list[int], directories: list[Path]) -> None:
 
 
 def test_a_killed_watchdog_is_replaced() -> None:
-    """A killed watchdog is replaced at the next start, and the new one ends with the last process."""
+    """A killed watchdog is replaced when the next process starts.
+
+    The new watchdog exits when the last process stops.
+    """
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])
         first = WATCHDOG._process  # noqa: SLF001 - nobody else needs to know it
@@ -175,9 +178,9 @@ def test_a_killed_watchdog_is_replaced() -> None:
 
 
 def test_what_a_user_may_not_enter(open_directory: Path) -> None:
-    """Among the directories above a path, the topmost that a user may not enter is returned.
+    """The topmost directory above a path that a user may not enter is returned.
 
-    The directory's owner may enter it.
+    The owner of such a directory may enter it.
     """
     inner = open_directory / "closed" / "data"
     inner.mkdir(parents=True)

@@ -95,7 +95,7 @@ async def test_transactions(world: World, database_url: str) -> None:
 
 
 async def test_each_statement_of_a_reader_is_a_transaction(database_url: str) -> None:
-    """A reader opens no transaction, so no transaction is left to end."""
+    """A read-only connection opens no transaction, so no transaction has to be ended."""
     async with database(database_url, size=1) as mine:
         async with mine.reading() as connection:
             await event_loop.rows_of(connection, "SELECT 1", {})
@@ -155,6 +155,9 @@ async def test_unreachable() -> None:
 
 
 async def test_rows_are_as_a_session_reads_them(world: World, database_url: str) -> None:
-    """Both engines read a workspace's rules alike, here that it has no sending hours."""
+    """The event loop's engine and SQLAlchemy read a workspace's rules alike.
+
+    The tested rule is that the workspace has no sending hours.
+    """
     async with database(database_url) as mine, mine.reading() as connection:
         assert await event_loop.run(connection, sending_hours.find.steps(world.workspace_id)) is None

@@ -1,6 +1,6 @@
 """Fair claims of a backlog: workspaces with the fewest follow-ups in flight are served first.
 
-The window is never exceeded.
+The number of follow-ups in flight never exceeds the window.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LEASED = "SELECT count(*) FROM follow_ups WHERE lease_until > now()"
 def worlds_of(engine: Engine, *counts: int, due: timedelta = timedelta(0)) -> list[World]:
     """Create one workspace per number, with as many overdue follow-ups, and return the workspaces.
 
-    The follow-ups of the first workspace are due before those of the second, and so on.
+    The follow-ups of the first workspace are due before the follow-ups of the second, and so on.
     """
     worlds = [World(engine) for _ in counts]
     for number, (world, count) in enumerate(zip(worlds, counts, strict=True)):
@@ -73,7 +73,7 @@ def test_fewest_first(
 ) -> None:
     """Workspaces with the fewest follow-ups in flight are served first, and unused shares go to others.
 
-    A full window stays full.
+    If the window is full, no follow-up is claimed.
     """
     worlds = worlds_of(engine, *overdue)
     for world, count in zip(worlds, in_flight, strict=True):
@@ -102,7 +102,7 @@ def test_earliest_of_each_first(world: World, engine: Engine, settings: Settings
 def test_many_light_ones_beside_one(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A workspace with many due follow-ups fills the window beyond what many small workspaces need.
 
-    This holds although a claim reads only a few rows of each workspace.
+    The window is filled although a claim reads only a few rows of each workspace.
     """
     monkeypatch.setattr(claims, "FEW", 1)
     worlds = worlds_of(engine, 90, *[1] * 30)
@@ -140,7 +140,7 @@ def test_half_of_the_window_at_once(engine: Engine, settings: Settings, monkeypa
 
 
 def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings: Settings) -> None:
-    """Rows in flight count towards the window even after rows with an earlier due date."""
+    """Follow-ups in flight count towards the window, even if other due dates are earlier."""
     other = World(engine)
     for group in range(1, 3):
         other.burst([-group * SECOND] * 3)
@@ -151,7 +151,7 @@ def test_window_with_earlier_ones_behind(world: World, engine: Engine, settings:
 
 
 def test_claim_in_order_sees_that_it_sees_too_little(engine: Engine, settings: Settings) -> None:
-    """A dispatcher that knows of no backlog detects one and respects slots leased by others meanwhile."""
+    """A claim in due order detects a backlog and does not exceed the window filled by other claims."""
     worlds = worlds_of(engine, 90, 5)
     few = bounded(settings, 10)
     assert shares(claim(engine, few), worlds) == [5, 5]
@@ -216,7 +216,7 @@ class TestLowWater:
     """A fair claim that skips part of a backlog does not move the low-water mark past that part."""
 
     def test_mark(self, engine: Engine, settings: Settings) -> None:
-        """The mark stays before the first unfinished follow-up, even if later ones were claimed."""
+        """The low-water mark stays before the first unfinished follow-up, even if later ones were claimed."""
         noisy, _ = worlds_of(engine, 40, 3, due=-timedelta(minutes=5))
         few = bounded(settings, 4)
         for _ in range(2):
@@ -226,7 +226,7 @@ class TestLowWater:
         assert len(claim_fairly(engine, settings, low).leases) == 43
 
     def test_from_the_mark_on(self, world: World, engine: Engine, settings: Settings) -> None:
-        """Rows due before the mark are not read, in any workspace."""
+        """A fair claim reads no rows due before the low-water mark, in any workspace."""
         worlds_of(engine, 3, due=-timedelta(minutes=5))
         later = world.follow_up()
         since = datetime.now(UTC) - timedelta(minutes=1)
@@ -234,7 +234,7 @@ class TestLowWater:
         assert claim_fairly(engine, settings, since).more is False
 
     def test_nothing_is_due(self, engine: Engine, settings: Settings) -> None:
-        """With no due follow-up and no workspace, a claim reports no more work and a mark before now."""
+        """With no due follow-up, a fair claim reports no more work and a low-water mark before now."""
         claimed = claim_fairly(engine, settings)
         assert (claimed.leases, claimed.more) == ((), False)
         assert timedelta(0) < datetime.now(UTC) - claimed.low_water - claims.LOW_WATER_MARGIN < timedelta(minutes=1)
@@ -243,7 +243,7 @@ class TestLowWater:
 def test_dispatcher_shares_out_what_it_left(
     engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a full claim, the next claims are fair, so other workspaces need not wait for the backlog."""
+    """After a full claim, the dispatcher claims fairly, so other workspaces need not wait for the backlog."""
     monkeypatch.setattr(claiming, "CLAIM_SIZE", 10)
     worlds = worlds_of(engine, 200, 10)
     hints: list[Hint] = []
@@ -263,7 +263,7 @@ def test_dispatcher_shares_out_what_it_left(
 def test_a_small_window_that_comes_free_is_filled_at_once(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pauses do not grow when a small window becomes free in time, however small the window is."""
+    """The dispatcher's pauses do not grow if the whole window becomes free in time, however small it is."""
     monkeypatch.setattr(claim_interval, "LONGEST", 60.0)
 
     def end(hint: Hint) -> None:

@@ -31,9 +31,9 @@ LEASE_THE_FIRST = """
 
 @pytest.mark.parametrize("seed", range(20))
 def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """However few rows a claim reads, workspaces with the fewest in flight come first.
+    """However few rows a claim reads, it serves workspaces with the fewest in flight first.
 
-    All free slots are used.
+    A fair claim uses all free slots.
     """
     random = Random(seed)  # noqa: S311 - no secret
     monkeypatch.setattr(claims, "FEW", random.choice([1, 2, 6]))

@@ -86,7 +86,7 @@ def test_the_next_tick_finds_it(
 
 
 def test_a_look_that_costs_much(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If the search for forgotten follow-ups is expensive, it runs rarely and claims continue."""
+    """If the search for forgotten follow-ups is expensive, it is done rarely and claims continue."""
     monkeypatch.setattr(dispatcher, "FORGOTTEN_SHARE", 1e-9)
     seen: Counter[str] = Counter()
 

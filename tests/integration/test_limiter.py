@@ -45,7 +45,7 @@ class LimiterUnderTest:
 
 @pytest.fixture
 def place_settings(broker_url: str) -> Settings:
-    """Return settings for a limiter; only the broker can be reached."""
+    """Return settings for a limiter, with only a broker that can be reached."""
     return load_settings(
         database_url="postgresql://nobody@127.0.0.1:9/none", broker_url=broker_url, broker_prefix=f"{uuid4().hex}:"
     )
@@ -139,7 +139,7 @@ async def test_who_was_due_first_goes_first(place: LimiterUnderTest) -> None:
 
 
 async def test_nobody_overtakes(place: LimiterUnderTest) -> None:
-    """An available token belongs to the first request in the queue, even if another request is made."""
+    """An available token belongs to the first request in the queue, even if another request arrives."""
     limit = bucket(rate=5, burst=1)
     first, second, third = (request(since, limit) for since in (1, 2, 3))
     assert await place.ask(first) == [GO]
@@ -171,7 +171,7 @@ async def test_it_waits_for_the_slowest(place: LimiterUnderTest) -> None:
 
 
 async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
-    """A long wait is shortened, since requests in front may be abandoned; a short wait is exact."""
+    """A long wait is reported shorter, since requests in front may be abandoned; a short wait is exact."""
     limit = bucket(rate=0.01, burst=1)
     await place.ask(request(0, limit))
     waits = await place.ask(*(request(since, limit) for since in range(1, 4)))
@@ -186,7 +186,7 @@ async def test_a_long_wait_is_told_shorter(place: LimiterUnderTest) -> None:
 async def test_given_back(place: LimiterUnderTest) -> None:
     """A follow-up that did not begin returns its token to the next request.
 
-    A bucket never exceeds its size.
+    A token bucket never exceeds its size.
     """
     limit = bucket(burst=2)
     first, second = request(0, limit), request(1, limit)
@@ -211,7 +211,7 @@ async def test_a_cancelled_one_leaves_the_line(place: LimiterUnderTest) -> None:
 
 
 async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -> None:
-    """A request that is not repeated on time soon loses its position, and may queue up again."""
+    """A rate limit request that is not repeated on time soon loses its position, and may queue up again."""
     limit = bucket(rate=10, burst=1)
     lost, second = request(1, limit), request(2, limit)
     await place.ask(request(0, limit))
@@ -228,7 +228,7 @@ async def test_who_does_not_come_back_holds_up_nobody(place: LimiterUnderTest) -
 async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -> None:
     """A waiting request is repeated within five minutes.
 
-    One that is not repeated delays others no longer than that.
+    A request that is not repeated delays others for at most five minutes.
     """
     limit = bucket(rate=1 / 3600, burst=1)
     cancelled = [request(since, limit) for since in range(50)]
@@ -326,9 +326,9 @@ async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
 
 
 async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture[str]) -> None:
-    """If Redis is unreachable, every follow-up may begin; each is counted, and one log line is written.
+    """If Redis is unreachable, every follow-up may begin and is counted as unlimited.
 
-    The limiter does not query Redis again for a while.
+    One log line reports the outage, and the limiter does not query Redis again for a while.
     """
     nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
     limiter = Limiter(nobody)

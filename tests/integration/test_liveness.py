@@ -30,7 +30,7 @@ def test_a_stuck_loop_and_a_stuck_tick(
 ) -> None:
     """The pipeline reports while its event loop runs, and the dispatcher reports while idle.
 
-    If either is stuck, its last report grows old.
+    If a component is stuck, its last report grows old.
     """
     stuck = threading.Event()
     dispatcher = Dispatcher(settings, engine, lambda _: stuck.wait() and None)

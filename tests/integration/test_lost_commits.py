@@ -198,7 +198,7 @@ def test_taken_over_meanwhile(place: DeliverySteps, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("committed", [True, False])
 def test_counts(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, committed: bool) -> None:
-    """Counts are added once, whether the answer is lost before or after the commit."""
+    """The counts of a transaction are added once, whether its answer is lost before or after the commit."""
     totals = CounterTotals(engine)
     totals.add()
     with engine.connect() as connection:

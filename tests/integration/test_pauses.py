@@ -88,7 +88,7 @@ def test_two_pauses_overlap(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_what_is_not_due_is_left_alone(world: World, engine: Engine, settings: Settings) -> None:
-    """A pause that has ended does not affect follow-ups that became due before or after it."""
+    """After a pause has ended, follow-ups that were not yet due during the pause are unaffected."""
     later = world.follow_up(due=HOUR)
     scope = pause(world)
     claim_and_begin(engine, settings)
@@ -153,7 +153,7 @@ def test_interrupted_while_resuming(world: World, engine: Engine, settings: Sett
 
 
 def test_resumed_while_it_is_being_held(world: World, engine: Engine, settings: Settings) -> None:
-    """A resume waits for a follow-up that is being paused, so that none stays paused without a pause."""
+    """A resume waits for a follow-up that is being paused, so that none stays held without a pause."""
     follow_up = world.follow_up()
     scope = pause(world)
     (lease,) = claim(engine, settings).leases

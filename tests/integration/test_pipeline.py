@@ -1,7 +1,4 @@
-"""The pipeline of one worker on PostgreSQL: concurrent calls, and the effects of a faulty transport.
-
-The pipeline runs in the test's process.
-"""
+"""The pipeline of one worker on PostgreSQL: concurrent calls, and the effects of a faulty transport."""
 
 from __future__ import annotations
 
@@ -121,7 +118,7 @@ def test_calls_at_once(world: World, engine: Engine, settings: Settings, started
 def test_the_next_of_a_chat_is_locked(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """If another transaction locks a chat's next follow-up, it is sent once it is unlocked."""
+    """If another transaction locks a chat's next follow-up, it is sent once the lock is released."""
     chat = world.chat()
     first, second = world.follow_ups_at_once([(chat, timedelta(seconds=-2)), (chat, timedelta(seconds=-1))])
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
@@ -139,7 +136,10 @@ def test_the_next_of_a_chat_is_locked(
 def test_what_has_begun_is_under_way(
     world: World, engine: Engine, settings: Settings, started: Callable[..., Pipeline]
 ) -> None:
-    """No follow-up begins without a slot, even after quick calls; while it waits, it can be cancelled."""
+    """No follow-up begins without a slot, even after quick calls.
+
+    A follow-up that waits for a slot can still be cancelled.
+    """
     patient = {"lease": timedelta(minutes=1), "transport_timeout": timedelta(seconds=20)}
     long = settings.model_copy(update=patient)
     transport = Scripted(lambda _: Sent(), 0.002)
@@ -235,7 +235,7 @@ def test_bad_transport(
 ) -> None:
     """A transport plug-in that raises or returns an invalid answer affects no other follow-up.
 
-    The affected follow-up has a named outcome.
+    The affected follow-up ends with a named outcome.
     """
     bad = world.follow_up(message="bad")
     good = [world.follow_up(message="good") for _ in range(10)]
@@ -370,7 +370,7 @@ def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a 
 ) -> None:
     """A follow-up with two lost leases is sent alone.
 
-    One with a single lost lease is sent next to few such others. Other follow-ups continue.
+    A follow-up with a single lost lease is sent next to few such others. Follow-ups without lost leases continue.
     """
     under_way: list[int] = []
     suspects = {str(world.follow_up(losses=losses)) for losses in [1] * count_once + [2] * count_twice}
@@ -422,7 +422,7 @@ def test_read_only_for_a_moment(
 
 
 async def test_not_sent_after_its_lease() -> None:
-    """A process frozen until another worker may own its lease makes no call."""
+    """A process that was frozen until another worker may own its lease makes no call."""
     clock = DatabaseClock()
     clock.observe(datetime.now(UTC), uptime(), uptime())
     now = datetime.now(UTC)

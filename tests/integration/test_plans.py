@@ -1,4 +1,4 @@
-"""Query plans of claim, begin and settle among many pending follow-ups: index lookups, no full scans.
+"""Query plans of claim, begin and settle among many pending follow-ups: index look-ups, no full scans.
 
 The plans of the API's lists are tested in `test_store_listing.py`.
 """
@@ -74,7 +74,7 @@ def statements(engine: Engine) -> Iterator[list[tuple[str, Any]]]:
 def read(plan: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yield how each plan node reads follow-ups or chats.
 
-    If the plan was executed, yield also how many rows were read.
+    For an executed plan, yield also how many rows were read.
     """
     if plan.get("Relation Name") in {"follow_ups", "chats"} and "Scan" in plan["Node Type"]:
         looked_at = plan.get("Actual Rows", 0) + plan.get("Rows Removed by Filter", 0)
@@ -105,9 +105,9 @@ def test_plans(world: World, engine: Engine, settings: Settings, others: int, *,
 
 
 def test_plans_when_nothing_was_pending(world: World, engine: Engine, settings: Settings) -> None:
-    """Plans look up no follow-up through pending-row indexes, even if the planner takes them for empty.
+    """No plan looks up follow-ups by an index of pending rows, even if the planner assumes it is empty.
 
-    A vacuum while no row is pending has this effect.
+    The planner assumes so after a vacuum while no row is pending.
     """
     world.burst([timedelta(0)] * 2000)
     world.sql("UPDATE follow_ups SET status = 'sent', finished_at = now()")
@@ -173,7 +173,7 @@ LIGHT, EACH = 20, 3
 def test_plan_of_a_fair_claim(world: World, engine: Engine, settings: Settings, statistics: str, others: int) -> None:
     """A fair claim scans each workspace's range of one index.
 
-    It skips follow-ups that are not due or exceed the workspace's share.
+    The scan skips follow-ups that are not due or exceed the workspace's share.
     """
     for portion in range(0, others, PORTION):
         world.sql(OTHERS, workspace_id=world.workspace_id, count=min(PORTION, others - portion))
@@ -235,7 +235,7 @@ IDLE = """
 
 
 def without_sorting(connection: Connection) -> None:
-    """Set the planner's options to those of a fair claim."""
+    """Set the planner's options as a fair claim does."""
     connection.execute(claims.WITHOUT_SORTING)
 
 
@@ -293,7 +293,7 @@ def test_begin_by_a_plan_of_before(world: World, database_url: str, engine: Engi
 def test_a_burst_into_a_table_that_counts_as_empty(
     world: World, engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyPatch, slow: float, many: int
 ) -> None:
-    """After a claim that was slow or large, the planner updates its statistics and uses indexes again."""
+    """After a slow or large claim, the planner's statistics are updated, and plans use indexes again."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))
     world.burst([timedelta(0)] * DUE)
@@ -312,7 +312,7 @@ def test_a_stopped_dispatcher_asks_nothing_more(
 ) -> None:
     """A dispatcher's stop waits for a running update of the planner's statistics.
 
-    Its engine is closed next and must not be used again.
+    The dispatcher's engine is closed next and must not be used again.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM (ANALYZE) follow_ups"))

@@ -145,7 +145,7 @@ def due_in_turn(world: World, count: int, ago: timedelta = SECOND) -> list[UUID]
 def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
     """Sixty follow-ups due simultaneously are sent at the limit's rate, the first due first.
 
-    Each is sent as soon as the limit allows.
+    Each follow-up is sent as soon as the limit allows.
     """
     limit(world, 20)
     ids = due_in_turn(world, 60)
@@ -162,7 +162,10 @@ def test_a_burst_goes_at_the_rate(world: World, bench: Bench) -> None:
 
 
 def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
-    """A follow-up whose position under a limit is unreadable delays no others, and the others are counted."""
+    """A follow-up whose position under a limit is unreadable delays no others.
+
+    The other follow-ups are counted by the limit.
+    """
     limit(world, 1000, burst=10)
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))
@@ -236,7 +239,7 @@ def test_what_does_not_begin_gives_back(world: World, bench: Bench) -> None:
 
 
 def test_a_later_one_of_a_chat_takes_nothing(world: World, bench: Bench) -> None:
-    """A follow-up that waits for an earlier one of its chat returns its token and is sent after that one."""
+    """A follow-up that waits for an earlier one of its chat returns its token and is sent later."""
     limit(world, NONE_COMES_IN, burst=3)
     chat = world.chat()
     ids = world.follow_ups_at_once([(chat, -3 * SECOND), (chat, -2 * SECOND), (chat, -SECOND)])
@@ -280,7 +283,7 @@ def test_cancelled_while_it_waits(world: World, bench: Bench) -> None:
     receiver = Receiver()
     bench.start(receiver)
     wait_until(lambda: receiver.received)
-    # The API revokes the lease likewise, so that the entry in a worker's due queue is stale.
+    # As in the API, the lease is revoked, so that the entry in a worker's due queue is stale.
     world.sql(
         "UPDATE follow_ups SET status = 'cancelled', reason = 'x', finished_at = now(), lease_until = NULL"
         " WHERE id = ANY(:ids) AND status = 'pending' AND begun_at IS NULL",
@@ -309,7 +312,10 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
 
 
 def test_only_those_under_it_ask_again(world: World, bench: Bench) -> None:
-    """If a channel's limit is raised, follow-ups under it continue; those under others stay deferred."""
+    """If a channel's limit is raised, follow-ups under that limit continue.
+
+    Follow-ups under other limits stay deferred.
+    """
     limit(world, NONE_COMES_IN, channel="widget")
     limit(world, NONE_COMES_IN, channel="api")
     receiver = Receiver()

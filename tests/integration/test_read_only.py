@@ -1,4 +1,4 @@
-"""Read-only databases: sessions opened on one are dropped, and errors name the cause."""
+"""Read-only databases: sessions opened on a read-only server are dropped, and errors name the cause."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def receive(world: World, chat_id: UUID, ago: timedelta) -> UUID:
 def test_what_finished_long_ago_goes(world: World, engine: Engine, settings: Settings) -> None:
     """A finished follow-up is deleted after its retention, with its failed attempts.
 
-    Younger and pending follow-ups stay.
+    Younger and pending follow-ups are kept.
     """
     old, young = ended(world, 31 * DAY), ended(world, 29 * DAY)
     pending = world.follow_up(due=-300 * DAY)
@@ -138,7 +138,7 @@ def test_what_somebody_holds_is_passed_over(world: World, engine: Engine, settin
 
 
 def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) -> None:
-    """While one worker prunes, others do not; afterwards the lock is free."""
+    """While one worker prunes, no other worker does; afterwards the pruning lock is free."""
     ended(world, 31 * DAY)
     with engine.connect() as other:
         other.execute(text("SELECT pg_advisory_lock(:key)"), {"key": LOCK})
@@ -155,7 +155,7 @@ def test_only_one_tidies_up(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_a_stop_ends_it(world: World, engine: Engine, settings: Settings) -> None:
-    """A stopped pruner ends with the current batch; starting it twice has no effect."""
+    """A stopped pruner ends with its current batch; starting a running pruner again has no effect."""
     ended(world, 31 * DAY)
     one = pruner_of(engine, settings)
     one.start()
@@ -183,9 +183,9 @@ def test_audit_events_have_a_retention_of_their_own(world: World, engine: Engine
 
 
 def test_keys_that_expired_are_recorded_once(world: World, engine: Engine, settings: Settings) -> None:
-    """An expired API key is recorded once as an event, at the time of its expiry.
+    """An expired API key is recorded once as an audit event, at the time of its expiry.
 
-    A revoked key and one that has not expired are not recorded.
+    A revoked key and a key that has not expired are not recorded.
     """
     with Session(engine) as session, session.begin():
         expired, revoked, _ = (api_keys.create(session, world.workspace_id, expires=HOUR)[0].id for _ in range(3))

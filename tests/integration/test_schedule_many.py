@@ -100,7 +100,7 @@ def test_refused_by_index(world: World) -> None:
 
 
 def test_full_chat(world: World) -> None:
-    """A chat's limit counts existing follow-ups and those scheduled together."""
+    """A chat's limit counts existing follow-ups and follow-ups scheduled together."""
     full = world.full_chat()
     with pytest.raises(SomeRefusedError) as refused:
         schedule_many(world, [planned(world.chat()), planned(full)])
@@ -162,7 +162,7 @@ def test_locks_in_ascending_order(world: World) -> None:
 
 
 def test_beside_a_reply(world: World) -> None:
-    """A reply during the transaction waits for it and then cancels its follow-ups."""
+    """A reply during a transaction of `schedule_many` waits and then cancels its follow-ups."""
     chat_id = world.chat()
     replies: list[chats.RecordedMessage] = []
 
@@ -189,7 +189,7 @@ def test_beside_a_reply(world: World) -> None:
 
 
 def test_stricter_isolation_is_refused(world: World) -> None:
-    """A transaction at any other isolation level is rejected, as `schedule` does."""
+    """`schedule_many` rejects any other isolation level, as `schedule` does."""
     strict = world.engine.execution_options(isolation_level="SERIALIZABLE")
     with Session(strict) as session, pytest.raises(TransactionError):
         followups.schedule_many(session, workspace_id=world.workspace_id, planned=[planned(world.chat())])

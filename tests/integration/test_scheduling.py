@@ -91,9 +91,9 @@ class TestSchedule:
     """A follow-up's row is the job; scheduling enqueues nothing else."""
 
     def test_row(self, caller: Caller) -> None:
-        """A scheduled row is pending, triggered by the chat's last message.
+        """A scheduled follow-up is pending and triggered by the chat's last message.
 
-        The row is visible only after the caller's commit.
+        The new row is visible only after the caller's commit.
         """
         chat_id, last = caller.world.chat(), uuid4()
         caller.receive(chat_id, Role.AGENT, message_id=last)
@@ -141,7 +141,7 @@ class TestSchedule:
     def test_chat(self, caller: Caller) -> None:
         """A follow-up is rejected if its chat is unknown, removed or empty, or belongs to another workspace.
 
-        It is also rejected if the user wrote last.
+        A follow-up is also rejected if the user wrote last in its chat.
         """
         from world import World  # noqa: PLC0415 - of this test alone
 
@@ -216,7 +216,7 @@ class TestAmend:
     """Changes of follow-ups by operators, who see all workspaces, and by the API."""
 
     def test_operator(self, caller: Caller) -> None:
-        """Without a workspace, every follow-up is visible; from another workspace none is."""
+        """An operator, who has no workspace, sees every follow-up; another workspace sees none of them."""
         created = caller.schedule(caller.world.chat())
         assert scheduling.amend(caller.session, created.id, {"message": "new"}).message == "new"
         for changes in ({"message": "x"}, {"due_date": soon()}, {"status": Status.CANCELLED}):
@@ -291,7 +291,7 @@ class TestChats:
     """Stored chats and their messages."""
 
     def test_put(self, caller: Caller) -> None:
-        """A chat is created once and then updated; a removed chat is created again."""
+        """A chat is created once and then updated; a removed chat can be created again."""
         chat_id = uuid4()
         assert caller.put(chat_id, external_id="x")[1]
         caller.receive(chat_id, Role.USER)
@@ -302,9 +302,9 @@ class TestChats:
         assert (new, chat.removed_at, chat.last_message_id, chat.last_user_message_at) == (True, None, None, None)
 
     def test_last_message(self, caller: Caller) -> None:
-        """The latest message is the chat's last one, and the user's latest message opens the window.
+        """The latest message is the chat's last one, and the user's latest message opens the messaging window.
 
-        An older message changes neither.
+        An older message changes neither the last message nor the window.
         """
         chat_id = uuid4()
         user = caller.receive(chat_id, Role.USER, soon(-3))
@@ -323,9 +323,9 @@ class TestChats:
     @pytest.mark.parametrize(
         ("ours", "reply", "cancels"),
         [
-            (0.3, 0.0, True),  # the reply's timestamp has whole seconds and lies within the second of our message
+            (0.3, 0.0, True),  # the reply is stamped in whole seconds, in the second of the agent's message
             (0.0, 0.0, True),
-            (0.0, 0.5, True),  # the timestamp of our message has whole seconds
+            (0.0, 0.5, True),  # the timestamp of the agent's message has whole seconds
             (0.999999, 0.0, True),
             (0.3, -1.0, False),
             (0.0, -1.0, False),
@@ -381,7 +381,7 @@ class TestChats:
     def test_known_message_of_a_removed_chat(self, caller: Caller) -> None:
         """Repeating a known message has no effect, even if its chat was removed.
 
-        A new message to a removed chat finds no chat.
+        A new message to a removed chat is rejected because the chat is not found.
         """
         chat_id = uuid4()
         first = caller.receive(chat_id, Role.AGENT)

@@ -55,7 +55,7 @@ def test_a_cancel_from_python(world: World) -> None:
 def test_changes_name_their_fields(world: World) -> None:
     """The audit event of a change names the actor, the changed fields and the due dates.
 
-    It contains neither the message nor unchanged fields.
+    The audit event contains neither the message nor unchanged fields.
     """
     follow_up = world.follow_up(due=HOUR)
     before, after = world.row(follow_up).due_date, datetime(2100, 1, 31, 9, tzinfo=UTC)

@@ -61,7 +61,7 @@ def described(engine: Engine, query: str) -> list[tuple[object, ...]]:
 
 @pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES, OPTIONS])
 def test_models_agree_with_migrations(engine: Engine, empty_engine: Engine, query: str) -> None:
-    """Tables from migrations equal those from the models: columns, constraints, indexes and options."""
+    """Tables from migrations equal tables from the models: columns, constraints, indexes and options."""
     Base.metadata.create_all(empty_engine)
     assert described(engine, query) == described(empty_engine, query)
 

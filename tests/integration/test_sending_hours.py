@@ -36,7 +36,7 @@ HOUR = timedelta(hours=1)
 def hours_from(ahead: timedelta, length: timedelta) -> SendingHours:
     """Return daily sending hours in UTC, given their start relative to now and their length.
 
-    Both are rounded to the minute.
+    The start and the end are rounded to the minute.
     """
     opening = datetime.now(UTC) + ahead
     return SendingHours("UTC", clock(opening), clock(opening + length))
@@ -60,7 +60,7 @@ def put(world: World, hours: SendingHours) -> None:
 def replace_hours(world: World, hours: SendingHours | None) -> None:
     """Set or clear the sending hours as the command does.
 
-    Held follow-ups are released, so that they are checked again.
+    Held follow-ups are released, so that their sending hours are checked again.
     """
     with Session(world.engine) as session, session.begin():
         if hours:
@@ -108,7 +108,7 @@ def test_after_the_opening(world: World, engine: Engine, settings: Settings) -> 
 
 
 def test_the_database_learns_of_the_next_hours(world: World, engine: Engine, settings: Settings) -> None:
-    """When the stored next sending hours are over, the first worker to notice computes the next ones."""
+    """When the stored sending hours are over, the first worker to notice stores the next ones."""
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() - interval '2 day', open_until = now() - interval '1 day'")
     follow_up = world.follow_up()
@@ -196,7 +196,7 @@ class TestLateness:
     def test_the_time_of_the_hold_is_no_lateness(self, world: World, engine: Engine, settings: Settings) -> None:
         """A follow-up held longer than MAX_LATENESS is sent when sending hours begin.
 
-        It is too late only if it is delayed further.
+        The follow-up is too late only if it is delayed further.
         """
         brief = settings.model_copy(update={"max_lateness": HOUR})
         put(world, OPEN)
@@ -236,7 +236,7 @@ class TestLateness:
     def test_hours_that_are_moved(self, world: World, engine: Engine, settings: Settings) -> None:
         """Held follow-ups become sendable when the new sending hours begin.
 
-        Earlier sendable times are kept.
+        Follow-ups that were already sendable keep their recorded time.
         """
         held, earlier = world.follow_up(**self.OLD), text("now() - interval '9 min'")
         put(world, CLOSED)
@@ -269,7 +269,7 @@ class TestLateness:
         assert {one for one, _ in claim_and_begin(engine, brief).ended} == {mine, often}
 
     def test_a_new_due_date(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A new due date restarts the count of lateness; a move to another chat does not."""
+        """A new due date restarts the count of lateness; moving the follow-up to another chat does not."""
         put(world, CLOSED)
         moved, elsewhere = world.follow_up(), world.follow_up()
         claim_and_begin(engine, settings)
@@ -303,7 +303,7 @@ class TestWindow:
     def test_told_beforehand(self, world: World) -> None:
         """A due date is rejected with the reason if sending hours begin only after the messaging window.
 
-        Otherwise the due date is accepted.
+        A due date is accepted if sending hours begin within the messaging window.
         """
         put(world, CLOSED)
         missed, fits = (self.windowed(world, left) for left in (2 * HOUR, 5 * HOUR))
@@ -356,7 +356,7 @@ def test_held_ones_can_be_cancelled_and_rescheduled(world: World, engine: Engine
 def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, settings: Settings) -> None:
     """If the time zone is unknown, a follow-up is held for a minute and checked again.
 
-    It is never sent at a wrong hour.
+    A follow-up with an unknown time zone is never sent at a wrong hour.
     """
     put(world, CLOSED)
     world.sql("UPDATE sending_hours SET time_zone = 'Mars/Olympus', open_until = now() - interval '1 day'")
@@ -367,9 +367,9 @@ def test_a_time_zone_that_a_machine_does_not_know(world: World, engine: Engine, 
 
 
 def test_a_machine_that_knows_other_time_zones(world: World, engine: Engine, settings: Settings) -> None:
-    """A follow-up within sending hours by this machine's clock alone is held by the database's hours.
+    """If sending hours have begun only by this machine's time zones, the follow-up is held.
 
-    It is not checked repeatedly meanwhile.
+    The follow-up is held until they begin by the database, without repeated checks.
     """
     put(world, OPEN)
     world.sql("UPDATE sending_hours SET open_from = now() + interval '1 h'")

@@ -45,7 +45,7 @@ def settings_of(engine: Engine, *names: str) -> dict[str, str]:
 
 
 class TestSettings:
-    """The settings applied to every session."""
+    """The settings applied to every database session."""
 
     def test_whatever_server_database_role_and_environment_say(
         self, database_url: str, monkeypatch: pytest.MonkeyPatch
@@ -59,7 +59,7 @@ class TestSettings:
         engine = make_engine(f"{database_url}&options={own}", pool_size=1)
         found = settings_of(engine)
         assert found == {name: value for name, value in SESSION.items() if name in found}
-        assert found.keys() >= SESSION.keys() - {"transaction_timeout"}  # older servers lack it
+        assert found.keys() >= SESSION.keys() - {"transaction_timeout"}  # older servers lack this setting
         other = settings_of(engine, "transaction_isolation", "search_path", "transaction_read_only", "application_name")
         assert other == {
             "transaction_isolation": "read committed",
@@ -116,7 +116,7 @@ class TestSettings:
             engine.dispose()
 
     async def test_through_pgbouncer(self, database_url: str, pgbouncer: PgBouncer) -> None:
-        """Sessions through PgBouncer in session mode have the settings, although it rejects startup `options`."""
+        """Sessions through PgBouncer in session mode get the settings, although it rejects startup `options`."""
         set_defaults(database_url, HOSTILE)
         engine = make_engine(pgbouncer.url(), pool_size=1, options=BY_KEY)
         found = settings_of(engine, *SESSION, *BY_KEY)
@@ -151,7 +151,7 @@ class TestPoolers:
                 await in_a_loop.dispose()
 
     def test_a_pool_that_is_full(self, database_url: str) -> None:
-        """With session pooling, a pool of one session serves an engine; the check ends within the timeout."""
+        """A pooler with a single session is enough for an engine; its check ends within the timeout."""
         with PgBouncer(database_url, pool_size=1) as pooler:
             engine = make_engine(f"{pooler.url()}?connect_timeout=2", pool_size=1)
             with engine.connect() as connection:
@@ -192,10 +192,10 @@ class TestEncoding:
 
 
 class TestConnectionParameters:
-    """Connection parameters: those in the URL override the project's defaults."""
+    """Connection parameters: values in the URL override the project's defaults."""
 
     def test_of_the_url(self, database_url: str) -> None:
-        """Time limits in the URL are kept, and the pool's timeout is longer than the connection's."""
+        """A connect timeout in the URL is kept, and the pool's timeout is longer than the connection's."""
         engine = make_engine(f"{database_url}&connect_timeout=30&keepalives_idle=77&tcp_user_timeout=99000")
         with engine.connect() as connection:
             driver = connection.connection.driver_connection
@@ -208,7 +208,10 @@ class TestConnectionParameters:
 
     @pytest.mark.parametrize(("said", "seconds"), [("", CONNECT_TIMEOUT), ("&connect_timeout=0", 120)])
     def test_without_a_limit(self, database_url: str, said: str, seconds: float) -> None:
-        """A URL without a time limit gets the default; one with no limit waits as long as the driver."""
+        """A URL without a connect timeout gets the default.
+
+        A URL that disables the connect timeout waits as long as the driver.
+        """
         engine = make_engine(database_url + said)
         assert pool_timeout(engine) > seconds
         engine.dispose()
@@ -253,7 +256,7 @@ class TestCallersOwnSession:
     def test_another_isolation_is_refused(self, base: Engine, world: World, level: Any) -> None:
         """`schedule` and `cancel` reject every other isolation level with an error that gives the remedy.
 
-        A transaction at a stricter level would read an old snapshot.
+        A transaction at a stricter isolation level would read an old snapshot.
         """
         chat, planned = world.chat(), world.follow_up(due=timedelta(days=1))
         with Session(base.execution_options(isolation_level=level)) as session:

@@ -51,7 +51,7 @@ class TestSettle:
     def test_retry_is_a_due_time_in_the_row(self, world: World, steps: Steps) -> None:
         """A retry stores the next due time in the row and uses up one attempt.
 
-        The failed attempt stays on record.
+        The failed attempt is kept on record.
         """
         follow_up = world.follow_up()
         steps.settle([attempt(steps.begun(), Retry("HTTP 500", timedelta(minutes=5), 500))])
@@ -123,7 +123,7 @@ class TestSettle:
     def test_reply_in_flight(self, world: World, steps: Steps, outcome: Outcome, status: str) -> None:
         """After a reply in flight, the follow-up is sent if the attempt succeeds and is cancelled if not.
 
-        It is never retried.
+        A follow-up with a reply is never retried.
         """
         chat = world.chat()
         follow_up = world.follow_up(chat)
@@ -173,7 +173,7 @@ class TestSettle:
         assert steps.begun().lease.id == second
 
     def test_what_waits_rightly_stays_blocked(self, world: World, steps: Steps, engine: Engine) -> None:
-        """The search for forgotten follow-ups skips those that wait for a pending follow-up."""
+        """The search for forgotten follow-ups skips follow-ups that wait for a pending one."""
         chat = world.chat()
         world.follow_up(chat, -2 * SECOND)
         world.follow_up(chat, -SECOND)
@@ -183,7 +183,7 @@ class TestSettle:
 
 
 class TestCancelAgainstDeliver:
-    """A confirmed cancel is final."""
+    """A cancel that was confirmed is final."""
 
     def test_in_flight(self, world: World, steps: Steps, engine: Engine) -> None:
         """A follow-up in flight cannot be cancelled."""
@@ -211,7 +211,7 @@ class TestCancelAgainstDeliver:
         assert world.row(other).status == "pending"
 
     def test_race(self, world: World, steps: Steps, engine: Engine) -> None:
-        """Of a concurrent cancel and begin, exactly one succeeds, in each of fifty rounds."""
+        """If a cancel and begin run concurrently, exactly one of them succeeds, in each of fifty rounds."""
         for _ in range(50):
             follow_up = world.follow_up()
             # On a slow machine, follow-ups in flight from earlier rounds may be claimed again.
@@ -265,7 +265,7 @@ def test_edge_of_the_calendar(world: World, engine: Engine, due: datetime) -> No
 
 
 def test_settle_of_all_kinds_together(world: World, steps: Steps, engine: Engine) -> None:
-    """In a batch of different results, each result is settled for its own follow-up."""
+    """In a batch of different results, each result is recorded for its own follow-up."""
     chat = world.chat()
     sent, again, refused, stale, held = (world.follow_up(due=-SECOND * n) for n in range(6, 1, -1))
     first = world.follow_up(chat, -SECOND)

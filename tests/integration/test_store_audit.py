@@ -55,7 +55,7 @@ def test_rolls_back_with_its_change(world: World) -> None:
 
 
 def test_batches_add_up(world: World) -> None:
-    """The batches of one command form one audit event with their sum, excluding rolled-back batches."""
+    """The batches of one command form one audit event with their total, excluding rolled-back batches."""
     run = uuid4()
     for number, committed in ((500, True), (70, False), (3, True)):
         with world.engine.connect() as connection:

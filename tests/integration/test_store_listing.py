@@ -63,7 +63,7 @@ def nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def examined(engine: Engine, workspace_id: UUID | None, wanted: ListFilter, most: int) -> tuple[set[str], float]:
-    """Run a page's query and return how `follow_ups` is read and how many of its rows."""
+    """Run a page's query, and return how `follow_ups` is read and how many of its rows are read."""
     statement, parameters = listing.statement_of(workspace_id, wanted)
     statement = statement.replace(COLUMNS, "follow_ups.*")
     parameters |= {"offset": most - 11, "size": 11, "most": most}
@@ -87,7 +87,7 @@ def test_every_list_walks_an_index(filled: Engine) -> None:
         for wanted in filters_of(row):
             ways, rows = examined(filled, workspace_id, wanted, 11)
             assert ways <= INDEX_SCANS, (wanted, ways)
-            # At most a page plus one row from each of four states, and then the page itself.
+            # The query reads at most a page plus one row from each of four states, and then the page itself.
             assert rows <= 5 * 11 + 4, (wanted, rows)
         # The query of a late page reads the rows up to its end, but no message of earlier rows.
         ways, rows = examined(filled, workspace_id, ListFilter(statuses=(Status.SENT,)), 10_011)
@@ -100,7 +100,7 @@ def test_every_list_walks_an_index(filled: Engine) -> None:
 
 
 def filters_of(row: Any) -> list[ListFilter]:
-    """Return filters of every type that match this row, and some that match few rows."""
+    """Return filters of every type that match the given row, and some that match few rows."""
     chat, message, trigger = (row.chat_id,), (row.chat_message_id,), (row.trigger_chat_message_id,)
     strangers = tuple(uuid4() for _ in range(20))
     return [

@@ -29,7 +29,7 @@ def session(engine: Engine) -> Iterator[Session]:
 
 
 class TestWorkspaces:
-    """Workspaces, found by name."""
+    """Workspaces and their names."""
 
     def test_created_once(self, session: Session) -> None:
         """An existing workspace stays unchanged; names are compared without leading and trailing spaces."""

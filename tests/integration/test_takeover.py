@@ -1,4 +1,4 @@
-"""Human takeover: an operator's message cancels follow-ups scheduled before it, not those after it."""
+"""Human takeover: an operator's message cancels follow-ups scheduled before it and no later ones."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_scheduled_after(world: World, engine: Engine, settings: Settings, late:
 def test_scheduled_after_by_a_transaction_that_began_before(world: World, engine: Engine, settings: Settings) -> None:
     """A transaction that began before an operator's message may schedule a follow-up after it.
 
-    The follow-up is sent.
+    Such a follow-up is sent.
     """
     chat_id = world.chat()
     with Session(engine) as session, session.begin():

@@ -74,7 +74,7 @@ class TestGap:
         assert (world.row(follow_up).status, world.row(follow_up).losses) == ("sent", 0)
 
     def test_bounded(self, world: World, engine: Engine, settings: Settings) -> None:
-        """A worker that does not return within the grace period counts as lost."""
+        """A worker that does not return within the grace period after a gap counts as lost."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         pass_time(world, settings.lease * 2)
@@ -94,7 +94,7 @@ class TestGap:
     def test_not_begun(self, world: World, engine: Engine, settings: Settings) -> None:
         """A leased follow-up that has not begun is claimed by the first tick after a gap.
 
-        No worker can know an outcome of it.
+        No worker can know an outcome of a follow-up that has not begun.
         """
         follow_up = world.follow_up()
         assert claimed(engine, settings) == [follow_up]
@@ -124,7 +124,7 @@ class TestGap:
     def test_gap_within_a_grace(
         self, world: World, engine: Engine, settings: Settings, gap: timedelta, *, over: bool
     ) -> None:
-        """Repeated late ticks do not extend a grace period; only another outage starts a new one."""
+        """Repeated late ticks do not extend the grace period; only another outage starts a new one."""
         follow_up = world.follow_up()
         in_flight(engine, settings)
         world.expire(follow_up)

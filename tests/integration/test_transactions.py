@@ -112,7 +112,7 @@ def server_process(engine: Engine) -> int:
 async def test_a_connection_that_lay_idle_is_tested_first(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch, recently: float
 ) -> None:
-    """A broken connection that was idle is replaced silently; one used a moment ago fails once."""
+    """A broken connection that was idle is replaced silently; a recently used one fails once."""
     monkeypatch.setattr(database, "RECENTLY", recently)
     engine = make_async_engine(database_url, pool_size=1)
     first = await in_loop(engine, server_process)

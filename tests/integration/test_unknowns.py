@@ -1,4 +1,4 @@
-"""Unknown outcomes: the reason of the follow-up mentions them, however the follow-up ends."""
+"""Unknown outcomes: the reason of the follow-up mentions an unknown outcome, however it ends."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_reply(world: World, doubtful: tuple[UUID, UUID]) -> None:
 def test_cancel(world: World, doubtful: tuple[UUID, UUID]) -> None:
     """The reason of a cancel mentions the unknown outcome, unless the caller gave a reason.
 
-    A caller's reason is stored unchanged.
+    A reason given by the caller is stored unchanged.
     """
     follow_up, _ = doubtful
     with Session(world.engine) as session, session.begin():
@@ -151,7 +151,7 @@ def test_too_late(world: World, engine: Engine, settings: Settings, doubtful: tu
 
 
 def test_last_attempt(world: World, settings: Settings) -> None:
-    """If the last attempt's outcome is unknown, the reason mentions this only once."""
+    """If the last attempt's outcome is unknown, the reason mentions the unknown outcome only once."""
     follow_up = world.follow_up()
     last = settings.model_copy(update={"max_attempts": 1})
     attempted(world, last, Unknown("no answer within 1 s"), follow_up)

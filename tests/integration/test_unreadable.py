@@ -227,7 +227,7 @@ def test_more_than_one_search_finds(
     insert: Callable[[World], UUID],
     store: ModuleType,
 ) -> None:
-    """Any number of blocked or paused follow-ups that cannot be released do not hide others."""
+    """Blocked or paused follow-ups that cannot be released do not hide others, however many they are."""
     monkeypatch.setattr(store, "BATCH", 2)
     for _ in range(5):
         insert(world)
@@ -277,7 +277,7 @@ def test_one_that_stays_deferred(
 ) -> None:
     """When a limit is removed or a workspace recovers, an unwritable row stays deferred.
 
-    The other deferred follow-ups become due.
+    All other deferred follow-ups become due.
     """
     monkeypatch.setattr(rate_limits, "BATCH", 2)
     ids = world.burst([-SECOND] * 9)

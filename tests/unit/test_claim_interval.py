@@ -14,7 +14,7 @@ from followups.delivery.claim_interval import LONGEST, SHORTEST, ClaimInterval, 
     ("taken", "seconds", "window", "expected"),
     [
         (2350, 0.5, 5000, LONGEST),  # 4,700 a second: 0.53 s
-        (1000, 0.1, 5000, 0.2),  # 10,000 a second after too short a pause: at most doubled
+        (1000, 0.1, 5000, 0.2),  # 10,000 a second after too short a pause, which at most doubles
         (4000, 0.5, 5000, 0.3125),  # 8,000 a second
         (2500, 0.03, 5000, SHORTEST),  # right after a full claim
         (100, 0.5, 100, SHORTEST),  # the whole window became free
@@ -35,7 +35,7 @@ def test_until_half_is_free(taken: int, seconds: float, window: int, expected: f
 
 @given(st.floats(1, 200_000), st.integers(100, 1_000_000), st.floats(SHORTEST, LONGEST))
 def test_it_settles(rate: float, window: int, pause: float) -> None:
-    """At a steady rate the interval converges to half of the window, from any initial pause."""
+    """At a steady rate, the claim interval converges to half of the window, from any initial pause."""
     for _ in range(10):
         pause = until_half_is_free(min(window, int(rate * pause)), pause, window)
     expected = min(max(SHORTEST, window / (2 * rate)), LONGEST)
@@ -46,7 +46,7 @@ def test_it_settles(rate: float, window: int, pause: float) -> None:
 def test_size_of_claim(window: int, expected: int) -> None:
     """A claim takes half of the window.
 
-    In a small window it takes a worthwhile minimum, and in a large one as many as fit into a short claim.
+    In a small window a claim takes a worthwhile minimum, and in a large one as many as fit into a short claim.
     """
     assert size_of_claim(window) == expected
 

@@ -39,7 +39,7 @@ def test_unasked() -> None:
     st.floats(-1e6, 1e9),
 )
 def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -> None:
-    """However long a round trip takes, the estimated clock is never ahead of the database's clock.
+    """The estimated clock is never ahead of the database's clock, however long a round trip takes.
 
     A follow-up is therefore never sent early.
     """
@@ -56,7 +56,7 @@ def test_never_ahead(samples: list[tuple[float, float, float]], offset: float) -
 
 
 def test_quickest_answer_counts() -> None:
-    """A slow answer does not worsen the estimate of a quick one."""
+    """A slow answer of the database does not worsen the clock estimate of a quick one."""
     monotonic = Monotonic()
     clock = DatabaseClock(monotonic)
     clock.observe(moment(5000.0), 1000.0, 1000.001)

@@ -66,7 +66,7 @@ def test_nobody_is_told_their_workspace() -> None:
 def test_not_all_slots_for_one() -> None:
     """If others are active, a workspace occupies at most seven eighths of the slots.
 
-    It may reuse the slots that it releases.
+    A workspace may reuse the slots that it releases.
     """
     queue = queue_of(slots=16)
     queue.add(overdue(QUIET, 1))
@@ -136,7 +136,7 @@ steps = st.lists(
 def test_each_is_taken_once(steps: list[tuple[str, int, int]], slots: int) -> None:
     """In any order of arrivals, takes and deferrals, each lease is taken once.
 
-    The number taken never exceeds the number of slots.
+    The number of leases taken never exceeds the number of slots.
     """
     queue, out, come, taken = queue_of(slots), [], 0, Counter()
     for step, key, count in steps:
@@ -177,7 +177,7 @@ def test_nobody_is_kept_whose_lease_has_run_out(monkeypatch: pytest.MonkeyPatch)
 def test_shedding() -> None:
     """Shedding keeps the given number of leases in the selected workspace queues, the earliest first.
 
-    The queues have equal shares, and an unused share goes to the other queues.
+    The selected queues have equal shares, and an unused share goes to the other queues.
     """
     queue = queue_of()
     queue.add(overdue(NOISY, *range(30)) + overdue(QUIET, 5) + overdue(3, *range(20)) + overdue(4, *range(9)))
@@ -196,7 +196,10 @@ def test_shedding() -> None:
 
 
 def test_a_workspace_queue_that_is_shed_has_no_turn() -> None:
-    """If too few leases may stay, some workspace queues are emptied and later return as new ones."""
+    """If fewer leases may stay than there are workspace queues, some queues are emptied.
+
+    An emptied workspace queue later returns like a new one.
+    """
     queue = queue_of()
     queue.add([lease for key in range(1, 6) for lease in overdue(key, 1)])
     queue.take(0)

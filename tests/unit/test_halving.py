@@ -21,7 +21,10 @@ AWAY = OperationalError("", None, psycopg.OperationalError("away"))
 
 @given(st.lists(st.booleans(), min_size=1, max_size=200))
 def test_the_others_go_on(bad: list[bool]) -> None:
-    """Each good row is processed once, in order, and each bad row is isolated, with the fewest steps."""
+    """Each good row of a batch is processed once, in order, and each bad row is isolated.
+
+    Halving uses the fewest possible steps.
+    """
     steps = 0
 
     def work(part: Sequence[int]) -> list[int]:
@@ -40,7 +43,7 @@ def test_the_others_go_on(bad: list[bool]) -> None:
 
 @pytest.mark.parametrize("error", [AWAY, ProgrammingError("", None, psycopg.ProgrammingError("no such column"))])
 def test_what_is_no_rows_fault(error: Exception) -> None:
-    """If the database is unreachable or the statement is wrong, the error is raised without halving."""
+    """If the database is unreachable or the statement wrong, the error is raised without halving."""
     steps = 0
 
     def work(_: Sequence[int]) -> None:
@@ -54,7 +57,7 @@ def test_what_is_no_rows_fault(error: Exception) -> None:
 
 
 def test_away_in_the_middle() -> None:
-    """If the database becomes unreachable halfway, completed and remaining rows are returned."""
+    """If the database becomes unreachable within a batch, completed and remaining rows are returned."""
 
     def work(part: Sequence[int]) -> list[int]:
         if 3 in part:

@@ -37,9 +37,9 @@ time.sleep(60)
 
 
 def test_without_any_temporary_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On a read-only file system, heartbeats use a directory of another user.
+    """Without a writable temporary directory, heartbeats use the configured directory.
 
-    Without such a directory, the error lists the paths that were tried.
+    The default directory is named after the user's id.
     """
 
     def nothing_is_writable() -> str:
@@ -78,7 +78,7 @@ def test_a_part_that_does_not_sign(living: subprocess.Popen[str], tmp_path: Path
 
 
 def test_what_the_dead_left_is_swept(living: subprocess.Popen[str], tmp_path: Path) -> None:
-    """At its start, a process removes the files of ended processes, and no others."""
+    """At its start, a process removes the heartbeat files of ended processes, and no others."""
     dead = tmp_path / next(tmp_path.iterdir()).name.replace(str(living.pid), "1")
     dead.write_text("{}")
     heart = Heartbeat(tmp_path, "beat", "b@here")
@@ -104,7 +104,7 @@ def test_a_process_that_waits(living: subprocess.Popen[str], tmp_path: Path) -> 
 def test_probes_sign_for_others(tmp_path: Path) -> None:
     """A probe runs before each write of the heartbeat.
 
-    Once the process is stopping, the heartbeat expects only its end.
+    Once the process is stopping, only the report of its end is expected.
     """
     heart = Heartbeat(tmp_path, "worker", "w@here")
     heart.probe(lambda: heart.sign("loop", SECOND, "is stuck"))

@@ -36,7 +36,7 @@ def matching(limits: list[Limit], where: Limitable) -> set[int]:
 def test_all_that_match_apply() -> None:
     """Limits of everything, of the workspace, of the channel and of both apply to a follow-up.
 
-    Limits of other workspaces and channels do not apply.
+    Limits of other workspaces and channels do not apply to a follow-up.
     """
     limits = [
         limit(1),
@@ -86,7 +86,7 @@ def test_no_limits() -> None:
 
 @pytest.mark.parametrize("text", ["50/s", "20/min", "1000/h", "5/d", "90/min", "7/h", "1/d"])
 def test_a_rate_is_shown_as_it_was_written(text: str) -> None:
-    """A rate is displayed in the form in which it was entered."""
+    """A rate limit's rate is displayed as it was entered."""
     assert rate_in_words(parse_rate(text)) == text
 
 

@@ -76,7 +76,7 @@ def _lines(written: pytest.CaptureFixture[str] | io.StringIO) -> list[dict[str, 
 
 
 def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal, an event is one JSON object on stderr with a UTC time; stdout stays empty."""
+    """Without a terminal, a log event is one JSON object on stderr with a UTC time; stdout stays empty."""
     configure_logging(None, "info")
     get_logger("followups.delivery").info("attempt", outcome="sent", note="two\nlines \N{SNOWMAN}")
     out, err = capsys.readouterr()
@@ -96,7 +96,10 @@ def test_an_event_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> Non
 
 @pytest.mark.parametrize("name", ["celery.worker.consumer", "kombu", "uvicorn.access", "anything"])
 def test_libraries_log_in_the_same_format(capsys: pytest.CaptureFixture[str], name: str) -> None:
-    """A record of the standard library has the same keys and is logged once, whatever handlers it had."""
+    """A record of the standard library's logging has the same keys and is logged once.
+
+    A library's own log handlers do not duplicate the line.
+    """
     if name in OWN_HANDLERS:
         logging.getLogger(name).addHandler(logging.StreamHandler(sys.stderr))
     configure_logging("json", "info")
@@ -208,7 +211,7 @@ def test_a_stderr_that_takes_nothing_ends_no_work(stderr: io.StringIO, monkeypat
 
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_gathered_lines_are_like_all_others(capsys: pytest.CaptureFixture[str], form: Any) -> None:
-    """Buffered log lines have the common format, and `flush` writes those at or above the level."""
+    """Buffered log lines have the common format, and `flush` writes the lines at or above the level."""
     lines = Lines("x")
     configure_logging(form, "warning")
     lines.info("unheard")
@@ -251,7 +254,7 @@ def test_secrets_are_hidden_wherever_they_are(key: str, value: object) -> None:
 
 
 def test_what_is_no_secret_stays() -> None:
-    """Ids, numbers, null values, and keys that only resemble those of secrets are logged unchanged."""
+    """Ids, numbers, null values, and keys that only resemble a secret's key are logged unchanged."""
     event = {"event": "e", "chat_message_id": "1", "message_count": 2, "password": None, "ok": True, "lag_ms": 0.5}
     assert redact(None, "info", dict(event)) == event
 

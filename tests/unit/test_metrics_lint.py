@@ -26,13 +26,13 @@ HEAD = "# HELP {0} Says something.\n# TYPE {0} {1}\n"
     ],
 )
 def test_a_flaw_is_found(text: str, flaw: str) -> None:
-    """Each violated rule is named."""
+    """Each rule that a metrics page violates is named."""
     with pytest.raises(AssertionError, match=flaw):
         assert flaws(text) == []
 
 
 def test_a_good_page_has_none() -> None:
-    """A page with a valid gauge, counter and histogram has no flaws."""
+    """A metrics page with a valid gauge, counter and histogram has no flaws."""
     page = HEAD.format("a", "gauge") + "a 1\n" + HEAD.format("b_total", "counter") + 'b_total{code="x"} 1\n'
     page += HEAD.format("c_seconds", "histogram")
     page += 'c_seconds_bucket{le="1"} 1\nc_seconds_bucket{le="+Inf"} 2\nc_seconds_sum 3\nc_seconds_count 2\n'

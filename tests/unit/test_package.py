@@ -16,7 +16,7 @@ def test_everything_offered_is_there() -> None:
 
 
 def test_nothing_else_is() -> None:
-    """An unknown name raises AttributeError, as in any module."""
+    """An unknown name of the package raises AttributeError, as in any module."""
     with pytest.raises(AttributeError, match="no attribute 'send'"):
         _ = followups.send  # type: ignore[attr-defined]
 

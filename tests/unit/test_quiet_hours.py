@@ -1,4 +1,4 @@
-"""Sending hours: messages are sent only when the local time is within them."""
+"""Sending hours: messages are sent only while the local time is within sending hours."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def allowed(hours: SendingHours, moment: datetime) -> bool:
     clock, today, yesterday = local.time(), local.weekday(), (local - DAY).weekday()
     if hours.opening < hours.closing:
         return today in hours.days and hours.opening <= clock < hours.closing
-    # For hours across midnight, the first part belongs to today and the second to the day before.
+    # For sending hours across midnight, the first half belongs to today and the second to the day before.
     return (today in hours.days and clock >= hours.opening) or (yesterday in hours.days and clock < hours.closing)
 
 
@@ -75,7 +75,7 @@ def test_what_is_open_is_allowed_by_the_clock(hours: SendingHours, moment: datet
 
 @given(HOURS, MOMENTS | NEAR_TRANSITIONS)
 def test_nothing_that_is_allowed_is_left_out(hours: SendingHours, moment: datetime) -> None:
-    """Before the computed start of sending hours, the local time is outside them, unless it occurs twice."""
+    """Before sending hours begin, the local time is outside them, unless it occurs twice."""
     opening = opens_at(hours, moment)
     assert opening >= moment
     for n in range(40):

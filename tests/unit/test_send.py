@@ -31,7 +31,7 @@ BEGUN = Begun(
 
 
 class Plugin:
-    """A transport whose behaviour is a function of the test."""
+    """A transport whose behaviour is given by a function."""
 
     name = "plugin"
 

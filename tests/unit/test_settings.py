@@ -105,9 +105,9 @@ def test_a_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_a_file_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A missing file stops the start with an error that names the setting but not the value.
+    """A missing secret file stops the start with an error that names the setting but not the value.
 
-    The same applies if a variable and its file are both given.
+    Giving both a variable and its file stops the start, too.
     """
     monkeypatch.setenv("FOLLOWUPS_TRANSPORT_SECRET_FILE", str(tmp_path / "s3cret"))
     with pytest.raises(SettingsError, match=r"^FOLLOWUPS_TRANSPORT_SECRET_FILE should name a file") as error:
@@ -207,7 +207,7 @@ def test_what_is_required_is_named(monkeypatch: pytest.MonkeyPatch, field: str) 
     ],
 )
 def test_a_wrong_value_stops_the_start_with_its_name(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """An invalid value is a one-sentence error that begins with the variable and shows no password."""
+    """The error for an invalid value is one sentence that begins with the variable and shows no password."""
     monkeypatch.setenv(f"FOLLOWUPS_{name}", value)
     with pytest.raises(SettingsError, match=rf"^FOLLOWUPS_{name} should .*\.$") as caught:
         load_settings()
@@ -295,7 +295,7 @@ def test_a_process_reads_its_settings_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["90", "P0DT23H", "-1"])
 def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A retention of a bare 90, meant as days, is rejected with an explanation; nothing is deleted."""
+    """A retention of 90, meant as days, is rejected with an explanation; nothing is deleted."""
     monkeypatch.setenv("FOLLOWUPS_DATABASE_URL", DATABASE_URL)
     monkeypatch.setenv("FOLLOWUPS_BROKER_URL", BROKER_URL)
     monkeypatch.setenv("FOLLOWUPS_RETENTION", value)
@@ -309,7 +309,7 @@ def test_a_retention_that_is_too_short_is_refused(monkeypatch: pytest.MonkeyPatc
 def test_the_port_for_metrics(monkeypatch: pytest.MonkeyPatch, value: str, port: int | None) -> None:
     """A metrics port set to a URL is ignored.
 
-    Kubernetes sets the variable so for a Service named followups-metrics.
+    Kubernetes sets this variable to a URL for a Service named followups-metrics.
     """
     monkeypatch.setenv("FOLLOWUPS_METRICS_PORT", value)
     assert load_settings().metrics_port == port

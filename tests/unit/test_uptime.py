@@ -13,7 +13,7 @@ KERNELS = Path("/proc/uptime")
 
 
 def test_never_back() -> None:
-    """The clock advances and never goes back."""
+    """The uptime clock advances and never goes back."""
     first = uptime()
     time.sleep(0.001)
     assert uptime() > first
@@ -21,7 +21,7 @@ def test_never_back() -> None:
 
 @pytest.mark.skipif(not KERNELS.exists(), reason="only Linux tells its uptime in a file")
 def test_counts_sleep() -> None:
-    """The clock is the kernel's uptime, which includes the time during which the machine was suspended."""
+    """The uptime clock is the kernel's, which includes the time during which the machine was suspended."""
     before = uptime()
     told = float(KERNELS.read_text().split()[0])
     assert before - 0.01 <= told <= uptime()

@@ -1,7 +1,8 @@
 """Hooks for schemathesis: valid requests that are rejected because of the current state.
 
-The OpenAPI document cannot express these rules. `valid_requests_are_accepted` replaces `positive_data_acceptance` of
-schemathesis. It is the same check, except for the 422 responses of these rules, which have separate tests.
+The OpenAPI document cannot express the rules behind these rejections. `valid_requests_are_accepted` replaces
+`positive_data_acceptance` of schemathesis. The replacement is the same check, except for the 422 responses of these
+rules, which have separate tests.
 """
 
 from __future__ import annotations

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 
 def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """Return method, path and options of a valid request to every authenticated endpoint, for ``mine``."""
+    """Return method, path and options of a valid request to every endpoint that requires a key.
+
+    The requests use the ids of ``mine``.
+    """
     bodies: dict[str, dict[str, Any]] = {
         "createFollowUp": {"chatId": mine["chatId"], "dueDate": in_days(1), "message": "?"},
         "changeFollowUp": {"message": "changed"},
@@ -82,7 +85,7 @@ def test_forms(api: Api, form: str) -> None:
 
 
 def test_revoked_at_once(api: Api) -> None:
-    """A key that was already used is rejected by the first request after its revocation."""
+    """An API key that was already used is rejected by the first request after its revocation."""
     assert api.get(FOLLOW_UPS).status_code == 200
     with Session(api.world.engine) as session, session.begin():
         api_keys.revoke(session, api.key_id)
@@ -90,7 +93,7 @@ def test_revoked_at_once(api: Api) -> None:
 
 
 def test_expired_at_once(api: Api) -> None:
-    """A key that was already used is rejected by the first request after its expiry."""
+    """An API key that was already used is rejected by the first request after its expiry."""
     assert api.get(FOLLOW_UPS).status_code == 200
     api.world.sql("UPDATE api_keys SET expires_at = now() WHERE id = :id", id=api.key_id)
     is_problem(api.get(FOLLOW_UPS), 401, "unauthorized")
@@ -111,7 +114,7 @@ def test_last_use(api: Api) -> None:
 
 
 def test_another_workspace(api: Api, other: Api, document: dict[str, Any]) -> None:
-    """With another workspace's key, every endpoint treats the ids as unknown and changes nothing."""
+    """With another workspace's API key, every endpoint treats the ids as unknown and changes nothing."""
     mine = api.create()
     unknown = {"id": str(uuid4()), "chatId": str(uuid4())}
     about_mine, about_nothing = requests_of(document, mine), requests_of(document, unknown)
@@ -142,7 +145,10 @@ def test_filters_of_another_workspace(api: Api, other: Api) -> None:
 
 
 def test_same_ids_in_two_workspaces(api: Api, other: Api) -> None:
-    """Two workspaces may use equal chat and message ids; a reply in one cancels nothing in the other."""
+    """Two workspaces may use equal chat and message ids without affecting each other.
+
+    A reply in one workspace cancels no follow-up of the other.
+    """
     chat_id, message_id = str(uuid4()), str(uuid4())
     for each in (api, other):
         answer = each.post(CHAT_MESSAGES, {"id": message_id, "chatId": chat_id, "role": "agent"})

@@ -20,7 +20,7 @@ class TestChange:
     """PATCH requests for a pending follow-up."""
 
     def test_fields(self, api: Api) -> None:
-        """Every field of a pending follow-up can be changed, and other fields keep their values."""
+        """Every field of a pending follow-up can be changed without affecting its other fields."""
         before, chat_id = api.create(), api.chat()
         changes = {
             "chatId": chat_id,
@@ -37,7 +37,7 @@ class TestChange:
         assert api.read(before) == after
 
     def test_nothing(self, api: Api) -> None:
-        """A change without effect leaves even `updatedAt` unchanged."""
+        """A PATCH without effect leaves even `updatedAt` unchanged."""
         before = api.create()
         same = {name: before[name] for name in ("dueDate", "message", "status", "chatId", "chatMessageId", "reason")}
         del same["reason"]
@@ -68,9 +68,9 @@ class TestChange:
         ],
     )
     def test_transition(self, api: Api, changes: dict[str, Any], reason: str | None) -> None:
-        """A final status ends the follow-up with the caller's reason or the default code.
+        """A PATCH to a final status ends the follow-up with the caller's reason or the default code.
 
-        A repeated request has no effect.
+        A repeated PATCH has no effect.
         """
         created = api.create()
         ended = api.patch(created, **changes).json()
@@ -80,7 +80,7 @@ class TestChange:
         assert (again.status_code, again.json()) == (200, ended)
 
     def test_finished_at(self, api: Api) -> None:
-        """The caller may specify the time at which the follow-up ended."""
+        """The caller may specify the time at which a follow-up ended."""
         ended = api.patch(api.create(), status="sent", finishedAt="2020-01-01T00:00:00Z").json()
         assert ended["finishedAt"] == "2020-01-01T00:00:00Z"
 
@@ -106,7 +106,10 @@ class TestChange:
         ],
     )
     def test_bad_change(self, api: Api, changes: dict[str, Any], pointer: str) -> None:
-        """A forbidden change is rejected with 422, names its field and has no effect."""
+        """A forbidden change of a follow-up is rejected with 422 and an error that names the field.
+
+        The rejected request has no effect.
+        """
         before = api.create()
         assert pointers(is_problem(api.patch(before, **changes), 422, "invalid-request")) == [pointer]
         assert api.read(before) == before
@@ -123,7 +126,7 @@ class TestChange:
         is_problem(api.patch(api.create(), chatId=api.chat("api", "user")), 409, "nothing-to-follow-up")
 
     def test_messaging_window(self, api: Api) -> None:
-        """A new due date must be within the channel's messaging window."""
+        """The new due date of a follow-up must be within the channel's messaging window."""
         created = api.create(api.chat("whatsapp", "user", "agent"), in_days(0.5))
         is_problem(api.patch(created, dueDate=in_days(2)), 422, "outside-messaging-window")
         assert api.patch(created, dueDate=in_days(0.6)).status_code == 200
@@ -150,7 +153,10 @@ class TestFinished:
         assert api.read(created) == ended
 
     def test_chat_message_may_be_named_once(self, api: Api) -> None:
-        """The chat message id of a sent follow-up can be added once; other finished follow-ups accept none."""
+        """The chat message id of a sent follow-up can be added once.
+
+        Other finished follow-ups reject a chat message id.
+        """
         sent, failed, name = api.create(), api.create(), str(uuid4())
         api.patch(sent, status="sent")
         api.patch(failed, status="failed")
@@ -181,7 +187,7 @@ class TestFinished:
 
 
 def test_changes_are_recorded_with_their_key(api: Api) -> None:
-    """Each effective change is an audit event of its API key, without message texts.
+    """Each effective PATCH of a follow-up is an audit event of its API key, without message texts.
 
     A create request leaves no audit event.
     """
@@ -200,7 +206,7 @@ def test_changes_are_recorded_with_their_key(api: Api) -> None:
 def test_a_removed_chat_is_recorded_with_what_it_cancelled(api: Api) -> None:
     """Removing a chat leaves one audit event with the number of cancelled follow-ups.
 
-    Removing a chat without pending follow-ups leaves none.
+    Removing a chat without pending follow-ups leaves no audit event.
     """
     chat_id, empty = api.chat("api", "agent"), api.chat("api", "agent")
     for _ in range(2):

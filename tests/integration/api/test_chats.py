@@ -108,7 +108,7 @@ class TestMessages:
         assert api.read(other) == other
 
     def test_answer(self, api: Api) -> None:
-        """The response has exactly the documented fields.
+        """The response to a chat message has exactly the documented fields.
 
         An unknown chat is created, and a message text in the request is ignored.
         """
@@ -119,7 +119,7 @@ class TestMessages:
         assert api.create(body["chatId"])["triggerChatMessageId"] == body["id"]
 
     def test_again(self, api: Api) -> None:
-        """A repeated message id returns 200 and has no effect, whatever the other fields are."""
+        """A chat message with a known id returns 200 and has no effect, whatever its other fields are."""
         chat_id, stranger = api.chat(), str(uuid4())
         first = api.message(chat_id, "user")
         api.message(chat_id, "agent")

@@ -1,4 +1,4 @@
-"""External chat ids: a ``matrix`` room belongs to one workspace; its id alone names the receiver."""
+"""External chat ids: a ``matrix`` room belongs to one workspace, since its id names the receiver."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def put(api: Api, room: str | None, chat: object = None) -> int:
 
 
 def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
-    """A room already used by one workspace is rejected for every chat of another, new or moved.
+    """A Matrix room of one workspace is rejected for every chat of another workspace, new or moved.
 
     The first workspace keeps using the room.
     """
@@ -56,13 +56,13 @@ def test_a_room_belongs_to_one_workspace(pair: tuple[Api, Api]) -> None:
     assert put(other, room, theirs) == 409
     assert put(one, elsewhere, chat) == 409
     assert put(one, room, chat) == 200
-    assert put(one, room) == 201  # another chat of the same workspace
+    assert put(one, room) == 201  # a second chat of the same workspace
 
 
 def test_a_removed_chat_has_no_room(pair: tuple[Api, Api]) -> None:
-    """The room of a removed chat can be used by another workspace.
+    """The Matrix room of a removed chat can be used by another workspace.
 
-    The first workspace does not get the room back.
+    The first workspace then cannot use the room again.
     """
     one, other = pair
     room, chat = f"!{uuid4()}:host", uuid4()
@@ -78,7 +78,7 @@ def test_chats_without_a_room_take_none(pair: tuple[Api, Api]) -> None:
 
 
 def test_two_that_ask_at_once(pair: tuple[Api, Api]) -> None:
-    """If two workspaces request a room concurrently, exactly one of them receives it."""
+    """If two workspaces request a Matrix room concurrently, exactly one of them receives it."""
     with ThreadPoolExecutor(2) as pool:
         for _ in range(25):
             room = f"!{uuid4()}:host"

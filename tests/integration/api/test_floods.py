@@ -40,10 +40,10 @@ class Flood:
 
     cpu: float = 0.0
     memory: float = 0.0
-    """The largest growth of the process in MiB."""
+    """The largest growth of the web process in MiB."""
     waits: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
-    """For each wait, the seconds during which the process's event loop was busy.
+    """For each wait, the seconds during which the web process's event loop was busy.
 
     The rest of a wait is time that the machine spent on other processes, which this test does not judge.
     """
@@ -78,7 +78,7 @@ class Web:
 
     @property
     def address(self) -> tuple[str, int]:
-        """The process's host and port."""
+        """The web process's host and port."""
         return address_of(self.api.url)
 
     @property
@@ -87,22 +87,22 @@ class Web:
         return f"authorization: {self.api.key}\r\n".encode()
 
     def connect(self) -> socket.socket:
-        """Return a new connection to the process."""
+        """Return a new connection to the web process."""
         return socket.create_connection(self.address, timeout=20)
 
     def cpu(self) -> float:
-        """Return the seconds of CPU time that the process has used."""
+        """Return the seconds of CPU time that the web process has used."""
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def memory(self) -> float:
-        """Return the resident memory of the process in MiB."""
+        """Return the resident memory of the web process in MiB."""
         lines = Path(f"/proc/{self.pid}/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
 
     @contextmanager
     def flooded(self, what: str) -> Iterator[Flood]:
-        """Measure a block and yield its cost, which is complete when the block ends."""
+        """Measure a block of code and yield its cost, which is complete when the block ends."""
         flood, over = Flood(), threading.Event()
         cpu, memory, peak = self.cpu(), self.memory(), [0.0]
 
@@ -144,7 +144,7 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
         api = Api(url, World(web_engine))
         with api.client:
             web = Web(child.pid, api)
-            api.get(FOLLOW_UPS)  # loads modules beforehand, so that they do not count as growth
+            api.get(FOLLOW_UPS)  # loads modules in advance, so that they do not count as memory growth
             yield web
 
 
@@ -157,7 +157,7 @@ def answered(connection: socket.socket) -> bytes:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
-    """A body in a million chunks of one byte is rejected long before its end."""
+    """A request body in a million chunks of one byte is rejected long before its end."""
     with web.flooded(f"a million chunks, {'with' if has_key else 'without'} a key") as flood, web.connect() as client:
         client.sendall(POST + (web.key if has_key else b"") + b"transfer-encoding: chunked\r\n\r\n")
         with suppress(ConnectionError):
@@ -171,9 +171,9 @@ def test_a_million_chunks(web: Web, *, has_key: bool) -> None:
 
 @pytest.mark.parametrize("has_key", [False, True])
 def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
-    """A body of 1 MiB with more than 50,000 unknown fields does not delay other clients.
+    """A request body with more than 50,000 unknown fields does not delay other clients.
 
-    Without a valid API key, such a body is not read.
+    Without a valid API key, a request body is not read.
     """
     body = json.dumps({f"unknown{number}": 1 for number in range(60_000)}).encode()[: MIB - 1] + b"}"
     head = f"PATCH {FOLLOW_UPS}/{uuid4()} HTTP/1.1\r\nhost: a\r\ncontent-length: {len(body)}\r\n".encode()
@@ -187,7 +187,7 @@ def test_many_unknown_fields(web: Web, *, has_key: bool) -> None:
 
 
 def test_bodies_that_do_not_end(web: Web) -> None:
-    """300 unfinished bodies of nearly 1 MiB each share the memory budget for all bodies."""
+    """300 unfinished request bodies of nearly 1 MiB each share the memory budget for all bodies."""
     with ExitStack() as clients, web.flooded("300 bodies that do not end") as flood:
         for _ in range(300):
             client = clients.enter_context(web.connect())
@@ -198,7 +198,7 @@ def test_bodies_that_do_not_end(web: Web) -> None:
 
 
 def test_clients_that_do_not_read(web: Web) -> None:
-    """15 clients that request a page of 26 MB without reading it stay within the limits."""
+    """15 clients that request a page of 26 MB and do not read it neither fill the memory nor delay others."""
     chat = web.api.world.chat()
     web.api.world.sql(
         "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"

@@ -32,7 +32,7 @@ class TestCreate:
     def test_created(self, api: Api) -> None:
         """A created follow-up is returned with 201, exactly the documented fields, and its location.
 
-        Its times are in UTC and end with Z.
+        The response has times in UTC that end with Z.
         """
         chat_id = str(uuid4())
         agent = api.message(chat_id, "agent").json()
@@ -88,7 +88,7 @@ class TestCreate:
         ],
     )
     def test_bad_field(self, api: Api, field: str, value: object) -> None:
-        """An invalid field is rejected with 422, and the error points at that field only."""
+        """An invalid field is rejected with 422 and an error that points at that field only."""
         body: dict[str, Any] = {"chatId": str(uuid4()), "dueDate": in_days(1), "message": "?"} | {field: value}
         assert pointers(is_problem(api.post(FOLLOW_UPS, body), 422, "invalid-request")) == [f"#/{field}"]
 
@@ -96,7 +96,7 @@ class TestCreate:
         "raw", [b"", b"{", b"[]", b"null", b'"\xff"', b"\xff", b"[" * 100_000, b'{"message":"\\ud800"}']
     )
     def test_bad_body(self, api: Api, raw: bytes) -> None:
-        """A body that is not a JSON object, or contains invalid text, is rejected with 422."""
+        """A create request is rejected with 422 if its body is not a JSON object or contains invalid text."""
         headers = {"content-type": "application/json"}
         is_problem(api.client.post(FOLLOW_UPS, content=raw, headers=headers), 422, "invalid-request")
 
@@ -110,7 +110,7 @@ class TestCreate:
         assert api.create(due="2001-02-03T04:05:06.789Z")["dueDate"] == "2001-02-03T04:05:06.789000Z"
 
     def test_unknown_fields_are_ignored(self, api: Api) -> None:
-        """Unknown fields in a body are ignored."""
+        """Unknown fields in a request body are ignored."""
         body = {"chatId": api.chat(), "dueDate": in_days(1), "message": "?", "priority": 1}
         assert api.post(FOLLOW_UPS, body).status_code == 201
 
@@ -126,11 +126,11 @@ class TestCreate:
     def test_sending_hours_and_the_window(self, api: Api) -> None:
         """A due date outside sending hours is accepted if they begin within the messaging window.
 
-        Otherwise it is rejected with 422.
+        A due date is rejected with 422 if sending hours begin only after the messaging window.
         """
         now = datetime.now(UTC)
-        # These sending hours end within the hour and begin again in 23 hours. By then, the window of a user who wrote 2
-        # hours ago is closed.
+        # The sending hours end within the hour and begin again in 23 hours, when the messaging window of a user who
+        # wrote 2 hours ago is closed.
         hours = SendingHours("UTC", (now - timedelta(hours=1)).time(), (now + timedelta(hours=1)).time())
         with Session(api.world.engine) as session, session.begin():
             sending_hours.put(session, api.world.workspace_id, hours)
@@ -155,7 +155,7 @@ class TestCreate:
 
 
 class TestGet:
-    """GET returns one follow-up."""
+    """GET returns a single follow-up."""
 
     def test_not_there(self, api: Api) -> None:
         """Getting a follow-up with an unknown id returns 404."""

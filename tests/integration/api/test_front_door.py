@@ -156,7 +156,7 @@ def test_two_lengths(api: Api) -> None:
 
 
 def test_a_stranger_s_body_is_not_read(api: Api) -> None:
-    """A request without a valid key is answered before its body is read, and the connection is closed."""
+    """A request without a valid API key is answered before its body is read, and its connection is closed."""
     for key in (b"", b"authorization: nonsense\r\n", b"authorization: " + b"fup_" + b"x" * 43 + b"\r\n"):
         request = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n" + key + b"\r\n{"
         answer = raw(api, request)
@@ -185,7 +185,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
                 answer = client.post(CHAT_MESSAGES, content=b" " * 200_000)
                 return (
                     answer if answer.status_code == 503 else None
-                )  # otherwise the slow request was rejected or had not arrived
+                )  # otherwise the slow request was rejected or had not yet arrived
 
         answer = wait_until(refused_beside_a_slow_body, within=20)
         is_problem(answer, 503, "service-unavailable")
@@ -194,7 +194,7 @@ def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pyt
 
 
 def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Above the connection limit, a new connection is served and the longest-idle one is closed."""
+    """Above the connection limit, a new connection is served and the longest-idle connection is closed."""
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     request = b"GET /healthz HTTP/1.1\r\nhost: a\r\n\r\n"
 
@@ -215,9 +215,9 @@ def test_the_idlest_connection_makes_room(settings: Settings, monkeypatch: pytes
 
 
 def test_strangers_have_a_share_of_the_database(settings: Settings, world: World) -> None:
-    """Few unknown keys are looked up concurrently, however many requests arrive.
+    """Few unknown API keys are looked up concurrently, however many requests arrive.
 
-    Requests above the waiting limit get 429.
+    Requests above the limit of waiting look-ups get 429.
     """
     counted = (
         "SELECT count(*) FROM pg_stat_activity"

@@ -43,9 +43,9 @@ def same(first: httpx.Response, second: httpx.Response) -> bool:
 
 
 def test_again(api: Api) -> None:
-    """A request with the same key and body gets the first response, byte for byte.
+    """A create request with the same idempotency key and body gets the first response, byte for byte.
 
-    This holds even if the follow-up has been cancelled since.
+    The first response is replayed even if the follow-up has been cancelled since.
     """
     body, key = body_of(api), str(uuid4())
     first = keyed(api, body, key)
@@ -56,7 +56,7 @@ def test_again(api: Api) -> None:
 
 
 def test_same_body_otherwise_written(api: Api) -> None:
-    """Repeated request bodies are compared by content, not by bytes."""
+    """The bodies of repeated requests are compared by content, not by bytes."""
     body, key = body_of(api, dueDate="2035-01-01T00:00:00Z"), "k" * 255
     first = keyed(api, body, key)
     assert same(keyed(api, dict(reversed(body.items())) | {"dueDate": "2035-01-01T01:00:00+01:00"}, key), first)
@@ -72,9 +72,10 @@ def test_other_body(api: Api) -> None:
 
 
 def test_refusal_is_an_answer(api: Api) -> None:
-    """A rejection by the rules is replayed even if the chat would now allow the follow-up.
+    """A create request rejected by the rules is rejected again when repeated with its idempotency key.
 
-    A rejection of an invalid body is not replayed.
+    The rejection is replayed even if the chat would now allow the follow-up. A rejection of an invalid body is not
+    replayed.
     """
     body = body_of(api, chatId=str(uuid4()))
     assert keyed(api, body | {"message": ""}, "key").status_code == 422
@@ -116,9 +117,9 @@ def test_bad_key(api: Api, key: str) -> None:
 
 
 def test_still_running(api: Api, web_settings: Settings) -> None:
-    """While the first request runs, a second one with its key gets 409.
+    """While a create request runs, a second one with the same idempotency key gets 409.
 
-    After the first has ended, a repeated request gets its response.
+    After the first request has ended, a repeated one gets its response.
     """
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
@@ -138,7 +139,7 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
     """A crash before or after the insert leaves no row, and a repeated request creates one follow-up."""
     body = body_of(api)
     with ThreadPoolExecutor(1) as pool, psycopg.connect(web_settings.database_url.get_secret_value()) as connection:
-        # Under this lock, reads continue while writes (and FOR UPDATE) wait.
+        # Under an EXCLUSIVE lock, reads continue while writes (and FOR UPDATE) wait.
         connection.execute(f"LOCK TABLE {step} IN EXCLUSIVE MODE")
         first = pool.submit(keyed, api, body, "key")
         pid = wait_until(lambda: blocked(api))
@@ -153,9 +154,9 @@ def test_crash(api: Api, web_settings: Settings, step: str) -> None:
 
 
 def test_many_at_once(api: Api) -> None:
-    """Of many concurrent requests with one key, one creates a follow-up.
+    """Of many concurrent requests with one idempotency key, exactly one creates a follow-up.
 
-    The other requests get its response or 409.
+    The other requests get the response of the first or 409.
     """
     body, together = body_of(api), threading.Barrier(8)
 
@@ -171,7 +172,7 @@ def test_many_at_once(api: Api) -> None:
 
 
 def blocked(api: Api) -> int | None:
-    """Return the id of the server process whose request waits for a lock."""
+    """Return the id of the database server process whose request waits for a lock."""
     query = (
         "SELECT max(pid) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         " AND application_name = 'followups-web'"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_requests_per_key(settings: Settings, world: World) -> None:
-    """A key over its rate limit gets an error response with Retry-After; other keys are not affected."""
+    """An API key over its rate limit gets an error response with Retry-After; other keys are not affected."""
     with served(settings.model_copy(update={"api_rate_limit": 5})) as place:
         with client_of(place, key_of(world)[1]) as client:
             answers = [client.get(FOLLOW_UPS) for _ in range(7)]
@@ -44,7 +44,7 @@ def test_no_limit(settings: Settings, world: World) -> None:
 def test_error_tells_nothing(
     settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An unexpected error returns 500 without its text.
+    """An unexpected error returns 500 without the error's text.
 
     The log has the error's location, also without the text.
     """
@@ -117,7 +117,10 @@ def test_slow_client(impatient: tuple[str, int], world: World, sent: list[bytes]
 
 
 def test_too_many_connections(narrow: tuple[str, int], world: World) -> None:
-    """If no connection is idle, one above the limit is closed immediately; open connections are served."""
+    """If no connection is idle, a connection above the limit is closed immediately.
+
+    Open connections are still served.
+    """
     post = b"POST /api/v1/chat-messages HTTP/1.1\r\nhost: x\r\nauthorization: KEY\r\ncontent-length: 2\r\n\r\n{"
     open_ones = [socket.create_connection(narrow, timeout=5) for _ in range(3)]
     try:
@@ -152,7 +155,7 @@ def refused(connection: socket.socket) -> bool:
 
 
 def test_too_many_waiting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request above the limit of waiting requests is rejected with Retry-After; the others are served."""
+    """A request above the limit of waiting requests is rejected with Retry-After; others are served."""
     with served(settings) as place, client_of(place) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
         answer = client.get("/healthz")

@@ -1,4 +1,4 @@
-"""Listening addresses of web: IPv6 and IPv4, and a separate port for metrics."""
+"""Listening addresses of the web process: IPv6 and IPv4, and a separate port for metrics."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARGV = [sys.executable, "-m", "followups.api"]
 
 @pytest.fixture
 def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
-    """Start web with a separate metrics port, and return the process and both ports."""
+    """Start a web process with a separate metrics port, and return the process and both ports."""
     port, metrics = free_port(), free_port()
     own = KUBERNETES | {"FOLLOWUPS_METRICS_PORT": str(metrics)}
     with Processes() as processes:
@@ -40,7 +40,10 @@ def web(settings: Settings) -> Iterator[tuple[Child, int, int]]:
 
 
 def test_every_address_and_two_ports(web: tuple[Child, int, int]) -> None:
-    """Web listens on IPv6 and IPv4; only the metrics port serves `/metrics`, and it serves nothing else."""
+    """The web process listens on IPv6 and IPv4; only the metrics port serves `/metrics`.
+
+    The metrics port serves nothing else.
+    """
     child, port, metrics = web
     hosts = ["127.0.0.1", "[::1]"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
     for host in hosts:

@@ -24,7 +24,7 @@ def created_at_once(api: Api, count: int, **columns: Any) -> list[str]:
 
 
 def test_newest_first_ties_by_id(api: Api) -> None:
-    """The newest follow-ups are listed first; those created simultaneously are ordered by id."""
+    """The newest follow-ups are listed first; simultaneously created follow-ups are ordered by id."""
     older = created_at_once(api, 3)
     newer = created_at_once(api, 3)
     assert api.ids() == newer + older
@@ -87,7 +87,7 @@ def test_page_size_by_default(api: Api) -> None:
 
 @pytest.mark.parametrize("page", [3, 10**9, 10**30])
 def test_after_the_last_page(api: Api, page: int) -> None:
-    """Any page after the last one is empty."""
+    """Any page after the last page of a list is empty."""
     api.create()
     assert api.ids(pageNumber=page) == []
 

@@ -103,7 +103,7 @@ def test_finished_in_a_removed_chat(api: Api) -> None:
 
 
 def deadlocked(api: Api, engine: Engine, request: Callable[[], Any], created: dict[str, Any]) -> Any:
-    """Make a deadlock abort a request, and return the response.
+    """Abort a request by a deadlock and return its response.
 
     Another transaction locks the follow-up that the request waits for, and then the request's chat.
     """
@@ -124,14 +124,15 @@ def test_reply_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
 
 
 def test_create_that_loses_a_deadlock(api: Api, engine: Engine) -> None:
-    """A create request aborted by a deadlock creates one follow-up, given an Idempotency-Key.
+    """A create request with an Idempotency-Key that is aborted by a deadlock creates one follow-up.
 
-    The response is replayed.
+    The response of the create request can be replayed.
     """
     chat_id, key = api.chat(), str(uuid4())
     body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
     with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
-        # The request has locked the chat and waits to store its response, while this transaction waits for the chat.
+        # The request has locked the chat and waits to store its response, while the test's transaction waits for the
+        # chat.
         connection.execute(text("LOCK TABLE idempotency_keys IN SHARE ROW EXCLUSIVE MODE"))
         answer = in_background(pool, api, lambda: api.post(FOLLOW_UPS, body, **{"idempotency-key": key}))
         connection.execute(text("SELECT FROM chats WHERE id = :id FOR UPDATE"), {"id": chat_id})

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from world import World
 
 SOON = 0.1 / 86_400
-"""A time in days, within the next two ticks."""
+"""A time within the next two ticks, in days."""
 
 
 def test_nudge(settings: Settings, world: World) -> None:

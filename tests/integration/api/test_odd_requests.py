@@ -76,13 +76,13 @@ def test_links_lead_to_pages(api: Api) -> None:
 def test_odd_queries(api: Api, query: str) -> None:
     """An invalid number, or a filter without a value, is rejected with 422.
 
-    It does not list every follow-up.
+    A list request with an invalid filter does not return every follow-up.
     """
     is_problem(api.client.get(f"{FOLLOW_UPS}?{query}"), 422, "invalid-request")
 
 
 def test_message_of_a_chat_stays_known(api: Api) -> None:
-    """A repeated message gets its first response, even after its chat was removed."""
+    """A repeated chat message gets its first response, even after its chat was removed."""
     message_id = str(uuid4())
     body = {"id": message_id, "chatId": str(uuid4()), "role": "agent"}
     assert [api.post(CHAT_MESSAGES, body).status_code for _ in range(2)] == [201, 200]

@@ -29,13 +29,13 @@ BINARIES = Path(sys.executable).parent
 
 SEED = "20240601"
 EXAMPLES = "8"
-"""Random requests per operation, in addition to those derived from the schemas' limits."""
+"""Random requests per operation, in addition to requests derived from the schemas' limits."""
 
 
 def test_snapshot() -> None:
-    """The document equals the reviewed output of ``followups openapi`` in `openapi.json`.
+    """The OpenAPI document equals the reviewed one in `openapi.json`.
 
-    To update it, run ``followups openapi > tests/integration/api/openapi.json``.
+    To update the file, run ``followups openapi > tests/integration/api/openapi.json``.
     """
     assert openapi_document() == json.loads(SNAPSHOT.read_text())
 
@@ -48,9 +48,9 @@ def test_valid() -> None:
 
 
 def test_complete() -> None:
-    """Every response has a schema and an example, and every error is an RFC 9457 problem.
+    """Every response in the OpenAPI document has a schema and an example.
 
-    Every endpoint requires an API key.
+    Every error is an RFC 9457 problem, and every endpoint requires an API key.
     """
     for path, operations in openapi_document()["paths"].items():
         for operation in operations.values():
@@ -125,7 +125,7 @@ def generated(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 def test_generated_client(api: Api, generated: ModuleType) -> None:
     """A generated client creates, lists and reschedules follow-ups and receives errors as problems.
 
-    It also sees that a reply cancels a follow-up.
+    The generated client also sees that a reply cancels a follow-up.
     """
 
     def part(name: str) -> Any:

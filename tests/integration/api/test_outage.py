@@ -26,9 +26,9 @@ KEY = {"authorization": f"fup_{'A' * 43}"}
 
 
 def test_nothing_reachable() -> None:
-    """Without database and broker, the process starts, is alive and rejects requests.
+    """Without database and broker, the web process starts, is alive and rejects requests.
 
-    Its readiness check names what is missing.
+    The readiness check names the missing servers.
     """
     nobody = f"127.0.0.1:{free_port()}"
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
@@ -87,7 +87,7 @@ def test_database_restart(settings: Settings) -> None:
 
 
 def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
-    """On SIGTERM, the process completes a running request and then exits."""
+    """On SIGTERM, the web process completes a running request and then exits."""
     with Processes() as processes:
         child, url = start(processes, settings.environment())
         api = Api(url, world)
@@ -124,7 +124,7 @@ def test_stop_lets_requests_finish(settings: Settings, world: World) -> None:
     ],
 )
 def test_wrong_settings(variables: dict[str, str], names: list[str]) -> None:
-    """With an invalid setting, the process exits with code 2 and a one-sentence error that names it."""
+    """With an invalid setting, the web process exits with code 2 and a one-sentence error that names it."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("COV")}
     kept["PATH"] = str(Path(sys.executable).parent)
     run = subprocess.run(command("web"), env=kept | variables, capture_output=True, text=True, check=False, timeout=60)

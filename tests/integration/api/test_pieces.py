@@ -16,9 +16,9 @@ LONG = "\N{GRINNING FACE}" * 65_536
 
 
 def test_a_page_of_long_messages_is_whole(api: Api) -> None:
-    """A page sent in pieces equals the single responses in follow-ups, fields and order.
+    """A page sent in pieces equals the responses for single follow-ups in content and order.
 
-    The page also links to the next page.
+    A page sent in pieces also links to the next page.
     """
     chat = api.chat()
     texts = ["short", LONG, "x" * 60_000, "", "y", "z" * 65_536, "\u0001" * 1000, LONG[:-1], "last"]
@@ -34,7 +34,7 @@ def test_a_page_of_long_messages_is_whole(api: Api) -> None:
 
 
 def test_no_text_is_kept_for_a_repeated_request(api: Api) -> None:
-    """The stored response contains no message.
+    """The response stored for an idempotency key contains no message.
 
     A repeated request still gets the complete first response.
     """

@@ -38,14 +38,14 @@ def test_unknown_path(api: Api, path: str) -> None:
     ],
 )
 def test_method_not_allowed(api: Api, method: str, path: str, allowed: str) -> None:
-    """An unsupported method returns 405 with the supported methods."""
+    """An unsupported method returns 405 with a list of the supported methods."""
     answer = api.client.request(method, path)
     is_problem(answer, 405, "method-not-allowed")
     assert answer.headers["allow"] == allowed
 
 
 def test_unknown_method(api: Api) -> None:
-    """A method unknown to HTTP is a bad request."""
+    """A method unknown to HTTP is rejected as a bad request."""
     is_problem(api.client.request("BREW", FOLLOW_UPS), 400, "bad-request")
 
 
@@ -57,9 +57,9 @@ def test_every_error_at_once(api: Api) -> None:
 
 
 def test_body_too_large(api: Api) -> None:
-    """A body above the size limit is rejected with 413, with a declared length or in chunks.
+    """A request body above the size limit is rejected with 413, with a declared length or in chunks.
 
-    The process continues to serve.
+    The web process continues to serve requests.
     """
     for content in (b"x" * (MEGABYTE + 1), chunks(MEGABYTE + 1)):
         answer = api.client.post(FOLLOW_UPS, content=content)
@@ -75,7 +75,7 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 def test_endless_body_is_not_read(api: Api) -> None:
-    """A body whose declared length is above the limit is rejected before it is sent."""
+    """A request body whose declared length is above the limit is rejected before it is sent."""
     with connect(api) as connection:
         connection.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 99999999999\r\n\r\n")
         assert b" 413 " in connection.recv(100)

@@ -38,7 +38,10 @@ def post(api: Api, chat: str, **headers: str) -> httpx.Response:
 
 
 def test_pending_follow_ups(api: Api, other: Api) -> None:
-    """A workspace at its quota can create no follow-up until one ends; other workspaces are not affected."""
+    """A workspace at its quota can create no follow-up until a pending one ends.
+
+    Other workspaces are not affected.
+    """
     chats = [api.chat() for _ in range(4)]
     allow(api, Kind.PENDING, 3)
     created = [post(api, chat).json() for chat in chats[:3]]
@@ -72,7 +75,7 @@ def test_a_refusal_is_not_remembered(api: Api) -> None:
 
 
 def test_from_python(api: Api) -> None:
-    """The quota also applies to `schedule` and `schedule_many`, which creates all or none."""
+    """The quota also applies to `schedule` and `schedule_many`; the latter creates all or none."""
     world, chats = api.world, [UUID(api.chat()) for _ in range(3)]
     allow(api, Kind.PENDING, 2)
     many = [Planned(chat, "?", DUE) for chat in chats]
@@ -101,7 +104,7 @@ def test_without_a_quota_it_costs_nothing(api: Api) -> None:
 def test_chats(api: Api) -> None:
     """A workspace at its quota of chats gets no new chat, neither by PUT nor by a message.
 
-    Removing a chat allows a new one.
+    Removing a chat allows a new one to be created.
     """
     first, second, third = (str(uuid4()) for _ in range(3))
     allow(api, Kind.CHATS, 2)

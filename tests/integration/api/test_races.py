@@ -1,7 +1,7 @@
 """Races of reply and create, cancel and deliver, patch and tick, over concurrent connections.
 
-One transaction stops halfway while it holds its locks, the other one starts, and then the first continues. No test
-sleeps, because PostgreSQL reports when the second transaction waits.
+One transaction stops halfway while it holds its locks, a second transaction starts, and then the first one continues.
+The tests do not sleep, because PostgreSQL reports when the second transaction waits.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ def waits(api: Api) -> bool:
 def in_background(
     pool: ThreadPoolExecutor, api: Api, work: Callable[[], httpx.Response]
 ) -> Callable[[], httpx.Response]:
-    """Start a request in the background, and wait until it is blocked by a lock.
+    """Start a request in the background, wait until a lock blocks it, and return a function.
 
-    Return a function that returns the response.
+    The function returns the response to the request.
     """
     future = pool.submit(work)
     wait_until(lambda: waits(api))
@@ -79,10 +79,10 @@ def engine(web_engine: Engine) -> Engine:
 
 
 class TestReplyAgainstCreate:
-    """A follow-up created during a reply does not escape being cancelled."""
+    """A follow-up created during a reply is also cancelled."""
 
     def test_create_first(self, api: Api, engine: Engine) -> None:
-        """A reply that arrives during a create request waits for it and cancels the created follow-up."""
+        """A reply that arrives during a create request waits and then cancels the created follow-up."""
         chat_id = api.chat()
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
             created = scheduling.schedule(
@@ -98,7 +98,7 @@ class TestReplyAgainstCreate:
         assert api.read({"id": str(created.id)})["reason"] == "user_replied"
 
     def test_reply_first(self, api: Api, engine: Engine) -> None:
-        """A create request that arrives during a reply waits for it and is rejected."""
+        """A create request that arrives during a reply waits and is then rejected."""
         chat_id = api.chat()
         body = {"chatId": chat_id, "dueDate": in_days(1), "message": "?"}
         with ThreadPoolExecutor(1) as pool, Session(engine) as session:
@@ -116,7 +116,7 @@ class TestReplyAgainstCreate:
         assert api.ids() == []
 
     def test_many(self, api: Api) -> None:
-        """Of many concurrent pairs, none leaves a pending follow-up in a chat whose user wrote last."""
+        """Of many concurrent creates and replies, none leaves a pending follow-up after a user's reply."""
         chat_ids = [api.chat() for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -139,7 +139,7 @@ class TestCancelAgainstDeliver:
     """A message whose cancel returned 200 is never sent."""
 
     def test_begin_first(self, api: Api, engine: Engine) -> None:
-        """A cancel that arrives while begin is running waits for it and is rejected with Retry-After."""
+        """A cancel that arrives while begin is running waits and is rejected with Retry-After."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             assert begin(connection, taken) == [UUID(str(created["id"]))]
@@ -151,7 +151,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["status"] == "pending"
 
     def test_cancel_first(self, api: Api, engine: Engine) -> None:
-        """A begin during or after a cancel begins no attempt and does not wait."""
+        """Begin during or after a cancel starts no attempt and does not wait."""
         created, taken = due_now(api)
         with Session(engine) as session, engine.connect() as connection:
             scheduling.cancel(session, UUID(str(created["id"])), reason="called")
@@ -162,7 +162,7 @@ class TestCancelAgainstDeliver:
         assert api.read(created)["reason"] == "called"
 
     def test_many(self, api: Api, engine: Engine) -> None:
-        """Of many concurrent pairs, each follow-up is either cancelled or begun, never both or neither."""
+        """Of many concurrent cancels and begins, each follow-up is either cancelled or begun."""
         pairs = [due_now(api) for _ in range(PAIRS)]
         together = threading.Barrier(2)
 
@@ -180,7 +180,7 @@ class TestCancelAgainstDeliver:
         assert set(outcomes) <= {(200, False), (409, True)}
 
     def test_reply_while_begun(self, api: Api, engine: Engine) -> None:
-        """A reply that arrives during begin waits for it; the begun follow-up is not retried."""
+        """A reply that arrives during begin waits; the begun follow-up is not retried."""
         created, taken = due_now(api)
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             begin(connection, taken)
@@ -191,10 +191,10 @@ class TestCancelAgainstDeliver:
 
 
 class TestPatchAgainstTick:
-    """A new due date takes effect as soon as its response is sent, even if a tick has a lease."""
+    """A new due date takes effect as soon as its response is sent, even for a claimed follow-up."""
 
     def test_claim_first(self, api: Api, engine: Engine) -> None:
-        """A reschedule that arrives during a claim waits for it and makes its lease stale."""
+        """A reschedule that arrives during a claim waits for the claim and makes its lease stale."""
         created = api.create(due="2020-01-01T00:00:00Z")
         with ThreadPoolExecutor(1) as pool, engine.connect() as connection:
             taken = [lease for lease in claim(connection) if str(lease.id) == created["id"]]

@@ -44,7 +44,7 @@ def ticking(api: Api) -> Iterator[Api]:
 def _answered(api: Api, status: int) -> Any:
     """Return the response of `/readyz`, or None if its status differs from the expected one.
 
-    The response may be a second old.
+    The response may be a second old, because it is cached.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     return answer.json() if answer.status_code == status else None
@@ -53,7 +53,7 @@ def _answered(api: Api, status: int) -> Any:
 def _refused_for(api: Api, failing: str) -> Any:
     """Return the 503 response of `/readyz` in which the given check fails, or None.
 
-    An older response may show another failed check.
+    A cached response may show another failed check.
     """
     answer = api.client.get("/readyz", headers={"authorization": ""})
     if answer.status_code != HTTPStatus.SERVICE_UNAVAILABLE:
@@ -165,7 +165,7 @@ def test_gauges(api: Api) -> None:
 
 
 def test_many_scrapes_cost_one(api: Api) -> None:
-    """Scrapes within a second get the same response, which limits their load on the database."""
+    """Metrics requests within a second get the same response, which limits their load on the database."""
     begun = time.monotonic()
     texts = {api.get("/metrics").text for _ in range(30)}
     assert len(texts) <= 2 + (time.monotonic() - begun) / TEXT_KEPT.total_seconds()

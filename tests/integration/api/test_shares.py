@@ -1,4 +1,4 @@
-"""Shares of the database: one workspace cannot block it for other workspaces.
+"""Shares of the database: one workspace cannot block the database for other workspaces.
 
 Each workspace's share of connections is limited, and deep pages are cheap.
 """
@@ -108,7 +108,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
 
 
 def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a while, a deep page starts at the same row even if new follow-ups are created."""
+    """For a while, a deep page of a list starts at the same row even if new follow-ups are created."""
     monkeypatch.setattr(deep_pages, "DEEP", 4)
     api = pair[0]
     chat_id = api.chat()
@@ -128,7 +128,7 @@ def test_deep_pages_go_on_where_they_began(pair: tuple[Api, Api], monkeypatch: p
 def test_beginnings_are_bounded_and_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """For a deep page, the nearest stored starting point before it is used.
 
-    The oldest starting points are discarded, and each one expires.
+    The oldest starting points are discarded, and each starting point expires.
     """
     starts, moment = Starts(), in_a_list(0).created_at
     for number in range(deep_pages.MOST_STARTS + 1):

@@ -33,7 +33,7 @@ def address_of(api: Api) -> tuple[str, int]:
 def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: str = "", most: int = 1) -> list[int]:
     """Send the bytes and return the statuses of the responses, as parsed by h11.
 
-    ``methods`` are the HTTP methods of the requests, in order; if there are more requests, the last one is repeated.
+    ``methods`` are the HTTP methods of the requests, in order; if there are more requests, the last method is repeated.
     After ``most`` responses the server must send nothing else for a moment. Every ``KEY`` is replaced by the API key.
     """
     statuses: list[int] = []
@@ -59,7 +59,7 @@ def answers(address: tuple[str, int], sent: bytes, methods: Sequence[str], key: 
 
 
 def piece_of(connection: socket.socket, wait: float) -> bytes:
-    """Return the next bytes, or nothing if the connection is closed or silent."""
+    """Return the next bytes received, or nothing if the connection is closed or silent."""
     connection.settimeout(wait)
     try:
         return connection.recv(65_536)
@@ -110,7 +110,7 @@ CHUNKED = b"transfer-encoding: chunked"
     ],
 )
 def test_requests_as_sent(api: Api, sent: bytes, statuses: list[int]) -> None:
-    """A request that is malformed or ambiguous in HTTP/1.1 gets 400, and its connection is closed."""
+    """A malformed or ambiguous HTTP/1.1 request gets 400, and its connection is closed."""
     method = "POST" if sent.startswith(b"POST") else "GET"
     assert answers(address_of(api), sent, [method], api.key, len(statuses)) == statuses
 
@@ -124,7 +124,7 @@ def test_answers_without_a_body(api: Api) -> None:
 
 
 def test_a_trailer_is_no_header(api: Api) -> None:
-    """A header after the body is ignored, because the headers have already been checked."""
+    """A header after the request body is ignored, because all headers have already been checked."""
     chat = api.chat()
     for text in ("one", "two"):
         body = f'{{"chatId": "{chat}", "dueDate": "2035-01-01T00:00:00Z", "message": "{text}"}}'
@@ -135,7 +135,7 @@ def test_a_trailer_is_no_header(api: Api) -> None:
 
 
 def test_pipelined_requests_are_few(api: Api) -> None:
-    """A connection may pipeline a few requests; too many end it with 400."""
+    """A connection may pipeline a few requests; too many pipelined requests end it with 400."""
     statuses = answers(address_of(api), HEALTH * 2_000, ["GET"], most=server.MAX_PIPELINED)
     assert statuses[-1] == 400
     assert statuses[:-1] == [200] * len(statuses[:-1])
@@ -144,7 +144,7 @@ def test_pipelined_requests_are_few(api: Api) -> None:
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET /healthz HTTP/1.1\r\nhost: a\r\nx: ", HEALTH + b"GET /"])
 def test_an_endless_head(api: Api, start: bytes) -> None:
-    """An endless request head gets 431 once it is too long."""
+    """An endless request head gets 431 once it exceeds the limit."""
     with socket.create_connection(address_of(api), timeout=10) as connection:
         received = b""
         try:
@@ -173,7 +173,7 @@ def small(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple
 
 
 def unread(address: tuple[str, int], sent: bytes) -> socket.socket:
-    """Return a connection with a small window that has sent the bytes and reads no response."""
+    """Send bytes on a new connection with a small receive window, and return it without reading."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.settimeout(10)
@@ -225,7 +225,7 @@ def test_unread_answers_have_a_budget(settings: Settings, world: World, monkeypa
 
 
 def test_unread_connections_make_room(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """If no connection is idle, one whose client does not read is closed to admit a new one."""
+    """If no connection is idle, a connection whose client does not read is closed to admit a new one."""
     page = big_page(world)
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 3)
     with served(settings) as address:

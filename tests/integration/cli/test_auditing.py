@@ -37,9 +37,9 @@ def actions(run: Run, *arguments: object) -> list[str]:
 
 
 def test_each_command_is_recorded(run: Run) -> None:
-    """Each change of workspaces, keys, pauses, limits and sending hours is recorded once.
+    """Each change of workspaces, keys, pauses, limits and sending hours leaves one audit event.
 
-    The actor is the operating-system user.
+    The audit event's actor is the operating-system user.
     """
     assert run("api-key", "create", "--workspace", "acme").code == 2  # workspace "acme" does not exist yet
     run("workspace", "create", "acme")

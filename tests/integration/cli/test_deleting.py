@@ -64,7 +64,7 @@ def test_what_does_not_end_is_said(run: Run, world: World, monkeypatch: pytest.M
 
 
 def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
-    """Without a terminal for the confirmation, the command deletes nothing."""
+    """Without a terminal for the confirmation, the delete command deletes nothing."""
     ran = run("workspace", "delete", world.workspace_id)
     assert ran.code == 2
     assert "--yes" in ran.stderr
@@ -73,7 +73,10 @@ def test_without_a_terminal_it_needs_yes(run: Run, world: World) -> None:
 
 @pytest.mark.parametrize(("typed", "code"), [("{name}", 0), ("y", 1), ("", 1)])
 def test_it_asks_for_the_name(run: Run, world: World, typed: str, code: int) -> None:
-    """On a terminal the name must be typed to confirm; any other input changes nothing."""
+    """On a terminal, the workspace's name must be typed to confirm its deletion.
+
+    Any other input changes nothing.
+    """
     name = str(world.workspace_id)
     main, terminal = pty.openpty()
     command = [sys.executable, "-m", "followups.cli", "workspace", "delete", name]

@@ -19,7 +19,7 @@ def test_all_well(world: World, engine: Engine) -> None:
 
 
 def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
-    """An unreadable row is reported; after its correction, the advised SQL restores the constraint."""
+    """Doctor reports an unreadable row; after its correction, the advised SQL restores the constraint."""
     bad = world.follow_up()
     world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")
@@ -36,7 +36,7 @@ def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
-    """A constraint that was never validated is reported like a missing one."""
+    """Doctor reports a constraint that was never validated like a missing one."""
     name = "ck_follow_ups_due_date_is_readable"
     world.sql(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"
@@ -45,7 +45,7 @@ def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> 
 
 
 def test_ids_that_are_used(world: World, engine: Engine) -> None:
-    """A sequence behind its table is reported, and the advised SQL corrects it."""
+    """Doctor reports a sequence that is behind its table, and the advised SQL corrects the sequence."""
     follow_up = world.follow_up()
     record = "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail) VALUES (:id, 1, 'retry', '')"
     for _ in range(3):

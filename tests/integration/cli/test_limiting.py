@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def test_set_listed_changed_and_cleared(run: Run, world: World) -> None:
-    """A limit is listed as entered; setting it again changes it, and clearing it removes it."""
+    """A rate limit is listed as entered; setting it again changes it, and clearing it removes it."""
     name = str(world.workspace_id)
     assert run("limit", "set", "50/s", "--workspace", name).stdout == f"Workspace {name}: 50/s, 50 at once.\n"
     ran = run("limit", "set", "20/min", "--channel", "whatsapp", "--each", "chat")
@@ -91,7 +91,7 @@ def test_shown_of_what_waits(run: Run, world: World) -> None:
 def test_quotas(run: Run, world: World) -> None:
     """A quota can be set, shown with its usage, changed and removed; each change is audited.
 
-    Invalid input is rejected.
+    Invalid quotas are rejected.
     """
     name = str(world.workspace_id)
     world.follow_up()

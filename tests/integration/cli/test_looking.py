@@ -49,7 +49,7 @@ SIGNED = {"FOLLOWUPS_TRANSPORT_SECRET": "whsec_c2VjcmV0c2VjcmV0c2VjcmV0c2VjcmV0"
 def fill(world: World) -> None:
     """Insert two overdue follow-ups (one in flight), one waiting, one due later and 100 sent ones.
 
-    The sent ones were 1 to 100 ms late.
+    The 100 sent follow-ups were 1 to 100 ms late.
     """
     overdue = world.follow_up(due=-MINUTE)
     world.follow_up(due=-MINUTE, waits_for=overdue)
@@ -65,7 +65,7 @@ class TestStats:
     """The command `followups stats`."""
 
     def test_counts_are_exact(self, run: Run, world: World) -> None:
-        """Pending, waiting, overdue, in-flight and final follow-ups are counted exactly.
+        """`stats` counts pending, waiting, overdue, in-flight and final follow-ups exactly.
 
         The age of the oldest overdue follow-up is shown.
         """
@@ -78,7 +78,7 @@ class TestStats:
         assert 60 <= found["oldestOverdueSeconds"] < 120
 
     def test_lag_and_throughput(self, run: Run, world: World) -> None:
-        """Lag is shown as nearest-rank percentiles and throughput per minute, over the window's messages."""
+        """`stats` shows lag percentiles by nearest rank and throughput per minute for the chosen window."""
         fill(world)
         found = run("stats", "--minutes", 10, "--json").document
         assert found["lagMs"] == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
@@ -133,7 +133,7 @@ class TestStats:
         assert "due, and held until the sending hours" in shown
 
     def test_watching_a_pipe_is_one_line_a_look(self, environment: pytest.MonkeyPatch, world: World) -> None:
-        """In a pipe, --watch prints a line or JSON for each sample until Ctrl-C, which is not a failure."""
+        """In a pipe, `stats --watch` prints a line or JSON per sample until Ctrl-C, which is not a failure."""
         del environment
         fill(world)
         command = [sys.executable, "-m", "followups.cli", "stats", "--watch", "--interval", "0.2", "--json"]
@@ -147,7 +147,7 @@ class TestStats:
 
 
 def test_the_dashboard(running: Stack) -> None:
-    """On a terminal, --watch shows counts, sends, attempts by outcome, workers and ticks until Ctrl-C."""
+    """On a terminal, `stats --watch` shows counts, sends, attempts, workers and ticks until Ctrl-C."""
     world = type(running.world)(running.world.engine)
     limited = world.chat()
     running.behave(limited, kind="reject", status=403, times=1)
@@ -204,7 +204,7 @@ class TestDoctor:
 
     @pytest.mark.xdist_group("running")
     def test_a_system_that_runs_is_well(self, running: Stack) -> None:
-        """On a running system every check passes, the exit code is 0, and no secret is shown."""
+        """On a running system, every check of doctor passes, the exit code is 0, and no secret is shown."""
         ran = doctor("--json", **running.environment(), **SIGNED)
         report = json.loads(ran.stdout)
         assert [check["name"] for check in report["checks"] if not check["ok"]] == []
@@ -218,7 +218,7 @@ class TestDoctor:
 
     @pytest.mark.usefixtures("environment")
     def test_what_does_not_run_is_named_with_what_to_do(self, world: World) -> None:
-        """Without workers, beat and receiver the exit code is 1, and each failed check gives advice."""
+        """Without workers, beat and receiver, doctor exits with code 1, and each failed check gives advice."""
         world.sql("UPDATE dispatcher_state SET last_tick_at = now() - interval '1 hour'")
         ran = doctor()
         assert ran.returncode == 1
@@ -231,7 +231,7 @@ class TestDoctor:
             assert said in ran.stdout
 
     def test_servers_that_are_away(self, run: Run, environment: pytest.MonkeyPatch) -> None:
-        """An unreachable database and broker are named without passwords; dependent checks are skipped."""
+        """Doctor names an unreachable database and broker without passwords, and skips dependent checks."""
         environment.setenv("FOLLOWUPS_DATABASE_URL", "postgresql://me:hidden@127.0.0.1:9/chats")
         environment.setenv("FOLLOWUPS_BROKER_URL", "redis://:hidden@127.0.0.1:9/0")
         ran = run("doctor", "--json")
@@ -243,7 +243,7 @@ class TestDoctor:
         assert "hidden" not in ran.stdout + ran.stderr
 
     def test_an_old_schema(self, settings: Settings, engine: Engine, world: World) -> None:
-        """An old or missing schema fails the check, with advice to run `migrate`."""
+        """An old or missing schema fails doctor's check, with advice to run `migrate`."""
         world.sql("UPDATE alembic_version SET version_num = '0001'")
         old = {finding.name: finding for finding in database_checks.databases(settings, engine)}["migrations"]
         assert old.detail.startswith("0001; the newest is ")
@@ -265,7 +265,7 @@ class TestDoctor:
     def test_brokers(
         self, settings: Settings, monkeypatch: pytest.MonkeyPatch, information: dict[str, Any], advice: str
     ) -> None:
-        """A broker that is too old or may evict keys fails the check."""
+        """A broker that is too old or may evict keys fails doctor's check."""
         monkeypatch.setattr(broker_checks.redis.Redis, "info", lambda _self: information)
         found = "".join(finding.advice for finding in broker_checks.broker(settings))
         assert found.startswith(advice)

@@ -48,7 +48,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403", ago: timedelta = HO
 
 
 def copies(world: World, original: UUID) -> list[Any]:
-    """Return the retries of this follow-up."""
+    """Return the retries of a follow-up."""
     with world.engine.connect() as connection:
         query = text("SELECT * FROM follow_ups WHERE retry_of = :id")
         return list(connection.execute(query, {"id": original}))
@@ -58,7 +58,7 @@ class TestCancel:
     """The commands `followups cancel --chat` and `--workspace`."""
 
     def test_a_dry_run_changes_nothing(self, run: Run, world: World) -> None:
-        """A dry run prints the count and a sample, as text or JSON, and changes nothing."""
+        """A dry run of a bulk cancel prints the count and a sample, as text or JSON, and changes nothing."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 8)]
         world.follow_up(due=HOUR)
@@ -72,7 +72,7 @@ class TestCancel:
         assert {row.status for row in world.rows()} == {"pending"}
 
     def test_one_chat(self, run: Run, world: World) -> None:
-        """With --chat, only the chat's pending follow-ups are cancelled, with the given reason."""
+        """With --chat, a bulk cancel affects only the chat's pending follow-ups and stores the given reason."""
         chat = world.chat()
         ids = [world.follow_up(chat, HOUR * n) for n in range(1, 4)]
         other, ended = world.follow_up(due=HOUR), failed(world, chat=chat)
@@ -82,9 +82,9 @@ class TestCancel:
         assert (world.row(other).status, world.row(ended).status) == ("pending", "failed")
 
     def test_a_workspace_in_batches(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The follow-ups of a workspace are cancelled in batches; other workspaces are unchanged.
+        """A bulk cancel of a workspace runs in batches and does not affect other workspaces.
 
-        A second run finds no follow-up to cancel.
+        A second run of the command finds no follow-up to cancel.
         """
         monkeypatch.setattr(bulk_cancel, "BATCH", 7)
         ids = world.burst([HOUR] * 40)
@@ -98,7 +98,7 @@ class TestCancel:
         assert run("cancel", "--workspace", world.workspace_id, "--yes", "--json").document["matched"] == 0
 
     def test_what_is_in_flight_is_only_kept_from_another_try(self, run: Run, world: World) -> None:
-        """A follow-up in flight is not cancelled; the request is stored to prevent a retry, and reported."""
+        """A bulk cancel does not end a follow-up in flight, but prevents its retry and reports it."""
         later = datetime.now(UTC) + HOUR
         in_flight = world.follow_up(begun_at=later, lease_until=later)
         waiting = world.follow_up(world.row(in_flight).chat_id, HOUR, waits_for=in_flight)
@@ -109,7 +109,10 @@ class TestCancel:
         assert world.row(waiting).status == "cancelled"
 
     def test_what_somebody_holds_is_come_back_to(self, run: Run, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A row that stays locked by another transaction is skipped and counted; other rows are cancelled."""
+        """A bulk cancel skips and counts a row that stays locked by another transaction.
+
+        All other rows are cancelled.
+        """
         monkeypatch.setattr(bulk, "PAUSE", 0.01)
         held, free = world.follow_up(due=HOUR), world.follow_up(due=HOUR)
         with world.engine.connect() as other:
@@ -152,7 +155,7 @@ class TestRetry:
     def test_all_that_failed_since(self, run: Run, world: World) -> None:
         """Each follow-up that failed since the given time is retried now, with its message and chat.
 
-        Earlier failures are not retried.
+        Follow-ups that failed earlier are not retried.
         """
         ids = [failed(world) for _ in range(3)]
         early = failed(world, ago=3 * HOUR)
@@ -207,7 +210,7 @@ class TestRetry:
         assert found == {"dryRun": False, "matched": 5, "interrupted": False} | counts
 
     def test_those_over_the_quota_are_counted(self, run: Run, world: World) -> None:
-        """Retries over the quota are rejected and counted, and the command continues."""
+        """A bulk retry counts retries rejected by the quota, and continues."""
         with world.engine.begin() as opened:
             quotas.put(opened, world.workspace_id, quotas.Kind.PENDING, 2)
         for _ in range(5):
@@ -231,7 +234,10 @@ class TestRetry:
         assert (found["retried"], found["notFound"]) == (1, 1)
 
     def test_one_by_its_id_and_then_all(self, run: Run, world: World) -> None:
-        """A bulk retry skips a follow-up that was already retried by id; by id it can be retried again."""
+        """A bulk retry skips a follow-up that was already retried by id.
+
+        The same follow-up can be retried by id again.
+        """
         original = failed(world)
         assert run("retry", original).code == 0
         assert run("retry", "--failed", "--since", "2h", "--yes", "--json").document["matched"] == 0
@@ -331,7 +337,7 @@ def typed(command: list[str], answer: bytes) -> tuple[int, str]:
 
 
 def test_somebody_to_ask(environment: pytest.MonkeyPatch, world: World) -> None:
-    """On a terminal, a bulk command shows the count and some ids, and asks for confirmation.
+    """On a terminal, a bulk command shows the count and some ids and requires confirmation.
 
     The answer no changes nothing, and yes runs the command.
     """

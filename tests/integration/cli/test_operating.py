@@ -34,7 +34,7 @@ FAILED = {"status": "failed", "reason": "rejected: HTTP 403 no", "finished_at": 
 
 @pytest.fixture(autouse=True)
 def nudges(monkeypatch: pytest.MonkeyPatch) -> list[datetime]:
-    """Return the due dates for which a tick would be requested; no request is sent."""
+    """Return the due dates for which a command would request a tick; no request is sent."""
     told: list[datetime] = []
     monkeypatch.setattr(connection, "nudge_if_soon", lambda due, _now: told.append(due))
     return told
@@ -72,7 +72,7 @@ class TestCancel:
             assert world.row(follow_up) == before
 
     def test_an_unfit_reason_is_wrong_usage(self, run: Run, world: World) -> None:
-        """An empty reason is a usage error, and `cancel` changes nothing."""
+        """`cancel` with an empty reason is a usage error and changes nothing."""
         follow_up = world.follow_up(due=HOUR)
         assert run("cancel", follow_up, "--reason", "").code == 2
         assert world.row(follow_up).status == "pending"
@@ -113,7 +113,7 @@ class TestRetry:
     def test_a_new_one_is_made(self, run: Run, world: World, nudges: list[datetime]) -> None:
         """`retry` creates a new follow-up with the failed one's message and chat, due now.
 
-        The failed follow-up is unchanged, and the new id is printed.
+        The failed follow-up is unchanged, and the id of the new one is printed.
         """
         failed = world.follow_up(**FAILED, message="Hello")
         before = world.row(failed)
@@ -148,7 +148,7 @@ def _reschedule_in_a_process(follow_up: UUID) -> None:
 def test_what_is_due_soon_asks_for_a_tick(environment: pytest.MonkeyPatch, world: World, broker_url: str) -> None:
     """A change that makes a follow-up due before the next tick requests a tick.
 
-    An unreachable broker is not a failure.
+    The command succeeds even if the broker is unreachable.
     """
     follow_up = world.follow_up(due=HOUR)
     _reschedule_in_a_process(follow_up)

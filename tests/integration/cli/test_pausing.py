@@ -37,7 +37,7 @@ def _no_tick(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, settings: Settings) -> None:
     """A pause is listed with the number of follow-ups it holds.
 
-    Resuming prints how many follow-ups continue, and what is still paused.
+    `resume` prints how many follow-ups continue, and what is still paused.
     """
     name = str(world.workspace_id)
     assert run("pause", "--workspace", name).stdout == f"Workspace {name} is paused.\n"
@@ -63,7 +63,7 @@ def test_paused_listed_and_resumed(run: Run, world: World, engine: Engine, setti
 
 
 def test_resuming_goes_on_where_it_was_broken_off(run: Run, world: World, engine: Engine, settings: Settings) -> None:
-    """If a resume was interrupted after it ended the pause, the next one releases the other follow-ups."""
+    """If `resume` was interrupted after it ended the pause, the next run releases the other follow-ups."""
     name = str(world.workspace_id)
     run("pause", "--workspace", name)
     world.follow_up()
@@ -77,7 +77,7 @@ def test_it_waits_for_what_is_beginning(
 ) -> None:
     """`pause` waits until no worker has an open transaction that may have missed the pause.
 
-    If such a transaction stays open, the command reports it.
+    If such a transaction stays open, `pause` reports it.
     """
     monkeypatch.setattr(pause, "UNDER_WAY", 0.3)
     url = settings.database_url.get_secret_value()

@@ -72,7 +72,7 @@ def test_a_dry_run_changes_nothing(run: Run, world: World, tmp_path: Path) -> No
 def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, texts: bool) -> None:
     """Deleted rows are archived as one JSON object per line, in a file that only its owner can read.
 
-    Message texts are included only with --message.
+    The archive contains message texts only with --message.
     """
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
@@ -92,7 +92,7 @@ def test_archived(run: Run, world: World, tmp_path: Path, monkeypatch: pytest.Mo
 def test_nothing_is_deleted_that_is_not_archived(
     run: Run, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk is full, the archive has complete batches, and other rows stay in the database."""
+    """If the disk is full, the archive contains whole batches and other rows stay in the database."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
     real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
@@ -122,9 +122,9 @@ def test_an_archive_is_not_written_over(run: Run, world: World, tmp_path: Path) 
 
 @pytest.mark.parametrize("options", [(), ("--older-than", "90"), ("--older-than", "-1d"), ("--older-than", "9999999d")])
 def test_wrong_ages(run: Run, world: World, options: tuple[str, ...]) -> None:
-    """An invalid age is a usage error, reported in one sentence.
+    """`prune` with an invalid age is a usage error, reported in one sentence.
 
-    So is a missing confirmation without a terminal.
+    `prune` without a terminal and without a confirmation is a usage error, too.
     """
     ended(world, 91)
     ran = run("prune", *options, "--yes")

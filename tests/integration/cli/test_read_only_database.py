@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def test_it_is_called_read_only(settings: Settings, world: World, database_url: str, *, any_server: bool) -> None:
     """Readiness and doctor report a read-only database, whether it accepts or rejects connections.
 
-    No finding advises to start more workers.
+    No finding of doctor advises to start more workers.
     """
     world.follow_up(due=-timedelta(hours=1))
     url = whatever_it_is(database_url) if any_server else database_url

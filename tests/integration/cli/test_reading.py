@@ -40,7 +40,7 @@ class TestList:
     """The command `followups list`."""
 
     def test_the_json_form_is_the_api_s_without_the_text(self, run: Run, world: World) -> None:
-        """Each JSON entry has exactly the API's fields; the message is null unless --message is given."""
+        """Each JSON entry of `list` has exactly the API's fields; the message is null without --message."""
         follow_up = world.follow_up(due=HOUR)
         [entry] = run("list", "--json").document
         assert list(entry) == FIELDS
@@ -112,7 +112,10 @@ class TestShow:
         assert run("show", follow_up, "--json", "--message").document["message"] == "Still there?"
 
     def test_it_tells_that_the_transport_is_left_alone(self, run: Run, world: World, settings: Settings) -> None:
-        """`show` gives the open breaker as the reason why a due follow-up waits, but not for one due later."""
+        """`show` names the open breaker as the reason why a due follow-up waits.
+
+        For a follow-up that is due later, `show` does not mention the breaker.
+        """
         due, later = world.follow_up(due=-HOUR), world.follow_up(due=HOUR)
 
         async def fail() -> None:
@@ -138,7 +141,7 @@ class TestShow:
         assert "is sent in" in shown["explanation"]
 
     def test_it_is_readable(self, run: Run, world: World) -> None:
-        """As text, `show` prints facts, the explanation and failed attempts; the message only with --message."""
+        """`show` prints facts, the explanation and failed attempts as text, and the message with --message."""
         follow_up = world.follow_up(
             status="sent",
             finished_at=datetime(2030, 1, 31, tzinfo=UTC),
@@ -160,7 +163,7 @@ class TestShow:
         assert "Still there?" in run("show", follow_up, "--message").stdout
 
     def test_one_that_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown id is a usage error with a message."""
+        """`show` with an unknown id is a usage error with a message."""
         ran = run("show", uuid4())
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The follow-up was not found; followups list shows which there are.\n"
@@ -195,7 +198,7 @@ class TestShow:
 def test_a_new_user_finds_out_why(run: Run, world: World) -> None:
     """The top-level help leads a new user to the reason why a follow-up was not sent.
 
-    It names the command that finds a follow-up and the one that explains it.
+    The help names the command that finds a follow-up and the command that explains it.
     """
     chat = world.chat()
     failed = world.follow_up(chat, **FAILED)

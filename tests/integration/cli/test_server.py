@@ -28,12 +28,12 @@ def found(url: str) -> dict[str, Finding]:
 
 
 def test_usual_settings(database_url: str) -> None:
-    """A server with PostgreSQL's default settings has no findings."""
+    """Doctor has no findings about a server with PostgreSQL's default settings."""
     assert found(database_url) == {}
 
 
 def test_defaults_of_others(database_url: str) -> None:
-    """A stricter default isolation level is shown; asynchronous commit fails the check, with advice."""
+    """Doctor shows a stricter default isolation level; asynchronous commit fails the check, with advice."""
     set_defaults(database_url, {**HOSTILE, "synchronous_commit": "off"})
     findings = found(database_url)
     assert findings.keys() == {"isolation", "durability"}
@@ -56,7 +56,7 @@ def test_defaults_of_others(database_url: str) -> None:
     ],
 )
 def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
-    """The durability check passes if commits survive the crash of one machine.
+    """Doctor's durability check passes if commits survive the crash of one machine.
 
     Without synchronous standbys, `local` is as safe as `on`.
     """
@@ -66,7 +66,10 @@ def test_durability(commit: str, standbys: str, *, forgets: bool) -> None:
 @pytest.mark.skipif(PROGRAM is None, reason=MISSING)
 @pytest.mark.parametrize(("mode", "ok"), [("session", True), ("transaction", False)])
 def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) -> None:
-    """A pooler that changes sessions between transactions fails the check; one that keeps them passes."""
+    """A pooler that changes sessions between transactions fails doctor's check.
+
+    A pooler that keeps sessions passes the check.
+    """
     with PgBouncer(database_url, pool_mode=mode) as pooler:
         assert found(pooler.url()) == {}
         engine = make_engine(pooler.url(), pool_size=1)
@@ -78,7 +81,10 @@ def test_poolers(settings: Settings, database_url: str, mode: str, *, ok: bool) 
 
 @pytest.mark.parametrize("encoding", ["LATIN1", "SQL_ASCII"])
 def test_another_encoding(settings: Settings, postgres_url: str, encoding: str) -> None:
-    """If the database cannot store every text, the check fails with advice, and other checks are skipped."""
+    """If the database cannot store every text, doctor's check fails with advice.
+
+    Doctor then skips the other checks.
+    """
     url = create_database_of_encoding(postgres_url, name := f"test_{uuid4().hex}", encoding)
     engine = make_engine(url, pool_size=1)
     (finding,) = database_checks.databases(settings, engine)

@@ -78,7 +78,7 @@ class TestMigrate:
         )
 
     def test_a_newer_schema_is_left_alone(self, run: Run, world: World) -> None:
-        """A newer, unknown schema is not changed, and the error names the version to install."""
+        """`migrate` does not change a newer, unknown schema, and its error says what to install."""
         world.sql("UPDATE alembic_version SET version_num = '9999'")
         ran = run("migrate")
         assert ran.code == 1
@@ -109,7 +109,7 @@ class TestWorkspace:
         assert run("workspace", "list", "--json").document == [created | {"sendingHours": None}]
 
     def test_results_are_for_people_too(self, run: Run) -> None:
-        """Without --json, a result is printed as a line and a list as a table, with hints on stderr."""
+        """Without --json, a command prints a result as a line and a list as a table, with hints on stderr."""
         assert run("workspace", "list").stderr.startswith("There is no workspace yet")
         created = run("workspace", "create", "acme")
         assert re.fullmatch(r"acme \([0-9a-f-]{36}\)\n", created.stdout)
@@ -151,7 +151,7 @@ class TestApiKey:
         assert key not in listed.stdout + run("api-key", "list").stdout
 
     def test_a_key_may_expire(self, run: Run) -> None:
-        """A key created with --expires is rejected after that time; only such a key has an expiresAt."""
+        """A key created with --expires is rejected after that time; a key without --expires has no expiresAt."""
         run("workspace", "create", "acme")
         ran = run("api-key", "create", "--workspace", "acme", "--expires", "90d")
         assert "It expires at " in ran.stderr
@@ -176,7 +176,7 @@ class TestApiKey:
         assert run("api-key", "list", "--json").document[0]["revokedAt"] == revoked
 
     def test_what_is_not_there_is_an_error(self, run: Run) -> None:
-        """An unknown workspace or key is a usage error, with advice on where to find existing ones."""
+        """An unknown workspace or key is a usage error; the error explains how to list the existing ones."""
         ran = run("api-key", "create", "--workspace", "acme")
         assert (ran.code, ran.stdout) == (2, "")
         assert ran.stderr == "followups: The workspace was not found; followups workspace list shows which there are.\n"
@@ -203,7 +203,7 @@ class TestHours:
         monkeypatch.setattr(connection, "ask_for_tick", lambda: None)
 
     def test_set_shown_and_cleared(self, run: Run) -> None:
-        """Sending hours can be set, shown, listed and cleared; without options they are shown."""
+        """Sending hours can be set, listed and cleared; without options, the command shows them."""
         run("workspace", "create", "acme")
         assert run("workspace", "hours", "acme").stdout == "acme sends at every hour\n"
         ran = run("workspace", "hours", "acme", *BERLIN, "--days", "mon-fri")
@@ -238,7 +238,7 @@ class TestHours:
         ],
     )
     def test_wrong_hours(self, run: Run, options: tuple[str, ...]) -> None:
-        """An invalid time zone, time or day is a usage error in one sentence and sets nothing."""
+        """An invalid time zone, time or day of sending hours is a usage error and sets nothing."""
         run("workspace", "create", "acme")
         ran = run("workspace", "hours", "acme", *options)
         assert (ran.code, ran.stdout) == (2, "")

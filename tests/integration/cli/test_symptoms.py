@@ -53,7 +53,7 @@ def test_transactions_that_it_may_not_see(settings: Settings, engine: Engine, un
 
 
 def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
-    """Follow-ups overdue by more than a lease and a tick are reported as too slow, with advice."""
+    """Doctor reports follow-ups overdue by more than a lease and a tick, and advises where to look."""
     world.follow_up(due=-timedelta(minutes=2))
     backlog = found(settings, engine)["backlog"]
     assert backlog.detail.startswith("1 pending, 0 in flight, 1 overdue, the oldest by 2 min")
@@ -61,7 +61,7 @@ def test_overdue(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: World) -> None:
-    """Lost and unanswered attempts of the last hour are reported, with advice."""
+    """Doctor reports lost and unanswered attempts of the last hour, and advises where to look."""
     follow_up = world.follow_up(due=timedelta(hours=1))
     for outcome, ago in (("lost", "1 min"), ("lost", "2 h"), ("unknown", "1 min"), ("unknown", "2 min")):
         world.sql(
@@ -77,7 +77,7 @@ def test_lost_and_unknown_attempts(settings: Settings, engine: Engine, world: Wo
 
 
 def test_open_transaction(settings: Settings, engine: Engine, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A long-open transaction is named, with the command that ends it."""
+    """Doctor reports a long-open transaction and the command that ends it."""
     assert world
     monkeypatch.setattr(database_checks, "LONG_TRANSACTION", timedelta(0))
     with engine.connect() as holder:
@@ -102,7 +102,7 @@ def of(settings: Settings, name: str) -> Finding:
 
 
 def test_queues(settings: Settings) -> None:
-    """Queued hints and ticks are counted; a large number fails the check."""
+    """Doctor counts queued hints and ticks; a large number fails the check."""
     assert of(settings, "queues").detail == "0 batches in deliver, 0 ticks in dispatch"
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as client:
         client.rpush("followups:dispatch", *range(broker_checks.UNREAD_TICKS + 1))
@@ -112,7 +112,7 @@ def test_queues(settings: Settings) -> None:
 
 
 def test_breaker(settings: Settings) -> None:
-    """An open breaker is reported with advice; during its recovery no advice is given."""
+    """Doctor reports an open breaker with advice, and a recovering breaker without advice."""
     assert of(settings, "breaker").detail == "closed: nothing is deferred"
 
     async def told(*reports: tuple[int, bool]) -> None:
@@ -133,7 +133,7 @@ def test_breaker(settings: Settings) -> None:
 
 
 def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
-    """Pauses are reported with the number of follow-ups they hold."""
+    """Doctor reports pauses with the number of follow-ups they hold."""
     assert found(settings, engine)["pauses"].detail == "nothing is paused"
     with engine.begin() as connection:
         pauses.pause(connection, PauseScope(world.workspace_id, None))
@@ -143,6 +143,6 @@ def test_pauses(settings: Settings, engine: Engine, world: World) -> None:
 
 
 def test_servers_away(settings: Settings) -> None:
-    """An unreachable broker is a single finding and not an error."""
+    """Doctor reports an unreachable broker as a single finding and does not fail."""
     away = settings.model_copy(update={"broker_url": type(settings.broker_url)("redis://127.0.0.1:9/0")})
     assert [finding.advice for finding in of_broker(away)] == ["Repair the broker first."]

@@ -1,4 +1,4 @@
-"""Untrusted text: every command prints it as plain text, on any terminal."""
+"""Untrusted text: every command prints text from other systems as plain text, on any terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ FAILED = {"status": "failed", "reason": NASTY, "finished_at": datetime.now(UTC)}
 
 @pytest.fixture
 def follow_up(world: World) -> UUID:
-    """Fill every text column that others can write, bypassing validation; return the failed follow-up."""
+    """Fill every text column that other systems can write, and return the failed follow-up.
+
+    The text is written directly, without validation.
+    """
     chat = world.chat(external_id=NASTY)
     failed = world.follow_up(chat, -HOUR, message=NASTY, **FAILED)
     pending = world.follow_up(chat, HOUR)

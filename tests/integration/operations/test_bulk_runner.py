@@ -73,7 +73,7 @@ def state(world: World, action_id: UUID) -> tuple[Any, ...]:
 
 
 def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
-    """Retries over the quota are skipped and counted, and the others are created.
+    """A console's bulk action skips and counts retries over the quota, and creates the others.
 
     The next bulk action is carried out.
     """
@@ -85,7 +85,7 @@ def test_a_retry_over_the_quota_is_passed_over(world: World) -> None:
 
 
 def test_a_retry_of_one_that_is_deleted_meanwhile_is_passed_over(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A follow-up that is pruned after its batch was read is skipped and counted."""
+    """A bulk action skips and counts a follow-up that is pruned after its batch was read."""
     gone, kept = failed(world), failed(world)
     real = bulk_runner.scheduling.retry_once
     monkeypatch.setattr(
@@ -109,7 +109,7 @@ def test_one_that_cannot_be_written_is_passed_over(world: World, kind: str) -> N
 def test_those_kept_from_a_retry_are_audited(world: World) -> None:
     """A bulk cancel of follow-ups in flight leaves an audit event with their number.
 
-    The command line does the same.
+    The command line records the same audit event.
     """
     ids = [world.follow_up() for _ in range(2)]
     for each in ids:
@@ -123,7 +123,7 @@ def test_those_kept_from_a_retry_are_audited(world: World) -> None:
 def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bulk action that fails is postponed and then retried, without blocking other actions.
 
-    The worker still counts as healthy.
+    The worker that runs a failing bulk action still counts as healthy.
     """
     monkeypatch.setattr(bulk_runner, "SEEN_EVERY", 0)
     bad, good = action(world, "cancel", []), action(world, "cancel", [world.follow_up(due=HOUR)])
@@ -148,7 +148,7 @@ def test_an_action_that_fails_blocks_no_other(world: World, engine: Engine, monk
 def test_a_retry_locks_its_chats_before_the_quota(world: World, engine: Engine) -> None:
     """A bulk retry locks its chats before the quota.
 
-    While it waits for a chat, it must not lock the quota, which the chat's transaction may need.
+    While a bulk retry waits for a chat, it must not lock the quota, which the chat's transaction may need.
     """
     limit(world, 10)
     first, second = sorted([world.chat(), world.chat()])

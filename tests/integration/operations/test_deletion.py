@@ -87,7 +87,7 @@ class TestWorkspace:
     """Deletion of a whole workspace."""
 
     def test_everything_goes_and_one_event_stays(self, world: World) -> None:
-        """The workspace's rows are deleted from every table; those of other workspaces remain.
+        """Deleting a workspace deletes its rows from every table and keeps those of other workspaces.
 
         The audit event counts the deleted follow-ups.
         """
@@ -102,7 +102,7 @@ class TestWorkspace:
         assert (sums["cancelled"], sums["deleted"], sums["chats"], sums["chatMessages"]) == (3, 4, 2, 3)
 
     def test_it_goes_on_after_an_interruption(self, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-        """After an interrupted deletion the workspace accepts no new keys or follow-ups.
+        """After an interrupted deletion, the workspace accepts no new keys or follow-ups.
 
         A second run completes the deletion.
         """
@@ -149,9 +149,9 @@ class TestWorkspace:
         assert counts(world) == {"audit_events": 1}
 
     def test_what_is_in_flight_ends_first(self, world: World) -> None:
-        """The deletion waits for an attempt in flight, and reports one that does not end.
+        """The deletion of a workspace waits for an attempt in flight, and reports one that does not end.
 
-        The deletion can then be repeated.
+        The command can be repeated after a deletion that did not complete.
         """
         follow_up = world.follow_up()
         world.put_in_flight(follow_up)
@@ -187,7 +187,7 @@ class TestChat:
     """Deletion of a single chat."""
 
     def test_its_texts_go_and_others_stay(self, world: World) -> None:
-        """The chat's follow-ups, messages and stored responses are deleted.
+        """Deleting a chat deletes its follow-ups, messages and stored responses.
 
         Rows of other chats and all audit events remain.
         """

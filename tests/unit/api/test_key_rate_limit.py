@@ -33,7 +33,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
 
 @pytest.fixture
 def limit_of(server: FakeServer) -> Callable[[int], KeyRateLimit]:
-    """Return a factory of rate limits, each of which stands for a separate process."""
+    """Return a factory of rate limits; each rate limit stands for a separate process."""
     assert server.connected
     return lambda most: KeyRateLimit(
         load_settings(
@@ -61,23 +61,23 @@ async def allowed(limit: KeyRateLimit, requests: int, key: UUID = KEY) -> int:
 
 
 async def test_each_key_has_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """A key may make as many requests per minute as the limit, independently of other keys."""
+    """An API key may make as many requests per minute as the limit, independently of other keys."""
     limit = limit_of(5)
     assert await allowed(limit, 9) == 5
     assert await allowed(limit, 9, uuid4()) == 5
 
 
 async def test_processes_share_the_limit(limit_of: Callable[[int], KeyRateLimit]) -> None:
-    """Processes share the count of requests; a limit of 0 means none."""
+    """Processes share the count of requests; a rate limit of 0 means no limit."""
     assert await allowed(limit_of(5), 3) == 3
     assert await allowed(limit_of(5), 9) == 2
     assert await allowed(limit_of(0), 99) == 99
 
 
 async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimit], server: FakeServer) -> None:
-    """For a busy key, many requests at a time are counted on the server in advance.
+    """For a busy API key, many requests at a time are counted on the server in advance.
 
-    The limit is never exceeded.
+    The rate limit is never exceeded.
     """
     limit = limit_of(60_000)
     assert await allowed(limit, 1_000) == 1_000
@@ -89,7 +89,7 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimi
 async def test_simultaneous_requests_are_counted_once(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer
 ) -> None:
-    """Concurrent requests of one key use the allowance that one of them has counted in advance."""
+    """Concurrent requests of one API key use the allowance that one of them has counted in advance."""
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
     counted = sum(int(value) for value in await values(server))
@@ -97,7 +97,7 @@ async def test_simultaneous_requests_are_counted_once(
 
 
 async def values(server: FakeServer) -> list[bytes]:
-    """Return the values stored on the server."""
+    """Return the values stored on the Redis server."""
     client = FakeAsyncRedis(server=server)
     found = [await client.get(name) for name in await client.keys()]
     await client.aclose()
@@ -116,7 +116,7 @@ async def test_a_minute_later(limit_of: Callable[[int], KeyRateLimit]) -> None:
 async def test_without_the_server_nothing_is_refused(
     limit_of: Callable[[int], KeyRateLimit], server: FakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While the server is unreachable, requests are allowed and counted as unlimited.
+    """While the rate limit's server is unreachable, requests are allowed and counted as unlimited.
 
     The server is not queried again for a while.
     """
@@ -135,7 +135,7 @@ async def test_without_the_server_nothing_is_refused(
 async def test_an_answer_that_is_an_error(
     limit_of: Callable[[int], KeyRateLimit], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A server that returns an error, such as while loading, counts as unreachable."""
+    """A Redis server that returns an error, such as while loading, counts as unreachable."""
     limit = limit_of(1)
 
     async def refuse(*_: object, **__: object) -> bool:

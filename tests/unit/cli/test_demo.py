@@ -45,9 +45,9 @@ RECEIPTS = {"accepted": 52, "duplicates": 0}
 
 
 def test_the_script_holds_what_is_promised() -> None:
-    """At least 50 follow-ups are sent at different times.
+    """The demo sends at least 50 follow-ups at different times.
 
-    Three are retried, one is rejected and two are cancelled.
+    Three follow-ups are retried, one is rejected and two are cancelled.
     """
     result = score(ALL_ENDED, RECEIPTS)
     assert result.ok
@@ -58,7 +58,7 @@ def test_the_script_holds_what_is_promised() -> None:
 
 
 def test_the_reply_comes_before_what_it_cancels() -> None:
-    """The user replies after the chat's first follow-up and well before those that the reply cancels."""
+    """The demo's user replies after the chat's first follow-up, well before the follow-ups to cancel."""
     first, *cancelled = [part for part in SCENARIO.parts if part.chat == REPLYING]
     assert SCENARIO.replies == {REPLYING: REPLY_AT}
     assert first.due < REPLY_AT - 1
@@ -100,7 +100,7 @@ def test_the_json_form_has_the_contract_s_fields() -> None:
 
 
 def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
-    """The demo's lag excludes retried and unsent follow-ups; without any others it is null."""
+    """The demo's lag excludes retried and unsent follow-ups; it is null if no others remain."""
     retried = [each for each in ALL_ENDED if each.retried]
     assert lags(retried) == {"p50": None, "p95": None, "p99": None}
     hundred = [replace(ALL_ENDED[0], lag=float(number)) for number in range(1, 101)]
@@ -109,7 +109,7 @@ def test_lag_is_of_first_attempts_and_nearest_rank() -> None:
 
 @given(st.floats(-3, 15), st.integers(1, 60))
 def test_the_rows_are_those_around_now(second: float, count: int) -> None:
-    """As many rows as fit are shown, ordered by due date, including late ones that have not ended."""
+    """The demo shows as many follow-ups as fit, ordered by due date, including late unfinished ones."""
     now = START + timedelta(seconds=second)
     standings = [ended(part) if part.due < second - 1 else pending(part) for part in SCENARIO.parts]
     rows = around_now(standings, now, count)
@@ -121,7 +121,7 @@ def test_the_rows_are_those_around_now(second: float, count: int) -> None:
 
 
 def test_at_the_end_the_unusual_ones_are_shown() -> None:
-    """When all follow-ups have ended, retried, rejected or cancelled ones are shown first."""
+    """When all follow-ups of the demo have ended, retried, rejected or cancelled ones are shown first."""
     rows = around_now(ALL_ENDED, START, 6)
     assert all(each.retried or each.status != Status.SENT for each in rows)
 
@@ -143,7 +143,7 @@ def test_the_picture_fits_the_terminal(width: int, height: int, second: float) -
 
 
 def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a terminal, each change is printed once as a plain line."""
+    """Without a terminal, the demo prints each change once as a plain line."""
     show = EventLines()
     before, after = [pending(part) for part in SCENARIO.parts], ALL_ENDED
     show(before, START, [])
@@ -157,7 +157,7 @@ def test_a_pipe_hears_each_event_once(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_last_words_say_what_happened_and_what_is_next(capsys: pytest.CaptureFixture[str]) -> None:
-    """The summary gives every figure and the next command; after a failed demo it lists the problems."""
+    """The demo's summary gives every figure and the next command; a failed demo lists its problems."""
     Console(width=80).print(summary_panel(score(ALL_ENDED, RECEIPTS)))
     said = capsys.readouterr().out
     for word in ("52 sent", "3 retried", "1 failed", "2 cancelled", "0 duplicates", "p99 11.3", "followups up"):

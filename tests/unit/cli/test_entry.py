@@ -68,7 +68,7 @@ print([name for name in sys.modules.keys() - before if name.startswith(heavy)], 
 
 
 def test_no_command_is_wrong_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command, the help is printed on stderr and the exit code is 2."""
+    """Without a command, `followups` prints its help on stderr and exits with code 2."""
     assert main([]) == 2
     shown, remarks = capsys.readouterr()
     assert not shown
@@ -94,7 +94,7 @@ def test_wrong_usage_is_one_sentence_and_code_2(
 ) -> None:
     """A usage error prints one line on stderr with the cause and where to look, and nothing on stdout.
 
-    The exit code is 2.
+    A usage error has exit code 2.
     """
     assert main(arguments) == 2
     shown, remarks = capsys.readouterr()
@@ -118,7 +118,7 @@ def test_the_version_is_a_result(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_debug_shows_the_trace() -> None:
-    """With --debug, an error is printed with its traceback."""
+    """With --debug, a command prints an error with its traceback."""
     with pytest.raises(SettingsError):
         main(["--debug", "list"])
 
@@ -173,7 +173,7 @@ def test_every_error_is_a_sentence(error: Exception, sentence: str, code: int, m
 
 
 def test_a_reader_that_leaves_is_no_accident() -> None:
-    """If the reader of its output closes the pipe, a command ends silently."""
+    """If the reader of a command's output closes the pipe, the command ends silently."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "followups.cli", "--help"]

@@ -118,7 +118,7 @@ def test_a_pending_one_says_what_it_waits_for(columns: dict[str, Any], said: str
     ],
 )
 def test_a_sent_one_says_how_punctual_it_was(columns: dict[str, Any], said: str) -> None:
-    """The explanation of a sent follow-up says when it was accepted, and at which attempt."""
+    """The explanation of a sent follow-up includes the time of acceptance and the attempt."""
     accepted = {"accepted_at": NOW + timedelta(milliseconds=2)}
     assert said in explained(Status.SENT, **accepted | columns)
 
@@ -229,5 +229,8 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
     ],
 )
 def test_what_holds_it_is_named(around: Circumstances, columns: dict[str, Any], said: str) -> None:
-    """A pause, sending hours, the chat's order or missing processes are named, with the end of each delay."""
+    """A pause, sending hours, the chat's order or missing processes are named in the explanation.
+
+    The explanation also names what ends the delay.
+    """
     assert said in explained(around=around, **columns)

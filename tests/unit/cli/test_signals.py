@@ -17,7 +17,7 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize("number", STOPPING)
 def test_a_signal_is_heeded_between_two_steps(number: signal.Signals) -> None:
-    """A signal does not interrupt the program; the next check raises."""
+    """A signal does not interrupt `up` or `demo` immediately; the next check raises."""
     with StopSignals() as signals:
         signals.check()
         send(number)
@@ -42,7 +42,7 @@ def test_stopping_is_not_disturbed() -> None:
 
 
 def test_the_handlers_come_back() -> None:
-    """After the block, the previous signal handlers are restored."""
+    """After the `with` block, the previous signal handlers are restored."""
     before = [signal.getsignal(number) for number in STOPPING]
     with StopSignals():
         assert [signal.getsignal(number) for number in STOPPING] != before

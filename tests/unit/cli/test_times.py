@@ -31,7 +31,7 @@ NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 def test_a_due_date_is_a_moment_or_so_long_after_now(text: str, moment: datetime) -> None:
     """A due date is `now`, a duration from now in s, m, h and d, or ISO 8601 with an offset.
 
-    The due date may be in the past.
+    A due date may be in the past.
     """
     assert parse_due(text).resolve(NOW) == moment
 
@@ -47,7 +47,7 @@ def test_anything_else_is_wrong_usage(text: str) -> None:
 
 
 def test_a_due_date_beyond_all_dates_is_wrong_usage() -> None:
-    """A duration whose end is beyond the calendar is rejected when it is resolved."""
+    """A duration that ends beyond the calendar is rejected when it is converted to a time."""
     with pytest.raises(typer.BadParameter, match="too far"):
         Due(timedelta(days=9_999_999)).resolve(NOW)
 

@@ -22,7 +22,10 @@ CURL_INSTEAD = 'curl() { printf "%s\\n" "${@: -1}"; }\n'
 
 @pytest.mark.skipif(not BASH, reason="needs bash")
 def test_the_request_can_be_pasted() -> None:
-    """Pasted into a shell, the commands send an agent's message and a follow-up due in five seconds."""
+    """Pasted into a shell, the commands of `up` send an agent's message and a follow-up.
+
+    The follow-up is due in five seconds.
+    """
     chat_id, message_id = uuid4(), uuid4()
     script = CURL_INSTEAD + request("http://h:1", KEY, chat_id, message_id)
     ran = subprocess.run([BASH, "-c", script], capture_output=True, text=True, check=True)
@@ -34,7 +37,7 @@ def test_the_request_can_be_pasted() -> None:
 
 
 def test_everything_that_is_needed_is_there() -> None:
-    """The output contains every address, the API key, and settings for other commands, ready to paste."""
+    """The output of `up` contains every address, the API key, and settings for other commands."""
     environment = {name: f"{name.lower()}-value" for name in SHOWN}
     said = welcome(
         Addresses("http://h:1", "http://h:1/console/login#token=t", "http://h:2", Path("/logs"), None, environment), KEY

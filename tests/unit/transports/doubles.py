@@ -37,7 +37,7 @@ BODY = {
     "dueDate": "2026-03-01T12:00:00Z",
     "attempt": 1,
 }
-"""The body of a delivery whose message is markup."""
+"""The body of a delivery whose message contains markup."""
 
 
 def settings_for(url: str | None = None, **overrides: Any) -> Settings:

@@ -24,7 +24,7 @@ SOME_ID = UUID("6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f")
 
 
 def meaning(status: int) -> type:
-    """Return the documented outcome of a status, with the rows checked in the documented order."""
+    """Return the documented outcome of a status, checking the table's rows in their documented order."""
     if 200 <= status <= 299:
         return Sent
     if status == 429:
@@ -210,7 +210,7 @@ def test_the_id_of_the_message_is_taken_if_there_is_one(body: bytes, message_id:
 
 
 def test_a_body_that_broke_off_is_not_read_for_an_id() -> None:
-    """An incomplete body gives no message id."""
+    """An incomplete response body gives no message id."""
     answer = Answer(200, body=b'{"chatMessageId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f"}', flaw="it broke off")
     assert outcome_of(answer, HTTP) == Sent(None, 200, "it broke off")
 
@@ -240,7 +240,7 @@ def test_a_matrix_event_has_an_id_that_anybody_can_compute() -> None:
 def test_a_homeservers_rate_limit_is_honoured(headers: dict[str, str], body: bytes, seconds: float | None) -> None:
     """M_LIMIT_EXCEEDED gives the delay in a header or, in older versions, in its body.
 
-    The header takes precedence.
+    The header of M_LIMIT_EXCEEDED takes precedence over the body.
     """
     after = None if seconds is None else timedelta(seconds=seconds)
     assert outcome_of(Answer(429, headers, body), MATRIX) == Snoozed("HTTP 429", after, 429)

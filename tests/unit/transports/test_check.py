@@ -20,7 +20,7 @@ async def test_check_finds_a_listening_host_and_sends_nothing() -> None:
 
 
 async def test_check_names_the_address_that_refuses(free_port: int) -> None:
-    """`check` names the address that refuses connections, without its password, and gives advice."""
+    """`check` names the address that rejects connections, without its password, and gives advice."""
     url = f"http://user:hunter2@127.0.0.1:{free_port}/messages"
     with pytest.raises(FollowUpsError) as caught:
         await HttpTransport(settings_for(url)).check()

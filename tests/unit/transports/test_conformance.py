@@ -1,6 +1,7 @@
 """The conformance suite for every transport: the five outcomes, whatever the receiver does.
 
-A plug-in's author runs it by adding a `TransportRig` for the plug-in: the transport, and the chats behind it.
+A plug-in's author runs the suite by adding a `TransportRig`, which contains the plug-in's transport and the chats that
+receive its messages.
 """
 
 from __future__ import annotations
@@ -90,14 +91,14 @@ async def test_a_rate_limit_uses_up_no_attempt(rig: TransportRig, status: int) -
 
 
 async def test_a_refusal_keeps_the_first_200_characters_of_its_reason(rig: TransportRig) -> None:
-    """A refusal is `Rejected`, with the status and the beginning of the receiver's response."""
+    """A rejection is `Rejected`, with the status and the beginning of the receiver's response."""
     reason = "blocked \u00e9 " * 100
     outcome = await rig.send(a_delivery(), kind="reject", body=reason)
     assert outcome == Rejected(f"HTTP 403 {reason[:200]}", 403)
 
 
 async def test_a_refusal_never_carries_a_nul(rig: TransportRig) -> None:
-    """Characters that PostgreSQL cannot store are removed from a reason."""
+    """Characters that PostgreSQL cannot store are removed from a rejection's reason."""
     outcome = await rig.send(a_delivery(), kind="reject", status=404, body="no\x00 such\x1b[31m chat\x7f")
     assert outcome == Rejected("HTTP 404 no such[31m chat", 404)
 
@@ -200,7 +201,7 @@ async def test_many_at_once(rig: TransportRig) -> None:
 
 
 async def test_one_slow_chat_holds_up_no_other(rig: TransportRig) -> None:
-    """While one call waits for its response, others are made and answered."""
+    """While one call waits for its response, other calls are made and answered."""
     slow = asyncio.create_task(rig.send(a_delivery(), kind="slow", delay=30))
     await asyncio.sleep(0.02)
     assert isinstance(await rig.transport.send(a_delivery()), Sent)

@@ -32,7 +32,7 @@ OK = answer(200)
 class ThreadedServer:
     """A server that responds to one-segment requests from threads.
 
-    The test may therefore block its event loop.
+    A test may therefore block its event loop.
     """
 
     def __init__(self) -> None:

@@ -58,7 +58,7 @@ uvloop.run(main())
 
 @pytest.mark.skipif(not shutil.which("unshare") or os.geteuid(), reason="a name server of its own takes namespaces")
 def test_a_silent_name_server_holds_up_nothing(tmp_path: Path) -> None:
-    """With an unresponsive name server, calls time out without sending, and nothing else is delayed.
+    """With an unresponsive name server, calls time out without sending anything.
 
     Neither the event loop, nor closing, nor the process waits for the name server.
     """

@@ -138,7 +138,7 @@ async def test_a_client_certificate_is_shown(
 ) -> None:
     """The client certificate is sent on request.
 
-    Its private key may be in the same file or in a separate one.
+    The private key may be in the certificate's file or in a separate one.
     """
     ours = authority.issue_cert("worker.example")
     ours.private_key_and_cert_chain_pem.write_to_path(tmp_path / "both.pem")
@@ -196,7 +196,7 @@ def test_a_key_of_another_certificate_stops_the_start(authority: trustme.CA, tmp
 
 @dataclass
 class ConnectProxy:
-    """A CONNECT proxy that records its targets and traffic, or always responds with a given refusal."""
+    """A CONNECT proxy that records its targets and traffic, or always rejects with a given response."""
 
     refusal: bytes = b""
     url: str = ""
@@ -273,7 +273,7 @@ async def test_the_proxy_is_for_https_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("status", [403, 407, 502, 503])
 async def test_a_proxy_that_refuses_is_no_answer(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy's refusal does not count as the endpoint's response: nothing was sent, whatever the status."""
+    """A proxy's error response does not count as the endpoint's: nothing was sent, whatever the status."""
     async with proxy_that(answer(status, b"proxy", retry_after="7")) as proxy:
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
         assert await outcome_at("https://127.0.0.1:9") == Retry(f"no connection: the proxy answered HTTP {status}")
@@ -315,7 +315,7 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 ) -> None:
     """A host with IPv4 and IPv6 addresses is reached even if only one of the addresses listens.
 
-    The order of the addresses does not matter.
+    The order of the host's addresses does not matter.
     """
     async with scripted(OK, host=host) as server:
         port = server.url.rpartition(":")[2]
@@ -338,7 +338,8 @@ async def test_a_host_of_two_families_is_reached_by_the_one_that_answers(
 async def test_a_server_that_keeps_connections_shortly_costs_nothing(kept: float) -> None:
     """If the server has closed an idle connection, the next call uses another one.
 
-    If the server closes the connection simultaneously, the outcome may be unknown. No message arrives twice.
+    If the server closes the connection while a request is being sent, the outcome may be unknown. No message arrives
+    twice.
     """
     bodies: list[bytes] = []
     ends: asyncio.Queue[None] = asyncio.Queue()

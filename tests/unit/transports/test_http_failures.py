@@ -1,6 +1,6 @@
 """Failures of the transport ``http``: a call that fails before its request is sent is retried.
 
-After that, the outcome is unknown.
+After the request has been sent, the outcome of a failure is unknown.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ async def test_however_a_connection_breaks_the_request_went_out_once(
 ) -> None:
     """Wherever a new or kept connection breaks, the outcome depends on the data received.
 
-    No request is repeated.
+    A request is not repeated on another connection.
     """
 
     async def break_off(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -194,7 +194,7 @@ async def test_a_slow_refusal_keeps_what_came() -> None:
 
 
 async def test_no_more_than_64_kib_of_an_answer_is_read() -> None:
-    """Reading stops after 64 KiB of a response and the connection is closed; the status decides."""
+    """After 64 KiB of a response, reading stops and the connection is closed; the status decides."""
     written = 0
 
     async def flood(writer: asyncio.StreamWriter, _request: Request) -> None:
@@ -286,7 +286,7 @@ async def test_closing_ends_what_is_in_flight_as_unknown() -> None:
 async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> None:
     """A call that was frozen until its deadline sends nothing afterwards, at whatever step it was frozen.
 
-    By then another worker may have the lease.
+    After the deadline, another worker may have the lease.
     """
     came: list[float] = []
 

@@ -38,7 +38,7 @@ async def requested(delivery: Delivery, path: str = "/messages", **settings: obj
 
 
 async def test_the_body_has_exactly_the_fields_of_the_contract() -> None:
-    """The body is a JSON object of nine fields in camelCase; the time is RFC 3339 in UTC."""
+    """The request body is a JSON object of nine fields in camelCase; its time is RFC 3339 in UTC."""
     delivery = a_delivery(due_date=datetime(2026, 3, 1, 12, 30, 0, 5, timezone(timedelta(hours=2))), attempt=3)
     request = await requested(delivery)
     assert json.loads(request.body) == {
@@ -115,7 +115,7 @@ async def test_a_delivery_is_signed_by_standard_webhooks(secret: str) -> None:
 async def test_each_of_several_secrets_signs() -> None:
     """During a change of secrets, a delivery is signed with each of them.
 
-    A receiver that has either secret can verify the delivery.
+    A receiver that has either of the secrets can verify the delivery.
     """
     request = await requested(a_delivery(), transport_secret=f" {SIGNING_SECRET}  whsec_{SHORT}\n")
     assert len(request.headers["webhook-signature"].split(" ")) == 2
@@ -179,7 +179,7 @@ async def test_connections_are_kept_where_the_receiver_deduplicates() -> None:
 async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplicate() -> None:
     """If the receiver does not deduplicate, no connection is used twice.
 
-    A stale connection would make an outcome unknown, which would be final.
+    On a stale connection, the outcome would be unknown and therefore final.
     """
     settings = {"transport_deduplicates": False}
     async with scripted(OK) as server, opened(HttpTransport(settings_for(server.url, **settings))) as transport:
@@ -189,7 +189,7 @@ async def test_no_connection_is_used_twice_where_the_receiver_does_not_deduplica
 
 
 async def test_sending_before_opening_is_a_mistake_of_the_caller() -> None:
-    """`send` without `open` raises an exception, since it is a programming error."""
+    """Calling `send` before `open` raises an exception, since it is a programming error."""
     with pytest.raises(RuntimeError, match="open"):
         await HttpTransport(settings_for("http://127.0.0.1:9")).send(a_delivery())
 

@@ -90,7 +90,7 @@ async def test_calls_share_a_connection(server: Http2Server, transport: Transpor
 async def test_an_endpoint_that_cannot_deduplicate_gets_http_1(context: ssl.SSLContext) -> None:
     """An endpoint that cannot deduplicate is called over HTTP/1.1.
 
-    A lost HTTP/2 connection would leave many outcomes unknown, each of which would be final.
+    A lost HTTP/2 connection would leave many unknown outcomes, which would all be final.
     """
     context.set_alpn_protocols(["h2", "http/1.1"])
     async with scripted(answer(200), context) as server:
@@ -202,7 +202,7 @@ async def test_the_status_decides_when_the_body_breaks_off(
 async def test_a_connection_that_breaks_sends_none_of_its_requests_again(
     server: Http2Server, transport: Transport
 ) -> None:
-    """When a connection breaks, the outcomes of its calls are unknown, and those of others are not."""
+    """When a connection breaks, the outcomes of its calls are unknown, and other calls are not affected."""
 
     async def break_first(stream: Stream) -> None:
         await asyncio.sleep(0.1)
@@ -282,7 +282,7 @@ async def stay_silent(_stream: Stream) -> None:
 async def test_silence_costs_its_own_call_and_the_connection(server: Http2Server) -> None:
     """If one call gets no response, other calls in flight are answered.
 
-    The next call uses a new connection.
+    The call after an unanswered one uses a new connection.
     """
     async with opened(HttpTransport(settings_for(server.url, transport_timeout=1))) as transport:
         assert await transport.send(a_delivery()) == OK
@@ -310,7 +310,7 @@ async def test_a_call_that_is_cancelled_harms_no_other(server: Http2Server, tran
 async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Server, transport: Transport) -> None:
     """A receiver that closes the connection between two calls affects neither call.
 
-    This holds however the connection is closed.
+    The calls succeed however the connection is closed.
     """
     for end in (close, abort, go_away_and_close):
         assert await transport.send(a_delivery()) == OK
@@ -323,7 +323,7 @@ async def test_a_connection_that_ended_while_idle_is_not_used(server: Http2Serve
 async def test_unread_frames_on_an_idle_connection_end_it(server: Http2Server, transport: Transport) -> None:
     """An idle connection with unread frames is closed, and the next call uses another one.
 
-    The frames may announce the connection's end (GOAWAY).
+    Unread frames may announce the connection's end (GOAWAY).
     """
     assert await transport.send(a_delivery()) == OK
     server.connections[0].h2.close_connection()

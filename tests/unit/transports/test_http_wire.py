@@ -170,13 +170,13 @@ async def test_a_change_of_protocols_is_a_refusal(headers: dict[str, str]) -> No
 
 @pytest.mark.parametrize("status", [204, 304])
 async def test_an_answer_that_has_no_body_is_complete_with_its_head(status: int) -> None:
-    """A 204 or 304 has no body, whatever its headers say."""
+    """A 204 or 304 response has no body, whatever its headers contain."""
     outcome = await outcome_of(b"HTTP/1.1 %d No\r\nx: y\r\n\r\n" % status)
     assert outcome == (Sent(None, 204) if status == 204 else Rejected("HTTP 304", 304))
 
 
 async def test_a_trailer_is_no_header() -> None:
-    """Trailers after the body have no effect."""
+    """Trailers after a response body have no effect."""
     reply = b"HTTP/1.1 503 No\r\ntransfer-encoding: chunked\r\n\r\n0\r\nretry-after: 7\r\n\r\n"
     outcome = await outcome_of(reply)
     assert outcome.after is None  # type: ignore[union-attr]

@@ -53,7 +53,7 @@ def test_a_port_that_is_taken_stops_the_start(capsys: pytest.CaptureFixture[str]
 def test_a_secret_is_taken_from_the_environment_too(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The secret can be set in the environment, which the process list does not show.
+    """The sandbox's secret can be set in the environment, which the process list does not show.
 
     An invalid secret is an error.
     """

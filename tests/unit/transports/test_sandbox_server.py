@@ -58,7 +58,7 @@ async def test_a_delivery_is_answered_with_the_messages_id(http: aiohttp.ClientS
 async def test_what_is_no_delivery_is_turned_away(
     http: aiohttp.ClientSession, chats: SandboxChats, body: object
 ) -> None:
-    """An invalid body is rejected with 400 and an error that names the field but not the text."""
+    """A delivery with an invalid body is rejected with 400; the error names the field but not the text."""
     status, answer = await fetch(http, "POST", "/messages", body)
     assert status == 400
     assert "hello" not in answer["error"]
@@ -86,14 +86,14 @@ async def test_a_signature_is_verified_where_there_is_a_secret(chats: SandboxCha
 
 
 async def test_a_body_that_is_no_text_is_turned_away(chats: SandboxChats) -> None:
-    """A body that is not UTF-8 is rejected because it cannot be verified."""
+    """A delivery whose body is not UTF-8 is rejected because it cannot be verified."""
     headers = {"webhook-id": "id", "webhook-timestamp": "1", "webhook-signature": "v1,AAAA"}
     async with client(chats, SIGNING_SECRET) as http, http.post("/messages", data=b"\xff", headers=headers) as response:
         assert response.status in {400, 401}
 
 
 def test_a_secret_that_is_none_stops_the_start() -> None:
-    """An invalid secret stops the start, as for the transport."""
+    """An invalid secret stops the start of the sandbox, as for the transport."""
     with pytest.raises(TransportConfigurationError):
         build_app(secret="not base64!")  # noqa: S106 - it is none
 
@@ -131,7 +131,7 @@ async def test_a_dropped_request_gets_no_answer(http: aiohttp.ClientSession, cha
 
 
 async def test_a_rate_limit_says_for_how_long(http: aiohttp.ClientSession) -> None:
-    """The behaviour of a rate limit responds with 429 and Retry-After."""
+    """A chat that simulates a rate limit responds with 429 and Retry-After."""
     await fetch(http, "PUT", "/sandbox/behaviour", {"kind": "rate_limit", "retryAfter": 7})
     async with http.post("/messages", json=BODY) as response:
         assert (response.status, response.headers["retry-after"]) == (429, "7")
@@ -194,7 +194,7 @@ async def test_the_stream_brings_everything_then_what_changes(
 ) -> None:
     """The event stream starts with a snapshot and continues with updates of changed chats.
 
-    After clearing, it sends a snapshot again.
+    After the sandbox is cleared, the event stream sends a snapshot again.
     """
     monkeypatch.setattr(live, "INTERVAL", 0.01)
     monkeypatch.setattr(live, "SHARE", 1.0)
