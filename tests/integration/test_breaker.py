@@ -524,10 +524,10 @@ def test_deliveries_go_on_without_redis(
     nobody = "redis://127.0.0.1:1/0"
     changes = {"retry_base": timedelta(hours=1), "concurrency": 1}
     away = own.model_copy(update=changes | {"broker_url": type(own.broker_url)(nobody)})
-    before = metrics.BREAKER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way
+    before = metrics.BREAKER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client has no public access
     pipeline = started(away, transport)
     pipeline.submit(claim(engine, away).leases)
     wait_until(lambda: transport.calls == 30)
     wait_until(lambda: world.scalar("SELECT sum(attempts) FROM follow_ups") == 30)
     # The worker pauses at least once after every five failures, except after the last five.
-    assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - likewise
+    assert metrics.BREAKER_UNAVAILABLE._value.get() - before >= 30 // FAILURES - 1  # noqa: SLF001 - the client has no public access

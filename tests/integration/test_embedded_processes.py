@@ -165,16 +165,16 @@ def test_a_killed_watchdog_is_replaced() -> None:
     """
     with Processes() as processes:
         processes.spawn("first", ["sleep", "600"])
-        first = WATCHDOG._process  # noqa: SLF001 - nobody else needs to know it
+        first = WATCHDOG._process  # noqa: SLF001 - only this test needs the process
         assert first
         first.kill()
         first.wait()
         processes.spawn("second", ["sleep", "600"])
-        second = WATCHDOG._process  # noqa: SLF001 - as above
+        second = WATCHDOG._process  # noqa: SLF001 - only this test needs the process
         assert second
         assert second is not first
         assert second.poll() is None
-    assert second.poll() == 0 or WATCHDOG._process is second  # noqa: SLF001 - other tests' servers may be guarded
+    assert second.poll() == 0 or WATCHDOG._process is second  # noqa: SLF001 - it may watch other tests' servers
 
 
 def test_what_a_user_may_not_enter(open_directory: Path) -> None:

@@ -35,7 +35,7 @@ def test_max_min(engine: Engine, settings: Settings, monkeypatch: pytest.MonkeyP
 
     A fair claim uses all free slots.
     """
-    random = Random(seed)  # noqa: S311 - no secret
+    random = Random(seed)  # noqa: S311 - not used for security
     monkeypatch.setattr(claims, "FEW", random.choice([1, 2, 6]))
     monkeypatch.setattr(claiming, "CLAIM_SIZE", random.choice([3, 5, 1000]))
     window = random.choice([1, 5, 12, 20, 30])

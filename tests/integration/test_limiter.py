@@ -234,7 +234,7 @@ async def test_many_cancelled_hold_up_nobody_for_long(place: LimiterUnderTest) -
     cancelled = [request(since, limit) for since in range(50)]
     waits = await place.ask(*cancelled)
     assert max(waits) == LONGEST
-    key = f"{place.limiter._prefix}{limit.key}"  # noqa: SLF001 - five minutes and an hour go by
+    key = f"{place.limiter._prefix}{limit.key}"  # noqa: SLF001 - the test simulates elapsed time
     await place.redis.hset(key, "tokens", "1")
     for one in await place.redis.zrange(f"{key}:back", 0, -1):
         await place.redis.zincrby(f"{key}:back", -(LONGEST + timedelta(seconds=1)) / timedelta(microseconds=1), one)
@@ -316,7 +316,7 @@ async def test_the_line_has_an_end(place: LimiterUnderTest) -> None:
     Requests in the queue keep their positions.
     """
     limit = bucket(rate=1000, burst=1)
-    (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - what a day of waiting would fill
+    (key,) = [f"{place.limiter._prefix}{limit.key}:line"]  # noqa: SLF001 - the test fills the queue directly
     await place.ask(request(0, limit))
     full = {uuid4().hex: number for number in range(100_000)}
     await place.redis.zadd(key, full)
@@ -332,11 +332,11 @@ async def test_redis_away(place_settings: Settings, capfd: pytest.CaptureFixture
     """
     nobody = place_settings.model_copy(update={"broker_url": type(place_settings.broker_url)("redis://127.0.0.1:9/0")})
     limiter = Limiter(nobody)
-    before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client shows it in no other way
+    before = metrics.LIMITER_UNAVAILABLE._value.get()  # noqa: SLF001 - the client has no public access
     limit = bucket(burst=1)
     for _ in range(3):
         answer = await limiter.ask([request(0, limit), request(1, limit)], ())
         assert answer == LimiterReply((GO, GO), None)
     await limiter.close()
-    assert metrics.LIMITER_UNAVAILABLE._value.get() - before == 6  # noqa: SLF001 - likewise
+    assert metrics.LIMITER_UNAVAILABLE._value.get() - before == 6  # noqa: SLF001 - the client has no public access
     assert "".join(capfd.readouterr()).count("limiter_unavailable") == 1

@@ -165,7 +165,7 @@ class Stuck(Scripted):
     async def send(self, delivery: Delivery) -> Any:
         self.under_way += 1
         try:
-            while str(delivery.follow_up_id) in self.stuck:  # noqa: ASYNC110 - another thread lets it go
+            while str(delivery.follow_up_id) in self.stuck:  # noqa: ASYNC110 - another thread ends the loop
                 await asyncio.sleep(0.005)
             return await super().send(delivery)
         finally:
@@ -358,7 +358,7 @@ def _raise_passing(*_: object) -> None:
 @pytest.mark.parametrize(
     ("count_once", "count_twice", "most"), [(0, 4, 1), (40, 0, POISON_PILLS), (20, 2, POISON_PILLS)]
 )
-def test_suspects_apart(  # noqa: PLR0913 - fixtures and the three numbers of a case
+def test_suspects_apart(  # noqa: PLR0913 - fixtures and three parameters
     world: World,
     engine: Engine,
     settings: Settings,

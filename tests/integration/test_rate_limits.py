@@ -302,7 +302,7 @@ def test_set_and_lifted_while_it_runs(world: World, bench: Bench) -> None:
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert bench.limiters[0].asked == 0
     limit(world, NONE_COMES_IN)
-    wait_until(lambda: pipeline._rate_limits)  # noqa: SLF001 - when it has read them
+    wait_until(lambda: pipeline._rate_limits)  # noqa: SLF001 - waits until the limits are loaded
     ids = [world.follow_up() for _ in range(2)]
     wait_until(lambda: any(world.row(one).limited_until for one in ids))
     with world.engine.begin() as connection:

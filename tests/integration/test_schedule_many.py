@@ -83,7 +83,7 @@ def test_refused_by_index(world: World) -> None:
                 planned(windowed),
                 planned(good, ""),
                 planned(good, "\x00"),
-                planned(good, due=datetime(2030, 1, 1)),  # noqa: DTZ001 - that is the point
+                planned(good, due=datetime(2030, 1, 1)),  # noqa: DTZ001 - a naive datetime is tested
                 planned(good),
             ],
         )
@@ -113,7 +113,7 @@ def test_full_chat(world: World) -> None:
 
 def test_another_workspaces_chat(world: World) -> None:
     """A chat of another workspace is reported as not found."""
-    from world import World as Another  # noqa: PLC0415 - the fixture has its name
+    from world import World as Another  # noqa: PLC0415 - the name is used by a fixture
 
     with pytest.raises(SomeRefusedError) as refused:
         schedule_many(world, [planned(Another(world.engine).chat())])
@@ -137,7 +137,7 @@ def test_one_statement_a_kind(world: World) -> None:
         counts.append(len(statements))
     event.remove(world.engine, "before_cursor_execute", note)
     assert counts[0] == counts[1] <= 4
-    print(f"schedule_many: {1000 / (time.perf_counter() - begun):.0f} follow-ups/s")  # noqa: T201 - the figure
+    print(f"schedule_many: {1000 / (time.perf_counter() - begun):.0f} follow-ups/s")  # noqa: T201 - prints the measurement
     assert world.scalar("SELECT count(*) FROM follow_ups") == 1001
 
 
@@ -150,7 +150,7 @@ def test_locks_in_ascending_order(world: World) -> None:
         try:
             for _ in range(20):
                 schedule_many(world, [planned(chat_id) for chat_id in order])
-        except Exception as error:  # noqa: BLE001 - shown below
+        except Exception as error:  # noqa: BLE001 - the assertion below shows it
             errors.append(error)
 
     threads = [threading.Thread(target=repeat, args=(order,)) for order in (targets, targets[::-1])]

@@ -129,7 +129,7 @@ class TestSchedule:
             ("x" * 65_537, soon(), "message"),
             ("a\x00", soon(), "message"),
             ("\ud800", soon(), "message"),
-            ("x", datetime(2030, 1, 1), "due_date"),  # noqa: DTZ001 - that is the point
+            ("x", datetime(2030, 1, 1), "due_date"),  # noqa: DTZ001 - a naive datetime is tested
         ],
     )
     def test_bad_field(self, caller: Caller, message: str, due: datetime, field: str) -> None:
@@ -143,7 +143,7 @@ class TestSchedule:
 
         A follow-up is also rejected if the user wrote last in its chat.
         """
-        from world import World  # noqa: PLC0415 - of this test alone
+        from world import World  # noqa: PLC0415 - used only in this test
 
         removed, empty = (
             caller.world.chat(removed_at=NOW),
@@ -184,7 +184,7 @@ class TestFullChat:
         with pytest.raises(TooManyPendingError):
             scheduling.amend(caller.session, created.id, {"chat_id": full})
         one = "SELECT id FROM follow_ups WHERE chat_id = :id LIMIT 1"
-        caller.world.sql(f"DELETE FROM follow_ups WHERE id = ({one})", id=full)  # noqa: S608 - our own words
+        caller.world.sql(f"DELETE FROM follow_ups WHERE id = ({one})", id=full)  # noqa: S608 - SQL from this file
         inside = caller.schedule(full)
         scheduling.amend(caller.session, inside.id, {"chat_id": full, "message": "!"})
         with pytest.raises(TooManyPendingError):
@@ -199,7 +199,7 @@ class TestFullChat:
 
 def test_no_row_joins_two_workspaces(world: World) -> None:
     """PostgreSQL rejects a follow-up or a message of one workspace in another workspace's chat."""
-    from world import World  # noqa: PLC0415 - of this test alone
+    from world import World  # noqa: PLC0415 - used only in this test
 
     chat_id, stranger = world.chat(), World(world.engine)
     with pytest.raises(IntegrityError):

@@ -100,7 +100,7 @@ def test_what_must_never_be_otherwise(world: World, change: str) -> None:
     """The database rejects a row whose state contradicts itself."""
     follow_up = world.follow_up()
     with pytest.raises(IntegrityError):
-        world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - a constant above
+        world.sql(f"UPDATE follow_ups SET {change} WHERE id = :id", id=follow_up)  # noqa: S608 - constants of this file
 
 
 @pytest.mark.parametrize("moment", ["infinity", "-infinity", "0044-03-15 BC", "0001-06-01", "10000-01-01"])
@@ -120,7 +120,7 @@ def test_times_that_cannot_be_read(world: World, table: str, column: str, moment
     world.follow_up()
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
-        world.sql(f"UPDATE {table} SET {column} = CAST(:moment AS timestamptz)", moment=moment)  # noqa: S608 - a constant above
+        world.sql(f"UPDATE {table} SET {column} = CAST(:moment AS timestamptz)", moment=moment)  # noqa: S608 - constants of this file
 
 
 @pytest.mark.parametrize("column", ["opening", "closing"])
@@ -128,7 +128,7 @@ def test_24_o_clock(world: World, column: str) -> None:
     """The database rejects sending hours that begin or end at 24:00, which Python cannot represent."""
     world.sql(HOURS, id=world.workspace_id)
     with pytest.raises(IntegrityError, match="readable"):
-        world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - a constant above
+        world.sql(f"UPDATE sending_hours SET {column} = '24:00'")  # noqa: S608 - constants of this file
 
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:

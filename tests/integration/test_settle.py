@@ -80,7 +80,7 @@ class TestSettle:
         world: World,
         steps: Steps,
         settings: Settings,
-        deduplicates: bool,  # noqa: FBT001 - a parameter of the test
+        deduplicates: bool,  # noqa: FBT001 - a test parameter
         status: str,
     ) -> None:
         """After an unknown outcome, the message is resent with its key if the transport deduplicates."""
@@ -221,7 +221,7 @@ class TestCancelAgainstDeliver:
 
             def run(batch: tuple[Lease, ...] = batch, start: threading.Barrier = start) -> None:
                 start.wait()
-                begun.append(len(steps.begin(batch).begun))  # noqa: B023 - joined below
+                begun.append(len(steps.begin(batch).begun))  # noqa: B023 - the threads end within the iteration
 
             thread = threading.Thread(target=run)
             thread.start()

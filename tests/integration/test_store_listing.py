@@ -39,7 +39,7 @@ _FILL = (
            now() - i * interval '1 s'
       FROM generate_series(1, {ROWS}) i
       JOIN places p ON p.n = CASE WHEN i % 2 = 0 THEN 1 + i % 20 ELSE 1 + i % {WORKSPACES * 20} END
-    """,  # noqa: S608 - our own numbers
+    """,  # noqa: S608 - constants of this file
     "ANALYZE",
 )
 

@@ -26,7 +26,7 @@ HOURS = st.builds(
     CLOCKS,
     st.frozensets(st.integers(0, 6), min_size=1),
 )
-MOMENTS = st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - its zone is UTC
+MOMENTS = st.datetimes(datetime(2026, 1, 1), datetime(2027, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the strategy adds UTC
 GAPS = st.lists(st.timedeltas(MINUTE, timedelta(days=3)), min_size=1, max_size=8)
 NOON = datetime(2026, 6, 1, 12, tzinfo=UTC)
 MORNING = SendingHours("UTC", time(8), time(11))

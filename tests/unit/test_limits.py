@@ -25,7 +25,7 @@ def limit(number: int, workspace: UUID | None = None, channel: str | None = None
 
 def place(workspace: UUID = ACME, chat: int = 7, channel: str = "waha") -> Limitable:
     """Return a follow-up's workspace, channel and chat."""
-    return Limitable(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - it has not ended
+    return Limitable(UUID(int=99), False, workspace, UUID(int=chat), channel, NOW, None)  # noqa: FBT003 - the follow-up has not ended
 
 
 def matching(limits: list[Limit], where: Limitable) -> set[int]:

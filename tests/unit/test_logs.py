@@ -132,7 +132,7 @@ def test_an_exception_is_in_its_line_without_local_variables(capsys: pytest.Capt
     private = "a private word"
     logger = get_logger("x") if own else logging.getLogger("x")
     try:
-        raise ValueError(f"no redis://me:pa55@host ({len(private)})")  # noqa: EM102, TRY003, TRY301 - the test's subject
+        raise ValueError(f"no redis://me:pa55@host ({len(private)})")  # noqa: EM102, TRY003, TRY301 - the test needs this message
     except ValueError:
         logger.exception("it broke")
     (line,) = _lines(capsys)

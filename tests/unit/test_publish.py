@@ -55,7 +55,7 @@ def test_foreign(value: object, keys: object) -> None:
     try:
         leases_of(value, keys)
     except ValueError as error:
-        assert str(error)  # noqa: PT017 - either way is right
+        assert str(error)  # noqa: PT017 - both results are valid
 
 
 @pytest.mark.parametrize(

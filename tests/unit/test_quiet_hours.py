@@ -28,7 +28,7 @@ HOURS = st.builds(
     CLOCKS,
     st.frozensets(st.integers(0, 6), min_size=1),
 )
-MOMENTS = st.datetimes(datetime(2010, 1, 1), datetime(2040, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - its zone is UTC
+MOMENTS = st.datetimes(datetime(2010, 1, 1), datetime(2040, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the strategy adds UTC
 TRANSITIONS = (
     datetime(2030, 3, 31, 1, tzinfo=UTC),  # Berlin, forward
     datetime(2030, 10, 27, 1, tzinfo=UTC),  # Berlin, back

@@ -236,7 +236,7 @@ def test_a_lease_outlives_an_attempt() -> None:
 def test_secrets_are_not_shown() -> None:
     """The displayed settings and their repr contain neither passwords nor the transport's secret."""
     url = "https://me:pa55@chat.example/hook?key=s3cret"
-    settings = load_settings(transport_secret="whsec_abc", transport_url=url)  # noqa: S106 - no real one
+    settings = load_settings(transport_secret="whsec_abc", transport_url=url)  # noqa: S106 - not a real secret
     shown = settings.shown()
     assert shown["FOLLOWUPS_DATABASE_URL"] == "postgresql://app:***@db:5432/followups"
     assert shown["FOLLOWUPS_BROKER_URL"] == "redis://:***@broker:6379/0"

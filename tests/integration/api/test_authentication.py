@@ -44,7 +44,7 @@ def requests_of(document: dict[str, Any], mine: dict[str, Any]) -> list[tuple[st
 @pytest.fixture
 def document(web_url: str) -> dict[str, Any]:
     """Return the running process's OpenAPI document."""
-    found: dict[str, Any] = httpx.get(f"{web_url}/openapi.json", verify=False).json()  # noqa: S501 - no TLS
+    found: dict[str, Any] = httpx.get(f"{web_url}/openapi.json", verify=False).json()  # noqa: S501 - the server has no TLS
     return found
 
 
@@ -103,7 +103,7 @@ def test_last_use(api: Api) -> None:
     """The use of an API key is recorded once a minute, not with each request."""
 
     def last_used() -> object:
-        return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - our own
+        return api.world.scalar(f"SELECT last_used_at FROM api_keys WHERE id = '{api.key_id}'")  # noqa: S608 - the test's own id
 
     assert last_used() is None
     api.get(FOLLOW_UPS)

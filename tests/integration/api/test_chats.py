@@ -151,7 +151,7 @@ class TestMessages:
         api.world.put_in_flight(created["id"])
         assert api.message(created["chatId"], "user").json()["cancelledFollowUpIds"] == []
         assert api.read(created)["status"] == "pending"
-        query = f"SELECT cancel_requested FROM follow_ups WHERE id = '{created['id']}'"  # noqa: S608 - our own id
+        query = f"SELECT cancel_requested FROM follow_ups WHERE id = '{created['id']}'"  # noqa: S608 - the test's own id
         assert api.world.scalar(query) == "user_replied"
 
     @pytest.mark.parametrize(

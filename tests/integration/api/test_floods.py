@@ -120,7 +120,7 @@ class Web:
             observer.join()
         self.wait(flood)
         flood.cpu, flood.memory = self.cpu() - cpu, max(*peak, self.memory()) - memory
-        print(f"{what}: {flood}")  # noqa: T201 - the figure
+        print(f"{what}: {flood}")  # noqa: T201 - prints the measurement
 
     def wait(self, flood: Flood) -> None:
         """Send a request as another client, on a new connection, and record the waiting time."""

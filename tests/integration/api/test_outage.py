@@ -34,7 +34,7 @@ def test_nothing_reachable() -> None:
     environment = {"DATABASE_URL": f"postgresql://u:hunter2@{nobody}/x", "REDIS_URL": f"redis://:hunter2@{nobody}/0"}
     with Processes() as processes:
         _, url = start(processes, environment)
-        with httpx.Client(base_url=url, headers=KEY, verify=False) as client:  # noqa: S501 - no TLS
+        with httpx.Client(base_url=url, headers=KEY, verify=False) as client:  # noqa: S501 - the server has no TLS
             assert client.get("/healthz").status_code == 200
             problem = is_problem(client.get("/readyz"), 503, "not-ready")
             assert "database (" in problem["detail"]
@@ -66,9 +66,9 @@ def test_broker_away(settings: Settings, world: World) -> None:
 
 def test_database_restart(settings: Settings) -> None:
     """During a restart of the database requests get 503; afterwards they succeed without intervention."""
-    from followups.database import make_engine  # noqa: PLC0415 - of this test alone
-    from followups.schema import migrate  # noqa: PLC0415 - of this test alone
-    from world import World  # noqa: PLC0415 - as above
+    from followups.database import make_engine  # noqa: PLC0415 - used only in this test
+    from followups.schema import migrate  # noqa: PLC0415 - used only in this test
+    from world import World  # noqa: PLC0415 - used only in this test
 
     with EmbeddedPostgres() as postgres, Processes() as processes:
         database_url = postgres.create_database("restarted")

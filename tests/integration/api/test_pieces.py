@@ -44,7 +44,7 @@ def test_no_text_is_kept_for_a_repeated_request(api: Api) -> None:
     assert first.status_code == 201
     assert first.json()["message"] == body["message"]
     kept = api.world.scalar(
-        f"SELECT string_agg(convert_from(body, 'UTF8'), '') FROM idempotency_keys"  # noqa: S608 - our own id
+        f"SELECT string_agg(convert_from(body, 'UTF8'), '') FROM idempotency_keys"  # noqa: S608 - the test's own id
         f" WHERE workspace_id = '{api.world.workspace_id}'"
     )
     assert first.json()["id"] in kept

@@ -103,7 +103,7 @@ def test_deep_pages_beside_anothers_list(pair: tuple[Api, Api]) -> None:
         for each in walks:
             each.result()
     median = statistics.median(times)
-    print(f"another's list beside {CLIENTS} clients on page {PAGE:,}: {median * 1000:.0f} ms")  # noqa: T201 - the figure
+    print(f"another's list beside {CLIENTS} clients on page {PAGE:,}: {median * 1000:.0f} ms")  # noqa: T201 - prints the measurement
     assert median < 0.25
 
 

@@ -95,7 +95,7 @@ def test_nothing_is_deleted_that_is_not_archived(
     """If the disk is full, the archive contains whole batches and other rows stay in the database."""
     monkeypatch.setattr(pruning, "BATCH", 2)
     ids = [ended(world, 100 - n) for n in range(5)]
-    real, calls = prune._write, iter(range(9))  # noqa: SLF001 - as a full disk would
+    real, calls = prune._write, iter(range(9))  # noqa: SLF001 - simulates a full disk
 
     def full(*arguments: Any) -> None:
         if next(calls):

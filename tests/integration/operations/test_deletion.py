@@ -78,7 +78,7 @@ def counts(world: World) -> dict[str, int]:
         for table in Base.metadata.sorted_tables:
             column = "id" if table.name == "workspaces" else "workspace_id"
             if column in table.columns:
-                query = text(f"SELECT count(*) FROM {table.name} WHERE {column} = :id")  # noqa: S608 - our own tables
+                query = text(f"SELECT count(*) FROM {table.name} WHERE {column} = :id")  # noqa: S608 - table names of the models
                 found[table.name] = connection.scalar(query, {"id": world.workspace_id})
     return {name: number for name, number in found.items() if number}
 

@@ -83,7 +83,7 @@ async def test_a_busy_key_is_counted_ahead(limit_of: Callable[[int], KeyRateLimi
     assert await allowed(limit, 1_000) == 1_000
     assert server.connected
     counted = sum(int(value) for value in await values(server))
-    assert 1_000 <= counted <= 1_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
+    assert 1_000 <= counted <= 1_000 + limit._most_ahead  # noqa: SLF001 - the limit of requests counted in advance
 
 
 async def test_simultaneous_requests_are_counted_once(
@@ -93,7 +93,7 @@ async def test_simultaneous_requests_are_counted_once(
     limit = limit_of(6_000)
     assert sum(await asyncio.gather(*(allowed(limit, 50) for _ in range(60)))) == 3_000
     counted = sum(int(value) for value in await values(server))
-    assert 3_000 <= counted <= 3_000 + limit._most_ahead  # noqa: SLF001 - the bound on what is counted ahead
+    assert 3_000 <= counted <= 3_000 + limit._most_ahead  # noqa: SLF001 - the limit of requests counted in advance
 
 
 async def values(server: FakeServer) -> list[bytes]:
@@ -122,9 +122,9 @@ async def test_without_the_server_nothing_is_refused(
     """
     limit = limit_of(5)
     server.connected = False
-    before = UNLIMITED._value.get()  # noqa: SLF001 - a counter has no other way to be read
+    before = UNLIMITED._value.get()  # noqa: SLF001 - the client has no public access
     assert await allowed(limit, 20) == 20
-    assert UNLIMITED._value.get() - before == 20  # noqa: SLF001 - as above
+    assert UNLIMITED._value.get() - before == 20  # noqa: SLF001 - the client has no public access
     server.connected = True
     assert await allowed(limit, 20) == 20
     monkeypatch.setattr(limit, "_ask_again_at", 0.0)
@@ -141,5 +141,5 @@ async def test_an_answer_that_is_an_error(
     async def refuse(*_: object, **__: object) -> bool:
         raise redis.BusyLoadingError
 
-    monkeypatch.setattr(limit._limiter, "hit", refuse)  # noqa: SLF001 - what the server answers
+    monkeypatch.setattr(limit._limiter, "hit", refuse)  # noqa: SLF001 - simulates the server's error
     assert await allowed(limit, 3) == 3

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from followups.transports.sandbox.chats import SandboxChats
 
 MESSAGE = "the text that nobody but the receiver may see"
-TOKEN = "syt_token"  # noqa: S105 - of a homeserver that lives for one test
-SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the specification's own example
+TOKEN = "syt_token"  # noqa: S105 - used only by test servers
+SIGNING_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - the example from the specification
 
 BODY = {
     "followUpId": "6f1b1f0e-3a53-4f6e-9a5f-1d2b3c4d5e6f",

@@ -134,7 +134,7 @@ def test_nothing_that_looks_like_a_date_breaks_anything(value: str) -> None:
 
 
 @QUICK
-@given(st.datetimes(min_value=NOW.replace(tzinfo=None), max_value=datetime(2026, 3, 2)))  # noqa: DTZ001 - UTC is added
+@given(st.datetimes(min_value=NOW.replace(tzinfo=None), max_value=datetime(2026, 3, 2)))  # noqa: DTZ001 - the test adds UTC
 def test_any_date_within_a_day_is_kept_to_the_second(moment: datetime) -> None:
     """A Retry-After date within a day is honoured to the second, the precision of an HTTP date."""
     moment = moment.replace(tzinfo=UTC, microsecond=0)

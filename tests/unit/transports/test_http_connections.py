@@ -254,7 +254,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
         connection, _ = listening.accept()
         with connection:
             time.sleep(0.05)
-            connection.setblocking(False)  # noqa: FBT003 - the name of the standard library
+            connection.setblocking(False)  # noqa: FBT003 - a method of the standard library
             with contextlib.suppress(BlockingIOError):
                 received.append(connection.recv(65_536))
             if reset:
@@ -269,7 +269,7 @@ async def test_a_connection_that_ends_as_it_is_made_takes_no_request(steps: int,
             sending = loop.create_task(transport.send(a_delivery()))
             for _ in range(steps):  # iterations of the event loop
                 await asyncio.sleep(0)
-            time.sleep(0.1)  # noqa: ASYNC251 - the loop stands still until the receiver has hung up
+            time.sleep(0.1)  # noqa: ASYNC251 - the loop is blocked until the receiver disconnects
             outcome = await sending
         await hanging_up
     assert isinstance(outcome, Unknown if received else Retry)
@@ -356,7 +356,7 @@ async def test_a_connection_closed_for_another_breaks_no_turn_of_the_loop() -> N
     loop, errors = asyncio.get_running_loop(), []
     loop.set_exception_handler(lambda _, context: errors.append(context))
     with socket.create_server(("127.0.0.1", 0)) as listening, contextlib.ExitStack() as peers:
-        listening.setblocking(False)  # noqa: FBT003 - positional only
+        listening.setblocking(False)  # noqa: FBT003 - the parameter is positional-only
         curls = CurlLoop({pycurl.M_MAXCONNECTS: 1})
 
         async def begin() -> tuple[asyncio.Task[int], socket.socket]:

@@ -66,7 +66,7 @@ def test_a_silent_name_server_holds_up_nothing(tmp_path: Path) -> None:
     resolver.write_text("nameserver 127.0.0.1\noptions timeout:30 attempts:2\n")
     inside = f'mount --bind "{resolver}" /etc/resolv.conf && exec "{sys.executable}" -c "$SCRIPT"'
     ran = subprocess.run(
-        ["unshare", "-mn", "sh", "-c", inside],  # noqa: S607 - a program of the system
+        ["unshare", "-mn", "sh", "-c", inside],  # noqa: S607 - found on the system's path
         env=os.environ | {"SCRIPT": SCRIPT},
         capture_output=True,
         text=True,

@@ -80,7 +80,7 @@ async def test_a_private_authority_is_trusted_by_its_directory(
 ) -> None:
     """SSL_CERT_DIR names a directory of trusted authorities, created by ``openssl rehash``."""
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
-    subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - before anything runs
+    subprocess.run(["openssl", "rehash", str(tmp_path)], check=True)  # noqa: ASYNC221, S607 - runs before any other task
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
     async with scripted(OK, certified(authority)) as server:
         assert await outcome_at(server.url) == Sent(None, 200)

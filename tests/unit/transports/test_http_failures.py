@@ -306,7 +306,7 @@ async def test_a_process_that_was_frozen_sends_nothing_any_more(steps: int) -> N
             sending = loop.create_task(transport.send(a_delivery()))
             for _ in range(steps):  # iterations of the event loop
                 await asyncio.sleep(0)
-            time.sleep(0.3)  # noqa: ASYNC251 - the whole process is to stand still
+            time.sleep(0.3)  # noqa: ASYNC251 - the test freezes the whole process
             woken = time.monotonic()
             outcome = await sending
         with contextlib.suppress(TimeoutError):
