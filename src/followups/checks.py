@@ -10,7 +10,7 @@ from followups.channels import Channel, is_open
 from followups.errors import InvalidRequestError, NothingToFollowUpError, OutsideMessagingWindowError
 from followups.models import MAX_MESSAGE_LENGTH
 from followups.sending_hours import opens_at
-from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish
+from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish, storable
 from followups.store.chats import Role
 from followups.telemetry.logs import get_logger
 
@@ -99,7 +99,7 @@ def check_message(message: str) -> None:
 
 def check_text(text: str, field: str) -> None:
     """Refuse what cannot be stored as text: a NUL character, a lone surrogate."""
-    if "\x00" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if text != storable(text):
         message = f"The {field.replace('_', ' ')} must not contain NUL characters or lone surrogates."
         raise InvalidRequestError(message, field=field)
 

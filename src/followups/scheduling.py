@@ -85,6 +85,21 @@ def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: dateti
     return created
 
 
+def scheduling_alone(
+    workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
+) -> Steps[FollowUp | None]:
+    """Apply the rule of `schedule` by one statement, which needs no transaction; return None if that is not enough.
+
+    Then nothing has changed, and `scheduling` creates the follow-up or raises the error.
+    """
+    check_planned(Planned(chat_id, message, due_date))
+    return (
+        yield from follow_ups.create_if_clear.steps(
+            workspace_id=workspace_id, chat_id=chat_id, message=message, due_date=due_date, key_id=key_id
+        )
+    )
+
+
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
     """Create many follow-ups of a workspace, or none; return them in the order given.
 
@@ -113,8 +128,8 @@ def _scheduling_many(workspace_id: UUID, planned: Sequence[Planned]) -> Steps[li
         trigger_of(chat)
         if now and chat.channel in WINDOWED_CHANNELS:
             check_moment(chat, max(one.due_date, now), hours)
-        room[chat.id] -= 1
-        if room[chat.id] < 0:
+        room[one.chat_id] -= 1
+        if room[one.chat_id] < 0:
             raise TooManyPendingError
 
     for index, one in enumerate(planned):

@@ -1,9 +1,9 @@
 """Requests a second, CPU and p99 of the API, beside a bare async FastAPI endpoint that does one INSERT.
 
-``uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL and Valkey, and both servers as
-processes: ours, and the bare one on psycopg's own pool, with the same uvicorn. They take turns. Then creates arrive at
-half of their maximal rate, and `schedule_many` creates a thousand at once. Asserts nothing: what matters are the ratios
-to the bare endpoint on the same machine, in the same run.
+``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
+servers as processes: ours, and the bare one on psycopg's own pool, with the same uvicorn. They take turns. Then creates
+arrive at half of their maximal rate, and `schedule_many` creates a thousand at once. Asserts nothing: what matters are
+the ratios to the bare endpoint on the same machine, in the same run.
 """
 
 from __future__ import annotations

@@ -197,16 +197,19 @@ class Caller:
             finally:
                 await self._record_use()
 
-    async def change(self, rule: Callable[[Work], Steps[T]]) -> T:
+    async def change(
+        self, rule: Callable[[Work], Steps[T]], at_once: Callable[[Work], Steps[T | None]] | None = None
+    ) -> T:
         """Run the rule in a transaction, commit it, and then log its changes.
 
-        A transaction that was rolled back because of a conflict is retried once, since none of its work was committed.
-        Raises `UnauthorizedError` and `TooManyRequestsError`.
+        ``at_once`` is a rule that does the same by one statement, which checks the key itself; if it returns None, it
+        has changed nothing. A transaction that was rolled back because of a conflict is retried once, since none of its
+        work was committed. Raises `UnauthorizedError` and `TooManyRequestsError`.
         """
         await self._services.rate_limit.check(self._identity.key_id)
         async with self._services.shares.of(self._identity.workspace_id):
             try:
-                work, result = await self._transact(rule)
+                work, result = (at_once and await self._run_alone(at_once)) or await self._transact(rule)
             except psycopg.Error as error:
                 if not is_undone(error):
                     raise
@@ -224,12 +227,21 @@ class Caller:
         """Check only the API key. Raises the same errors as `change`."""
         await self.read(_nothing)
 
+    async def _run_alone(self, rule: Callable[[Work], Steps[T | None]]) -> tuple[Work, T] | None:
+        work = self._work()
+        async with self._services.database.reading() as connection:
+            result = await event_loop.run(connection, rule(work))
+        if result is None:
+            return None
+        self._is_valid = True
+        return work, result
+
     async def _transact(self, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
         async with self._services.database.transaction() as connection:
             return await self._run(connection, rule)
 
     async def _run(self, connection: Connection, rule: Callable[[Work], Steps[T]]) -> tuple[Work, T]:
-        work = Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
+        work = self._work()
         steps = rule(work)
         try:
             first = next(steps)
@@ -243,6 +255,9 @@ class Caller:
         rows = await self._ask(connection, first)
         work.now = rows[0].key_now
         return work, await event_loop.go_on(connection, steps, rows if rows[0].is_row else ())
+
+    def _work(self) -> Work:
+        return Work(self._identity.workspace_id, self._identity.key_id, AHEAD_TICKS * self._services.tick_interval)
 
     async def _ask(self, connection: Connection, query: Query) -> Sequence[Any]:
         """Execute the query together with the look-up of the API key."""

@@ -106,6 +106,9 @@ class Identity:
 
 
 _VALID = "k.revoked_at IS NULL AND (k.expires_at IS NULL OR k.expires_at > now())"
+IS_VALID = f"EXISTS (SELECT FROM api_keys k WHERE k.id = :key_id AND {_VALID})"
+"""The condition of a statement that checks the API key ``key_id`` itself."""
+
 _BY_HASH = Statement(f"SELECT id, workspace_id, key_hash FROM api_keys k WHERE key_hash = :key_hash AND {_VALID}")  # noqa: S608 - no input, only the constant above
 
 

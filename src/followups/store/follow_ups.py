@@ -15,7 +15,8 @@ from followups.models import FailedAttempt, FollowUp
 from followups.statements import Rule, Statement
 from followups.states import Status, finish
 from followups.store import quotas
-from followups.store.fragments import NEXT_TOKEN, honest
+from followups.store.api_keys import IS_VALID
+from followups.store.fragments import NEXT_TOKEN, WINDOWED, honest
 from followups.store.leases import uuid_array
 from followups.store.quotas import Kind
 from followups.telemetry.traces import current_traceparent
@@ -87,6 +88,59 @@ def insert_unless_full(
     if not created:  # the chat is full, or the workspace has a quota
         yield from quotas.take.steps(workspace_id, Kind.PENDING, 1)
         created = yield _INSERT(**values, within_quota=True)
+    return created[0] if created else None
+
+
+FAR_FROM_FULL = MOST_PENDING - 1_000
+"""Most pending follow-ups of a chat into which `create_if_clear` inserts.
+
+Its statement counts what was committed before it locked the chat, and may miss what was inserted in between: one
+follow-up for each connection of the database at most.
+"""
+
+# In all conditions but the last, the values of the chat are those that it has once it is locked.
+_CREATE_IF_CLEAR = Statement(
+    f"""
+    WITH chat AS (
+        SELECT last_message_id FROM chats
+         WHERE workspace_id = :workspace_id AND id = :chat_id AND removed_at IS NULL
+           AND last_message_id IS NOT NULL AND last_message_role <> 'user' AND channel NOT IN ({WINDOWED})
+           AND NOT EXISTS (SELECT FROM workspaces w WHERE w.id = :workspace_id AND w.deletion_began_at IS NOT NULL)
+           AND NOT EXISTS (SELECT FROM quotas WHERE workspace_id = :workspace_id AND kind = '{Kind.PENDING.value}')
+           AND {IS_VALID}
+           FOR NO KEY UPDATE SKIP LOCKED
+    )
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
+    SELECT :workspace_id, :chat_id, :message, :due_date, chat.last_message_id, CAST(:traceparent AS text)
+      FROM chat
+     WHERE NOT EXISTS (
+           SELECT FROM follow_ups
+            WHERE workspace_id = :workspace_id AND chat_id = :chat_id AND status = 'pending'
+            ORDER BY due_date, id OFFSET {FAR_FROM_FULL - 1})
+    RETURNING {{columns}}
+    """,  # noqa: S608 - no input, only the constants above
+    FollowUp,
+    FIELDS,
+)
+
+
+@Rule
+def create_if_clear(
+    *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
+) -> Steps[FollowUp | None]:
+    """Insert a pending follow-up and return it, or None in any case that is not clear.
+
+    This single statement replaces a transaction. It decides only the clear cases: the API key is valid, the chat is not
+    locked, its last message is not the user's, and there is neither a messaging window nor a quota.
+    """
+    created: Sequence[FollowUp] = yield _CREATE_IF_CLEAR(
+        workspace_id=workspace_id,
+        chat_id=chat_id,
+        message=message,
+        due_date=due_date,
+        key_id=key_id,
+        traceparent=current_traceparent() or None,
+    )
     return created[0] if created else None
 
 

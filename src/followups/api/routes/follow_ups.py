@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from followups.api.deep_pages import Starts
+    from followups.models import FollowUp as StoredFollowUp
     from followups.statements import Steps
 
 PATH = "/api/v1/chat-message-follow-ups"
@@ -121,7 +122,8 @@ async def create_follow_up(
     With an `Idempotency-Key`, a repeated request gets the first request's response and creates nothing.
     """
     if idempotency_key is None:
-        return _response(await Caller(request).change(lambda work: _create(work, body)))
+        caller = Caller(request)
+        return _response(await caller.change(lambda work: _create(work, body), lambda work: _create_alone(work, body)))
     return _response(await Caller(request).change(lambda work: _create_once(work, body, idempotency_key)))
 
 
@@ -155,6 +157,20 @@ def _with_message(answer: idempotency.StoredResponse, message: str) -> idempoten
 
 def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResponse]:
     created = yield from scheduling.scheduling(work.workspace_id, body.chat_id, body.message, body.due_date)
+    return _created(work, created)
+
+
+def _create_alone(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer | None]:
+    created = yield from scheduling.scheduling_alone(
+        work.workspace_id, body.chat_id, body.message, body.due_date, work.key_id
+    )
+    if created is None:
+        return None
+    work.now = created.created_at
+    return _created(work, created)
+
+
+def _created(work: Work, created: StoredFollowUp) -> idempotency.Answer:
     work.report(created)
     return idempotency.StoredResponse(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
 
