@@ -160,7 +160,7 @@ def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResponse]:
     return _created(work, created)
 
 
-def _create_alone(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer | None]:
+def _create_alone(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResponse | None]:
     created = yield from scheduling.scheduling_alone(
         work.workspace_id, body.chat_id, body.message, body.due_date, work.key_id
     )
@@ -170,7 +170,7 @@ def _create_alone(work: Work, body: NewFollowUp) -> Steps[idempotency.Answer | N
     return _created(work, created)
 
 
-def _created(work: Work, created: StoredFollowUp) -> idempotency.Answer:
+def _created(work: Work, created: StoredFollowUp) -> idempotency.StoredResponse:
     work.report(created)
     return idempotency.StoredResponse(201, f"{PATH}/{created.id}", json_responses.one(FollowUp, created))
 
