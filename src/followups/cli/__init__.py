@@ -1,4 +1,4 @@
-"""The command line, ``followups``: a module for each command, imported when that command is called."""
+"""The ``followups`` command line: one module for each command, imported when the command is called."""
 
 from followups.cli.entry import main
 

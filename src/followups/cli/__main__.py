@@ -1,4 +1,4 @@
-"""Run ``followups`` as ``python -m followups.cli``."""
+"""Entry point of ``python -m followups.cli``, the same as ``followups``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""``followups api-key``: create, list and revoke the keys of the REST API."""
+"""``followups api-key``: create, list and revoke API keys for the REST API."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 @app.callback()
 def group() -> None:
-    """Create, list and revoke API keys. A key belongs to one workspace; only a hash of it is stored."""
+    """Create, list and revoke API keys. A key belongs to one workspace; only a hash of the key is stored."""
 
 
 @app.command(
@@ -49,12 +49,12 @@ def create(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Create an API key and print it on stdout. It is shown only once."""
+    """Create an API key and print it on stdout. The key is shown only once."""
     with connection.session() as session:
         row, key = administration.create_key(
             session, connection.actor(), workspaces.find(session, workspace).id, name, expires
         )
-    # Print the key after the commit, so that a printed key always works.
+    # Print the key after the commit, so that every printed key works.
     if json:
         print_json(api_key_document(row, workspace) | {"key": key})
         return
@@ -92,7 +92,7 @@ def revoke(
     *,
     json: Json = False,
 ) -> None:
-    """Revoke an API key: it is refused from now on. Revoking a revoked key changes nothing."""
+    """Revoke an API key: requests with it are refused from now on. Revoking it again changes nothing."""
     with connection.session() as session:
         row = administration.revoke_key(session, connection.actor(), key_id)
         workspace = session.get_one(Workspace, row.workspace_id).name

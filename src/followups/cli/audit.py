@@ -48,12 +48,12 @@ def audit(
     limit: Annotated[int, typer.Option(min=1, max=MAX_LIMIT, help="How many at most.")] = 20,
     json: Json = False,
 ) -> None:
-    """Show who did what and when, newest first.
+    """Show who changed what and when, newest first.
 
-    Recorded are API keys that were created, revoked or have expired; pauses, rate limits and sending hours; bulk
-    commands; deleted chats and workspaces; and each change of a follow-up after its creation by PATCH, a command or
-    followups.cancel. Replies and deliveries are not. Each event is recorded in the transaction of its change, without
-    any text. FOLLOWUPS_AUDIT_RETENTION says how long events are kept.
+    Recorded are the creation, revocation and expiry of API keys; pauses, rate limits and sending hours; bulk commands;
+    deleted chats and workspaces; and each change of an existing follow-up by PATCH, a command or followups.cancel.
+    Cancellations by a reply and deliveries are not recorded. Each event is recorded in the transaction of its change,
+    without any message text. FOLLOWUPS_AUDIT_RETENTION sets how long events are kept.
     """
     with connection.session() as session:
         moment = since.resolve(session.execute(select(func.now())).scalar_one()) if since else None

@@ -1,4 +1,4 @@
-"""What all bulk commands share: count, show a sample, confirm, run in batches, report progress."""
+"""The steps that all bulk commands share: count, show a sample, confirm, run in batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Batches = Callable[[], Iterator[dict[str, int]]]
 
 SAMPLE = 5
-"""How many of the affected follow-ups are named before the command runs."""
+"""Number of affected follow-ups that are listed before the command runs."""
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show how many there are and name some; change nothing.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")]
@@ -34,29 +34,30 @@ class Manner:
 
 @dataclass(frozen=True, slots=True)
 class BulkPreview:
-    """What a bulk command will do, and to how many."""
+    """What a bulk command is about to do, and to how many follow-ups."""
 
     verb: str
-    """The infinitive, as in "cancel"."""
+    """The verb's infinitive, as in "cancel"."""
     done: str
-    """The participle, as in "3 are cancelled"."""
+    """The verb's participle, as in "3 are cancelled"."""
     number: int
     sample: Sequence[str]
     remark: str = ""
-    """What else the operator should know beforehand."""
+    """An additional remark that is shown to the operator before the command runs."""
     noun: str = "follow-up"
 
     @property
     def counted(self) -> str:
-        """The number with its noun, as in "1 follow-up", "3 follow-ups"."""
+        """The number of follow-ups with its noun, as in "1 follow-up", "3 follow-ups"."""
         return f"{self.number:,} {self.noun}{'' if self.number == 1 else 's'}"
 
 
 def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
-    """Run the batches, unless this is a dry run or the operator declines. Each batch yields its counts by name.
+    """Run the batches, unless this is a dry run or the operator declines.
 
-    The counts ``plan.done`` and ``passedOver`` advance the progress bar. After Ctrl-C each follow-up is either done or
-    untouched; running the command again continues with the rest.
+    Each batch yields its counts by name. The counts ``plan.done`` and ``passedOver`` advance the progress bar. After
+    Ctrl-C, each follow-up is either completely processed or unchanged; running the command again continues with the
+    rest.
     """
     if manner.dry_run:
         _announce(plan, json=manner.json, then="Nothing has changed: this was a dry run.")
@@ -76,7 +77,10 @@ def carry_out(plan: BulkPreview, batches: Batches, manner: Manner) -> None:
 
 
 def confirm(plan: BulkPreview) -> None:
-    """Ask for confirmation. Raises a usage error if stdin is not a terminal, and `typer.Exit` if the answer is no."""
+    """Ask for confirmation.
+
+    Raises a usage error if stdin is not a terminal, and `typer.Exit` if the answer is no.
+    """
     if not sys.stdin.isatty():
         message = f"{plan.counted} to {plan.verb}: without a terminal to ask on, confirm with --yes"
         raise typer.BadParameter(message, param_hint="--yes")
@@ -111,7 +115,7 @@ def _run(plan: BulkPreview, batches: Iterator[dict[str, int]], totals: dict[str,
 
 
 def progress(plan: BulkPreview) -> Progress:
-    """Return a progress bar on stderr; it shows on a terminal only, and disappears at the end."""
+    """Return a progress bar on stderr, which is shown only on a terminal and disappears at the end."""
     target = remarks()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=target, transient=True, disable=not target.is_terminal or not plan.number)

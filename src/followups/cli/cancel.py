@@ -1,4 +1,4 @@
-"""``followups cancel``: one follow-up, or all that is pending in a chat or workspace."""
+"""``followups cancel``: cancel one follow-up, or all pending follow-ups of a chat or workspace."""
 
 from __future__ import annotations
 
@@ -54,12 +54,13 @@ def cancel(  # noqa: PLR0913 - one for each option
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Cancel a pending follow-up. Once this succeeds, the follow-up is never sent. Repeating it changes nothing.
+    """Cancel a pending follow-up, which is then never sent. Repeating the command changes nothing.
 
-    It fails when the follow-up has finished, or while it is being delivered.
+    The command fails if the follow-up has finished or is being delivered.
 
-    With --chat or --workspace, everything pending there is cancelled, in batches. If interrupted, run the command again
-    to continue. A follow-up that is being delivered at that moment is not cancelled, but it is not retried either.
+    With --chat or --workspace, all pending follow-ups of the chat or workspace are cancelled, in batches. If
+    interrupted, run the command again to continue. A follow-up that is being delivered at that moment is not cancelled,
+    but it is not retried either.
     """
     require_either(follow_up_id, chat or workspace, "--chat or --workspace")
     if follow_up_id is None:

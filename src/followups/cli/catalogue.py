@@ -1,7 +1,7 @@
-"""Every command: its module, and what it does in one line.
+"""The list of all commands: each with its module and a one-line description.
 
-The help text is built from this table alone, so that it appears at once. A command's module, with all its imports, is
-loaded only when the command is called.
+The help text is built from this list alone, so that it appears without delay. A command's module, with all its imports,
+is loaded only when the command is called.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One command: its module, its help line, and its panel in the help."""
+    """A command's module, its help line, and its panel in the help."""
 
     module: str
     help: str
@@ -56,18 +56,18 @@ CATALOGUE = {
         "stats", "Show counts by state, the oldest overdue, lag and throughput; live with --watch.", OPERATE
     ),
 }
-"""Commands in the order of the help."""
+"""The commands in the order of the help."""
 
 
 class Catalogue(TyperGroup):
-    """The root command: it lists the commands of `CATALOGUE` and imports the one that is called."""
+    """The root command, which lists the commands of `CATALOGUE` and imports a command when it is called."""
 
     def list_commands(self, ctx: object) -> list[str]:  # noqa: ARG002 - the base class's signature
         """Return the command names in the order of the help."""
         return list(CATALOGUE)
 
     def get_command(self, ctx: object, cmd_name: str) -> TyperCommand | None:  # noqa: ARG002 - likewise
-        """Return what the help shows of a command, without importing it."""
+        """Return a command's entry in the help, without importing the command."""
         entry = CATALOGUE.get(cmd_name)
         return TyperCommand(cmd_name, help=entry.help, rich_help_panel=entry.panel) if entry else None
 
@@ -76,14 +76,14 @@ class Catalogue(TyperGroup):
         ctx: Any,  # noqa: ANN401 - the base class's own type for it is private
         args: list[str],
     ) -> tuple[str | None, Any, list[str]]:
-        """Find and import the command that is called."""
+        """Find and import the command that was called."""
         self.commands = dict.fromkeys(CATALOGUE)  # type: ignore[assignment]  # the names suggested for a typo
         name, command, rest = super().resolve_command(ctx, args)
         return name, load(name) if name else command, rest
 
 
 def load(name: str) -> TyperCommand | TyperGroup:
-    """Import a command's module and return the complete command."""
+    """Import a command's module and return the command."""
     app: typer.Typer = importlib.import_module(f"followups.cli.{CATALOGUE[name].module}").app
     loaded = cast("TyperCommand | TyperGroup", get_command(app))
     if isinstance(loaded, TyperGroup) and name in loaded.commands:
@@ -92,10 +92,10 @@ def load(name: str) -> TyperCommand | TyperGroup:
 
 
 def examples(*lines: str) -> str:
-    r"""Return the last section of a help text, with each example as a command to type.
+    r"""Return the examples section of a help text, with one command on each line.
 
     >>> examples("followups up")
     'Examples:\n\n**$ followups up**'
     """
-    # Without a blank line in between, the help would join them into one paragraph.
+    # Without a blank line between them, the help would join the examples into one paragraph.
     return "\n\n".join(["Examples:", *(f"**$ {line}**" for line in lines)])

@@ -1,4 +1,4 @@
-"""``followups chat delete``."""
+"""The ``followups chat delete`` command."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown", epilog=exam
 
 @app.callback()
 def group() -> None:
-    """Delete a chat with everything in it."""
+    """Delete a chat and everything in it."""
 
 
 @app.command(epilog=examples(EXAMPLE, f"{EXAMPLE} --dry-run"))
@@ -36,12 +36,12 @@ def delete(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Delete a chat: its follow-ups with their texts, its message records, and answers stored for repetition.
+    """Delete a chat: its follow-ups with their texts, its message records, and its stored API responses.
 
-    Pending follow-ups are cancelled as chat_removed, attempts in flight end first, and nothing is sent afterwards. The
-    command asks for the chat's ID, unless --yes is given. If interrupted, run it again to continue. One audit event
-    stays. Archives of followups prune, logs and backups are not touched. A chat that the platform names again starts
-    anew.
+    Pending follow-ups are cancelled as chat_removed. Attempts in flight finish first, and nothing is sent afterwards.
+    The command asks you to type the chat's ID, unless --yes is given. If interrupted, run the command again to
+    continue. One audit event remains. Archives of followups prune, logs and backups are not changed. If the platform
+    creates the chat again, it starts as a new chat.
     """
     with connection.session() as session:
         owner = workspaces.find(session, workspace).id

@@ -1,4 +1,4 @@
-"""The database for the duration of one command, and a tick after it."""
+"""The database connection of one command, and the tick after the command."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from followups.operations.doctor.process_checks import Replies
 
 PATIENCE = timedelta(seconds=5)
-"""How long a command waits for the broker; without this tick, the next one does the same a little later."""
+"""How long a command waits for the broker.
+
+If the command's tick cannot be sent, the next regular tick follows a little later.
+"""
 
 
 @contextmanager
@@ -37,38 +40,42 @@ def engine() -> Iterator[Engine]:
 
 @contextmanager
 def session() -> Iterator[Session]:
-    """Yield a session. Its transaction is committed at the end of the block, and its objects stay readable."""
+    """Yield a session, whose transaction is committed at the end of the block; its objects stay readable."""
     with engine() as made, Session(made, expire_on_commit=False) as opened, opened.begin():
         yield opened
 
 
 def actor() -> Actor:
-    """Return the operating-system user, who runs this command, as the actor of its changes."""
+    """Return the operating-system user that runs this command, as the actor of its changes."""
     return user_of_process(Way.COMMAND)
 
 
 def nudge_if_soon(due: datetime, now: datetime) -> None:
-    """Ask for a tick if ``due`` comes before the next regular one. Errors are ignored, since beat's ticks continue."""
+    """Request a tick if ``due`` is before the next regular tick.
+
+    Errors are ignored, since beat's regular ticks continue.
+    """
     if due - now <= get_settings().tick_interval:
         ask_for_tick()
 
 
 def ask_for_tick() -> None:
-    """Send a tick, within `PATIENCE`."""
+    """Send a tick to the broker, waiting at most `PATIENCE`."""
     from followups.worker import celery_app  # noqa: PLC0415 - loads Celery, which other commands don't need
 
     def send() -> None:
-        with suppress(Exception):  # the change is committed; the next regular tick finds it
+        with suppress(Exception):  # the change is committed, so the next regular tick picks it up
             celery_app.ask_for_tick()
 
-    # In a thread, since a client of an unreachable broker may block longer than an operator would wait.
+    # The tick is sent in a thread, because a client of an unreachable broker may block longer than an operator would
+    # wait.
     sender = threading.Thread(target=send, daemon=True)
     sender.start()
     sender.join(PATIENCE.total_seconds())
 
 
 def ask_workers() -> Replies:
-    """Return the answers of all workers, after a second. Raises what the broker's client raises."""
+    """Return the replies of all workers, after waiting a second. Raises the errors of the broker's client."""
     from followups.worker import celery_app  # noqa: PLC0415 - likewise
 
     return celery_app.ask_workers()

@@ -1,4 +1,4 @@
-"""``followups console``: links that sign in to the console."""
+"""``followups console``: sign-in links for the console."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 
 
 class ConsoleRole(StrEnum):
-    """What the person may do."""
+    """The role of the person who uses the link."""
 
     VIEWER = "viewer"
     AGENT = "agent"
@@ -36,7 +36,7 @@ class ConsoleRole(StrEnum):
 
 @app.callback()
 def group() -> None:
-    """Sign people in to the console, which the process `web` serves at /console."""
+    """Sign people in to the console, which the `web` process serves at /console."""
 
 
 @app.command(
@@ -59,12 +59,12 @@ def link(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Print a link into the console. It works once, so send it to one person only.
+    """Print a sign-in link to the console. The link works once, so send it to only one person.
 
-    Roles: a viewer sees; an agent also schedules, changes, cancels, sends now and retries; an admin also changes the
-    settings and reads the audit log; an operator may do everything in all workspaces.
+    A viewer can only look; an agent can also schedule, change, cancel, send now and retry follow-ups; an admin can also
+    change the settings and read the audit log; an operator can do everything in all workspaces.
 
-    The link's address is FOLLOWUPS_PUBLIC_URL; without it, this machine and $PORT (default 8000).
+    The link starts with FOLLOWUPS_PUBLIC_URL if it is set, otherwise with this machine's name and $PORT (default 8000).
     """
     granted = role or (ConsoleRole.OPERATOR if workspace is None else ConsoleRole.ADMIN)
     if granted is ConsoleRole.OPERATOR and workspace is not None:

@@ -1,4 +1,4 @@
-"""What deleting a workspace and deleting a chat share: count, ask for the name, delete in batches."""
+"""The steps shared by the deletion of workspaces and chats: count, confirm by name, delete in batches."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PATIENCE = timedelta(seconds=15)
 
 
 def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
-    """Delete a workspace or chat, unless this is a dry run, or the operator does not type its ``name`` when asked."""
+    """Delete a workspace or chat, unless this is a dry run or the operator does not type its ``name``."""
     with connection.engine() as engine:
         with engine.connect() as opened:
             counted = store.count(opened, whole)
@@ -38,7 +38,10 @@ def carry_out(whole: Whole, what: str, name: str, manner: Manner) -> None:
 
 
 def _ask(what: str, name: str, counted: str) -> None:
-    """Ask for the name. Raises a usage error if stdin is not a terminal, and `typer.Exit` for any other answer."""
+    """Ask the operator to type the name.
+
+    Raises a usage error if stdin is not a terminal, and `typer.Exit` for any other answer.
+    """
     if not sys.stdin.isatty():
         message = f"{what} with {counted}: where no name can be asked for, --yes says that the deletion is meant"
         raise typer.BadParameter(message, param_hint="--yes")

@@ -32,10 +32,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(epilog=examples("followups doctor", "followups doctor --json"))
 def doctor(*, json: Json = False) -> None:
-    """Check everything that sending needs, and advise what to do about each problem.
+    """Check everything that sending needs, and show how to fix each problem.
 
-    It looks at the settings, database, migrations, ticks (beat and workers together), overdue follow-ups and recent
-    failures, broker, transport, workers, and the processes on this machine. Exit code 1 when any check failed.
+    The command checks the settings, database, migrations, ticks (beat and workers together), overdue follow-ups, recent
+    failures, broker, transport, workers, and the processes on this machine. Exit code 1 when a check failed.
     """
     settings = get_settings()
     findings = list(_findings(settings))

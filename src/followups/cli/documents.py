@@ -1,4 +1,4 @@
-"""Rows as JSON documents, with the API's names."""
+"""Rows as JSON documents, with the field names of the API."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MILLISECOND = timedelta(milliseconds=1)
 
 
 def follow_up_document(follow_up: FollowUp, *, message: bool = False) -> dict[str, Any]:
-    """Return a follow-up as the API shows it; ``message`` is null unless requested."""
+    """Return a follow-up in the API's JSON form; ``message`` is null unless requested."""
     document = schemas.FollowUp.model_validate(follow_up, from_attributes=True).model_dump(mode="json", by_alias=True)
     return document if message else document | {"message": None}
 
@@ -43,7 +43,7 @@ def hours_document(hours: SendingHours | None) -> dict[str, Any] | None:
 
 
 def pause_document(pause: ActivePause) -> dict[str, Any]:
-    """Return the JSON form of a pause; a null workspace or channel means all of them."""
+    """Return the JSON form of a pause; null means all workspaces or all channels."""
     return {
         "workspace": pause.workspace,
         "channel": pause.channel,
@@ -53,7 +53,10 @@ def pause_document(pause: ActivePause) -> dict[str, Any]:
 
 
 def limit_document(limit: Limit) -> dict[str, Any]:
-    """Return the JSON form of a rate limit, in follow-ups a second; a null workspace or channel means all of them."""
+    """Return the JSON form of a rate limit, in follow-ups per second.
+
+    A null workspace or channel means all workspaces or all channels.
+    """
     return {
         "workspace": limit.workspace,
         "channel": limit.channel,
@@ -84,7 +87,7 @@ def failure_document(failure: FailedAttempt) -> dict[str, Any]:
 def api_key_document(key: ApiKey, workspace: str) -> dict[str, Any]:
     """Return the JSON form of an API key, with its workspace's name and without the key itself.
 
-    Only a key that expires has an ``expiresAt``, so that the form of all others is what it always was.
+    ``expiresAt`` is present only if the key expires, so that the form of all other keys stays compatible.
     """
     document = {
         "id": str(key.id),

@@ -1,4 +1,7 @@
-"""The root command, and the exit codes: 0 done, 1 failed, 2 wrong usage. Errors go to stderr."""
+"""The root command, and the exit codes: 0 success, 1 failure, 2 wrong usage.
+
+Errors are printed on stderr.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ app = typer.Typer(
 
 @dataclass
 class Options:
-    """Options that precede the command."""
+    """The global options, which precede the command."""
 
     debug: bool = False
 
@@ -54,31 +57,31 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Send each scheduled chat follow-up at its moment, once, unless something cancelled it first.
+    """Send each scheduled chat follow-up once, at its due date, unless something cancels it first.
 
-    Settings come from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo` need none.
-    Exit codes: 0 done, 1 failed, 2 wrong usage.
+    Settings are read from the environment (FOLLOWUPS_DATABASE_URL, FOLLOWUPS_BROKER_URL, ...); `up` and `demo` need
+    none. Exit codes: 0 success, 1 failure, 2 wrong usage.
 
     Why was a follow-up not sent? Find it with `list`, by its chat or state; `show ID` explains it.
     """
     ctx.obj.debug = debug
     if ctx.invoked_subcommand is None:
-        with redirect_stdout(sys.stderr):  # the help was not requested, so it is no result
+        with redirect_stdout(sys.stderr):  # this help was not requested, so it is an error message rather than output
             ctx.get_help()
         raise typer.Exit(WRONG_USAGE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command in ``arguments``, by default this process's own, and return the exit code."""
+    """Run the command in ``arguments``, by default this process's arguments, and return the exit code."""
     options = Options()
     if isinstance(sys.stdout, TextIOWrapper):
-        # What a terminal's encoding lacks is shown as escapes, as Python does it on stderr.
+        # Characters that the terminal's encoding lacks are printed as escapes, as Python does on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         command: Any = get_command(app)
         code = command.main(args=arguments, prog_name="followups", standalone_mode=False, obj=options)
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
     except Exception as error:
@@ -89,5 +92,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sentence, code = explain(error)
         quotes_a_log = getattr(error, "slug", "") == "embedded"
         sys.stderr.write(f"followups: {escape(sentence, lines=quotes_a_log)}\n")
-    # Typer exits with 130 after Ctrl-C; our commands have three exit codes.
+    # Typer exits with 130 after Ctrl-C, but this command line has only three exit codes.
     return int(code or 0) if code in {None, 0, FAILED, WRONG_USAGE} else FAILED

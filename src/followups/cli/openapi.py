@@ -13,5 +13,5 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 @app.command(epilog=examples("followups openapi > openapi.json"))
 def openapi() -> None:
-    """Print the OpenAPI document (3.1) of the REST API. It needs no settings and no database."""
+    """Print the REST API's OpenAPI document (3.1). The command needs no settings and no database."""
     print_json(openapi_document())

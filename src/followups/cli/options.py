@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and usage errors (exit code 2) for values that don't fit."""
+"""Arguments and options that several commands share, and usage errors (exit code 2) about them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ OneChannel = Annotated[Channel | None, typer.Option("--channel", help="On this c
 
 
 def workspace_id_of(session: Session, name: str | None) -> UUID | None:
-    """Return the id of the workspace, or None if no name is given. Raises a usage error for an unknown one."""
+    """Return the id of the workspace, or None if no name is given.
+
+    Raises a usage error for an unknown name.
+    """
     if name is None:
         return None
     try:
@@ -43,14 +46,14 @@ def workspace_id_of(session: Session, name: str | None) -> UUID | None:
 
 
 def require_either(follow_up_id: UUID | None, many: object, options: str) -> None:
-    """Raise a usage error unless one follow-up or many are named."""
+    """Raise a usage error unless either the ID of one follow-up or a bulk option is given."""
     if bool(follow_up_id) == bool(many):
         message = f"name one follow-up by its ID, or many by {options}."
         raise typer.BadParameter(message)
 
 
 def refuse_bulk_options(**options: object) -> None:
-    """Raise a usage error for a bulk option given with the ID of one follow-up."""
+    """Raise a usage error if a bulk option is given together with the ID of one follow-up."""
     for name, value in options.items():
         if value:
             message = "goes with many follow-ups, not with the ID of one."

@@ -1,7 +1,7 @@
-"""Output: results go to stdout, everything else to stderr.
+"""Output: results are printed on stdout, everything else on stderr.
 
-On a terminal a table fits its width; in a pipe it is plain, and no cell is shortened. Texts may be written by others.
-They are shown without markup, with control characters as escapes.
+On a terminal, a table fits the width; in a pipe, it is plain and no cell is shortened. Texts may come from untrusted
+sources, so they are printed without markup, and control characters are escaped.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 PIPE_WIDTH = 1000
-"""Table width if stdout is not a terminal: wider than any row."""
+"""Table width if stdout is not a terminal, which is wider than any row."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 def console() -> Console:
-    """Return a console on stdout. It respects NO_COLOR."""
+    """Return a console for stdout, which respects NO_COLOR."""
     return _on(sys.stdout)
 
 
 def remarks() -> Console:
-    """Return a console on stderr."""
+    """Return a console for stderr."""
     return _on(sys.stderr)
 
 
@@ -49,7 +49,7 @@ def print_json(document: object) -> None:
 
 
 def say(sentence: str, *, lines: bool = False) -> None:
-    """Print a sentence, or several ``lines``, on stdout and flush: a reader at the end of a pipe may be waiting."""
+    """Print one or several ``lines`` on stdout and flush, since the reader of a pipe may be waiting."""
     sys.stdout.write(f"{escape(sentence, lines=lines)}\n")
     sys.stdout.flush()
 
@@ -60,12 +60,12 @@ def remark(sentence: str) -> None:
 
 
 def cell(text: str, style: str = "", *, lines: bool = False) -> Text:
-    """Return a text for a table, without any markup; with ``lines``, line feeds stay."""
+    """Return a text for a table cell, without any markup; with ``lines``, line feeds are kept."""
     return Text(escape(text, lines=lines), style=style)
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, empty: str) -> None:
-    """Print a table on stdout, or ``empty`` on stderr if it has no rows."""
+    """Print a table on stdout, or ``empty`` on stderr if the table has no rows."""
     target = console()
     table = Table(*headings, box=SIMPLE_HEAD if target.is_terminal else None, pad_edge=target.is_terminal)
     for row in rows:

@@ -1,4 +1,4 @@
-"""Parsers of what an operator types: times, durations, days and rates."""
+"""Parsers of values that an operator types: times, durations, days and rates."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ DUE_HELP = "2030-01-31T09:00:00Z (with an offset), +10m, or now."
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """A due date as given: a time, or a duration from the database's now (no host's clock is used)."""
+    """A due date as typed: a time, or a duration from now by the database's clock."""
 
     given: datetime | timedelta
     NOW: ClassVar[Due]
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time. Raises `typer.BadParameter` if it is outside the calendar."""
+        """Return the due date as a time. Raises `typer.BadParameter` if it is outside the calendar."""
         try:
             return self.given if isinstance(self.given, datetime) else now + self.given
         except OverflowError:
@@ -57,7 +57,7 @@ AGE = re.compile(r"(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)
 
 
 def parse_age(text: str) -> timedelta:
-    """Parse a duration as people write it: ``90d``, ``1h30m``. Raises `typer.BadParameter`.
+    """Parse a duration such as ``90d`` or ``1h30m``. Raises `typer.BadParameter`.
 
     >>> parse_age("1d12h")
     datetime.timedelta(days=1, seconds=43200)
@@ -70,12 +70,12 @@ def parse_age(text: str) -> timedelta:
 
 @dataclass(frozen=True, slots=True)
 class Since:
-    """A time as given: absolute, or a duration before the database's now."""
+    """A past time as typed: absolute, or a duration before now by the database's clock."""
 
     given: datetime | timedelta
 
     def resolve(self, now: datetime) -> datetime:
-        """Return the time, or the start of the calendar if the time would lie before that."""
+        """Return the time, or the start of the calendar if the time would be earlier."""
         if isinstance(self.given, datetime):
             return self.given
         return now - self.given if self.given < now - EARLIEST else EARLIEST
@@ -149,15 +149,18 @@ def parse_days(text: str) -> frozenset[int]:
 
 RATE = re.compile(r"(\d+(?:\.\d+)?)/(s|min|h|d)", re.ASCII)
 MOST = 1_000_000
-"""Largest rate, in follow-ups a second, and largest bucket: more than this system can send."""
+"""Largest accepted rate, in follow-ups per second, and largest bucket: more than this system can send."""
 LEAST = 0.01 / SECONDS["d"]
-"""Smallest rate, in follow-ups a second. With a lower rate, a large bucket would take longer to fill than a Redis key
-can live.
+"""Smallest accepted rate, in follow-ups per second.
+
+With a lower rate, a large bucket would take longer to fill than the maximum lifetime of a Redis key.
 """
 
 
 def parse_rate(text: str) -> float:
-    """Parse ``50/s``, ``20/min``, ``1000/h`` or ``5/d`` into follow-ups a second. Raises `typer.BadParameter`.
+    """Parse ``50/s``, ``20/min``, ``1000/h`` or ``5/d`` into follow-ups per second.
+
+    Raises `typer.BadParameter`.
 
     >>> parse_rate("90/min")
     1.5
@@ -174,7 +177,7 @@ def parse_rate(text: str) -> float:
 
 
 def default_burst(rate: float) -> int:
-    """Return the default burst: one second's worth, and at least one.
+    """Return the default burst: the follow-ups of one second, and at least one.
 
     >>> default_burst(50), default_burst(1 / 3)
     (50, 1)
@@ -184,11 +187,11 @@ def default_burst(rate: float) -> int:
 
 MOST_ROWS = 2**31 - 1
 NO_QUOTA = -1
-"""What `parse_quota` returns for ``none``."""
+"""The value that `parse_quota` returns for ``none``."""
 
 
 def parse_quota(text: str) -> int:
-    """Parse a number of rows, or ``none``. Raises `typer.BadParameter`.
+    """Parse a quota: a number of rows, or ``none``. Raises `typer.BadParameter`.
 
     >>> parse_quota("100,000"), parse_quota("none")
     (100000, -1)

@@ -57,13 +57,14 @@ def prune(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Delete follow-ups that finished long enough ago, their failed attempts, and chat messages of the same age.
+    """Delete follow-ups that finished long ago, their failed attempts, and chat messages of the same age.
 
-    Rows are deleted in batches of a thousand, oldest first, which block nothing else. If interrupted, run the command
-    again to continue. Rows are archived to disk before they are deleted; after an interruption in between they are in
-    two archives. Workers prune once an hour, without an archive, when FOLLOWUPS_RETENTION is set.
+    Rows are deleted in batches of a thousand, oldest first, without blocking anything else. If interrupted, run the
+    command again to continue. With an archive, rows are written to disk before they are deleted; rows that were written
+    but not deleted before an interruption are in two archives. Workers prune once an hour, without an archive, when
+    FOLLOWUPS_RETENTION is set.
 
-    The last message of each chat stays. Idempotency keys are deleted after 24 hours, whatever the age.
+    The last message of each chat is kept. Idempotency keys are deleted after 24 hours, regardless of the age given.
     """
     with connection.engine() as engine, ExitStack() as stack:
         with engine.connect() as opened:
@@ -95,10 +96,10 @@ def _moment(now: datetime, age: timedelta) -> datetime:
 def _remover(
     engine: Engine, archive: Path, stack: ExitStack, *, message: bool
 ) -> Callable[[Connection, datetime], int]:
-    """Open the archive and return a function that moves one batch into it."""
+    """Open the archive and return a function that archives and deletes one batch."""
     with Session(engine) as session:
         names = {each.id: each.name for each in workspaces.everything(session)}
-    # Readable by its owner only, as the database is.
+    # Only the owner may read the archive, since it contains the texts of the database.
     descriptor = os.open(archive, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     file = stack.enter_context(os.fdopen(descriptor, "wb"))
 
@@ -112,7 +113,7 @@ def _remover(
 
 
 def _write(file: IO[bytes], documents: Sequence[dict[str, Any]]) -> None:
-    """Write a batch as a gzip member of its own, so that complete batches stay readable after any interruption."""
+    """Write a batch as a separate gzip member: complete batches stay readable after an interruption."""
     lines = "".join(json_module.dumps(each, ensure_ascii=False) + "\n" for each in documents)
     file.write(gzip.compress(lines.encode()))
     file.flush()

@@ -1,4 +1,4 @@
-"""``followups reschedule``: another due date for a pending follow-up."""
+"""``followups reschedule``: change the due date of a pending follow-up."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def reschedule(
     *,
     json: Json = False,
 ) -> None:
-    """Give a pending follow-up another due date. A date in the past means at once."""
+    """Change the due date of a pending follow-up. A date in the past makes it due immediately."""
     with connection.session() as session:
         now = session.execute(select(func.now())).scalar_one()
         follow_up = scheduling.amend(session, follow_up_id, {"due_date": due.resolve(now)}, actor=connection.actor())

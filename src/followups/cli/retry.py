@@ -1,4 +1,4 @@
-"""``followups retry``: a new follow-up from a failed one, or from all that failed since a time."""
+"""``followups retry``: create new follow-ups from failed ones, singly or in bulk."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ def retry(  # noqa: PLR0913 - one for each option
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Create a new follow-up from a failed one, with the same message and chat. Prints the new one's id.
+    """Create a new follow-up from a failed one, with the same message and chat, and print its id.
 
-    The failed one stays as it is. The rules for creating one apply: the chat's last message must not be the user's, and
-    its messaging window must be open.
+    The failed follow-up is not changed. The rules for new follow-ups apply: the chat's last message must not be the
+    user's, and the chat's messaging window must be open.
 
-    With --failed --since, every follow-up that failed since then and has not been retried yet is retried now, in
-    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Those that the rules
-    refuse are skipped and counted.
+    With --failed --since, every follow-up that has failed since that time and has not been retried yet is retried, in
+    batches. If interrupted, run the command again to continue; no follow-up is retried twice. Follow-ups that the rules
+    do not allow are skipped and counted.
     """
     require_either(follow_up_id, failed, "--failed --since TIME")
     if follow_up_id is None:

@@ -41,10 +41,11 @@ def show(
     message: Annotated[bool, typer.Option("--message", help="Show the message's text too.")] = False,
     json: Json = False,
 ) -> None:
-    """Explain why a follow-up was sent, was not sent, or is not sent yet, with all that is known about it.
+    """Explain why a follow-up was sent, was not sent, or is not sent yet, with all known details.
 
-    This shows its state and the reason; pauses, sending hours, rate limits, an open breaker and the order of its chat;
-    the result of each attempt; who changed it by hand; and the next try. Find the ID with followups list --chat.
+    The output shows its state and the reason; pauses, sending hours, rate limits, an open breaker and the order of its
+    chat; the result of each attempt; manual changes and who made them; and the time of the next attempt. Find the ID
+    with followups list --chat.
     """
     with connection.session() as session:
         found = explained(session, follow_up_id, get_settings())

@@ -1,4 +1,4 @@
-"""``followups stats``, and its dashboard."""
+"""``followups stats`` and its live dashboard."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 MILLISECOND = timedelta(milliseconds=1)
 BARS = " ▁▂▃▄▅▆▇█"
 ASK_WORKERS = 5.0
-"""Seconds between two surveys of the workers: each of them has to answer."""
+"""Seconds between two queries of the workers, since every worker has to reply to each query."""
 
 
 @app.command(
@@ -52,14 +52,14 @@ def stats(
     interval: Annotated[float, typer.Option(min=0.2, max=3600, help="Seconds between two refreshes of --watch.")] = 2,
     json: Json = False,
 ) -> None:
-    """Count follow-ups by state, and show how late they were sent and how many a minute.
+    """Count follow-ups by state, and show how late and at which rate they were sent.
 
-    Lag is the acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the past.
-    The count of pending follow-ups is exact. Each final state is exact up to 100,000; beyond that it is an estimate,
-    marked with a tilde.
+    Lag is the time of acceptance minus the due date; it includes retries, waiting for rate limits, and due dates in the
+    past. The count of pending follow-ups is exact. The count of each final state is exact up to 100,000; above that it
+    is an estimate, marked with a tilde.
 
-    With --watch on a terminal it becomes a dashboard, which adds the sends per second, the outcomes of attempts, the
-    workers that answer, and the age of the last tick. In a pipe it prints one line for each sample.
+    With --watch on a terminal, the output is a live dashboard. It also shows the sends per second, the outcomes of
+    attempts, the workers that reply, and the age of the last tick. In a pipe, --watch prints one line for each sample.
     """
     window = timedelta(minutes=minutes)
     with connection.engine() as engine:
@@ -75,7 +75,7 @@ def _watch(engine: Engine, window: timedelta, interval: float, *, json: bool) ->
     target = console()
     try:
         if json or not target.is_terminal:
-            # One line for each sample: a pipe has no screen to redraw.
+            # A pipe has no screen to redraw, so each sample is printed as one line.
             while True:
                 look = measure(engine, window)
                 print(json_module.dumps(_document(look)) if json else _line(look), flush=True)  # noqa: T201 - the result
@@ -164,18 +164,21 @@ def _line(look: Stats) -> str:
 
 @dataclass
 class Workers:
-    """The workers that answer, surveyed in a thread: an answer takes a second, and importing Celery takes as long."""
+    """The workers that reply.
+
+    They are queried in a thread, because waiting for replies and importing Celery take a second each.
+    """
 
     said: str = "asking"
     ok: bool = True
     _stop: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
-        """Start surveying."""
+        """Start querying the workers."""
         threading.Thread(target=self._run, name="workers", daemon=True).start()
 
     def stop(self) -> None:
-        """Stop surveying."""
+        """Stop querying the workers."""
         self._stop.set()
 
     def _run(self) -> None:
@@ -187,7 +190,7 @@ class Workers:
 
 @dataclass
 class Attempts:
-    """Outcomes of attempts: since the first sample, and per second."""
+    """Outcomes of attempts: the number since the first sample, and the number per second."""
 
     first: Mapping[str, int] = field(default_factory=dict)
     last: Mapping[str, int] = field(default_factory=dict)
@@ -205,7 +208,7 @@ class Attempts:
         self.last, self.at = attempts, now
 
     def table(self) -> Table:
-        """Return a table with a row for each outcome seen so far."""
+        """Return a table with one row for each outcome so far."""
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim")
         table.add_column(justify="right", style="bold")
@@ -219,18 +222,18 @@ class Attempts:
 
 
 def sparkline(numbers: Sequence[int]) -> str:
-    """Return numbers as bars, the highest of them full.
+    """Return numbers as a bar chart in one line, in which the highest number is a full bar.
 
     >>> sparkline([0, 1, 2, 4, 8])
     ' ▁▂▄█'
     """
     highest = max(numbers, default=0)
-    # Every value above zero gets a visible bar.
+    # Every number above zero gets a visible bar.
     return "".join(BARS[0 if not number else max(1, number * 8 // highest)] for number in numbers)
 
 
 def _show_dashboard(target: Console, look: Callable[[], Stats], interval: float) -> None:
-    """Refresh the screen until Ctrl-C, which is raised."""
+    """Refresh the screen until Ctrl-C, which raises KeyboardInterrupt."""
     workers, attempts = Workers(), Attempts()
     workers.start()
     try:
@@ -245,7 +248,7 @@ def _show_dashboard(target: Console, look: Callable[[], Stats], interval: float)
 
 
 def dashboard(look: Stats, attempts: Attempts, workers: Workers) -> RenderableType:
-    """Return the whole screen of ``followups stats --watch``."""
+    """Return the complete screen of ``followups stats --watch``."""
     top = Table.grid(padding=(0, 1), expand=True)
     top.add_column(ratio=3)
     top.add_column(ratio=2)

@@ -29,15 +29,18 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 SHOWN = ("FOLLOWUPS_DATABASE_URL", "FOLLOWUPS_BROKER_URL", "FOLLOWUPS_TRANSPORT_URL")
-"""Settings that other commands need to reach this system."""
+"""The settings that other commands need to reach this system."""
 
 IN_FIVE_SECONDS = "$(date -u -d '+5 seconds' +%FT%TZ 2>/dev/null || date -u -v+5S +%FT%TZ)"
-"""Shell for a time five seconds after it is pasted, in RFC 3339: by GNU date, else by the date of BSD and macOS."""
+"""Shell code for the RFC 3339 time five seconds from now.
+
+It uses GNU date, or else the date of BSD and macOS.
+"""
 
 WORKSPACE = "local"
 HIGHEST_PORT = 65_535
 LOOK = timedelta(milliseconds=200)
-"""Interval between two checks that every process still runs."""
+"""Interval between two checks that every process is still running."""
 
 
 @app.command(epilog=examples("followups up", "followups up --port 9000 --data ./followups-data"))
@@ -50,15 +53,15 @@ def up(
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the processes' logs on stderr.")] = False,
 ) -> None:
-    """Run everything on this machine: PostgreSQL, Valkey, web, beat, worker, and a sandbox chat as receiver.
+    """Run everything on this machine: PostgreSQL, Valkey, web, beat, worker, and a sandbox chat.
 
-    Nothing needs to be installed or configured. Prints the URLs, an API key and a request to paste. Only this machine
-    can reach it. Ctrl-C stops everything.
+    Nothing needs to be installed or configured. The sandbox chat receives the messages. The command prints the URLs, an
+    API key and an example request. The system is reachable only from this machine. Ctrl-C stops everything.
     """
     _require_free(port)
     if data is not None:
         make_data_directory(data)
-    # Ctrl-C is the normal way to end it.
+    # Ctrl-C is the normal way to end this command.
     with suppress(KeyboardInterrupt), StopSignals() as signals:
         plan = StartPlan(port, remark, signals, data=data, echo=_echo if verbose else None)
         with running(plan) as stack:
@@ -91,11 +94,11 @@ def _echo(process: str, line: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """The addresses to print."""
+    """The addresses that the command prints."""
 
     api: str
     console: str
-    """A link that signs in once, as operator."""
+    """A link that signs an operator in once."""
     sandbox: str
     logs: Path
     data: Path | None
@@ -103,7 +106,7 @@ class Addresses:
 
 
 def welcome(where: Addresses, key: str) -> str:
-    """Return the text: addresses, the key, a request to paste, and other commands to try."""
+    """Return the welcome text: addresses, the API key, an example request, and other commands to try."""
     exports = "\n".join(f"export {name}='{where.environment[name]}'" for name in SHOWN)
     return f"""
 Ready.
@@ -129,7 +132,7 @@ Ctrl-C stops everything.
 
 
 def request(api: str, key: str, chat_id: UUID, message_id: UUID) -> str:
-    """Return shell commands that record an agent's message and schedule a follow-up after it."""
+    """Return shell commands that record an agent's message and then schedule a follow-up."""
     headers = f"-H 'authorization: Bearer {key}' -H 'content-type: application/json'"
     return f"""\
 curl -sS {api}/api/v1/chat-messages \\

@@ -1,4 +1,4 @@
-"""``followups workspace``: create, list and configure the tenants."""
+"""``followups workspace``: create, list, configure and delete workspaces."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def group() -> None:
 def create(
     name: Annotated[str, typer.Argument(help="Up to 200 characters.", show_default=False)], *, json: Json = False
 ) -> None:
-    """Create a workspace. Creating one that exists changes nothing."""
+    """Create a workspace. If it already exists, nothing changes."""
     with connection.session() as session:
         workspace, new = administration.create_workspace(session, connection.actor(), name)
     if json:
@@ -80,12 +80,12 @@ def delete(
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Delete a workspace with all that it has: follow-ups, chats, API keys, pauses, limits, hours.
+    """Delete a workspace and everything in it: follow-ups, chats, API keys, pauses, limits, sending hours.
 
-    From the start of the deletion it accepts no new follow-ups, and its keys are refused. Pending follow-ups are
-    cancelled as chat_removed, attempts in flight end first, and nothing is sent afterwards. The command asks for the
-    workspace's name, unless --yes is given. If interrupted, run it again to continue. One audit event stays. Archives
-    of followups prune, logs and backups are not touched.
+    As soon as the deletion starts, new follow-ups and requests with the workspace's API keys are refused. Pending
+    follow-ups are cancelled as chat_removed. Attempts in flight finish first, and nothing is sent afterwards. The
+    command asks you to type the workspace's name, unless --yes is given. If interrupted, run the command again to
+    continue. One audit event remains. Archives of followups prune, logs and backups are not changed.
     """
     with connection.session() as session:
         found = workspaces.find(session, name, to_delete=True)
@@ -112,13 +112,13 @@ def hours(  # noqa: PLR0913 - one for each option
 ) -> None:
     """Show, set or clear the sending hours, in which the workspace's messages may be sent.
 
-    A follow-up that falls due outside the sending hours is held until they open. It uses up no attempt and is sent
-    within a second of the opening, earliest due first. Lateness (FOLLOWUPS_MAX_LATENESS) counts from the first opening.
-    If the channel's messaging window would end before the opening, the follow-up fails at once as window_closed, and
-    the API refuses such a due date beforehand.
+    A follow-up that becomes due outside the sending hours is held until the next sending hours begin. It uses up no
+    attempt and is sent within a second of the beginning, earliest due first. Lateness (FOLLOWUPS_MAX_LATENESS) counts
+    from the first beginning after the due date. If the channel's messaging window would close before that, the
+    follow-up fails immediately as window_closed, and the API refuses such a due date.
 
     The hours are local times in the time zone. If --to is not later than --from, it is on the next day; --days are the
-    days on which the hours begin. Follow-ups that are already held are checked again under the new hours.
+    days on which the hours begin. Follow-ups that are already held are checked again with the new hours.
     """
     given = (time_zone, opening, closing)
     wanted = _wanted(time_zone, opening, closing, days) if any(each is not None for each in (*given, days)) else None
@@ -156,7 +156,10 @@ def _wanted(time_zone: str | None, opening: time | None, closing: time | None, d
 
 
 def _look_again(engine: Engine, workspace_id: UUID) -> None:
-    """Release held follow-ups to be checked against the new sending hours, in batches that block nothing else."""
+    """Release held follow-ups to be checked against the new sending hours.
+
+    They are released in batches, which block nothing else.
+    """
     freed = 1
     while freed:
         with engine.begin() as opened:

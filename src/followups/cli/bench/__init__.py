@@ -1,4 +1,4 @@
-"""``followups bench``: put load on the configured servers, isolated from production data."""
+"""``followups bench``: a benchmark on the configured servers, isolated from production data."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 MOST = 1_000_000
-"""Most follow-ups in one run; a benchmark is bounded in count and in time."""
+"""Maximum number of follow-ups in one benchmark, which is also limited in time."""
 LONGEST = 600.0
 LOOK = 0.2
 LATER = timedelta(days=1)
@@ -35,7 +35,7 @@ AHEAD = timedelta(seconds=4)
 
 @dataclass(frozen=True, slots=True)
 class Lag:
-    """Accepted minus due date, in milliseconds."""
+    """The lag in milliseconds: the time of acceptance minus the due date."""
 
     p50: float | None
     p95: float | None
@@ -45,7 +45,7 @@ class Lag:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a benchmark measured."""
+    """The measurements of a benchmark."""
 
     count: int
     seconds: float | None
@@ -58,7 +58,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether every follow-up was sent exactly once and none was early."""
+        """Whether every follow-up was sent exactly once and none was sent early."""
         return not (self.unsent or self.duplicates or self.early)
 
 
@@ -78,13 +78,13 @@ def bench(
     delay: Annotated[float, typer.Option(min=0, max=60, help="Seconds until the receiver answers.")] = 0,
     json: Json = False,
 ) -> None:
-    """Put load on the configured database and broker, and measure throughput, lag and duplicates.
+    """Measure throughput, lag and duplicates on the configured database and broker.
 
-    The benchmark uses a schema and broker keys of its own, and starts its own beat and workers. They deliver to a
-    built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
-    servers feel the load, so think twice before you run it against production. The first phase is a backlog that falls
-    due at once (throughput), the second a steady rate (lag). Exit code 0 when every follow-up was sent exactly once and
-    none was early.
+    The benchmark uses a separate schema and separate broker keys, and starts its own beat and workers. They deliver to
+    a built-in receiver on this machine, so nothing reaches your chat server. Everything is removed afterwards. The
+    benchmark puts real load on the servers, so avoid running it against production. The first phase is a backlog of
+    follow-ups that are all due at the same moment (throughput), and the second is a steady rate (lag). Exit code 0 when
+    every follow-up was sent exactly once and none was sent early.
     """
     if rate * seconds > MOST:
         message = (
@@ -104,7 +104,7 @@ def bench(
 def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: float, seconds: float) -> Result:
     with place.engine.begin() as connection:
         ids = store.fill(connection, place.workspace_id, count, LATER, timedelta(0))
-    time.sleep(1.0)  # let the inserted rows become visible and the workers idle
+    time.sleep(1.0)  # the inserted rows become visible and the workers become idle
     with place.engine.begin() as connection:
         store.release(connection, ids)
     backlog = _watch(place, signals, ids, "backlog")
@@ -127,7 +127,7 @@ def _measure(place: BenchEnvironment, signals: StopSignals, count: int, rate: fl
 
 
 def _watch(place: BenchEnvironment, signals: StopSignals, ids: Sequence[UUID], title: str) -> Outcome:
-    """Wait until every follow-up has ended, for `LONGEST` at most."""
+    """Wait until every follow-up has ended, but at most `LONGEST`."""
     deadline = time.monotonic() + LONGEST
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=remarks(), transient=True) as progress:

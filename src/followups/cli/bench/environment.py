@@ -1,4 +1,7 @@
-"""The environment of a benchmark: the configured servers, with a schema, broker keys and processes of its own."""
+"""The environment of a benchmark on the configured servers.
+
+It has a separate schema, separate broker keys, and separate processes.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +39,11 @@ READY_WITHIN = timedelta(seconds=60)
 
 @dataclass(frozen=True, slots=True)
 class BenchPlan:
-    """What a benchmark starts."""
+    """The processes that a benchmark starts."""
 
     workers: int
     delay: float
-    """Seconds until the receiver answers."""
+    """Seconds until the receiver responds."""
     tell: Callable[[str], None]
 
 
@@ -54,20 +57,20 @@ class BenchEnvironment:
     _processes: Processes
 
     def check(self) -> None:
-        """Raise `EmbeddedError` when a process has ended."""
+        """Raise `EmbeddedError` if a process has ended."""
         for child in self._processes.ended():
             message = f"{child.command.name} ended early. The end of its log:\n{child.tail()}"
             raise EmbeddedError(message)
 
     def requests(self) -> int:
-        """Return how many requests the receiver has received."""
+        """Return the number of requests that the receiver has received."""
         with urllib.request.urlopen(f"{self._receiver}/count", timeout=10) as answer:  # noqa: S310 - our own loopback URL
             return int(json.load(answer)["requests"])
 
 
 @contextmanager
 def prepared(plan: BenchPlan) -> Iterator[BenchEnvironment]:
-    """Create the schema, start receiver, beat and workers, yield, and remove everything again."""
+    """Yield an environment with a schema, receiver, beat and workers, and remove everything afterwards."""
     with ExitStack() as stack:
         name = f"{bench_schema.PREFIX}{secrets.token_hex(6)}"
         connection = stack.enter_context(_connection(get_settings()))
@@ -138,7 +141,7 @@ def _start(processes: Processes, settings: Settings, plan: BenchPlan, port: int)
 
 
 def _forget(settings: Settings) -> None:
-    """Delete the keys that beat and workers left in the broker."""
+    """Delete the keys that beat and the workers created in the broker."""
     with redis.Redis.from_url(settings.broker_url.get_secret_value()) as broker:
         for key in broker.scan_iter(match=f"{settings.broker_prefix}*", count=1000):
             broker.delete(key)

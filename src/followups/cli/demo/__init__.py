@@ -32,15 +32,18 @@ if TYPE_CHECKING:
     from followups.embedded.system import Stack
 
 Show = Callable[[Sequence[FollowUpState], datetime, Sequence[str]], None]
-"""Called repeatedly with the state of all follow-ups, the time, and the chats whose users have just replied."""
+"""A callback with the state of all follow-ups, the time, and the chats whose users have just replied."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 
 WITHIN = timedelta(seconds=40)
-"""How long the demo may take; the script needs a quarter of it."""
+"""Time limit of the demo; the script needs a quarter of it."""
 
 LOOK = timedelta(milliseconds=120)
-"""Interval between two looks. Each look costs processor time that punctual sending needs."""
+"""Interval between two queries of the follow-ups' state.
+
+Each query costs processor time that punctual sending needs.
+"""
 
 SHORT = {
     "retry_base": timedelta(seconds=0.8),
@@ -51,12 +54,12 @@ SHORT = {
 
 @app.command(epilog=examples("followups demo", "followups demo --json"))
 def demo(*, json: Json = False) -> None:
-    """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats, in about twenty seconds.
+    """Run everything on this machine and play a scenario of 55 follow-ups in 13 chats in about 20 seconds.
 
-    They are sent on time, retried, rejected, and cancelled by a reply, all through the REST API. Nothing needs to be
-    installed or configured, and nothing is left behind. Exit code 0 only when every follow-up ended as scripted and
-    none arrived twice. Lag is the acceptance minus the due date, by the database's clock, of those that the first
-    attempt delivered (the lag of a retried one is its backoff).
+    The follow-ups are sent on time, retried, rejected, or cancelled by a reply, all through the REST API. Nothing needs
+    to be installed or configured, and nothing is left behind. Exit code 0 only when every follow-up ended as scripted
+    and none arrived twice. Lag is the time of acceptance minus the due date, by the database's clock. It is measured
+    only for follow-ups that the first attempt delivered, since the lag of a retried follow-up is its backoff.
     """
     with StopSignals() as signals, running(plan_of(signals)) as stack:
         result = _present(stack, json=json)
@@ -65,16 +68,16 @@ def demo(*, json: Json = False) -> None:
 
 
 def plan_of(signals: StopSignals) -> StartPlan:
-    """Return what to start for the demo: the default settings, whatever the environment says.
+    """Return the demo's processes and settings: the defaults, regardless of the environment.
 
-    So everyone sees the same demo.
+    The demo therefore looks the same on every machine.
     """
     defaults = {name: each.default for name, each in Settings.model_fields.items() if not each.is_required()}
     return StartPlan(free_port(), remark, signals, overrides=defaults | SHORT | {"log_format": "console"})
 
 
 def _present(stack: Stack, *, json: bool) -> Score:
-    """Perform the scenario and print it: JSON at the end, a live picture on a terminal, or a line for each event."""
+    """Perform the scenario and print it as JSON, as a live picture, or as a line for each event."""
     if json:
         result = perform(stack, lambda *_: None)
         print_json(result.document())
@@ -103,14 +106,14 @@ def _draw(stack: Stack) -> Score:
 
 
 class EventLines:
-    """Prints a line for each change."""
+    """Prints a line for each change of a follow-up."""
 
     def __init__(self) -> None:
         """Start with every follow-up pending."""
         self._known: dict[UUID, tuple[str, int]] = {}
 
     def __call__(self, standings: Sequence[FollowUpState], now: datetime, replied: Sequence[str]) -> None:
-        """Print what has changed since the last look."""
+        """Print the changes since the previous call."""
         for name in replied:
             say(f"{name:5} writes back")
         for each in standings:
@@ -123,7 +126,7 @@ class EventLines:
 
 
 def perform(stack: Stack, show: Show) -> Score:
-    """Play the scenario on a running system, and show it at each look."""
+    """Play the scenario on a running system, and show the follow-ups' state at regular intervals."""
     workspace_id, key = stack.create_key("demo", "followups demo")
     engine = make_engine(stack.settings.database_url.get_secret_value(), pool_size=1)
     with ExitStack() as cleanup:

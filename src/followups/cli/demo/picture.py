@@ -1,4 +1,4 @@
-"""The demo's live picture: the chats on the left, the current follow-ups on the right. Pure."""
+"""The demo's live picture: chats on the left, current follow-ups on the right. Pure functions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 WIDE = 110
 """Terminal width from which the messages are shown too."""
 FRAME_LINES = 8
-"""Lines that are not rows: title, bar, borders, headings, totals, and the cursor's line."""
+"""Number of lines other than rows: title, bar, borders, headings, totals, and the cursor's line."""
 LEAST_ROWS = 6
 NARROW = 76
-"""Terminal width from which the chats fit beside the follow-ups."""
+"""Terminal width from which the chats fit next to the follow-ups."""
 CHATS_WIDTH = 22
 STATE_WIDTH = 23
 PAST_SHARE = 0.6
-"""Share of the rows for what was due already; the rest is for what comes next."""
+"""Share of the rows that show past follow-ups; the remaining rows show upcoming ones."""
 
 STYLES = {Status.SENT: "green", Status.FAILED: "red", Status.CANCELLED: "yellow", Status.PENDING: "dim"}
 MARKS = {Status.SENT: "●", Status.FAILED: "✗", Status.CANCELLED: "⊘", Status.PENDING: "○"}
@@ -41,7 +41,7 @@ RETRYING = "↻"
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What the picture shows."""
+    """The data that the picture shows."""
 
     standings: Sequence[FollowUpState]
     now: datetime
@@ -91,9 +91,10 @@ class Picture:
 
 
 def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) -> list[FollowUpState]:
-    """Return ``count`` follow-ups in the order of their due times: those around now, and all that are being retried.
+    """Return ``count`` follow-ups around the current time in the order of their due times.
 
-    When all have ended, those that took several attempts or were not sent come first.
+    All follow-ups that are being retried are included. When all have ended, follow-ups that took several attempts or
+    were not sent come first.
     """
     if all(each.ended for each in standings):
         ranked = sorted(standings, key=lambda each: each.status == Status.SENT and not each.retried)
@@ -108,7 +109,7 @@ def around_now(standings: Sequence[FollowUpState], now: datetime, count: int) ->
 
 
 def state_of(standing: FollowUpState, now: datetime) -> str:
-    """Return the state in words, short enough for the narrowest column."""
+    """Return the follow-up's state in words that fit the narrowest column."""
     if standing.trying_again and standing.next_attempt_at is not None:
         left = max((standing.next_attempt_at - now).total_seconds(), 0.0)
         return f"{RETRYING} failed, again in {left:.1f}s"

@@ -1,4 +1,4 @@
-"""Plays the scenario through the REST API, as a chat platform would."""
+"""Plays the demo's scenario through the REST API, as a chat platform would."""
 
 from __future__ import annotations
 
@@ -19,34 +19,37 @@ if TYPE_CHECKING:
     from followups.embedded.system import Stack
 
 TIMEOUT = 30.0
-"""Seconds to wait for an answer."""
+"""Seconds to wait for a response."""
 
 FIRST_ERROR = 400
 
 LEAST_LEAD = 1.5
-"""Least seconds between a follow-up's creation and its due time.
+"""Minimum seconds between a follow-up's creation and its due time.
 
-Every follow-up is created before it is due, so that its lag measures the dispatcher's punctuality.
+Every follow-up is created before it is due, so that its lag measures only how punctual the dispatcher is.
 """
 
 CALLS_A_CHAT = 3
-"""Requests that it takes to open one chat. Their duration predicts that of all other requests."""
+"""Number of requests that open one chat. Their duration predicts the duration of all other requests."""
 
 
 class Rest:
-    """A client of one host. Use it from one thread."""
+    """An HTTP client of one host, for use in one thread."""
 
     def __init__(self, address: str, key: str = "") -> None:
-        """Store ``http://host:port`` and an API key if the host needs one; the first call connects."""
+        """Store ``http://host:port`` and an optional API key; the first call connects."""
         self._connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=TIMEOUT)
         self._headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
 
     def close(self) -> None:
-        """Close the connection; the next call opens it again."""
+        """Close the connection; the next call reopens it."""
         self._connection.close()
 
     def call(self, method: str, path: str, document: object = None) -> Any:  # noqa: ANN401 - any JSON
-        """Send a request and return the answer's JSON. Raises `FollowUpsError` for an error answer or no answer."""
+        """Send a request and return the response's JSON.
+
+        Raises `FollowUpsError` for an error response or no response.
+        """
         body = None if document is None else json.dumps(document)
         try:
             self._connection.request(method, path, body, self._headers)
@@ -63,20 +66,23 @@ class Rest:
 
 
 class Stage:
-    """The chats of one run. Use it from one thread."""
+    """The chats of one run of the demo, for use in one thread."""
 
     def __init__(self, stack: Stack, key: str, scenario: Scenario) -> None:
-        """Store the API's address and the script; no chat is opened yet."""
+        """Store the API's address and the script, without opening any chat."""
         self._api = Rest(stack.api, key)
         self._sandbox = Rest(stack.sandbox)
         self._scenario = scenario
         self._chats = {name: uuid4() for name in scenario.chats}
         self._replies = dict(scenario.replies)
         self.start = datetime.now(UTC)
-        """The time from which the scenario's times count."""
+        """The moment from which the times of the scenario are counted."""
 
     def open_chats(self) -> timedelta:
-        """Open the chats with an agent's message in each, configure the receiver; return the seconds of a call."""
+        """Open the chats with an agent's message in each, and configure the receiver.
+
+        Return the seconds that one call takes.
+        """
         began = time.monotonic()
         for name, chat in self._chats.items():
             self._api.call("PUT", f"/api/v1/chats/{chat}", {"channel": "widget", "externalId": name})
@@ -88,7 +94,10 @@ class Stage:
         return timedelta(seconds=(time.monotonic() - began) / (CALLS_A_CHAT * len(self._chats)))
 
     def schedule(self, call: timedelta) -> list[Scheduled]:
-        """Create every follow-up, all before the first is due if no call takes more than twice ``call``."""
+        """Create every follow-up.
+
+        All are created before the first one is due if no call takes more than twice ``call``.
+        """
         lead = max(timedelta(seconds=LEAST_LEAD), 2 * call * len(self._scenario.parts))
         self.start = datetime.now(UTC) + lead
         return [self._create(part) for part in self._scenario.parts]
@@ -102,7 +111,7 @@ class Stage:
         return due
 
     def receipts(self) -> dict[str, object]:
-        """Return the receiver's counts."""
+        """Return the receiver's counts of requests."""
         counted: dict[str, object] = self._sandbox.call("GET", "/sandbox/summary")
         return counted
 
@@ -118,7 +127,7 @@ class Stage:
         return Scheduled(UUID(created["id"]), part, due)
 
     def _write(self, chat: UUID, role: str, text: str) -> None:
-        # The API takes no text; the sandbox shows this one on its page.
+        # The API accepts no text for a chat message; the sandbox shows this text on its page.
         self._sandbox.call("POST", f"/sandbox/chats/{chat}/messages", {"role": role, "text": text})
         message = {"id": str(uuid4()), "chatId": str(chat), "role": role}
         self._api.call("POST", "/api/v1/chat-messages", message)

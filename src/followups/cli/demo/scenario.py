@@ -1,4 +1,4 @@
-"""The script of the demo: which chats there are, when each follow-up is due, and how it must end. Pure."""
+"""The demo's script: its chats, the due date of each follow-up, and how each must end. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How a follow-up must end. ``attempts`` counts calls of the receiver."""
+    """How a follow-up must end. ``attempts`` counts the calls of the receiver."""
 
     status: Status
     attempts: int
@@ -23,7 +23,7 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class ScenarioStep:
-    """One follow-up, due ``due`` seconds after the start."""
+    """A follow-up of the script, due ``due`` seconds after the start."""
 
     chat: str
     due: float
@@ -46,11 +46,11 @@ class Scenario:
 
     parts: tuple[ScenarioStep, ...]
     failures: dict[str, int]
-    """How many times the receiver answers 500 in a chat before it accepts."""
+    """How many times the receiver answers 500 in each chat before it accepts."""
     refused: frozenset[str]
-    """Chats in which the receiver answers 403."""
+    """The chats in which the receiver answers 403."""
     replies: dict[str, float]
-    """The chats in which the user replies, and when: seconds after the start."""
+    """The chats in which the user replies, with the time of the reply in seconds after the start."""
 
     @property
     def chats(self) -> list[str]:
@@ -59,7 +59,7 @@ class Scenario:
 
 
 STEADY = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gita", "Hugo")
-"""Chats in which every follow-up simply arrives on time."""
+"""The chats in which every follow-up arrives on time."""
 
 FAILURES = {"Iris": 1, "Juan": 2, "Kim": 2}
 REFUSED = "Max"
@@ -67,12 +67,15 @@ REPLYING = "Lena"
 NAMES = (*STEADY, *FAILURES, REPLYING, REFUSED)
 
 EACH = 6
-"""Follow-ups in each steady chat."""
+"""Number of follow-ups in each steady chat."""
 DURATION = 9.5
-"""Seconds from the first due time to the last."""
+"""Seconds between the first and the last due time."""
 REPLY_AT = 5.0
 GOLDEN = 0.618_033_988_75
-"""Its multiples are spread evenly and never repeat a step, so the due times resemble those of real chats."""
+"""The golden ratio's fraction.
+
+Its multiples spread evenly and never repeat a step, so the due times resemble those of real chats.
+"""
 
 SENT = Ending(Status.SENT, attempts=1)
 CANCELLED = Ending(Status.CANCELLED, attempts=0, code=ReasonCode.USER_REPLIED)
@@ -89,7 +92,7 @@ LINES = (
 
 
 def script() -> Scenario:
-    """Return the scenario; it is the same each time."""
+    """Return the scenario, which is the same in every run."""
     steady = [_steady(number) for number in range(len(STEADY) * EACH)]
     flaky = [
         ScenarioStep(name, 0.7 + number, "The receiver fails before it takes this.", Ending(Status.SENT, failures + 1))

@@ -1,9 +1,9 @@
-"""The results of the follow-ups, their comparison with the script, and the summary. Pure, apart from one query.
+"""The results of the follow-ups, their comparison with the script, and the summary.
 
-Lag is the acceptance minus the due date, both in the database. This is the dispatcher's own record; it includes the
-receiver's answer, so it is never better than what the receiver saw. Only follow-ups delivered by the first attempt
-count, since the lag of a retried one is its backoff and says nothing about punctuality. Every follow-up was created
-before it was due.
+Lag is the time of acceptance minus the due date, both from the database. This is the dispatcher's own record. It
+includes the receiver's response time, so it is never better than the lag that the receiver saw. Only follow-ups
+delivered by the first attempt are counted, since the lag of a retried follow-up is its backoff. Every follow-up was
+created before it was due.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ class FollowUpState:
     reason: str | None
     next_attempt_at: datetime | None
     lag: float | None
-    """Milliseconds, or None until it is accepted."""
+    """The follow-up's lag in milliseconds, or None until it is accepted."""
 
     @property
     def chat(self) -> str:
-        """The chat's name."""
+        """The name of the follow-up's chat."""
         return self.scheduled.part.chat
 
     @property
     def ended(self) -> bool:
-        """Whether it is in a final state."""
+        """Whether the follow-up is in a final state."""
         return self.status in FINAL
 
     @property
     def retried(self) -> bool:
-        """Whether it took more than one attempt."""
+        """Whether the follow-up took more than one attempt."""
         return self.attempts > 1
 
     @property
     def trying_again(self) -> bool:
-        """Whether an attempt has failed, and another one is to come."""
+        """Whether an attempt has failed and the follow-up will be attempted again."""
         return not self.ended and self.attempts > 0 and self.next_attempt_at is not None
 
     @property
     def as_scripted(self) -> bool:
-        """Whether it ended as scripted."""
+        """Whether the follow-up ended as scripted."""
         ending = self.scheduled.part.ending
         ended = (self.status, self.attempts, code_of(self.reason))
         return ended == (ending.status, ending.attempts, ending.code.value if ending.code else "")
@@ -92,22 +92,22 @@ def _standing(scheduled: Scheduled, row: FollowUp) -> FollowUpState:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The figures of a run."""
+    """The figures of one run of the demo."""
 
     sent: int
     failed: int
     cancelled: int
     retried: int
     duplicates: int
-    """Keys that the receiver accepted more than once."""
+    """Idempotency keys that the receiver accepted more than once."""
     lag: Mapping[str, float | None]
-    """Milliseconds, by quantile (nearest rank)."""
+    """The lag in milliseconds, by quantile (nearest rank)."""
     problems: tuple[str, ...]
-    """Differences from the script."""
+    """The differences from the script."""
 
     @property
     def ok(self) -> bool:
-        """Whether everything ended as scripted and nothing arrived twice."""
+        """Whether every follow-up ended as scripted and none arrived twice."""
         return not self.problems
 
     def document(self) -> dict[str, object]:
@@ -148,7 +148,7 @@ def _difference(standing: FollowUpState) -> str:
 
 
 def lags(standings: Sequence[FollowUpState]) -> dict[str, float | None]:
-    """Return the quantiles of the lag, in milliseconds, of messages that the first attempt delivered."""
+    """Return quantiles of the lag in milliseconds, for messages that the first attempt delivered."""
     ordered = sorted(each.lag for each in standings if each.lag is not None and not each.retried)
     if not ordered:
         return dict.fromkeys(QUANTILES)
@@ -163,7 +163,7 @@ NEXT = (
 
 
 def _facts(score: Score) -> list[tuple[str, str]]:
-    """Return the figures of the run, each with its meaning."""
+    """Return the figures of the run, each with an explanation."""
     lag = score.lag
     return [
         (f"{score.sent} sent", "each at its own moment, through web, beat, broker and worker"),
@@ -179,7 +179,7 @@ def _facts(score: Score) -> list[tuple[str, str]]:
 
 
 def summary_panel(score: Score) -> RenderableType:
-    """Return the summary for a terminal."""
+    """Return the summary as a panel for a terminal."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     for fact in _facts(score):
@@ -196,7 +196,7 @@ def summary_panel(score: Score) -> RenderableType:
 
 
 def summary_lines(score: Score) -> Sequence[str]:
-    """Return the summary for a pipe."""
+    """Return the summary as plain lines for a pipe."""
     said = [f"{name}: {meaning}" for name, meaning in _facts(score)]
     said += [f"Not as scripted: {problem}" for problem in score.problems]
     return [*said, "All as scripted. Next: followups up" if score.ok else "Not all as scripted."]
