@@ -1,7 +1,7 @@
 """PostgreSQL, Valkey and our own processes, run on this machine without any installed service.
 
-They serve `followups up`, `followups demo` and the tests. Everything started here is a child of this process, in a
-session of its own, so that Ctrl-C reaches only the owner, which then stops the others in order. The owner's ``with``
+They are used by `followups up`, `followups demo` and the tests. Everything started here is a child of this process, in
+a separate session, so that Ctrl-C reaches only the owner, which then stops the children in order. The owner's ``with``
 block stops each of them. If the owner ends without that, killed or not, a small `watchdog` stops the remaining
 processes and removes the temporary directories.
 """
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SERVERS = {"EmbeddedPostgres": "followups.embedded.postgres", "EmbeddedValkey": "followups.embedded.valkey"}
-"""What needs packages that only the extra `embedded` installs; the rest works without them."""
+"""Names that need the packages of the extra `embedded`; all other names work without these packages."""
 
 
 def __getattr__(name: str) -> object:

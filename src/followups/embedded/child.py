@@ -1,4 +1,4 @@
-"""A command run as a child of this process, in its own session, with its output in a log file."""
+"""A command run as a child of this process, in a separate session, with its output in a log file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ POLL = timedelta(milliseconds=20)
 """Interval between two readiness checks."""
 
 TAIL_LINES = 20
-"""Lines of the log that an error quotes."""
+"""Number of lines of the log that an error quotes."""
 
 GONE_WITHIN = timedelta(seconds=5)
 """How long the descendants of a killed process may take to end."""
@@ -38,7 +38,7 @@ class EmbeddedError(FollowUpsError):
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What to run and how to stop it: the signal, up to ``grace``, then SIGKILL."""
+    """A command to run, and how to stop it: the stop signal, then SIGKILL after ``grace``."""
 
     name: str
     argv: Sequence[str]
@@ -48,11 +48,11 @@ class Command:
     directory: Path | None = None
     stdin: bytes = b""
     run_as: tuple[int, int] | None = None
-    """User and group id to run as when this process is root, or None to keep its own."""
+    """User and group id to run as if this process is root, or None to keep this process's."""
     stop_signal: signal.Signals = signal.SIGTERM
     grace: timedelta = timedelta(seconds=10)
     echo: Callable[[str], None] | None = None
-    """Called from a thread with each line of output."""
+    """Called from a thread with each line of the command's output."""
 
 
 class Child:
@@ -73,16 +73,16 @@ class Child:
 
     @property
     def exit_code(self) -> int | None:
-        """Its exit code, negative for a signal; None while it runs or before it was started."""
+        """The command's exit code, negative for a signal; None while it is running or was never started."""
         return self._process.poll() if self._process else None
 
     @property
     def running(self) -> bool:
-        """Whether it has been started and has not ended."""
+        """Whether the command has been started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
-        """Start it with an empty log. Raises `EmbeddedError` if the program cannot be run."""
+        """Start the command with an empty log. Raises `EmbeddedError` if the program cannot be run."""
         if self.running:
             message = f"{self.command.name} is already running."
             raise EmbeddedError(message)
@@ -103,7 +103,10 @@ class Child:
             self._echo.start()
 
     def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
-        """Wait until ``ready`` returns true; otherwise stop it and raise `EmbeddedError` with the end of its log."""
+        """Wait until ``ready`` returns true.
+
+        If that fails, stop the command and raise `EmbeddedError` with the end of its log.
+        """
         deadline = time.monotonic() + within.total_seconds()
         while not ready():
             code = self.exit_code
@@ -116,25 +119,28 @@ class Child:
             raise EmbeddedError(message)
 
     def tail(self) -> str:
-        """Return the last lines of its log."""
+        """Return the last lines of the command's log."""
         with contextlib.suppress(FileNotFoundError):
             lines = self.command.log.read_text(errors="replace").splitlines()
             return "\n".join(lines[-TAIL_LINES:]) or "(it is empty)"
         return "(there is none)"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process itself, not its group: the parent of a pool handles its own children."""
+        """Send a signal to the process itself, not to its group: the parent of a pool handles its own children."""
         if self.running:
             self._running().send_signal(number)
 
     def ask(self) -> None:
-        """Send the stop signal once, without waiting."""
+        """Send the stop signal, without waiting for the command to end."""
         if self._asked_at is None:
             self._asked_at = time.monotonic()
             self.signal(self.command.stop_signal)
 
     def stop(self) -> None:
-        """Send the stop signal, wait up to its grace, then kill what is left. Does nothing if it is not running."""
+        """Send the stop signal, wait up to ``grace``, then kill what is left.
+
+        This does nothing if the command is not running.
+        """
         if self._process is None:
             return
         self.ask()
@@ -144,10 +150,10 @@ class Child:
         self.kill()
 
     def kill(self) -> None:
-        """Send SIGKILL to it and its group, and return once all descendants are gone."""
+        """Send SIGKILL to the process and its group, and return once all descendants have ended."""
         if self._process is None:
             return
-        # Also after its own end, so that the rest of its group ends too.
+        # The signal is sent even if the process itself has ended, so that the rest of its group ends too.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

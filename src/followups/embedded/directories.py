@@ -1,4 +1,7 @@
-"""Temporary directories that are removed even if this process is killed, and paths that another user may traverse."""
+"""Temporary directories that are removed even if this process is killed.
+
+Other users may be allowed to traverse them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,18 @@ from pathlib import Path
 from followups.embedded.watchdog import WATCHDOG
 
 LONGEST_PARENT = 60
-"""Longest parent directory, in characters. A Unix socket's path may have 103 bytes on macOS and 107 on Linux."""
+"""Longest parent directory, in characters. The path of a Unix socket is limited to 103 bytes on macOS and 107 on Linux.
+"""
 
 MEMORY_WANTED = 4 * 1024**3
-"""Bytes of free space. PostgreSQL's write-ahead log alone may take one gigabyte before it is recycled."""
+"""Required free space in bytes. PostgreSQL's write-ahead log alone may take one gigabyte before it is recycled."""
 
 
 def make_temporary_directory(parent: Path | None = None) -> Path:
-    """Create a private directory in ``parent``, or in the default temporary directory if a socket's path fits there."""
+    """Create a private directory in ``parent``, or in a temporary directory if it is None.
+
+    This is the default temporary directory if the path of a socket fits there, otherwise ``/tmp``.
+    """
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private
     path = Path(tempfile.mkdtemp(prefix="followups-", dir=where))

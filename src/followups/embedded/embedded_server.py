@@ -1,4 +1,4 @@
-"""A server that runs as one child process, with a temporary directory of its own."""
+"""A server that runs as one child process with a separate temporary directory."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ class EmbeddedServer(ABC):
     """Starts and stops the server, by ``with`` or by `start` and `stop`."""
 
     name: ClassVar[str]
-    """The program's name, for errors."""
+    """The program's name, which errors contain."""
     start_within: ClassVar[timedelta]
     """How long a start may take."""
 
     def __init__(self, parent: Path | None = None) -> None:
-        """Keep where to create the temporary directory; nothing runs yet."""
+        """Store the parent of the temporary directory without starting the server."""
         self._parent = parent
         self._directory: Path | None = None
         self._server: Child | None = None
 
     def __enter__(self) -> Self:
-        """Start it."""
+        """Start the server."""
         self.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop it."""
+        """Stop the server."""
         self.stop()
 
     @property
@@ -57,7 +57,7 @@ class EmbeddedServer(ABC):
         return self._directory
 
     def start(self) -> None:
-        """Start it and wait until it is ready. Raises `EmbeddedError`."""
+        """Start the server and wait until it is ready. Raises `EmbeddedError`."""
         self._directory = make_temporary_directory(self._parent)
         try:
             self._launch(self._directory)
@@ -66,7 +66,7 @@ class EmbeddedServer(ABC):
             raise
 
     def stop(self) -> None:
-        """Stop it and remove its temporary files."""
+        """Stop the server and remove its temporary files."""
         if self._server:
             self._server.stop()
             self._server = None
@@ -75,12 +75,15 @@ class EmbeddedServer(ABC):
             self._directory = None
 
     def restart(self) -> None:
-        """Stop it if it is running, and start it again with the same URL; only kept data survives."""
+        """Stop the server if it is running, and start it again with the same URL.
+
+        Only data in a data directory survives.
+        """
         self.child.stop()
         self._run(self.child)
 
     def kill(self) -> None:
-        """Kill it and its children with SIGKILL; `restart` starts it again."""
+        """Kill the server and its children with SIGKILL; `restart` starts it again."""
         self.child.kill()
 
     def _launch(self, directory: Path) -> None:
@@ -93,7 +96,7 @@ class EmbeddedServer(ABC):
 
     @abstractmethod
     def _prepare(self, directory: Path) -> Command:
-        """Write the configuration and return the command."""
+        """Write the server's configuration and return its command."""
 
     @abstractmethod
     def _is_ready(self) -> bool:

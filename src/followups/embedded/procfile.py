@@ -1,4 +1,4 @@
-"""The command line of each process, as in the Procfile (a test compares them)."""
+"""The command line of each process, as in the Procfile; a test compares them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 COMMANDS = {
     "web": "python -m followups.api",  # first, so that it gets a Procfile runner's base port
-    # Under honcho each worker has a name of its own; elsewhere there is usually one worker on a host.
+    # Under honcho each worker needs a distinct name; otherwise there is usually one worker on a host.
     "worker": (
         "celery -A followups.worker --quiet worker --loglevel=warning --hostname=${HONCHO_PROCESS_NAME:-worker}@%h"
         " --without-mingle --without-gossip"
@@ -23,11 +23,14 @@ COMMANDS = {
 
 
 def argv(process: str, *more: str) -> list[str]:
-    """Return the arguments that start a process as the Procfile does, plus ``more``; run them with `search_path`."""
+    """Return the arguments that start a process as the Procfile does, plus ``more``.
+
+    Run them with `search_path`.
+    """
     return ["/bin/sh", "-c", f'exec {COMMANDS[process]} "$@"', process, *more]
 
 
 def search_path() -> str:
-    """Return a PATH with the commands of this installation first."""
+    """Return a PATH in which this installation's commands come first."""
     own = (str(Path(sys.executable).parent), sysconfig.get_path("scripts"))
     return os.pathsep.join([*dict.fromkeys(own), os.environ.get("PATH", os.defpath)])

@@ -1,4 +1,4 @@
-"""The receiver of the benchmarks: it answers every request, and records when each arrived, at the least possible cost.
+"""The receiver of the benchmarks: it answers every request, and records when each arrived, at minimal cost.
 
     python -m followups.embedded.receiver --port 9100
 
@@ -21,14 +21,14 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d
 
 
 class RequestLog:
-    """The requests received and the way to answer them, shared by all connections."""
+    """The received requests and the configured delays, shared by all connections."""
 
     def __init__(self) -> None:
-        """Start with no requests, answering at once."""
+        """Start with no requests, and with immediate answers."""
         self.reset()
 
     def reset(self, delay: str = "0", slow: str = "0", slow_delay: str = "5") -> None:
-        """Forget all requests."""
+        """Delete all recorded requests."""
         self.times: dict[str, float] = {}
         self.requests = 0
         self.delay = float(delay)
@@ -43,10 +43,10 @@ class RequestLog:
 
 
 class ReceiverConnection(asyncio.Protocol):
-    """One kept-alive connection; a request may arrive in several pieces."""
+    """One keep-alive connection; a request may arrive in several pieces."""
 
     def __init__(self, record: RequestLog) -> None:
-        """Store the record of requests."""
+        """Store the log of requests."""
         self._record = record
         self._buffer = b""
 

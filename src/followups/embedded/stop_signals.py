@@ -1,8 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
-An exception raised by a signal handler could come between the start of a process and the moment it is recorded. So the
+An exception raised by a signal handler could occur between the start of a process and the moment it is recorded. So the
 first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal before that
-raises at once, and the watchdog of `followups.embedded` stops the remaining processes.
+raises immediately, and the watchdog of `followups.embedded` stops the remaining processes.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Record signals within the block. Use it from the main thread."""
+    """Records signals within the block. It must be used from the main thread."""
 
     def __init__(self) -> None:
-        """Install nothing yet."""
+        """Start with no handlers installed."""
         self._wanted = False
         self._quiet = False
         self._before: dict[signal.Signals, object] = {}

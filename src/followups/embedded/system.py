@@ -1,4 +1,4 @@
-"""The whole system embedded on this machine, for ``followups up`` and ``followups demo``."""
+"""The whole system, embedded on this machine, for ``followups up`` and ``followups demo``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 READY_WITHIN = timedelta(seconds=90)
-"""How long a start may take: about five seconds on two idle cores, more on a busy machine."""
+"""How long a start may take; it takes about five seconds on two idle cores, more on a busy machine."""
 
 GRACE = timedelta(seconds=6)
 """How long a process may take to end before it is killed; a kill costs a lease and no message."""
@@ -45,18 +45,18 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """What to start, and where progress is reported."""
+    """What to start, and how progress is reported."""
 
     port: int
     """Port of the API."""
     tell: Callable[[str], None]
-    """Called with the name of whatever is being started."""
+    """Called with the name of each component before it is started."""
     signals: StopSignals
     """The stop signals to check."""
     data: Path | None = None
     """Directory for PostgreSQL's data and the logs, or None to keep nothing."""
     overrides: Mapping[str, object] = field(default_factory=dict)
-    """Settings by field; all others come from the environment."""
+    """Settings by field; all others are read from the environment."""
     echo: Callable[[str, str], None] | None = None
     """Called with every (process, line) of the logs."""
 
@@ -84,7 +84,7 @@ class Stack:
                 raise EmbeddedError(_obituary(child))
 
     def create_console_link(self) -> str:
-        """Create a link that signs in to the console as operator, once."""
+        """Create a single-use link that signs in to the console as operator."""
         grant = console_sessions.Grant("operator", None, "this machine")
         engine = database.make_engine(self.settings.database_url.get_secret_value(), pool_size=1)
         try:
@@ -127,7 +127,7 @@ def _started(plan: StartPlan, stack: ExitStack) -> Stack:
     plan.tell("Starting PostgreSQL and Valkey")
     postgres = stack.enter_context(EmbeddedPostgres(plan.data and plan.data / "postgres"))
     plan.signals.check()
-    # The broker's data is not kept: hints from an earlier run are worthless.
+    # The broker's data is not kept, because hints from an earlier run are worthless.
     valkey = stack.enter_context(EmbeddedValkey())
     logs = plan.data and plan.data / "logs"
     if logs:
@@ -162,7 +162,7 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
     sandbox_port = stack.sandbox.rpartition(":")[2]
     commands = {
         "sandbox": [sys.executable, "-m", "followups.transports.sandbox.server", "--port", sandbox_port],
-        # Loopback only, since this API key and these servers have no further protection.
+        # The servers listen on the loopback interface only, since they and this API key have no further protection.
         "web": argv("web", "--host", LOOPBACK),
         "worker": argv("worker"),
         "beat": argv("beat"),
@@ -173,7 +173,8 @@ def _spawn(processes: Processes, stack: Stack, port: int) -> None:
 
 def _wait_until_ready(stack: Stack) -> None:
     deadline = time.monotonic() + READY_WITHIN.total_seconds()
-    # The sandbox accepts messages; database, migrations, broker and a tick (hence beat and worker) are confirmed.
+    # This confirms that the sandbox accepts messages, and that database, migrations, broker and a tick (hence beat and
+    # worker) work.
     for ready in (answers(f"{stack.sandbox}/sandbox/summary"), answers(f"{stack.api}/readyz")):
         while not ready():
             stack.check()

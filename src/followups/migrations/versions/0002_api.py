@@ -1,4 +1,4 @@
-"""Stored answers by idempotency key, and an index for each filter of the lists."""
+"""Stored responses by idempotency key, and an index for each filter of the lists."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the table and the indexes."""
     op.drop_index("ix_follow_ups_chat_message", table_name="follow_ups")
     op.drop_index("ix_follow_ups_trigger", table_name="follow_ups")
     op.drop_index("ix_follow_ups_list", table_name="follow_ups")

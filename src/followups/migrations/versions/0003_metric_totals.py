@@ -1,4 +1,4 @@
-"""The sums of all processes' counters, so that any process can answer a scrape for all."""
+"""The sums of all processes' counters, so that each process can answer a scrape for all processes."""
 
 from __future__ import annotations
 
@@ -22,5 +22,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it again."""
+    """Drop the table."""
     op.drop_table("metric_totals")

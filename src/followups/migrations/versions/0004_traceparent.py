@@ -1,4 +1,4 @@
-"""The trace in which a follow-up was created, so that its attempts belong to it."""
+"""The trace in which a follow-up was created, so that its attempts can join this trace."""
 
 from __future__ import annotations
 
@@ -15,5 +15,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it again."""
+    """Drop the column."""
     op.drop_column("follow_ups", "traceparent")

@@ -1,4 +1,4 @@
-"""Pauses, sending hours and retries; and when to vacuum tables whose old rows are deleted."""
+"""Pauses, sending hours and retries, and vacuum settings for tables whose old rows are deleted."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the tables and the columns."""
     for table in CHURNING:
         op.execute(f"ALTER TABLE {table} RESET (autovacuum_vacuum_scale_factor, autovacuum_analyze_scale_factor)")
     for column in ("retry_of", "pause_id", "held_until"):

@@ -1,7 +1,7 @@
-"""Indexes for what has ended, was retried or is held; built while everything runs.
+"""Indexes for finished, retried and held follow-ups, built without stopping the system.
 
-Each is built concurrently, so no other session waits, however large the table. An interrupted build leaves an index
-that is maintained but never read, so an existing one of that name is dropped first.
+Each index is built concurrently, so no other session waits, however large the table. An interrupted build leaves an
+index that is maintained but never read. So an existing index of that name is dropped first.
 """
 
 from __future__ import annotations
@@ -43,6 +43,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the indexes."""
     for name, table, *_ in INDEXES:
         op.drop_index(name, table_name=table)

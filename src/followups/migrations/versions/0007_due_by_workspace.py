@@ -1,4 +1,7 @@
-"""The index by which a backlog is shared fairly between workspaces; built while everything runs, as in 0006."""
+"""The index by which a backlog is shared fairly between workspaces.
+
+As in 0006, it is built without stopping the system.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +28,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop it again."""
+    """Drop the index."""
     op.drop_index(INDEX, table_name="follow_ups")

@@ -1,4 +1,4 @@
-"""Rate limits of deliveries, and until when a follow-up waits for one."""
+"""Rate limits of deliveries, and the time until which a follow-up waits for a rate limit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def upgrade() -> None:
         sa.Column("burst", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), server_default=sa.text("now()"), nullable=False),
         sa.CheckConstraint("per IN ('all', 'workspace', 'chat')", name=op.f("ck_rate_limits_per_is_known")),
-        # Without an upper bound NaN and infinity would pass: PostgreSQL sorts both above every number.
+        # Without an upper bound NaN and infinity would be accepted, because PostgreSQL sorts both above every number.
         sa.CheckConstraint("rate > 0 AND rate <= 1000000", name=op.f("ck_rate_limits_rate_is_a_rate")),
         sa.CheckConstraint("burst BETWEEN 1 AND 1000000", name=op.f("ck_rate_limits_burst_lets_one_go")),
         sa.ForeignKeyConstraint(["workspace_id"], ["workspaces.id"], name=op.f("fk_rate_limits_workspace_id")),
@@ -41,6 +41,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the table and the column."""
     op.drop_column("follow_ups", "limited_until")
     op.drop_table("rate_limits")

@@ -1,7 +1,7 @@
 """The start of lateness after a hold by sending hours, and constraints against unreadable times.
 
 A constraint is left out if rows violate it already: with the constraint, every change of such a row would fail,
-including the claim of everything that is due. ``followups doctor`` names the rows, and the statement that adds the
+including the claim of everything that is due. ``followups doctor`` lists the rows, and the statement that adds the
 constraint.
 """
 
@@ -38,8 +38,8 @@ CHECKS = {
 def upgrade() -> None:
     """Add the column, then the constraints, each in two short steps.
 
-    The column has no default, so no row is rewritten. A constraint reads the rows while other transactions read and
-    write them.
+    The column has no default, so no row is rewritten. While a constraint is validated, other transactions can read and
+    write the rows.
     """
     op.execute("ALTER TABLE follow_ups ADD COLUMN IF NOT EXISTS sendable_from timestamptz")
     with op.get_context().autocommit_block():
@@ -52,13 +52,13 @@ def upgrade() -> None:
 
 
 def _alter(change: str) -> None:
-    # Outside a transaction of the migration's own, so the limit for its lock is set here, as `env` sets it elsewhere:
-    # while it waits, every other access to the table waits behind it.
+    # This runs outside the migration's transaction, so the lock timeout is set here, as `env` sets it elsewhere. While
+    # the statement waits for its lock, every other access to the table waits behind it.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop the constraints and the column."""
     for table in CHECKS:
         op.execute(f"ALTER TABLE {table} DROP CONSTRAINT IF EXISTS ck_{table}_times_are_readable")
     op.drop_column("follow_ups", "sendable_from")

@@ -1,6 +1,6 @@
 """The end of the grace period in which leases with an attempt in flight are left to their workers.
 
-The grace period follows a gap in the ticks.
+The grace period follows a gap between ticks.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ down_revision = "0009"
 
 
 def upgrade() -> None:
-    """Add the column; being nullable and without a default, that rewrites no row."""
+    """Add the column; it is nullable and has no default, so no row is rewritten."""
     op.add_column("dispatcher_state", sa.Column("grace_until", sa.DateTime(timezone=True), nullable=True))
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop the column."""
     op.drop_column("dispatcher_state", "grace_until")

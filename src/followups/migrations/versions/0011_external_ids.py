@@ -1,6 +1,6 @@
 """Index of the chats' external ids, for the check whether another workspace has the same id.
 
-The check is made where each external id belongs to one workspace only.
+This check applies only if each external id may belong to one workspace.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Take it back."""
+    """Drop the index."""
     op.drop_index(NAME, table_name="chats")

@@ -1,4 +1,4 @@
-"""Audit events, and the moment at which the deletion of a workspace began."""
+"""Audit events, and the time at which the deletion of a workspace began."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the table and the column."""
     op.drop_column("workspaces", "deletion_began_at")
     op.drop_table("audit_events")

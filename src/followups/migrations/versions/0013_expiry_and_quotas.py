@@ -1,4 +1,4 @@
-"""Expiry of API keys, and quotas of a workspace's pending follow-ups and chats."""
+"""Expiry of API keys, and quotas for a workspace's pending follow-ups and chats."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ down_revision = "0012"
 
 
 def upgrade() -> None:
-    """Add the column, which rewrites no row, being nullable and without a default, and create the table."""
+    """Add the column and create the table.
+
+    The column is nullable and has no default, so no row is rewritten.
+    """
     op.add_column("api_keys", sa.Column("expires_at", sa.DateTime(timezone=True), nullable=True))
     op.create_table(
         "quotas",
@@ -29,6 +32,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the table and the column."""
     op.drop_table("quotas")
     op.drop_column("api_keys", "expires_at")

@@ -1,4 +1,4 @@
-"""The console: sessions, links that sign in once, and bulk actions."""
+"""The console: sessions, single-use sign-in links, and bulk actions."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Drop them again."""
+    """Drop the tables."""
     op.drop_table("bulk_actions")
     op.drop_table("console_links")
     op.drop_table("console_sessions")
