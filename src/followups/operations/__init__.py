@@ -1,1 +1,1 @@
-"""What the API, the console and the command line share: explanations, counts, bulk actions and the doctor's checks."""
+"""Operations shared by the API, console and command line: explanations, counts, bulk actions, checks."""

@@ -1,4 +1,7 @@
-"""Manual changes to workspaces, keys, pauses, limits and sending hours, each recorded in its own transaction."""
+"""Manual changes to workspaces, API keys, pauses, limits and sending hours.
+
+Each change is recorded in the audit log in its own transaction.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 
 
 def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspace, bool]:
-    """Create the workspace; return it and whether it is new. Raises as `followups.store.workspaces.create`."""
+    """Create the workspace; return it and whether it is new.
+
+    Raises the same errors as `followups.store.workspaces.create`.
+    """
     workspace, new = workspaces.create(session, name)
     if new:
         _record(session, Event(actor, Action.WORKSPACE_CREATED, workspace.id, workspace.id))
@@ -32,7 +38,10 @@ def create_workspace(session: Session, actor: Actor, name: str) -> tuple[Workspa
 def create_key(
     session: Session, actor: Actor, workspace_id: UUID, name: str = "", expires: timedelta | None = None
 ) -> tuple[ApiKey, str]:
-    """Create an API key; return its row and the key. Raises as `followups.store.api_keys.create`."""
+    """Create an API key; return its row and the key.
+
+    Raises the same errors as `followups.store.api_keys.create`.
+    """
     row, key = api_keys.create(session, workspace_id, name, expires)
     details = {"prefix": row.prefix, "expiresAt": row.expires_at and row.expires_at.isoformat()}
     _record(session, Event(actor, Action.API_KEY_CREATED, workspace_id, row.id, details=details))
@@ -40,7 +49,7 @@ def create_key(
 
 
 def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
-    """Revoke an API key; repeating it changes nothing. Raises `ApiKeyNotFoundError`."""
+    """Revoke an API key. Revoking it again changes nothing. Raises `ApiKeyNotFoundError`."""
     row = api_keys.revoke(session, key_id)
     if row.revoked_at == session.scalar(select(func.now())):
         details = {"prefix": row.prefix}
@@ -49,7 +58,7 @@ def revoke_key(session: Session, actor: Actor, key_id: UUID) -> ApiKey:
 
 
 def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
-    """Pause this scope; return whether the pause is new."""
+    """Pause the scope, and return whether the pause is new."""
     new = pauses.pause(session.connection(), scope)
     if new:
         _record(session, Event(actor, Action.PAUSE_BEGUN, scope.workspace_id, details={"channel": scope.channel}))
@@ -57,7 +66,10 @@ def pause(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
 
 
 def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
-    """End the pause; return whether there was one. Held follow-ups are released afterwards, in batches."""
+    """End the pause, and return whether there was one.
+
+    The follow-ups that it held are released later, in batches.
+    """
     was_paused = pauses.resume(session.connection(), scope)
     if was_paused:
         _record(session, Event(actor, Action.PAUSE_ENDED, scope.workspace_id, details={"channel": scope.channel}))
@@ -65,14 +77,14 @@ def resume(session: Session, actor: Actor, scope: pauses.PauseScope) -> bool:
 
 
 def set_limit(session: Session, actor: Actor, scope: rate_limits.LimitScope, rate: float, burst: int) -> None:
-    """Set a rate limit, or change the one that exists."""
+    """Set a rate limit, or change the existing one."""
     rate_limits.put(session.connection(), scope, rate, burst)
     details = {"channel": scope.channel, "per": scope.per, "rate": rate, "burst": burst}
     _record(session, Event(actor, Action.RATE_LIMIT_SET, scope.workspace_id, details=details))
 
 
 def clear_limit(session: Session, actor: Actor, scope: rate_limits.LimitScope) -> bool:
-    """Remove a rate limit; return whether there was one."""
+    """Remove a rate limit, and return whether there was one."""
     was_set = rate_limits.clear(session.connection(), scope)
     if was_set:
         details = {"channel": scope.channel, "per": scope.per}
@@ -91,7 +103,7 @@ def set_quota(session: Session, actor: Actor, workspace_id: UUID, kind: quotas.K
 
 
 def set_hours(session: Session, actor: Actor, workspace_id: UUID, hours: SendingHours) -> None:
-    """Set the workspace's sending hours. Raises as `followups.store.sending_hours.put`."""
+    """Set the workspace's sending hours. Raises the same errors as `followups.store.sending_hours.put`."""
     sending_hours.put(session, workspace_id, hours)
     details = {
         "timeZone": hours.time_zone,
@@ -103,7 +115,7 @@ def set_hours(session: Session, actor: Actor, workspace_id: UUID, hours: Sending
 
 
 def clear_hours(session: Session, actor: Actor, workspace_id: UUID) -> bool:
-    """Remove the workspace's sending hours; return whether it had any."""
+    """Remove the workspace's sending hours, and return whether it had any."""
     had_hours = sending_hours.clear(session, workspace_id)
     if had_hours:
         _record(session, Event(actor, Action.SENDING_HOURS_CLEARED, workspace_id, workspace_id))

@@ -1,7 +1,7 @@
-"""Bulk actions in batches: cancel, retry, prune, and send what a pause has held.
+"""Bulk actions in batches: cancel, retry, prune, and release follow-ups after a pause.
 
-Each generator commits batch by batch and yields the batch's counts by name. Interrupted between two batches, every
-follow-up is either done or untouched; running it again continues with the rest.
+Each generator commits every batch and yields the batch's counts by name. After an interruption between two batches,
+each follow-up is either completely processed or unchanged, and running the action again continues with the rest.
 """
 
 from __future__ import annotations
@@ -43,16 +43,21 @@ if TYPE_CHECKING:
 
 PASSES = 5
 PAUSE = 0.2
-"""Seconds between two tries at a row that another transaction has locked, and the number of tries."""
+"""Seconds between two attempts to lock a locked row, and the number of attempts."""
 
 RETRIES = 500
-"""Follow-ups fetched at once. Each is retried in a transaction of its own: it locks its chat, and a transaction that
-locked several chats would wait for others that do the same.
+"""Number of follow-ups fetched in one batch.
+
+Each follow-up is retried in a separate transaction, which locks the follow-up's chat. Transactions that each locked
+several chats could wait for one another.
 """
 
 
 def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None) -> list[CancelScope]:
-    """Return what to cancel in a workspace, or in a chat of one or every workspace; nothing for an unknown chat."""
+    """Return the follow-ups to cancel in a workspace, or in a chat of one or every workspace.
+
+    Nothing is returned for an unknown chat.
+    """
     now = bulk_cancel.now(session.connection())
     if chat_id is None:
         return [] if workspace_id is None else [CancelScope(workspace_id, None, now)]
@@ -61,7 +66,10 @@ def pending_of(session: Session, workspace_id: UUID | None, chat_id: UUID | None
 
 
 def cancel(engine: Engine, actor: Actor, chosen: Sequence[CancelScope], final: Final) -> Batches:
-    """Cancel pending follow-ups. Those in flight are not retried; those locked for long are counted."""
+    """Cancel pending follow-ups.
+
+    Follow-ups in flight are not retried after their attempt, and rows that stay locked are counted.
+    """
     for pending in chosen:
         details = {"code": final.code and final.code.value}
         event = Event(actor, Action.FOLLOW_UPS_CANCELLED, pending.workspace_id, pending.chat_id, details=details)
@@ -88,9 +96,9 @@ def _cancel_pass(engine: Engine, pending: CancelScope, final: Final, event: Even
 
 
 def retry(engine: Engine, actor: Actor, failures: Failures) -> Batches:
-    """Create a new follow-up, due now, from each that failed and has not been retried."""
+    """Create a new follow-up, due now, from each follow-up that failed and has not been retried."""
     after = FailureCursor()
-    events: dict[UUID, Event] = {}  # by workspace
+    events: dict[UUID, Event] = {}  # keyed by workspace
     while True:
         with engine.connect() as opened:
             batch = retries.some_failed(opened, failures, RETRIES, after)
@@ -114,7 +122,7 @@ def _retry_one(engine: Engine, actor: Actor, follow_up_id: UUID, events: dict[UU
 
 
 def retry_refusal(error: FollowUpsError) -> str:
-    """Return why a follow-up is not retried, in a few words that the command line and the console share."""
+    """Return in a few words why a follow-up is not retried, for the command line and the console."""
     match error:
         case ChatNotFoundError():
             return "chat removed"
@@ -125,7 +133,10 @@ def retry_refusal(error: FollowUpsError) -> str:
 
 
 def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Connection, datetime], int]) -> Batches:
-    """Delete older rows: finished follow-ups by ``remove``, then chat messages and expired idempotency keys."""
+    """Delete old rows: finished follow-ups, chat messages, and expired idempotency keys.
+
+    Finished follow-ups are deleted through ``remove``.
+    """
     event = Event(actor, Action.FOLLOW_UPS_PRUNED, details={"before": before.isoformat()})
     number = 1
     while number:
@@ -147,7 +158,7 @@ def prune(engine: Engine, actor: Actor, before: datetime, remove: Callable[[Conn
 
 
 def release_paused(engine: Engine) -> Batches:
-    """Release follow-ups whose pause has ended."""
+    """Release the follow-ups whose pause has ended."""
     while True:
         with engine.begin() as opened:
             released = pauses.release_forgotten(opened)

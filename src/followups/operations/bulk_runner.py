@@ -1,7 +1,7 @@
 """Carries out the console's bulk actions in the worker processes, batch by batch.
 
-A batch holds the lock on its action's row, so no two workers do the same, and the progress is recorded in the
-transaction of the batch. A worker that dies leaves the rest to any other.
+Each batch locks its action's row, so that no two workers run the same action. The progress is recorded in the
+transaction of the batch. If a worker crashes, another worker continues with the rest.
 """
 
 from __future__ import annotations
@@ -38,37 +38,37 @@ if TYPE_CHECKING:
     from followups.models import BulkAction
 
 CANCELS = 200
-"""Follow-ups in one batch of a cancel, which takes some tens of milliseconds."""
+"""Number of follow-ups in one cancel batch, which takes some tens of milliseconds."""
 
 RETRIES = 50
-"""Follow-ups in one batch of a retry, which locks their chats one after the other."""
+"""Number of follow-ups in one retry batch, which locks their chats one after the other."""
 
 SEEN_EVERY = 1.0
-"""Least seconds between two searches for actions."""
+"""Minimum seconds between two searches for bulk actions."""
 
 PASSED_OVER = 60.0
-"""Seconds for which an action whose batch failed is passed over, before it is tried again."""
+"""Seconds for which an action is skipped after its batch failed."""
 
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
 
 
 class BatchError(Exception):
-    """The batch of an action failed."""
+    """A batch of a bulk action failed."""
 
     def __init__(self, action_id: UUID, cause: Exception) -> None:
-        """Keep the action's id and the error."""
+        """Store the action's id and the error."""
         super().__init__(f"{action_id}: {cause}")
         self.action_id = action_id
         self.cause = cause
 
 
 class BulkRunner(Background):
-    """Carries out the waiting actions in a thread of a worker process; other workers continue with what is left."""
+    """Carries out waiting bulk actions in a thread of a worker process; other workers can continue them."""
 
     name = "bulk"
 
     def __init__(self, engine: Engine, nudge: Callable[[], None]) -> None:
-        """``nudge`` asks for a tick, after follow-ups have become due."""
+        """Store the engine and ``nudge``, which requests a tick after follow-ups have become due."""
         super().__init__()
         self._engine = engine
         self._nudge = nudge
@@ -78,13 +78,16 @@ class BulkRunner(Background):
         try:
             while not self._stopping.is_set() and self._run_batch():
                 self._nudge()
-            events.succeeded("bulk")  # an action that is passed over stops no other
+            events.succeeded("bulk")  # an action that is skipped after a failure delays no other action
         except Exception as error:  # noqa: BLE001 - the next tick tries again, whatever it was
             events.failed("bulk", error, self._engine)
         self._stopping.wait(SEEN_EVERY)
 
     def _run_batch(self) -> bool:
-        """Carry out one batch; return whether there was one. An action that fails is passed over for a while."""
+        """Carry out one batch, and return whether there was one.
+
+        An action whose batch fails is skipped for a while.
+        """
         now = time.monotonic()
         self._passed_over = {one: until for one, until in self._passed_over.items() if until > now}
         try:
@@ -98,7 +101,7 @@ class BulkRunner(Background):
 def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
     """Carry out one batch of the oldest action that is not in ``without``; return whether there was one.
 
-    Raises `BatchError` if it fails.
+    Raises `BatchError` if the batch fails.
     """
     action_id = None
     try:
@@ -117,7 +120,7 @@ def run_batch(engine: Engine, without: Collection[UUID] = ()) -> bool:
 
 
 def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
-    """Carry out one batch of the action; return the follow-ups that are cancelled."""
+    """Carry out one batch of the action, and return the follow-ups that it cancelled."""
     if action.stopped_at is not None:
         _record(session, action, [], {}, None, finished=True)
         return []
@@ -138,9 +141,9 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
 
 
 def _retry(session: Session, ids: Sequence[UUID]) -> tuple[list[UUID], dict[str, int]]:
-    """Make a new follow-up from each failed one.
+    """Create a new follow-up from each failed one.
 
-    First the chats are locked, in ascending order of their ids, and only then the quotas, in the order of workspaces.
+    The chats are locked first, in ascending order of their ids, and then the quotas, in the order of the workspaces.
     """
     done: list[UUID] = []
     passed: dict[str, int] = {}
@@ -179,6 +182,6 @@ def _record(
     if audited := len(done) + passed.get(bulk_actions.IN_FLIGHT, 0):
         what = Action.FOLLOW_UPS_CANCELLED if action.kind == "cancel" else Action.FOLLOW_UPS_RETRIED
         actor = Actor(Way.CONSOLE, name=action.created_by)
-        # The batches share the action's id, so that they add up in one event.
+        # The batches use the action's id as the event's id, so that they add up to one audit event.
         event = Event(actor, what, action.workspace_id, number=audited, id=action.id)
         audit.record(session.connection(), event)

@@ -1,6 +1,7 @@
-"""Deletion of a workspace or a chat: cancel pending follow-ups, wait for those in flight, delete everything.
+"""Deletion of a workspace or a chat.
 
-An interrupted deletion goes on when it is run again. One audit event stays, which counts the deleted follow-ups.
+Pending follow-ups are cancelled, attempts in flight finish, and then everything is deleted. An interrupted deletion
+continues when it is run again. One audit event with the number of deleted follow-ups remains.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Batches = Iterator[dict[str, int]]
 
 PAUSE = 0.2
-"""Seconds between two passes while something is in flight, or locked by another transaction."""
+"""Seconds between two passes while follow-ups are in flight or locked by another transaction."""
 
 NAMES = {
     "follow_ups": "deleted",
@@ -39,14 +40,14 @@ NAMES = {
     "chats": "chats",
     "audit_events": "auditEvents",
 }
-"""The names of the counts."""
+"""The names of the deletion's counts."""
 
 
 def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> Batches:
-    """Delete the workspace or chat in batches; yield the counts of each.
+    """Delete the workspace or chat in batches, and yield the counts of each batch.
 
-    From the first batch on nothing more of it is scheduled. Raises `FollowUpsError` if what is in flight or locked does
-    not end within ``patience``.
+    From the first batch on, no new follow-ups are accepted. Raises `FollowUpsError` if follow-ups are still in flight
+    or locked after ``patience``.
     """
     event = _event(actor, whole)
     with Session(engine) as session, session.begin():
@@ -68,7 +69,7 @@ def delete(engine: Engine, actor: Actor, whole: Whole, patience: timedelta) -> B
 def _event(actor: Actor, whole: Whole) -> Event:
     if whole.chat_id is not None:
         return Event(actor, Action.CHAT_DELETED, whole.workspace_id, whole.chat_id, number=0, id=uuid4())
-    # Its id is the workspace's, so that it is one event however often the deletion is interrupted.
+    # The event has the workspace's id, so that an interrupted and repeated deletion records only one event.
     return Event(
         actor, Action.WORKSPACE_DELETED, whole.workspace_id, whole.workspace_id, number=0, id=whole.workspace_id
     )
@@ -94,7 +95,7 @@ def _pass(engine: Engine, whole: Whole, event: Event) -> Batches:
 
 
 def _complete(engine: Engine, whole: Whole) -> bool:
-    """Delete the workspace or chat itself, unless something still refers to it; return whether it is gone."""
+    """Delete the workspace's or chat's own row; return False if other rows still refer to it."""
     try:
         with engine.begin() as opened:
             deletion.complete(opened, whole)

@@ -1,4 +1,4 @@
-"""Explain in words why a follow-up is in its state, and what can be done about it."""
+"""Explanations in words of why a follow-up is in its state, and what can be done about it."""
 
 from __future__ import annotations
 
@@ -61,53 +61,56 @@ ENDINGS = {
     ),
     ReasonCode.FAILED_BY_API: "It was failed through the API, without a reason.",
 }
-"""The meaning of each code, for operators."""
+"""The meaning of each reason code, for operators."""
 
 
 MOST_EVENTS = 100
-"""Maximum number of manual changes shown with a follow-up: the newest."""
+"""Maximum number of manual changes shown with a follow-up; only the newest are shown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Circumstances:
-    """Everything else that affects when a follow-up is sent."""
+    """The circumstances outside a follow-up's row that affect when it is sent."""
 
     pause: ActivePause | None = None
-    """The pause of its workspace or channel."""
+    """The pause of the follow-up's workspace or channel."""
     hours: SendingHours | None = None
     limits: Sequence[Limit] = ()
-    """The rate limits of its workspace, channel or chat."""
+    """The rate limits of the follow-up's workspace, channel or chat."""
     breaker: Shown | None = None
-    """Whether the breaker is open, or None if that is unknown."""
+    """The state of the breaker, or None if it is unknown."""
     tick_age: timedelta | None = None
     """The age of the last tick."""
     first: str = ""
-    """The explanation for the chat's first pending follow-up, when that is another one."""
+    """The explanation of the chat's first pending follow-up, if that is a different one."""
     retried_as: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Explained:
-    """A follow-up with everything that explains it."""
+    """A follow-up with everything that explains its state."""
 
     follow_up: FollowUp
     workspace: str
     chat: Chat
     failures: Sequence[FailedAttempt]
     events: Sequence[AuditEvent]
-    """Its manual changes, oldest first."""
+    """The follow-up's manual changes, oldest first."""
     now: datetime
     around: Circumstances
     explanation: str
-    """Why it is in its state."""
+    """Why the follow-up is in its state."""
 
 
 ALONE = Circumstances()
 PATIENCE = timedelta(seconds=1)
-"""How long to wait for the broker's breaker state; everything else is in the database."""
+"""How long to wait for the breaker's state from the broker; everything else is read from the database."""
 
 STALE_TICK = timedelta(seconds=30)
-"""Age from which the last tick counts as missing, at any tick interval in use; the default is one second."""
+"""Age from which the last tick counts as missing.
+
+The limit suits every tick interval in use; the default interval is one second.
+"""
 
 
 def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> str:
@@ -125,7 +128,7 @@ def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circ
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
-    """Return the acceptance minus the due date, or None if the transport has not accepted it."""
+    """Return the time of acceptance minus the due date, or None if the transport has not accepted it."""
     return follow_up.accepted_at - follow_up.due_date if follow_up.accepted_at else None
 
 
@@ -168,7 +171,7 @@ def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumsta
 
 
 def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
-    """Return the breaker if it holds the workspace of a follow-up, or None if it does not."""
+    """Return the breaker if it holds the follow-up's workspace, or None otherwise."""
     return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 
@@ -191,7 +194,7 @@ def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
 
 
 def stopped(pause: ActivePause) -> str:
-    """Return what is paused, as a noun phrase."""
+    """Return what a pause stops, as a noun phrase."""
     return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
 
 
@@ -202,7 +205,7 @@ def _scope(pause: ActivePause) -> str:
 
 
 def going_on(pause: ActivePause) -> str:
-    """Return the command that ends a pause."""
+    """Return the command that ends the pause."""
     options = {"--workspace": pause.workspace, "--channel": pause.channel}
     return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
 
@@ -231,7 +234,7 @@ def _limits(limits: Sequence[Limit]) -> str:
 
 
 def limited(workspace: str | None, channel: str | None, per: str) -> str:
-    """Return what a rate limit applies to, as a noun phrase.
+    """Return the scope of a rate limit, as a noun phrase.
 
     >>> limited("acme", "waha", "chat"), limited(None, None, "all")
     ('each chat of channel waha of workspace acme', 'everything')
@@ -276,7 +279,7 @@ def _in_flight(follow_up: FollowUp, now: datetime) -> str:
 
 
 def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:
-    """Return the follow-up with everything that explains it. Raises `FollowUpNotFoundError`."""
+    """Return the follow-up with everything that explains its state. Raises `FollowUpNotFoundError`."""
     follow_up = follow_ups.find(session, follow_up_id, None)
     if follow_up is None:
         raise FollowUpNotFoundError
@@ -311,7 +314,7 @@ def _circumstances(session: Session, follow_up: FollowUp, channel: str, settings
 
 
 def breaker_state(settings: Settings) -> Shown | None:
-    """Return the breaker's state, or None if the broker cannot be reached."""
+    """Return the breaker's state, or None if the broker is unreachable."""
     try:
         with broker_client(settings, PATIENCE) as client:
             return read(client, settings)
@@ -320,7 +323,7 @@ def breaker_state(settings: Settings) -> Shown | None:
 
 
 def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime, settings: Settings) -> str:
-    """Explain the chat's first pending follow-up, which all others of the chat wait for."""
+    """Explain the chat's first pending follow-up, which blocks all later follow-ups of the chat."""
     first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
     if first is None or first == follow_up.id:
         return ""

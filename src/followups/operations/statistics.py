@@ -25,20 +25,20 @@ SECONDS = 60
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """A snapshot of the system. ``pace`` is None if it could not be measured in time."""
+    """A snapshot of the system. ``pace`` is None if measuring it took too long."""
 
     at: datetime
     counts: Counts
     pace: Pace | None
     attempts: Mapping[str, int]
-    """Attempts ever made, by outcome."""
+    """The number of all attempts made so far, by outcome."""
     tick_age: timedelta | None
     per_second: Sequence[int] | None = None
-    """Follow-ups sent in each of the last seconds, for the dashboard."""
+    """Number of follow-ups sent in each of the last seconds, for the dashboard."""
 
 
 def measure(engine: Engine, window: timedelta) -> Stats:
-    """Read the snapshot; lag and throughput cover the last ``window``."""
+    """Return a snapshot, with lag and throughput over the last ``window``."""
     with engine.begin() as opened:
         at = opened.execute(select(func.now())).scalar_one()
         counts = store.count(opened, window=get_settings().max_in_flight)
@@ -46,7 +46,7 @@ def measure(engine: Engine, window: timedelta) -> Stats:
 
 
 def measure_by_second(engine: Engine, window: timedelta) -> Stats:
-    """Read the snapshot with the number sent in each of the last `SECONDS`."""
+    """Return a snapshot that includes the number of follow-ups sent in each of the last `SECONDS`."""
     look = measure(engine, window)
     with engine.begin() as opened:
         return replace(look, per_second=store.per_second(opened, SECONDS))

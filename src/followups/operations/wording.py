@@ -1,4 +1,4 @@
-"""Times, durations, rates and audit events in words, for the command line and the console. Pure."""
+"""Times, durations, rates and audit events in words, for the command line and console. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from followups.models import AuditEvent
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
-"""The units of a rate: follow-ups a second, a minute, an hour or a day."""
+"""The units of a rate: follow-ups per second, minute, hour or day."""
 
 
 def rfc3339(moment: datetime | None) -> str | None:
-    """Return a time as the API writes it: UTC, RFC 3339, with ``Z``.
+    """Return a time in the API's format: UTC, RFC 3339, with ``Z``.
 
     >>> rfc3339(datetime(2030, 1, 31, 9, tzinfo=UTC))
     '2030-01-31T09:00:00Z'
@@ -27,7 +27,7 @@ def rfc3339(moment: datetime | None) -> str | None:
 
 
 def readable(moment: datetime | None) -> str:
-    """Return a time for a table, in UTC to the second, or '-' if there is none."""
+    """Return a time for a table, in UTC to the second, or '-' if the time is None."""
     return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ") if moment else "-"
 
 
@@ -48,7 +48,7 @@ def span(duration: timedelta) -> str:
 
 
 def rate_in_words(rate: float) -> str:
-    """Return a rate in the shortest unit of time in which it is a whole number.
+    """Return a rate with the shortest unit of time in which it is a whole number.
 
     >>> rate_in_words(20 / 60), rate_in_words(1000 / 3600), rate_in_words(0.5), rate_in_words(1.25)
     ('20/min', '1000/h', '30/min', '75/min')
@@ -70,12 +70,12 @@ WAYS = {
 
 
 def actor_of(event: AuditEvent) -> str:
-    """Return who did it, and by which means: "API key website", "command by root"."""
+    """Return an event's author and their means of access: "API key website", "command by root"."""
     return f"{WAYS[Way(event.way)]} {event.actor or event.actor_id}"
 
 
 def details_of(details: Mapping[str, object]) -> str:
-    """Return the details of an event in one line.
+    """Return an event's details in one line.
 
     >>> details_of({"channel": None, "fields": ["dueDate", "message"], "rate": 5})
     'fields dueDate message, rate 5'

@@ -1,6 +1,6 @@
-"""The checks of ``followups doctor``. Each returns or yields findings, and none raises.
+"""The checks of ``followups doctor``, which return or yield findings and never raise.
 
-A finding with advice has to be dealt with now; one without advice is information.
+A finding with advice has to be dealt with now; a finding without advice is only information.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """The result of a check. ``advice`` says what to do; without advice all is well."""
+    """The result of a check. ``advice`` says how to fix the problem; it is empty if there is none."""
 
     name: str
     detail: str
@@ -18,9 +18,9 @@ class Finding:
 
     @property
     def ok(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether the check found no problem."""
         return not self.advice
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form."""
+        """Return the JSON form of the finding."""
         return {"name": self.name, "ok": self.ok, "detail": self.detail, "advice": self.advice}

@@ -1,4 +1,4 @@
-"""The checks of the broker: version, memory, permissions, queues, and the breaker that is stored there."""
+"""The checks of the broker: version, memory, permissions, queues, and the stored state of the breaker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 OLDEST_REDIS = (6, 2)
 
 PATIENCE = timedelta(seconds=3)
-"""How long to wait for the broker."""
+"""How long to wait for the broker to answer."""
 
 UNVERIFIED = (
     "See that it is your broker; then let ssl_ca_certs in FOLLOWUPS_BROKER_URL name the file of the authority that "
@@ -33,27 +33,27 @@ UNVERIFIED = (
 REFUSED = (
     "Repair the server: its disk or memory may be full, or a script may not end. Processes then continue by themselves."
 )
-"""What to do about errors that the broker returns to every client."""
+"""Advice for errors that the broker returns to every client."""
 
 UNREAD_TICKS = 100
-"""Ticks in the queue from which it seems that no worker reads it."""
+"""Number of queued ticks from which it seems that no worker reads the queue."""
 
 
 def broker_client(settings: Settings, patience: timedelta = PATIENCE) -> redis.Redis:
-    """Return a client of the broker, to be closed by the caller. It does not retry."""
+    """Return a client of the broker that does not retry. The caller must close it."""
     url, seconds = settings.broker_url.get_secret_value(), patience.total_seconds()
     return redis.Redis.from_url(url, socket_timeout=seconds, socket_connect_timeout=seconds, retry=None)
 
 
 def broker(settings: Settings) -> Iterator[Finding]:
-    """Check that the broker is reachable and new enough, allows all commands, and evicts nothing."""
+    """Check that the broker is reachable and new enough, permits all commands, and evicts nothing."""
     url = settings.broker_url.get_secret_value()
     try:
         with broker_client(settings) as client:
             refused = _refusals(client, settings.broker_prefix)
             information: dict[str, Any] = {} if "INFO" in refused else client.info()
     except (redis.RedisError, ValueError, OSError) as error:
-        # The first line of its message names host and port, never the password.
+        # The first line of the error's message contains the host and port, never the password.
         detail = f"{hide_password(url)}: {named(error)}"
         unverified = "CERTIFICATE_VERIFY_FAILED" in str(error)
         yield Finding("broker", detail, UNVERIFIED if unverified else "Start it, or correct FOLLOWUPS_BROKER_URL.")
@@ -65,9 +65,10 @@ def broker(settings: Settings) -> Iterator[Finding]:
 
 
 def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
-    """Return which of our commands the broker would refuse, each with its error.
+    """Return the needed commands that the broker would refuse, each with its error.
 
-    Nothing is executed: each command is checked when it is queued in a transaction, which is then discarded.
+    No command is executed: the broker checks permissions when a command is queued in a transaction, and the transaction
+    is then discarded.
     """
     refused: dict[str, str] = {}
     connection: Any = client.connection_pool.get_connection()
@@ -85,7 +86,7 @@ def _refusals(client: redis.Redis, prefix: str) -> dict[str, str]:
 
 
 def broker_commands(key: str) -> tuple[tuple[str, ...], ...]:
-    """Return every command that our processes send or their scripts call, applied to ``key``."""
+    """Return every command that the processes send or their scripts call, applied to ``key``."""
     channel = f"{key}*"
     sha = "0" * 40
     return (
@@ -144,7 +145,7 @@ def _eviction(information: dict[str, Any]) -> Finding:
 
 
 def of_broker(settings: Settings) -> Iterator[Finding]:
-    """Check for unread messages, and whether the breaker is open."""
+    """Check for unread messages in the queues, and whether the breaker is open."""
     try:
         with broker_client(settings) as client:
             yield _queues(settings, client)
@@ -168,7 +169,7 @@ def _breaker(settings: Settings, client: redis.Redis) -> Finding:
 def _queues(settings: Settings, client: redis.Redis) -> Finding:
     batches, unread = (int(client.llen(f"{settings.broker_prefix}{name}")) for name in (DELIVER, DISPATCH))
     detail = f"{batches} batches in {DELIVER}, {unread} ticks in {DISPATCH}"
-    # Every hint in the queue stands for a lease, so those beyond MAX_IN_FLIGHT must be stale.
+    # Every hint in the queue belongs to a lease, so hints beyond MAX_IN_FLIGHT must be stale.
     if unread > UNREAD_TICKS or batches > 2 * max(settings.max_in_flight // settings.batch_size, 1):
         return Finding("queues", detail, "No worker reads them: start workers, or restart those that hang.")
     return Finding("queues", detail)

@@ -1,4 +1,4 @@
-"""The checks of the database: version and schema, settings, load, and what recently failed."""
+"""The checks of the database: version and schema, settings, load, and recent failures."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ if TYPE_CHECKING:
 OLDEST_POSTGRESQL = 14
 
 LONG_TRANSACTION = timedelta(minutes=10)
-"""Age from which a transaction is reported. Ours take milliseconds; a long one keeps dead rows and slows the claim."""
+"""Age from which a transaction is reported.
+
+This system's own transactions take milliseconds. A long transaction keeps dead rows, which slows the claim.
+"""
 
 CLOCK_OFF = timedelta(seconds=1)
 
 LATEST = 10_000
-"""Newest failed attempts to look at; the table may be large."""
+"""Number of newest failed attempts to examine, since the table may be large."""
 
 _ATTEMPTS = text(f"""
     SELECT outcome, count(*) AS number
@@ -61,7 +64,7 @@ EXPLAINED = {
     "rejected": "refused for good",
 }
 """The meaning of each outcome of a failed attempt."""
-# The values for a session without settings of its own, since our sessions set some of these.
+# The query reads the server's defaults, because this system's own sessions set some of these settings.
 _DEFAULTS = text("""
     SELECT name, reset_val FROM pg_settings
      WHERE name IN ('default_transaction_isolation', 'synchronous_commit', 'synchronous_standby_names')
@@ -69,7 +72,7 @@ _DEFAULTS = text("""
 
 
 def databases(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Check the database, its schema, and the age of its last recorded tick."""
+    """Check the database, its schema, and the age of the last recorded tick."""
     place = place_of(settings.database_url.get_secret_value())
     try:
         with engine.connect() as connection:
@@ -124,13 +127,13 @@ def of_server(engine: Engine) -> Iterator[Finding]:
             yield from isolation(defaults["default_transaction_isolation"])
             yield from durability(defaults["synchronous_commit"], defaults["synchronous_standby_names"])
     except SQLAlchemyError:
-        return  # another check has said so
+        return  # another check reports this
 
 
 def isolation(level: str) -> Iterator[Finding]:
-    """Report a default isolation level other than PostgreSQL's own.
+    """Report a default isolation level that differs from PostgreSQL's default.
 
-    The default applies to the callers of `followups.schedule`.
+    The level applies to the callers of `followups.schedule`.
     """
     if level != "read committed":
         own = "this service's sessions are READ COMMITTED all the same; a caller of followups.schedule needs it too"
@@ -138,9 +141,9 @@ def isolation(level: str) -> Iterator[Finding]:
 
 
 def durability(commit: str, standbys: str) -> Iterator[Finding]:
-    """Report a `synchronous_commit` with which a crash or a failover loses acknowledged transactions.
+    """Report a `synchronous_commit` with which a crash or failover can lose acknowledged transactions.
 
-    `local` is enough if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
+    `local` is sufficient if no standby is synchronous. `remote_write` loses transactions only if both machines crash.
     """
     if commit == "off" or (commit == "local" and standbys):
         event = "crash" if commit == "off" else "failover"
@@ -149,21 +152,21 @@ def durability(commit: str, standbys: str) -> Iterator[Finding]:
 
 
 def of_database(settings: Settings, engine: Engine) -> Iterator[Finding]:
-    """Check the waiting follow-ups, recent failures, and causes of a slow database.
+    """Check the waiting follow-ups, recent failures, and possible causes of a slow database.
 
     Yields nothing if the database is unreachable or read-only.
     """
     try:
         with engine.connect() as connection:
             if not takes_changes(connection):
-                return  # reported by another check, and more workers would not help
+                return  # another check reports this, and more workers would not help
             yield _backlog(settings, counts.measure_backlog(connection, window=settings.max_in_flight))
             yield _attempts(connection)
             yield _held(connection)
             yield _transactions(connection)
             yield _clock(connection)
     except SQLAlchemyError:
-        return  # reported by another check
+        return  # another check reports this
 
 
 def _backlog(settings: Settings, found: counts.Backlog) -> Finding:

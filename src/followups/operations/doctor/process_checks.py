@@ -1,4 +1,4 @@
-"""The checks of processes: workers through the broker; worker, beat and web on this machine."""
+"""The checks of the processes: workers through the broker, and worker, beat and web on this machine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 Replies = list[dict[str, dict[str, Any]]]
-"""Each worker's answer to `followups.worker.liveness.signs_of_life`, by its name."""
+"""Each worker's reply to `followups.worker.liveness.signs_of_life`, by the worker's name."""
 
 RESTART = "Restart it; before that, py-spy dump --pid shows where it hangs."
 
 WEB_PORT = "8000"
 PATIENCE = 3.0
-"""Seconds to wait for web, which answers within milliseconds from its event loop."""
+"""Seconds to wait for `web`, whose event loop answers within milliseconds."""
 
 
 def workers(ask: Callable[[], Replies]) -> Finding:
-    """Check the state of all workers, which ``ask`` returns; one that consumes nothing answers too."""
+    """Check the state of all workers, as returned by ``ask``; a worker that consumes nothing replies too."""
     try:
         replies = ask()
     except Exception as error:  # noqa: BLE001 - whatever the broker's client raises
         return Finding("workers", named(error), "Repair the broker first.")
-    # During an upgrade, the answer of an older worker only shows that it is there.
+    # During an upgrade, the reply of an older worker shows only that the worker is running.
     answers = {name: str(said.get("trouble", "")) for reply in replies for name, said in reply.items()}
     if not answers:
         advice = "Start one: honcho start worker, or celery -A followups.worker worker."
@@ -48,7 +48,7 @@ def _waits(reply: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
 
 
 def of_this_machine(settings: Settings) -> Finding:
-    """Read the heartbeat files, and ask web. A process that does not run on this machine is no failure."""
+    """Check the heartbeat files and `web`. A process that does not run on this machine is not a failure."""
     directory = directory_of(settings.runtime_dir)
     lives = {role: look(directory, role) for role in ("worker", "beat")}
     told = [f"{len(found)} {role}{'' if len(found) == 1 else 's'}" for role, found in lives.items()]
@@ -74,7 +74,7 @@ def _web() -> str:
 
 
 def trouble_of_web(host: str, port: int) -> str:
-    """Ask web whether it is up; return an error message if it is not, otherwise an empty string."""
+    """Check whether `web` answers; return an error message, or an empty string if it does."""
     place = f"{host}:{port}"
     connection = http.client.HTTPConnection(host, port, timeout=PATIENCE)
     try:

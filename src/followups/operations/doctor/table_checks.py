@@ -1,4 +1,4 @@
-"""What ``followups doctor`` finds in tables that were changed by other programs or by hand."""
+"""The checks of tables for rows that other programs or manual changes have made invalid."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _BEHIND = text("""
       FROM failed_attempts
 """)
 SHOWN = 3
-"""Maximum number of rows that a finding names."""
+"""Maximum number of rows named in a finding."""
 
 
 def of_tables(engine: Engine) -> Iterator[Finding]:
-    """Find rows that cannot be read, and ids that are already used.
+    """Find rows that cannot be read, and sequences whose next ids are already used.
 
-    Yields nothing if all is well.
+    Yields nothing if there are no such rows or ids.
     """
     try:
         with engine.connect() as connection:
@@ -39,7 +39,7 @@ def of_tables(engine: Engine) -> Iterator[Finding]:
             if connection.scalar(_BEHIND):
                 yield _behind()
     except SQLAlchemyError:
-        return  # another check has said so
+        return  # another check reports this
 
 
 def _checks() -> Iterator[tuple[str, str, str]]:
@@ -50,7 +50,7 @@ def _checks() -> Iterator[tuple[str, str, str]]:
 
 
 def _unguarded(connection: Connection, table: str, name: str, condition: str) -> Finding:
-    """Return a finding that names the rows violating a missing constraint, and how to restore it."""
+    """Return a finding that names the rows that violate a missing constraint, and how to restore it."""
     keys = ", ".join(f"{column.name}::text" for column in Base.metadata.tables[table].primary_key)
     query = text(f"SELECT concat_ws(' ', {keys}) FROM {table} WHERE NOT ({condition}) LIMIT {SHOWN}")  # noqa: S608 - no input
     rows = list(connection.scalars(query))

@@ -1,4 +1,4 @@
-"""The checks of the transport: whether its endpoint can be reached, and how long a call may take."""
+"""The checks of the transport: whether its endpoint is reachable, and how long a call may take."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 def timeouts(settings: Settings) -> Finding:
-    """Show the sum of the timeouts: the lease is at least as long, so a worker waiting for an answer keeps it."""
+    """Report the sum of the timeouts. The lease lasts at least as long, so it cannot expire during a call."""
     detail = (
         f"transport timeout {span(settings.transport_timeout)} + margin {span(LEASE_MARGIN)}"
         f" <= lease {span(settings.lease)}"
     )
-    return Finding("timeouts", detail)  # the settings refuse any other combination
+    return Finding("timeouts", detail)  # the settings reject any other combination
 
 
 def transport(settings: Settings) -> Finding:
-    """Ask the transport whether its endpoint can be reached."""
+    """Check through the transport whether its endpoint is reachable."""
     try:
         detail = asyncio.run(_checked(settings))
     except FollowUpsError as error:
