@@ -1,14 +1,4 @@
-"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions.
-
-============================================ =========================================================
-answer                                       outcome
-============================================ =========================================================
-2xx                                          `Sent`, with the receiver's id of the message if it gave one
-429; 503 with a valid Retry-After            `Snoozed`: uses up no attempt
-408, 425, other 5xx                          `Retry`, not before Retry-After
-anything else                                `Rejected`, with the first 200 characters of the body
-============================================ =========================================================
-"""
+"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions."""
 
 from __future__ import annotations
 
@@ -29,7 +19,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 EXCERPT_LENGTH = 200
-"""Characters of a refusal's body that are kept in the reason."""
+"""Number of characters of a rejection's body that are kept in the reason."""
 
 _SECONDS = re.compile(r"\d+(?:\.\d+)?", re.ASCII)
 _CONTROLS = dict.fromkeys([*range(9), 11, 12, *range(14, 32), *range(127, 160)])
@@ -46,21 +36,27 @@ class Answer(NamedTuple):
     headers: Mapping[str, str] = MappingProxyType({})
     body: bytes = b""
     flaw: str = ""
-    """Why the body is incomplete, or an empty string; the status counts all the same."""
+    """Why the body is incomplete, or an empty string; the status counts in either case."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """How one kind of receiver writes the JSON object of its answers."""
+    """The format of the JSON object in a receiver's answers."""
 
     message_id: Callable[[Document], UUID | None]
-    """The message's id from a 2xx answer. Raises `ValueError` for an invalid one, without quoting it."""
+    """Return the message's id from a 2xx answer.
+
+    Raises `ValueError` for an invalid id, without quoting it.
+    """
     wish: Callable[[Document], timedelta | None]
-    """The delay that a 429 without Retry-After asks for."""
+    """Return the delay that a 429 without Retry-After requests."""
 
 
 def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) -> Outcome:
-    """Return the outcome of ``answer``; ``now`` (aware) is used if Retry-After is a date and Date is missing."""
+    """Return the outcome of ``answer``.
+
+    ``now`` must be timezone-aware. It is used if Retry-After is a date and the Date header is missing.
+    """
     status, detail = answer.status, f"HTTP {answer.status}"
     if status // 100 == 2:  # noqa: PLR2004 - 2xx
         return _sent(answer, dialect)
@@ -78,8 +74,8 @@ def outcome_of(answer: Answer, dialect: Dialect, now: datetime | None = None) ->
 def retry_after(headers: Mapping[str, str], now: datetime) -> timedelta | None:
     """Return the delay in Retry-After, clamped to 1 s..24 h, or None if it is missing or invalid.
 
-    It is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the answer's
-    own Date if there is one, so that the two hosts' clocks need not agree.
+    Retry-After is in seconds (a fraction is accepted) or an HTTP date (RFC 9110, 10.2.3). A date is measured from the
+    answer's own Date header if there is one, so that the clocks of the two hosts need not agree.
 
     >>> retry_after({"retry-after": "120"}, datetime.now(UTC))
     datetime.timedelta(seconds=120)
@@ -111,7 +107,7 @@ def _http_date(value: str) -> datetime | None:
 
 
 def _sent(answer: Answer, dialect: Dialect) -> Sent:
-    # An accepted message is sent: an odd body costs its id, never the outcome.
+    # An accepted message counts as sent: an invalid body loses only the message's id, and never changes the outcome.
     if answer.flaw or not answer.body.strip():
         return Sent(None, answer.status, answer.flaw)
     try:
@@ -130,7 +126,7 @@ def _wish(answer: Answer, dialect: Dialect) -> timedelta | None:
 
 def _document(body: bytes) -> Document:
     try:
-        # json.loads would look for other encodings first
+        # json.loads would try other encodings first
         document = _DECODER.decode(body.removeprefix(BOM_UTF8).decode())
     except (ValueError, RecursionError):  # RecursionError: nested thousands of levels deep
         document = ...

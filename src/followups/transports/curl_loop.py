@@ -1,7 +1,7 @@
 """libcurl's multi handle on an event loop, through its socket interface, without threads or polling.
 
-pycurl has such a driver of its own, `AsyncCurlMulti`. It adds a watcher to the event loop for every call and removes
-that watcher again, and a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
+pycurl has its own driver of this type, `AsyncCurlMulti`. It adds a watcher to the event loop for every call and removes
+that watcher again, so that a call took 40 us of processor time. With one epoll for all sockets a call takes 24 us.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 CLOSED = -1
-"""Used in place of libcurl's code for a transfer that was ended by `CurlLoop.close`."""
+"""Result code of a transfer that `CurlLoop.close` has ended, in place of libcurl's code."""
 
 _WANTED = {
     pycurl.POLL_IN: select.EPOLLIN,
@@ -30,7 +30,7 @@ _IN = select.EPOLLIN | select.EPOLLHUP
 
 
 class CurlLoop:
-    """The transfers of a process on the running event loop, and the connections kept for the next ones."""
+    """The transfers of a process on the running event loop, and the connections kept for later transfers."""
 
     def __init__(self, options: Mapping[int, int]) -> None:
         """Register with the running loop; ``options`` are those of the multi handle."""
@@ -46,12 +46,12 @@ class CurlLoop:
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = 0.0  # when to call libcurl next, by the loop's clock
         self._running: dict[pycurl.Curl, asyncio.Future[int]] = {}
-        self._looks_up = False  # a host name, perhaps, for a transfer that has ended meanwhile
+        self._looks_up = False  # whether libcurl may be looking up a host name for a transfer that has already ended
         self._loop.add_reader(self._sockets.fileno(), self._go_on)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no transfer is under way."""
+        """Whether no transfer is in progress."""
         return not self._running
 
     async def perform(self, curl: pycurl.Curl) -> int:
@@ -77,7 +77,8 @@ class CurlLoop:
         for callback in (pycurl.M_SOCKETFUNCTION, pycurl.M_TIMERFUNCTION):
             self._multi.setopt(callback, None)
         if self._looks_up:
-            # libcurl waits for its threads that look up host names: up to half a minute for a silent name server.
+            # libcurl waits for its threads that look up host names, which takes up to half a minute if the name server
+            # is silent.
             threading.Thread(target=self._multi.close, name="curl-close", daemon=True).start()
         else:
             self._multi.close()
@@ -88,7 +89,7 @@ class CurlLoop:
     def _watch(self, what: int, socket: int, _multi: object, _data: object) -> None:
         wanted = _WANTED.get(what)
         if wanted is None:
-            # The socket stays registered for the next transfer, which usually follows within a moment.
+            # The socket stays registered, because the next transfer usually follows within a moment.
             self._watched.discard(socket)
             return
         self._watched.add(socket)
@@ -100,7 +101,7 @@ class CurlLoop:
     def _go_on(self) -> None:
         for socket, events in self._sockets.poll(0):
             if socket not in self._watched:
-                with contextlib.suppress(OSError):  # closed by libcurl in the meantime, by another socket's event
+                with contextlib.suppress(OSError):  # libcurl closed this socket while it handled another socket's event
                     self._sockets.unregister(socket)
                 continue
             ready = pycurl.CSELECT_IN if events & _IN else 0
@@ -110,8 +111,8 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl must not be called from one of its callbacks. It sets another time with every transfer, so a timer
-        # that would fire too early is left running, and is set again when it fires.
+        # libcurl must not be called from one of its callbacks. It sets a new time with every transfer. So a timer that
+        # would fire too early is left running, and is set again when it fires.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)
             return

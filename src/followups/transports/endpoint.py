@@ -1,4 +1,4 @@
-"""The endpoint that a transport delivers to: its address and how to reach it (TLS, proxy, timeout)."""
+"""The endpoint that a transport delivers to: its address and the connection options (TLS, proxy, timeout)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def required_url(settings: Settings, meaning: str) -> str:
     """Return ``FOLLOWUPS_TRANSPORT_URL``; ``meaning`` completes "set it to ...".
 
-    Raises `TransportConfigurationError` if it is missing or is no URL with a host.
+    Raises `TransportConfigurationError` if the setting is missing, or is not a URL with a host.
     """
     url = settings.transport_url
     if url is None:
@@ -42,12 +42,12 @@ def _is_well_formed(url: str) -> bool:
             and not any(c.isspace() or not c.isprintable() for c in url)
             and _fits_basic_authentication(unquote(parts.username or ""), unquote(parts.password or ""))
         )
-    except ValueError:  # a port that is no number, an unbalanced bracket, an empty label
+    except ValueError:  # a port that is not a number, an unbalanced bracket, an empty label
         return False
 
 
 def _fits_basic_authentication(user: str, password: str) -> bool:
-    # RFC 7617: the first colon ends the user name. Servers disagree about how to read characters beyond Latin-1.
+    # By RFC 7617 the first colon ends the user name. Servers disagree about the encoding of characters beyond Latin-1.
     return ":" not in user and max(user + password, default="") <= "\xff"
 
 
@@ -60,8 +60,8 @@ def connection_options(settings: Settings) -> dict[int, object]:
     options: dict[int, object] = {
         pycurl.TIMEOUT_MS: milliseconds,
         pycurl.NOSIGNAL: True,
-        pycurl.FOLLOWLOCATION: False,  # a redirect is an answer, and means that the message is rejected
-        # With HTTP/2 an outcome is unknown more often: when a connection breaks, for every call on it.
+        pycurl.FOLLOWLOCATION: False,  # a redirect counts as an answer by which the message is rejected
+        # With HTTP/2 an outcome is unknown more often, because a broken connection affects every call on it.
         pycurl.HTTP_VERSION: pycurl.CURL_HTTP_VERSION_2TLS
         if settings.transport_deduplicates
         else pycurl.CURL_HTTP_VERSION_1_1,
@@ -75,8 +75,8 @@ def connection_options(settings: Settings) -> dict[int, object]:
 def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
-    These are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the wheel knows the
-    authorities of one distribution only, and does not read these variables.
+    These are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the wheel knows only the
+    path that one distribution uses, and does not read these variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
@@ -86,7 +86,8 @@ def _trusted() -> dict[int, object]:
     options: dict[int, object] = {}
     if paths.cafile:
         options[pycurl.CAINFO] = paths.cafile
-    # With a directory in addition to a file, libcurl would no longer read the file only once for all connections.
+    # If a directory were set in addition to a file, libcurl would read the file for every connection, instead of only
+    # once.
     if paths.capath and (os.environ.get("SSL_CERT_DIR") or not paths.cafile):
         options[pycurl.CAPATH] = paths.capath
     return options
@@ -108,6 +109,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # For https only, where the proxy sees nothing but the host name.
+    # This applies to https only, for which the proxy sees nothing but the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

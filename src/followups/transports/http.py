@@ -34,7 +34,7 @@ class HttpTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Post once; the answer, or its absence, is the outcome."""
+        """Post the message once; the outcome follows from the answer, or from its absence."""
         key = str(delivery.follow_up_id)
         body = _body(delivery, key)
         call = Call(self._url, self._headers(key, delivery.made_at, body), body)

@@ -1,7 +1,7 @@
-"""HTTP calls through libcurl and their outcomes, shared by the transports over HTTP.
+"""HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
-The line between "try again" and "unknown" is whether any part of the request can have left this process
-(`http_exchange`). An error before that is a `Retry`; an error after it, without the head of an answer, is `Unknown`.
+The outcome of a failed call depends on whether any part of the request can have left this process (`http_exchange`). An
+error before that is a `Retry`. A later error, before the head of an answer has arrived, is `Unknown`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 KEEPALIVE = 3
-"""Seconds for which an idle connection is kept. By default most servers hang up later, after 4 or 5 s. A request on a
+"""Seconds for which an idle connection is kept. By default most servers close it later, after 4 or 5 s. A request on a
 connection that is just being closed has an unknown outcome.
 """
 
 STREAMS = 10
-"""Calls on one HTTP/2 connection at once: when it breaks, so many outcomes are unknown."""
+"""The most simultaneous calls on one HTTP/2 connection, which is the number of unknown outcomes if it breaks."""
 
 HEADERS = {
     "user-agent": "followups",
@@ -44,7 +44,8 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. By default libcurl would ask for permission (Expect) before it sends a body of a MiB."""
+"""Headers of every request. They turn off Expect, with which libcurl would request permission to send a body of a MiB.
+"""
 
 _REASONS = {
     CLOSED: "it was closed here",
@@ -66,13 +67,19 @@ _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
 
 
 def encode_json(document: Mapping[str, object]) -> bytes:
-    """Return JSON in UTF-8, compact; what UTF-8 cannot hold (half a surrogate pair) becomes a question mark."""
+    """Return compact JSON in UTF-8.
+
+    A character that UTF-8 cannot represent (half a surrogate pair) becomes a question mark.
+    """
     return f"{{{json_pairs(document, ',', ':')}}}".encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: ``url`` absolute and of the endpoint's host, ``headers`` of this one, ``body`` JSON in UTF-8."""
+    """One request to the endpoint's host.
+
+    ``url`` is absolute, ``headers`` are those of this request only, and ``body`` is JSON in UTF-8.
+    """
 
     url: str
     headers: Mapping[str, str]
@@ -80,18 +87,21 @@ class Call:
 
 
 class HttpClient:
-    """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``, over as many connections as it may make calls at once."""
+    """The calls of a process to ``FOLLOWUPS_TRANSPORT_URL``.
+
+    There are at most as many connections as simultaneous calls.
+    """
 
     def __init__(self, settings: Settings, method: str = "POST", headers: Mapping[str, str] | None = None) -> None:
-        """Store the limits and the headers that every request carries; open nothing.
+        """Store the limits and the headers that every request contains; open nothing.
 
         Raises `TransportConfigurationError` if certificates cannot be read.
         """
         self._timeout = settings.transport_timeout.total_seconds()
         self._endpoint = settings.transport_url or ""
         self._sockets = Sockets(speak_first=self._endpoint.startswith("https:"))
-        # Where the receiver cannot deduplicate, no connection is used twice: a stale one breaks after the
-        # request went out, and a follow-up would fail as outcome_unknown for nothing.
+        # If the receiver cannot deduplicate, no connection is used twice. A stale connection breaks after the request
+        # was sent, and a follow-up would needlessly fail as outcome_unknown.
         kept = settings.transport_deduplicates
         every = HEADERS | dict(headers or {}) | ({} if kept else {"connection": "close"})
         self._headers = _lines(every)
@@ -99,7 +109,7 @@ class HttpClient:
         self._options = self._of_connections | {
             pycurl.POST: True,
             pycurl.CUSTOMREQUEST: method,
-            pycurl.ENCODING: "gzip, deflate",  # not requested, but understood if a server compresses anyway
+            pycurl.ENCODING: "gzip, deflate",  # not requested, but decoded if a server compresses its answer anyway
             pycurl.PATH_AS_IS: True,
             pycurl.MAXAGE_CONN: KEEPALIVE,
             pycurl.FORBID_REUSE: not kept,
@@ -119,18 +129,18 @@ class HttpClient:
         self._used = 0.0
 
     async def open(self) -> None:
-        """Be ready to connect in the running loop; again is harmless."""
+        """Prepare to connect in the running loop; a repeated call is harmless."""
         self._is_open = True
 
     async def close(self) -> None:
-        """Close the connections and end the calls in flight; closing again is harmless."""
+        """Close the connections and end the calls in flight; a repeated call is harmless."""
         self._is_open = False
         self._close_connections()
 
     async def deliver(self, call: Call, dialect: Dialect) -> Outcome:
         """Make the call and return its outcome.
 
-        No answer makes this raise. Raises `RuntimeError` if the transport was not opened.
+        No answer of the receiver raises an error. Raises `RuntimeError` if the transport was not opened.
         """
         exchange = self._spare.pop() if self._spare else Exchange(self._options, self._sockets)
         exchange.prepare(call.url, self._headers + _lines(call.headers), call.body, uptime() + self._timeout)
@@ -145,7 +155,7 @@ class HttpClient:
             self._used = uptime()
 
     async def _perform(self, exchange: Exchange) -> int:
-        """Perform the exchange on a connection that is in order, and return libcurl's result code."""
+        """Perform the exchange on a usable connection, and return libcurl's result code."""
         refused = set()
         while True:
             curls = self._connections()
@@ -162,7 +172,7 @@ class HttpClient:
     async def check(self) -> str:
         """Connect to the endpoint as a call does, send nothing, and report success in one sentence.
 
-        Raises `FollowUpsError`, which names the address without its password, if the connection fails.
+        If the connection fails, raises `FollowUpsError`, which contains the address without its password.
         """
         shown = hide_password(self._endpoint)
         curl, curls = pycurl.Curl(), CurlLoop({})
@@ -193,8 +203,9 @@ class HttpClient:
         reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer came ({reason})")
 
-    # The connections. They are replaced after some seconds without a call, since libcurl closes an idle one only when
-    # the next call comes; and if libcurl insists on one that is not in order, which serves out the calls it has.
+    # These methods manage the connections. They are replaced after some seconds without a call, since libcurl closes an
+    # idle connection only at the next call. They are also replaced if libcurl keeps selecting an unusable connection,
+    # which then only finishes its calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:
@@ -239,7 +250,7 @@ def _lines(headers: Mapping[str, str]) -> list[bytes]:
 def _reason(curl: pycurl.Curl, code: int) -> str:
     """Return a short reason why there was no connection or no answer.
 
-    The reason contains no address, and nothing of an answer.
+    The reason contains no address, and no part of an answer.
     """
     if code in _REASONS:
         return _REASONS[code]

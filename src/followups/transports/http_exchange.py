@@ -1,10 +1,10 @@
-"""One HTTP request and its answer: what libcurl asks for, and what it receives.
+"""One HTTP request and its answer, through the callbacks of libcurl.
 
-This module decides which calls may be repeated. libcurl asks for the body only once the connection is established, and
-before it sends the first byte: as long as libcurl has not asked, nothing has left. libcurl gets the body only once. By
-itself it tries again on another connection if a kept connection ends without an answer, or if HTTP/2 refuses a stream.
-For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND). libcurl reports a
-refused stream (REFUSED_STREAM, GOAWAY) no differently from a lost one, so its outcome is unknown too.
+This module decides which calls may be repeated. libcurl requests the body only once the connection is established, and
+before it sends the first byte. So until the body has been requested, nothing has been sent. libcurl gets the body only
+once. By itself it tries again on another connection if a kept connection ends without an answer, or if HTTP/2 refuses a
+stream. For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND). libcurl
+reports a refused stream (REFUSED_STREAM, GOAWAY) exactly like a lost stream, so its outcome is unknown too.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 BODY_LIMIT = 64 * 1024
-"""Bytes of an answer's body that are read at most (contract, section 4)."""
+"""The most bytes that are read of an answer's body (contract, section 4)."""
 
 HEAD_LIMIT = 64 * 1024
-"""Bytes of an answer's head, the informational answers before it included."""
+"""The most bytes of an answer's head, including the informational answers before it."""
 
 LONG = "the body of the answer is longer than 64 KiB"
 LATE = "the body of the answer did not come in time"
@@ -35,7 +35,7 @@ TOO_LARGE = {pycurl.E_WRITE_ERROR, 100}
 """libcurl's codes for an answer over our limit, or over its own limit for a line (CURLE_TOO_LARGE)."""
 
 _STOP = -1
-"""Return value with which a callback ends the transfer and its connection."""
+"""Return value by which a callback ends the transfer and its connection."""
 _GO_ON: int = pycurl.PREREQFUNC_OK
 _ABORT: int = pycurl.PREREQFUNC_ABORT
 _READ_HEADERS = {b"retry-after", b"date"}
@@ -45,24 +45,24 @@ Address = tuple[str, int]
 
 
 class Sockets:
-    """The sockets of open connections by their local addresses, by which libcurl names a connection."""
+    """The sockets of open connections by their local addresses, which libcurl uses to identify a connection."""
 
     def __init__(self, *, speak_first: bool) -> None:
-        """Allow the receiver to send first on a new connection if ``speak_first``, as it does below TLS."""
+        """With ``speak_first``, as with TLS, the receiver may send data first on a new connection."""
         self._speak_first = speak_first
         self._known: dict[Address, select.poll] = {}
         self._calls: dict[Address, int] = {}
 
     def clear(self) -> None:
-        """Forget all sockets."""
+        """Remove all sockets."""
         self._known.clear()
 
     def begin(self, address: Address) -> None:
-        """Count a call in flight on this connection; only with HTTP/2 there are several at once."""
+        """Count a call in flight on this connection; only HTTP/2 allows several simultaneous calls."""
         self._calls[address] = self._calls.get(address, 0) + 1
 
     def end(self, address: Address) -> None:
-        """Count a call in flight no more."""
+        """Remove a finished call from the count of this connection."""
         left = self._calls.pop(address) - 1
         if left:
             self._calls[address] = left
@@ -75,8 +75,8 @@ class Sockets:
         """Return whether a request may be sent on the connection with this local address.
 
         ``opened`` are the sockets of a new connection, or none. libcurl checks a kept connection at most once a second.
-        In between, libcurl would take unsolicited data on the connection for the answer to the next request. With
-        HTTP/2 such data may be the announcement of the connection's end.
+        Between two checks, libcurl would treat unsolicited data on the connection as the answer to the next request.
+        With HTTP/2 such data may announce the end of the connection.
         """
         for each in opened:
             if _port(each) == address[1]:
@@ -160,13 +160,13 @@ class Exchange:
         self.curl.setopt(pycurl.POSTFIELDSIZE, len(body))
 
     def end(self) -> None:
-        """Leave the connection to others."""
+        """End the use of the connection, which other exchanges may then use."""
         if self._began:
             self._sockets.end(self._address)
             self._began = False
 
     def distrust(self) -> None:
-        """Send no further request on this one's connection."""
+        """Send no further request on this exchange's connection."""
         self._sockets.distrust(self._address)
 
     def answer(self, code: int) -> Answer:
@@ -174,16 +174,16 @@ class Exchange:
         headers = {} if self._status // 100 == 2 else _headers(self._head)  # noqa: PLR2004 - 2xx, of which none is read
         return Answer(self._status, headers, b"".join(self._parts), _flaw(code))
 
-    # libcurl's callbacks, in the order in which it calls them.
+    # The following methods are libcurl's callbacks, in the order in which it calls them.
 
     def _opening(self, socket: int, _purpose: int) -> int:
         self._opened.append(socket)
         return _GO_ON
 
     def _connected(self, _ip: str, own_ip: str, _port: int, own_port: int) -> int:
-        # Without these checks, a process frozen while connecting would send before noticing that its time is up,
-        # perhaps after the follow-up was cancelled, or sent by another process. And a request on a connection that has
-        # already ended would have an unknown outcome.
+        # Without these checks, a process frozen while connecting could send after its time limit, perhaps after the
+        # follow-up was cancelled, or was sent by another process. Also, a request on a connection that has already
+        # ended would have an unknown outcome.
         if uptime() > self._until:
             self.late = True
             return _ABORT
@@ -194,7 +194,7 @@ class Exchange:
             return _ABORT
         self._sockets.begin(self._address)
         self._began = True
-        self._head.clear()  # the head of a proxy's answer
+        self._head.clear()  # removes the head of a proxy's answer
         self._room = HEAD_LIMIT
         self.answered = False
         return _GO_ON
@@ -219,7 +219,7 @@ class Exchange:
     def _end_head(self) -> int | None:
         self._status = status = int(self._head[0].split(None, 2)[1])
         if status < HTTPStatus.OK and status != HTTPStatus.SWITCHING_PROTOCOLS:
-            self._head.clear()  # another head follows
+            self._head.clear()  # the head of the final answer follows
             return None
         self.answered = True
         self._room = BODY_LIMIT

@@ -29,7 +29,7 @@ computed from the event.
 
 
 class MatrixTransport:
-    """Writes each message into the Matrix room named by the chat's external id; the port's `Transport`."""
+    """Sends each message to the Matrix room whose id is the chat's external id; the port's `Transport`."""
 
     name = "matrix"
 
@@ -47,7 +47,7 @@ class MatrixTransport:
         await self._client.open()
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Put the event once; a chat without a room id is refused without a call."""
+        """Send the event once; a message to a chat without a room id is rejected without a call."""
         room = delivery.external_chat_id or ""
         if not room.startswith("!"):
             return Rejected("the chat's external id is no Matrix room id (these start with !)")
@@ -82,7 +82,8 @@ def _event(document: Document) -> UUID | None:
 
 
 def _wish(document: Document) -> timedelta | None:
-    # Deprecated in favour of Retry-After since v1.10 of the specification; most homeservers still send it.
+    # This field is deprecated in favour of Retry-After since v1.10 of the specification, but most homeservers still
+    # send it.
     wished = document.get("retry_after_ms")
     if isinstance(wished, bool) or not isinstance(wished, int | float) or not wished >= 0:
         return None

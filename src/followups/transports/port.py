@@ -1,8 +1,8 @@
 """The port: what the dispatcher requires of a transport, and the five possible outcomes.
 
-A transport delivers one message into one chat. It never raises for what the other side does: every ending is one of the
-five outcomes, so that nothing is guessed. Third parties register theirs as an entry point of the group
-``followups.transports``; ``tests/unit/transports`` has the suite that it must pass.
+A transport delivers one message into one chat. It raises no error for anything that the receiver does. Every call ends
+in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry points of the
+group ``followups.transports``; a transport must pass the test suite in ``tests/unit/transports``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Delivery:
     """One attempt: what to deliver, and where. ``attempt`` counts from 1."""
 
     follow_up_id: UUID
-    """Also the idempotency key: the same on every attempt."""
+    """The follow-up's id, which is also the idempotency key: the same on every attempt."""
     workspace_id: UUID
     chat_id: UUID
     channel: str
@@ -32,22 +32,31 @@ class Delivery:
     due_date: datetime
     attempt: int
     made_at: datetime | None = None
-    """Time of the call by the database's clock; a host's may be off, and receivers compare it with theirs."""
+    """Time of the call by the database's clock.
+
+    Receivers compare it with their own clocks, and a host's clock may be wrong.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The transport accepted the message; ``chat_message_id`` is its id there, if the transport returned one."""
+    """The transport accepted the message.
+
+    ``chat_message_id`` is the id that the transport returned for it, if any.
+    """
 
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """What was odd about the answer, for the log; never the message's text."""
+    """What was unusual about the answer, for the log; this never contains the message's text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The transport did not accept it now but may later. ``after`` is the delay it asked for, if any."""
+    """The transport did not accept the message now but may accept it later.
+
+    ``after`` is the delay that the transport requested, if any.
+    """
 
     detail: str
     after: timedelta | None = None
@@ -56,7 +65,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport asks for a later try (rate limiting); this uses up no attempt."""
+    """The transport requested a later retry (rate limiting); this uses up no attempt."""
 
     detail: str
     after: timedelta | None = None
@@ -65,7 +74,7 @@ class Snoozed:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """The transport refused for good."""
+    """The transport permanently rejected the message."""
 
     detail: str
     status_code: int | None = None
@@ -73,7 +82,7 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """The request left and no answer arrived: the message may or may not have been accepted."""
+    """The request was sent and no answer arrived: the message may or may not have been accepted."""
 
     detail: str
     status_code: int | None = None
@@ -84,22 +93,25 @@ Outcome = Sent | Retry | Snoozed | Rejected | Unknown
 
 @runtime_checkable
 class Transport(Protocol):
-    """Delivers messages into chats. One instance for each worker process, used from one event loop."""
+    """Delivers messages into chats. Each worker process has one instance, used from one event loop."""
 
     name: str
-    """The name in the settings and in the metrics' labels."""
+    """The name of the transport in the settings and in the metrics' labels."""
 
     def __init__(self, settings: Settings) -> None:
         """Check the settings, without I/O. Raises `TransportConfigurationError` if they are insufficient."""
 
     async def open(self) -> None:
-        """Open what stays open, such as an HTTP session, in the event loop that will use it."""
+        """Open long-lived resources, such as an HTTP session, in the event loop that will use them."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver once, within the transport timeout. Raises nothing for what the other side does."""
+        """Deliver once, within the transport timeout. Raises no error for anything that the receiver does."""
 
     async def check(self) -> str:
-        """Return one sentence saying that the other side can be reached. Raises `FollowUpsError` if it cannot."""
+        """Return one sentence that reports that the receiver can be reached.
+
+        Raises `FollowUpsError` if it cannot be reached.
+        """
 
     async def close(self) -> None:
-        """Close what was opened."""
+        """Close the resources that were opened."""

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 GROUP = "followups.transports"
-"""The entry-point group: a plug-in registers ``name = "package.module:Class"`` in it."""
+"""The entry-point group, in which a plug-in registers ``name = "package.module:Class"``."""
 
 
 def available_transports() -> list[str]:
@@ -21,10 +21,10 @@ def available_transports() -> list[str]:
 
 
 def load_transport(settings: Settings) -> Transport:
-    """Create the transport that ``FOLLOWUPS_TRANSPORT`` names, without opening it.
+    """Create the transport that ``FOLLOWUPS_TRANSPORT`` selects, without opening it.
 
-    Raises `TransportConfigurationError`, one sentence, if the name is unknown, if a plug-in cannot be loaded or is no
-    `Transport`, and if the transport itself refuses the settings.
+    Raises `TransportConfigurationError`, with a message of one sentence, if the name is unknown, a plug-in cannot be
+    loaded or is no `Transport`, or the transport itself rejects the settings.
     """
     entry_point = _registered().get(settings.transport)
     if entry_point is None:
@@ -45,7 +45,7 @@ def _made(entry_point: EntryPoint, settings: Settings) -> Transport:
     try:
         transport = entry_point.load()(settings)
     except FollowUpsError:
-        raise  # the transport's own sentence says more than one of ours
+        raise  # the transport's own error is more specific than a general one
     except Exception as error:
         message = f"{where} does not load: {type(error).__name__}: {error}."
         raise TransportConfigurationError(message) from error

@@ -32,9 +32,9 @@ class Signer:
     def __init__(self, secrets: str) -> None:
         """Parse secrets separated by white space, each in base64, padded or not, with or without ``whsec_``.
 
-        Raises `TransportConfigurationError`. A secret that is not base64 is refused rather than taken as raw bytes. The
-        libraries on the receiving side disagree about its meaning (some skip the characters they don't know, some
-        stop), so that every signature would be wrong for some of them.
+        Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
+        because libraries on the receiving side interpret it differently: some skip unknown characters, some stop at
+        them. Every signature would therefore be wrong for some of them.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:
@@ -52,7 +52,7 @@ class Signer:
                 return
         try:
             self._webhooks[0].verify(body, headers, json_parse=False)
-        except ValueError:  # a signature that is no base64, a header without its comma
+        except ValueError:  # a signature that is not base64, or a header without its comma
             message = "Malformed signature header"
             raise WebhookVerificationError(message) from None
 

@@ -1,1 +1,1 @@
-"""The sandbox: chats with configurable behaviour, in the same process or behind HTTP."""
+"""The sandbox: chats with configurable behaviour, in the same process or over HTTP."""

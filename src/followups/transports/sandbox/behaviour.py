@@ -1,4 +1,4 @@
-"""How the sandbox answers: behaviours set over HTTP, and the replies they produce."""
+"""The sandbox's behaviours, which are set over HTTP, and the replies that they produce."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ OUTCOMES: dict[Kind, str] = {
     "reject": "rejected",
     "rate_limit": "rate_limited",
 }
-"""The outcome of each kind in the list of requests."""
+"""The outcome that the list of requests shows for each behaviour."""
 
 DEFAULT_SLOWNESS = 5.0
-"""Seconds before the answer of ``slow``, by default."""
+"""Seconds before the answer of a ``slow`` chat, by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to the sender: after ``delay`` seconds, unless it is dropped."""
+    """The answer to a sender, given after ``delay`` seconds unless it is dropped."""
 
     status: int
     body: str
@@ -69,25 +69,25 @@ class Incoming(WireModel):
 
 
 class Behaviour(WireModel):
-    """What happens to the requests of a chat. Statuses are HTTP's, times are seconds.
+    """The behaviour of a chat: the answers to its requests.
 
-    ``drop`` accepts and closes the connection without an answer; ``slow`` accepts and answers late; ``fail``,
-    ``reject`` and ``rate_limit`` accept nothing.
+    Statuses are HTTP's, times are seconds. ``drop`` accepts and closes the connection without an answer; ``slow``
+    accepts and answers late; ``fail``, ``reject`` and ``rate_limit`` accept nothing.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     kind: Kind = "accept"
     status: Annotated[int, Field(ge=200, le=599)] | None = None
-    """Of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
+    """HTTP status of the answer; by default 200, 500 (fail), 403 (reject) or 429 (rate_limit)."""
     times: Annotated[int, Field(ge=1)] | None = None
-    """Only for that many requests; None means until it is changed."""
+    """Number of requests to which the behaviour applies; None means until it is changed."""
     delay: Seconds | None = None
-    """Before the answer; by default 5 for ``slow``, otherwise none."""
+    """Seconds before the answer; by default 5 for ``slow``, otherwise none."""
     retry_after: Seconds | None = None
-    """The answer's Retry-After; by default 1 for ``rate_limit``, otherwise none."""
+    """Retry-After of the answer, in seconds; by default 1 for ``rate_limit``, otherwise none."""
     body: Annotated[str, Field(max_length=1_000_000)] | None = None
-    """Replaces the body of the answer."""
+    """The body of the answer, instead of the default one."""
 
     @property
     def accepts(self) -> bool:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 KEEP_CHATS = 300
-"""Chats kept for display; counts and deduplication cover all."""
+"""Number of chats that are kept for display; counts and deduplication cover all chats."""
 
 KEEP_MESSAGES = 30
-"""Messages kept for each chat."""
+"""Number of messages that are kept for each chat."""
 KEEP_ATTEMPTS = 20
-"""Attempts kept for each message."""
+"""Number of attempts that are kept for each message."""
 KEEP_TEXT = 2_000
-"""Characters kept of each message."""
+"""Number of characters that are kept of each message."""
 
 ACCEPT = Behaviour()
 REFUSAL = {"error": "refused by the sandbox"}
@@ -30,18 +30,18 @@ REFUSAL = {"error": "refused by the sandbox"}
 
 @dataclass(slots=True)
 class Message:
-    """A message in the chat: a follow-up with its attempts, or a participant's own message without any."""
+    """A message in the chat: a follow-up with its attempts, or a participant's message without attempts."""
 
     id: str
     role: str
     """``follow_up``, ``user``, ``agent`` or ``operator``."""
     text: str
     at: float
-    """When it first appeared, in Unix time."""
+    """When the message first appeared, in Unix time."""
     attempts: list[LedgerEntry] = field(default_factory=list)
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form; ``lagMs`` belongs to the first accepted attempt."""
+        """Return the JSON form of the message; ``lagMs`` belongs to the first accepted attempt."""
         accepted = next((record for record in self.attempts if record.accepted), None)
         return {
             "id": self.id,
@@ -64,11 +64,11 @@ class Conversation:
     changed: int = 0
     """Increases with every change of any chat, so the latest active chat has the greatest value."""
     total: int = 0
-    """Messages ever, including those no longer kept."""
+    """Number of all messages so far, including those no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
 
     def attempted(self, record: LedgerEntry, text: str) -> None:
-        """Add one attempt to its message; the first attempt creates the message."""
+        """Add an attempt to its message; the first attempt creates the message."""
         message = self.messages.get(record.follow_up_id)
         if message is None:
             message = Message(record.follow_up_id, "follow_up", text[:KEEP_TEXT], record.received.wall)
@@ -76,14 +76,14 @@ class Conversation:
         message.attempts = [*message.attempts, record][-KEEP_ATTEMPTS:]
 
     def say(self, message: Message) -> None:
-        """Add a message; the oldest one makes room."""
+        """Add a message; if the chat is full, the oldest message is removed."""
         self.messages[message.id] = message
         self.total += 1
         if len(self.messages) > KEEP_MESSAGES:
             del self.messages[next(iter(self.messages))]
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form."""
+        """Return the JSON form of the conversation."""
         return {
             "chatId": self.chat_id,
             "changed": self.changed,
@@ -110,14 +110,14 @@ class _Applied:
 
 
 class SandboxChats:
-    """A simulated chat server. Use it from one thread.
+    """A simulated chat server, to be used from one thread.
 
-    A behaviour applies to every request of its chat, repeated ones too. What it accepts is then deduplicated: a key
-    seen before is answered as before and adds no second message.
+    A behaviour applies to every request of its chat, including repeated ones. Accepted requests are then deduplicated:
+    a known key gets the same answer as before and adds no second message.
     """
 
     def __init__(self, *, deduplicates: bool = True, keep: int = KEEP_RECORDS) -> None:
-        """Keep the last ``keep`` requests. Without deduplication a repeated key adds a second message."""
+        """Keep the last ``keep`` requests. Without deduplication, a repeated key adds a second message."""
         self._deduplicates = deduplicates
         self._keep = keep
         self._default = ACCEPT
@@ -125,7 +125,7 @@ class SandboxChats:
         self.clear()
 
     def clear(self) -> None:
-        """Forget every request and conversation; behaviours stay."""
+        """Delete every request and conversation; behaviours are kept."""
         self.ledger = Ledger(self._keep)
         self.changes = 0
         self.cleared = uuid4()
@@ -156,14 +156,14 @@ class SandboxChats:
         return reply
 
     def say(self, chat_id: str, role: str, text: str) -> Message:
-        """Add another participant's message to a chat: a ``user``, ``agent`` or ``operator``."""
+        """Add another participant's message to a chat; the role is ``user``, ``agent`` or ``operator``."""
         message = Message(str(uuid4()), role, text[:KEEP_TEXT], Arrival.now().wall)
         self._touched(chat_id).say(message)
         return message
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat that has none of its own. It has no ``times``."""
+        """The behaviour of every chat that has no separate one. It has no ``times``."""
         return self._default
 
     @default.setter
@@ -177,7 +177,7 @@ class SandboxChats:
         return None if applied is None else applied.behaviour.model_copy(update={"times": applied.left})
 
     def behave(self, chat_id: str, behaviour: Behaviour) -> None:
-        """Give a chat a behaviour of its own, from now on or for the next ``times`` requests."""
+        """Give a chat its own behaviour, from now on or for the next ``times`` requests."""
         self._applied[chat_id] = _Applied(behaviour, behaviour.times)
         self._touched(chat_id)
 

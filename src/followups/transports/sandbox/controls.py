@@ -1,4 +1,4 @@
-"""The sandbox's routes: they receive deliveries, set behaviours and list what happened."""
+"""The sandbox's HTTP routes, which receive deliveries, set behaviours and list requests and conversations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CHATS = web.AppKey("chats", SandboxChats)
 VERIFIER: web.AppKey[Signer | None] = web.AppKey("verifier")
 
 EVERY = 10**12
-"""More requests than there can be."""
+"""A limit greater than any possible number of requests."""
 
 routes = web.RouteTableDef()
 
 
 class RequestsQuery(WireModel):
-    """Which requests to list: of one chat, up to ``limit`` of those after number ``after``."""
+    """The requests to list: those of one chat, or of all, up to ``limit`` after number ``after``."""
 
     chat_id: str | None = None
     after: Annotated[int, Field(ge=0, le=EVERY)] = 0
@@ -81,7 +81,7 @@ async def requests(request: web.Request) -> web.Response:
 
 @routes.get("/sandbox/summary")
 async def summary(request: web.Request) -> web.Response:
-    """Return the counts."""
+    """Return the counts of requests and messages."""
     return _json(request.app[CHATS].ledger.summary())
 
 
@@ -93,7 +93,7 @@ async def conversations(request: web.Request) -> web.Response:
 
 @routes.delete("/sandbox")
 async def clear(request: web.Request) -> web.Response:
-    """Forget what happened."""
+    """Delete the recorded requests and conversations."""
     request.app[CHATS].clear()
     return web.Response(status=204)
 
@@ -111,14 +111,14 @@ async def say(request: web.Request) -> web.Response:
 
 @routes.view("/sandbox/behaviour")
 class DefaultBehaviour(web.View):
-    """The behaviour of every chat that has none of its own."""
+    """The behaviour of every chat that has no separate one."""
 
     async def get(self) -> web.Response:
-        """Return it."""
+        """Return the default behaviour."""
         return _behaviour(self.request.app[CHATS].default)
 
     async def put(self) -> web.Response:
-        """Change it: 200, or 422 for an invalid behaviour."""
+        """Change the default behaviour: 200, or 422 for an invalid behaviour."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
@@ -127,7 +127,7 @@ class DefaultBehaviour(web.View):
         return _behaviour(behaviour)
 
     async def delete(self) -> web.Response:
-        """Reset it: accept everything again."""
+        """Reset the default behaviour: every request is accepted again."""
         self.request.app[CHATS].default = ACCEPT
         return web.Response(status=204)
 
@@ -137,12 +137,12 @@ class ChatBehaviour(web.View):
     """The behaviour of one chat."""
 
     async def get(self) -> web.Response:
-        """Return its own behaviour, or the default one."""
+        """Return the chat's own behaviour, or the default one."""
         chats = self.request.app[CHATS]
         return _behaviour(chats.behaviour(self.request.match_info["chat_id"]) or chats.default)
 
     async def put(self) -> web.Response:
-        """Change it: 200, or 422 for an invalid behaviour."""
+        """Change the chat's behaviour: 200, or 422 for an invalid behaviour."""
         try:
             behaviour = Behaviour.model_validate_json(await self.request.read())
         except ValueError as error:
@@ -151,7 +151,7 @@ class ChatBehaviour(web.View):
         return _behaviour(behaviour)
 
     async def delete(self) -> web.Response:
-        """Remove it; the default applies again."""
+        """Remove the chat's behaviour; the default applies again."""
         self.request.app[CHATS].reset(self.request.match_info["chat_id"])
         return web.Response(status=204)
 
@@ -165,7 +165,7 @@ def _verify(request: web.Request, body: bytes) -> None:
 def _words(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
-    # Without the input, which may be a message's text.
+    # The error omits the input, which may contain a message's text.
     return "; ".join(f"{'.'.join(map(str, each['loc'])) or 'body'}: {each['msg']}" for each in error.errors())
 
 

@@ -1,4 +1,4 @@
-"""What the sandbox received: every request, exact counts, and how late the accepted ones were."""
+"""The sandbox's record of received requests, with exact counts and the lag of accepted messages."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import NamedTuple
 from uuid import uuid4
 
 KEEP_RECORDS = 200_000
-"""Requests listed by default; the counts go on beyond it."""
+"""Number of requests that are kept by default; the counts include all requests."""
 KEEP_KEYS = 1_000_000
-"""Accepted keys that are remembered; beyond it the oldest is forgotten, as by any receiver that deduplicates."""
+"""Number of accepted keys that are kept. Beyond it the oldest key is removed, as in any receiver that deduplicates."""
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
 
 class Arrival(NamedTuple):
-    """When a request arrived, in seconds: by the wall clock (Unix time) and by the monotonic clock."""
+    """The arrival time of a request in seconds, by the wall clock (Unix time) and the monotonic clock."""
 
     wall: float
     monotonic: float
@@ -33,7 +33,7 @@ class Arrival(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One request. ``due`` is Unix time; ``status`` is None when no answer was given."""
+    """One request. ``due`` is Unix time; ``status`` is None if no answer was given."""
 
     follow_up_id: str
     chat_id: str
@@ -45,17 +45,17 @@ class LedgerEntry:
     outcome: str
     status: int | None
     accepted: bool
-    """Whether this very request added a message to the chat."""
+    """Whether this request itself added a message to the chat."""
     duplicate: bool
     """Whether the key had been accepted before."""
 
     @property
     def lag(self) -> float:
-        """Received minus due, in milliseconds."""
+        """Time from the due date to the arrival of the request, in milliseconds."""
         return (self.received.wall - self.due) * 1000
 
     def document(self) -> dict[str, object]:
-        """Return the JSON form."""
+        """Return the JSON form of the request."""
         return {
             "followUpId": self.follow_up_id,
             "chatId": self.chat_id,
@@ -74,7 +74,7 @@ class LedgerEntry:
 
 
 class Ledger:
-    """The list of requests (bounded) and the counts (exact)."""
+    """The list of the latest requests, and the exact counts of all requests."""
 
     def __init__(self, keep: int = KEEP_RECORDS) -> None:
         """Keep the last ``keep`` requests, and the lags of the last ``keep`` accepted ones."""
@@ -86,11 +86,11 @@ class Ledger:
         self._outcomes: Counter[str] = Counter()
 
     def message_id(self, key: str) -> str | None:
-        """Return the id under which ``key`` was accepted, or None."""
+        """Return the message id under which ``key`` was accepted, or None."""
         return self._message_ids.get(key)
 
     def new_message_id(self, key: str) -> str:
-        """Accept ``key``, possibly again, under a new id."""
+        """Accept ``key``, possibly again, under a new message id."""
         if key in self._message_ids and key not in self._doubled:
             self._doubled.add(key)
             self._counts["duplicates"] += 1
@@ -102,7 +102,7 @@ class Ledger:
         return message_id
 
     def add(self, record: LedgerEntry) -> None:
-        """Count and keep one request."""
+        """Count one request and add it to the list."""
         self._records.append(record)
         self._counts["requests"] += 1
         self._counts["repeats"] += record.duplicate
@@ -112,7 +112,7 @@ class Ledger:
             self._lags.append(record.lag)
 
     def count_invalid(self) -> None:
-        """Count a request that was refused unread: a wrong signature, or a body that is no delivery."""
+        """Count a request that was rejected unread: a wrong signature, or a body that is not a delivery."""
         self._counts["invalid"] += 1
 
     def records(self) -> list[LedgerEntry]:
@@ -120,13 +120,13 @@ class Ledger:
         return list(self._records)
 
     def page(self, after: int, limit: int) -> list[tuple[int, LedgerEntry]]:
-        """Return up to ``limit`` requests after number ``after``, oldest first; the first ever is number 1."""
+        """Return up to ``limit`` requests after number ``after``, oldest first; the first request is number 1."""
         forgotten = self._counts["requests"] - len(self._records)
         start = max(after - forgotten, 0)
         return list(enumerate(islice(self._records, start, start + limit), forgotten + start + 1))
 
     def summary(self, latest: int | None = None) -> dict[str, object]:
-        """Return the counts, and the lag of the ``latest`` accepted messages (default: all that are kept).
+        """Return the counts, and the lag of the ``latest`` accepted messages (default: all kept ones).
 
         ``duplicates`` are keys that were accepted more than once; ``repeats`` are requests whose key had been accepted
         before, whatever the result. Lags are in milliseconds, or None if nothing was accepted.
@@ -146,7 +146,10 @@ def timestamp(seconds: float) -> str:
 
 
 def _quantiles(ordered: list[float]) -> dict[str, float | None]:
-    """Return nearest-rank quantiles of ascending values, and the minimum, which is negative if one came early."""
+    """Return the minimum and nearest-rank quantiles of ascending values.
+
+    The minimum is negative if a message arrived early.
+    """
     if not ordered:
         return dict.fromkeys(["min", *QUANTILES])
     ranked = {name: ordered[math.ceil(q * len(ordered)) - 1] for name, q in QUANTILES.items()}

@@ -26,13 +26,13 @@ CLOSING = web.AppKey("closing", asyncio.Event)
 INTERVAL = 0.2
 """Seconds between two checks for changes."""
 SHARE = 0.05
-"""Share of one core that an open page may take: under load it is updated less often."""
+"""Share of one core that an open page may use; under load the page is updated less often."""
 HEARTBEAT = 10.0
 """Seconds without a change after which a comment is sent, so that a lost connection is noticed."""
 CHATS_SHOWN = 40
-"""Chats on the page."""
+"""Number of chats that the page shows."""
 LATEST_LAGS = 1_000
-"""Accepted messages in the lag summary of the page."""
+"""Number of accepted messages in the page's lag summary."""
 
 routes = web.RouteTableDef()
 
@@ -46,7 +46,7 @@ async def page(_request: web.Request) -> web.Response:
 
 @routes.get("/sandbox/events")
 async def events(request: web.Request) -> web.StreamResponse:
-    """Stream changes; the first event, and the one after ``DELETE /sandbox``, carries everything."""
+    """Stream changes; the first event, and the one after ``DELETE /sandbox``, contains everything."""
     chats, closing = request.app[CHATS], request.app[CLOSING]
     response = web.StreamResponse(headers={"content-type": "text/event-stream", "cache-control": "no-store"})
     await response.prepare(request)
@@ -92,7 +92,7 @@ def _state(chats: SandboxChats, since: int) -> str:
 
 @lru_cache(maxsize=1)
 def _page() -> tuple[str, str]:
-    """Return the page and its Content-Security-Policy, which allows this script and this style only."""
+    """Return the page and its Content-Security-Policy, which allows only the page's own script and style."""
     text = files(__package__).joinpath("page.html").read_text("utf-8")
     script, style = (_hash(text, tag) for tag in ("script", "style"))
     policy = f"default-src 'none'; connect-src 'self'; img-src data:; script-src {script}; style-src {style}"

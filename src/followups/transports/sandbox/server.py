@@ -1,21 +1,4 @@
-"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page.
-
-============================================= ==================================================================
-``POST /messages``                            a delivery (deploy/ENDPOINT.md)
-``GET /``                                     the live page
-``GET /sandbox/requests``                     every kept request, oldest first; ``?after=&limit=`` a page
-``GET /sandbox/summary``                      counts, and the lag of accepted messages
-``GET /sandbox/chats``                        the conversations, latest activity first
-``GET /sandbox/events``                       the same, live (Server-Sent Events)
-``GET, PUT, DELETE /sandbox/behaviour``       the behaviour of every chat that has none of its own
-``... /sandbox/chats/{chatId}/behaviour``     the behaviour of one chat
-``POST /sandbox/chats/{chatId}/messages``     another participant writes: ``{"role": "user", "text": "..."}``
-``DELETE /sandbox``                           forget requests and conversations; behaviours stay
-============================================= ==================================================================
-
-``python -m followups.transports.sandbox.server --port 8080`` runs it. It is not for production: its controls require
-no key.
-"""
+"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page."""
 
 from __future__ import annotations
 
@@ -40,11 +23,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
 BACKLOG = 1024
-"""Connections that may wait to be accepted: a burst opens as many as the dispatcher's concurrency."""
+"""Number of connections that may wait to be accepted; a burst opens as many as the dispatcher's concurrency."""
 
 
 def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -> web.Application:
-    """Return the application over ``chats`` (by default new ones that deduplicate).
+    """Return the application over ``chats``, by default over new ones that deduplicate.
 
     With ``secret`` (Standard Webhooks) a delivery must be signed. Raises `TransportConfigurationError` for an invalid
     secret.
@@ -61,8 +44,11 @@ def build_app(chats: SandboxChats | None = None, *, secret: str | None = None) -
 
 @asynccontextmanager
 async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """Serve ``app`` and yield its base URL; port 0 picks a free one. Raises `OSError` if the port is taken."""
-    # A slow answer ends with its connection: its client has given up.
+    """Serve ``app`` and yield its base URL; port 0 selects a free port.
+
+    Raises `OSError` if the port is in use.
+    """
+    # A slow answer ends when its connection is closed, because the client has given up.
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.25)
     await runner.setup()
     try:
@@ -74,7 +60,10 @@ async def serving(app: web.Application, *, host: str = "127.0.0.1", port: int = 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT; one line on stdout names the address once it is ready. Exit codes: 0, 1, 2."""
+    """Run until SIGTERM or SIGINT. Exit codes: 0, 1, 2.
+
+    Once the server is ready, one line on stdout contains its address.
+    """
     options = _parser().parse_args(arguments)
     try:
         asyncio.run(_run(options))

@@ -16,12 +16,15 @@ if TYPE_CHECKING:
 
 
 class SandboxTransport:
-    """A `Transport` that delivers into `SandboxChats` without a network, by the same table of answers."""
+    """A `Transport` that delivers into `SandboxChats` without a network.
+
+    It uses the same table of answers as ``http``.
+    """
 
     name = "sandbox"
 
     def __init__(self, settings: Settings, chats: SandboxChats | None = None) -> None:
-        """Deliver into ``chats``, or into new ones that deduplicate as the settings say."""
+        """Deliver into ``chats``, or into new ones that deduplicate if the settings say that the receiver does."""
         self.chats = chats or SandboxChats(deduplicates=settings.transport_deduplicates)
         self._timeout = settings.transport_timeout.total_seconds()
 
@@ -29,7 +32,7 @@ class SandboxTransport:
         """Open nothing."""
 
     async def send(self, delivery: Delivery) -> Outcome:
-        """Deliver once, and answer by the chat's behaviour."""
+        """Deliver once; the outcome follows from the chat's behaviour."""
         reply = self.chats.receive(_incoming(delivery), str(delivery.follow_up_id))
         if reply.dropped:
             return Unknown("the connection broke before an answer came")
@@ -40,7 +43,7 @@ class SandboxTransport:
         return outcome_of(Answer(reply.status, reply.headers, reply.body.encode()), DIALECT)
 
     async def check(self) -> str:
-        """Report that there is nothing to reach."""
+        """Report that there is no receiver to connect to."""
         return "The sandbox runs in this process; it accepts every message and delivers none."
 
     async def close(self) -> None:
