@@ -1,4 +1,4 @@
-"""Fixtures of the fault tests: the seed, the system to break, and the recorder of figures."""
+"""Fixtures of the fault tests: the seed, the system under test, and the recorder of figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SEED = "FOLLOWUPS_TEST_SEED"
 
 @pytest.fixture(scope="session")
 def seed() -> int:
-    """Return the seed of this run: FOLLOWUPS_TEST_SEED, or a new one; a failing test shows it."""
+    """Return this run's seed, FOLLOWUPS_TEST_SEED or a new one; a failing test prints it."""
     return int(os.environ.get(SEED, random.SystemRandom().randrange(1_000_000)))
 
 
@@ -46,7 +46,7 @@ def figures(request: pytest.FixtureRequest, seed: int) -> Figures:
 
 @pytest.fixture
 def rig(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
-    """Return a system with its own database and broker on shared servers, which must not be harmed."""
+    """Return a system with a separate database and broker on shared servers, which the test must not harm."""
     if chosen_servers():
         with own_servers(dice) as (rig, _):
             yield rig
@@ -66,6 +66,6 @@ def breakable(dice: random.Random) -> Iterator[Rig]:
 
 @pytest.fixture
 def proxied(dice: random.Random) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return such a system with proxies before its servers: PostgreSQL's and the broker's."""
+    """Return a system on killable servers, with proxies in front of PostgreSQL and the broker."""
     with own_servers(dice, proxied=True) as both:
         yield both

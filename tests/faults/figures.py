@@ -1,4 +1,4 @@
-"""The figures of each fault test, printed and kept for the table of results."""
+"""Records and prints the figures of each fault test for the table of results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from faults.promises import Verdict
 
 KEPT = "FOLLOWUPS_TEST_FIGURES"
-"""File to which each figure is appended as a line of JSON; if unset, figures are only printed."""
+"""The file to which each figure is appended as a line of JSON; if unset, figures are only printed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,13 @@ class Figures:
     seed: int
     test: str
     form: str
-    """``short`` or ``long``."""
+    """The form of the test, ``short`` or ``long``."""
 
     def keep(self, fault: int, verdict: Verdict | None = None, **figures: Any) -> None:
-        """Record figures under a fault's number with the verdict on the promises; fail if one was broken.
+        """Record figures and the verdict on the promises under a fault's number; fail if a promise broke.
 
-        Names of figures are words joined by underscores with the unit at the end: ``recovery_s``, ``claim_p99_ms``.
+        The name of a figure consists of words joined by underscores, with the unit at the end: ``recovery_s``,
+        ``claim_p99_ms``.
         """
         line = {"fault": fault, "form": self.form, "test": self.test, "seed": self.seed, "figures": figures}
         line["at"] = f"{datetime.now(UTC):%Y-%m-%d %H:%M}"

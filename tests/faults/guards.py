@@ -1,7 +1,7 @@
-"""The guards on which the promises depend: how each is removed from the SQL, and what fails without it.
+"""The guards that the promises depend on, each with its removal from the SQL and the resulting error.
 
-A guard is cut out of the statements on their way to PostgreSQL. The text to be cut must be present, so that a rewritten
-statement cannot turn the removal into a no-op.
+A guard is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must be present, so that a
+rewritten statement cannot turn the removal into a no-op.
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ if TYPE_CHECKING:
 
 
 class PromiseBroken(AssertionError):  # noqa: N818 - a promise that is broken, no error of the code
-    """A promise was broken."""
+    """Raised if a promise is broken."""
 
 
 def expect(kept: object, promise: str) -> None:
-    """Raise `PromiseBroken` unless it was kept."""
+    """Raise `PromiseBroken` unless the promise was kept."""
     if not kept:
         raise PromiseBroken(promise)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """The environment of a scenario."""
+    """The environment of a guard's scenario: engine, store and the steps of a delivery."""
 
     world: World
     settings: Settings
     claim: Callable[[Engine, Settings], Claim] = claim
     take: Callable[[Connection, claims.ClaimSearch], Claim] = claims.claim
-    """The statement of that claim, in a transaction of the caller's."""
+    """The claim statement of this scene, executed in the caller's transaction."""
 
     @property
     def engine(self) -> Engine:
@@ -79,12 +79,12 @@ class Scene:
         return self.world.engine
 
     def lease(self) -> Lease:
-        """Claim the follow-up that is due."""
+        """Claim the due follow-up and return its lease."""
         (lease,) = self.claim(self.engine, self.settings).leases
         return lease
 
     def leased_anew(self, lease: Lease) -> Lease:
-        """Let a lease end, and claim again."""
+        """Let a lease expire, and claim the follow-up again."""
         self.world.expire(lease.id)
         return self.lease()
 
@@ -98,12 +98,12 @@ class Scene:
         settle(self.engine, self.settings, [attempt])
 
     def cancel(self, follow_up_id: UUID) -> None:
-        """Cancel, as the API does."""
+        """Cancel a follow-up like the API."""
         with Session(self.engine) as session, session.begin():
             followups.cancel(session, follow_up_id)
 
     def reply(self, chat_id: UUID) -> None:
-        """Let the user reply."""
+        """Record a user's reply in the chat."""
         with Session(self.engine) as session, session.begin():
             chats.receive(
                 session,
@@ -116,14 +116,14 @@ class Scene:
 
 
 def paused_begins(scene: Scene) -> None:
-    """Begin in a workspace that is paused."""
+    """Begin a follow-up in a paused workspace."""
     scene.world.follow_up()
     scene.world.sql("INSERT INTO pauses (workspace_id) VALUES (:id)", id=scene.world.workspace_id)
     expect(not scene.begin(scene.lease()), "nothing paused begins")
 
 
 def begins_outside_hours(scene: Scene) -> None:
-    """Begin outside a workspace's sending hours."""
+    """Begin a follow-up outside its workspace's sending hours."""
     scene.world.follow_up()
     opening = datetime.now(UTC) + timedelta(hours=3)
     hours = SendingHours("UTC", opening.time(), (opening + timedelta(hours=1)).time())
@@ -133,7 +133,7 @@ def begins_outside_hours(scene: Scene) -> None:
 
 
 def stale_hint_begins(scene: Scene) -> None:
-    """Begin with a token that has been replaced."""
+    """Begin a follow-up with a token that has been replaced."""
     scene.world.follow_up()
     old = scene.lease()
     scene.leased_anew(old)
@@ -141,7 +141,7 @@ def stale_hint_begins(scene: Scene) -> None:
 
 
 def repeated_hint_begins(scene: Scene) -> None:
-    """Begin twice with the same hint."""
+    """Begin a follow-up twice with the same hint."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.begin(lease)
@@ -149,7 +149,7 @@ def repeated_hint_begins(scene: Scene) -> None:
 
 
 def ended_lease_begins(scene: Scene) -> None:
-    """Begin a follow-up with a lease that has ended."""
+    """Begin a follow-up with an expired lease."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)
@@ -157,7 +157,7 @@ def ended_lease_begins(scene: Scene) -> None:
 
 
 def cancelled_begins(scene: Scene) -> None:
-    """Begin a follow-up that was cancelled while its hint waited."""
+    """Begin a follow-up that was cancelled while its hint was in the broker."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -165,7 +165,7 @@ def cancelled_begins(scene: Scene) -> None:
 
 
 def later_one_begins(scene: Scene) -> None:
-    """Begin the later follow-up of a chat first."""
+    """Begin a chat's later follow-up before its earlier follow-up."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -174,7 +174,7 @@ def later_one_begins(scene: Scene) -> None:
 
 
 def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene], None]:
-    """Return a scenario: begin in a chat where nothing may be sent any more."""
+    """Return a scenario that begins a follow-up in a chat to which nothing may be sent any more."""
 
     def scenario(scene: Scene) -> None:
         scene.world.follow_up(chat(scene), **columns)
@@ -184,7 +184,7 @@ def begins_in(chat: Callable[[Scene], UUID], **columns: Any) -> Callable[[Scene]
 
 
 def rescheduled_begins(scene: Scene) -> None:
-    """Begin a follow-up that falls due in an hour."""
+    """Begin a follow-up that was rescheduled to an hour later."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET due_date = now() + interval '1 h' WHERE id = :id", id=follow_up)
@@ -192,7 +192,7 @@ def rescheduled_begins(scene: Scene) -> None:
 
 
 def stale_result_settles(scene: Scene) -> None:
-    """Settle with a token that has been replaced, while another attempt is in flight."""
+    """Settle an attempt with a replaced token while another attempt is in flight."""
     scene.world.follow_up()
     (frozen,) = scene.begin(scene.lease())
     (other,) = scene.begin(scene.leased_anew(frozen.lease))
@@ -201,7 +201,7 @@ def stale_result_settles(scene: Scene) -> None:
 
 
 def result_settles_again(scene: Scene) -> None:
-    """Settle the same attempt twice, with a cancel between."""
+    """Settle the same attempt twice, with a cancel in between."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     scene.settle(begun, Retry("HTTP 500"))
@@ -211,7 +211,7 @@ def result_settles_again(scene: Scene) -> None:
 
 
 def reply_in_flight_is_forgotten(scene: Scene) -> None:
-    """Let the user reply while an attempt is in flight that then fails."""
+    """Receive a user's reply while an attempt is in flight, and then let the attempt fail."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id)
     (begun,) = scene.begin(scene.lease())
@@ -221,21 +221,21 @@ def reply_in_flight_is_forgotten(scene: Scene) -> None:
 
 
 def leased_is_claimed(scene: Scene) -> None:
-    """Claim a leased follow-up."""
+    """Claim a follow-up that is already leased."""
     scene.world.follow_up()
     scene.lease()
     expect(not scene.claim(scene.engine, scene.settings).leases, "a lease is given once")
 
 
 def token_stays(scene: Scene) -> None:
-    """Claim again after a lease has ended."""
+    """Claim a follow-up again after its lease has expired."""
     scene.world.follow_up()
     lease = scene.lease()
     expect(scene.leased_anew(lease).token > lease.token, "the fencing token grows")
 
 
 def token_repeats(scene: Scene) -> None:
-    """Claim again after a failover that has lost the claim."""
+    """Claim a follow-up again after a failover that lost the first claim."""
     follow_up = scene.world.follow_up()
     lease = scene.lease()
     scene.world.sql("UPDATE follow_ups SET lease_token = 0, lease_until = NULL WHERE id = :id", id=follow_up)
@@ -243,7 +243,7 @@ def token_repeats(scene: Scene) -> None:
 
 
 def taken_from_its_worker(scene: Scene) -> None:
-    """Claim after an outage longer than a lease, before the worker that knows the outcome has recorded it."""
+    """Claim a follow-up after an outage longer than a lease, before its worker has recorded the outcome."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     scene.world.expire(begun.lease.id)
@@ -254,9 +254,9 @@ def taken_from_its_worker(scene: Scene) -> None:
 
 
 def claimed_beside_another(scene: Scene) -> None:
-    """Claim while another dispatcher claims."""
+    """Claim while another dispatcher is claiming."""
     scene.world.follow_up()
-    # The tick was recorded just now, so neither of the two writes the row.
+    # A tick was recorded just now, so neither of the two claims writes the row of ticks.
     scene.world.sql("UPDATE dispatcher_state SET last_tick_at = now() + interval '900 ms'")
     with scene.engine.begin() as another:
         last_tick.begin(another, rhythm_of(scene.settings))
@@ -264,7 +264,7 @@ def claimed_beside_another(scene: Scene) -> None:
 
 
 def ended_is_claimed(scene: Scene) -> None:
-    """Claim an ended follow-up."""
+    """Claim a follow-up that has ended."""
     follow_up = scene.world.follow_up()
     scene.cancel(follow_up)
     expect(not scene.claim(scene.engine, scene.settings).leases, "what has ended is not claimed")
@@ -291,7 +291,7 @@ def stale_end(scene: Scene) -> None:
 
 
 def cancelled_in_flight(scene: Scene) -> None:
-    """Cancel while an attempt is in flight."""
+    """Cancel a follow-up while its attempt is in flight."""
     scene.world.follow_up()
     (begun,) = scene.begin(scene.lease())
     try:
@@ -302,14 +302,14 @@ def cancelled_in_flight(scene: Scene) -> None:
 
 
 def another_workspaces(scene: Scene) -> None:
-    """Read a follow-up with the id of another workspace."""
+    """Read another workspace's follow-up by its id."""
     follow_up = scene.world.follow_up()
     with Session(scene.engine) as session:
         expect(follow_ups.find(session, follow_up, uuid4()) is None, "no workspace sees another's")
 
 
 def none_is_unblocked(scene: Scene) -> None:
-    """End the earlier follow-up of a chat, for which the later one waits."""
+    """End a chat's earlier follow-up, which must unblock the later one."""
     chat_id = scene.world.chat()
     scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     later = scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -320,7 +320,7 @@ def none_is_unblocked(scene: Scene) -> None:
 
 
 def created_behind_a_reply(scene: Scene) -> None:
-    """Create a follow-up while a reply arrives: the second transaction waits for the first."""
+    """Create a follow-up while a reply arrives; one transaction waits for the other."""
     chat_id = scene.world.chat()
     with Session(scene.engine) as session:
         created = followups.schedule(
@@ -337,7 +337,7 @@ def created_behind_a_reply(scene: Scene) -> None:
 
 
 def claimed_at_once(scene: Scene) -> None:
-    """Claim twice at the same time."""
+    """Claim twice concurrently."""
     scene.world.follow_up()
     second: list[Lease] = []
     look = claims.ClaimSearch(timedelta(0), scene.settings.lease, window=10, most=10)
@@ -349,12 +349,12 @@ def claimed_at_once(scene: Scene) -> None:
 
 
 def fairly(scenario: Callable[[Scene], None]) -> Callable[[Scene], None]:
-    """Return a scenario with a fair claim in place of each claim."""
+    """Return a scenario in which fair claims replace all claims."""
     return lambda scene: scenario(replace(scene, claim=claim_fairly, take=claims.claim_fairly))
 
 
 def window_overflows(scene: Scene) -> None:
-    """Claim again while the in-flight limit is reached."""
+    """Claim again while ``MAX_IN_FLIGHT`` is reached."""
     bounded = scene.settings.model_copy(update={"max_in_flight": 2})
     scene.world.burst([timedelta(0)] * 5)
     taken = [len(scene.claim(scene.engine, bounded).leases) for _ in range(2)]
@@ -362,7 +362,7 @@ def window_overflows(scene: Scene) -> None:
 
 
 def one_takes_all(scene: Scene) -> None:
-    """Claim for a workspace whose follow-up falls due later than the backlog of another workspace."""
+    """Claim a workspace's follow-up that falls due later than another workspace's backlog."""
     scene.world.burst([-timedelta(seconds=9)] * 5)
     follow_up = World(scene.engine).follow_up()
     claimed = scene.claim(scene.engine, scene.settings.model_copy(update={"max_in_flight": 2}))
@@ -370,7 +370,7 @@ def one_takes_all(scene: Scene) -> None:
 
 
 def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
-    """Lease two follow-ups of one chat; return the id of the earlier one, and the lease of the later."""
+    """Lease two follow-ups of one chat; return the id of the earlier and the lease of the later."""
     chat_id = scene.world.chat()
     earlier = scene.world.follow_up(chat_id, due=-timedelta(seconds=2))
     scene.world.follow_up(chat_id, due=-timedelta(seconds=1))
@@ -379,7 +379,7 @@ def two_in_a_chat(scene: Scene) -> tuple[UUID, Lease]:
 
 
 def park(scene: Scene, lease: Lease, earlier: UUID) -> None:
-    """Let a leased follow-up wait for an earlier one."""
+    """Park a leased follow-up until an earlier follow-up of its chat has ended."""
     with scene.engine.begin() as connection:
         chat_order.park_if_leased(connection, [(lease, earlier)])
 
@@ -393,7 +393,7 @@ def stale_park(scene: Scene) -> None:
 
 
 def parked_behind_an_end(scene: Scene) -> None:
-    """Park behind a follow-up whose ending transaction has already looked for waiting ones."""
+    """Park a follow-up behind one whose ending transaction has already looked for parked follow-ups."""
     earlier, later = two_in_a_chat(scene)
     with Session(scene.engine) as session:
         followups.cancel(session, earlier)
@@ -404,7 +404,7 @@ def parked_behind_an_end(scene: Scene) -> None:
 
 
 def put_off(scene: Scene, lease: Lease) -> None:
-    """Defer a leased follow-up, as a rate limit does."""
+    """Defer a leased follow-up, like a rate limit."""
     with scene.engine.begin() as connection:
         rate_limits.defer_if_leased(connection, [(lease, timedelta(minutes=1))])
 
@@ -419,7 +419,7 @@ def stale_defer(scene: Scene) -> None:
 
 
 def ended_lease_deferred(scene: Scene) -> None:
-    """Defer a follow-up with an expired lease, which a tick may be claiming."""
+    """Defer a follow-up whose expired lease may be claimed by a concurrent tick."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.world.expire(lease.id)
@@ -428,7 +428,7 @@ def ended_lease_deferred(scene: Scene) -> None:
 
 
 def cancelled_deferred(scene: Scene) -> None:
-    """Defer a follow-up that was cancelled after it was read."""
+    """Defer a follow-up that was cancelled after it had been read."""
     scene.world.follow_up()
     lease = scene.lease()
     scene.cancel(lease.id)
@@ -445,7 +445,7 @@ def deferred_in_flight(scene: Scene) -> None:
 
 
 def forgotten(scene: Scene) -> None:
-    """Search for follow-ups that wait for one that has ended."""
+    """Search for follow-ups that are still parked behind a follow-up that has ended."""
     earlier, later = two_in_a_chat(scene)
     scene.cancel(earlier)
     scene.world.sql("UPDATE follow_ups SET waits_for = :earlier WHERE id = :id", earlier=earlier, id=later.id)
@@ -455,7 +455,7 @@ def forgotten(scene: Scene) -> None:
 
 
 def created_twice_by_a_key(scene: Scene) -> None:
-    """Create with the same idempotency key, twice at the same time."""
+    """Create a follow-up twice concurrently with the same idempotency key."""
     chat_id, workspace = scene.world.chat(), scene.world.workspace_id
 
     def create(session: Session) -> None:
@@ -478,7 +478,7 @@ def created_twice_by_a_key(scene: Scene) -> None:
 
 @contextmanager
 def beside(work: Callable[[], object], scene: Scene) -> Iterator[None]:
-    """Start the work in a thread, go on when it has ended or waits for a lock, and wait for its end."""
+    """Run work in a thread; continue when it has ended or waits for a lock, and finally wait for its end."""
     waiting = text(
         "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
     )

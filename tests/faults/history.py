@@ -37,13 +37,13 @@ _INSTALL = """
 
 
 def install(engine: Engine) -> None:
-    """Start recording the history."""
+    """Install the trigger that records the history."""
     with engine.begin() as connection:
         connection.execute(text(_INSTALL))
 
 
 _REWRITTEN = text("SELECT count(*) FROM history WHERE changed_when_final")
-# No join, since the tests' planner options would make it a nested loop.
+# The query avoids a join, because the tests' planner options would turn it into a nested loop.
 _BEGUN_AFTER_CANCEL = text("""
     SELECT id FROM history
      GROUP BY id HAVING min(number) FILTER (WHERE status = 'cancelled') < max(number) FILTER (WHERE began)

@@ -1,4 +1,4 @@
-"""The real store, driven step by step beside the model: PostgreSQL must hold what the model predicts."""
+"""Runs the real store step by step next to the model; PostgreSQL must contain what the model predicts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NOW = "UPDATE follow_ups SET next_attempt_at = now() WHERE id = :id"
 
 
 class Driven:
-    """Both: a model, and the same two follow-ups of one chat in the database."""
+    """A model and the real store, with the same two follow-ups of one chat in the database."""
 
     def __init__(self, world: World, settings: Settings, *, deduplicates: bool, creates_late: bool) -> None:
         self.protocol = Protocol(deduplicates=deduplicates, creates_late=creates_late, most_claims=6)
@@ -51,18 +51,18 @@ class Driven:
             world.sql(LATER, id=follow_up)
         self.begun: dict[tuple[int, int], Begun] = {}
         self.tokens: dict[tuple[int, int], int] = {}
-        """The database's token for each pair of a row's number and the model's token, which counts from 1."""
+        """The database's token for each pair of a row's number and the model's token (which counts from 1)."""
 
     def kinds(self) -> set[str]:
-        """Return the kinds of what may happen now."""
+        """Return the kinds of steps that are currently possible."""
         return {step.action[0] for step in steps(self.model, self.protocol)}
 
     def choices(self, kind: str) -> list[int]:
-        """Return the indexes of the steps of this kind."""
+        """Return the indexes of the possible steps of this kind."""
         return [place for place, step in enumerate(steps(self.model, self.protocol)) if step.action[0] == kind]
 
     def take(self, place: int) -> None:
-        """Let a step happen in both."""
+        """Execute a step in both the model and the database."""
         step = list(steps(self.model, self.protocol))[place]
         self.model = step.make()
         kind, *what = step.action
@@ -95,7 +95,7 @@ class Driven:
             assert (row.finished_at is None) == expected.pending
 
     def _token(self, number: int, counted: int, found: int) -> int:
-        """Return the database's token for one of the model, and check that a new one is the greatest yet."""
+        """Return the database's token for a token of the model; check that a new token is the largest so far."""
         if (number, counted) not in self.tokens:
             before = max((token for (row, _), token in self.tokens.items() if row == number), default=-1)
             assert found > before, (found, before)
@@ -103,12 +103,12 @@ class Driven:
         return self.tokens[number, counted]
 
     def amend(self, number: int, changes: dict[str, Any]) -> None:
-        """Change fields, as the API does."""
+        """Change fields like the API."""
         with Session(self.world.engine) as session, session.begin():
             amend(session, self.ids[number], changes)
 
     def reschedule(self, number: int) -> None:
-        """Set a new due date, which revokes the lease."""
+        """Set a new due date, which also revokes the lease."""
         self.amend(number, {"due_date": datetime.now(UTC) - timedelta(seconds=8 if number == 0 else 0)})
         self.world.sql(LATER, id=self.ids[number])
         row = self.model.rows[number]
@@ -130,7 +130,7 @@ class Driven:
         beginning = begin(self.world.engine, self.settings, [self._lease(job)])
         for one in beginning.begun:
             self.begun[job.row, job.token] = one
-        # The model has no parking; parked rows may be claimed again. Unblocking has tests of its own.
+        # The model does not include parking, so parked rows are made claimable again. Separate tests cover unblocking.
         self.world.sql("UPDATE follow_ups SET waits_for = NULL WHERE id = :id", id=self.ids[job.row])
         if not beginning.begun and not self.model.rows[job.row].leased:
             self.world.sql(LATER, id=self.ids[job.row])

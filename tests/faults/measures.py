@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from world import World
 
 NOTICE = timedelta(seconds=0.5)
-"""Least time between creation and due date: some ticks, so that a follow-up can be on time."""
+"""The minimum time between creation and due date: several ticks, so that a follow-up can be on time."""
 
 
 PORTION = 2_000
-"""Rows inserted by one statement, which must end within its client's timeout."""
+"""The number of rows inserted by one statement, which must finish within its client's timeout."""
 
 
 def punctual(rig: Rig, count: int, spread: float, world: World | None = None, notice: timedelta = NOTICE) -> list[UUID]:
-    """Insert follow-ups that fall due within ``spread`` seconds, each early enough to be on time."""
+    """Insert follow-ups that fall due within ``spread`` seconds, early enough for all to be sent on time."""
     due = [notice + timedelta(seconds=rig.rng.random() * spread) for _ in range(count)]
     ids = [
         id_ for first in range(0, count, PORTION) for id_ in (world or rig.world).burst(due[first : first + PORTION])

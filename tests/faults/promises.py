@@ -1,4 +1,4 @@
-"""The promises, checked from what the chat recorded and from the database's history."""
+"""Checks the promises against the chat's record of requests and the database's history."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
     from sqlalchemy import Engine
 
 UNKNOWN = "unknown"
-"""Part of a reason that allows an earlier accepted send; without it, an accepted send must end as sent."""
+"""The part of a reason that allows an earlier accepted send; otherwise it must end as sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What the test itself knows: acknowledged requests, and messages delivered without the dispatcher."""
+    """The test's record of acknowledged requests and of messages delivered without the dispatcher."""
 
     created: frozenset[UUID] = frozenset()
-    """Follow-ups that the system has accepted."""
+    """The follow-ups whose creation the system has acknowledged."""
     cancelled: Mapping[UUID, float] = field(default_factory=dict)
-    """Acknowledged cancels, with the time of the acknowledgement (monotonic seconds)."""
+    """The acknowledged cancels, each with the time of its acknowledgement (in monotonic seconds)."""
     sent_by_others: frozenset[UUID] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How often each promise was broken (all should be 0), and how follow-ups ended."""
+    """How often each promise was broken (every count should be 0), and how follow-ups ended."""
 
     lost: int
     doubled: int
@@ -46,9 +46,9 @@ class Verdict:
     misdirected: int
     ended: Counter[str]
     unknown: int
-    """Follow-ups that ended with an unknown outcome."""
+    """The follow-ups that ended with an unknown outcome."""
     repeated: int
-    """Requests that the chat recognised by their key as already accepted."""
+    """The requests that the chat recognised by their key as already accepted."""
 
     def broken(self) -> dict[str, int]:
         """Return the broken promises, with their counts."""
@@ -61,7 +61,7 @@ class Verdict:
 def check(
     engine: Engine, requests: Collection[Mapping[str, Any]], known: Record, *, max_lateness: float = 86_400
 ) -> Verdict:
-    """Check every follow-up of the database against every request that the chat received, oldest first."""
+    """Check every follow-up in the database against all requests that the chat received, oldest first."""
     with engine.connect() as connection:
         rows = {row.id: row for row in connection.execute(select(FollowUp.__table__))}
     by_id: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
@@ -104,7 +104,7 @@ def _after_cancel(begun_after: set[UUID], by_id: Mapping[str, Collection[Mapping
 
 
 def _disordered(rows: Mapping[UUID, Any], requests: Collection[Mapping[str, Any]]) -> int:
-    """Count follow-ups that a chat accepted after a later one of the same chat."""
+    """Count the follow-ups that a chat accepted after a later follow-up of the same chat."""
     latest: dict[str, tuple[Any, UUID]] = {}
     count = 0
     for request in requests:

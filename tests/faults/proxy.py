@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a server, which can cut, stall and refuse connections as a bad network does."""
+"""A TCP proxy in front of a server, which can cut, stall and refuse connections like a faulty network."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 CHUNK = 65_536
 ESTABLISHED = 1
-"""Of a connection's states in Linux' TCP_INFO."""
+"""The value of an established connection's state in Linux's TCP_INFO."""
 
 
 class Proxy:
     """Forwards a loopback port to a server. Its methods may be called from the test's thread.
 
-    ``stall`` simulates a half-open connection: the kernel keeps acknowledging, and nothing comes back.
+    ``stall`` simulates half-open connections: the kernel keeps acknowledging data, but no answer arrives.
     """
 
     def __init__(self, server_url: str) -> None:
-        """Store the URL of the server: ``redis://...``, or PostgreSQL's with its socket in ``?host=``."""
+        """Store the server's URL: ``redis://...``, or PostgreSQL's with the socket directory in ``?host=``."""
         self._url = server_url
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="proxy", daemon=True)
@@ -35,10 +35,10 @@ class Proxy:
         self._refusing = False
         self.port = 0
         self.frozen = 0
-        """Connections that were frozen."""
+        """The connections that are permanently frozen."""
 
     def __enter__(self) -> Self:
-        """Listen."""
+        """Start listening."""
         self._thread.start()
         self._call(self._forwarding.set)
         self._server = asyncio.run_coroutine_threadsafe(
@@ -48,7 +48,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close everything."""
+        """Close all connections and the listening socket."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -56,7 +56,7 @@ class Proxy:
 
     @property
     def url(self) -> str:
-        """The server's URL, with the proxy for host and port."""
+        """The server's URL with the proxy's host and port."""
         parts = urlsplit(self._url)
         user = parts.netloc.rpartition("@")[0]
         host = f"{user}@127.0.0.1:{self.port}" if user else f"127.0.0.1:{self.port}"
@@ -64,19 +64,19 @@ class Proxy:
         return urlunsplit((parts.scheme, host, parts.path, query, ""))
 
     def cut(self) -> None:
-        """Break every connection; accept new ones."""
+        """Break all open connections, but accept new ones."""
         self._call(self._abort)
 
     def lead_to(self, server_url: str) -> None:
-        """Point the address at another server for new connections; open ones keep the server they have."""
+        """Connect new connections to another server; open connections keep their server."""
         self._url = server_url
 
     def freeze(self) -> None:
-        """Stop forwarding on the currently open connections permanently; new ones work."""
+        """Permanently stop forwarding on all open connections; new connections are forwarded."""
         self._call(self._freeze)
 
     def stall(self) -> None:
-        """Stop forwarding on open and new connections, without breaking any."""
+        """Stop forwarding on open and new connections without closing any."""
         self._call(self._forwarding.clear)
 
     def flow(self) -> None:
@@ -85,7 +85,7 @@ class Proxy:
         self._call(self._forwarding.set)
 
     def refuse(self) -> None:
-        """Break every connection, and each new one immediately."""
+        """Break all open connections, and each new connection immediately."""
         self._refusing = True
         self.cut()
 
@@ -118,7 +118,7 @@ class Proxy:
             writer.transport.abort()
             return
         self._open.add(writer)
-        # asyncio's callback fails on a cancelled handler, and no task waits for this one.
+        # asyncio's callback fails if the handler was cancelled, and no task waits for the handler.
         with contextlib.suppress(OSError, asyncio.CancelledError):
             forwarding = self._forwarding
             await forwarding.wait()
@@ -146,7 +146,7 @@ class Proxy:
                 await forwarding.wait()
                 writer.write(data)
                 await writer.drain()
-        # If one end is gone, the other is closed.
+        # When one end of a connection is closed, close the other end too.
         writer.transport.abort()
 
     async def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""A real streaming replica: a primary, its standby, and one address that points at the primary."""
+"""A real streaming replica: a primary, its standby, and one address that leads to the primary."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from typing import Self
 
 INSTALLED = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
-"""The binaries of Debian's newest PostgreSQL package, or None if there is none."""
+"""The directory with the binaries of Debian's newest PostgreSQL package, or None if there is none."""
 
 MISSING = "PostgreSQL is not installed: apt-get install postgresql."
-"""Reason for skipping a test that needs these binaries."""
+"""The reason for skipping a test if these binaries are missing."""
 
 CONFIGURATION = """
 listen_addresses = ''
@@ -40,7 +40,7 @@ FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
 def ask(server: EmbeddedPostgres, statement: str) -> str:
-    """Execute a statement on this server, wherever the address points; return the first column of its row."""
+    """Execute a statement on this server, wherever the address leads; return the row's first column."""
     with psycopg.connect(server.url(), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None
@@ -53,7 +53,7 @@ def _change(server: EmbeddedPostgres, setting: str, value: str) -> None:
 
 
 def socket_of(server: EmbeddedPostgres) -> Path:
-    """Return the directory of a server's socket, which is the host in its URL."""
+    """Return the directory of a server's socket, which is the host in the server's URL."""
     return Path(str(make_url(server.url()).query["host"]))
 
 
@@ -62,10 +62,10 @@ def _data(server: EmbeddedPostgres) -> Path:
 
 
 class Server(EmbeddedPostgres):
-    """A server of any version: a new one, or a copy that follows another one until it is promoted."""
+    """A PostgreSQL server of any version: a new server, or a standby of another until it is promoted."""
 
     def __init__(self, binaries: Path, primary: EmbeddedPostgres | None = None) -> None:
-        """Store the binaries and the server to follow, or None for a new server."""
+        """Store the binaries and the server to follow (None for a new server)."""
         super().__init__(parent=memory_directory())
         self._binaries, self._primary = binaries, primary
 
@@ -99,14 +99,14 @@ class Server(EmbeddedPostgres):
 
 
 class Replicated:
-    """A primary and its standby behind one address, killed and restarted like one server.
+    """A primary and its standby behind one address, which are killed and restarted like one server.
 
-    On a restart the standby takes over. If ``synchronous``, every commit is on the standby too, so that a failover
-    loses nothing; otherwise it may.
+    On a restart, the standby takes over. If ``synchronous``, every commit is also on the standby, so a failover loses
+    nothing; otherwise a failover may lose commits.
     """
 
     def __init__(self, *, synchronous: bool = True, binaries: Path = embedded.BINARIES) -> None:
-        """Store where the servers' binaries are; nothing is started yet."""
+        """Store the directory of the servers' binaries, without starting any server."""
         self._synchronous, self._binaries = synchronous, binaries
         self._running = ExitStack()
         self.primary = Server(binaries)
@@ -114,7 +114,7 @@ class Replicated:
         self.proxy: Proxy
 
     def __enter__(self) -> Self:
-        """Start both servers."""
+        """Start the primary and the standby."""
         with ExitStack() as starting:
             starting.callback(self._stop)
             self.primary.start()
@@ -125,7 +125,7 @@ class Replicated:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop both servers."""
+        """Stop the primary and the standby."""
         self._running.close()
 
     def url(self, database: str = "postgres") -> str:
@@ -144,21 +144,21 @@ class Replicated:
         self.replace_standby()
 
     def promote(self) -> None:
-        """Promote the standby and restart the old primary read-only, with the address still pointing at it."""
+        """Promote the standby and restart the old primary read-only; the address still leads to the latter."""
         old = self.primary
         self.primary, self.standby = self.standby, old
         _data(old).joinpath("standby.signal").touch()
         with _data(old).joinpath("postgresql.auto.conf").open("a") as configuration:
             configuration.write(f"primary_conninfo = 'host={socket_of(self.primary)} user=postgres'\n")
-        old.restart()  # unless it was killed, it sends the standby everything before it ends
+        old.restart()  # a server that is stopped cleanly first sends all remaining WAL to the standby
         ask(self.primary, "SELECT pg_promote()")
 
     def move(self) -> None:
-        """Point the address at the current primary; open connections are kept."""
+        """Let the address lead to the current primary; open connections are kept."""
         self.proxy.lead_to(self.primary.url())
 
     def replace_standby(self) -> None:
-        """Replace the standby with a new copy of the primary, since the old one may have diverged."""
+        """Replace the standby with a new copy of the primary, because the old standby may have diverged."""
         self.standby.stop()
         self.standby = Server(self._binaries, self.primary)
         self.standby.start()

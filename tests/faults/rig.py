@@ -1,4 +1,4 @@
-"""The system started by the Procfile's commands, to be broken on purpose; `celery` is that of tests/bin."""
+"""A system under test, started with the Procfile's commands; `celery` is the script in tests/bin."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Rig(Stack):
     rng: random.Random = field(default_factory=lambda: random.Random(0))  # noqa: S311 - not for secrets
     postgres: EmbeddedPostgres | Replicated | None = None
     valkey: EmbeddedValkey | None = None
-    """Its own servers, or None for those of the whole run, which must not be harmed."""
+    """This system's separate servers, or None if it uses the shared servers, which must not be harmed."""
     created: set[UUID] = field(default_factory=set)
     cancelled: dict[UUID, float] = field(default_factory=dict)
     _numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -65,7 +65,7 @@ class Rig(Stack):
         history.install(self.world.engine)
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
-        """Start a line of the Procfile under its own name, with ``more`` arguments appended."""
+        """Start a line of the Procfile under a given name, with ``more`` arguments appended."""
         path = os.pathsep.join([str(COMMANDS), str(Path(sys.executable).parent), os.environ["PATH"]])
         own = {"HONCHO_PROCESS_NAME": name, "PATH": path}
         return self.processes.spawn(
@@ -75,7 +75,7 @@ class Rig(Stack):
         )
 
     def worker(self, *more: str, ready: bool = True, harmed: bool = False, **environment: str) -> Child:
-        """Start another worker, and wait until it consumes; failpoints act only on a ``harmed`` one."""
+        """Start another worker, and wait until it consumes; failpoints affect only a ``harmed`` worker."""
         name = f"worker.{next(self._numbers)}"
         injected = self.failpoints.environment() if harmed else {}
         child = self.process(name, "worker", *more, environment=injected | environment)
@@ -85,17 +85,17 @@ class Rig(Stack):
         return child
 
     def beat(self, **environment: str) -> Child:
-        """Start another beat; it is not waited for."""
+        """Start another beat without waiting for it."""
         return self.process(f"beat.{next(self._numbers)}", "beat", environment=environment)
 
     def web(self) -> web.Api:
-        """Start another web process, and wait until it answers; return a client with a key."""
+        """Start another web process and wait until it answers; return a client with an API key."""
         _, url = web.start(self.processes, self.environment(), f"web.{next(self._numbers)}")
         return web.Api(url, self.world)
 
     def start(self, workers: int = 1, beats: int = 1, *, harmed: bool = False) -> list[Child]:  # type: ignore[override]
-        """Start the chat, beats and workers, all at once; return the workers, all of them consuming."""
-        for _ in range(beats):  # the slowest to start come first
+        """Start the chat, beats and workers concurrently; return the workers once all of them consume."""
+        for _ in range(beats):  # the processes that start most slowly are started first
             self.beat()
         started = [self.worker(ready=False, harmed=harmed) for _ in range(workers)]
         self.sandbox()
@@ -117,13 +117,13 @@ class Rig(Stack):
         return ids
 
     def held(self, count: int) -> list[UUID]:
-        """Insert follow-ups that fall due when released, so that their chats can be configured first."""
+        """Insert follow-ups that fall due only when released, so that their chats can be configured first."""
         ids = self.world.burst([timedelta(days=1)] * count)
         self.created.update(ids)
         return ids
 
     def release(self, ids: Sequence[UUID], spread: float = 0.0) -> None:
-        """Make them due within ``spread`` seconds from now."""
+        """Make held follow-ups fall due within ``spread`` seconds from now."""
         self.world.sql(
             "UPDATE follow_ups SET due_date = now() + random() * :spread * interval '1 s', scheduled_at = now()"
             " WHERE id = ANY(:ids)",
@@ -132,21 +132,21 @@ class Rig(Stack):
         )
 
     def cancel(self, api: web.Api, follow_up_id: UUID) -> int:
-        """Cancel through the API; record the acknowledgement and return the status code."""
+        """Cancel a follow-up through the API; record the acknowledgement and return the status code."""
         code = api.client.patch(f"{web.FOLLOW_UPS}/{follow_up_id}", json={"status": "cancelled"}).status_code
         if code == 200:
             self.cancelled[follow_up_id] = time.monotonic()
         return code
 
     def settle_down(self, within: float = 30) -> float:
-        """Wait until nothing is pending any more; return the seconds that it took."""
+        """Wait until no follow-up is pending; return the seconds that this took."""
         started = time.monotonic()
         query = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
         wait_until(lambda: self.world.scalar(query) == 0, within, every=0.05)
         return time.monotonic() - started
 
     def ask_each(self, workers: Sequence[Child]) -> None:
-        """Freeze each of two workers in turn, so that the other has to read both queues."""
+        """Freeze each of two workers in turn, so that the other worker has to read both queues."""
         for idle, busy in (workers, reversed(workers)):
             idle.signal(signal.SIGSTOP)
             self.bulk(1)
@@ -155,12 +155,12 @@ class Rig(Stack):
             assert busy.running
 
     def verdict(self, **known: Any) -> Verdict:
-        """Check the promises so far."""
+        """Check the promises for everything that has happened so far."""
         record = Record(frozenset(self.created), self.cancelled, **known)
         return check(self.world.engine, self.received(), record)
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Return the lines of one event from every process's log."""
+        """Return all log lines of one event, from every process's log."""
         names = [path.stem for path in self.processes.logs.glob("*.log")]
         return [line for name in names for line in self.log_events(event, name)]
 
@@ -170,11 +170,11 @@ REPLICATED, POOLED = "replicated", "pooled"
 
 
 def chosen_servers() -> frozenset[str]:
-    """Return the kinds of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
+    """Return the types of servers in FOLLOWUPS_TEST_SERVERS: ``replicated``, ``pooled`` or both.
 
-    The kinds are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over when a
-    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of it. An empty value means a plain
-    server.
+    The types are separated by commas. ``replicated`` is a primary with a synchronous standby, which takes over when a
+    test restarts PostgreSQL. ``pooled`` puts a PgBouncer in session mode in front of PostgreSQL. An empty value means a
+    plain server.
     """
     chosen = frozenset(os.environ.get(SERVERS, "").replace(",", " ").split())
     if unknown := chosen - {REPLICATED, POOLED}:
@@ -193,10 +193,10 @@ def own_servers(
     kinds: frozenset[str] | None = None,
     binaries: Path = embedded.BINARIES,
 ) -> Iterator[tuple[Rig, Sequence[Proxy]]]:
-    """Return a system on servers that a test may kill, behind proxies if ``proxied``.
+    """Return a system on servers that a test may kill, with proxies in front of them if ``proxied``.
 
-    The proxies are PostgreSQL's and the broker's. ``kinds`` selects the servers (None means `chosen_servers`), and
-    ``binaries`` the PostgreSQL of the replicated ones.
+    ``kinds`` selects the types of servers (None means `chosen_servers`), and ``binaries`` the PostgreSQL version of
+    replicated servers.
     """
     kinds = chosen_servers() if kinds is None else kinds
     with ExitStack() as stack:
@@ -215,7 +215,7 @@ def own_servers(
 
 @contextmanager
 def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any) -> Iterator[Rig]:
-    """Return a system that is not yet started; everything started is stopped at the end."""
+    """Return a system that is not yet started; all its processes are stopped at the end."""
     with Processes() as processes:
         rig = Rig(settings, World(engine), processes, rng=rng, **servers)
         try:
@@ -226,10 +226,10 @@ def running(settings: Settings, engine: Any, rng: random.Random, **servers: Any)
 
 
 class Load:
-    """A steady stream of follow-ups from a separate thread, until it is stopped or ``seconds`` have passed."""
+    """A steady stream of follow-ups from a thread, until stopped or until ``seconds`` have passed."""
 
     def __init__(self, rig: Rig, rate: float, seconds: float, spread: float = 1.0) -> None:
-        """Add ``rate`` follow-ups a second, each due within ``spread`` seconds."""
+        """Add ``rate`` follow-ups per second, each due within ``spread`` seconds."""
         self._rig, self._rate, self._spread = rig, rate, spread
         self._end = time.monotonic() + seconds
         self._stopping = threading.Event()
@@ -238,17 +238,17 @@ class Load:
         self.refused = 0
 
     def __enter__(self) -> Load:  # noqa: PYI034 - no subclasses
-        """Start."""
+        """Start adding follow-ups."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop, and wait."""
+        """Stop adding follow-ups and wait for the thread."""
         self._stopping.set()
         self._thread.join()
 
     def wait(self) -> None:
-        """Wait until everything has been added."""
+        """Wait until all follow-ups have been added."""
         self._thread.join()
 
     def _run(self) -> None:

@@ -4,14 +4,14 @@
     uv run python tests/faults/run.py --long              # each long form once, some hours
     uv run python tests/faults/run.py --figures FILE      # only write the table, from figures kept before
 
-With FOLLOWUPS_TEST_SERVERS=replicated,pooled (or one of the two) the servers are not bare. PostgreSQL has a synchronous
-standby that takes over wherever a test restarts PostgreSQL, and workers, beat and web reach it through a real PgBouncer
-in session mode. This is for the long forms of faults 1 to 8:
+FOLLOWUPS_TEST_SERVERS=replicated,pooled (or one of the two) changes the servers. With ``replicated``, PostgreSQL has a
+synchronous standby, which takes over whenever a test restarts PostgreSQL. With ``pooled``, workers, beat and web reach
+PostgreSQL through a real PgBouncer in session mode. These servers are meant for the long forms of faults 1 to 8:
 
     FOLLOWUPS_TEST_SERVERS=replicated,pooled uv run pytest -m faults_long tests/faults/test_kills.py ...
 
 Figures are appended to ``--figures FILE`` (one JSON object per line), so that runs can be made separately, stopped and
-continued. The table is always rewritten from all figures.
+continued. The table is always written from all figures in this file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 RESULTS = HERE / "RESULTS.md"
 UNSEEDED = ("test_guards.py", "test_model.py", "test_known_bugs.py", "test_report.py")
-"""Tests that do not depend on the seed: run once."""
+"""Tests that do not depend on the seed, and therefore run only once."""
 
 FAULTS = {
     1: "SIGKILL of the worker, and of its child, at each step",
@@ -73,11 +73,11 @@ FAULTS = {
 
 
 Key = tuple[int, str]
-"""A fault's number, and a test's name as it is shown."""
+"""A fault's number and the displayed name of a test."""
 
 
 def main() -> int:
-    """Run what is requested; the exit code is 1 if a test failed or a promise was broken."""
+    """Run the requested tests; the exit code is 1 if a test failed or a promise was broken."""
     options = _parser().parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         kept = options.figures or Path(temporary, "figures.jsonl")
@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped: Sequence[str]) -> int:
-    """Run the tests once; return 1 if any failed. Adds a line with fault 0 that records the result."""
+    """Run the tests once and record the result as a line with fault 0; return 1 if any test failed."""
     command = [sys.executable, "-m", "pytest", str(HERE), "-q", "-m", marker, "-n", str(processes), "--no-header"]
     command += [f"--ignore={HERE / name}" for name in skipped]
     environment = os.environ | {"FOLLOWUPS_TEST_SEED": str(seed), "FOLLOWUPS_TEST_FIGURES": str(kept.resolve())}
@@ -133,9 +133,9 @@ def _run(seed: int, kept: Path, marker: str, processes: int, title: str, skipped
 
 
 def report(lines: list[dict[str, Any]], earlier: str) -> str:
-    """Return the results as Markdown. Tests that were not run are taken from the ``earlier`` results.
+    """Return the results as Markdown; tests not run again are copied from the ``earlier`` results.
 
-    These are single long forms, and the short forms if none was run.
+    These are single long forms, and all short forms if none was run.
     """
     short, long = _rows(lines, "short"), _rows(lines, "long")
     kept = {key: row for key, row in _earlier_rows(earlier, "Long forms").items() if key not in long}
@@ -155,7 +155,7 @@ def report(lines: list[dict[str, Any]], earlier: str) -> str:
 
 
 def _earlier_rows(results: str, title: str) -> dict[Key, str]:
-    """Return the rows under a title of a page of results, with the date of each."""
+    """Return the rows below a heading of a results page, each with its date."""
     date = re.search(r"^- Date: (.+?) UTC$", results, re.MULTILINE)
     rows = {}
     for row in results.partition(f"## {title}\n")[2].partition("\n## ")[0].splitlines():

@@ -1,4 +1,4 @@
-"""The commit succeeds and the worker sees an error: it finds out, and continues."""
+"""Tests in which a commit succeeds but the worker sees an error, and reads back the result."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 STEPS = ("claim", "begin", "settle")
 
 PROMPT = 30.0
-"""Seconds, for a machine busy with other tests; a lease is 120 s here."""
+"""The limit in seconds until all are sent on a busy machine; the lease in this test is 120 s."""
 
 
 def start(rig: Rig) -> None:
-    """Start workers whose leases are long."""
+    """Start workers with long leases."""
     rig.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "60"}
     rig.start(workers=2, harmed=True)
 
 
 def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) -> None:
-    """Lose the answers to that many commits of a step; nothing then waits for a lease."""
+    """Lose the answers to this many commits of a step, and check that nothing waits for a lease."""
     point = f"{step}.answer_lost"
     rig.failpoints.arm(point, "raise", times)
     rig.bulk(count, spread=1.0)
@@ -42,7 +42,7 @@ def answers_lost(rig: Rig, figures: Figures, step: str, count: int, times: int) 
 
 
 def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
-    """Each is sent once, without delay: no attempt counts as lost, and nothing waits for a lease."""
+    """If a commit's answer is lost, each follow-up is sent once, without a lost attempt or a long delay."""
     start(rig)
     for step in rig.rng.sample(STEPS, len(STEPS)):
         answers_lost(rig, figures, step, count=60, times=rig.rng.randrange(1, 4))
@@ -51,6 +51,6 @@ def test_answer_lost_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("step", STEPS)
 def test_answers_lost_often(step: str, rig: Rig, figures: Figures) -> None:
-    """The same with a hundred answers lost."""
+    """A hundred lost answers to commits delay no follow-up and lose no attempt."""
     start(rig)
     answers_lost(rig, figures, step, count=3000, times=100)

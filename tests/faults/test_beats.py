@@ -1,4 +1,4 @@
-"""Several beats at once, and one that dies: ticks are folded together and continue."""
+"""Tests with several concurrent beats, one of which is killed: ticks are coalesced and continue."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
-    """Run that many beats under load; kill one, stop another and start it again."""
+    """Run this many beats under load; kill one beat, and stop and restart another."""
     rig.start(workers=2, beats=number)
     running = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     with Load(rig, 60, seconds) as load:
@@ -42,11 +42,11 @@ def beats(rig: Rig, figures: Figures, number: int, seconds: float) -> None:
 
 @pytest.mark.parametrize("number", [2, 3])
 def test_several_beats(number: int, rig: Rig, figures: Figures) -> None:
-    """Two or three beats cause no message to be sent twice, and the others keep ticking when one is killed."""
+    """Two or three beats send no message twice, and the remaining beats keep ticking when one is killed."""
     beats(rig, figures, number, seconds=2.5)
 
 
 @pytest.mark.faults_long
 def test_several_beats_for_long(rig: Rig, figures: Figures) -> None:
-    """The same holds for a minute."""
+    """Several beats send no message twice and keep ticking for a minute."""
     beats(rig, figures, 3, seconds=60)

@@ -1,4 +1,4 @@
-"""Database and ticks unreachable for longer than a lease: every call in flight is still recorded."""
+"""Tests in which database and ticks are unreachable for longer than a lease, and no outcome is lost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IN_FLIGHT = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_
 def both_away(
     proxied: Proxied, figures: Figures, *, deduplicates: bool, count: int, lease: float, rounds: int = 1
 ) -> None:
-    """Cut off the database and the ticks while ``count`` calls are in flight, which the chat accepts."""
+    """Disconnect the database and the ticks while the chat accepts ``count`` calls in flight."""
     rig, proxies = proxied
     timeout = lease / 2
     rig.options |= {
@@ -56,7 +56,7 @@ def both_away(
 
 
 def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
-    """Cut off the database, and the broker or the beat; a tick follows as soon as the database is back."""
+    """Disconnect the database, and the broker or the beat; a tick follows as soon as the database is back."""
     database, broker = proxies
     beats = [child for child in rig.processes.children if child.command.name.startswith("beat.")]
     without_beat = rig.rng.random() < 0.5
@@ -65,7 +65,7 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
             beat.signal(signal.SIGSTOP)
     else:
         broker.stall()
-    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # any running tick has claimed by then
+    time.sleep(2 * rig.settings.tick_interval.total_seconds())  # any running tick has finished its claim by now
     database.refuse()
     time.sleep(seconds)
     database.flow()
@@ -76,12 +76,12 @@ def outage(rig: Rig, proxies: Sequence[Proxy], seconds: float) -> None:
 
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_away(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """Calls accepted while both are unreachable for longer than a lease are sent, and not made again."""
+    """Calls accepted while database and ticks are unreachable past a lease are recorded, not repeated."""
     both_away(proxied, figures, deduplicates=deduplicates, count=60, lease=4)
 
 
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_both_away_for_long(proxied: Proxied, figures: Figures, *, deduplicates: bool) -> None:
-    """The same is true of five outages in a row, with a longer lease."""
+    """Five successive outages of database and ticks, with a longer lease, cause no repeated call."""
     both_away(proxied, figures, deduplicates=deduplicates, count=100, lease=20, rounds=5)

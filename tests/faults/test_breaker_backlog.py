@@ -1,4 +1,4 @@
-"""A failing workspace with more due than may be in flight is deferred, and others continue."""
+"""Tests in which a failing workspace's backlog exceeds MAX_IN_FLIGHT: it is deferred, others continue."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND workspace_id = :own"
 
 SEEN = "SELECT count(*) FROM follow_ups WHERE (lease_until > now() OR limited_until > now()) AND workspace_id = :own"
-"""Counts the workspace's follow-ups that are leased, or were leased and have been deferred."""
+"""SQL that counts the workspace's follow-ups that are leased, or were leased and have been deferred."""
 
 
 def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
-    """Fail all chats of one workspace; measure another's burst, and the time to clear the backlog afterwards."""
+    """Fail all chats of one workspace; measure another workspace's lag, and the time to clear the backlog."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60", "FOLLOWUPS_RETRY_BASE": "1"}
     rig.start()
     theirs = World(rig.world.engine)
@@ -65,18 +65,18 @@ def backlog(rig: Rig, figures: Figures, overdue: int, others: int) -> None:
 
 
 def lag_p50_ms(rig: Rig, ids: list[UUID]) -> float:
-    """Return the median lateness of these follow-ups in milliseconds."""
+    """Return the median lag of these follow-ups in milliseconds."""
     query = "SELECT extract(epoch FROM accepted_at - due_date) FROM follow_ups WHERE id = ANY(:ids)"
     return round(statistics.median(float(lag) for (lag,) in rows_of(rig, query, ids=ids)) * 1000, 1)
 
 
 def test_backlog_that_is_left_alone(rig: Rig, figures: Figures) -> None:
-    """Another workspace's follow-ups are sent while the whole backlog waits, and the backlog afterwards."""
+    """Follow-ups are sent while another, failing workspace's backlog waits; the backlog is sent later."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8", "FOLLOWUPS_BREAKER_FAILURES": "20"}
     backlog(rig, figures, overdue=1500, others=50)
 
 
 @pytest.mark.faults_long
 def test_backlog_that_is_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """The same is true of twenty thousand overdue beside another's thousand, with default settings."""
+    """With default settings, a thousand follow-ups are sent while a failing workspace's 20,000 wait."""
     backlog(rig, figures, overdue=20_000, others=1_000)

@@ -1,4 +1,4 @@
-"""Redis errors: during a failover, on a full disk, beside an endless script, under an ACL."""
+"""Tests with errors from Redis: during a failover, with a full disk, an endless script, or an ACL."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
+"""The limit in seconds until consumption resumes, doubled for a busy machine."""
 
 
 @contextmanager
@@ -35,10 +35,11 @@ def readonly(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def misconf(server: redis.Redis) -> Iterator[None]:
-    """Make the server's snapshots fail, as on a full disk: every write gets MISCONF."""
-    Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)  # a directory, which no file can replace
+    """Make the server's snapshots fail as with a full disk, so that every write gets MISCONF."""
+    # a directory, which no snapshot file can replace
+    Path(server.config_get("dir")["dir"], "dump.rdb").mkdir(exist_ok=True)
     server.config_set("save", "3600 1")
-    with suppress(redis.ResponseError):  # one is already running
+    with suppress(redis.ResponseError):  # a snapshot is already running
         server.bgsave()
     wait_until(lambda: server.info("persistence")["rdb_last_bgsave_status"] == "err")
     yield
@@ -47,7 +48,7 @@ def misconf(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def busy(server: redis.Redis) -> Iterator[None]:
-    """Run an endless script: every command gets BUSY."""
+    """Run an endless script on the server, so that every command gets BUSY."""
     server.config_set("busy-reply-threshold", 1)
     endless = threading.Thread(target=run_endless_script, args=(server,), daemon=True)
     endless.start()
@@ -74,7 +75,7 @@ def answers_busy(server: redis.Redis) -> bool:
 
 @contextmanager
 def noperm(server: redis.Redis) -> Iterator[None]:
-    """Revoke the permission to read the queues."""
+    """Revoke the client's permission to read the queues."""
     server.execute_command("ACL", "SETUSER", "default", "-brpop")
     yield
     server.execute_command("ACL", "SETUSER", "default", "+brpop")
@@ -82,7 +83,7 @@ def noperm(server: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def oom(server: redis.Redis) -> Iterator[None]:
-    """Make the server's memory full: every write that needs memory gets OOM."""
+    """Make the server exceed its memory limit, so that every write that needs memory gets OOM."""
     server.config_set("maxmemory", 1)
     yield
     server.config_set("maxmemory", 0)
@@ -98,9 +99,9 @@ ERRORS: dict[str, Callable[[redis.Redis], Any]] = {
 
 
 def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Callable[[], float]) -> None:
-    """Make the broker answer each of these errors for a while.
+    """Make the broker answer with each of these errors for a while.
 
-    All processes survive, and work again afterwards.
+    All processes must keep running, and work again afterwards.
     """
     assert rig.valkey
     workers = rig.start(workers=2)
@@ -127,21 +128,21 @@ def answering_errors(rig: Rig, figures: Figures, names: list[str], seconds: Call
 
 
 def create(api: web.Api) -> None:
-    """Create a follow-up that is due at once, through the API."""
+    """Create a follow-up that is due immediately, through the API."""
     chat = api.world.chat()
     body = {"chatId": str(chat), "message": "Hello?", "dueDate": web.in_days(0)}
     assert api.client.post(web.FOLLOW_UPS, json=body).status_code == 201
 
 
 def test_errors_to_reads_and_writes(breakable: Rig, figures: Figures) -> None:
-    """No process ends because of a Redis error, nothing is lost, and consumption resumes within seconds."""
+    """Errors from Redis end no process and lose no follow-up, and consumption resumes within seconds."""
     names = breakable.rng.sample(list(ERRORS), len(ERRORS))
     answering_errors(breakable, figures, names, lambda: 1 + breakable.rng.random())
 
 
 @pytest.mark.faults_long
 def test_errors_for_long(breakable: Rig, figures: Figures) -> None:
-    """The same is true of many errors, each for up to twenty seconds."""
+    """Processes survive many Redis errors that last up to twenty seconds each."""
     names = [breakable.rng.choice(list(ERRORS)) for _ in range(25)]
     answering_errors(breakable, figures, names, lambda: 20 * breakable.rng.random())
 

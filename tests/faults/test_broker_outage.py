@@ -1,4 +1,7 @@
-"""The broker killed, restarted or wiped: it holds only hints, so this costs only time."""
+"""Tests in which the broker is killed, restarted or wiped.
+
+The broker holds only hints, so these faults only delay follow-ups.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
+"""The limit in seconds until consumption resumes, doubled for a busy machine."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float) -> None:
-    """Kill and restart the broker that often, partly in quick succession; then check every worker."""
+    """Kill and restart the broker this many times, partly in quick succession; then check every worker."""
     assert rig.valkey
     workers = rig.start(workers=2, beats=2)
     with Load(rig, rate, seconds=3600) as load:
@@ -41,29 +44,29 @@ def outages(rig: Rig, figures: Figures, times: int, between: float, rate: float)
 
 
 def test_killed_several_times(breakable: Rig, figures: Figures) -> None:
-    """After several kills within seconds, every worker consumes from both queues again."""
+    """After several kills of the broker within seconds, every worker consumes from both queues again."""
     outages(breakable, figures, times=3, between=1.0, rate=60)
 
 
 @pytest.mark.faults_long
 def test_killed_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """The same holds after many kills."""
+    """After many kills of the broker, every worker consumes from both queues again."""
     outages(breakable, figures, times=20, between=12.0, rate=60)
 
 
 def test_flushed_in_mid_burst(rig: Rig, figures: Figures) -> None:
-    """A broker that loses everything delays the queued follow-ups by a lease and a tick, and loses none."""
+    """A broker that loses all data delays the queued follow-ups by a lease and a tick, but loses none."""
     flushes(rig, figures, count=400, spread=1.5, times=5)
 
 
 @pytest.mark.faults_long
 def test_flushed_for_long(rig: Rig, figures: Figures) -> None:
-    """The same holds for a burst of 20,000 that is flushed a hundred times."""
+    """A burst of 20,000 follow-ups is sent completely although the broker is flushed a hundred times."""
     flushes(rig, figures, count=20_000, spread=20, times=100)
 
 
 def flushes(rig: Rig, figures: Figures, count: int, spread: float, times: int) -> None:
-    """Wipe the broker that often during a burst."""
+    """Flush the broker this many times during a burst."""
     rig.start(workers=2, beats=2)
     ids = rig.bulk(count, spread)
     held = 0

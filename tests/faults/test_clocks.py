@@ -1,4 +1,4 @@
-"""Hosts whose clocks are minutes off: the database's clock decides, so nothing is early or late."""
+"""Tests with hosts whose clocks are minutes off: by the database's clock, nothing is early or late."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ MINUTES, HOURS = timedelta(minutes=10), timedelta(hours=2)
 
 
 def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> None:
-    """Run one worker and one beat with clocks ahead by ``off``, and one of each behind."""
-    rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint costs one lease
+    """Run a worker and a beat with clocks ahead by ``off``, and a worker and a beat with clocks behind."""
+    rig.options["FOLLOWUPS_LEASE"] = "30"  # a dropped hint delays its follow-ups by one lease
     rig.options["FOLLOWUPS_TRANSPORT_SECRET"] = SECRET
     ahead, behind = ({"FOLLOWUPS_TEST_CLOCK_OFFSET": f"{sign * off.total_seconds()}"} for sign in (1, -1))
     injected = rig.failpoints.environment()
     rig.beat(**injected | ahead)
     rig.beat(**injected | behind)
-    rig.sandbox("--secret", SECRET)  # refuses signatures that are minutes old, or minutes ahead
+    rig.sandbox("--secret", SECRET)  # the chat refuses signatures whose time is minutes off
     workers = [rig.worker(harmed=True, **ahead), rig.worker(harmed=True, **behind)]
     with Load(rig, 60, seconds, spread=2.0) as load:
         load.wait()
@@ -54,23 +54,23 @@ def clocks_off(rig: Rig, figures: Figures, seconds: float, off: timedelta) -> No
 
 
 def is_off(worker: Child, by: timedelta) -> int:
-    """Return 1 if the log shows the process's clock ahead by that much, or -1 if behind."""
+    """Return 1 if the log reports the process's clock this far ahead, or -1 if this far behind."""
     lines = [json.loads(line) for line in worker.command.log.read_text().splitlines() if line.startswith("{")]
     off = datetime.fromisoformat(lines[-1]["timestamp"]) - datetime.now(UTC)
     return round(off / by)
 
 
 def test_clocks_off(rig: Rig, figures: Figures) -> None:
-    """With clocks ten minutes ahead and behind, every follow-up is sent on time by the database's clock."""
+    """With hosts' clocks ten minutes off, every follow-up is sent on time by the database's clock."""
     clocks_off(rig, figures, seconds=2.5, off=MINUTES)
 
 
 def test_clocks_hours_off(rig: Rig, figures: Figures) -> None:
-    """Even with clocks hours off, no host drops another's message as too old."""
+    """With clocks hours off, no host drops another host's message as too old."""
     clocks_off(rig, figures, seconds=2.5, off=HOURS)
 
 
 @pytest.mark.faults_long
 def test_clocks_off_for_long(rig: Rig, figures: Figures) -> None:
-    """The same holds for a minute."""
+    """With hosts' clocks off for a minute, every follow-up is sent on time by the database's clock."""
     clocks_off(rig, figures, seconds=60, off=rig.rng.choice([MINUTES, HOURS]))

@@ -1,4 +1,7 @@
-"""PostgreSQL restarted or killed, or its sessions ended: follow-ups are late, but never lost or sent twice."""
+"""Tests in which PostgreSQL is restarted or killed, or its sessions are terminated.
+
+Follow-ups are sent late, but none is lost or sent twice.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 BACK_WITHIN = 10.0
-"""Limit in seconds, doubled for a machine busy with other tests; the figure records the actual time."""
+"""The limit in seconds until sending resumes, doubled for a busy machine."""
 
 
 def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float) -> None:
-    """Kill or restart PostgreSQL that often under load, and check each time that everything continues."""
+    """Kill or restart PostgreSQL this many times under load; check each time that sending continues."""
     assert rig.postgres
     workers = rig.start(workers=2, beats=2)
     back_after = []
@@ -37,7 +40,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
             back_after.append(seconds_until_accepted(rig))
     took = rig.settle_down(within=60)
     verdict = rig.verdict()
-    # A client may have received an error although its commit succeeded.
+    # A client may have received an error although its transaction was committed.
     assert verdict.ended.keys() == {"sent"}
     assert verdict.ended["sent"] >= len(load.ids) + times
     assert all(worker.running for worker in workers)
@@ -55,7 +58,7 @@ def outages(rig: Rig, figures: Figures, times: int, between: tuple[float, float]
 
 
 def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
-    """Return how many were accepted in each of at most 30 equal intervals of whole seconds."""
+    """Return how many follow-ups were accepted in each of at most 30 equal intervals of whole seconds."""
     at = [one["receivedMonotonic"] - since for one in rig.received() if one["accepted"] and not one["duplicate"]]
     stretch = math.ceil((max(at) + 1) / 30)
     counts = Counter(int(each // stretch) for each in at)
@@ -63,7 +66,7 @@ def timeline(rig: Rig, since: float) -> dict[str, list[int]]:
 
 
 def seconds_until_accepted(rig: Rig) -> float:
-    """Return the seconds until the chat accepts a follow-up created after now."""
+    """Return the seconds until the chat accepts a follow-up that is created after now."""
     returned = time.monotonic()
     (probe,) = rig.bulk(1)
     wait_until(lambda: rig.accepted(probe), within=60)
@@ -71,18 +74,18 @@ def seconds_until_accepted(rig: Rig) -> float:
 
 
 def test_restarted_under_load(breakable: Rig, figures: Figures) -> None:
-    """After every restart sending continues within seconds, and no message is lost or sent twice."""
+    """Sending continues within seconds after a restart of PostgreSQL; no message is lost or sent twice."""
     outages(breakable, figures, times=2, between=(0.5, 1.5), rate=60)
 
 
 @pytest.mark.faults_long
 def test_restarted_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """The same holds for a restart every 5 to 40 seconds."""
+    """Sending continues after each of many restarts of PostgreSQL, one every 5 to 40 seconds."""
     outages(breakable, figures, times=10, between=(5, 40), rate=60)
 
 
 def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
-    """Claims, begins and settles interrupted by PostgreSQL's restart do not wait for a lease of two minutes."""
+    """Claims, begins and settles interrupted by a PostgreSQL restart do not wait for a two-minute lease."""
     breakable.options["FOLLOWUPS_LEASE"] = "120"
     assert breakable.postgres
     breakable.start(workers=2)
@@ -98,7 +101,7 @@ def test_restarted_with_a_long_lease(breakable: Rig, figures: Figures) -> None:
 
 
 def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
-    """End every session of the workers that often, at random times under load."""
+    """Terminate all database sessions of the workers this many times, at random moments under load."""
     rig.start(workers=2, beats=2)
     ended = 0
     end = text("""
@@ -118,13 +121,13 @@ def sessions_ended(rig: Rig, figures: Figures, times: int) -> None:
 
 
 def test_sessions_ended(rig: Rig, figures: Figures) -> None:
-    """Sessions that an operator ends cost a reconnect each."""
+    """Database sessions terminated by an operator only cause reconnects."""
     sessions_ended(rig, figures, times=8)
 
 
 @pytest.mark.faults_long
 def test_sessions_ended_for_minutes(rig: Rig, figures: Figures) -> None:
-    """The same holds for four times a second."""
+    """Database sessions terminated four times per second for minutes only cause reconnects."""
     sessions_ended(rig, figures, times=400)
 
 

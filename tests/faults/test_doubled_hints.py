@@ -1,4 +1,4 @@
-"""Every broker message is duplicated and shuffled without harm, since begin does not trust hints."""
+"""Tests in which all broker messages are duplicated and shuffled, without effect on sends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
-    """Freeze the workers while the queue fills, double and shuffle its messages, and resume the workers."""
+    """Freeze the workers while the queue fills, duplicate and shuffle its messages, and resume them."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_BATCH_SIZE": "5"}
     reader, *others = rig.start(workers=3, beats=2)
     hints = 0
@@ -39,11 +39,11 @@ def doubled(rig: Rig, figures: Figures, count: int, rounds: int) -> None:
 
 
 def claimed_and_doubled(rig: Rig) -> int:
-    """Claim and publish as a tick does, enqueue every message twice in random order, and return the number.
+    """Claim and publish like a tick, enqueue every message twice in random order; return their number.
 
-    A frozen worker's open BRPOP still takes one hint from the queue. So this waits until all are due, when a claim
-    makes more hints than there are workers. A worker frozen in a claim keeps others from claiming until PostgreSQL ends
-    its transaction, so this claims until it has leases.
+    A frozen worker's open BRPOP still takes one hint from the queue. So this function waits until all follow-ups are
+    due, when a claim publishes more hints than there are workers. A worker that is frozen in a claim blocks other
+    claims until PostgreSQL ends its transaction, so this function repeats its claim until it has leases.
     """
     wait_until(lambda: rig.world.scalar("SELECT max(due_date) <= now() FROM follow_ups"))
     settings = rig.settings.model_copy(update={"lease": rig.settings.lease * 20})
@@ -67,11 +67,11 @@ def claimed_and_doubled(rig: Rig) -> int:
 
 
 def test_doubled_and_shuffled(rig: Rig, figures: Figures) -> None:
-    """Each follow-up is sent by exactly one request."""
+    """With duplicated and shuffled hints, each follow-up is sent by exactly one request."""
     doubled(rig, figures, count=100, rounds=2)
 
 
 @pytest.mark.faults_long
 def test_doubled_and_shuffled_often(rig: Rig, figures: Figures) -> None:
-    """The same holds over many rounds."""
+    """Over many rounds of duplicated hints, each follow-up is sent by exactly one request."""
     doubled(rig, figures, count=900, rounds=20)

@@ -1,4 +1,4 @@
-"""The chat accepts a message and its answer is lost: the message is sent again under its key, or ends as unknown."""
+"""Tests in which the chat's answer is lost: the message is repeated under its key, or ends as unknown."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 
 def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> None:
-    """Drop the first answer to every third follow-up."""
+    """Drop the chat's first answer to every third follow-up."""
     rig.options["FOLLOWUPS_TRANSPORT_DEDUPLICATES"] = str(deduplicates).lower()
-    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}  # only the dropped answers are late
+    # a long timeout, so that only dropped answers are late
+    rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.beat()
     rig.sandbox(*() if deduplicates else ("--no-dedup",))
     rig.worker()
@@ -37,12 +38,12 @@ def dropped(rig: Rig, figures: Figures, count: int, *, deduplicates: bool) -> No
 
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """A chat that deduplicates has each message once; with one that does not, the outcome is named unknown."""
+    """If answers are lost, a deduplicating chat has each message once; otherwise the outcome is unknown."""
     dropped(rig, figures, 90, deduplicates=deduplicates)
 
 
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False], ids=["deduplicating", "not-deduplicating"])
 def test_many_answers_dropped(deduplicates: bool, rig: Rig, figures: Figures) -> None:  # noqa: FBT001 - a parameter
-    """The same with three thousand."""
+    """Dropped answers to a third of three thousand follow-ups duplicate no message."""
     dropped(rig, figures, 3000, deduplicates=deduplicates)

@@ -1,4 +1,4 @@
-"""Random combinations of faults: two together may show what one alone does not."""
+"""Tests with random combinations of faults, which may reveal bugs that no single fault reveals."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from web import Api
 
 KINDS = ("fail", "rate_limit", "drop", "slow")
-"""Behaviours that the chat may have for a moment."""
+"""Misbehaviours that the chat may show for a moment."""
 
 
 class Disorder:
-    """Causes faults, and repairs those that would keep the test from ending."""
+    """Injects faults, and repairs those that would keep the test from ending."""
 
     def __init__(self, rig: Rig, api: Api) -> None:
         self._rig, self._api = rig, api
@@ -36,13 +36,13 @@ class Disorder:
         self.done: Counter[str] = Counter()
 
     def begin(self) -> None:
-        """Start two of each."""
+        """Start two processes of each type."""
         self.beats = [self._rig.beat() for _ in range(2)]
         self._rig.sandbox()
         self.workers = [self._rig.worker(ready=False) for _ in range(2)]
 
     def strike(self) -> None:
-        """Cause a fault, and resume processes that were frozen long enough."""
+        """Inject a random fault, and resume processes that were frozen long enough."""
         kinds: list[Callable[[], None]] = [
             *(self.kill_worker, self.freeze_worker, self.kill_beat, self.flush_broker, self.restart_broker),
             *(self.restart_database, self.misbehave, self.cancel_some, self.cancel_some, self.reply),
@@ -62,7 +62,7 @@ class Disorder:
         self._rig.behave(kind="accept")
 
     def kill_worker(self) -> None:
-        """Kill a worker and start another, as a supervisor does."""
+        """Kill a worker and start another, like a supervisor."""
         number = self._rig.rng.randrange(len(self.workers))
         self._frozen.pop(self.workers[number], None)
         self.workers[number].signal(signal.SIGKILL)
@@ -75,32 +75,32 @@ class Disorder:
         self.beats[number] = self._rig.beat()
 
     def freeze_worker(self) -> None:
-        """Stop a worker for less than a lease, or for more."""
+        """Freeze a worker for less than a lease or for more."""
         child = self._rig.rng.choice(self.workers)
         child.signal(signal.SIGSTOP)
         self._frozen[child] = time.monotonic() + self._rig.rng.uniform(0.2, 6.0)
 
     def flush_broker(self) -> None:
-        """Let the broker forget everything."""
+        """Delete all data in the broker."""
         with self._rig.broker() as broker:
             broker.flushall()
 
     def restart_broker(self) -> None:
-        """Kill the broker, and start it again, empty."""
+        """Kill the broker and start it again without data."""
         assert self._rig.valkey
         self._rig.valkey.kill()
         time.sleep(self._rig.rng.random())
         self._rig.valkey.restart()
 
     def restart_database(self) -> None:
-        """Restart PostgreSQL, cleanly or by a kill."""
+        """Restart PostgreSQL after a clean shutdown or a kill."""
         assert self._rig.postgres
         if self._rig.rng.random() < 0.5:
             self._rig.postgres.kill()
         self._rig.postgres.restart()
 
     def misbehave(self) -> None:
-        """Make the chat fail, reject, drop or delay for a moment."""
+        """Make the chat fail, reject, drop or delay requests for a moment."""
         kind = self._rig.rng.choice(KINDS)
         more = {"retry_after": 1} if kind == "rate_limit" else {"delay": 0.7} if kind == "slow" else {}
         self._rig.behave(kind=kind, **more)
@@ -115,7 +115,7 @@ class Disorder:
                 self._rig.cancel(self._api, follow_up_id)
 
     def reply(self) -> None:
-        """Receive a user's message in a chat with a pending follow-up."""
+        """Send a user's message to a chat that has a pending follow-up."""
         query = "SELECT chat_id FROM follow_ups WHERE status = 'pending' ORDER BY random() LIMIT 1"
         for (chat_id,) in rows_of(self._rig, query):
             with suppress(httpx.TransportError):
@@ -123,7 +123,7 @@ class Disorder:
 
 
 def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Cause random faults under load for that long, then let everything finish and check every promise."""
+    """Inject random faults under load for this long, then let all follow-ups end and check every promise."""
     rig.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "500"}
     api = rig.web()
     disorder = Disorder(rig, api)
@@ -131,7 +131,7 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
     end = time.monotonic() + seconds
     with api.client, Load(rig, rate, seconds, spread=2.0) as load:
         while time.monotonic() < end:
-            with suppress(Exception):  # the database may be unreachable here too
+            with suppress(Exception):  # the database may be unreachable at this moment
                 rig.bulk(6, spread=1.0, per_chat=3)
             disorder.strike()
             time.sleep(rig.rng.uniform(0.1, 1.0))
@@ -148,11 +148,11 @@ def everything(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def test_everything_at_once(breakable: Rig, figures: Figures) -> None:
-    """Ten faults within ten seconds break no promise."""
+    """Ten random faults within ten seconds break no promise."""
     everything(breakable, figures, seconds=8, rate=40)
 
 
 @pytest.mark.faults_long
 def test_everything_for_minutes(breakable: Rig, figures: Figures) -> None:
-    """The same holds after hundreds of them."""
+    """Hundreds of random faults within minutes break no promise."""
     everything(breakable, figures, seconds=600, rate=40)

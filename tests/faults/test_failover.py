@@ -1,4 +1,4 @@
-"""Failover to a real replica: no message is lost or sent twice, and no process reports itself healthy meanwhile."""
+"""Tests of failover to a real replica: no message is lost or sent twice, and no process seems healthy."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BACK_WITHIN = 10.0
-"""Seconds from moving the address to the new primary until requests and sends continue."""
+"""The limit in seconds from moving the address to the new primary until requests and sends continue."""
 
 NOTICED_WITHIN = 30.0
-"""Seconds within which a process must notice, on a machine busy with other tests."""
+"""The limit in seconds within which a process must notice the failover, on a busy machine."""
 
 
 @pytest.fixture
 def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[Rig]:
     """Return a system whose PostgreSQL has a standby, behind an address that can be moved.
 
-    By default it is the newest PostgreSQL.
+    By default, the newest PostgreSQL is used.
     """
     binaries = getattr(request, "param", embedded.BINARIES) or pytest.skip(MISSING)
     with own_servers(dice, kinds=frozenset({REPLICATED}), binaries=binaries) as (rig, _):
@@ -64,7 +64,7 @@ def replicated(request: pytest.FixtureRequest, dice: random.Random) -> Iterator[
 
 @dataclass
 class Clients:
-    """Sends change requests one after the other, and records when they succeeded."""
+    """A client that sends change requests one after the other, and records when they succeeded."""
 
     api: web.Api
     chat: UUID
@@ -72,7 +72,7 @@ class Clients:
     refused: list[int] = field(default_factory=list)
 
     def run(self, stopping: threading.Event) -> None:
-        """Send requests until stopped."""
+        """Send requests until the client is stopped."""
         while not stopping.wait(0.05):
             try:
                 status = self.api.message(str(self.chat), "agent").status_code
@@ -105,7 +105,7 @@ def command(rig: Rig, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def everything_says_read_only(rig: Rig, clients: Clients) -> None:
-    """Check what each component reports while the address points at a read-only server."""
+    """Check what each component reports while the address leads to a read-only server."""
 
     def worker_says() -> bool:
         ran = command(rig, "health", "worker")
@@ -124,7 +124,7 @@ def everything_says_read_only(rig: Rig, clients: Clients) -> None:
         assert not any("more workers" in each["advice"] for each in findings.values())
         return "cannot work: the database is read-only" in findings["workers"]["detail"]
 
-    # A worker whose sessions may be on any server can read the time there, and briefly reports itself healthy.
+    # A worker whose sessions may be on any server can read the time from a read-only server, and is briefly healthy.
     wait_until(doctor_says, NOTICED_WITHIN)
 
 
@@ -150,7 +150,7 @@ def fail_over(rig: Rig, clients: Clients, *, killed: bool) -> tuple[float, float
 def failovers(
     rig: Rig, figures: Figures, times: int, between: tuple[float, float], rate: float, workers: int = 2
 ) -> None:
-    """Fail over ``times`` times under load, and check that everything continues each time."""
+    """Fail over ``times`` times under load, and check each time that requests and sends continue."""
     started = rig.start(workers, beats=workers)
     clients = Clients(rig.web(), rig.world.chat())
     took = []
@@ -178,26 +178,26 @@ def failovers(
 
 @pytest.mark.parametrize("replicated", [embedded.BINARIES, INSTALLED], indirect=True, ids=["embedded", "installed"])
 def test_failover(replicated: Rig, figures: Figures) -> None:
-    """Requests and sends continue after a failover, and meanwhile the database is reported as read-only."""
+    """Requests and sends continue after a failover, during which the database is reported as read-only."""
     failovers(replicated, figures, times=1, between=(0.5, 1.0), rate=40, workers=1)
 
 
 @pytest.mark.faults_long
 def test_failovers_for_minutes(replicated: Rig, figures: Figures) -> None:
-    """The same is true of many failovers, of a primary that was stopped or killed."""
+    """Requests and sends continue after many failovers, whether the primary was stopped or killed."""
     failovers(replicated, figures, times=12, between=(2, 15), rate=60)
 
 
 @pytest.mark.faults_long
 def test_failovers_where_any_server_will_do(replicated: Rig, figures: Figures) -> None:
-    """The same is true if the URL accepts sessions on whatever server the address points at."""
+    """Requests and sends continue after a failover if the URL accepts sessions on any server."""
     url = replicated.settings.database_url.get_secret_value()
     replicated.options["FOLLOWUPS_DATABASE_URL"] = f"{url}&target_session_attrs=any"
     failovers(replicated, figures, times=6, between=(2, 15), rate=60)
 
 
 def test_several_hosts_in_the_url() -> None:
-    """If the URL names both servers, sessions are opened on the writable one, also after a failover."""
+    """If the URL names both servers, sessions are opened on the writable server, also after a failover."""
     with Replicated() as postgres:
         hosts = f"{socket_of(postgres.primary)},{socket_of(postgres.standby)}"
         engine = make_engine(f"postgresql://postgres@/postgres?host={hosts}")
@@ -212,9 +212,10 @@ def test_several_hosts_in_the_url() -> None:
 def test_what_an_asynchronous_failover_took_back_is_not_believed(
     broker_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A begin whose answer was lost, and which the new primary never saw, counts as failed at once.
+    """A begin whose answer was lost, and which the new primary lacks, counts as failed immediately.
 
-    The begin is not waited for, and another transaction with the same id on the new primary is not mistaken for it.
+    The worker does not wait for the lost begin, and does not confuse it with another transaction that has the same id
+    on the new primary.
     """
     with Replicated(synchronous=False) as postgres:
         migrate(postgres.url())

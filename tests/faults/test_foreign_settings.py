@@ -1,4 +1,4 @@
-"""Foreign server defaults: every promise is kept, and a server that cannot keep them is refused."""
+"""Tests with foreign server defaults: every promise is kept, or the server is refused."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 WORDS = "Noch da? \N{WAVING HAND SIGN}"
-"""Text with a character that no single-byte encoding has."""
+"""A text with a character that no single-byte encoding contains."""
 
 ENVIRONMENT = {"PGTZ": "Asia/Kolkata", "PGDATESTYLE": "German", "PGCLIENTENCODING": "LATIN1"}
 
 
 def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
-    """Send a reply and a create request at the same time in ``pairs`` chats; return the counts of the answers."""
+    """Send a reply and a create request concurrently in ``pairs`` chats; return the counts of answers."""
     chats = [api.chat() for _ in range(pairs)]
 
     def act(one: tuple[str, str]) -> tuple[str, int]:
@@ -78,9 +78,9 @@ def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, sec
 
 
 def test_foreign_defaults(rig: Rig, figures: Figures) -> None:
-    """Stricter isolation, other formats and other encodings change no outcome.
+    """Stricter isolation, other formats and other client encodings change no outcome.
 
-    The defaults are those of the server, the role and the environment.
+    The defaults are set on the server, on the role and in the environment.
     """
     on_foreign_defaults(rig, figures, pairs=40, rate=100, seconds=2)
 
@@ -94,18 +94,18 @@ def pooled(pgbouncer: PgBouncer, settings: Settings, engine: Engine, dice: rando
 
 
 def test_foreign_defaults_behind_a_pooler(pooled: Rig, figures: Figures) -> None:
-    """The same is true behind PgBouncer in session mode, which passes one client's sessions to the next."""
+    """Foreign defaults change no outcome behind PgBouncer in session mode, which reuses sessions."""
     on_foreign_defaults(pooled, figures, pairs=20, rate=100, seconds=2)
 
 
 @pytest.mark.faults_long
 def test_foreign_defaults_for_minutes(pooled: Rig, figures: Figures) -> None:
-    """The same is true under load for minutes, with hundreds of replies."""
+    """Foreign defaults change no outcome under minutes of load with hundreds of replies."""
     on_foreign_defaults(pooled, figures, pairs=400, rate=200, seconds=180)
 
 
 def test_read_only_default(rig: Rig, figures: Figures) -> None:
-    """While sessions are read-only by default nothing is sent; afterwards everything is, without loss."""
+    """While sessions are read-only by default nothing is sent; afterwards all follow-ups are sent."""
     url = rig.settings.database_url.get_secret_value()
     ids = rig.bulk(50)
     set_defaults(url, {"default_transaction_read_only": "on"})

@@ -1,4 +1,4 @@
-"""A worker that is frozen past its lease and resumed writes nothing and sends nothing twice."""
+"""Tests in which a worker is frozen past its lease: once resumed, it settles and repeats nothing."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ POINTS = ("begin.committed", "send.before", "send.answered", "settle.before")
 def frozen_at(
     rig: Rig, figures: Figures, point: str, workers: Sequence[Child], count: int, longer: float = 0.0
 ) -> None:
-    """Freeze one of two workers at the step until its lease has expired, then resume it."""
+    """Freeze one of two workers at this step until its lease has expired, then resume the worker."""
     frozen, other = workers
     name = frozen.command.name
     time.sleep(0.5)  # earlier refusals have been counted by now
     before = refused(rig, name)
-    other.signal(signal.SIGSTOP)  # so that it reaches the step first
+    other.signal(signal.SIGSTOP)  # so that the worker to be frozen reaches the step first
     rig.failpoints.arm(point, "stop")
     rig.bulk(count, spread=0.5)
     wait_until(lambda: rig.failpoints.taken(point))
@@ -52,7 +52,7 @@ def refused(rig: Rig, name: str) -> int:
 
 
 def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
-    """Frozen at a step past its lease, a worker settles nothing after resuming: its writes are refused."""
+    """A worker frozen at any step past its lease settles nothing after resuming; its writes are refused."""
     workers = rig.start(workers=2, harmed=True)
     for point in rig.rng.sample(POINTS, len(POINTS)):
         frozen_at(rig, figures, point, rig.rng.sample(workers, 2), count=60)
@@ -61,12 +61,12 @@ def test_frozen_at_each_step(rig: Rig, figures: Figures) -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("point", POINTS)
 def test_frozen_for_long(point: str, rig: Rig, figures: Figures) -> None:
-    """The same with a thousand, and frozen for ten leases."""
+    """A worker frozen for ten leases with a thousand follow-ups settles nothing after resuming."""
     frozen_at(rig, figures, point, rig.start(workers=2, harmed=True), count=1000, longer=30.0)
 
 
 def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
-    """A worker frozen while it holds row locks delays only its own rows; PostgreSQL ends the worker's session."""
+    """A worker frozen while it holds row locks delays only these rows, until PostgreSQL ends its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("settle.before_commit", "stop")
@@ -85,7 +85,7 @@ def test_frozen_inside_a_transaction(rig: Rig, figures: Figures) -> None:
 
 
 def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
-    """A dispatcher frozen in its claim blocks the others for seconds, until PostgreSQL ends its session."""
+    """A dispatcher frozen in its claim blocks other claims for seconds, until PostgreSQL ends its session."""
     frozen, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("claim.before_commit", "stop")
@@ -102,7 +102,7 @@ def test_frozen_inside_a_claim(rig: Rig, figures: Figures) -> None:
 
 
 def test_suspended(rig: Rig, figures: Figures) -> None:
-    """A machine suspended past a lease makes no call after resuming, though its monotonic clock stopped."""
+    """After its machine was suspended past a lease, a worker makes no call, although its clock stopped."""
     asleep, other = rig.start(workers=2, harmed=True)
     other.signal(signal.SIGSTOP)
     rig.failpoints.arm("send.before", "suspend")

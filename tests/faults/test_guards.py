@@ -1,4 +1,4 @@
-"""Each guard in the SQL: with it its scenario keeps the promise, without it that very promise breaks."""
+"""Tests of each SQL guard: its scenario keeps the promise with the guard, and breaks it without."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ DEFER = "limited_until = leased.again"
 TOKEN = "AND f.lease_token = b.token"  # noqa: S105 - a fencing token
 NO_LOCK = {
     "FOR NO KEY UPDATE SKIP LOCKED": "",
-    # A transaction that has waited for a row sees that it has moved, so either of the two is enough.
+    # A transaction that has waited for a row lock notices that the row has moved, so either guard is enough.
     "WHERE f.ctid = taken.place": "WHERE f.id = (SELECT id FROM follow_ups WHERE ctid = taken.place)",
 }
 BEGUN_ORM = " AND follow_ups.begun_at IS NULL"
 
 
 class Guard(NamedTuple):
-    """The statements with the guard, its replacement, and what then breaks."""
+    """A guard: the statements that contain it, its replacement, and the promise that breaks without it."""
 
     within: str
     cuts: dict[str, str]
@@ -53,7 +53,7 @@ CATALOGUE = {
     "token at begin": Guard(BEGIN, {TOKEN: ""}, guards.stale_hint_begins),
     "begun at begin": Guard(BEGIN, {"AND f.begun_at IS NULL": ""}, guards.repeated_hint_begins),
     "lease at begin": Guard(BEGIN, {"AND f.lease_until > now()": ""}, guards.ended_lease_begins),
-    # A cancel takes the lease too, so that each of the two is enough.
+    # A cancel also revokes the lease, so either guard is enough.
     "pending and lease at begin": Guard(
         BEGIN, {"AND f.finished_at IS NULL": "", "AND f.lease_until > now()": ""}, guards.cancelled_begins
     ),
@@ -131,7 +131,7 @@ CATALOGUE = {
     ),
     "token at release": Guard("SET lease_until = NULL FROM leased", {TOKEN: ""}, guards.stale_release),
     "token at end": Guard("leased.status", {TOKEN: ""}, guards.stale_end),
-    # The lock refuses rows in flight; the UPDATE and a constraint of the table do so too.
+    # The lock refuses rows in flight, and so do the UPDATE and a constraint of the table.
     "begun at cancel": Guard(
         "follow_ups",
         {BEGUN_ORM: "", "lease_until = NULL": "begun_at = NULL, lease_until = NULL"},
@@ -167,13 +167,13 @@ CATALOGUE = {
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_with_the_guard(name: str, world: World, settings: Settings) -> None:
-    """The scenario keeps its promise."""
+    """With the guard in place, the scenario keeps its promise."""
     CATALOGUE[name].scenario(Scene(world, settings))
 
 
 @pytest.mark.parametrize("name", CATALOGUE)
 def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
-    """Without this guard, that very promise breaks."""
+    """Without the guard, the scenario breaks exactly the promise that the guard protects."""
     guard = CATALOGUE[name]
     with pytest.raises(PromiseBroken), without(world.engine, guard.within, guard.cuts):
         guard.scenario(Scene(world, settings))
@@ -182,7 +182,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("constraint", "change"),
     [
-        ("final_has_finished_at", "status = 'pending'"),  # a stale row that is saved whole
+        ("final_has_finished_at", "status = 'pending'"),  # a stale row whose columns are all saved
         ("reason_explains", "status = 'failed'"),
         ("waiting_is_pending", "waits_for = id"),
         ("begun_holds_lease", "begun_at = now()"),
@@ -190,7 +190,7 @@ def test_without_the_guard(name: str, world: World, settings: Settings) -> None:
     ],
 )
 def test_constraint(constraint: str, change: str, world: World) -> None:
-    """The table refuses rows that no statement of ours writes; without its constraint such a row would be stored."""
+    """Table constraints refuse rows that no statement of the service writes; without them they are stored."""
     follow_up = world.follow_up(status="sent", finished_at=text("now()"))
     statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
     with pytest.raises(IntegrityError, match=constraint):
@@ -200,32 +200,32 @@ def test_constraint(constraint: str, change: str, world: World) -> None:
 
 
 class Telling:
-    """A transport that says when it was called."""
+    """A transport that records when it was called."""
 
     name = "telling"
 
     def __init__(self, clock: DatabaseClock) -> None:
-        """Read the moment off ``clock``."""
+        """Store the ``clock`` from which the moment of a call is read."""
         self._clock = clock
         self.called: list[datetime] = []
 
     async def open(self) -> None:
-        """Open nothing."""
+        """Do nothing; this transport has no connections to open."""
 
     async def close(self) -> None:
-        """Close nothing."""
+        """Do nothing; this transport has no connections to close."""
 
     async def send(self, _delivery: Delivery) -> Sent:
-        """Note the moment."""
+        """Record the moment of the call."""
         self.called.append(self._clock.now())
         return Sent(None)
 
 
 class Hasty(DatabaseClock):
-    """A database clock for which every follow-up is due."""
+    """A database clock by which every follow-up is already due."""
 
     def until(self, _moment: datetime) -> float:
-        """Return 0, as if the time had come."""
+        """Return 0, as if the due moment had come."""
         return 0.0
 
 
@@ -236,7 +236,10 @@ def begun_of(lease: Lease) -> Begun:
 
 
 async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: float) -> list[timedelta]:
-    """Send by a clock; return how long after the due moment the transport was called, by the database's."""
+    """Send using a clock; return how long after the due moment the transport was called.
+
+    The result is measured by the database's clock.
+    """
     clock.ask(engine)
     transport = Telling(clock)
     await send(transport, begun, clock, timedelta(seconds=5), latest)
@@ -244,7 +247,7 @@ async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: fl
 
 
 async def test_never_early(world: World, engine: Engine, settings: Settings) -> None:
-    """The sender waits for the due moment; without that it would call at once."""
+    """The sender waits for the due moment; without this guard it calls the transport too early."""
     ahead = timedelta(seconds=2)
     world.follow_up(due=ahead)
     begun = begun_of(Scene(world, settings.model_copy(update={"tick_interval": ahead})).lease())
@@ -254,7 +257,7 @@ async def test_never_early(world: World, engine: Engine, settings: Settings) -> 
 
 
 async def test_never_after_the_lease(world: World, engine: Engine, settings: Settings) -> None:
-    """A sender that was frozen abandons the attempt; without that it would call when the lease may be another's."""
+    """A sender frozen past its lease abandons the attempt; without this guard it calls the transport."""
     world.follow_up()
     begun = begun_of(Scene(world, settings).lease())
     assert await sent_by(DatabaseClock(), engine, begun, uptime() - 1) == []

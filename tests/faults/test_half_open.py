@@ -1,6 +1,6 @@
-"""Half-open connections: nothing arrives, while the network keeps acknowledging.
+"""Tests of half-open connections, on which no data arrives although the network keeps acknowledging.
 
-Neither TCP's keepalives nor its user timeout detect this; only a limit of our own does.
+Neither TCP keepalives nor TCP's user timeout detect such connections; only the service's own limits do.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ if TYPE_CHECKING:
     Proxied = tuple[Rig, Sequence[Proxy]]
 
 SLACK = 20.0
-"""Limit in seconds on a machine busy with other tests; the figure records the actual time."""
+"""The tolerance in seconds for a busy machine; the figure records the actual time."""
 
 SAID = ("got no reply", '"broker_unreachable"', "Connection to broker lost")
-"""The log events of a worker that has noticed the broker's silence."""
+"""The log events of a worker that has noticed that the broker is silent."""
 
 DEFAULTS = {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_TICK_INTERVAL": "1"}
-"""The limits derive from the lease; the short forms shorten it."""
+"""The default settings. The limits derive from the lease, which the short forms reduce."""
 
 GRACE = 30.0
-"""Seconds that orchestrators leave a process between SIGTERM and SIGKILL."""
+"""The seconds that orchestrators allow between SIGTERM and SIGKILL."""
 
 by_server = pytest.mark.parametrize("server", ["database", "broker"])
 
@@ -46,7 +46,7 @@ def proxy_of(server: str, proxies: Sequence[Proxy]) -> Proxy:
 
 
 def working(rig: Rig) -> list[Child]:
-    """Start workers and beat, use every connection, and leave some work for after the fault."""
+    """Start workers and beat, use every connection, and leave some follow-ups to fall due after the fault."""
     workers = rig.start(workers=2)
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
@@ -56,9 +56,9 @@ def working(rig: Rig) -> list[Child]:
 
 
 def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -> float:
-    """Wait until the first gives up a connection to the database, or every worker its wait for the broker."""
+    """Wait until a client closes its database connection, or all workers give up waiting for the broker."""
     since = time.monotonic()
-    if server == "database":  # losing it costs only a new connection, so there is nothing to log
+    if server == "database":  # a lost database connection only costs a reconnect, which is not logged
         wait_until(proxy.given_up, within=90, every=0.05)
     else:
         logs = [worker.command.log for worker in workers]
@@ -67,7 +67,7 @@ def seconds_until_noticed(workers: Sequence[Child], server: str, proxy: Proxy) -
 
 
 def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: float) -> None:
-    """Check that everything works again, and that every promise was kept."""
+    """Check that all processes work again, and that every promise was kept."""
     rig.bulk(40, spread=1.0)
     rig.settle_down(within=60)
     verdict = rig.verdict()
@@ -77,7 +77,7 @@ def finished(rig: Rig, workers: Sequence[Child], figures: Figures, **seconds: fl
 
 
 def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: float) -> None:
-    """Make the open connections half-open for good; measure when that is noticed and when everything is sent."""
+    """Make all open connections half-open; measure the time until detection and until all is sent."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)
@@ -93,20 +93,20 @@ def dead_connections(proxied: Proxied, figures: Figures, server: str, limit: flo
 
 @by_server
 def test_dead_connections(server: str, proxied: Proxied, figures: Figures) -> None:
-    """Worker and beat detect it and reconnect, and everything that fell due in between is sent."""
+    """Worker and beat detect half-open connections and reconnect; all due follow-ups are sent."""
     dead_connections(proxied, figures, server, limit=5.0)
 
 
 @pytest.mark.faults_long
 @by_server
 def test_dead_connections_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
-    """With the default settings they notice within half a minute."""
+    """With the default settings, half-open connections are detected within half a minute."""
     proxied[0].options |= DEFAULTS
     dead_connections(proxied, figures, server, limit=30.0)
 
 
 def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> None:
-    """Silence a server on old and new connections, then let it continue, or break what was held back."""
+    """Silence a server on old and new connections, then let it continue, or break the stalled connections."""
     rig, proxies = proxied
     proxy = proxy_of(server, proxies)
     workers = working(rig)
@@ -128,20 +128,20 @@ def stalled(proxied: Proxied, figures: Figures, server: str, seconds: float) -> 
 
 @by_server
 def test_stalled(server: str, proxied: Proxied, figures: Figures) -> None:
-    """A server that is silent for a while costs the time of its silence and some seconds."""
+    """A server that is silent for a while delays follow-ups by the time of its silence plus a few seconds."""
     stalled(proxied, figures, server, seconds=4.0)
 
 
 @pytest.mark.faults_long
 @by_server
 def test_stalled_with_default_limits(server: str, proxied: Proxied, figures: Figures) -> None:
-    """The same holds for a minute, with the default settings."""
+    """With default settings, a server that is silent for a minute delays follow-ups by little more."""
     proxied[0].options |= DEFAULTS
     stalled(proxied, figures, server, seconds=60.0)
 
 
 def stopped_in_silence(proxied: Proxied, figures: Figures, silence: tuple[float, float]) -> None:
-    """Stop everything while the broker is silent, check that it ends, and continue with new processes."""
+    """Stop all processes while the broker is silent; check that they exit, then start new processes."""
     rig, (_, broker) = proxied
     workers = working(rig)
     broker.stall()
@@ -169,20 +169,20 @@ def test_stopped_while_the_broker_is_silent(proxied: Proxied, figures: Figures) 
 
 @pytest.mark.faults_long
 def test_stopped_while_the_broker_is_silent_for_long(proxied: Proxied, figures: Figures) -> None:
-    """The same holds with the default settings, within an orchestrator's grace period."""
+    """With default settings and a silent broker, SIGTERM ends workers within the grace period."""
     proxied[0].options |= DEFAULTS
     stopped_in_silence(proxied, figures, silence=(0, 40))
 
 
 def seconds_until_answered(api: web.Api) -> float:
-    """Return how long a request takes, whatever the answer is."""
+    """Return how long a request takes, whatever its status."""
     started = time.monotonic()
     assert api.client.get(FOLLOW_UPS, timeout=90).status_code in {200, 503}
     return time.monotonic() - started
 
 
 def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
-    """The API keeps accepting follow-ups without delay, and they are sent once the broker answers again."""
+    """While the broker is silent, the API accepts follow-ups without delay, and they are sent later."""
     rig, (_, broker) = proxied
     rig.start()
     api = rig.web()
@@ -202,7 +202,7 @@ def test_web_with_a_stalled_broker(proxied: Proxied, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_web_with_a_stalled_database(proxied: Proxied, figures: Figures) -> None:
-    """A silent database makes requests fail with 503 after a limit; once it answers, they succeed immediately."""
+    """While the database is silent, requests get 503 after a limit; later they succeed immediately."""
     rig, (database, _) = proxied
     api = rig.web()
     with api.client:

@@ -1,4 +1,4 @@
-"""A broker that is silent for barely longer than the limit and then continues: no connection is lost."""
+"""Tests with a broker that is silent for slightly longer than the limit: no connection is lost."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 PATIENCE = 1.5
-"""Seconds that a worker waits for an answer: half a lease."""
+"""The seconds that a worker waits for an answer: half a lease."""
 
 
 def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: int) -> None:
-    """Delay the broker under load, so that some commands time out and others don't."""
+    """Delay the broker's answers under load, so that some commands time out and others do not."""
     rig, (_, broker) = proxied
     (worker,) = rig.start()
     with Load(rig, 50, seconds=times * 3.0, spread=0.5) as load:
@@ -43,11 +43,11 @@ def hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures, times: in
 
 
 def test_hesitating(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """The worker keeps consuming, whichever of its commands timed out."""
+    """A worker keeps consuming, whichever of its commands to the broker timed out."""
     hesitating(proxied, figures, times=4)
 
 
 @pytest.mark.faults_long
 def test_hesitating_for_long(proxied: tuple[Rig, Sequence[Proxy]], figures: Figures) -> None:
-    """The same holds after many hesitations."""
+    """A worker keeps consuming after many delayed answers of the broker."""
     hesitating(proxied, figures, times=40)

@@ -1,6 +1,6 @@
-"""A worker killed at each step: another delivers its follow-ups within a lease and a tick, each once by key.
+"""Tests in which a worker is killed at each step: another takes over within a lease and a tick.
 
-The worker is one process (Celery's solo pool, fixed in its settings), so there is no child to kill separately.
+The worker is one process (Celery's solo pool, fixed in its settings), so there is no child process to kill separately.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 SLACK = 10.0
-"""Seconds beyond a lease and a tick, for a busy machine; the figure records the actual time."""
+"""The tolerance in seconds beyond a lease and a tick, for a busy machine."""
 
 POINTS = (
     "claim.before_commit",
@@ -31,11 +31,11 @@ POINTS = (
     "settle.committed",
 )
 BESIDE = {"claim.before_commit", "begin.before_commit", "begin.committed"}
-"""Steps that add little to their neighbours; only the long form has them."""
+"""Steps that only the long form tests, because they differ little from neighbouring steps."""
 
 
 def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
-    """Wait until all is sent, and check that it took no longer than a lease and a tick."""
+    """Wait until all follow-ups are sent, and check that this took no longer than a lease and a tick."""
     rig.settle_down(within=60)
     took = time.monotonic() - killed
     verdict = rig.verdict()
@@ -46,14 +46,14 @@ def recovered(rig: Rig, figures: Figures, point: str, killed: float) -> None:
 
 
 def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
-    """SIGKILL at a step loses nothing and doubles nothing; another worker takes over."""
+    """A worker killed with SIGKILL at any step loses and duplicates no message; another worker takes over."""
     workers = rig.start(workers=2, harmed=True)
     points = [point for point in POINTS if point not in BESIDE]
     for point in rig.rng.sample(points, len(points)):
         rig.bulk(100, spread=0.5)
         time.sleep(rig.rng.random() * 0.3)
         rig.failpoints.arm(point)
-        # If the burst ended early, add work during which to kill.
+        # If the burst ended before the kill, add more follow-ups.
         wait_until(lambda point=point: rig.failpoints.taken(point) or not rig.bulk(3, 0.2), within=30, every=0.25)
         wait_until(lambda workers=workers: any(not worker.running for worker in workers))
         recovered(rig, figures, point, time.monotonic())
@@ -61,9 +61,9 @@ def test_killed_at_each_step(rig: Rig, figures: Figures) -> None:
 
 
 def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
-    """A worker is killed with many calls in flight: each is recorded as lost and repeated under its key."""
+    """Calls in flight when their worker is killed are recorded as lost and repeated under their keys."""
     doomed, other = rig.start(workers=2)
-    other.signal(signal.SIGSTOP)  # so that the other worker has all the work
+    other.signal(signal.SIGSTOP)  # so that the other worker gets all follow-ups
     rig.behave(kind="slow", delay=0.3)
     rig.bulk(200, spread=0.3)
     wait_until(lambda: len(rig.received()) > rig.rng.randrange(20, 100))
@@ -80,7 +80,7 @@ def test_killed_in_mid_batch(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_killed_again_and_again(rig: Rig, figures: Figures) -> None:
-    """Workers are killed at random steps for minutes, and each is replaced: no message is lost or sent twice."""
+    """Workers killed at random steps for minutes, and replaced each time, lose and duplicate no message."""
     rig.start(workers=2, beats=2, harmed=True)
     for _ in range(30):
         rig.bulk(200, spread=2.0)

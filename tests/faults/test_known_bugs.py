@@ -1,4 +1,4 @@
-"""Bugs that systems like this one are known to have had, and the test of ours that each would turn red.
+"""Known bugs of similar systems, and for each the test that would fail if this service had it.
 
 | bug | test |
 | --- | --- |
@@ -6,11 +6,11 @@
 | a full-row save that brought a sent message back to pending (zulip#39521) | `test_stale_row_is_saved` |
 | delivered with a null message id (zulip#39103) | `test_sent_and_its_message_id_are_one` |
 | a follow-up after a human had taken over (automagik-dev/omni#667) | `test_taken_over_while_leased` |
-| a cancel that reached only the unclaimed (fazer-ai/agents#760) | `test_guards.py::pending and lease at begin` |
+| a cancel that reached only unclaimed messages (fazer-ai/agents#760) | `test_guards.py::pending and lease at begin` |
 | a timeout retried as if nothing had happened (camel-ai/camel#4280) | `test_dropped_answers.py` |
 | a deduplication key without a generation (omni) | `test_same_words_again` |
 | "not in the past" that refused the worker's own write (mattermost#28656) | `test_overdue_is_written_to` |
-| a look-back window that silently dropped what was older (chatwoot) | `test_older_than_anybody_looks_back` |
+| a look-back window that silently dropped older messages (chatwoot) | `test_older_than_anybody_looks_back` |
 | answers ping, consumes nothing (kombu#2492, celery#10205) | `test_broker_outage.py`, `test_hesitating_broker.py` |
 | shutdown in the middle of a commit (celery#10271) | `test_stopped_in_mid_commit` |
 """
@@ -50,17 +50,17 @@ if TYPE_CHECKING:
 
 
 def deliver(engine: Engine, settings: Settings, outcome: Outcome) -> None:
-    """Claim, begin and settle the one that is due."""
+    """Claim, begin and settle the due follow-up."""
     (begun,) = begin(engine, settings, claim(engine, settings).leases).begun
     settle(engine, settings, [Attempt(begun, outcome, timedelta(0), time.monotonic(), datetime.now(UTC))])
 
 
 def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) -> None:
-    """Writing a row that was read before it was sent is refused; the row stays sent."""
+    """Saving a row that was read before its follow-up was sent is refused; the row stays sent."""
     follow_up = world.follow_up()
     with Session(engine) as session:
         assert session.get_one(FollowUp, follow_up).status == "pending"
-        session.commit()  # the object keeps the old value, as a cached one would
+        session.commit()  # the object keeps the old value, like a cached object
         deliver(engine, settings, Sent(None))
         with pytest.raises(AlreadyFinishedError):
             amend(session, follow_up, {"message": "Hello?"})
@@ -69,7 +69,7 @@ def test_stale_row_is_saved(world: World, engine: Engine, settings: Settings) ->
 
 
 def test_sent_and_its_message_id_are_one(world: World, engine: Engine, settings: Settings) -> None:
-    """The id that the transport gave is written with the status, in one statement: never one without the other."""
+    """The status `sent` and the transport's message id are always written together, in one statement."""
     follow_up, message_id = world.follow_up(), uuid4()
     deliver(engine, settings, Sent(message_id))
     row = world.row(follow_up)
@@ -81,7 +81,7 @@ def test_sent_and_its_message_id_are_one(world: World, engine: Engine, settings:
 
 
 def test_taken_over_while_leased(world: World, engine: Engine, settings: Settings) -> None:
-    """After a human's message nothing begins, be its hint on its way or its next attempt waiting."""
+    """After an operator's message no attempt begins, neither from a queued hint nor as a retry."""
     chat = world.chat()
     leased, tried = world.follow_up(chat), world.follow_up(world.chat())
     hints = claim(engine, settings).leases
@@ -94,7 +94,7 @@ def test_taken_over_while_leased(world: World, engine: Engine, settings: Setting
 
 
 def test_same_words_again(rig: Rig, figures: Figures) -> None:
-    """The same words in the same chat, twice: two follow-ups, two keys, both accepted where keys are deduplicated."""
+    """Two follow-ups with the same text in one chat have two keys, and a deduplicating chat accepts both."""
     rig.start()
     rig.bulk(20, spread=0.5, per_chat=4)
     rig.settle_down(within=60)
@@ -117,7 +117,7 @@ def test_overdue_is_written_to(world: World, engine: Engine, settings: Settings)
 
 
 def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: Settings) -> None:
-    """However long ago it fell due, it is claimed, and ends with a reason that says why it was not sent."""
+    """A follow-up that fell due long ago is claimed, and ends with a reason that explains its failure."""
     follow_up = world.follow_up(due=-timedelta(days=3000), scheduled_at=text("now() - interval '3000 days'"))
     low_water = claim(engine, settings.model_copy(update={"max_in_flight": 1})).low_water
     world.expire(follow_up)
@@ -126,7 +126,7 @@ def test_older_than_anybody_looks_back(world: World, engine: Engine, settings: S
 
 
 def test_cancel_reaches_what_is_claimed(world: World, engine: Engine, settings: Settings) -> None:
-    """A cancel ends what a tick has claimed, and its hint finds nothing."""
+    """A cancel also ends a claimed follow-up, so that its hint has no effect."""
     follow_up = world.follow_up()
     hints = claim(engine, settings).leases
     with Session(engine) as session, session.begin():
@@ -136,7 +136,7 @@ def test_cancel_reaches_what_is_claimed(world: World, engine: Engine, settings: 
 
 
 def test_stopped_in_mid_commit(rig: Rig, figures: Figures) -> None:
-    """SIGTERM while a settle is under way lets it commit: nothing is sent again, and the worker ends in order."""
+    """SIGTERM during a settle lets it commit: the worker exits cleanly, and no message is sent again."""
     rig.options |= {"FOLLOWUPS_LEASE": "60", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     rig.beat()
     rig.sandbox()

@@ -1,4 +1,4 @@
-"""Cancel and schedule in one transaction, beside replies to the chats: no reply is lost to a deadlock."""
+"""Tests that cancel and schedule in one transaction during replies: no reply is lost to a deadlock."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 CLIENTS = 4
-"""Threads of each side."""
+"""The number of threads that replace follow-ups, and of threads that send replies."""
 DELAY = 0.01
-"""Longest pause, in seconds, before each side begins and between cancel and schedule."""
+"""The longest pause, in seconds, before each thread begins and between cancel and schedule."""
 
 
 def replace_one(rig: Rig, follow_up: UUID, chat_id: UUID, delays: Sequence[float]) -> str:
@@ -82,11 +82,11 @@ def replace_beside_replies(rig: Rig, figures: Figures, pairs: int) -> None:
 
 
 def test_replace_beside_replies(rig: Rig, figures: Figures) -> None:
-    """A caller may cancel and schedule in one transaction while the user replies: neither is lost."""
+    """A transaction that cancels and schedules and a concurrent user's reply both take effect."""
     replace_beside_replies(rig, figures, pairs=150)
 
 
 @pytest.mark.faults_long
 def test_replace_beside_many_replies(rig: Rig, figures: Figures) -> None:
-    """The same is true of five thousand chats."""
+    """In five thousand chats, cancel-and-schedule transactions and concurrent replies all take effect."""
     replace_beside_replies(rig, figures, pairs=5_000)

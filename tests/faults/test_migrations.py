@@ -1,4 +1,4 @@
-"""Migrations beside transactions that do not end: other transactions continue, and an error names the blocker."""
+"""Tests of migrations during endless transactions: others continue, and an error names the blocker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from world import World
 
 LONGEST_WAIT = 3.0
-"""Seconds by which a migration may delay any other transaction."""
+"""The longest time in seconds for which a migration may delay any other transaction."""
 
 REVISIONS = [one.revision for one in ScriptDirectory.from_config(alembic_config()).walk_revisions()][::-1]
 OLD = REVISIONS[:-1]
@@ -34,7 +34,7 @@ READER = """
 WRITER = "UPDATE follow_ups SET updated_at = now(); UPDATE chats SET external_id = 'x'"
 
 LAST_IN_CONFLICT = {READER: "0012", WRITER: "0010"}
-"""The newest version from which a migration conflicts with the transaction. Later ones only add tables."""
+"""The newest version from which a migration conflicts with the transaction; later ones add tables."""
 REFUSAL = "A table is in use by a long transaction: end it (followups doctor names it), and migrate again."
 
 SHORT = (
@@ -46,7 +46,7 @@ SHORT = (
 
 
 class Others(threading.Thread):
-    """Other transactions: short ones, in sequence, that read the tables that a migration changes."""
+    """Other transactions: short and sequential reads of the tables that a migration changes."""
 
     def __init__(self, url: str, holder: str) -> None:
         super().__init__(daemon=True)
@@ -76,7 +76,7 @@ class Others(threading.Thread):
 
 
 def attempt(url: str, errors: list[Exception], patience: float) -> None:
-    """Migrate and collect the error."""
+    """Run the migration and store its error."""
     try:
         migrate(url, patience=patience)
     except FollowUpsError as error:
@@ -103,7 +103,7 @@ def beside(url: str, holder: str, patience: float, refusals: list[str]) -> Other
 def from_old_versions(
     world: World, engine: Engine, figures: Figures, cases: Sequence[tuple[str, str]], patience: float
 ) -> None:
-    """Migrate from each version beside a blocking transaction, then to the newest once that has ended."""
+    """Migrate from each version while a transaction blocks it, then to the newest once that has ended."""
     url = engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
     world.follow_up()
     longest = 0.0
@@ -122,13 +122,13 @@ def from_old_versions(
 
 @pytest.mark.parametrize("version", OLD)
 def test_beside_an_idle_reader(world: World, engine: Engine, figures: Figures, version: str) -> None:
-    """From each old version beside an idle reader, others wait under 3 s, and an error names what to end."""
+    """With an idle reader, a migration delays others under 3 s, and its error names the reader."""
     from_old_versions(world, engine, figures, [(version, READER)], patience=1)
 
 
 @pytest.mark.parametrize("table", ["follow_ups", "chats", "sending_hours"])
 def test_beside_a_reader_of_one_table(world: World, engine: Engine, figures: Figures, table: str) -> None:
-    """Whichever table is in use, and whichever step meets its reader, other transactions wait under 3 s."""
+    """A migration delays others under 3 s, whichever table is read and whichever step it blocks."""
     from_old_versions(world, engine, figures, [("0008", f"TABLE {table}")], patience=1)
 
 
@@ -141,7 +141,7 @@ def test_an_index_beside_a_writer(world: World, engine: Engine, figures: Figures
 def test_beside_readers_and_writers_for_long(
     world: World, engine: Engine, figures: Figures, many_rows: Callable[[], None]
 ) -> None:
-    """The same holds for 50,000 rows, beside readers and writers, with many tries."""
+    """A migration of 50,000 rows with many retries delays concurrent readers and writers under 3 s."""
     many_rows()
     cases = [(version, holder) for version in OLD for holder in (READER, WRITER)]
     from_old_versions(world, engine, figures, cases, patience=20)
@@ -149,7 +149,7 @@ def test_beside_readers_and_writers_for_long(
 
 @pytest.fixture
 def many_rows(world: World) -> Callable[[], None]:
-    """Return a function that fills the database."""
+    """Return a function that fills the database with many rows."""
 
     def fill() -> None:
         chat = world.chat()

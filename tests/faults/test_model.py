@@ -1,4 +1,4 @@
-"""The protocol as a small state space, explored completely: every order of events, every crash."""
+"""Tests that explore the protocol as a small state space: every order of events, every crash."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_complete_protocol() -> None:
 @pytest.mark.faults_long
 @pytest.mark.parametrize("deduplicates", [True, False])
 def test_complete_protocol_with_three_claims(deduplicates: bool) -> None:  # noqa: FBT001 - a parameter of a test
-    """The same with three claims of each follow-up."""
+    """With three claims of each follow-up, no order of events breaks a promise."""
     completely(Protocol(deduplicates=deduplicates, most_claims=3))
 
 
@@ -42,7 +42,7 @@ def completely(protocol: Protocol) -> None:
         ({"begun at cancel"}, True, "no lie"),
         ({"chat lock"}, True, "a reply stops what is not in flight"),
         ({"order at begin"}, True, "order within a chat"),
-        # One guard of each pair is enough; the store has both.
+        # Either guard of a pair is enough; the store has both.
         ({"pending at begin", "lease at begin"}, True, "nothing after its cancel"),
         ({"pending at settle", "begun at settle"}, True, "final states never change"),
     ],

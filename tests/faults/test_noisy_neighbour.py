@@ -1,4 +1,4 @@
-"""A workspace with a hundred times the load of the others, or with a backlog, does not delay the others."""
+"""Tests in which one workspace has a hundred times the load, or a backlog, and delays no other."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 def quiet(rig: Rig, worlds: list[World], each: int, spread: float, notice: timedelta = NOTICE) -> list[UUID]:
-    """Add ``each`` follow-ups to every other workspace."""
+    """Add ``each`` follow-ups to every workspace except the noisy one."""
     return [id_ for world in worlds for id_ in punctual(rig, each, spread, world, notice)]
 
 
 def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: float) -> None:
-    """Measure five workspaces with ``each`` follow-ups, alone and beside one that has a hundred times as many.
+    """Measure five workspaces with ``each`` follow-ups, alone and next to one with a hundred times more.
 
-    All of these are inserted within ``seconds`` before the first falls due.
+    All follow-ups are inserted within the last ``seconds`` before the first falls due.
     """
     notice = timedelta(seconds=seconds)
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
@@ -54,31 +54,31 @@ def neighbour(rig: Rig, figures: Figures, each: int, spread: float, seconds: flo
 
 
 def test_noisy_neighbour(rig: Rig, figures: Figures) -> None:
-    """Every other workspace's follow-ups are sent beside a neighbour with a hundred times the load."""
+    """All other workspaces' follow-ups are sent while one workspace has a hundred times the load."""
     neighbour(rig, figures, each=15, spread=2.0, seconds=1.5)
 
 
 @pytest.mark.faults_long
 def test_noisy_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """The same for a minute, with a neighbour that adds five hundred a second."""
+    """Other workspaces' follow-ups are sent while one workspace adds five hundred per second for a minute."""
     neighbour(rig, figures, each=300, spread=60.0, seconds=45.0)
 
 
 class Seen(NamedTuple):
-    """The results of the other workspaces beside a backlog."""
+    """The measured results of the other workspaces during a backlog."""
 
     verdict: Verdict
     alone: list[UUID]
     beside: list[UUID]
     noise: list[UUID]
     left: int
-    """The share of the backlog still pending when the others' last follow-up was sent."""
+    """The share of the backlog still pending when the other workspaces' last follow-up was sent."""
 
 
 def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0) -> Seen:
-    """Let five workspaces have ``each`` fall due within ``spread`` seconds, alone and beside an overdue backlog.
+    """Let ``each`` follow-ups of five workspaces fall due in ``spread`` seconds, without and with a backlog.
 
-    Every call takes ``call`` seconds at least.
+    Every call takes at least ``call`` seconds.
     """
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "60"}
     rig.start()
@@ -98,7 +98,7 @@ def backlog(rig: Rig, overdue: int, each: int, spread: float, call: float = 0.0)
 
 
 def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
-    """Record the figures of a backlog, and check that everything was sent."""
+    """Record the figures of a backlog, and check that all follow-ups were sent."""
     figures.keep(
         19,
         seen.verdict,
@@ -112,7 +112,7 @@ def keep_backlog(rig: Rig, figures: Figures, seen: Seen) -> None:
 
 
 def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
-    """Follow-ups beside a backlog that fills the window and all slots are sent before most of the backlog."""
+    """Other workspaces' follow-ups are sent before most of a backlog that fills all slots."""
     rig.options |= {"FOLLOWUPS_MAX_IN_FLIGHT": "200", "FOLLOWUPS_CONCURRENCY": "8"}
     seen = backlog(rig, overdue=3000, each=5, spread=1.5, call=0.02)
     keep_backlog(rig, figures, seen)
@@ -121,6 +121,6 @@ def test_backlog_of_a_neighbour(rig: Rig, figures: Figures) -> None:
 
 @pytest.mark.faults_long
 def test_backlog_of_a_neighbour_for_long(rig: Rig, figures: Figures) -> None:
-    """The same holds for a minute, with fifty thousand overdue at once and default settings."""
+    """Other workspaces' follow-ups are not delayed by fifty thousand overdue ones, with default settings."""
     seen = backlog(rig, overdue=50_000, each=300, spread=60.0)
     keep_backlog(rig, figures, seen)

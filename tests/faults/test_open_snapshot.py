@@ -1,4 +1,4 @@
-"""A snapshot held open under load: nothing can be vacuumed, and sending continues."""
+"""Tests with an open snapshot under load: dead rows cannot be vacuumed, but sending continues."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DEAD = "SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'"
 
 @contextmanager
 def snapshot(rig: Rig) -> Iterator[Callable[[], int]]:
-    """Hold a snapshot open; yield a function that counts the sent follow-ups it sees.
+    """Keep a snapshot open; yield a function that counts the sent follow-ups visible in the snapshot.
 
-    It stands for a dump or a report, since our own idle transactions are ended.
+    It represents a dump or a report, because the service's own idle transactions are ended.
     """
     with psycopg.connect(rig.settings.database_url.get_secret_value()) as connection:
         connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
@@ -49,8 +49,9 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
             load.wait()
         rig.settle_down(within=60)
         ended = datetime.now(UTC)
-        dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)  # counted a little later
-        assert sent_then() == 0  # it was open throughout
+        # PostgreSQL's statistics are updated a little later
+        dead = wait_until(lambda: rig.world.scalar(DEAD), within=60, every=0.5)
+        assert sent_then() == 0  # the snapshot was open throughout
     part = (ended - began) / 6
     some = len(load.ids) // 6
     verdict = rig.verdict()
@@ -68,11 +69,11 @@ def under_snapshot(rig: Rig, figures: Figures, rate: float, seconds: float) -> N
 
 
 def test_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """Some seconds of load under an open snapshot are sent, each once."""
+    """With a snapshot open, all follow-ups of a few seconds of load are sent, each once."""
     under_snapshot(rig, figures, rate=100, seconds=5)
 
 
 @pytest.mark.faults_long
 def test_long_open_snapshot(rig: Rig, figures: Figures) -> None:
-    """A quarter of an hour of load under an open snapshot is sent, each once."""
+    """With a snapshot open, all follow-ups of a quarter of an hour of load are sent, each once."""
     under_snapshot(rig, figures, rate=40, seconds=900)

@@ -1,4 +1,4 @@
-"""A poison pill that kills its worker is quarantined, and its neighbours are sent."""
+"""Tests of a poison pill that kills its worker: it is quarantined, and other follow-ups are sent."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, delay: float = 0.0) -> None:
-    """Let one of many kill each worker that sends it, and replace the dead as a supervisor would."""
+    """Let one follow-up kill each worker that sends it, and replace the workers like a supervisor."""
     rig.start(workers=1, beats=1, harmed=True)
     if delay:
         rig.behave(kind="slow", delay=delay)
@@ -46,17 +46,17 @@ def poisoned(rig: Rig, figures: Figures, neighbours: int, spread: float = 2.0, d
 
 
 def test_poison_in_a_crowd(rig: Rig, figures: Figures) -> None:
-    """Slow answers keep all its neighbours in flight beside it when it kills; few of them are lost a second time."""
+    """A poison pill kills workers with many slow calls in flight; few of these are lost twice."""
     rig.options |= {"FOLLOWUPS_LEASE": "6", "FOLLOWUPS_TRANSPORT_TIMEOUT": "4"}
     poisoned(rig, figures, neighbours=60, spread=0.0, delay=1.0)
 
 
 def test_poison(rig: Rig, figures: Figures) -> None:
-    """After three deaths it fails as worker_lost, and every neighbour was sent, also those in flight beside it."""
+    """After three worker deaths a poison pill fails as worker_lost, and all other follow-ups are sent."""
     poisoned(rig, figures, neighbours=60)
 
 
 @pytest.mark.faults_long
 def test_poison_among_many(rig: Rig, figures: Figures) -> None:
-    """The same among two thousand neighbours."""
+    """One poison pill among two thousand follow-ups fails as worker_lost, and all others are sent."""
     poisoned(rig, figures, neighbours=2000)

@@ -1,4 +1,4 @@
-"""Races of cancel and deliver, and of reply and create: both sides see the same result."""
+"""Tests of races of cancel and deliver, and of reply and create: both clients see the same result."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 CLIENTS = 8
 NEAR = 0.03
-"""Seconds around the due time at which cancels are aimed; begin comes 15 ms before it."""
+"""The seconds around the due time at which cancels are sent; begin happens 15 ms before the due time."""
 
 
 def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float) -> None:
-    """Cancel each follow-up right at its due moment."""
+    """Cancel each follow-up close to its due moment."""
     rig.start(workers=2)
     api = rig.web()
     ids = rig.bulk(pairs, spread)
@@ -50,7 +50,7 @@ def cancel_against_deliver(rig: Rig, figures: Figures, pairs: int, spread: float
 
 
 def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
-    """Send a user's reply and a create request for the same chat at the same time, then deliver what is due."""
+    """Send a reply and a create request for the same chat concurrently, then deliver due follow-ups."""
     api = rig.web()
     chats = [str(uuid4()) for _ in range(pairs)]
     for chat_id in chats:
@@ -76,28 +76,28 @@ def reply_against_create(rig: Rig, figures: Figures, pairs: int) -> None:
     for row in rig.world.rows():
         full = rig.world.row(row.id)
         outcomes[f"201 {full.status} {full.reason}"] += 1
-    # No worker ran until both requests were answered, so the new follow-up was cancelled or refused.
+    # No worker ran until both requests were answered, so the new follow-up must have been cancelled or refused.
     assert outcomes.keys() <= {"409", "201 cancelled user_replied"}
     figures.keep(16, verdict, reply_against_create=dict(outcomes))
 
 
 def test_cancel_against_deliver(rig: Rig, figures: Figures) -> None:
-    """After a cancel answered with 200 nothing is sent; after a 409 the message is sent."""
+    """After a cancel answered with 200 the message is never sent; after a 409 it is sent."""
     cancel_against_deliver(rig, figures, pairs=200, spread=4.0)
 
 
 def test_reply_against_create(rig: Rig, figures: Figures) -> None:
-    """A follow-up cannot be created behind the reply that should have stopped it."""
+    """A follow-up cannot be created after the reply that should have prevented it."""
     reply_against_create(rig, figures, pairs=100)
 
 
 @pytest.mark.faults_long
 def test_many_cancels_against_deliver(rig: Rig, figures: Figures) -> None:
-    """The same holds for ten thousand."""
+    """For ten thousand cancels near the due moment, 200 means not sent and 409 means sent."""
     cancel_against_deliver(rig, figures, pairs=10_000, spread=150.0)
 
 
 @pytest.mark.faults_long
 def test_many_replies_against_create(rig: Rig, figures: Figures) -> None:
-    """The same holds for ten thousand."""
+    """In ten thousand races, no follow-up is created after the reply that should have prevented it."""
     reply_against_create(rig, figures, pairs=10_000)

@@ -1,4 +1,4 @@
-"""Rate limits with real workers while Redis is wiped: every promise and the rate are kept."""
+"""Tests of rate limits with real workers while Redis is wiped: all promises and the limit are kept."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""Follow-ups that began without asking Redis: a stalled machine looks like an unreachable Redis."""
+"""Counts follow-ups begun without consulting Redis; a stalled machine looks like a Redis outage."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:
-    """Each wipe of Redis allows another burst; no message is lost, sent twice or retried, and the rate holds."""
+    """Each wipe of Redis allows one more burst; no message is lost or doubled, and the rate limit holds."""
     with rig.world.engine.begin() as connection:
         rate_limits.put(connection, LimitScope(rig.world.workspace_id, None, "all"), RATE, BURST)
     rig.start(workers=2)
@@ -42,4 +42,4 @@ def test_wiped_while_they_wait(rig: Rig) -> None:
     free = (1 + WIPED) * BURST + float(rig.world.scalar(LET_THROUGH))
     for number, moment in enumerate(accepted, start=1):
         assert number <= free + RATE * (moment - started).total_seconds()
-    wait_until(lambda: any(line["count"] for line in rig.events("limited")))  # logged every five seconds
+    wait_until(lambda: any(line["count"] for line in rig.events("limited")))  # the event is logged every five seconds

@@ -1,4 +1,4 @@
-"""A receiver that fails, limits the rate, or is unreachable: its chats are retried, but not all at once."""
+"""Tests with a receiver that fails, limits the rate or is unreachable: retries are spread over time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from faults.rig import Rig
 
 STATUSES = (500, 502, 503, 504, 408, 425)
-"""Failures that pass."""
+"""Status codes of temporary failures."""
 PATIENT = {
     "FOLLOWUPS_TRANSPORT_TIMEOUT": "20",
     "FOLLOWUPS_LEASE": "40",
@@ -31,19 +31,19 @@ PATIENT = {
     "FOLLOWUPS_RETRY_CAP": "2",
     "FOLLOWUPS_MAX_ATTEMPTS": "200",
 }
-"""Settings with which a slow machine does not look like a failing receiver, and attempts outlast an outage."""
+"""Settings for a slow machine, with which attempts outlast an outage and delays count as no failure."""
 WINDOWS = {"100_ms": 0.1, "1_s": 1.0}
-"""Lengths of the windows in which requests are counted, in seconds."""
+"""The lengths, in seconds, of the windows in which requests are counted."""
 
 
 def histogram(rig: Rig, ids: Sequence[UUID]) -> dict[int, int]:
-    """Return how many were sent, by number of attempts."""
+    """Return how many follow-ups were sent, by number of attempts."""
     query = "SELECT attempts, count(*) FROM follow_ups WHERE id = ANY(:ids) AND status = 'sent' GROUP BY 1 ORDER BY 1"
     return dict(tuple(row) for row in rows_of(rig, query, ids=list(ids)))
 
 
 def herd(requests: Collection[Mapping[str, Any]], since: float) -> dict[str, float]:
-    """Return the peak number of requests in a tenth of a second and in a second after a time, and the means."""
+    """Return peak and mean numbers of requests in a tenth of a second and in a second, after a given time."""
     times = sorted(one["receivedMonotonic"] for one in requests if one["receivedMonotonic"] >= since)
     found: dict[str, float] = {}
     for name, window in WINDOWS.items():
@@ -73,13 +73,13 @@ def some_fail(rig: Rig, figures: Figures, count: int) -> None:
 
 
 def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
-    """Answer everything with 429 and Retry-After 1 for some seconds, then accept everything."""
+    """Answer every request with 429 and Retry-After 1 for some seconds, then accept all."""
     rig.options |= PATIENT
     rig.start()
     rig.behave(kind="rate_limit", retry_after=1)
     rig.bulk(count, spread=0.5)
     time.sleep(seconds)
-    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each was retried about once
+    wait_until(lambda: len(rig.received()) >= count * 2, within=60, every=0.5)  # each follow-up was retried about once
     calm = time.monotonic()
     rig.behave(kind="accept")
     rig.settle_down(within=60 + count / 50)
@@ -96,11 +96,11 @@ def storm(rig: Rig, figures: Figures, count: int, seconds: float) -> None:
         **herd(requests, calm),
     )
     assert used == 0
-    assert least_pause(refused) > 0.95  # the receiver's own Retry-After, measured by the receiver
+    assert least_pause(refused) > 0.95  # the receiver's own Retry-After of one second, as measured by the receiver
 
 
 def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
-    """Return the shortest time between two requests for one follow-up."""
+    """Return the shortest time between two requests for the same follow-up."""
     by_id: dict[str, list[float]] = {}
     for one in refused:
         by_id.setdefault(one["followUpId"], []).append(one["receivedMonotonic"])
@@ -108,13 +108,14 @@ def least_pause(refused: Collection[Mapping[str, Any]]) -> float:
 
 
 def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
-    """Refuse connections for some seconds under load, then listen again at the same port."""
+    """Refuse connections for some seconds under load, then listen again on the same port."""
     rig.options |= PATIENT
     rig.start()
     sandbox = next(child for child in rig.processes.children if child.command.name == "sandbox")
     with Load(rig, rate, seconds + 2, spread=0.5) as load:
         time.sleep(0.5 + rig.rng.random() / 2)
-        rig.behave(kind="fail", status=500)  # it accepts nothing from here on, so the set of accepted ones is known
+        # the receiver accepts nothing from now on, so the set of accepted follow-ups is known
+        rig.behave(kind="fail", status=500)
         before = rig.received()
         sandbox.stop()
         time.sleep(seconds)
@@ -139,7 +140,7 @@ def outage(rig: Rig, figures: Figures, rate: float, seconds: float) -> None:
 
 
 def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> int:
-    """Fail every chat for some seconds under load, then accept everything; return the number of failures.
+    """Fail every chat for some seconds under load, then accept all; return the number of failures.
 
     ``limit`` is a rate limit for all deliveries, per second.
     """
@@ -176,31 +177,31 @@ def away(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | N
 
 
 def left_alone(rig: Rig, figures: Figures, rate: float, seconds: float, limit: int | None = None) -> None:
-    """Check that an outage uses up one attempt of a few follow-ups, and no last attempt."""
+    """Check that an outage uses up one attempt of a few follow-ups, but no follow-up's last attempt."""
     failed = away(rig, figures, rate, seconds, limit)
     assert rig.world.scalar("SELECT count(*) FROM follow_ups WHERE status <> 'sent'") == 0
     assert [line["state"] for line in rig.events("breaker")][:2] == ["open", "probing"]
-    # Failures before it opened, attempts in flight at that time, and three for each probe.
+    # Failures before the breaker opened, attempts in flight at that time, and three for each probe.
     assert failed <= int(rig.options["FOLLOWUPS_BREAKER_FAILURES"]) + 100 + 3 * (4 + seconds / 15)
 
 
 def test_some_fail(rig: Rig, figures: Figures) -> None:
-    """Where 1 %, 10 % or 50 % of the chats fail once, those take two attempts and the others one."""
+    """If 1 %, 10 % or 50 % of the chats fail once, their follow-ups need two attempts and all others one."""
     some_fail(rig, figures, count=200)
 
 
 def test_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """While the receiver limits the rate, no retry comes earlier than it asked, and no attempt is used up."""
+    """While the receiver limits the rate, no retry arrives too early, and no attempt is used up."""
     storm(rig, figures, count=200, seconds=1)
 
 
 def test_outage(rig: Rig, figures: Figures) -> None:
-    """A receiver that was unreachable receives everything once it is back, each once, and not all in one burst."""
+    """A receiver that was unreachable gets every message once when it is back, and not all in one burst."""
     outage(rig, figures, rate=60, seconds=2)
 
 
 def test_left_alone(rig: Rig, figures: Figures) -> None:
-    """While a chat server fails for everyone the breaker is open, and no follow-up runs out of attempts."""
+    """While the transport fails for all workspaces, the breaker is open and no attempts are exhausted."""
     rig.options |= PATIENT | {"FOLLOWUPS_BREAKER_FAILURES": "20", "FOLLOWUPS_MAX_ATTEMPTS": "8"}
     left_alone(rig, figures, rate=120, seconds=4)
 
@@ -214,36 +215,36 @@ AS_THEY_COME = {
     "FOLLOWUPS_MAX_ATTEMPTS": "8",
     "FOLLOWUPS_BREAKER_FAILURES": "50",
 }
-"""The defaults of the settings that matter here."""
+"""The default values of the settings that matter in this test."""
 
 
 @pytest.mark.faults_long
 def test_left_alone_for_long(rig: Rig, figures: Figures) -> None:
-    """The same for two minutes with the default settings; afterwards the rate limit holds."""
+    """In a two-minute outage with default settings no attempts are exhausted; then the rate limit holds."""
     rig.options |= AS_THEY_COME
     left_alone(rig, figures, rate=100, seconds=120, limit=300)
 
 
 @pytest.mark.faults_long
 def test_not_left_alone(rig: Rig, figures: Figures) -> None:
-    """What the same outage costs without a breaker, for comparison."""
+    """An outage without a breaker uses up many attempts; the figures serve for comparison."""
     rig.options |= AS_THEY_COME | {"FOLLOWUPS_BREAKER_FAILURES": "0", "FOLLOWUPS_RETRY_CAP": "60"}
     assert away(rig, figures, rate=100, seconds=120, limit=300) > 1_000
 
 
 @pytest.mark.faults_long
 def test_some_fail_of_many(rig: Rig, figures: Figures) -> None:
-    """The same with thousands of chats."""
+    """If some of thousands of chats fail once, their follow-ups need two attempts and all others one."""
     some_fail(rig, figures, count=5_000)
 
 
 @pytest.mark.faults_long
 def test_long_storm_of_429(rig: Rig, figures: Figures) -> None:
-    """The same with thousands of chats for half a minute."""
+    """In half a minute of 429 answers to thousands of chats, no retry is early and no attempt is used up."""
     storm(rig, figures, count=3_000, seconds=30)
 
 
 @pytest.mark.faults_long
 def test_long_outage(rig: Rig, figures: Figures) -> None:
-    """The same for a minute, at a hundred follow-ups a second."""
+    """After a one-minute outage at a hundred follow-ups per second, the receiver gets every message once."""
     outage(rig, figures, rate=100, seconds=60)

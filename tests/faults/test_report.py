@@ -1,4 +1,4 @@
-"""The results page keeps the results of tests that were not run again, with their date and broken promises."""
+"""Tests of the results page: it keeps the date and the broken promises of tests that were not rerun."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from faults.run import report
 
 
 def run(test: str, form: str, *, at: str = "2026-01-31 09:00", **broken: int) -> list[dict[str, Any]]:
-    """Return the lines that a run of one test leaves."""
+    """Return the lines that a run of one test records."""
     figures = {"fault": 6, "form": form, "test": test, "seed": 7, "figures": {"recovery_s": 1.5}, "at": at}
     whole = {"fault": 0, "form": form, "test": "", "seed": 7, "figures": {}, "passed": not broken}
     return [figures | {"broken": broken}, whole]
 
 
 def test_what_an_earlier_run_broke_is_still_said() -> None:
-    """A long form taken from earlier results still counts as broken, until it is run again."""
+    """A long form whose earlier result broke a promise still counts as broken, until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "Promises broken, in all of them: {'in earlier runs': 2}" in second
@@ -24,7 +24,7 @@ def test_what_an_earlier_run_broke_is_still_said() -> None:
 
 
 def test_each_row_has_the_date_of_its_run() -> None:
-    """A row's date is when its test ran, and stays when the row is kept."""
+    """The date of a row is the time of its test's run, and is preserved when the row is kept."""
     first = report(run("one", "long"), "")
     assert "| recovery s 1.5 | 2026-01-31 09:00 |" in first
     second = report([*run("two", "long", at="2026-02-01 10:00"), *run("three", "short")], first)
@@ -37,7 +37,7 @@ def test_each_row_has_the_date_of_its_run() -> None:
 
 
 def test_long_forms_alone_leave_the_short_ones() -> None:
-    """A run of the long forms alone keeps the table of the short ones and their seeds."""
+    """A run of only the long forms keeps the table of the short forms and their seeds."""
     first = report([*run("one", "short", lost=1), *run("two", "long")], "")
     second = report(run("two", "long"), first)
     assert "- Short forms: seeds 7; whole runs by this program: 1, passed: 0" in second

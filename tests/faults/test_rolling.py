@@ -1,4 +1,4 @@
-"""Every process is stopped and replaced under load, one after the other, as in an upgrade."""
+"""Tests in which all processes are replaced under load, one after the other, as in an upgrade."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def rolled(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
-    """Replace workers, beats and web under load, inserted directly and through the API."""
+    """Replace workers, beats and web while follow-ups are added directly and through the API."""
     workers = rig.start(workers=2)
     beats = [rig.beat(), rig.beat()]
     rig.behave(kind="slow", delay=0.1)
@@ -46,23 +46,23 @@ def rolled(rig: Rig, figures: Figures, rounds: int, rate: float) -> None:
 
 
 def ended(child: Child) -> float:
-    """Stop a process; return the seconds that it took."""
+    """Stop a process; return the seconds that it took to exit."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=60)
-    # uvicorn ends by the signal it received, after an orderly shutdown.
+    # After an orderly shutdown, uvicorn exits by the signal that it received.
     assert child.exit_code in {0, -signal.SIGTERM}, child.tail()
     return time.monotonic() - asked
 
 
 def test_rolling_restart(rig: Rig, figures: Figures) -> None:
-    """No message is lost or sent twice, no attempt is wasted, and each worker drains within seconds."""
+    """A rolling restart loses and repeats no message, wastes no attempt, and drains workers in seconds."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     rolled(rig, figures, rounds=1, rate=60)
 
 
 @pytest.mark.faults_long
 def test_rolling_restarts(rig: Rig, figures: Figures) -> None:
-    """The same holds for ten upgrades in a row."""
+    """Ten rolling restarts in a row lose and duplicate no message, and waste no attempt."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
     rolled(rig, figures, rounds=10, rate=60)

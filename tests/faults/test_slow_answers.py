@@ -1,4 +1,4 @@
-"""One chat in a hundred answers late: the other ninety-nine do not wait for it."""
+"""Tests with one chat in a hundred that answers late: the other ninety-nine are not delayed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
-    """Release these follow-ups; return the seconds until 99 % were received and until the last was recorded."""
+    """Release these follow-ups; return the seconds until 99 % were received and until all were recorded."""
     released = time.monotonic()
     rig.release(ids)
     rig.settle_down(within=120 + len(ids) / 50)
@@ -30,7 +30,7 @@ def received_within(rig: Rig, ids: Sequence[UUID]) -> tuple[float, float]:
 
 
 def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
-    """Deliver ``count`` with all chats fast, then as many with 1 % of them slow."""
+    """Deliver ``count`` follow-ups with all chats fast, then as many with 1 % of the chats slow."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "30", "FOLLOWUPS_LEASE": "60"}
     rig.start()
     quick, _ = received_within(rig, rig.held(count))
@@ -50,15 +50,15 @@ def slow_answers(rig: Rig, figures: Figures, count: int, delay: float) -> None:
         per_s_with_slow=round(count * 0.99 / with_slow),
     )
     assert verdict.ended == {"sent": 2 * count}
-    assert settled > delay  # the slow ones did answer late
+    assert settled > delay  # the slow chats did answer late
 
 
 def test_slow_answers(rig: Rig, figures: Figures) -> None:
-    """With 1 % of the answers after a second everything is sent once."""
+    """If 1 % of the answers take a second, all follow-ups are sent once, and 99 % are not delayed."""
     slow_answers(rig, figures, count=1_000, delay=1.0)
 
 
 @pytest.mark.faults_long
 def test_very_slow_answers(rig: Rig, figures: Figures) -> None:
-    """With 1 % of the answers after five seconds many thousands are sent once."""
+    """If 1 % of the answers take five seconds, many thousands of follow-ups are sent once."""
     slow_answers(rig, figures, count=20_000, delay=5.0)

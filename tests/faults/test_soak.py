@@ -1,4 +1,4 @@
-"""Long load: memory, lag and dead tuples stay flat while some chats fail, callers cancel and users reply."""
+"""Tests of long load: memory, lag and dead tuples stay constant despite failures, cancels and replies."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from web import Api
 
 SECONDS = "FOLLOWUPS_TEST_SOAK"
-"""How long the long form takes."""
+"""The duration of the long form, in seconds."""
 STEP = 0.25
-"""Seconds between two inserts."""
+"""The seconds between two inserts."""
 AHEAD = 5.0
-"""Seconds until the last of an insert falls due."""
+"""The seconds until the last follow-up of an insert falls due."""
 ROOM_MB = 32.0
-"""How much a process may grow, besides a quarter of its median: memory that allocators keep."""
+"""The megabytes that a process may grow beyond a quarter of its median; allocators keep memory."""
 
-# Only those that could be on time: due some ticks after their creation, and accepted at the first attempt. By the index
-# of lists, so that a sample costs the same at the end as at the beginning.
+# Include only follow-ups that could be on time: due some ticks after their creation, and accepted at the first attempt.
+# The query uses the index of the lists, so that a sample costs the same at the end as at the beginning.
 _LAG = """
     SELECT percentile_cont(0.99) WITHIN GROUP (ORDER BY extract(epoch FROM accepted_at - due_date)) * 1000, max(now())
       FROM follow_ups
@@ -53,7 +53,7 @@ class Samples:
         self._since = self.rig.world.scalar("SELECT now()")
 
     def take(self) -> None:
-        """Take a sample; its lag covers the time since the previous one."""
+        """Take a sample; its lag covers the time since the previous sample."""
         for child in self.rig.processes.children:
             self.values[f"{child.command.name.partition('.')[0]}_rss_mb"].append(resident_mb(child.pid))
         parameters = {"workspace": self.rig.world.workspace_id, "since": self._since}
@@ -66,14 +66,14 @@ class Samples:
             self.values["broker_mb"].append(broker.info("memory")["used_memory"] / 2**20)
 
     def summary(self) -> dict[str, list[float]]:
-        """Return the first, median and last value of each."""
+        """Return the first, median and last value of each list of samples."""
         return {
             f"first_median_last_{name}": [round(float(v), 2) for v in (each[0], statistics.median(each), each[-1])]
             for name, each in self.values.items()
         }
 
     def grown(self) -> dict[str, list[float]]:
-        """Return the processes of ours whose memory did not stay flat; the chat keeps every request."""
+        """Return the service's processes whose memory grew; the chat keeps every request and is excluded."""
         return {
             name: each
             for name, each in self.values.items()
@@ -84,7 +84,7 @@ class Samples:
 
 
 def resident_mb(pid: int) -> float:
-    """Return the memory of a process and of all that descends from it."""
+    """Return the memory of a process and all its descendants, in megabytes."""
     kilobytes = 0
     for one in [pid, *descendants(pid)]:
         lines = Path(f"/proc/{one}/status").read_text().splitlines()
@@ -93,7 +93,7 @@ def resident_mb(pid: int) -> float:
 
 
 def disturb(rig: Rig, api: Api, fresh: list[UUID]) -> None:
-    """Of the follow-ups just added, make one chat fail once, cancel one, and let a user reply to one."""
+    """Of the follow-ups just added, make one chat fail once, cancel one, and send a reply to another."""
     failing, cancelled, replied = rig.rng.sample(fresh, 3)
     rig.behave(chat_of(rig, failing), kind="fail", times=1)
     assert rig.cancel(api, cancelled) in {200, 409}
@@ -107,7 +107,10 @@ def chat_of(rig: Rig, follow_up_id: UUID) -> UUID:
 
 
 def start(rig: Rig) -> Api:
-    """Start one of each and wait for a send, since a worker that logs only warnings never logs "ready"."""
+    """Start one process of each type and wait for a send.
+
+    A worker that logs only warnings never logs "ready", so its log cannot be used for waiting.
+    """
     rig.options |= {
         "FOLLOWUPS_LOG_LEVEL": "warning",
         "FOLLOWUPS_TRANSPORT_TIMEOUT": "10",
@@ -123,7 +126,7 @@ def start(rig: Rig) -> Api:
 
 
 def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
-    """Add ``rate`` follow-ups a second for ``seconds``, and sample at least every thirty seconds."""
+    """Add ``rate`` follow-ups per second for ``seconds``, and sample at least every thirty seconds."""
     api = start(rig)
     samples = Samples(rig)
     started = time.monotonic()
@@ -135,7 +138,7 @@ def soak(rig: Rig, figures: Figures, seconds: float, rate: float) -> None:
 
 
 def stream(rig: Rig, api: Api, samples: Samples, seconds: float, rate: float) -> None:
-    """Add follow-ups, disturb them and take samples in steps, catching up if the machine falls behind."""
+    """Add follow-ups, disturb them and take samples step by step, catching up if the machine is too slow."""
     begin, every, looks, owed = time.monotonic(), min(30.0, seconds / 6), 1, 0.0
     for number in range(1, int(seconds / STEP) + 1):
         owed += rate * STEP
@@ -162,12 +165,12 @@ def finish(rig: Rig, figures: Figures, samples: Samples, **more: Any) -> None:
 
 @needs_proc
 def test_load(rig: Rig, figures: Figures) -> None:
-    """Some seconds of load with failures, cancels and replies keep every promise, and every process lives."""
+    """Some seconds of load with failures, cancels and replies break no promise and end no process."""
     soak(rig, figures, seconds=12, rate=40)
 
 
 @needs_proc
 @pytest.mark.faults_long
 def test_load_for_long(rig: Rig, figures: Figures) -> None:
-    """During an hour of load every promise is kept, and no process uses more and more memory."""
+    """An hour of load breaks no promise, and no process's memory keeps growing."""
     soak(rig, figures, seconds=float(os.environ.get(SECONDS, "3600")), rate=40)

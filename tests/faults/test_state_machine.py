@@ -1,4 +1,4 @@
-"""The real store on PostgreSQL against the model, in orders of events that Hypothesis generates."""
+"""Tests of the real store against the model, in orders of events that Hypothesis generates."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ KINDS = ("claim", "expire", "read", "die", "begin", "send", "settle", "cancel", 
 
 
 def machine(world: World, settings: Settings) -> type[RuleBasedStateMachine]:
-    """Return the machine over a database."""
+    """Return the state machine for a database."""
 
     class Machine(RuleBasedStateMachine):
-        """Every kind of step of the model is a rule; so are the changes that a client may ask for."""
+        """A state machine with a rule for each type of the model's steps and for each change by a client."""
 
         driven: Driven | None = None
 
         @initialize(deduplicates=strategies.booleans(), creates_late=strategies.booleans())
         def start(self, *, deduplicates: bool, creates_late: bool) -> None:
-            """Start with a chat of its own."""
+            """Start with a new chat."""
             world.sql("DELETE FROM failed_attempts")
             world.sql("DELETE FROM follow_ups")
             self.driven = Driven(world, settings, deduplicates=deduplicates, creates_late=creates_late)
@@ -80,7 +80,7 @@ def _rule_of(kind: str) -> Any:
 
 
 def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
-    """Run that many examples of up to forty steps, by the seed."""
+    """Run this many examples of up to forty steps, generated from the seed."""
     how = hypothesis.settings(
         max_examples=examples,
         stateful_step_count=40,
@@ -93,11 +93,11 @@ def drive(world: World, settings: Settings, seed: int, examples: int) -> None:
 
 
 def test_store_against_model(world: World, settings: Settings, seed: int) -> None:
-    """In any order of events, the store does what the model predicts."""
+    """In any order of events, the store behaves as the model predicts."""
     drive(world, settings, seed, examples=25)
 
 
 @pytest.mark.faults_long
 def test_store_against_model_for_long(world: World, settings: Settings, seed: int) -> None:
-    """The same holds in a thousand examples."""
+    """In a thousand generated orders of events, the store behaves as the model predicts."""
     drive(world, settings, seed, examples=1000)

@@ -1,4 +1,4 @@
-"""Thousands wait behind the stuck first ones of two chats: neither claims nor other chats slow down."""
+"""Tests with thousands of follow-ups behind two stuck ones: claims and other chats stay fast."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def others(rig: Rig, count: int, spread: float) -> dict[str, float | None]:
 
 
 def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
-    """Measure other chats before, while ``count`` accumulate, and while they wait; then let the users reply."""
+    """Measure other chats before, while and after ``count`` follow-ups accumulate; then send replies."""
     rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "20", "FOLLOWUPS_LEASE": "40"}
     rig.start()
     api, chats, each = rig.web(), stuck_chats(rig), round(100 * spread)
@@ -79,15 +79,15 @@ def behind_stuck(rig: Rig, figures: Figures, count: int, spread: float) -> None:
     assert [tuple(row) for row in refused] == [
         ("retry", 1),
         ("snoozed", 1),
-    ]  # the first of each chat once, and none behind it
+    ]  # each chat's first follow-up was requested once, and none behind it
 
 
 def test_stuck_chats(rig: Rig, figures: Figures) -> None:
-    """Five thousand behind two stuck chats are refused once each, and a reply ends them all."""
+    """Follow-ups behind two stuck ones cause no calls, and a reply cancels all five thousand."""
     behind_stuck(rig, figures, count=5_000, spread=1.5)
 
 
 @pytest.mark.faults_long
 def test_stuck_chats_with_many(rig: Rig, figures: Figures) -> None:
-    """A hundred thousand behind two stuck chats are refused once each, and a reply ends them all."""
+    """Follow-ups behind two stuck ones cause no calls, and a reply cancels all hundred thousand."""
     behind_stuck(rig, figures, count=100_000, spread=10.0)

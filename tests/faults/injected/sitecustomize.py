@@ -1,8 +1,8 @@
-"""Failpoints: Python finds this file only if a test puts its directory on PYTHONPATH; the package has none of it.
+"""Failpoints in processes under test; Python loads this file only if its directory is on PYTHONPATH.
 
-When `followups.worker` is about to be imported, the steps of dispatching are wrapped. At each failpoint a process looks
-into the directory in FOLLOWUPS_TEST_FAILPOINTS. A file there arms the failpoint for one hit, and its content is the
-action (`faults.failpoints` writes it). FOLLOWUPS_TEST_CLOCK_OFFSET shifts the process's clock by so many seconds.
+When `followups.worker` is about to be imported, the dispatching steps are wrapped. At each failpoint, a process looks
+into the directory FOLLOWUPS_TEST_FAILPOINTS. A file in this directory arms the failpoint for one hit and contains the
+action (written by `faults.failpoints`). FOLLOWUPS_TEST_CLOCK_OFFSET shifts the process's clock by that many seconds.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ARMED = os.environ.get("FOLLOWUPS_TEST_FAILPOINTS", "")
 CLOCK_OFFSET = float(os.environ.get("FOLLOWUPS_TEST_CLOCK_OFFSET", "0"))
 
 step: contextvars.ContextVar[str] = contextvars.ContextVar("step", default="")
-"""The step that this thread, or this task of the event loop, is in."""
+"""The name of the step that this thread, or this task of the event loop, is executing."""
 
 
 def hit(point: str) -> None:
-    """Do what the point is armed with, if it is; each arming is taken by one hit of one process."""
+    """Execute the action with which the point is armed, if any; one process executes each armed action."""
     for name in sorted(each for each in os.listdir(ARMED) if each.startswith(f"{point}@")):  # noqa: PTH208 - on a hot path
         taken = Path(ARMED, f"taken.{name}.{os.getpid()}")
-        with contextlib.suppress(FileNotFoundError):  # another process took it
+        with contextlib.suppress(FileNotFoundError):  # another process took the action
             Path(ARMED, name).rename(taken)
             _act(taken.read_text())
             return
@@ -61,18 +61,18 @@ def _act(action: str) -> None:
 
 
 def _suspend() -> None:
-    """Stop like a suspended machine: Python's monotonic clock stops, and the uptime clock keeps running."""
+    """Stop like a suspended machine: Python's monotonic clock stops, but the uptime clock continues."""
     counts_on = time.monotonic
     asleep = counts_on()
     os.kill(os.getpid(), signal.SIGSTOP)
-    while counts_on() - asleep < 0.5:  # the signal comes a moment later
+    while counts_on() - asleep < 0.5:  # the signal arrives a moment later
         time.sleep(0.001)
     slept = counts_on() - asleep
     time.monotonic = lambda: counts_on() - slept
 
 
 def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a step: points ``name.before`` and ``name.committed``."""
+    """Wrap a step with the failpoints ``name.before`` and ``name.committed``."""
 
     @functools.wraps(function)
     def wrapped(*arguments: Any, **named: Any) -> Any:
@@ -89,7 +89,7 @@ def around(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the call of the transport: points ``send.before`` and ``send.answered``."""
+    """Wrap the transport's call with the failpoints ``send.before`` and ``send.answered``."""
 
     @functools.wraps(function)
     async def wrapped(*arguments: Any, **named: Any) -> Any:
@@ -103,7 +103,10 @@ def around_send(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a connection's commit: points ``<step>.before_commit`` and ``<step>.answer_lost`` (it was committed)."""
+    """Wrap a connection's commit with the failpoints ``<step>.before_commit`` and ``<step>.answer_lost``.
+
+    At ``<step>.answer_lost`` the transaction is already committed.
+    """
 
     @functools.wraps(function)
     def wrapped(connection: Any) -> None:
@@ -121,7 +124,7 @@ def around_commit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def around_async_commit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the commit of an event loop's connection in the same way."""
+    """Wrap an asyncio connection's commit with the same failpoints as `around_commit`."""
 
     @functools.wraps(function)
     async def wrapped(connection: Any) -> None:
@@ -139,7 +142,7 @@ def around_async_commit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def install() -> None:
-    """Wrap the steps."""
+    """Wrap all steps with failpoints."""
     import psycopg  # noqa: PLC0415 - not in every process that Python starts here
 
     from followups.delivery import begin, dispatcher, pipeline, settle  # noqa: PLC0415 - as above
@@ -154,13 +157,13 @@ def install() -> None:
 
 
 class BeforeWorker:
-    """Runs `install` before `followups.worker` is imported."""
+    """An import hook that runs `install` before `followups.worker` is imported."""
 
     @classmethod
     def find_spec(
         cls, name: str, path: Sequence[str] | None = None, _target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Return nothing, ever: the usual finders do the rest."""
+        """Return None, so that the standard finders import the module."""
         if name == "followups.worker":
             sys.meta_path.remove(cls)  # type: ignore[arg-type]
             install()

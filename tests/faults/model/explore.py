@@ -1,4 +1,4 @@
-"""Explores every reachable state once, and finds the shortest way to one that breaks a promise."""
+"""Explores each reachable state once, and finds the shortest path to a state that breaks a promise."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Exploration:
-    """The result of an exploration. ``trace`` is the shortest way to a broken promise, or None if all were kept."""
+    """The result of an exploration; ``trace`` is the shortest path to a broken promise, or None."""
 
     worlds: int
     endings: int
-    """States in which both follow-ups have ended."""
+    """The number of states in which both follow-ups have ended."""
     broken: str = ""
     trace: tuple[str, ...] = ()
 
 
 def explore(protocol: Protocol) -> Exploration:
-    """Explore every state, nearest first."""
+    """Explore every reachable state in breadth-first order."""
     start = ModelWorld((ModelRow(), ModelRow(exists=not protocol.creates_late)))
     came_by: dict[ModelWorld, tuple[ModelWorld | None, str]] = {start: (None, "")}
     onward: dict[ModelWorld, list[ModelWorld]] = {}
@@ -53,7 +53,7 @@ def explore(protocol: Protocol) -> Exploration:
 
 
 def _check(world: ModelWorld) -> None:
-    """Raise `Broken` for a forbidden state."""
+    """Raise `Broken` if the state is forbidden."""
     for row, accepted in zip(world.rows, world.accepted, strict=True):
         if row.status is Status.SENT and not accepted:
             break_promise("no lie: sent, and never accepted")
@@ -64,7 +64,7 @@ def _check(world: ModelWorld) -> None:
 
 
 def _at_the_horizon(onward: dict[ModelWorld, list[ModelWorld]], protocol: Protocol) -> set[ModelWorld]:
-    """Return states that only a claim beyond the limit could leave."""
+    """Return the states that could only be left by a claim beyond the exploration's limit."""
     return {world for world in onward if any(row.pending and row.token >= protocol.most_claims for row in world.rows)}
 
 
@@ -93,7 +93,7 @@ def _way(came_by: dict[ModelWorld, tuple[ModelWorld | None, str]], world: ModelW
 
 
 def shown(exploration: Exploration, protocol: Protocol, write: Callable[[str], object]) -> None:
-    """Format the result for a reader."""
+    """Return the result as readable text."""
     write(f"{protocol}: {exploration.worlds} worlds, {exploration.endings} endings\n")
     if exploration.broken:
         write(f"BROKEN: {exploration.broken}\n" + "".join(f"  {n}. {s}\n" for n, s in enumerate(exploration.trace, 1)))

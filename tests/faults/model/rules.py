@@ -1,4 +1,4 @@
-"""The decisions of the model are those of the package: its own functions are called, and remembered."""
+"""The model's decisions, made by the package's functions and cached."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ OUTCOMES: dict[str, Outcome] = {
 
 @cache
 def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: bool) -> Settlement:
-    """Return what an attempt comes to, by `followups.delivery.settle.decide`."""
+    """Return what `followups.delivery.settle.decide` makes of an attempt's outcome."""
     begun = Begun(LEASE, Delivery(ID, ID, ID, "api", None, ID, "Still there?", NOW, attempt), 0)
     made = Attempt(begun, OUTCOMES[outcome], timedelta(0), time.monotonic(), NOW)
     second = timedelta(seconds=1)
@@ -49,18 +49,18 @@ def settlement(outcome: str, attempt: int, most_attempts: int, *, deduplicates: 
 
 @cache
 def end_before_begin(*, replied: bool) -> Final | None:
-    """Return how a follow-up ends that must not be begun, by `followups.delivery.begin.verdict`."""
+    """Return how `followups.delivery.begin.verdict` ends a follow-up that must not be begun."""
     return verdict(Obstacle(LEASE, NOW, NOW, NOW, NOW, silence_broken=replied))
 
 
 @cache
 def end_after_loss(losses: int, cancel_requested: str, *, deduplicates: bool) -> Final | None:
-    """Return how one ends whose worker was lost in flight, by `followups.delivery.claim.after_loss`."""
+    """Return how `followups.delivery.claim.after_loss` ends a follow-up whose worker was lost in flight."""
     return after_loss(losses, cancel_requested or None, deduplicates=deduplicates)
 
 
 def honest(reason: str | None, status: Status, *, unknown: bool) -> str:
-    """Return the reason as the store writes it, with the addition for an unknown outcome."""
+    """Return the reason as the store writes it, including the suffix for an unknown outcome."""
     said = reason or ""
     if status is Status.SENT or not unknown or "unknown" in said:
         return said

@@ -1,4 +1,4 @@
-"""All possible next steps: those of every actor, and every fault between two of them."""
+"""All possible next steps in the model: the steps of every actor, and every fault between two steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Step(NamedTuple):
-    """A possible step: its description, its action (kind and object), and the resulting state (or `Broken`)."""
+    """A possible step: its description, action (kind and object), and resulting state (or `Broken`)."""
 
     name: str
     action: tuple[Any, ...]
@@ -26,7 +26,7 @@ NAMES = ("first", "second")
 
 
 def steps(world: ModelWorld, protocol: Protocol) -> Iterator[Step]:
-    """Yield every step that may happen in this state."""
+    """Yield every step that is possible in this state."""
     for number, row in enumerate(world.rows):
         if row.pending:
             yield from _of_row(world, number, row, protocol)
@@ -65,7 +65,7 @@ def _of_row(world: ModelWorld, number: int, row: ModelRow, protocol: Protocol) -
 
 
 def ended(row: ModelRow, final: Final) -> ModelRow:
-    """Return the row with its end, as the store writes it."""
+    """Return the row with its final state as the store writes it."""
     reason = honest(final.reason, final.status, unknown=row.unknown)
     return row._replace(status=final.status, reason=reason, leased=False, begun=False)
 
@@ -126,7 +126,8 @@ def _begun(world: ModelWorld, job: Job, protocol: Protocol) -> ModelWorld:
     if (final := end_before_begin(replied=world.replied)) and protocol.guards("silence at begin"):
         return done.with_row(job.row, ended(row, final))
     if job.row == 1 and world.rows[0].pending and protocol.guards("order at begin"):
-        return done.with_row(1, row._replace(leased=False))  # parked until the end of the first unblocks it
+        # the second follow-up is parked until the end of the first unblocks it
+        return done.with_row(1, row._replace(leased=False))
     _check_write(row, job)
     if row.status is Status.CANCELLED:
         break_promise("nothing after its cancel: an attempt begins")

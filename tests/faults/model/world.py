@@ -1,7 +1,7 @@
-"""The states of the model: two follow-ups of one chat, three workers, and a broker that loses and repeats hints.
+"""The model's states: two follow-ups of one chat, three workers, and a broker with lossy hints.
 
-It leaves out time (a lease may end at any moment, so every order of events is included), the claim's batch, and a
-second chat, since nothing depends on them.
+The model does not include time: a lease may expire at any moment, so every order of events is covered. It also leaves
+out the claim's batches and a second chat, because no promise depends on them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from followups.states import Status
 
 
 class ModelRow(NamedTuple):
-    """A follow-up in the database; the first of a `ModelWorld` is due before the second."""
+    """A follow-up in the model's database; the first follow-up of a `ModelWorld` is due before the second."""
 
     status: Status = Status.PENDING
     reason: str = ""
@@ -24,22 +24,22 @@ class ModelRow(NamedTuple):
     losses: int = 0
     cancel_requested: str = ""
     unknown: bool = False
-    """An attempt's outcome is recorded as unknown."""
+    """Whether an attempt's outcome is recorded as unknown."""
     exists: bool = True
 
     @property
     def pending(self) -> bool:
-        """Whether it exists and has not ended."""
+        """Whether the follow-up exists and has not ended."""
         return self.exists and self.status is Status.PENDING
 
 
 class Job(NamedTuple):
-    """The job of one worker: a hint, then an attempt in flight, then its outcome."""
+    """The job of one worker: first a hint, then an attempt in flight, then the attempt's outcome."""
 
     row: int
     token: int
     stage: str
-    """``hinted``, ``begun`` or ``answered``."""
+    """The stage of the job: ``hinted``, ``begun`` or ``answered``."""
     outcome: str = ""
     attempt: int = 0
 
@@ -48,27 +48,29 @@ IDLE = Job(-1, 0, "idle")
 
 
 class ModelWorld(NamedTuple):
-    """Everything: the database, the workers (in order, since they are alike), the chat.
+    """A complete state of the model: the database, the chat, and the workers in sorted order.
 
-    The broker needs no state: a hint of every token there has been may be read at any moment, again too, or never.
+    Workers are interchangeable. The broker needs no state: a hint of any token issued so far may be read at any moment,
+    repeatedly or never.
     """
 
     rows: tuple[ModelRow, ModelRow]
     workers: tuple[Job, ...] = (IDLE, IDLE, IDLE)
     accepted: tuple[int, int] = (0, 0)
-    """How often the chat has accepted the message of each."""
+    """How often the chat has accepted the message of each follow-up."""
     replied: bool = False
     may_create: bool = False
-    """The creation of the second has checked the chat without its lock, and may proceed."""
+    """Whether the creation of the second follow-up has checked the chat without a lock and may proceed."""
 
     def with_row(self, number: int, row: ModelRow) -> ModelWorld:
-        """Return the state with this row changed."""
+        """Return this state with one row replaced."""
         return self._replace(rows=(row, self.rows[1]) if number == 0 else (self.rows[0], row))
 
     def without_dead_jobs(self) -> ModelWorld:
-        """Return the state without jobs that every guard will refuse from now on.
+        """Return this state without the jobs that every guard will refuse from now on.
 
-        With all guards in place this is sound, since tokens are never reused and ends are final.
+        With all guards in place this simplification is sound, because tokens are never reused and final states never
+        change.
         """
         if all(job is IDLE or job.stage == "begun" or self._is_alive(job) for job in self.workers):
             return self
@@ -80,7 +82,7 @@ class ModelWorld(NamedTuple):
         return row.pending and row.token == job.token and row.begun == (job.stage == "answered")
 
     def with_worker(self, old: Job, new: Job) -> ModelWorld:
-        """Return the state in which one worker has another job."""
+        """Return this state with a worker's job replaced."""
         workers = list(self.workers)
         workers[workers.index(old)] = new
         return self._replace(workers=tuple(sorted(workers)))
@@ -88,12 +90,12 @@ class ModelWorld(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Protocol:
-    """The transport, the guards in place, and how far to explore."""
+    """The model's parameters: the transport, the guards in place, and the limits of the exploration."""
 
     deduplicates: bool = True
     without: frozenset[str] = frozenset()
     most_claims: int = 2
-    """Claims of each follow-up: by a first worker, and by one that takes over. The long form explores a third."""
+    """The maximum number of claims of each follow-up: two by default, and three in the long form."""
     most_attempts: int = 2
     creates_late: bool = False
     """Whether the second follow-up does not exist at the start."""
@@ -104,7 +106,7 @@ class Protocol:
 
 
 class Broken(Exception):  # noqa: N818 - a broken promise, named as such
-    """Raised by a step that finds a promise broken."""
+    """Raised by a step that breaks a promise."""
 
 
 def break_promise(name: str) -> None:
