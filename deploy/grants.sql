@@ -1,5 +1,5 @@
--- What the role followups may do with the tables of followups_owner, those of later migrations included. For a database
--- that is already there, run this as a superuser in it, after: REASSIGN OWNED BY (the old owner) TO followups_owner.
+-- Grant the role followups its rights on the tables of followups_owner, including the tables of later migrations. In an
+-- existing database, run this file as a superuser, after: REASSIGN OWNED BY (the old owner) TO followups_owner.
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 GRANT USAGE, CREATE ON SCHEMA public TO followups_owner;
 GRANT USAGE ON SCHEMA public TO followups;
@@ -11,8 +11,8 @@ ALTER DEFAULT PRIVILEGES FOR ROLE followups_owner IN SCHEMA public
 GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO followups;
 GRANT USAGE, SELECT ON ALL SEQUENCES IN SCHEMA public TO followups;
 
--- Workers refresh the statistics of a table that has filled within seconds. Before PostgreSQL 17 only its owner may;
--- there autovacuum does it, some minute later.
+-- Workers refresh the statistics of a table that has filled within seconds. Before PostgreSQL 17, only the table's
+-- owner may do so; autovacuum then refreshes them about a minute later.
 DO $$
 BEGIN
   IF current_setting('server_version_num')::int >= 170000 THEN
@@ -22,5 +22,5 @@ BEGIN
 END
 $$;
 
--- So that followups doctor sees the long transactions of others.
+-- Lets followups doctor see long transactions of other roles.
 GRANT pg_read_all_stats TO followups;

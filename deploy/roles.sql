@@ -1,9 +1,9 @@
--- Two roles and a database, made by a superuser, once:
+-- Creates the database and its two roles. Run this file once, as a superuser:
 --
 --   OWNER_PASSWORD=... SERVICE_PASSWORD=... psql --dbname postgres --file deploy/roles.sql
 --
--- followups_owner owns the tables: followups migrate runs as it, and nothing else does. followups runs the service: it
--- reads and changes rows, and cannot change, drop or create a table. psql 15 or newer reads the passwords.
+-- followups_owner owns the tables; only followups migrate uses this role. The role followups runs the service: it can
+-- read and change rows, but cannot change, drop or create tables. Reading the passwords needs psql 15 or newer.
 \set ON_ERROR_STOP on
 \if :{?database}
 \else

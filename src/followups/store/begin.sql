@@ -1,6 +1,7 @@
--- Begin what nothing keeps from it; behind begin_checks.sql, in one statement with it. From here on a cancel comes too late.
+-- Begin the follow-ups that no check of begin_checks.sql prevents; both files form one statement. After this update, a
+-- cancel is too late.
 --
--- :lease   how long the attempt may be in flight before another worker takes it for lost
+-- :lease   how long the attempt may be in flight before another worker considers it lost
 UPDATE follow_ups f
    SET begun_at = now(), attempts = f.attempts + 1, lease_until = now() + CAST(:lease AS interval)
   FROM checked
@@ -8,7 +9,7 @@ UPDATE follow_ups f
    AND NOT (chat_removed OR silence_broken OR taken_over OR window_closed OR too_late OR early OR behind_another
             OR paused OR outside_hours)
 RETURNING f.begun_at, f.lease_token,
-          -- within the years that Python knows: any other, written by hand, would make the whole result unreadable
+          -- limited to years that Python supports: one other year, set by hand, would make the whole result unreadable
           LEAST(GREATEST(COALESCE(f.next_attempt_at, f.due_date), timestamptz '0002-01-01'),
                 timestamptz '9998-12-31') AS due,
           f.snoozes, f.traceparent,

@@ -1,18 +1,18 @@
--- What may keep a leased follow-up from beginning: all of it, a column each. Begin starts those for which every one is
--- false (begin.sql); for the others obstacles.sql adds the details.
+-- The checks that may keep a leased follow-up from beginning, one column each. begin.sql begins the follow-ups for
+-- which every column is false; for the others, obstacles.sql adds the details.
 --
--- Two things are asked before, because they are no row's: the due queue knows the moment, the free slots and the
--- breaker, and the rate limits are kept in Redis.
+-- Two checks are made before this statement, because they do not depend on a row: the due queue checks the due moment,
+-- the free slots and the breaker, and Redis checks the rate limits.
 --
 -- :ids, :tokens   the batch of leases
 -- :window         length of a messaging window
 -- :windowed       the channels that have one
 -- :max_lateness   allowed lateness; 0 means any
--- :early          how long before its moment a follow-up may begin; the sender waits for the rest
+-- :early          how long before its due moment a follow-up may begin; the sender waits until that moment
 --
--- Each row is looked up by its key, LATERAL and with OFFSET 0, whatever the planner believes about the tables: right after
--- a burst of inserts its statistics are wrong. A plan made while chats counted as empty scanned all of them and locked the
--- batch again for each; with 1,650 chats a hundred took more than 8 s to begin.
+-- LATERAL and OFFSET 0 force a lookup of each row by its key, because the planner's statistics are wrong right after a
+-- burst of inserts. A plan made while chats seemed empty scanned the whole table and locked the batch again for each
+-- chat; with 1,650 chats, a hundred follow-ups took more than 8 s to begin.
 WITH checked AS MATERIALIZED (
     SELECT f.id, f.lease_token, f.workspace_id, f.chat_id, f.due_date, f.scheduled_at, f.sendable_from,
            c.channel, c.external_id, c.last_user_message_at,
@@ -30,18 +30,18 @@ WITH checked AS MATERIALIZED (
             AND now() >= COALESCE(f.sendable_from, GREATEST(f.due_date, f.scheduled_at, f.held_until))
                          + CAST(:max_lateness AS interval)) AS too_late,
            COALESCE(f.next_attempt_at, f.due_date) > now() + CAST(:early AS interval) AS early,
-           -- OFFSET 0: as a join it would read every pending row of the batch's chats.
+           -- Without OFFSET 0, the planner may use a join that reads every pending row of the batch's chats.
            EXISTS (SELECT FROM follow_ups e
                     WHERE e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'
                       AND (e.due_date, e.id) < (f.due_date, f.id) OFFSET 0) AS behind_another,
-           -- Whether there are any pauses or sending hours is asked once a statement; while there are none, which is the
-           -- usual case, a follow-up costs nothing more.
+           -- Whether any pauses or sending hours exist is checked once per statement. Usually none exist, and the check
+           -- of each follow-up costs nothing.
            ((SELECT EXISTS (SELECT FROM pauses WHERE ended_at IS NULL))
             AND EXISTS (SELECT FROM pauses p
                          WHERE p.ended_at IS NULL AND (p.workspace_id = f.workspace_id OR p.workspace_id IS NULL)
                            AND (p.channel = c.channel OR p.channel IS NULL))) AS paused,
-           -- The message is sent at its due moment, a little later than begin. Once the stored time of sending is over,
-           -- this is true until a worker has computed the next one.
+           -- The check uses the due moment, because the message is sent then, a little later than begin. Once the
+           -- stored period of sending hours is over, this column is true until a worker has computed the next period.
            ((SELECT EXISTS (SELECT FROM sending_hours))
             AND EXISTS (SELECT FROM sending_hours h
                          WHERE h.workspace_id = f.workspace_id

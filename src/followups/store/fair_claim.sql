@@ -1,21 +1,23 @@
--- The fair claim: which rows are due, those of the workspaces with the fewest in flight first. lease.sql follows in the same
--- statement and leases them. It is used behind a backlog, where the order of due dates is not fair: a workspace with a
--- hundred thousand overdue follow-ups would go first with all of them.
+-- The fair claim: select due rows, those of the workspaces with the fewest rows in flight first. lease.sql follows in
+-- the same statement and leases them. The fair claim is used while there is a backlog, because the order of due dates
+-- is not fair then: a workspace with a hundred thousand overdue follow-ups would delay all others.
 --
--- All reads follow the index (workspace_id, due, id) WHERE status = 'pending'. There are three looks. The first reads :few
--- rows of each workspace, which is all that most workspaces have. Where there are more and they are wanted, the second
--- reads an equal share of the window. The third gives the places that others left to those that have yet more. So many
--- workspaces cost a few rows each, and one with a backlog beside a thousand small ones still fills the window.
+-- All reads use the index (workspace_id, due, id) WHERE status = 'pending', in three passes. The first pass reads :few
+-- rows of each workspace; most workspaces have no more. The second pass reads an equal share of the window from each
+-- workspace that has more, if the window is not full. The third pass gives unused shares to workspaces that have still
+-- more. So each of many workspaces costs only a few rows, and one workspace with a backlog among a thousand small ones
+-- still fills the window.
 --
--- Leased rows behind more free rows than are read are not counted: the free ones came in with an earlier due date, or
--- their leases ran out. They are taken first, so such a claim exceeds the window once, by its own size at most, and the
--- next one counts all.
+-- Leased rows are not counted if they come after more free rows than are read. Such free rows were inserted with an
+-- earlier due date, or their leases expired. They are leased first, so this claim may exceed the window by its own size
+-- at most, and the next claim counts all leased rows.
 --
--- Set enable_sort = off for it: if the planner takes the table for almost empty, it sorts everything pending instead.
+-- Run this statement with enable_sort = off: if the planner assumes that the table is almost empty, it otherwise sorts
+-- all pending rows.
 --
--- :stride  rows of one step of the walk over the workspaces; the other parameters are those of claim.sql
+-- :stride  rows read in one step of the recursion over the workspaces; the other parameters are those of claim.sql
 WITH RECURSIVE walk AS (
-    -- The workspaces in which a follow-up is due: each step starts after the last workspace of the step before.
+    -- Find the workspaces with due follow-ups: each step starts after the last workspace of the previous step.
     SELECT '00000000-0000-0000-0000-000000000000'::uuid AS last, '{}'::uuid[] AS due_in
      UNION ALL
     SELECT step.*
@@ -34,8 +36,8 @@ WITH RECURSIVE walk AS (
      ) step
      WHERE step.last IS NOT NULL
 ), workspace AS MATERIALIZED (
-    -- The first look. A row for each workspace: how many rows read are leased, the places of the free ones, their due
-    -- times, the last row read, and whether there may be more.
+    -- The first pass returns one row for each workspace: the number of leased rows read, the locations and due times of
+    -- the free rows, the last row read, and whether there may be more rows.
     SELECT w.id, f.*
       FROM (SELECT DISTINCT unnest(due_in) AS id FROM walk) w
      CROSS JOIN LATERAL (
@@ -57,7 +59,7 @@ WITH RECURSIVE walk AS (
      ) f
      WHERE f.first IS NOT NULL
 ), wanted AS MATERIALIZED (
-    -- how many more rows of each workspace the second look reads
+    -- the number of rows that the second pass reads for each workspace
     SELECT workspace.*, CASE WHEN NOT workspace.more OR share.places <= 0 THEN 0
                 WHEN share.missing > 0 THEN LEAST(:most, GREATEST(:few, :window / share.many + 1))
                 WHEN 2 * cardinality(workspace.places) < :few THEN :few
@@ -70,7 +72,7 @@ WITH RECURSIVE walk AS (
                    FROM workspace) counted
      ) share
 ), first_look AS MATERIALIZED (
-    -- The second look; where no more rows are wanted, the workspace stays as it was.
+    -- The second pass. Workspaces of which no more rows are needed are copied unchanged.
     SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
            seen.dues || found.dues AS dues, COALESCE(found.due, seen.due) AS due,
            COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = seen.rows AS more
@@ -111,7 +113,7 @@ WITH RECURSIVE walk AS (
     SELECT seen.id, seen.first, seen.leased, seen.places, seen.dues, seen.due, seen.last_id, seen.more
       FROM wanted seen WHERE seen.rows = 0
 ), still_wanted AS MATERIALIZED (
-    -- how many more rows of each workspace the third look reads
+    -- the number of rows that the third pass reads for each workspace
     SELECT first_look.*, CASE WHEN first_look.more AND rest.missing > 0
                 THEN ceil(rest.missing::numeric / rest.many)::bigint ELSE 0 END AS rows
       FROM first_look
@@ -122,7 +124,7 @@ WITH RECURSIVE walk AS (
                    FROM first_look) counted
      ) rest
 ), second_look AS MATERIALIZED (
-    -- The third look.
+    -- The third pass works like the second.
     SELECT seen.id, seen.first, seen.leased + passed.leased AS leased, seen.places || found.places AS places,
            seen.dues || found.dues AS dues, COALESCE(found.due, seen.due) AS due,
            COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = seen.rows AS more
@@ -163,8 +165,8 @@ WITH RECURSIVE walk AS (
     SELECT seen.id, seen.first, seen.leased, seen.places, seen.dues, seen.due, seen.last_id, seen.more
       FROM still_wanted seen WHERE seen.rows = 0
 ), head AS MATERIALIZED (
-    -- A row's rank is how many of its workspace would be in flight with it; the lowest ranks are taken first, and among
-    -- these the earliest due.
+    -- A row's rank is the number of rows of its workspace that would be in flight with it. Rows with the lowest rank
+    -- are leased first; among equal ranks, the earliest due row.
     SELECT one.place, true AS free
       FROM second_look CROSS JOIN LATERAL unnest(places, dues) WITH ORDINALITY AS one(place, due, number)
      ORDER BY leased + number, one.due, one.place

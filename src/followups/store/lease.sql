@@ -1,11 +1,11 @@
--- Lease the candidates; behind claim.sql or fair_claim.sql, in one statement with it.
+-- Lease the candidates. This file follows claim.sql or fair_claim.sql in one statement.
 --
--- head has the candidates in the order in which they are to be taken, looked is one row about them.
+-- head contains the candidates in the order in which they are to be leased; looked is one row with totals.
 --
 -- :lease   duration of a lease; it starts at the due moment
--- :margin  how far below the earliest due time the next claim starts, for transactions that commit a little later
+-- :margin  how far before the earliest due time the next claim starts, to include transactions that commit a little later
 , taken AS MATERIALIZED (
-    -- A row that was updated since head was read has another place, and is skipped like a locked one.
+    -- A row that was updated since head was read has another location (ctid), and is skipped like a locked row.
     SELECT f.place, f.begun_at IS NOT NULL AS lost
       FROM head
      CROSS JOIN LATERAL (
@@ -20,7 +20,8 @@
      LIMIT LEAST(:most, GREATEST(0, :window - (SELECT leased FROM looked)))
 ), claimed AS (
     UPDATE follow_ups f
-       SET -- It grows, and none is issued twice, also after a failover or a restore that has lost a lease: microseconds.
+       SET -- The token is a time in microseconds, so it grows and is never issued twice, even after a failover or a
+           -- restore that lost a lease.
            lease_token = GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint)),
            lease_until = GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) + CAST(:lease AS interval),
            begun_at = NULL,
@@ -34,7 +35,7 @@
                     timestamptz '9998-12-31') AS due,
               f.losses, f.workspace_id, f.traceparent, taken.lost, f.attempts, f.cancel_requested
 )
--- The first row is about the candidates, the others are the leases.
+-- The first row has the totals of the candidates; the other rows are the leases.
 SELECT NULL AS id, NULL AS lease_token, NULL AS due, NULL AS losses, NULL AS workspace_id, NULL AS traceparent,
        NULL AS lost, NULL AS attempts, NULL AS cancel_requested,
        looked.leased, looked.unseen,

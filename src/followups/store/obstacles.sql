@@ -1,6 +1,8 @@
--- Why leases were not begun, with what decides about them; behind begin_checks.sql, in one statement with it, but unlocked.
+-- Select why leases were not begun, with the details of each obstacle. This file follows begin_checks.sql in one
+-- statement, but without locks.
 --
--- Due times are returned within the years that Python knows: any other, written by hand, would make all unreadable.
+-- Due times are limited to years that Python supports: one other year, set by hand, would make the whole result
+-- unreadable.
 SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over, window_closed, too_late,
        earlier.id AS earlier, now() AS now,
        LEAST(GREATEST(checked.sent_at, first), last) AS sent_at,
@@ -8,7 +10,7 @@ SELECT checked.id, checked.lease_token, chat_removed, silence_broken, taken_over
        LEAST(GREATEST(checked.due_date, checked.scheduled_at, first), last) AS wanted_from,
        CASE WHEN checked.sendable_from IS NOT NULL
             THEN LEAST(GREATEST(checked.sendable_from, first), last) END AS sendable_from,
-       -- It matters for what is held only, and is nothing to guess at where it is no time.
+       -- The end of the window matters only for held follow-ups, and is NULL if it is not known.
        CASE WHEN checked.channel = ANY(CAST(:windowed AS text[])) AND (p.id IS NOT NULL OR h.workspace_id IS NOT NULL)
             THEN checked.last_user_message_at + CAST(:window AS interval) END AS window_ends,
        p.id AS pause_id,

@@ -79,7 +79,7 @@ class BrokerConnection(KombuConnection):
 class AMQP(amqp.AMQP):
     """Celery's AMQP layer with our `BrokerConnection`."""
 
-    Connection = BrokerConnection
+    BrokerConnection = BrokerConnection
 
 
 class App(Celery):
@@ -183,7 +183,7 @@ class BrokerTransport(kombu_redis.Transport):
     Every error that Redis returns is treated as a connection error.
     """
 
-    Channel = BrokerChannel
+    BrokerChannel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """Errors after which Celery makes a new connection.
 
