@@ -1,4 +1,4 @@
-"""Scheduled chat follow-ups: each sent at its moment, once, unless something cancelled it first.
+"""Scheduled chat follow-ups: each is sent once, at its due date, unless something cancels it first.
 
 From Python, in the caller's own database transaction (the row is the job; nothing else to enqueue)::
 
@@ -7,7 +7,7 @@ From Python, in the caller's own database transaction (the row is the job; nothi
     with Session(engine) as session, session.begin():
         followups.schedule(session, workspace_id=w, chat_id=c, message="Still there?", due_date=due)
 
-One call schedules many, all or none::
+One call schedules many follow-ups, either all of them or none::
 
     planned = [followups.Planned(chat_id, "Still there?", due) for chat_id in chat_ids]
     followups.schedule_many(session, workspace_id=w, planned=planned)
@@ -38,7 +38,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Import lazily: `followups --help` needs no database library."""
+    """Import a name when it is first used, since `followups --help` needs no database library."""
     if name not in _HOMES:
         message = f"module {__name__!r} has no attribute {name!r}"
         raise AttributeError(message)

@@ -1,4 +1,4 @@
-"""Messaging windows: how long a channel lets a business write into a chat. Pure.
+"""Messaging windows: how long a channel lets a business write into a chat. Pure functions.
 
 WhatsApp and Instagram allow free-form messages only within 24 hours of the customer's last message (Meta, "WhatsApp
 Business Platform: customer service windows"; "Instagram Platform: messaging policy").
@@ -11,7 +11,7 @@ from enum import StrEnum
 
 
 class Channel(StrEnum):
-    """Where a chat lives."""
+    """The messaging channel of a chat."""
 
     WIDGET = "widget"
     WAHA = "waha"
@@ -22,15 +22,15 @@ class Channel(StrEnum):
 
 
 WINDOW = timedelta(hours=24)
-"""How long after the chat's last user message sending is allowed, on channels with a window."""
+"""Length of the messaging window after the user's last message, on channels that have a window."""
 
 WINDOWED_CHANNELS = frozenset({Channel.WHATSAPP, Channel.INSTAGRAM})
 
 
 def is_open(channel: Channel, last_user_message_at: datetime | None, at: datetime) -> bool:
-    """Return whether a message may be sent into the chat at ``at``.
+    """Return whether a message may be sent into the chat at the time ``at``.
 
-    On a channel with a window, a chat whose user never wrote is closed.
+    On a channel with a window, no message may be sent into a chat whose user has never written.
     """
     if channel not in WINDOWED_CHANNELS:
         return True

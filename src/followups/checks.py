@@ -1,4 +1,4 @@
-"""What a caller's values must be, and what a chat allows: pure, for every caller alike."""
+"""Validation of callers' values, and of what a chat allows. The rules are the same for every caller."""
 
 from __future__ import annotations
 
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 log = get_logger(__name__)
 
 FIRST_YEAR, LAST_YEAR = 2, 9998
-"""The years allowed: within Python's calendar by a margin, so that a time can be converted to any zone."""
+"""First and last year of an accepted time; the margin lets every time be converted to any time zone."""
 
 
 def final_of(status: Status, reason: str | None) -> Final:
-    """Return how a caller's transition ends: with the caller's own reason, or the default code."""
+    """Return the end of a follow-up by a caller: with the caller's own reason, or the default code."""
     if status is Status.SENT:
         return finish(status)
     return finish(status, words=reason) if reason else finish(status, DEFAULT_CODES[status])
 
 
 def trigger_of(chat: Chat) -> UUID:
-    """Return the chat's last message. Raises `NothingToFollowUpError` if there is none or it is the user's."""
+    """Return the chat's last message.
+
+    Raises `NothingToFollowUpError` if the chat has no message or the last message is the user's.
+    """
     if chat.last_message_id is None or chat.last_message_role == Role.USER:
         raise NothingToFollowUpError
     return chat.last_message_id
@@ -47,8 +50,8 @@ def trigger_of(chat: Chat) -> UUID:
 def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> None:
     """Refuse a time outside the channel's messaging window.
 
-    A follow-up that is due outside the workspace's sending hours will be held until they open. That time must be inside
-    the messaging window too.
+    A follow-up that is due outside the workspace's sending hours will be held until they begin. The messaging window
+    must still be open at that time.
     """
     channel = Channel(chat.channel)
     if not is_open(channel, chat.last_user_message_at, moment):
@@ -65,10 +68,10 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
 
 
 def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datetime:
-    """Return when sending hours are open, from ``moment`` on, or ``moment`` if their time zone is unknown.
+    """Return the first time from ``moment`` on that is within the sending hours.
 
-    A time zone that this host does not know is no reason to refuse a caller's follow-up: the worker that begins it
-    checks the hours again.
+    If their time zone is unknown on this host, return ``moment``. An unknown zone is no reason to refuse a follow-up,
+    because the worker checks the sending hours again when it begins the attempt.
     """
     try:
         return opens_at(hours, moment)
@@ -79,18 +82,18 @@ def _opening(workspace_id: UUID, hours: SendingHours, moment: datetime) -> datet
 
 @lru_cache(maxsize=1024)
 def _log_unreadable(workspace_id: UUID, hours: SendingHours) -> None:
-    """Log, once per process, that these sending hours cannot be checked."""
+    """Log, once per process, that the sending hours cannot be checked."""
     log.error("sending_hours_unreadable", workspace_id=str(workspace_id), hours=str(hours))
 
 
 def check_planned(planned: Planned) -> None:
-    """Refuse a message or a due date that is not valid."""
+    """Refuse an invalid message or due date."""
     check_message(planned.message)
     check_time(planned.due_date, "due_date")
 
 
 def check_message(message: str) -> None:
-    """Refuse a message that is empty, too long, or not storable in PostgreSQL."""
+    """Refuse a message that is empty, too long, or impossible to store in PostgreSQL."""
     if not 1 <= len(message) <= MAX_MESSAGE_LENGTH:
         text = f"The message must have 1 to {MAX_MESSAGE_LENGTH:,} characters; this one has {len(message):,}."
         raise InvalidRequestError(text, field="message")
@@ -98,14 +101,14 @@ def check_message(message: str) -> None:
 
 
 def check_text(text: str, field: str) -> None:
-    """Refuse what cannot be stored as text: a NUL character, a lone surrogate."""
+    """Refuse text that cannot be stored because it contains a NUL character or a lone surrogate."""
     if text != storable(text):
         message = f"The {field.replace('_', ' ')} must not contain NUL characters or lone surrogates."
         raise InvalidRequestError(message, field=field)
 
 
 def check_time(time: datetime, field: str) -> None:
-    """Refuse a time without an offset, or at the edge of the calendar."""
+    """Refuse a time that has no offset or is at the edge of the calendar."""
     if time.utcoffset() is None:
         message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
         raise InvalidRequestError(message, field=field)
@@ -137,7 +140,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 
 
 def check_reason(reason: str, status: Status) -> None:
-    """Refuse a reason that is empty, too long, not storable, or not allowed with the status."""
+    """Refuse a reason that is empty, too long, impossible to store, or not allowed with the status."""
     if status is Status.SENT:
         message = "A sent follow-up carries no reason."
         raise InvalidRequestError(message, field="reason")

@@ -30,46 +30,54 @@ T = TypeVar("T")
 
 MILLISECOND = timedelta(milliseconds=1)
 POOL_MARGIN = 5
-"""Seconds that a caller waits for a pooled connection beyond the time that connecting may take."""
+"""Seconds that a caller waits for a pooled connection, in addition to the connect timeout."""
 STATEMENT_TIMEOUT = timedelta(seconds=30)
-"""Time limit of a statement on the server; ours take milliseconds."""
+"""Time limit of a statement on the server. Statements normally take milliseconds."""
 SILENCE_MARGIN = timedelta(seconds=5)
-"""How much longer than that a server may be silent before the connection is given up: it is half-open, or the server
-hangs and its own timeout will never be heard of.
+"""Silence in excess of the statement timeout after which a connection is closed.
+
+Such a connection is half-open, or its server hangs and will never report the timeout.
 """
 NO_CONNECT_TIMEOUT = 130
 """Seconds that psycopg waits if the URL's `connect_timeout` is 0, which means no limit."""
 
 ENCODING = "UTF8"
 MAKE_ANOTHER = "make one with ENCODING 'UTF8' (from template0), move the data, and set FOLLOWUPS_DATABASE_URL to it"
-"""What to do about a database with another encoding."""
+"""Advice for a database with an unsupported encoding."""
 
 CHANGES_SESSIONS = (
     "a pooler before it gives each transaction another session (transaction pooling): "
     "use session pooling (pool_mode = session in PgBouncer), or a port without the pooler"
 )
-"""What to do about a pooler that loses our settings, locks and prepared statements."""
+"""Advice for a pooler that loses session settings, locks and prepared statements."""
 
 POOLER_ROUNDS = 4
-"""How often two connections are asked for their sessions; under load, sessions change at the first time."""
+"""How often the sessions of two connections are compared.
+
+Under load, the first comparison already detects a changed session.
+"""
 
 _OURS = "followups.set_up"
 
 RECENTLY = 1.0
-"""Seconds after its last use during which a connection needs no test."""
+"""Seconds after a connection's last use during which it is reused without a test."""
 
 
 class BoundedConnection(psycopg.Connection[Any]):
-    """A connection that gives up on a server that has fallen silent.
+    """A connection that is closed if its server stops responding.
 
-    libpq has no such limit, and TCP detects nothing while a machine in between acknowledges.
+    libpq has no such limit, and TCP detects nothing as long as a machine between client and server acknowledges
+    packets.
     """
 
     patience: float | None = None
-    """Seconds that one exchange may take, however many rows it returns, or None for no limit."""
+    """Time limit in seconds for the server's response to one statement, or None for no limit."""
 
     def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:
-        """Wait for an answer as psycopg does; close and raise `psycopg.OperationalError` if none arrives."""
+        """Wait for the response as psycopg does.
+
+        If none arrives in time, close the connection and raise `psycopg.OperationalError`.
+        """
         started = time.monotonic()
         try:
             return super().wait(gen, interval, timeout or self.patience)
@@ -80,12 +88,15 @@ class BoundedConnection(psycopg.Connection[Any]):
 
 
 class BoundedAsyncConnection(psycopg.AsyncConnection[Any]):
-    """The same for an event loop."""
+    """The asynchronous counterpart of `BoundedConnection`."""
 
     patience: float | None = None
 
     async def wait(self, gen: PQGen[T], interval: float = 0.1, timeout: float | None = None) -> T:  # noqa: ASYNC109 - psycopg's own
-        """Wait for an answer as psycopg does; close and raise `psycopg.OperationalError` if none arrives."""
+        """Wait for the response as psycopg does.
+
+        If none arrives in time, close the connection and raise `psycopg.OperationalError`.
+        """
         started = time.monotonic()
         try:
             return await super().wait(gen, interval, timeout or self.patience)
@@ -99,7 +110,10 @@ Bounded = BoundedConnection | BoundedAsyncConnection
 
 
 def _fell_silent(connection: Bounded, since: float) -> bool:
-    """Return whether an exchange that began at ``since`` (monotonic seconds) failed by the server's silence."""
+    """Return whether an exchange failed because the server was silent.
+
+    ``since`` is the beginning of the exchange in monotonic seconds.
+    """
     patience = connection.patience
     return patience is not None and time.monotonic() - since >= patience and not connection.closed
 
@@ -117,11 +131,12 @@ def make_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta | None = STATEMENT_TIMEOUT,
 ) -> Engine:
-    """Return an engine for ``database_url`` (``postgresql://...``), which connects when first used.
+    """Return an engine for ``database_url`` (``postgresql://...``), which connects on first use.
 
-    Its sessions have the settings of `SESSION` and ``options``. A connection is tested when it is taken from the pool,
-    so that a restarted server costs one reconnect and no failed request. A connection that is silent for
-    ``statement_timeout`` and a margin is given up. Migrations pass None, so that their statements have no time limit.
+    Its sessions use the settings in `SESSION` and ``options``. Each connection is tested when it is checked out of the
+    pool, so that a restarted server causes a reconnect but no failed request. A connection whose server does not
+    respond within ``statement_timeout`` and a margin is closed. Migrations pass None, so that their statements have no
+    time limit.
     """
     url = parse(database_url)
     engine = create_engine(url, **_arguments(url, pool_size, application_name))
@@ -156,14 +171,15 @@ def make_async_engine(
     options: Mapping[str, str] | None = None,
     statement_timeout: timedelta = STATEMENT_TIMEOUT,
 ) -> AsyncEngine:
-    """Return an equal engine for one event loop; its work runs through `followups.transactions.in_loop`.
+    """Return an engine like that of `make_engine`, for one event loop.
 
-    It tests only connections that were idle for `RECENTLY`: they are taken many times a second, and a test takes as
-    long as a statement.
+    Work on it runs through `followups.transactions.in_loop`. A connection is tested only if it was idle for `RECENTLY`:
+    connections are checked out many times a second, and a test takes as long as a statement.
     """
     url = parse(database_url)
     arguments = _arguments(url, pool_size, application_name)
-    # No reset either: a connection returns at the end of a `with`, which has rolled back anything uncommitted.
+    # Connections are not reset when they are returned, because the `with` block has already rolled back uncommitted
+    # changes.
     engine = create_async_engine(url, **arguments | {"pool_pre_ping": False, "pool_reset_on_return": None})
     _test_what_lay_idle(engine.sync_engine)
     session = _session(options, statement_timeout)
@@ -203,7 +219,7 @@ _SET_UP = """
 def _session(options: Mapping[str, str] | None, statement_timeout: timedelta | None) -> dict[str, list[str]]:
     """Return the parameters of `_SET_UP`."""
     limit = str(statement_timeout // MILLISECOND if statement_timeout else 0)
-    # A process that is frozen in the middle of a transaction must not keep its row locks for longer either.
+    # The timeout also limits how long a process that is frozen during a transaction keeps its row locks.
     limits = {"statement_timeout": limit, "idle_in_transaction_session_timeout": limit}
     settings = {**SESSION, **limits, **(options or {})}
     return {"names": list(settings), "values": list(settings.values())}
@@ -219,28 +235,28 @@ def _closed_if_refused(connection: Bounded) -> Iterator[None]:
 
 
 def _check_encoding(row: Sequence[Any] | None) -> None:
-    """Raise `UnfitDatabaseError` for a database that cannot store every text."""
+    """Raise `UnfitDatabaseError` for a database whose encoding cannot represent every text."""
     if row and row[0] != ENCODING:
         message = f"its encoding is {row[0]}, which cannot store every text: {MAKE_ANOTHER}"
         raise UnfitDatabaseError(message)
 
 
 class _Pooler:
-    """Whether a pooler before the database gives each transaction another session, found out once for an engine.
+    """Detects, once per engine, a pooler that gives each transaction a different server session.
 
-    It loses what `_SET_UP` sets, prepared statements and locks.
+    Such a pooler loses the settings of `_SET_UP`, prepared statements and session locks.
     """
 
     def __init__(self) -> None:
-        """Start without a finding."""
+        """Start unchecked."""
         self._checked = False
 
     def is_before(self, connection: Bounded, row: Sequence[Any] | None) -> bool:
-        """Return whether a pooler may change sessions: it tells clients a process id that is not the session's."""
+        """Return whether there may be a pooler, which reports a process id other than the server session's."""
         return not self._checked and row is not None and row[1] != connection.info.backend_pid
 
     def check(self, patience: float, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Raise `UnfitDatabaseError` if two connections share sessions, or have not one session each."""
+        """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions."""
         try:
             with (
                 BoundedConnection.connect(*arguments, **{**named, "autocommit": True}) as one,
@@ -249,7 +265,7 @@ class _Pooler:
                 one.patience = other.patience = patience
                 pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
         except psycopg.OperationalError:
-            self._checked = True  # in session mode, a pool that is full keeps new clients waiting
+            self._checked = True  # a pooler in session mode keeps new clients waiting when its pool is full
             return
         if pids[0] == pids[1] or pids != pids[:2] * POOLER_ROUNDS:
             raise UnfitDatabaseError(CHANGES_SESSIONS)
@@ -257,7 +273,7 @@ class _Pooler:
 
 
 def _drop_read_only(context: ExceptionContext) -> None:
-    """Treat a read-only session as broken: drop it and every connection that its pool opened before."""
+    """Treat a read-only session as broken: close it and every older connection of its pool."""
     if getattr(context.original_exception, "sqlstate", None) == READ_ONLY:
         context.is_disconnect = True
 
@@ -267,7 +283,10 @@ def _note_set_up(_connection: object, record: ConnectionPoolEntry) -> None:
 
 
 def is_read_committed(connection: Connection) -> bool:
-    """Return whether this module's engine made the connection and its isolation is unchanged since."""
+    """Return whether the connection still has the isolation level READ COMMITTED.
+
+    Return False for a connection that was not opened by this module's engine.
+    """
     driver = connection.connection.driver_connection
     if _OURS not in connection.info or driver is None or driver.autocommit:
         return False
@@ -283,7 +302,7 @@ def _test_what_lay_idle(engine: Engine) -> None:
             try:
                 engine.dialect.do_ping(connection)
             except psycopg.OperationalError as error:
-                raise InvalidatePoolError from error  # all of the pool's connections are made anew
+                raise InvalidatePoolError from error  # the pool reconnects all of its connections
 
     event.listen(engine, "checkin", note)
     event.listen(engine, "checkout", test)
@@ -293,24 +312,24 @@ def _arguments(url: URL, pool_size: int, application_name: str) -> dict[str, Any
     defaults = {name: value for name, value in CONNECTION.items() if name not in url.query}
     return {
         "pool_size": pool_size,
-        # A connection beyond the pool would be made for one transaction and closed after it, which costs more than
-        # waiting for one.
+        # An overflow connection would be opened for one transaction and then closed, which costs more than waiting for
+        # a pooled connection.
         "max_overflow": 0,
         "pool_pre_ping": True,
-        # How many seconds a caller waits for a connection before it gets an error.
+        # Seconds that a caller waits for a connection before an error is raised.
         "pool_timeout": connect_timeout(url) + POOL_MARGIN,
-        # Statement parameters hold message texts, which must never be in an error or a log.
+        # Statement parameters contain message texts, which must never appear in an error or a log.
         "hide_parameters": True,
         "connect_args": {**defaults, "application_name": application_name},
     }
 
 
 def connect_timeout(url: URL) -> float:
-    """Return the time limit of connecting, in seconds."""
+    """Return the connect timeout in seconds."""
     try:
         seconds = float(str(url.query.get("connect_timeout", CONNECT_TIMEOUT)))
     except ValueError:
-        return CONNECT_TIMEOUT  # psycopg rejects the value
+        return CONNECT_TIMEOUT  # psycopg itself rejects the value
     return seconds if seconds > 0 else NO_CONNECT_TIMEOUT
 
 

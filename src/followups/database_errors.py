@@ -1,4 +1,4 @@
-"""What a database error means: it passes by itself, one row causes it, or the database cannot be used."""
+"""Classification of database errors: temporary, caused by one row, or caused by an unusable database."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
 READ_ONLY = "25006"
-"""SQLSTATE of a change that a read-only server refuses."""
+"""SQLSTATE of a write that a read-only server rejects."""
 
 READ_ONLY_SESSION = ("session is read-only", "server is in hot standby mode")
-"""Messages of libpq about a server that does not match ``target_session_attrs``.
+"""libpq's error messages about a server that does not match ``target_session_attrs``.
 
-There is no SQLSTATE for this error.
+This error has no SQLSTATE.
 """
 
 
 class UnfitDatabaseError(psycopg.NotSupportedError):
-    """The database cannot store every value, or keeps no session; the message explains what to do."""
+    """The database cannot store every value or keep session state; the message explains what to do."""
 
 
 PASSING_CLASSES = frozenset({"08", "25", "40", "53", "55", "57", "58"})
-"""Classes of SQLSTATE that pass by themselves (PostgreSQL, appendix A): connection, a read-only server during a
-failover, deadlock, out of resources, object in use, operator intervention, system error.
+"""SQLSTATE classes of temporary errors (PostgreSQL, appendix A).
+
+They cover lost connections, a read-only server during a failover, deadlocks, insufficient resources, objects in use,
+operator intervention and system errors.
 """
 
 
 def is_passing(error: Exception) -> bool:
-    """Return whether a retry may help: the database was unreachable, busy, or broke a deadlock."""
+    """Return whether a retry may help: the database was unreachable or busy, or it resolved a deadlock."""
     cause = _cause(error)
     if isinstance(error, PoolTimeoutError) or isinstance(cause, psycopg.OperationalError):
         return True
@@ -43,19 +45,22 @@ def is_passing(error: Exception) -> bool:
 
 
 def _cause(error: Exception) -> BaseException | None:
-    """Return the driver's own error, if it is one: an event loop gets those, a session gets SQLAlchemy's."""
+    """Return the driver's own error, or None if there is none.
+
+    On an event loop the driver's error is raised directly; a session raises SQLAlchemy's error, which contains it.
+    """
     return error.orig if isinstance(error, DBAPIError) else error
 
 
 UNDONE = frozenset({"40001", "40P01"})
-"""SQLSTATEs of a transaction rolled back in a conflict: serialization failure and deadlock.
+"""SQLSTATEs of a transaction that a conflict rolled back: serialization failure and deadlock.
 
-None of its changes was made.
+None of the transaction's changes was committed.
 """
 
 
 def is_undone(error: psycopg.Error | DBAPIError) -> bool:
-    """Return whether the transaction was rolled back in a conflict with another one.
+    """Return whether the transaction was rolled back because of a conflict with another transaction.
 
     Such a transaction may be retried as a whole.
     """
@@ -63,9 +68,9 @@ def is_undone(error: psycopg.Error | DBAPIError) -> bool:
 
 
 IS_READ_ONLY = "it is read-only: wait for the failover to end, or let FOLLOWUPS_DATABASE_URL lead to the primary"
-"""What to do about a standby, or a server that was made read-only.
+"""Advice for a standby, or for a server that was made read-only.
 
-Processes continue by themselves once the server is writable.
+Processes continue without a restart once the server is writable.
 """
 
 
@@ -78,7 +83,7 @@ def is_read_only(error: Exception) -> bool:
 def takes_changes(connection: Connection) -> bool:
     """Return whether the server is writable.
 
-    A server reached by a URL with ``target_session_attrs=any`` may not.
+    A server reached by a URL with ``target_session_attrs=any`` may be read-only.
     """
     return bool(connection.scalar(text("SELECT current_setting('transaction_read_only') = 'off'")))
 
@@ -92,9 +97,9 @@ def unfit(error: Exception) -> str:
 
 
 ROW_STATES = frozenset({"P0001", "XX001", "XX002"})
-"""Further SQLSTATEs that one row may cause: a trigger's refusal, a damaged page.
+"""Additional SQLSTATEs that one row may cause: an exception raised by a trigger, or a damaged page.
 
-One row may also cause the errors for bad data and broken constraints.
+A single row may also cause errors about invalid data or violated constraints.
 """
 
 

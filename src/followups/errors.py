@@ -1,8 +1,7 @@
-"""Every error this package raises on purpose.
+"""Every error that this package raises on purpose.
 
-One root, so that callers can catch all of them; each class says in its docstring what happened, and
-that docstring is the message unless a better one is given. ``slug`` is the last part of the problem
-``type`` in the REST API.
+All errors have one base class, so that callers can catch all of them. Each class's docstring is its default message.
+``slug`` is the last segment of the problem ``type`` in the REST API.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class FollowUpsError(Exception):
     slug: ClassVar[str] = "error"
 
     def __init__(self, message: str | None = None) -> None:
-        """Use the message, or the class's docstring if there is none."""
+        """Use the given message, or the class's docstring if there is none."""
         super().__init__(message or inspect.cleandoc(type(self).__doc__ or ""))
 
 
@@ -112,7 +111,7 @@ class DeliveryInProgressError(ConflictError):
     slug = "delivery-in-progress"
 
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
-        """Keep, in seconds, when the outcome should be known."""
+        """Store the number of seconds after which the outcome should be known."""
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -123,7 +122,7 @@ class SomeRefusedError(FollowUpsError):
     slug = "some-refused"
 
     def __init__(self, refused: Mapping[int, FollowUpsError], total: int) -> None:
-        """Keep the errors of the refused ones, by their index among all."""
+        """Store the errors of the refused follow-ups, by their index in the list of all follow-ups."""
         told = "; ".join(f"[{index}] {error}" for index, error in islice(refused.items(), MOST_TOLD))
         more = "" if len(refused) <= MOST_TOLD else f"; and {len(refused) - MOST_TOLD:,} more"
         super().__init__(f"{len(refused):,} of {total:,} follow-ups cannot be scheduled, so none was: {told}{more}")
@@ -154,7 +153,7 @@ class TooManyRequestsError(FollowUpsError):
     slug = "too-many-requests"
 
     def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
-        """Keep, in seconds, when the next request is allowed."""
+        """Store the number of seconds after which the next request is allowed."""
         super().__init__(message)
         self.retry_after = retry_after
 
@@ -165,7 +164,7 @@ class InvalidRequestError(FollowUpsError):
     slug = "invalid-request"
 
     def __init__(self, message: str | None = None, *, field: str = "") -> None:
-        """Keep the name (snake_case) of the field that is wrong, if there is one."""
+        """Store the name (snake_case) of the invalid field, if there is one."""
         super().__init__(message)
         self.field = field
 
@@ -201,7 +200,7 @@ def named(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    r"""Return why a connection failed: the part after the last colon of libpq's first line.
+    r"""Return why a connection failed: the text after the last colon in the first line of libpq's message.
 
     >>> reason_of(OSError('connection to server at "::1", port 5432 failed: Connection refused\n\tIs it running?'))
     'connection refused'

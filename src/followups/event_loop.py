@@ -1,9 +1,9 @@
-"""The database of an event loop: rules run by psycopg itself, without a thread and without objects for rows.
+"""Database access on an event loop: psycopg runs the rules, without threads and without row objects.
 
-The connections are those of `make_async_engine`, with the same settings, limits and tests, in SQLAlchemy's pool. A
-greenlet takes them from it, which costs 0.02 ms. psycopg's own pool would be as cheap, but it lets callers wait while
-it connects again in the background, where ours are told at once. Pipeline mode was measured and left out: its two
-exchanges cost 0.28 ms of CPU where four plain ones cost 0.21.
+Connections come from SQLAlchemy's pool in `make_async_engine`, with the same settings, limits and tests. Checking one
+out in a greenlet costs 0.02 ms. psycopg's own pool would be as cheap, but its callers wait while it reconnects in the
+background, whereas this pool raises the error immediately. Pipeline mode was measured and rejected: its two round trips
+cost 0.28 ms of CPU, while four plain round trips cost 0.21 ms.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _MADE = "followups.made"
 
 
 class Database:
-    """Connections of one event loop."""
+    """The database connections of one event loop."""
 
     def __init__(
         self, database_url: str, *, pool_size: int, application_name: str, statement_timeout: timedelta
     ) -> None:
-        """Store where to connect; the first use connects."""
+        """Store the connection parameters; the first use connects."""
         self._engine = make_async_engine(
             database_url,
             pool_size=pool_size,
@@ -55,7 +55,10 @@ class Database:
         return Use(self, reads=True)
 
     def transaction(self) -> Use:
-        """Return a connection to be entered, in a transaction that is committed at the end, or rolled back."""
+        """Return a context manager for a connection in a transaction.
+
+        The transaction is committed at the end of the block, or rolled back if the block raises an error.
+        """
         return Use(self, reads=False)
 
     async def close(self) -> None:
@@ -70,12 +73,12 @@ class Database:
         return pooled
 
     def drop_all(self) -> None:
-        """Discard all open connections: their server is gone, or read-only."""
+        """Discard all open connections, because their server has failed or become read-only."""
         self._lost_at = time.monotonic()
 
 
 class Use:
-    """One use of a connection, as a context manager."""
+    """One use of a pooled connection, as a context manager."""
 
     def __init__(self, database: Database, *, reads: bool) -> None:
         """Store the pool, and whether the connection is in autocommit mode."""
@@ -113,11 +116,11 @@ class Use:
         lost = self._connection.closed or getattr(error, "sqlstate", None) == READ_ONLY
         if lost and isinstance(error, psycopg.Error):
             self._database.drop_all()
-        # After a cancelled task, the server may still be working for it.
+        # If the task was cancelled, the server may still be executing its statement.
         if lost or not (error is None or isinstance(error, Exception)):
             await greenlet_spawn(self._pooled.invalidate)
         else:
-            self._pooled.close()  # which exchanges nothing with the server
+            self._pooled.close()  # closing exchanges nothing with the server
 
 
 def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
@@ -125,20 +128,23 @@ def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
 
 
 async def rows_of(connection: Connection, sql: str, parameters: Mapping[str, Any]) -> Sequence[Any]:
-    """Execute the statement and return its rows, if it returns any."""
+    """Execute the statement and return its rows, or an empty sequence if it returns no rows."""
     async with connection.cursor(row_factory=namedtuple_row) as cursor:
         await cursor.execute(sql.encode(), parameters)
         return () if cursor.rownumber is None else await cursor.fetchall()
 
 
 async def run(connection: Connection, steps: Steps[T]) -> T:
-    """Run the rule on the connection and return its result, as `followups.statements.run` does for a session."""
+    """Run the rule on the connection and return its result.
+
+    This is the asynchronous counterpart of `followups.statements.run`.
+    """
     query = next(steps)
     return await go_on(connection, steps, await rows_of(connection, query.statement.driver_sql, query.parameters))
 
 
 async def go_on(connection: Connection, steps: Steps[T], rows: Sequence[Any]) -> T:
-    """Run the rest of the rule, whose first query returned these rows, and return its result."""
+    """Continue the rule after its first query, which returned these rows, and return the rule's result."""
     try:
         query = steps.send(rows)
         while True:

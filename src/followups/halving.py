@@ -1,4 +1,4 @@
-"""Halving: a failing batch is split until the refused row is alone, so that the others succeed."""
+"""Halving: a failing batch is split until the failing row is isolated, so that all other rows succeed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ R = TypeVar("R")
 
 @dataclass(slots=True)
 class Halved(Generic[T, R]):
-    """The result of a batch: what the work returned for each part, refused items, and items not tried."""
+    """The result of a halved batch: return values of its sub-batches, refused items, and items not tried."""
 
     done: list[R] = field(default_factory=list)
     refused: list[tuple[T, Exception]] = field(default_factory=list)
     left: list[T] = field(default_factory=list)
-    """Items not done, since the database became unreachable after others had been done."""
+    """Items not processed, because the database became unreachable after other items had been processed."""
 
 
 def halve(batch: Sequence[T], work: Callable[[Sequence[T]], R]) -> Halved[T, R]:
-    """Do the work for a whole batch, halving the batch while a row's content makes the work fail.
+    """Do the work for a whole batch, and halve the batch while a row's content makes the work fail.
 
-    The halving ends with that row alone. Raises any other error of the work if nothing is done yet.
+    The halving ends when the failing row is alone. Any other error of the work is raised if nothing has been done yet.
     """
     halved: Halved[T, R] = Halved()
     parts = [batch]
@@ -60,9 +60,9 @@ def halve_within(
     work: Callable[[Sequence[T]], R],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Halved[T, R]:
-    """Do the work within the connection's transaction, each part under a savepoint.
+    """Do the work within the connection's transaction, each sub-batch under a savepoint.
 
-    ``refused`` is called for each refused item; the others succeed.
+    ``refused`` is called for each refused item; all other items succeed.
     """
 
     def under_savepoint(part: Sequence[T]) -> R:
@@ -70,7 +70,7 @@ def halve_within(
             return work(part)
 
     halved = halve(batch, under_savepoint) if batch else Halved[T, R]()
-    if halved.left:  # the transaction is lost, and this raises why
+    if halved.left:  # the transaction is lost, and this statement raises the reason
         halved.done.append(work(halved.left))
     if refused:
         for item, error in halved.refused:
@@ -87,7 +87,7 @@ def halving_steps(
     query: Callable[[Sequence[T]], Query],
     refused: Callable[[T, Exception], None] | None = None,
 ) -> Steps[list[Any]]:
-    """Run the query for the whole batch, halved as by `halve_within`, as a part of a rule; return all rows."""
+    """Run the query for the whole batch within a rule, halved as by `halve_within`, and return all rows."""
     rows: list[Any] = []
     parts = [batch] if batch else []
     while parts:

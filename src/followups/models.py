@@ -1,14 +1,16 @@
-"""The tables. Times are ``timestamptz`` in UTC, ids UUID v4.
+"""The database tables. Times are ``timestamptz`` in UTC, and ids are UUID v4.
 
-A chat's key is workspace and id together, so that no workspace reaches another's chat by guessing ids. The foreign keys
-onto it make PostgreSQL refuse a row that would join two workspaces. Row-level security was tried too and left out. It
-costs little: 6 % of the SQL time of a create and 16 % of a list (2 cores, 20,000 rows). But the tables' owner is exempt
-from it, and we have one URL, the owner's. So it needs either a second role, which many hosted databases do not let you
-create, or FORCE, under which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by
-a test that calls every endpoint of the document with another workspace's key and ids.
+A chat's key consists of the workspace's id and the chat's id, so that no workspace can reach another workspace's chat
+by guessing ids. The foreign keys that refer to this key make PostgreSQL refuse a row that would mix two workspaces.
 
-``status`` of a follow-up is written by guarded UPDATE statements in `followups.store` only, never by assigning to an
-object here: in another system a full-row save brought a sent message back to pending (zulip#39521).
+Row-level security was tried too and rejected. It costs little: 6 % of the SQL time of a create and 16 % of a list (2
+cores, 20,000 rows). But the tables' owner is exempt from it, and the only configured URL is the owner's. Row-level
+security would therefore need either a second role, which many hosted databases do not let you create, or FORCE, under
+which the owner's own pg_dump fails. Reads are protected by the predicate of each query, and by a test that calls every
+documented endpoint with another workspace's key and ids.
+
+A follow-up's ``status`` is written only by guarded UPDATE statements in `followups.store`, never by assigning to an
+object: in another system, a full-row save changed a sent message back to pending (zulip#39521).
 """
 
 from __future__ import annotations
@@ -43,19 +45,21 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from followups.states import Status
 
 MAX_MESSAGE_LENGTH = 65_536
-"""Most characters of a follow-up's message."""
+"""Maximum length of a follow-up's message, in characters."""
 
 
 CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_factor": "0.02"}
-"""Storage options of tables whose old rows are deleted by age. A search for the oldest rows reads everything that was
-deleted since the last vacuum, which by default waits until a fifth of the table is dead.
+"""Storage options of tables whose old rows are deleted by age.
+
+A search for the oldest rows reads everything that was deleted since the last vacuum. By default, a vacuum starts only
+when a fifth of the table is dead.
 """
 
 
 def readable(*columns: str) -> str:
-    """Return the SQL condition under which Python can represent these times.
+    """Return the SQL condition for times that Python can represent.
 
-    Any other time, written by hand, makes everything fail that reads it.
+    Any other time, for example one written manually, would make every query that reads its row fail.
     """
     named = ", ".join(columns)
     return (
@@ -65,7 +69,7 @@ def readable(*columns: str) -> str:
 
 
 class Base(DeclarativeBase):
-    """What every table shares: names of constraints, and the types of times and ids."""
+    """The base of all tables: naming of constraints, and the types of times and ids."""
 
     metadata = MetaData(
         naming_convention={
@@ -87,7 +91,7 @@ class Base(DeclarativeBase):
 
 
 class Workspace(Base):
-    """A tenant; every other row belongs to one."""
+    """A tenant; every other row belongs to one workspace."""
 
     __tablename__ = "workspaces"
 
@@ -95,19 +99,23 @@ class Workspace(Base):
     name: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     deletion_began_at: Mapped[datetime | None]
-    """When its deletion began; since then it accepts no new follow-ups and keys."""
+    """The time at which the workspace's deletion began.
+
+    From then on, new follow-ups and API keys are refused.
+    """
 
 
 class WorkspaceSendingHours(Base):
-    """The sending hours of a workspace; without a row, messages are sent at any time (`followups.sending_hours`).
+    """The sending hours of a workspace (`followups.sending_hours`).
 
-    It is a separate table, so that begin reads nothing while no workspace has any.
+    Without a row, messages are sent at any time. Sending hours have a separate table, so that the begin statement reads
+    nothing if no workspace has any.
     """
 
     __tablename__ = "sending_hours"
     __table_args__ = (
         CheckConstraint("days BETWEEN 1 AND 127", name="days_are_a_week_s"),
-        # PostgreSQL accepts 24:00, and Python does not.
+        # PostgreSQL accepts the time 24:00, and Python does not.
         CheckConstraint(
             f"opening < '24:00:00' AND closing < '24:00:00' AND {readable('open_from', 'open_until')}",
             name="times_are_readable",
@@ -119,16 +127,18 @@ class WorkspaceSendingHours(Base):
     opening: Mapped[time]
     closing: Mapped[time]
     days: Mapped[int] = mapped_column(SmallInteger)
-    """Bit 0 is Monday."""
+    """A bit mask of weekdays; bit 0 is Monday."""
     open_from: Mapped[datetime]
     open_until: Mapped[datetime]
-    """The current or next time of sending, which the database compares with. Once it is over, the first worker that is
-    refused by it computes the next one. So time zones are known to the workers only, not to the database.
+    """The end of the current or next sending period, which the database compares with the current time.
+
+    When the period is over, the first worker whose attempt is refused computes the next period. Only workers therefore
+    need time zones; the database does not.
     """
 
 
 class Pause(Base):
-    """What an operator has paused: a workspace, a channel, or a channel of a workspace."""
+    """The pause of a workspace, a channel, or a channel of a workspace by an operator."""
 
     __tablename__ = "pauses"
     __table_args__ = (
@@ -147,13 +157,17 @@ class Pause(Base):
     channel: Mapped[str | None]
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     ended_at: Mapped[datetime | None]
-    """When it ended. The row stays only until everything it paused has been released."""
+    """The time at which the pause ended.
+
+    The row is kept only until all held follow-ups have been released.
+    """
 
 
 class RateLimit(Base):
-    """How many attempts may begin a second: in total, or of a workspace, a channel, or a channel of a workspace.
+    """The number of attempts that may begin per second.
 
-    All matching limits apply. The state of their buckets is in Redis (`followups.flow_control.limiter`).
+    A limit applies to everything, a workspace, a channel, or a channel of a workspace. All matching limits apply. The
+    state of their token buckets is in Redis (`followups.flow_control.limiter`).
     """
 
     __tablename__ = "rate_limits"
@@ -174,16 +188,16 @@ class RateLimit(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id"))
     channel: Mapped[str | None]
     per: Mapped[str]
-    """One bucket for 'all' matching follow-ups, one for each 'workspace', or one for each 'chat'."""
+    """The scope of a bucket: 'all' matching follow-ups, each 'workspace', or each 'chat'."""
     rate: Mapped[float] = mapped_column(Double)
-    """Tokens a second."""
+    """Tokens added per second."""
     burst: Mapped[int] = mapped_column(Integer)
-    """Tokens that a full bucket holds."""
+    """Number of tokens in a full bucket."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
 class ApiKey(Base):
-    """A key to one workspace; only the SHA-256 of its 256 random bits is stored."""
+    """An API key of one workspace. Only the SHA-256 of the key's 256 random bits is stored."""
 
     __tablename__ = "api_keys"
 
@@ -196,11 +210,11 @@ class ApiKey(Base):
     last_used_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None]
-    """When it expires, or None if it never does."""
+    """The time at which the API key expires, or None if it never expires."""
 
 
 class Quota(Base):
-    """The most pending follow-ups, or chats, that a workspace may have; without a row there is no limit."""
+    """The maximum number of a workspace's pending follow-ups or chats; without a row, there is no limit."""
 
     __tablename__ = "quotas"
     __table_args__ = (
@@ -212,7 +226,7 @@ class Quota(Base):
     kind: Mapped[str] = mapped_column(primary_key=True)
     most: Mapped[int]
     room: Mapped[int] = mapped_column(server_default=text("0"))
-    """How many more may be created before they are counted again (`followups.store.quotas`)."""
+    """How many more rows may be created before the rows are counted again (`followups.store.quotas`)."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
 
 
@@ -230,7 +244,7 @@ class Chat(Base):
             name="last_message_is_whole",
         ),
         CheckConstraint(readable("last_message_at", "last_user_message_at"), name="times_are_readable"),
-        # For the check whether another workspace has this external id.
+        # This index serves the check whether another workspace has the external id.
         Index(None, "external_id", postgresql_where=text("external_id IS NOT NULL")),
     )
 
@@ -248,14 +262,14 @@ class Chat(Base):
 
 
 class ChatMessage(Base):
-    """Who wrote in a chat, and when. The message text is neither accepted nor stored."""
+    """The author and time of a message in a chat. The message's text is neither accepted nor stored."""
 
     __tablename__ = "chat_messages"
     __table_args__ = (
         ForeignKeyConstraint(["workspace_id", "chat_id"], ["chats.workspace_id", "chats.id"]),
         CheckConstraint("role IN ('user', 'agent', 'operator')", name="role_is_known"),
         Index(None, "workspace_id", "chat_id", "created_at"),
-        # What pruning deletes, oldest first.
+        # This index serves pruning, which deletes the oldest messages first.
         Index(None, "created_at"),
         {"postgresql_with": CHURNING},
     )
@@ -268,10 +282,10 @@ class ChatMessage(Base):
 
 
 class FollowUp(Base):
-    """One message to be sent into one chat at its due date: the row is the job.
+    """A message to be sent into a chat at its due date: the row is the job.
 
-    The columns below ``trigger_chat_message_id`` belong to the dispatcher. Lease columns are in no index, so that
-    taking and returning a lease is a heap-only update.
+    The columns below ``trigger_chat_message_id`` belong to the dispatcher. The lease columns are in no index, so that
+    acquiring and returning a lease is a heap-only update.
     """
 
     __tablename__ = "follow_ups"
@@ -300,15 +314,15 @@ class FollowUp(Base):
         CheckConstraint("attempts >= 0 AND losses >= 0 AND snoozes >= 0", name="budgets_are_counts"),
         CheckConstraint("begun_at IS NULL OR lease_until IS NOT NULL", name="begun_holds_lease"),
         CheckConstraint("waits_for IS NULL OR status = 'pending'", name="waiting_is_pending"),
-        # The claim's index: due follow-ups, oldest first. Follow-ups that wait for an earlier one of their chat are not
-        # in it, so they are not scanned, claimed and refused again and again.
+        # The claim's index contains due follow-ups, oldest first. Follow-ups that wait for an earlier one of their chat
+        # are excluded, because they would be scanned, claimed and refused again and again.
         Index(
             "ix_follow_ups_due",
             text("COALESCE(next_attempt_at, due_date)"),
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # The same for each workspace, for the fair claim (`followups.store.claims`).
+        # This index has the same rows for each workspace, for the fair claim (`followups.store.claims`).
         Index(
             "ix_follow_ups_due_by_workspace",
             "workspace_id",
@@ -316,7 +330,8 @@ class FollowUp(Base):
             "id",
             postgresql_where=text("status = 'pending' AND waits_for IS NULL"),
         ),
-        # Order in a chat: whether there is an earlier one, and which; what a reply cancels.
+        # This index serves the order within a chat (whether there is an earlier pending follow-up, and which) and the
+        # cancellation by a reply.
         Index(
             "ix_follow_ups_chat_order",
             "workspace_id",
@@ -326,8 +341,8 @@ class FollowUp(Base):
             postgresql_where=text("status = 'pending'"),
         ),
         Index("ix_follow_ups_waits_for", "waits_for", postgresql_where=text("waits_for IS NOT NULL")),
-        # The API's lists, newest first (`followups.store.listing`). Without a filter a list merges the four states, so
-        # that this one index serves both.
+        # This index serves the API's lists, newest first (`followups.store.listing`). A list without a filter merges
+        # the four states, so that no second index is needed.
         Index("ix_follow_ups_list", "workspace_id", "status", text("created_at DESC"), "id"),
         Index("ix_follow_ups_list_chat", "workspace_id", "chat_id", text("created_at DESC"), "id"),
         Index("ix_follow_ups_trigger", "workspace_id", "trigger_chat_message_id"),
@@ -337,11 +352,11 @@ class FollowUp(Base):
             "chat_message_id",
             postgresql_where=text("chat_message_id IS NOT NULL"),
         ),
-        # What ended recently (lag and throughput, what to retry), and what ended long ago (pruning). New entries go to
-        # its right edge, and those of one settlement share their key.
+        # This index serves queries for follow-ups that ended recently (lag, throughput, retries) or long ago (pruning).
+        # New entries are added at its right edge, and all follow-ups of one settlement share a key.
         Index("ix_follow_ups_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
         Index("ix_follow_ups_retry_of", "retry_of", unique=True, postgresql_where=text("retry_of IS NOT NULL")),
-        # Paused follow-ups and those that wait for sending hours; otherwise empty.
+        # This index contains follow-ups that are held by a pause or by sending hours; otherwise it is empty.
         Index("ix_follow_ups_paused", "pause_id", postgresql_where=text("pause_id IS NOT NULL AND status = 'pending'")),
         Index(
             "ix_follow_ups_quiet",
@@ -350,7 +365,8 @@ class FollowUp(Base):
             postgresql_where=text("held_until IS NOT NULL AND status = 'pending'"),
         ),
         {
-            # Room on each page for lease updates in place; this table is updated a lot, so it is vacuumed early.
+            # Free space on each page allows in-place updates of leases. The table is updated often, so it is vacuumed
+            # early.
             "postgresql_with": {
                 "fillfactor": "85",
                 "autovacuum_vacuum_scale_factor": "0.02",
@@ -372,51 +388,60 @@ class FollowUp(Base):
     trigger_chat_message_id: Mapped[UUID]
 
     scheduled_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """When the due date or the chat was last set.
+    """The time at which the due date or the chat was last set.
 
-    Lateness counts from the later of this time and the due date, so that a due date in the past means at once, not too
-    late.
+    Lateness counts from this time or from the due date, whichever is later. A due date in the past is therefore due
+    immediately but not too late.
     """
     next_attempt_at: Mapped[datetime | None]
-    """When to try again after a retry or a deferral, or None for the due date."""
+    """The time of the next attempt after a retry or a deferral, or None for the due date."""
     waits_for: Mapped[UUID | None]
-    """The earlier follow-up of its chat whose end unblocks it."""
+    """The earlier follow-up of the chat whose end unblocks this follow-up."""
     lease_token: Mapped[int] = mapped_column(BigInteger, server_default="0")
-    """The fencing token, which only grows and never repeats.
+    """The fencing token of the lease, which only increases and is never reused.
 
     A write with an older token is refused.
     """
     lease_until: Mapped[datetime | None]
     begun_at: Mapped[datetime | None]
-    """When the attempt in flight began, or None."""
+    """The time at which the attempt in flight began, or None."""
     attempts: Mapped[int] = mapped_column(Integer, server_default="0")
     losses: Mapped[int] = mapped_column(Integer, server_default="0")
-    """Lost leases: those that ran out with an attempt in flight."""
+    """The number of lost leases: leases that expired with an attempt in flight."""
     snoozes: Mapped[int] = mapped_column(Integer, server_default="0")
     cancel_requested: Mapped[str | None]
-    """The reason of a cancel that came during an attempt in flight: it is not retried."""
+    """The reason of a cancellation that was requested during an attempt.
+
+    The follow-up is then not retried.
+    """
     accepted_at: Mapped[datetime | None]
-    """When the transport accepted it, by the database's clock; lag is this minus the due date."""
+    """The time at which the transport accepted the message, by the database's clock.
+
+    Lag is this time minus the due date.
+    """
     traceparent: Mapped[str | None]
-    """The W3C traceparent of the trace in which it was created, or None."""
+    """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
     held_until: Mapped[datetime | None]
-    """The opening of the sending hours until which the follow-up was last held."""
+    """The start of the sending hours until which the follow-up was last held."""
     sendable_from: Mapped[datetime | None]
-    """The first time at which the sending hours allow the sending, or None before any hold.
+    """The first time at which the sending hours allow the message to be sent, or None before any hold.
 
-    A time in the future follows from the current sending hours. A time in the past stays, even if they change. Lateness
-    counts from this moment.
+    A future time is derived from the current sending hours. A past time is kept even if the sending hours change.
+    Lateness counts from this time.
     """
     limited_until: Mapped[datetime | None]
-    """The next attempt as set by a rate limit or the breaker.
+    """The time of the next attempt as set by a rate limit or the breaker.
 
-    While ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
+    As long as ``next_attempt_at`` has the same value, the follow-up waits for the rate limit or the breaker.
     """
     pause_id: Mapped[UUID | None]
-    """The pause that stops it; its next attempt is then far in the future, out of the claim's range."""
+    """The pause that holds the follow-up.
+
+    Its next attempt is then far in the future, where the claim ignores it.
+    """
     retry_of: Mapped[UUID | None]
-    """The follow-up that this one retries; each is retried once at most."""
+    """The failed follow-up that this one retries; each follow-up is retried at most once."""
 
     @property
     def in_flight(self) -> bool:
@@ -425,7 +450,7 @@ class FollowUp(Base):
 
 
 class FailedAttempt(Base):
-    """One attempt that did not end in `sent`, kept as an explanation."""
+    """An attempt that did not end in `sent`, recorded as an explanation."""
 
     __tablename__ = "failed_attempts"
     __table_args__ = (Index(None, "follow_up_id", "id"), {"postgresql_with": CHURNING})
@@ -435,15 +460,15 @@ class FailedAttempt(Base):
     number: Mapped[int]
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     outcome: Mapped[str]
-    """retry, snoozed, rejected, unknown or lost"""
+    """The outcome: retry, snoozed, rejected, unknown or lost."""
     detail: Mapped[str]
     status_code: Mapped[int | None]
     duration: Mapped[timedelta | None]
-    """None if the worker was lost, since its attempt was not timed."""
+    """The duration of the attempt, or None if the worker was lost before it could record the duration."""
 
 
 class IdempotencyKey(Base):
-    """The answer to a request with an Idempotency-Key, written in that request's transaction."""
+    """The stored response to a request with an Idempotency-Key, written in that request's transaction."""
 
     __tablename__ = "idempotency_keys"
     __table_args__ = (Index(None, "created_at"), {"postgresql_with": CHURNING})
@@ -461,17 +486,20 @@ class MetricTotal(Base):
     """One sample of a counter or a histogram, summed over all processes."""
 
     __tablename__ = "metric_totals"
-    # Updated every second by every process, so each page has room for updates in place.
+    # Every process updates these rows every second, so each page has free space for in-place updates.
     __table_args__ = ({"postgresql_with": {"fillfactor": "50"}},)
 
     sample: Mapped[str] = mapped_column(primary_key=True)
     labels: Mapped[str] = mapped_column(primary_key=True)
-    """A JSON object with sorted keys."""
+    """The sample's labels as a JSON object with sorted keys."""
     value: Mapped[float] = mapped_column(Double)
 
 
 class ConsoleSession(Base):
-    """A person who has signed in to the console; only the SHA-256 of the cookie's 256 random bits is stored."""
+    """The session of a person who is signed in to the console.
+
+    Only the SHA-256 of the cookie's 256 random bits is stored.
+    """
 
     __tablename__ = "console_sessions"
     __table_args__ = (
@@ -479,7 +507,7 @@ class ConsoleSession(Base):
         CheckConstraint("role <> 'operator' OR workspace_id IS NULL", name="operator_sees_all"),
         CheckConstraint("chat_id IS NULL OR workspace_id IS NOT NULL", name="chat_has_workspace"),
         Index(None, "workspace_id", "created_at"),
-        # What pruning deletes.
+        # This index serves pruning.
         Index(None, "expires_at"),
         {"postgresql_with": CHURNING},
     )
@@ -488,15 +516,18 @@ class ConsoleSession(Base):
     token_hash: Mapped[bytes] = mapped_column(unique=True)
     role: Mapped[str]
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"))
-    """None means all workspaces."""
+    """The workspace that the session is limited to, or None for all workspaces."""
     chat_id: Mapped[UUID | None]
     """The one chat that the person may see, or None for all chats."""
     way: Mapped[str]
     """How the person signed in: key, link or proxy."""
     name: Mapped[str]
-    """Who it is, if known: the name of the key or of the link's creator, or the name from the proxy."""
+    """The person's name, if known.
+
+    It is the name of the API key or of the link's creator, or the name sent by the proxy.
+    """
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
-    """The key with which the person signed in; the session ends with it."""
+    """The API key with which the person signed in; when the key becomes invalid, so does the session."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
@@ -504,7 +535,7 @@ class ConsoleSession(Base):
 
 
 class ConsoleLink(Base):
-    """A link that signs in once; only the SHA-256 of its token is stored."""
+    """A link that signs a person in once. Only the SHA-256 of its token is stored."""
 
     __tablename__ = "console_links"
     __table_args__ = (
@@ -519,7 +550,7 @@ class ConsoleLink(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
     chat_id: Mapped[UUID | None]
     name: Mapped[str]
-    """Who made it."""
+    """The name of the link's creator."""
     api_key_id: Mapped[UUID | None] = mapped_column(ForeignKey("api_keys.id", ondelete="CASCADE"), index=True)
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime]
@@ -527,7 +558,7 @@ class ConsoleLink(Base):
 
 
 class BulkAction(Base):
-    """Many follow-ups to cancel or retry, carried out by the workers in batches."""
+    """A bulk action that cancels or retries many follow-ups; workers carry it out in batches."""
 
     __tablename__ = "bulk_actions"
     __table_args__ = (
@@ -540,24 +571,24 @@ class BulkAction(Base):
     workspace_id: Mapped[UUID | None] = mapped_column(ForeignKey("workspaces.id", ondelete="CASCADE"), index=True)
     kind: Mapped[str]
     chosen: Mapped[dict[str, Any]] = mapped_column(JSONB)
-    """The filter, or the ids that were ticked."""
+    """The selected follow-ups: a filter, or a list of ids."""
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
-    """Follow-ups that are created later are left alone."""
+    """The action's creation time. Follow-ups created after this time are not affected."""
     created_by: Mapped[str]
     expected: Mapped[int] = mapped_column(Integer)
-    """How many matched at the preview, counted up to a limit."""
+    """The number of matching follow-ups in the preview, counted up to a limit."""
     ended_at_time: Mapped[datetime | None]
     ended_at_id: Mapped[UUID | None]
-    """Where the last batch ended, in the order of the list: newest first."""
+    """The last follow-up of the last batch, in the order of the list, which is newest first."""
     done: Mapped[int] = mapped_column(Integer, server_default="0")
     passed_over: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
-    """How many were passed over, by the reason."""
+    """The number of skipped follow-ups, by reason."""
     stopped_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
 
 
 class DispatcherState(Base):
-    """The single row that records when a dispatcher last ticked.
+    """The single row that records the time of the last dispatcher tick.
 
     Each claim locks the row (`followups.store.last_tick`).
     """
@@ -568,20 +599,23 @@ class DispatcherState(Base):
     id: Mapped[int] = mapped_column(primary_key=True, autoincrement=False, server_default="1")
     last_tick_at: Mapped[datetime | None]
     grace_until: Mapped[datetime | None]
-    """The end of the grace period after a gap in the ticks, in which leases in flight are left to their workers."""
+    """The end of the grace period that follows a gap in the ticks.
+
+    During this period, expired leases with an attempt in flight are left to their workers.
+    """
 
 
 class AuditEvent(Base):
-    """Who did what: one change by hand, or one bulk command, without any text (`followups.store.audit`).
+    """An audit event: one manual change or one bulk command (`followups.store.audit`).
 
-    It has no foreign keys, since it outlives its target.
+    It contains no message text. The table has no foreign keys, since an event outlives its target.
     """
 
     __tablename__ = "audit_events"
     __table_args__ = (
         CheckConstraint("way IN ('api', 'command', 'console', 'python', 'service')", name="way_is_known"),
         CheckConstraint("number >= 0", name="number_is_a_count"),
-        # Newest first, everywhere or in a workspace; and the timeline of one follow-up.
+        # These indexes serve lists, newest first, of all events or of one workspace, and the timeline of one follow-up.
         Index("ix_audit_events_at", "at", "id"),
         Index("ix_audit_events_workspace", "workspace_id", "at", "id"),
         Index("ix_audit_events_target", "target_id", postgresql_where=text("target_id IS NOT NULL")),
@@ -591,17 +625,17 @@ class AuditEvent(Base):
     id: Mapped[UUID] = mapped_column(primary_key=True, default=uuid4, server_default=func.gen_random_uuid())
     at: Mapped[datetime] = mapped_column(server_default=func.now())
     way: Mapped[str]
-    """The actor's way in: the REST API, a command, the console, Python, or the service itself."""
+    """The actor's means of access: the REST API, a command, the console, Python, or the service itself."""
     actor_id: Mapped[UUID | None]
-    """The API key or the console session; None for an operating-system user."""
+    """The id of the API key or console session, or None for an operating-system user."""
     actor: Mapped[str]
-    """The actor's name at that time."""
+    """The actor's name at the time of the event."""
     workspace_id: Mapped[UUID | None]
     workspace: Mapped[str | None]
-    """The workspace's name at that time. None where the event concerns all workspaces."""
+    """The workspace's name at the time of the event, or None if the event concerns all workspaces."""
     action: Mapped[str]
     target_id: Mapped[UUID | None]
-    """The follow-up, API key, chat or workspace that was changed; None where that has no id."""
+    """The follow-up, API key, chat or workspace that was changed, or None if the target has no id."""
     number: Mapped[int] = mapped_column(BigInteger, server_default="1")
-    """How many were changed."""
+    """The number of rows that were changed."""
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")

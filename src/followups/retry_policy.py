@@ -1,7 +1,8 @@
-"""When a failed attempt is retried: the policy is data, the decision a value. Pure.
+"""Retries of failed attempts: the policy is data, and each decision is a value. Pure functions.
 
-Exponential backoff with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015): the delay
-is uniform between zero and the ceiling, so that attempts that failed together do not return together.
+The backoff is exponential with full jitter (Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015).
+The delay is uniformly distributed between zero and the ceiling, so that attempts that failed together are not retried
+together.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 MIN_RETRY_AFTER = timedelta(seconds=1)
 MAX_RETRY_AFTER = timedelta(hours=24)
 SPREAD = 0.1
-"""Largest extra delay, as a fraction of the requested one, so that follow-ups refused together return spread out."""
+"""Maximum extra delay, as a fraction of the requested delay.
+
+It spreads the retries of follow-ups that were refused at the same time.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How many attempts there are, and the delays between them.
+    """The maximum number of attempts, and the delays between them.
 
     >>> policy = RetryPolicy(timedelta(seconds=5), 2.0, timedelta(hours=1), max_attempts=8)
     >>> [int(policy.ceiling(attempt).total_seconds()) for attempt in (1, 2, 3, 20)]
@@ -37,24 +41,24 @@ class RetryPolicy:
     max_attempts: int
 
     def ceiling(self, attempt: int) -> timedelta:
-        """Return the longest delay after failed attempt number ``attempt`` (from 1)."""
+        """Return the maximum delay after the failed attempt with the number ``attempt`` (from 1)."""
         try:
             grown = self.base.total_seconds() * self.factor ** (attempt - 1)
-        except OverflowError:  # a float overflows long after the cap is reached
+        except OverflowError:  # the float overflows only far above the cap
             return self.cap
         return timedelta(seconds=min(grown, self.cap.total_seconds()))
 
     def jittered(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta:
-        """Return a delay between zero and the ceiling; ``jitter`` gives the fraction, in [0, 1)."""
+        """Return a delay between zero and the ceiling; ``jitter`` returns the fraction, in [0, 1)."""
         return self.ceiling(attempt) * jitter()
 
     def next_delay(self, attempt: int, jitter: Callable[[], float] = random.random) -> timedelta | None:
-        """Return the delay before the next try after failed attempt ``attempt``, or None if that was the last."""
+        """Return the delay after the failed attempt ``attempt``, or None if that was the last attempt."""
         return None if attempt >= self.max_attempts else self.jittered(attempt, jitter)
 
 
 def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> timedelta:
-    """Return the requested delay plus a random share of it, never less, within 24 hours.
+    """Return the requested delay plus a random fraction of it, never less than requested, up to 24 hours.
 
     >>> spread(timedelta(seconds=10), lambda: 0.5).total_seconds()
     10.5
@@ -63,7 +67,7 @@ def spread(wished: timedelta, jitter: Callable[[], float] = random.random) -> ti
 
 
 def clamp_retry_after(wished: timedelta) -> timedelta:
-    """Return the requested delay, clamped to 1 second..24 hours.
+    """Return the requested delay, limited to the range from 1 second to 24 hours.
 
     >>> clamp_retry_after(timedelta(0)).total_seconds()
     1.0

@@ -1,13 +1,13 @@
-"""The rules for creating, changing and cancelling follow-ups, for every caller alike.
+"""The rules for creating, changing and cancelling follow-ups, which are the same for every caller.
 
-Each function works in the caller's own transaction and commits nothing. The row is the job, so there is nothing else to
-enqueue. The REST API and the command line call these functions too.
+Each function works in the caller's own transaction and does not commit it. The row is the job, so there is nothing else
+to enqueue. The REST API and the command line call the same functions.
 
 Each function locks its chat until the transaction ends. A transaction that works on several chats must process them in
 ascending order of their ids; `followups.store` documents the order of all locks.
 
-The transaction must be at READ COMMITTED, PostgreSQL's default. A statement then sees everything that was committed
-before the statement began, as the rules need. Any other transaction is refused with a `TransactionError`.
+The transaction must use READ COMMITTED, PostgreSQL's default isolation level. The rules rely on each statement seeing
+everything that was committed before the statement began. At any other level, a `TransactionError` is raised.
 """
 
 from __future__ import annotations
@@ -55,11 +55,12 @@ if TYPE_CHECKING:
 def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> FollowUp:
     """Create a follow-up that is sent into the chat at ``due_date`` unless something cancels it first.
 
-    A due date in the past means at once. In one transaction, schedule into several chats in ascending order of their
-    ids (``sorted(chat_ids)``), or the transaction may deadlock with another one that works on the same chats.
+    A due date in the past means immediately. A transaction that schedules into several chats must do so in ascending
+    order of the chats' ids (``sorted(chat_ids)``); otherwise it may deadlock with another transaction on the same
+    chats.
 
     Raises `InvalidRequestError` (message not of 1..65,536 characters or with a NUL, due date without an offset),
-    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last one is the user's),
+    `ChatNotFoundError`, `NothingToFollowUpError` (no messages, or the last message is the user's),
     `OutsideMessagingWindowError`, `TooManyPendingError`, `QuotaExceededError` and `TransactionError` (AUTOCOMMIT, or
     stricter than READ COMMITTED).
     """
@@ -88,9 +89,10 @@ def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: dateti
 def scheduling_alone(
     workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Apply the rule of `schedule` by one statement, which needs no transaction; return None if that is not enough.
+    """Apply the rule of `schedule` in a single statement, which needs no transaction.
 
-    Then nothing has changed, and `scheduling` creates the follow-up or raises the error.
+    Return None if a single statement is not enough. Nothing has changed in that case, and the caller uses `scheduling`,
+    which creates the follow-up or raises the error.
     """
     check_planned(Planned(chat_id, message, due_date))
     return (
@@ -101,11 +103,11 @@ def scheduling_alone(
 
 
 def schedule_many(session: Session, *, workspace_id: UUID, planned: Sequence[Planned]) -> list[FollowUp]:
-    """Create many follow-ups of a workspace, or none; return them in the order given.
+    """Create many follow-ups of a workspace, all or none, and return them in the given order.
 
-    The rules are those of `schedule`. Each kind of statement runs once, however many there are; a thousand take some
-    100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which has the error of each
-    refused one by its index, `QuotaExceededError` and `TransactionError`.
+    The rules are those of `schedule`. The number of statements does not depend on the number of follow-ups; creating a
+    thousand takes some 100 ms. The chats are locked in ascending order of their ids. Raises `SomeRefusedError`, which
+    contains the error of each refused follow-up by its index, `QuotaExceededError` and `TransactionError`.
     """
     _check_transaction(session)
     return run(session, _scheduling_many(workspace_id, planned))
@@ -151,10 +153,11 @@ def _refusal(check: Callable[[Planned], None], planned: Planned) -> FollowUpsErr
 
 
 def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, actor: Actor | None = None) -> FollowUp:
-    """Cancel a pending follow-up, which is never sent once the transaction has committed.
+    """Cancel a pending follow-up. It is never sent once the transaction has committed.
 
-    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. The order of
-    several chats is that of `schedule`. The audit log names the ``actor``, by default the user of this process.
+    ``reason`` is stored as given; the default is ``cancelled_by_api``. Repeating the call changes nothing. For several
+    chats, use the same order as with `schedule`. The audit log records the ``actor``, by default the user of this
+    process.
 
     Raises `FollowUpNotFoundError`, `AlreadyFinishedError`, `DeliveryInProgressError` and `TransactionError`.
     """
@@ -167,7 +170,10 @@ def cancel(session: Session, follow_up_id: UUID, *, reason: str | None = None, a
 def retry(
     session: Session, follow_up_id: UUID, *, due_date: datetime | None = None, actor: Actor | None = None
 ) -> FollowUp:
-    """Create a new follow-up from a failed one, which stays as it is. Raises as `schedule`."""
+    """Create a new follow-up from a failed one, which is not changed.
+
+    Raises the same errors as `schedule`.
+    """
     old = _failed(session, follow_up_id)
     new = _repeat(session, old, retries.last_of(session, old.id), due_date)
     details = {"retriedAs": str(new.id)}
@@ -177,9 +183,10 @@ def retry(
 
 
 def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Create a new follow-up, due now, from a failed one that has not been retried yet; the caller records the event.
+    """Create a new follow-up, due now, from a failed one that has not been retried yet.
 
-    Raises `AlreadyRetriedError` if it has, and otherwise as `schedule`.
+    The caller records the audit event. Raises `AlreadyRetriedError` if the failed follow-up has been retried, and the
+    same errors as `schedule`.
     """
     old = _failed(session, follow_up_id)
     if retries.last_of(session, old.id) != old.id:
@@ -188,7 +195,7 @@ def retry_once(session: Session, follow_up_id: UUID) -> FollowUp:
 
 
 def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
-    """Return the follow-up with its chat locked, so that its retries do not change."""
+    """Return the failed follow-up and lock its chat, so that no other transaction can retry it."""
     old = follow_ups.find(session, follow_up_id, None)
     if old is None:
         raise FollowUpNotFoundError
@@ -219,10 +226,10 @@ def amend(
     workspace_id: UUID | None = None,
     actor: Actor | None = None,
 ) -> FollowUp:
-    """Change fields of a follow-up (names in snake_case), or end it by a final ``status``.
+    """Change fields of a follow-up (names in snake_case), or end it with a final ``status``.
 
-    A ``workspace_id`` of None gives an operator's view. Fields that already have the requested value are ignored. The
-    audit log names the ``actor``, by default the user of this process.
+    With a ``workspace_id`` of None, as for an operator, the follow-up may belong to any workspace. Fields that already
+    have the requested value are ignored. The audit log records the ``actor``, by default the user of this process.
 
     Raises `InvalidRequestError`, `FollowUpNotFoundError`, `ChatNotFoundError`, `NothingToFollowUpError`,
     `OutsideMessagingWindowError`, `TooManyPendingError`, `AlreadyFinishedError`, `DeliveryInProgressError` and
@@ -242,7 +249,7 @@ def amending(
     fresh = {name: value for name, value in changes.items() if getattr(found, name) != value}
     if not fresh:
         return found
-    # An event loop does not read the workspace, which its caller has named.
+    # On an event loop, the workspace is not read, because the caller has given its id.
     event = _event(actor, workspace_id or found.workspace_id, found, fresh)
     if found.status in FINAL:
         changed = yield from _amend_finished(found, fresh)
@@ -255,7 +262,7 @@ def amending(
 
 
 def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str, Any]) -> Event:
-    """Return the event of a change: which fields, and the due dates before and after, but no text."""
+    """Return the audit event of a change: the changed fields and the old and new due date, but no text."""
     details: dict[str, object] = {"fields": sorted(to_camel(name) for name in fresh)}
     action = Action.FOLLOW_UP_CHANGED
     if "due_date" in fresh:
@@ -269,7 +276,7 @@ def _event(actor: Actor, workspace_id: UUID, found: FollowUp, fresh: Mapping[str
 def _lock(
     follow_up_id: UUID, target: UUID | None, workspace_id: UUID | None
 ) -> Steps[tuple[FollowUp, Mapping[UUID, Chat]]]:
-    """Lock and return the follow-up and two chats: the follow-up's own and the ``target`` chat.
+    """Lock and return the follow-up and two chats: the follow-up's own chat and the ``target`` chat.
 
     The chats are locked first. Raises `FollowUpNotFoundError`, and `DeliveryInProgressError` for a follow-up in flight.
     """
@@ -284,7 +291,8 @@ def _lock(
             return found, locked
         if found.chat_id in locked:
             raise DeliveryInProgressError
-        # The follow-up was moved into another chat while this transaction waited for the first one.
+        # Another transaction moved the follow-up to a different chat while this transaction waited for the lock on the
+        # first chat.
 
 
 def _present(locked: Mapping[UUID, Chat], chat_id: UUID) -> Chat:
@@ -300,7 +308,7 @@ LOOSEST = frozenset({"read committed", "read uncommitted"})
 
 
 def _check_transaction(session: Session) -> None:
-    """Refuse autocommit, and isolation levels that read one snapshot for the whole transaction."""
+    """Refuse autocommit, and isolation levels at which one snapshot serves the whole transaction."""
     connection = session.connection()
     if is_read_committed(connection):
         return
@@ -351,7 +359,10 @@ _NOW = Statement("SELECT now() AS now")
 
 @Rule
 def check_window(chat: Chat, due_date: datetime) -> Steps[None]:
-    """Refuse a due date outside the channel's messaging window, or outside it once the sending hours open."""
+    """Refuse a due date at which the channel's messaging window is closed.
+
+    If the due date is outside the sending hours, the window must still be open when the sending hours begin.
+    """
     if chat.channel in WINDOWED_CHANNELS:
         (row,) = yield _NOW()
         hours = yield from sending_hours.find.steps(chat.workspace_id)

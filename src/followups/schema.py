@@ -1,7 +1,7 @@
-"""The schema's version, and migrations between versions.
+"""The schema's version, and the migrations between versions.
 
-This is separate from the engine, so that processes that never migrate (worker, beat) need not import Alembic, which is
-a third of their imports.
+This module is separate from the engine, so that processes that never migrate (worker, beat) need not import Alembic,
+which would be a third of their imports.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 
 WAIT = 60.0
-"""Seconds for which a migration waits for another one to end."""
+"""Seconds for which a migration waits for another migration to end."""
 
 PATIENCE = 600.0
 """Seconds for which a migration tries to lock tables that long transactions use."""
 
 
 def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: float = PATIENCE) -> Config:
-    """Return Alembic's configuration for the migrations in this package, wherever it is installed."""
+    """Return Alembic's configuration for the migrations that are installed with this package."""
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes.update(database_url=database_url, wait=wait, patience=patience)
@@ -36,22 +36,22 @@ def alembic_config(database_url: str = "", *, wait: float = WAIT, patience: floa
 def migrate(database_url: str, revision: str = "head", *, wait: float = WAIT, patience: float = PATIENCE) -> None:
     """Migrate the database to ``revision``.
 
-    Several migrations at once do no harm: the second waits, and then finds the work done. Raises `FollowUpsError` if
-    another migration keeps its lock for ``wait`` seconds, or if a long transaction keeps a table locked for
-    ``patience`` seconds.
+    Concurrent migrations are safe: the second one waits for the first and then finds nothing to do. Raises
+    `FollowUpsError` if another migration keeps its lock for ``wait`` seconds, or if a long transaction keeps a table
+    locked for ``patience`` seconds.
     """
     command.upgrade(alembic_config(database_url, wait=wait, patience=patience), revision)
 
 
 def downgrade(database_url: str, revision: str) -> None:
-    """Downgrade the database to ``revision`` (``base`` is before the first)."""
+    """Downgrade the database to ``revision`` (``base`` is the empty schema before the first migration)."""
     command.downgrade(alembic_config(database_url), revision)
 
 
 def is_ready(current: str | None) -> bool:
-    """Return whether this code can work on a schema of this version: its own newest, or one from newer code.
+    """Return whether this code can work with a schema of this version: its newest, or one of newer code.
 
-    Migrations only add, so that old processes continue while an upgrade replaces them one by one.
+    Migrations only add to the schema, so that old processes keep working while an upgrade replaces them one by one.
     """
     scripts = ScriptDirectory.from_config(alembic_config())
     return current is not None and current not in {one.revision for one in scripts.walk_revisions()} - {
@@ -60,7 +60,7 @@ def is_ready(current: str | None) -> bool:
 
 
 def schema_versions(engine: Engine) -> tuple[str | None, str | None]:
-    """Return the revision of the database, and the newest one of this package."""
+    """Return the database's schema revision, and the newest revision in this package."""
     head = ScriptDirectory.from_config(alembic_config()).get_current_head()
     with engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision(), head

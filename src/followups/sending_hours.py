@@ -1,9 +1,9 @@
-"""Sending hours: the hours of a workspace's local day in which its messages may be sent. Pure.
+"""Sending hours: the hours of a workspace's local day in which its messages may be sent.
 
-Sending hours are local time: a message is sent only if the local clock then shows a time from the opening on and before
-the closing. If the clock is set forward over the opening or the closing, the jump counts as that time. If it is set
-back and shows a time twice, the opening is the second of the two and the closing the first, so that the local clock
-never shows a time outside.
+Sending hours are local times. A message is sent only if the local clock shows a time that is not before the opening and
+is before the closing. If the clock is set forward past the opening or closing, the moment of the change counts as the
+opening or closing. If the clock is set back and shows a time twice, the second occurrence is the opening and the first
+is the closing, so that no message is sent while the local clock shows a time outside the sending hours.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ EVERY_DAY = frozenset(range(7))
 
 DAY = timedelta(days=1)
 LOOK_AHEAD = 40
-"""Days to search for the next opening: a week, and room for days or hours that a zone skips."""
+"""Number of days to search for the next opening.
+
+They are a week, plus a margin for days or hours that a time zone skips.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class SendingHours:
-    """From ``opening`` until before ``closing``, on the days on which it opens (Monday is 0).
+    """Sending hours from ``opening`` until just before ``closing``, on the days on which they open.
 
-    A closing that is not later than the opening is on the next day: 22:00 to 06:00 is a night, 00:00 to 00:00 a whole
-    day.
+    Monday is day 0. A closing that is not later than the opening is on the next day: 22:00 to 06:00 is a night, and
+    00:00 to 00:00 a whole day.
     """
 
     time_zone: str
@@ -40,7 +43,7 @@ class SendingHours:
     days: frozenset[int] = EVERY_DAY
 
     def __str__(self) -> str:
-        """Return it in words.
+        """Return the sending hours in words.
 
         >>> str(SendingHours("Europe/Berlin", time(8), time(20), frozenset({0, 1, 2, 3, 4})))
         '08:00 to 20:00, mon-fri, Europe/Berlin'
@@ -51,15 +54,15 @@ class SendingHours:
 
 @lru_cache(maxsize=1024)
 def zone_of(name: str) -> ZoneInfo | None:
-    """Return the IANA time zone of that name, or None if it is unknown."""
+    """Return the IANA time zone with this name, or None if it is unknown."""
     try:
         return ZoneInfo(name)
-    except (ZoneInfoNotFoundError, ValueError, OSError):  # unknown, no valid name, or a directory
+    except (ZoneInfoNotFoundError, ValueError, OSError):  # an unknown name, an invalid name, or a directory
         return None
 
 
 def opens_at(hours: SendingHours, moment: datetime) -> datetime:
-    """Return the first time, from ``moment`` on, at which sending is allowed; this may be ``moment`` itself.
+    """Return the first time from ``moment`` on at which sending is allowed, possibly ``moment`` itself.
 
     Raises `LookupError` if this machine does not know the time zone.
 
@@ -72,7 +75,7 @@ def opens_at(hours: SendingHours, moment: datetime) -> datetime:
 
 
 def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
-    """Return the start and end of the sending period that contains ``moment``, or of the next one if none does.
+    """Return the start and end of the sending period that contains ``moment``, or of the next period.
 
     Raises `LookupError` if this machine does not know the time zone.
     """
@@ -80,7 +83,8 @@ def span_of(hours: SendingHours, moment: datetime) -> tuple[datetime, datetime]:
     if zone is None:
         message = f"no time zone {hours.time_zone!r} on this machine"
         raise LookupError(message)
-    # The sending hours of the day before may last until now; two days, since a zone may be a day away from UTC.
+    # A sending period of the day before may still be open. The search starts two days back, since a zone may be a day
+    # away from UTC.
     first = moment.astimezone(zone).date() - 2 * DAY
     for opening, closing in _spans(hours, zone, first):
         if moment < closing:
@@ -94,18 +98,18 @@ def _spans(hours: SendingHours, zone: ZoneInfo, first: date) -> Iterator[tuple[d
         if day.weekday() not in hours.days:
             continue
         last = day if hours.closing > hours.opening else day + DAY
-        # A whole day has no hour in which it could begin too early.
+        # A sending period of a whole day has no opening that could come too early.
         whole = hours.opening == hours.closing
         opening = _moment(datetime.combine(day, hours.opening, zone), fold=0 if whole else 1)
         closing = _moment(datetime.combine(last, hours.closing, zone), fold=0)
-        if closing <= opening:  # both within the repeated hour: take its second occurrence
+        if closing <= opening:  # both are within the repeated hour, so the closing is its second occurrence
             closing = _moment(datetime.combine(last, hours.closing, zone), fold=1)
-        if opening < closing:  # otherwise the clock skips these hours
+        if opening < closing:  # otherwise the clock skips this sending period
             yield opening, closing
 
 
 def _moment(local: datetime, *, fold: int) -> datetime:
-    """Return the instant at which the local clock shows this time, or jumps over it."""
+    """Return the instant at which the local clock shows this time or skips it."""
     earlier, later = sorted(local.replace(fold=each).astimezone(UTC) for each in (0, 1))
     shown = earlier.astimezone(local.tzinfo).replace(tzinfo=None)
     if earlier == later or shown == local.replace(tzinfo=None):
@@ -114,7 +118,7 @@ def _moment(local: datetime, *, fold: int) -> datetime:
 
 
 def _jump(local: datetime, before: datetime, after: datetime) -> datetime:
-    """Return the instant between the two at which the clock is set forward."""
+    """Return the instant, between the two given ones, at which the clock is set forward."""
     offset = before.astimezone(local.tzinfo).utcoffset()
     second = timedelta(seconds=1)
     while after - before > second:

@@ -1,7 +1,7 @@
-"""Every setting, declared once: its name, default, limits and meaning.
+"""All settings, each declared once with its name, default, limits and meaning.
 
-Settings are read from the environment with the prefix ``FOLLOWUPS_``. An invalid value stops the start with an error
-message that names it (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
+Settings are read from the environment with the prefix ``FOLLOWUPS_``. With an invalid value, the process exits with an
+error message that names the setting (`SettingsError`). Durations are seconds (``60``, ``0.5``) or ISO 8601 (``PT1M``).
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LEASE_MARGIN = timedelta(seconds=2)
-"""How much longer than the transport's timeout a lease must be: for begin, settle and a slow commit."""
+"""How much longer than the transport timeout a lease must last.
+
+The margin allows for begin, settle and a slow commit.
+"""
 
 LONGEST_LEASE = timedelta(hours=1)
-"""Longest lease that may be set.
+"""Maximum duration of a lease.
 
-The follow-ups that a dead worker had in flight wait for as long as a lease, and no operator wants them to wait for
-hours.
+After a worker has crashed, its follow-ups in flight wait until their leases expire, which should not take hours.
 """
 
 LEAST_RETENTION = timedelta(days=1)
-"""Stored answers to idempotent requests name follow-ups for so long."""
+"""Minimum retention, since stored responses to idempotent requests refer to follow-ups for this long."""
 
 
 def _seconds_or_iso(value: object) -> object:
@@ -262,7 +264,8 @@ class Settings(BaseSettings):
     @field_validator("retention", "audit_retention")
     @classmethod
     def _is_a_day_or_more(cls, value: timedelta) -> timedelta:
-        # A bare number means seconds, so 90 that was meant as 90 days must not delete everything older than 90 seconds.
+        # A bare number means seconds. The minimum ensures that 90, if meant as 90 days, does not delete everything
+        # older than 90 seconds.
         if value and value < LEAST_RETENTION:
             message = "should be 0, or at least a day (86400, or P1D)"
             raise ValueError(message)
@@ -270,8 +273,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _sum_of_timeouts(self) -> Self:
-        # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for an answer must not
-        # lose its lease. Hints do not expire, and the broker has no visibility timeout: a hint that was taken does not
+        # transport timeout (10 s) + margin (2 s) <= lease (60 s): a worker that is still waiting for a response must
+        # not lose its lease. Hints do not expire, and the broker has no visibility timeout, so a consumed hint does not
         # return to its queue.
         if self.transport_timeout + LEASE_MARGIN > self.lease:
             message = (
@@ -295,21 +298,24 @@ class Settings(BaseSettings):
 
     @property
     def retry_policy(self) -> RetryPolicy:
-        """The backoff described by the four retry settings."""
+        """The retry policy given by the four retry settings."""
         return RetryPolicy(self.retry_base, self.retry_factor, self.retry_cap, self.max_attempts)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that pass these settings to another process (secrets in plain text)."""
+        """Return the environment variables that pass these settings to another process.
+
+        Secrets are in plain text.
+        """
         files = {f"{name}_FILE": "" for field in FROM_FILES for name in _names(field)}
         return files | {environment_name(name): _plain(value) for name, value in self if value is not None}
 
     def shown(self) -> dict[str, str]:
-        """Return every setting by its environment name, for display; secrets and passwords are hidden."""
+        """Return every setting by its environment name, for display. Secrets and passwords are hidden."""
         return {environment_name(name): _hidden(name, value) for name, value in self}
 
 
 def networks_of(addresses: str | None) -> tuple[IPv4Network | IPv6Network, ...]:
-    """Return the networks in a list with commas. Raises `ValueError`.
+    """Return the networks in a comma-separated list. Raises `ValueError`.
 
     >>> [str(network) for network in networks_of("10.0.0.7, 192.168.0.0/24")]
     ['10.0.0.7/32', '192.168.0.0/24']
@@ -326,7 +332,7 @@ def _plain(value: Any) -> str:  # noqa: ANN401 - the value of any field
     if isinstance(value, SecretStr):
         return value.get_secret_value()
     if isinstance(value, timedelta):
-        # To the microsecond, so that it survives the round trip: 'g' would round to six digits.
+        # The value is written with microseconds, because the format 'g' would round it to six digits.
         return f"{value.total_seconds():.6f}".rstrip("0").rstrip(".")
     return str(value).lower() if isinstance(value, bool) else str(value)
 
@@ -346,18 +352,24 @@ def hide_password(url: str) -> str:
     'redis://me:***@host:6379/0'
     """
     scheme, separator, rest = url.partition("://")
-    # From the last '@' on, so that an unescaped '/', '?' or '@' in a password reveals nothing of it.
+    # Everything before the last '@' is hidden, so that an unescaped '/', '?' or '@' in a password reveals nothing.
     user, at, host = rest.rpartition("@")
     shown = f"{re.split('[:/?#]', user)[0]}:***@" if at else ""
     return f"{scheme}{separator}{shown}{host.partition('?')[0]}"
 
 
 FROM_FILES = ("database_url", "broker_url", "transport_url", "transport_secret")
-"""Settings that may be in a file instead, named by the variable with ``_FILE`` after its name: secrets and URLs."""
+"""Settings that can be read from a file instead: secrets and URLs.
+
+The file is given by the setting's variable with ``_FILE`` after its name.
+"""
 
 
 def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of any field
-    """Read the environment. Raises `SettingsError`, one sentence that names each invalid setting."""
+    """Read the settings from the environment.
+
+    Raises `SettingsError` with a message that names each invalid setting.
+    """
     try:
         return Settings(**_read_files() | overrides)
     except ValidationError as error:
@@ -366,7 +378,7 @@ def load_settings(**overrides: Any) -> Settings:  # noqa: ANN401 - the value of 
 
 
 def _read_files() -> dict[str, str]:
-    """Return the settings whose variables with ``_FILE`` are set, without surrounding white space."""
+    """Return the settings that are read from files (``_FILE``), without surrounding white space."""
     found: dict[str, str] = {}
     for field in FROM_FILES:
         for name in _names(field):
@@ -396,7 +408,7 @@ def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
         return f"{said}"
     name = location[0] if location[0].isupper() else environment_name(location[0])
     names = next((names for field in Settings.model_fields if name in (names := _names(field))), [])
-    name = next((each for each in names if os.environ.get(each)), name)  # as the operator wrote it
+    name = next((each for each in names if os.environ.get(each)), name)  # the spelling that the operator used
     if detail["type"] == "missing":
         described = next(f.description for n, f in Settings.model_fields.items() if environment_name(n) == name)
         return f"{name} is required: set it to {described}"
@@ -405,5 +417,5 @@ def _sentence(detail: Any) -> str:  # noqa: ANN401 - pydantic's own ErrorDetails
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """Return the settings of this process, read once."""
+    """Return the settings of this process, which are read only once."""
     return load_settings()

@@ -1,7 +1,7 @@
-"""Statements that SQLAlchemy and psycopg both run, and the rules that use them.
+"""Statements that run with both SQLAlchemy and psycopg, and the rules that use them.
 
-A rule is a generator that does no I/O: it yields a query, receives its rows, and decides. So each rule exists once. A
-caller's own session runs it synchronously (`run`); the API runs it on its event loop, by psycopg alone
+A rule is a generator without I/O: it yields a query, receives its rows, and decides. Each rule therefore needs only one
+implementation. A session runs it synchronously (`run`), and the API runs it on its event loop with psycopg
 (`followups.event_loop`).
 """
 
@@ -23,32 +23,32 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 COLUMNS = "{columns}"
-"""Where a statement names the columns of its entity."""
+"""A placeholder in a statement for the columns of its entity."""
 
 _DIALECT = PGDialect_psycopg()  # type: ignore[no-untyped-call] # of a constructor without annotations
 
 
 class Statement:
-    """One SQL statement with named parameters (``:name``), built and compiled once.
+    """An SQL statement with named parameters (``:name``), compiled once.
 
-    If it returns rows of an entity, a session loads them as objects with all columns, and refreshes known ones. The
-    driver returns named tuples: of ``fields``, or of all columns.
+    If the statement returns rows of an entity, a session loads them as objects with all columns and refreshes objects
+    that it already has. The driver returns named tuples with ``fields``, or with all columns if ``fields`` is empty.
     """
 
     def __init__(
         self, sql: str, entity: type[DeclarativeBase] | None = None, fields: Sequence[str] | None = None
     ) -> None:
-        """Use this SQL, with `COLUMNS` replaced by the columns of the entity's table."""
+        """Store the SQL, with `COLUMNS` replaced by the columns of the entity's table."""
         self._sql = sql
         self._entity = entity
         self._fields = fields
 
     def __call__(self, **parameters: Any) -> Query:  # noqa: ANN401 - values of any column
-        """Return the statement with its parameters."""
+        """Return a query: the statement with parameters."""
         return Query(self, parameters)
 
     def rows(self, session: Session | Connection, parameters: Mapping[str, Any]) -> Sequence[Any]:
-        """Execute the statement in the session's transaction and return its rows, if it returns any."""
+        """Execute the statement in the session's transaction and return its rows, if it returns rows."""
         result = session.execute(self._executable, parameters)
         if self._entity is not None:
             return result.scalars().all()
@@ -56,7 +56,7 @@ class Statement:
 
     @cached_property
     def driver_sql(self) -> str:
-        """The statement in psycopg's form, without a trailing semicolon or line break."""
+        """The statement in psycopg's parameter style, without a trailing semicolon or line break."""
         return str(text(self._with(self._fields)).compile(dialect=_DIALECT)).strip()
 
     @cached_property
@@ -84,7 +84,7 @@ class Query:
 
 
 Steps: TypeAlias = Generator[Query, Sequence[Any], T]
-"""A rule under way: it yields queries, receives their rows, and returns its result."""
+"""A running rule, which yields queries, receives their rows, and returns its result."""
 
 
 def run(session: Session | Connection, steps: Steps[T]) -> T:
@@ -107,7 +107,7 @@ def run(session: Session | Connection, steps: Steps[T]) -> T:
 
 
 class Rule(Generic[P, T]):
-    """A rule that a session runs when it is called; `steps` is for other rules, and for the event loop."""
+    """A rule that a session runs when it is called. `steps` serves other rules and the event loop."""
 
     def __init__(self, steps: Callable[P, Steps[T]]) -> None:
         """Store the generator function."""

@@ -1,17 +1,15 @@
-"""The states of a follow-up, the reasons for its end, and the only transitions there are.
+"""The states of a follow-up, the reasons for its end, and the allowed transitions.
 
-Pure: no clock, no database. Every write of ``status`` is a `Final` made by `finish`.
+This module uses no clock and no database. Every write of ``status`` is a `Final` created by `finish`.
 
-======= ========= ===================================================================================
-from    to        codes
-======= ========= ===================================================================================
-pending sent      (none)
-pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost, failed_by_api
-pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api
-======= ========= ===================================================================================
+======= ========= =================================================================================== from    to
+codes ======= ========= =================================================================================== pending sent
+(none) pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost,
+failed_by_api pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api ======= =========
+===================================================================================
 
-A stored reason is ``code`` or ``code: detail``. A caller's own words (a PATCH, an operator) are stored as given,
-without a code.
+A stored reason is ``code`` or ``code: detail``. A reason in a caller's own words (from a PATCH or an operator) is
+stored as given, without a code.
 """
 
 from __future__ import annotations
@@ -22,50 +20,56 @@ from enum import StrEnum
 from followups.errors import TransitionError
 
 MAX_REASON_LENGTH = 2_000
-"""Most characters stored of a reason: far above any real one, so that no answer fills the table."""
+"""Maximum stored length of a reason in characters; real reasons are far shorter."""
 
 
 class Status(StrEnum):
-    """The state of a follow-up. The last three are final."""
+    """The state of a follow-up. The last three states are final."""
 
     PENDING = "pending"
     """Accepted and not ended. Entered by schedule or retry; left by settle, cancel or recovery.
 
-    A leased or in-flight follow-up is still pending: the lease is not a separate state.
+    A leased or in-flight follow-up is still pending, since the lease is not a separate state.
     """
     SENT = "sent"
-    """The transport accepted it. Entered by settle (or by PATCH, if it was sent by other means)."""
+    """The transport accepted the message.
+
+    Entered by settle, or by PATCH if the message was sent by other means.
+    """
     FAILED = "failed"
-    """It will never be sent; the reason says why. Entered by begin, settle, recovery, PATCH."""
+    """The follow-up will never be sent; the reason says why. Entered by begin, settle, recovery or PATCH."""
     CANCELLED = "cancelled"
-    """It must not be sent. Entered by a reply, a takeover, a chat's removal, an operator, PATCH."""
+    """The follow-up must not be sent.
+
+    Entered by a reply, a takeover, a chat's removal, an operator or PATCH.
+    """
 
 
 class ReasonCode(StrEnum):
     """Why a follow-up failed or was cancelled."""
 
     USER_REPLIED = "user_replied"
-    """A user message arrived in the chat."""
+    """A user message was recorded in the chat."""
     HUMAN_TAKEOVER = "human_takeover"
     """A human operator wrote in the chat."""
     CHAT_REMOVED = "chat_removed"
     """The chat was removed."""
     CANCELLED_BY_API = "cancelled_by_api"
-    """Cancelled through the API without a reason from the caller."""
+    """The follow-up was cancelled through the API, and the caller gave no reason."""
     REJECTED = "rejected"
-    """The transport refused for good."""
+    """The transport refused the message permanently."""
     RETRIES_EXHAUSTED = "retries_exhausted"
     """The last allowed attempt failed; the detail is the last error."""
     WINDOW_CLOSED = "window_closed"
-    """The channel's messaging window ended before it could be sent."""
+    """The channel's messaging window closed before the message could be sent."""
     TOO_LATE = "too_late"
     """The due date plus the allowed lateness has passed."""
     OUTCOME_UNKNOWN = "outcome_unknown"
-    """An attempt began, its outcome is unknown, and the transport cannot deduplicate."""
+    """An attempt began whose outcome is unknown, and the transport cannot deduplicate."""
     WORKER_LOST = "worker_lost"
-    """Too many workers died while it was in flight: a poison pill."""
+    """Too many workers crashed while the follow-up was in flight: a poison pill."""
     FAILED_BY_API = "failed_by_api"
-    """Failed through the API without a reason from the caller."""
+    """The follow-up was failed through the API, and the caller gave no reason."""
 
 
 TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
@@ -95,34 +99,34 @@ TRANSITIONS: dict[Status, dict[Status, frozenset[ReasonCode]]] = {
     Status.FAILED: {},
     Status.CANCELLED: {},
 }
-"""Allowed transitions, each with the codes that may explain it."""
+"""The allowed transitions, each with the codes that may explain it."""
 
 CANCEL_CODES = TRANSITIONS[Status.PENDING][Status.CANCELLED]
 
 FINAL = frozenset(status for status, onward in TRANSITIONS.items() if not onward)
-"""The states that are never left."""
+"""The final states, which a follow-up never leaves."""
 
 DEFAULT_CODES = {Status.FAILED: ReasonCode.FAILED_BY_API, Status.CANCELLED: ReasonCode.CANCELLED_BY_API}
-"""The code used if the caller of the API gave no reason."""
+"""The codes used if a caller of the API gives no reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Final:
-    """How a follow-up ends: the values for ``status`` and ``reason``. Made by `finish` only."""
+    """The end of a follow-up: the values of ``status`` and ``reason``. Created only by `finish`."""
 
     status: Status
     reason: str | None
     code: ReasonCode | None = field(default=None, compare=False)
     """The code of the reason, or None for ``sent`` and for a caller's own words.
 
-    A caller's own reason has no code, whatever it begins with.
+    A caller's own words have no code, even if they begin with one.
     """
 
 
 def finish(
     to: Status, code: ReasonCode | None = None, detail: str = "", *, words: str = "", current: Status = Status.PENDING
 ) -> Final:
-    """Return how a follow-up in state ``current`` ends in ``to``, or refuse.
+    """Return the end of a follow-up that changes from the state ``current`` to ``to``.
 
     ``code`` and ``detail`` make the reason ``code: detail``; ``words``, the caller's own, are stored as given instead.
     Raises `TransitionError` for a transition that is not in the table.
@@ -150,7 +154,7 @@ def finish(
 
 
 def explain(code: ReasonCode, detail: str = "") -> str:
-    """Return ``code`` or ``code: detail``, storable and bounded in length."""
+    """Return ``code`` or ``code: detail``, storable in PostgreSQL and within the maximum length."""
     detail = storable(detail).strip()
     return f"{code.value}: {detail}"[:MAX_REASON_LENGTH] if detail else code.value
 

@@ -1,10 +1,10 @@
-"""A transaction whose outcome is known even when the answer to its commit is lost.
+"""A transaction whose outcome is known even if the response to its commit is lost.
 
-A connection that breaks during a commit leaves the outcome open. For a claim, a begin or a settle that would cost a
-lease, since the rows may be ours without the process knowing. So a statement registers a question (`ask_if_lost`) that
-reads back what the statement has written. After a lost answer, the question is put to the database that is reachable by
-then. That may be another server than before: a standby that was promoted has the rows, or it does not. Transaction ids
-prove nothing there, since the new server may have given the same id to another transaction.
+A connection that breaks during a commit leaves the outcome unknown. For a claim, a begin or a settle, this would cost a
+lease, since the rows may be leased without the process knowing it. Therefore a statement registers a query
+(`ask_if_lost`) that reads back what the statement has written. After a lost response, the query runs on the database
+server that is then reachable. This may be a different server: a promoted standby either has the rows or does not.
+Transaction ids prove nothing there, since the new server may have given the same id to another transaction.
 """
 
 from __future__ import annotations
@@ -25,31 +25,35 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     Question = Callable[[Connection], bool | None]
-    """Whether the database contains the statement's changes, or None if its transaction may still be running."""
+    """A query that returns whether the statement's changes exist.
+
+    It returns None if the statement's transaction may still be running.
+    """
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 PATIENCE = timedelta(seconds=15)
-"""How long to keep asking an unreachable database; a restart takes a few seconds. After that the commit counts as
-failed; if it was done, its leases run out.
+"""How long to retry the query on an unreachable database; a restart takes a few seconds.
+
+After that, the commit counts as failed. If it had succeeded, its leases expire.
 """
 
 PAUSE = timedelta(milliseconds=100)
-"""Pause between two queries."""
+"""Pause between two runs of the query."""
 
 _QUESTION = "followups.question"
 
 
 def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
-    """Run the work in one transaction and commit it; return what the work returned.
+    """Run the work in one transaction, commit the transaction, and return the work's result.
 
-    Raises what the work or the commit raised. If this function returns, the transaction was committed. If it raises the
-    commit's error, the transaction was not committed, unless the database could not be asked within `PATIENCE`, or the
-    work registered no question.
+    Raises the errors of the work and of the commit. If this function returns, the transaction was committed. If it
+    raises the commit's error, the transaction was not committed, unless the database was unreachable for `PATIENCE` or
+    the work registered no query.
     """
     with engine.connect() as connection:
-        connection.info.pop(_QUESTION, None)  # left by an earlier transaction on the same connection
+        connection.info.pop(_QUESTION, None)  # left over from an earlier transaction on the same connection
         result = work(connection)
         question: Question | None = connection.info.pop(_QUESTION, None)
         try:
@@ -61,10 +65,10 @@ def transact(engine: Engine, work: Callable[[Connection], T]) -> T:
 
 
 def ask_if_lost(connection: Connection, question: Question) -> None:
-    """Register the question that finds out whether the current transaction was committed.
+    """Register the query that finds out whether the current transaction was committed.
 
-    It is asked if the answer to the commit is lost. Only the first question is kept, since a transaction is committed
-    as a whole.
+    The query runs if the response to the commit is lost. Only the first registered query is kept, since a transaction
+    is committed as a whole.
     """
     connection.info.setdefault(_QUESTION, question)
 
@@ -84,10 +88,10 @@ def _was_committed(engine: Engine, question: Question) -> bool:
 
 
 async def in_loop(engine: AsyncEngine, work: Callable[[Engine, Unpack[Ts]], T], *arguments: *Ts) -> T:
-    """Run ``work(engine, ...)``, written for an `Engine`, in an event loop that keeps turning while the server works.
+    """Run ``work(engine, ...)``, written for an `Engine`, on an event loop without blocking the loop.
 
-    No thread takes part. If threads talked to the server while the event loop is busy, they and the loop would compete
-    for the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the loop
+    No thread takes part. If threads used the database while the event loop is busy, they and the loop would compete for
+    the interpreter lock (GIL) at each round trip. With four threads, 1,500 follow-ups/s were measured, and the loop
     spent 39 % of its time waiting for the lock.
     """
     return await greenlet_spawn(work, engine.sync_engine, *arguments)

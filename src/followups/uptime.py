@@ -1,4 +1,4 @@
-"""The clock by which a lease is judged without asking the database."""
+"""The clock by which a worker judges its leases without querying the database."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ _CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 def uptime() -> float:
     """Return the seconds since the machine was started, including time suspended; never set back.
 
-    A lease keeps running while a machine is suspended. By the monotonic clock, a worker that resumes after its lease
-    would make its call as if no time had passed, perhaps after a cancel, or beside another worker's call.
+    A lease keeps running while a machine is suspended. With the monotonic clock, a worker that resumes after its lease
+    has expired would call the transport as if no time had passed, perhaps after a cancellation or during another
+    worker's call.
     """
     return time.clock_gettime(_CLOCK)

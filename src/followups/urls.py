@@ -1,6 +1,6 @@
-"""Database and broker URLs, checked before anything connects; a wrong one is an error with a reason.
+"""Validation of database and broker URLs before a connection is opened; each error states the reason.
 
-No reason contains any part of the URL, since a part may belong to a password that was not escaped.
+No reason contains any part of the URL, since that part may belong to a password that was not escaped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ HIGHEST_PORT = 65_535
 _LIBPQS_HOSTS = re.compile(
     r"(?P<before>\w+://(?:[^:/@]*(?::[^@]*)?@)?)(?P<hosts>[^/?@]*[,%][^/?@]*)(?P<after>(?:[/?].*)?)", re.DOTALL
 )
-"""Unparsed by SQLAlchemy: several hosts, ``host1:5432,host2:5432``, and a socket's path, ``%2Frun``."""
+"""Hosts that SQLAlchemy does not parse.
+
+They are several hosts, ``host1:5432,host2:5432``, or a socket path, ``%2Frun``.
+"""
 
 _HOST = re.compile(r"(?P<name>\[[^]]*\]|[^:]*)(?::(?P<port>.*))?", re.DOTALL)
 
@@ -31,20 +34,20 @@ _WHOLE_NUMBERS = (
     *("connect_timeout", "tcp_user_timeout"),
     *("keepalives", "keepalives_idle", "keepalives_interval", "keepalives_count"),
 )
-"""Parameters of libpq that it reads only when it connects."""
+"""libpq parameters whose values libpq checks only when it connects."""
 
 _BROKER = re.compile(
     r"(?:(?P<user>[^@]*)@)?(?P<host>\[[^]]*\]|[^:/?#@]*)(?::(?P<port>[^/?#]*))?"
     r"(?:/(?P<database>[^?#]*))?(?:\?(?P<query>[^#]*))?",
     re.DOTALL,
 )
-"""All before the only @ is a name and a password, which may hold any other character."""
+"""Everything before the only @ is a name and a password, which may contain any other character."""
 
 _BROKERS_HOST = re.compile(r"\[[0-9a-fA-F:.%a-z]+\]|[^\s,;%\[\]]*")
 
 _NUMBERS = ("socket_timeout", "socket_connect_timeout", "health_check_interval", "max_connections")
 _TUNING = frozenset({"socket_keepalive", "retry_on_timeout", "client_name", "protocol"})
-"""Parameters of a broker's URL that are accepted and ignored: each of our clients sets its own."""
+"""Parameters of a broker URL that are accepted but ignored, since each client sets its own."""
 
 _CERTIFICATE, _CHECK_HOST = "ssl_cert_reqs", "ssl_check_hostname"
 _FILES = frozenset({"ssl_ca_certs", "ssl_ca_path", "ssl_certfile", "ssl_keyfile"})
@@ -55,7 +58,7 @@ NO_PORT = f"its port should be a number from 1 to {HIGHEST_PORT}"
 
 
 def database_url(text: str) -> URL:
-    """Parse a PostgreSQL URL, of one host or of several, for psycopg. Raises ValueError with a reason.
+    """Parse a PostgreSQL URL with one or several hosts, for psycopg. Raises ValueError with a reason.
 
     >>> database_url("postgres://one,two:5433/chats?target_session_attrs=primary").query["host"]
     'one,two'
@@ -136,7 +139,7 @@ def _check_port(port: str) -> None:
 
 
 def port_of(text: str | None, default: str) -> str:
-    """Return a port from the environment, or the default if Kubernetes wrote the variable for a Service of that name.
+    """Return a port from the environment, or the default if Kubernetes set the variable for a Service.
 
     >>> port_of("9000", "8000"), port_of("tcp://10.0.0.7:80", "8000"), port_of(None, "8000")
     ('9000', '8000', '8000')
@@ -145,9 +148,10 @@ def port_of(text: str | None, default: str) -> str:
 
 
 def broker_url(text: str) -> str:
-    """Return the URL in the one form that redis-py, kombu and Flower read alike. Raises ValueError with a reason.
+    """Return the URL in the form that redis-py, kombu and Flower interpret alike.
 
-    kombu verifies no certificate unless the URL says so; redis-py verifies each.
+    Raises ValueError with a reason. kombu verifies a server certificate only if the URL says so, whereas redis-py
+    always verifies it.
 
     >>> broker_url("rediss://:p/a?s#s@broker?ssl_cert_reqs=CERT_REQUIRED&db=3")
     'rediss://:p%2Fa%3Fs%23s@broker/3?ssl_cert_reqs=required'
@@ -176,7 +180,7 @@ def broker_url(text: str) -> str:
 
 
 def tls_of(broker: str) -> dict[str, Any]:
-    """Return redis-py's arguments about TLS for a URL that `broker_url` returned, or none without TLS."""
+    """Return redis-py's TLS arguments for a URL returned by `broker_url`, or none without TLS."""
     parameters: dict[str, Any] = dict(parse_qsl(urlsplit(broker).query))
     if _CHECK_HOST in parameters:
         parameters[_CHECK_HOST] = parameters[_CHECK_HOST] == "true"
@@ -196,7 +200,7 @@ def _without_tuning(parameters: dict[str, str]) -> dict[str, str]:
 
 
 def _tls(scheme: str, parameters: dict[str, str]) -> dict[str, str]:
-    """Return the parameters about TLS, each in the one spelling that both clients know."""
+    """Return the URL's TLS parameters, each in the spelling that both clients accept."""
     if unknown := parameters.keys() - _TLS:
         message = f"it has {len(unknown)} unknown parameters; known are db, {', '.join(sorted(_TLS))}"
         raise ValueError(message)
