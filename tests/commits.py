@@ -1,4 +1,4 @@
-"""Commits whose acknowledgement is lost."""
+"""Helpers for commits whose acknowledgement is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def break_once(monkeypatch: pytest.MonkeyPatch, what: Callable[[psycopg.Connection], None]) -> None:
-    """Run this action at the next commit, then break its connection."""
+    """At the next commit, run this action and then break the connection."""
     commit = psycopg.Connection.commit
 
     def broken(connection: psycopg.Connection) -> None:

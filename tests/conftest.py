@@ -1,8 +1,8 @@
-"""Fixtures that all tests share: one PostgreSQL and one Valkey for the whole run, started on first use.
+"""Fixtures that all tests share: one PostgreSQL and one Valkey per run, started on first use.
 
-The controller of pytest-xdist owns them (it outlives its workers, and with ``-n 0`` it is the only process), and passes
-their URLs through a socket. So nothing is started for unit tests, nothing is started twice, and a crashed worker leaves
-nothing behind.
+The controller of pytest-xdist starts and stops the servers, and passes their URLs through a socket. It outlives its
+workers, and with ``-n 0`` it is the only process. So unit tests start no server, no server is started twice, and a
+crashed worker leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ TEMPLATE = "template_migrated"
 """The migrated, empty database from which each test's database is copied."""
 
 TEMPLATE_LOCK = 4_071_969
-"""PostgreSQL's advisory lock for the one process that makes the template; any number that nothing else uses."""
+"""The key of the advisory lock for creating the template; any number that nothing else uses."""
 
 pytest_plugins = ["pgbouncer", "redis_server", "stack_fixtures"]
 
-# Hundreds of processes are started; if they could not write bytecode, each would compile all its imports.
+# Tests start hundreds of processes; if these could not write bytecode, each would compile all its imports.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A process started in the background by a shell ignores Ctrl-C, and so do its children; some tests send Ctrl-C.
+# Some tests send Ctrl-C, which a process started in the background by a shell ignores, along with its children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -52,7 +52,7 @@ SERVERS = pytest.StashKey["Servers"]()
 
 
 class Servers:
-    """PostgreSQL and Valkey, started on first use; a client receives both URLs."""
+    """PostgreSQL and Valkey, started on first use; each client receives both URLs."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class Servers:
         self._thread: threading.Thread | None = None
 
     def urls(self) -> tuple[str, str]:
-        """Start the servers if necessary, and return their URLs."""
+        """Start the servers if necessary, and return both URLs."""
         from followups.embedded import (  # noqa: PLC0415 - not for unit tests
             EmbeddedPostgres,
             EmbeddedValkey,
@@ -79,7 +79,7 @@ class Servers:
             return self._postgres.url(), self._valkey.url()
 
     def address(self) -> str:
-        """Return the path of a socket (in a private directory) where other processes learn the URLs."""
+        """Return the path of a socket, in a private directory, from which other processes read the URLs."""
         if self._listener is None:
             self._listener = Listener(family="AF_UNIX")
             self._thread = threading.Thread(target=self._serve, args=(self._listener,), daemon=True)
@@ -87,7 +87,7 @@ class Servers:
         return str(self._listener.address)
 
     def stop(self) -> None:
-        """Stop everything."""
+        """Stop the servers and the socket."""
         if self._listener and self._thread:
             with Client(self._listener.address, family="AF_UNIX") as connection:
                 connection.send("stop")
@@ -109,14 +109,14 @@ class Servers:
 
 
 class Node(Protocol):
-    """A worker of pytest-xdist, as its controller sees it."""
+    """A worker of pytest-xdist, as seen by the controller."""
 
     config: pytest.Config
     workerinput: dict[str, str]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Remove the machine's own settings, and create the owner of the servers."""
+    """Remove the service's settings from the environment, and create the object that starts the servers."""
     for name in list(os.environ):
         ours = name.startswith("FOLLOWUPS_") and not name.startswith("FOLLOWUPS_TEST_")
         if ours or name in {"DATABASE_URL", "REDIS_URL"}:
@@ -127,12 +127,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_configure_node(node: Node) -> None:
-    """Pass the socket's address to a worker."""
+    """Pass the socket's path to a worker."""
     node.workerinput["servers"] = node.config.stash[SERVERS].address()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Stop the servers, if any test wanted them."""
+    """Stop the servers if any test has started them."""
     if servers := config.stash.get(SERVERS, None):
         servers.stop()
 
@@ -153,7 +153,10 @@ def server_urls(request: pytest.FixtureRequest) -> tuple[str, str]:
 
 @pytest.fixture
 def open_directory() -> Iterator[Path]:
-    """Return a directory that every user may pass, as PostgreSQL's user must for root; pytest's own are closed."""
+    """Return a directory that every user can enter; pytest's directories are private.
+
+    If tests run as root, PostgreSQL runs as another user and needs such a directory.
+    """
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o711)
         yield Path(name)
@@ -161,26 +164,27 @@ def open_directory() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def postgres_url(server_urls: tuple[str, str]) -> str:
-    """Return the URL of the run's PostgreSQL server, its database ``postgres``, as superuser."""
+    """Return the superuser's URL of the database ``postgres`` on the run's server."""
     return server_urls[0]
 
 
 def url_of(server_url: str, database: str) -> str:
-    """Return the URL of a database of the server."""
+    """Return the URL of a database on the same server."""
     return make_url(server_url).set(database=database).render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
-    """Return the name of the migrated template, created by the first process that needs it."""
+    """Return the name of the migrated template, which the first process that needs it creates."""
     from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
     from followups.schema import migrate  # noqa: PLC0415 - not for unit tests
 
     unfinished = f"{TEMPLATE}_unfinished"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])  # until the connection's end
+        # the lock is held until the connection is closed
+        connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
         if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
-            drop_database(postgres_url, unfinished)  # of a process that failed here
+            drop_database(postgres_url, unfinished)  # left behind by a process that failed here
             create_database(postgres_url, unfinished)
             migrate(url_of(postgres_url, unfinished))
             connection.execute(f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
@@ -189,7 +193,7 @@ def template_database(postgres_url: str) -> str:
 
 @pytest.fixture
 def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
-    """Return the URL of a migrated, empty database of the test's own."""
+    """Return the URL of a migrated, empty database for this test alone."""
     from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
 
     name = f"test_{uuid4().hex}"
@@ -202,7 +206,7 @@ def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
 
 @pytest.fixture
 def broker_url(server_urls: tuple[str, str]) -> str:
-    """Return the URL of a logical Valkey database that is empty and that no other process of this run uses."""
+    """Return the URL of an empty Valkey database that no other process of this run uses."""
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     url = f"{server_urls[1].rpartition('/')[0]}/{number}"
     with redis.Redis.from_url(url) as client:
@@ -212,16 +216,16 @@ def broker_url(server_urls: tuple[str, str]) -> str:
 
 @pytest.fixture
 def settings(database_url: str, broker_url: str) -> Settings:
-    """Return settings for the test's own database and broker, with short times and no server at the transport's URL."""
+    """Return settings for this test's database and broker, with short times and an unused transport URL."""
     return brisk_settings(database_url, broker_url)
 
 
 def brisk_settings(database_url: str, broker_url: str) -> Settings:
-    """Return settings with short times and no server at the transport's URL."""
+    """Return settings with short times and a transport URL at which no server listens."""
     return load_settings(
         database_url=database_url,
         broker_url=broker_url,
-        transport_url="http://127.0.0.1:9/",  # the discard port: refused
+        transport_url="http://127.0.0.1:9/",  # the discard port, which refuses connections
         transport_timeout=timedelta(seconds=1),
         lease=timedelta(seconds=3),
         tick_interval=timedelta(milliseconds=100),
@@ -240,7 +244,7 @@ def _fresh_settings() -> Iterator[None]:
 
 @pytest.fixture
 def engine(database_url: str) -> Iterator[Engine]:
-    """Return an engine on the test's own database, configured as in a worker."""
+    """Return an engine for this test's database, configured as in a worker."""
     from followups.database import make_engine  # noqa: PLC0415 - not for unit tests
     from followups.session_settings import BY_KEY  # noqa: PLC0415 - not for unit tests
 
@@ -251,7 +255,7 @@ def engine(database_url: str) -> Iterator[Engine]:
 
 @pytest.fixture
 def world(engine: Engine) -> World:
-    """Return a workspace to fill."""
+    """Return an empty workspace for the test to fill."""
     from world import World  # noqa: PLC0415 - not for unit tests
 
     return World(engine)
@@ -259,7 +263,7 @@ def world(engine: Engine) -> World:
 
 @pytest.fixture
 def steps(engine: Engine, settings: Settings) -> Steps:
-    """Return the steps of a delivery on the test's own database."""
+    """Return the steps of a delivery in this test's database."""
     from steps import Steps  # noqa: PLC0415 - not for unit tests
 
     return Steps(engine, settings)

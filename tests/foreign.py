@@ -1,4 +1,4 @@
-"""Databases with defaults and encodings that differ from ours."""
+"""Databases whose defaults and encodings differ from those that the service expects."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ HOSTILE: Mapping[str, str] = {
     "idle_session_timeout": "5s",
     "plan_cache_mode": "force_custom_plan",
 }
-"""Defaults that would each break a statement of ours or make it return a wrong value."""
+"""Defaults each of which would break a statement of the service or change its result."""
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
-    """Set the defaults of the database, and those of its owner in it, which take precedence."""
+    """Set defaults on the database, and on the owner's role in this database, which takes precedence."""
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
     with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("SET default_transaction_read_only = off")  # may be among the defaults
+        connection.execute("SET default_transaction_read_only = off")  # an earlier default may be read-only
         for name, value in defaults.items():
             setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
             connection.execute(sql.SQL("ALTER DATABASE {} ").format(database) + setting)
@@ -65,5 +65,5 @@ def read_only(database_url: str) -> Iterator[None]:
 
 
 def whatever_it_is(database_url: str) -> str:
-    """Return the URL for a client that accepts a read-only server too."""
+    """Return the URL for a client that also accepts a read-only server."""
     return f"{database_url}&target_session_attrs=any"

@@ -1,4 +1,4 @@
-"""Flaws of a metrics page by Prometheus' rules: a small `promtool check metrics`."""
+"""Checks a metrics page by Prometheus's rules, like a small `promtool check metrics`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ OTHER_UNITS = re.compile(
 
 
 def flaws(text: str) -> list[str]:
-    """Return a sentence for each flaw, or an empty list for a valid page.
+    """Return a message for each flaw, or an empty list for a valid page.
 
-    Raises ValueError for a page that cannot be parsed.
+    Raises ValueError if the page cannot be parsed.
     """
     families = [family for family in text_string_to_metric_families(text) if family.samples]
     found = [flaw for family in families for flaw in _flaws_of(family)]

@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 PROGRAM = shutil.which("pgbouncer", path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"]))
 
 MISSING = "PgBouncer is not installed: apt-get install pgbouncer."
-"""The skip reason of tests that need PgBouncer."""
+"""The reason for skipping tests that need PgBouncer."""
 
 
 class PgBouncer(EmbeddedServer):
     """A PgBouncer on a TCP port of the loopback interface.
 
-    Every user is let in without a password, as the user of the server's URL. Every database of the server can be
-    reached by its own name. The configuration is not relaxed: an unknown startup parameter is refused.
+    Every user may connect without a password and becomes the user of the server's URL. Every database of the server is
+    available under its own name. The configuration is strict: an unknown startup parameter is refused.
     """
 
     name = "PgBouncer"
     start_within = timedelta(seconds=10)
 
     def __init__(self, server_url: str, *, pool_mode: str = "session", pool_size: int = 100) -> None:
-        """Front the server at this URL of any of its databases (a socket's directory or a TCP address)."""
+        """Store the server's URL (of any of its databases, with a socket's directory or a TCP address)."""
         super().__init__()
         self._url = make_url(server_url)
         self._settings = {
@@ -54,14 +54,15 @@ class PgBouncer(EmbeddedServer):
         self._port = free_port()
 
     def url(self, database: str | None = None) -> str:
-        """Return the URL of a database through PgBouncer, or of the server URL's database if None."""
+        """Return a database's URL through PgBouncer; None means the database of the server's URL."""
         name = database or self._url.database
         url = self._url.set(host="127.0.0.1", port=self._port, database=name, query={})
         return url.render_as_string(hide_password=False)
 
     def _prepare(self, directory: Path) -> Command:
         run_as = None
-        if os.geteuid() == 0:  # PgBouncer refuses root, and the embedded server's socket lets in its own user
+        # PgBouncer refuses to run as root, and the embedded server's socket accepts only its own user
+        if os.geteuid() == 0:
             user = pwd.getpwnam(SYSTEM_USER)
             run_as = (user.pw_uid, user.pw_gid)
             let_through(directory)
@@ -93,7 +94,7 @@ class PgBouncer(EmbeddedServer):
 
 @pytest.fixture
 def pgbouncer(database_url: str) -> Iterator[PgBouncer]:
-    """Return a PgBouncer in session mode in front of the test's own database."""
+    """Return a PgBouncer in session mode in front of this test's database."""
     if PROGRAM is None:
         pytest.skip(MISSING)
     with PgBouncer(database_url) as running:

@@ -1,7 +1,8 @@
-"""Makes the README's pictures from a run of the real system: `PYTHONPATH=tests uv run python tests/pictures.py`.
+"""Makes the README's pictures from a real run: `PYTHONPATH=tests uv run python tests/pictures.py`.
 
-It starts the embedded system, plays the demo, then lets some thousand follow-ups fall due in two minutes and watches
-them as `followups stats --watch` does. What rich would draw on a terminal becomes deploy/pictures/*.svg.
+The program starts the embedded system and plays the demo. Then it lets several thousand follow-ups fall due in two
+minutes and watches them like `followups stats --watch`. The terminal output that rich draws is saved as
+deploy/pictures/*.svg.
 """
 
 from __future__ import annotations
@@ -42,34 +43,34 @@ if TYPE_CHECKING:
 
 PICTURES = Path(__file__).parents[1] / "deploy" / "pictures"
 DEMO, DASHBOARD = (80, 27), (96, 27)
-"""Columns and lines of the terminals that are drawn."""
+"""Columns and lines of the drawn terminals."""
 
 CHATS = 150
 SECONDS = 120
-"""Seconds during which follow-ups fall due; the picture is taken in the middle."""
+"""The seconds during which follow-ups fall due; the picture is taken halfway through."""
 MEAN, WAVE, PERIOD = 20, 14, 24.0
-"""Mean follow-ups a second, the wave's amplitude, and its period in seconds."""
+"""Mean follow-ups per second, the amplitude of the rate's wave, and its period in seconds."""
 LEAD = 15.0
-"""Seconds for creating all of them, before the first is due."""
+"""The seconds for creating all follow-ups before the first is due."""
 FAILING, REFUSED, REPLYING = 12, 2, 12
-"""Chats whose receiver fails twice, refuses, and whose users write back."""
+"""The numbers of chats that fail twice, that refuse messages, and whose users reply."""
 
 
 def console(size: tuple[int, int]) -> Console:
-    """Return a terminal that records what is drawn on it."""
+    """Return a terminal that records its output."""
     kind = {"force_terminal": True, "color_system": "truecolor", "highlight": False}
     return Console(record=True, file=io.StringIO(), width=size[0], height=size[1], **kind)
 
 
 def keep(drawn: Console, title: str, name: str) -> None:
-    """Write the drawing as an SVG that loads no font from another host."""
+    """Save the recorded output as an SVG that loads no font from another host."""
     code_format = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     PICTURES.mkdir(exist_ok=True)
     (PICTURES / name).write_text(drawn.export_svg(title=title, code_format=code_format, unique_id=Path(name).stem))
 
 
 def draw_demo(stack: Stack) -> None:
-    """Run the demo, and draw its final screen as a terminal would."""
+    """Run the demo, and draw its final screen like a terminal."""
     last: list[Sequence[FollowUpState] | datetime] = []
     score = perform(stack, lambda standings, now, _: last.__setitem__(slice(None), [standings, now]))
     drawn = console(DEMO)
@@ -88,7 +89,7 @@ def due_moments(start: datetime) -> list[datetime]:
 
 
 def load(stack: Stack, engine: Engine) -> list[UUID]:
-    """Open the chats, schedule everything in one transaction; return the chats whose users will write back."""
+    """Create the chats and schedule all follow-ups; return the chats whose users will reply."""
     workspace_id, key = stack.create_key("pictures", "pictures")
     api, sandbox = Rest(stack.api, key), Rest(stack.sandbox)
     chats = [uuid4() for _ in range(CHATS)]
@@ -131,9 +132,9 @@ def photograph_dashboard(stack: Stack) -> None:
 
 
 def main() -> None:
-    """Make both pictures."""
+    """Make all pictures."""
     with StopSignals() as signals, running(plan_of(signals)) as stack:
-        os.environ |= stack.settings.environment()  # the dashboard asks the workers, and reads the settings
+        os.environ |= stack.settings.environment()  # the dashboard queries the workers and reads the settings
         draw_demo(stack)
         photograph_dashboard(stack)
 

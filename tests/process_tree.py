@@ -1,4 +1,4 @@
-"""The processes that a process has started, found in /proc."""
+"""Finds the descendants of a process in /proc."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def descendants(pid: int) -> dict[int, str]:
         try:
             commands[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ").strip()
             parents[int(directory.name)] = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has just ended
+        except OSError:  # the process has just ended
             continue
     found, new = dict[int, str](), {pid}
     while new:

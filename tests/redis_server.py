@@ -1,4 +1,4 @@
-"""Redis as Debian packages it, with TLS and users, for tests; the embedded Valkey is built without TLS."""
+"""Debian's Redis with TLS and users, for tests; the embedded Valkey is built without TLS."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 PROGRAM = shutil.which("redis-server")
 
 MISSING = "Redis is not installed: apt-get install redis-server."
-"""The skip reason of tests that need it."""
+"""The reason for skipping tests that need this Redis."""
 
 PASSWORD = "s3cret/with?odd#characters"  # noqa: S105 - of a server that lives as long as a test
 
 
 class RedisServer:
-    """A Redis that speaks TLS alone, started by ``with``; its certificate is for ``localhost``."""
+    """A Redis that accepts only TLS, started by ``with``; its certificate is for ``localhost``."""
 
     def __init__(self, authority: trustme.CA, name: str = "localhost") -> None:
         """Create a certificate for this host name, signed by the authority."""
@@ -39,7 +39,7 @@ class RedisServer:
         self._child: Child | None = None
 
     def url(self, query: str = "", user: str = "", password: str = PASSWORD) -> str:
-        """Return its URL, which trusts its authority; ``query`` adds parameters."""
+        """Return the server's URL with its authority as trusted; ``query`` adds parameters."""
         return f"rediss://{user}:{password}@localhost:{self._port}/0?ssl_ca_certs={self._file('authority.pem')}{query}"
 
     def client(self) -> redis.Redis:
@@ -49,7 +49,7 @@ class RedisServer:
         )
 
     def __enter__(self) -> Self:
-        """Start it, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         self._directory = make_temporary_directory()
         certificate = self._authority.issue_cert(self._name)
         self._authority.cert_pem.write_to_path(self._file("authority.pem"))
@@ -79,7 +79,7 @@ class RedisServer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop it, and remove what was temporary."""
+        """Stop the server, and delete its temporary files."""
         if self._child and self._directory:
             self._child.stop()
             remove_directory(self._directory)
@@ -98,7 +98,7 @@ class RedisServer:
 
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
-    """Return a Redis of Debian's, with TLS."""
+    """Return Debian's Redis with TLS."""
     import trustme  # noqa: PLC0415 - not for unit tests
 
     if PROGRAM is None:

@@ -1,4 +1,4 @@
-"""A settable clock for Redis: in the scripts, TIME reads a key instead."""
+"""A settable clock for Redis scripts: TIME reads a key instead of the server's clock."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ MICROSECOND = 1_000_000
 
 
 class ServerClock:
-    """The time that the server's scripts see, which only changes by `go_on`."""
+    """The time seen by the server's scripts, which changes only through `go_on`."""
 
     def __init__(self, broker_url: str, monkeypatch: pytest.MonkeyPatch, *modules: object) -> None:
-        """Make the scripts that these modules load from now on use this clock."""
+        """Make scripts that these modules load from now on use this clock."""
         self._client = redis.Redis.from_url(broker_url)
         self._key = f"clock-{uuid4().hex}"
         self._now = int(time.time() * MICROSECOND)
@@ -30,7 +30,7 @@ class ServerClock:
             monkeypatch.setattr(module, "script", self._script)
 
     def go_on(self, seconds: float) -> None:
-        """Advance the clock, or set it, which differs only in size and sign."""
+        """Advance the clock by ``seconds``; a large or negative number sets the clock to another time."""
         self._now += int(seconds * MICROSECOND)
         with self._client.pipeline() as pipeline:
             pipeline.delete(self._key).rpush(self._key, *divmod(self._now, MICROSECOND)).execute()

@@ -1,4 +1,4 @@
-"""The system as operators run it, for tests: a sandbox chat, workers and beats, each in its own process."""
+"""The system as operators run it, for tests: a sandbox chat, workers and beats in separate processes."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
     from world import World
 
 COMMANDS = Path(__file__).with_name("bin")
-"""Directory put first on PATH: its `celery` starts quickly."""
+"""The directory that is put first on PATH; its `celery` starts quickly."""
 CELERY = (sys.executable, str(COMMANDS / "celery"), "-A", "followups.worker")
 
 PAGE = 5_000
-"""Page size for the chat's list of requests: the chat accepts no message while it answers."""
+"""The page size of the chat's list of requests; while the chat returns a page, it accepts no message."""
 
 
 def wait_until(true: Callable[[], Any], within: float = 20, every: float = 0.02) -> Any:
-    """Return the first true result; fail if there is none within so many seconds."""
+    """Return the first true result; fail if there is none within this many seconds."""
     end = time.monotonic() + within
     while not (answer := true()):
         assert time.monotonic() < end, f"not so within {within} s"
@@ -50,14 +50,14 @@ class Stack:
     processes: Processes
     sandbox_port: int = field(default_factory=free_port)
     options: dict[str, str] = field(default_factory=dict)
-    """Settings that differ, by their environment names."""
+    """Settings that differ from the defaults, by their environment names."""
 
     def environment(self) -> dict[str, str]:
-        """Return the environment that holds the processes' settings."""
+        """Return the environment with the processes' settings."""
         return (
             self.settings.environment()
             | {"FOLLOWUPS_TRANSPORT_URL": f"http://127.0.0.1:{self.sandbox_port}/messages"}
-            | {"FOLLOWUPS_RUNTIME_DIR": str(self.processes.logs / "signs")}  # apart from other tests' processes
+            | {"FOLLOWUPS_RUNTIME_DIR": str(self.processes.logs / "signs")}  # separate from other tests' processes
             | self.options
         )
 
@@ -69,7 +69,7 @@ class Stack:
         )
 
     def worker(self, name: str = "worker", *, ready: bool = True) -> Child:
-        """Start a worker; with ``ready`` wait until it consumes."""
+        """Start a worker; with ``ready``, wait until it consumes."""
         log = self.processes.logs / f"{name}.log"
         argv = [*CELERY, "worker", "--loglevel=info", "-n", f"{name}@%h"]
         consumes = (lambda: log.exists() and "ready." in log.read_text()) if ready else None
@@ -80,14 +80,14 @@ class Stack:
         return self.processes.spawn(name, [*CELERY, "beat", "--loglevel=info"], environment=self.environment())
 
     def start(self) -> Child:
-        """Start one of each; return the worker."""
-        beat = self.beat()  # started first because it is slowest; not waited for
+        """Start one process of each type; return the worker."""
+        beat = self.beat()  # started first because beat is slowest; the test does not wait for it
         assert beat.running
         self.sandbox()
         return self.worker()
 
     def stop(self, within: float = 20) -> None:
-        """Stop every process; if one does not end, fail and show its log."""
+        """Stop every process; if a process does not exit, fail and show its log."""
         for child in self.processes.children:
             child.ask()
         end = time.monotonic() + within
@@ -97,7 +97,7 @@ class Stack:
             assert child.exit_code is not None, f"did not end within {within} s of SIGTERM:\n{child.tail()}"
 
     def log(self, name: str = "worker") -> list[dict[str, Any]]:
-        """Return the JSON lines of a process's log, without an incomplete last one."""
+        """Return the JSON lines of a process's log, without an incomplete last line."""
         lines = (self.processes.logs / f"{name}.log").read_text().rpartition("\n")[0].splitlines()
         return [json.loads(line) for line in lines if line.startswith("{")]
 
@@ -116,7 +116,10 @@ class Stack:
                 return requests
 
     def accepted(self, *ids: UUID) -> list[str]:
-        """Return which follow-ups the chat server accepted, in order, with repetitions; without ``ids``, among all."""
+        """Return the ids of follow-ups that the chat accepted, in order and with repetitions.
+
+        ``ids`` restricts the result to these follow-ups.
+        """
         wanted = set(map(str, ids))
         return [
             one["followUpId"]
@@ -129,20 +132,20 @@ class Stack:
         return [one["attempt"] for one in self.received() if one["followUpId"] == str(follow_up_id)]
 
     def behave(self, chat_id: UUID | None = None, **behaviour: Any) -> None:
-        """Set the behaviour of a chat, or of every chat if None."""
+        """Set the behaviour of one chat, or of every chat if None."""
         path = f"/sandbox/chats/{chat_id}/behaviour" if chat_id else "/sandbox/behaviour"
         self._call("PUT", path, behaviour)
 
     def pending(self, *ids: UUID) -> int:
-        """Return how many of these follow-ups are pending, by default of all."""
+        """Return how many of these follow-ups (by default, of all) are pending."""
         return sum(row.status == "pending" for row in self.world.rows(*ids))
 
     def wait_until_done(self, *ids: UUID, within: float = 20) -> None:
-        """Wait until none of these follow-ups is pending, by default of all."""
+        """Wait until none of these follow-ups (by default, of all) is pending."""
         wait_until(lambda: self.pending(*ids) == 0, within, every=0.1)
 
     def broker(self) -> redis.Redis:
-        """Return a client of the broker."""
+        """Return a Redis client connected to the broker."""
         return redis.Redis.from_url(self.settings.broker_url.get_secret_value())
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
@@ -155,6 +158,6 @@ class Stack:
 
 
 def kill(child: Child) -> None:
-    """End a process with SIGKILL, as a crash of its machine would."""
+    """End a process with SIGKILL, like a crash of its machine."""
     os.kill(child.pid, signal.SIGKILL)
     wait_until(lambda: child.exit_code is not None)

@@ -1,4 +1,4 @@
-"""The whole system: started for one test, or shared by those that break nothing."""
+"""Fixtures for the whole system: started for one test, or shared by tests that break nothing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def stack(settings: Settings, world: World) -> Iterator[Stack]:
-    """Return the system on the test's own database and broker, not yet started."""
+    """Return the system with this test's database and broker, not yet started."""
     with Processes() as processes:
         stack = Stack(settings, world, processes)
         yield stack
@@ -35,18 +35,18 @@ def stack(settings: Settings, world: World) -> Iterator[Stack]:
 def running(server_urls: tuple[str, str], template_database: str) -> Iterator[Stack]:
     """Return a running system for tests that use only their own chats and follow-ups.
 
-    It ticks ten times a second, for as long as one of these modules runs.
+    The system ticks ten times per second, for as long as a module that uses it runs.
     """
     postgres, valkey = server_urls
     name = f"running_{uuid4().hex}"
     create_database(postgres, name, template_database)
     engine = make_engine(url_of(postgres, name), options=BY_KEY)
-    # Outside the range of numbers that single tests use.
+    # A database number outside the range that single tests use.
     number = 32 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     settings = brisk_settings(url_of(postgres, name), f"{valkey.rpartition('/')[0]}/{number}")
     with Processes() as processes:
         stack = Stack(settings, World(engine), processes)
-        # No process is killed here, so a slow chat may be slower than the machine.
+        # These tests kill no process, so the timeout may be long, and a slow machine is not mistaken for a slow chat.
         stack.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "6", "FOLLOWUPS_LEASE": "30"}
         stack.start()
         yield stack

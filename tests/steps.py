@@ -1,4 +1,4 @@
-"""Claim, begin and settle as a worker does them, one step at a time."""
+"""Claim, begin and settle like a worker, one step at a time."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a delivery with a worker's engine; each may have settings of its own."""
+    """The steps of a delivery with a worker's engine; each step may have different settings."""
 
     engine: Engine
     settings: Settings
 
     def claim(self, settings: Settings | None = None, since: datetime | None = None) -> Claim:
-        """Claim what is due, or with ``since`` only what fell due after it."""
+        """Claim due follow-ups, or with ``since`` only those that fell due after that time."""
         return claim(self.engine, settings or self.settings, since)
 
     def lease(self, settings: Settings | None = None) -> Lease:
-        """Claim, and return the only lease."""
+        """Claim due follow-ups, and return the only lease."""
         (lease,) = self.claim(settings).leases
         return lease
 
     def begin(self, leases: Sequence[Lease], settings: Settings | None = None) -> BatchResult:
-        """Begin what was claimed."""
+        """Begin claimed follow-ups."""
         return begin(self.engine, settings or self.settings, leases)
 
     def begun(self, settings: Settings | None = None) -> Begun:
-        """Claim and begin, and return the only attempt in flight."""
+        """Claim and begin due follow-ups, and return the only attempt in flight."""
         (begun,) = self.begin(self.claim(settings).leases, settings).begun
         return begun
 
@@ -62,7 +62,7 @@ class Steps:
 
 
 def attempt(begun: Begun, outcome: Outcome) -> Attempt:
-    """Return the attempt as the transport would return it."""
+    """Return an attempt as the transport would return it."""
     return Attempt(begun, checked(outcome), timedelta(milliseconds=1), uptime(), datetime.now(UTC))
 
 

@@ -1,4 +1,4 @@
-"""The REST API in a process of its own, and a client with its own workspace, for all kinds of tests."""
+"""The REST API in a separate process, and a client with a separate workspace, for all types of tests."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ PROBLEM = "application/problem+json"
 
 
 def command(name: str) -> list[str]:
-    """Return the arguments of a line of the Procfile."""
+    """Return the arguments of a Procfile line."""
     lines = dict(line.split(":", 1) for line in (ROOT / "Procfile").read_text().splitlines() if ":" in line)
     return shlex.split(lines[name])
 
 
 def start(processes: Processes, environment: dict[str, str], name: str = "web") -> tuple[Child, str]:
-    """Start the Procfile's `web` on a free port; return it and its URL."""
+    """Start the Procfile's `web` on a free port; return the process and its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -61,20 +61,20 @@ def start(processes: Processes, environment: dict[str, str], name: str = "web") 
 
 
 def key_of(world: World) -> tuple[UUID, str]:
-    """Create an API key for the world's workspace; return its id and the key."""
+    """Create an API key for the world's workspace; return the key's id and the key."""
     with Session(world.engine) as session, session.begin():
         row, key = api_keys.create(session, world.workspace_id)
         return row.id, key
 
 
 def in_days(days: float) -> str:
-    """Return the time that many days from now, as clients write it."""
+    """Return the time this many days from now, formatted as clients write it."""
     return (datetime.now(UTC) + timedelta(days=days)).isoformat()
 
 
 @contextmanager
 def settings_on_database(prefix: str, postgres_url: str, template: str, broker_url: str) -> Iterator[Settings]:
-    """Yield settings on a migrated database of this test process, and drop it afterwards."""
+    """Yield settings for a migrated database of this test process, and drop the database afterwards."""
     name = f"{prefix}_{uuid4().hex}"
     create_database(postgres_url, name, template)
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
@@ -90,7 +90,7 @@ def settings_on_database(prefix: str, postgres_url: str, template: str, broker_u
 
 @contextmanager
 def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iterator[tuple[str, int]]:
-    """Serve the application in a thread of this process, where a test can reach into it; yield its URL."""
+    """Serve the application in a thread of this process, so that tests can patch it; yield its URL."""
     application = create_app(settings, nudge)
     running = Server(config_of(application))
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -104,14 +104,14 @@ def served(settings: Settings, nudge: Callable[[], None] = lambda: None) -> Iter
 
 
 def client_of(place: tuple[str, int], key: str = "") -> httpx.Client:
-    """Return a client with a key."""
+    """Return an HTTP client that sends this API key."""
     url = f"http://{place[0]}:{place[1]}"
     return httpx.Client(base_url=url, headers={"authorization": key}, timeout=20, verify=False)  # noqa: S501 - no TLS
 
 
 @dataclass
 class Api:
-    """A client with a key to a workspace of its own."""
+    """An API client with a key to a separate workspace."""
 
     url: str
     world: World
@@ -121,20 +121,20 @@ class Api:
 
     def __post_init__(self) -> None:
         self.key_id, self.key = key_of(self.world)
-        # Without TLS there is nothing to verify, and loading the certificates takes a tenth of a second.
+        # Without TLS no certificates are needed, and loading them takes a tenth of a second.
         headers = {"authorization": self.key}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=20, verify=False)  # noqa: S501
 
     def get(self, path: str, **parameters: Any) -> httpx.Response:
-        """GET."""
+        """Send a GET request."""
         return self.client.get(path, params=parameters or None)
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        """POST JSON."""
+        """Send a POST request with a JSON body."""
         return self.client.post(path, json=body, headers=headers)
 
     def chat(self, channel: str = "api", *roles: str) -> str:
-        """Create a chat with messages of these roles, by default one of the agent; return its id."""
+        """Create a chat with messages of these roles (by default one from an agent); return its id."""
         chat_id = str(uuid4())
         assert self.client.put(f"{CHATS}/{chat_id}", json={"channel": channel}).status_code == 201
         for role in roles or ("agent",):
@@ -142,11 +142,11 @@ class Api:
         return chat_id
 
     def message(self, chat_id: str, role: str, **more: Any) -> httpx.Response:
-        """Receive a chat message."""
+        """Report a chat message to the API."""
         return self.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": role} | more)
 
     def create(self, chat_id: str | None = None, due: str | None = None, text: str = "Still there?") -> dict[str, Any]:
-        """Create a follow-up, by default due in two days in a chat of its own."""
+        """Create a follow-up, by default due in two days in a new chat."""
         body = {"chatId": chat_id or self.chat(), "dueDate": due or in_days(2), "message": text}
         answer = self.post(FOLLOW_UPS, body)
         assert answer.status_code == 201, answer.text
@@ -154,25 +154,25 @@ class Api:
         return created
 
     def patch(self, follow_up: dict[str, Any], **changes: Any) -> httpx.Response:
-        """PATCH a follow-up."""
+        """Change a follow-up with a PATCH request."""
         return self.client.patch(f"{FOLLOW_UPS}/{follow_up['id']}", json=changes)
 
     def read(self, follow_up: dict[str, Any]) -> dict[str, Any]:
-        """GET a follow-up."""
+        """Read a follow-up with a GET request."""
         answer = self.get(f"{FOLLOW_UPS}/{follow_up['id']}")
         assert answer.status_code == 200
         found: dict[str, Any] = answer.json()
         return found
 
     def ids(self, **parameters: Any) -> list[str]:
-        """List; return the ids."""
+        """List follow-ups; return their ids."""
         answer = self.get(FOLLOW_UPS, **parameters)
         assert answer.status_code == 200, answer.text
         return [one["id"] for one in answer.json()]
 
 
 def is_problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]:
-    """Check that the answer is this problem, by RFC 9457; return its document."""
+    """Check that the answer is this problem, as defined by RFC 9457; return the problem document."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == PROBLEM
     problem: dict[str, Any] = answer.json()
@@ -184,5 +184,5 @@ def is_problem(answer: httpx.Response, status: int, slug: str) -> dict[str, Any]
 
 
 def pointers(problem: dict[str, Any]) -> list[str]:
-    """Return the fields that the problem points at."""
+    """Return the fields to which the problem document points."""
     return [error["pointer"] for error in problem["errors"]]

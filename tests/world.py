@@ -1,4 +1,4 @@
-"""Rows to test with, and a way to look at them; for tests of every kind."""
+"""Helpers of all tests that insert rows and read them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class World:
-    """One workspace on the test's own database, with helpers to add and read data."""
+    """One workspace in this test's database, with helpers to add and read data."""
 
     engine: Engine
     workspace_id: UUID = field(default_factory=uuid4)
@@ -31,7 +31,7 @@ class World:
             connection.execute(insert(Workspace).values(id=self.workspace_id, name=str(self.workspace_id)))
 
     def chat(self, **columns: Any) -> UUID:
-        """Insert a chat whose last message is the agent's."""
+        """Insert a chat whose last message is from an agent."""
         chat_id = uuid4()
         values = {"last_message_id": uuid4(), "last_message_role": "agent", "last_message_at": text("now()")} | columns
         with self.engine.begin() as connection:
@@ -39,7 +39,10 @@ class World:
         return chat_id
 
     def follow_up(self, chat_id: UUID | None = None, due: timedelta = timedelta(0), **columns: Any) -> UUID:
-        """Insert a pending follow-up, due ``due`` after the database's now; one in flight has its attempt counted."""
+        """Insert a pending follow-up, due ``due`` after the database's current time.
+
+        If the follow-up is in flight, its attempt is counted.
+        """
         values = {
             "attempts": int("begun_at" in columns),
             "workspace_id": self.workspace_id,
@@ -52,7 +55,7 @@ class World:
             return connection.execute(insert(FollowUp).values(**values).returning(FollowUp.id)).scalar_one()
 
     def put_in_flight(self, follow_up_id: UUID | str) -> None:
-        """Let an attempt of a follow-up be in flight for a minute."""
+        """Put an attempt of a follow-up in flight for a minute."""
         self.sql(
             "UPDATE follow_ups SET begun_at = now(), attempts = attempts + 1, lease_until = now() + interval '1 min'"
             " WHERE id = :id",
@@ -60,7 +63,7 @@ class World:
         )
 
     def full_chat(self) -> UUID:
-        """Insert a chat with the maximum of pending follow-ups, due a minute apart from now on."""
+        """Insert a chat with the maximum number of pending follow-ups, due one minute apart from now on."""
         chat_id = self.chat()
         self.sql(
             "INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id)"
@@ -73,7 +76,7 @@ class World:
         return chat_id
 
     def follow_ups_at_once(self, places: list[tuple[UUID, timedelta]]) -> list[UUID]:
-        """Insert pending follow-ups into chats, in one transaction, so that none begins before another is there."""
+        """Insert pending follow-ups in one transaction, so that none begins before the others exist."""
         with self.engine.begin() as connection:
             now = connection.execute(text("SELECT now()")).scalar_one()
             rows = [
@@ -91,18 +94,18 @@ class World:
         return [row["id"] for row in rows]
 
     def row(self, follow_up_id: UUID) -> Any:
-        """Return the row as it is now."""
+        """Return the current row of a follow-up."""
         with self.engine.connect() as connection:
             return connection.execute(select(FollowUp.__table__).where(FollowUp.id == follow_up_id)).one()
 
     def rows(self, *ids: UUID) -> list[Any]:
-        """Return id and status of these follow-ups, by default of all."""
+        """Return the id and status of these follow-ups (by default, of all)."""
         query = select(FollowUp.id, FollowUp.status)
         with self.engine.connect() as connection:
             return list(connection.execute(query.where(FollowUp.id.in_(ids)) if ids else query))
 
     def burst(self, due: list[timedelta]) -> list[UUID]:
-        """Insert one pending follow-up for each, in a chat of its own, in one transaction."""
+        """Insert pending follow-ups, each in a new chat, in one transaction."""
         chats = [
             {
                 "workspace_id": self.workspace_id,
@@ -131,7 +134,7 @@ class World:
         return [one["id"] for one in follow_ups]
 
     def failures(self, follow_up_id: UUID) -> list[tuple[int, str, str]]:
-        """Return number, outcome and detail of its failed attempts, oldest first."""
+        """Return number, outcome and detail of a follow-up's failed attempts, oldest first."""
         table = FailedAttempt
         query = select(table.number, table.outcome, table.detail).where(table.follow_up_id == follow_up_id)
         with self.engine.connect() as connection:
@@ -148,7 +151,7 @@ class World:
             connection.execute(text(statement), parameters)
 
     def expire(self, *ids: UUID) -> None:
-        """Let the leases end now, without a gap between ticks, as if ticks had gone on all the time."""
+        """Let the leases expire now, as if there had been no gap between ticks."""
         self.close_gap()
         self.sql(
             "UPDATE follow_ups SET lease_until = now() - interval '1 ms' WHERE id = ANY(CAST(:ids AS uuid[]))",
@@ -156,15 +159,15 @@ class World:
         )
 
     def close_gap(self) -> None:
-        """Let the last tick be now: on a slow machine a test's steps are further apart than ticks may be."""
+        """Record a tick now, because on a slow machine a test's steps are further apart than ticks may be."""
         self.sql("UPDATE dispatcher_state SET last_tick_at = now(), grace_until = NULL")
 
 
 def claim_and_begin(engine: Engine, settings: Settings) -> BatchResult:
-    """Claim what is due and begin it."""
+    """Claim and begin due follow-ups."""
     return begin(engine, settings, claim(engine, settings).leases)
 
 
 def begun(beginning: BatchResult) -> set[UUID]:
-    """Return which have begun."""
+    """Return the follow-ups that have begun."""
     return {one.lease.id for one in beginning.begun}

@@ -1,4 +1,4 @@
-"""``followups bench`` on servers that are in use."""
+"""Tests of ``followups bench`` on servers that are in use."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE starts_with(nspname, 'followu
 
 
 def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the benchmark on the servers of the settings."""
+    """Start the benchmark with the settings' servers."""
     environment = os.environ | settings.environment() | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     command: Sequence[str] = [sys.executable, "-m", "followups.cli", "bench", *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_path: Path) -> None:
-    """It reports throughput, lag and duplicates, touches no existing follow-ups, and leaves nothing behind."""
+    """A benchmark reports throughput, lag and duplicates; existing follow-ups stay, and no data is left."""
     mine = world.follow_up()
     bench = start(settings, tmp_path, "--count", "300", "--rate", "50", "--seconds", "2", "--json")
     stdout, stderr = bench.communicate(timeout=120)
@@ -53,7 +53,7 @@ def test_it_measures_and_leaves_nothing(settings: Settings, world: World, tmp_pa
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_broken_off(settings: Settings, world: World, engine: Engine, tmp_path: Path, number: int) -> None:
-    """Ctrl-C removes everything; after SIGKILL the next run cleans up, except for what other runs still use."""
+    """Ctrl-C removes a benchmark's data; after SIGKILL the next run does so, but keeps data still in use."""
     bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)
     with engine.connect() as connection:

@@ -1,4 +1,4 @@
-"""A shared broker: an ACL for our prefix alone is enough, and whatever it forbids is reported."""
+"""Tests of a shared broker: an ACL for the service's prefix is enough, and doctor reports refusals."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 PREFIX = "tenant-a:"
 HANDSHAKE = {"PING", "HELLO", "CLIENT", "AUTH", "SELECT", "ACL", "CONFIG", "EXISTS", "SCAN"}
-"""Commands of the clients themselves, and of this test."""
+"""Commands that the client libraries and this test send themselves."""
 RULES = ("~tenant-a:*", "allchannels", "+@all", "-@admin", "-@dangerous", "+info")
 
 
 @pytest.fixture
 def guarded(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
-    """Return a system under an ACL on a Valkey of its own, and a client with all permissions there."""
+    """Return a system under an ACL on a separate Valkey, and a client with all permissions on it."""
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:
         admin.execute_command("ACL", "SETUSER", "app", "on", ">s3cret", *RULES)
         url = f"redis://app:s3cret@{valkey.url().rpartition('@')[2]}"
@@ -44,7 +44,7 @@ def guarded(stack: Stack) -> Iterator[tuple[Stack, redis.Redis]]:
 
 
 def followups(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a command of ``followups``."""
+    """Run a ``followups`` command."""
     command = [str(Path(sys.executable).with_name("followups")), *arguments]
     environment = os.environ | stack.environment()
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -58,7 +58,7 @@ def permissions(stack: Stack) -> dict[str, Any]:
 
 
 def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -> None:
-    """Deliveries, rate limits, breaker, the API's own limit and remote control stay under the prefix."""
+    """Deliveries, rate limits, breaker, API rate limit and remote control use only keys under the prefix."""
     stack, admin = guarded
     stack.start()
     assert followups(stack, "limit", "set", "100/s", "--each", "chat", "--channel", "api").returncode == 0
@@ -83,7 +83,7 @@ def test_everything_stays_under_the_prefix(guarded: tuple[Stack, redis.Redis]) -
 
 
 def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None:
-    """Doctor names each forbidden command, executes none of them, and shows what to set."""
+    """Doctor names each forbidden broker command, executes none of them, and shows what to set."""
     stack, admin = guarded
     for rule, commands in (("-brpop", "BRPOP"), ("-@scripting", "BRPOP, EVALSHA, SCRIPT")):
         admin.execute_command("ACL", "SETUSER", "app", rule)
@@ -98,7 +98,7 @@ def test_what_an_acl_forbids_is_said(guarded: tuple[Stack, redis.Redis]) -> None
 
 
 def test_a_server_that_refuses_writes_is_told_of(guarded: tuple[Stack, redis.Redis]) -> None:
-    """Doctor reports a broker that is a replica, and one that refuses writes because its memory is full."""
+    """Doctor reports a broker that is a replica, or that refuses writes because its memory is full."""
     stack, admin = guarded
     admin.config_set("maxmemory", 1)
     found = permissions(stack)
@@ -111,7 +111,7 @@ def test_a_server_that_refuses_writes_is_told_of(guarded: tuple[Stack, redis.Red
 
 
 def test_a_cluster_is_refused(stack: Stack, tmp_path: Path) -> None:
-    """A worker ends with an error on a broker in cluster mode, since it could never read its queues."""
+    """A worker exits with an error on a broker in cluster mode, because it could never read its queues."""
     port = free_port()
     options = ["--port", str(port), "--cluster-enabled", "yes", "--save", "", "--dir", str(tmp_path)]
     stack.processes.spawn("cluster", [str(get_binary_path()), *options])

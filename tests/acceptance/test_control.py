@@ -1,4 +1,4 @@
-"""Pauses and sending hours, with real processes."""
+"""Tests of pauses and sending hours with real processes."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ SECOND = timedelta(seconds=1)
 
 
 def command(stack: Stack, *arguments: str) -> str:
-    """Run a command on the stack; return what it printed."""
+    """Run a command on the stack; return its output."""
     argv = [sys.executable, "-m", "followups.cli", *arguments]
     ran = subprocess.run(argv, env=stack.environment(), capture_output=True, text=True, check=True, timeout=60)
     return ran.stdout
 
 
 def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
-    """Nothing begins once the pause command has returned; after the resume, all is sent once and in order.
+    """After the pause command no attempt begins; after the resume all follow-ups are sent once, in order.
 
-    No attempt is used up by the pause.
+    The pause uses up no attempt.
     """
     stack.start()
     others = type(stack.world)(stack.world.engine)
@@ -62,7 +62,7 @@ def test_nothing_of_a_paused_workspace_begins(stack: Stack) -> None:
 
 
 def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
-    """A pause outlives the workers: a worker that starts later respects it too."""
+    """A worker that starts during a pause respects the pause."""
     stack.sandbox()
     stack.beat()
     command(stack, "pause", "--channel", "api")
@@ -78,7 +78,7 @@ def test_a_worker_that_starts_while_it_is_paused(stack: Stack) -> None:
 
 
 def test_held_until_the_hours_open(stack: Stack) -> None:
-    """With workers running, nothing is sent before sending hours begin; then everything is sent once."""
+    """With workers running, nothing is sent before sending hours begin; then all follow-ups are sent once."""
     stack.start()
     now = stack.world.scalar("SELECT now()")
     opening = now + 5 * SECOND
@@ -94,7 +94,7 @@ def test_held_until_the_hours_open(stack: Stack) -> None:
 
 
 def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
-    """On beat's schedule a worker prunes old rows while follow-ups are sent on time."""
+    """On beat's schedule, a worker prunes old rows while follow-ups are sent on time."""
     stack.options["FOLLOWUPS_RETENTION"] = "P30D"
     stack.start()
     old = "now() - interval '31 days'"
@@ -119,7 +119,7 @@ def test_what_is_old_is_removed_beside_the_work(stack: Stack) -> None:
 
 
 def test_beat_asks_for_it_once_an_hour(stack: Stack) -> None:
-    """Beat's schedule prunes once an hour, by the clock, beside the ticks; both tasks go to the queue dispatch."""
+    """Beat schedules pruning once per hour in addition to ticks; both tasks use the queue dispatch."""
     code = (
         "import json; from followups.worker import app; schedule = app.conf.beat_schedule;"
         "entry = schedule['remove-old'];"

@@ -1,4 +1,4 @@
-"""Deletion of a workspace and a chat beside running deliveries, killed in the middle and run again."""
+"""Tests of deleting a workspace and a chat during deliveries; a killed deletion is run again."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def start(stack: Stack, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(command: subprocess.Popen[str]) -> str:
-    """Wait for a command's success; return what it printed."""
+    """Wait until a command succeeds; return its output."""
     printed, remarks = command.communicate(timeout=60)
     assert command.returncode == 0, remarks
     return printed
 
 
 def test_nothing_is_sent_after_a_deletion(stack: Stack) -> None:
-    """What is in flight ends first; once the command returns nothing more of it is sent; others are not affected.
+    """A deletion waits for attempts in flight; afterwards nothing is sent, and other data is not affected.
 
-    A command that is killed in the middle goes on when run again.
+    A deletion that was killed continues when it is run again.
     """
     world = stack.world
     stack.start()
@@ -41,7 +41,7 @@ def test_nothing_is_sent_after_a_deletion(stack: Stack) -> None:
     chats = [world.chat() for _ in range(20)]
     others = type(world)(world.engine)
     of_others = others.burst([SECOND * n / 20 for n in range(40)])
-    # Four a second for five minutes, so that some are in flight whenever a deletion begins.
+    # Four follow-ups fall due per second for five minutes, so that some are in flight whenever a deletion begins.
     mine = world.follow_ups_at_once(
         [(chat, SECOND * (5 * n + m / 4)) for n in range(60) for m, chat in enumerate(chats)]
     )

@@ -1,4 +1,4 @@
-"""The main job, with a real worker, beat, broker and receiver: from a due row to a delivered message."""
+"""Tests of delivery, from a due row to a received message, with a real worker, beat and broker."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 
 
 def test_each_at_its_moment(running: Stack) -> None:
-    """Follow-ups are sent on time, none early, each once, and end as sent with the chat's message id."""
+    """Follow-ups are sent on time and once, none early, and end as sent with the chat's message id."""
     ids = running.world.burst([timedelta(seconds=1 + n / 20) for n in range(40)])
     running.wait_until_done(*ids)
     rows = [running.world.row(one) for one in ids]
@@ -36,12 +36,12 @@ def test_each_at_its_moment(running: Stack) -> None:
     assert sorted(running.accepted(*ids)) == sorted(map(str, ids))
     due = {str(row.id): row.due_date for row in rows}
     requests = [one for one in running.received() if one["followUpId"] in due]
-    # The chat's clock and the database's are this machine's.
+    # The chat and the database use this machine's clock.
     assert all(datetime.fromisoformat(one["receivedAt"]) >= due[one["followUpId"]] for one in requests)
 
 
 def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
-    """A follow-up of a committed transaction is sent; one of a transaction that was rolled back never existed."""
+    """A follow-up of a committed transaction is sent; after a rollback the follow-up does not exist."""
     chat_id = running.world.chat()
     now = running.world.scalar("SELECT now()")
     with Session(running.world.engine) as session:
@@ -60,7 +60,7 @@ def test_scheduled_in_a_callers_transaction(running: Stack) -> None:
 
 
 def test_retry_reject_and_rate_limit(running: Stack) -> None:
-    """A failure is retried, a refusal is final, a rate limit uses up no attempt; the record shows which it was."""
+    """A failure is retried, a refusal is final, and a 429 uses up no attempt; the row records the outcome."""
     failing, refusing, limiting = (running.world.chat() for _ in range(3))
     running.behave(failing, kind="fail", status=500, times=2)
     running.behave(refusing, kind="reject", status=403, body="not in this channel")
@@ -75,7 +75,7 @@ def test_retry_reject_and_rate_limit(running: Stack) -> None:
 
 
 def test_dropped_answer(running: Stack) -> None:
-    """A message whose answer was lost is sent again under its key, and accepted once."""
+    """A message whose answer was lost is sent again under the same key, and is accepted once."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="drop", times=1)
     follow_up = running.world.follow_up(chat_id)
@@ -86,7 +86,7 @@ def test_dropped_answer(running: Stack) -> None:
 
 
 def test_one_slow_chat(running: Stack) -> None:
-    """A slow chat does not delay any other."""
+    """A slow chat does not delay other chats."""
     slow = running.world.chat()
     running.behave(slow, kind="slow", delay=4)
     stuck = running.world.follow_up(slow)
@@ -98,7 +98,7 @@ def test_one_slow_chat(running: Stack) -> None:
 
 
 def test_order_in_a_chat(running: Stack) -> None:
-    """The follow-ups of a chat arrive in the order of their due dates, though the first is tried again."""
+    """Follow-ups of a chat arrive in the order of their due dates, even if the first is retried."""
     chat_id = running.world.chat()
     running.behave(chat_id, kind="fail", status=503, times=2)
     ids = [running.world.follow_up(chat_id, n * timedelta(milliseconds=1)) for n in range(8)]
@@ -113,7 +113,7 @@ def test_cancelled_while_its_batch_waits(stack: Stack) -> None:
     worker = stack.worker()
     worker.signal(signal.SIGSTOP)
     dropped, kept = stack.world.follow_up(), stack.world.follow_up()
-    time.sleep(0.3)  # ticks gather in the queue
+    time.sleep(0.3)  # ticks accumulate in the queue
     with Session(stack.world.engine) as session, session.begin():
         followups.cancel(session, dropped, reason="changed our mind")
     worker.signal(signal.SIGCONT)
@@ -131,11 +131,11 @@ OTHERS: list[dict[str, Any]] = [
     {"body_encoding": "none"},
     {"body": "x" * (LONGEST_BODY + 1)},
 ]
-"""Headers of messages that a worker must not decode."""
+"""Headers of broker messages that a worker must not decode."""
 
 
 def message(**other: Any) -> str:
-    """Return a message as kombu sends it, but for what is given."""
+    """Return a message as kombu sends it, with the given fields replaced."""
     delivery = {"exchange": "", "routing_key": "deliver"}
     properties = {"delivery_tag": "x", "delivery_info": delivery, "body_encoding": "base64"}
     if "body_encoding" in other:
@@ -145,7 +145,7 @@ def message(**other: Any) -> str:
 
 
 def celery_app(stack: Stack) -> Celery:
-    """Return a foreign app that has the broker's URL."""
+    """Return a foreign Celery app that knows the broker's URL."""
     app = Celery(broker=stack.settings.broker_url.get_secret_value())
     app.conf.broker_transport_options = {"global_keyprefix": "followups:"}
     return app
@@ -188,7 +188,7 @@ def test_forged_hints(running: Stack) -> None:
 
 
 def test_remote_control_only_asks(running: Stack) -> None:
-    """Commands that stop or change a worker are refused with an error: any client of the broker can send them."""
+    """Remote commands that stop or change a worker are refused, because any broker client can send them."""
     control = celery_app(running).control
     commands: dict[str, dict[str, object]] = {
         "shutdown": {},
@@ -213,7 +213,7 @@ def test_remote_control_only_asks(running: Stack) -> None:
 
 
 def test_remote_control_may_be_allowed(stack: Stack) -> None:
-    """With REMOTE_CONTROL, `celery control shutdown` stops a worker."""
+    """With REMOTE_CONTROL set, `celery control shutdown` stops a worker."""
     stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
     worker = stack.worker()
     celery_app(stack).control.shutdown()
@@ -222,8 +222,8 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
 
 
 def test_two_workers_and_two_beats(stack: Stack) -> None:
-    """Two workers and two beats share the work and deliver each follow-up once."""
-    stack.options["FOLLOWUPS_BATCH_SIZE"] = "2"  # hints enough for both
+    """Two workers and two beats share the load and deliver each follow-up once."""
+    stack.options["FOLLOWUPS_BATCH_SIZE"] = "2"  # small batches, so that both workers receive hints
     stack.start()
     stack.worker("worker2")
     stack.beat("beat2")
@@ -235,8 +235,9 @@ def test_two_workers_and_two_beats(stack: Stack) -> None:
 
 
 def test_stop_drains(stack: Stack) -> None:
-    """On SIGTERM a worker settles what is in flight, releases the rest, and ends well within its grace."""
-    # Unreleased follow-ups would not be sent while this test waits, and no answer is late even on a busy machine.
+    """On SIGTERM a worker settles its calls in flight, returns its other leases, and exits in time."""
+    # Follow-ups that the worker did not release would not be sent while this test waits. No answer is late, even on a
+    # busy machine.
     stack.options |= {"FOLLOWUPS_LEASE": "120", "FOLLOWUPS_TRANSPORT_TIMEOUT": "20"}
     worker = stack.start()
     stack.behave(kind="slow", delay=0.5)

@@ -1,4 +1,4 @@
-"""`followups demo` stopped by its supervisor. Its normal end is tested with the installed wheel."""
+"""Tests of `followups demo` stopped by its supervisor; the tests of the wheel cover its normal end."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DEMO = [str(Path(sys.executable).with_name("followups")), "demo"]
 
 
 def bare_environment() -> dict[str, str]:
-    """Return an environment in which nothing is set up, not even the path to this installation."""
+    """Return an environment without settings and without this installation on PATH."""
     return {"PATH": os.defpath, "HOME": str(Path.home()), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
 
 
 @pytest.mark.faults_long
 @needs_proc
 def test_a_stopped_demo_leaves_nothing_behind() -> None:
-    """SIGTERM stops everything that the demo started; it did not finish, so the exit code is 1."""
+    """SIGTERM stops all processes of an unfinished demo, which exits with code 1."""
     with subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=bare_environment()) as demo:
         assert demo.stdout
         assert demo.stdout.readline().startswith(b"The sandbox page is at http://127.0.0.1:")

@@ -1,4 +1,4 @@
-"""Flower listens on this machine only or behind a password, and shows tasks readably."""
+"""Tests of Flower: it listens only on this machine or behind a password, and shows tasks readably."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_flower(stack: Stack, *arguments: str, **environment: str) -> str:
 
 
 def status(url: str, authorization: str = "") -> int:
-    """Return the status of a GET, or 0 if there is no answer."""
+    """Return the status code of a GET request, or 0 if there is no answer."""
     headers = {"authorization": f"Basic {base64.b64encode(authorization.encode()).decode()}"} if authorization else {}
     request = urllib.request.Request(url, headers=headers)  # noqa: S310 - our own loopback URL
     try:
@@ -53,7 +53,7 @@ def status(url: str, authorization: str = "") -> int:
     ],
 )
 def test_no_flower_without_a_password(stack: Stack, arguments: list[str], environment: dict[str, str]) -> None:
-    """On a public address without a password, Flower does not start, and says what to do."""
+    """On a public address without a password, Flower exits with an error that says what to set."""
     command = [*CELERY, "flower", f"--port={free_port()}", *arguments]
     own = os.environ | stack.environment() | environment
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
@@ -64,8 +64,8 @@ def test_no_flower_without_a_password(stack: Stack, arguments: list[str], enviro
 
 
 def test_flower_with_a_password(stack: Stack) -> None:
-    """With a password Flower may listen on any address, and requires it; its log does not show it."""
-    # A Service named "flower" makes Kubernetes set FLOWER_PORT, which is no port of ours.
+    """With a password, Flower listens on any address and requires the password, which it does not log."""
+    # A Kubernetes Service named "flower" sets FLOWER_PORT to a value that is not a port number.
     kubernetes = {"FLOWER_PORT": "tcp://10.96.0.7:5555"}
     url = start_flower(stack, "--address=0.0.0.0", FLOWER_BASIC_AUTH="me:pa55w0rd", **kubernetes)
     assert status(f"{url}/workers") == 401
@@ -77,14 +77,14 @@ def test_flower_with_a_password(stack: Stack) -> None:
 
 
 def test_flower_by_itself_stays_here(stack: Stack) -> None:
-    """Without an address and without a password Flower listens on this machine only."""
+    """Without an address and a password, Flower listens only on this machine."""
     url = start_flower(stack)
     port = int(url.rpartition(":")[2])
-    assert listening(port) == {"0100007F"}  # 127.0.0.1, as the kernel writes it
+    assert listening(port) == {"0100007F"}  # 127.0.0.1 in the kernel's format
 
 
 def test_no_api_without_a_password(stack: Stack) -> None:
-    """Flower's API without a password is refused also on the loopback interface, which web pages reach too."""
+    """Without a password, Flower's API is disabled even on the loopback interface, which web pages reach."""
     command = [*CELERY, "flower", f"--port={free_port()}"]
     own = os.environ | stack.environment() | {"FLOWER_UNAUTHENTICATED_API": "true"}
     ran = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
@@ -94,7 +94,7 @@ def test_no_api_without_a_password(stack: Stack) -> None:
 
 
 def listening(port: int) -> set[str]:
-    """Return the IPv4 addresses listening on the port, in the kernel's hexadecimal."""
+    """Return the IPv4 addresses that listen on the port, in the kernel's hexadecimal format."""
     with open("/proc/net/tcp", encoding="ascii") as table:  # noqa: PTH123 - not a file of this machine's own
         rows = [line.split() for line in table][1:]
     places = [row[1].split(":") for row in rows if row[3] == "0A"]
@@ -102,7 +102,7 @@ def listening(port: int) -> set[str]:
 
 
 def test_what_flower_shows(stack: Stack) -> None:
-    """Flower shows ticks and deliveries by name, and the number and first id of a delivery's follow-ups."""
+    """Flower shows ticks and deliveries by name, with the number and first id of a delivery's follow-ups."""
     url = start_flower(stack, FLOWER_BASIC_AUTH="me:pa55w0rd")
     stack.start()
     follow_up = stack.world.follow_up()

@@ -1,4 +1,4 @@
-"""`followups health`, with real processes that are stopped, not consuming, stuck or gone."""
+"""Tests of `followups health` with real processes that are stopped, not consuming, stuck or ended."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BOUND = 15.0
-"""Seconds within which trouble must show: ten without a report, and a start of the command on a busy machine."""
+"""The limit in seconds until a fault is reported: ten without a heartbeat, plus the command's start."""
 
 DEAF = '''
 """Celery's consumer asks for no work any more once the file is there; all the rest of the worker goes on."""
@@ -40,21 +40,21 @@ redis.Channel._brpop_start = lambda channel: None if Path(os.environ["DEAF"]).ex
 
 
 def health(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a supervisor does: with the runtime directory, and no other setting."""
+    """Run the command like a supervisor, with the runtime directory as its only setting."""
     environment = {"PATH": os.environ["PATH"], "FOLLOWUPS_RUNTIME_DIR": stack.options["FOLLOWUPS_RUNTIME_DIR"]}
     command = [COMMAND, "health", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
 
 
 def says(stack: Stack, role: str, code: int, *words: str) -> None:
-    """Wait until the command ends with this code and prints these words, in one sentence on the right stream."""
+    """Wait until the command exits with this code and prints these words in one line on the right stream."""
 
     def so() -> bool:
         ran = health(stack, role)
         said, other = (ran.stderr, ran.stdout) if code else (ran.stdout, ran.stderr)
         return ran.returncode == code and said.count("\n") == 1 and not other and all(word in said for word in words)
 
-    wait_until(so, within=BOUND, every=1.0)  # each is a process
+    wait_until(so, within=BOUND, every=1.0)  # each check starts a process
 
 
 def finding(stack: Stack, name: str) -> dict[str, Any]:
@@ -69,13 +69,13 @@ def finding(stack: Stack, name: str) -> dict[str, Any]:
 
 @pytest.fixture
 def observed(stack: Stack, tmp_path: Path) -> Stack:
-    """Return the system with a runtime directory of its own."""
+    """Return the system with a separate runtime directory."""
     stack.options["FOLLOWUPS_RUNTIME_DIR"] = str(tmp_path / "run")
     return stack
 
 
 def test_a_stopped_worker(observed: Stack) -> None:
-    """An idle worker is alive, also by name; a stopped one is not until it is resumed."""
+    """An idle worker is healthy, also if selected by name; a stopped worker is unhealthy until resumed."""
     worker = observed.worker("first")
     says(observed, "worker", 0, "1 worker", "first@")
     assert health(observed, "worker", "--name", "first").returncode == 0
@@ -89,7 +89,7 @@ def test_a_stopped_worker(observed: Stack) -> None:
 
 
 def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
-    """The file of a killed worker is ignored, and the next worker's start removes it."""
+    """The heartbeat file of a killed worker is ignored, and the next worker removes it at its start."""
     first = observed.worker("first")
     kill(first)
     says(observed, "worker", 1, "No worker runs here")
@@ -99,13 +99,13 @@ def test_a_killed_worker_leaves_no_one_who_hangs(observed: Stack) -> None:
 
 
 def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_path: Path) -> None:
-    """A worker that no longer asks the broker for work is noticed, though Celery's ping finds nothing wrong."""
+    """A worker that no longer reads its queues is unhealthy, although it answers Celery's ping."""
     (tmp_path / "deaf.py").write_text(DEAF)
     trigger = tmp_path / "now"
     environment = observed.environment() | {"PYTHONPATH": str(tmp_path), "DEAF": str(trigger)}
     observed.processes.spawn("worker", [*CELERY, "worker", "-n", "w@%h", "-I", "deaf"], environment=environment)
     wait_until(lambda: "ready." in (observed.processes.logs / "worker.log").read_text(), within=60)
-    time.sleep(2)  # it has asked and received an answer
+    time.sleep(2)  # the worker has sent a read and received an answer by now
     says(observed, "worker", 0)
     trigger.touch()
     says(observed, "worker", 1, "w@", "has not asked the broker for work")
@@ -122,7 +122,7 @@ def test_a_worker_that_answers_ping_and_consumes_nothing(observed: Stack, tmp_pa
 
 
 def test_an_idle_worker_among_others(observed: Stack) -> None:
-    """A worker that gets no task at all, since another takes the ticks, is alive; so is one of a single queue."""
+    """A worker that receives no task, or reads only one queue, is healthy."""
     environment = observed.environment()
     observed.processes.spawn("idle", [*CELERY, "worker", "-n", "idle@%h", "-Q", "deliver"], environment=environment)
     says(observed, "worker", 0, "1 worker", "idle@")
@@ -132,7 +132,7 @@ def test_an_idle_worker_among_others(observed: Stack) -> None:
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: bool) -> None:
-    """Without a reachable broker worker and beat are alive: they keep trying, and no restart would help."""
+    """Worker and beat stay healthy while the broker is unreachable, because a restart would not help."""
     with EmbeddedValkey() as valkey, Processes() as processes:
         settings = observed.settings.model_dump() | {"broker_url": valkey.url()}
         own = replace(observed, settings=load_settings(**settings), processes=processes)
@@ -154,7 +154,7 @@ def test_an_outage_of_the_broker_restarts_nobody(observed: Stack, *, frozen: boo
 
 
 def test_a_stopped_beat(observed: Stack) -> None:
-    """Beat is alive while it ticks, but not when it is stopped or has ended."""
+    """Beat is healthy while it ticks, and unhealthy once it is stopped or has ended."""
     says(observed, "beat", 1, "No beat runs here")
     beat = observed.beat()
     says(observed, "beat", 0, "1 beat")
@@ -181,13 +181,13 @@ def test_a_directory_that_cannot_be_used(stack: Stack) -> None:
 
 @pytest.fixture
 def served(observed: Stack) -> Iterator[tuple[Child, str]]:
-    """Return a running web process, and its port."""
+    """Return a running web process and its port."""
     child, url = web.start(observed.processes, observed.environment())
     return child, url.rpartition(":")[2]
 
 
 def test_web(observed: Stack, served: tuple[Child, str]) -> None:
-    """Web is alive while it answers, but not when stopped or on another port; an invalid port is wrong usage."""
+    """Web is healthy while it answers, not when stopped or on another port; an invalid port is an error."""
     child, port = served
     assert health(observed, "web", "--port", port).returncode == 0
     ran = health(observed, "web", "--port", str(free_port()))
@@ -201,7 +201,7 @@ def test_web(observed: Stack, served: tuple[Child, str]) -> None:
 
 
 def test_another_server_is_not_web(observed: Stack) -> None:
-    """Another server on web's port is not mistaken for web."""
+    """Another server on web's port does not count as a healthy web process."""
     observed.sandbox()
     ran = health(observed, "web", "--port", str(observed.sandbox_port))
     assert ran.returncode == 1

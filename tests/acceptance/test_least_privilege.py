@@ -1,4 +1,4 @@
-"""Two roles at the database and a user for each process at the broker, as deploy/ makes them, are enough."""
+"""Tests that the database roles and broker users created from deploy/ have sufficient permissions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PASSWORDS = {"OWNER_PASSWORD": "owner's", "SERVICE_PASSWORD": "app's"}
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
-    """Return the URL of a database that roles.sql made, as the superuser."""
+    """Return the superuser's URL of a database created by roles.sql."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
         command = [BINARIES / "psql", "--dbname", server.url(), "--file", DEPLOY / "roles.sql"]
         ran = subprocess.run(command, env=os.environ | PASSWORDS, capture_output=True, text=True, check=False)
@@ -42,16 +42,16 @@ def database() -> Iterator[str]:
 
 
 def url_as(url: str, role: str) -> str:
-    """Return the URL for another role."""
+    """Return the database URL for another role."""
     return make_url(url).set(username=role).render_as_string(hide_password=False)
 
 
 def users(admin: redis.Redis) -> dict[str, str]:
-    """Make the broker's users of users.acl; return their passwords."""
+    """Create the broker users of users.acl; return their passwords."""
     found = {}
     for line in (DEPLOY / "users.acl").read_text().splitlines():
         _, name, *rules = line.split()
-        if name != "default":  # which the test needs
+        if name != "default":  # the test itself needs the user default
             found[name] = uuid4().hex
             admin.execute_command(
                 "ACL", "SETUSER", name, *(rule.replace(f"{name.upper()}_PASSWORD", found[name]) for rule in rules)
@@ -60,7 +60,7 @@ def users(admin: redis.Redis) -> dict[str, str]:
 
 
 def test_the_service_runs_with_little(database: str) -> None:
-    """All processes work as a role that owns nothing, each with its own broker user; nothing is refused."""
+    """All processes work with a role that owns no table and separate broker users; no command is refused."""
     migrate(url_as(database, "followups_owner"))
     owner = make_engine(url_as(database, "followups_owner"))
     with EmbeddedValkey() as valkey, Processes() as processes, redis.Redis.from_url(valkey.url()) as admin:
@@ -113,7 +113,7 @@ def test_the_service_runs_with_little(database: str) -> None:
     ],
 )
 def test_the_role_of_the_service_changes_no_table(database: str, statement: str) -> None:
-    """The role that runs the service reads and changes rows, and no more."""
+    """The role of the service can read and change rows, but cannot change tables."""
     migrate(url_as(database, "followups_owner"))
     with psycopg.connect(url_as(database, "followups"), autocommit=True) as connection:
         assert connection.execute("SELECT count(*) FROM follow_ups").fetchone()
@@ -134,7 +134,7 @@ def test_the_role_of_the_service_changes_no_table(database: str, statement: str)
     ],
 )
 def test_a_user_of_the_broker_does_its_own_work_only(broker_url: str, user: str, command: tuple[str, ...]) -> None:
-    """What a process does not need is refused to its user."""
+    """A broker user may not send commands that its process does not need."""
     with redis.Redis.from_url(broker_url) as admin:
         name = f"test-{uuid4().hex}"
         (line,) = [one for one in (DEPLOY / "users.acl").read_text().splitlines() if one.startswith(f"user {user} ")]

@@ -1,4 +1,4 @@
-"""Secrecy: every line, message and event of a full run is searched for texts and secrets."""
+"""Tests of secrecy: every log line, message and event of a full run is searched for texts and secrets."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ ATTEMPT = frozenset(
         *("attempt", "outcome", "status_code", "duration_ms", "lag_ms", "task_id"),
     )
 )
-"""The complete keys of an attempt's canonical line."""
+"""The complete set of keys of an attempt's log line."""
 
 FOR_PEOPLE = {"", "worker: Warm shutdown (MainProcess)"}
-"""What Celery prints on stdout when it is stopped."""
+"""The text that Celery prints on stdout when it is stopped."""
 
 LOGS = ("worker", "beat", "web", "flower")
 
-# The database refuses one follow-up's end, and another's creation, with words that quote the row.
+# The database refuses to end one follow-up, and to create another, with error messages that quote the row.
 QUOTING = """
     CREATE FUNCTION quote_it() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
@@ -74,18 +74,18 @@ class Secrets:
 
 @dataclass
 class Overheard:
-    """Every command sent to the broker, and every event received by Celery's own receiver."""
+    """Every command sent to the broker, and every event received by Celery's event receiver."""
 
     commands: list[str] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def messages(self) -> list[str]:
-        """Return the commands, each with its decoded base64."""
+        """Return the recorded commands, each with its base64 parts decoded."""
         return [command + unpacked(command) for command in self.commands]
 
 
 def unpacked(command: str) -> str:
-    """Return the bodies of a command's messages, decoded."""
+    """Return the decoded bodies of the messages in a command."""
     bodies = []
     for start in [position for position, sign in enumerate(command) if sign == "{"][:1]:
         with suppress(ValueError, KeyError, TypeError):
@@ -96,7 +96,7 @@ def unpacked(command: str) -> str:
 
 @contextmanager
 def overhear(broker_url: str) -> Iterator[Overheard]:
-    """Record the broker's traffic, as a client with its password can, and the events that Flower receives."""
+    """Record the broker's traffic, as a client with the password can, and the events that Flower receives."""
     overheard, done, end = Overheard(), threading.Event(), uuid4().hex
     number = int(broker_url.rpartition("/")[2])
 
@@ -105,7 +105,7 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
             for heard in monitored.listen():
                 if heard["command"] == f"ECHO {end}":
                     return
-                if int(heard["db"]) == number:  # others are of tests that run beside this one
+                if int(heard["db"]) == number:  # other databases belong to tests that run concurrently
                     overheard.commands.append(heard["command"])
 
     def receive() -> None:
@@ -115,7 +115,8 @@ def overhear(broker_url: str) -> Iterator[Overheard]:
 
             def hear(event: Any) -> None:
                 overheard.events.append(event)
-                receiver.should_stop = done.is_set()  # a tick's events may leave no pause in which to time out
+                # a tick's events may leave no pause in which the receiver would time out
+                receiver.should_stop = done.is_set()
 
             receiver = app.events.Receiver(connection, handlers={"*": hear})
             while not done.is_set():
@@ -154,7 +155,7 @@ def start_everything(stack: Stack, hidden: Secrets) -> tuple[str, str]:
 
 
 def get(url: str, password: str = "") -> str:
-    """Return the answer, or an empty string if there is none."""
+    """Return the answer's text, or an empty string if there is no answer."""
     basic = base64.b64encode(f"me:{password}".encode()).decode()
     request = urllib.request.Request(url, headers={"authorization": f"Basic {basic}"})  # noqa: S310 - our own loopback URL
     with suppress(OSError), urllib.request.urlopen(request, timeout=5) as answer:  # noqa: S310 - the same
@@ -164,7 +165,7 @@ def get(url: str, password: str = "") -> str:
 
 
 def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
-    """Cause every kind of outcome for follow-ups with secret texts; return their ids."""
+    """Cause every type of outcome for follow-ups with secret texts; return their ids."""
     quoting = f"no: {hidden.text}"
     chats = {name: api.chat() for name in ("sent", "retried", "rejected", "cancelled", "replied", "unsettled")}
     stack.behave(chats["retried"], kind="fail", status=500, times=2, body=quoting)
@@ -184,9 +185,9 @@ def play(stack: Stack, api: web.Api, hidden: Secrets) -> dict[str, str]:
 
 @pytest.mark.parametrize("level", ["info", "debug"])
 def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
-    """A run with every kind of ending, retry, error and refusal reveals no text, key or password.
+    """A run with every type of ending, retry, error and refusal reveals no text, key or password.
 
-    Every log line, broker command, message and event is searched, and everything that Flower shows.
+    The test searches every log line, broker command, message and event, and all pages of Flower.
     """
     hidden = Secrets()
     url = make_url(stack.settings.database_url.get_secret_value())
@@ -229,7 +230,7 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
 
 
 def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str, str]) -> None:
-    """Check that the run produced output, so that an empty search is meaningful."""
+    """Check that the run produced enough output for the search to be meaningful."""
     outcomes = {line["outcome"] for line in stack.log_events("attempt")}
     assert {"sent", "retry", "rejected"} <= outcomes
     assert {frozenset(line) for line in stack.log_events("attempt")} == {ATTEMPT}
@@ -245,7 +246,7 @@ def _assert_it_was_a_full_run(stack: Stack, told: dict[str, str], ids: dict[str,
 
 
 def _assert_one_format(log: str, name: str) -> None:
-    """Check that every line is one JSON object with time, level, logger and event."""
+    """Check that every log line is a JSON object with time, level, logger and event."""
     for line in log.splitlines():
         if line in FOR_PEOPLE:
             continue

@@ -1,4 +1,4 @@
-"""The Procfile under honcho: every process starts, a follow-up goes through all of them, SIGTERM ends them."""
+"""Tests of the Procfile under honcho: all processes start, deliver a follow-up, and end on SIGTERM."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BINARIES = Path(sys.executable).parent
 
 
 def get(url: str) -> bytes | None:
-    """Return the answer of a URL, or None if there is none or it reports not ready."""
+    """Return the answer of a URL, or None if there is no answer or it reports not ready."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answered:  # noqa: S310 - our own loopback URL
             body: bytes = answered.read()
@@ -44,12 +44,12 @@ def honcho_start(*arguments: str) -> list[str]:
 
 
 def environment_of(stack: Stack, **more: str) -> dict[str, str]:
-    """Return the environment in which honcho finds the settings and this installation's commands."""
+    """Return an environment with the settings and this installation's commands for honcho."""
     return {**stack.environment(), "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}", **more}
 
 
 def api_key(capsys: pytest.CaptureFixture[str]) -> str:
-    """Create a workspace and an API key, as an operator does."""
+    """Create a workspace and an API key like an operator."""
     assert main(["workspace", "create", "acme"]) == 0
     capsys.readouterr()
     assert main(["api-key", "create", "--workspace", "acme"]) == 0
@@ -60,7 +60,7 @@ def api_key(capsys: pytest.CaptureFixture[str]) -> str:
 def test_honcho_runs_every_process(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`honcho start` on an empty database migrates it, a follow-up goes through every process, SIGTERM ends all."""
+    """`honcho start` migrates an empty database, delivers a follow-up, and ends all processes on SIGTERM."""
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
     downgrade(stack.settings.database_url.get_secret_value(), "base")
@@ -88,7 +88,7 @@ def test_honcho_runs_every_process(
 
 @needs_proc
 def test_a_release_by_itself_ends(stack: Stack) -> None:
-    """Started alone, `release` migrates and ends; among others its end would stop them."""
+    """Started alone, `release` migrates and exits; under honcho, its exit would stop other processes."""
     command = honcho_start("release")
     ran = subprocess.run(command, env=os.environ | environment_of(stack), capture_output=True, timeout=120, check=False)
     assert ran.returncode == 0

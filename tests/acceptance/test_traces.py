@@ -1,4 +1,4 @@
-"""Traces, with real processes: one from the POST through claim and attempt to the transport."""
+"""Tests of traces with real processes: one trace covers the POST, the claim, the attempt and the call."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ TEXT = "a text that belongs into no trace"
 
 @dataclass
 class Received:
-    """The requests that a collector and a chat on the same server have received."""
+    """The requests received by one server that acts as both trace collector and chat."""
 
     url: str = ""
     exports: list[bytes] = field(default_factory=list)
     deliveries: list[dict[str, str]] = field(default_factory=list)
-    """Headers, in lower case."""
+    """The headers of each delivery, in lower case."""
     status: int = 200
-    """The chat's answer."""
+    """The status code of the chat's answer."""
 
     def spans(self) -> list[tuple[str, Span]]:
-        """Return the spans, each with the name of its service."""
+        """Return the received spans, each with its service's name."""
         requests = [ExportTraceServiceRequest.FromString(body) for body in self.exports]
         return [
             (attributes(resource.resource)["service.name"], span)
@@ -49,18 +49,18 @@ class Received:
         ]
 
     def named(self, name: str) -> list[Span]:
-        """Return the spans of a name."""
+        """Return the spans with this name."""
         return [span for _, span in self.spans() if span.name == name]
 
 
 def attributes(spanned: Any) -> dict[str, Any]:
-    """Return the attributes, by name."""
+    """Return a span's attributes by name."""
     return {each.key: each.value.string_value or each.value.int_value for each in spanned.attributes}
 
 
 @pytest.fixture
 def received() -> Iterator[Received]:
-    """Serve as collector and as chat."""
+    """Return a running server that acts as trace collector and chat."""
     received = Received()
 
     class Handler(BaseHTTPRequestHandler):
@@ -88,7 +88,7 @@ def received() -> Iterator[Received]:
 
 @pytest.fixture
 def traced(stack: Stack, received: Received) -> Stack:
-    """Return the system with tracing on."""
+    """Return the system with tracing enabled."""
     stack.options |= {
         "FOLLOWUPS_TRANSPORT_URL": f"{received.url}/messages",
         "OTEL_EXPORTER_OTLP_ENDPOINT": received.url,
@@ -98,7 +98,7 @@ def traced(stack: Stack, received: Received) -> Stack:
 
 
 def create(stack: Stack, **headers: str) -> str:
-    """Create a follow-up by POST that is due at once; return its id."""
+    """Create a follow-up that is due immediately with a POST request; return its id."""
     api = Api(start(stack.processes, stack.environment())[1], stack.world)
     with api.client:
         chat_id = str(uuid4())
@@ -111,7 +111,7 @@ def create(stack: Stack, **headers: str) -> str:
 
 @pytest.mark.parametrize("pool", ["solo", "prefork"])
 def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Received, pool: str) -> None:
-    """POST, claim, attempt and the transport's request are of one trace, a client's own; after a fork too."""
+    """POST, claim, attempt and the transport's request belong to the client's trace, even after a fork."""
     traced.beat()
     worker = [*CELERY, "worker", "--pool", pool, "--concurrency", "1"]
     traced.processes.spawn("worker", worker, environment=traced.environment())
@@ -135,7 +135,7 @@ def test_one_trace_from_the_post_to_the_transport(traced: Stack, received: Recei
 
 
 def test_what_was_created_outside_of_a_trace(traced: Stack, received: Received) -> None:
-    """Each attempt of a follow-up created outside a trace starts a new one; a failed attempt is an error."""
+    """Each attempt of a follow-up created outside a trace starts a trace; a failed one is an error span."""
     received.status = 500
     follow_up = traced.world.follow_up(message=TEXT)
     traced.beat()
@@ -143,13 +143,13 @@ def test_what_was_created_outside_of_a_trace(traced: Stack, received: Received) 
     attempts = wait_until(lambda: len(found := received.named("attempt")) >= 2 and found)
     assert len({span.trace_id for span in attempts}) == len(attempts)
     assert {attributes(span)["followups.outcome"] for span in attempts} == {"retry"}
-    assert {span.status.code for span in attempts} == {2}  # error
+    assert {span.status.code for span in attempts} == {2}  # the status code of an error
     assert {attributes(span)["followups.follow_up_id"] for span in attempts} == {str(follow_up)}
     assert TEXT.encode() not in b"".join(received.exports)
 
 
 def test_off(stack: Stack, received: Received) -> None:
-    """Without a collector in the environment nothing is traced, and the transport is sent no traceparent."""
+    """Without a collector in the environment, nothing is traced and requests have no traceparent."""
     stack.options["FOLLOWUPS_TRANSPORT_URL"] = f"{received.url}/messages"
     stack.beat()
     stack.worker()
@@ -161,7 +161,7 @@ def test_off(stack: Stack, received: Received) -> None:
 
 
 def test_without_the_extra() -> None:
-    """With a collector but without the extra, a warning says what to install; nothing else changes."""
+    """With a collector but without the extra `otel`, a warning says what to install, and all else works."""
     script = """
 import sys
 sys.modules["opentelemetry.sdk"] = None
@@ -182,7 +182,7 @@ print(traces.current_traceparent())
 
 
 def test_a_collector_that_is_away(traced: Stack, received: Received) -> None:
-    """An unreachable collector costs no delivery and delays no shutdown."""
+    """An unreachable trace collector loses no delivery and delays no shutdown."""
     traced.options["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
     traced.beat()
     worker = traced.worker()

@@ -1,4 +1,4 @@
-"""`followups up`, used as its output says."""
+"""Tests of `followups up`, used as its output describes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = needs_proc
 
 
 class Up:
-    """A running `followups up`, and what it has printed."""
+    """A running `followups up` and its output so far."""
 
     def __init__(self, *arguments: str) -> None:
         self.port = free_port()
@@ -49,7 +49,7 @@ class Up:
         self._reader.start()
 
     def wait_until_ready(self) -> None:
-        """Read its output up to the line that says how to stop it."""
+        """Read the output up to the line that explains how to stop the command."""
         assert self.process.stdout
         for line in self.process.stdout:
             self.said += line
@@ -58,7 +58,7 @@ class Up:
         pytest.fail(f"It ended before it was ready: {self.end()}")
 
     def end(self) -> str:
-        """Wait for its end and return what it said on stderr."""
+        """Wait until the command exits, and return its output on stderr."""
         self.process.wait(120)
         self._reader.join(10)
         for stream in (self.process.stdout, self.process.stderr):
@@ -67,7 +67,7 @@ class Up:
         return "".join(self.remarks)
 
     def found(self, pattern: str) -> str:
-        """Return the first group of a pattern in what it printed."""
+        """Return the first group of a pattern in the output."""
         match = re.search(pattern, self.said, re.DOTALL)
         assert match, self.said
         return match.group(1)
@@ -75,7 +75,7 @@ class Up:
 
 @contextmanager
 def up(*arguments: str) -> Iterator[Up]:
-    """Run `followups up`; at the end it is stopped if it still runs."""
+    """Run `followups up`; at the end, stop the command if it is still running."""
     started = Up(*arguments)
     try:
         yield started
@@ -86,18 +86,18 @@ def up(*arguments: str) -> Iterator[Up]:
 
 
 def bare_environment() -> dict[str, str]:
-    """Return an environment without any of our settings."""
+    """Return an environment without any of the service's settings."""
     return {name: value for name, value in os.environ.items() if not name.startswith(("FOLLOWUPS_", "PYTEST"))}
 
 
 def get(url: str) -> Any:
-    """Return the JSON at a URL."""
+    """Return the JSON document at a URL."""
     with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310 - our own loopback URL
         return json.loads(answer.read())
 
 
 def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
-    """The printed request can be pasted and arrives, the exports serve other commands, Ctrl-C leaves no process."""
+    """The printed request and exports of `followups up` work, and Ctrl-C leaves no process."""
     with up() as system:
         system.wait_until_ready()
         children = descendants(system.process.pid)
@@ -124,7 +124,7 @@ def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
 
 
 def test_a_process_that_dies_is_named_and_ends_the_rest(open_directory: Path) -> None:
-    """A process that dies is named with the end of its log, and ends the rest; with --data its data is kept."""
+    """If a process crashes, `followups up` prints the end of its log and exits; --data keeps its data."""
     with up("--data", str(open_directory / "kept")) as system:
         system.wait_until_ready()
         children = descendants(system.process.pid)
@@ -142,7 +142,7 @@ def test_a_process_that_dies_is_named_and_ends_the_rest(open_directory: Path) ->
 
 
 def test_stopped_while_it_starts() -> None:
-    """A signal during the start ends it as well, with nothing left running."""
+    """A signal during the start of `followups up` stops it and leaves no process."""
     with up() as system:
         wait_until(lambda: any("Starting sandbox" in line for line in system.remarks), within=120)
         children = descendants(system.process.pid)
@@ -154,7 +154,7 @@ def test_stopped_while_it_starts() -> None:
 
 
 def test_a_taken_port_is_a_sentence() -> None:
-    """A port in use is an error before anything is started."""
+    """If a port is in use, `followups up` exits with an error before it starts any process."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         ran = subprocess.run([COMMAND, "up", "--port", str(port)], capture_output=True, text=True, check=False)

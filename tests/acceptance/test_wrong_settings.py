@@ -1,4 +1,4 @@
-"""Invalid settings and failed starts end a process with one sentence, so none is up without sending."""
+"""Tests of invalid settings and failed starts: the process exits with a one-line error."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Pipeline.start = fail
 
 
 def start(stack: Stack, name: str, more: str = "", **environment: str) -> Child:
-    """Start a process of the Procfile, or a command."""
+    """Start a Procfile process or a command."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     argv = ["/bin/sh", "-c", f"exec {COMMANDS[name]} {more}"]
     return stack.processes.spawn(
@@ -45,7 +45,7 @@ def start(stack: Stack, name: str, more: str = "", **environment: str) -> Child:
 
 
 def test_urls_that_cannot_be_read(stack: Stack) -> None:
-    """Each process and command ends with code 2 and a sentence that names both URLs, not their secrets."""
+    """With invalid URLs, each process exits with code 2 and an error with both settings but no secrets."""
     started = {name: start(stack, name, **WRONG) for name in COMMANDS}
     for name, child in started.items():
         wait_until(lambda child=child: not child.running, within=120)
@@ -57,7 +57,7 @@ def test_urls_that_cannot_be_read(stack: Stack) -> None:
 
 
 def test_a_worker_that_cannot_be_made(stack: Stack, tmp_path: Path) -> None:
-    """A worker whose process cannot start its work ends instead of looking alive."""
+    """A worker whose components cannot start exits instead of appearing healthy."""
     (tmp_path / "broken.py").write_text(BROKEN)
     worker = start(stack, "worker", "-I broken", PYTHONPATH=str(tmp_path))
     wait_until(lambda: not worker.running, within=60)
@@ -68,7 +68,7 @@ def test_a_worker_that_cannot_be_made(stack: Stack, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["libpq", "SQLAlchemy"])
 def test_several_hosts(stack: Stack, form: str) -> None:
-    """In each form of a URL with several hosts, one that is unreachable or read-only is skipped."""
+    """In each form of a URL with several hosts, an unreachable or read-only host is skipped."""
     url = make_url(stack.settings.database_url.get_secret_value())
     socket = str(url.query["host"])
     hosts = f"nowhere.invalid:1,{socket.replace('/', '%2F')}" if form == "libpq" else ""

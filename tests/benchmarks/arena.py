@@ -1,4 +1,4 @@
-"""The shared environment of the contestants: one PostgreSQL, one Valkey, one receiver, and the same rows."""
+"""The benchmarks' shared environment: one PostgreSQL, one Valkey, one receiver, and the same rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ FAR = "now() + interval '30 days'"
 
 
 class Arena:
-    """The servers, the receiver, and one set of processes at a time."""
+    """The servers, the receiver, and the processes of one contestant at a time."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -63,22 +63,22 @@ class Arena:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End everything."""
+        """Stop all processes and servers."""
         self.processes.stop()
         self._stack.close()
 
     def sql(self, statement: str, *parameters: Any) -> list[tuple[Any, ...]]:
-        """Execute, and return the rows if there are any."""
+        """Execute a statement; return its rows if there are any."""
         cursor = self.connection.execute(statement, parameters or None)
         return cursor.fetchall() if cursor.description else []
 
     def receiver(self, path: str) -> Any:
-        """Ask the receiver."""
+        """Send a request to the receiver and return its answer."""
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
             return json.load(answer)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment with all addresses, for the rivals and for our processes."""
+        """Return the environment with all addresses, for the rivals' and the service's processes."""
         url = f"http://127.0.0.1:{self.port}/messages"
         return {
             "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
@@ -94,7 +94,7 @@ class Arena:
         }
 
     def spawn(self, name: str, command: str, ready: str = "", environment: Mapping[str, str] | None = None) -> Child:
-        """Start a shell command; with ``ready`` wait for that text in its log."""
+        """Start a shell command; with ``ready``, wait until this text is in its log."""
         log = self.processes.logs / f"{name}.log"
         check: Callable[[], bool] | None = (lambda: log.exists() and ready in log.read_text()) if ready else None
         argv: Sequence[str] = ["/bin/sh", "-c", f"exec {command}"]
@@ -102,9 +102,9 @@ class Arena:
         return self.processes.spawn(name, argv, environment=more, ready=check, within=timedelta(seconds=60))
 
     def clear(self) -> None:
-        """End the contestant's processes, and delete its rows, messages and requests; rows due later stay."""
+        """Stop the contestant's processes and delete its rows, messages and requests, except rows due later."""
         self.processes.stop()
-        self.processes = Processes()  # whose logs are their own
+        self.processes = Processes()  # a new set of processes, with separate logs
         self.sql("DELETE FROM failed_attempts")
         self.sql(f"DELETE FROM follow_ups WHERE due_date < {FAR} - interval '10 days'")  # noqa: S608 - no input
         self.sql("TRUNCATE bench_rows")
@@ -119,7 +119,7 @@ class Arena:
         return sum(one.memory_info().rss for one in [process, *process.children(recursive=True)]) / 2**20
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Return the processor time used so far by the contestant's processes, and by the servers."""
+        """Return the processor seconds used so far by the contestant's processes and by the servers."""
         ours = [psutil.Process(child.pid) for child in self.processes.children]
         servers = [one for one in psutil.Process().children() if one.name() in {"postgres", "valkey-server"}]
         return {"cpu": _cpu_of(ours), "server_cpu": _cpu_of(servers)}
@@ -138,7 +138,7 @@ def _cpu_of(processes: list[psutil.Process]) -> float:
 
 
 def wait(true: Callable[[], object], within: float, every: float = 0.05) -> None:
-    """Wait until the condition holds. Raises `TimeoutError`."""
+    """Wait until the condition is true. Raises `TimeoutError`."""
     end = time.monotonic() + within
     while not true():
         if time.monotonic() > end:

@@ -1,9 +1,10 @@
-"""Requests a second, CPU and p99 of the API, beside a bare async FastAPI endpoint that does one INSERT.
+"""Measures the API's requests per second, CPU and p99, compared with a bare async FastAPI endpoint.
 
 ``PYTHONPATH=tests uv run --group benchmarks python tests/benchmarks/bench_api.py`` starts PostgreSQL, Valkey and both
-servers as processes: ours, and the bare one on psycopg's own pool, with the same uvicorn. They take turns. Then creates
-arrive at half of their maximal rate, and `schedule_many` creates a thousand at once. Asserts nothing: what matters are
-the ratios to the bare endpoint on the same machine, in the same run.
+servers as processes: the API, and the bare endpoint, which does one INSERT through psycopg's pool with the same
+uvicorn. The two are measured in turns. Then create requests arrive at half of their maximum rate, and `schedule_many`
+creates a thousand follow-ups per call. The program asserts nothing: only the ratios to the bare endpoint on the same
+machine, in the same run, are meaningful.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 CONNECTIONS = 16
 ROUNDS = int(os.environ.get("ROUNDS", "20"))
 SECONDS = 1.0
-"""Of one turn."""
+"""The duration of one turn, in seconds."""
 
 PACED_SECONDS = 10.0
 MANY = 1000
@@ -59,7 +60,7 @@ BARE = "/bare"
 
 
 class Bare(BaseModel):
-    """The body of the bare endpoint: as ours."""
+    """The request body of the bare endpoint, with the same fields as the API's."""
 
     workspace_id: UUID
     chat_id: UUID
@@ -68,7 +69,7 @@ class Bare(BaseModel):
 
 
 class BareRow(Bare):
-    """What it answers."""
+    """The response body of the bare endpoint."""
 
     id: UUID
     created_at: datetime
@@ -82,7 +83,7 @@ BARE_INSERT = """
 
 
 def bare_app() -> FastAPI:
-    """Return FastAPI with one INSERT: no key, no rules, no limits."""
+    """Return a FastAPI application with one INSERT, without API keys, rules or limits."""
     pool = AsyncConnectionPool(os.environ["DATABASE_URL"], min_size=POOL_SIZE, max_size=POOL_SIZE, open=False)
 
     @asynccontextmanager
@@ -110,23 +111,23 @@ def bare_app() -> FastAPI:
 
 @dataclass
 class ApiLoad:
-    """One kind of request, sent repeatedly, and its results."""
+    """One type of request, sent repeatedly, and its measured results."""
 
     name: str
     url: str
     make: Callable[[], bytes]
-    """The next request, head and body."""
+    """A function that returns the next request's bytes, head and body."""
     expected: bytes
     server: psutil.Process
     times: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
-    """Seconds of the server's processor time for one request."""
+    """The server's processor time for one request, in seconds."""
 
 
 @dataclass
 class Connection:
-    """One client's connection."""
+    """A client's connection to the server."""
 
     load: ApiLoad
     reader: asyncio.StreamReader
@@ -148,7 +149,7 @@ class Connection:
 
 
 async def send_for(load: ApiLoad, end: float) -> int:
-    """Send one request after the other on a connection of its own until ``end``; return how many."""
+    """Send requests one after the other on a separate connection until ``end``; return their number."""
     connection = await Connection.open(load)
     sent = 0
     while (begun := time.perf_counter()) < end:
@@ -169,7 +170,7 @@ async def turn(load: ApiLoad) -> None:
 
 
 async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
-    """Send at this rate; return how long each answer took from the moment at which its request was due."""
+    """Send requests at this rate; return each answer's delay from the moment its request was due."""
     times: list[float] = []
     started = time.perf_counter()
 
@@ -188,7 +189,7 @@ async def paced(load: ApiLoad, rate: float, seconds: float) -> list[float]:
 
 
 def many(engine: Engine, workspace_id: UUID, chat_ids: list[str]) -> float:
-    """Return how many follow-ups a second `schedule_many` creates, a thousand at once."""
+    """Return how many follow-ups per second `schedule_many` creates, with a thousand per call."""
     due = datetime.now(UTC) + timedelta(days=2)
     planned = [followups.Planned(UUID(chat_ids[number % len(chat_ids)]), "Hello", due) for number in range(MANY)]
     rates = []
@@ -201,14 +202,14 @@ def many(engine: Engine, workspace_id: UUID, chat_ids: list[str]) -> float:
 
 
 def request(method: str, path: str, key: str, body: Any = None) -> bytes:
-    """Return a request's bytes."""
+    """Return an HTTP request as bytes."""
     content = b"" if body is None else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nhost: x\r\nauthorization: {key}\r\ncontent-type: application/json\r\n"
     return f"{head}content-length: {len(content)}\r\n\r\n".encode() + content
 
 
 def chats_of(api: Api) -> list[str]:
-    """Return chats whose last message is the agent's."""
+    """Return chats whose last message is from an agent."""
     chats = [str(uuid4()) for _ in range(200)]
     for chat_id in chats:
         api.post(CHAT_MESSAGES, {"id": str(uuid4()), "chatId": chat_id, "role": "agent"})
@@ -218,7 +219,7 @@ def chats_of(api: Api) -> list[str]:
 def loads_of(
     api: Api, chats: list[str], server: psutil.Process, bare_url: str, bare_server: psutil.Process
 ) -> list[ApiLoad]:
-    """Return the kinds of requests to measure."""
+    """Return the types of requests to measure."""
     created = [api.create(chat_id)["id"] for chat_id in chats]
     due = (datetime.now(UTC) + timedelta(days=2)).isoformat()
     number = iter(range(10**9))
@@ -265,7 +266,7 @@ def loads_of(
 
 
 def report(loads: list[ApiLoad]) -> None:
-    """Print the figures: medians over the rounds; ratios are taken within each, so that other load cancels out."""
+    """Print medians over all rounds; ratios are calculated within a round, to cancel out other load."""
     bare = loads[0].rates
     sys.stdout.write(f"{'':12} {'requests/s':>10} {'of bare':>8} {'p50 ms':>8} {'p99 ms':>8} {'CPU ms':>8}\n")
     for load in loads:
@@ -277,7 +278,7 @@ def report(loads: list[ApiLoad]) -> None:
 
 
 def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
-    """Return how late follow-ups at 100/s are received while this load arrives at this rate."""
+    """Return the lag of follow-ups at 100/s while this load arrives at this rate."""
     with ThreadPoolExecutor(1) as pool:
         loading = pool.submit(asyncio.run, paced(load, rate, PACED_SECONDS + 15))
         figures = lag(Ours(arena), 100, PACED_SECONDS)
@@ -286,7 +287,7 @@ def lag_beside(arena: Arena, load: ApiLoad, rate: float) -> Figures:
 
 
 def main() -> None:
-    """Start everything, measure in turns, and print."""
+    """Start all servers, measure in turns, and print the figures."""
     with Arena() as arena, Processes() as processes:
         settings = load_settings(
             database_url=arena.database,
@@ -310,7 +311,7 @@ def main() -> None:
         for number in range(ROUNDS + 1):
             for load in loads:
                 asyncio.run(turn(load))
-            if number == 0:  # warm now
+            if number == 0:  # the first round only warms up the servers
                 for load in loads:
                     load.times.clear()
                     load.rates.clear()

@@ -1,7 +1,7 @@
 """Measures the console's pages with many follow-ups: ``python tests/benchmarks/bench_console.py 5000``.
 
-With PYTHONPATH=tests. The argument is the number of thousands of follow-ups, in a thousand workspaces. Prints
-milliseconds for each page: the median and the slowest of seven requests.
+Set PYTHONPATH=tests. The argument is the number of follow-ups in thousands; they are spread over a thousand workspaces.
+The program prints the milliseconds for each page: the median and the slowest of seven requests.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ FILL = (
 
 
 def measure(one: Person, name: str, path: str, **query: str) -> None:
-    """Print how long a page takes."""
+    """Print how long a page takes to load."""
     took = []
     for _ in range(REQUESTS):
         begun = time.perf_counter()
@@ -56,7 +56,7 @@ def measure(one: Person, name: str, path: str, **query: str) -> None:
 
 
 def main() -> None:
-    """Fill a database of its own, and measure."""
+    """Fill a separate database, and measure the pages."""
     each = int(sys.argv[1]) * 1000 // (WORKSPACES * 50)
     with EmbeddedPostgres() as postgres, EmbeddedValkey() as valkey:
         migrate(postgres.url())

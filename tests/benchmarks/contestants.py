@@ -1,4 +1,4 @@
-"""The contestants: each fills its table, starts its processes as its users would, and counts what it has sent."""
+"""The contestants: each fills its table, starts its processes, and counts its sent rows."""
 
 from __future__ import annotations
 
@@ -30,46 +30,46 @@ CHATS = """
 
 @dataclass
 class Contestant:
-    """A contestant that keeps its rows in the table that all rivals share."""
+    """A contestant that keeps its rows in the table shared by all rivals."""
 
     arena: Arena
     name: str = ""
     table: str = "bench_rows"
     waits_in_broker: bool = False
-    """Whether due follow-ups are published in advance with their due time, instead of being found in the table."""
+    """Whether follow-ups are published in advance with their due time, instead of being read when due."""
 
     def fill(self, count: int, due: str) -> None:
-        """Insert rows that fall due at an SQL expression of each."""
+        """Insert rows whose due time is given by an SQL expression."""
         self.arena.sql(
             "INSERT INTO bench_rows (due_date, message)"  # noqa: S608 - ours
             f" SELECT {due}, 'Are you still there?' FROM generate_series(1, {count})"
         )
 
     def start(self) -> None:
-        """Start its processes, and wait until they are ready."""
+        """Start the contestant's processes, and wait until they are ready."""
         raise NotImplementedError
 
     def release(self) -> None:
-        """Let everything that was filled fall due now."""
+        """Make all inserted rows fall due now."""
         self.arena.sql(f"UPDATE {self.table} SET due_date = now() WHERE status = 'pending'")  # noqa: S608 - ours
 
     def sent(self) -> int:
-        """Return how many rows say sent."""
+        """Return the number of rows with status sent."""
         return int(self.arena.sql(f"SELECT count(*) FROM {self.table} WHERE status = 'sent'")[0][0])  # noqa: S608
 
     def due(self) -> dict[str, float]:
-        """Return when each fell due, in seconds since 1970."""
+        """Return the due time of each row, in seconds since 1970."""
         rows = self.arena.sql(f"SELECT id::text, extract(epoch FROM due_date)::float8 FROM {self.table}")  # noqa: S608
         return dict(rows)  # type: ignore[arg-type]
 
     def helper(self, *arguments: str) -> None:
-        """Run a module of the rival until it ends."""
+        """Run a module of the rival until it exits."""
         subprocess.run([sys.executable, "-m", *arguments], env=self.arena.environment(), check=True)
 
 
 @dataclass
 class Ours(Contestant):
-    """The system itself, by the Procfile's own lines: a worker process for each core, as OPERATIONS.md has it."""
+    """The service itself, started by the Procfile's commands with one worker process per core."""
 
     name: str = "followups"
     table: str = "follow_ups"
@@ -77,7 +77,7 @@ class Ours(Contestant):
     started: tuple[Child, ...] = ()
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
-        """Insert rows, that many in each chat."""
+        """Insert rows, with this many in each chat."""
         self.arena.sql(CHATS.format(workspace=self.arena.workspace, chats=count // each, each=each, due=due))
 
     def release(self) -> None:
@@ -95,7 +95,7 @@ class Ours(Contestant):
 
 @dataclass
 class OneWorker(Ours):
-    """The same with one worker process."""
+    """The service with only one worker process."""
 
     name: str = "followups, one worker process"
     workers: int = 1
@@ -103,7 +103,7 @@ class OneWorker(Ours):
 
 @dataclass
 class CeleryRows(Contestant):
-    """A Celery task for each row."""
+    """A Celery application with a task for each row."""
 
     name: str = "celery, a task per row"
 
@@ -114,7 +114,7 @@ class CeleryRows(Contestant):
 
 @dataclass
 class CeleryEta(Contestant):
-    """Celery's ETA: nothing durable but Redis."""
+    """A Celery application that uses ETAs, with no durable state except in Redis."""
 
     name: str = "celery, eta"
     waits_in_broker: bool = True
@@ -129,7 +129,7 @@ class CeleryEta(Contestant):
 
 @dataclass
 class DramatiqRows(Contestant):
-    """A Dramatiq message for each row."""
+    """A Dramatiq application with a message for each row."""
 
     name: str = "dramatiq, a message per row"
 
@@ -142,7 +142,7 @@ class DramatiqRows(Contestant):
 
 @dataclass
 class ProcrastinateRows(Contestant):
-    """A Procrastinate job for each row."""
+    """A Procrastinate application with a job for each row."""
 
     name: str = "procrastinate, a job per row"
     waits_in_broker: bool = True
@@ -165,7 +165,7 @@ class ProcrastinateRows(Contestant):
 
 @dataclass
 class AsyncioLoop(Contestant):
-    """One asyncio loop without a broker: the limit."""
+    """A bare asyncio loop without a broker, as the upper limit."""
 
     name: str = "raw asyncio loop"
 
@@ -175,7 +175,7 @@ class AsyncioLoop(Contestant):
 
 @dataclass
 class ClientLoop(Contestant):
-    """The same loop with our own HTTP client: the most that the system can reach with it."""
+    """A bare asyncio loop with the service's HTTP client, as the most that the service can reach with it."""
 
     name: str = "raw loop on our HTTP client"
 

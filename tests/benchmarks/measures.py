@@ -1,4 +1,4 @@
-"""The measurements: each is one contestant's turn and returns figures by name."""
+"""The measurements: each runs one contestant's turn and returns figures by name."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ if TYPE_CHECKING:
     from contestants import Contestant
 
 PATIENCE = 300.0
-"""Seconds after which a turn is given up."""
+"""The seconds after which a turn is aborted."""
 PORTION = 500_000
-"""How many others are inserted at once."""
+"""The number of other rows inserted by one statement."""
 Figures = dict[str, float]
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that this share of the values does not exceed."""
+    """Return the smallest of the values that this share of the values does not exceed."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
 def throughput(contestant: Contestant, count: int, control: str = "") -> Figures:
-    """Release a backlog at once; return follow-ups a second until all rows say sent, and until 99 % were received."""
+    """Release a backlog; return follow-ups per second until all are sent, and until 99 % were received."""
     arena = contestant.arena
     arena.clear()
     arena.receiver(f"/control?{control}")
     contestant.fill(count, "now() + interval '1 day'")
     contestant.start()
-    time.sleep(1.0)  # what polls has polled
+    time.sleep(1.0)  # contestants that poll have polled by now
     contestant.release()
     began, before = time.time(), arena.cpu_seconds()
     wait(lambda: arena.receiver("/count")["different"] >= count, PATIENCE)
@@ -58,11 +58,11 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
 
 
 def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False) -> Figures:
-    """Let follow-ups fall due at a rate; return how late each was received, in milliseconds."""
+    """Let follow-ups fall due at a rate; return each follow-up's lag in milliseconds."""
     arena = contestant.arena
     arena.clear()
     count = int(rate * seconds)
-    # Inserting and publishing take time, most of all beside a million other rows.
+    # Inserting and publishing take time, especially with a million other rows.
     ahead = 5.0 + count / (500 if contestant.waits_in_broker else 4000)
     due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
     if contestant.waits_in_broker:
@@ -86,7 +86,7 @@ def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool =
 
 
 class _snapshot:  # noqa: N801 - used as a statement
-    """Hold a snapshot open during the block, as a dump or a report does."""
+    """Keep a snapshot open during the block, like a dump or a report."""
 
     def __init__(self, arena: Arena, *, held: bool) -> None:
         self._arena, self._held = arena, held
@@ -105,7 +105,7 @@ class _snapshot:  # noqa: N801 - used as a statement
 
 
 def others_pending(arena: Arena, count: int) -> None:
-    """Insert that many others, due in a month or later, ten in each chat."""
+    """Insert this many other follow-ups, due in a month or later, ten in each chat."""
     there = int(arena.sql(f"SELECT count(*) FROM follow_ups WHERE due_date >= {FAR} - interval '10 days'")[0][0])  # noqa: S608
     if there >= count:
         return
@@ -113,7 +113,7 @@ def others_pending(arena: Arena, count: int) -> None:
         "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index"
         " WHERE indrelid = 'follow_ups'::regclass AND NOT indisprimary"
     )
-    # Millions of rows: without indexes, and without looking for each one's chat, a tenth of the time.
+    # Without indexes and without foreign key checks, inserting millions of rows takes a tenth of the time.
     arena.sql("SET maintenance_work_mem = '1GB'; SET session_replication_role = replica")
     for name, _ in indexes:
         arena.sql(f"DROP INDEX {name}")
@@ -151,7 +151,7 @@ def tick(arena: Arena, claims: int = 200) -> Figures:
 
 
 def cost(contestant: Ours, count: int) -> Figures:
-    """Return what a backlog costs: memory of worker and broker, WAL and dead tuples for one follow-up."""
+    """Return a backlog's cost: memory of worker and broker, and WAL and dead tuples per follow-up."""
     arena = contestant.arena
     arena.clear()
     contestant.fill(count, "now() + interval '1 day'")
@@ -167,7 +167,7 @@ def cost(contestant: Ours, count: int) -> Figures:
         broker = max(broker, arena.broker_mb())
         time.sleep(0.2)
     bytes_each = float(arena.sql(wal)[0][0] - wal_before) / count
-    time.sleep(1.5)  # until the statistics are there
+    time.sleep(1.5)  # PostgreSQL's statistics are updated by then
     dead = arena.sql("SELECT n_dead_tup FROM pg_stat_user_tables WHERE relname = 'follow_ups'")[0][0]
     arena.processes.stop()
     return {
@@ -180,7 +180,7 @@ def cost(contestant: Ours, count: int) -> Figures:
 
 
 def startup(arena: Arena) -> Figures:
-    """Return how long ``followups --help`` takes, and a worker until it is ready."""
+    """Return how long ``followups --help`` takes, and how long a worker takes until it is ready."""
     arena.clear()
     began = time.monotonic()
     subprocess.run([BIN / "followups", "--help"], check=True, capture_output=True)
@@ -193,7 +193,7 @@ def startup(arena: Arena) -> Figures:
 
 
 def spread(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return median, minimum and maximum of each figure."""
+    """Return the median, minimum and maximum of each figure."""
     return {
         name: {
             "median": statistics.median([one[name] for one in rounds]),
@@ -205,7 +205,7 @@ def spread(rounds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]
 
 
 def shuffled(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of a round, so that no contestant is always first."""
+    """Return a random order for a round, so that no contestant is always first."""
     order = list(names)
     random.Random(number).shuffle(order)  # noqa: S311 - not for secrets
     return order

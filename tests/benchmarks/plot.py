@@ -1,4 +1,4 @@
-"""A bar chart as SVG: a few lines, no library."""
+"""Draws a bar chart as SVG without a library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WIDTH, BAR, GAP, TEXT = 720, 26, 12, 240
 
 
 def bars(values: Mapping[str, float], unit: str = "follow-ups/s") -> str:
-    """Return a chart of the values, the largest first."""
+    """Return a bar chart of the values, the largest first."""
     ordered = sorted(values.items(), key=lambda one: -one[1])
     scale = (WIDTH - TEXT - 110) / max(values.values())
     lines = []

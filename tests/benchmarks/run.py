@@ -1,4 +1,4 @@
-"""Measure this system beside its rivals, on the same servers, in one session, taking turns.
+"""Measures this service and its rivals on the same servers, in one session, in turns.
 
     uv run --group benchmarks python tests/benchmarks/run.py throughput --count 50000 --rounds 3
     uv run --group benchmarks python tests/benchmarks/run.py throughput --only ours,loop --delay 0.05
@@ -7,8 +7,8 @@
     uv run --group benchmarks python tests/benchmarks/run.py tick --others 10000,1000000,10000000
     uv run --group benchmarks python tests/benchmarks/run.py cost startup workers --json figures.json --plot plot.svg
 
-Asserts nothing: what matters are the ratios within one run. Everything is on the loopback interface, and ends
-by itself.
+The program asserts nothing: only the ratios within one run are meaningful. All servers use the loopback interface, and
+the program ends by itself.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Results = dict[str, dict[str, dict[str, dict[str, float]]]]
-"""Measure -> contestant -> figure -> median, least, greatest."""
+"""A mapping: measurement -> contestant -> figure -> median, minimum, maximum."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
+    """Return the command-line parser."""
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("measure", nargs="+", choices=[*MEASURES, "all"])
     made.add_argument("--only", default="", help=f"contestants, of {','.join(EVERYBODY)} (default: all)")
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """Measure what was requested, and print it."""
+    """Run the requested measurements and print their results."""
     options = parser().parse_args()
     results: Results = {}
     with Arena() as arena:
@@ -65,20 +65,20 @@ def main() -> int:
 
 
 def contestants(options: argparse.Namespace, default: tuple[str, ...]) -> list[str]:
-    """Return the contestants."""
+    """Return the selected contestants."""
     return options.only.split(",") if options.only else list(default)
 
 
 def in_turns(
     arena: Arena, names: list[str], rounds: int, turn: Callable[[Contestant], measures.Figures]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Give each contestant a turn in each round."""
+    """Give each contestant one turn in each round."""
     everybody = [EVERYBODY[name](arena) for name in names]
     return taken({one.name: lambda one=one: turn(one) for one in everybody}, rounds)
 
 
 def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Take each turn once in each round; print progress on stderr."""
+    """Run every turn once in each round; print progress on stderr."""
     found: dict[str, list[measures.Figures]] = {name: [] for name in turns}
     for number in range(rounds):
         for name in measures.shuffled(list(turns), number):
@@ -90,7 +90,7 @@ def taken(turns: dict[str, Callable[[], measures.Figures]], rounds: int) -> dict
 
 
 def throughput(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return follow-ups a second of a backlog."""
+    """Return the follow-ups per second with which a backlog is sent."""
     names = contestants(options, ("ours", "one", "loop", "client", "celery", "dramatiq", "procrastinate"))
     control = f"delay={options.delay}&slow={options.slow}"
     kind = f"answers after {options.delay:g} s" if options.delay else "answers at once"
@@ -100,7 +100,7 @@ def throughput(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def answers(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the throughput by how the chat answers."""
+    """Return the throughput for each behaviour of the chat's answers."""
     kinds = {"at once": "", "after 50 ms": "delay=0.05", "1 % after 5 s": "slow=0.01"}
     found = taken(
         {
@@ -113,7 +113,7 @@ def answers(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def lag(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return how late follow-ups are received."""
+    """Return the lag of follow-ups."""
     results: Results = {}
     for others in map(int, options.others.split(",")):
         measures.others_pending(arena, others)
@@ -127,7 +127,7 @@ def lag(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def snapshot(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the lag while a snapshot is held open."""
+    """Return the lag while a snapshot is kept open."""
     rate = float(options.rate.split(",")[0])
     found = in_turns(
         arena, ["ours"], options.rounds, lambda one: measures.lag(one, rate, options.seconds, snapshot=True)
@@ -136,7 +136,7 @@ def snapshot(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def tick(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return the duration of a claim beside that many other rows."""
+    """Return the duration of a claim with this many other rows pending."""
     results: Results = {}
     for others in sorted(map(int, options.others.split(","))):
         measures.others_pending(arena, others)
@@ -146,7 +146,7 @@ def tick(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def cost(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return memory, WAL and dead tuples of a backlog."""
+    """Return the memory, WAL and dead tuples that a backlog costs."""
     rounds = [measures.cost(Ours(arena), options.count) for _ in range(options.rounds)]
     return {f"cost: a backlog of {options.count:,}": {Ours.name: measures.spread(rounds)}}
 
@@ -166,7 +166,7 @@ def workers(arena: Arena, options: argparse.Namespace) -> Results:
 
 
 def startup(arena: Arena, options: argparse.Namespace) -> Results:
-    """Return how long it takes to start."""
+    """Return how long the command line and a worker take to start."""
     rounds = [measures.startup(arena) for _ in range(options.rounds)]
     return {"start-up": {Ours.name: measures.spread(rounds)}}
 
@@ -184,7 +184,7 @@ MEASURES: dict[str, Callable[[Arena, argparse.Namespace], Results]] = {
 
 
 def show(title: str, found: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Print a table of medians with their spread, and ratios to the limit where it took part."""
+    """Print a table of medians with their spread, and ratios to the upper limit if it was measured."""
     print(f"\n{title}")  # noqa: T201 - the result
     limit: Any = found.get(LIMIT, {}).get("per_s", {}).get("median")
     for name, figures in sorted(found.items(), key=lambda one: -one[1].get("per_s", {"median": 0})["median"]):

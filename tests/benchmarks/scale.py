@@ -1,10 +1,10 @@
-"""The measurements behind SCALING.md: many dispatchers at once, and a history in partitions.
+"""Measures the figures of SCALING.md: many concurrent dispatchers, and a partitioned history table.
 
     uv run python tests/benchmarks/scale.py claim --rows 1000000 --dispatchers 1,2,4,8,16 --seconds 5
     uv run python tests/benchmarks/scale.py claim --rows 200000 --dispatchers 1 --window 100000 --held 33000
     uv run python tests/benchmarks/scale.py history --rows 1000000
 
-Asserts only that nothing is claimed twice and nothing gets lost. Ends by itself, within a few minutes.
+The program asserts only that nothing is claimed twice or lost. It ends by itself within a few minutes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 WINDOW = int(Settings.model_fields["max_in_flight"].default)
 FINAL = finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
-"""Ends a lease without an attempt, by a statement of the store."""
+"""The transition that ends a lease without an attempt, written by a statement of the store."""
 
 CHATS = 10_000
 MONTHS = 4
@@ -47,7 +47,7 @@ _CHATS = text("""
     INSERT INTO chats (workspace_id, id, last_message_id, last_message_role, last_message_at)
     SELECT :workspace, gen_random_uuid(), gen_random_uuid(), 'agent', now() FROM generate_series(1, :chats)
 """)
-# Each row beside others of any chat, as arrivals have it.
+# Rows of different chats are stored next to each other, as if they had arrived in random order.
 _ROWS = """
     INSERT INTO follow_ups (workspace_id, chat_id, due_date, message, trigger_chat_message_id {columns})
     SELECT :workspace, chat.id, now() - n * interval '1 ms', 'Still there?', gen_random_uuid() {values}
@@ -58,7 +58,7 @@ _ROWS = """
 
 @contextmanager
 def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str, Engine]]:
-    """Start a server with that many due follow-ups; yield its URL and an engine."""
+    """Start a server with this many due follow-ups; yield its URL and an engine."""
     with EmbeddedPostgres() as postgres:
         migrate(postgres.url())
         engine = make_engine(postgres.url(), statement_timeout=None)
@@ -73,13 +73,13 @@ def filled(rows: int, columns: str = "", values: str = "") -> Iterator[tuple[str
 
 
 def vacuum(engine: Engine) -> None:
-    """Update the statistics, as autovacuum does in time."""
+    """Vacuum and update the statistics, like autovacuum."""
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("VACUUM ANALYZE follow_ups"))
 
 
 def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Namespace) -> None:
-    """Claim as a dispatcher does, and end what was claimed at once; return the ids and the time of each claim."""
+    """Claim like a dispatcher and end each claim's leases; return ids and durations of claims."""
     engine = make_engine(url, pool_size=1, options=BY_KEY)
     most, more = size_of_claim(options.window), False
     look = claims.ClaimSearch(timedelta(seconds=2), timedelta(minutes=1), options.window, most)
@@ -101,14 +101,14 @@ def dispatch(url: str, ready: Barrier, results: Queue[Any], options: argparse.Na
 
 
 def end_all(engine: Engine, held: list[leases.Lease]) -> None:
-    """End leases without an attempt; one that another dispatcher looks at in this moment is tried again."""
+    """End leases without an attempt; retry rows that another dispatcher has locked."""
     while held:
         with engine.begin() as connection:
             ended = leases.end_if_not_begun(connection, [(lease, FINAL) for lease in held])
         held = [lease for lease in held if lease.id not in ended]
 
 
-# The rows in flight: the first by due date, leased by another worker for a long time.
+# The rows in flight: the earliest due rows, leased by another worker for a long time.
 _HOLD = text("""
     UPDATE follow_ups SET lease_token = 1, lease_until = now() + interval '1 hour'
      WHERE id IN (SELECT id FROM follow_ups ORDER BY due_date LIMIT :held)
@@ -124,12 +124,12 @@ def claim(options: argparse.Namespace) -> dict[str, Any]:
         for number in map(int, options.dispatchers.split(",")):
             found[f"{number} dispatchers"] = together(url, number, options)
             print(number, found[f"{number} dispatchers"], file=sys.stderr)  # noqa: T201 - how far it is
-            vacuum(engine)  # as autovacuum does, so that ended rows are out of the claim's way
+            vacuum(engine)  # like autovacuum, so that dead rows do not slow down claims
     return found
 
 
 def together(url: str, number: int, options: argparse.Namespace) -> dict[str, float]:
-    """Let that many dispatchers claim at once, each in its own process."""
+    """Let this many dispatchers claim concurrently, each in a separate process."""
     context = get_context("spawn")
     ready, queue = context.Barrier(number), context.Queue()
     processes = [context.Process(target=dispatch, args=(url, ready, queue, options)) for _ in range(number)]
@@ -165,7 +165,7 @@ _MOVE = text("""
 
 
 def history(options: argparse.Namespace) -> dict[str, Any]:
-    """Move ended rows into partitions by month, and compare dropping a month with deleting it."""
+    """Move ended rows into partitions by month; compare dropping a month's partition with deleting rows."""
     ended = f"now() - interval '2 days' - (n % {MONTHS}) * interval '31 days'"
     with filled(options.rows, _COLUMNS, f", 'sent', {ended}, {ended}") as (_, engine), engine.connect() as connection:
         size = connection.execute(text("SELECT pg_total_relation_size('follow_ups')")).scalar_one()
@@ -194,7 +194,7 @@ def history(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def partition(connection: Connection) -> None:
-    """Make the history, with one partition for each time that rows of one month ended at."""
+    """Create the history table, with one partition for each month in which rows ended."""
     connection.execute(text(_PARTITIONED))
     for number in range(MONTHS):
         bounds = [f"now() - interval '{31 * (number + 1 - end)} days'" for end in (0, 1)]
@@ -209,14 +209,14 @@ def partition(connection: Connection) -> None:
 
 
 def timed(connection: Connection, statement: str) -> float:
-    """Execute a statement; return the seconds that it took."""
+    """Execute a statement; return its duration in seconds."""
     began = time.perf_counter()
     connection.execute(text(statement))
     return time.perf_counter() - began
 
 
 def main() -> int:
-    """Run the requested rehearsal, and print the figures as JSON."""
+    """Run the requested measurement, and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["claim", "history"])
     parser.add_argument("--rows", type=int, default=1_000_000)

@@ -1,4 +1,4 @@
-"""The limit: one asyncio loop, no broker; claims in batches, sends, records in batches."""
+"""A bare asyncio loop without a broker, as the upper limit: it claims, sends and records in batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTLE = """
 
 
 async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
-    """Keep the queue filled."""
+    """Keep the queue filled with claimed rows."""
     async with await psycopg.AsyncConnection.connect(DATABASE, autocommit=True) as connection:
         while True:
             if waiting.qsize() > 1000:
@@ -40,7 +40,7 @@ async def claim(waiting: asyncio.Queue[tuple[UUID, str]]) -> None:
 
 
 async def send(post: Post, waiting: asyncio.Queue[tuple[UUID, str]], sent: list[tuple[UUID, UUID]]) -> None:
-    """Send one after the other."""
+    """Send queued messages one after the other."""
     while True:
         row_id, message = await waiting.get()
         sent.append((row_id, await post(row_id, message)))
@@ -57,14 +57,14 @@ async def settle(sent: list[tuple[UUID, UUID]]) -> None:
 
 
 async def run(post: Post) -> None:
-    """Run until the process is ended."""
+    """Run until the process is stopped."""
     waiting: asyncio.Queue[tuple[UUID, str]] = asyncio.Queue()
     sent: list[tuple[UUID, UUID]] = []
     await asyncio.gather(claim(waiting), settle(sent), *(send(post, waiting, sent) for _ in range(IN_FLIGHT)))
 
 
 async def main() -> None:
-    """Send with aiohttp's session."""
+    """Run the loop with an aiohttp session."""
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
         async def post(row_id: UUID, message: str) -> UUID:

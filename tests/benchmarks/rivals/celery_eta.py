@@ -1,4 +1,4 @@
-"""Celery's ETA: a task for each row is published with its due time, and waits in a worker's memory."""
+"""Celery with ETAs: a task for each row is published with its due time and waits in a worker's memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["app"]
 
 
 def publish() -> None:
-    """Publish every pending row."""
+    """Publish a task for every pending row."""
     with psycopg.connect(DATABASE) as connection:
         rows = connection.execute("SELECT id, due_date FROM bench_rows WHERE status = 'pending'").fetchall()
         connection.execute("UPDATE bench_rows SET status = 'queued' WHERE status = 'pending'")

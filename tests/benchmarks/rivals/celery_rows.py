@@ -1,4 +1,4 @@
-"""Celery in its usual form: beat finds due rows, a task for each row, the ORM, and requests."""
+"""Celery in its usual form: beat finds due rows, each row becomes a task, with an ORM and requests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ http = requests.Session()
 
 
 class Base(DeclarativeBase):
-    """Root of the one table."""
+    """The declarative base of the only table."""
 
 
 class Row(Base):
@@ -41,7 +41,7 @@ class Row(Base):
 
 @app.task(name="find_due")
 def find_due() -> None:
-    """Queue a task for each row that is due."""
+    """Enqueue a task for each due row."""
     with Session(engine) as session, session.begin():
         due = select(Row.id).where(Row.status == "pending", Row.due_date <= datetime.now().astimezone())
         due = due.order_by(Row.due_date).limit(1000).with_for_update(skip_locked=True)

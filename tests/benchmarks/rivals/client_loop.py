@@ -1,4 +1,4 @@
-"""The upper limit with the system's own HTTP client in a bare loop."""
+"""A bare asyncio loop with the service's own HTTP client, as the upper limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 async def main() -> None:
-    """Send with the client that the transports share."""
+    """Run the loop with the HTTP client that the transports share."""
     client = HttpClient(load_settings(concurrency=IN_FLIGHT))
     await client.open()
 

@@ -1,4 +1,4 @@
-"""Dramatiq: a loop finds due rows and enqueues an actor's message for each."""
+"""Dramatiq: a loop finds due rows and enqueues an actor's message for each row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def deliver(row_id: str, message: str) -> None:
     """Send one message and record it in its row."""
     answer = http.post(RECEIVER, json={"followUpId": row_id, "message": message}, timeout=30)
     answer.raise_for_status()
-    pool.open()  # in the worker's process, after the fork; again is nothing
+    pool.open()  # opened in the worker's process, after the fork; opening twice has no effect
     with pool.connection() as connection:
         connection.execute(
             "UPDATE bench_rows SET status = 'sent', message_id = %s WHERE id = %s",
@@ -39,7 +39,7 @@ def deliver(row_id: str, message: str) -> None:
 
 
 def poll() -> None:
-    """Enqueue due rows ten times a second."""
+    """Enqueue due rows ten times per second."""
     with psycopg.connect(DATABASE, autocommit=True) as connection:
         while True:
             rows = connection.execute(FIND).fetchall()

@@ -1,4 +1,4 @@
-"""Where the rivals find their database, broker and receiver."""
+"""The addresses of the rivals' database, broker and receiver."""
 
 import os
 

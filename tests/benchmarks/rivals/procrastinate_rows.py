@@ -1,4 +1,4 @@
-"""Procrastinate: a job for each row, due when the row is, in PostgreSQL itself; async."""
+"""Procrastinate: an asynchronous job for each row, due at the row's due time, in PostgreSQL itself."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def work() -> None:
 
 
 async def schema() -> None:
-    """Create its tables."""
+    """Create Procrastinate's tables."""
     async with app.open_async():
         await app.schema_manager.apply_schema_async()
 
