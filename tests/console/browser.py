@@ -1,6 +1,7 @@
-"""A browser for tests: Debian's chromium, driven by Playwright; without it these tests skip.
+"""A browser for tests: Debian's chromium, driven by Playwright.
 
-Playwright's own plug-in for pytest leaves an event loop running, which quarrels with the asynchronous tests.
+Without chromium, the browser tests are skipped. Playwright's own pytest plug-in is not used, because it leaves an event
+loop running that breaks asynchronous tests.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ CHROMIUM = shutil.which("chromium")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium, as of Debian's package of that name")
 
 PATIENCE = 15_000
-"""Milliseconds that a busy machine may take."""
+"""Timeout of a browser operation in milliseconds, long enough for a busy machine."""
 
 
 @contextmanager
 def browsing() -> Iterator[Browser]:
-    """Start the browser, and end it with its driver."""
+    """Start the browser, and stop it together with its driver."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
         try:
@@ -42,7 +43,7 @@ def browsing() -> Iterator[Browser]:
 
 
 class Desk:
-    """A browser's window on the console. Whatever the browser complains about fails the test."""
+    """A browser window on the console. Any error that the browser reports fails the test."""
 
     def __init__(self, browser: Browser, url: str, engine: Engine, **options: Any) -> None:
         self.url = f"{url}/console"
@@ -53,26 +54,26 @@ class Desk:
         self.page = self.open()
 
     def open(self) -> Page:
-        """Open another tab."""
+        """Open another tab in the browser window."""
         page = self.context.new_page()
         page.on("console", lambda said: self.complaints.append(said.text) if said.type == "error" else None)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         return page
 
     def sign_in(self, role: str, workspace_id: UUID | None = None) -> Page:
-        """Follow a link that signs in."""
+        """Open a sign-in link."""
         token = make_link(self._engine, role, workspace_id)
         self.page.goto(f"{self.url}/login#token={token}")
         self.page.wait_for_url(lambda url: "/login" not in url)
         return self.page
 
     def go(self, path: str) -> Page:
-        """Go to a page."""
+        """Open a page of the console."""
         self.page.goto(f"{self.url}{path}", wait_until="load")
         return self.page
 
     def violations(self) -> list[str]:
-        """Return what axe finds on the page, by the rules of WCAG 2.2 AA."""
+        """Return the accessibility violations that axe finds on the page, by the rules of WCAG 2.2 AA."""
         options = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]}
         found = Axe().run(self.page, options=options).response["violations"]
         return [f"{each['id']}: {[node['html'] for node in each['nodes']][:3]}" for each in found]

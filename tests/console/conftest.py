@@ -1,4 +1,4 @@
-"""One server with the console for all tests of a process, in a thread; a workspace for each test."""
+"""One console server, in a thread, for all tests of a process; a separate workspace for each test."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def console_settings(postgres_url: str, template_database: str, server_urls: tuple[str, str]) -> Iterator[Settings]:
-    """Return settings on a migrated database that the tests share."""
+    """Return settings with a migrated database that the tests share."""
     with settings_on_database("test_console", postgres_url, template_database, server_urls[1]) as settings:
         yield settings
 
 
 @pytest.fixture(scope="session")
 def console_url(console_settings: Settings) -> Iterator[str]:
-    """Serve the application; return its URL."""
+    """Serve the application in a thread, and return its URL."""
     with served(console_settings) as (host, port):
         yield f"http://{host}:{port}"
 
 
 @pytest.fixture(scope="session")
 def console_engine(console_settings: Settings) -> Iterator[Engine]:
-    """Return an engine on the server's database."""
+    """Return an engine for the server's database."""
     engine = make_engine(console_settings.database_url.get_secret_value())
     yield engine
     engine.dispose()
@@ -43,19 +43,19 @@ def console_engine(console_settings: Settings) -> Iterator[Engine]:
 
 @pytest.fixture
 def own(console_engine: Engine) -> World:
-    """Return a workspace to fill."""
+    """Return the test's own workspace."""
     return World(console_engine)
 
 
 @pytest.fixture
 def foreign(console_engine: Engine) -> World:
-    """Return another workspace."""
+    """Return a workspace other than the test's own."""
     return World(console_engine)
 
 
 @pytest.fixture
 def person(console_url: str, console_engine: Engine) -> Iterator[Callable[..., Person]]:
-    """Return a way to get a person, signed in with the role and the workspace that are given."""
+    """Return a function that signs a person in with the given role and workspace."""
     people: list[Person] = []
 
     def come(role: str | None = None, world: World | None = None, chat_id: object = None) -> Person:

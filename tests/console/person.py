@@ -1,4 +1,4 @@
-"""A person at the console, without a browser: a client with a cookie, and what a page says."""
+"""A person at the console, without a browser: an HTTP client with a cookie, and parsers of pages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PREFIX = "/console"
 
 
 class Form(HTMLParser):
-    """The forms of a page: their actions, fields and buttons."""
+    """A parser of a page's forms: their actions, fields and buttons."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Form(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "textarea":
-            # A browser drops the line end after the opening tag.
+            # Browsers ignore the line end directly after the opening tag.
             fields = self.forms[-1]["fields"]
             fields[self._area] = fields[self._area].removeprefix("\n")
             self._area = None
@@ -70,7 +70,7 @@ class Form(HTMLParser):
 
 @dataclass
 class Person:
-    """A person whose browser runs no scripts."""
+    """A signed-in person whose browser runs no scripts."""
 
     url: str
     engine: Engine
@@ -80,22 +80,22 @@ class Person:
         self.client = httpx.Client(base_url=self.url, timeout=20, verify=False, headers={"origin": self.url})  # noqa: S501 - no TLS
 
     def signed_in(self, role: str, workspace_id: UUID | None = None, chat_id: UUID | None = None) -> Person:
-        """Sign in by a link in this role."""
+        """Sign in with a new link for this role."""
         token = make_link(self.engine, role, workspace_id, chat_id)
         answer = self.post("/login", secret=token)
         assert answer.status_code == 303, answer.text
         return self
 
     def get(self, path: str, **query: Any) -> httpx.Response:
-        """GET a page."""
+        """Send a GET request for a page."""
         return self.client.get(f"{PREFIX}{path}", params=query or None)
 
     def post(self, path: str, **fields: Any) -> httpx.Response:
-        """POST a form."""
+        """Send a form by POST."""
         return self.client.post(f"{PREFIX}{path}", data=fields)
 
     def submit(self, page: httpx.Response, action: str, **fields: Any) -> httpx.Response:
-        """Fill in the form of a page that goes to this path, and submit it."""
+        """Fill in and submit the page's form with this action."""
         found = next(form for form in Form(page.text).forms if form["action"] == f"{PREFIX}{action}")
         return self.client.request(found["method"].upper(), found["action"], data=found["fields"] | fields)
 
@@ -103,14 +103,14 @@ class Person:
 def make_link(
     engine: Engine, role: str, workspace_id: UUID | None = None, chat_id: UUID | None = None, seconds: int = 60
 ) -> str:
-    """Make a link; return its token."""
+    """Create a sign-in link and return its token."""
     grant = Grant(role, workspace_id, f"test {role}", chat_id)
     with Session(engine) as session, session.begin():
         return console_sessions.make_link(session, grant, timedelta(seconds=seconds))[0]
 
 
 def words(answer: httpx.Response) -> str:
-    """Return the text of a page's main part, as people read it."""
+    """Return the visible text of a page's main part."""
     main = answer.text.partition("<main")[2].partition("</main>")[0]
     return " ".join(unescape(re.sub(r"<[^>]*>", " ", f"<main{main}")).split())
 

@@ -1,7 +1,7 @@
-"""Makes the README's pictures of the console: ``PYTHONPATH=tests uv run python tests/console/pictures.py``.
+"""Creates the README's pictures of the console.
 
-It serves the console on embedded servers with a workspace that has something of everything, and photographs it with the
-tests' own browser.
+Run ``PYTHONPATH=tests uv run python tests/console/pictures.py``. The script serves the console on embedded servers with
+a workspace that shows every feature, and takes screenshots with the tests' own browser.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TICK = """
 
 
 def fill(world: World) -> str:
-    """Fill the workspace; return the id of the follow-up to show."""
+    """Fill the workspace, and return the id of the follow-up to show."""
     world.sql("UPDATE workspaces SET name = 'acme' WHERE id = :id", id=world.workspace_id)
     world.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
@@ -59,7 +59,7 @@ def fill(world: World) -> str:
 
 
 def main() -> None:
-    """Make the pictures."""
+    """Create the pictures."""
     with EmbeddedPostgres() as postgres, EmbeddedValkey() as valkey:
         migrate(postgres.url())
         settings = load_settings(

@@ -1,4 +1,4 @@
-"""Who may do what: every route, in every role, and with the ids of another workspace."""
+"""Authorization: every route in every role, and with the ids of another workspace."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GUARDED = [route for route in ROUTES if route.action is not Permission.PUBLIC]
 
 
 def called(person: Person, route: Route, ids: dict[str, str]) -> int:
-    """Call a route with these ids in its path; return the status."""
+    """Call a route with these ids in its path, and return the response's status."""
     path = route.path
     for name, value in ids.items():
         path = path.replace(f"{{{name}}}", value)
@@ -30,7 +30,7 @@ def called(person: Person, route: Route, ids: dict[str, str]) -> int:
 
 @pytest.mark.parametrize("role", list(ALLOWED))
 def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Callable[..., Person], own: World) -> None:
-    """Every route answers 403 to a role that may not use it, and only to such a role."""
+    """Every route answers 403 to a role without permission, and only to such a role."""
     one = person(role, None if role == "operator" else own)
     for route in GUARDED:
         status = called(one, route, {"id": str(uuid4()), "state": "x"})
@@ -39,7 +39,7 @@ def test_each_role_gets_what_it_may_and_403_for_the_rest(role: str, person: Call
 
 
 def test_without_a_session_nothing_is_shown_or_changed(person: Callable[..., Person]) -> None:
-    """Pages redirect to the sign-in page; requests that would change something get a 401."""
+    """Without a session, pages redirect to the sign-in page, and requests that change something get a 401."""
     one = person()
     for route in GUARDED:
         assert called(one, route, {"id": str(uuid4())}) == (303 if route.method == "GET" else 401), route

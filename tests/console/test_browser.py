@@ -1,4 +1,4 @@
-"""The console in a browser: accessibility, the keyboard, without JavaScript, live."""
+"""The console in a browser: accessibility, keyboard use, use without JavaScript, live updates."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def desk(browser: Browser, console_url: str, own: World) -> Iterator[Callable[..., Desk]]:
-    """Return a way to open a window; what a window complained about fails the test."""
+    """Return a function that opens a browser window; errors that the window reports fail the test."""
     opened: list[Desk] = []
 
     def sit(**options: object) -> Desk:
@@ -64,7 +64,7 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
     ids=["light", "dark-and-narrow"],
 )
 def test_every_page_is_accessible(options: dict[str, object], desk: Callable[..., Desk], own: World) -> None:
-    """No page violates WCAG 2.2 AA, and none is wider than a narrow screen."""
+    """Every page conforms to WCAG 2.2 AA and fits a narrow screen."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     pending = own.follow_up(chat_id, due=HOUR)
     key_id, _ = key_of(own)
@@ -93,7 +93,7 @@ def test_every_page_is_accessible(options: dict[str, object], desk: Callable[...
 
 
 def test_a_links_token_leaves_no_trace_in_the_address(desk: Callable[..., Desk], own: World) -> None:
-    """The page removes the fragment before it makes any other request."""
+    """The sign-in page removes the token from the URL's fragment before it makes any other request."""
     sitting = desk()
     asked: list[str] = []
     sitting.page.on("request", lambda request: asked.append(request.url))
@@ -105,7 +105,7 @@ def test_a_links_token_leaves_no_trace_in_the_address(desk: Callable[..., Desk],
 
 
 def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(desk: Callable[..., Desk], own: World) -> None:
-    """None of these steps needs a mouse."""
+    """Signing in, listing, selecting and cancelling follow-ups need no mouse."""
     one_id = own.follow_up(due=HOUR)
     _, key = key_of(own)
     page = desk().go("/login")
@@ -137,7 +137,7 @@ def test_the_keyboard_alone_signs_in_lists_ticks_and_cancels(desk: Callable[...,
 
 
 def test_everything_works_without_javascript(desk: Callable[..., Desk], own: World) -> None:
-    """Sign in by key, schedule, change, cancel."""
+    """Signing in with an API key, scheduling, changing and cancelling work without JavaScript."""
     chat_id = own.chat()
     _, key = key_of(own)
     page = desk(java_script_enabled=False).go("/login")
@@ -158,7 +158,7 @@ def test_everything_works_without_javascript(desk: Callable[..., Desk], own: Wor
 
 
 def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -> None:
-    """The page itself chooses the browser's zone at the first visit."""
+    """On the first visit, the page selects the browser's time zone."""
     one_id = own.follow_up(due_date=text("'2100-01-31T12:00:00Z'"))
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -168,7 +168,10 @@ def test_times_are_in_the_browsers_zone(desk: Callable[..., Desk], own: World) -
 
 
 def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[..., Desk], own: World) -> None:
-    """A follow-up is sent while its form is open: the page shows this and keeps the typed text; saving is refused."""
+    """If a follow-up is sent while its form is open, the page shows this and keeps the typed text.
+
+    Saving the form is then refused.
+    """
     one_id = own.follow_up(due=HOUR)
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -187,11 +190,14 @@ def test_an_open_page_follows_and_leaves_alone_what_is_typed(desk: Callable[...,
     assert answered.value.status == 409
     assert "It has finished meanwhile" in page.inner_text("main")
     assert "My own words" in page.inner_text("main")
-    sitting.complaints.clear()  # the browser reports the 409
+    sitting.complaints.clear()  # the browser reports the 409 as an error
 
 
 def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: World) -> None:
-    """Rows do not move while the page is in use; while updates are paused, nothing changes at all."""
+    """The rows of a list do not move while the page is in use.
+
+    While updates are paused, nothing on the page changes.
+    """
     one_id = own.follow_up(due=HOUR)
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
@@ -211,7 +217,7 @@ def test_new_rows_are_offered_and_ticks_stay(desk: Callable[..., Desk], own: Wor
 
 
 def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], own: World) -> None:
-    """The session is revoked while the page is open."""
+    """An open page shows that its session was revoked."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")
@@ -223,7 +229,7 @@ def test_a_page_says_that_the_person_was_signed_out(desk: Callable[..., Desk], o
 
 
 def test_the_stream_is_lost_and_comes_back(desk: Callable[..., Desk], own: World) -> None:
-    """While the stream is lost, the page shows since when it has been stale."""
+    """While the event stream is lost, the page shows since when its content has been stale."""
     sitting = desk()
     sitting.sign_in("agent", own.workspace_id)
     page = sitting.go("/follow-ups")

@@ -1,4 +1,4 @@
-"""Bulk actions: preview, start, batches, progress, stop; never twice."""
+"""Bulk actions: preview, start, batches, progress and stop; no follow-up is processed twice."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOW = text("now()")
 
 
 def carry_out(world: World) -> None:
-    """Act as a worker until nothing is left to do."""
+    """Run the worker's batches until no action is left."""
     while run_batch(world.engine):
         pass
 
@@ -39,13 +39,13 @@ def failed(world: World) -> UUID:
 
 
 def counted(world: World, condition: str) -> int:
-    """Count follow-ups of the workspace."""
+    """Count the workspace's follow-ups."""
     query = f"SELECT count(*) FROM follow_ups WHERE workspace_id = '{world.workspace_id}' AND {condition}"  # noqa: S608 - a test
     return int(world.scalar(query))
 
 
 def start(one: Person, **fields: object) -> httpx.Response:
-    """Ask for a preview and start the action; return its page."""
+    """Request a preview, start the action, and return its page."""
     seen = one.post("/bulk/preview", **fields)
     assert seen.status_code == 200, words(seen)
     form = next(form for form in Form(seen.text).forms if form["action"] == "/console/bulk")
@@ -56,7 +56,10 @@ def start(one: Person, **fields: object) -> httpx.Response:
 
 
 def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """Follow-ups in flight, finished or of another workspace are passed over; the preview changes nothing."""
+    """A bulk cancel skips follow-ups that are in flight, finished or of another workspace.
+
+    Its preview changes nothing.
+    """
     ids = [own.follow_up(due=HOUR) for _ in range(3)]
     done = failed(own)
     theirs = foreign.follow_up(due=HOUR)
@@ -82,7 +85,7 @@ def test_ticked_ones_are_cancelled_after_a_preview(person: Callable[..., Person]
 
 
 def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable[..., Person], own: World) -> None:
-    """Follow-ups are selected by the list's filter, in batches; those created after the start stay."""
+    """A bulk cancel applies to all matches of the list's filter, but not to follow-ups created later."""
     own.burst([HOUR] * 30)
     other = own.follow_up(own.chat(channel="whatsapp", last_user_message_at=NOW), due=HOUR)
     one = person("agent", own)
@@ -100,7 +103,7 @@ def test_all_that_match_are_cancelled_and_nothing_created_later(person: Callable
 
 
 def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable[..., Person], own: World) -> None:
-    """A repeated request starts nothing new, and a second action finds that each was retried."""
+    """A repeated request starts no second action, and no follow-up is retried twice."""
     ids = [str(failed(own)) for _ in range(3)]
     one = person("agent", own)
     seen = one.post("/bulk/preview", do="retry", tick=ids)
@@ -118,7 +121,7 @@ def test_failed_ones_are_retried_once_however_often_it_is_asked(person: Callable
 def test_an_action_is_stopped_after_its_batch(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Follow-ups that were already cancelled stay cancelled; the others stay as they are."""
+    """Stopping an action changes neither its cancelled follow-ups nor the remaining ones."""
     carry_out(own)
     own.burst([HOUR] * 10)
     monkeypatch.setattr(bulk_runner, "CANCELS", 4)
@@ -136,7 +139,10 @@ def test_an_action_is_stopped_after_its_batch(
 
 
 def test_anothers_action_is_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """An action of another workspace cannot be stopped; a session of one chat sees only actions of that chat."""
+    """An action of another workspace cannot be stopped.
+
+    A session limited to one chat sees only the actions on that chat.
+    """
     own.follow_up(due=HOUR)
     page = start(person("agent", own), do="cancel-all")
     path = page.url.path.removeprefix("/console")
@@ -150,7 +156,7 @@ def test_anothers_action_is_not_there(person: Callable[..., Person], own: World,
 
 
 def test_what_cannot_be_started_is_told(person: Callable[..., Person], own: World) -> None:
-    """Without ticks, without a preview, with a filter for another state."""
+    """An action is refused without a selection, without a preview, or with a filter for another state."""
     one = person("agent", own)
     for fields in (
         {"do": "cancel"},

@@ -1,4 +1,4 @@
-"""Scheduling, changing, cancelling, sending now and retrying, by forms."""
+"""Scheduling, changing, cancelling, sending now and retrying with the console's forms."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def events(world: World, target: UUID | str) -> list[str]:
 
 
 def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: World) -> None:
-    """The chat is given by its id or its external id; the page of the new follow-up is shown next."""
+    """An agent schedules a follow-up in a chat given by its id or external id.
+
+    The response shows the new follow-up.
+    """
     chat_id = own.chat(external_id="room 7")
     one = person("agent", own)
     for chat in (str(chat_id), "room 7"):
@@ -63,7 +66,7 @@ def test_an_agent_schedules_a_follow_up(person: Callable[..., Person], own: Worl
 def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
     fields: dict[str, str], status: int, told: str, person: Callable[..., Person], own: World
 ) -> None:
-    """The form is shown again with the typed text in it."""
+    """If a follow-up cannot be scheduled, the form is shown again with the typed values."""
     given = {"chat": str(own.chat()), "message": "Take care", "due": "2100-01-31T09:00"} | fields
     answer = person("agent", own).post("/follow-ups/new", **given)
     assert answer.status_code == status
@@ -74,7 +77,7 @@ def test_what_cannot_be_scheduled_is_told_and_nothing_typed_is_lost(
 
 
 def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[..., Person], own: World) -> None:
-    """The response is 409, as in the API."""
+    """Scheduling after a user's message is answered with 409, as in the API."""
     chat_id = own.chat(last_message_role="user")
     answer = person("agent", own).post("/follow-ups/new", chat=chat_id, message="Kept", due="2100-01-31T09:00")
     assert answer.status_code == 409
@@ -82,7 +85,7 @@ def test_a_chat_whose_last_word_is_the_users_is_a_conflict(person: Callable[...,
 
 
 def test_the_consequences_are_told_before_saving(person: Callable[..., Person], own: World) -> None:
-    """The page shows the time in UTC, the sending hours and the pause; nothing is stored."""
+    """Checking a due date shows its time in UTC, the sending hours and the pause, and stores nothing."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
@@ -102,7 +105,7 @@ def test_the_consequences_are_told_before_saving(person: Callable[..., Person], 
 
 
 def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[..., Person], own: World) -> None:
-    """The clock changes twice a year: there is a gap in spring and an overlap in autumn."""
+    """A local time that the clock skips is refused; for one that it repeats, the form offers a choice."""
     one = person("agent", own)
     one.post("/preferences", zone="Europe/Berlin", next="/")
     fields = {"chat": str(own.chat()), "message": "Hello", "do": "schedule"}
@@ -118,7 +121,10 @@ def test_a_skipped_time_is_refused_and_a_repeated_one_is_asked(person: Callable[
 
 
 def test_saving_changes_message_and_due_date(person: Callable[..., Person], own: World) -> None:
-    """The timeline shows the old and new due dates and who changed them; a message keeps its line breaks and spaces."""
+    """Saving changes the message, with its line breaks and spaces, and the due date.
+
+    The timeline shows the old and new due dates and who changed them.
+    """
     one_id = own.follow_up(due_date=text("'2100-01-31T09:00:00Z'"), message="  Old\n\nwords ")
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")
@@ -134,7 +140,10 @@ def test_saving_changes_message_and_due_date(person: Callable[..., Person], own:
 
 
 def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World) -> None:
-    """The second person sees the conflict, the stored text and their own; saving again replaces the stored text."""
+    """If two people edit the same follow-up, the second one sees the conflict and both texts.
+
+    Saving again replaces the stored text.
+    """
     one_id = own.follow_up(due=HOUR, message="Original")
     ann, ben = person("agent", own), person("agent", own)
     pages = [each.get(f"/follow-ups/{one_id}") for each in (ann, ben)]
@@ -153,7 +162,7 @@ def test_two_people_edit_one_follow_up(person: Callable[..., Person], own: World
 def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
     doing: str, person: Callable[..., Person], own: World
 ) -> None:
-    """The response is 409, and its page keeps the typed values."""
+    """Changing a follow-up in flight or a finished one is answered with 409, and typed values are kept."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")
@@ -173,7 +182,7 @@ def test_in_flight_and_finished_are_told_and_nothing_typed_is_lost(
 
 
 def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person], own: World) -> None:
-    """The reason is the person's, or the code if none is given."""
+    """A cancelled follow-up has the person's reason, or the default code if none was typed."""
     for reason, stored in (("The customer called", "The customer called"), ("", "cancelled_by_api")):
         one_id = own.follow_up(due=HOUR)
         one = person("agent", own)
@@ -184,7 +193,7 @@ def test_cancelling_is_final_and_keeps_the_reason(person: Callable[..., Person],
 
 
 def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> None:
-    """A follow-up that waits for its next attempt can be made due too."""
+    """A follow-up that waits for its next attempt can be made due immediately."""
     one_id = own.follow_up(due=HOUR)
     one = person("agent", own)
     assert one.submit(one.get(f"/follow-ups/{one_id}"), f"/follow-ups/{one_id}/send").status_code == 303
@@ -193,7 +202,10 @@ def test_send_now_makes_it_due(person: Callable[..., Person], own: World) -> Non
 
 
 def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World) -> None:
-    """The page of the new follow-up is shown next; a repeated click creates no second one."""
+    """A failed follow-up is retried only once, and the page of the new follow-up is shown.
+
+    Repeating the request creates no second follow-up.
+    """
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     one = person("agent", own)
     page = one.get(f"/follow-ups/{one_id}")
@@ -207,7 +219,7 @@ def test_a_failed_one_is_retried_once(person: Callable[..., Person], own: World)
 
 
 def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> None:
-    """Actions that the role may not do are not offered."""
+    """A page offers only the actions that the person's role allows."""
     one_id = own.follow_up(due=HOUR)
     page = person("viewer", own).get(f"/follow-ups/{one_id}")
     for button in ("Save", "Cancel follow-up", "Send now", "Retry"):
@@ -215,7 +227,10 @@ def test_a_viewer_has_no_buttons(person: Callable[..., Person], own: World) -> N
 
 
 def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Person], own: World) -> None:
-    """The stored message takes the button, which is recorded."""
+    """An error page shows an operator the typed text, but not the stored message.
+
+    Showing the stored message needs a button, and is recorded.
+    """
     one_id = own.follow_up(due=HOUR, message="Private words")
     told = person("operator").post(f"/follow-ups/{one_id}", message="My words", version="stale")
     assert told.status_code == 409
@@ -224,7 +239,10 @@ def test_an_error_shows_an_operator_only_what_was_typed(person: Callable[..., Pe
 
 
 def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Person], own: World) -> None:
-    """Browsers send back CRLF for every line end; moving the due date is no change of the message."""
+    """A message with other line ends is not changed when only the due date is saved.
+
+    Browsers send CRLF for every line end.
+    """
     one_id = own.follow_up(due=HOUR, message="a\r\nb\rc")
     one = person("agent", own)
     fields = {"message": "a\r\nb\r\nc", "due": "2100-02-01T10:30", "do": "save"}
@@ -233,7 +251,7 @@ def test_a_message_with_other_line_ends_stays_as_it_is(person: Callable[..., Per
 
 
 def test_a_retry_in_a_removed_chat_is_told_on_the_page(person: Callable[..., Person], own: World) -> None:
-    """The follow-up is still there, so its page is."""
+    """A retry in a removed chat shows its error on the follow-up's page."""
     one_id = own.follow_up(due=-HOUR, status="failed", reason="rejected", finished_at=NOW)
     own.sql("UPDATE chats SET removed_at = now() WHERE id = (SELECT chat_id FROM follow_ups WHERE id = :id)", id=one_id)
     told = person("agent", own).post(f"/follow-ups/{one_id}/retry")
@@ -243,7 +261,7 @@ def test_a_retry_in_a_removed_chat_is_told_on_the_page(person: Callable[..., Per
 
 @pytest.mark.parametrize("due", ["0001-01-01T00:00+14:00", "9999-12-31T10:00", "9999-12-31T23:59"])
 def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Person], own: World) -> None:
-    """When checked, and as a filter, in a zone and with sending hours."""
+    """A due date or filter at the edge of the calendar is refused, even with a zone and sending hours."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
@@ -260,13 +278,13 @@ def test_the_edge_of_the_calendar_is_refused(due: str, person: Callable[..., Per
 
 
 def test_a_due_date_with_an_offset_is_told_in_utc(person: Callable[..., Person], own: World) -> None:
-    """Converted, not renamed."""
+    """A due date with another offset is converted to UTC in the preview of its consequences."""
     fields = {"chat": str(own.chat()), "message": "Hello", "due": "2100-01-30T08:00+02:00", "do": "check"}
     assert "is 2100-01-30 06:00:00 UTC." in words(person("agent", own).post("/follow-ups/new", **fields))
 
 
 def test_hours_with_an_offset_and_a_number_of_thousands_of_digits(person: Callable[..., Person], own: World) -> None:
-    """Neither is an error of the server."""
+    """Sending hours with an offset and a number with thousands of digits cause no server error."""
     hours = {"time_zone": "UTC", "from": "08:00+02:00", "to": "20:00", "day": "0", "do": "save"}
     told = person("admin", own).post("/settings/hours", **hours)
     assert "as in 08:00" in words(told)

@@ -1,4 +1,4 @@
-"""Streams of nudges: their viewers, their number, and their end."""
+"""Event streams: their viewers, their maximum number, and their end."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HOUR = timedelta(hours=1)
 
 
 class Listening:
-    """An open stream, read in a thread."""
+    """An open event stream, read in a thread."""
 
     def __init__(self, one: Person, path: str = "/console/stream") -> None:
         self.events: list[str] = []
@@ -51,7 +51,7 @@ class Listening:
             self.ended.set()
 
     def wait_for(self, event: str, within: float = 8.0) -> bool:
-        """Return whether the event came in time."""
+        """Return whether the event arrived in time."""
         end = time.monotonic() + within
         while time.monotonic() < end:
             if event in self.events:
@@ -62,7 +62,10 @@ class Listening:
 
 @pytest.fixture
 def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Person]]:
-    """Serve the application for one test, so that its end ends the streams; return a way to get a person."""
+    """Serve the application for one test only, and return a function that signs a person in.
+
+    The end of the test ends the server and its streams.
+    """
     people: list[Person] = []
     with served(console_settings) as (host, port):
 
@@ -76,7 +79,7 @@ def come(console_settings: Settings, own: World) -> Iterator[Callable[..., Perso
 
 
 def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: World, foreign: World) -> None:
-    """A new follow-up of the workspace nudges a list, and a change of a follow-up nudges its page."""
+    """A new follow-up sends an event to open lists, and a changed follow-up sends one to its open page."""
     one_id = own.follow_up(due=HOUR)
     ours = Listening(come())
     single = Listening(come(), f"/console/stream?follow_up={one_id}")
@@ -96,7 +99,10 @@ def test_a_change_nudges_those_who_see_it(come: Callable[..., Person], own: Worl
 def test_streams_need_a_session_and_are_bounded(
     come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch, person: Callable[..., Person]
 ) -> None:
-    """A client without a session gets no stream, and a session a limited number; the rest of the console works."""
+    """A client without a session gets no stream, and a session gets a limited number of streams.
+
+    At the limit, the rest of the console still works.
+    """
     monkeypatch.setattr(live, "BY_SESSION", 2)
     assert person().get("/stream").status_code == 401
     one = come()
@@ -108,7 +114,7 @@ def test_streams_need_a_session_and_are_bounded(
 def test_a_stream_ends_with_its_session(
     come: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The page is told that the person is signed out."""
+    """When its session ends, a stream reports that the person is signed out, and then ends."""
     monkeypatch.setattr(live, "CHECKED_EVERY", 0.2)
     one = come()
     listening = Listening(one)
@@ -118,7 +124,7 @@ def test_a_stream_ends_with_its_session(
 
 
 def test_streams_end_within_a_second_when_the_process_ends(console_settings: Settings, own: World) -> None:
-    """An open page does not delay the end of the process."""
+    """Open streams end within a second when the process stops."""
     with served(console_settings) as (host, port):
         one = Person(f"http://{host}:{port}", own.engine).signed_in("viewer", own.workspace_id)
         listening = Listening(one)
@@ -126,13 +132,13 @@ def test_streams_end_within_a_second_when_the_process_ends(console_settings: Set
         one.client.close()
         begun = time.monotonic()
     assert listening.ended.wait(5)
-    assert time.monotonic() - begun < 3  # a second, and what a busy machine adds
+    assert time.monotonic() - begun < 3  # a second, plus a margin for a busy machine
 
 
 def test_nothing_is_asked_of_the_database_without_viewers(
     come: Callable[..., Person], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is one query a second for all viewers, and none without viewers."""
+    """All viewers share one database query per second, and without viewers there are no queries."""
     looks: list[float] = []
     looked = live.changes.look
 

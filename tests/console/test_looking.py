@@ -1,4 +1,4 @@
-"""Looking at follow-ups: the list with its filters, one follow-up with its timeline, a chat."""
+"""Viewing follow-ups: the list with its filters, one follow-up with its timeline, and a chat."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVIL = "<script>alert(1)</script> \"'&{{ 7*7 }} \u202eabc"
 
 
 def listed(page: object) -> list[str]:
-    """Return the ids of the rows of a list, in their order."""
+    """Return the ids of a list's rows in their order."""
     return re.findall(r'<tr id="row-([\w-]+)"', page.text)  # type: ignore[attr-defined] # an answer
 
 
@@ -35,7 +35,7 @@ def failed(world: World, reason: str = "rejected: HTTP 403 no", **columns: objec
 
 
 def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
-    """Every row has the sentence of `followups show`, including what will happen."""
+    """Every row of a list has the explanation of `followups show`, including what happens next."""
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "pending": own.follow_up(chat_id, due=HOUR),
@@ -73,7 +73,10 @@ def test_each_row_says_why(person: Callable[..., Person], own: World) -> None:
 def test_the_list_is_filtered_by_its_address(
     query: dict[str, str], expected: set[str], person: Callable[..., Person], own: World, foreign: World
 ) -> None:
-    """Filters are state, reason, channel, due range and any id; other workspaces' follow-ups are never listed."""
+    """The list can be filtered by state, reason, channel, due range and any id.
+
+    Follow-ups of other workspaces are never listed.
+    """
     chat_id = own.chat(channel="whatsapp", external_id="5511987654321", last_user_message_at=NOW)
     ids = {
         "near": own.follow_up(chat_id, due=HOUR),
@@ -94,12 +97,12 @@ def test_the_list_is_filtered_by_its_address(
     "query", [{"state": "x"}, {"reason": "x"}, {"channel": "x"}, {"due_from": "x"}, {"id": "a\x00"}]
 )
 def test_a_filter_that_does_not_exist_is_told(query: dict[str, str], person: Callable[..., Person], own: World) -> None:
-    """The page keeps the typed filter."""
+    """The list reports an invalid filter and keeps its typed value."""
     assert person("viewer", own).get("/follow-ups", **query).status_code == 422
 
 
 def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], own: World) -> None:
-    """Paging by key works even if many were created at the same time; each link keeps the filter."""
+    """Paging skips no follow-up, even if many were created simultaneously, and links keep the filter."""
     own.burst([HOUR] * 60)
     failed(own)
     one = person("viewer", own)
@@ -114,7 +117,10 @@ def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], o
 
 
 def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """The page of one follow-up hides the message too, until the operator asks for it; each request is recorded."""
+    """An operator sees messages only on request, even on the page of one follow-up.
+
+    Each request is recorded in the audit log.
+    """
     secret = f"secret {uuid4()}"
     ids = [world.follow_up(due=HOUR, message=secret) for world in (own, foreign)]
     one = person("operator")
@@ -148,7 +154,7 @@ def test_what_belongs_to_another_workspace_is_not_there(
 
 
 def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person], own: World) -> None:
-    """Nothing else of the workspace is visible; the overview redirects to the chat."""
+    """A session limited to one chat sees only that chat, and its overview redirects there."""
     chat_id = own.chat()
     mine, others = own.follow_up(chat_id, due=HOUR), own.follow_up(due=HOUR)
     one = person("agent", own, chat_id)
@@ -165,7 +171,7 @@ def test_a_link_to_one_chat_shows_that_chat_alone(person: Callable[..., Person],
 
 
 def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> None:
-    """Message, reason, external id and the transport's error are escaped everywhere."""
+    """Messages, reasons, external ids and transport errors are escaped on every page."""
     chat_id = own.chat(external_id=EVIL)
     one = person("agent", own)
     ids = [own.follow_up(chat_id, due=HOUR, message=EVIL), failed(own, reason=f"rejected: {EVIL}", message=EVIL)]
@@ -186,7 +192,10 @@ def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> 
 
 
 def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
-    """The timeline has the creation, the attempts with outcome, code and duration, the acceptance and the end."""
+    """The timeline shows the creation, the acceptance, the end, and each attempt.
+
+    For each attempt it shows the outcome, the code and the duration.
+    """
     one_id = own.follow_up(due=-HOUR, status="sent", finished_at=NOW, accepted_at=NOW, attempts=2)
     own.sql(
         "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
@@ -201,7 +210,7 @@ def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: Wo
 
 
 def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:
-    """The page shows messages without texts, pending and past follow-ups, and the messaging window."""
+    """The page of a chat shows its messages without texts, its follow-ups, and the messaging window."""
     chat_id = own.chat(channel="whatsapp", last_user_message_at=NOW)
     own.sql(
         "INSERT INTO chat_messages (workspace_id, id, chat_id, role) VALUES (:w, gen_random_uuid(), :c, 'user')",
@@ -216,7 +225,7 @@ def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Pe
 
 
 def test_times_are_in_the_viewers_zone_with_the_workspaces_beside_it(person: Callable[..., Person], own: World) -> None:
-    """Unless the person chooses a zone, it is the workspace's."""
+    """Times are shown in the workspace's time zone, unless the person chooses another."""
     own.sql(
         "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
         " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 127, now(), now() + interval '1 hour')",

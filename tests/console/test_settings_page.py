@@ -1,4 +1,4 @@
-"""Workspace settings, audit log and system page."""
+"""The workspace settings, the audit log and the system page."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ HOUR = timedelta(hours=1)
 
 
 def section(page: httpx.Response, name: str) -> str:
-    """Return the words of a section of the settings."""
+    """Return the text of a section of the settings page."""
     part = page.text.partition(f'id="{name}"')[2].partition("</section>")[0]
     return " ".join(re.sub(r"<[^>]*>", " ", part).split())
 
 
 def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Callable[..., Person], own: World) -> None:
-    """The question names the key's last use; only a hash of the key is stored."""
+    """A new key is shown once, works, and can be revoked after a confirmation that shows its last use.
+
+    Only a hash of the key is stored.
+    """
     one = person("admin", own)
     page = one.get("/settings")
     assert heading(page) == "Workspace settings"
@@ -57,7 +60,7 @@ def test_a_key_is_shown_once_works_and_is_revoked_after_a_question(person: Calla
 
 
 def test_anothers_key_and_session_are_not_there(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """They cannot be asked about, revoked or ended."""
+    """A key or session of another workspace cannot be shown, revoked or ended."""
     key_id, _ = key_of(foreign)
     other = person("viewer", foreign)
     session_id = foreign.scalar(f"SELECT id FROM console_sessions WHERE workspace_id = '{foreign.workspace_id}'")  # noqa: S608 - a test
@@ -71,7 +74,7 @@ def test_anothers_key_and_session_are_not_there(person: Callable[..., Person], o
 
 
 def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: World) -> None:
-    """The end takes effect at once."""
+    """An admin can end a session, which takes effect immediately."""
     other, one = person("viewer", own), person("admin", own)
     session_id = own.scalar(
         f"SELECT id FROM console_sessions WHERE role = 'viewer' AND workspace_id = '{own.workspace_id}'"  # noqa: S608 - a test
@@ -81,7 +84,7 @@ def test_a_session_is_ended_by_an_admin(person: Callable[..., Person], own: Worl
 
 
 def test_sending_hours_are_previewed_saved_and_cleared(person: Callable[..., Person], own: World) -> None:
-    """A preview saves nothing; invalid input is reported together with the typed values."""
+    """A preview of sending hours saves nothing, and invalid hours are reported with the typed values."""
     one = person("admin", own)
     fields = {"time_zone": "America/Sao_Paulo", "from": "08:00", "to": "18:00", "day": ["mon", "tue"]}
     seen = one.post("/settings/hours", do="preview", **fields)
@@ -99,7 +102,7 @@ def test_sending_hours_are_previewed_saved_and_cleared(person: Callable[..., Per
 
 
 def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: World) -> None:
-    """Rate limits are set for the workspace, one of its channels, or each of its chats."""
+    """Rate limits can be set for the workspace, for one of its channels, or for each of its chats."""
     one = person("admin", own)
     fields = {"channel": "whatsapp", "per": "chat", "rate": "20", "per_unit": "min", "burst": "5"}
     assert one.submit(one.get("/settings"), "/settings/limits", **fields).status_code == 303
@@ -120,7 +123,7 @@ def test_rate_limits_are_set_and_removed(person: Callable[..., Person], own: Wor
 
 
 def test_a_workspace_is_paused_and_goes_on(person: Callable[..., Person], own: World) -> None:
-    """The pause shows how many follow-ups it holds; resuming releases them."""
+    """A pause shows how many follow-ups it holds, and resuming releases them."""
     one = person("admin", own)
     assert one.submit(one.get("/settings"), "/settings/pauses", channel="").status_code == 303
     pause_id = own.scalar(f"SELECT id FROM pauses WHERE workspace_id = '{own.workspace_id}'")  # noqa: S608 - a test
@@ -134,7 +137,7 @@ def test_a_workspace_is_paused_and_goes_on(person: Callable[..., Person], own: W
 
 
 def test_operators_choose_a_workspace_or_pause_a_channel_of_all(person: Callable[..., Person], own: World) -> None:
-    """An admin sees a wide pause, and cannot end it."""
+    """An operator can pause a channel of all workspaces; an admin sees this pause but cannot end it."""
     operator, admin = person("operator"), person("admin", own)
     everywhere = operator.get("/settings")
     assert "API keys" not in words(everywhere)
@@ -154,7 +157,7 @@ def test_operators_choose_a_workspace_or_pause_a_channel_of_all(person: Callable
 
 
 def test_the_audit_log_is_the_workspaces_own(person: Callable[..., Person], own: World, foreign: World) -> None:
-    """The log shows who did what and when, can be filtered by action, and has pages."""
+    """The audit log shows who did what and when, can be filtered by action, and has pages."""
     name = f"key {uuid4()}"
     person("admin", own).post("/settings/keys", name=name)
     person("admin", foreign).post("/settings/pauses")
@@ -180,7 +183,7 @@ def test_the_audit_log_is_the_workspaces_own(person: Callable[..., Person], own:
 
 @pytest.mark.parametrize("path", ["/system"])
 def test_the_system_page_shows_the_doctors_findings(path: str, person: Callable[..., Person], own: World) -> None:
-    """Only operators see it."""
+    """Only operators see the system page."""
     page = person("operator").get(path)
     assert heading(page) == "System"
     said = words(page)

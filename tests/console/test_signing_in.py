@@ -1,4 +1,4 @@
-"""Signing in with a key or a link, the end of sessions, and the checks of a request."""
+"""Sign-in with a key or a link, the end of sessions, and the checks of each request."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def test_an_api_key_gives_an_agent_of_its_workspace_until_it_is_revoked(
     person: Callable[..., Person], own: World
 ) -> None:
-    """The session ends with the key, at once."""
+    """A session started with an API key ends immediately when the key is revoked."""
     key_id, key = key_of(own)
     one = person()
     page = one.get("/login")
@@ -47,7 +47,7 @@ def test_an_api_key_gives_an_agent_of_its_workspace_until_it_is_revoked(
 def test_a_session_is_a_random_token_of_which_only_the_hash_is_stored(
     person: Callable[..., Person], own: World
 ) -> None:
-    """The cookie: HttpOnly, SameSite=Lax, for every path; without Secure and its prefix on plain HTTP."""
+    """The session cookie is HttpOnly and SameSite=Lax; over plain HTTP, it lacks Secure and the prefix."""
     one = person()
     answer = one.post("/login", secret=make_link(own.engine, "agent", own.workspace_id))
     cookie = answer.headers["set-cookie"]
@@ -61,7 +61,7 @@ def test_a_session_is_a_random_token_of_which_only_the_hash_is_stored(
 
 
 def test_a_link_works_once(person: Callable[..., Person], own: World) -> None:
-    """The second use, an expired link and an unknown token are refused alike."""
+    """A used link, an expired link and an unknown token are refused with the same response."""
     token = make_link(own.engine, "viewer", own.workspace_id)
     assert person().post("/login", secret=f"http://x/console/login#token={token}").status_code == 303
     expired = make_link(own.engine, "viewer", own.workspace_id)
@@ -88,7 +88,7 @@ def test_a_session_ends_when_its_time_is_over_and_when_it_is_not_used(
 
 
 def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own: World) -> None:
-    """A copy of the cookie is invalid afterwards."""
+    """After signing out, a copy of the cookie is invalid."""
     one = person("viewer", own)
     kept = dict(one.client.cookies)
     assert one.post("/logout").status_code == 303
@@ -111,7 +111,7 @@ def test_signing_out_ends_the_session_itself(person: Callable[..., Person], own:
 def test_what_changes_something_must_come_from_a_page_of_ours(
     headers: dict[str, str], status: int, person: Callable[..., Person], own: World
 ) -> None:
-    """The refusal names the setting that may be wrong."""
+    """A change that comes from another origin is refused, with the name of the setting that may be wrong."""
     one = person("viewer", own)
     if headers == {"origin": ""}:
         del one.client.headers["origin"]
@@ -127,7 +127,7 @@ def test_what_changes_something_must_come_from_a_page_of_ours(
 def test_failed_attempts_are_limited(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the limit a failure has to wait; a valid secret signs in despite other failures at the address."""
+    """After too many failed sign-ins, more failures must wait, but a valid key or token still signs in."""
     monkeypatch.setattr(tries, "EACH", 2)
     limited = load_settings(**settings_of(person, own))
     with served(limited) as (host, port):
@@ -148,7 +148,10 @@ def settings_of(_person: object, own: World) -> dict[str, str]:
 
 
 def test_every_answer_has_the_security_headers(person: Callable[..., Person], own: World) -> None:
-    """Nothing is inline, from another origin or cached; only static files are cached for ever, under hashed names."""
+    """Responses allow no inline scripts, no other origins and no caching.
+
+    Only static files, which have hashed names, are cached indefinitely.
+    """
     one = person("operator")
     for path in ("/", "/login", "/nothing", "/static/nothing"):
         answer = one.get(path)
@@ -170,7 +173,7 @@ def test_every_answer_has_the_security_headers(person: Callable[..., Person], ow
 
 
 def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: World) -> None:
-    """The console does not read an API key from a header either."""
+    """The API ignores the session cookie, and the console ignores an API key in a header."""
     one = person("agent", own)
     assert one.client.get("/api/v1/chat-message-follow-ups").status_code == 401
     _, key = key_of(own)
@@ -178,7 +181,7 @@ def test_the_api_never_reads_the_cookie(person: Callable[..., Person], own: Worl
 
 
 def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
-    """A request without a session may have a small body, one with a session as much as a message needs."""
+    """The maximum body size is small without a session, and large enough for any message with a session."""
     assert person().post("/login", secret="x" * 20_000).status_code == 413
     assert person("agent", own).post("/nothing", message="x" * 200_000).status_code == 404
     assert person("agent", own).post("/nothing", message="x" * 1_100_000).status_code == 413
@@ -190,7 +193,10 @@ def test_a_body_is_bounded(person: Callable[..., Person], own: World) -> None:
 def test_a_form_is_parsed_after_origin_session_and_role(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stranger's form of more than 1 KiB never is; a message of 65,536 characters of four bytes passes."""
+    """A form of more than 1 KiB is not parsed without a session.
+
+    With a session, a message of 65,536 four-byte characters is accepted.
+    """
     parsed: list[bytes] = []
     real = application._parse  # noqa: SLF001 - what the test is about
 
@@ -213,7 +219,7 @@ def test_a_form_is_parsed_after_origin_session_and_role(
 def test_the_console_has_slots_of_its_own(
     person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A console without a free slot refuses; the API serves on, and the other way round."""
+    """Console and API have separate slots: if either has no free slot, the other still serves requests."""
     one = person("agent", own)
     with monkeypatch.context() as patch:
         patch.setattr(gate, "MAX_CONSOLE_WAITING", 0)
@@ -222,29 +228,29 @@ def test_the_console_has_slots_of_its_own(
         assert one.client.get("/healthz").status_code == 200
     monkeypatch.setattr(gate, "MAX_WAITING", 0)
     assert one.client.get("/healthz").status_code == 503
-    for _ in range(40):  # every slot comes back
+    for _ in range(40):  # every slot is released
         assert one.get("/").status_code == 200
 
 
 def test_a_referer_that_is_no_address_is_ignored(person: Callable[..., Person]) -> None:
-    """The stranger is asked to sign in all the same."""
+    """An invalid Referer is ignored, and the client is redirected to the sign-in page."""
     assert person().client.post("/console/bulk", headers={"referer": "http://["}).status_code == 401
 
 
 @pytest.mark.parametrize("query", ["state=%ff", "&".join(f"a{n}=1" for n in range(400))])
 def test_a_bad_query_is_refused(query: str, person: Callable[..., Person], own: World) -> None:
-    """It is no empty filter."""
+    """An invalid query string is refused rather than treated as an empty filter."""
     assert person("agent", own).client.get(f"/console/follow-ups?{query}").status_code == 422
 
 
 def test_a_head_of_the_stream_ends(person: Callable[..., Person], own: World) -> None:
-    """There is nothing to listen to."""
+    """A HEAD request for the event stream ends immediately."""
     assert person("agent", own).client.head("/console/stream", timeout=3).status_code < 500
 
 
 @pytest.fixture(scope="module")
 def behind_proxy(console_settings: Settings) -> object:
-    """Serve the console as behind a proxy: over HTTPS, under a path prefix, with a header that names the person."""
+    """Serve the console as behind a proxy: HTTPS, a path prefix, and a header that names the person."""
     settings = console_settings.model_copy(
         update={
             "public_url": "https://chat.example/tools",
@@ -258,7 +264,7 @@ def behind_proxy(console_settings: Settings) -> object:
 
 
 def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behind_proxy: str, own: World) -> None:
-    """FOLLOWUPS_PUBLIC_URL decides links, cookies and origin checks."""
+    """FOLLOWUPS_PUBLIC_URL determines links, cookies and origin checks."""
     one = Person(behind_proxy, own.engine)
     page = one.get("/login")
     assert 'action="/tools/console/login"' in page.text
@@ -275,7 +281,10 @@ def test_behind_a_proxy_addresses_have_the_prefix_and_the_cookie_is_secure(behin
 
 
 def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> None:
-    """The session lasts while the proxy names the same person; its role is the setting's."""
+    """A session begun by a proxy's header lasts while the header names the same person.
+
+    The session's role is that of the setting.
+    """
     one = Person(behind_proxy, own.engine)
     ann = one.client.get("/console/", headers={"x-forwarded-email": "ann@chat.example"})
     assert heading(ann) == "Overview"
@@ -287,7 +296,7 @@ def test_a_proxy_signs_people_in_by_a_header(behind_proxy: str, own: World) -> N
     assert "ben@chat.example" in ben.text
     assert "ann@chat.example" not in ben.text
     assert one.client.get("/console/", headers=cookie).status_code == 303
-    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # as of an earlier setting
+    own.sql("UPDATE console_sessions SET role = 'operator' WHERE way = 'proxy'")  # the role of an earlier setting
     lowered = one.client.get("/console/", headers={"cookie": _cookie_of(ben), "x-forwarded-email": "ben@chat.example"})
     assert "· viewer ·" in lowered.text
     one.client.close()
@@ -298,7 +307,7 @@ def _cookie_of(answer: httpx.Response) -> str:
 
 
 def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, own: World) -> None:
-    """From another address the header is ignored."""
+    """The proxy's header is ignored if the request comes from another address."""
     update = {
         "console_proxy_header": "x-forwarded-email",
         "console_proxy_addresses": "10.0.0.7",
@@ -312,7 +321,7 @@ def test_the_header_is_believed_from_the_proxy_only(console_settings: Settings, 
 
 
 def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
-    """With FOLLOWUPS_CONSOLE=false the path does not exist."""
+    """With FOLLOWUPS_CONSOLE=false, the console's paths answer 404."""
     with served(console_settings.model_copy(update={"console": False})) as (host, port):
         one = Person(f"http://{host}:{port}", None)  # type: ignore[arg-type] # nothing is asked of the database
         assert one.get("/").status_code == 404
@@ -321,7 +330,10 @@ def test_switched_off_there_is_no_console(console_settings: Settings) -> None:
 
 
 def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., Person], own: World) -> None:
-    """The language is Portuguese by Accept-Language, or English by the switch, which returns to the same page."""
+    """The page is in the browser's language until the person chooses another language.
+
+    After the choice, the same page is shown.
+    """
     one = person("viewer", own)
     one.client.headers["accept-language"] = "pt-BR,pt;q=0.9,en;q=0.8"
     page = one.get("/")
@@ -337,7 +349,10 @@ def test_the_language_follows_the_browser_and_the_choice(person: Callable[..., P
 
 
 def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..., Person], own: World) -> None:
-    """The session is of the key's workspace, in the role that was asked for, and ends with the key."""
+    """A link created through the API signs a person in to the key's workspace, with the requested role.
+
+    The session ends when the key is revoked.
+    """
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", {"role": "viewer", "expiresIn": "PT10M"})
     assert answer.status_code == 201, answer.text
@@ -368,7 +383,7 @@ def test_a_platform_makes_links_by_the_api(console_url: str, person: Callable[..
 def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
     body: dict[str, object], status: int, console_url: str, own: World
 ) -> None:
-    """The link's lifetime is bounded, and it may name only chats of the workspace."""
+    """A link's lifetime is limited, and a link can be limited only to a chat of the workspace."""
     api = Api(console_url, own)
     answer = api.post("/api/v1/console-links", body)
     assert answer.status_code == status, answer.text
@@ -378,12 +393,15 @@ def test_a_link_by_the_api_is_of_a_viewer_or_an_agent(
 def test_the_command_prints_a_link_alone_on_stdout(
     console_settings: Settings, person: Callable[..., Person], own: World, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """By default the link is for an operator, with --workspace for an admin; wrong usage makes no link."""
+    """The command prints a link for an operator, or with --workspace for an admin.
+
+    Wrong usage creates no link.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for name, value in console_settings.environment().items():
             patch.setenv(name, value)
         for arguments, role in (([], "operator"), (["--workspace", str(own.workspace_id)], "admin")):
-            capsys.readouterr()  # the server in this process logs there too
+            capsys.readouterr()  # the server in this process logs to the same streams
             assert main(["console", "link", *arguments]) == 0
             printed = capsys.readouterr().out
             assert printed.count("\n") == 1
