@@ -2,11 +2,13 @@
 
 This module uses no clock and no database. Every write of ``status`` is a `Final` created by `finish`.
 
-======= ========= =================================================================================== from    to
-codes ======= ========= =================================================================================== pending sent
-(none) pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost,
-failed_by_api pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api ======= =========
-===================================================================================
+======= ========= ===================================================================================
+from    to        codes
+======= ========= ===================================================================================
+pending sent      (none)
+pending failed    rejected, retries_exhausted, window_closed, too_late, outcome_unknown, worker_lost, failed_by_api
+pending cancelled user_replied, human_takeover, chat_removed, cancelled_by_api
+======= ========= ===================================================================================
 
 A stored reason is ``code`` or ``code: detail``. A reason in a caller's own words (from a PATCH or an operator) is
 stored as given, without a code.

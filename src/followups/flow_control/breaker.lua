@@ -1,9 +1,10 @@
--- Add outcomes to the state of a transport, and return how many of the wanted follow-ups may begin.
--- KEYS: the state, a hash; the set of the follow-ups that failed since the last success; a hash of how many attempts of
--- each workspace have failed in a row; and the set of the workspaces that are tripped while it is not closed. All times
--- are milliseconds.
+-- Add outcomes to the breaker's state for a transport, and return how many of the wanted follow-ups may begin.
+-- KEYS: the state, a hash; the set of follow-ups that failed since the last success; a hash with each workspace's number
+-- of successive failed attempts; and the set of workspaces that are tripped while the breaker is not closed. All times
+-- are in milliseconds.
 
-local MOST = 2000 -- between two reports: workers report every second, so more is a step of this server's clock
+-- Longest time between two reports. Workers report every second, so a longer time is a step of this server's clock.
+local MOST = 2000
 
 local state, failing, runs, tripped = unpack(KEYS)
 local threshold, wanted, succeeded = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3] == '1'
@@ -15,8 +16,9 @@ local known = redis.call('HMGET', state, 'name', 'until', 'tries', 'since', 'at'
 local name, tries = known[1] or 'closed', tonumber(known[3] or 0)
 local permits, changed = 0, 0
 
--- The state has a clock of its own, since the server's may be set while it is not closed: back by an hour, and the pause
--- would last for an hour; forward, and all would begin at once that should come back gently.
+-- The state has a separate clock, since the server's clock may be set while the breaker is not closed. If the server's
+-- clock were set back by an hour, the pause would last for an hour. If it were set forward, all follow-ups would begin
+-- immediately instead of gradually.
 local time = redis.call('TIME')
 local seen = time[1] * 1000 + math.floor(time[2] / 1000)
 local now = seen
@@ -40,7 +42,8 @@ local function close()
     redis.call('DEL', state, tripped)
     name, changed = 'closed', 1
 end
--- Anew each time: a workspace stays tripped only if its last attempt failed. One failure is enough for these.
+-- Tripped workspaces are computed again each time: a tripped workspace stays tripped if its last attempt failed, for
+-- which one failure is enough.
 local function trip()
     local all, keys = redis.call('HGETALL', runs), {}
     for number = 1, #all, 2 do
@@ -53,7 +56,7 @@ local function trip()
 end
 local function open()
     if not trip() then
-        -- No workspace is tripped, so no success could close it.
+        -- If no workspace is tripped, no success could close the breaker.
         if name ~= 'closed' then close() end
         return
     end
@@ -85,7 +88,7 @@ elseif succeeded then
 elseif name == 'probing' and #failed > 0 then
     open()
 elseif now >= tonumber(known[2]) and wanted > 0 then
-    -- Also when the probes' outcomes do not come: their worker may have died.
+    -- A new probe begins even if the outcomes of the last probe never arrive, since their worker may have crashed.
     become('probing', 'until', now + longest_pause)
     grant(probes)
 end

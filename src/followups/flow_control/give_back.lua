@@ -1,8 +1,8 @@
--- Put tokens back that were taken and not used.
+-- Return unused tokens to their buckets.
 --
--- KEYS: a bucket each, as in take.lua. ARGV[1]: when they were taken (µs); ARGV[2]: for each bucket {tokens a
--- second, tokens of a full one, tokens to put back}. What has come in since then is not put back: the bucket might
--- have been full meanwhile and taken none in, and more would go than its rate allows.
+-- KEYS: the buckets, as in take.lua. ARGV[1]: when the tokens were taken (µs); ARGV[2]: for each bucket {tokens per
+-- second, tokens of a full bucket, tokens to return}. The number of returned tokens is reduced by the number of tokens
+-- added since then: a bucket that was full in the meantime would otherwise exceed its rate.
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000000 + clock[2]

@@ -1,16 +1,22 @@
--- Take tokens for a batch, in one step, by this server's clock.
+-- Take tokens for a batch of follow-ups, in one step, by this server's clock.
 --
--- KEYS: a bucket each. Under KEYS[i] a hash: tokens, and at, when there were so many (µs); with ":line" behind it
--- those that wait, by their due moment and id; with ":back" the same, by when each is expected to ask again (µs).
--- ARGV[1]: for each bucket {tokens a second, tokens of a full one}.
--- ARGV[2]: for each that asks {id, since, {buckets it needs}}; ARGV[3]: the same of those that have ended.
--- ARGV[4]: after how long (µs) one that waits asks again at the latest; one that does not has been cancelled.
--- Return the moment (µs), and of each that asks how long it has to wait (µs; 0: its tokens are taken).
+-- KEYS: the buckets. KEYS[i] is a hash: the number of tokens, and the time (µs) at which it was computed (at). KEYS[i]
+-- with ":line" appended is the queue of waiting follow-ups, by due time and id. With ":back" appended it contains the
+-- same follow-ups, by the time (µs) of each one's next expected request.
+-- ARGV[1]: for each bucket {tokens per second, tokens of a full bucket}.
+-- ARGV[2]: for each request {id, since, {its buckets}}; ARGV[3]: the same for follow-ups that have ended.
+-- ARGV[4]: the longest time (µs) until a waiting follow-up requests tokens again; a later one has been cancelled.
+-- Return the current time (µs), and for each request its wait (µs; 0 means that its tokens were taken).
 
-local EXACT = 1000000      -- one that waits longer asks again before its turn, since others in front may give up;
-local EARLY = 1 / 8        -- by so much: if an eighth of the queue gives up, no token is lost
-local SPARE = 500000       -- one that is so late has been cancelled, or its worker is stopped: others go first
-local MOST_FORGOTTEN = 500 -- in one call, of one bucket
+-- A follow-up with a longer wait than EXACT (µs) makes its next request before its turn, since follow-ups ahead of it
+-- may be cancelled. Its wait is shortened by the share EARLY: if an eighth of the queue is cancelled, no token is unused.
+local EXACT = 1000000
+local EARLY = 1 / 8
+-- A follow-up whose request is later than this (µs) has been cancelled, or its worker has stopped. It is removed from
+-- the queue.
+local SPARE = 500000
+-- The most follow-ups that one call removes from the queue of one bucket.
+local MOST_FORGOTTEN = 500
 local MOST_WAITING = 100000
 
 local clock = redis.call('TIME')
@@ -37,7 +43,7 @@ local function open(number)
   local state = redis.call('HMGET', key, 'tokens', 'at')
   local tokens, at = tonumber(state[1]), tonumber(state[2])
   if tokens then
-    -- This server's clock was set back since: the bucket fills from now on, not only when that time comes again.
+    -- If this server's clock was set back, the bucket is refilled from now on, not from the recorded time.
     bucket.set_back = at > now
     bucket.tokens = math.min(bucket.burst, tokens + math.max(0, now - at) / 1000000 * bucket.rate)
   else
@@ -45,7 +51,7 @@ local function open(number)
   end
   bucket.waiting = redis.call('ZCARD', bucket.line)
   if bucket.waiting > 0 then
-    -- No wait is as long as those of the second span: they are of before the clock was set back.
+    -- No wait can be as long as those in the second span, so they were recorded before the clock was set back.
     for _, span in ipairs({{'-inf', now - SPARE}, {now + longest + SPARE, '+inf'}}) do
       local lost = redis.call('ZRANGEBYSCORE', bucket.back, whole(span[1]), whole(span[2]), 'LIMIT', 0, MOST_FORGOTTEN)
       if #lost > 0 then forget(bucket, lost) end
@@ -55,7 +61,7 @@ local function open(number)
   return bucket
 end
 
--- How many wait before this one, which from now on waits as well, if there is room.
+-- Return the number of follow-ups ahead of this one in the queue. If the queue has room, the follow-up is added to it.
 local function before(bucket, id, since)
   if bucket.waiting == 0 then return 0 end
   if bucket.waiting >= MOST_WAITING and not redis.call('ZSCORE', bucket.line, id) then
@@ -97,7 +103,7 @@ local function ask(id, since, needed)
     if refused[number] then
       enqueue(bucket, id, since, now + wait)
     else
-      dequeue(bucket, id) -- so that one that waits for its chat does not delay its workspace
+      dequeue(bucket, id) -- so that a follow-up that waits for its chat does not delay its workspace
       if wait == 0 then
         bucket.tokens = bucket.tokens - 1
         bucket.taken = bucket.taken + 1
@@ -122,7 +128,7 @@ end
 for _, bucket in pairs(buckets) do
   if bucket.taken > 0 or bucket.set_back then
     redis.call('HSET', bucket.key, 'tokens', string.format('%.17g', bucket.tokens), 'at', string.format('%.0f', now))
-    -- By then it is full, which is what no bucket at all means.
+    -- By the time the key expires, the bucket is full, and a missing key means a full bucket.
     redis.call('PEXPIRE', bucket.key, string.format('%.0f', math.ceil(bucket.burst / bucket.rate * 1000) + 1000))
   end
   if bucket.expected > 0 then

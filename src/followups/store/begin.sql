@@ -13,6 +13,6 @@ RETURNING f.begun_at, f.lease_token,
           LEAST(GREATEST(COALESCE(f.next_attempt_at, f.due_date), timestamptz '0002-01-01'),
                 timestamptz '9998-12-31') AS due,
           f.snoozes, f.traceparent,
-          -- in the order of Delivery
+          -- these columns are in the order of the fields of Delivery
           f.id, f.workspace_id, f.chat_id, checked.channel, checked.external_id, f.trigger_chat_message_id, f.message,
           f.due_date, f.attempts

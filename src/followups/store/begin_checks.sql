@@ -50,8 +50,9 @@ WITH checked AS MATERIALIZED (
                AS outside_hours,
            GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) AS sent_at
       FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)
-     -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried again:
-     -- one slow transaction must not hold up other messages. finished_at, not status: see OPEN in fragments.py.
+     -- The lease must still be valid. A row locked by a caller's open transaction is skipped, reported, and tried
+     -- again, because one slow transaction must not delay other messages. The reason for checking finished_at instead
+     -- of status is given at OPEN in fragments.py.
      CROSS JOIN LATERAL (
          SELECT f.* FROM follow_ups f
           WHERE f.id = b.id AND f.lease_token = b.token

@@ -49,7 +49,7 @@ _PARK = text(f"""
               WHERE f.id = b.id AND f.lease_token = b.token AND {OPEN} AND f.begun_at IS NULL
                 FOR NO KEY UPDATE SKIP LOCKED
          ) f
-          -- It was before this one when looked for; now that it is locked, it must still be.
+          -- The earlier follow-up may have changed since it was selected, so its order is checked again under the lock.
           JOIN follow_ups e ON e.id = b.earlier AND e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id
            AND (e.due_date, e.id) < (f.due_date, f.id)
     )

@@ -78,7 +78,7 @@ WITH RECURSIVE walk AS (
            COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = seen.rows AS more
       FROM wanted seen
      CROSS JOIN LATERAL (
-         -- the next free rows behind the last one read
+         -- the next free rows after the last row read
          SELECT count(*) AS number, array_agg(f.place) AS places, array_agg(f.due) AS dues,
                 max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id
            FROM (
@@ -92,7 +92,7 @@ WITH RECURSIVE walk AS (
            ) f
      ) found
      CROSS JOIN LATERAL (
-         -- the leased rows among them, which are only counted
+         -- the leased rows in the same range, which are only counted
          SELECT count(*) AS leased
            FROM (
                SELECT FROM follow_ups f
@@ -130,7 +130,7 @@ WITH RECURSIVE walk AS (
            COALESCE(found.last_id, seen.last_id) AS last_id, seen.more AND found.number = seen.rows AS more
       FROM still_wanted seen
      CROSS JOIN LATERAL (
-         -- the next free rows behind the last one read
+         -- the next free rows after the last row read
          SELECT count(*) AS number, array_agg(f.place) AS places, array_agg(f.due) AS dues,
                 max(f.due) AS due, (array_agg(f.id))[count(*)] AS last_id
            FROM (
@@ -144,7 +144,7 @@ WITH RECURSIVE walk AS (
            ) f
      ) found
      CROSS JOIN LATERAL (
-         -- the leased rows among them, which are only counted
+         -- the leased rows in the same range, which are only counted
          SELECT count(*) AS leased
            FROM (
                SELECT FROM follow_ups f

@@ -25,7 +25,7 @@
            lease_token = GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint)),
            lease_until = GREATEST(now(), COALESCE(f.next_attempt_at, f.due_date)) + CAST(:lease AS interval),
            begun_at = NULL,
-           -- A lost attempt is counted as a lost lease, not as an attempt.
+           -- An attempt whose lease was lost counts as a lost lease, not as an attempt.
            attempts = GREATEST(f.attempts - taken.lost::int, 0),
            losses = f.losses + taken.lost::int
       FROM taken

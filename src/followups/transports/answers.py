@@ -1,4 +1,14 @@
-"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions."""
+"""Outcomes of HTTP answers, by the table of answers in deploy/ENDPOINT.md; pure functions.
+
+============================================ =========================================================
+answer                                       outcome
+============================================ =========================================================
+2xx                                          `Sent`, with the receiver's id of the message if it gave one
+429; 503 with a valid Retry-After            `Snoozed`: uses up no attempt
+408, 425, other 5xx                          `Retry`, not before Retry-After
+anything else                                `Rejected`, with the first 200 characters of the body
+============================================ =========================================================
+"""
 
 from __future__ import annotations
 

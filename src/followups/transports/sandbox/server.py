@@ -1,4 +1,21 @@
-"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page."""
+"""The sandbox over HTTP: an endpoint for the transport ``http``, its controls, and a live page.
+
+============================================= ==================================================================
+``POST /messages``                            a delivery (deploy/ENDPOINT.md)
+``GET /``                                     the live page
+``GET /sandbox/requests``                     every kept request, oldest first; ``?after=&limit=`` a page
+``GET /sandbox/summary``                      counts, and the lag of accepted messages
+``GET /sandbox/chats``                        the conversations, latest activity first
+``GET /sandbox/events``                       the same, live (Server-Sent Events)
+``GET, PUT, DELETE /sandbox/behaviour``       the behaviour of every chat that has none of its own
+``... /sandbox/chats/{chatId}/behaviour``     the behaviour of one chat
+``POST /sandbox/chats/{chatId}/messages``     another participant writes: ``{"role": "user", "text": "..."}``
+``DELETE /sandbox``                           forget requests and conversations; behaviours stay
+============================================= ==================================================================
+
+``python -m followups.transports.sandbox.server --port 8080`` runs the sandbox. It is not for production, because its
+controls require no key.
+"""
 
 from __future__ import annotations
 
