@@ -169,7 +169,7 @@ def postgres_url(server_urls: tuple[str, str]) -> str:
 
 
 def url_of(server_url: str, database: str) -> str:
-    """Return the URL of a database on the same server."""
+    """Return the URL of another database on the same server."""
     return make_url(server_url).set(database=database).render_as_string(hide_password=False)
 
 

@@ -57,7 +57,7 @@ class Steps:
         return begun
 
     def settle(self, attempts: Sequence[Attempt], settings: Settings | None = None) -> BatchResult:
-        """Settle attempts."""
+        """Settle attempts and record their outcomes."""
         return settle(self.engine, settings or self.settings, attempts)
 
 

@@ -49,7 +49,7 @@ def environment_of(stack: Stack, **more: str) -> dict[str, str]:
 
 
 def api_key(capsys: pytest.CaptureFixture[str]) -> str:
-    """Create a workspace and an API key like an operator."""
+    """Create a workspace and an API key with the commands that operators use."""
     assert main(["workspace", "create", "acme"]) == 0
     capsys.readouterr()
     assert main(["api-key", "create", "--workspace", "acme"]) == 0

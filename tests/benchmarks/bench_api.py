@@ -161,7 +161,7 @@ async def send_for(load: ApiLoad, end: float) -> int:
 
 
 async def turn(load: ApiLoad) -> None:
-    """Load the server from several connections for a while."""
+    """Send requests to the server from several connections for one turn."""
     begun, before = time.perf_counter(), load.server.cpu_times()
     counts = await asyncio.gather(*(send_for(load, begun + SECONDS) for _ in range(CONNECTIONS)))
     load.rates.append(sum(counts) / (time.perf_counter() - begun))

@@ -1,4 +1,4 @@
-"""The guards that the promises depend on, each with its removal from the SQL and the resulting error.
+"""The guards that the promises depend on, the removal of each from the SQL, and what fails without it.
 
 A guard is cut out of the SQL statements before they reach PostgreSQL. The text to be cut must be present, so that a
 rewritten statement cannot turn the removal into a no-op.

@@ -1,4 +1,4 @@
-"""Tests of failover to a real replica: no message is lost or sent twice, and no process seems healthy."""
+"""Tests of failover to a real replica: no message is lost or sent twice, and health checks fail."""
 
 from __future__ import annotations
 

@@ -216,7 +216,7 @@ class Telling:
         """Do nothing; this transport has no connections to close."""
 
     async def send(self, _delivery: Delivery) -> Sent:
-        """Record the moment of the call."""
+        """Record the moment at which the transport is called."""
         self.called.append(self._clock.now())
         return Sent(None)
 

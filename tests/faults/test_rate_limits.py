@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COUNT, RATE, BURST, WIPED = 150, 30, 5, 3
 
 LET_THROUGH = "SELECT COALESCE(sum(value), 0) FROM metric_totals WHERE sample = 'followups_limiter_unavailable_total'"
-"""Counts follow-ups begun without consulting Redis; a stalled machine looks like a Redis outage."""
+"""SQL that counts follow-ups begun without consulting Redis, as a stalled machine may cause."""
 
 
 def test_wiped_while_they_wait(rig: Rig) -> None:

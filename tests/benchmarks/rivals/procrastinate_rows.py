@@ -41,7 +41,7 @@ async def publish() -> None:
 
 
 async def work() -> None:
-    """Run the jobs."""
+    """Run Procrastinate's worker, which executes the jobs."""
     async with app.open_async():
         await app.run_worker_async(
             concurrency=100, fetch_job_polling_interval=0.1, delete_jobs="successful", install_signal_handlers=True
