@@ -56,11 +56,14 @@ CLAIM = 0.03
 """Seconds that a claim takes."""
 
 
-def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
-    """Return the number sent from a backlog, at ``rate`` per second, with dispatchers ticking in rotation."""
+def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> tuple[int, int]:
+    """Return the numbers of follow-ups sent from a backlog, at ``rate`` per second, and of claims.
+
+    The dispatchers tick in rotation.
+    """
     paces = [ClaimInterval(window) for _ in range(dispatchers)]
     busy_until, ends = [0.0] * dispatchers, [0.0] * dispatchers
-    in_flight = total = 0
+    in_flight = total = claims = 0
     for millisecond in range(seconds * 1000):
         now = millisecond / 1000
         gone = min(in_flight, rate // 1000)
@@ -73,13 +76,21 @@ def sent(dispatchers: int, rate: int, seconds: int, window: int = 5000) -> int:
             if now < ends[one] and now >= max(pace.next, busy_until[one]):
                 room = window - in_flight
                 taken = min(room, size_of_claim(window))
-                in_flight, busy_until[one] = in_flight + taken, now + CLAIM
+                in_flight, busy_until[one], claims = in_flight + taken, now + CLAIM, claims + 1
                 pace.note(taken, now, more=True, cut_short=taken < room)
-    return total
+    return total, claims
 
 
 @pytest.mark.parametrize("dispatchers", [1, 2, 4])
 @pytest.mark.parametrize("rate", [2000, 10_000, 30_000])
 def test_nobody_runs_dry(dispatchers: int, rate: int) -> None:
     """However many dispatchers share the ticks, the window is refilled before it is empty."""
-    assert sent(dispatchers, rate, seconds=20) >= 0.98 * rate * 20
+    total, _ = sent(dispatchers, rate, seconds=20)
+    assert total >= 0.98 * rate * 20
+
+
+@pytest.mark.parametrize("dispatchers", [1, 2, 4])
+def test_few_claims(dispatchers: int) -> None:
+    """Each claim reads everything in flight, so a tick does not start with several small claims."""
+    _, claims = sent(dispatchers, rate=5000, seconds=20)
+    assert claims <= 20 * 3

@@ -40,6 +40,8 @@ class ClaimInterval:
         """The monotonic time at which the window was last full, or None if unknown: the start of a backlog does not
         reveal its speed.
         """
+        self._pause = SHORTEST
+        """The latest pause that was computed from a known speed."""
         self.next = 0.0
         """The earliest time of the next claim, in monotonic seconds."""
 
@@ -47,6 +49,7 @@ class ClaimInterval:
         """Start a tick with an unknown rate.
 
         Other dispatchers may have claimed since the last tick, so the number of free places predicts nothing.
+        The first pause of a tick is the latest known one: beginning with the shortest pause doubles the claims.
         """
         self._full_at = None
 
@@ -56,12 +59,13 @@ class ClaimInterval:
         ``more`` means that due follow-ups were left, ``cut_short`` that the claim reached its own limit before the
         window was full.
         """
-        if self._full_at is None:
-            self._taken, self._full_at = 0, at
-        self._taken += taken
+        if self._full_at is not None:
+            self._taken += taken
         self.next = 0.0
         if not more:
             self._full_at = None
         elif not cut_short:
-            self.next = at + until_half_is_free(self._taken, at - self._full_at, self._window)
+            if self._full_at is not None:
+                self._pause = until_half_is_free(self._taken, at - self._full_at, self._window)
+            self.next = at + self._pause
             self._taken, self._full_at = 0, at
