@@ -343,7 +343,7 @@ def test_drained_without_a_database(
     wait_until(lambda: transport.calls.total() == 10 and not transport.under_way)
     try:
         assert pipeline.drain(timedelta(seconds=0.1)) == 10
-        assert capfd.readouterr().err.count('"event": "attempt"') == 10
+        assert capfd.readouterr().err.count('"event":"attempt"') == 10
     finally:
         away.undo()
     wait_until(lambda: world.scalar(PENDING) == 0)

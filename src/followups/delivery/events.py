@@ -63,9 +63,9 @@ def attempted(attempt: Attempt, transport: str) -> None:
     metrics.ATTEMPT_DURATION.observe(seconds)
     lines.info(
         "attempt",
-        follow_up_id=str(delivery.follow_up_id),
-        chat_id=str(delivery.chat_id),
-        workspace_id=str(delivery.workspace_id),
+        follow_up_id=delivery.follow_up_id,
+        chat_id=delivery.chat_id,
+        workspace_id=delivery.workspace_id,
         attempt=delivery.attempt,
         outcome=outcome,
         status_code=attempt.outcome.status_code,
@@ -183,4 +183,4 @@ def broker_unreachable(step: str, error: Exception) -> None:
 def _transition(follow_up_id: UUID, status: str, reason: str | None) -> None:
     code = code_of(reason)
     _transitions(status, code).inc()
-    lines.info("transition", follow_up_id=str(follow_up_id), status=status, code=code)
+    lines.info("transition", follow_up_id=follow_up_id, status=status, code=code)

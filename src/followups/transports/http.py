@@ -6,10 +6,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from followups.json_encoding import encode_json
 from followups.telemetry.traces import current_traceparent
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
-from followups.transports.http_client import Call, HttpClient, encode_json
+from followups.transports.http_client import Call, HttpClient
 from followups.transports.signing import Signer
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class HttpTransport:
     async def send(self, delivery: Delivery) -> Outcome:
         """Post the message once; the outcome follows from the answer, or from its absence."""
         key = str(delivery.follow_up_id)
-        body = _body(delivery, key)
+        body = _body(delivery)
         call = Call(self._url, self._headers(key, delivery.made_at, body), body)
         return await self._client.deliver(call, DIALECT)
 
@@ -59,14 +60,14 @@ class HttpTransport:
         return headers
 
 
-def _body(delivery: Delivery, key: str) -> bytes:
+def _body(delivery: Delivery) -> bytes:
     document = {
-        "followUpId": key,
-        "workspaceId": str(delivery.workspace_id),
+        "followUpId": delivery.follow_up_id,
+        "workspaceId": delivery.workspace_id,
         "channel": delivery.channel,
-        "chatId": str(delivery.chat_id),
+        "chatId": delivery.chat_id,
         "externalChatId": delivery.external_chat_id,
-        "triggerChatMessageId": str(delivery.trigger_chat_message_id),
+        "triggerChatMessageId": delivery.trigger_chat_message_id,
         "message": delivery.message,
         "dueDate": delivery.due_date.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
         "attempt": delivery.attempt,

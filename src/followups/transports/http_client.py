@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import pycurl
 
 from followups.errors import FollowUpsError
-from followups.json_pairs import json_pairs
 from followups.settings import hide_password
 from followups.transports.answers import Dialect, outcome_of
 from followups.transports.curl_loop import CLOSED, CurlLoop
@@ -64,14 +63,6 @@ _TLS = {
     pycurl.E_SSL_ISSUER_ERROR,
 }
 _TLS_REASON = re.compile(r"[^:]*: (?:error:\w+:[^:]*:[^:]*:)?([^']*)")
-
-
-def encode_json(document: Mapping[str, object]) -> bytes:
-    """Return compact JSON in UTF-8.
-
-    A character that UTF-8 cannot represent (half a surrogate pair) becomes a question mark.
-    """
-    return f"{{{json_pairs(document, ',', ':')}}}".encode(errors="replace")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,11 @@ from urllib.parse import quote
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from followups.errors import TransportConfigurationError
+from followups.json_encoding import encode_json
 from followups.retry_policy import MAX_RETRY_AFTER
 from followups.transports.answers import Dialect, Document
 from followups.transports.endpoint import required_url
-from followups.transports.http_client import Call, HttpClient, encode_json
+from followups.transports.http_client import Call, HttpClient
 from followups.transports.port import Delivery, Outcome, Rejected
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
+from followups.json_encoding import encode_json
 from followups.settings import load_settings
 from followups.transports.http import DIALECT
-from followups.transports.http_client import Call, HttpClient, encode_json
+from followups.transports.http_client import Call, HttpClient
 from followups.transports.port import Sent
 from rivals.asyncio_loop import IN_FLIGHT, run
 from rivals.place import RECEIVER
