@@ -1,6 +1,6 @@
 """Begin: check again, right before sending, whether the follow-up may be sent.
 
-If it may, the database records that an attempt is in flight.
+If the follow-up may be sent, the database records that an attempt is in flight.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ async def begin_within_limits(
 def begin(engine: Engine, settings: Settings, batch: Sequence[Lease]) -> BatchResult:
     """Begin the follow-ups that may be sent, end those that must not be sent, and hold or park the rest.
 
-    All of this is one transaction. If a row makes it fail, that follow-up is deferred, and the others begin without it.
+    All of this is one transaction. If a row makes the transaction fail, its follow-up is deferred, and all other
+    follow-ups begin.
     """
     halved = halve(batch, lambda part: transact(engine, partial(_begin, settings, part)))
     for lease, error in halved.refused:
@@ -124,7 +125,7 @@ def _explain_missing(
 
 
 def verdict(obstacle: Obstacle) -> Final | None:
-    """Return the end of a follow-up that must no longer be sent, or None if it may be sent later."""
+    """Return the final state of a follow-up that must no longer be sent, or None if it may be sent later."""
     if obstacle.chat_removed:
         return finish(Status.CANCELLED, ReasonCode.CHAT_REMOVED)
     if obstacle.silence_broken:

@@ -47,7 +47,7 @@ LARGEST_CLAIM = 10_000
 SETTLE_MARGIN = timedelta(seconds=2)
 """Time needed to record an outcome once the database answers.
 
-It covers the longest pause between two tries, and the statement.
+This time covers the statement and the longest pause between two tries.
 """
 
 
@@ -93,7 +93,7 @@ def claim_fairly(
 ) -> Claim:
     """Claim due follow-ups, first of the workspaces with the fewest in flight.
 
-    This is used after a claim that did not lease all due follow-ups.
+    A fair claim is used after a claim that did not lease all due follow-ups.
     """
     return transact(engine, partial(_claim, settings, _look(settings, since, without), claims.claim_fairly))
 
@@ -168,7 +168,7 @@ def _end_lost(connection: Connection, lost: Sequence[Lost], settings: Settings) 
 
 
 def after_loss(losses: int, cancel_requested: str | None, *, deduplicates: bool) -> Final | None:
-    """Return the end of a follow-up after its ``losses``-th lost lease, or None if it is retried.
+    """Return the final state of a follow-up after its ``losses``-th lost lease, or None if it is retried.
 
     >>> after_loss(1, None, deduplicates=True) is None
     True

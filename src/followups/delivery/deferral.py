@@ -2,9 +2,9 @@
 
 Each worker keeps a few leases of the tripped workspaces as probes, and defers the other follow-ups in the database. A
 deferral uses up no attempt, and the follow-up can still be cancelled. When a worker has used up its probes, or the
-transport recovers, the first deferred follow-ups fall due again. When their workspace is no longer tripped, all of them
-fall due. If neither happens, they fall due after some minutes anyway, one by one, because a restarted worker no longer
-knows of them.
+transport recovers, the first deferred follow-ups fall due again. When a workspace is no longer tripped, all its
+deferred follow-ups fall due. If none of this happens, deferred follow-ups fall due after some minutes anyway, one by
+one, because a restarted worker no longer knows of them.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Deferral:
         deferred = await in_loop(self._engine, defer, waits)
         del self._excess[: len(portion)]
         for lease in portion:
-            if lease.id not in deferred:  # its row is locked, or another worker has the lease
+            if lease.id not in deferred:  # the follow-up's row is locked, or another worker has its lease
                 self._queue.defer(lease, RETRY_DELAY)
 
     async def _release(self, keys: frozenset[int], most: int) -> int:

@@ -44,7 +44,7 @@ LOOKING_SHARE = 0.1
 FORGOTTEN_SHARE = 0.01
 """Largest share of the dispatcher's time for checking blocked and paused follow-ups.
 
-They are checked at least once per lease time, whatever it costs.
+Such follow-ups are checked at least once per lease time, whatever the cost.
 """
 
 PASSED_OVER = 60.0
@@ -62,7 +62,7 @@ LONGEST_AFTER_ANOTHER = 0.1
 IN_GRACE = 0.5
 """Seconds between two claims while expired leases are left to their workers.
 
-These claims take over such leases without waiting for a tick.
+Each of these claims takes over expired leases without waiting for a tick.
 """
 
 
@@ -181,7 +181,7 @@ class Dispatcher:
     def _unblock_forgotten(self) -> None:
         """Unblock follow-ups that no longer wait for anything, at each tick unless that takes too long.
 
-        If this fails, claims continue.
+        If the unblocking fails, claims continue.
         """
         started = time.monotonic()
         if started < self._next_look:
@@ -236,7 +236,7 @@ class Dispatcher:
         try:
             if took > SLOW or planner.counts_as_less_than(self._engine, leased):
                 planner.refresh(self._engine)
-                # otherwise another session has refreshed them
+                # otherwise another session has refreshed the statistics
                 if not planner.counts_as_less_than(self._engine, leased):
                     events.statistics_refreshed(took)
         except Exception as error:  # noqa: BLE001 - a minute later it is tried again, whatever it was

@@ -1,6 +1,6 @@
 """The due queue: leases by the time each may begin, then in turns between workspaces.
 
-It does no I/O and is used by one event loop.
+The due queue does no I/O and is used by one event loop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ BEGIN_BATCH = 200
 """The most leases taken in one batch: a larger statement is slow and no cheaper for each row."""
 GATHER = timedelta(milliseconds=5)
 """How long to wait for more free slots, or for more due follow-ups, while there are few. A statement for five rows
-costs almost as much as one for fifty. The time is a third of the lead.
+costs almost as much as one for fifty. This waiting time is a third of `LEAD`.
 """
 ENOUGH_SLOTS = 0.4
 """Share of free slots from which a statement is worthwhile immediately."""
@@ -146,8 +146,8 @@ class DueQueue:
         """
         if self._fair.has_turn(tripped):
             return -LEAD.total_seconds()
-        # A hint can contain a due time at the limit of the calendar, from which no lead can be subtracted, because
-        # anyone with access to the broker can write hints.
+        # Anyone with access to the broker can write a hint with a due time at the limit of the calendar, from which no
+        # lead can be subtracted.
         return self._clock.until(self._heap[0][0]) - LEAD.total_seconds() if self._heap else None
 
     def is_due(self) -> bool:
@@ -163,7 +163,7 @@ class DueQueue:
     async def _gather(self) -> None:
         """Wait for a batch that is worth a statement.
 
-        This waits while slots are few, or while no lease is due within begin's lead.
+        The wait lasts while slots are few, or while no lease is due within begin's lead.
         """
         if not self.is_due():
             return

@@ -1,4 +1,4 @@
-"""The fair queue: due leases, in a separate queue for each workspace. No I/O.
+"""The fair queue: due leases, in a separate queue for each workspace. This module does no I/O.
 
 The workspace queues take turns, and the earliest lease of each queue comes first. So a workspace with little to send
 waits for one follow-up of each other workspace, not for all of them. While several workspaces are active, no workspace
@@ -41,8 +41,8 @@ class FairQueue:
         self._turns: deque[int] = deque()
         """The keys of the workspace queues, in the order of their turns."""
         self._latest: int | None = None
-        """The key of the workspace whose lease arrived last. The two times below are the last arrival, and the last
-        arrival of any other workspace.
+        """The key of the workspace whose lease arrived last. ``_latest_at`` is the time of that arrival, and
+        ``_others_at`` the time of the last arrival from any other workspace.
         """
         self._latest_at = self._others_at = -inf
 

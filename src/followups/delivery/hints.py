@@ -1,9 +1,9 @@
 """Hints: the messages that are sent through the broker after a claim's commit, written and parsed here.
 
 A hint lists follow-ups with their lease tokens and due times, so that the worker need not query them. A hint contains
-no text and is not trusted. It may be lost, repeated or late without harm, because begin reads the row. A hint also
-contains the keys of the workspace queues. A worker that ignores these keys, or gets none during an upgrade, still sends
-the same follow-ups.
+no text and is not trusted. A hint may be lost, repeated or late without harm, because begin reads the follow-up's row.
+A hint also contains the keys of the workspace queues. A worker that ignores these keys, or gets none during an upgrade,
+still sends the same follow-ups.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def batches(leases: Sequence[Lease], size: int) -> Iterator[Hint]:
 
 
 def leases_of(entries: object, keys: object = None) -> list[Lease]:
-    """Return the leases that a hint lists; if its keys are invalid, all are in the same workspace queue.
+    """Return the leases that a hint lists.
 
-    Raises ValueError for an invalid hint, since anyone with access to the broker can write one.
+    If the hint's keys are invalid, all leases are put into the same workspace queue. Raises ValueError for an invalid
+    hint, since anyone with access to the broker can write one.
     """
     try:
         count = len(entries)  # type: ignore[arg-type]

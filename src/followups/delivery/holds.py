@@ -33,8 +33,8 @@ def hold(
 ) -> tuple[set[UUID], dict[UUID, Final]]:
     """Hold the leases whose only obstacle is a pause or sending hours.
 
-    Returns the held leases, and the ends of follow-ups whose hold would be too long. All other leases have another
-    obstacle.
+    Returns the held leases, and the final states of follow-ups whose hold would be too long. All other leases have
+    another obstacle.
     """
     candidates = [one for one in obstacles if one.pause_id or one.hours]
     _open_next(connection, candidates)
@@ -48,10 +48,10 @@ def hold(
 
 
 def decide(obstacle: Obstacle, max_lateness: timedelta) -> Hold | Final | None:
-    """Return the hold of a leased follow-up, its end if the hold would be too long, or None for neither.
+    """Return the hold of a leased follow-up, or its final state if the hold would be too long.
 
-    Sending hours take precedence over a pause, so that lateness does not count while they are closed. This function is
-    pure.
+    Returns None if the follow-up is neither held nor ended. Sending hours take precedence over a pause, so that
+    lateness does not count while they are closed. This function is pure.
     """
     if obstacle.chat_removed or obstacle.silence_broken or obstacle.taken_over or obstacle.window_closed:
         return None
@@ -90,8 +90,8 @@ def closed_until(obstacle: Obstacle) -> datetime | None:
 def sendable_from(obstacle: Obstacle) -> datetime | None:
     """Return the first time at which the sending hours allow the sending, or None if that is unknown.
 
-    The time may be in the future. Once it has passed, the recorded time is kept, so that lateness continues to count
-    whenever sending hours end. This function is pure.
+    The returned time may be in the future. Once the recorded time has passed, it is kept, so that lateness continues to
+    count whenever sending hours end. This function is pure.
     """
     first = obstacle.sendable_from
     if first is None:

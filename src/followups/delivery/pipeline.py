@@ -101,7 +101,7 @@ class Pipeline:
     def start(self) -> None:
         """Start the event loop.
 
-        It opens the transport and samples the database's clock before it sends.
+        The event loop opens the transport and samples the database's clock before it sends.
         """
         self._thread.start()
 
@@ -130,7 +130,7 @@ class Pipeline:
             return 0
         self.stop_beginning()
         self._thread.join(limit.total_seconds())
-        events.lines.flush()  # includes the lines of results that could not be settled
+        events.lines.flush()  # writes the lines of results that could not be settled, too
         return len(self._settler) + len(self._tasks)
 
     def _run_loop(self) -> None:
@@ -139,7 +139,7 @@ class Pipeline:
             self._loop.run_until_complete(self.run())
         except BaseException:  # SystemExit from a plug-in's code must not end this thread unnoticed
             log.exception("pipeline_died")
-            # The process ends with an error, so that a supervisor restarts it; its leases pass to other workers.
+            # The process ends with an error, so that a supervisor restarts it; the leases pass to other workers.
             os.kill(os.getpid(), signal.SIGTERM)
         finally:
             events.lines.flush()
@@ -238,7 +238,7 @@ class Pipeline:
     async def _unblock_later(self, ended: Collection[UUID]) -> None:
         """Unblock the follow-ups that wait for the ended ones, once no transaction locks their rows.
 
-        While the pipeline drains, this is left to dispatchers.
+        While the pipeline drains, unblocking is left to dispatchers.
         """
         pause = RETRY_DELAY
         while ended and not self._draining:

@@ -31,7 +31,7 @@ OUTCOME_NAMES: dict[type, str] = {
 """The outcomes' names in logs, metrics, traces and the table of failed attempts."""
 
 GRACE = timedelta(seconds=1)
-"""How much longer than the transport's own timeout a hanging call may take. This is less than the settings' margin
+"""How much longer than the transport's own timeout a hanging call may take. `GRACE` is less than the settings' margin
 between timeout and lease.
 """
 
@@ -51,8 +51,9 @@ async def send(
 ) -> Attempt | None:
     """Wait until the follow-up is due and call the transport once, within ``limit`` and a grace period.
 
-    The call is never early. After ``latest`` (an `uptime`) there is no call, and the result is None. In that case the
-    process was frozen, and another worker might have the lease before an answer arrived. Only cancellation is raised.
+    The call is never early. After ``latest`` (an `uptime`) the transport is not called, and the result is None. In that
+    case the process was frozen, and another worker might have the lease before an answer arrived. Only cancellation is
+    raised.
     """
     # A timer may fire a little early by another clock, so the remaining time is checked again.
     while (wait := clock.until(begun.lease.due)) > 0:  # noqa: ASYNC110 - time is what is waited for

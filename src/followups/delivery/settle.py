@@ -41,8 +41,8 @@ ENOUGH = 100
 GATHER = timedelta(milliseconds=30)
 """How long to wait for enough results.
 
-This delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages are
-sent again under the same key. So the wait is no longer than a quick call, whose outcome a kill loses too.
+This wait delays only the next follow-up of a chat. If the process is killed before results are recorded, their messages
+are sent again under the same key. So the wait is no longer than a quick call, whose outcome a kill loses too.
 """
 SHORT_GATHER = timedelta(milliseconds=5)
 """How long to wait for enough results if the receiver cannot deduplicate; the outcome of unrecorded results would be
@@ -65,9 +65,8 @@ ROOM = MAX_REASON_LENGTH - 100
 class Settler:
     """Collects the outcomes of attempts and records them in batches, by size or after a short wait.
 
-    An accepted message is recorded without waiting for the slowest call of a batch. A result that cannot be recorded
-    yet, because the database is unreachable or its row is locked, is tried again until its lease expires. An instance
-    belongs to one event loop.
+    An accepted message is recorded without waiting for the slowest call of a batch. If the database is unreachable or a
+    row is locked, the result is tried again until its lease expires. An instance belongs to one event loop.
     """
 
     def __init__(
@@ -131,7 +130,7 @@ class Settler:
                 break
             except Exception as error:  # noqa: BLE001 - whatever it was, the results must not be lost
                 events.failed("settle", error, self._engine.sync_engine)
-                events.lines.flush()  # includes follow-ups sent in the meantime, since an outage may be long
+                events.lines.flush()  # writes the lines of follow-ups sent in the meantime, since an outage may be long
                 if not is_passing(error):
                     await self._record_apart(batch)
                     return
@@ -144,7 +143,7 @@ class Settler:
         self._add_later([attempt for attempt in batch if attempt.begun.lease.id in locked], SETTLE_RETRY_DELAY)
 
     async def _record_apart(self, batch: Sequence[Attempt]) -> None:
-        """Isolate a result that the database rejects, so that it does not delay the others."""
+        """Isolate a result that the database rejects, so that it does not delay other results."""
         if len(batch) > 1:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 await self._record(half)
@@ -207,7 +206,7 @@ def _record(
 def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Settlement:
     """Return the settlement of one attempt, by its outcome alone.
 
-    This function is pure, except for clock and jitter.
+    The function is pure, except for clock and jitter.
     """
     lease = attempt.begun.lease
     match attempt.outcome:

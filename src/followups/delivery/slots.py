@@ -1,4 +1,4 @@
-"""Slots for calls in flight, counted in one ledger. No I/O.
+"""Slots for calls in flight, counted in one ledger. This module does no I/O.
 
 A slot is acquired before begin, and released when the call has ended or the follow-up did not begin. A possible poison
 pill also uses a share of a quota, until its outcome is recorded.
@@ -18,9 +18,9 @@ POISON_PILLS = 16
 """How many follow-ups with one lost lease may be in flight together; a follow-up with two lost leases uses the whole
 quota alone.
 
-Any of them may be a poison pill, which kills its worker and loses every other attempt in flight there. If some hundred
-leases are lost together, at most 16 of the follow-ups lose a second lease. None of these loses a third lease, which
-would end it.
+Each of these follow-ups may be a poison pill, which kills its worker and loses every other attempt in flight there. If
+some hundred leases are lost together, at most 16 of the follow-ups lose a second lease. None of the 16 loses a third
+lease, which would end the follow-up.
 """
 
 

@@ -44,7 +44,7 @@ class Upkeep:
     async def start(self, stopping: Callable[[], bool]) -> bool:
         """Read the clock and the rate limits for the first time; return whether that succeeded.
 
-        It fails only if ``stopping`` returns true before the database can be reached.
+        The reading fails only if ``stopping`` returns true before the database can be reached.
         """
         return await insist(
             self._engine, lambda engine: self._clock.ask(engine, times=FIRST_SAMPLES), "clock", stopping
@@ -72,7 +72,7 @@ async def insist(
 ) -> bool:
     """Do the work, and repeat it while the database is unreachable; return whether it succeeded.
 
-    It is not repeated once ``stopping`` returns true.
+    The work is not repeated once ``stopping`` returns true.
     """
     backoff = BACKOFF
     while True:

@@ -1,9 +1,9 @@
 """PostgreSQL, Valkey and our own processes, run on this machine without any installed service.
 
-They are used by `followups up`, `followups demo` and the tests. Everything started here is a child of this process, in
-a separate session, so that Ctrl-C reaches only the owner, which then stops the children in order. The owner's ``with``
-block stops each of them. If the owner ends without that, killed or not, a small `watchdog` stops the remaining
-processes and removes the temporary directories.
+These processes are used by `followups up`, `followups demo` and the tests. Every process started here is a child of the
+owner process, in a separate session. So Ctrl-C reaches only the owner, which then stops the children in order. The
+owner's ``with`` block stops each child. If the owner ends without stopping its children, killed or not, a small
+`watchdog` stops the remaining processes and removes the temporary directories.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ class Child:
     def wait_until(self, ready: Callable[[], bool], within: timedelta) -> None:
         """Wait until ``ready`` returns true.
 
-        If that fails, stop the command and raise `EmbeddedError` with the end of its log.
+        If the command ends early or is not ready in time, stop it and raise `EmbeddedError` with the end of its log.
         """
         deadline = time.monotonic() + within.total_seconds()
         while not ready():
@@ -139,7 +139,7 @@ class Child:
     def stop(self) -> None:
         """Send the stop signal, wait up to ``grace``, then kill what is left.
 
-        This does nothing if the command is not running.
+        Stopping a command that is not running has no effect.
         """
         if self._process is None:
             return

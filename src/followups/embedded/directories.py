@@ -1,6 +1,6 @@
 """Temporary directories that are removed even if this process is killed.
 
-Other users may be allowed to traverse them.
+Other users may be allowed to traverse the directories.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ MEMORY_WANTED = 4 * 1024**3
 
 
 def make_temporary_directory(parent: Path | None = None) -> Path:
-    """Create a private directory in ``parent``, or in a temporary directory if it is None.
+    """Create a private directory in ``parent``, or in a temporary directory if ``parent`` is None.
 
-    This is the default temporary directory if the path of a socket fits there, otherwise ``/tmp``.
+    The default temporary directory is used if the path of a socket fits there, otherwise ``/tmp``.
     """
     usual = tempfile.gettempdir()
     where = parent or (usual if len(usual) <= LONGEST_PARENT else "/tmp")  # noqa: S108 - mkdtemp makes it private

@@ -77,7 +77,7 @@ class EmbeddedServer(ABC):
     def restart(self) -> None:
         """Stop the server if it is running, and start it again with the same URL.
 
-        Only data in a data directory survives.
+        Only data that is stored in a data directory survives.
         """
         self.child.stop()
         self._run(self.child)

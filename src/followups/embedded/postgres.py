@@ -32,8 +32,8 @@ VERSION = 18
 BINARIES: Path = POSTGRES_VERSIONS[VERSION]
 
 SYSTEM_USER = "pgserver"
-"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. It is created if
-missing.
+"""The user that runs PostgreSQL if this process is root, since PostgreSQL refuses to run as root. The user is created
+if missing.
 """
 
 START_WITHIN = timedelta(seconds=60)
@@ -62,7 +62,7 @@ SETTINGS = {
 TEMPORARY_SETTINGS = {
     # The data is deleted with the server, so it need not survive a crash of the machine, only a kill of the server by
     # the fault tests. That is why synchronous_commit stays on: with it off, a killed server would lose confirmed
-    # transactions. Without fsync, it costs only one write into the page cache for each commit.
+    # transactions. Without fsync, synchronous_commit costs only one write into the page cache for each commit.
     "fsync": "off",
     "full_page_writes": "off",
     "dynamic_shared_memory_type": "mmap",  # in the data directory, so that a killed server leaves nothing behind
@@ -80,10 +80,10 @@ class EmbeddedPostgres(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None, *, parent: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it at the end if it is None.
+        """Keep the data in ``data``, or delete it at the end if ``data`` is None.
 
-        ``parent`` is the parent of the temporary directory. If that is an in-memory file system (`memory_directory`),
-        copying a database is ten times as fast.
+        ``parent`` is the parent of the temporary directory. In an in-memory file system (`memory_directory`), copying a
+        database is ten times as fast.
         """
         super().__init__(parent)
         self._kept = data

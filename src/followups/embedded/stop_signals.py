@@ -1,8 +1,8 @@
 """Ctrl-C, SIGTERM and a closed terminal: recorded when they arrive, handled between two steps.
 
-An exception raised by a signal handler could occur between the start of a process and the moment it is recorded. So the
-first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal before that
-raises immediately, and the watchdog of `followups.embedded` stops the remaining processes.
+If a signal handler raised an exception, it could occur between the start of a process and the moment when the start is
+recorded. So the first signal is only recorded, and `StopSignals.check` turns it into KeyboardInterrupt. A second signal
+before that check raises immediately, and the watchdog of `followups.embedded` stops the remaining processes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """Records signals within the block. It must be used from the main thread."""
+    """Records signals within the ``with`` block. `StopSignals` must be used from the main thread."""
 
     def __init__(self) -> None:
         """Start with no handlers installed."""

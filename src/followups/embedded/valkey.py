@@ -39,7 +39,7 @@ class EmbeddedValkey(EmbeddedServer):
     start_within = START_WITHIN
 
     def __init__(self, data: Path | None = None) -> None:
-        """Keep the data in ``data``, or delete it at the end if it is None."""
+        """Keep the data in ``data``, or delete it at the end if ``data`` is None."""
         super().__init__()
         self._kept = data
         self._password = secrets.token_urlsafe(24)

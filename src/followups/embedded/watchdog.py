@@ -44,7 +44,7 @@ class Watchdog:
     def guard_process(self, pid: int, stop_signal: signal.Signals, grace: float) -> None:
         """Stop the process after the owner has ended.
 
-        It receives the signal, and after ``grace`` seconds SIGKILL for its group.
+        The process receives the signal, and its group receives SIGKILL after ``grace`` seconds.
         """
         self._guard(pid, ["process", pid, int(stop_signal), grace])
 
@@ -73,7 +73,8 @@ class Watchdog:
         self._process = subprocess.Popen(  # noqa: S603 - this very file
             [sys.executable, "-I", "-S", __file__],
             stdin=subprocess.PIPE,
-            # Otherwise a reader of the owner's output would wait for the watchdog's end too.
+            # The watchdog must not inherit the owner's output. Otherwise a reader of this output would wait for the
+            # watchdog's end too.
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
@@ -146,7 +147,7 @@ def remove(directory: str) -> None:
 def main() -> None:
     """Read what to guard until the owner ends, then stop the processes and remove the directories.
 
-    The newest are stopped and removed first.
+    The newest processes and directories are handled first.
     """
     processes: dict[int, tuple[int, float]] = {}
     directories: set[str] = set()

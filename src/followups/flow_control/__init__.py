@@ -1,8 +1,8 @@
 """State that all workers share and may lose: rate limits and the breaker, in the broker's Redis.
 
 No guarantee depends on this state. If Redis is unreachable, deliveries continue without it, which is counted and
-logged. Redis is then not queried for a while, because each query costs a timeout. Both use Lua scripts in this
-directory; Redis runs one script at a time.
+logged. Redis is then not queried for a while, because each query costs a timeout. The rate limits and the breaker use
+Lua scripts in this directory; Redis runs one script at a time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def connect(settings: Settings, timeout: timedelta = TIMEOUT) -> Redis:
         socket_timeout=timeout.total_seconds(),
         socket_connect_timeout=timeout.total_seconds(),
         retry=Retry(NoBackoff(), 0),
-        # This does not cause a retry: it closes the connection that received the error, since after a failover the
+        # The setting causes no retry: it closes the connection that received the error, since after a failover the
         # address leads to another server.
         retry_on_error=[ReadOnlyError],
         decode_responses=True,

@@ -2,15 +2,15 @@
 
 Due follow-ups are deferred in the database (`followups.delivery.deferral`), except for a few in the due queue. All
 workers share one state in Redis (`BreakerStore`). Deliveries continue while Redis is unreachable. Only a worker that
-itself sees the same number of failures in a row stops beginning follow-ups, until it next queries Redis some seconds
-later. If Redis is wiped, the breaker is closed and opens again with the next failures.
+itself sees the configured number of failures in a row stops beginning follow-ups, until it next queries Redis some
+seconds later. If Redis is wiped, the breaker is closed and opens again with the next failures.
 
     closed -> open: so many different follow-ups failed, and none succeeded in between
     open -> probing: after a pause that doubles from one time to the next, a few may begin
     probing -> recovering: one succeeded; or open again: one failed
     recovering -> closed: the rate of begins doubles every second until nothing needs to wait
 
-All of this applies to tripped workspaces: those whose last attempts failed, several in a row. Follow-ups of other
+The breaker applies only to tripped workspaces, whose last attempts failed, several in a row. Follow-ups of other
 workspaces begin without restriction. So a workspace whose chats all fail, even thousands of them, does not delay a
 workspace with occasional failures.
 
@@ -80,7 +80,10 @@ class News:
     """
 
     failed: tuple[UUID, ...] = ()
-    """The follow-ups that failed since the last success that counts."""
+    """The follow-ups that failed since the last success.
+
+    Only successes that count towards the breaker are considered.
+    """
     succeeded: bool = False
     """Whether there was a success that counts."""
     runs: tuple[Run, ...] = ()

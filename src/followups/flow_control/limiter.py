@@ -1,9 +1,9 @@
 """Rate limiting: follow-ups over a limit are deferred before their attempt begins, oldest due first.
 
-A `Limiter` keeps the state of each limit for all workers: token buckets and their waiting queues, in two scripts
-(``take``, ``give_back``) in Redis. If this state is lost, the limits allow one extra burst, and the order of the
-waiting follow-ups is lost. A deferred follow-up uses up no attempt and no slot: after a short wait it begins from the
-due queue, and for a long wait it is deferred in the database.
+A `Limiter` keeps the state of each limit for all workers: token buckets and their waiting queues, which two scripts
+(``take``, ``give_back``) update in Redis. If this state is lost, the limits allow one extra burst, and the order of the
+waiting follow-ups is lost. A deferred follow-up uses up no attempt and no slot. During a short wait it stays in the due
+queue; for a long wait it is deferred in the database.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Bucket:
-    """A token bucket: it is refilled at ``rate`` tokens a second, up to ``burst``; each begin uses one."""
+    """A token bucket: ``rate`` tokens are added per second, up to ``burst``; each begin uses one."""
 
     key: str
     rate: float
@@ -72,7 +72,7 @@ class Bucket:
 class TokenRequest:
     """A follow-up that requests a token from each of its buckets.
 
-    Its position in the order is given by ``since`` and its id.
+    The order of requests is given by ``since``, then by id.
     """
 
     id: UUID
@@ -244,7 +244,7 @@ class RateLimits:
         limitable = {one.id: one for one in await in_loop(self._engine, _limitable, self._settings, leases)}
         requests = [request for one in limitable.values() if (request := self._limits.request(one)).buckets]
         ended = [request for request in requests if limitable[request.id].ended]
-        # Begin ends expired follow-ups, and detects that those leased by another worker are stale.
+        # Expired follow-ups are ended by begin, which also detects that follow-ups leased by another worker are stale.
         asking = [request for request in requests if not limitable[request.id].is_over]
         if self._limiter is None or (not asking and not ended):
             yield {}, set()
@@ -287,8 +287,9 @@ class RateLimits:
     def _within(self, wait: timedelta, one: Limitable) -> timedelta:
         """Return for how long a follow-up is deferred.
 
-        The wait ends no later than the follow-up's expiry, so that it is ended on time. The due queue releases
-        follow-ups a little early, so the lead is added; without it, a follow-up would request a token before its turn.
+        The wait ends no later than the follow-up's expiry, so that the follow-up is ended on time. The due queue
+        releases follow-ups a little early, so the lead is added to the wait. Without the lead, a follow-up would
+        request a token before its turn.
         """
         wait = min(max(wait, SHORTEST) + self._lead, LONGEST)
         return wait if one.left is None else min(wait, one.left + SHORTEST + self._lead)
@@ -315,7 +316,7 @@ def release_deferred(engine: Engine, scope: Scope) -> None:
 
 
 def defer(engine: Engine, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
-    """Defer leased follow-ups, each by its delay; return those that are now deferred.
+    """Defer leased follow-ups, each by its delay; return the follow-ups that are now deferred.
 
     Rows that cannot be written are left out.
     """

@@ -24,8 +24,8 @@ ASK_AGAIN = 0.2
 LOCK_TIMEOUT = "2s"
 """How long a change of a table waits for its lock.
 
-Meanwhile all other transactions on the table queue behind the change, so a migration delays each of them by less than
-three seconds.
+While the change waits, all other transactions on the table queue behind it, so a migration delays each of them by less
+than three seconds.
 """
 
 GIVE_WAY = 1.0

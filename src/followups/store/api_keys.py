@@ -1,8 +1,8 @@
 """API keys. A key is shown once, when it is created; the database stores its SHA-256 hash.
 
 Passwords need a slow hash, but API keys do not: their 256 random bits cannot be guessed. A key ends with a checksum, so
-that a mistyped key is rejected without a database query. Keys created before checksums were introduced have none, and
-remain valid.
+that a mistyped key is rejected without a database query. Keys created before checksums were introduced have no
+checksum, and remain valid.
 """
 
 from __future__ import annotations

@@ -304,9 +304,9 @@ def receive(
 def _advance(chat: Any, message_id: UUID, role: Role, at: datetime) -> tuple[bool, dict[str, Any]]:  # noqa: ANN401 - a row
     """Return whether the message is the chat's last one, and the new values of the chat's columns, if any.
 
-    The clock of the host that wrote the message may be fast. A time in the future counts as now; otherwise every later
-    reply would look older and cancel nothing. An agent's message keeps its own time, so that a reply within the same
-    second with a more precise time is later.
+    The clock of the host that wrote the message may be fast. A message with a time in the future counts as written now;
+    otherwise every later reply would look older and cancel nothing. An agent's message keeps its own time, so that a
+    reply within the same second with a more precise time is later.
     """
     counted = min(counts_as(at), chat.now)
     is_last = chat.last_message_at is None or chat.last_message_at <= counted

@@ -87,9 +87,9 @@ LOW_WATER_MARGIN = timedelta(seconds=10)
 FEW = 6
 """Rows that a fair claim reads in each workspace, whatever the number of workspaces."""
 STRIDE = 32
-"""Rows read in one step of the scan over all workspaces. A workspace's rows beyond these are skipped, and workspaces
-with fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with a stride of
-1), and a workspace without pending rows costs nothing.
+"""Rows read in one step of the scan over all workspaces. A workspace's further rows are skipped, and workspaces with
+fewer rows share a step. So a workspace with a single row that is not yet due costs 0.5 us (2.4 us with a stride of 1),
+and a workspace without pending rows costs nothing.
 """
 
 _IN_ORDER, _FAIRLY = (text(read_sql(name) + read_sql("lease")) for name in ("claim", "fair_claim"))
@@ -125,7 +125,7 @@ _TRY = text(f"""
 def candidates(connection: Connection, look: ClaimSearch, *, fairly: bool) -> list[UUID]:
     """Return the ids that a claim would lease, in its order, and lock their rows for this transaction.
 
-    With ``fairly`` they are those of `claim_fairly`.
+    With ``fairly`` these are the ids that `claim_fairly` would lease.
     """
     connection.execute(WITHOUT_SORTING)
     parameters = _parameters(look)

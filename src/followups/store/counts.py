@@ -1,18 +1,18 @@
 """Counts, lag and throughput. No statement here runs for long, however many rows there are.
 
 Counts of pending, waiting, overdue and in-flight follow-ups are exact, from small partial indexes. Follow-ups in a
-final state are counted up to `EXACT_UP_TO` for each state. Beyond that the planner's estimate is used, which costs
-nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended in the last
+final state are counted up to `EXACT_UP_TO` for each state. For larger numbers the planner's estimate is used, which
+costs nothing even for many millions of rows. Lag and throughput are computed from the follow-ups that ended in the last
 minutes, by an index; a query that takes longer than `LIMIT` is cancelled.
 
 The backlog is measured for metrics, which are read every few seconds. Counting ten million pending rows takes seconds,
 and counters maintained by a trigger would make every insert and every end update one shared row. So rows are counted
 one by one up to `BACKLOG_EXACT_UP_TO`, which exceeds the number of overdue follow-ups of a healthy system. Beyond that
-limit the numbers are the planner's estimates. These are as exact as the last ANALYZE (which runs after 2 % of the rows
-have changed), and never below the rows already counted. Measured on two busy cores with half a million rows pending,
-36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their number). Right after
-60,000 rows were sent and before a vacuum, it takes 287 ms once and 13 to 16 ms from then on. The number of rows makes
-no difference.
+limit the numbers are the planner's estimates. The estimates are as exact as the last ANALYZE (which runs after 2 % of
+the rows have changed), and never below the number of rows already counted. Measured on two busy cores with half a
+million rows pending, 36,000 of them overdue: 16 ms (an exact count of pending rows takes 83 ms, and grows with their
+number). Right after 60,000 rows were sent and before a vacuum, the first measurement takes 287 ms, and later ones 13 to
+16 ms. The number of rows makes no difference.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class Backlog:
 
 _PENDING_ROWS = "FROM follow_ups WHERE status = 'pending'"
 
-# Reads the beginning of the claim's index, up to a little after now: no follow-up begins earlier than that, so all
+# The query reads the beginning of the claim's index, up to a little after now. No follow-up begins earlier, so all
 # follow-ups in flight are included. A follow-up that waits for an earlier one of its chat is not overdue; only the
-# earlier one is. The query is ordered so that the index is read no further than needed. Otherwise the planner, which
-# estimates that a third of all pending rows are overdue, would read the whole table. The index is read only once,
+# earlier one is. The query is ordered so that the index is read no further than needed. Without the order, the planner,
+# which estimates that a third of all pending rows are overdue, would read the whole table. The index is read only once,
 # because entries of rows that were sent but not yet vacuumed come first in it.
 _COUNT = text(f"""
     WITH head AS MATERIALIZED (
@@ -198,7 +198,8 @@ def _count_final(connection: Connection, most: int) -> dict[str, int]:
     return {row.status: row.number for row in connection.execute(_COUNT_FINAL, {"statuses": statuses, "most": most})}
 
 
-# A follow-up is accepted before its end is recorded. So one that ended before the window was also accepted before it.
+# A follow-up is accepted before its end is recorded. So a follow-up that ended before the window was also accepted
+# before the window.
 _PACE = text("""
     SELECT count(*) AS sent,
            percentile_disc(ARRAY[0.5, 0.95, 0.99]) WITHIN GROUP (ORDER BY accepted_at - due_date) AS lags

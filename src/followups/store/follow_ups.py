@@ -92,13 +92,13 @@ def insert_unless_full(
 
 
 FAR_FROM_FULL = MOST_PENDING - 1_000
-"""Most pending follow-ups of a chat into which `create_if_clear` inserts.
+"""The most pending follow-ups of a chat for which `create_if_clear` inserts another one.
 
-Its statement counts what was committed before it locked the chat, and may miss what was inserted in between: one
-follow-up for each connection of the database at most.
+The statement of `create_if_clear` counts the follow-ups that were committed before it locked the chat. It may miss
+follow-ups inserted in between, which are at most one for each connection of the database.
 """
 
-# In all conditions but the last, the values of the chat are those that it has once it is locked.
+# Every condition except the last uses the values that the chat has once it is locked.
 _CREATE_IF_CLEAR = Statement(
     f"""
     WITH chat AS (
@@ -128,7 +128,7 @@ _CREATE_IF_CLEAR = Statement(
 def create_if_clear(
     *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, key_id: UUID
 ) -> Steps[FollowUp | None]:
-    """Insert a pending follow-up and return it, or None in any case that is not clear.
+    """Insert a pending follow-up and return it, or None if the case is not clear.
 
     This single statement replaces a transaction. It decides only the clear cases: the API key is valid, the chat is not
     locked, its last message is not the user's, and there is neither a messaging window nor a quota.

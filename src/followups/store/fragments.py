@@ -37,16 +37,16 @@ WINDOWED = ", ".join(f"'{channel.value}'" for channel in sorted(WINDOWED_CHANNEL
 
 OPEN = "f.finished_at IS NULL"
 """The condition that a follow-up is pending, for look-ups by id; a CHECK constraint makes it equivalent to the status.
-In this form the planner does not use the partial indexes of pending rows. The id is the last column of these indexes. A
-partial index that was vacuumed while nothing was pending is estimated as empty and seems cheaper than the primary key;
-it is then scanned completely for each row. Measured after 50,000 inserts: begin and settle of forty took up to 720 ms
-each, and 4 ms with this condition.
+With this condition the planner does not use the partial indexes of pending rows. The id is the last column of these
+indexes. A partial index that was vacuumed while nothing was pending is estimated as empty and seems cheaper than the
+primary key, although it is then scanned completely for each row. Measured after 50,000 inserts: begin and settle of
+forty took up to 720 ms each, and 4 ms with this condition.
 """
 
 NEXT_TOKEN = "GREATEST(f.lease_token + 1, CAST(date_part('epoch', now()) * 1000000 AS bigint))"  # noqa: S105 - a fencing token
 """The next fencing token: it grows, and no token is issued twice. A failover or a restore may lose a lease, and the
-next lease must not get the token of the lost one. So the token is the database's time in microseconds; until the year
-2255 it is below 2^53, which JSON readers represent exactly.
+next lease must not get the token of the lost lease. So the token is the database's time in microseconds; until the year
+2255 such a number is below 2^53, which JSON readers represent exactly.
 """
 
 LOOKED_UP = f"""
@@ -68,8 +68,8 @@ CHAT = """CROSS JOIN LATERAL (
 
 OUTCOME_UNKNOWN = "the outcome of an attempt is unknown"
 """The text added to a reason if the outcome of an attempt is unknown. A follow-up with such an attempt is retried under
-the same key, and usually ends as sent. If it ends differently (a reply, a refusal, the last attempt), its reason would
-be wrong without this text.
+the same key, and usually ends as sent. If the follow-up ends differently (a reply, a refusal, the last attempt), its
+reason would be wrong without this text.
 """
 
 

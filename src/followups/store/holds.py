@@ -1,7 +1,7 @@
 """Holds: follow-ups that are paused or outside their workspace's sending hours.
 
-A held follow-up is outside the claim's range until the hold ends. So it uses up no attempt, and is not claimed and
-refused again and again. The order within its chat is preserved: later follow-ups of the chat keep waiting.
+A held follow-up is outside the claim's range until the hold ends. So a held follow-up uses up no attempt, and is not
+claimed and refused again and again. The order within the chat is preserved: later follow-ups of the chat keep waiting.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ _HOLD = text(f"""
 
 
 def hold_if_leased(connection: Connection, holds: Sequence[Hold]) -> set[UUID]:
-    """Hold leased follow-ups; return those that are now held."""
+    """Hold leased follow-ups; return the follow-ups that are now held."""
     parameters: dict[str, object] = {
         "ids": [one.lease.id for one in holds],
         "tokens": [one.lease.token for one in holds],

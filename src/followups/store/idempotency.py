@@ -1,6 +1,6 @@
 """Responses by Idempotency-Key, stored for a day in the same transaction as the request's changes.
 
-So a crash cannot leave the changes without the stored response: either both exist, or neither does. A running request
+A crash cannot leave the changes without the stored response, because both are committed together. A running request
 holds an advisory lock on its key, which is released when its transaction ends, whether by commit or rollback. Another
 request with the same key does not wait for this lock.
 """
@@ -51,7 +51,7 @@ _KNOWN = Statement("""
 
 @Rule
 def recall(workspace_id: UUID, key: str, request_hash: bytes) -> Steps[StoredResponse | None]:
-    """Lock the key until the transaction ends, and return its stored response, or None.
+    """Lock the idempotency key until the transaction ends, and return its stored response, or None.
 
     Raises `IdempotencyKeyInUseError` while another request holds the key, and `IdempotencyKeyReusedError` if the
     response belongs to a different request.

@@ -1,6 +1,6 @@
 """The statements that begin, end or release leased follow-ups. Claims are in `followups.store.claims`.
 
-Each is one guarded, batched statement. The guard is in the SQL: a row that is not returned was ended, released or
+Each of these operations is one guarded SQL statement for a batch. A row that is not returned was ended, released or
 claimed by another transaction, which is a normal result. No statement here waits for another transaction's locks:
 locked rows are skipped, reported, and tried again.
 """

@@ -1,9 +1,9 @@
 """Pages of follow-ups, newest first.
 
-Each page is read from an index in the order of the list. It costs only the rows up to its end, however many follow-ups
-there are. An index has that order only for a single value of a column. So the first rows are read for each value of one
-filter (and for each workspace), and these few rows are merged. Without a filter, the four states serve as the filter,
-which avoids another index that every write would have to maintain.
+Each page is read from an index in the order of the list. A page costs only the rows up to its end, however many
+follow-ups there are. An index has that order only for a single value of a column. So the first rows are read for each
+value of one filter (and for each workspace), and these few rows are merged. Without a filter, the four states serve as
+the filter, which avoids another index that every write would have to maintain.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ PIECE = 256 * 1024
 """Bytes of messages that are read in one query, which is at least the size of the longest message."""
 
 MAX_ROWS = 2**62
-"""The largest offset; larger ones overflow in PostgreSQL. A page beyond it is empty, like any page after the last."""
+"""The largest offset; larger offsets overflow in PostgreSQL. A page beyond this offset is empty, like any page after
+the last.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,7 @@ def statement_of(
 def _narrowing(wanted: ListFilter) -> dict[str, tuple[str, Any]]:
     """Return the filters that no index covers, as conditions that are checked row by row.
 
-    Their values are returned by name.
+    The values of the filters are returned by name.
     """
     given = {
         "codes": ("split_part(f.reason, ':', 1) = ANY(CAST(:codes AS text[]))", [code.value for code in wanted.codes]),

@@ -1,7 +1,7 @@
 """Figures for the console's overview, of one workspace or of all.
 
-Each is limited by count and by time. Every query reads rows in the order of an index. A query that takes longer than
-`LIMIT` is cancelled, and its figure is None.
+Each figure is limited by count and by time. Every query reads rows in the order of an index. A query that takes longer
+than `LIMIT` is cancelled, and its figure is None.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Numbers:
     lags: tuple[timedelta, ...] | None = None
     """p50, p95 and p99 of the lag in the last five minutes, or None if there is no figure.
 
-    There is none if nothing was accepted or the query took too long.
+    There is no figure if nothing was accepted or the query took too long.
     """
     sent: list[int] | None = None
     """Follow-ups sent in each of the last minutes, oldest first."""

@@ -1,9 +1,9 @@
 """Updates of the planner's statistics for the table of follow-ups.
 
-Autovacuum updates them within minutes. Until then, a table that was emptied, vacuumed, and then filled in a burst is
-estimated at one row. Any index that contains the id then seems as good as the primary key, and some are scanned
-completely for each row. Measured with 50,000 due follow-ups in such a table: claim, begin and settle of a batch took
-seconds each.
+Autovacuum updates the statistics within minutes. Until then, a table that was emptied, vacuumed, and then filled in a
+burst is estimated at one row. Any index that contains the id then seems as good as the primary key, and some indexes
+are scanned completely for each row. Measured with 50,000 due follow-ups in such a table: claim, begin and settle of a
+batch took seconds each.
 """
 
 from __future__ import annotations

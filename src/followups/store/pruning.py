@@ -1,7 +1,7 @@
 """Pruning deletes old finished follow-ups, old chat messages and expired idempotency keys.
 
-Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first, each in a short
-transaction; locked rows are skipped. Pending follow-ups are never deleted.
+Finished follow-ups are deleted with their failed attempts. Rows are deleted in batches, oldest first, each batch in a
+short transaction that skips locked rows. Pending follow-ups are never deleted.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _DELETE_OLD = text(f"""
 
 
 def count_finished(connection: Connection, before: datetime) -> int:
-    """Return how many follow-ups finished before that time."""
+    """Return how many follow-ups finished before the given time."""
     number: int = connection.execute(_COUNT, {"before": before}).scalar_one()
     return number
 
 
 def some_finished(connection: Connection, before: datetime, most: int) -> list[UUID]:
-    """Return the first few follow-ups that finished before that time."""
+    """Return the first few follow-ups that finished before the given time."""
     return list(connection.scalars(_SOME, {"before": before, "most": most}))
 
 
@@ -57,7 +57,10 @@ class Picked:
 
 
 def pick_finished(connection: Connection, before: datetime) -> list[Picked]:
-    """Lock and return the next batch of follow-ups that finished before that time; the caller deletes them."""
+    """Lock and return the next batch of follow-ups that finished before the given time.
+
+    The caller deletes them.
+    """
     rows = connection.execute(_PICK, {"before": before, "most": BATCH}).all()
     failures: dict[UUID, list[Any]] = {row.id: [] for row in rows}
     for failure in connection.execute(_FAILURES, {"ids": list(failures)}):
@@ -71,7 +74,7 @@ def delete(connection: Connection, ids: Sequence[UUID]) -> int:
 
 
 def delete_finished(connection: Connection, before: datetime) -> int:
-    """Delete the next batch of follow-ups that finished before that time; return how many."""
+    """Delete the next batch of follow-ups that finished before the given time; return how many."""
     return connection.execute(_DELETE_OLD, {"before": before, "most": BATCH}).rowcount
 
 

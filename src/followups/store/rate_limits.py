@@ -128,7 +128,7 @@ class Limitable:
     since: datetime
     """The first time at which the follow-up could be sent.
 
-    This is its due date, or the time when a past due date was set.
+    That time is the due date, or the time when a past due date was set.
     """
     left: timedelta | None
     """Time left until the messaging window or the allowed lateness ends, or None if neither applies."""
@@ -197,7 +197,7 @@ _DEFER = text(f"""
 def defer_if_leased(connection: Connection, waits: Sequence[tuple[Lease, timedelta]]) -> set[UUID]:
     """Defer leased follow-ups, each by its delay, without using up an attempt.
 
-    Return those that are now deferred.
+    Return the follow-ups that are now deferred.
     """
     parameters = batch_of([lease for lease, _ in waits]) | {"waits": [wait for _, wait in waits]}
     rows = connection.execute(_DEFER, parameters).all()
@@ -286,7 +286,8 @@ _LOCK_DEFERRED_OF = text(f"""
 def release_workspaces(connection: Connection, workspace_ids: Iterable[UUID], longest: timedelta, most: int) -> int:
     """Make up to ``most`` deferred follow-ups of these workspaces due now; return how many.
 
-    Those deferred first become due first. A row that cannot be written stays deferred until its time comes.
+    The follow-ups that were deferred first become due first. A row that cannot be written stays deferred until its time
+    comes.
     """
     parameters = {"workspace_ids": uuid_array(workspace_ids), "longest": longest, "most": most}
     ids = connection.scalars(_LOCK_DEFERRED_OF, parameters).all()

@@ -29,7 +29,7 @@ FIRST = datetime(1, 1, 1, tzinfo=UTC)
 class Failures:
     """The failed follow-ups to retry.
 
-    They are failures of a workspace since a time, for one of these reasons, that have not been retried.
+    Failures of a workspace are selected by their time and reason, if they have not been retried yet.
     """
 
     since: datetime

@@ -5,11 +5,11 @@ that must make progress (the consumer, the dispatcher, ...), each with the time 
 the file requires neither Celery nor the broker, so a check costs little more than starting an interpreter. A broker
 outage, which a restart cannot fix, does not make a supervisor restart everything.
 
-- Times are of the monotonic clock, which all processes of a machine share: setting the wall clock raises no alarm, and
-  a machine that slept does not wake up to processes that count as dead.
-- The writer holds a lock on its file. The kernel releases it when the process ends, however it ends. So a leftover file
-  is never mistaken for a process that hangs, even if its process id has been reused.
-- A process that is stopped, or whose threads no longer run, stops writing, so an old file shows this too.
+- Times are of the monotonic clock, which all processes of a machine share. So setting the wall clock raises no alarm,
+  and after a machine has slept, its processes do not count as dead.
+- The writer holds a lock on its file. The kernel releases the lock when the process ends, even if it is killed. So a
+  leftover file is never mistaken for a process that hangs, even if its process id has been reused.
+- A process that is stopped, or whose threads no longer run, stops writing, so its file grows old.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HeartbeatError(Exception):
 def default_directory() -> Path:
     """Return the default runtime directory, separate for each user, since another user's could be a trap.
 
-    It is not below ``XDG_RUNTIME_DIR``, because that exists in a login session but not in a service: a process in a
+    The directory is not below ``XDG_RUNTIME_DIR``, which exists in a login session but not in a service. A process in a
     session would not find the files of a process in a service, and vice versa.
     """
     try:
@@ -187,7 +187,7 @@ def _open_locked(path: Path) -> int:
             # Between opening and locking, another process may have removed the file as a leftover.
             if os.fstat(file).st_ino == path.stat().st_ino:
                 return file
-        except OSError:  # another process is reading it, or has just removed it
+        except OSError:  # another process is reading the file, or has just removed it
             pass
         os.close(file)
         time.sleep(PAUSE)
@@ -230,7 +230,7 @@ def _trouble(document: dict[str, Any], now: float) -> str:
 
 
 def _waits(document: dict[str, Any], now: float) -> str:
-    # A process of an older version does not write this field.
+    # A process of an older version does not write the field `waits`.
     waits = document.get("waits")
     return f"{waits['why']}, for {now - waits['since']:.0f} s" if waits else ""
 

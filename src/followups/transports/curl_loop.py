@@ -111,7 +111,7 @@ class CurlLoop:
         self._collect()
 
     def _set_timer(self, milliseconds: int) -> None:
-        # libcurl must not be called from one of its callbacks. It sets a new time with every transfer. So a timer that
+        # libcurl must not be called from one of its callbacks. It sets a new time with every transfer, so a timer that
         # would fire too early is left running, and is set again when it fires.
         if milliseconds == 0:
             self._kick = self._kick or self._loop.call_soon(self._kicked)

@@ -75,8 +75,8 @@ def connection_options(settings: Settings) -> dict[int, object]:
 def _trusted() -> dict[int, object]:
     """Return libcurl's options for the trusted certificate authorities.
 
-    These are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the wheel knows only the
-    path that one distribution uses, and does not read these variables.
+    The trusted authorities are the system's, or those of ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``. The libcurl of the
+    wheel knows only the path that one distribution uses, and does not read these variables.
     """
     paths = ssl.get_default_verify_paths()
     for name, found, what in (("SSL_CERT_FILE", paths.cafile, "file"), ("SSL_CERT_DIR", paths.capath, "directory")):
@@ -109,6 +109,6 @@ def _client_certificate(settings: Settings) -> dict[int, object]:
 
 
 def _proxy() -> dict[int, object]:
-    # This applies to https only, for which the proxy sees nothing but the host name.
+    # The check applies to https only, for which the proxy sees nothing but the host name.
     named = {name: os.environ.get(name) or os.environ.get(name.upper()) or "" for name in ("https_proxy", "no_proxy")}
     return {pycurl.PROXY: named["https_proxy"], pycurl.NOPROXY: named["no_proxy"]}

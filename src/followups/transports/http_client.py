@@ -1,7 +1,7 @@
 """HTTP calls through libcurl and their outcomes, shared by the transports that use HTTP.
 
 The outcome of a failed call depends on whether any part of the request can have left this process (`http_exchange`). An
-error before that is a `Retry`. A later error, before the head of an answer has arrived, is `Unknown`.
+error before any part has left is a `Retry`. A later error, before the head of an answer has arrived, is `Unknown`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADERS = {
     "content-type": "application/json",
     "expect": "",
 }
-"""Headers of every request. They turn off Expect, with which libcurl would request permission to send a body of a MiB.
+"""Headers of every request. The empty Expect header keeps libcurl from requesting permission to send a body of a MiB.
 """
 
 _REASONS = {
@@ -194,9 +194,9 @@ class HttpClient:
         reason = "its head is longer than 64 KiB" if code in TOO_LARGE else _reason(exchange.curl, code)
         return Unknown(f"the connection broke before an answer came ({reason})")
 
-    # These methods manage the connections. They are replaced after some seconds without a call, since libcurl closes an
-    # idle connection only at the next call. They are also replaced if libcurl keeps selecting an unusable connection,
-    # which then only finishes its calls in flight.
+    # These methods manage the connections. Connections are replaced after some seconds without a call, since libcurl
+    # closes an idle connection only at the next call. They are also replaced if libcurl keeps selecting an unusable
+    # connection, which then only finishes its calls in flight.
 
     def _connections(self) -> CurlLoop:
         if not self._is_open:

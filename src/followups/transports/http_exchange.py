@@ -2,9 +2,10 @@
 
 This module decides which calls may be repeated. libcurl requests the body only once the connection is established, and
 before it sends the first byte. So until the body has been requested, nothing has been sent. libcurl gets the body only
-once. By itself it tries again on another connection if a kept connection ends without an answer, or if HTTP/2 refuses a
-stream. For that it would have to rewind the body; since it cannot, it gives up (CURLE_SEND_FAIL_REWIND). libcurl
-reports a refused stream (REFUSED_STREAM, GOAWAY) exactly like a lost stream, so its outcome is unknown too.
+once. If a kept connection ends without an answer, or if HTTP/2 refuses a stream, libcurl itself tries again on another
+connection. For such a retry libcurl would have to rewind the body; since it cannot, it gives up
+(CURLE_SEND_FAIL_REWIND). libcurl reports a refused stream (REFUSED_STREAM, GOAWAY) exactly like a lost stream, so the
+outcome is unknown too.
 """
 
 from __future__ import annotations

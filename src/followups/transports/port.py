@@ -1,8 +1,8 @@
 """The port: what the dispatcher requires of a transport, and the five possible outcomes.
 
-A transport delivers one message into one chat. It raises no error for anything that the receiver does. Every call ends
-in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry points of the
-group ``followups.transports``; a transport must pass the test suite in ``tests/unit/transports``.
+A transport delivers one message into one chat. A transport raises no error for anything that the receiver does. Every
+call ends in one of the five outcomes, so that nothing is guessed. Third parties register their transports as entry
+points of the group ``followups.transports``; a transport must pass the test suite in ``tests/unit/transports``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Delivery:
     made_at: datetime | None = None
     """Time of the call by the database's clock.
 
-    Receivers compare it with their own clocks, and a host's clock may be wrong.
+    Receivers compare the time of the call with their own clocks, and a host's clock may be wrong.
     """
 
 
@@ -48,7 +48,7 @@ class Sent:
     chat_message_id: UUID | None = None
     status_code: int | None = None
     detail: str = ""
-    """What was unusual about the answer, for the log; this never contains the message's text."""
+    """What was unusual about the answer, for the log; the text of the message is never included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Snoozed:
-    """The transport requested a later retry (rate limiting); this uses up no attempt."""
+    """The transport requested a later retry (rate limiting), which uses up no attempt."""
 
     detail: str
     after: timedelta | None = None

@@ -34,7 +34,7 @@ class Signer:
 
         Raises `TransportConfigurationError`. A secret that is not base64 is rejected rather than used as raw bytes,
         because libraries on the receiving side interpret it differently: some skip unknown characters, some stop at
-        them. Every signature would therefore be wrong for some of them.
+        them. Every signature would therefore be wrong for some libraries.
         """
         self._webhooks = [Webhook(_key(secret)) for secret in secrets.split()]
         if not self._webhooks:

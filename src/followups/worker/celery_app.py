@@ -52,18 +52,18 @@ log = get_logger(__name__)
 
 UNREAD = 1000
 """Number of unread messages in the tick queue at which no more are added, so that beat and nudges cannot fill the
-broker while no worker is running. Ticks do not expire. To expire them, Celery would compare the clocks of two hosts,
-and a host whose clock is an hour ahead would drop all ticks. The dispatcher merges all waiting ticks into one.
+broker while no worker is running. Ticks do not expire, because Celery would have to compare the clocks of two hosts: a
+host whose clock is an hour ahead would drop all ticks. The dispatcher merges all waiting ticks into one.
 """
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
-"""Time limit of a worker's statements, which normally take milliseconds. It is at most half a lease, since follow-ups
-behind a hanging statement could not begin in time.
+"""Time limit of a worker's statements, which normally take milliseconds. The limit is at most half a lease, since
+follow-ups behind a hanging statement could not begin in time.
 """
 
 BROKER_SILENCE = timedelta(seconds=5)
-"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. It is at most half
-a lease, because later the follow-ups of a delayed hint have been leased again.
+"""Silence after which the broker's connection is replaced; an answer takes well under a millisecond. The limit is at
+most half a lease, because later the follow-ups of a delayed hint have been leased again.
 """
 
 SWITCH_INTERVAL = 0.0005
@@ -136,13 +136,13 @@ def make_app(settings: Settings) -> Celery:
             "socket_timeout": silence,
             "socket_connect_timeout": silence,
             "socket_keepalive": True,
-            # This detects a half-open connection of the consumer within twice this time, plus a second at most.
+            # This setting detects a half-open connection of the consumer within twice its time, plus a second at most.
             "health_check_interval": silence,
             # kombu retries by itself, and redis-py's own retries would multiply with kombu's: with both, a publish to a
             # silent broker took 51 s, and it takes 26 s without redis-py's.
             "retry_on_timeout": False,
         },
-        # A publish takes at most two seconds while the broker is unreachable; then the leases are released.
+        # A publish takes at most two seconds while the broker is unreachable. Then the leases are released.
         task_publish_retry_policy={"max_retries": 3, "interval_start": 0.1, "interval_step": 0.3, "interval_max": 1},
         beat_scheduler="followups.worker.schedule:Scheduler",
         beat_max_loop_interval=min(settings.tick_interval.total_seconds(), 1.0),
@@ -190,7 +190,7 @@ class Process:
 
     def stop(self) -> None:
         """Drain: stop claiming, settle the attempts in flight, release the other leases."""
-        self.pipeline.stop_beginning()  # first, since the next two may wait for a silent database
+        self.pipeline.stop_beginning()  # first, since the following steps may wait for a silent database
         self.dispatcher.stop()
         self.pruner.stop()
         self.bulk.stop()
@@ -281,7 +281,7 @@ def deliver(task: Any, hint: object = None, keys: object = None, *_: object, **_
 
 def publish(hint: Hint) -> None:
     """Publish one hint. Raises kombu's OperationalError if the broker is unreachable."""
-    # This text is what Flower displays; Celery's default is the shortened hint, which takes longer to create.
+    # Flower displays this text. Celery's default text is the shortened hint, which takes longer to create.
     count = len(hint.entries)
     shown = f"{count} follow-up{'s, the first' if count > 1 else ','} {hint.entries[0][0]}"
     # Like a tick, a hint does not expire. A late hint refers to expired leases, which begin refuses.

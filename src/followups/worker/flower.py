@@ -65,7 +65,7 @@ def _restrict(options: Any) -> None:  # noqa: ANN401 - Tornado's own
     if options.tasks_columns == FLOWERS_COLUMNS:
         options.tasks_columns = COLUMNS
     if asks_who(options.basic_auth or [], options.auth):
-        monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require it
+        monitor.Metrics.get = authenticated(monitor.Metrics.get)  # all other pages already require authentication
         return
     if os.environ.get("FLOWER_UNAUTHENTICATED_API"):
         _refuse(OPEN_API)

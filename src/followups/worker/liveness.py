@@ -44,8 +44,8 @@ A pause takes 3 s at most, and a try up to ten. The rest is a margin for a busy 
 """
 
 CONSUMING = timedelta(seconds=5)
-"""Longest time between two answers of the broker. It exceeds the time to detect a half-open connection; a healthy
-broker answers within a second.
+"""Longest time between two answers of the broker. `CONSUMING` exceeds the time to detect a half-open connection; a
+healthy broker answers within a second.
 """
 
 TURNING = timedelta(seconds=20)
@@ -54,9 +54,7 @@ machine.
 """
 
 TICKING = timedelta(seconds=90)
-"""Longest time for one tick, which takes an interval and a few statements; each statement is cancelled after at most 20
-s.
-"""
+"""Longest time for one tick, which takes an interval and a few statements of at most 20 s each."""
 
 log = get_logger(__name__)
 

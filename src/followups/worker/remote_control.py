@@ -12,7 +12,7 @@ ASKING = frozenset(
         *("ping", "stats", "active", "reserved", "scheduled", "registered", "active_queues", "query_task", "clock"),
         *("revoked", "conf", "report", "signs_of_life"),
         *("dump_active", "dump_reserved", "dump_schedule", "dump_revoked", "dump_tasks"),
-        *("enable_events", "heartbeat"),  # which let Flower see a worker
+        *("enable_events", "heartbeat"),  # needed by Flower to show a worker
     }
 )
 """Read-only commands, whose results `celery inspect` and Flower's pages show.

@@ -1,6 +1,6 @@
 """Beat's schedule and scheduler.
 
-The scheduler is Celery's own in-memory scheduler with a heartbeat. It also tolerates a clock that is set back.
+The scheduler is Celery's own in-memory scheduler with a heartbeat. It also tolerates a host's clock that is set back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 SENDING = timedelta(seconds=60)
-"""Longest time for sending one tick; a publish to a silent broker is abandoned after half of it."""
+"""Longest time for sending one tick; a publish to a silent broker is abandoned after half of this time."""
 
 LATE = timedelta(seconds=10)
 """How much later than planned the scheduler may return from its sleep."""

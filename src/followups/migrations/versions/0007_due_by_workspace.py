@@ -1,6 +1,6 @@
 """The index by which a backlog is shared fairly between workspaces.
 
-As in 0006, it is built without stopping the system.
+As in migration 0006, the index is built without stopping the system.
 """
 
 from __future__ import annotations

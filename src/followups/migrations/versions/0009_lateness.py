@@ -52,8 +52,8 @@ def upgrade() -> None:
 
 
 def _alter(change: str) -> None:
-    # This runs outside the migration's transaction, so the lock timeout is set here, as `env` sets it elsewhere. While
-    # the statement waits for its lock, every other access to the table waits behind it.
+    # The statement runs outside the migration's transaction, so the lock timeout is set here, as `env` sets it
+    # elsewhere. While the statement waits for its lock, every other access to the table waits behind it.
     op.get_bind().exec_driver_sql(f"BEGIN; SET LOCAL lock_timeout = '{LOCK_TIMEOUT}'; ALTER TABLE {change}; COMMIT")
 
 

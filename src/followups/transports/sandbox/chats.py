@@ -1,4 +1,7 @@
-"""The core of the sandbox: chats that accept each key once and behave as configured. No I/O."""
+"""The core of the sandbox: chats that accept each key once and behave as configured.
+
+This module does no I/O.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,7 @@ class Conversation:
 
     chat_id: str
     changed: int = 0
-    """Increases with every change of any chat, so the latest active chat has the greatest value."""
+    """A number that increases with every change of any chat, so the latest active chat has the greatest number."""
     total: int = 0
     """Number of all messages so far, including those no longer kept."""
     messages: dict[str, Message] = field(default_factory=dict)
@@ -163,7 +166,7 @@ class SandboxChats:
 
     @property
     def default(self) -> Behaviour:
-        """The behaviour of every chat that has no separate one. It has no ``times``."""
+        """The behaviour of every chat that has no behaviour of its own. ``times`` is not used here."""
         return self._default
 
     @default.setter

@@ -111,7 +111,7 @@ async def say(request: web.Request) -> web.Response:
 
 @routes.view("/sandbox/behaviour")
 class DefaultBehaviour(web.View):
-    """The behaviour of every chat that has no separate one."""
+    """The behaviour of every chat that has no behaviour of its own."""
 
     async def get(self) -> web.Response:
         """Return the default behaviour."""

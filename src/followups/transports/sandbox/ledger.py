@@ -14,7 +14,9 @@ from uuid import uuid4
 KEEP_RECORDS = 200_000
 """Number of requests that are kept by default; the counts include all requests."""
 KEEP_KEYS = 1_000_000
-"""Number of accepted keys that are kept. Beyond it the oldest key is removed, as in any receiver that deduplicates."""
+"""Number of accepted keys that are kept. Beyond this number the oldest key is removed, as in any receiver that
+deduplicates.
+"""
 
 QUANTILES = {"p50": 0.50, "p95": 0.95, "p99": 0.99, "max": 1.0}
 
@@ -27,7 +29,7 @@ class Arrival(NamedTuple):
 
     @classmethod
     def now(cls) -> Arrival:
-        """Read both clocks."""
+        """Read the wall clock and the monotonic clock."""
         return cls(time.time(), time.monotonic())
 
 

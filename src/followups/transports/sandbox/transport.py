@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class SandboxTransport:
     """A `Transport` that delivers into `SandboxChats` without a network.
 
-    It uses the same table of answers as ``http``.
+    The sandbox uses the same table of answers as ``http``.
     """
 
     name = "sandbox"
