@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -13,6 +14,7 @@ import anyio.to_thread
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -26,7 +28,7 @@ from followups.api.listening import MetricsPort
 from followups.api.metrics import Exposition
 from followups.api.readiness import ReadinessChecks
 from followups.api.routes import chats, console_links, follow_ups, service
-from followups.api.shares import Shares
+from followups.api.shares import SharedResult, Shares
 from followups.console.application import Console
 from followups.database import make_engine
 from followups.errors import FollowUpsError, SettingsError
@@ -77,9 +79,11 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
     database = Database(url, pool_size=POOL_SIZE, application_name=NAME, statement_timeout=STATEMENT_TIMEOUT)
     app = _routes()
     app.state.metrics_port = settings.metrics_port
-    app.state.health = ReadinessChecks(settings, engine)
+    checks = ReadinessChecks(settings, engine)
+    app.state.document = SharedResult(lambda: to_json(app.openapi()), math.inf)
+    app.state.readiness = SharedResult(checks.checks)
     totals = CounterTotals(engine)
-    app.state.exposition = Exposition(engine, settings.max_in_flight, totals)
+    app.state.metrics = SharedResult(Exposition(engine, settings.max_in_flight, totals).text)
     app.state.services = ApiServices(
         database=database,
         rate_limit=KeyRateLimit(settings),
@@ -108,7 +112,7 @@ def create_app(settings: Settings, nudge: Callable[[], None] | None = None) -> F
         totals.stop()
         traces.stop()
         await app.state.services.rate_limit.close()
-        app.state.health.close()
+        checks.close()
         await database.close()
         if console:
             console.close()
@@ -156,6 +160,7 @@ class Application(FastAPI):
 def _routes() -> FastAPI:
     app = Application(
         title=openapi.TITLE,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
         swagger_ui_oauth2_redirect_url=None,

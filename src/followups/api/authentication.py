@@ -229,8 +229,11 @@ class Caller:
 
     async def _run_alone(self, rule: Callable[[Work], Steps[T | None]]) -> tuple[Work, T] | None:
         work = self._work()
-        async with self._services.database.reading() as connection:
-            result = await event_loop.run(connection, rule(work))
+        try:
+            async with self._services.database.reading() as connection:
+                result = await event_loop.run(connection, rule(work))
+        except FollowUpsError:
+            return None  # raised again in the transaction, once the key is checked
         if result is None:
             return None
         self._is_valid = True
@@ -309,10 +312,11 @@ async def admit(scope: Scope) -> None:
     given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
     key = key_in(given.decode("latin-1"))
     hashed = api_keys.hash_of(key)
-    if hashed is None:
-        raise UnauthorizedError
-    identity = services.known_keys.get(hashed)
+    identity = services.known_keys.get(hashed) if hashed else None
     if identity is None:
+        await services.shares.turnstile()
+        if hashed is None:
+            raise UnauthorizedError
         async with services.shares.strangers, services.database.reading() as connection:
             identity = await event_loop.run(connection, api_keys.authenticate.steps(key))
         if identity is None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fastapi import APIRouter
-from fastapi.responses import FileResponse, HTMLResponse, Response
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, Response
+
+from followups.api import json_responses
+
+if TYPE_CHECKING:
+    from followups.api.shares import SharedResult
 
 STATIC = Path(str(files("fastapi_offline"))) / "static"
 CACHED = {"cache-control": "public, max-age=86400"}
@@ -52,10 +59,23 @@ async def start() -> Response:
 @router.get("/docs/swagger-ui-bundle.js")
 async def script() -> Response:
     """Return Swagger UI's script."""
-    return FileResponse(STATIC / "swagger-ui-bundle.js", headers=CACHED)
+    return Response(_content("swagger-ui-bundle.js"), media_type="text/javascript", headers=CACHED)
 
 
 @router.get("/docs/swagger-ui.css")
 async def style() -> Response:
     """Return Swagger UI's style sheet."""
-    return FileResponse(STATIC / "swagger-ui.css", headers=CACHED)
+    return Response(_content("swagger-ui.css"), media_type="text/css", headers=CACHED)
+
+
+@router.get("/openapi.json")
+async def document(request: Request) -> Response:
+    """Return the OpenAPI document."""
+    result: SharedResult[bytes] = request.app.state.document
+    return json_responses.answer(await result.get())
+
+
+@lru_cache
+def _content(name: str) -> bytes:
+    """Return a static file, which is read once and then kept in memory."""
+    return (STATIC / name).read_bytes()

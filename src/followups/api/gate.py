@@ -2,7 +2,7 @@
 
 The key is checked first, so that the body of an unauthenticated request is never read. The whole body is read before
 any other component handles the request. A slow client therefore occupies a socket, but no thread and no database
-connection.
+connection. Everything outside the API and the console needs no key, has no body, and is answered from memory.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+    from followups.console.application import Console
 
 KEYED = "/api/"
 """Path prefix of the requests that need an API key."""
@@ -74,6 +76,8 @@ class RequestBody:
     budget: Budget
     most: int = MAX_BODY_SIZE
     size: int = 0
+    has_key: bool = False
+    """Whether the request's API key is valid."""
     problem: problems.ProblemAnswer | None = None
 
     def take(self, size: int) -> problems.ProblemAnswer | None:
@@ -145,17 +149,18 @@ class Gate:
             _check_head(scope)
             if scope["path"].startswith(KEYED):
                 await _admit(scope)
+                wire.has_key = True
+                body = await _read_body(receive, wire)
+                self._slots.acquire(MAX_WAITING, _FULL)
+                await self._let_in(self._slots, scope, _replay(body, receive), answer)
+                return
+            await scope["app"].state.services.shares.turnstile()
             console = getattr(scope["app"].state, "console", None) if scope["path"].startswith(CONSOLE) else None
             if console:
-                self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
-                try:
-                    wire.most = await console.body_limit(scope)
-                finally:
-                    self._console_slots.release()  # a body that arrives slowly occupies no slot
-            body = await _read_body(receive, wire)
-            slots = self._console_slots if console else self._slots
-            slots.acquire(*((MAX_CONSOLE_WAITING, _CONSOLE_FULL) if console else (MAX_WAITING, _FULL)))
-            await self._let_in(slots, scope, _replay(body, receive), answer)
+                await self._serve_console(console, scope, receive, answer)
+            else:
+                answer.closes = _has_body(scope)
+                await self._app(scope, _replay(b"", receive), answer)
         except Refusal as refusal:
             # a `Refusal` is raised only before a response has started
             await answer.problem(scope, receive, refusal.problem)
@@ -166,6 +171,17 @@ class Gate:
                 await answer.problem(scope, receive, problems.of_exception(error))
         finally:
             wire.release()
+
+    async def _serve_console(self, console: Console, scope: Scope, receive: Receive, answer: _Answer) -> None:
+        wire: RequestBody = scope[WIRE]
+        self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
+        try:
+            wire.most = await console.body_limit(scope)
+        finally:
+            self._console_slots.release()  # a body that arrives slowly occupies no slot
+        body = await _read_body(receive, wire)
+        self._console_slots.acquire(MAX_CONSOLE_WAITING, _CONSOLE_FULL)
+        await self._let_in(self._console_slots, scope, _replay(body, receive), answer)
 
     async def _let_in(self, slots: RequestSlots, scope: Scope, receive: Receive, answer: _Answer) -> None:
         answer.at_start = slots.release
@@ -183,6 +199,8 @@ class _Answer:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
+        self.closes = False
+        """Whether the response closes the connection, because the request's body stays unread."""
         self.at_start: Callable[[], None] | None = None
 
     async def __call__(self, message: Message) -> None:
@@ -190,6 +208,8 @@ class _Answer:
             self.begun = True
             if self.at_start:
                 self.at_start()
+            if self.closes:
+                message = {**message, "headers": [*message["headers"], (b"connection", b"close")]}
         await self._send(message)
 
     async def problem(self, scope: Scope, receive: Receive, problem: problems.ProblemAnswer) -> None:
@@ -221,8 +241,14 @@ async def _admit(scope: Scope) -> None:
         await admit(scope)
     except FollowUpsError as error:
         problem = problems.of_error(error)
-        unread = any(name in {b"content-length", b"transfer-encoding"} for name, _ in scope["headers"])
-        raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if unread else {})})) from None
+        raise Refusal(replace(problem, headers={**problem.headers, **(_CLOSE if _has_body(scope) else {})})) from None
+
+
+def _has_body(scope: Scope) -> bool:
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0")
+        for name, value in scope["headers"]
+    )
 
 
 async def _read_body(receive: Receive, wire: RequestBody) -> bytes:

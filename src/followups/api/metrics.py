@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 log = get_logger(__name__)
 
-TEXT_KEPT = timedelta(seconds=1)
 KEPT = timedelta(seconds=2)
 """How long a database result is reused, so that several scrapers cost no more than one."""
 
@@ -99,9 +98,6 @@ class Exposition:
         self._waiting.register(BacklogCollector(engine, window))
         self._counted = CollectorRegistry()
         self._counted.register(self)
-        self._lock = threading.Lock()
-        self._text = b""
-        self._until = 0.0
 
     def collect(self) -> Iterator[Metric]:
         """Yield the counters summed over all processes.
@@ -123,12 +119,8 @@ class Exposition:
         return []
 
     def text(self) -> bytes:
-        """Return all metrics in text format, at most `TEXT_KEPT` old: many scrapes cost no more than one."""
-        with self._lock:
-            if time.monotonic() >= self._until:
-                self._text = b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
-                self._until = time.monotonic() + TEXT_KEPT.total_seconds()
-            return self._text
+        """Return all metrics in text format."""
+        return b"".join(map(generate_latest, (self._waiting, self._counted, REGISTRY)))
 
 
 def _families(samples: Mapping[counter_totals.Sample, float]) -> Iterator[Metric]:

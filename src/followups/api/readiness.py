@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from datetime import timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -28,9 +26,6 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(seconds=1)
 """How long to wait for the broker to answer."""
 
-KEPT = 1.0
-"""Seconds for which one result is reused, so that many probes cost no more than one."""
-
 
 class ReadinessChecks:
     """The readiness checks of one process."""
@@ -38,8 +33,6 @@ class ReadinessChecks:
     def __init__(self, settings: Settings, engine: Engine) -> None:
         """Store the settings and the engine; connections are opened on first use."""
         self._engine = engine
-        self._lock = threading.Lock()
-        self._latest: tuple[float, dict[str, Check]] | None = None
         self._stale = last_tick.stale_after(settings.tick_interval)
         self._broker = Redis.from_url(
             settings.broker_url.get_secret_value(),
@@ -49,14 +42,8 @@ class ReadinessChecks:
         )
 
     def checks(self) -> dict[str, Check]:
-        """Return the result of every check.
-
-        A result is at most `KEPT` seconds old; calls within that time return the same result.
-        """
-        with self._lock:
-            if self._latest is None or time.monotonic() - self._latest[0] > KEPT:
-                self._latest = time.monotonic(), self._database() | {"broker": self._check_broker()}
-            return self._latest[1]
+        """Run every check and return its result."""
+        return self._database() | {"broker": self._check_broker()}
 
     def close(self) -> None:
         """Close the connection to the broker."""

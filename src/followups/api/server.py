@@ -90,23 +90,25 @@ class Crowd:
         self.unread: dict[LimitedProtocol, None] = {}
 
     def make_room(self) -> bool:
-        """Close the longest idle or unread connection, and return whether there was one."""
-        least = next(iter(self.idle or self.unread), None)
-        if least is not None:
-            self._close(least)
-        return least is not None
+        """Close an idle or unread connection, and return whether there was one."""
+        if not (self.idle or self.unread):
+            return False
+        self._close_first(self.idle or self.unread)
+        return True
 
     def bound_unsent(self) -> None:
         """Close connections whose clients do not read, until at most `MAX_UNSENT` bytes are unsent."""
         while sum(each.transport.get_write_buffer_size() for each in self.unread) > MAX_UNSENT:
-            self._close(next(iter(self.unread)))
+            self._close_first(self.unread)
 
     def forget(self, connection: LimitedProtocol) -> None:
         """Drop a connection that is closed."""
         self.idle.pop(connection, None)
         self.unread.pop(connection, None)
 
-    def _close(self, connection: LimitedProtocol) -> None:
+    def _close_first(self, connections: dict[LimitedProtocol, None]) -> None:
+        """Close the first connection whose latest request had no valid API key, or else the first one."""
+        connection = next((each for each in connections if not each.has_key), next(iter(connections)))
         self.forget(connection)
         connection.connections.discard(connection)
         connection.transport.abort()
@@ -136,6 +138,11 @@ class LimitedProtocol(HttpToolsProtocol):
         self._header_due: asyncio.TimerHandle | None = None
         self._read_due: asyncio.TimerHandle | None = None
         self._unsent = sys.maxsize
+
+    @property
+    def has_key(self) -> bool:
+        """Whether the connection's latest request had a valid API key."""
+        return self._wire.has_key
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn's
         """Close another connection if there are too many, and start the header timer."""

@@ -1,15 +1,21 @@
-"""Limits on one workspace's database connections, so that other workspaces always find one free."""
+"""What one workspace, or clients without a known API key, may take from the others: connections, the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import WeakValueDictionary
+
+from anyio import to_thread
 
 from followups.errors import TooManyRequestsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
+
+T = TypeVar("T")
 
 SHARE = 6
 """Maximum number of database connections used by one workspace at a time, out of 8 in the pool."""
@@ -20,8 +26,28 @@ WAITING_SHARE = 128
 STRANGERS_SHARE = 2
 """Maximum number of database connections for looking up API keys unknown to this process."""
 
+KEPT = 1.0
+"""Seconds for which the result of a probe or a scrape is reused."""
+
 TOO_MANY_WAIT = "Too many requests of this workspace are waiting; try again shortly."
 TOO_MANY_STRANGERS = "Too many requests with keys that are not known yet are waiting; try again shortly."
+
+
+class Turnstile:
+    """Lets one request pass in each turn of the event loop, in the order of arrival.
+
+    Requests without a known API key pass through it. However many of them arrive at once, the requests of known clients
+    run in every turn.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing waiting."""
+        self._lock = asyncio.Lock()
+
+    async def __call__(self) -> None:
+        """Wait for a turn."""
+        async with self._lock:
+            await asyncio.sleep(0)
 
 
 class Shares:
@@ -30,6 +56,7 @@ class Shares:
     def __init__(self) -> None:
         """Start with no workspaces."""
         self.strangers = Turns(STRANGERS_SHARE, TOO_MANY_STRANGERS)
+        self.turnstile = Turnstile()
         self._turns: WeakValueDictionary[UUID, Turns] = WeakValueDictionary()
 
     def of(self, workspace_id: UUID) -> Turns:
@@ -64,3 +91,29 @@ class Turns:
         """Let the next waiting request run."""
         self._inside -= 1
         self._semaphore.release()
+
+
+class SharedResult(Generic[T]):
+    """A result that is computed in a thread, once for all simultaneous requests, and then reused for a while.
+
+    A request that finds a recent result needs no thread, so any number of them cost little more than one. An instance
+    belongs to one event loop.
+    """
+
+    def __init__(self, compute: Callable[[], T], reused_for: float = KEPT) -> None:
+        """Store the function that computes the result, and the seconds for which it is reused."""
+        self._compute = compute
+        self._reused_for = reused_for
+        self._expires_at = 0.0
+        self._task: asyncio.Task[T] | None = None
+
+    async def get(self) -> T:
+        """Return the result. Raises what its computation raised."""
+        if self._task is None or (self._task.done() and time.monotonic() >= self._expires_at):
+            self._task = asyncio.create_task(self._in_thread())
+        return await asyncio.shield(self._task)
+
+    async def _in_thread(self) -> T:
+        result = await to_thread.run_sync(self._compute)
+        self._expires_at = time.monotonic() + self._reused_for
+        return result

@@ -6,6 +6,9 @@ import json
 import os
 import resource
 import socket
+import statistics
+import subprocess
+import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,11 +22,11 @@ import pytest
 
 from followups.api import server
 from followups.embedded import Processes
-from web import FOLLOW_UPS, Api, start
+from web import FOLLOW_UPS, ROOT, Api, start
 from world import World
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from sqlalchemy import Engine
 
@@ -220,6 +223,37 @@ def test_clients_that_do_not_read(web: Web) -> None:
     page = web.api.get(FOLLOW_UPS, pageSize=100)
     assert len(page.content) > 26_000_000
     assert {len(each["message"]) for each in page.json()} == {65_536}
+
+
+STRANGERS = (
+    "/healthz",
+    "/readyz",
+    "/metrics",
+    "/docs",
+    "/docs/swagger-ui-bundle.js",
+    "/openapi.json",
+    "/nothing",
+    f"{FOLLOW_UPS}/{uuid4()}",
+)
+"""Paths that answer without a key."""
+
+
+@pytest.mark.parametrize("paths", [pytest.param([each], marks=pytest.mark.large) for each in STRANGERS] + [STRANGERS])
+def test_strangers_on_400_connections(web: Web, paths: Sequence[str]) -> None:
+    """While strangers send requests on 400 connections, a client with a key is served, and within a short time."""
+    host, port = web.address
+    flood = [sys.executable, str(ROOT / "tests/flood.py"), host, str(port), "400", "2.5", *paths]
+    times = []
+    with subprocess.Popen(flood) as strangers:
+        time.sleep(1)
+        while strangers.poll() is None and len(times) < 60:
+            begun = time.perf_counter()
+            assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
+            times.append(time.perf_counter() - begun)
+            time.sleep(0.01)
+    figures = f"p50 {statistics.median(times) * 1000:.0f} ms, p95 {p95(times) * 1000:.0f} ms"
+    print(f"another's list beside 400 connections to {', '.join(paths)}: {figures}")  # noqa: T201 - the figure
+    assert statistics.median(times) < 0.25
 
 
 @pytest.fixture

@@ -164,6 +164,24 @@ def test_a_stranger_s_body_is_not_read(api: Api) -> None:
         assert b"connection: close" in answer.lower()
 
 
+@pytest.mark.parametrize("path", ["/healthz", "/docs", "/nothing"])
+@pytest.mark.parametrize("head", ["content-length: 1000000", "transfer-encoding: chunked"])
+def test_a_body_that_nothing_needs_is_not_read(api: Api, path: str, head: str) -> None:
+    """Outside the API and the console, the response comes before the body is read, and closes the connection."""
+    answer = raw(api, f"POST {path} HTTP/1.1\r\nhost: a\r\n{head}\r\n\r\n".encode())
+    assert answer.startswith((b"HTTP/1.1 405", b"HTTP/1.1 404"))
+    assert answer.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in answer.lower()
+
+
+def test_a_length_of_zero_keeps_the_connection(api: Api) -> None:
+    """A request with an empty body is followed by others on its connection, with or without a key."""
+    request = b"GET /healthz HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n"
+    stranger = request.replace(b"/healthz", FOLLOW_UPS.encode())
+    answer = raw(api, request + stranger + request, wait=1)
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"401", b"200"]
+
+
 def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
     """A revoked API key is rejected immediately, whether the body is valid or not."""
     assert api.get(FOLLOW_UPS).status_code == 200

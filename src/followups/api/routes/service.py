@@ -13,8 +13,8 @@ from followups.api.problems import ProblemAnswer
 from followups.api.schemas import Health, Readiness
 
 if TYPE_CHECKING:
-    from followups.api.metrics import Exposition
-    from followups.api.readiness import ReadinessChecks as Checks
+    from followups.api.schemas import Check
+    from followups.api.shares import SharedResult
 
 router = APIRouter(tags=["Service"])
 
@@ -26,10 +26,10 @@ async def health() -> Response:
 
 
 @router.get("/readyz", operation_id="readiness", response_model=Readiness, responses=response_docs.READINESS)
-def readiness(request: Request) -> Response:
+async def readiness(request: Request) -> Response:
     """Check the database, its migrations, the age of the last tick, and the broker."""
-    health: Checks = request.app.state.health
-    checks = health.checks()
+    result: SharedResult[dict[str, Check]] = request.app.state.readiness
+    checks = await result.get()
     failing = [f"{name} ({check.detail})" for name, check in checks.items() if not check.ok]
     if not failing:
         return json_responses.answer(Readiness(status="ready", checks=checks).model_dump_json().encode())
@@ -39,7 +39,7 @@ def readiness(request: Request) -> Response:
 
 
 @router.get("/metrics", operation_id="metrics", response_class=PlainTextResponse, responses=response_docs.METRICS)
-def metrics(request: Request) -> Response:
+async def metrics(request: Request) -> Response:
     """Return the counters of all processes and the gauges of the backlog in Prometheus text format."""
-    exposition: Exposition = request.app.state.exposition
-    return Response(exposition.text(), media_type=CONTENT_TYPE_LATEST)
+    result: SharedResult[bytes] = request.app.state.metrics
+    return Response(await result.get(), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,42 @@
+"""A flood of requests without an API key: ``python tests/flood.py HOST PORT CONNECTIONS SECONDS PATH...``.
+
+It is a process of its own, which takes no time from the test. Each connection sends one request after the other, and
+is made anew when the server closes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from contextlib import suppress
+
+
+async def ask(host: str, port: int, path: str, until: float) -> None:
+    """Request the path on one connection until it is closed or the time is over."""
+    reader, writer = await asyncio.open_connection(host, port)
+    try:
+        while time.monotonic() < until:
+            writer.write(f"GET {path} HTTP/1.1\r\nhost: a\r\n\r\n".encode())
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            await reader.readexactly(int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+    finally:
+        writer.close()
+
+
+async def go_on(host: str, port: int, path: str, until: float) -> None:
+    """Request the path on one connection after the other until the time is over."""
+    while time.monotonic() < until:
+        with suppress(OSError, asyncio.IncompleteReadError):
+            await ask(host, port, path, until)
+
+
+async def main(host: str, port: int, connections: int, seconds: float, paths: list[str]) -> None:
+    """Open the connections, which share the paths evenly."""
+    until = time.monotonic() + seconds
+    clients = [asyncio.create_task(go_on(host, port, paths[n % len(paths)], until)) for n in range(connections)]
+    await asyncio.wait(clients, timeout=seconds + 1)
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]), sys.argv[5:]))
