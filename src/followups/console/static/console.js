@@ -1,8 +1,8 @@
-// Makes the pages live. Everything works without it.
+// Updates the pages live. The console works without this script.
 
 const base = document.documentElement.dataset.base;
 const LEAST_PAUSE = 1500; // milliseconds between two refreshes
-const LONGEST_PAUSE = 30000; // a refresh without any nudge
+const LONGEST_PAUSE = 30000; // milliseconds until a refresh without any event
 
 signInByLink();
 addEventListener("hashchange", signInByLink);
@@ -15,7 +15,7 @@ function signInByLink() {
   const form = document.getElementById("sign-in");
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (!form || !token) return;
-  history.replaceState(null, "", location.pathname + location.search); // so that the token stays in no history
+  history.replaceState(null, "", location.pathname + location.search); // so that the token does not stay in the browser's history
   form.elements.secret.value = token;
   form.requestSubmit();
 }
@@ -84,7 +84,7 @@ function goLive() {
     source.addEventListener("error", () => {
       if (!status.dataset.stale) say(live.dataset.stale.replace("{time}", new Date().toLocaleTimeString()));
       status.dataset.stale = "yes";
-      // The browser gives up after an answer that is an error; it is tried again later.
+      // The browser stops reconnecting after an error response, so open a new connection later.
       if (source && source.readyState === EventSource.CLOSED) setTimeout(() => !paused && !document.hidden && open(), 5000);
     });
   }
@@ -119,7 +119,7 @@ function goLive() {
       const answer = await fetch(location.href, { headers: { accept: "text/html" }, redirect: "manual" });
       if (answer.type === "opaqueredirect" || answer.status === 401) return stop(live.dataset.out);
       if (!answer.ok) throw new Error(answer.status);
-      if (paused) return; // since the request began
+      if (paused) return; // paused while the request was running
       const page = new DOMParser().parseFromString(await answer.text(), "text/html");
       for (const region of document.querySelectorAll("[data-region]")) {
         const fresh = page.querySelector(`[data-region="${region.dataset.region}"]`);
@@ -140,7 +140,7 @@ function goLive() {
     if (!isBusy(region) && region.innerHTML !== fresh.innerHTML) region.replaceChildren(...fresh.childNodes);
   }
 
-  // Rows are changed where they are; new ones are offered, so that nothing moves under the pointer.
+  // Update existing rows in place and only offer new rows, so that no row moves under the pointer.
   function replaceRows(region, fresh) {
     const rows = [...fresh.querySelectorAll("tbody tr[id]")];
     const known = rows.filter((row) => document.getElementById(row.id));
