@@ -41,7 +41,7 @@ class ClaimInterval:
         reveal its speed.
         """
         self._pause = SHORTEST
-        """The latest pause that was computed from a known speed."""
+        """The latest pause that was computed from a known rate of claims, in seconds."""
         self.next = 0.0
         """The earliest time of the next claim, in monotonic seconds."""
 
