@@ -18,9 +18,9 @@ def test_what_an_earlier_run_broke_is_still_said() -> None:
     """A long form whose earlier result broke a promise still counts as broken, until it is run again."""
     first = report([*run("one", "long", lost=2), *run("two", "long")], "")
     second = report(run("two", "long"), first)
-    assert "Promises broken, in all of them: {'in earlier runs': 2}" in second
+    assert "Broken promises in all runs: {'in earlier runs': 2}" in second
     assert "`one` | 1 | 2 | recovery s 1.5 |" in second
-    assert "Promises broken, in all of them: none" in report(run("one", "long"), second)
+    assert "Broken promises in all runs: none" in report(run("one", "long"), second)
 
 
 def test_each_row_has_the_date_of_its_run() -> None:
