@@ -216,7 +216,9 @@ def test_remote_control_may_be_allowed(stack: Stack) -> None:
     """With REMOTE_CONTROL set, `celery control shutdown` stops a worker."""
     stack.options["FOLLOWUPS_REMOTE_CONTROL"] = "true"
     worker = stack.worker()
-    celery_app(stack).control.shutdown()
+    control = celery_app(stack).control
+    wait_until(lambda: control.ping(timeout=1))  # a worker is ready before it listens to commands
+    control.shutdown()
     wait_until(lambda: not worker.running)
     assert worker.exit_code == 0
 
