@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from faults import guards
 from faults.guards import PromiseBroken, Scene, without
 from followups.delivery.attempts import Begun
+from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.send import send
 from followups.store.fragments import LATENESS_FROM, NEXT_TOKEN
@@ -242,7 +243,7 @@ async def sent_by(clock: DatabaseClock, engine: Engine, begun: Begun, latest: fl
     """
     clock.ask(engine)
     transport = Telling(clock)
-    await send(transport, begun, clock, timedelta(seconds=5), latest)
+    await send(transport, begun, clock, CallTimeout(timedelta(seconds=5)), latest)
     return [moment - begun.lease.due for moment in transport.called]
 
 

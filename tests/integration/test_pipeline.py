@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError
 from followups.database import make_async_engine
 from followups.delivery import due_queue, settle
 from followups.delivery.attempts import Begun
+from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.claim import claim
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.pipeline import Pipeline
@@ -429,7 +430,7 @@ async def test_not_sent_after_its_lease() -> None:
     lease = Lease(uuid4(), 1, now)
     begun = Begun(lease, Delivery(lease.id, uuid4(), uuid4(), "api", None, uuid4(), "x", now, 1), 0)
     transport = Scripted(lambda _: Sent())
-    limit = timedelta(seconds=1)
+    limit = CallTimeout(timedelta(seconds=1))
     assert await send(transport, begun, clock, limit, uptime() - 0.001) is None
     assert not transport.calls
     assert await send(transport, begun, clock, limit, uptime() + 60) is not None

@@ -11,8 +11,9 @@ from uuid import uuid4
 import pytest
 
 from followups.delivery.attempts import Attempt, Begun
+from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.clock import DatabaseClock
-from followups.delivery.send import GRACE, send
+from followups.delivery.send import send
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Outcome, Sent, Unknown
 from followups.uptime import uptime
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from followups.transports.port import Transport
 
-SOON = timedelta(milliseconds=50) - GRACE
+SOON = timedelta(milliseconds=50)
 NOW = datetime.now(UTC)
 LEASE = Lease(uuid4(), 1, NOW)
 BEGUN = Begun(
@@ -43,11 +44,11 @@ class Plugin:
 
 
 async def attempt(does: Callable[[], Awaitable[Outcome]], limit: timedelta = SOON) -> Attempt | None:
-    """Make one call within the time limit and the grace period."""
+    """Make one call within the time limit."""
     clock = DatabaseClock()
     clock.observe(NOW, uptime(), uptime())
     transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
-    return await send(transport, BEGUN, clock, limit, uptime() + 60)
+    return await send(transport, BEGUN, clock, CallTimeout(limit), uptime() + 60)
 
 
 async def outcome(does: Callable[[], Awaitable[Outcome]]) -> Outcome:
@@ -136,3 +137,26 @@ async def test_cancelled_from_outside_as_the_limit_ends() -> None:
     task = asyncio.create_task(attempt(block))
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_calls_share_one_timer() -> None:
+    """Calls that begin at different times are each stopped at their own limit, while others end normally."""
+    timeout = CallTimeout(timedelta(milliseconds=100))
+    clock = DatabaseClock()
+    clock.observe(NOW, uptime(), uptime())
+
+    async def call(does: Callable[[], Awaitable[Outcome]], after: float) -> tuple[Outcome, float]:
+        await asyncio.sleep(after)
+        transport: Transport = Plugin(does)  # type: ignore[assignment]  # as much of one as a call needs
+        made = await send(transport, BEGUN, clock, timeout, uptime() + 60)
+        assert made is not None
+        return made.outcome, made.duration.total_seconds()
+
+    async def answer() -> Outcome:
+        await asyncio.sleep(0.02)
+        return Sent()
+
+    calls = [(hang, 0.0), (answer, 0.01), (hang, 0.05), (answer, 0.09), (hang, 0.3)]
+    for (does, _), (outcome, seconds) in zip(calls, await asyncio.gather(*(call(*one) for one in calls)), strict=True):
+        assert (outcome == Sent()) == (does is answer)
+        assert does is answer or 0.09 < seconds < 0.2

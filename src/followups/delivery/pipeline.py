@@ -22,6 +22,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from followups.delivery import events
 from followups.delivery.begin import begin_within_limits
+from followups.delivery.call_timeout import CallTimeout
 from followups.delivery.claim import release
 from followups.delivery.clock import DatabaseClock
 from followups.delivery.deferral import Deferral
@@ -82,6 +83,7 @@ class Pipeline:
         self._transport = transport
         self._nudge = nudge
         self._clock = DatabaseClock()
+        self._timeout = CallTimeout(settings.transport_timeout + GRACE)
         self._slots = Slots(settings.concurrency)
         self._queue = DueQueue(self._clock, settings.lease, self._slots)
         self._rate_limits = RateLimits(settings, engine, limiter, LEAD)
@@ -202,13 +204,12 @@ class Pipeline:
 
     async def _send(self, begun: Begun, started: float) -> None:
         """Send at the due time, and pass the outcome to settle."""
-        limit = self._settings.transport_timeout
         # The latest start is the lease minus the call's time limit, counted from before begin. A later call could end
         # after the lease.
-        latest = started + (self._settings.lease - limit - GRACE).total_seconds()
+        latest = started + self._settings.lease.total_seconds() - self._timeout.seconds
         attempt = None
         try:
-            attempt = await send(self._transport, begun, self._clock, limit, latest)
+            attempt = await send(self._transport, begun, self._clock, self._timeout, latest)
         finally:
             self._slots.release(begun.lease)
             self._queue.changed.set()

@@ -18,6 +18,7 @@ from followups.uptime import uptime
 
 if TYPE_CHECKING:
     from followups.delivery.attempts import Begun
+    from followups.delivery.call_timeout import CallTimeout
     from followups.delivery.clock import DatabaseClock
     from followups.transports.port import Delivery, Transport
 
@@ -47,9 +48,9 @@ HIGHEST_STATUS_CODE = 1000
 
 
 async def send(
-    transport: Transport, begun: Begun, clock: DatabaseClock, limit: timedelta, latest: float
+    transport: Transport, begun: Begun, clock: DatabaseClock, limit: CallTimeout, latest: float
 ) -> Attempt | None:
-    """Wait until the follow-up is due and call the transport once, within ``limit`` and a grace period.
+    """Wait until the follow-up is due and call the transport once, within ``limit``.
 
     The call is never early. After ``latest`` (an `uptime`) the transport is not called, and the result is None. In that
     case the process was frozen, and another worker might have the lease before an answer arrived. Only cancellation is
@@ -64,26 +65,28 @@ async def send(
     # Each delivery is sent once, so its time is set in place: copying a frozen value takes 2.5 us.
     object.__setattr__(begun.delivery, "made_at", clock.now())
     with traces.attempt(begun.traceparent, partial(_described, begun, transport.name)) as note:
-        outcome = await _call(transport, begun.delivery, limit + GRACE)
+        outcome = await _call(transport, begun.delivery, limit)
         answered = uptime()
         note({"followups.outcome": OUTCOME_NAMES[type(outcome)]}, failed=not isinstance(outcome, Sent))
     return Attempt(begun, outcome, timedelta(seconds=answered - started), answered, clock.now())
 
 
-async def _call(transport: Transport, delivery: Delivery, limit: timedelta) -> Outcome:
-    seconds = limit.total_seconds()
+async def _call(transport: Transport, delivery: Delivery, limit: CallTimeout) -> Outcome:
+    task = limit.begin()
     try:
-        async with asyncio.timeout(seconds) as timeout:
-            return checked(await transport.send(delivery))
+        outcome = checked(await transport.send(delivery))
     except BaseException as error:
-        if isinstance(error, TimeoutError) and timeout.expired():
-            return Unknown(f"no outcome within {seconds:g} s")
-        task = asyncio.current_task()
-        if isinstance(error, asyncio.CancelledError) and task and task.cancelling():
-            raise
+        expired = limit.end(task)
+        if isinstance(error, asyncio.CancelledError):
+            if task.cancelling():
+                raise
+            if expired:
+                return Unknown(f"no outcome within {limit.seconds:g} s")
         # A plug-in may raise any exception, even SystemExit, so the outcome is unknown. The error's text may contain
         # the message, so only its class is kept.
         return Unknown(f"the transport raised {type(error).__name__}")
+    limit.end(task)
+    return outcome
 
 
 def checked(outcome: object) -> Outcome:

@@ -1,0 +1,51 @@
+"""The time limit of the transport's calls, with one timer for all of them: a timer for each call takes 4 us."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    Task = asyncio.Task[Any]
+
+
+class CallTimeout:
+    """Cancels every task whose call takes longer than the limit. An instance belongs to one event loop."""
+
+    def __init__(self, limit: timedelta) -> None:
+        """``limit`` is the longest duration of a call."""
+        self.seconds = limit.total_seconds()
+        self._ends: dict[Task, float] = {}
+        """The latest end of each task's call, by the loop's clock. All calls have the same limit, so the first ends
+        first.
+        """
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> Task:
+        """Limit the current task's call, which begins now, and return the task."""
+        task = cast("Task", asyncio.current_task())
+        loop = asyncio.get_running_loop()
+        end = self._ends[task] = loop.time() + self.seconds
+        if self._timer is None:
+            self._timer = loop.call_at(end, self._expire)
+        return task
+
+    def end(self, task: Task) -> bool:
+        """Lift the limit of a task's call, and return whether it was exceeded."""
+        if self._ends.pop(task, None) is not None:
+            return False
+        task.uncancel()
+        return True
+
+    def _expire(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        while self._ends:
+            task, end = next(iter(self._ends.items()))
+            if end > loop.time():
+                self._timer = loop.call_at(end, self._expire)
+                return
+            del self._ends[task]
+            task.cancel()
