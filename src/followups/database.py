@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import psycopg
 from sqlalchemy import URL, Connection, Engine, create_engine, event
@@ -293,12 +294,23 @@ def is_read_committed(connection: Connection) -> bool:
     return driver.isolation_level in {None, psycopg.IsolationLevel.READ_COMMITTED}
 
 
+_dropped_at: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
+
+
+def drop_all(engine: Engine) -> None:
+    """Have an engine of an event loop replace all open connections: their server is unreachable or read-only."""
+    _dropped_at[engine] = time.monotonic()
+
+
 def _test_what_lay_idle(engine: Engine) -> None:
     def note(_connection: object, record: ConnectionPoolEntry) -> None:
         record.info["used"] = time.monotonic()
 
     def test(connection: DBAPIConnection, record: ConnectionPoolEntry, _proxy: object) -> None:
-        if time.monotonic() - record.info.get("used", math.inf) > RECENTLY:
+        used = record.info.get("used", math.inf)
+        if used <= _dropped_at.get(engine, -math.inf):
+            raise InvalidatePoolError
+        if time.monotonic() - used > RECENTLY:
             try:
                 engine.dialect.do_ping(connection)
             except psycopg.OperationalError as error:

@@ -12,20 +12,22 @@ import time
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
-from psycopg.rows import namedtuple_row
+from psycopg.rows import namedtuple_row, tuple_row
 from sqlalchemy import event
-from sqlalchemy.util.concurrency import greenlet_spawn
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 
-from followups.database import make_async_engine
+from followups.database import drop_all, make_async_engine
 from followups.database_errors import READ_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from datetime import timedelta
 
+    from sqlalchemy import Connection as SyncConnection
     from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-    from followups.statements import Steps
+    from followups.statements import Statement, Steps
 
     Connection = psycopg.AsyncConnection[Any]
 
@@ -125,6 +127,37 @@ class Use:
 
 def _note_time(_connection: object, record: ConnectionPoolEntry) -> None:
     record.info[_MADE] = time.monotonic()
+
+
+def rows_in_greenlet(
+    connection: SyncConnection, statement: Statement, parameters: Mapping[str, Any]
+) -> Sequence[tuple[Any, ...]]:
+    """Execute the statement in the connection's transaction and return its rows as tuples.
+
+    In a greenlet psycopg executes it without SQLAlchemy, whose objects for cursor and rows take 5 us more for each row
+    of a batch of 70. Raises the same errors as the connection.
+    """
+    driver = connection.connection.driver_connection
+    if not isinstance(driver, psycopg.AsyncConnection):
+        return statement.rows(connection, parameters)
+    if not connection.in_transaction():
+        connection.begin()
+    try:
+        return await_only(_tuples(driver, statement.driver_sql, parameters))
+    except psycopg.Error as error:
+        lost = driver.closed or error.sqlstate == READ_ONLY
+        if lost:
+            connection.invalidate(error)
+            drop_all(connection.engine)
+        raise DBAPIError.instance(
+            None, None, error, psycopg.Error, hide_parameters=True, connection_invalidated=lost
+        ) from error
+
+
+async def _tuples(connection: Connection, sql: str, parameters: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    async with connection.cursor(row_factory=tuple_row) as cursor:
+        await cursor.execute(sql.encode(), parameters)
+        return await cursor.fetchall()
 
 
 async def rows_of(connection: Connection, sql: str, parameters: Mapping[str, Any]) -> Sequence[Any]:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+import re
+from contextlib import ExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 import pytest
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 
 from followups import event_loop
+from followups.database import make_async_engine
 from followups.database_errors import is_passing, is_read_only
 from followups.event_loop import Database
 from followups.session_settings import SESSION
 from followups.statements import Statement
 from followups.store import sending_hours
+from followups.transactions import in_loop
 from foreign import HOSTILE, read_only, set_defaults, whatever_it_is
 from stack import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+    from sqlalchemy import Engine
 
     from followups.statements import Steps
     from world import World
@@ -29,6 +36,8 @@ SESSIONS = 3
 NAMES = Statement("""
     SELECT name, current_setting(name, true) AS value FROM unnest(CAST(:names AS text[])) AS wanted (name)
 """)
+ONE = Statement("SELECT 1")
+FAIL = Statement("UPDATE workspaces SET name = (1 / 0)::text")
 RENAME = Statement("UPDATE workspaces SET name = name || :more RETURNING name")
 
 
@@ -144,6 +153,58 @@ async def test_lost_sessions_are_dropped_together(world: World, database_url: st
         assert is_passing(lost.value)
         for _ in range(SESSIONS):
             await fetch(mine, RENAME, more="+")
+
+
+def written(engine: Engine, statement: Statement, **parameters: Any) -> list[tuple[Any, ...]]:
+    """Execute a statement in a transaction of SQLAlchemy, by the driver where that is possible, and return its rows."""
+    with engine.begin() as connection:
+        return [tuple(row) for row in event_loop.rows_in_greenlet(connection, statement, parameters)]
+
+
+def open_sessions(engine: Engine) -> None:
+    """Fill the pool with open sessions, each of which has been used once."""
+    with ExitStack() as stack:
+        for connection in [stack.enter_context(engine.connect()) for _ in range(SESSIONS)]:
+            event_loop.rows_in_greenlet(connection, ONE, {})
+
+
+async def test_in_a_greenlet(world: World, engine: Engine, database_url: str) -> None:
+    """The driver and SQLAlchemy return the same rows and raise the same errors, and both commit or roll back."""
+    in_a_loop = make_async_engine(database_url, pool_size=1)
+    name = world.scalar("SELECT name FROM workspaces")
+    assert written(engine, RENAME, more="+") == [(f"{name}+",)]
+    assert await in_loop(in_a_loop, partial(written, statement=RENAME, more="-")) == [(f"{name}+-",)]
+    with pytest.raises(DataError) as refused:
+        written(engine, FAIL)
+    with pytest.raises(DataError, match=re.escape(str(refused.value.orig))):
+        await in_loop(in_a_loop, partial(written, statement=FAIL))
+    assert await in_loop(in_a_loop, partial(written, statement=RENAME, more="*")) == [(f"{name}+-*",)]
+    await in_a_loop.dispose()
+
+
+async def test_in_a_greenlet_lost_sessions_are_dropped_together(world: World, database_url: str) -> None:
+    """After the first lost connection, or the first rejected write, the pool reopens all connections."""
+    in_a_loop = make_async_engine(whatever_it_is(database_url), pool_size=SESSIONS, application_name="lost")
+    write = partial(written, statement=RENAME, more="+")
+    await in_loop(in_a_loop, open_sessions)
+    world.scalar("""
+        SELECT count(pg_terminate_backend(pid, 5000)) FROM pg_stat_activity
+         WHERE datname = current_database() AND application_name = 'lost'
+    """)
+    with pytest.raises(OperationalError) as lost:
+        await in_loop(in_a_loop, write)
+    assert is_passing(lost.value)
+    for _ in range(SESSIONS):
+        await in_loop(in_a_loop, write)
+    await in_a_loop.dispose()
+    with read_only(database_url):
+        await in_loop(in_a_loop, open_sessions)
+    with pytest.raises(DBAPIError) as refused:
+        await in_loop(in_a_loop, write)
+    assert is_read_only(refused.value)
+    for _ in range(SESSIONS):
+        await in_loop(in_a_loop, write)
+    await in_a_loop.dispose()
 
 
 async def test_unreachable() -> None:

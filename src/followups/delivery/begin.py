@@ -92,7 +92,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
     by_id = {lease.id: lease for lease in batch}
     begun = tuple(
         Begun(by_id[id_]._replace(token=token, due=due), Delivery(id_, *rest), snoozes, traceparent)
-        for _, token, due, snoozes, traceparent, id_, *rest in leases.begin_if_leased(connection, batch, rules)
+        for id_, _, token, due, snoozes, traceparent, *rest in leases.begin_if_leased(connection, batch, rules)
     )
     if len(begun) == len(batch):
         return BatchResult(begun)

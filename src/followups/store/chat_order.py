@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import text
 
+from followups.event_loop import rows_in_greenlet
 from followups.halving import halve_within, halving_steps
 from followups.statements import Rule, Statement, run
 from followups.store import marks
@@ -123,7 +124,7 @@ _WAITING = "f.waits_for = ANY(CAST(:ids AS uuid[])) AND f.waits_for IS NOT NULL"
 _LOCK_WAITING = Statement(f"SELECT f.id FROM follow_ups f WHERE {_WAITING} FOR NO KEY UPDATE SKIP LOCKED")  # noqa: S608 - no input, only the constant above
 _UNBLOCK = Statement("UPDATE follow_ups f SET waits_for = NULL WHERE f.id = ANY(CAST(:ids AS uuid[])) RETURNING f.id")
 
-_UNBLOCK_AND_LEASE = text(f"""
+_UNBLOCK_AND_LEASE = Statement(f"""
     WITH waiting AS MATERIALIZED (
         SELECT w.id, w.waits_for, f.id AS unlocked
           FROM (SELECT f.id, f.waits_for FROM follow_ups f WHERE {_WAITING}) w
@@ -195,11 +196,15 @@ def unblock_and_lease(
     """
     if not ended:
         return [], []
-    rows = connection.execute(_UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease}).all()
-    if unblocked := [row for row in rows if not row.blocked]:
-        marks.leased(connection, ((row.id, row.lease_token) for row in unblocked))
-    leases = [Lease(row.id, row.lease_token, row.due, row.losses, key_of(row.workspace_id)) for row in unblocked]
-    return leases, [row.blocked for row in rows if row.blocked]
+    rows = rows_in_greenlet(connection, _UNBLOCK_AND_LEASE, {"ids": uuid_array(ended), "lease": lease})
+    leases = [
+        Lease(id_, token, due, losses, key_of(workspace_id))
+        for blocked, id_, token, due, losses, workspace_id in rows
+        if not blocked
+    ]
+    if leases:
+        marks.leased(connection, ((one.id, one.token) for one in leases))
+    return leases, [blocked for blocked, *_ in rows if blocked]
 
 
 def unblock_writable(

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from sqlalchemy import text
 
 from followups.channels import WINDOW, WINDOWED_CHANNELS
+from followups.event_loop import rows_in_greenlet
+from followups.statements import Statement
 from followups.store import marks
 from followups.store.fragments import LEASED, honest, read_sql
 
@@ -92,14 +94,17 @@ class Rules:
 
 
 _BATCH = "unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[])) AS b(id, token)"
-_BEGIN = text(read_sql("begin_checks") + read_sql("begin"))
+_BEGIN = Statement(read_sql("begin_checks") + read_sql("begin"))
 
 
-def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> list[Any]:
-    """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send."""
-    rows = list(connection.execute(_BEGIN, batch_of(leases) | rules.parameters))
+def begin_if_leased(connection: Connection, leases: Sequence[Lease], rules: Rules) -> Sequence[tuple[Any, ...]]:
+    """Begin the follow-ups that have a valid lease and no obstacle; return the attempts to send.
+
+    A row begins with the id and the time of begin; begin.sql has the others.
+    """
+    rows = rows_in_greenlet(connection, _BEGIN, batch_of(leases) | rules.parameters)
     if rows:
-        marks.written(connection, ((row.id, row.begun_at) for row in rows))
+        marks.written(connection, ((id_, begun_at) for id_, begun_at, *_ in rows))
     return rows
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sqlalchemy import text
 
+from followups.event_loop import rows_in_greenlet
 from followups.halving import halve_within
+from followups.statements import Statement
 from followups.states import CANCEL_CODES, Status
 from followups.store import marks
 from followups.store.fragments import OPEN, honest
@@ -100,7 +102,7 @@ _SETTLE = text(f"""
 
 
 # Sent is the usual outcome, so this statement omits the columns that only other outcomes need.
-_SETTLE_SENT = text(f"""
+_SETTLE_SENT = Statement(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:chat_message_ids AS uuid[]),
@@ -129,11 +131,11 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
         "ids": uuid_array(s.lease.id for s in settlements),
         "tokens": int_array(s.lease.token for s in settlements),
         "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
-        "accepted_ago": [(s.accepted_ago or _NOW).total_seconds() for s in settlements],
+        "accepted_ago": f"{{{','.join([repr((s.accepted_ago or _NOW).total_seconds()) for s in settlements])}}}",
     }
-    rows = connection.execute(_SETTLE_SENT, parameters).all()
+    rows = rows_in_greenlet(connection, _SETTLE_SENT, parameters)
     if rows:
-        marks.written(connection, ((row.id, row.finished_at) for row in rows))
+        marks.written(connection, ((row_id, finished_at) for row_id, _, finished_at in rows))
     return [Settled(row_id, Status.SENT, None, lag, None) for row_id, lag, _ in rows]
 
 
