@@ -74,6 +74,8 @@ class Ours(Contestant):
     name: str = "followups"
     table: str = "follow_ups"
     workers: int = CORES
+    concurrency: int = 100
+    """Simultaneous calls of one worker process; 100 is the default of the setting."""
     started: tuple[Child, ...] = ()
 
     def fill(self, count: int, due: str, each: int = 1) -> None:
@@ -87,9 +89,11 @@ class Ours(Contestant):
 
     def start(self) -> None:
         self.arena.spawn("beat", PROCFILE["beat"])
+        settings = {"FOLLOWUPS_CONCURRENCY": str(self.concurrency)}
         names = [f"worker{number}" for number in range(self.workers)]
         self.started = tuple(
-            self.arena.spawn(name, PROCFILE["worker"], "ready.", {"HONCHO_PROCESS_NAME": name}) for name in names
+            self.arena.spawn(name, PROCFILE["worker"], "ready.", settings | {"HONCHO_PROCESS_NAME": name})
+            for name in names
         )
 
 

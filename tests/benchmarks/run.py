@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, default=10_000, help="follow-ups of a backlog (default: 10000)")
     made.add_argument("--delay", type=float, default=0.0, help="seconds until the chat answers (default: 0)")
     made.add_argument("--slow", type=float, default=0.0, help="share of answers after 5 s (default: 0)")
+    made.add_argument("--concurrency", type=int, default=100, help="calls at once in a process, for answers")
     made.add_argument("--rate", default="100", help="follow-ups a second that fall due, e.g. 100,500")
     made.add_argument("--seconds", type=float, default=60.0, help="for how long (default: 60)")
     made.add_argument("--others", default="0", help="others that are pending, e.g. 10000,1000000")
@@ -104,12 +105,14 @@ def answers(arena: Arena, options: argparse.Namespace) -> Results:
     kinds = {"at once": "", "after 50 ms": "delay=0.05", "1 % after 5 s": "slow=0.01"}
     found = taken(
         {
-            kind: lambda control=control: measures.throughput(Ours(arena), options.count, control)  # type: ignore[misc]
+            kind: lambda control=control: measures.throughput(  # type: ignore[misc]
+                Ours(arena, concurrency=options.concurrency), options.count, control
+            )
             for kind, control in kinds.items()
         },
         options.rounds,
     )
-    return {f"answers: {options.count:,} due": found}
+    return {f"answers: {options.count:,} due, {options.concurrency} calls at once in each process": found}
 
 
 def lag(arena: Arena, options: argparse.Namespace) -> Results:
