@@ -57,13 +57,16 @@ def throughput(contestant: Contestant, count: int, control: str = "") -> Figures
     return figures
 
 
-def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False) -> Figures:
-    """Let follow-ups fall due at a rate; return each follow-up's lag in milliseconds."""
+def lag(contestant: Contestant, rate: float, seconds: float, *, snapshot: bool = False, ahead: float = 5.0) -> Figures:
+    """Let follow-ups fall due at a rate; return each follow-up's lag in milliseconds.
+
+    The first one is due ``ahead`` seconds after the insert, so that all processes have started by then.
+    """
     arena = contestant.arena
     arena.clear()
     count = int(rate * seconds)
     # Inserting and publishing take time, especially with a million other rows.
-    ahead = 5.0 + count / (500 if contestant.waits_in_broker else 4000)
+    ahead += count / (500 if contestant.waits_in_broker else 4000)
     due = f"now() + interval '1 s' * ({ahead} + random() * {seconds})"
     if contestant.waits_in_broker:
         contestant.start()
