@@ -85,7 +85,7 @@ class Access:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                seen.status = message["status"]
+                seen.status = int(message["status"])  # an enum's member is written by its name
                 headers = MutableHeaders(scope=message)
                 headers[HEADER] = seen.request_id
                 headers.update(SECURITY_HEADERS)

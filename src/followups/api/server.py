@@ -33,10 +33,10 @@ HEADER_WITHIN = 10.0
 """Time limit for the headers to arrive, in seconds."""
 
 MAX_WIRE_SIZE = 1024 * 1024 * 5 // 4
-"""Maximum bytes of a body as sent: the largest body plus a quarter for chunk framing.
+"""Maximum bytes of a body as sent: the largest body plus a quarter for chunk framing."""
 
-A one-byte chunk takes six bytes.
-"""
+CHUNK_COST = 32
+"""Bytes that each part of a body counts on top of its size: parsing a one-byte chunk takes 1 us."""
 
 MAX_PIPELINED = 16
 """Maximum number of pipelined requests that wait on one connection."""
@@ -206,10 +206,13 @@ class LimitedProtocol(HttpToolsProtocol):
         """Store a chunk of the body, or refuse the request if there is no memory for it."""
         if self.cycle.response_complete or self._wire.problem:
             return
+        self._wire_size += CHUNK_COST
         if problem := self._wire.take(len(body)):
             self._refuse(problem)
-        else:
-            super().on_body(body)
+            return
+        if not self.cycle.body:
+            self.cycle.body = bytearray()  # grows in place, where `bytes` would be copied for each chunk
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         """Record that the request has arrived completely."""

@@ -52,8 +52,11 @@ class Flood:
     """
 
     def held_up_less(self, limit: float) -> bool:
-        """Return whether the flood delayed 95 % of other clients' requests by less than the limit."""
-        return p95(self.busy) < limit
+        """Return whether the flood delayed 95 % of other clients' requests by less than the limit.
+
+        By the clock, half of them may have taken ten times as long, because the machine may be busy.
+        """
+        return p95(self.busy) < limit and statistics.median(self.waits) < 10 * limit
 
     def __str__(self) -> str:
         waits = f"others' p95 {p95(self.busy) * 1000:.0f} ms of the loop, {p95(self.waits) * 1000:.0f} ms by the clock"
@@ -78,6 +81,8 @@ class Web:
 
     pid: int
     api: Api
+    other: Api
+    """The client whose waiting times are measured; it has a workspace to itself."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -129,7 +134,8 @@ class Web:
         """Send a request as another client, on a new connection, and record the waiting time."""
         started, busy = time.perf_counter(), self.loop_time()
         with self.connect() as connection:
-            connection.sendall(HEALTH)
+            key = self.other.key
+            connection.sendall(f"GET {FOLLOW_UPS} HTTP/1.1\r\nhost: a\r\nauthorization: {key}\r\n\r\n".encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
         flood.waits.append(time.perf_counter() - started)
         flood.busy.append(self.loop_time() - busy)
@@ -144,9 +150,9 @@ def web(web_settings: Settings, web_engine: Engine) -> Iterator[Web]:
     """Start a web process and return its handle."""
     with Processes() as processes:
         child, url = start(processes, web_settings.environment())
-        api = Api(url, World(web_engine))
-        with api.client:
-            web = Web(child.pid, api)
+        api, other = Api(url, World(web_engine)), Api(url, World(web_engine))
+        with api.client, other.client:
+            web = Web(child.pid, api, other)
             api.get(FOLLOW_UPS)  # loads modules in advance, so that they do not count as memory growth
             yield web
 
@@ -271,9 +277,11 @@ def many_files() -> Iterator[None]:
 def test_more_connections_than_allowed(web: Web, sent: bytes) -> None:
     """2,100 connections that are idle, silent or sending slowly do not keep other clients from connecting."""
     with ExitStack() as clients, web.flooded(f"{server.MAX_CONNECTIONS + 100} connections: {sent!r}") as flood:
-        for _ in range(server.MAX_CONNECTIONS + 100):
-            client = clients.enter_context(web.connect())
-            client.sendall(sent)
+        for _ in range(server.MAX_CONNECTIONS // 100 + 1):
+            for _ in range(100):
+                client = clients.enter_context(web.connect())
+                client.sendall(sent)
+            web.wait(flood)  # now the server has accepted them, so the kernel's queue never overflows
         for _ in range(50):
             assert web.api.get(FOLLOW_UPS, pageSize=1).status_code == 200
     assert flood.memory < 160

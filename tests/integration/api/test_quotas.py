@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import pytest
+from psycopg.errors import DeadlockDetected
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 import followups
@@ -16,6 +19,7 @@ from followups.errors import QuotaExceededError
 from followups.store import quotas
 from followups.store.follow_ups import Planned
 from followups.store.quotas import Kind
+from integration.api.test_races import in_background
 from web import CHATS, FOLLOW_UPS, in_days, is_problem, pointers
 
 if TYPE_CHECKING:
@@ -88,6 +92,37 @@ def test_from_python(api: Api) -> None:
                 session, workspace_id=world.workspace_id, chat_id=chats[2], message="?", due_date=DUE + timedelta(1)
             )
     assert len(api.ids()) == 2
+
+
+def test_several_calls_in_one_transaction(api: Api) -> None:
+    """Under a quota, two transactions that call `schedule` several times can deadlock; PostgreSQL aborts one of them.
+
+    `schedule_many` is the way to create several, because it locks all chats before the quota.
+    """
+    world, (one, two) = api.world, sorted(UUID(api.chat()) for _ in range(2))
+    allow(api, Kind.PENDING, 10)
+
+    def create(session: Session, chat: UUID) -> bool:
+        try:
+            followups.schedule(session, workspace_id=world.workspace_id, chat_id=chat, message="?", due_date=DUE)
+        except OperationalError as error:
+            assert isinstance(error.orig, DeadlockDetected)  # noqa: PT017 - one of the two has it, either one
+            session.rollback()
+            return False
+        return True
+
+    with ThreadPoolExecutor(1) as pool, Session(world.engine) as first, Session(world.engine) as second:
+        assert create(first, one)
+        later = in_background(pool, api, lambda: create(second, two))
+        assert sorted([create(first, two), later()]) == [False, True]
+
+    planned = [Planned(chat, "?", DUE) for chat in (two, one)]
+    with ThreadPoolExecutor(1) as pool, Session(world.engine) as first, Session(world.engine) as second:
+        many = partial(followups.schedule_many, workspace_id=world.workspace_id, planned=planned)
+        assert len(many(first)) == 2
+        created = in_background(pool, api, lambda: many(second))
+        first.commit()
+        assert len(created()) == 2
 
 
 def test_without_a_quota_it_costs_nothing(api: Api) -> None:

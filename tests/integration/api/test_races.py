@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID, uuid4
 
 import pytest
@@ -25,11 +25,12 @@ from web import FOLLOW_UPS, in_days, is_problem
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    import httpx
     from sqlalchemy import Connection, Engine
 
     from followups.store.leases import Lease
     from web import Api
+
+T = TypeVar("T")
 
 MINUTE = timedelta(minutes=1)
 PAIRS = 40
@@ -59,9 +60,7 @@ def waits(api: Api) -> bool:
     return bool(api.world.scalar(query))
 
 
-def in_background(
-    pool: ThreadPoolExecutor, api: Api, work: Callable[[], httpx.Response]
-) -> Callable[[], httpx.Response]:
+def in_background(pool: ThreadPoolExecutor, api: Api, work: Callable[[], T]) -> Callable[[], T]:
     """Start a request in the background, wait until a lock blocks it, and return a function.
 
     The function returns the response to the request.

@@ -161,6 +161,9 @@ def test_an_endless_head(api: Api, start: bytes) -> None:
 def test_what_a_body_takes_on_the_wire_is_counted(api: Api) -> None:
     """A body with too many chunks, or with an endless chunk extension, is rejected as too large."""
     assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 230_000), ["POST"], api.key) == [413]
+    assert answers(address_of(api), posted(CHUNKED, b"1\r\n \r\n" * 50_000), ["POST"], api.key) == [413]
+    small = b"80\r\n" + b" " * 128 + b"\r\n"
+    assert answers(address_of(api), posted(CHUNKED, small * 7_000 + b"0\r\n\r\n"), ["POST"], api.key) == [422]
     assert answers(address_of(api), posted(CHUNKED, b"1;" + b"x" * 1_400_000), ["POST"], api.key) == [413]
 
 
