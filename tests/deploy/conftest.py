@@ -1,4 +1,4 @@
-"""The package, built and installed as users do; and a Prometheus beside the real system."""
+"""Fixtures: the package, built and installed as users do, and Prometheus with the real system."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class Built:
 
 @pytest.fixture(scope="session")
 def built() -> Iterator[Built]:
-    """Build the sdist and from it the wheel, and install the wheel with the versions installed here."""
+    """Build the sdist and from it the wheel, and install the wheel with this environment's dependencies."""
     uv = os.environ.get("UV") or shutil.which("uv")
     if not uv:
         pytest.skip("uv is not installed")
-    # Not inside pytest's own directory, which pytest closes to other users: if root runs the tests, PostgreSQL runs as
-    # another user.
+    # The directory is not inside pytest's own, which other users cannot read: if root runs the tests, PostgreSQL runs
+    # as another user.
     with tempfile.TemporaryDirectory() as directory:
         yield build(uv, Path(directory))
 
@@ -69,7 +69,7 @@ def build(uv: str, directory: Path) -> Built:
 
 
 def call(*command: str) -> None:
-    """Run a command outside this repository's project; show its output if it fails."""
+    """Run a command outside this repository's project, and show its output if it fails."""
     environment = {name: value for name, value in os.environ.items() if name != "VIRTUAL_ENV"}
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -77,7 +77,7 @@ def call(*command: str) -> None:
 
 @pytest.fixture
 def scraped(stack: Stack) -> str:
-    """Start everything, web included; return web's address."""
+    """Start every process, including `web`, and return the URL of `web`."""
     stack.options |= {"FOLLOWUPS_MAX_ATTEMPTS": "2", "FOLLOWUPS_TICK_INTERVAL": "0.5"}
     stack.start()
     return web.start(stack.processes, stack.environment())[1]
@@ -85,7 +85,7 @@ def scraped(stack: Stack) -> str:
 
 @pytest.fixture
 def prometheus(stack: Stack, scraped: str, tmp_path: Path) -> Prometheus:
-    """Return a Prometheus that scrapes web, with the rules of deploy/."""
+    """Return a Prometheus that scrapes `web`, with the rules from deploy/."""
     if not (found := shutil.which("prometheus")):
         pytest.skip("prometheus is not installed")
     (tmp_path / "alerts.yaml").write_text(hastened((DEPLOY / "prometheus" / "alerts.yaml").read_text()))

@@ -21,7 +21,7 @@ DEPLOY = ROOT / "deploy"
 UNITS = DEPLOY / "systemd"
 KUBERNETES = DEPLOY / "kubernetes"
 PREFIX = "/opt/followups/bin/"
-"""Directory of the commands in the units and in the image."""
+"""Directory of the commands in the systemd units and in the image."""
 
 SETTINGS = {environment_name(name) for name in Settings.model_fields}
 
@@ -32,13 +32,13 @@ def documents(path: Path) -> list[Any]:
 
 
 def compose() -> Any:
-    """Return the compose file."""
+    """Return the parsed compose file."""
     (document,) = documents(DEPLOY / "compose.yaml")
     return document
 
 
 def kubernetes() -> Iterator[tuple[str, Any]]:
-    """Return each Kubernetes object, with the name of its file."""
+    """Return each Kubernetes object with the name of its file."""
     for path in sorted(KUBERNETES.glob("*.yaml")):
         for document in documents(path):
             if document["kind"] != "Kustomization":
@@ -46,7 +46,7 @@ def kubernetes() -> Iterator[tuple[str, Any]]:
 
 
 def unit(name: str) -> dict[str, list[str]]:
-    """Return a unit's assignments by name, including repeated ones; those of the common drop-in come first."""
+    """Return a unit's assignments by name, including repeated ones; those of the common drop-in are first."""
     found: dict[str, list[str]] = {}
     files = [UNITS / name]
     if name.endswith(".service"):
@@ -60,7 +60,7 @@ def unit(name: str) -> dict[str, list[str]]:
 
 
 def procfile(process: str, **variables: str) -> list[str]:
-    """Return the words of a Procfile line with its variables replaced, or with their defaults."""
+    """Return the words of a Procfile line, with its variables replaced by the given or default values."""
 
     def value(found: re.Match[str]) -> str:
         return variables.get(found[1], found[2])
@@ -69,5 +69,5 @@ def procfile(process: str, **variables: str) -> list[str]:
 
 
 def pyproject() -> dict[str, Any]:
-    """Return pyproject.toml."""
+    """Return the parsed pyproject.toml."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())

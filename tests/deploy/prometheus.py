@@ -1,4 +1,4 @@
-"""Prometheus for tests, with the rules of deploy/ sped up so that a test need not wait for minutes."""
+"""Prometheus for tests, with the rules from deploy/ sped up so that tests need not wait for minutes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 
 MINUTE = 2
-"""Seconds."""
+"""Length of a test minute in seconds."""
 SHORTER = (
     ("max(followups_last_tick_timestamp_seconds) > 30", "max(followups_last_tick_timestamp_seconds) > 3"),
     ("max(followups_oldest_overdue_seconds) > 600", "max(followups_oldest_overdue_seconds) > 8"),
     ("max(followups_oldest_overdue_seconds) > 60", "max(followups_oldest_overdue_seconds) > 4"),
     ("followups:lag_seconds:bucket[10s]))) > 10", "followups:lag_seconds:bucket[10s]))) > 4"),
 )
-"""Lateness thresholds of the alerts, in seconds, and their values in tests."""
+"""The alerts' lateness thresholds in seconds, and their shorter values in tests."""
 
 
 @dataclass
@@ -26,18 +26,18 @@ class Prometheus:
     url: str
 
     def ask(self, query: str) -> list[Any]:
-        """Return the series that a query currently gives."""
+        """Return the current result of a query."""
         answer = httpx.get(f"{self.url}/api/v1/query", params={"query": query}, timeout=10).json()
         assert answer["status"] == "success", answer
         series: list[Any] = answer["data"]["result"]
         return series
 
     def firing(self) -> set[str]:
-        """Return the names of the alerts that fire."""
+        """Return the names of the firing alerts."""
         return {one["metric"]["alertname"] for one in self.ask('ALERTS{alertstate="firing"}')}
 
     def fired(self, within: int) -> set[str]:
-        """Return the names of the alerts that fired in the last seconds."""
+        """Return the names of the alerts that have fired in the last seconds."""
         return {one["metric"]["alertname"] for one in self.ask(f'ALERTS{{alertstate="firing"}}[{within}s]')}
 
 

@@ -1,4 +1,4 @@
-"""The alerts and the dashboard: their series exist, and each alert fires, stays silent and is explained."""
+"""The alerts and the dashboard: their series exist, and each alert fires correctly and is documented."""
 
 from __future__ import annotations
 
@@ -42,27 +42,27 @@ def shown(settings: Settings) -> Iterator[set[str]]:
 
 
 def promtool(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run Prometheus' own checker, where it is installed."""
+    """Run promtool if it is installed."""
     if not (found := shutil.which("promtool")):
         pytest.skip("promtool is not installed (Debian: prometheus)")
     return subprocess.run([found, *map(str, arguments)], cwd=PROMETHEUS, capture_output=True, text=True, check=False)
 
 
 def test_prometheus_takes_the_rules() -> None:
-    """The configuration and its rules are valid."""
+    """Prometheus accepts the configuration and its rules."""
     ran = promtool("check", "config", "prometheus.yaml")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 def test_each_alert_fires_for_its_fault_alone() -> None:
-    """Prometheus evaluates every alert on series of its fault and of a healthy system."""
+    """Each alert fires for its own fault and does not fire for a healthy system."""
     ran = promtool("test", "rules", "alerts.test.yaml")
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_an_alert_is_caused_and_silent(name: str) -> None:
-    """The promtool tests cover each alert, when it fires and when it does not."""
+    """The promtool tests cover each alert, both when it fires and when it does not."""
     (suite,) = documents(PROMETHEUS / "alerts.test.yaml")
     expected = [
         (one["name"].startswith("All is well"), bool(case.get("exp_alerts")))
@@ -74,7 +74,7 @@ def test_an_alert_is_caused_and_silent(name: str) -> None:
 
 
 def anchors(text: str) -> set[str]:
-    """Return the anchors of a document's headings: no punctuation, dashes for spaces."""
+    """Return the anchors of a document's headings: no punctuation, and dashes for spaces."""
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -98,7 +98,7 @@ def test_no_alert_is_forgotten_or_invented() -> None:
 
 
 def test_what_they_ask_for_is_counted(shown: set[str]) -> None:
-    """Every series in an alert, a recording rule or the dashboard is exposed by web or recorded by a rule."""
+    """Every series in an alert, recording rule or dashboard is exposed by `web` or recorded by a rule."""
     asked = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups_[a-z_]+|\bprocess_[a-z_]+", one)}
     recorded = {name for one in EXPRESSIONS for name in re.findall(r"\bfollowups:[a-z0-9_:]+", one)}
     assert asked <= shown | set(re.findall(r'job="(\w+)"', " ".join(EXPRESSIONS)))
@@ -129,7 +129,10 @@ def test_labels_have_values_that_exist() -> None:
 
 
 def test_no_count_is_summed_over_web_processes() -> None:
-    """All web processes expose the same counts, so alerts and graphs use the recorded maximum, never a sum."""
+    """Alerts and graphs use the recorded maximum of the counts, never their sum.
+
+    All `web` processes expose the same counts.
+    """
     raw = re.compile(r"followups_\w+(_total|_bucket)\b")
     for one in (*(rule["expr"] for rule in ALERTS.values()), *QUERIES):
         assert not raw.search(one)
@@ -137,7 +140,7 @@ def test_no_count_is_summed_over_web_processes() -> None:
 
 
 def test_the_dashboard_is_whole() -> None:
-    """Every panel has its own number, a description, a place on the grid, and the selected datasource."""
+    """Every panel has a unique number, a description, a grid position, and the selected datasource."""
     panels: list[Any] = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     for panel in panels:

@@ -1,4 +1,7 @@
-"""Real faults fire their alerts in a Prometheus beside the system; this takes some minutes."""
+"""Real faults fire their alerts in a Prometheus that scrapes the system.
+
+These tests take some minutes.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ def another_worker(stack: Stack) -> None:
 
 
 def replaced(stack: Stack, setting: str, value: str) -> None:
-    """Replace the running worker with one that has other settings, once."""
+    """Replace the running worker once with a worker that has other settings."""
     if setting not in stack.options:
         stack.options[setting] = value
         old = the_worker(stack)
@@ -45,32 +48,32 @@ def replaced(stack: Stack, setting: str, value: str) -> None:
 
 
 def chat_that(stack: Stack, kind: str, **more: object) -> UUID:
-    """Return a chat whose receiver has this behaviour."""
+    """Return a chat for which the receiver behaves in the given way."""
     chat = stack.world.chat()
     stack.behave(chat, kind=kind, **more)
     return chat
 
 
 def refused(stack: Stack) -> None:
-    """Let the chat server reject every third message."""
+    """Make the chat server reject every third message."""
     chats = [chat_that(stack, "reject"), stack.world.chat(), stack.world.chat()]
     stack.wait_until_done(*map(stack.world.follow_up, chats))
 
 
 def rate_limited(stack: Stack) -> None:
-    """Let the chat server limit the rate."""
+    """Make the chat server limit the rate."""
     stack.world.follow_up(chat_that(stack, "rate_limit", retryAfter=60))
     time.sleep(0.5)
 
 
 def unanswered(stack: Stack) -> None:
-    """Let the chat server break connections and not deduplicate."""
+    """Make the chat server break connections and stop deduplicating."""
     replaced(stack, "FOLLOWUPS_TRANSPORT_DEDUPLICATES", "false")
     stack.wait_until_done(stack.world.follow_up(chat_that(stack, "drop")))
 
 
 def too_slow(stack: Stack) -> None:
-    """Let a hundred fall due with one slot and a chat server that takes half a second a call."""
+    """Make a hundred follow-ups due, with one slot and a chat server that takes half a second per call."""
     replaced(stack, "FOLLOWUPS_CONCURRENCY", "1")
     if not stack.world.scalar("SELECT count(*) FROM follow_ups"):
         stack.behave(kind="slow", delay=0.4)
@@ -80,7 +83,7 @@ def too_slow(stack: Stack) -> None:
 
 
 def begun(stack: Stack) -> object:
-    """Return when the last attempt in flight began, or None if there is none."""
+    """Return the time at which the last attempt in flight began, or None if there is none."""
     return stack.world.scalar("SELECT max(begun_at) FROM follow_ups")
 
 
@@ -110,14 +113,14 @@ def frozen(stack: Stack) -> None:
 
 
 def locked(stack: Stack) -> None:
-    """Lock the whole table, for longer than a claim may take."""
+    """Lock the whole table for longer than a claim may take."""
     with stack.world.engine.begin() as connection:
         connection.execute(text("LOCK TABLE follow_ups IN ACCESS EXCLUSIVE MODE"))
         time.sleep(1.5)
 
 
 def no_sessions(stack: Stack) -> None:
-    """Let the database refuse sessions for a while."""
+    """Make the database refuse sessions for a while."""
     url = make_url(stack.settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
     server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
@@ -131,7 +134,7 @@ def no_sessions(stack: Stack) -> None:
 
 # With minutes of two seconds, replacing a worker on a busy machine may fire FollowUpsNothingSent.
 NO_WORKER = {"FollowUpsTicksStopped", "FollowUpsNothingSent", "FollowUpsOverdue", "FollowUpsFarBehind", "FollowUpsLate"}
-"""The alerts that a missing worker fires, while it is missing and for a while after."""
+"""The alerts that fire while a worker is missing and for a while afterwards."""
 
 FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (refused, {"FollowUpsRejected"}, set()),
@@ -143,14 +146,14 @@ FAULTS: list[tuple[Callable[[Stack], None], set[str], set[str]]] = [
     (locked, {"FollowUpsTicksSlow"}, {"FollowUpsDatabaseUnreachable", "FollowUpsWebDown", "FollowUpsTicksStopped"}),
     (no_sessions, {"FollowUpsDatabaseUnreachable"}, {"FollowUpsTicksStopped"}),
 ]
-"""Each fault, the alert it must fire, and others it may fire."""
+"""Each fault, the alert that it must fire, and other alerts that it may fire."""
 
 
 @pytest.mark.parametrize(("fault", "woken", "besides"), FAULTS, ids=[fault.__name__ for fault, _, _ in FAULTS])
 def test_a_fault_wakes_its_alerts(
     stack: Stack, prometheus: Prometheus, fault: Callable[[Stack], None], woken: set[str], besides: set[str]
 ) -> None:
-    """No alert fires before the fault; then exactly the alerts that belong to it."""
+    """No alert fires before the fault, and then exactly the fault's alerts fire."""
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()
     seen: set[str] = set()

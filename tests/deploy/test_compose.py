@@ -20,20 +20,20 @@ COMMANDS = {
     "web": procfile("web"),
     "worker": procfile("worker"),
     "beat": procfile("beat"),
-    # In its container it must listen on more than the loopback interface; see its ports.
+    # In its container, a process must listen on more than the loopback interface; the published ports limit access.
     "flower": [word.replace("127.0.0.1", "0.0.0.0") for word in procfile("flower")],  # noqa: S104
 }
 
 
 def test_it_is_valid() -> None:
-    """The compose file follows the specification's schema."""
+    """The compose file conforms to the schema of the Compose specification."""
     check = [Path(sys.executable).with_name("check-jsonschema"), "--builtin-schema", "vendor.compose-spec"]
     ran = subprocess.run([*check, DEPLOY / "compose.yaml"], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout
 
 
 def test_docker_compose_takes_it(tmp_path: Path) -> None:
-    """Compose resolves the file, where it is installed; no engine is needed."""
+    """Docker Compose accepts the file. The test runs if Compose is installed, and needs no engine."""
     docker = shutil.which("docker")
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode:
         pytest.skip("docker compose is not installed")
@@ -47,13 +47,13 @@ def test_docker_compose_takes_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 def test_it_runs_what_the_procfile_runs(name: str) -> None:
-    """Each process has the Procfile's command, word for word."""
+    """Each service runs exactly the Procfile's command."""
     assert SERVICES[name]["command"] == COMMANDS[name]
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_process_may_do_little(name: str) -> None:
-    """Containers have a read-only root, no capabilities or new privileges, and an init that forwards signals."""
+    """Containers have a read-only root, no capabilities or new privileges, and a signal-forwarding init."""
     service: dict[str, Any] = SERVICES[name]
     assert service["read_only"] is True
     assert service["cap_drop"] == ["ALL"]
@@ -64,7 +64,7 @@ def test_a_process_may_do_little(name: str) -> None:
 
 
 def test_what_it_asks_for_is_in_the_example() -> None:
-    """Every variable without a default has a line in compose.env.example, and every line is used."""
+    """Every variable without a default has a line in compose.env.example, and every line there is used."""
     text = (DEPLOY / "compose.yaml").read_text()
     asked = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
     shown = set(re.findall(r"^(\w+)=", (DEPLOY / "compose.env.example").read_text(), re.MULTILINE))
@@ -74,13 +74,19 @@ def test_what_it_asks_for_is_in_the_example() -> None:
 
 
 def test_flower_stays_on_this_host() -> None:
-    """Flower, which can stop workers, is published on the loopback interface only; so is web by default."""
+    """Flower, which can stop workers, is published only on the loopback interface.
+
+    `web` is published there too by default.
+    """
     assert all(port.startswith("127.0.0.1:") for port in SERVICES["flower"]["ports"])
     assert SERVICES["web"]["ports"] == ["${WEB_BIND:-127.0.0.1:8000}:8000"]
 
 
 def test_nobody_starts_on_an_old_schema() -> None:
-    """Every process waits for the migration, which waits for PostgreSQL; servers are not published."""
+    """Every process waits for the migration, which waits for PostgreSQL.
+
+    The servers' ports are not published.
+    """
     for name in OURS[1:]:
         assert SERVICES[name]["depends_on"]["migrate"]["condition"] == "service_completed_successfully"
     assert SERVICES["migrate"]["depends_on"]["postgres"]["condition"] == "service_healthy"
@@ -90,5 +96,5 @@ def test_nobody_starts_on_an_old_schema() -> None:
 
 
 def test_a_worker_has_time_to_drain() -> None:
-    """The stop timeout covers the transport timeout (10 s by default) and settling."""
+    """The stop timeout is long enough for the transport timeout (10 s by default) and for settling."""
     assert int(SERVICES["worker"]["stop_grace_period"].removesuffix("s")) >= 10 + 20

@@ -18,7 +18,7 @@ FLOWER = compose()["services"]["flower"]
 
 
 def test_flower_starts_and_is_healthy(stack: Stack) -> None:
-    """With its password, Flower may listen on all of the container's addresses, and its health check passes."""
+    """With a password set, Flower listens on all addresses of its container, and its health check passes."""
     port = str(free_port())
     binaries = Path(sys.executable).parent
     words = FLOWER["command"]

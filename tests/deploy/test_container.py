@@ -1,4 +1,4 @@
-"""The container image's recipe, as far as it can be checked without building it."""
+"""The container image's recipe, as far as it can be checked without building the image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STAGES = re.split(r"^FROM .*$", RECIPE, flags=re.MULTILINE)[1:]
 
 
 def test_hadolint_finds_nothing() -> None:
-    """The linter finds nothing."""
+    """Hadolint reports no problem in the recipe."""
     hadolint = Path(sys.executable).with_name("hadolint")
     ran = subprocess.run([hadolint, DEPLOY / "Containerfile"], capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stdout) == (0, "")
 
 
 def test_what_runs_is_not_what_builds() -> None:
-    """The last stage copies only the installed files: no compiler, build-time pip or sources."""
+    """The last stage copies only installed files: no compiler, build-time pip or sources."""
     assert len(STAGES) == 2
     copied = re.findall(r"^COPY (.*)$", STAGES[-1], re.MULTILINE)
     assert copied == ["--from=build /opt/followups /opt/followups"]
@@ -29,7 +29,7 @@ def test_what_runs_is_not_what_builds() -> None:
 
 
 def test_it_is_not_root() -> None:
-    """The user is a number other than 0, so that Kubernetes can verify it (`runAsNonRoot`)."""
+    """The user is a numeric id other than 0, so that Kubernetes can verify `runAsNonRoot`."""
     (user,) = re.findall(r"^USER (\d+):(\d+)$", RECIPE, re.MULTILINE)
     assert all(int(number) >= 1000 for number in user)
 
@@ -43,7 +43,7 @@ def test_all_that_is_installed_is_hashed() -> None:
 
 
 def test_each_file_it_copies_is_let_through() -> None:
-    """Every file that the recipe copies exists and is allowed by .dockerignore, which allows no others."""
+    """Every file that the recipe copies exists, and .dockerignore allows exactly these files."""
     ignored, *let_through = [
         line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith(("#", "**"))
     ]

@@ -1,4 +1,4 @@
-"""README and deploy/*.md: their links work, and everything that they name exists."""
+"""README and deploy/*.md: their links work, and the commands, settings and files in them exist."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from followups.settings import Settings, environment_name
 DOCUMENTS = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted(DEPLOY.glob("*.md")))}
 CODE = "\n".join(path.read_text() for path in sorted((ROOT / "src").rglob("*.py")))
 OTHERS = {"DATABASE_URL", "REDIS_URL", "FLOWER_ADDRESS", "FLOWER_BASIC_AUTH", "FOLLOWUPS_TEST_SEED", "FLOWER_PORT"}
-"""Variables that are no settings of ours, or second names of settings."""
+"""Variables that are not settings of this project, or that are alternative names of settings."""
 OTHER_PROGRAMS = {"createdb", "createuser", "kubectl", "runuser", "cp", "install", "systemctl", "docker build"}
 HOSTS = {"", "127.0.0.1", "localhost", "chat.example", "chat-server", "www.w3.org", "www.textualize.io", "..."}
-"""Allowed hosts: this machine, stand-ins, and what a picture says about its format and its maker."""
+"""Allowed hosts: this machine, placeholders, and hosts in the metadata of pictures."""
 
 
 def without_code(text: str) -> str:
-    """Return a document without its blocks of code."""
+    """Return a document without its code blocks."""
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def code(text: str) -> list[str]:
-    """Return all code as lines: those of code blocks, with continuations joined, and inline spans."""
+    """Return the lines of all code blocks, with continuations joined, and all inline code."""
     blocks = re.findall(r"^```\w*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in re.sub(r"\\\n", " ", block).splitlines()]
     return [*lines, *(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", without_code(text)))]
 
 
 def commands(text: str) -> list[list[str]]:
-    """Return the words of every call of `followups`, from its name on."""
+    """Return the words of each `followups` command, without the preceding words."""
     found = []
     for line in code(text):
         for part in re.split(r"&&|;| \| | # |\s{4,}|\$\(", line.strip().removeprefix("$ ").removeprefix("# ")):
@@ -54,13 +54,13 @@ CALLS = sorted({" ".join(words) for path in DOCUMENTS.values() for words in comm
 
 
 def options(command: Any) -> set[str]:
-    """Return the options that a command takes."""
+    """Return the options that a command accepts."""
     return {name for each in command.params for name in (*each.opts, *each.secondary_opts)} | {"--help"}
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_link_leads_somewhere(name: str) -> None:
-    """Every relative link names an existing file and heading."""
+    """Every relative link points to an existing file and heading."""
     path = DOCUMENTS[name]
     links = re.findall(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"", without_code(path.read_text()))
     for target in (one or other for one, other in links):
@@ -86,7 +86,7 @@ def test_each_command_exists(call: str) -> None:
 
 
 def test_commands_are_found() -> None:
-    """The test above finds commands to check."""
+    """The documents contain commands, so the check of commands is not empty."""
     assert {call.split()[1] for call in CALLS} >= {
         "demo",
         "up",
@@ -101,7 +101,7 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_setting_exists(name: str) -> None:
-    """Every setting that is named exists, with its prefix or without."""
+    """Every setting in the documents exists, with or without its prefix."""
     spans = "\n".join(code(DOCUMENTS[name].read_text()))
     named = {each.removesuffix("_FILE") for each in re.findall(r"\bFOLLOWUPS_[A-Z_]+", spans)}
     assert named <= SETTINGS | OTHERS
@@ -111,7 +111,7 @@ def test_each_setting_exists(name: str) -> None:
 
 
 def test_the_readme_lists_every_setting() -> None:
-    """All settings are in the README's table, with their defaults."""
+    """The README's table lists all settings with their defaults."""
     rows = re.findall(r"^\| ((?:`[A-Z_]+`(?:, )?)+) \| ([^|]*) \|", DOCUMENTS["README.md"].read_text(), re.MULTILINE)
     listed = {}
     for cell, default in rows:
@@ -131,7 +131,7 @@ def test_the_readme_lists_every_setting() -> None:
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_each_metric_and_log_line_exists(name: str) -> None:
-    """Every metric and every log event that is named occurs in the code."""
+    """Every metric and log event in the documents occurs in the code."""
     text = DOCUMENTS[name].read_text()
     for metric in set(re.findall(r"\bfollowups_[a-z]+_*[a-z_]*[a-z]", " ".join(code(text)))) - {
         "followups_b",
@@ -143,7 +143,7 @@ def test_each_metric_and_log_line_exists(name: str) -> None:
 
 
 def test_no_host_and_no_place_of_one_machine_is_named() -> None:
-    """Addresses are this machine's or stand-ins, and no path leads into a home directory."""
+    """The documents contain no real host names and no path of a home directory."""
     committed = [ROOT / "README.md", ROOT / "pyproject.toml", ROOT / "Procfile", *DEPLOY.rglob("*")]
     for path in (path for path in committed if path.is_file() and path.name != ".env" and path.suffix != ".png"):
         text = path.read_text()
@@ -154,7 +154,7 @@ def test_no_host_and_no_place_of_one_machine_is_named() -> None:
 
 
 def test_the_pictures_are_small_and_whole() -> None:
-    """The README shows every picture; none loads anything from another host."""
+    """The README shows every picture, and no picture loads anything from another host."""
     pictures = sorted((DEPLOY / "pictures").glob("*.svg"))
     assert pictures
     for path in (DEPLOY / "pictures").glob("*.png"):
@@ -168,7 +168,7 @@ def test_the_pictures_are_small_and_whole() -> None:
 
 
 def test_paths_are_of_this_repository() -> None:
-    """Every file of the project that is named in code exists."""
+    """Every project file that the documents mention exists."""
     for path in DOCUMENTS.values():
         for named in re.findall(r"`((?:src|tests|deploy)/[\w./-]+)`", path.read_text()):
             assert (ROOT / named).exists(), named

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests are valid and hardened, leave time to drain, and run the Procfile's commands."""
+"""The Kubernetes manifests are valid and hardened, leave time to drain, and run the right commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROCESSES = {"web": "web", "worker": "worker", "beat": "beat", "migrate": "relea
 
 
 def container(name: str) -> Any:
-    """Return the one container of a pod."""
+    """Return the only container of a pod."""
     (one,) = PODS[name]["containers"]
     return one
 
@@ -30,12 +30,15 @@ def container(name: str) -> Any:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", OBJECTS)
 def test_it_is_valid(name: str, version: str) -> None:
-    """Each object follows Kubernetes' schema, in the oldest supported and the newest known version."""
+    """Each object conforms to the Kubernetes schema of the oldest supported and the newest known version."""
     kubernetes_validate.validate(OBJECTS[name], version, strict=True)
 
 
 def test_kustomize_takes_them() -> None:
-    """The manifests as a whole are accepted by kubectl, where it is installed; no cluster is needed."""
+    """The manifests as a whole are accepted by kubectl.
+
+    The test runs only if kubectl is installed, and needs no cluster.
+    """
     if not (kubectl := shutil.which("kubectl")):
         pytest.skip("kubectl is not installed")
     ran = subprocess.run([kubectl, "kustomize", KUBERNETES], capture_output=True, text=True, check=False)
@@ -44,7 +47,7 @@ def test_kustomize_takes_them() -> None:
 
 
 def test_kustomize_names_every_file() -> None:
-    """Every file is applied with the rest, except the migration, which comes first, and the adapter's rule."""
+    """The kustomization applies every file except the migration, which comes first, and the adapter's rule."""
     (kustomization,) = documents(KUBERNETES / "kustomization.yaml")
     others = {"kustomization.yaml", "migrate.yaml", "prometheus-adapter.yaml"}
     assert set(kustomization["resources"]) == {path.name for path in KUBERNETES.glob("*.yaml")} - others
@@ -55,13 +58,13 @@ def test_kustomize_names_every_file() -> None:
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_it_runs_what_the_procfile_runs(name: str) -> None:
-    """Each container has the Procfile's command, word for word."""
+    """Each container runs exactly the Procfile's command."""
     assert container(name)["command"] == procfile(PROCESSES[name])
 
 
 @pytest.mark.parametrize("name", PODS)
 def test_a_pod_may_do_little(name: str) -> None:
-    """Containers run without root, capabilities or cluster token, on a read-only root, with bounded memory."""
+    """Containers run without root, capabilities or a cluster token, read-only and with limited memory."""
     pod, context = PODS[name], container(name)["securityContext"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -75,13 +78,13 @@ def test_a_pod_may_do_little(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "seconds"), [("web", 5 + 20), ("worker", 10 + 20), ("beat", 10)])
 def test_a_pod_has_time_to_drain(name: str, seconds: int) -> None:
-    """The grace period is at least as long as the work in progress can take."""
+    """The grace period is at least as long as work in progress can take."""
     assert PODS[name]["terminationGracePeriodSeconds"] >= seconds
 
 
 @pytest.mark.parametrize("name", ["web", "worker", "beat"])
 def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
-    """Startup and liveness are probed, pods spread over machines, and draining a machine leaves enough of them."""
+    """Pods have startup and liveness probes, spread over machines, and survive the draining of a machine."""
     assert container(name)["startupProbe"]
     assert container(name)["livenessProbe"]
     assert PODS[name]["topologySpreadConstraints"]
@@ -92,17 +95,17 @@ def test_what_runs_is_probed_spread_and_protected(name: str) -> None:
 
 
 def test_readiness_is_webs_own() -> None:
-    """An outage of a shared server must not remove every web pod from service at once."""
+    """An outage of a shared server does not make all `web` pods unready simultaneously."""
     assert container("web")["readinessProbe"]["httpGet"]["path"] == "/healthz"
 
 
 def test_two_beats() -> None:
-    """Two beats do no harm, and one may be missing."""
+    """There are two beat pods, one of which may be missing."""
     assert OBJECTS["Deployment/followups-beat"]["spec"]["replicas"] == 2
 
 
 def test_workers_are_scaled_by_what_is_overdue() -> None:
-    """Only the autoscaler sets the number of workers, from the adapter's metric."""
+    """Only the autoscaler sets the number of workers, based on the adapter's metric."""
     autoscaler = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]
     (metric,) = autoscaler["metrics"]
     name = metric["external"]["metric"]["name"]
@@ -112,12 +115,12 @@ def test_workers_are_scaled_by_what_is_overdue() -> None:
 
 
 def test_the_window_is_wide_enough_for_the_most_workers() -> None:
-    """MAX_IN_FLIGHT is enough for every call of the largest number of workers."""
+    """MAX_IN_FLIGHT is sufficient for all slots of the maximum number of workers."""
     most = OBJECTS["HorizontalPodAutoscaler/followups-worker"]["spec"]["maxReplicas"]
     assert int(OBJECTS["ConfigMap/followups"]["data"]["FOLLOWUPS_MAX_IN_FLIGHT"]) >= 2 * 100 * most
 
 
 def test_every_setting_is_known() -> None:
-    """The ConfigMap names only existing settings, and no file contains a secret."""
+    """The ConfigMap contains only existing settings, and no file contains a secret."""
     assert OBJECTS["ConfigMap/followups"]["data"].keys() <= SETTINGS
     assert not [name for name in OBJECTS if name.startswith("Secret/")]

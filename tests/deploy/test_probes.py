@@ -1,4 +1,4 @@
-"""Each probe runs an existing command for its own process."""
+"""The probes: each runs an existing command for its own process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PROCESSES = ("web", "worker", "beat")
 
 
 def probes() -> dict[str, list[str]]:
-    """Return each probe's command by location; the location's last word is the process."""
+    """Return each probe's command by its location, whose last word is the process."""
     found = {}
     for name, service in compose()["services"].items():
         if name in PROCESSES:

@@ -1,6 +1,6 @@
-"""Prometheus beside the real system: each query of the dashboard is answered, and real faults fire the alerts.
+"""Prometheus with the real system: dashboard queries return data, and real faults fire the alerts.
 
-Its minutes are two seconds long, so that a test need not wait.
+Its minutes are two seconds long, so that the tests need not wait.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def test_the_dashboard_has_answers(stack: Stack, prometheus: Prometheus) -> None
 
 @pytest.mark.faults_long
 def test_faults_wake_the_alerts(stack: Stack, prometheus: Prometheus) -> None:
-    """A failing chat, stopped workers and a stopped web each fire their own alerts, which end when the fault ends."""
+    """A failing chat, stopped workers and a stopped `web` each fire their own alerts.
+
+    The alerts end when the fault ends.
+    """
     wait_until(lambda: prometheus.ask(f"followups:pending offset {10 * MINUTE}s"), within=60)
     assert prometheus.firing() == set()
     chat_server = {"FollowUpsTransportFailing", "FollowUpsGivenUp"}

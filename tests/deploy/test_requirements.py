@@ -1,4 +1,4 @@
-"""The pinned and hashed requirements: complete, hashed, and free of hosts."""
+"""The pinned requirements: complete, hashed, and without host names."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_they_cover_what_the_project_needs() -> None:
 
 
 def test_they_cover_what_builds_it() -> None:
-    """The same holds for the build backend."""
+    """Every dependency of the build backend is pinned at an allowed version."""
     have = entries("requirements-build.txt")
     for wanted in map(Requirement, pyproject()["build-system"]["requires"]):
         assert wanted.specifier.contains(pinned(have[canonicalize_name(wanted.name)][0]))

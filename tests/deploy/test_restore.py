@@ -1,4 +1,4 @@
-"""Restoring a backup: messages sent after it are repeated under the same key; earlier ones are not."""
+"""Restoring a backup: later messages are sent again with the same key, earlier ones are not."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
-    """Return the URL of an empty database to restore into, and an engine on it."""
+    """Return the URL of an empty database to restore into, and an engine for it."""
     name = f"test_restored_{uuid4().hex}"
     create_database(postgres_url, name)
     engine = make_engine(url_of(postgres_url, name), options=BY_KEY)
@@ -35,7 +35,10 @@ def restored(postgres_url: str) -> Iterator[tuple[str, Engine]]:
 
 
 def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_path: Path) -> None:
-    """The chat recognises the repetition; a cancel made after the backup is lost."""
+    """The chat server recognises messages that are sent again after a restore.
+
+    A cancellation made after the backup is lost.
+    """
     url, engine = restored
     dump = str(tmp_path / "followups.sql")
     before = stack.world.follow_up()
@@ -67,13 +70,13 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
 
 
 def start_sending(stack: Stack) -> None:
-    """Start a beat and a worker under their own names."""
+    """Start a beat and a worker with names of their own."""
     stack.beat(f"beat-{uuid4().hex}")
     stack.worker(f"worker-{uuid4().hex}")
 
 
 def stop_sending(stack: Stack) -> None:
-    """Stop beats and workers; the chat stays."""
+    """Stop all beats and workers but keep the chat server running."""
     for child in [child for child in stack.processes.children if child.command.name != "sandbox"]:
         child.ask()
         wait_until(lambda child=child: not child.running)

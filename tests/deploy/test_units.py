@@ -1,4 +1,7 @@
-"""The systemd units are valid and confined, and run the Procfile's commands; checked without running systemd."""
+"""The systemd units are valid and confined, and run the Procfile's commands.
+
+The tests need no running systemd.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ COMMANDS = {
 LASTING = [name for name in COMMANDS if "migrate" not in name]
 OLDEST_SYSTEMD = 252
 MOST_EXPOSED = 20
-"""Highest allowed exposure by systemd's score; an unconfined service has 100."""
+"""Maximum exposure by systemd's score; an unconfined service has 100."""
 
 
 @pytest.fixture
 def analyze() -> str:
-    """Return the path of systemd's checker."""
+    """Return the path of `systemd-analyze`."""
     if not (found := shutil.which("systemd-analyze")):
         pytest.skip("systemd-analyze is not installed; the commands and the confinement are compared all the same")
     version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
@@ -40,7 +43,7 @@ def analyze() -> str:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """Return a root directory with the units, their targets and their commands installed."""
+    """Return a root directory in which the units, their targets and their commands are installed."""
     shutil.copytree(UNITS, tmp_path / "etc/systemd/system")
     system = tmp_path / "usr/lib/systemd/system"
     system.mkdir(parents=True)
@@ -68,7 +71,7 @@ def test_systemd_finds_nothing(analyze: str, installed: Path, name: str) -> None
 
 
 def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
-    """The check finds a misspelled assignment and a missing command, so the test above can fail."""
+    """The check by systemd finds a misspelled assignment and a missing command, which proves that it can fail."""
     unit = installed / "etc/systemd/system/followups-web.service"
     unit.write_text(unit.read_text().replace("RestartSec", "RestartSecs").replace("bin/python", "bin/pyton"))
     said = verify(analyze, installed, unit.name).stderr
@@ -78,7 +81,7 @@ def test_systemd_would_find_something(analyze: str, installed: Path) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> None:
-    """Each service's exposure is low by systemd's rating."""
+    """Each service's exposure is rated low by systemd."""
     confined = [analyze, "security", "--offline=yes", f"--threshold={MOST_EXPOSED}", f"--root={installed}"]
     ran = subprocess.run([*confined, "--no-pager", name.replace("@.", "@1.")], capture_output=True, check=False)
     assert ran.returncode == 0, ran.stdout.decode().splitlines()[-1]
@@ -86,7 +89,7 @@ def test_systemd_calls_it_confined(analyze: str, installed: Path, name: str) -> 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_it_runs_what_the_procfile_runs(name: str) -> None:
-    """Each unit has the Procfile's command, with the installed path."""
+    """Each unit runs the Procfile's command, with the installed path."""
     (line,) = unit(name)["ExecStart"]
     command, *arguments = [word.replace("%%", "%") for word in line.split()]
     assert command.startswith(PREFIX)
@@ -95,7 +98,7 @@ def test_it_runs_what_the_procfile_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", LASTING)
 def test_it_is_confined_and_comes_back(name: str) -> None:
-    """The units have the most important confinements; this needs no systemd."""
+    """Each unit has the most important confinements and restarts its process."""
     found = unit(name)
     assert found["Type"] == ["exec"]
     assert found["Restart"] == ["always"]
@@ -111,7 +114,7 @@ def test_it_is_confined_and_comes_back(name: str) -> None:
     [("followups-web.service", 20), ("followups-worker@.service", 30), ("followups-beat.service", 10)],
 )
 def test_it_has_time_to_drain(name: str, seconds: int) -> None:
-    """Each unit's stop timeout is longer than an orderly stop takes: running requests, calls in flight, a publish."""
+    """Each unit's stop timeout is long enough for running requests, calls in flight and a publish."""
     found = unit(name)
     assert int(found["TimeoutStopSec"][-1]) >= seconds
     assert found["KillSignal"] == ["SIGTERM"]

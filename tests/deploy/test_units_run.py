@@ -1,4 +1,4 @@
-"""The systemd units' commands, actually started: a follow-up passes through all of them, and SIGTERM ends them."""
+"""The systemd units' commands are started: they deliver a follow-up, and SIGTERM ends them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ import ctypes, os, sys
 ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
-"""Applies MemoryDenyWriteExecute= (PR_SET_MDWE, from Linux 6.3 on), then becomes the command."""
+"""Python code that applies MemoryDenyWriteExecute= and then runs the command.
+
+It uses PR_SET_MDWE, which exists from Linux 6.3 on.
+"""
 
 
 def start(stack: Stack, name: str, **variables: str) -> Child:
-    """Start a unit's command, with its variables and specifiers filled in as systemd does."""
+    """Start a unit's command, with variables and specifiers replaced as systemd does."""
     (line,) = unit(name)["ExecStart"]
     for variable, value in variables.items():
         line = line.replace(f"${{{variable}}}", value)
@@ -42,7 +45,10 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 
 
 def test_the_units_deliver(stack: Stack) -> None:
-    """A follow-up is scheduled through web, ticked by beat, sent, and seen in Flower; each process ends in time."""
+    """A follow-up is scheduled through `web`, sent after a tick of beat, and shown in Flower.
+
+    Each process ends in time.
+    """
     downgrade(stack.settings.database_url.get_secret_value(), "base")
     migrating = start(stack, "followups-migrate.service")
     wait_until(lambda: not migrating.running, within=60)
@@ -57,7 +63,7 @@ def test_the_units_deliver(stack: Stack) -> None:
     }
     stack.sandbox()
     wait_until(answers(f"{url}/readyz"), within=90)
-    api = web.Api(url, World(stack.world.engine))  # the workspace was dropped with the schema
+    api = web.Api(url, World(stack.world.engine))  # the workspace was dropped together with the schema
     created = api.create(due=web.in_days(0))
     wait_until(lambda: stack.accepted(created["id"]), within=60)
     api.client.close()
@@ -78,7 +84,7 @@ def shows(url: str, words: str) -> bool:
 
 
 def ended_within(child: Child, seconds: float) -> None:
-    """Stop a process, and check that it exits cleanly within that many seconds."""
+    """Stop a process, and check that it exits successfully within that many seconds."""
     asked = time.monotonic()
     child.ask()
     wait_until(lambda: not child.running, within=seconds)

@@ -34,28 +34,28 @@ if TYPE_CHECKING:
     from followups.settings import Settings
 
 RATE = 60.0
-"""Follow-ups a second during the upgrade."""
+"""Follow-ups per second during the upgrade."""
 
 SCRIPTS = ScriptDirectory.from_config(alembic_config())
 REVISIONS = [script.revision for script in SCRIPTS.walk_revisions()][::-1]
-"""Revisions, from the first to the newest."""
+"""The schema revisions, from the first to the newest."""
 NEWEST = SCRIPTS.get_revision(REVISIONS[-1])
 PREVIOUS = REVISIONS[-2]
 
 
 @pytest.fixture
 def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
-    """Return a system whose database has the schema before the newest one."""
+    """Return a system whose database has the second newest schema."""
     downgrade(settings.database_url.get_secret_value(), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
-        # No process is killed here, so a second attempt would be caused by the upgrade.
+        # No process is killed in this test, so any second attempt would be caused by the upgrade.
         rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
         yield rig
 
 
 @pytest.fixture
 def old_code(tmp_path: Path) -> str:
-    """Return a directory with the code as it was before the newest migration, from the repository's history."""
+    """Return a directory with the code before the newest migration, from the repository's history."""
     if not (git := shutil.which("git")) or not (ROOT / ".git").exists():
         pytest.skip("there is no history to take the old code from")
 
@@ -75,7 +75,7 @@ def old_code(tmp_path: Path) -> str:
 
 
 def migrated(rig: Rig) -> float:
-    """Run `followups migrate`, as an operator does; return the seconds that it took."""
+    """Run `followups migrate` as an operator does, and return its duration in seconds."""
     began = time.monotonic()
     command = [str(Path(sys.executable).with_name("followups")), "migrate"]
     child = rig.processes.spawn("migrate", command, environment=rig.environment())
@@ -92,7 +92,7 @@ def ended(child: Child) -> None:
 
 
 def settled(rig: Rig, load: Load) -> None:
-    """Check that everything arrived, once, and was attempted once."""
+    """Check that every follow-up arrived once, after only one attempt."""
     rig.settle_down(within=60)
     verdict = rig.verdict()
     assert not verdict.broken()
@@ -107,13 +107,16 @@ def sent(rig: Rig) -> int:
 
 
 def more_is_sent(rig: Rig, more: int = 60) -> None:
-    """Wait until that many more have been sent, which shows that the system works."""
+    """Wait until that many more follow-ups have been sent, which shows that the system works."""
     wanted = sent(rig) + more
     wait_until(lambda: sent(rig) >= wanted, within=60)
 
 
 def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
-    """Old and new code work on the new schema at once; no message is lost or sent twice, and no attempt is wasted."""
+    """Old and new code work on the new schema simultaneously.
+
+    No message is lost or sent twice, and no attempt is wasted.
+    """
     beats = [previous.beat(PYTHONPATH=old_code)]
     previous.sandbox()
     workers = [previous.worker(PYTHONPATH=old_code), previous.worker(PYTHONPATH=old_code)]
@@ -133,7 +136,7 @@ def test_the_schema_then_the_code(previous: Rig, old_code: str) -> None:
 
 
 def test_the_code_before_the_schema(previous: Rig) -> None:
-    """Deployed before the schema, the new code may wait for it, but loses and doubles nothing."""
+    """New code that is deployed before the schema may wait for it, but loses and duplicates no message."""
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
         wait_until(lambda: len(load.ids) >= RATE, within=30)
@@ -143,7 +146,7 @@ def test_the_code_before_the_schema(previous: Rig) -> None:
 
 
 def test_a_column_more_under_load(previous: Rig) -> None:
-    """Prepared statements keep working, whatever a migration adds to the busiest tables."""
+    """Prepared statements keep working while a migration adds columns to the busiest tables."""
     migrated(previous)
     previous.start()
     with Load(previous, RATE, seconds=3600) as load:
@@ -159,7 +162,7 @@ _COLUMNS = text("""
            OR is_identity = 'YES' AS may_be_left_out
       FROM information_schema.columns WHERE table_schema = 'public'
 """)
-# Constraints, with their columns.
+# The constraints and their columns.
 _CONSTRAINTS = text("""
     SELECT c.conname AS name, c.conrelid::regclass::text AS table_name,
            ARRAY(SELECT a.attname::text FROM pg_attribute a WHERE a.attrelid = c.conrelid AND a.attnum = ANY(c.conkey))
@@ -170,12 +173,12 @@ _CONSTRAINTS = text("""
 
 
 UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", "follow_ups", "sending_hours")}}
-"""Constraints on existing columns, by migration. No version of the code violates them."""
+"""Constraints on existing columns, by migration, that no version of the code violates."""
 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
-    """The previous code keeps working: every table and column stays, and its writes need nothing new."""
+    """A migration keeps every table and column, and requires no new values from the previous code."""
     downgrade(database_url, before)
     with engine.connect() as connection:
         columns = {row.name: row.data_type for row in connection.execute(_COLUMNS)}
@@ -193,7 +196,7 @@ def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: s
 
 
 def test_old_code_is_older(old_code: str) -> None:
-    """The upgrade starts from the previous code, not from the installed one."""
+    """The upgrade starts with the previous code, not with the installed code."""
     code = "import followups; print(followups.__file__)"
     environment = os.environ | {"PYTHONPATH": old_code}
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

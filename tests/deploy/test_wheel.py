@@ -1,4 +1,4 @@
-"""The wheel and the sdist, built, installed into an empty environment, and run there."""
+"""The wheel and the sdist: built, installed into an empty environment, and run there."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 WITHIN = 60
-"""Seconds from the demo's start to its end, on a slow machine with two cores."""
+"""Maximum duration of the demo in seconds, on a slow machine with two cores."""
 
 
 def run(built: Built, *arguments: str, bare: bool = False, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the installed command without settings, out of this repository's reach."""
+    """Run the installed command without settings, outside the repository."""
     least = {"PATH": os.defpath, "HOME": str(built.directory), "TMPDIR": tempfile.gettempdir(), "LANG": "C.UTF-8"}
     return subprocess.run(
         [built.bare if bare else built.followups, *arguments],
@@ -37,7 +37,7 @@ def run(built: Built, *arguments: str, bare: bool = False, **environment: str) -
 
 
 def test_it_runs_from_an_empty_environment(built: Built) -> None:
-    """The command prints its help and its version."""
+    """The installed command prints its help and its version."""
     assert "migrate" in run(built, "--help").stdout
     assert run(built, "--version").stdout == f"followups {pyproject()['project']['version']}\n"
 
@@ -51,7 +51,10 @@ def test_it_prints_its_document(built: Built) -> None:
 
 
 def test_it_says_what_is_missing(built: Built) -> None:
-    """`followups doctor` without settings names the missing ones in one sentence, without a trace."""
+    """`followups doctor` without settings names the missing settings in one sentence.
+
+    It prints no stack trace.
+    """
     ran = run(built, "doctor")
     assert ran.returncode == 2
     assert "FOLLOWUPS_DATABASE_URL is required" in ran.stderr
@@ -72,7 +75,7 @@ def test_it_migrates(built: Built, postgres_url: str) -> None:
 
 
 def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
-    """`up` and `demo` without their extra say what to install; other commands need none of it."""
+    """`up` and `demo` without their extra say what to install; all other commands work without the extra."""
     for command in ("up", "demo"):
         ran = run(built, command, bare=True)
         assert ran.returncode == 1
@@ -83,9 +86,9 @@ def test_it_says_how_to_get_the_embedded_servers(built: Built) -> None:
 
 
 def test_it_plays_the_demo(built: Built) -> None:
-    """The demo sends at least 50, retries 3, rejects 1 and cancels 2, doubles none, and prints one JSON object.
+    """The demo sends at least 50 follow-ups, retries 3, rejects 1, cancels 2, and sends none twice.
 
-    Every process was started from the installed wheel.
+    It prints one JSON object. Every process is started from the installed wheel.
     """
     began = time.monotonic()
     ran = run(built, "demo", "--json")
@@ -95,14 +98,14 @@ def test_it_plays_the_demo(built: Built) -> None:
     lag = result.pop("lagMs")
     assert result == {"sent": 52, "failed": 1, "cancelled": 2, "retried": 3, "duplicates": 0, "ok": True}
     assert 0 <= lag["p50"] <= lag["p95"] <= lag["p99"]
-    assert lag["p50"] < 1000  # benchmarks measure punctuality; this machine may be busy with other tests
-    if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):  # else it was not the demo that took the time
+    assert lag["p50"] < 1000  # benchmarks measure punctuality, whereas other tests may keep this machine busy
+    if os.getloadavg()[0] < 2 * (os.cpu_count() or 1):  # on a busy machine, the demo itself may not be the cause
         assert took < WITHIN
     assert "Traceback" not in ran.stderr
 
 
 def test_metadata(built: Built) -> None:
-    """The package metadata match pyproject.toml and README; no address is invented."""
+    """The package metadata match pyproject.toml and README, and contain no invented address."""
     with zipfile.ZipFile(built.wheel) as wheel:
         (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
         metadata = message_from_string(wheel.read(name).decode())
@@ -121,7 +124,7 @@ def test_metadata(built: Built) -> None:
 
 
 def test_the_version_stands_in_one_place() -> None:
-    """The package states its version in one place."""
+    """The package states its version in only one place."""
     version = pyproject()["project"]["version"]
     assert not [path for path in (ROOT / "src").rglob("*.py") if f'"{version}"' in path.read_text()]
 
