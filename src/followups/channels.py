@@ -6,7 +6,7 @@ Business Platform: customer service windows"; "Instagram Platform: messaging pol
 
 from __future__ import annotations
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 
 
@@ -27,11 +27,21 @@ WINDOW = timedelta(hours=24)
 WINDOWED_CHANNELS = frozenset({Channel.WHATSAPP, Channel.INSTAGRAM})
 
 
+NEVER_OPEN = datetime.min.replace(tzinfo=UTC)
+"""The end of the window of a chat whose user never wrote."""
+
+
+def window_closes_at(channel: str, last_user_message_at: datetime | None) -> datetime | None:
+    """Return when the chat's messaging window closes, or None if its channel has none."""
+    if channel not in WINDOWED_CHANNELS:
+        return None
+    return last_user_message_at + WINDOW if last_user_message_at else NEVER_OPEN
+
+
 def is_open(channel: Channel, last_user_message_at: datetime | None, at: datetime) -> bool:
     """Return whether a message may be sent into the chat at the time ``at``.
 
     On a channel with a window, no message may be sent into a chat whose user has never written.
     """
-    if channel not in WINDOWED_CHANNELS:
-        return True
-    return last_user_message_at is not None and at < last_user_message_at + WINDOW
+    closes = window_closes_at(channel, last_user_message_at)
+    return closes is None or at < closes

@@ -13,6 +13,7 @@ from followups.sending_hours import opens_at
 from followups.states import DEFAULT_CODES, FINAL, MAX_REASON_LENGTH, Status, finish, storable
 from followups.store.chats import Role
 from followups.telemetry.logs import get_logger
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,9 +61,11 @@ def check_moment(chat: Chat, moment: datetime, hours: SendingHours | None) -> No
         return
     opening = _opening(chat.workspace_id, hours, moment)
     if not is_open(channel, chat.last_user_message_at, opening):
-        message = (
-            f"The due date is outside the workspace's sending hours ({hours}), which open at"
-            f" {opening:%Y-%m-%dT%H:%M:%SZ}, outside the channel's messaging window."
+        message = Sentence(
+            "The due date is outside the workspace's sending hours ({hours}), which open at {opening}, outside the"
+            " channel's messaging window.",
+            hours=hours.in_words,
+            opening=opening,
         )
         raise OutsideMessagingWindowError(message, field="due_date")
 
@@ -95,7 +98,11 @@ def check_planned(planned: Planned) -> None:
 def check_message(message: str) -> None:
     """Refuse a message that is empty, too long, or impossible to store in PostgreSQL."""
     if not 1 <= len(message) <= MAX_MESSAGE_LENGTH:
-        text = f"The message must have 1 to {MAX_MESSAGE_LENGTH:,} characters; this one has {len(message):,}."
+        text = Sentence(
+            "The message must have 1 to {most} characters; this one has {number}.",
+            most=f"{MAX_MESSAGE_LENGTH:,}",
+            number=f"{len(message):,}",
+        )
         raise InvalidRequestError(text, field="message")
     check_text(message, "message")
 
@@ -103,17 +110,26 @@ def check_message(message: str) -> None:
 def check_text(text: str, field: str) -> None:
     """Refuse text that cannot be stored because it contains a NUL character or a lone surrogate."""
     if text != storable(text):
-        message = f"The {field.replace('_', ' ')} must not contain NUL characters or lone surrogates."
+        message = Sentence("The {field} must not contain NUL characters or lone surrogates.", field=_named(field))
         raise InvalidRequestError(message, field=field)
+
+
+def _named(field: str) -> Sentence:
+    return Sentence(field.replace("_", " "))
 
 
 def check_time(time: datetime, field: str) -> None:
     """Refuse a time that has no offset or is at the edge of the calendar."""
     if time.utcoffset() is None:
-        message = f"The {field.replace('_', ' ')} must carry an offset, as in 2030-01-31T09:00:00Z."
+        message = Sentence("The {field} must carry an offset, as in 2030-01-31T09:00:00Z.", field=_named(field))
         raise InvalidRequestError(message, field=field)
     if not all(FIRST_YEAR <= year <= LAST_YEAR for year in (time.year, _year_in_utc(time))):
-        message = f"The {field.replace('_', ' ')} must lie in the years {FIRST_YEAR} to {LAST_YEAR}."
+        message = Sentence(
+            "The {field} must lie in the years {first} to {last}.",
+            field=_named(field),
+            first=FIRST_YEAR,
+            last=LAST_YEAR,
+        )
         raise InvalidRequestError(message, field=field)
 
 
@@ -133,7 +149,7 @@ def check_changes(changes: Mapping[str, Any]) -> None:
     ends = changes.get("status") in FINAL
     for field in changes.keys() & {"reason", "finished_at"}:
         if not ends:
-            message = f"A {field.replace('_', ' ')} goes only with a status of sent, failed or cancelled."
+            message = Sentence("A {field} goes only with a status of sent, failed or cancelled.", field=_named(field))
             raise InvalidRequestError(message, field=field)
     if "reason" in changes:
         check_reason(changes["reason"], changes["status"])
@@ -142,9 +158,9 @@ def check_changes(changes: Mapping[str, Any]) -> None:
 def check_reason(reason: str, status: Status) -> None:
     """Refuse a reason that is empty, too long, impossible to store, or not allowed with the status."""
     if status is Status.SENT:
-        message = "A sent follow-up carries no reason."
+        message = Sentence("A sent follow-up carries no reason.")
         raise InvalidRequestError(message, field="reason")
     if not 1 <= len(reason) <= MAX_REASON_LENGTH:
-        message = f"The reason must have 1 to {MAX_REASON_LENGTH:,} characters."
+        message = Sentence("The reason must have 1 to {most} characters.", most=f"{MAX_REASON_LENGTH:,}")
         raise InvalidRequestError(message, field="reason")
     check_text(reason, "reason")

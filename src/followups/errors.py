@@ -10,6 +10,8 @@ import inspect
 from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
+from followups.wording import Sentence
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -22,9 +24,11 @@ class FollowUpsError(Exception):
 
     slug: ClassVar[str] = "error"
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | Sentence | None = None) -> None:
         """Use the given message, or the class's docstring if there is none."""
-        super().__init__(message or inspect.cleandoc(type(self).__doc__ or ""))
+        message = message or inspect.cleandoc(type(self).__doc__ or "")
+        self.sentence = message if isinstance(message, Sentence) else Sentence(message)
+        super().__init__(str(message))
 
 
 class SettingsError(FollowUpsError):
@@ -110,7 +114,7 @@ class DeliveryInProgressError(ConflictError):
 
     slug = "delivery-in-progress"
 
-    def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str | Sentence | None = None, *, retry_after: float = 1.0) -> None:
         """Store the number of seconds after which the outcome should be known."""
         super().__init__(message)
         self.retry_after = retry_after
@@ -152,7 +156,7 @@ class TooManyRequestsError(FollowUpsError):
 
     slug = "too-many-requests"
 
-    def __init__(self, message: str | None = None, *, retry_after: float = 1.0) -> None:
+    def __init__(self, message: str | Sentence | None = None, *, retry_after: float = 1.0) -> None:
         """Store the number of seconds after which the next request is allowed."""
         super().__init__(message)
         self.retry_after = retry_after
@@ -163,7 +167,7 @@ class InvalidRequestError(FollowUpsError):
 
     slug = "invalid-request"
 
-    def __init__(self, message: str | None = None, *, field: str = "") -> None:
+    def __init__(self, message: str | Sentence | None = None, *, field: str = "") -> None:
         """Store the name (snake_case) of the invalid field, if there is one."""
         super().__init__(message)
         self.field = field

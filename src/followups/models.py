@@ -43,6 +43,7 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from followups.states import Status
+from followups.wording import Sentence
 
 MAX_MESSAGE_LENGTH = 65_536
 """Maximum length of a follow-up's message, in characters."""
@@ -54,6 +55,16 @@ CHURNING = {"autovacuum_vacuum_scale_factor": "0.02", "autovacuum_analyze_scale_
 A search for the oldest rows reads everything that was deleted since the last vacuum. By default, a vacuum starts only
 when a fifth of the table is dead.
 """
+
+
+WAYS = {
+    "api": "API key {actor}",
+    "command": "command by {actor}",
+    "console": "console, {actor}",
+    "python": "Python as {actor}",
+    "service": "service {actor}",
+}
+"""An audit event's author by the way in (`followups.store.audit.Way`)."""
 
 
 def readable(*columns: str) -> str:
@@ -211,6 +222,11 @@ class ApiKey(Base):
     revoked_at: Mapped[datetime | None]
     expires_at: Mapped[datetime | None]
     """The time at which the API key expires, or None if it never expires."""
+
+    @property
+    def title(self) -> str:
+        """Its name and prefix, by which people know it."""
+        return f"{self.name} ({self.prefix}…)" if self.name else f"{self.prefix}…"
 
 
 class Quota(Base):
@@ -419,6 +435,10 @@ class FollowUp(Base):
 
     Lag is this time minus the due date.
     """
+    accepted_duration: Mapped[timedelta | None]
+    """How long the accepted attempt took, or None if it was not timed."""
+    created_by_key: Mapped[UUID | None]
+    """The API key that created it, or None if it was created in another way."""
     traceparent: Mapped[str | None]
     """The W3C traceparent of the trace in which the follow-up was created, or None."""
 
@@ -639,3 +659,8 @@ class AuditEvent(Base):
     number: Mapped[int] = mapped_column(BigInteger, server_default="1")
     """The number of rows that were changed."""
     details: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
+
+    @property
+    def by(self) -> Sentence:
+        """Its author and their means of access: "API key website (fup_3Fq8vTnO…)", "command by root"."""
+        return Sentence(WAYS[self.way], actor=self.actor or self.actor_id)

@@ -39,6 +39,7 @@ from followups.store import audit, chat_order, chats, follow_ups, quotas, retrie
 from followups.store.audit import Action, Event, Way, user_of_process
 from followups.store.follow_ups import Planned
 from followups.store.quotas import Kind
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -69,7 +70,9 @@ def schedule(session: Session, *, workspace_id: UUID, chat_id: UUID, message: st
     return run(session, scheduling(workspace_id, chat_id, message, due_date))
 
 
-def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime) -> Steps[FollowUp]:
+def scheduling(
+    workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, created_by_key: UUID | None = None
+) -> Steps[FollowUp]:
     """Apply the rule of `schedule`, for synchronous and asynchronous callers."""
     check_planned(Planned(chat_id, message, due_date))
     chat = yield from chats.lock_chat.steps(workspace_id, chat_id)
@@ -81,6 +84,7 @@ def scheduling(workspace_id: UUID, chat_id: UUID, message: str, due_date: dateti
         message=message,
         due_date=due_date,
         trigger_chat_message_id=trigger,
+        created_by_key=created_by_key,
     )
     if created is None:
         raise TooManyPendingError
@@ -201,7 +205,7 @@ def _failed(session: Session, follow_up_id: UUID) -> FollowUp:
     if old is None:
         raise FollowUpNotFoundError
     if old.status != Status.FAILED:
-        message = f"Only a failed follow-up can be retried; this one is {old.status}."
+        message = Sentence("Only a failed follow-up can be retried; this one is {status}.", status=Sentence(old.status))
         raise ConflictError(message)
     chats.lock_chat(session, old.workspace_id, old.chat_id)
     return old

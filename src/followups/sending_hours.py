@@ -8,11 +8,14 @@ is the closing, so that no message is sent while the local clock shows a time ou
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, time, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,13 +46,22 @@ class SendingHours:
     days: frozenset[int] = EVERY_DAY
 
     def __str__(self) -> str:
-        """Return the sending hours in words.
+        """Return the sending hours in English.
 
         >>> str(SendingHours("Europe/Berlin", time(8), time(20), frozenset({0, 1, 2, 3, 4})))
         '08:00 to 20:00, mon-fri, Europe/Berlin'
         """
-        days = "" if self.days == EVERY_DAY else f", {written_days(self.days)}"
-        return f"{self.opening:%H:%M} to {self.closing:%H:%M}{days}, {self.time_zone}"
+        return str(self.in_words)
+
+    @property
+    def in_words(self) -> Sentence:
+        """The hours as a phrase."""
+        values = {"opening": f"{self.opening:%H:%M}", "closing": f"{self.closing:%H:%M}", "zone": self.time_zone}
+        if self.days == EVERY_DAY:
+            return Sentence("{opening} to {closing}, {zone}", **values)
+        names = re.sub(r"\w+", r"{\g<0>}", written_days(self.days))
+        days = Sentence(names, **{day: Sentence(day) for day in DAYS})
+        return Sentence("{opening} to {closing}, {days}, {zone}", days=days, **values)
 
 
 @lru_cache(maxsize=1024)

@@ -1,14 +1,18 @@
-"""Measures the console's pages with many follow-ups: ``python tests/benchmarks/bench_console.py 5000``.
+"""Measures the console's pages beside five million follow-ups of a thousand workspaces.
 
-Set PYTHONPATH=tests. The argument is the number of follow-ups in thousands; they are spread over a thousand workspaces.
-The program prints the milliseconds for each page: the median and the slowest of seven requests.
+    PYTHONPATH=tests uv run python tests/benchmarks/bench_console.py --data /tmp/console-5m
+
+Prints milliseconds for each page: the median and the slowest of seven requests. Filling the database takes some ten
+minutes; with --data it is kept, and the next run uses it again.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import time
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psycopg
 
@@ -19,29 +23,52 @@ from followups.schema import migrate
 from followups.settings import load_settings
 from web import served
 
-WORKSPACES = 1_000
+if TYPE_CHECKING:
+    from uuid import UUID
+
 REQUESTS = 7
-FILL = (
-    "SET synchronous_commit = off",
-    "INSERT INTO workspaces (name) SELECT 'workspace ' || n FROM generate_series(1, 1000) n",
-    """INSERT INTO chats (workspace_id, id, channel, external_id, last_message_id, last_message_role, last_message_at,
-                          last_user_message_at)
-       SELECT w.id, gen_random_uuid(), (ARRAY['api', 'whatsapp', 'widget'])[1 + n % 3], 'room ' || n,
-              gen_random_uuid(), 'agent', now(), now()
-         FROM workspaces w, generate_series(1, 50) n""",
-    """INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, created_at, status,
-                               reason, finished_at, accepted_at)
-       SELECT c.workspace_id, c.id, 'Hello, are you still interested?', at, gen_random_uuid(), at - interval '1 day',
-              status, CASE WHEN status IN ('failed', 'cancelled') THEN 'rejected: HTTP 403' END,
-              CASE WHEN status <> 'pending' THEN at END, CASE WHEN status = 'sent' THEN at END
-         FROM (SELECT c.workspace_id, c.id,
-                      now() + (random() * 60 - 58) * interval '1 day' AS at,
-                      (ARRAY['sent', 'sent', 'sent', 'failed', 'cancelled', 'pending'])[1 + floor(random() * 6)::int]
-                          AS status
-                 FROM chats c, generate_series(1, %(each)s)) c""",
-    "UPDATE follow_ups SET due_date = now() + random() * interval '30 days' WHERE status = 'pending'",
-    "VACUUM ANALYZE",
-)
+SHAPES = (("workspace", 999, 50, 80), ("large", 1, 10_000, 100))
+"""Names of workspaces; how many there are, the chats of each, and the follow-ups of each chat, in a full run."""
+
+CHATS = """
+    INSERT INTO chats (workspace_id, id, channel, external_id, last_message_id, last_message_role, last_message_at,
+                       last_user_message_at)
+    SELECT w.id, gen_random_uuid(),
+           CASE WHEN w.name = 'workspace 7' THEN 'instagram' ELSE (ARRAY['api', 'whatsapp', 'widget'])[1 + n %% 3] END,
+           'room ' || n, gen_random_uuid(), 'agent', now(), now()
+      FROM workspaces w, generate_series(1, %(chats)s) n
+     WHERE w.name LIKE %(name)s || ' %%'
+"""
+FOLLOW_UPS = """
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, created_at, status,
+                            reason, finished_at, accepted_at, attempts)
+    SELECT workspace_id, chat_id, 'Hello, are you still interested?',
+           CASE WHEN status = 'pending' THEN now() + (random() * 30 - 0.01) * interval '1 day' ELSE at END,
+           gen_random_uuid(), at - random() * interval '1 day', status,
+           CASE status WHEN 'failed' THEN CASE WHEN kind < 0.9 THEN 'rejected: HTTP 403'
+                                               WHEN kind < 0.9999 THEN 'retries_exhausted: HTTP 503'
+                                               ELSE 'worker_lost' END
+                       WHEN 'cancelled' THEN CASE WHEN kind < 0.7 THEN 'user_replied' ELSE 'human_takeover' END END,
+           CASE WHEN status <> 'pending' THEN at END, CASE WHEN status = 'sent' THEN at END,
+           CASE WHEN status = 'sent' THEN 1 ELSE 0 END
+      FROM (SELECT c.workspace_id, c.id AS chat_id, now() - random() * interval '60 days' AS at, random() AS kind,
+                   (ARRAY['sent', 'sent', 'sent', 'sent', 'sent', 'sent', 'failed', 'cancelled', 'cancelled',
+                          'pending'])[1 + floor(random() * 10)::int] AS status
+              FROM workspaces w JOIN chats c ON c.workspace_id = w.id, generate_series(1, %(each)s)
+             WHERE w.name LIKE %(name)s || ' %%') made
+"""
+
+
+def fill(url: str, part: float) -> None:
+    """Fill the database with this part of the five million."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET synchronous_commit = off")
+        for name, number, chats, each in SHAPES:
+            given = {"name": name, "number": number, "chats": chats, "each": max(round(each * part), 1)}
+            new = "INSERT INTO workspaces (name) SELECT %(name)s || ' ' || n FROM generate_series(1, %(number)s) n"
+            for statement in (new, CHATS, FOLLOW_UPS):
+                connection.execute(statement, given)
+        connection.execute("VACUUM ANALYZE")
 
 
 def measure(one: Person, name: str, path: str, **query: str) -> None:
@@ -52,44 +79,63 @@ def measure(one: Person, name: str, path: str, **query: str) -> None:
         answer = one.get(path, **query)
         took.append(1000 * (time.perf_counter() - begun))
         assert answer.status_code == 200, (path, answer.status_code)
-    print(f"{name:44}{statistics.median(took):8.0f}{max(took):8.0f} ms")  # noqa: T201 - a program
+    print(f"{name:44}{statistics.median(took):8.0f}{max(took):8.0f} ms", flush=True)  # noqa: T201 - a program
+
+
+def measure_all(one: Person, workspace_id: UUID, connection: psycopg.Connection) -> None:
+    """Print how long each page takes, with every filter."""
+    query = "SELECT id, chat_id FROM follow_ups WHERE workspace_id = %s AND status = %s LIMIT 1"
+    (sent, chat_id), (pending, _) = (
+        connection.execute(query, (workspace_id, status)).fetchone() or ("", "") for status in ("sent", "pending")
+    )
+    measure(one, "Overview", "/")
+    measure(one, "Follow-ups", "/follow-ups")
+    for state in ("pending", "sent", "failed", "cancelled"):
+        measure(one, f"Follow-ups, {state}", "/follow-ups", state=state)
+    for reason in ("rejected", "user_replied", "worker_lost", "too_late"):
+        measure(one, f"Follow-ups, reason {reason}", "/follow-ups", reason=reason)
+    for channel in ("whatsapp", "instagram", "matrix"):
+        measure(one, f"Follow-ups, channel {channel}", "/follow-ups", channel=channel)
+    measure(one, "Follow-ups, pending, channel instagram", "/follow-ups", state="pending", channel="instagram")
+    measure(one, "Follow-ups, due long ago", "/follow-ups", due_from="2020-01-01T00:00", due_to="2020-02-01T00:00")
+    measure(one, "Follow-ups, due in the future", "/follow-ups", due_from="2100-01-01T00:00")
+    measure(one, "Follow-ups, external id", "/follow-ups", id="room 7")
+    measure(one, "Follow-ups, id of a chat", "/follow-ups", id=str(chat_id))
+    measure(one, "Follow-ups, unknown id", "/follow-ups", id=str(workspace_id))
+    measure(one, "Follow-up, sent", f"/follow-ups/{sent}")
+    measure(one, "Follow-up, pending", f"/follow-ups/{pending}")
+    measure(one, "New follow-up", "/follow-ups/new")
+    measure(one, "Chat", f"/chats/{chat_id}")
+    measure(one, "Bulk actions", "/bulk")
+    measure(one, "Workspace settings", "/settings")
+    measure(one, "Audit log", "/audit")
 
 
 def main() -> None:
-    """Fill a separate database, and measure the pages."""
-    each = int(sys.argv[1]) * 1000 // (WORKSPACES * 50)
-    with EmbeddedPostgres() as postgres, EmbeddedValkey() as valkey:
+    """Fill a database of its own unless it is kept, and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a directory in which the database is kept")
+    parser.add_argument("--part", type=float, default=1.0, help="fill in this part of the five million only")
+    given = parser.parse_args()
+    with EmbeddedPostgres(given.data) as postgres, EmbeddedValkey() as valkey:
         migrate(postgres.url())
-        with psycopg.connect(postgres.url(), autocommit=True) as connection:
-            for statement in FILL:
-                begun = time.perf_counter()
-                connection.execute(statement.replace("%(each)s", str(each)))
-                print(f"{time.perf_counter() - begun:6.0f} s  {' '.join(statement.split())[:60]}", flush=True)  # noqa: T201 - likewise
-            found = connection.execute("SELECT workspace_id, chat_id, id FROM follow_ups LIMIT 1").fetchone()
-        settings = load_settings(
-            database_url=postgres.url(), broker_url=valkey.url(), transport_url="http://127.0.0.1:9/"
-        )
-        engine = make_engine(postgres.url())
-        with served(settings) as (host, port):
-            assert found is not None
-            for role, workspace_id in (("admin", found[0]), ("operator", None)):
-                one = Person(f"http://{host}:{port}", engine).signed_in(role, workspace_id)
-                print(f"\n{role}")  # noqa: T201 - likewise
-                measure(one, "Overview", "/")
-                measure(one, "Follow-ups", "/follow-ups")
-                measure(one, "Follow-ups, pending", "/follow-ups", state="pending")
-                measure(one, "Follow-ups, channel", "/follow-ups", channel="whatsapp")
-                measure(
-                    one, "Follow-ups, due range", "/follow-ups", due_from="2020-01-01T00:00", due_to="2020-02-01T00:00"
-                )
-                measure(one, "Follow-ups, external id", "/follow-ups", id="room 7")
-                measure(one, "Follow-ups, any id", "/follow-ups", id=str(found[1]))
-                measure(one, "Follow-up", f"/follow-ups/{found[2]}")
-                measure(one, "Chat", f"/chats/{found[1]}")
-                measure(one, "Workspace settings", "/settings")
-                measure(one, "Audit log", "/audit")
-                one.client.close()
-        engine.dispose()
+        with psycopg.connect(postgres.url()) as connection:
+            if not connection.execute("SELECT FROM workspaces LIMIT 1").fetchone():
+                fill(postgres.url(), given.part)
+            settings = load_settings(
+                database_url=postgres.url(), broker_url=valkey.url(), transport_url="http://127.0.0.1:9/"
+            )
+            engine = make_engine(postgres.url())
+            workspaces = dict(connection.execute("SELECT name, id FROM workspaces").fetchall())
+            shown = {"admin of a workspace of 4,000": "workspace 7", "admin of a workspace of 1,000,000": "large 1"}
+            with served(settings) as (host, port):
+                for who, name in (shown | {"operator": ""}).items():
+                    role = "admin" if name else "operator"
+                    one = Person(f"http://{host}:{port}", engine).signed_in(role, workspaces.get(name))
+                    print(f"\n{who}")  # noqa: T201 - likewise
+                    measure_all(one, workspaces[name or "workspace 7"], connection)
+                    one.client.close()
+            engine.dispose()
 
 
 if __name__ == "__main__":

@@ -2,27 +2,64 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from followups import errors
 from followups.console.language import catalogue
+from followups.console.timeline import ACTIONS, OUTCOMES
+from followups.console.visit import MENU
+from followups.console.zones import WEEKDAYS
+from followups.errors import ConflictError, InvalidRequestError, NotFoundError
+from followups.models import WAYS
+from followups.operations.explain import ENDINGS
 from followups.sending_hours import DAYS
 from followups.states import Status
 from followups.store.console_sessions import ROLES
+from followups.store.quotas import NAMES
 
-ROOT = Path(str(files("followups.console")))
-TEXT = re.compile(
-    r'\bt\(\s*"((?:[^"\\]|\\.)*)"|\bt\(\s*\'((?:[^\'\\]|\\.)*)\'|^    \("/[\w-]*", "([^"]+)"', re.MULTILINE
-)
-BY_NAME = {*(status.value for status in Status), *ROLES, *DAYS, "user", "Not allowed", "Not found", "Not available"}
-"""Texts that the code chooses by a value, so that no call contains them literally."""
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+ROOT = Path(str(files("followups")))
+IN_TEMPLATES = re.compile(r'\bt\(\s*"((?:[^"\\]|\\.)*)"|\bt\(\s*\'((?:[^\'\\]|\\.)*)\'')
+BY_VALUE = {
+    *(status.value for status in Status),
+    *ROLES,
+    *DAYS,
+    *WEEKDAYS,
+    *WAYS.values(),
+    *ENDINGS.values(),
+    *NAMES.values(),
+    *ACTIONS.values(),
+    *OUTCOMES.values(),
+    *(label for _, label, _ in MENU),
+    *("user", "message", "due date", "reason", "chat", "Not allowed", "Not found", "Not available"),
+}
+"""Texts that are chosen by a value."""
+
+
+def sentences() -> Iterator[str]:
+    """Yield each text that code gives to ``t``, ``Sentence`` or a refusal without a text of its own."""
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+                name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+                if name in {"t", "Sentence"}:
+                    yield node.args[0].value
+    for error in vars(errors).values():
+        if isinstance(error, type) and issubclass(error, ConflictError | InvalidRequestError | NotFoundError):
+            yield str(error())
 
 
 def used() -> set[str]:
-    """Return every translatable text in the templates and in the code."""
-    sources = [*ROOT.rglob("*.html"), *ROOT.rglob("*.py")]
-    return {next(filter(None, found.groups())) for each in sources for found in TEXT.finditer(each.read_text("utf-8"))}
+    """Return every text of the console."""
+    templates = [each.read_text("utf-8") for each in ROOT.rglob("*.html")]
+    return {*sentences(), *(found[1] or found[2] for each in templates for found in IN_TEMPLATES.finditer(each))}
 
 
 def test_the_catalogues_have_every_text_and_nothing_else() -> None:
@@ -31,6 +68,6 @@ def test_the_catalogues_have_every_text_and_nothing_else() -> None:
     No translation is of a text that does not exist.
     """
     portuguese = catalogue("pt-BR")
-    assert set(portuguese) == used() | BY_NAME
+    assert set(portuguese) == used() | BY_VALUE
     for english, translated in portuguese.items():
-        assert set(re.findall(r"\{\w+\}", english)) == set(re.findall(r"\{\w+\}", translated)), english
+        assert set(re.findall(r"\{\w+", english)) == set(re.findall(r"\{\w+", translated)), english

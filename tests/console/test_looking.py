@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from console.person import heading, words
+from web import key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -192,21 +193,54 @@ def test_strangers_words_are_text(person: Callable[..., Person], own: World) -> 
 
 
 def test_the_timeline_tells_what_happened(person: Callable[..., Person], own: World) -> None:
-    """The timeline shows the creation, the acceptance, the end, and each attempt.
-
-    For each attempt it shows the outcome, the code and the duration.
-    """
-    one_id = own.follow_up(due=-HOUR, status="sent", finished_at=NOW, accepted_at=NOW, attempts=2)
+    """The timeline has the creation, the attempts with outcome, code and duration, the acceptance and the end."""
+    key_id, key = key_of(own)
+    sent = {"status": "sent", "finished_at": NOW, "accepted_at": NOW, "accepted_duration": timedelta(milliseconds=85)}
+    one_id = own.follow_up(due=-HOUR, attempts=2, created_by_key=key_id, **sent)
     own.sql(
         "INSERT INTO failed_attempts (follow_up_id, number, outcome, detail, status_code, duration)"
         " VALUES (:id, 1, 'retry', 'HTTP 503 away', 503, interval '120 ms')",
         id=one_id,
     )
     said = words(person("viewer", own).get(f"/follow-ups/{one_id}")).partition("Timeline")[2]
-    places = [said.index(each) for each in ("Created", "Attempt 1: retry", "HTTP 503", "120 ms", "HTTP 503 away")]
+    places = [
+        said.index(each) for each in ("Created", "Attempt 1: failed for now", "HTTP 503", "120 ms", "HTTP 503 away")
+    ]
     assert places == sorted(places)
-    assert "Accepted by the transport, attempt 2" in said
+    assert f"Created API key {key[:12]}…" in said
+    assert "Accepted by the transport, attempt 2 took 85 ms" in said
     assert "Ended: sent" in said
+
+
+def test_each_row_forecasts_what_will_happen(person: Callable[..., Person], own: World) -> None:
+    """A row shows its place in the chat, and that the messaging window closes before it can be sent."""
+    chat_id = own.chat(channel="whatsapp", last_user_message_at=text("now() - interval '20 hours'"))
+    ids = [own.follow_up(chat_id, due=each * HOUR) for each in (1, 2, 5)]
+    one = person("viewer", own)
+    page = one.get("/follow-ups")
+    rows = dict(zip(listed(page), re.findall(r'<span class="why">(.*?)</span>', page.text), strict=True))
+    first, second, third = (rows[str(each)] for each in ids)
+    assert "in its chat" not in first
+    assert "It is number 2 in its chat" in second
+    assert "window" not in second
+    assert "messaging window closes before that" in third
+    assert "It is number 3 in its chat" in words(one.get(f"/follow-ups/{ids[2]}"))
+
+
+def test_explanations_are_in_the_persons_language_and_zone(person: Callable[..., Person], own: World) -> None:
+    """The console translates the sentences of `followups show`, and writes their times in the person's zone."""
+    own.sql(
+        "INSERT INTO sending_hours (workspace_id, time_zone, opening, closing, days, open_from, open_until)"
+        " VALUES (:id, 'America/Sao_Paulo', '08:00', '20:00', 31, now(), now() + interval '1 hour')",
+        id=own.workspace_id,
+    )
+    one_id = own.follow_up(due_date=text("'2100-01-30T12:00:00Z'"))
+    one = person("viewer", own)
+    one.post("/preferences", language="pt-BR", zone="America/Sao_Paulo", next="/")
+    for path in ("/follow-ups", f"/follow-ups/{one_id}"):
+        said = words(one.get(path))
+        assert "a menos que algo o cancele antes" in said
+        assert "(08:00 às 20:00, seg-sex, America/Sao_Paulo): ficará retido até 2100-02-01 08:00:00." in said
 
 
 def test_a_chat_shows_who_wrote_when_and_its_follow_ups(person: Callable[..., Person], own: World) -> None:

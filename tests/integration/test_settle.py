@@ -40,6 +40,7 @@ class TestSettle:
         assert (row.status, row.chat_message_id, row.reason, row.lease_until) == ("sent", message_id, None, None)
         assert settled.lag == row.accepted_at - row.due_date
         assert row.due_date <= row.accepted_at <= row.finished_at + SECOND
+        assert row.accepted_duration == timedelta(milliseconds=1)
 
     def test_rejected(self, world: World, steps: Steps) -> None:
         """A rejected message ends the follow-up as rejected, with the transport's detail."""

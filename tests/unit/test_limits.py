@@ -8,11 +8,11 @@ from uuid import UUID
 
 import pytest
 import typer
+from followups.flow_control.rate_limits import Limits, loosened
 
 from followups.cli.parse import default_burst, parse_rate
-from followups.flow_control.limiter import Limits, loosened
-from followups.operations.wording import rate_in_words
 from followups.store.rate_limits import Limit, Limitable
+from followups.wording import rate_in_words
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 ACME, OTHER = UUID(int=1), UUID(int=2)

@@ -15,8 +15,8 @@ from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.parse import parse_age
 from followups.models import Workspace
 from followups.operations import administration
-from followups.operations.wording import readable
 from followups.store import api_keys, workspaces
+from followups.wording import readable
 
 app = typer.Typer(
     add_completion=False,

@@ -14,9 +14,9 @@ from followups.cli.documents import event_document
 from followups.cli.options import EXAMPLE_ID, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark
 from followups.cli.parse import Since, parse_since
-from followups.operations.wording import actor_of, details_of, readable
 from followups.store import audit as store
 from followups.store.audit import Action, AuditFilter
+from followups.wording import details_of, readable
 
 if TYPE_CHECKING:
     from followups.models import AuditEvent
@@ -73,7 +73,7 @@ def audit(
 def _row(event: AuditEvent) -> list[str]:
     return [
         readable(event.at),
-        actor_of(event),
+        str(event.by),
         event.workspace or "-",
         event.action,
         str(event.target_id or "-"),

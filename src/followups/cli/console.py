@@ -14,11 +14,11 @@ from followups.cli.catalogue import examples
 from followups.cli.options import workspace_id_of
 from followups.cli.output import Json, print_json, remark, say
 from followups.cli.parse import parse_age
-from followups.operations.wording import readable, rfc3339
 from followups.settings import get_settings
 from followups.store import audit, console_sessions
 from followups.store.audit import Action, Event, Way
 from followups.store.console_sessions import LINK, LONGEST_LINK, SHORTEST_LINK, Grant
+from followups.wording import readable, rfc3339
 
 app = typer.Typer(
     add_completion=False, rich_markup_mode="markdown", epilog=examples("followups console link --workspace acme")

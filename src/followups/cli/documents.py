@@ -6,8 +6,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from followups.api import schemas
-from followups.operations.wording import rfc3339
 from followups.sending_hours import DAYS
+from followups.wording import rfc3339
 
 if TYPE_CHECKING:
     from followups.models import ApiKey, AuditEvent, FailedAttempt, FollowUp, Workspace

@@ -16,11 +16,11 @@ from followups.cli.output import Json, print_json, print_table, say
 from followups.cli.parse import MOST, default_burst, parse_quota, parse_rate
 from followups.operations import administration
 from followups.operations.explain import limited
-from followups.operations.wording import rate_in_words, readable
 from followups.store import quotas, rate_limits
 from followups.store.audit import Way, user_of_process
 from followups.store.quotas import Kind
 from followups.store.rate_limits import LimitScope
+from followups.wording import rate_in_words, readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -183,5 +183,5 @@ def _rows(standing: Sequence[Limit]) -> Iterator[tuple[str, ...]]:
 
 
 def _named(workspace: str | None, channel: str | None, each: Each | None) -> str:
-    named = limited(workspace, channel, each.value if each else "all")
+    named = str(limited(workspace, channel, each.value if each else "all"))
     return f"{named[0].upper()}{named[1:]}"

@@ -14,10 +14,10 @@ from followups.cli.documents import follow_up_document
 from followups.cli.options import Codes, workspace_id_of
 from followups.cli.output import Json, console, print_json, print_table, remark
 from followups.cli.parse import parse_moment
-from followups.operations.wording import readable
 from followups.states import Status  # noqa: TC001 - Typer reads the annotations
 from followups.store import listing
 from followups.store.listing import ListFilter
+from followups.wording import readable
 
 if TYPE_CHECKING:
     from followups.models import FollowUp

@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import typer
 
-from followups.operations.wording import SECONDS
 from followups.sending_hours import read_days
+from followups.wording import SECONDS
 
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 RELATIVE = re.compile(r"\+(?:\d+(?:\.\d+)?[smhd])+", re.ASCII)

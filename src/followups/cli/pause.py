@@ -14,9 +14,9 @@ from followups.cli.documents import pause_document
 from followups.cli.options import OneChannel, Workspace, workspace_id_of
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.operations import administration, bulk
-from followups.operations.wording import readable
 from followups.store import pauses
 from followups.store.pauses import PauseScope
+from followups.wording import readable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

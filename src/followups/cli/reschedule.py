@@ -14,7 +14,7 @@ from followups.cli.documents import follow_up_document
 from followups.cli.options import EXAMPLE_ID, FollowUpId
 from followups.cli.output import Json, print_json, say
 from followups.cli.parse import DUE_HELP, Due, parse_due
-from followups.operations.wording import readable
+from followups.wording import readable
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 

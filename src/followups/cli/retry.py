@@ -24,9 +24,9 @@ from followups.cli.options import (
 from followups.cli.output import Json, print_json, remark, say
 from followups.cli.parse import DUE_HELP, Due, Since, parse_due, parse_since
 from followups.operations import bulk
-from followups.operations.wording import readable
 from followups.store import bulk_cancel, retries
 from followups.store.retries import Failures
+from followups.wording import readable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -13,15 +13,16 @@ from followups.cli import connection
 from followups.cli.catalogue import examples
 from followups.cli.documents import event_document, failure_document, follow_up_document, hours_document, limit_document
 from followups.cli.output import Json, cell, console, print_json
-from followups.operations.explain import explained, lag_of, stopped
-from followups.operations.wording import actor_of, details_of, readable, rfc3339, span
+from followups.operations.circumstances import explained
+from followups.operations.explain import lag_of, stopped
 from followups.settings import get_settings
+from followups.wording import details_of, readable, rfc3339, span
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from followups.models import AuditEvent, FailedAttempt
-    from followups.operations.explain import Explained
+    from followups.operations.circumstances import Explained
     from followups.store.pauses import ActivePause
 
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown")
@@ -61,7 +62,7 @@ def _document(found: Explained, *, message: bool) -> dict[str, Any]:
         "workspace": found.workspace,
         "channel": found.chat.channel,
         "externalChatId": found.chat.external_id,
-        "explanation": found.explanation,
+        "explanation": str(found.explanation),
         "nextAttemptAt": rfc3339(follow_up.next_attempt_at),
         "waitsFor": follow_up.waits_for and str(follow_up.waits_for),
         "heldUntil": rfc3339(follow_up.held_until),
@@ -72,17 +73,23 @@ def _document(found: Explained, *, message: bool) -> dict[str, Any]:
         "limitedUntil": rfc3339(follow_up.limited_until),
         "retryOf": follow_up.retry_of and str(follow_up.retry_of),
         "retriedAs": found.around.retried_as and str(found.around.retried_as),
+        "createdByKey": follow_up.created_by_key and str(follow_up.created_by_key),
         "inFlight": follow_up.in_flight,
         "leaseUntil": rfc3339(follow_up.lease_until),
         "cancelRequested": follow_up.cancel_requested,
         "acceptedAt": rfc3339(follow_up.accepted_at),
-        "lagMs": None if lag is None else round(lag / MILLISECOND, 3),
+        "acceptedDurationMs": _milliseconds(follow_up.accepted_duration),
+        "lagMs": _milliseconds(lag),
         "attempts": follow_up.attempts,
         "lostLeases": follow_up.losses,
         "snoozes": follow_up.snoozes,
         "failedAttempts": [failure_document(failure) for failure in found.failures],
         "changes": [event_document(event) for event in found.events],
     }
+
+
+def _milliseconds(duration: timedelta | None) -> float | None:
+    return None if duration is None else round(duration / MILLISECOND, 3)
 
 
 def _paused_by(pause: ActivePause | None) -> dict[str, Any] | None:
@@ -100,7 +107,7 @@ def _print(found: Explained, *, message: bool) -> None:
         grid.add_row(cell("message", "dim"), cell(found.follow_up.message, lines=True))
     target.print(grid)
     target.print()
-    target.print(cell(found.explanation, "bold"))
+    target.print(cell(str(found.explanation), "bold"))
     if found.failures:
         target.print()
         target.print(_failures(found.failures))
@@ -117,11 +124,12 @@ def _facts(found: Explained) -> list[tuple[str, str]]:
         "reason": follow_up.reason,
         "due": _relative(follow_up.due_date, found.now),
         "next attempt": _next_attempt(found),
-        "paused": found.around.pause and stopped(found.around.pause),
+        "paused": found.around.pause and str(stopped(found.around.pause)),
         "held until": follow_up.held_until and _relative(follow_up.held_until, found.now),
         "sending hours": found.around.hours and str(found.around.hours),
         "finished": readable(follow_up.finished_at) if follow_up.finished_at else None,
         "lag": lag and f"{'-' if lag < timedelta(0) else ''}{span(lag)}",
+        "accepted in": follow_up.accepted_duration and span(follow_up.accepted_duration),
         "attempts": f"{follow_up.attempts} of {get_settings().max_attempts}",
         "rate limited": f"{follow_up.snoozes} times" if follow_up.snoozes else None,
         "workers lost": f"{follow_up.losses} times" if follow_up.losses else None,
@@ -134,6 +142,7 @@ def _facts(found: Explained) -> list[tuple[str, str]]:
         "chat": f"{follow_up.chat_id} ({found.chat.channel}{f', {name}' if (name := found.chat.external_id) else ''})",
         "chat message": follow_up.chat_message_id and str(follow_up.chat_message_id),
         "created": readable(follow_up.created_at),
+        "created by": found.created_by and f"API key {found.created_by.title}",
         "updated": readable(follow_up.updated_at),
         "after": str(follow_up.trigger_chat_message_id),
     }
@@ -165,6 +174,6 @@ def _changes(events: Sequence[AuditEvent]) -> Table:
     """Return a table of the manual changes, oldest first."""
     table = Table("CHANGED", "BY", "ACTION", "DETAILS", box=None, pad_edge=False)
     for event in events:
-        row = (readable(event.at), actor_of(event), event.action, details_of(event.details))
+        row = (readable(event.at), str(event.by), event.action, details_of(event.details))
         table.add_row(*map(cell, row))
     return table

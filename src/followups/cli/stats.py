@@ -22,8 +22,8 @@ from followups.cli.output import Json, cell, console, print_json
 from followups.operations.doctor import process_checks
 from followups.operations.explain import STALE_TICK
 from followups.operations.statistics import measure, measure_by_second
-from followups.operations.wording import readable, rfc3339, span
 from followups.store import counts as store
+from followups.wording import readable, rfc3339, span
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

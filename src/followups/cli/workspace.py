@@ -16,10 +16,10 @@ from followups.cli.documents import hours_document, workspace_document
 from followups.cli.output import Json, print_json, print_table, remark, say
 from followups.cli.parse import parse_clock, parse_days
 from followups.operations import administration
-from followups.operations.wording import readable
 from followups.sending_hours import EVERY_DAY, SendingHours
 from followups.store import holds, sending_hours, workspaces
 from followups.store.deletion import Whole
+from followups.wording import readable
 
 if TYPE_CHECKING:
     from uuid import UUID

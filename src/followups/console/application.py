@@ -158,7 +158,7 @@ class Console:
         except NotFoundError:
             return _finished(visit, _told(visit, HTTPStatus.NOT_FOUND, visit.t("There is nothing at this address.")))
         except InvalidRequestError as error:
-            return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
+            return _finished(visit, _told(visit, HTTPStatus.UNPROCESSABLE_ENTITY, visit.said(error.sentence)))
         except DBAPIError as error:
             if not is_passing(error):
                 raise
@@ -175,7 +175,7 @@ class Console:
             own = origins.own_origin(public, scope["scheme"], visit.headers.get("host", ""))
             if refused := origins.refusal(visit.headers, own, configured=public is not None):
                 log.warning("console_origin_refused", own=own)
-                return _told(visit, HTTPStatus.FORBIDDEN, refused)
+                return _told(visit, HTTPStatus.FORBIDDEN, visit.said(refused))
         if route is None or route.action is not Permission.PUBLIC or route.path == "/login":
             identity.identify(visit, scope)
         if route is not None and route.action is Permission.PUBLIC:

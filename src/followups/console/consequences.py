@@ -49,8 +49,8 @@ def foreseen(visit: Visit, session: Session, chat: Chat, due: datetime, now: dat
             said.append(
                 t(
                     "It is outside the sending hours ({hours}): it is held until {opening}.",
-                    hours=hours,
-                    opening=f"{opening.astimezone(zone.info):%A} {zone.written(opening)}",
+                    hours=hours.in_words,
+                    opening=zone.day(opening),
                 )
             )
             moment = opening

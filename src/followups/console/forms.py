@@ -6,6 +6,7 @@ from urllib.parse import parse_qsl
 from uuid import UUID
 
 from followups.errors import InvalidRequestError
+from followups.wording import Sentence
 
 MAX_FIELDS = 300
 """Maximum number of fields in a form or query string: a page's check boxes and a dozen other fields."""
@@ -19,7 +20,7 @@ class Fields:
         try:
             pairs = parse_qsl(encoded, keep_blank_values=True, max_num_fields=MAX_FIELDS, errors="strict")
         except (ValueError, UnicodeDecodeError):
-            message = f"A form must have at most {MAX_FIELDS} fields, in UTF-8."
+            message = Sentence("A form must have at most {most} fields, in UTF-8.", most=MAX_FIELDS)
             raise InvalidRequestError(message) from None
         self._values: dict[str, list[str]] = {}
         for name, value in pairs:

@@ -18,16 +18,13 @@ def catalogue(language: str) -> dict[str, str]:
     return found
 
 
-def translate(language: str, text: str, **values: object) -> str:
-    """Return the text in the language, with its values filled in.
+def translate(language: str, text: str) -> str:
+    """Return the text in the language, or in English if the text has no translation.
 
-    A text without a translation is returned in English.
-
-    >>> translate("en", "{number} new", number=3)
-    '3 new'
+    >>> translate("pt-BR", "Follow-up"), translate("pt-BR", "a stranger's words")
+    ('Follow-up', "a stranger's words")
     """
-    chosen = catalogue(language).get(text, text)
-    return chosen.format(**values) if values else chosen
+    return catalogue(language).get(text, text)
 
 
 def preferred(accepted: str) -> str:

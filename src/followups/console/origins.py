@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from followups.wording import Sentence
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -25,25 +27,26 @@ def own_origin(public_url: str | None, scheme: str, host: str) -> str:
     return _plain(public_url)
 
 
-def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> str:
-    """Return why the request is refused, or an empty string if it comes from the console's own pages.
+def refusal(headers: Mapping[str, str], own: str, *, configured: bool) -> Sentence | None:
+    """Return why the request is refused, or None if it comes from the console's own pages.
 
     >>> refusal({"origin": "http://localhost:8000"}, "http://localhost:8000", configured=False)
-    ''
     """
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    hint = (
-        f" FOLLOWUPS_PUBLIC_URL says that the console is at {own}; correct it if that is wrong."
-        if configured
-        else f" The request arrived at {own}; behind a proxy, set FOLLOWUPS_PUBLIC_URL to the address that people use."
-    )
+    if configured:
+        hint = Sentence("FOLLOWUPS_PUBLIC_URL says that the console is at {own}; correct it if that is wrong.", own=own)
+    else:
+        hint = Sentence(
+            "The request arrived at {own}; behind a proxy, set FOLLOWUPS_PUBLIC_URL to the address that people use.",
+            own=own,
+        )
     if site is not None and site not in OURS:
-        return f"The request comes from another site.{hint}"
+        return Sentence("The request comes from another site.") + hint
     if origin is None and site is None:
-        return f"The request has neither an Origin nor a Sec-Fetch-Site header.{hint}"
+        return Sentence("The request has neither an Origin nor a Sec-Fetch-Site header.") + hint
     if origin is not None and _plain(origin) != own:
-        return f"The request comes from another origin.{hint}"
-    return ""
+        return Sentence("The request comes from another origin.") + hint
+    return None
 
 
 def _plain(url: str) -> str:

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import text
 
+from followups.channels import window_closes_at
 from followups.operations.explain import Circumstances, explain
 from followups.states import Status
-from followups.store import last_tick, pauses, rate_limits, sending_hours
+from followups.store import chat_order, last_tick, pauses, rate_limits, sending_hours
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,12 +23,13 @@ if TYPE_CHECKING:
 
     from followups.console.services import ConsoleServices
     from followups.store.browse import Row
+    from followups.wording import Sentence
 
 _RETRIED = text("SELECT retry_of, id FROM follow_ups WHERE retry_of = ANY(CAST(:ids AS uuid[]))")
 
 
-def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, str]:
-    """Return the explanation of each row by its id.
+def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], now: datetime) -> Mapping[UUID, Sentence]:
+    """Return the sentence of each row by its id.
 
     The data that the explanations share is read once for each workspace and channel.
     """
@@ -39,6 +41,7 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
     tick_age = last_tick.last_tick_age(connection) if pending else None
     places = {(row.follow_up.workspace_id, row.channel) for row in pending}
     paused = {place: pauses.of(connection, *place) for place in places}
+    in_chat = chat_order.places(connection, [row.follow_up.id for row in pending]) if pending else {}
     limited = {place: rate_limits.of(connection, *place) for place in places}
     hours = {workspace_id: sending_hours.find(session, workspace_id) for workspace_id, _ in places}
     sentences = {}
@@ -50,6 +53,8 @@ def of_rows(services: ConsoleServices, session: Session, rows: Sequence[Row], no
             limits=limited.get(place, ()),
             breaker=breaker,
             tick_age=tick_age,
+            place=in_chat.get(row.follow_up.id, 1),
+            window_closes_at=window_closes_at(row.channel, row.last_user_message_at),
             retried_as=retried.get(row.follow_up.id),
         )
         sentences[row.follow_up.id] = explain(row.follow_up, services.settings, now, around)

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from followups.console.recent import Recent
 from followups.console.tries import Tries
 from followups.database import make_engine, make_sessions
-from followups.operations.explain import breaker_state
+from followups.operations.circumstances import breaker_state
 from followups.sending_hours import zone_of
 from followups.settings import networks_of
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
@@ -18,7 +19,7 @@ from followups.console.assets import ASSETS, ENVIRONMENT
 from followups.console.forms import Fields, uuid_or_none
 from followups.console.zones import Zone
 from followups.errors import NotFoundError
-from followups.operations.wording import span
+from followups.wording import Sentence, span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -97,8 +98,12 @@ class Visit:
         return found
 
     def t(self, text: str, **values: object) -> str:
-        """Return the text in the person's language."""
-        return language.translate(self.language, text, **values)
+        """Return a text in the person's language."""
+        return self.said(Sentence(text, **values))
+
+    def said(self, sentence: Sentence) -> str:
+        """Return a sentence in the person's language, with its times in the person's zone."""
+        return sentence.said(partial(language.translate, self.language), self.zone.written)
 
     def url(self, path: str, **query: object) -> str:
         """Return the URL of a page, including the path prefix."""

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 from followups.errors import InvalidRequestError
 from followups.sending_hours import zone_of
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from zoneinfo import ZoneInfo
+
+
+WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 
 
 class AmbiguousTimeError(InvalidRequestError):
@@ -42,13 +46,14 @@ class Zone:
         """
         return moment.astimezone(self.info).strftime("%Y-%m-%d %H:%M:%S")
 
-    def day(self, moment: datetime) -> str:
-        """Return a time for display, with its day of the week, to the minute.
+    def day(self, moment: datetime) -> Sentence:
+        """Return a time for people, with its day of the week, to the minute.
 
-        >>> Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC))
-        'Thu 2030-01-31 12:00'
+        >>> str(Zone("UTC").day(datetime(2030, 1, 31, 12, tzinfo=UTC)))
+        'Thursday 2030-01-31 12:00'
         """
-        return moment.astimezone(self.info).strftime("%a %Y-%m-%d %H:%M")
+        local = moment.astimezone(self.info)
+        return Sentence("{day} {time}", day=Sentence(WEEKDAYS[local.weekday()]), time=f"{local:%Y-%m-%d %H:%M}")
 
     def typed(self, moment: datetime) -> str:
         """Return a time as the value of a browser's time field, to the second.
@@ -71,23 +76,29 @@ class Zone:
         try:
             local = datetime.fromisoformat(text)
         except ValueError:
-            message = "The due date is no time; write it as 2030-01-31T09:00."
+            message = Sentence("The due date is no time; write it as 2030-01-31T09:00.")
             raise InvalidRequestError(message, field="due_date") from None
         if local.utcoffset() is not None:
             return local
         try:
             first, second = (local.replace(tzinfo=self.info, fold=each).astimezone(UTC) for each in (0, 1))
         except OverflowError:
-            message = "The due date must lie in the years 2 to 9998."
+            message = Sentence("The due date must lie in the years 2 to 9998.")
             raise InvalidRequestError(message, field="due_date") from None
         if first == second:
             return first
         if first.astimezone(self.info).replace(tzinfo=None) != local:
-            message = (
-                f"The clocks of {self.name} are set forward and skip {local:%H:%M} on that day; choose another time."
+            message = Sentence(
+                "The clocks of {zone} are set forward and skip {time} on that day; choose another time.",
+                zone=self.name,
+                time=f"{local:%H:%M}",
             )
             raise InvalidRequestError(message, field="due_date")
         if fold not in {"first", "second"}:
-            message = f"The clocks of {self.name} are set back and show {local:%H:%M} twice on that day; choose one."
+            message = Sentence(
+                "The clocks of {zone} are set back and show {time} twice on that day; choose one.",
+                zone=self.name,
+                time=f"{local:%H:%M}",
+            )
             raise AmbiguousTimeError(message, field="due_date")
         return first if fold == "first" else second

@@ -213,7 +213,12 @@ def decide(attempt: Attempt, policy: RetryPolicy, *, deduplicates: bool) -> Sett
         case Sent(chat_message_id):
             accepted_ago = timedelta(seconds=uptime() - attempt.answered)
             return Settlement(
-                lease, Status.SENT, chat_message_id=chat_message_id, accepted_ago=accepted_ago, yields=False
+                lease,
+                Status.SENT,
+                chat_message_id=chat_message_id,
+                accepted_ago=accepted_ago,
+                duration=attempt.duration,
+                yields=False,
             )
         case Rejected(detail):
             final = finish(Status.FAILED, ReasonCode.REJECTED, detail)

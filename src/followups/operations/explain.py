@@ -1,33 +1,25 @@
-"""Explanations in words of why a follow-up is in its state, and what can be done about it."""
+"""Explain in words why a follow-up is in its state, and what can be done about it. Pure."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import reduce
 from typing import TYPE_CHECKING
 
-import redis
-from sqlalchemy import func, select
-
-from followups.errors import FollowUpNotFoundError
-from followups.flow_control.breaker import read
-from followups.models import Chat, Workspace
-from followups.operations.doctor.broker_checks import broker_client
-from followups.operations.wording import rate_in_words, readable, span
 from followups.sending_hours import opens_at
 from followups.states import ReasonCode, Status, code_of
-from followups.store import audit, chat_order, follow_ups, last_tick, pauses, rate_limits, retries, sending_hours
+from followups.store.chat_order import MOST_PLACES
 from followups.store.leases import key_of
+from followups.wording import Sentence, rate_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from uuid import UUID
 
-    from sqlalchemy.orm import Session
-
     from followups.flow_control.breaker import Shown
-    from followups.models import AuditEvent, FailedAttempt, FollowUp
+    from followups.models import FollowUp
     from followups.sending_hours import SendingHours
     from followups.settings import Settings
     from followups.store.pauses import ActivePause
@@ -37,7 +29,9 @@ ENDINGS = {
     ReasonCode.USER_REPLIED: "The user wrote in the chat before it was sent, so there was nothing left to follow up.",
     ReasonCode.HUMAN_TAKEOVER: "A human operator wrote in the chat before it was sent, and has taken over.",
     ReasonCode.CHAT_REMOVED: "The chat was removed before it was sent.",
-    ReasonCode.CANCELLED_BY_API: "It was cancelled through the API or with followups cancel, without a reason.",
+    ReasonCode.CANCELLED_BY_API: (
+        "It was cancelled by hand, without a reason: through the API, in the console, or with followups cancel."
+    ),
     ReasonCode.REJECTED: (
         "The transport refused it for good; correct the cause, then followups retry makes a new one."
     ),
@@ -64,10 +58,6 @@ ENDINGS = {
 """The meaning of each reason code, for operators."""
 
 
-MOST_EVENTS = 100
-"""Maximum number of manual changes shown with a follow-up; only the newest are shown."""
-
-
 @dataclass(frozen=True, slots=True)
 class Circumstances:
     """The circumstances outside a follow-up's row that affect when it is sent."""
@@ -81,30 +71,16 @@ class Circumstances:
     """The state of the breaker, or None if it is unknown."""
     tick_age: timedelta | None = None
     """The age of the last tick."""
-    first: str = ""
-    """The explanation of the chat's first pending follow-up, if that is a different one."""
+    place: int = 1
+    """Its place among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
+    first: Sentence | None = None
+    """The explanation for the chat's first pending follow-up, when that is another one."""
+    window_closes_at: datetime | None = None
+    """The end of the chat's messaging window, or None if its channel has none."""
     retried_as: UUID | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """A follow-up with everything that explains its state."""
-
-    follow_up: FollowUp
-    workspace: str
-    chat: Chat
-    failures: Sequence[FailedAttempt]
-    events: Sequence[AuditEvent]
-    """The follow-up's manual changes, oldest first."""
-    now: datetime
-    around: Circumstances
-    explanation: str
-    """Why the follow-up is in its state."""
-
-
 ALONE = Circumstances()
-PATIENCE = timedelta(seconds=1)
-"""How long to wait for the breaker's state from the broker; everything else is read from the database."""
 
 STALE_TICK = timedelta(seconds=30)
 """Age from which the last tick counts as missing.
@@ -113,18 +89,21 @@ The limit suits every tick interval in use; the default interval is one second.
 """
 
 
-def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> str:
+def explain(follow_up: FollowUp, settings: Settings, now: datetime, around: Circumstances = ALONE) -> Sentence:
     """Return a few sentences: why the follow-up was sent, was not sent, or is not sent yet."""
     if follow_up.status == Status.SENT:
         return _sent(follow_up)
     if follow_up.status == Status.PENDING:
         return _pending(follow_up, now, around)
-    again = f" It was retried as {around.retried_as}." if around.retried_as else ""
     code = code_of(follow_up.reason)
-    if code not in ENDINGS:
-        return f"It was {follow_up.status} with a reason of the caller's own.{again}"
-    limits = {"max_attempts": settings.max_attempts, "max_lateness": span(settings.max_lateness)}
-    return ENDINGS[ReasonCode(code)].format(**limits) + again
+    if code in ENDINGS:
+        limits = {"max_attempts": settings.max_attempts, "max_lateness": settings.max_lateness}
+        said = Sentence(ENDINGS[ReasonCode(code)], **limits)
+    elif follow_up.status == Status.FAILED:
+        said = Sentence("It was failed with a reason of the caller's own.")
+    else:
+        said = Sentence("It was cancelled with a reason of the caller's own.")
+    return said + Sentence("It was retried as {id}.", id=around.retried_as) if around.retried_as else said
 
 
 def lag_of(follow_up: FollowUp) -> timedelta | None:
@@ -132,41 +111,76 @@ def lag_of(follow_up: FollowUp) -> timedelta | None:
     return follow_up.accepted_at - follow_up.due_date if follow_up.accepted_at else None
 
 
-def _sent(follow_up: FollowUp) -> str:
+def _sent(follow_up: FollowUp) -> Sentence:
     lag = lag_of(follow_up)
     if lag is None:
-        return "It was marked as sent through the API; this service did not send it."
-    when = f"The transport accepted it {span(lag)} {'after' if lag >= timedelta(0) else 'before'} its due date"
+        return Sentence("It was marked as sent through the API; this service did not send it.")
+    if lag >= timedelta(0):
+        accepted = Sentence("The transport accepted it {lag} after its due date", lag=lag)
+    else:
+        accepted = Sentence("The transport accepted it {lag} before its due date", lag=lag)
     if follow_up.held_until is not None and follow_up.held_until > follow_up.due_date:
-        when += f" (held until the sending hours opened, {readable(follow_up.held_until)})"
+        accepted += Sentence("(held until the sending hours opened, {opening})", opening=follow_up.held_until)
     if follow_up.attempts > 1:
-        return f"{when}, with attempt {follow_up.attempts}; the failed ones are below."
+        return Sentence(
+            "{accepted}, with attempt {number}; the failed ones are below.",
+            accepted=accepted,
+            number=follow_up.attempts,
+        )
     if follow_up.scheduled_at > follow_up.due_date:
-        return f"{when}, which had passed when it was scheduled, on {readable(follow_up.scheduled_at)}."
-    return f"{when}, at the first attempt."
+        return Sentence(
+            "{accepted}, which had passed when it was scheduled, on {scheduled}.",
+            accepted=accepted,
+            scheduled=follow_up.scheduled_at,
+        )
+    return Sentence("{accepted}, at the first attempt.", accepted=accepted)
 
 
-def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
+def _pending(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sentence:
     if follow_up.begun_at is not None:
         return _in_flight(follow_up, now)
-    if follow_up.pause_id is not None:
-        return _paused(follow_up, now, around)
-    if follow_up.waits_for is not None:
-        said = f"It waits for the earlier follow-up of its chat, {follow_up.waits_for}, to end."
-        return f"{said} {around.first}".strip()
     moment = follow_up.next_attempt_at or follow_up.due_date
-    if moment > now:
-        return _later(follow_up, moment, now, around)
-    return _due(follow_up, moment, now, around)
+    if follow_up.pause_id is not None:
+        said = _paused(follow_up, now, around)
+    elif follow_up.waits_for is not None:
+        said = Sentence("It waits for the earlier follow-up of its chat, {id}, to end.", id=follow_up.waits_for)
+    elif moment > now:
+        said = _later(follow_up, moment, now, around)
+    else:
+        said = _due(follow_up, moment, now, around)
+    if around.place > 1:
+        said += Sentence(
+            "It is number {place} in its chat, and the earlier ones go first.",
+            place=around.place if around.place < MOST_PLACES else f"{MOST_PLACES}+",
+        )
+    if around.first is not None:
+        said += around.first
+    return said + window if (window := _window(follow_up, max(moment, now), now, around)) else said
 
 
-def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
+def _window(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence | None:
+    """Return what the end of the channel's messaging window means for it, or None if it can be sent before that."""
+    closes = around.window_closes_at
+    if closes is None:
+        return None
+    if closes <= now:
+        return Sentence("The channel's messaging window has closed, so it will fail.")
+    if follow_up.pause_id or follow_up.waits_for or around.pause:
+        return Sentence(
+            "It will fail if it is still held when the messaging window closes, at {closes}.", closes=closes
+        )
+    if (_opening(around.hours, moment) or moment) < closes:
+        return None
+    return Sentence("The channel's messaging window closes before that, at {closes}, so it will fail.", closes=closes)
+
+
+def _due(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence:
     if around.pause is not None:
-        return f"It is due, and will be held when a worker begins it: {stopped(around.pause)}."
+        return Sentence("It is due, and will be held when a worker begins it: {paused}.", paused=stopped(around.pause))
     if breaker := _holds(around.breaker, follow_up):
         return _left_alone(breaker)
     if follow_up.lease_until is not None and follow_up.lease_until > now:
-        return "It is due, and a tick has claimed it; a worker is about to send it."
+        return Sentence("It is due, and a tick has claimed it; a worker is about to send it.")
     return _overdue(follow_up, now - moment, around)
 
 
@@ -175,33 +189,45 @@ def _holds(breaker: Shown | None, follow_up: FollowUp) -> Shown | None:
     return breaker if breaker and key_of(follow_up.workspace_id) in breaker.tripped else None
 
 
-def _left_alone(breaker: Shown) -> str:
-    failed = f"for {span(timedelta(seconds=breaker.seconds))} the transport has failed for its workspace"
+def _left_alone(breaker: Shown) -> Sentence:
+    failing = timedelta(seconds=breaker.seconds)
     if breaker.state == "recovering":
-        return f"It is due, and is sent within seconds: {failed}, and is recovering."
-    return (
-        f"It is due, and waits without using up attempts: {failed} (the breaker is {breaker.state}). The transport is"
-        " probed every few seconds, and this is sent when it works again, unless it is too late by then."
-        " See followups doctor."
+        return Sentence(
+            "It is due, and is sent within seconds: for {failing} the transport has failed for its workspace, and is"
+            " recovering.",
+            failing=failing,
+        )
+    return Sentence(
+        "It is due, and waits without using up attempts: for {failing} the transport has failed for its workspace (the"
+        " breaker is {state}). The transport is probed every few seconds, and this is sent when it works again, unless"
+        " it is too late by then. See followups doctor.",
+        failing=failing,
+        state=breaker.state,
     )
 
 
-def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> str:
-    due = f"It fell due {span(now - follow_up.due_date)} ago and is held"
+def _paused(follow_up: FollowUp, now: datetime, around: Circumstances) -> Sentence:
+    late = now - follow_up.due_date
     if around.pause is None:
-        return f"{due}: the pause has ended, and it is sent within a minute or so."
-    return f"{due}: {stopped(around.pause)}; {going_on(around.pause)} ends the pause."
+        return Sentence(
+            "It fell due {late} ago and is held: the pause has ended, and it is sent within a minute or so.", late=late
+        )
+    return Sentence(
+        "It fell due {late} ago and is held: {paused}; {command} ends the pause.",
+        late=late,
+        paused=stopped(around.pause),
+        command=going_on(around.pause),
+    )
 
 
-def stopped(pause: ActivePause) -> str:
-    """Return what a pause stops, as a noun phrase."""
-    return f"{_scope(pause)} {'has' if pause.workspace else 'have'} been paused since {readable(pause.since)}"
-
-
-def _scope(pause: ActivePause) -> str:
+def stopped(pause: ActivePause) -> Sentence:
+    """Return what is paused, as a clause."""
+    values = {"workspace": pause.workspace, "channel": pause.channel, "since": pause.since}
     if pause.workspace is None:
-        return f"all chats on channel {pause.channel}"
-    return f"workspace {pause.workspace}" + (f" on channel {pause.channel}" if pause.channel else "")
+        return Sentence("all chats on channel {channel} have been paused since {since}", **values)
+    if pause.channel is None:
+        return Sentence("workspace {workspace} has been paused since {since}", **values)
+    return Sentence("workspace {workspace} on channel {channel} has been paused since {since}", **values)
 
 
 def going_on(pause: ActivePause) -> str:
@@ -210,49 +236,75 @@ def going_on(pause: ActivePause) -> str:
     return "followups resume " + " ".join(f"{name} {shlex.quote(value)}" for name, value in options.items() if value)
 
 
-def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> str:
-    wait = span(moment - now)
+def _later(follow_up: FollowUp, moment: datetime, now: datetime, around: Circumstances) -> Sentence:
+    wait = moment - now
     if follow_up.held_until is not None and follow_up.held_until > now:
-        said = f"It fell due outside the workspace's sending hours ({around.hours or 'since changed'})"
-        return f"{said} and is held until they open, in {wait}."
+        return Sentence(
+            "It fell due outside the workspace's sending hours ({hours}) and is held until they open, in {wait}.",
+            hours=around.hours.in_words if around.hours else Sentence("since changed"),
+            wait=wait,
+        )
     if follow_up.limited_until == moment and (breaker := _holds(around.breaker, follow_up)):
         return _left_alone(breaker)
     if follow_up.limited_until == moment:
-        said = f"It is due, and waits for {_limits(around.limits)}; it is tried again in {wait}."
+        limits = _limits(around.limits)
+        said = Sentence("It is due, and waits for {limits}; it is tried again in {wait}.", limits=limits, wait=wait)
     elif follow_up.next_attempt_at is None:
-        said = f"It is sent in {wait}, unless something cancels it first."
+        said = Sentence("It is sent in {wait}, unless something cancels it first.", wait=wait)
     else:
-        said = f"It is tried again in {wait}; the failed attempts are below."
-    return f"{said}{_will_be_held(moment, around)}"
+        said = Sentence("It is tried again in {wait}; the failed attempts are below.", wait=wait)
+    return said + held if (held := _will_be_held(moment, around)) else said
 
 
-def _limits(limits: Sequence[Limit]) -> str:
+def _limits(limits: Sequence[Limit]) -> Sentence:
     if not limits:
-        return "a rate limit that has been removed since"
-    named = [f"{rate_in_words(each.rate)} for {limited(each.workspace, each.channel, each.per)}" for each in limits]
-    return f"{'the rate limits' if len(named) > 1 else 'the rate limit'} of {' and '.join(named)}"
+        return Sentence("a rate limit that has been removed since")
+    named = [
+        Sentence(
+            "{rate} for {what}", rate=rate_in_words(each.rate), what=limited(each.workspace, each.channel, each.per)
+        )
+        for each in limits
+    ]
+    if len(named) == 1:
+        return Sentence("the rate limit of {limit}", limit=named[0])
+    return Sentence("the rate limits of {limits}", limits=reduce(_and, named))
 
 
-def limited(workspace: str | None, channel: str | None, per: str) -> str:
-    """Return the scope of a rate limit, as a noun phrase.
+def _and(first: Sentence, second: Sentence) -> Sentence:
+    return Sentence("{first} and {second}", first=first, second=second)
 
-    >>> limited("acme", "waha", "chat"), limited(None, None, "all")
+
+def limited(workspace: str | None, channel: str | None, per: str) -> Sentence:
+    """Return what a rate limit applies to, as a noun phrase.
+
+    >>> str(limited("acme", "waha", "chat")), str(limited(None, None, "all"))
     ('each chat of channel waha of workspace acme', 'everything')
     """
-    parts = (per != "all" and f"each {per}", channel and f"channel {channel}", workspace and f"workspace {workspace}")
-    return " of ".join(part for part in parts if part) or "everything"
+    parts = [Sentence("each chat") if per == "chat" else Sentence("each workspace")] if per != "all" else []
+    parts += [Sentence("channel {channel}", channel=channel)] if channel else []
+    parts += [Sentence("workspace {workspace}", workspace=workspace)] if workspace else []
+    return reduce(_of, parts) if parts else Sentence("everything")
 
 
-def _will_be_held(moment: datetime, around: Circumstances) -> str:
+def _of(part: Sentence, whole: Sentence) -> Sentence:
+    return Sentence("{part} of {whole}", part=part, whole=whole)
+
+
+def _will_be_held(moment: datetime, around: Circumstances) -> Sentence | None:
     if around.pause is not None:
-        return f" But {stopped(around.pause)}: unless that has ended by then, it will be held."
+        return Sentence("But {paused}: unless that has ended by then, it will be held.", paused=stopped(around.pause))
     opening = _opening(around.hours, moment)
-    if opening is not None:
-        return f" But that is outside the sending hours ({around.hours}): it will be held until {readable(opening)}."
-    return ""
+    if opening is not None and around.hours is not None:
+        return Sentence(
+            "But that is outside the sending hours ({hours}): it will be held until {opening}.",
+            hours=around.hours.in_words,
+            opening=opening,
+        )
+    return None
 
 
 def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
+    """Return when sending hours open, or None if they are open."""
     try:
         opening = opens_at(hours, moment) if hours else moment
     except LookupError:
@@ -260,73 +312,37 @@ def _opening(hours: SendingHours | None, moment: datetime) -> datetime | None:
     return opening if opening > moment else None
 
 
-def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> str:
-    overdue = f"It has been due for {span(late)}, and no worker has claimed it"
-    if around.tick_age is None or around.tick_age > STALE_TICK:
-        ticked = f"the last tick ran {span(around.tick_age)} ago" if around.tick_age else "no tick has ever run"
-        return f"{overdue}: {ticked}, so beat or the workers are not running. See followups doctor."
-    behind = f" It was snoozed {follow_up.snoozes} times: the transport limits the rate." if follow_up.snoozes else ""
-    return f"{overdue}: earlier follow-ups may be in front of it. See followups doctor.{behind}"
+def _overdue(follow_up: FollowUp, late: timedelta, around: Circumstances) -> Sentence:
+    if around.tick_age is None:
+        return Sentence(
+            "It has been due for {late}, and no worker has claimed it: no tick has ever run, so beat or the workers are"
+            " not running. See followups doctor.",
+            late=late,
+        )
+    if around.tick_age > STALE_TICK:
+        return Sentence(
+            "It has been due for {late}, and no worker has claimed it: the last tick ran {ago} ago, so beat or the"
+            " workers are not running. See followups doctor.",
+            late=late,
+            ago=around.tick_age,
+        )
+    said = Sentence(
+        "It has been due for {late}, and no worker has claimed it: earlier follow-ups may be in front of it. See"
+        " followups doctor.",
+        late=late,
+    )
+    if follow_up.snoozes:
+        said += Sentence("It was snoozed {number} times: the transport limits the rate.", number=follow_up.snoozes)
+    return said
 
 
-def _in_flight(follow_up: FollowUp, now: datetime) -> str:
-    wish = ""
-    if follow_up.cancel_requested:
-        wish = f" A cancel ({follow_up.cancel_requested}) arrived since: it will not be retried."
+def _in_flight(follow_up: FollowUp, now: datetime) -> Sentence:
     if follow_up.lease_until is not None and follow_up.lease_until <= now:
-        return f"Its lease has expired: a tick takes it over, unless its worker records the outcome first.{wish}"
-    return f"An attempt is in flight, and its outcome is not recorded yet.{wish}"
-
-
-def explained(session: Session, follow_up_id: UUID, settings: Settings) -> Explained:
-    """Return the follow-up with everything that explains its state. Raises `FollowUpNotFoundError`."""
-    follow_up = follow_ups.find(session, follow_up_id, None)
-    if follow_up is None:
-        raise FollowUpNotFoundError
-    now = session.execute(select(func.now())).scalar_one()
-    chat = session.get_one(Chat, (follow_up.workspace_id, follow_up.chat_id))
-    around = _circumstances(session, follow_up, chat.channel, settings)
-    if follow_up.waits_for is not None:
-        around = replace(around, first=_first(session, follow_up, around, now, settings))
-    return Explained(
-        follow_up,
-        session.get_one(Workspace, follow_up.workspace_id).name,
-        chat,
-        follow_ups.failures(session, follow_up_id),
-        audit.newest(session, audit.AuditFilter(target_id=follow_up_id), MOST_EVENTS)[::-1],
-        now,
-        around,
-        explain(follow_up, settings, now, around),
-    )
-
-
-def _circumstances(session: Session, follow_up: FollowUp, channel: str, settings: Settings) -> Circumstances:
-    connection = session.connection()
-    last = retries.last_of(session, follow_up.id)
-    return Circumstances(
-        pause=pauses.of(connection, follow_up.workspace_id, channel),
-        hours=sending_hours.find(session, follow_up.workspace_id),
-        limits=rate_limits.of(connection, follow_up.workspace_id, channel),
-        breaker=breaker_state(settings) if follow_up.status == Status.PENDING else None,
-        tick_age=last_tick.last_tick_age(connection),
-        retried_as=last if last != follow_up.id else None,
-    )
-
-
-def breaker_state(settings: Settings) -> Shown | None:
-    """Return the breaker's state, or None if the broker is unreachable."""
-    try:
-        with broker_client(settings, PATIENCE) as client:
-            return read(client, settings)
-    except (redis.RedisError, OSError):
-        return None  # followups doctor reports it
-
-
-def _first(session: Session, follow_up: FollowUp, around: Circumstances, now: datetime, settings: Settings) -> str:
-    """Explain the chat's first pending follow-up, which blocks all later follow-ups of the chat."""
-    first = chat_order.first_of(session.connection(), follow_up.workspace_id, follow_up.chat_id)
-    if first is None or first == follow_up.id:
-        return ""
-    found = follow_ups.find(session, first, None)
-    which = "Of that one" if first == follow_up.waits_for else f"The first of the chat is {first}"
-    return f"{which}: {explain(found, settings, now, around)}" if found else ""
+        said = Sentence("Its lease has expired: a tick takes it over, unless its worker records the outcome first.")
+    else:
+        said = Sentence("An attempt is in flight, and its outcome is not recorded yet.")
+    if follow_up.cancel_requested:
+        said += Sentence(
+            "A cancel ({reason}) arrived since: it will not be retried.", reason=follow_up.cancel_requested
+        )
+    return said

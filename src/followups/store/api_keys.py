@@ -24,6 +24,7 @@ from followups.models import ApiKey, Workspace
 from followups.statements import Rule, Statement
 from followups.store import workspaces
 from followups.store.workspaces import check_name
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,7 +60,9 @@ def create(
     """
     check_name(name)
     if expires is not None and not timedelta(0) < expires <= LONGEST_LIFE:
-        message = f"A key must expire after more than no time, and within {LONGEST_LIFE.days:,} days."
+        message = Sentence(
+            "A key must expire after more than no time, and within {days} days.", days=f"{LONGEST_LIFE.days:,}"
+        )
         raise InvalidRequestError(message, field="expires")
     workspaces.keep(session, workspace_id)
     key = PREFIX + secrets.token_urlsafe(32)

@@ -44,8 +44,8 @@ class Way(StrEnum):
 class Actor:
     """The author of a change: an API key, a console session or an operating-system user.
 
-    API keys and console sessions are identified by id, operating-system users by name. The name of an API key may be
-    omitted: the INSERT looks it up.
+    API keys and console sessions are identified by id, operating-system users by name. The name and prefix
+    of an API key may be omitted: the INSERT looks them up.
     """
 
     way: Way
@@ -132,7 +132,8 @@ _RECORD = Statement("""
     INSERT INTO audit_events (id, way, actor_id, actor, workspace_id, workspace, action, target_id, number, details)
     VALUES (CAST(:id AS uuid), :way, CAST(:actor_id AS uuid),
             COALESCE(NULLIF(:actor, ''),
-                     (SELECT COALESCE(NULLIF(name, ''), prefix) FROM api_keys WHERE id = CAST(:actor_id AS uuid)), ''),
+                     (SELECT CASE WHEN name = '' THEN prefix || '…' ELSE name || ' (' || prefix || '…)' END
+                        FROM api_keys WHERE id = CAST(:actor_id AS uuid)), ''),
             CAST(:workspace_id AS uuid), (SELECT name FROM workspaces WHERE id = CAST(:workspace_id AS uuid)),
             :action, CAST(:target_id AS uuid), :number, CAST(:details AS jsonb))
     ON CONFLICT (id) DO UPDATE SET number = audit_events.number + excluded.number

@@ -100,6 +100,7 @@ class Row:
     follow_up: FollowUp
     channel: str
     external_id: str | None
+    last_user_message_at: datetime | None
     workspace: str
     excerpt: str
 
@@ -191,7 +192,8 @@ def page_statement(wanted: BrowseFilter, after: BrowseCursor | None, size: int) 
     """Return the statement that selects a page, and its parameters; it selects one row more than ``size``."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
     statement = text(f"""
-        SELECT {columns}, left(f.message, {EXCERPT}) AS excerpt, c.channel, c.external_id, v.name AS workspace
+        SELECT {columns}, left(f.message, {EXCERPT}) AS excerpt, c.channel, c.external_id,
+               c.last_user_message_at, v.name AS workspace
           FROM ({_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most) page
           JOIN follow_ups f ON f.id = page.id
           JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
@@ -206,7 +208,9 @@ def rows_of(found: Sequence[Any]) -> list[Row]:
     rows = []
     for row in found:
         values = {column.name: getattr(row, column.name) for column in _COLUMNS}
-        rows.append(Row(FollowUp(**values), row.channel, row.external_id, row.workspace, row.excerpt))
+        rows.append(
+            Row(FollowUp(**values), row.channel, row.external_id, row.last_user_message_at, row.workspace, row.excerpt)
+        )
     return rows
 
 

@@ -170,6 +170,25 @@ def first_of(connection: Connection, workspace_id: UUID, chat_id: UUID) -> UUID 
     return first
 
 
+MOST_PLACES = 100
+"""Up to here a follow-up's place in its chat is counted."""
+
+_PLACES = text("""
+    SELECT f.id, (SELECT count(*) FROM (
+                      SELECT FROM follow_ups e
+                       WHERE e.workspace_id = f.workspace_id AND e.chat_id = f.chat_id AND e.status = 'pending'
+                         AND (e.due_date, e.id) <= (f.due_date, f.id)
+                       ORDER BY e.due_date, e.id LIMIT :most) AS counted) AS place
+      FROM follow_ups f WHERE f.id = ANY(CAST(:ids AS uuid[]))
+""")
+
+
+def places(connection: Connection, ids: Collection[UUID]) -> dict[UUID, int]:
+    """Return the place of each pending follow-up in its chat, from 1, counted up to `MOST_PLACES`."""
+    found = connection.execute(_PLACES, {"ids": uuid_array(ids), "most": MOST_PLACES})
+    return {row.id: row.place for row in found}
+
+
 @Rule
 def unblock(ended: Collection[UUID]) -> Steps[None]:
     """Unblock the follow-ups that waited for those that have ended.

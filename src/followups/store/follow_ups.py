@@ -58,8 +58,10 @@ _FULL = f"""EXISTS (
 _IS_FULL = Statement(f"SELECT {_FULL} AS is_full")
 _INSERT = Statement(
     f"""
-    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
-    SELECT :workspace_id, :chat_id, :message, :due_date, :trigger_chat_message_id, CAST(:traceparent AS text)
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, created_by_key,
+                            traceparent)
+    SELECT :workspace_id, :chat_id, :message, :due_date, :trigger_chat_message_id, CAST(:created_by_key AS uuid),
+           CAST(:traceparent AS text)
      WHERE NOT {_FULL} AND {quotas.unless_limited(Kind.PENDING)}
     RETURNING {{columns}}
     """,
@@ -70,7 +72,13 @@ _INSERT = Statement(
 
 @Rule
 def insert_unless_full(
-    *, workspace_id: UUID, chat_id: UUID, message: str, due_date: datetime, trigger_chat_message_id: UUID
+    *,
+    workspace_id: UUID,
+    chat_id: UUID,
+    message: str,
+    due_date: datetime,
+    trigger_chat_message_id: UUID,
+    created_by_key: UUID | None,
 ) -> Steps[FollowUp | None]:
     """Insert a pending follow-up and return it, or None if the chat is full.
 
@@ -82,6 +90,7 @@ def insert_unless_full(
         "message": message,
         "due_date": due_date,
         "trigger_chat_message_id": trigger_chat_message_id,
+        "created_by_key": created_by_key,
         "traceparent": current_traceparent() or None,
     }
     created: Sequence[FollowUp] = yield _INSERT(**values, within_quota=False)
@@ -110,8 +119,9 @@ _CREATE_IF_CLEAR = Statement(
            AND {IS_VALID}
            FOR NO KEY UPDATE SKIP LOCKED
     )
-    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, traceparent)
-    SELECT :workspace_id, :chat_id, :message, :due_date, chat.last_message_id, CAST(:traceparent AS text)
+    INSERT INTO follow_ups (workspace_id, chat_id, message, due_date, trigger_chat_message_id, created_by_key,
+                            traceparent)
+    SELECT :workspace_id, :chat_id, :message, :due_date, chat.last_message_id, :key_id, CAST(:traceparent AS text)
       FROM chat
      WHERE NOT EXISTS (
            SELECT FROM follow_ups

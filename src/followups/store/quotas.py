@@ -19,6 +19,7 @@ from sqlalchemy import text
 
 from followups.errors import QuotaExceededError
 from followups.statements import Rule, Statement
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -77,7 +78,12 @@ def take(workspace_id: UUID, kind: Kind, number: int) -> Steps[None]:
         (counted,) = yield _COUNT[kind](workspace_id=workspace_id, most=most)
         room = most - counted.number
     if room < number:
-        message = f"The workspace may have at most {most:,} {NAMES[kind]}; there is room for {room:,} more."
+        message = Sentence(
+            "The workspace may have at most {most} {what}; there is room for {room} more.",
+            most=f"{most:,}",
+            what=Sentence(NAMES[kind]),
+            room=f"{room:,}",
+        )
         raise QuotaExceededError(message)
     yield _KEEP(workspace_id=workspace_id, kind=kind.value, room=room - number)
 

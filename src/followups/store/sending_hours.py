@@ -12,6 +12,7 @@ from followups.models import WorkspaceSendingHours as Row
 from followups.sending_hours import span_of, zone_of
 from followups.statements import Rule, Statement
 from followups.store.holds import columns_of, hours_of
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -43,13 +44,15 @@ def put(session: Session, workspace_id: UUID, hours: SendingHours) -> None:
     follow-ups that the previous hours hold: `followups.store.holds.release_held`.
     """
     if zone_of(hours.time_zone) is None:
-        message = f"There is no time zone {hours.time_zone!r}; use a name of the IANA database, as Europe/Berlin."
+        message = Sentence(
+            "There is no time zone {zone!r}; use a name of the IANA database, as Europe/Berlin.", zone=hours.time_zone
+        )
         raise InvalidRequestError(message, field="time_zone")
     now = session.execute(select(func.now())).scalar_one()
     try:
         open_from, open_until = span_of(hours, now)
     except LookupError as error:
-        message = f"These hours are never open: {hours}."
+        message = Sentence("These hours are never open: {hours}.", hours=hours.in_words)
         raise InvalidRequestError(message, field="days") from error
     values = columns_of(hours) | {"open_from": open_from, "open_until": open_until}
     statement = insert(Row).values(workspace_id=workspace_id, **values)

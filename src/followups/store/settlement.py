@@ -40,6 +40,8 @@ class Settlement(NamedTuple):
     chat_message_id: UUID | None = None
     accepted_ago: timedelta | None = None
     """For a sent follow-up, how long before this call the transport accepted it."""
+    duration: timedelta | None = None
+    """For a sent follow-up, how long the attempt took."""
     refunded: bool = False
     """Whether the attempt is not counted, because the transport requested a later retry."""
     yields: bool = True
@@ -106,13 +108,15 @@ _SETTLE_SENT = Statement(f"""
     WITH r AS MATERIALIZED (
         SELECT b.*
           FROM unnest(CAST(:ids AS uuid[]), CAST(:tokens AS bigint[]), CAST(:chat_message_ids AS uuid[]),
-                      CAST(:accepted_ago AS double precision[])) AS b(id, token, chat_message_id, accepted_ago)
+                      CAST(:accepted_ago AS double precision[]), CAST(:took AS double precision[]))
+               AS b(id, token, chat_message_id, accepted_ago, took)
           {_STILL_OURS}
     )
     UPDATE follow_ups f
        SET status = 'sent', finished_at = now(), updated_at = now(), begun_at = NULL, lease_until = NULL,
            chat_message_id = COALESCE(r.chat_message_id, f.chat_message_id),
-           accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago)
+           accepted_at = clock_timestamp() - make_interval(secs => r.accepted_ago),
+           accepted_duration = make_interval(secs => r.took)
       FROM r
      WHERE f.id = r.id
     RETURNING f.id, f.accepted_at - f.due_date AS lag, f.finished_at
@@ -132,6 +136,7 @@ def _settle_sent(connection: Connection, settlements: Sequence[Settlement]) -> l
         "tokens": int_array(s.lease.token for s in settlements),
         "chat_message_ids": f"{{{','.join([_hex_or_null(s.chat_message_id) for s in settlements])}}}",
         "accepted_ago": f"{{{','.join([repr((s.accepted_ago or _NOW).total_seconds()) for s in settlements])}}}",
+        "took": f"{{{','.join([repr((s.duration or _NOW).total_seconds()) for s in settlements])}}}",
     }
     rows = rows_in_greenlet(connection, _SETTLE_SENT, parameters)
     if rows:

@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 
 from followups.errors import InvalidRequestError, WorkspaceBeingDeletedError, WorkspaceNotFoundError
 from followups.models import Workspace
+from followups.wording import Sentence
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,7 @@ def create(session: Session, name: str) -> tuple[Workspace, bool]:
     """
     name = name.strip()
     if not name:
-        message = f"The name of a workspace must have 1 to {MAX_NAME_LENGTH} characters."
+        message = Sentence("The name of a workspace must have 1 to {most} characters.", most=MAX_NAME_LENGTH)
         raise InvalidRequestError(message, field="name")
     check_name(name)
     statement = insert(Workspace).values(name=name).on_conflict_do_nothing(index_elements=[Workspace.name])
@@ -73,5 +74,5 @@ def everything(session: Session) -> Sequence[Workspace]:
 def check_name(name: str) -> None:
     """Reject a name that is longer than 200 characters, or cannot be stored or printed."""
     if len(name) > MAX_NAME_LENGTH or not (name or "-").isprintable():
-        message = f"A name must have at most {MAX_NAME_LENGTH} characters, all printable."
+        message = Sentence("A name must have at most {most} characters, all printable.", most=MAX_NAME_LENGTH)
         raise InvalidRequestError(message, field="name")

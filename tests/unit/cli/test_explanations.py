@@ -16,6 +16,7 @@ from followups.settings import load_settings
 from followups.states import ReasonCode, Status
 from followups.store.pauses import ActivePause
 from followups.store.rate_limits import Limit
+from followups.wording import Sentence
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 EARLIER = UUID("0b0b6e34-0d0f-4d3c-9d5e-3f5a0c6f5a51")
@@ -38,7 +39,7 @@ def explained(
         "scheduled_at": NOW - timedelta(days=1),
         "attempts": 0,
     } | columns
-    return explain(FollowUp(**values), SETTINGS, NOW, around)
+    return str(explain(FollowUp(**values), SETTINGS, NOW, around))
 
 
 def test_every_code_is_explained() -> None:
@@ -174,7 +175,7 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             ),
         ),
         (
-            Circumstances(first="Of that one: it is stuck."),
+            Circumstances(first=Sentence("Of that one: it is stuck.")),
             {"waits_for": EARLIER},
             (f"It waits for the earlier follow-up of its chat, {EARLIER}, to end. Of that one: it is stuck."),
         ),
@@ -216,6 +217,28 @@ LIMITED = {"due": -HOUR, "next_attempt_at": NOW + HOUR, "limited_until": NOW + H
             "the last tick ran 1 h ago, so beat or the workers are not running",
         ),
         (TICKING, {"due": -HOUR, "snoozes": 3}, "It was snoozed 3 times: the transport limits the rate."),
+        (
+            Circumstances(place=3),
+            {"due": HOUR},
+            "unless something cancels it first. It is number 3 in its chat, and the earlier ones go first.",
+        ),
+        (Circumstances(place=100), {"waits_for": EARLIER}, "to end. It is number 100+ in its chat"),
+        (
+            Circumstances(window_closes_at=NOW + HOUR),
+            {"due": HOUR},
+            "The channel's messaging window closes before that, at 2030-01-31 10:00:00Z, so it will fail.",
+        ),
+        (
+            Circumstances(window_closes_at=NOW + 2 * HOUR, hours=BERLIN),
+            {"due": HOUR},
+            "it will be held until 2030-01-31 11:00:00Z. The channel's messaging window closes before that",
+        ),
+        (Circumstances(window_closes_at=NOW), {"due": -HOUR}, "messaging window has closed, so it will fail."),
+        (
+            Circumstances(pause=ACME, window_closes_at=NOW + HOUR),
+            {"due": -HOUR, "pause_id": EARLIER},
+            "It will fail if it is still held when the messaging window closes, at 2030-01-31 10:00:00Z.",
+        ),
         (
             Circumstances(retried_as=EARLIER),
             {"status": Status.FAILED, "reason": "too_late"},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from followups.cli.parse import Due, parse_due
-from followups.operations.wording import readable, rfc3339, span
+from followups.wording import readable, rfc3339, span
 
 NOW = datetime(2030, 1, 31, 9, tzinfo=UTC)
 

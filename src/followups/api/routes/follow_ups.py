@@ -156,7 +156,9 @@ def _with_message(answer: idempotency.StoredResponse, message: str) -> idempoten
 
 
 def _create(work: Work, body: NewFollowUp) -> Steps[idempotency.StoredResponse]:
-    created = yield from scheduling.scheduling(work.workspace_id, body.chat_id, body.message, body.due_date)
+    created = yield from scheduling.scheduling(
+        work.workspace_id, body.chat_id, body.message, body.due_date, work.key_id
+    )
     return _created(work, created)
 
 

@@ -12,7 +12,7 @@ from uuid import UUID, uuid4
 
 from followups.cli.demo.scenario import Scheduled
 from followups.errors import FollowUpsError
-from followups.operations.wording import rfc3339
+from followups.wording import rfc3339
 
 if TYPE_CHECKING:
     from followups.cli.demo.scenario import Scenario, ScenarioStep

@@ -58,7 +58,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
     try:
         return workspaces.find(session, name).id if name else None
     except WorkspaceNotFoundError as error:
-        raise InvalidRequestError(str(error), field="workspace") from None
+        raise InvalidRequestError(error.sentence, field="workspace") from None
 
 
 def _place(visit: Visit) -> tuple[datetime, UUID] | None:

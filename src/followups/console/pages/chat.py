@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import select, text
 
-from followups.channels import WINDOW, WINDOWED_CHANNELS, Channel
+from followups.channels import window_closes_at
 from followups.console import reasons
 from followups.console.forms import uuid_or_none
 from followups.errors import ChatNotFoundError
@@ -48,8 +48,6 @@ def show(visit: Visit) -> Response:
         sentences = reasons.of_rows(visit.services, session, [*coming, *past], now)
         workspace = session.get_one(Workspace, chat.workspace_id).name
         session.expunge_all()
-    windowed = Channel(chat.channel) in WINDOWED_CHANNELS
-    until = chat.last_user_message_at + WINDOW if windowed and chat.last_user_message_at else None
     return visit.page(
         "chat.html",
         chat=chat,
@@ -58,8 +56,7 @@ def show(visit: Visit) -> Response:
         coming=coming,
         past=past,
         sentences=sentences,
-        windowed=windowed,
-        until=until,
+        window_closes_at=window_closes_at(chat.channel, chat.last_user_message_at),
         now=now,
         most={"messages": MESSAGES, "follow_ups": FOLLOW_UPS},
     )

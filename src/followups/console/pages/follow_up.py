@@ -11,6 +11,7 @@ from sqlalchemy import func, select
 from followups import checks, scheduling
 from followups.console import actors, consequences
 from followups.console.access import Permission as Doing
+from followups.console.timeline import timeline
 from followups.console.zones import AmbiguousTimeError, Zone
 from followups.delivery import events
 from followups.errors import (
@@ -24,42 +25,26 @@ from followups.errors import (
     NotFoundError,
 )
 from followups.models import MAX_MESSAGE_LENGTH, FollowUp
-from followups.operations.explain import explained
+from followups.operations.circumstances import explained
 from followups.states import MAX_REASON_LENGTH, Status
-from followups.store import audit, chats, follow_ups
-from followups.store.audit import Action, AuditFilter
+from followups.store import chats, follow_ups
+from followups.store.audit import Action
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from datetime import datetime, timedelta
+    from collections.abc import Callable
     from uuid import UUID
 
     from sqlalchemy.orm import Session
     from starlette.responses import Response
 
     from followups.console.visit import Visit
-    from followups.operations.explain import Explained
     from followups.states import Final
-
-EVENTS = 100
-"""Maximum number of manual changes in the timeline; only the newest are shown."""
 
 
 class ChangedMeanwhileError(ConflictError):
     """Another person or program has changed it since this page was loaded."""
 
     slug = "changed-meanwhile"
-
-
-@dataclass(frozen=True, slots=True)
-class TimelineEntry:
-    """One entry of a follow-up's timeline."""
-
-    at: datetime
-    what: str
-    detail: str = ""
-    code: int | None = None
-    took: timedelta | None = None
 
 
 @dataclass(slots=True)
@@ -196,11 +181,11 @@ def _changed(visit: Visit, typed: FollowUpForm, change: Callable[[Session, Follo
         )
         status = HTTPStatus.CONFLICT
     except (ConflictError, ChatNotFoundError) as error:
-        typed.told, status = str(error), HTTPStatus.CONFLICT
+        typed.told, status = visit.said(error.sentence), HTTPStatus.CONFLICT
     except AmbiguousTimeError as error:
-        typed.told, typed.ambiguous, status = str(error), True, HTTPStatus.UNPROCESSABLE_ENTITY
+        typed.told, typed.ambiguous, status = visit.said(error.sentence), True, HTTPStatus.UNPROCESSABLE_ENTITY
     except InvalidRequestError as error:
-        typed.told, status = str(error), HTTPStatus.UNPROCESSABLE_ENTITY
+        typed.told, status = visit.said(error.sentence), HTTPStatus.UNPROCESSABLE_ENTITY
     if changed is not None:
         visit.services.nudge()
         return visit.redirect(f"/follow-ups/{changed}")
@@ -237,7 +222,6 @@ def _page(visit: Visit, typed: FollowUpForm, status: int = HTTPStatus.OK) -> Res
             found = explained(session, visit.id(), visit.services.settings)
         except FollowUpNotFoundError as error:
             raise NotFoundError from error
-        events = audit.newest(session, AuditFilter(target_id=found.follow_up.id), EVENTS)
         session.expunge_all()
     one = found.follow_up
     editable = one.status == Status.PENDING and visit.may(Doing.CHANGE)
@@ -246,61 +230,13 @@ def _page(visit: Visit, typed: FollowUpForm, status: int = HTTPStatus.OK) -> Res
         status,
         found=found,
         one=one,
-        explanation=found.explanation,
+        explanation=visit.said(found.explanation),
         typed=typed,
         due=typed.due if typed.due is not None else visit.zone.typed(one.due_date),
         message=typed.message if typed.message is not None else one.message,
         shows_text=visit.person.sees_texts or typed.reveal,
-        timeline=_timeline(visit, found, events),
+        timeline=timeline(found),
         editable=editable,
         retriable=one.status == Status.FAILED and visit.may(Doing.CHANGE) and found.around.retried_as is None,
         bounds={"message": MAX_MESSAGE_LENGTH, "reason": MAX_REASON_LENGTH},
     )
-
-
-def _timeline(visit: Visit, found: Explained, events: Any) -> list[TimelineEntry]:  # noqa: ANN401 - rows of the audit log
-    one, t = found.follow_up, visit.t
-    creator = next((event for event in events if event.action == Action.FOLLOW_UP_CREATED), None)
-    who = t("by {actor} ({way})", actor=creator.actor, way=creator.way) if creator else ""
-    moments = [TimelineEntry(one.created_at, t("Created"), who)]
-    for event in events:
-        if event is creator:
-            continue
-        detail = t("by {actor} ({way})", actor=event.actor or "–", way=event.way)  # noqa: RUF001 - an empty name
-        moments.append(TimelineEntry(event.at, _named(visit, event.action, event.details), detail))
-    moments += [
-        TimelineEntry(
-            each.at,
-            t("Attempt {number}: {outcome}", number=each.number, outcome=each.outcome),
-            each.detail,
-            each.status_code,
-            each.duration,
-        )
-        for each in found.failures
-    ]
-    if one.held_until:
-        moments.append(TimelineEntry(one.held_until, t("Held until the sending hours opened")))
-    if one.in_flight and one.begun_at:
-        moments.append(TimelineEntry(one.begun_at, t("Attempt {number} began", number=one.attempts)))
-    if one.accepted_at:
-        moments.append(
-            TimelineEntry(one.accepted_at, t("Accepted by the transport, attempt {number}", number=one.attempts))
-        )
-    if one.finished_at:
-        moments.append(TimelineEntry(one.finished_at, t("Ended: {status}", status=t(one.status)), one.reason or ""))
-    return sorted(moments, key=lambda moment: moment.at)
-
-
-def _named(visit: Visit, action: str, details: Mapping[str, Any]) -> str:
-    t = visit.t
-    if action == Action.FOLLOW_UP_CHANGED and "from" in details:
-        zone = visit.zone
-        moved = [zone.read(details[name]) for name in ("from", "to")]
-        return t("Moved from {before} to {after}", before=zone.written(moved[0]), after=zone.written(moved[1]))
-    names = {
-        Action.FOLLOW_UP_CHANGED: t("Changed"),
-        Action.FOLLOW_UP_ENDED: t("Ended by hand"),
-        Action.FOLLOW_UP_RETRIED: t("Retried"),
-        Action.MESSAGES_SHOWN: t("The message was shown"),
-    }
-    return names.get(Action(action), action) if action in set(Action) else action

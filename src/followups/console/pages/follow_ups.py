@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from followups.console.forms import Fields
     from followups.console.visit import Visit
+    from followups.wording import Sentence
 
 SIZE = 25
 """Number of rows on a page."""
@@ -66,14 +67,14 @@ def show(visit: Visit) -> Response:
     asked = Asked.of(visit.query)
     told, more = "", False
     rows: list[browse.Row] = []
-    sentences: Mapping[UUID, str] = {}
+    sentences: Mapping[UUID, Sentence] = {}
     status = 200
     with visit.transaction() as session:
         now = session.execute(NOW).scalar_one()
         try:
             wanted = wanted_of(visit, session, asked)
         except InvalidRequestError as error:
-            told, status = str(error), 422
+            told, status = visit.said(error.sentence), 422
         else:
             statement, parameters = browse.page_statement(wanted, _place(visit), SIZE)
             found = within(session.connection(), LIMIT, statement, parameters)
@@ -142,7 +143,7 @@ def _workspace(session: Session, name: str) -> UUID | None:
     try:
         return workspaces.find(session, name).id
     except WorkspaceNotFoundError as error:
-        raise InvalidRequestError(str(error), field="workspace") from None
+        raise InvalidRequestError(error.sentence, field="workspace") from None
 
 
 def _moment(visit: Visit, typed: str) -> datetime | None:

@@ -59,9 +59,8 @@ def _begin(session: Session, secret: str) -> str | None:
     found = api_keys.authenticate(session, secret)
     if found is None:
         return None
-    key = session.get_one(ApiKey, found.key_id)
-    named = f"{key.name} ({key.prefix}…)" if key.name else f"{key.prefix}…"
-    return console_sessions.begin(session, Grant("agent", found.workspace_id, named, None, found.key_id), "key")
+    name = session.get_one(ApiKey, found.key_id).title
+    return console_sessions.begin(session, Grant("agent", found.workspace_id, name, None, found.key_id), "key")
 
 
 def sign_out(visit: Visit) -> Response:

@@ -74,13 +74,13 @@ def schedule(visit: Visit) -> Response:
                 actors.record(visit, session, Action.FOLLOW_UP_CREATED, chat.workspace_id, new.id)
                 created = new.id
     except (ChatNotFoundError, WorkspaceNotFoundError) as error:
-        typed.told = str(error)
+        typed.told = visit.said(error.sentence)
     except ConflictError as error:
-        typed.told, status = str(error), HTTPStatus.CONFLICT
+        typed.told, status = visit.said(error.sentence), HTTPStatus.CONFLICT
     except AmbiguousTimeError as error:
-        typed.told, typed.ambiguous = str(error), True
+        typed.told, typed.ambiguous = visit.said(error.sentence), True
     except InvalidRequestError as error:
-        typed.told = str(error)
+        typed.told = visit.said(error.sentence)
     if created is None:
         return _page(visit, typed, status)
     visit.services.nudge()

@@ -18,10 +18,10 @@ from followups.console.zones import Zone
 from followups.errors import InvalidRequestError, NotFoundError, WorkspaceNotFoundError
 from followups.models import ApiKey, AuditEvent, Workspace
 from followups.operations import administration, bulk
-from followups.operations.wording import SECONDS, rate_in_words
 from followups.sending_hours import DAYS, SendingHours, span_of
 from followups.store import console_sessions, holds, pauses, rate_limits, sending_hours, workspaces
 from followups.store.audit import Action
+from followups.wording import SECONDS, Sentence, rate_in_words
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,7 +82,9 @@ def create_key(visit: Visit) -> Response:
             actor = actors.actor_of(visit)
             _, key = administration.create_key(session, actor, workspace.id, visit.form.text("name"), life)
         except InvalidRequestError as error:
-            return _page(visit, session, workspace, Told(str(error), typed={"name": visit.form.text("name")}))
+            return _page(
+                visit, session, workspace, Told(visit.said(error.sentence), typed={"name": visit.form.text("name")})
+            )
         return _page(visit, session, workspace, Told(key=key))
 
 
@@ -190,7 +192,9 @@ def set_limit(visit: Visit) -> Response:
             rate, burst = _rate(visit)
             administration.set_limit(session, actors.actor_of(visit), scope, rate, burst)
         except InvalidRequestError as error:
-            return _page(visit, session, workspace, Told(str(error), typed={"rate": visit.form.text("rate")}))
+            return _page(
+                visit, session, workspace, Told(visit.said(error.sentence), typed={"rate": visit.form.text("rate")})
+            )
         name = workspace.name if workspace else ""
     return _back(visit, name, "rate-limits")
 
@@ -344,12 +348,12 @@ def _shown_hours(shown: SendingHours | None, told: Told, visit: Visit) -> HoursF
     return HoursForm(shown.time_zone, f"{shown.opening:%H:%M}", f"{shown.closing:%H:%M}", shown.days)
 
 
-def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, str]]:
-    """Return a workspace's newest API keys, each with the name of its creator if it was recorded."""
+def _keys(session: Session, workspace_id: UUID) -> list[tuple[ApiKey, Sentence | None]]:
+    """Return a workspace's newest API keys, each with its creator if it was recorded."""
     query = select(ApiKey).where(ApiKey.workspace_id == workspace_id).order_by(ApiKey.created_at.desc())
     keys = session.scalars(query.limit(MOST_KEYS)).all()
-    made = select(AuditEvent.target_id, AuditEvent.actor).where(
+    created = select(AuditEvent).where(
         AuditEvent.target_id.in_([key.id for key in keys]), AuditEvent.action == Action.API_KEY_CREATED.value
     )
-    creators = {row.target_id: row.actor for row in session.execute(made)}
-    return [(key, creators.get(key.id, "")) for key in keys]
+    creators = {event.target_id: event.by for event in session.scalars(created)}
+    return [(key, creators.get(key.id)) for key in keys]

@@ -13,8 +13,8 @@ from followups.delivery.hints import CLUSTER, DELIVER, DISPATCH
 from followups.errors import named
 from followups.flow_control.breaker import CLOSED, read
 from followups.operations.doctor import Finding
-from followups.operations.wording import span
 from followups.settings import hide_password
+from followups.wording import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

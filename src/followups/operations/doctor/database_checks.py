@@ -12,9 +12,9 @@ from followups import schema
 from followups.database_errors import IS_READ_ONLY, takes_changes, unfit
 from followups.errors import reason_of
 from followups.operations.doctor import Finding
-from followups.operations.wording import span
 from followups.store import counts, last_tick, pauses
 from followups.urls import place_of
+from followups.wording import span
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

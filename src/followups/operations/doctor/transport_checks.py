@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from followups.errors import FollowUpsError, named
 from followups.operations.doctor import Finding
-from followups.operations.wording import span
 from followups.settings import LEASE_MARGIN
 from followups.transports.registry import load_transport
+from followups.wording import span
 
 if TYPE_CHECKING:
     from followups.settings import Settings

@@ -1,4 +1,4 @@
-"""Times, durations, rates and audit events in words, for the command line and console. Pure functions."""
+"""Sentences, times, durations, rates and details in words, for every reader. Pure functions."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import math
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
-from followups.store.audit import Way
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from followups.models import AuditEvent
+    from collections.abc import Callable, Mapping
 
 SECONDS = {"s": 1, "min": 60, "h": 3600, "d": 86_400}
 """The units of a rate: follow-ups per second, minute, hour or day."""
@@ -60,28 +56,56 @@ def rate_in_words(rate: float) -> str:
     return f"{rate * SECONDS['d']:.6g}/d"
 
 
-WAYS = {
-    Way.API: "API key",
-    Way.COMMAND: "command by",
-    Way.CONSOLE: "console,",
-    Way.PYTHON: "Python as",
-    Way.SERVICE: "service",
-}
-
-
-def actor_of(event: AuditEvent) -> str:
-    """Return an event's author and their means of access: "API key website", "command by root"."""
-    return f"{WAYS[Way(event.way)]} {event.actor or event.actor_id}"
-
-
 def details_of(details: Mapping[str, object]) -> str:
-    """Return an event's details in one line.
+    """Return an audit event's details in one line.
 
     >>> details_of({"channel": None, "fields": ["dueDate", "message"], "rate": 5})
     'fields dueDate message, rate 5'
     """
-    return ", ".join(f"{name} {_shown(value)}" for name, value in details.items() if value is not None)
+    return ", ".join(f"{name} {_listed(value)}" for name, value in details.items() if value is not None)
 
 
-def _shown(value: object) -> str:
+def _listed(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+class Sentence:
+    """A text with its values, for readers with a language and a time zone of their own.
+
+    A value is a text, a number, a time, a duration, or another sentence. As a string it is English, with times in UTC.
+
+    >>> str(Sentence("It is sent in {wait}.", wait=timedelta(minutes=3)) + Sentence("See followups doctor."))
+    'It is sent in 3 min. See followups doctor.'
+    """
+
+    __slots__ = ("text", "values")
+
+    def __init__(self, text: str, **values: object) -> None:
+        """Keep the English text, in which ``{name}`` stands for the value of that name."""
+        self.text = text
+        self.values = values
+
+    def said(self, translate: Callable[[str], str], when: Callable[[datetime], str]) -> str:
+        """Return the sentence in the language of ``translate``, with its times as ``when`` writes them."""
+
+        def shown(value: object) -> object:
+            match value:
+                case Sentence():
+                    return value.said(translate, when)
+                case datetime():
+                    return when(value)
+                case timedelta():
+                    return span(value)
+                case _:
+                    return value
+
+        text = translate(self.text)
+        return text.format(**{name: shown(value) for name, value in self.values.items()}) if self.values else text
+
+    def __str__(self) -> str:
+        """Return the sentence in English."""
+        return self.said(str, readable)
+
+    def __add__(self, other: Sentence) -> Sentence:
+        """Return this sentence with another one behind it."""
+        return Sentence("{first} {second}", first=self, second=other)

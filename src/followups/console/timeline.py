@@ -1,0 +1,101 @@
+"""The timeline of one follow-up: created, changed, held, each attempt, accepted, ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from followups.store.audit import Action
+from followups.wording import Sentence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from datetime import timedelta
+
+    from followups.models import AuditEvent, FollowUp
+    from followups.operations.circumstances import Explained
+
+ACTIONS = {
+    Action.FOLLOW_UP_CHANGED: "Changed",
+    Action.FOLLOW_UP_ENDED: "Ended by hand",
+    Action.FOLLOW_UP_RETRIED: "Retried",
+    Action.MESSAGES_SHOWN: "The message was shown",
+}
+"""Manual changes in words; a creation and a move have their own."""
+
+OUTCOMES = {
+    "retry": "failed for now",
+    "snoozed": "deferred by the transport",
+    "rejected": "refused for good",
+    "unknown": "outcome unknown",
+    "lost": "worker lost",
+}
+"""Outcomes of attempts that did not end in sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class TimelineEntry:
+    """One entry of the timeline."""
+
+    at: datetime
+    what: Sentence
+    who: Sentence | None = None
+    detail: str = ""
+    """Words of the transport or of a caller, which are not translated."""
+    code: int | None = None
+    took: timedelta | None = None
+
+
+def timeline(found: Explained) -> list[TimelineEntry]:
+    """Return what happened to the follow-up, oldest first."""
+    changes = [event for event in found.events if event.action != Action.FOLLOW_UP_CREATED]
+    entries = [
+        TimelineEntry(found.follow_up.created_at, Sentence("Created"), _creator(found)),
+        *(TimelineEntry(event.at, _change(event), event.by) for event in changes),
+        *(
+            TimelineEntry(
+                each.at,
+                Sentence(
+                    "Attempt {number}: {outcome}",
+                    number=each.number,
+                    outcome=Sentence(OUTCOMES.get(each.outcome, each.outcome)),
+                ),
+                detail=each.detail,
+                code=each.status_code,
+                took=each.duration,
+            )
+            for each in found.failures
+        ),
+        *_milestones(found.follow_up),
+    ]
+    return sorted(entries, key=lambda entry: entry.at)
+
+
+def _creator(found: Explained) -> Sentence | None:
+    """Return who created it, as far as that is recorded."""
+    created = next((event for event in found.events if event.action == Action.FOLLOW_UP_CREATED), None)
+    if created is not None:
+        return created.by
+    return Sentence("API key {actor}", actor=found.created_by.title) if found.created_by else None
+
+
+def _change(event: AuditEvent) -> Sentence:
+    moved = event.details
+    if event.action == Action.FOLLOW_UP_CHANGED and "from" in moved:
+        before, after = (datetime.fromisoformat(moved[name]) for name in ("from", "to"))
+        return Sentence("Moved from {before} to {after}", before=before, after=after)
+    return Sentence(ACTIONS.get(Action(event.action), event.action) if event.action in set(Action) else event.action)
+
+
+def _milestones(one: FollowUp) -> Iterator[TimelineEntry]:
+    if one.held_until:
+        yield TimelineEntry(one.held_until, Sentence("Held until the sending hours opened"))
+    if one.in_flight and one.begun_at:
+        yield TimelineEntry(one.begun_at, Sentence("Attempt {number} began", number=one.attempts))
+    if one.accepted_at:
+        accepted = Sentence("Accepted by the transport, attempt {number}", number=one.attempts)
+        yield TimelineEntry(one.accepted_at, accepted, took=one.accepted_duration)
+    if one.finished_at:
+        ended = Sentence("Ended: {status}", status=Sentence(one.status))
+        yield TimelineEntry(one.finished_at, ended, detail=one.reason or "")
