@@ -35,7 +35,7 @@ def test_names_the_key_and_the_workspace(world: World) -> None:
         named, _ = api_keys.create(session, world.workspace_id, "website")
         nameless, _ = api_keys.create(session, world.workspace_id)
         keys = [named.id, nameless.id]
-        expected = {"website", nameless.prefix}
+        expected = {f"website ({named.prefix}…)", f"{nameless.prefix}…"}
         for key_id in keys:
             event = Event(Actor(Way.API, key_id), Action.FOLLOW_UP_CHANGED, world.workspace_id, uuid4())
             audit.record(session.connection(), event)
