@@ -20,8 +20,8 @@ from uuid import uuid4
 import psycopg
 import pytest
 import redis
-from sqlalchemy import make_url
 
+from databases import OWNER, create_database, drop_database, make_roles, url_of
 from followups.settings import Settings, get_settings, load_settings
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from steps import Steps
     from world import World
 
-TEMPLATE = "template_migrated"
-"""The migrated, empty database from which each test's database is copied."""
+TEMPLATE, UNFINISHED = "template_migrated", "template_unfinished"
+"""The migrated, empty database from which each test's database is copied, and its name until it is migrated."""
 
 TEMPLATE_LOCK = 4_071_969
 """The key of the advisory lock for creating the template; any number that nothing else uses."""
@@ -73,6 +73,7 @@ class Servers:
             if self._postgres is None:
                 self._postgres = EmbeddedPostgres(parent=memory_directory())
                 self._postgres.start()
+                make_roles(self._postgres.url(), UNFINISHED)
             if self._valkey is None:
                 self._valkey = EmbeddedValkey()
                 self._valkey.start()
@@ -168,34 +169,23 @@ def postgres_url(server_urls: tuple[str, str]) -> str:
     return server_urls[0]
 
 
-def url_of(server_url: str, database: str) -> str:
-    """Return the URL of another database on the same server."""
-    return make_url(server_url).set(database=database).render_as_string(hide_password=False)
-
-
 @pytest.fixture(scope="session")
 def template_database(postgres_url: str) -> str:
-    """Return the name of the migrated template, which the first process that needs it creates."""
-    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
+    """Return the name of the migrated template, created by the first process that needs it."""
     from followups.schema import migrate  # noqa: PLC0415 - not for unit tests
 
-    unfinished = f"{TEMPLATE}_unfinished"
     with psycopg.connect(postgres_url, autocommit=True) as connection:
         # the lock is held until the connection is closed
         connection.execute("SELECT pg_advisory_lock(%s)", [TEMPLATE_LOCK])
         if connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [TEMPLATE]).fetchone() is None:
-            drop_database(postgres_url, unfinished)  # left behind by a process that failed here
-            create_database(postgres_url, unfinished)
-            migrate(url_of(postgres_url, unfinished))
-            connection.execute(f"ALTER DATABASE {unfinished} RENAME TO {TEMPLATE}")
+            migrate(url_of(postgres_url, UNFINISHED, OWNER))
+            connection.execute(f"ALTER DATABASE {UNFINISHED} RENAME TO {TEMPLATE}")
     return TEMPLATE
 
 
 @pytest.fixture
 def database_url(postgres_url: str, template_database: str) -> Iterator[str]:
-    """Return the URL of a migrated, empty database for this test alone."""
-    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for unit tests
-
+    """Return the URL of a migrated, empty database of the test's own."""
     name = f"test_{uuid4().hex}"
     create_database(postgres_url, name, template_database)
     try:

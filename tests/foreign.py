@@ -9,7 +9,7 @@ import psycopg
 from psycopg import sql
 from sqlalchemy import make_url
 
-from conftest import url_of
+from databases import SUPERUSER, url_as, url_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -35,11 +35,11 @@ HOSTILE: Mapping[str, str] = {
 
 
 def set_defaults(database_url: str, defaults: Mapping[str, str]) -> None:
-    """Set defaults on the database, and on the owner's role in this database, which takes precedence."""
+    """Set the defaults of the database, and those of the URL's role in it, which take precedence."""
     url = make_url(database_url)
     database, role = sql.Identifier(url.database or ""), sql.Identifier(url.username or "")
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("SET default_transaction_read_only = off")  # an earlier default may be read-only
+    with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:
+        connection.execute("SET default_transaction_read_only = off")  # may be among the defaults
         for name, value in defaults.items():
             setting = sql.SQL("SET {} = {}").format(sql.Identifier(name), sql.Literal(value))
             connection.execute(sql.SQL("ALTER DATABASE {} ").format(database) + setting)
@@ -58,7 +58,7 @@ def create_database_of_encoding(server_url: str, name: str, encoding: str) -> st
 def read_only(database_url: str) -> Iterator[None]:
     """Make new sessions of the database read-only, like those of a standby."""
     database = sql.Identifier(make_url(database_url).database or "")
-    with psycopg.connect(url_of(database_url, "postgres"), autocommit=True) as connection:
+    with psycopg.connect(url_of(database_url, "postgres", SUPERUSER), autocommit=True) as connection:
         connection.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(database))
         yield
         connection.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(database))

@@ -8,10 +8,10 @@ from uuid import uuid4
 
 import pytest
 
-from conftest import brisk_settings, url_of
+from conftest import brisk_settings
+from databases import create_database, drop_database, url_of
 from followups.database import make_engine
 from followups.embedded import Processes
-from followups.embedded.postgres import create_database, drop_database
 from followups.session_settings import BY_KEY
 from stack import Stack
 from world import World

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import httpx
-from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
+from databases import create_database, drop_database, url_of
 from followups.api.app import create_app
 from followups.api.server import Server, config_of
 from followups.embedded import answers, free_port
-from followups.embedded.postgres import create_database, drop_database
 from followups.settings import load_settings
 from followups.store import api_keys
 
@@ -79,7 +78,7 @@ def settings_on_database(prefix: str, postgres_url: str, template: str, broker_u
     create_database(postgres_url, name, template)
     number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     yield load_settings(
-        database_url=make_url(postgres_url).set(database=name).render_as_string(hide_password=False),
+        database_url=url_of(postgres_url, name),
         broker_url=f"{broker_url.rpartition('/')[0]}/{number}",
         transport_url="http://127.0.0.1:9/",
         tick_interval=timedelta(seconds=1),

@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
+import psycopg
 from sqlalchemy import Engine, insert, select, text
 
+from databases import OWNER, url_as
 from followups.delivery.begin import begin
 from followups.delivery.claim import claim
 from followups.models import Chat, FailedAttempt, FollowUp, Workspace
@@ -149,6 +151,12 @@ class World:
         """Execute a statement and commit."""
         with self.engine.begin() as connection:
             connection.execute(text(statement), parameters)
+
+    def alter(self, statement: str) -> None:
+        """Execute a statement as the role that owns the tables."""
+        url = url_as(self.engine.url.set(drivername="postgresql"), OWNER)
+        with psycopg.connect(url) as connection:
+            connection.execute(statement.encode())
 
     def expire(self, *ids: UUID) -> None:
         """Let the leases expire now, as if there had been no gap between ticks."""

@@ -13,6 +13,7 @@ import pytest
 import redis
 from sqlalchemy import text
 
+from databases import OWNER, url_as
 from stack import wait_until
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ SCHEMAS = "SELECT count(*) FROM pg_namespace WHERE starts_with(nspname, 'followu
 
 
 def start(settings: Settings, tmp_path: Path, *options: str) -> subprocess.Popen[str]:
-    """Start the benchmark with the settings' servers."""
-    environment = os.environ | settings.environment() | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
+    """Start the benchmark on the servers of the settings, as the role that may create schemas."""
+    owner = {"FOLLOWUPS_DATABASE_URL": url_as(settings.database_url.get_secret_value(), OWNER)}
+    environment = os.environ | settings.environment() | owner | {"FOLLOWUPS_RUNTIME_DIR": str(tmp_path)}
     command: Sequence[str] = [sys.executable, "-m", "followups.cli", "bench", *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -56,9 +58,9 @@ def test_broken_off(settings: Settings, world: World, engine: Engine, tmp_path: 
     """Ctrl-C removes a benchmark's data; after SIGKILL the next run does so, but keeps data still in use."""
     bench = start(settings, tmp_path, "--count", "50000", "--delay", "0.2")
     wait_until(lambda: world.scalar(SCHEMAS) == 1, within=60)
+    world.alter("CREATE SCHEMA followups_bench_elsewhere")
     with engine.connect() as connection:
         connection.execute(text("SELECT pg_advisory_lock(hashtext('followups_bench_elsewhere'))"))
-        connection.execute(text("CREATE SCHEMA followups_bench_elsewhere"))
         connection.commit()
         bench.send_signal(number)
         bench.communicate(timeout=120)

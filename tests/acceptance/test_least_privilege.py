@@ -13,13 +13,12 @@ from uuid import uuid4
 import psycopg
 import pytest
 import redis
-from sqlalchemy import make_url
 
 import web
 from conftest import brisk_settings
+from databases import SERVICE, make_roles, url_as
 from followups.database import make_engine
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port, memory_directory
-from followups.embedded.postgres import BINARIES
 from followups.schema import migrate
 from stack import CELERY, Stack, wait_until
 from world import World
@@ -28,22 +27,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
-PASSWORDS = {"OWNER_PASSWORD": "owner's", "SERVICE_PASSWORD": "app's"}
 
 
 @pytest.fixture(scope="module")
 def database() -> Iterator[str]:
     """Return the superuser's URL of a database created by roles.sql."""
     with EmbeddedPostgres(parent=memory_directory()) as server:
-        command = [BINARIES / "psql", "--dbname", server.url(), "--file", DEPLOY / "roles.sql"]
-        ran = subprocess.run(command, env=os.environ | PASSWORDS, capture_output=True, text=True, check=False)
-        assert (ran.returncode, ran.stderr) == (0, "")
-        yield server.url("followups")
-
-
-def url_as(url: str, role: str) -> str:
-    """Return the database URL for another role."""
-    return make_url(url).set(username=role).render_as_string(hide_password=False)
+        make_roles(server.url())
+        yield server.url(SERVICE)
 
 
 def users(admin: redis.Redis) -> dict[str, str]:

@@ -198,7 +198,7 @@ def test_nothing_secret_is_told(stack: Stack, level: str) -> None:
         "FOLLOWUPS_TRANSPORT_SECRET": f"whsec_{hidden.transport}",
         "FOLLOWUPS_LOG_LEVEL": level,
     }
-    stack.world.sql(QUOTING)
+    stack.world.alter(QUOTING)
     with overhear(broker_url) as overheard:
         api_url, flower_url = start_everything(stack, hidden)
         api = web.Api(api_url, stack.world)

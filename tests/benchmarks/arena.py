@@ -17,7 +17,6 @@ import psycopg
 import redis
 
 from followups.embedded import EmbeddedPostgres, EmbeddedValkey, Processes, answers, free_port
-from followups.embedded.postgres import create_database
 from followups.schema import migrate
 
 if TYPE_CHECKING:
@@ -48,8 +47,7 @@ class Arena:
         """Start the servers and the receiver."""
         self.postgres = self._stack.enter_context(EmbeddedPostgres())
         self.valkey = self._stack.enter_context(EmbeddedValkey())
-        create_database(self.postgres.url(), "bench")
-        self.database = self.postgres.url("bench")
+        self.database = self.postgres.url()
         self.broker = self.valkey.url()
         migrate(self.database)
         self.connection = self._stack.enter_context(psycopg.connect(self.database, autocommit=True))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from databases import SUPERUSER
 from deploy.prometheus import MINUTE
 from stack import kill, wait_until
 
@@ -122,7 +123,7 @@ def locked(stack: Stack) -> None:
 def no_sessions(stack: Stack) -> None:
     """Make the database refuse sessions for a while."""
     url = make_url(stack.settings.database_url.get_secret_value()).set(drivername="postgresql+psycopg")
-    server = create_engine(url.set(database="postgres"), isolation_level="AUTOCOMMIT")
+    server = create_engine(url.set(database="postgres", username=SUPERUSER), isolation_level="AUTOCOMMIT")
     with server.connect() as connection:
         connection.execute(text(f'ALTER DATABASE "{url.database}" ALLOW_CONNECTIONS false'))
         end = text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name")

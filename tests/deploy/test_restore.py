@@ -9,9 +9,10 @@ from uuid import uuid4
 
 import pytest
 
-from conftest import brisk_settings, url_of
+from conftest import brisk_settings
+from databases import OWNER, create_database, drop_database, url_as, url_of
 from followups.database import make_engine
-from followups.embedded.postgres import BINARIES, create_database, drop_database
+from followups.embedded.postgres import BINARIES
 from followups.session_settings import BY_KEY
 from stack import Stack, wait_until
 from world import World
@@ -56,7 +57,7 @@ def test_what_a_restore_means(stack: Stack, restored: tuple[str, Engine], tmp_pa
     stack.wait_until_done(after)
     stop_sending(stack)
 
-    run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", dump, url)
+    run("psql", "--quiet", "--set", "ON_ERROR_STOP=1", "--file", dump, url_as(url, OWNER))
     settings = brisk_settings(url, stack.settings.broker_url.get_secret_value())
     again = Stack(settings, World(engine), stack.processes, stack.sandbox_port)
     start_sending(again)

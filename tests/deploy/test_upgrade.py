@@ -152,7 +152,7 @@ def test_a_column_more_under_load(previous: Rig) -> None:
     with Load(previous, RATE, seconds=3600) as load:
         more_is_sent(previous)
         for table in ("follow_ups", "chats"):
-            previous.world.sql(f"ALTER TABLE {table} ADD COLUMN a_column_more text")
+            previous.world.alter(f"ALTER TABLE {table} ADD COLUMN a_column_more text")
         more_is_sent(previous)
     settled(previous, load)
 

@@ -12,6 +12,7 @@ import zipfile
 from email import message_from_string
 from typing import TYPE_CHECKING
 
+from databases import OWNER, create_database, drop_database, url_of
 from deploy.manifests import DEPLOY, ROOT, pyproject
 
 if TYPE_CHECKING:
@@ -63,11 +64,9 @@ def test_it_says_what_is_missing(built: Built) -> None:
 
 def test_it_migrates(built: Built, postgres_url: str) -> None:
     """The wheel contains the migrations."""
-    from followups.embedded.postgres import create_database, drop_database  # noqa: PLC0415 - not for collection
-
     create_database(postgres_url, "test_wheel")
     try:
-        url = postgres_url.replace("/postgres?", "/test_wheel?")
+        url = url_of(postgres_url, "test_wheel", OWNER)
         ran = run(built, "migrate", DATABASE_URL=url, REDIS_URL="redis://127.0.0.1:9/0")
         assert (ran.returncode, "it was empty" in ran.stdout) == (0, True), ran.stderr
     finally:

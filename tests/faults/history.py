@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-_INSTALL = """
+INSTALL = """
     CREATE TABLE history (
         number bigserial PRIMARY KEY, at timestamptz NOT NULL DEFAULT clock_timestamp(), id uuid NOT NULL,
         old_status text, status text NOT NULL, reason text, begun_at timestamptz, lease_token bigint NOT NULL,
@@ -34,12 +34,6 @@ _INSTALL = """
     END $$;
     CREATE TRIGGER keep_history AFTER INSERT OR UPDATE ON follow_ups FOR EACH ROW EXECUTE FUNCTION keep_history();
 """
-
-
-def install(engine: Engine) -> None:
-    """Install the trigger that records the history."""
-    with engine.begin() as connection:
-        connection.execute(text(_INSTALL))
 
 
 _REWRITTEN = text("SELECT count(*) FROM history WHERE changed_when_final")

@@ -39,9 +39,9 @@ dynamic_shared_memory_type = mmap
 FOLLOWERS = "SELECT count(*) FROM pg_stat_replication WHERE state = 'streaming'"
 
 
-def ask(server: EmbeddedPostgres, statement: str) -> str:
-    """Execute a statement on this server, wherever the address leads; return the row's first column."""
-    with psycopg.connect(server.url(), autocommit=True) as connection:
+def ask(server: EmbeddedPostgres, statement: str, database: str = "postgres") -> str:
+    """Execute a statement on this server, wherever the address points; return the first column of its row."""
+    with psycopg.connect(server.url(database), autocommit=True) as connection:
         found = connection.execute(statement.encode())
         row = found.fetchone() if found.description else None
         return str(row[0]) if row else ""

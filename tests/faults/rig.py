@@ -21,6 +21,7 @@ from sqlalchemy import text
 import pgbouncer
 import web
 from conftest import brisk_settings
+from databases import OWNER, SERVICE, make_roles, url_as, url_of
 from faults import history
 from faults.failpoints import Failpoints
 from faults.promises import Record, Verdict, check
@@ -62,7 +63,7 @@ class Rig(Stack):
         directory = self.processes.logs / "failpoints"
         directory.mkdir()
         self.failpoints = Failpoints(directory)
-        history.install(self.world.engine)
+        self.world.alter(history.INSTALL)
 
     def process(self, name: str, command: str, *more: str, environment: Mapping[str, str] | None = None) -> Child:
         """Start a line of the Procfile under a given name, with ``more`` arguments appended."""
@@ -203,12 +204,14 @@ def own_servers(
         single = EmbeddedPostgres(parent=memory_directory())
         postgres = stack.enter_context(Replicated(binaries=binaries) if REPLICATED in kinds else single)
         valkey = stack.enter_context(EmbeddedValkey())
-        migrate(postgres.url())
-        pooled = stack.enter_context(pgbouncer.PgBouncer(postgres.url())).url() if POOLED in kinds else postgres.url()
+        make_roles(postgres.url())
+        url = url_of(postgres.url(), SERVICE)
+        migrate(url_as(url, OWNER))
+        pooled = stack.enter_context(pgbouncer.PgBouncer(url)).url() if POOLED in kinds else url
         urls = [pooled, valkey.url()]
         proxies = [stack.enter_context(Proxy(url)) for url in urls] if proxied else []
         settings = brisk_settings(*(proxy.url for proxy in proxies)) if proxied else brisk_settings(*urls)
-        engine = make_engine(postgres.url(), options=BY_KEY)
+        engine = make_engine(url, options=BY_KEY)
         stack.callback(engine.dispose)
         yield stack.enter_context(running(settings, engine, rng, postgres=postgres, valkey=valkey)), proxies
 

@@ -21,6 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from commits import break_once
 from conftest import brisk_settings
+from databases import OWNER, SERVICE, make_roles, url_as, url_of
 from faults.replica import INSTALLED, MISSING, Replicated, ask, socket_of
 from faults.rig import REPLICATED, Load, own_servers
 from followups.database import make_engine
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from faults.figures import Figures
     from faults.rig import Rig
 
+BEGUN = "SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL"
 COMMAND = str(Path(sys.executable).with_name("followups"))
 
 BACK_WITHIN = 10.0
@@ -218,9 +220,11 @@ def test_what_an_asynchronous_failover_took_back_is_not_believed(
     on the new primary.
     """
     with Replicated(synchronous=False) as postgres:
-        migrate(postgres.url())
-        engine = make_engine(postgres.url(), options=BY_KEY)
-        settings, world = brisk_settings(postgres.url(), broker_url), World(engine)
+        make_roles(postgres.url())
+        url = url_of(postgres.url(), SERVICE)
+        migrate(url_as(url, OWNER))
+        engine = make_engine(url, options=BY_KEY)
+        settings, world = brisk_settings(url, broker_url), World(engine)
         settings = settings.model_copy(update={"lease": settings.lease * 100})
         for burnt in (0, 50):
             follow_up = world.follow_up()
@@ -242,6 +246,6 @@ def test_what_an_asynchronous_failover_took_back_is_not_believed(
             assert time.monotonic() - started < 10
             assert world.row(follow_up).begun_at is None
             assert begun(begin(engine, settings, leases)) == {follow_up}
-            assert ask(postgres.primary, "SELECT count(*) FROM follow_ups WHERE begun_at IS NOT NULL") == "1"
+            assert ask(postgres.primary, BEGUN, SERVICE) == "1"
             world.sql("DELETE FROM follow_ups")
         engine.dispose()

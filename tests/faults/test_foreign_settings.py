@@ -12,8 +12,8 @@ from uuid import uuid4
 import pytest
 
 import web
+from databases import drop_database
 from faults.rig import Load, running
-from followups.embedded.postgres import drop_database
 from foreign import HOSTILE, create_database_of_encoding, set_defaults
 from stack import wait_until
 
@@ -115,7 +115,7 @@ def test_read_only_default(rig: Rig, figures: Figures) -> None:
     set_defaults(url, {"default_transaction_read_only": "off"})
     rig.world.scalar("""
         SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
-         WHERE datname = current_database() AND pid <> pg_backend_pid()
+         WHERE datname = current_database() AND usename = current_user AND pid <> pg_backend_pid()
     """)
     took = rig.settle_down()
     verdict = rig.verdict()

@@ -196,7 +196,7 @@ def test_constraint(constraint: str, change: str, world: World) -> None:
     statement = f"UPDATE follow_ups SET {change} WHERE id = :id"  # noqa: S608 - no input, only the cases above
     with pytest.raises(IntegrityError, match=constraint):
         world.sql(statement, id=follow_up)
-    world.sql(f"ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_{constraint}")
+    world.alter(f"ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_{constraint}")
     world.sql(statement, id=follow_up)
 
 

@@ -205,7 +205,7 @@ def test_a_row_that_is_locked_is_deferred_later(world: World, engine: Engine, ow
 def test_a_row_that_cannot_be_written(world: World, engine: Engine, own: Settings) -> None:
     """A follow-up whose lease cannot be released does not stop others from being deferred and released."""
     *_, last = world.burst([-SECOND * number for number in range(OVERDUE, 0, -1)])
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{last}' OR lease_until IS NOT NULL) NOT VALID")
     with worker(own, engine, Chat(), FOR_LONG):
         wait_until(lambda: len(deferred(world)) > OVERDUE * 0.8)
         wait_until(lambda: world.row(last).lease_until is not None)

@@ -68,17 +68,6 @@ class TestPostgres:
         with psycopg.connect(postgres.url()) as connection:
             assert connection.execute("SHOW listen_addresses").fetchone() == ("",)
 
-    def test_databases_are_copied_and_dropped(self, postgres: EmbeddedPostgres) -> None:
-        """A database can be copied, and can be dropped while sessions are connected to it."""
-        with psycopg.connect(postgres.create_database("origin")) as connection:
-            connection.execute("CREATE TABLE copied (n int)")
-        with psycopg.connect(postgres.create_database("co py", template="origin")) as connection:
-            assert connection.execute("SELECT count(*) FROM copied").fetchone() == (0,)
-            postgres.drop_database("co py")
-            postgres.drop_database("co py")
-            with pytest.raises(psycopg.OperationalError):
-                connection.execute("SELECT 1")
-
     @pytest.mark.parametrize("end", [EmbeddedPostgres.restart, EmbeddedPostgres.kill])
     def test_what_was_committed_survives_restart_and_kill(
         self, postgres: EmbeddedPostgres, end: Callable[[EmbeddedPostgres], None]

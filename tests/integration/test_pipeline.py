@@ -30,6 +30,7 @@ from followups.session_settings import ONCE_PLANNED
 from followups.store.leases import Lease
 from followups.transports.port import Delivery, Rejected, Retry, Sent
 from followups.uptime import uptime
+from foreign import read_only
 from stack import wait_until
 from world import World
 
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 END_OTHERS = """
     SELECT pg_terminate_backend(pid) FROM pg_stat_activity
-     WHERE pid <> pg_backend_pid() AND datname = current_database()
+     WHERE pid <> pg_backend_pid() AND usename = current_user AND datname = current_database()
 """
 PENDING = "SELECT count(*) FROM follow_ups WHERE status = 'pending'"
 BEGUN = "SELECT count(*) FROM follow_ups WHERE status = 'pending' AND begun_at IS NOT NULL"
@@ -410,14 +411,10 @@ def test_read_only_for_a_moment(
     transport = Scripted(lambda _: Sent(), 0.3)
     started(transport, **plain).submit(claim(engine, settings.model_copy(update=plain)).leases)
     wait_until(lambda: transport.under_way == len(ids))
-    name = database_url.rpartition("/")[2].partition("?")[0]
-    admin = engine.execution_options(isolation_level="AUTOCOMMIT")
-    with admin.connect() as connection:
-        connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = on"))
-        connection.execute(text(END_OTHERS))
+    with read_only(database_url):
+        world.sql(END_OTHERS)
         time.sleep(1)
-        connection.execute(text(f"ALTER DATABASE {name} RESET default_transaction_read_only"))
-        connection.execute(text(END_OTHERS))
+    world.sql(END_OTHERS)
     wait_until(lambda: world.scalar(PENDING) == 0)
     assert {world.row(one).status for one in ids} == {"sent"}
 

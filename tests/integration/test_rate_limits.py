@@ -167,7 +167,7 @@ def test_a_place_that_cannot_be_read(world: World, bench: Bench) -> None:
     The other follow-ups are counted by the limit.
     """
     limit(world, 1000, burst=10)
-    world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
+    world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.follow_up(scheduled_at=text("timestamptz 'infinity'"))
     due_in_turn(world, 4)
     bench.start(Receiver())
@@ -351,7 +351,7 @@ def test_a_row_that_cannot_be_written(world: World, bench: Bench) -> None:
     limit(world, NONE_COMES_IN)
     first, bad, third = due_in_turn(world, 3)
     free = World(world.engine).follow_up()
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
     receiver = Receiver()
     bench.start(receiver, lease=timedelta(minutes=10))
     wait_until(lambda: {first, free} <= set(receiver.received))

@@ -9,8 +9,8 @@ import pytest
 from sqlalchemy import Connection, Engine, event, insert, text
 from sqlalchemy.exc import IntegrityError
 
+from databases import OWNER, create_database, drop_database, url_as, url_of
 from followups.database import BoundedConnection, make_engine
-from followups.embedded.postgres import create_database, drop_database
 from followups.models import Base
 from followups.schema import downgrade, migrate, schema_versions
 from stack import wait_until
@@ -47,7 +47,7 @@ def empty_engine(postgres_url: str, database_url: str) -> Iterator[Engine]:
     """Return an engine connected to an empty database."""
     name = f"{database_url.rpartition('/')[2].partition('?')[0]}_empty"
     create_database(postgres_url, name)
-    engine = make_engine(database_url.replace(name.removesuffix("_empty"), name))
+    engine = make_engine(url_of(postgres_url, name, OWNER))
     yield engine
     engine.dispose()
     drop_database(postgres_url, name)
@@ -133,10 +133,11 @@ def test_24_o_clock(world: World, column: str) -> None:
 
 def test_rows_that_cannot_be_read_break_no_migration(world: World, database_url: str) -> None:
     """A migration omits a constraint that existing rows violate, adds the others, and keeps the rows."""
-    downgrade(database_url, "0008")
+    owner = url_as(database_url, OWNER)
+    downgrade(owner, "0008")
     world.sql(HOURS, id=world.workspace_id)
     world.sql("UPDATE sending_hours SET closing = '24:00'")
-    migrate(database_url)
+    migrate(owner)
     names = "SELECT string_agg(conrelid::regclass::text, ' ' ORDER BY 1) FROM pg_constraint WHERE conname LIKE {}"
     assert world.scalar(names.format("'%times_are_readable'")) == "chats follow_ups"
     assert world.scalar("SELECT closing::text FROM sending_hours") == "24:00:00"

@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 
 import followups
+from databases import drop_database
 from followups.database import make_async_engine, make_engine
-from followups.embedded.postgres import drop_database
 from followups.errors import TransactionError
 from followups.session_settings import BY_KEY, CONNECT_TIMEOUT, ONCE_PLANNED, SESSION
 from followups.transactions import in_loop

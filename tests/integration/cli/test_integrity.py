@@ -21,24 +21,26 @@ def test_all_well(world: World, engine: Engine) -> None:
 def test_rows_that_cannot_be_read(world: World, engine: Engine) -> None:
     """Doctor reports an unreadable row; after its correction, the advised SQL restores the constraint."""
     bad = world.follow_up()
-    world.sql("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
+    world.alter("ALTER TABLE follow_ups DROP CONSTRAINT ck_follow_ups_times_are_readable")
     world.sql("UPDATE follow_ups SET next_attempt_at = 'infinity'")
     (finding,) = of_tables(engine)
     assert (
         finding.detail
         == f"follow_ups has no valid constraint ck_follow_ups_times_are_readable; rows that break it: {bad}"
     )
-    assert finding.advice.startswith("Correct these rows, which may never be sent. Then run: ALTER TABLE follow_ups ")
+    assert finding.advice.startswith(
+        "Correct these rows, which may never be sent. Then run as the tables' owner: ALTER TABLE follow_ups "
+    )
     world.sql("UPDATE follow_ups SET next_attempt_at = NULL")
     (finding,) = of_tables(engine)
-    world.sql(finding.advice.removeprefix("Run: "))
+    world.alter(finding.advice.removeprefix("Run as the tables' owner: "))
     assert list(of_tables(engine)) == []
 
 
 def test_a_constraint_that_was_never_validated(world: World, engine: Engine) -> None:
     """Doctor reports a constraint that was never validated like a missing one."""
     name = "ck_follow_ups_due_date_is_readable"
-    world.sql(
+    world.alter(
         f"ALTER TABLE follow_ups DROP CONSTRAINT {name}, ADD CONSTRAINT {name} CHECK (due_date > 'epoch') NOT VALID"
     )
     assert [finding.name for finding in of_tables(engine)] == ["rows"]
@@ -51,9 +53,9 @@ def test_ids_that_are_used(world: World, engine: Engine) -> None:
     for _ in range(3):
         world.sql(record, id=follow_up)
     assert list(of_tables(engine)) == []
-    world.sql("ALTER SEQUENCE failed_attempts_id_seq RESTART")
+    world.alter("ALTER SEQUENCE failed_attempts_id_seq RESTART")
     (finding,) = of_tables(engine)
     assert finding.name == "ids"
-    world.sql(finding.advice.partition("Run: ")[2])
+    world.alter(finding.advice.partition("Run as the tables' owner: ")[2])
     assert list(of_tables(engine)) == []
     world.sql(record, id=follow_up)

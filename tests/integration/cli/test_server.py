@@ -7,8 +7,8 @@ from uuid import uuid4
 
 import pytest
 
+from databases import drop_database
 from followups.database import make_engine
-from followups.embedded.postgres import drop_database
 from followups.operations.doctor import database_checks
 from followups.operations.doctor.database_checks import durability, of_server
 from foreign import HOSTILE, create_database_of_encoding, set_defaults

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from sqlalchemy import make_url
 
+from databases import OWNER, url_as
 from followups.cli import connection, main
 from followups.schema import downgrade, schema_versions
 
@@ -31,9 +32,12 @@ NOBODY = "postgresql://me:secret@127.0.0.1:9/chats"  # the discard port, which r
 class TestMigrate:
     """The command `followups migrate`."""
 
-    def test_it_brings_an_older_schema_to_the_newest(self, run: Run, database_url: str, engine: Engine) -> None:
-        """`migrate` upgrades the schema to the newest version and names it; repeating it has no effect."""
-        downgrade(database_url, "base")
+    def test_it_brings_an_older_schema_to_the_newest(
+        self, run: Run, database_url: str, engine: Engine, environment: pytest.MonkeyPatch
+    ) -> None:
+        """The command upgrades to the newest schema and names it; repeating it changes nothing."""
+        downgrade(owner_url := url_as(database_url, OWNER), "base")
+        environment.setenv("FOLLOWUPS_DATABASE_URL", owner_url)
         first = run("migrate")
         current, newest = schema_versions(engine)
         assert current == newest

@@ -55,8 +55,8 @@ def failed(world: World, chat_id: UUID | None = None) -> UUID:
 
 
 def unwritable(world: World, follow_up_id: UUID, column: str = "id") -> None:
-    """Add a constraint that rejects every write of the row or of its retry."""
-    world.sql(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
+    """Add a constraint that the row, or its retry, breaks at every write."""
+    world.alter(f"ALTER TABLE follow_ups ADD CHECK ({column} IS DISTINCT FROM '{follow_up_id}') NOT VALID")
 
 
 def limit(world: World, most: int) -> None:

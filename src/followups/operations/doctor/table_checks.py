@@ -22,6 +22,7 @@ _BEHIND = text("""
     SELECT COALESCE(max(id), 0) > COALESCE(pg_sequence_last_value(pg_get_serial_sequence('failed_attempts', 'id')), 0)
       FROM failed_attempts
 """)
+RUN = "run as the tables' owner"
 SHOWN = 3
 """Maximum number of rows named in a finding."""
 
@@ -61,11 +62,11 @@ def _unguarded(connection: Connection, table: str, name: str, condition: str) ->
     )
     if rows:
         found = f"{detail}; rows that break it: {', '.join(rows)}{' ...' if len(rows) == SHOWN else ''}"
-        return Finding("rows", found, f"Correct these rows, which may never be sent. Then run: {add}")
-    return Finding("rows", detail, f"Run: {add}")
+        return Finding("rows", found, f"Correct these rows, which may never be sent. Then {RUN}: {add}")
+    return Finding("rows", detail, f"{RUN.capitalize()}: {add}")
 
 
 def _behind() -> Finding:
     detail = "the next ids of failed_attempts are already used, as after a logical replication or a restore"
     advice = "SELECT setval(pg_get_serial_sequence('failed_attempts', 'id'), max(id)) FROM failed_attempts"
-    return Finding("ids", detail, f"Failed attempts are not recorded. Run: {advice}")
+    return Finding("ids", detail, f"Failed attempts are not recorded. {RUN.capitalize()}: {advice}")
