@@ -22,5 +22,5 @@ BEGIN
 END
 $$;
 
--- Lets followups doctor see long transactions of other roles.
-GRANT pg_read_all_stats TO followups;
+-- Lets followups doctor, and followups migrate, see transactions of other roles.
+GRANT pg_read_all_stats TO followups, followups_owner;

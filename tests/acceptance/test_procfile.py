@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from databases import OWNER, url_as
 from followups.cli import main
 from followups.cli.demo.play import Rest
 from followups.embedded import free_port
@@ -61,9 +62,11 @@ def test_honcho_runs_every_process(
     stack: Stack, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`honcho start` migrates an empty database, delivers a follow-up, and ends all processes on SIGTERM."""
+    owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)  # `release` is one of the processes
+    stack.options["FOLLOWUPS_DATABASE_URL"] = owner
     for name, value in stack.environment().items():
         monkeypatch.setenv(name, value)
-    downgrade(stack.settings.database_url.get_secret_value(), "base")
+    downgrade(owner, "base")
     stack.sandbox()
     port, flower_port = free_port(), free_port()
     environment = environment_of(stack, FLOWER_PORT=str(flower_port))

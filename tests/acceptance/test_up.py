@@ -108,6 +108,7 @@ def test_the_printed_request_is_delivered_and_ctrl_c_ends_it_all() -> None:
         ran = subprocess.run([BASH, "-ec", pasted], capture_output=True, text=True, check=True)
         follow_up_id = json.loads(ran.stdout[ran.stdout.index("}{") + 1 :])["id"]
         exports = "".join(re.findall(r"(export .*\n)", system.said))
+        assert " FOLLOWUPS_DATABASE_URL='postgresql://followups@/postgres" in exports
         show = f"{exports} {COMMAND} show {follow_up_id} --json"
         shown = subprocess.run([BASH, "-ec", show], capture_output=True, check=True)
         assert json.loads(shown.stdout)["id"] == follow_up_id

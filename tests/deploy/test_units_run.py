@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import web
+from databases import OWNER, url_as
 from deploy.manifests import PREFIX, unit
 from followups.embedded import answers, free_port
 from followups.schema import downgrade
@@ -45,12 +46,10 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 
 
 def test_the_units_deliver(stack: Stack) -> None:
-    """A follow-up is scheduled through `web`, sent after a tick of beat, and shown in Flower.
-
-    Each process ends in time.
-    """
-    downgrade(stack.settings.database_url.get_secret_value(), "base")
-    migrating = start(stack, "followups-migrate.service")
+    """A follow-up is scheduled through web, ticked by beat, sent, and seen in Flower; each process ends in time."""
+    owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)
+    downgrade(owner, "base")
+    migrating = start(stack, "followups-migrate.service", FOLLOWUPS_DATABASE_URL=owner)
     wait_until(lambda: not migrating.running, within=60)
     assert migrating.exit_code == 0, migrating.tail()
     port, flower_port = free_port(), free_port()

@@ -19,6 +19,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
+from databases import OWNER, url_as
 from deploy.manifests import ROOT
 from faults.rig import Load, running
 from followups.schema import alembic_config, downgrade, migrate
@@ -45,8 +46,8 @@ PREVIOUS = REVISIONS[-2]
 
 @pytest.fixture
 def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
-    """Return a system whose database has the second newest schema."""
-    downgrade(settings.database_url.get_secret_value(), PREVIOUS)
+    """Return a system whose database has the schema before the newest one."""
+    downgrade(url_as(settings.database_url.get_secret_value(), OWNER), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
         # No process is killed in this test, so any second attempt would be caused by the upgrade.
         rig.options |= {"FOLLOWUPS_TRANSPORT_TIMEOUT": "10", "FOLLOWUPS_LEASE": "30"}
@@ -78,7 +79,8 @@ def migrated(rig: Rig) -> float:
     """Run `followups migrate` as an operator does, and return its duration in seconds."""
     began = time.monotonic()
     command = [str(Path(sys.executable).with_name("followups")), "migrate"]
-    child = rig.processes.spawn("migrate", command, environment=rig.environment())
+    owner = {"FOLLOWUPS_DATABASE_URL": url_as(rig.settings.database_url.get_secret_value(), OWNER)}
+    child = rig.processes.spawn("migrate", command, environment=rig.environment() | owner)
     wait_until(lambda: not child.running, within=60)
     assert child.exit_code == 0, child.tail()
     return time.monotonic() - began
@@ -178,12 +180,13 @@ UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
-    """A migration keeps every table and column, and requires no new values from the previous code."""
-    downgrade(database_url, before)
+    """The previous code keeps working: every table and column stays, and its writes need nothing new."""
+    owner = url_as(database_url, OWNER)
+    downgrade(owner, before)
     with engine.connect() as connection:
         columns = {row.name: row.data_type for row in connection.execute(_COLUMNS)}
         constraints = {row.name for row in connection.execute(_CONSTRAINTS)}
-    migrate(database_url, after)
+    migrate(owner, after)
     with engine.connect() as connection:
         found = {row.name: row for row in connection.execute(_COLUMNS)}
         new = [row for row in connection.execute(_CONSTRAINTS) if row.name not in constraints]

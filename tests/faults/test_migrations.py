@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from alembic.script import ScriptDirectory
 
+from databases import OWNER, url_as
 from followups.errors import FollowUpsError
 from followups.schema import alembic_config, downgrade, migrate, schema_versions
 
@@ -78,7 +79,7 @@ class Others(threading.Thread):
 def attempt(url: str, errors: list[Exception], patience: float) -> None:
     """Run the migration and store its error."""
     try:
-        migrate(url, patience=patience)
+        migrate(url_as(url, OWNER), patience=patience)
     except FollowUpsError as error:
         errors.append(error)
 
@@ -108,12 +109,12 @@ def from_old_versions(
     world.follow_up()
     longest = 0.0
     for version, holder in cases:
-        downgrade(url, version)
+        downgrade(url_as(url, OWNER), version)
         refusals = [REFUSAL] if version <= LAST_IN_CONFLICT.get(holder, "0012") else []
         others = beside(url, holder, patience, refusals)
         assert others.done
         longest = max(longest, others.longest)
-        migrate(url)
+        migrate(url_as(url, OWNER))
         current, newest = schema_versions(engine)
         assert current == newest
     figures.keep(26, versions=len({version for version, _ in cases}), longest_wait_of_others_s=round(longest, 2))

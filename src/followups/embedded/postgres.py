@@ -68,6 +68,16 @@ TEMPORARY_SETTINGS = {
 }
 
 
+SERVICE_ROLE = """
+    DO $$ BEGIN
+        IF to_regrole('followups') IS NULL THEN CREATE ROLE followups LOGIN; END IF;
+    END $$;
+    GRANT pg_read_all_data, pg_write_all_data, pg_maintain, pg_read_all_stats TO followups;
+    GRANT CREATE ON DATABASE postgres TO followups;
+"""
+"""Creates the role that the processes of `followups up` run as; `followups bench` creates a schema as this role."""
+
+
 class EmbeddedPostgres(EmbeddedServer):
     """An embedded PostgreSQL server, which takes about a second to start with new data.
 
@@ -87,9 +97,15 @@ class EmbeddedPostgres(EmbeddedServer):
         super().__init__(parent)
         self._kept = data
 
-    def url(self, database: str = "postgres") -> str:
+    def url(self, database: str = "postgres", role: str = "postgres") -> str:
         """Return the URL of a database, for psycopg, psql and (as ``postgresql+psycopg://``) SQLAlchemy."""
-        return f"postgresql://postgres@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
+        return f"postgresql://{role}@/{quote(database, safe='')}?host={quote(str(self.directory / 'socket'))}"
+
+    def service_url(self) -> str:
+        """Create a role that changes rows but owns nothing, if missing, and return the URL for this role."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            connection.execute(SERVICE_ROLE)
+        return self.url(role="followups")
 
     def _is_ready(self) -> bool:
         try:

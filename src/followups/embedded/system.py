@@ -134,7 +134,7 @@ def _started(plan: StartPlan, stack: ExitStack) -> Stack:
         make_data_directory(logs)
     processes = stack.enter_context(Processes(logs, plan.echo))
     sandbox = f"http://{LOOPBACK}:{free_port()}"
-    settings = _settings(plan, postgres.url(), valkey.url(), sandbox)
+    settings = _settings(plan, postgres.service_url(), valkey.url(), sandbox)
     plan.tell("Migrating")
     schema.migrate(postgres.url())
     plan.signals.check()
