@@ -185,18 +185,6 @@ class TestValkey:
         ):
             stranger.ping()
 
-    def test_the_role_of_the_processes_owns_nothing(self, postgres: EmbeddedPostgres) -> None:
-        """The processes of `followups up` read and change rows, but cannot change a table."""
-        with psycopg.connect(postgres.url(), autocommit=True) as connection:
-            connection.execute("CREATE TABLE theirs (id int GENERATED ALWAYS AS IDENTITY, n int)")
-        assert postgres.service_url() == postgres.service_url()
-        with psycopg.connect(postgres.service_url(), autocommit=True) as connection:
-            connection.execute("INSERT INTO theirs (n) VALUES (1)")
-            connection.execute("ANALYZE theirs")
-            for statement in ("DROP TABLE theirs", "TRUNCATE theirs", "CREATE TABLE mine ()", "CREATE ROLE other"):
-                with pytest.raises(psycopg.errors.InsufficientPrivilege):
-                    connection.execute(statement.encode())
-
     @pytest.mark.parametrize("end", [EmbeddedValkey.restart, EmbeddedValkey.kill])
     def test_it_comes_back_empty_at_the_same_url(
         self, valkey: EmbeddedValkey, end: Callable[[EmbeddedValkey], None]
