@@ -20,7 +20,7 @@ from celery import Celery
 from celery.app import amqp
 from celery.loaders.app import AppLoader
 from celery.worker import state
-from kombu.connection import BrokerConnection as KombuConnection
+from kombu.connection import Connection as KombuConnection
 from kombu.transport import TRANSPORT_ALIASES
 from kombu.transport import redis as kombu_redis
 from redis.exceptions import NoPermissionError, RedisError
@@ -79,7 +79,7 @@ class BrokerConnection(KombuConnection):
 class AMQP(amqp.AMQP):
     """Celery's AMQP layer with our `BrokerConnection`."""
 
-    BrokerConnection = BrokerConnection
+    Connection = BrokerConnection
 
 
 class App(Celery):
@@ -183,7 +183,7 @@ class BrokerTransport(kombu_redis.Transport):
     Every error that Redis returns is treated as a connection error.
     """
 
-    BrokerChannel = BrokerChannel
+    Channel = BrokerChannel
     connection_errors = (*kombu_redis.Transport.connection_errors, RedisError)
     """Errors after which Celery makes a new connection.
 
