@@ -55,7 +55,8 @@ def meet(rig: Rig, api: web.Api, pairs: int) -> Counter[tuple[str, int]]:
 
 def on_foreign_defaults(rig: Rig, figures: Figures, pairs: int, rate: float, seconds: float) -> None:
     """Race replies with create requests, then send under load, on a database with hostile defaults."""
-    set_defaults(rig.settings.database_url.get_secret_value(), HOSTILE)
+    direct = rig.world.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+    set_defaults(direct, HOSTILE)
     rig.options |= ENVIRONMENT
     api = rig.web()
     with closing(api.client):
