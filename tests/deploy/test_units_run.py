@@ -46,7 +46,10 @@ def start(stack: Stack, name: str, **variables: str) -> Child:
 
 
 def test_the_units_deliver(stack: Stack) -> None:
-    """A follow-up is scheduled through web, ticked by beat, sent, and seen in Flower; each process ends in time."""
+    """A follow-up is scheduled through `web`, sent after a tick of beat, and shown in Flower.
+
+    Each process ends in time.
+    """
     owner = url_as(stack.settings.database_url.get_secret_value(), OWNER)
     downgrade(owner, "base")
     migrating = start(stack, "followups-migrate.service", FOLLOWUPS_DATABASE_URL=owner)

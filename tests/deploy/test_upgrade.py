@@ -46,7 +46,7 @@ PREVIOUS = REVISIONS[-2]
 
 @pytest.fixture
 def previous(settings: Settings, engine: Engine) -> Iterator[Rig]:
-    """Return a system whose database has the schema before the newest one."""
+    """Return a system whose database has the second newest schema."""
     downgrade(url_as(settings.database_url.get_secret_value(), OWNER), PREVIOUS)
     with running(settings, engine, random.Random(0)) as rig:  # noqa: S311 - not for secrets
         # No process is killed in this test, so any second attempt would be caused by the upgrade.
@@ -180,7 +180,7 @@ UNBREAKABLE = {"0009": {f"ck_{table}_times_are_readable" for table in ("chats", 
 
 @pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(REVISIONS)))
 def test_a_migration_adds_and_takes_nothing_away(engine: Engine, database_url: str, before: str, after: str) -> None:
-    """The previous code keeps working: every table and column stays, and its writes need nothing new."""
+    """A migration keeps every table and column, and requires no new values from the previous code."""
     owner = url_as(database_url, OWNER)
     downgrade(owner, before)
     with engine.connect() as connection:
