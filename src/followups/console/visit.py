@@ -98,7 +98,7 @@ class Visit:
         return found
 
     def t(self, text: str, **values: object) -> str:
-        """Return a text in the person's language."""
+        """Return the text in the person's language."""
         return self.said(Sentence(text, **values))
 
     def said(self, sentence: Sentence) -> str:

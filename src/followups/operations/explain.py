@@ -74,7 +74,7 @@ class Circumstances:
     place: int = 1
     """Its place among the pending follow-ups of its chat, counted up to `MOST_PLACES`."""
     first: Sentence | None = None
-    """The explanation for the chat's first pending follow-up, when that is another one."""
+    """The explanation of the chat's first pending follow-up, if that is a different one."""
     window_closes_at: datetime | None = None
     """The end of the chat's messaging window, or None if its channel has none."""
     retried_as: UUID | None = None
