@@ -22,6 +22,7 @@ from followups.transports.port import Delivery
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     from sqlalchemy import Connection, Engine
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -91,7 +92,7 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
     rules = Rules(settings.lease, settings.max_lateness, TOLERANCE)
     by_id = {lease.id: lease for lease in batch}
     begun = tuple(
-        Begun(by_id[id_]._replace(token=token, due=due), Delivery(id_, *rest), snoozes, traceparent)
+        Begun(_as_stored(by_id[id_], token, due), Delivery(id_, *rest), snoozes, traceparent)
         for id_, _, token, due, snoozes, traceparent, *rest in leases.begin_if_leased(connection, batch, rules)
     )
     if len(begun) == len(batch):
@@ -99,6 +100,11 @@ def _begin(settings: Settings, batch: Sequence[Lease], connection: Connection) -
     started = {one.lease.id for one in begun}
     missing = [lease for lease in batch if lease.id not in started]
     return _explain_missing(connection, settings, begun, obstacles.find(connection, missing, rules))
+
+
+def _as_stored(lease: Lease, token: int, due: datetime) -> Lease:
+    """Return the lease with the row's token and due time; a hint may differ, but seldom does."""
+    return lease if lease.token == token and lease.due == due else lease._replace(token=token, due=due)
 
 
 def _explain_missing(

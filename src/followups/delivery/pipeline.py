@@ -192,8 +192,9 @@ class Pipeline:
         self._backoff = BACKOFF
         events.succeeded("begin")
         self._breaker.spend(one.lease.key for one in step.begun)
-        begun = {one.lease.id for one in step.begun}
-        self._release([lease for lease in leases if lease.id not in begun])
+        if len(step.begun) < len(leases):
+            begun = {one.lease.id for one in step.begun}
+            self._release([lease for lease in leases if lease.id not in begun])
         events.ended(step.ended)
         for lease in step.locked:
             self._queue.defer_refused(lease)

@@ -232,8 +232,11 @@ class Breaker:
         if self._store is None or isinstance(outcome, Snoozed):
             return
         failed = _failed(outcome)
-        run = self._runs.get(key, Run(key, 0, anew=False))
-        self._runs[key] = Run(key, run.failures + 1, run.anew) if failed else Run(key, 0, anew=True)
+        if failed:
+            run = self._runs.get(key, Run(key, 0, anew=False))
+            self._runs[key] = Run(key, run.failures + 1, run.anew)
+        else:
+            self._runs[key] = Run(key, 0, anew=True)
         counts = self._reading.state == CLOSED or key in self._reading.tripped
         if counts and failed:
             self._failed[follow_up_id] = key
