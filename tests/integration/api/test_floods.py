@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import socket
 import statistics
@@ -260,6 +261,24 @@ def test_strangers_on_400_connections(web: Web, paths: Sequence[str]) -> None:
     figures = f"p50 {statistics.median(times) * 1000:.0f} ms, p95 {p95(times) * 1000:.0f} ms"
     print(f"another's list beside 400 connections to {', '.join(paths)}: {figures}")  # noqa: T201 - the figure
     assert statistics.median(times) < 0.25
+
+
+@pytest.mark.large
+@pytest.mark.usefixtures("many_files")
+def test_slowloris(web: Web) -> None:
+    """The tool slowloris, which keeps more heads open than there may be connections, takes nothing from others."""
+    host, port = web.address
+    sockets = server.MAX_CONNECTIONS + 100
+    tool = ["slowloris", host, "--port", str(port), "--sockets", str(sockets), "--sleeptime", "1"]
+    command = [str(Path(sys.executable).with_name(tool[0])), *tool[1:]]
+    log = subprocess.PIPE
+    with web.flooded(" ".join(tool)) as flood, subprocess.Popen(command, stderr=log, text=True) as attack:
+        time.sleep(server.HEADER_WITHIN + 3)  # so that heads run out of time, and the tool opens new connections
+        attack.terminate()
+        said = attack.communicate(timeout=20)[1]
+    assert re.search(r"Creating \d+ new sockets", said)
+    assert flood.memory < 160
+    assert flood.held_up_less(0.2)
 
 
 @pytest.fixture
