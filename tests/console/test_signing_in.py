@@ -13,7 +13,7 @@ from followups.api import gate
 from followups.cli import main
 from followups.console import application, tries
 from followups.settings import load_settings
-from web import Api, key_of, served
+from web import FOLLOW_UPS, Api, key_of, served
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -227,7 +227,7 @@ def test_the_console_has_slots_of_its_own(
         assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
         assert one.client.get("/healthz").status_code == 200
     monkeypatch.setattr(gate, "MAX_WAITING", 0)
-    assert one.client.get("/healthz").status_code == 503
+    assert one.client.get(FOLLOW_UPS, headers={"authorization": key_of(own)[1]}).status_code == 503
     for _ in range(40):  # every slot is released
         assert one.get("/").status_code == 200
 

@@ -61,6 +61,10 @@ WIRE = "followups.wire"
 """The key under which an ASGI scope holds the request's `RequestBody`."""
 
 
+AT_MOST_ONCE = (b"host", b"authorization", b"idempotency-key", b"content-type", b"content-encoding")
+"""Headers that a request may have only once."""
+
+
 class Budget:
     """The memory shared by the bodies of all requests; a body uses it from its arrival until its response."""
 
@@ -218,22 +222,32 @@ class _Answer:
 
 def _check_head(scope: Scope) -> None:
     # The server checks the size only of headers that arrive in several chunks.
-    if len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
+    target = len(scope["raw_path"]) + len(scope["query_string"])
+    if target + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_SIZE:
         raise Refusal(TOO_LONG_A_HEADER)
     headers = dict(scope["headers"])
     if scope["http_version"] not in {"1.0", "1.1"}:
         raise Refusal(malformed("The server speaks HTTP/1.1."))
-    hosts = sum(name == b"host" for name, _ in scope["headers"])
-    if hosts > 1 or (not hosts and scope["http_version"] == "1.1"):  # RFC 9112, 3.2
-        raise Refusal(malformed("A request must have one Host header."))
+    if b"host" not in headers and scope["http_version"] == "1.1":  # RFC 9112, 3.2
+        raise Refusal(malformed("A request must have a Host header."))
+    if len(headers) < len(scope["headers"]) and (repeated := _repeated(scope)):
+        raise Refusal(malformed(f"A request must have at most one {repeated} header."))
     if headers.get(b"transfer-encoding", b"chunked").strip().lower() != b"chunked":
         raise Refusal(malformed("The only Transfer-Encoding is chunked."))
+    if b"transfer-encoding" in headers and scope["http_version"] == "1.0":  # RFC 9112, 6.1
+        raise Refusal(malformed("HTTP/1.0 has no Transfer-Encoding."))
     # the server has already checked that the value is a number
     if int(headers.get(b"content-length", b"0")) > MAX_BODY_SIZE:
         raise Refusal(TOO_LARGE)
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
     if encoding not in {b"", b"identity"}:
         raise Refusal(_COMPRESSED)
+
+
+def _repeated(scope: Scope) -> str | None:
+    """Return a header that was sent more than once although two servers could then read the request differently."""
+    names = [name for name, _ in scope["headers"]]
+    return next((name.decode() for name in AT_MOST_ONCE if names.count(name) > 1), None)
 
 
 async def _admit(scope: Scope) -> None:

@@ -114,7 +114,8 @@ def test_a_client_that_leaves_has_a_line(stack: Stack, logged: Api) -> None:
     """A request whose client disconnects before the response begins is logged without a status."""
     url = httpx.URL(logged.url)
     request_id = os.urandom(8).hex()
-    head = f"POST / HTTP/1.1\r\nhost: x\r\nx-request-id: {request_id}\r\ncontent-length: 9\r\n\r\n"
+    head = f"POST {FOLLOW_UPS} HTTP/1.1\r\nhost: x\r\nx-request-id: {request_id}\r\ncontent-length: 9\r\n"
+    head += f"authorization: {logged.key}\r\n\r\n"
     with socket.create_connection((url.host, url.port or 80)) as client:
         client.sendall(head.encode() + b"x")
     (line,) = lines(stack, "request", request_id=request_id)

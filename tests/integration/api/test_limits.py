@@ -154,12 +154,13 @@ def refused(connection: socket.socket) -> bool:
         return True
 
 
-def test_too_many_waiting(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request above the limit of waiting requests is rejected with Retry-After; others are served."""
-    with served(settings) as place, client_of(place) as client:
+def test_too_many_waiting(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request above the limit of waiting requests is rejected with Retry-After; probes need no slot."""
+    with served(settings) as place, client_of(place, key_of(world)[1]) as client:
         monkeypatch.setattr(gate, "MAX_WAITING", 0)
-        answer = client.get("/healthz")
+        answer = client.get(FOLLOW_UPS)
         is_problem(answer, 503, "service-unavailable")
         assert answer.headers["retry-after"] == "1"
-        monkeypatch.setattr(gate, "MAX_WAITING", 1)
         assert client.get("/healthz").status_code == 200
+        monkeypatch.setattr(gate, "MAX_WAITING", 1)
+        assert client.get(FOLLOW_UPS).status_code == 200
