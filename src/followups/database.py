@@ -152,7 +152,7 @@ def make_engine(
             row = connection.execute(_SET_UP, session).fetchone()
             _check_encoding(row)
             if pooler.is_before(connection, row):
-                pooler.check(connect_timeout(url), arguments, named)
+                pooler.check(session, connect_timeout(url), arguments, named)
             connection.autocommit = False
             connection.isolation_level = psycopg.IsolationLevel.READ_COMMITTED
         connection.patience = patience
@@ -194,7 +194,7 @@ def make_async_engine(
             row = await (await connection.execute(_SET_UP, session)).fetchone()
             _check_encoding(row)
             if pooler.is_before(connection, row):
-                await asyncio.to_thread(pooler.check, connect_timeout(url), arguments, named)
+                await asyncio.to_thread(pooler.check, session, connect_timeout(url), arguments, named)
             await connection.set_autocommit(False)
             await connection.set_isolation_level(psycopg.IsolationLevel.READ_COMMITTED)
         connection.patience = patience
@@ -256,14 +256,21 @@ class _Pooler:
         """Return whether there may be a pooler, which reports a process id other than the server session's."""
         return not self._checked and row is not None and row[1] != connection.info.backend_pid
 
-    def check(self, patience: float, arguments: Sequence[Any], named: Mapping[str, Any]) -> None:
-        """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions."""
+    def check(
+        self, session: Mapping[str, Any], patience: float, arguments: Sequence[Any], named: Mapping[str, Any]
+    ) -> None:
+        """Raise `UnfitDatabaseError` if two connections share a session or one connection changes sessions.
+
+        Both are set up first, because RDS Proxy keeps the session of a connection only after a setting was changed.
+        """
         try:
             with (
                 BoundedConnection.connect(*arguments, **{**named, "autocommit": True}) as one,
                 BoundedConnection.connect(*arguments, **{**named, "autocommit": True}) as other,
             ):
                 one.patience = other.patience = patience
+                for each in (one, other):
+                    each.execute(_SET_UP, session)
                 pids = [each.execute("SELECT pg_backend_pid()").fetchone() for each in (one, other) * POOLER_ROUNDS]
         except psycopg.OperationalError:
             self._checked = True  # a pooler in session mode keeps new clients waiting when its pool is full
