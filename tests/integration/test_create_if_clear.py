@@ -38,11 +38,11 @@ def pending(world: World) -> int:
 
 def test_a_clear_case(world: World) -> None:
     """The row equals the one that `schedule` creates in a transaction."""
-    chat_id = world.chat()
-    alone = create(world, chat_id)
+    chat_id, (key_id, _) = world.chat(), key_of(world)
+    alone = create(world, chat_id, key_id)
     assert alone
     with Session(world.engine, expire_on_commit=False) as session, session.begin():
-        rule = scheduling.scheduling(world.workspace_id, chat_id, "?", DUE)
+        rule = scheduling.scheduling(world.workspace_id, chat_id, "?", DUE, key_id)
         twin = run(session, rule)
     differing = {"id", "created_at", "updated_at", "scheduled_at"}
     names = set(alone.__table__.columns.keys()) - differing

@@ -56,10 +56,12 @@ log = get_logger(__name__)
 IDENTITY = "followups.identity"
 """The key under which an ASGI scope holds the request's `Identity`."""
 
+KEY_HASH = "followups.key_hash"
+"""The key under which an ASGI scope holds the hash of the request's API key."""
+
 USE_RECORDED_EVERY = timedelta(minutes=1)
 """Minimum time between two updates of an API key's `last_used_at`."""
 
-KNOWN_FOR = timedelta(minutes=10)
 KNOWN_AT_MOST = 10_000
 """Maximum number of API keys remembered as valid."""
 
@@ -81,27 +83,33 @@ class LastUse:
 
 
 class KnownKeys:
-    """Recently validated API keys: a request with such a key is read without a database look-up first.
+    """API keys that were valid at their last use: a request with such a key is read without a database look-up first.
 
-    The transaction of each request checks the key again, so a revocation takes effect immediately. An instance belongs
-    to one event loop.
+    The transaction of each request checks the key again, so a revocation takes effect immediately, and the key is
+    forgotten. A key in use is looked up only once, so a flood of unknown keys cannot delay it. An instance belongs to
+    one event loop.
     """
 
     def __init__(self) -> None:
         """Start with no keys."""
-        self._known: dict[bytes, tuple[float, Identity]] = {}
+        self._known: dict[bytes, Identity] = {}
 
     def get(self, hashed: bytes) -> Identity | None:
-        """Return the key's owner if the key was validated within the last `KNOWN_FOR`, or None."""
-        until, identity = self._known.get(hashed, (0.0, None))
-        return identity if time.monotonic() < until else None
+        """Return the key's owner, or None if the key is not known."""
+        identity = self._known.pop(hashed, None)
+        if identity is not None:
+            self._known[hashed] = identity  # now the one used last
+        return identity
 
     def add(self, hashed: bytes, identity: Identity) -> None:
-        """Remember a valid key, and drop the oldest key if there are more than `KNOWN_AT_MOST`."""
-        self._known.pop(hashed, None)
-        self._known[hashed] = time.monotonic() + KNOWN_FOR.total_seconds(), identity
+        """Remember a valid key, and drop the least recently used one if there are more than `KNOWN_AT_MOST`."""
+        self._known[hashed] = identity
         if len(self._known) > KNOWN_AT_MOST:
             del self._known[next(iter(self._known))]
+
+    def forget(self, hashed: bytes) -> None:
+        """Forget a key that is no longer valid."""
+        self._known.pop(hashed, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +171,7 @@ class Caller:
         """Store the request."""
         self._services: ApiServices = request.app.state.services
         self._identity: Identity = request.scope[IDENTITY]
+        self._key_hash: bytes = request.scope[KEY_HASH]
         self._is_valid = False
 
     @property
@@ -267,6 +276,7 @@ class Caller:
         parameters = {**query.parameters, "this_key": self._identity.key_id}
         rows = await event_loop.rows_of(connection, api_keys.with_key(query.statement.driver_sql), parameters)
         if not rows:
+            self._services.known_keys.forget(self._key_hash)
             raise UnauthorizedError
         self._is_valid = True
         return rows
@@ -322,7 +332,7 @@ async def admit(scope: Scope) -> None:
         if identity is None:
             raise UnauthorizedError
         services.known_keys.add(hashed, identity)
-    scope[IDENTITY] = identity
+    scope[IDENTITY], scope[KEY_HASH] = identity, hashed
     seen: Seen = scope[KEY]
     seen.workspace_id, seen.key_id = str(identity.workspace_id), str(identity.key_id)
     bind_contextvars(workspace_id=seen.workspace_id)

@@ -188,6 +188,8 @@ def test_a_revoked_key_is_refused_at_once(api: Api) -> None:
     api.world.sql("UPDATE api_keys SET revoked_at = now()")
     assert api.get(FOLLOW_UPS).status_code == 401
     assert api.client.post(CHAT_MESSAGES, json={"id": 1}).status_code == 401
+    head = f"POST {CHAT_MESSAGES} HTTP/1.1\r\nhost: a\r\nauthorization: {api.key}\r\ncontent-length: 9\r\n\r\n"
+    assert raw(api, head.encode()).startswith(b"HTTP/1.1 401")  # its body is no longer waited for
 
 
 def test_bodies_have_a_budget(settings: Settings, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
