@@ -120,7 +120,7 @@ def main() -> None:
     with EmbeddedPostgres(given.data) as postgres, EmbeddedValkey() as valkey:
         migrate(postgres.url())
         with psycopg.connect(postgres.url()) as connection:
-            if not connection.execute("SELECT FROM workspaces LIMIT 1").fetchone():
+            if connection.execute("SELECT FROM workspaces LIMIT 1").fetchone() is None:
                 fill(postgres.url(), given.part)
             settings = load_settings(
                 database_url=postgres.url(), broker_url=valkey.url(), transport_url="http://127.0.0.1:9/"

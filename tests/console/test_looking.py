@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import text
 
 from console.person import heading, words
+from followups.store import browse
 from web import key_of
 
 if TYPE_CHECKING:
@@ -115,6 +116,28 @@ def test_pages_follow_one_another_without_a_gap(person: Callable[..., Person], o
         found = re.search(r'href="/console(/follow-ups\?[^"]*after=[^"]*)" rel="next"', page.text)
         place = found[1].replace("&amp;", "&") if found else ""
     assert len(seen) == len(set(seen)) == 60
+
+
+def test_a_search_that_is_out_of_time_goes_on_by_a_link(
+    person: Callable[..., Person], own: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A page says how far back it has searched, and its link continues from there without a gap."""
+    monkeypatch.setattr(browse, "GROWTH", 0)  # one step of ten minutes for each page
+    ids = [own.follow_up(due=HOUR, created_at=text(f"now() - interval '{age} min'")) for age in (5, 15, 35)]
+    one = person("viewer", own)
+    page = one.get("/follow-ups", channel="api")
+    pages = [listed(page)]
+    for _ in range(3):
+        assert "Searched back to" in words(page)
+        found = re.search(r'href="/console(/follow-ups\?[^"]*after=[^"]*)" rel="next"', page.text)
+        assert found
+        page = one.get(found[1].replace("&amp;", "&"))
+        pages.append(listed(page))
+    assert pages == [[str(ids[0])], [str(ids[1])], [], [str(ids[2])]]
+    monkeypatch.undo()
+    page = one.get("/follow-ups", channel="api")
+    assert listed(page) == [str(each) for each in ids]
+    assert "Searched back to" not in words(page)
 
 
 def test_operators_see_all_workspaces_and_no_texts(person: Callable[..., Person], own: World, foreign: World) -> None:

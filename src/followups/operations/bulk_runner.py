@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from sqlalchemy.exc import DBAPIError
@@ -50,6 +51,10 @@ PASSED_OVER = 60.0
 """Seconds for which an action is skipped after its batch failed."""
 
 BY_HAND = finish(Status.CANCELLED, ReasonCode.CANCELLED_BY_API)
+
+
+SEARCH_LIMIT = timedelta(seconds=1)
+"""The time limit of a batch's search. A search that has found fewer goes on in the next batch."""
 
 
 class BatchError(Exception):
@@ -130,13 +135,16 @@ def _carry_out(session: Session, action: BulkAction) -> Sequence[UUID]:
     after = (
         BrowseCursor(action.ended_at_time, action.ended_at_id) if action.ended_at_time and action.ended_at_id else None
     )
-    places = browse.batch(session.connection(), wanted, after, size)
-    ids = [place.id for place in places]
+    found = browse.search(session.connection(), wanted, after, size, SEARCH_LIMIT)
+    if found is None:
+        message = f"no follow-up was found within {SEARCH_LIMIT}"
+        raise TimeoutError(message)
+    ids = [row.follow_up.id for row in found.rows]
     if cancels:
         done, passed = bulk_actions.cancel_if_not_begun(session.connection(), ids, BY_HAND)
     else:
         done, passed = _retry(session, ids)
-    _record(session, action, done, passed, places[-1] if places else None, finished=len(places) < size)
+    _record(session, action, done, passed, found.following, finished=found.following is None)
     return done if cancels else []
 
 

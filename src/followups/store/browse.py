@@ -1,14 +1,15 @@
 """Pages of follow-ups for the console, newest first, with the data that explain each follow-up.
 
 As in `followups.store.listing`, an index is read in its order for each workspace and for each value of one column, and
-the first few rows of each are merged. Conditions that no index covers are checked row by row, so the caller sets a time
-limit.
+the first few rows of each are merged. Conditions that no index covers are checked row by row. So a search goes back in
+steps of time and stops at the caller's time limit; the next search goes on from there.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
@@ -16,7 +17,8 @@ from uuid import UUID
 from sqlalchemy import text
 
 from followups.models import FollowUp
-from followups.states import ReasonCode, Status
+from followups.states import TRANSITIONS, ReasonCode, Status
+from followups.store.counts import within
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -128,7 +130,12 @@ def _branches(wanted: BrowseFilter) -> tuple[str, ...]:
         return (f"f.chat_id IN (SELECT c.id FROM chats c WHERE {own})",)  # noqa: S608 - no input
     if wanted.chat_id:
         return ("f.chat_id = :chat_id",)
-    return tuple(f"f.status = '{status}'" for status in wanted.statuses or tuple(Status))
+    return tuple(f"f.status = '{status}'" for status in wanted.statuses or _statuses_of(wanted.code))
+
+
+def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
+    """Return the states in which a follow-up may have this code, or all states without a code."""
+    return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
 _ON_CHANNEL = """EXISTS (
@@ -166,11 +173,10 @@ def _parameters(wanted: BrowseFilter) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=256)
-def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool, later: bool) -> str:
+def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bool) -> str:
     """Return the SQL that selects the matching ids in order, with at most ``:most`` for each index scan."""
     workspaces = "(SELECT CAST(:workspace_id AS uuid) AS id)" if one else "workspaces"
-    place = " AND f.created_at <= :at AND (f.created_at < :at OR f.id > :after)" if later else ""
-    narrowed = "".join(f" AND {condition}" for condition in conditions) + place
+    narrowed = "".join(f" AND {condition}" for condition in conditions)
     # Several ids of one follow-up may match the search, so duplicates are removed. Branches by state cannot overlap, so
     # UNION ALL is enough.
     union = " UNION " if any(":any_id" in branch for branch in branches) else " UNION ALL "
@@ -183,28 +189,92 @@ def _matching(branches: tuple[str, ...], conditions: tuple[str, ...], *, one: bo
     return f"SELECT own.id, own.created_at FROM {workspaces} w CROSS JOIN LATERAL ({ways}) own"  # noqa: S608 - likewise
 
 
-def _sql(wanted: BrowseFilter, after: BrowseCursor | None) -> str:
+def _sql(wanted: BrowseFilter, *more: str) -> str:
     one = wanted.workspace_id is not None
-    return _matching(_branches(wanted), _conditions(wanted), one=one, later=after is not None)
+    return _matching(_branches(wanted), (*_conditions(wanted), *more), one=one)
 
 
-def page_statement(wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> tuple[TextClause, dict[str, Any]]:
-    """Return the statement that selects a page, and its parameters; it selects one row more than ``size``."""
+def _page(
+    wanted: BrowseFilter, after: BrowseCursor | None, floor: datetime | None, most: int
+) -> tuple[TextClause, dict[str, Any]]:
+    """Return the statement that selects ``most`` rows after one and above a time of creation, and its parameters."""
     columns = ", ".join(f"f.{column.name}" for column in _COLUMNS)
+    parameters = _parameters(wanted) | {"most": most}
+    bounds = []
+    if after:
+        bounds.append("f.created_at <= :at AND (f.created_at < :at OR f.id > :after)")
+        parameters |= {"at": after.created_at, "after": after.id}
+    if floor:
+        bounds.append("f.created_at > :floor")
+        parameters["floor"] = floor
     statement = text(f"""
         SELECT {columns}, left(f.message, {EXCERPT}) AS excerpt, c.channel, c.external_id,
                c.last_user_message_at, v.name AS workspace
-          FROM ({_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most) page
+          FROM ({_sql(wanted, *bounds)} ORDER BY own.created_at DESC, own.id LIMIT :most) page
           JOIN follow_ups f ON f.id = page.id
           JOIN chats c ON c.workspace_id = f.workspace_id AND c.id = f.chat_id
           JOIN workspaces v ON v.id = f.workspace_id
          ORDER BY f.created_at DESC, f.id
     """)  # noqa: S608 - no input, only the conditions above
-    return statement, _parameters(wanted) | _after(after) | {"most": size + 1}
+    return statement, parameters
 
 
-def rows_of(found: Sequence[Any]) -> list[Row]:
-    """Return the rows that the statement of `page_statement` has selected."""
+NIL = UUID(int=0)
+FIRST_STEP = timedelta(minutes=10)
+"""The first step back in time of a search."""
+
+LONGEST_STEP = timedelta(days=3650)
+"""The next step after one of this length has no end."""
+
+GROWTH = 100
+"""The most by which a step is longer than the one before it."""
+
+
+class Found(NamedTuple):
+    """A page of a search."""
+
+    rows: list[Row]
+    following: BrowseCursor | None
+    """The place from which the search goes on, or None if it has reached the end."""
+
+
+def search(
+    connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int, limit: timedelta
+) -> Found | None:
+    """Return the matching follow-ups behind ``after``: up to ``size``, and fewer if that takes longer than ``limit``.
+
+    Return None if not even the first step back in time ends within the limit. Each step is as long as the time that is
+    left probably allows. A search by an id needs no steps, since its index has few rows.
+    """
+    deadline = time.monotonic() + limit.total_seconds()
+    step = None if wanted.ids or wanted.any_id or wanted.external_id or wanted.chat_id else FIRST_STEP
+    rows: list[Row] = []
+    place = after
+    top = after.created_at if after else connection.execute(_NOW).scalar_one()
+    while True:
+        floor = top - step if step else None
+        begun = time.monotonic()
+        left = timedelta(seconds=deadline - begun)
+        found = within(connection, left, *_page(wanted, place, floor, size - len(rows) + 1))
+        if found is None:
+            return Found(rows, place) if rows or place != after else None
+        rows += _rows_of(found)
+        if len(rows) > size:
+            return Found(rows[:size], rows[size - 1].place)
+        if floor is None or step is None:
+            return Found(rows, None)
+        top, place = floor, BrowseCursor(floor, NIL)
+        took = time.monotonic() - begun
+        growth = min((deadline - time.monotonic()) / took / 2, GROWTH)
+        if growth < 1:
+            return Found(rows, place)
+        step = step * growth if step < LONGEST_STEP else None
+
+
+_NOW = text("SELECT now()")
+
+
+def _rows_of(found: Sequence[Any]) -> list[Row]:
     rows = []
     for row in found:
         values = {column.name: getattr(row, column.name) for column in _COLUMNS}
@@ -216,16 +286,5 @@ def rows_of(found: Sequence[Any]) -> list[Row]:
 
 def count_statement(wanted: BrowseFilter, most: int) -> tuple[TextClause, dict[str, Any]]:
     """Return the statement that counts the matching follow-ups, up to ``most``, and its parameters."""
-    statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted, None)} LIMIT :most) AS found")  # noqa: S608 - likewise
+    statement = text(f"SELECT count(*) AS number FROM ({_sql(wanted)} LIMIT :most) AS found")  # noqa: S608 - likewise
     return statement, _parameters(wanted) | {"most": most}
-
-
-def batch(connection: Connection, wanted: BrowseFilter, after: BrowseCursor | None, size: int) -> list[BrowseCursor]:
-    """Return the next few matching follow-ups, in the order of the list."""
-    statement = text(f"{_sql(wanted, after)} ORDER BY own.created_at DESC, own.id LIMIT :most")
-    rows = connection.execute(statement, _parameters(wanted) | _after(after) | {"most": size})
-    return [BrowseCursor(row.created_at, row.id) for row in rows]
-
-
-def _after(after: BrowseCursor | None) -> dict[str, Any]:
-    return {"at": after.created_at, "after": after.id} if after else {}

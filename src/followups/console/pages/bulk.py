@@ -57,10 +57,9 @@ def preview(visit: Visit) -> Response:
         now = session.execute(NOW).scalar_one()
         wanted = _wanted(visit, session, asked, kind, ids)
         statement, parameters = browse.count_statement(wanted, MOST + 1)
-        counted = within(session.connection(), LIMIT, statement, parameters)
-        statement, parameters = browse.page_statement(wanted, None, SAMPLE)
-        found = within(session.connection(), LIMIT, statement, parameters)
-        rows = browse.rows_of((found or [])[:SAMPLE])
+        counted = within(session.connection(), LIMIT / 2, statement, parameters)
+        found = browse.search(session.connection(), wanted, None, SAMPLE, LIMIT / 2)
+        rows = found.rows if found else []
         sentences = reasons.of_rows(visit.services, session, rows, now)
     number = counted[0].number if counted else None
     return visit.page(

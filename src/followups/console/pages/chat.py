@@ -9,6 +9,7 @@ from sqlalchemy import select, text
 from followups.channels import window_closes_at
 from followups.console import reasons
 from followups.console.forms import uuid_or_none
+from followups.console.pages.follow_ups import LIMIT
 from followups.errors import ChatNotFoundError
 from followups.models import Chat, ChatMessage, Workspace
 from followups.states import Status
@@ -77,5 +78,5 @@ def _own(visit: Visit, session: Session) -> Chat:
 
 def _rows(session: Session, chat: Chat, statuses: Sequence[Status]) -> list[browse.Row]:
     wanted = BrowseFilter(workspace_id=chat.workspace_id, chat_id=chat.id, statuses=tuple(statuses))
-    statement, parameters = browse.page_statement(wanted, None, FOLLOW_UPS - 1)
-    return browse.rows_of(session.connection().execute(statement, parameters).all())
+    found = browse.search(session.connection(), wanted, None, FOLLOW_UPS, LIMIT)
+    return found.rows if found else []

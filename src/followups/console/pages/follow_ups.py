@@ -15,7 +15,6 @@ from followups.errors import InvalidRequestError, WorkspaceNotFoundError
 from followups.states import ReasonCode, Status
 from followups.store import browse, workspaces
 from followups.store.browse import BrowseCursor, BrowseFilter
-from followups.store.counts import within
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 SIZE = 25
 """Number of rows on a page."""
 
-LIMIT = timedelta(seconds=2)
+LIMIT = timedelta(milliseconds=200)
 """Time limit of a search."""
 
 LONGEST_EXTERNAL_ID = 1_000
@@ -65,7 +64,7 @@ class Asked:
 def show(visit: Visit) -> Response:
     """Show a page of the list."""
     asked = Asked.of(visit.query)
-    told, more = "", False
+    told, following = "", None
     rows: list[browse.Row] = []
     sentences: Mapping[UUID, Sentence] = {}
     status = 200
@@ -76,12 +75,11 @@ def show(visit: Visit) -> Response:
         except InvalidRequestError as error:
             told, status = visit.said(error.sentence), 422
         else:
-            statement, parameters = browse.page_statement(wanted, _place(visit), SIZE)
-            found = within(session.connection(), LIMIT, statement, parameters)
+            found = browse.search(session.connection(), wanted, _place(visit), SIZE, LIMIT)
             if found is None:
                 told = visit.t("The search took too long. Narrow it, by a chat, a workspace, or a state.")
             else:
-                rows, more = browse.rows_of(found[:SIZE]), len(found) > SIZE
+                rows, following = found
                 sentences = reasons.of_rows(visit.services, session, rows, now)
     return visit.page(
         "follow_ups.html",
@@ -90,7 +88,8 @@ def show(visit: Visit) -> Response:
         told=told,
         rows=rows,
         sentences=sentences,
-        older=_next(visit, asked, rows[-1].place) if more else "",
+        older=_next(visit, asked, following) if following else "",
+        searched_back_to=following.created_at if following and len(rows) < SIZE else None,
         newest=visit.url("/follow-ups", **asked.query()) if "after" in visit.query else "",
         now=now,
         choices=_choices(),
