@@ -138,8 +138,9 @@ def _statuses_of(code: ReasonCode | None) -> tuple[Status, ...]:
     return tuple(status for status in Status if code is None or code in TRANSITIONS[Status.PENDING].get(status, ()))
 
 
-_ON_CHANNEL = """EXISTS (
-    SELECT FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id AND c.channel = :channel)"""
+# A look-up for each row: the planner would join EXISTS with all chats, for each workspace again.
+_ON_CHANNEL = """:channel = (
+    SELECT c.channel FROM chats c WHERE c.workspace_id = f.workspace_id AND c.id = f.chat_id)"""
 
 
 def _conditions(wanted: BrowseFilter) -> tuple[str, ...]:
