@@ -16,6 +16,8 @@ from psycopg import sql
 from sqlalchemy import make_url
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import URL
 
 ROLES = Path(__file__).parents[1] / "deploy" / "roles.sql"
@@ -35,12 +37,12 @@ def url_as(database_url: str | URL, role: str) -> str:
     return make_url(database_url).set(username=role).render_as_string(hide_password=False)
 
 
-def make_roles(server_url: str, database: str = SERVICE) -> None:
+def make_roles(server_url: str, database: str = SERVICE, passwords: Mapping[str, str] = PASSWORDS) -> None:
     """Make the two roles, and a database of theirs, as an operator does."""
     from followups.embedded.postgres import BINARIES  # noqa: PLC0415 - not for unit tests
 
     command = [BINARIES / "psql", "--quiet", "--dbname", server_url, "--file", ROLES, f"--set=database={database}"]
-    ran = subprocess.run(command, env=os.environ | PASSWORDS, capture_output=True, text=True, check=False)
+    ran = subprocess.run(command, env={**os.environ, **passwords}, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import socket
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,7 +17,6 @@ from followups.embedded.directories import make_temporary_directory, remove_dire
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from typing import Self
 
     import trustme
@@ -31,9 +32,12 @@ PASSWORD = "s3cret/with?odd#characters"  # noqa: S105 - of a server that lives a
 class RedisServer:
     """A Redis that accepts only TLS, started by ``with``; its certificate is for ``localhost``."""
 
-    def __init__(self, authority: trustme.CA, name: str = "localhost") -> None:
-        """Create a certificate for this host name, signed by the authority."""
-        self._authority, self._name = authority, name
+    def __init__(self, authority: trustme.CA, name: str = "localhost", users: str = "") -> None:
+        """Create a certificate for this host name, signed by the authority.
+
+        ``users`` is the content of an ACL file. Without one, the default user has a password.
+        """
+        self._authority, self._name, self._users = authority, name, users
         self._port = free_port()
         self._directory: Path | None = None
         self._child: Child | None = None
@@ -61,9 +65,14 @@ class RedisServer:
             "tls-cert-file": self._file("server.pem"),
             "tls-key-file": self._file("server.pem"),
             "tls-auth-clients": "no",
-            "requirepass": f'"{PASSWORD}"',
             "save": '""',
+            "maxmemory-policy": "noeviction",
         }
+        if self._users:
+            Path(self._file("users.acl")).write_text(self._users)
+            settings["aclfile"] = self._file("users.acl")
+        else:
+            settings["requirepass"] = f'"{PASSWORD}"'
         lines = "".join(f"{name} {value}\n" for name, value in settings.items())
         self._child = Child(
             Command(
@@ -75,7 +84,7 @@ class RedisServer:
             )
         )
         self._child.start()
-        self._child.wait_until(self._answers, timedelta(seconds=10))
+        self._child.wait_until(self._listens, timedelta(seconds=10))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -87,13 +96,9 @@ class RedisServer:
     def _file(self, name: str) -> str:
         return str(self._directory and self._directory / name)
 
-    def _answers(self) -> bool:
-        with self.client() as client:
-            client.connection_pool.connection_kwargs["ssl_check_hostname"] = False
-            try:
-                return bool(client.ping())
-            except redis.ConnectionError:
-                return False
+    def _listens(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
 
 @pytest.fixture

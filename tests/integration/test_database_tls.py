@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING
 
 import pytest
 import trustme
 from sqlalchemy.exc import OperationalError
 
-from faults.replica import INSTALLED, MISSING, Server
+from faults.replica import INSTALLED, MISSING
 from followups.database import make_async_engine, make_engine
-from followups.embedded import free_port
 from followups.operations.doctor import connection_checks
 from followups.transactions import in_loop
+from secure_postgres import SecureServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,39 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Engine
 
-    from followups.embedded.child import Command
-
 pytestmark = pytest.mark.skipif(INSTALLED is None, reason=MISSING)
-
-
-class SecureServer(Server):
-    """A PostgreSQL server that also accepts TLS on a loopback port, with a certificate for ``localhost``."""
-
-    def __init__(self, binaries: Path, authority: trustme.CA) -> None:
-        """Store the path of the binaries and the authority that signs the server's certificate."""
-        super().__init__(binaries)
-        self._authority, self._port = authority, free_port()
-
-    def url(self, database: str = "postgres") -> str:
-        """Return the database URL that uses the socket."""
-        return f"{super().url(database)}&port={self._port}"
-
-    def secure_url(self, host: str, query: str) -> str:
-        """Return the database URL that uses the loopback interface."""
-        return f"postgresql://postgres@{host}:{self._port}/postgres?{query}"
-
-    def _prepare(self, directory: Path) -> Command:
-        command = super()._prepare(directory)
-        assert command.directory
-        keys = command.directory / "server.pem"
-        self._authority.issue_cert("localhost").private_key_and_cert_chain_pem.write_to_path(keys)
-        keys.chmod(0o600)
-        if command.run_as:
-            shutil.chown(keys, *command.run_as)
-        tls = f"ssl = on\nssl_cert_file = '{keys}'\nssl_key_file = '{keys}'\n"
-        with (command.directory / "postgresql.conf").open("a") as file:
-            file.write(f"listen_addresses = '127.0.0.1'\nport = {self._port}\n{tls}")
-        return command
 
 
 @pytest.fixture(scope="module")
