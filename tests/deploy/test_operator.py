@@ -6,12 +6,12 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import pytest
+import redis
 import trustme
 
 import web
@@ -34,7 +34,7 @@ pytestmark = [
 COMMAND = Path(sys.executable).with_name("followups")
 USERS = ("worker", "web", "beat", "flower")
 ODD = "s3cret/with?odd#characters"
-PASSWORDS = {name: f"{ODD}-{name}" for name in (*USERS, OWNER, SERVICE)}
+PASSWORDS = {name: f"{ODD}-{name}" for name in (*USERS, OWNER, SERVICE)} | {"tests": ODD}
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"  # noqa: S105 - of a server that lives as long as this test
 
 
@@ -48,6 +48,7 @@ def servers(tmp_path: Path) -> Iterator[dict[str, str]]:
     users = (DEPLOY / "users.acl").read_text()
     for name in USERS:
         users = users.replace(f"{name.upper()}_PASSWORD", PASSWORDS[name])
+    users += f"user tests on >{ODD} +acl\n"
     with SecureServer(replica.INSTALLED, authority) as postgres, RedisServer(authority, users=users) as broker:
         given = {"OWNER_PASSWORD": PASSWORDS[OWNER], "SERVICE_PASSWORD": PASSWORDS[SERVICE]}
         make_roles(postgres.url(), passwords=given)
@@ -56,7 +57,7 @@ def servers(tmp_path: Path) -> Iterator[dict[str, str]]:
             role: postgres.secure_url("localhost", query, f"{role}:{PASSWORDS[role]}", SERVICE)
             for role in (OWNER, SERVICE)
         }
-        yield roles | {name: broker.url(user=name, password=PASSWORDS[name]) for name in USERS}
+        yield roles | {name: broker.url(user=name, password=PASSWORDS[name]) for name in (*USERS, "tests")}
 
 
 def secret_files(directory: Path, **secrets: str) -> dict[str, str]:
@@ -78,7 +79,7 @@ def followups(environment: Mapping[str, str], *arguments: str) -> str:
 def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> None:
     """With a certificate, a role, a user and a secret file for each process, a scheduled follow-up is sent.
 
-    Doctor finds nothing wrong, the delivery is signed, and no secret is in any log.
+    Doctor finds nothing wrong, the broker refuses no command, the delivery is signed, and no log contains a secret.
     """
     usual = {
         "PATH": os.environ["PATH"],
@@ -99,7 +100,7 @@ def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> No
     key = followups(of["web"], "api-key", "create", "--workspace", "acme")
     with Processes() as processes:
         processes.spawn("beat", [*CELERY, "beat", "--loglevel=info"], environment=of["beat"])
-        processes.spawn("worker", [*CELERY, "worker", "--loglevel=info"], environment=of["worker"])
+        processes.spawn("worker", [*CELERY, "worker", "--hostname=worker@%h"], environment=of["worker"])
         sandbox = [sys.executable, "-m", "followups.transports.sandbox.server", "--port", str(chat)]
         processes.spawn("sandbox", sandbox, environment={"FOLLOWUPS_TRANSPORT_SECRET": SECRET})
         _, url = web.start(processes, of["web"])
@@ -118,14 +119,18 @@ def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> No
             place = f"{web.FOLLOW_UPS}/{created['id']}"
             wait_until(lambda: client.get(place).json()["status"] == "sent", within=30)
         wait_until(answers(f"{flower}/healthcheck"), within=60)
+        with web.client_of(("127.0.0.1", port)) as client:
+            client.auth = ("me", "pa55w0rd")
+            wait_until(lambda: "worker@" in client.get("/workers").text, within=30)
+            assert client.get("/api/queues/length").json()["active_queues"]
+            assert client.get("/api/workers?refresh=1").status_code == 200
 
         found = json.loads(followups(of["worker"], "doctor", "--json"))["checks"]
         assert [one for one in found if not one["ok"]] == []
         secure = [one["detail"] for one in found if "verified" in one["detail"]]
         assert secure == ["TLSv1.3, certificate and host name verified"] * 2
-        for child in processes.children:
-            child.ask()
-        time.sleep(0.5)
+        with redis.Redis.from_url(servers["tests"]) as broker:
+            assert broker.execute_command("ACL", "LOG") == []
         logs = "".join(path.read_text() for path in processes.logs.glob("*.log"))
         assert [name for name, secret in {**PASSWORDS, "key": key, "secret": SECRET}.items() if secret in logs] == []
         assert ODD not in logs
