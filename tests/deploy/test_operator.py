@@ -19,6 +19,7 @@ from databases import OWNER, SERVICE, make_roles
 from deploy.manifests import DEPLOY
 from faults import replica
 from followups.embedded import Processes, answers, free_port
+from followups.urls import broker_url
 from redis_server import MISSING, PROGRAM, RedisServer
 from secure_postgres import SecureServer
 from stack import CELERY, wait_until
@@ -129,7 +130,7 @@ def test_an_operator_brings_it_up(servers: dict[str, str], tmp_path: Path) -> No
         assert [one for one in found if not one["ok"]] == []
         secure = [one["detail"] for one in found if "verified" in one["detail"]]
         assert secure == ["TLSv1.3, certificate and host name verified"] * 2
-        with redis.Redis.from_url(servers["tests"]) as broker:
+        with redis.Redis.from_url(broker_url(servers["tests"])) as broker:
             assert broker.execute_command("ACL", "LOG") == []
         logs = "".join(path.read_text() for path in processes.logs.glob("*.log"))
         assert [name for name, secret in {**PASSWORDS, "key": key, "secret": SECRET}.items() if secret in logs] == []
